@@ -1,0 +1,1 @@
+"""The Ray Serve application: many adapters over one copy of the base model."""
