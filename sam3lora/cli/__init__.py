@@ -1,0 +1,47 @@
+"""The command line: one small file per verb, nothing heavy imported before a verb runs."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+
+from ..errors import UserError
+from .argv import normalize_argv
+
+EXIT_OK, EXIT_INTERNAL, EXIT_USER, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the words after the program's name; None takes those of this process.
+
+    Returns:
+        The exit status: 0 success, 1 internal failure (with a traceback), 2 a user's mistake (with one message),
+        130 interrupted.
+    """
+    from .app import app
+
+    try:
+        app(args=normalize_argv(sys.argv[1:] if argv is None else argv), prog_name="sam3lora")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else (EXIT_OK if stop.code is None else EXIT_INTERNAL)
+    except UserError as error:
+        _print_error(str(error))
+        return EXIT_USER
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except Exception:
+        traceback.print_exc()
+        _print_error('this is a fault in sam3lora: please report it with the output of "sam3lora env"')
+        return EXIT_INTERNAL
+    return EXIT_OK
+
+
+def _print_error(message: str) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), message))

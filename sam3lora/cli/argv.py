@@ -1,0 +1,44 @@
+"""What people type, made into what the parser reads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+_DEVICE = re.compile(r"^(\d+(,\d+)*|cpu)$")
+_ANY = re.compile(r"^(?!-)")
+LIST_OPTIONS = {"--device": _DEVICE, "--prompt": _ANY, "--weights": _ANY}
+"""Options that take several words, and what such a word looks like."""
+
+
+def normalize_argv(argv: Sequence[str]) -> list[str]:
+    """Both spellings of an option, and several words after one.
+
+    The parser knows dashes only, and an option once per word. Nothing after a bare `--` is touched.
+
+    >>> normalize_argv(["validate", "--val_data_dir=my_data", "--device", "0", "1", "lora.rank=8"])
+    ['validate', '--val-data-dir=my_data', '--device', '0', '--device', '1', 'lora.rank=8']
+    """
+    words = list(argv)
+    out: list[str] = []
+    position = 0
+    while position < len(words):
+        word = words[position]
+        position += 1
+        if word == "--":
+            return [*out, word, *words[position:]]
+        if not word.startswith("--"):
+            out.append(word)
+            continue
+        name, equals, value = word.partition("=")
+        name = name.replace("_", "-")
+        if name not in LIST_OPTIONS or equals:
+            out.append(name + equals + value)
+            continue
+        start = position
+        while position < len(words) and LIST_OPTIONS[name].match(words[position]):
+            out += [name, words[position]]
+            position += 1
+        if position == start:
+            out.append(name)
+    return out

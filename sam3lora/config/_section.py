@@ -1,0 +1,24 @@
+"""What every section of a configuration shares."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+
+
+class Section(BaseModel):
+    """An immutable group of settings that refuses keys it does not know and numbers that are not finite."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """`rank: true` would otherwise count as rank 1."""
+        if isinstance(value, bool):
+            annotation = cls.model_fields[str(info.field_name)].annotation
+            types = {annotation, *get_args(annotation)}
+            if bool not in types and types & {int, float}:
+                raise ValueError("should be a number")
+        return value

@@ -1,0 +1,57 @@
+"""Which images, which words, which changes to the pictures."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import ConfigDict, Field, model_validator
+
+from ._section import Section
+
+
+class DataSection(Section):
+    """Splits, prompts, negatives and augmentation of the data in `training.data_dir`."""
+
+    model_config = ConfigDict(coerce_numbers_to_str=True)
+
+    train_split: str = Field(default="train", min_length=1, description="Folder of the training images.")
+    valid_split: str = Field(default="valid", min_length=1, description="Folder of the validation images.")
+    annotation_file: str = Field(
+        default="_annotations.coco.json", min_length=1, description="Name of the COCO file in each split."
+    )
+    categories: tuple[str, ...] | None = Field(
+        default=None, min_length=1, description="Names of the categories to use; None = all that have objects."
+    )
+    prompts: dict[str, str] = Field(
+        default_factory=dict, description="Prompt text for a category whose name is not what one would ask for."
+    )
+    negative_prompts: tuple[str, ...] = Field(
+        default=(), description="Further prompts that no image of the data shows."
+    )
+    exhaustive: bool = Field(
+        default=True,
+        description="Every object of every category is annotated, so a category without objects is truly absent. "
+        "false: only negative_prompts are used as negatives.",
+    )
+    augmentation: Literal["none", "sam3"] = Field(
+        default="none", description='"sam3" = random size and place on a padded square, as SAM 3 was trained.'
+    )
+    horizontal_flip: float = Field(default=0.0, ge=0, le=1, description="Probability of mirroring an image.")
+    max_objects_per_query: int | None = Field(
+        default=None, ge=1, description="Keep at most so many objects of a prompt, drawn at random; None = all."
+    )
+
+    @model_validator(mode="after")
+    def _check_words(self) -> DataSection:
+        for key, words in (("categories", self.categories or ()), ("negative_prompts", self.negative_prompts)):
+            if any(not word.strip() for word in words):
+                raise ValueError(f"{key} holds an empty text: remove it")
+            if len(set(words)) < len(words):
+                twice = next(word for word in words if words.count(word) > 1)
+                raise ValueError(f'{key} holds "{twice}" twice: remove one')
+        for name, prompt in self.prompts.items():
+            if not prompt.strip():
+                raise ValueError(f'prompts gives "{name}" an empty prompt: write what to look for')
+            if self.categories is not None and name not in self.categories:
+                raise ValueError(f'prompts names "{name}", which is not in categories: add it there or remove it here')
+        return self

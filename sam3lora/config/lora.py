@@ -1,0 +1,74 @@
+"""Where the LoRA adapters sit and how large they are."""
+
+from __future__ import annotations
+
+from pydantic import Field, field_validator, model_validator
+
+from ._section import Section
+
+COMPONENTS = (
+    "vision_encoder",
+    "text_encoder",
+    "geometry_encoder",
+    "detr_encoder",
+    "detr_decoder",
+    "mask_decoder",
+    "scoring",
+)
+"""Names of the parts of SAM 3 that an adapter can be applied to; `lora.apply_to_<name>` switches each."""
+
+
+class LoraSection(Section):
+    """Rank, scale and place of the adapters. A component whose flag is missing stays frozen."""
+
+    rank: int = Field(default=16, ge=1, le=1024, description="Rank r of the update B A added to each adapted layer.")
+    alpha: float = Field(
+        default=32, gt=0, le=4096, description="Scale: the update is multiplied by alpha / rank (rsLoRA: / sqrt(rank))."
+    )
+    dropout: float = Field(default=0.1, ge=0, lt=1, description="Dropout on the input of each adapter while training.")
+    target_modules: tuple[str, ...] = Field(
+        default=("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"),
+        min_length=1,
+        description="Layers to adapt by the last part of their name; qkv, proj, out_proj, c_fc, c_proj, linear1 "
+        "and linear2 are understood too.",
+    )
+    apply_to_vision_encoder: bool = Field(default=False, description="Adapt the ViT image encoder (454 M parameters).")
+    apply_to_text_encoder: bool = Field(
+        default=False, description="Adapt the text encoder; it can blur the difference between prompts."
+    )
+    apply_to_geometry_encoder: bool = Field(default=False, description="Adapt the encoder of box prompts and of CLS.")
+    apply_to_detr_encoder: bool = Field(default=False, description="Adapt the fusion of image and prompt.")
+    apply_to_detr_decoder: bool = Field(default=False, description="Adapt the decoder of the object queries.")
+    apply_to_mask_decoder: bool = Field(default=False, description="Adapt the mask head.")
+    apply_to_scoring: bool = Field(
+        default=False, description="Adapt the prompt-to-object scores; target text_proj and query_proj as well."
+    )
+    vision_last_layers: int | None = Field(
+        default=None, ge=1, description="Adapt only the last k layers of the vision encoder; None = all."
+    )
+    use_rslora: bool = Field(default=False, description="Scale by alpha / sqrt(rank): steadier at high ranks.")
+    use_dora: bool = Field(
+        default=False,
+        description="Learn magnitude and direction apart (DoRA): slower, and not servable in mixed batches.",
+    )
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Names of the adapted components, in the order of `COMPONENTS`."""
+        return tuple(name for name in COMPONENTS if getattr(self, f"apply_to_{name}"))
+
+    @field_validator("target_modules")
+    @classmethod
+    def _check_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if any(not name.strip() for name in names):
+            raise ValueError("should hold module names, and one of them is empty")
+        return tuple(dict.fromkeys(names))
+
+    @model_validator(mode="after")
+    def _check_places(self) -> LoraSection:
+        if not self.components:
+            flags = ", ".join(f"apply_to_{name}" for name in COMPONENTS)
+            raise ValueError(f"adapts nothing: set at least one of {flags} to true")
+        if self.vision_last_layers is not None and not self.apply_to_vision_encoder:
+            raise ValueError("vision_last_layers has no effect while apply_to_vision_encoder is false: set it to true")
+        return self

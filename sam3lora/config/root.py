@@ -1,0 +1,52 @@
+"""The whole configuration of a run."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from ._section import Section
+from .data import DataSection
+from .evaluation import EvaluationSection
+from .logging import LoggingSection
+from .lora import LoraSection
+from .model import ModelSection
+from .output import OutputSection
+from .scaling import ScalingSection
+from .training import TrainingSection
+
+
+class Config(Section):
+    """What a run is. Made by `load_config`; immutable."""
+
+    model: ModelSection = Field(default_factory=ModelSection, description="The frozen base model.")
+    lora: LoraSection = Field(description="The adapters.")
+    training: TrainingSection = Field(default_factory=TrainingSection, description="Data folder, batch, optimizer.")
+    data: DataSection = Field(default_factory=DataSection, description="Prompts, negatives, augmentation.")
+    scaling: ScalingSection = Field(default_factory=ScalingSection, description="Workers.")
+    evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="Detections and metrics.")
+    output: OutputSection = Field(default_factory=OutputSection, description="The run folder.")
+    logging: LoggingSection = Field(default_factory=LoggingSection, description="Messages, progress, plots.")
+
+    @model_validator(mode="after")
+    def _check_across_sections(self) -> Config:
+        frozen = [name for name in self.training.component_learning_rates if name not in self.lora.components]
+        if frozen:
+            raise ValueError(
+                f"training.component_learning_rates.{frozen[0]} has no effect: set lora.apply_to_{frozen[0]} to true"
+            )
+        if self.model.dtype == "bfloat16" and self.training.mixed_precision == "no":
+            raise ValueError(
+                'model.dtype "bfloat16" needs training.mixed_precision bf16, got no: change one of the two'
+            )
+        if not self.data.exhaustive and not self.data.negative_prompts and self.training.num_negatives != 0:
+            raise ValueError(
+                "training.num_negatives has no effect while data.exhaustive is false and data.negative_prompts is "
+                "empty: list negative_prompts, or set num_negatives to 0"
+            )
+        return self
+
+    def to_yaml(self) -> str:
+        """The resolved configuration as YAML; `load_config` of it gives an equal configuration."""
+        from .yaml_text import dump_yaml
+
+        return dump_yaml(self.model_dump(mode="json"))

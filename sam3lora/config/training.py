@@ -1,0 +1,132 @@
+"""How long, how fast and with what the adapter is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from ..errors import UserError
+from ._section import Section
+from .lora import COMPONENTS
+from .loss import LossSection
+
+_SCHEDULES = {
+    "cosine": "cosine",
+    "cosine_with_warmup": "cosine",
+    "constant": "constant",
+    "constant_with_warmup": "constant",
+    "inverse_sqrt": "inverse_sqrt",
+}
+
+
+class TrainingSection(Section):
+    """Data folder, batch, optimizer, schedule and bookkeeping. A step is one update of the weights."""
+
+    data_dir: str | None = Field(default=None, description="Folder that holds train/ and valid/ in COCO format.")
+    batch_size: int = Field(
+        default=2, ge=1, description="Images per worker and forward; all prompts of an image go with it."
+    )
+    num_epochs: int = Field(default=20, ge=1, description="Passes over the training images.")
+    max_steps: int | None = Field(
+        default=None, ge=1, description="Stop after this many steps, whatever num_epochs says."
+    )
+    learning_rate: float = Field(default=5e-5, gt=0, le=1, description="Peak learning rate of AdamW.")
+    component_learning_rates: dict[str, float] = Field(
+        default_factory=dict, description="Peak learning rate of single components, such as {detr_decoder: 1e-4}."
+    )
+    weight_decay: float = Field(default=0.01, ge=0, le=1, description="Weight decay of AdamW.")
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="Decay of the gradient's running mean.")
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1, description="Decay of the squared gradient's running mean.")
+    adam_epsilon: float = Field(default=1e-8, gt=0, le=1, description="Added to AdamW's denominator.")
+    num_negatives: int | None = Field(
+        default=3,
+        ge=-1,
+        description="Prompts per image whose object is absent; None or -1 = all that are known absent.",
+    )
+    gradient_accumulation_steps: int = Field(default=1, ge=1, description="Batches whose gradients make one step.")
+    warmup_steps: int = Field(default=100, ge=0, description="Steps over which the learning rate rises from 0.")
+    lr_scheduler: Literal["cosine", "constant", "inverse_sqrt"] = Field(
+        default="cosine", description="Course of the learning rate after the warm-up."
+    )
+    max_grad_norm: float = Field(default=1.0, gt=0, description="Gradients are scaled down to at most this L2 norm.")
+    mixed_precision: Literal["no", "bf16"] = Field(default="bf16", description="Type of the arithmetic in the forward.")
+    seed: int = Field(default=42, ge=0, lt=2**32, description="Seed of order, augmentation, negatives and new weights.")
+    logging_steps: int = Field(default=10, ge=1, description="Write a line of metrics every so many steps.")
+    eval_steps: int | None = Field(default=None, ge=1, description="Steps between validations; None = every epoch.")
+    save_steps: int | None = Field(default=None, ge=1, description="Steps between checkpoints; None = every epoch.")
+    save_total_limit: int = Field(default=3, ge=1, description="Checkpoints kept for --resume; the oldest go first.")
+    num_workers: int = Field(default=2, ge=1, description="CPUs that read and decode images, for each worker.")
+    max_prompts_per_forward: int = Field(
+        default=8, ge=1, description="Most (image, prompt) pairs at a time: bounds memory when there are many classes."
+    )
+    gradient_checkpointing: bool | tuple[str, ...] = Field(
+        default=False, description="Recompute activations to save memory: true, false, or a list of components."
+    )
+    model_dropout: bool = Field(default=False, description="Keep SAM 3's own dropout on while training.")
+    one_to_many: bool = Field(default=True, description="Train the one-to-many branch too, as SAM 3 does.")
+    early_stopping_patience: int | None = Field(
+        default=None, ge=1, description="Stop after so many validations without a better one; None = never."
+    )
+    on_bad_image: Literal["stop", "skip"] = Field(
+        default="stop", description="An unreadable image ends the run, or is left out and named in the log."
+    )
+    loss: LossSection = Field(default_factory=LossSection, description="Weights and options of the loss.")
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _read_precision(cls, value: Any) -> Any:
+        if value in (None, False):
+            return "no"
+        if value == "fp16":
+            raise ValueError('"fp16" overflows in SAM 3 and is not offered: write bf16, or no on hardware without it')
+        return value
+
+    @field_validator("lr_scheduler", mode="before")
+    @classmethod
+    def _read_schedule(cls, value: Any) -> Any:
+        if value == "linear":
+            raise ValueError('"linear" is not offered: write cosine (also ends near 0), constant or inverse_sqrt')
+        return _SCHEDULES.get(value, value) if isinstance(value, str) else value
+
+    @field_validator("gradient_checkpointing", mode="before")
+    @classmethod
+    def _read_checkpointing(cls, value: Any) -> bool | tuple[str, ...]:
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, list | tuple) and value and all(name in COMPONENTS for name in value):
+            return tuple(dict.fromkeys(value))
+        raise ValueError(f"should be true, false or a list of some of {', '.join(COMPONENTS)}")
+
+    @field_validator("component_learning_rates")
+    @classmethod
+    def _check_components(cls, rates: dict[str, float]) -> dict[str, float]:
+        for name, rate in rates.items():
+            if name not in COMPONENTS:
+                raise ValueError(f'names "{name}", which is not one of {", ".join(COMPONENTS)}')
+            if not 0 < rate <= 1:
+                raise ValueError(f"should hold rates greater than 0 and at most 1, {name} has {rate}")
+        return rates
+
+    @model_validator(mode="after")
+    def _check_branch(self) -> TrainingSection:
+        default = LossSection.model_fields["o2m"].default
+        if not self.one_to_many and self.loss.o2m != default:
+            raise ValueError("loss.o2m has no effect while one_to_many is false: set one_to_many to true")
+        return self
+
+    def required_data_dir(self) -> Path:
+        """The data folder as a path.
+
+        Raises:
+            UserError: `data_dir` is not set, or is no folder.
+        """
+        if self.data_dir is None:
+            raise UserError(
+                "training.data_dir is not set: give --data-dir DIR, the folder that holds train/ and valid/"
+            )
+        path = Path(self.data_dir).expanduser()
+        if not path.is_dir():
+            raise UserError(f"training.data_dir: no folder at {path}; expected one that holds train/ and valid/")
+        return path
