@@ -1,0 +1,68 @@
+"""Box conversions and overlaps, element-wise with broadcasting.
+
+Boxes are float tensors with four last-axis entries. `cxcywh` is centre and size, `xyxy` is two corners; both in the
+same unit (here: normalised to the model input). Pairwise tables are the element-wise functions on `a[:, None]` and
+`b[None]`.
+No epsilon is added to a denominator, so two boxes without area give NaN: drop empty targets before training.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
+    """Centre and size to corners, (..., 4) to (..., 4), not clipped.
+
+    >>> cxcywh_to_xyxy(torch.tensor([0.5, 0.5, 0.2, 0.4])).tolist() == torch.tensor([0.4, 0.3, 0.6, 0.7]).tolist()
+    True
+    """
+    centre, half_size = boxes[..., :2], boxes[..., 2:] * 0.5
+    return torch.cat([centre - half_size, centre + half_size], dim=-1)
+
+
+def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
+    """Corners to centre and size, (..., 4) to (..., 4)."""
+    low, high = boxes[..., :2], boxes[..., 2:]
+    return torch.cat([(low + high) * 0.5, high - low], dim=-1)
+
+
+def box_area(boxes_xyxy: Tensor) -> Tensor:
+    """Area of (..., 4) boxes, (...)."""
+    return (boxes_xyxy[..., 2] - boxes_xyxy[..., 0]) * (boxes_xyxy[..., 3] - boxes_xyxy[..., 1])
+
+
+def box_iou_and_union(a_xyxy: Tensor, b_xyxy: Tensor) -> tuple[Tensor, Tensor]:
+    """Intersection over union in [0, 1], and the area of the union, of boxes that broadcast against each other."""
+    low = torch.maximum(a_xyxy[..., :2], b_xyxy[..., :2])
+    high = torch.minimum(a_xyxy[..., 2:], b_xyxy[..., 2:])
+    overlap = (high - low).clamp(min=0)
+    intersection = overlap[..., 0] * overlap[..., 1]
+    union = box_area(a_xyxy) + box_area(b_xyxy) - intersection
+    return intersection / union, union
+
+
+def box_iou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
+    """Intersection over union, in [0, 1]; NaN when neither box has an area.
+
+    >>> box_iou(torch.tensor([0.0, 0.0, 2.0, 2.0]), torch.tensor([0.0, 0.0, 2.0, 1.0])).item()
+    0.5
+    """
+    return box_iou_and_union(a_xyxy, b_xyxy)[0]
+
+
+def box_giou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
+    """Generalised IoU, in (-1, 1]: IoU minus the share of the enclosing box that the union leaves empty.
+
+    Source: Rezatofighi et al. 2019, https://arxiv.org/abs/1902.09630.
+
+    >>> box_giou(torch.tensor([0.0, 0.0, 1.0, 1.0]), torch.tensor([3.0, 0.0, 4.0, 1.0])).item()
+    -0.5
+    """
+    iou, union = box_iou_and_union(a_xyxy, b_xyxy)
+    low = torch.minimum(a_xyxy[..., :2], b_xyxy[..., :2])
+    high = torch.maximum(a_xyxy[..., 2:], b_xyxy[..., 2:])
+    side = high - low
+    enclosing = side[..., 0] * side[..., 1]
+    return iou - (enclosing - union) / enclosing

@@ -1,0 +1,227 @@
+"""SAM 3's training loss of one forward: match, compute the terms, weigh and add them up.
+
+    total = sqrt(queries) { sum over layers [5 bbox + 2 giou + 20 ce + 20 presence](o2o)
+                            + 2 sum over layers [5 bbox + 2 giou + 20 ce](o2m)
+                            + [200 mask + 10 dice](o2o) + 2 [200 mask + 10 dice](o2m)
+                            + 20 semantic_seg + 30 semantic_dice }
+
+Every term is a sum divided by a count of the whole optimizer step, so that chunks, micro-batches and workers add up.
+Shapes as in `targets.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .masks import PointSampling, mask_loss_sums, semantic_loss_sums, union_of_masks
+from .matching import HungarianCost, Matches, OneToManyRule, Pairs, match
+from .targets import Predictions, Targets
+from .terms import box_terms, iabce_term, presence_term, visible_queries
+from .weights import LossWeights, Normalizer
+
+
+@dataclass
+class LossOutput:
+    """The loss of one call.
+
+    Attributes:
+        total: scalar, weighted and scaled, with its graph.
+        terms: name -> detached scalar, unweighted and without the square root, summed over layers; terms of chunks
+            add up.
+        per_layer: name -> detached (L,), the same for the terms that every layer has.
+        matches: which prediction was matched with which target.
+        diagnostics: `ce_f1` (L,), F1 in [0, 1] of one-to-one logits at probability 0.5 against matched or not (0 when
+            undefined), and `presence_accuracy` (L,), the share of queries whose presence is right at probability 0.5.
+            Means, not sums.
+    """
+
+    total: Tensor
+    terms: dict[str, Tensor]
+    per_layer: dict[str, Tensor]
+    matches: Matches
+    diagnostics: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Criterion:
+    """SAM 3's loss for one-to-one and one-to-many branches, boxes, presence, masks and semantic masks.
+
+    Args:
+        weights: factor of each term.
+        pos_weight, alpha, gamma: of the classification term (`terms.iabce_elements`).
+        pad_n_queries: smallest number of object queries that the classification term divides by; None divides by Q.
+        cost_class, cost_bbox, cost_giou: of the Hungarian matcher.
+        o2m_alpha, o2m_threshold, o2m_topk: of the one-to-many rule of the final layer.
+        mask_points: points a mask is compared at; None compares all pixels.
+        mask_points_oversample, mask_points_importance: how the points are chosen.
+        mask_chunk: masks resized and compared at a time, the bound on memory.
+        touch_unused: where no pair has a mask and gradients are on, still ask `mask_logits` and `semantic_logits` for
+            their first entry and multiply it by zero, so that every parameter has a gradient (DistributedDataParallel
+            waits for it). False saves that forward.
+    """
+
+    def __init__(
+        self,
+        weights: LossWeights | None = None,
+        *,
+        pos_weight: float = 10.0,
+        alpha: float = 0.25,
+        gamma: float = 2.0,
+        pad_n_queries: int | None = 200,
+        cost_class: float = 2.0,
+        cost_bbox: float = 5.0,
+        cost_giou: float = 2.0,
+        o2m_alpha: float = 0.3,
+        o2m_threshold: float = 0.4,
+        o2m_topk: int = 4,
+        mask_points: int | None = None,
+        mask_points_oversample: float = 3.0,
+        mask_points_importance: float = 0.75,
+        mask_chunk: int = 16,
+        touch_unused: bool = True,
+    ) -> None:
+        self.weights = weights or LossWeights()
+        self.classify = partial(
+            iabce_term, pos_weight=pos_weight, alpha=alpha, gamma=gamma, pad_n_queries=pad_n_queries
+        )
+        self.hungarian = HungarianCost(cost_class, cost_bbox, cost_giou)
+        self.one_to_many = OneToManyRule(o2m_alpha, o2m_threshold, o2m_topk)
+        self.sampling = None
+        if mask_points is not None:
+            self.sampling = PointSampling(mask_points, mask_points_oversample, mask_points_importance)
+        self.mask_chunk = mask_chunk
+        self.touch_unused = touch_unused
+
+    def __call__(self, predictions: Predictions, targets: Targets, normalizer: Normalizer | None = None) -> LossOutput:
+        """Loss of one forward.
+
+        Args:
+            normalizer: counts of the whole optimizer step; None takes them from this batch alone.
+
+        Raises:
+            FloatingPointError: a matching cost is not finite; the message names the query.
+            ValueError: predictions and targets disagree in shape.
+        """
+        matches = match(predictions, targets, self.hungarian, self.one_to_many)
+        semantic_queries = _semantic_queries(matches)
+        if normalizer is None:
+            num_boxes = len(targets.boxes_cxcywh_T4)
+            normalizer = Normalizer.from_counts(len(targets.num_B), num_boxes, len(semantic_queries))
+
+        per_layer, diagnostics = self._layer_terms(predictions, targets, matches, normalizer)
+        device = predictions.logits_LBQ.device
+        scalars = {
+            **self._mask_terms("o2o", matches.o2o, predictions, targets, matches, normalizer),
+            **self._mask_terms("o2m", matches.o2m, predictions, targets, matches, normalizer),
+            **self._semantic_terms(semantic_queries, predictions, targets, matches, normalizer),
+        }
+        terms = {name: values.sum() for name, values in per_layer.items()} | scalars
+        weight = self.weights.by_term()
+        total = torch.zeros((), device=device)
+        for name, value in terms.items():
+            total = total + weight[name] * value
+        return LossOutput(
+            total=normalizer.scale * total,
+            terms={name: value.detach() for name, value in terms.items()},
+            per_layer={name: values.detach() for name, values in per_layer.items()},
+            matches=matches,
+            diagnostics=diagnostics,
+        )
+
+    def _layer_terms(
+        self, predictions: Predictions, targets: Targets, matches: Matches, normalizer: Normalizer
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        device = predictions.logits_LBQ.device
+        target_boxes = targets.boxes_cxcywh_T4.to(device)
+        present_B = visible_queries(target_boxes, targets.query_index().to(device), len(targets.num_B))
+
+        def branch_terms(logits: Tensor, boxes: Tensor, pairs: Pairs, suffix: str) -> tuple[dict[str, Tensor], Tensor]:
+            bbox, giou = box_terms(boxes, target_boxes, pairs, normalizer.num_boxes)
+            ce, matched = self.classify(logits, boxes, target_boxes, pairs, present_B, normalizer.num_queries)
+            return {f"loss_bbox{suffix}": bbox, f"loss_giou{suffix}": giou, f"loss_ce{suffix}": ce}, matched
+
+        per_layer, matched = branch_terms(predictions.logits_LBQ, predictions.boxes_cxcywh_LBQ4, matches.o2o, "")
+        presence = predictions.presence_logits_LB
+        per_layer["presence_loss"] = presence_term(presence, present_B, normalizer.num_queries)
+        logits_o2m, boxes_o2m = predictions.logits_o2m_LBQ, predictions.boxes_o2m_LBQ4
+        if logits_o2m is not None and boxes_o2m is not None and matches.o2m is not None:
+            per_layer |= branch_terms(logits_o2m, boxes_o2m, matches.o2m, "_o2m")[0]
+        diagnostics = {
+            "ce_f1": _f1(predictions.logits_LBQ.detach() > 0, matched),
+            "presence_accuracy": ((presence.detach() > 0) == (present_B > 0)).float().mean(dim=1),
+        }
+        return per_layer, diagnostics
+
+    def _mask_terms(
+        self,
+        branch: str,
+        pairs: Pairs | None,
+        predictions: Predictions,
+        targets: Targets,
+        matches: Matches,
+        normalizer: Normalizer,
+    ) -> dict[str, Tensor]:
+        if pairs is None:
+            return {}
+        suffix, device = ("" if branch == "o2o" else "_o2m"), predictions.logits_LBQ.device
+        focal = dice = torch.zeros((), device=device)
+        if predictions.mask_logits is None:
+            return {f"loss_mask{suffix}": focal, f"loss_dice{suffix}": dice}
+        rows = pairs.host_M4[pairs.host_M4[:, 0] == len(pairs.num_per_layer) - 1]
+        rows = rows[matches.mask_valid_T[rows[:, 3]]]
+        if targets.masks_THW is not None and len(rows):
+            _, query, object_query, target = torch.from_numpy(np.ascontiguousarray(rows.T))
+            logits = predictions.mask_logits(branch, query.to(device), object_query.to(device))
+            target = target.to(targets.masks_THW.device)
+            focal, dice = mask_loss_sums(logits, targets.masks_THW, target, self.sampling, self.mask_chunk)
+        elif self._must_touch(targets):
+            first = torch.zeros(1, dtype=torch.long, device=device)
+            focal = 0.0 * predictions.mask_logits(branch, first, first).float().sum()
+        return {f"loss_mask{suffix}": focal / normalizer.num_boxes, f"loss_dice{suffix}": dice / normalizer.num_boxes}
+
+    def _semantic_terms(
+        self,
+        queries: np.ndarray,
+        predictions: Predictions,
+        targets: Targets,
+        matches: Matches,
+        normalizer: Normalizer,
+    ) -> dict[str, Tensor]:
+        device = predictions.logits_LBQ.device
+        focal = dice = torch.zeros((), device=device)
+        if predictions.semantic_logits is None:
+            return {"loss_semantic_seg": focal, "loss_semantic_dice": dice}
+        masks = targets.masks_THW
+        if masks is not None and len(queries):
+            ends = np.cumsum(matches.num_targets_B)
+            ranges = [(int(ends[query] - matches.num_targets_B[query]), int(ends[query])) for query in queries]
+            valid = targets.mask_valid_T.to(masks.device)
+            logits = predictions.semantic_logits(torch.from_numpy(queries).to(device))
+            focal, dice = semantic_loss_sums(
+                logits, lambda start, end: union_of_masks(masks, valid, ranges[start:end]), chunk_size=self.mask_chunk
+            )
+        elif self._must_touch(targets):
+            first = torch.zeros(1, dtype=torch.long, device=device)
+            focal = 0.0 * predictions.semantic_logits(first).float().sum()
+        return {
+            "loss_semantic_seg": focal / normalizer.num_semantic,
+            "loss_semantic_dice": dice / normalizer.num_semantic,
+        }
+
+    def _must_touch(self, targets: Targets) -> bool:
+        return self.touch_unused and torch.is_grad_enabled() and len(targets.num_B) > 0
+
+
+def _semantic_queries(matches: Matches) -> np.ndarray:
+    query_of_target = np.repeat(np.arange(len(matches.num_targets_B)), matches.num_targets_B)
+    return np.unique(query_of_target[matches.has_mask_pixels_T])
+
+
+def _f1(predicted_LBQ: Tensor, matched_LBQ: Tensor) -> Tensor:
+    both = (predicted_LBQ & matched_LBQ).sum(dim=(1, 2))
+    either = predicted_LBQ.sum(dim=(1, 2)) + matched_LBQ.sum(dim=(1, 2))
+    return 2 * both / either.clamp(min=1)

@@ -1,0 +1,94 @@
+"""What the criterion is given: packed targets and the predictions of one forward.
+
+Shapes: `B` find queries (image, prompt pairs), `Q` object queries, `L` decoder layers (the last is the final one),
+`T` targets of all queries packed in order, `M` matched pairs, `K` selected queries, `H` `W` target pixels, `h` `w`
+predicted ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MaskLogits = Callable[[str, Tensor, Tensor], Tensor]
+SemanticLogits = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class Targets:
+    """Targets of B queries, packed: query b owns `num_B[b]` consecutive rows, in the order of the queries.
+
+    Attributes:
+        num_B: (B,) long, targets of each query; 0 says that the prompt is absent from the image.
+        boxes_cxcywh_T4: (T, 4) float, normalised to the model input.
+        masks_THW: (T, H, W) bool at any resolution, covering the whole model input; None trains without masks.
+            May stay on another device than the predictions.
+        mask_valid_T: (T,) bool, False where a target has a box but no mask.
+
+    Raises:
+        ValueError: the parts disagree in the number of targets (`num_B` is checked while it is on the CPU, so that no
+            device has to be waited for).
+    """
+
+    num_B: Tensor
+    boxes_cxcywh_T4: Tensor
+    masks_THW: Tensor | None
+    mask_valid_T: Tensor
+
+    def __post_init__(self) -> None:
+        num_targets = self.boxes_cxcywh_T4.shape[0]
+        if self.boxes_cxcywh_T4.shape != (num_targets, 4):
+            raise ValueError(f"boxes_cxcywh_T4 must be (T, 4), got {tuple(self.boxes_cxcywh_T4.shape)}")
+        if self.num_B.device.type == "cpu" and int(self.num_B.sum()) != num_targets:
+            raise ValueError(f"num_B sums to {int(self.num_B.sum())}, but there are {num_targets} target boxes")
+        if self.mask_valid_T.shape != (num_targets,):
+            raise ValueError(f"mask_valid_T must be ({num_targets},), got {tuple(self.mask_valid_T.shape)}")
+        if self.masks_THW is not None and (self.masks_THW.ndim != 3 or self.masks_THW.shape[0] != num_targets):
+            raise ValueError(f"masks_THW must be ({num_targets}, H, W), got {tuple(self.masks_THW.shape)}")
+
+    def to(self, device: torch.device | str) -> Targets:
+        """The same targets on another device."""
+        masks = None if self.masks_THW is None else self.masks_THW.to(device)
+        return Targets(self.num_B.to(device), self.boxes_cxcywh_T4.to(device), masks, self.mask_valid_T.to(device))
+
+    def query_index(self) -> Tensor:
+        """(T,) long: which query each target belongs to."""
+        queries = torch.arange(len(self.num_B), device=self.num_B.device)
+        return queries.repeat_interleave(self.num_B, output_size=len(self.boxes_cxcywh_T4))
+
+    def has_mask_pixels(self) -> Tensor:
+        """(T,) bool: the target's mask is valid and not empty."""
+        if self.masks_THW is None:
+            return torch.zeros_like(self.mask_valid_T)
+        return self.masks_THW.flatten(1).any(dim=1).to(self.mask_valid_T.device) & self.mask_valid_T
+
+
+@dataclass
+class Predictions:
+    """Outputs of one forward for B queries, in fp32 or lower; logits are raw and presence is not multiplied in.
+
+    Attributes:
+        logits_LBQ, boxes_cxcywh_LBQ4, presence_logits_LB: the one-to-one branch.
+        logits_o2m_LBQ, boxes_o2m_LBQ4: the one-to-many branch, or None.
+        mask_logits: `(branch, b_index (M,), q_index (M,)) -> (M, h, w)`, branch "o2o" or "o2m"; asked once per branch
+            for the final layer's matched pairs with a valid mask (see `Criterion` for the case of no such pair).
+            None: no mask terms.
+        semantic_logits: `(b_index (K,)) -> (K, h, w)`; asked once, for the queries that have a mask. None: no
+            semantic terms.
+    """
+
+    logits_LBQ: Tensor
+    boxes_cxcywh_LBQ4: Tensor
+    presence_logits_LB: Tensor
+    logits_o2m_LBQ: Tensor | None = None
+    boxes_o2m_LBQ4: Tensor | None = None
+    mask_logits: MaskLogits | None = None
+    semantic_logits: SemanticLogits | None = None
+
+
+def count_semantic(targets: Targets) -> int:
+    """Number of queries whose semantic target, the union of their valid masks, is not empty."""
+    return int(targets.query_index()[targets.has_mask_pixels()].unique().numel())

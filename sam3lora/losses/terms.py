@@ -1,0 +1,167 @@
+"""Element-wise losses and the box, classification and presence terms.
+
+Shapes: `L` decoder layers, `B` find queries, `Q` object queries, `M` matched pairs, `P` points or pixels.
+Everything is computed in fp32 whatever comes in.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .boxes import box_giou, box_iou, cxcywh_to_xyxy
+from .matching import Pairs
+
+
+def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Element-wise y softplus(-x) + (1-y) softplus(x), for targets in [0, 1]."""
+    return F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+
+
+def sigmoid_focal(logits: Tensor, targets: Tensor, alpha: float, gamma: float) -> Tensor:
+    """Element-wise focal loss [a y + (1-a)(1-y)] (1-p_t)^g BCE(x, y), with p_t = s(x) y + (1-s(x))(1-y).
+
+    Source: Lin et al. 2017, https://arxiv.org/abs/1708.02002; soft targets are allowed, a negative alpha means no
+        class weight.
+    """
+    logits, targets = logits.float(), targets.float()
+    loss = binary_cross_entropy(logits, targets)
+    if gamma != 0:
+        miss = torch.addcmul(targets, logits.sigmoid(), 1 - 2 * targets)  # 1 - p_t
+        loss = loss * miss**gamma
+    if alpha >= 0:
+        loss = loss * ((1 - alpha) + (2 * alpha - 1) * targets)
+    return loss
+
+
+def soft_dice(logits_MP: Tensor, targets_MP: Tensor) -> Tensor:
+    """(M,) 1 - (2 sum s y + 1) / (sum s + sum y + 1) of each row, s = sigmoid(x), in [0, 1).
+
+    Source: Milletari et al. 2016, https://arxiv.org/abs/1606.04797, with the usual smoothing by one.
+    """
+    probability, targets = logits_MP.float().sigmoid(), targets_MP.float()
+    overlap = (probability * targets).sum(-1)
+    return 1 - (2 * overlap + 1) / (probability.sum(-1) + targets.sum(-1) + 1)
+
+
+def box_terms(
+    boxes_cxcywh_LBQ4: Tensor, target_boxes_T4: Tensor, pairs: Pairs, num_boxes: float
+) -> tuple[Tensor, Tensor]:
+    """Per layer (L,), over matched pairs: sum |cxcywh - target| / num_boxes, and sum (1 - GIoU) / num_boxes."""
+    predicted_M4 = boxes_cxcywh_LBQ4.float()[pairs.layer_M, pairs.query_M, pairs.object_query_M]
+    target_M4 = target_boxes_T4.float()[pairs.target_M]
+    l1_M = (predicted_M4 - target_M4).abs().sum(-1)
+    giou_M = box_giou(cxcywh_to_xyxy(predicted_M4), cxcywh_to_xyxy(target_M4))
+    return _sum_per_layer(l1_M, pairs) / num_boxes, _sum_per_layer(1 - giou_M, pairs) / num_boxes
+
+
+def _sum_per_layer(values_M: Tensor, pairs: Pairs) -> Tensor:
+    return torch.stack([part.sum() for part in values_M.split(pairs.num_per_layer)])
+
+
+def visible_queries(target_boxes_T4: Tensor, query_index_T: Tensor, num_queries: int) -> Tensor:
+    """(B,) float: 1 for a query with at least one target of positive width and height, else 0."""
+    visible_T = (target_boxes_T4[:, 2:] > 0).all(dim=1).float()
+    return visible_T.new_zeros(num_queries).scatter_reduce(0, query_index_T, visible_T, "amax")
+
+
+def presence_term(
+    presence_logits_LB: Tensor, present_B: Tensor, num_queries: float, alpha: float = 0.5, gamma: float = 0.0
+) -> Tensor:
+    """Per layer (L,): focal loss of the presence logit against "the query has a target", sum / num_queries.
+
+    The defaults make it half the mean binary cross-entropy.
+    """
+    targets_LB = present_B.expand_as(presence_logits_LB)
+    return sigmoid_focal(presence_logits_LB, targets_LB, alpha, gamma).sum(dim=1) / num_queries
+
+
+def iabce_elements(
+    logits_LBQ: Tensor,
+    boxes_cxcywh_LBQ4: Tensor,
+    target_boxes_T4: Tensor,
+    pairs: Pairs,
+    pos_weight: float = 10.0,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    pos_focal: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """IoU-aware binary cross-entropy of every prediction, before masking and averaging.
+
+    Matched: pos_weight BCE(x, t), t = max(p^alpha IoU^(1-alpha), 0.01) without gradient (`pos_focal`: focal with
+    alpha 0.5 in place of BCE). Unmatched: p^gamma BCE(x, 0), gradient also through p^gamma. A prediction matched with
+    several targets takes the t of its last pair. Source: Align-DETR, https://arxiv.org/abs/2304.07527.
+
+    Returns:
+        (L, B, Q) losses and (L, B, Q) bool, which predictions are matched.
+    """
+    logits_LBQ = logits_LBQ.float()
+    index = (pairs.layer_M, pairs.query_M, pairs.object_query_M)
+    with torch.no_grad():
+        predicted_M4 = boxes_cxcywh_LBQ4.float()[index]
+        iou_M = box_iou(cxcywh_to_xyxy(predicted_M4), cxcywh_to_xyxy(target_boxes_T4.float()[pairs.target_M]))
+        quality_M = (logits_LBQ[index].sigmoid() ** alpha * iou_M ** (1 - alpha)).clamp(min=0.01)
+        # "The last pair wins" by its number: writing quality_M with repeated indices would be in no defined order on
+        # a GPU.
+        last_pair = _last_pair_of_each_prediction(pairs, logits_LBQ.shape)
+        matched = last_pair >= 0
+        quality = torch.cat([quality_M, quality_M.new_zeros(1)])[last_pair]
+    if pos_focal:
+        positive = sigmoid_focal(logits_LBQ, quality, alpha=0.5, gamma=gamma)
+    else:
+        positive = binary_cross_entropy(logits_LBQ, quality)
+    negative = logits_LBQ.sigmoid() ** gamma * F.softplus(logits_LBQ)
+    return torch.where(matched, pos_weight * positive, negative), matched
+
+
+def _last_pair_of_each_prediction(pairs: Pairs, shape_LBQ: torch.Size) -> Tensor:
+    _, num_queries, num_object_queries = shape_LBQ
+    flat_M = (pairs.layer_M * num_queries + pairs.query_M) * num_object_queries + pairs.object_query_M
+    order_M = torch.arange(len(flat_M), device=flat_M.device)
+    last = torch.full((shape_LBQ.numel(),), -1, device=flat_M.device)
+    return last.scatter_reduce(0, flat_M, order_M, "amax").view(shape_LBQ)
+
+
+def iabce_term(
+    logits_LBQ: Tensor,
+    boxes_cxcywh_LBQ4: Tensor,
+    target_boxes_T4: Tensor,
+    pairs: Pairs,
+    present_B: Tensor,
+    num_queries: float,
+    pad_n_queries: int | None = 200,
+    pad_scale_pos: float = 1.0,
+    use_presence: bool = True,
+    exhaustive_B: Tensor | None = None,
+    pos_weight: float = 10.0,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    pos_focal: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Classification term per layer: sum over all predictions / (num_queries max(Q, pad_n_queries)).
+
+    Args:
+        present_B: (B,) 1 where the query has a visible target; other queries get no loss while `use_presence` is on.
+        pad_n_queries: smallest number of object queries to divide by; None divides by Q.
+        pad_scale_pos: factor of the matched predictions' loss where Q is below `pad_n_queries`.
+        exhaustive_B: (B,) bool; given, the "weak" variant: unmatched predictions of queries that are not exhaustively
+            annotated are left out, and the sum is divided by the number of entries kept + 1e-6 (those of absent
+            queries count).
+
+    Returns:
+        (L,) losses and (L, B, Q) bool, which predictions are matched.
+    """
+    loss, matched = iabce_elements(
+        logits_LBQ, boxes_cxcywh_LBQ4, target_boxes_T4, pairs, pos_weight, alpha, gamma, pos_focal
+    )
+    if use_presence:
+        loss = loss * present_B[:, None]
+    num_object_queries = logits_LBQ.shape[2]
+    if exhaustive_B is not None:
+        kept = (matched | exhaustive_B[:, None]).float()
+        return (loss * kept).sum(dim=(1, 2)) / (kept.sum(dim=(1, 2)) + 1e-6), matched
+    if pad_n_queries is not None and num_object_queries < pad_n_queries:
+        loss = torch.where(matched, loss * pad_scale_pos, loss)
+        num_object_queries = pad_n_queries
+    return loss.sum(dim=(1, 2)) / (num_queries * num_object_queries), matched
