@@ -1,0 +1,94 @@
+"""Where an image lies in the model's square frame, and how it gets there.
+
+SAM 3 is trained on images resized to a random square (the aspect ratio is not kept) and put at a random place on black;
+it is evaluated on the full frame.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from sam3lora.data.images import resize_image
+
+Augmentation = Literal["none", "sam3"]
+
+# facebookresearch/sam3, fine-tuning configurations: sides of the random square resize for a frame of 1008 pixels
+SAM3_SIDES = tuple(range(480, 1009, 32))
+SAM3_FRAME = 1008
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The image's square in the frame, all in units of the frame's side: `x' = offset + scale * x`, mirrored first.
+
+    Args:
+        scale: Side of the image's square.
+        offset_x: Left edge.
+        offset_y: Top edge.
+        flip: Mirrored left to right.
+    """
+
+    scale: float = 1.0
+    offset_x: float = 0.0
+    offset_y: float = 0.0
+    flip: bool = False
+
+    @property
+    def is_full_frame(self) -> bool:
+        return self.scale == 1.0 and self.offset_x == 0.0 and self.offset_y == 0.0
+
+    def map_points(self, points_xy: np.ndarray) -> np.ndarray:
+        """Points (N, 2) relative to the image -> relative to the frame.
+
+        >>> Placement(scale=0.5, offset_x=0.25, flip=True).map_points(np.array([[0.0, 1.0]])).tolist()
+        [[0.75, 0.5]]
+        """
+        x, y = points_xy[:, 0], points_xy[:, 1]
+        x = 1.0 - x if self.flip else x
+        return np.stack([self.offset_x + self.scale * x, self.offset_y + self.scale * y], axis=1)
+
+    def map_boxes(self, boxes_xyxy: np.ndarray) -> np.ndarray:
+        """Boxes (N, 4) xyxy relative to the image -> relative to the frame."""
+        first, second = self.map_points(boxes_xyxy[:, :2]), self.map_points(boxes_xyxy[:, 2:])
+        return np.concatenate([np.minimum(first, second), np.maximum(first, second)], axis=1)
+
+
+def choose_placement(
+    resolution: int,
+    rng: np.random.Generator,
+    *,
+    augmentation: Augmentation = "none",
+    horizontal_flip: float = 0.0,
+) -> Placement:
+    """Draw a placement.
+
+    Args:
+        resolution: Side S of the frame in pixels; SAM 3's sides are scaled to it.
+        rng: Source of randomness; the number of draws depends on the settings only.
+        augmentation: "none" fills the frame, "sam3" is SAM 3's random square resize and offset.
+        horizontal_flip: Probability of mirroring left to right (0 in SAM 3's own recipe).
+    """
+    flip = bool(rng.random() < horizontal_flip)
+    if augmentation == "none":
+        return Placement(flip=flip)
+    assert augmentation == "sam3", augmentation
+    side = max(1, round(int(rng.choice(SAM3_SIDES)) * resolution / SAM3_FRAME))
+    left, top = (int(v) for v in rng.integers(0, resolution - side, size=2, endpoint=True))
+    return Placement(side / resolution, left / resolution, top / resolution, flip)
+
+
+def place_image(image: np.ndarray, placement: Placement, resolution: int) -> np.ndarray:
+    """Image uint8 (H, W, 3) -> frame uint8 (S, S, 3), black outside the image's square."""
+    side = round(placement.scale * resolution)
+    resized = resize_image(image, (side, side))
+    if placement.flip:
+        resized = resized[:, ::-1]
+    if side == resolution:
+        return np.ascontiguousarray(resized)
+    left, top = round(placement.offset_x * resolution), round(placement.offset_y * resolution)
+    frame = np.zeros((resolution, resolution, 3), dtype=np.uint8)
+    frame[top : top + side, left : left + side] = resized
+    return frame

@@ -1,0 +1,96 @@
+"""Images of one split that a model has, in effect, already seen in another."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import PurePosixPath
+
+NEIGHBOUR_FRAMES = 2
+
+_EXPORT_HASH = re.compile(r"^(?P<stem>.+)\.rf\.[0-9A-Za-z]{16,}$")
+_EXPORT_SUFFIX = re.compile(r"(?:_(?:jpe?g|png|bmp|webp|tiff?))+$", re.IGNORECASE)
+_FRAME = re.compile(r"^(?P<prefix>.*\d.*[_-])(?P<number>\d+)$")
+
+
+@dataclass
+class Leak:
+    """Images shared by two splits, by one way of telling.
+
+    Args:
+        kind: "same_content" (identical files), "same_source" (exports of one picture under other names) or
+            "neighbouring_frames" (numbered names at most two apart: frames or tiles of one recording; a hint).
+        splits: The two splits.
+        count: Images of the second split that are concerned.
+        examples: A few pairs of names.
+    """
+
+    kind: str
+    splits: tuple[str, str]
+    count: int = 0
+    examples: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, object]:
+        return {"kind": self.kind, "splits": list(self.splits), "count": self.count, "examples": self.examples}
+
+
+def source_name(file_name: str) -> str:
+    """Name of the picture that a file was exported from.
+
+    >>> source_name("images/GX01_000018_jpg.rf.c66c9a0ba987e31946504347c2dd9c00.jpg")
+    'GX01_000018_jpg'
+    """
+    stem = PurePosixPath(file_name.replace("\\", "/")).stem
+    match = _EXPORT_HASH.match(stem)
+    return match["stem"] if match else stem
+
+
+def count_augmented_copies(file_names: Iterable[str]) -> int:
+    """Files beyond the first of each exported picture, within one split."""
+    names = [name for name in file_names if _EXPORT_HASH.match(PurePosixPath(name).stem)]
+    return len(names) - len({source_name(name) for name in names})
+
+
+def find_leaks(splits: Mapping[str, Mapping[str, str]]) -> list[Leak]:
+    """Compare all pairs of splits.
+
+    Args:
+        splits: Split name -> {file name: hash of the file's content}.
+
+    Returns:
+        Leaks that occur, an image counted under the surest kind only.
+    """
+    return [leak for a, b in combinations(splits, 2) for leak in _compare(a, splits[a], b, splits[b]) if leak.count]
+
+
+def _compare(name_a: str, a: Mapping[str, str], name_b: str, b: Mapping[str, str]) -> list[Leak]:
+    by_hash = {digest: name for name, digest in a.items()}
+    by_source = {source_name(name): name for name in a}
+    by_prefix: dict[str, dict[int, str]] = defaultdict(dict)
+    for name in a:
+        frame = _frame(name)
+        if frame:
+            by_prefix[frame[0]][frame[1]] = name
+    leaks = {kind: Leak(kind, (name_a, name_b)) for kind in ("same_content", "same_source", "neighbouring_frames")}
+    for name, digest in b.items():
+        kind, other = "same_content", by_hash.get(digest)
+        if other is None:
+            kind, other = "same_source", by_source.get(source_name(name))
+        frame = _frame(name)
+        if other is None and frame:
+            numbers = by_prefix.get(frame[0], {})
+            near = [n for n in range(frame[1] - NEIGHBOUR_FRAMES, frame[1] + NEIGHBOUR_FRAMES + 1) if n in numbers]
+            kind, other = "neighbouring_frames", numbers[near[0]] if near else None
+        if other is not None:
+            leaks[kind].count += 1
+            if len(leaks[kind].examples) < 3:
+                leaks[kind].examples.append(f"{name_a}/{other} = {name_b}/{name}")
+    return list(leaks.values())
+
+
+def _frame(file_name: str) -> tuple[str, int] | None:
+    match = _FRAME.match(_EXPORT_SUFFIX.sub("", source_name(file_name)))
+    return (match["prefix"], int(match["number"])) if match else None

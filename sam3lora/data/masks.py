@@ -1,0 +1,139 @@
+"""Polygons and run-length masks to pixels, areas and boxes.
+
+A segmentation is what a cleaned record holds: a list of polygons `[[x0, y0, x1, y1, ...], ...]` in pixels of the
+annotated image, an RLE `{"size": [height, width], "counts": ...}`, either of them as JSON text, or None.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import cv2
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from sam3lora.data.augment import Placement
+from sam3lora.data.rle import read_rle
+
+Segmentation = str | list | dict | None
+
+
+def parse_segmentation(segmentation: Segmentation) -> list | dict | None:
+    """JSON text -> object; None for an empty one."""
+    if isinstance(segmentation, str):
+        return json.loads(segmentation) or None
+    return segmentation or None
+
+
+def encode_segmentation(segmentation: Segmentation, size_hw: tuple[int, int]) -> dict[str, Any] | None:
+    """One COCO RLE of all parts at the annotated size: for areas and for evaluation at original resolution.
+
+    Args:
+        segmentation: See the module.
+        size_hw: Height and width of the annotated image (polygons; an RLE has its own).
+
+    Returns:
+        `{"size": [height, width], "counts": bytes}`, or None without a mask.
+    """
+    parsed = parse_segmentation(segmentation)
+    if parsed is None:
+        return None
+    if isinstance(parsed, dict):
+        return read_rle(parsed)
+    height, width = size_hw
+    return coco_mask.merge(coco_mask.frPyObjects(parsed, height, width))
+
+
+def decode_mask(segmentation: Segmentation, size_hw: tuple[int, int]) -> np.ndarray:
+    """Boolean mask (H, W) at `size_hw`; an RLE of another size is rescaled. All False without a mask."""
+    rle = encode_segmentation(segmentation, size_hw)
+    if rle is None:
+        return np.zeros(size_hw, dtype=bool)
+    mask = coco_mask.decode(rle)
+    if mask.shape != tuple(size_hw):
+        mask = _resize_coverage(mask, size_hw) > 0.5
+    return mask.astype(bool)
+
+
+def mask_area(segmentation: Segmentation, size_hw: tuple[int, int]) -> int:
+    """Pixels of the mask at the annotated size (0 without a mask).
+
+    >>> mask_area([[1, 1, 4, 1, 4, 3, 1, 3]], (8, 8))
+    6
+    """
+    rle = encode_segmentation(segmentation, size_hw)
+    return 0 if rle is None else int(coco_mask.area(rle))
+
+
+def mask_box(segmentation: Segmentation, size_hw: tuple[int, int]) -> tuple[float, float, float, float] | None:
+    """Tight box (x, y, width, height) of the mask's pixels, in pixels; None when no pixel is set."""
+    rle = encode_segmentation(segmentation, size_hw)
+    if rle is None or coco_mask.area(rle) == 0:
+        return None
+    x, y, width, height = (float(v) for v in coco_mask.toBbox(rle))
+    return x, y, width, height
+
+
+def place_mask(
+    segmentation: Segmentation, size_hw: tuple[int, int], placement: Placement, mask_size: int
+) -> np.ndarray | None:
+    """Draw a mask straight into the model's frame.
+
+    Polygons are scaled and then drawn, which keeps thin shapes that drawing first and shrinking after would lose;
+    run-length masks are shrunk by area, moved with sub-pixel accuracy and cut at one half.
+
+    Args:
+        segmentation: See the module.
+        size_hw: Height and width of the annotated image.
+        placement: Where the image lies in the model's frame.
+        mask_size: Side M of the mask, which covers the whole frame.
+
+    Returns:
+        Boolean mask (M, M), or None without a mask.
+    """
+    parsed = parse_segmentation(segmentation)
+    if parsed is None:
+        return None
+    if isinstance(parsed, list):
+        return _place_polygons(parsed, size_hw, placement, mask_size)
+    return _place_bitmap(coco_mask.decode(read_rle(parsed)), placement, mask_size)
+
+
+def _place_polygons(
+    polygons: list[list[float]], size_hw: tuple[int, int], placement: Placement, mask_size: int
+) -> np.ndarray:
+    """Draw in a window around the object only: most objects are small against the frame."""
+    height, width = size_hw
+    parts = [placement.map_points(np.reshape(part, (-1, 2)) / (width, height)) * mask_size for part in polygons]
+    points = np.concatenate(parts)
+    low = np.clip(np.floor(points.min(axis=0)).astype(int) - 1, 0, mask_size - 1)
+    high = np.clip(np.ceil(points.max(axis=0)).astype(int) + 1, low + 1, mask_size)
+    window_w, window_h = (int(v) for v in high - low)
+    rle = coco_mask.merge(coco_mask.frPyObjects([(part - low).ravel().tolist() for part in parts], window_h, window_w))
+    mask = np.zeros((mask_size, mask_size), dtype=bool)
+    mask[low[1] : high[1], low[0] : high[0]] = coco_mask.decode(rle)
+    return mask
+
+
+def _place_bitmap(mask: np.ndarray, placement: Placement, mask_size: int) -> np.ndarray:
+    extent = placement.scale * mask_size
+    side = max(1, round(extent))
+    coverage = _resize_coverage(mask, (side, side))
+    if placement.flip:
+        coverage = coverage[:, ::-1]
+    if side == mask_size and placement.is_full_frame:
+        return coverage > 0.5
+    # pixel centres: u' = (u + 0.5) * extent / side + offset - 0.5
+    step = extent / side
+    left, top = placement.offset_x * mask_size, placement.offset_y * mask_size
+    matrix = np.array([[step, 0, 0.5 * step + left - 0.5], [0, step, 0.5 * step + top - 0.5]])
+    placed = cv2.warpAffine(np.ascontiguousarray(coverage), matrix, (mask_size, mask_size), flags=cv2.INTER_LINEAR)
+    return placed > 0.5
+
+
+def _resize_coverage(mask: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
+    """Share of each new pixel that the mask covers, float32 in [0, 1]."""
+    shrinks = size_hw[0] < mask.shape[0] or size_hw[1] < mask.shape[1]
+    interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    return cv2.resize(mask.astype(np.float32), size_hw[::-1], interpolation=interpolation)

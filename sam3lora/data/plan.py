@@ -1,0 +1,94 @@
+"""Which images make which batch, in which order, for which worker: decided before anything is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+
+class BatchPlan(NamedTuple):
+    """One batch of one worker: `rows` are positions in the index."""
+
+    epoch: int
+    step: int
+    rows: list[int]
+
+
+def plan_epoch(
+    num_images: int,
+    *,
+    batch_size: int,
+    world_size: int = 1,
+    rank: int = 0,
+    seed: int = 0,
+    epoch: int = 0,
+    shuffle: bool = True,
+) -> list[list[int]]:
+    """A rank's batches of one epoch.
+
+    All ranks draw the same permutation and take turns in it, batch by batch. It is padded by starting over, so that
+    every rank has the same number of equally large batches; the images seen twice are the first of the permutation.
+
+    Args:
+        num_images: Number of images of the split.
+        batch_size: Images a batch and rank.
+        world_size: Number of ranks.
+        rank: This rank.
+        seed: Seed of the permutation, together with `epoch`.
+        epoch: Epoch number.
+        shuffle: False keeps the order of the index.
+
+    Returns:
+        `ceil(num_images / (batch_size * world_size))` lists of `batch_size` positions.
+    """
+    assert num_images > 0
+    assert batch_size > 0
+    assert 0 <= rank < world_size
+    order = np.arange(num_images)
+    if shuffle:
+        order = np.random.default_rng([seed % 2**63, epoch]).permutation(num_images)
+    num_steps = -(-num_images // (batch_size * world_size))
+    padded = np.resize(order, num_steps * world_size * batch_size)
+    return padded.reshape(num_steps, world_size, batch_size)[:, rank].tolist()
+
+
+def plan_run(
+    num_images: int,
+    *,
+    batch_size: int,
+    num_epochs: int,
+    world_size: int = 1,
+    rank: int = 0,
+    seed: int = 0,
+    shuffle: bool = True,
+    start_epoch: int = 0,
+    start_step: int = 0,
+) -> Iterator[BatchPlan]:
+    """A rank's batches of all epochs, from a step on: a run that resumes gets exactly the batches it had left."""
+    for epoch in range(start_epoch, num_epochs):
+        batches = plan_epoch(
+            num_images,
+            batch_size=batch_size,
+            world_size=world_size,
+            rank=rank,
+            seed=seed,
+            epoch=epoch,
+            shuffle=shuffle,
+        )
+        first = start_step if epoch == start_epoch else 0
+        for step in range(first, len(batches)):
+            yield BatchPlan(epoch, step, batches[step])
+
+
+def plan_validation(num_images: int, *, batch_size: int, world_size: int = 1, rank: int = 0) -> list[BatchPlan]:
+    """A rank's share of a split, in order, every image once over all ranks.
+
+    Ranks may get different numbers of batches, also none: no collective call belongs inside a loop over them.
+    """
+    assert batch_size > 0
+    assert 0 <= rank < world_size
+    rows = list(range(rank, num_images, world_size))
+    starts = range(0, len(rows), batch_size)
+    return [BatchPlan(0, step, rows[start : start + batch_size]) for step, start in enumerate(starts)]

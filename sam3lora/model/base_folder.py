@@ -1,0 +1,142 @@
+"""From the name of a base model to a folder with its files: built in, local, or from the Hugging Face hub."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sam3lora.errors import UserError
+from sam3lora.model.tiny import TINY_FOLDER
+
+TINY = "tiny"
+# Never *.pt, *.bin or *.pth: pickles run code when they are loaded.
+_HUB_PATTERNS = ("*.json", "*.safetensors", "*.txt")
+_TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+
+
+@dataclass(frozen=True)
+class BaseFolder:
+    """Files of a base model. ``name`` is what the user wrote; ``revision`` the hub's commit, None for a folder."""
+
+    path: Path
+    name: str
+    revision: str | None
+    config: dict[str, Any]
+
+
+def find_base(name: str, *, revision: str | None = None, local_files_only: bool = False) -> BaseFolder:
+    """Locate a base model and check that its files are complete, without loading weights.
+
+    Args:
+        name: ``"tiny"`` (built in), a folder, or a hub id such as ``facebook/sam3``, which is downloaded once.
+        revision: branch, tag or commit on the hub.
+        local_files_only: use the hub's local cache only.
+
+    Raises:
+        UserError: not found, no access, no network, files missing, or not a SAM 3 checkpoint.
+    """
+    commit = None
+    if name == TINY:
+        path = TINY_FOLDER
+    elif Path(name).expanduser().is_dir():
+        path = Path(name).expanduser()
+    elif _looks_like_a_path(name):
+        raise UserError(f"base model folder {name!r} does not exist: give an existing folder, a hub id, or 'tiny'")
+    else:
+        path = _download(name, revision, local_files_only)
+        commit = path.name
+    _check_files(path, name)
+    return BaseFolder(path, name, commit, _read_config(path, name))
+
+
+def _looks_like_a_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or "\\" in name or name.count("/") != 1
+
+
+def _download(name: str, revision: str | None, local_files_only: bool) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    at = f"{name} at revision {revision}" if revision else name
+    try:
+        return Path(
+            snapshot_download(
+                name, revision=revision, local_files_only=local_files_only, allow_patterns=list(_HUB_PATTERNS)
+            )
+        )
+    except errors.GatedRepoError as error:
+        raise UserError(
+            f"{name} is gated: request access on https://huggingface.co/{name}, then run `hf auth login` or set "
+            "HF_TOKEN. To try things without an account use the built-in model: model.name=tiny"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise UserError(f"{name} has no revision {revision!r}: use a branch, tag or commit of its page") from error
+    except errors.RepositoryNotFoundError as error:
+        raise UserError(
+            f"{name} was not found on the hub, or this account may not see it: check the spelling, and for a private "
+            "model run `hf auth login` or set HF_TOKEN"
+        ) from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        raise UserError(
+            f"{at} is not in the local cache and the hub cannot be used (no network, HF_HUB_OFFLINE, or "
+            "model.local_files_only): download it once where there is a network, or give the folder that holds it, "
+            "or use the built-in model.name=tiny"
+        ) from error
+    except errors.HFValidationError as error:
+        raise UserError(f"{name!r} is no valid hub id (owner/model), no folder, and not 'tiny'") from error
+    except (errors.HTTPError, OSError) as error:
+        raise UserError(f"could not download {at}: {error}") from error
+
+
+def _check_files(path: Path, name: str) -> None:
+    missing = [] if (path / "config.json").is_file() else ["config.json"]
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        shards = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        missing += [shard for shard in shards if not (path / shard).is_file()]
+    elif not (path / "model.safetensors").is_file():
+        missing.append("model.safetensors")
+    if not any(all((path / file).is_file() for file in files) for files in _TOKENIZER_FILES):
+        missing.append("tokenizer.json (or vocab.json and merges.txt)")
+    if not missing:
+        return
+    pickles = sorted(file.name for pattern in ("*.pt", "*.pth", "*.bin") for file in path.glob(pattern))
+    note = f" ({', '.join(pickles)} there is a pickle and is never loaded)" if pickles else ""
+    raise UserError(
+        f"base model {name!r}: {path} lacks {', '.join(missing)}{note}. Expected a SAM 3 saved by transformers: "
+        "config.json, model.safetensors and the tokenizer's files"
+    )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{file} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{file} must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _read_config(path: Path, name: str) -> dict[str, Any]:
+    """The detector's configuration; that of a video checkpoint is inside its own."""
+    config = _read_json(path / "config.json")
+    model_type = config.get("model_type")
+    if model_type == "sam3":
+        return config
+    if model_type == "sam3_video":
+        return config.get("detector_config") or {}
+    raise UserError(
+        f"base model {name!r} has model_type {model_type!r}: expected a SAM 3 checkpoint (sam3 or sam3_video), "
+        "such as facebook/sam3"
+    )
+
+
+def read_processor_settings(path: Path) -> dict[str, Any]:
+    """The image processor's settings stored with a model; empty if there are none."""
+    for file in (path / "processor_config.json", path / "preprocessor_config.json"):
+        if file.is_file():
+            settings = _read_json(file)
+            return settings.get("image_processor", settings)
+    return {}

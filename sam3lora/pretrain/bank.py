@@ -1,0 +1,92 @@
+"""A bank of drawn scenes on disk: drawing takes longer than a training step, so scenes are drawn once and read often."""
+
+from __future__ import annotations
+
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from sam3lora.data.scenes import COLOURS_RGB, NATURAL, SHAPES, SHIFTED, TEXTURES, SceneObject, draw_scene
+
+MAX_OBJECTS = 9
+NOUNS = (*SHAPES, *NATURAL, *SHIFTED)
+COLOURS, BLOCK = tuple(COLOURS_RGB), 256
+
+
+@dataclass
+class SceneBank:
+    """``N`` scenes: images (N, H, W, 3) uint8, ``labels`` (N, H, W) uint8 with 0 for background and k for object k - 1,
+    and for each object its noun, colour and texture as numbers (N, MAX_OBJECTS, 3) int8, -1 where there is none."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    attributes: np.ndarray
+
+    @classmethod
+    def open(cls, folder: Path) -> SceneBank:
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("images", "labels", "attributes")}
+        return cls(**arrays)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def objects(self, row: int) -> list[SceneObject]:
+        labels = np.asarray(self.labels[row])
+        found = []
+        for number, (noun, colour, texture) in enumerate(self.attributes[row].tolist()):
+            if noun < 0:
+                break
+            found.append(
+                SceneObject(
+                    NOUNS[noun],
+                    COLOURS[colour] if colour >= 0 else None,
+                    TEXTURES[texture] if texture >= 0 else None,
+                    labels == number + 1,
+                )
+            )
+        return found
+
+
+def build_bank(
+    folder: Path, count: int, *, seed: int, size: int = 224, domain: str = "base", dense: bool = False, workers: int = 2
+) -> SceneBank:
+    """Draw ``count`` scenes into ``folder`` unless they are there already."""
+    if not (folder / "done").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        shapes = {"images": (count, size, size, 3), "labels": (count, size, size)}
+        for name, shape in shapes.items():
+            np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.uint8, shape)
+        np.lib.format.open_memmap(folder / "attributes.npy", "w+", np.int8, (count, MAX_OBJECTS, 3))
+        with ProcessPoolExecutor(workers) as pool:
+            jobs = [
+                pool.submit(_draw_block, folder, start, min(start + BLOCK, count), seed, size, domain, dense)
+                for start in range(0, count, BLOCK)
+            ]
+            for job in jobs:
+                job.result()
+        (folder / "done").touch()
+    return SceneBank.open(folder)
+
+
+def _draw_block(folder: Path, start: int, stop: int, seed: int, size: int, domain: str, dense: bool) -> None:
+    cv2.setNumThreads(1)
+    images, labels, attributes = (
+        np.load(folder / f"{name}.npy", mmap_mode="r+") for name in ("images", "labels", "attributes")
+    )
+    for row in range(start, stop):
+        rng = np.random.default_rng([seed, row])
+        scene = draw_scene(rng, size=size, domain=domain, dense=dense, max_objects=MAX_OBJECTS if dense else 7)
+        images[row] = scene.image_HW3
+        attributes[row] = -1
+        label_map = np.zeros((size, size), np.uint8)
+        for number, thing in enumerate(scene.objects):
+            label_map[thing.mask_HW] = number + 1
+            attributes[row, number] = (
+                NOUNS.index(thing.noun),
+                COLOURS.index(thing.colour) if thing.colour else -1,
+                TEXTURES.index(thing.texture) if thing.texture else -1,
+            )
+        labels[row] = label_map

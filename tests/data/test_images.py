@@ -1,0 +1,105 @@
+"""Reading every kind of image, and resizing as the model's own processor does."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sam3lora.data.images import ImageError, read_image, read_size, resize_image
+
+RAMP = np.stack(np.meshgrid(np.arange(0, 240, 6), np.arange(0, 240, 8)), axis=-1).astype(np.uint8)
+RGB = np.concatenate([RAMP, 255 - RAMP[..., :1]], axis=-1)  # (30, 40, 3)
+
+
+def encode(image: Image.Image, kind: str, **options) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"),
+    [("RGB", "PNG"), ("RGB", "BMP"), ("RGB", "TIFF"), ("L", "PNG"), ("P", "PNG"), ("1", "PNG"), ("CMYK", "JPEG")],
+)
+def test_modes_and_formats_agree_with_pil(mode, kind):
+    data = encode(Image.fromarray(RGB).convert(mode), kind)
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
+    image = read_image(data)
+    assert (image.dtype, image.shape) == (np.uint8, (30, 40, 3))
+    assert np.abs(image - expected).max() <= 1
+
+
+def test_alpha_is_dropped():
+    # fully transparent pixels keep their colour
+    alpha = np.zeros((30, 40, 1), dtype=np.uint8)
+    assert np.array_equal(read_image(encode(Image.fromarray(np.concatenate([RGB, alpha], 2)), "PNG")), RGB)
+
+
+def test_sixteen_bit_is_scaled_over_its_range():
+    data = encode(Image.fromarray(RGB[..., 0].astype(np.uint16) * 257), "PNG")
+    assert np.array_equal(read_image(data), np.repeat(RGB[..., :1], 3, axis=2))
+
+
+def test_a_wrong_extension_does_not_matter(tmp_path):
+    (tmp_path / "photo.png").write_bytes(encode(Image.fromarray(RGB), "JPEG"))
+    assert read_image(tmp_path / "photo.png").shape == (30, 40, 3)
+    assert read_size(tmp_path / "photo.png") == (30, 40)
+
+
+def test_orientation_is_ignored_unless_the_annotations_use_it():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(Image.fromarray(RGB), "PNG", exif=exif)
+    assert np.array_equal(read_image(data), RGB)
+    assert np.array_equal(read_image(data, expected_size_hw=(30, 40)), RGB)
+    # orientation 6: turned a quarter clockwise
+    assert np.array_equal(read_image(data, expected_size_hw=(40, 30)), np.rot90(RGB, -1))
+    # without the tag a transposed size is just a wrong size
+    assert np.array_equal(read_image(encode(Image.fromarray(RGB), "PNG"), expected_size_hw=(40, 30)), RGB)
+
+
+def test_unreadable_images_name_the_file(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (200, 200, 3), dtype=np.uint8)
+    jpeg, png = (encode(Image.fromarray(noise), kind) for kind in ("JPEG", "PNG"))
+    floats = encode(Image.fromarray(np.ones((4, 4), dtype=np.float32)), "TIFF")
+    # cut off in the middle, no image at all, empty, floating point
+    for name, data in {"a.jpg": jpeg[:9000], "b.png": png[:9000], "c.jpg": b"text", "d": b"", "e.tif": floats}.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ImageError, match=f"cannot read image .*{name}: "):
+            read_image(tmp_path / name)
+    with pytest.raises(ImageError, match=r"missing\.jpg: No such file"):
+        read_image(tmp_path / "missing.jpg")
+    with pytest.raises(ImageError, match="image bytes"):
+        read_image(b"text")
+
+
+def test_resize_agrees_with_the_models_processor_on_photographs(shared_data):
+    processor_module = pytest.importorskip("transformers.models.sam3.image_processing_sam3")
+    paths = [sorted((shared_data / name / "valid").glob("*.jpg"))[1] for name in ("facade", "strawberry", "mushrooms")]
+    for path in paths:
+        image = read_image(path)
+        # decoding is PIL's
+        assert np.abs(image - np.asarray(Image.open(path).convert("RGB")).astype(int)).mean() < 1
+        for scale in (0.3, 0.5, 0.75, 1.0, 1.575, 3.0):
+            # also with one side enlarged and the other shrunk
+            for ratio in (1.0, 1.5):
+                size = (round(image.shape[0] * scale / ratio), round(image.shape[1] * scale))
+                processor = processor_module.Sam3ImageProcessor(
+                    size={"height": size[0], "width": size[1]}, do_rescale=False, do_normalize=False
+                )
+                expected = processor(images=image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+                resized = resize_image(image, size)
+                assert resized.dtype == np.uint8
+                assert np.abs(resized - expected.astype(float)).mean() < 0.3, (path.name, scale, ratio)
+
+
+def test_plain_opencv_shrinking_would_fail_the_comparison(shared_data):
+    # the measure above tells a resize without antialiasing apart
+    import cv2
+
+    image = read_image(sorted((shared_data / "facade" / "valid").glob("*.jpg"))[1])
+    plain = cv2.resize(image, (400, 400), interpolation=cv2.INTER_LINEAR)
+    assert np.abs(plain.astype(float) - resize_image(image, (400, 400))).mean() > 1

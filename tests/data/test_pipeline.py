@@ -1,0 +1,92 @@
+"""Ray Data gives what the plain loop gives, in the order of the plan, on real data."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from sam3lora.data.coco import CocoIndex
+from sam3lora.data.images import ImageError
+from sam3lora.data.pipeline import iterate_batches, stream_batches
+from sam3lora.data.plan import plan_run
+from sam3lora.data.sample import DecodeSettings
+
+from .coco_builder import SHARED_FOLDERS, annotation
+
+
+def assert_same(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    for key in a:
+        if isinstance(a[key], np.ndarray):
+            assert a[key].dtype == b[key].dtype
+            np.testing.assert_array_equal(a[key], b[key])
+        else:
+            assert a[key] == b[key], key
+
+
+def test_stream_equals_iterate_over_epochs(folder, ray_session):
+    # 11 images, ragged numbers of objects, three epochs of augmentation
+    annotations = [annotation(10 * i + k, image_id=i) for i in range(11) for k in range(i % 3)]
+    index = CocoIndex.from_folder(folder.write(annotations, num_images=11))
+    settings = DecodeSettings(names=index.names, resolution=64, mask_size=32, augmentation="sam3", horizontal_flip=0.5)
+    plans = list(plan_run(len(index), batch_size=2, num_epochs=3, seed=5))
+    expected = list(iterate_batches(index.table, plans, settings))
+    streamed = list(stream_batches(index.table, plans, settings, num_cpus=2))
+    assert [(b["epoch"], b["step"]) for b in streamed] == [(p.epoch, p.step) for p in plans]
+    for a, b in zip(expected, streamed, strict=True):
+        assert_same(a, b)
+    # the epochs place the same image differently
+    first_image = [[p for b in expected if b["epoch"] == e for p in b["placements"]] for e in range(2)]
+    assert first_image[0] != first_image[1]
+
+
+def test_broken_image_stops_the_stream_with_its_name_or_is_listed(folder, ray_session):
+    path = folder.write([annotation(i, image_id=i) for i in range(4)], num_images=4)
+    (path / "2.png").write_bytes(b"no image")
+    index = CocoIndex.from_folder(path)
+    plans = list(plan_run(4, batch_size=1, num_epochs=1, shuffle=False))
+    settings = {"names": index.names, "resolution": 32, "mask_size": 32}
+    batches = stream_batches(index.table, plans, DecodeSettings(**settings))
+    assert [next(batches)["image_ids"].tolist() for _ in range(2)] == [[0], [1]]
+    with pytest.raises(ImageError, match=r"cannot read image .*2\.png"):
+        next(batches)
+    skipping = stream_batches(index.table, plans, DecodeSettings(**settings, on_bad_image="skip"))
+    assert [[skip[0] for skip in batch["skipped"]] for batch in skipping] == [[], [], [2], []]
+
+
+def test_no_batches_need_no_ray(folder):
+    index = CocoIndex.from_folder(folder.write([annotation(0)]))
+    assert list(stream_batches(index.table, [], DecodeSettings(names=index.names))) == []
+
+
+@pytest.mark.parametrize("name", SHARED_FOLDERS)
+def test_real_data_sets_load(shared_data, ray_session, name):
+    for split in ("train", "valid"):
+        index = CocoIndex.from_folder(shared_data / name / split)
+        settings = DecodeSettings(names=index.names, resolution=112, mask_size=112, num_negatives=2)
+        rows = list(range(min(len(index), 6)))
+        plans = [(0, step, [row]) for step, row in enumerate(rows)]
+        batches = list(stream_batches(index.table, plans, settings))
+        assert [b["image_ids"][0] for b in batches] == [index.record(row)["image_id"] for row in rows]
+        for batch, row in zip(batches, rows, strict=True):
+            record = index.record(row)
+            present = {a["category"] for a in record["annotations"]}
+            negatives = [c for c, p in zip(batch["categories"], batch["is_positive"], strict=True) if not p]
+            assert not present & set(negatives)
+            assert batch["num_targets"].sum() == sum(not a["iscrowd"] for a in record["annotations"])
+            assert batch["boxes_cxcywh"].min(initial=0) >= 0
+            assert batch["boxes_cxcywh"].max(initial=0) <= 1
+
+
+def test_traps_of_the_real_data_sets(shared_data):
+    # id 0 is an unused row whose name repeats a real class
+    for name, category in (("potholes_gopro", "pothole"), ("facade", "facade")):
+        index = CocoIndex.from_folder(shared_data / name / "train")
+        assert index.names.count(category) == 1
+        assert 0 not in index.category_names
+    # dense masks as RLE, and a JSON that points into images/
+    cracks = CocoIndex.from_folder(shared_data / "uav_crack_dense" / "train")
+    assert cracks.record(0)["path"].endswith(".png")
+    # crowds, gaps in the ids
+    coco = CocoIndex.from_folder(shared_data / "coco_tiny_permissive" / "valid")
+    assert next(i for i in coco.issues if i.kind == "crowd").count == 6

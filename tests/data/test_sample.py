@@ -1,0 +1,126 @@
+"""One record to pixels and packed targets, and batches of them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from sam3lora.data.coco import CocoIndex
+from sam3lora.data.images import ImageError
+from sam3lora.data.pipeline import iterate_batches
+from sam3lora.data.plan import BatchPlan, plan_run
+from sam3lora.data.sample import DecodeSettings, decode_record, rows_with_queries
+
+from .coco_builder import annotation, square
+
+
+def decode(path, **changes):
+    index = CocoIndex.from_folder(path)
+    settings = DecodeSettings(**{"names": index.names, "resolution": 64, "mask_size": 64, **changes})
+    return decode_record(index.record(0), settings)
+
+
+def masks(sample, size=64):
+    bits = np.unpackbits(sample["masks_packed"], axis=1)[:, : size * size]
+    return bits.reshape(-1, size, size).astype(bool)
+
+
+def test_boxes_and_masks_are_relative_to_the_frame(folder):
+    # 80 x 60 pixels -> 64 x 64: a square of 20 at (10, 10) becomes 16 wide and 21.3 high
+    sample = decode(folder.write([annotation(0)]))
+    assert sample["image"].shape == (64, 64, 3)
+    assert sample["original_size_hw"] == (60, 80)
+    np.testing.assert_allclose(sample["boxes_cxcywh"], [[20 / 80, 20 / 60, 20 / 80, 20 / 60]], rtol=1e-6)
+    assert sample["boxes_cxcywh"].dtype == np.float32
+    rows, columns = np.nonzero(masks(sample)[0])
+    assert (columns.min(), columns.max() + 1) == (8, 24)
+    assert (rows.min(), rows.max() + 1) == (11, 32)
+
+
+def test_targets_are_packed_in_query_order(folder):
+    path = folder.write(
+        [annotation(0, category_id=2), annotation(1, category_id=1), annotation(2, category_id=2)],
+        categories=(("crack", 1), ("root", 2), ("weed", 3)),
+    )
+    sample = decode(path, names=("crack", "root", "weed"))
+    assert sample["prompts"] == ["crack", "root", "weed"]
+    assert sample["is_positive"].tolist() == [True, True, False]
+    assert sample["num_targets"].tolist() == [1, 2, 0]
+    # every object keeps its own class
+    assert sample["annotation_ids"].tolist() == [1, 0, 2]
+
+
+def test_objects_without_a_usable_mask_keep_their_box(folder):
+    path = folder.write(
+        [
+            annotation(0, segmentation=[]),
+            # a sliver of a tenth of a pixel vanishes at 64 x 64
+            annotation(1, bbox=[10, 10, 0.1, 20], segmentation=[[10.3, 10, 10.4, 10, 10.4, 30, 10.3, 30]]),
+            annotation(2),
+        ]
+    )
+    sample = decode(path)
+    assert len(sample["boxes_cxcywh"]) == 3
+    assert sample["mask_valid"].tolist() == [False, False, True]
+    assert masks(sample).any(axis=(1, 2)).tolist() == [False, False, True]
+
+
+def test_boxes_only(folder):
+    sample = decode(folder.write([annotation(0)]), mask_size=None)
+    assert sample["masks_packed"] is None
+    assert not sample["mask_valid"].any()
+
+
+def test_max_objects_keeps_a_reproducible_subset(folder):
+    path = folder.write([annotation(i) for i in range(9)])
+    assert decode(path)["num_targets"].tolist() == [9]
+    first, second = decode(path, max_objects=4), decode(path, max_objects=4)
+    assert (first["num_targets"].tolist(), first["num_limited"]) == ([4], 5)
+    assert first["annotation_ids"].tolist() == second["annotation_ids"].tolist()
+    assert first["annotation_ids"].tolist() != decode(path, max_objects=4, seed=1)["annotation_ids"].tolist()
+
+
+def test_the_real_size_wins_and_coordinates_stay_relative(folder):
+    # the file says 160 x 120, the image has 80 x 60
+    images = [{"id": 0, "file_name": "0.png", "width": 160, "height": 120}]
+    big = decode(folder.write([annotation(0, bbox=[20, 20, 40, 40], segmentation=[square(20, 20, 40)])], images=images))
+    small = decode(folder.write([annotation(0)]))
+    assert big["original_size_hw"] == (60, 80)
+    assert np.array_equal(big["boxes_cxcywh"], small["boxes_cxcywh"])
+    assert np.array_equal(big["masks_packed"], small["masks_packed"])
+
+
+def test_flip_mirrors_boxes_and_masks(folder):
+    path = folder.write([annotation(0)])
+    plain, flipped = decode(path), decode(path, horizontal_flip=1.0)
+    assert np.array_equal(flipped["image"], plain["image"][:, ::-1])
+    assert flipped["boxes_cxcywh"][0, 0] == pytest.approx(1 - plain["boxes_cxcywh"][0, 0])
+    assert np.array_equal(masks(flipped)[0], masks(plain)[0][:, ::-1])
+
+
+def test_a_broken_image_in_the_middle(folder):
+    path = folder.write([annotation(i, image_id=i) for i in range(4)], num_images=4)
+    (path / "2.png").write_bytes(b"no image")
+    index = CocoIndex.from_folder(path)
+    plans = list(plan_run(4, batch_size=2, num_epochs=1, shuffle=False))
+    stop = DecodeSettings(names=index.names, resolution=32, mask_size=32)
+    with pytest.raises(ImageError, match=r"2\.png"):
+        list(iterate_batches(index.table, plans, stop))
+    skip = DecodeSettings(names=index.names, resolution=32, mask_size=32, on_bad_image="skip")
+    first, second = iterate_batches(index.table, plans, skip)
+    assert first["skipped"] == []
+    assert second["image_ids"].tolist() == [3]
+    [(image_id, name, reason)] = second["skipped"]
+    assert (image_id, name) == (2, str(path / "2.png"))
+    assert "cannot read image" in reason
+    # a batch of nothing but broken images is empty, not an error
+    [empty] = iterate_batches(index.table, [BatchPlan(0, 0, [2])], skip)
+    assert (empty["images"].shape, empty["masks_packed"].shape, empty["prompts"]) == ((0, 32, 32, 3), (0, 128), [])
+
+
+def test_rows_with_queries_leaves_out_what_cannot_be_asked(folder):
+    path = folder.write([annotation(0), annotation(1, image_id=1, iscrowd=1)], num_images=3)
+    index = CocoIndex.from_folder(path)
+    # image 1 shows a crowd of the only category; image 2 is a true negative, if annotation is exhaustive
+    assert rows_with_queries(index.table, DecodeSettings(names=index.names)) == [0, 2]
+    assert rows_with_queries(index.table, DecodeSettings(names=index.names, exhaustive=False)) == [0]

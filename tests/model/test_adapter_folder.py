@@ -1,0 +1,390 @@
+"""Adapter folders: what is written, what is refused, and that plain PEFT reads them."""
+
+import json
+import pickle
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from sam3lora.errors import UserError
+from sam3lora.model import adapter_folder
+from sam3lora.model.adapter_folder import list_adapters, load_adapter, read_metadata, save_adapter
+from sam3lora.model.adapter_metadata import AdapterMetadata
+from sam3lora.model.adapters import LoraSettings, adapted_modules, apply_lora
+from sam3lora.model.components import COMPONENTS
+from sam3lora.model.fingerprint import fingerprint
+from sam3lora.model.model_card import render_model_card
+
+from .conftest import RESOLUTION, largest_difference, make_inputs, make_sam3, outputs_of, randomise_adapter
+
+SETTINGS = LoraSettings(
+    rank=2, components=COMPONENTS, target_modules=("q_proj", "fc1", "query_proj", "text_projection")
+)
+
+
+def train(model, seed=2, settings=SETTINGS):
+    """A model with an adapter that does something."""
+    model.name_or_path = "some/base"
+    print_of_base = fingerprint(model)
+    model = apply_lora(model, settings).eval()
+    randomise_adapter(model, seed)
+    metadata = AdapterMetadata(
+        base_model="some/base",
+        base_fingerprint=print_of_base,
+        prompts=["crack", 'a "deep" hole'],
+        resolution=RESOLUTION,
+        thresholds={"detection_threshold": 0.4},
+        metrics={"map_50": 0.51234, "per_category": {"crack": 0.5}},
+        lora=settings.to_dict(),
+    )
+    return model, metadata
+
+
+@pytest.fixture
+def saved(random_sam3, tmp_path):
+    """(folder, outputs of the trained model, metadata); the model itself is gone."""
+    model, metadata = train(random_sam3)
+    return save_adapter(model, tmp_path / "runs" / "best", metadata), outputs_of(model, **make_inputs()), metadata
+
+
+@pytest.mark.parametrize("variant", [{}, {"use_rslora": True}, {"use_dora": True}])
+def test_round_trip(random_sam3, tmp_path, variant):
+    # A loaded adapter computes bit for bit what was saved.
+    settings = LoraSettings(**(SETTINGS.to_dict() | variant))
+    model, metadata = train(random_sam3, settings=settings)
+    folder = save_adapter(model, tmp_path / "best", metadata)
+    loaded, read = load_adapter(make_sam3(), folder)
+    assert largest_difference(outputs_of(loaded, **make_inputs()), outputs_of(model, **make_inputs())) == 0
+    assert read.prompts == metadata.prompts
+    assert read.lora["rank"] == 2
+    assert adapted_modules(loaded) == adapted_modules(model)
+
+
+def test_plain_peft_reads_it(saved):
+    # No code of ours is needed, and the files are the promised ones, flat.
+    folder, trained, _ = saved
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"adapter_config.json", "adapter_model.safetensors", "sam3lora.json", "README.md"}
+    assert [path.name for path in folder.parent.iterdir()] == ["best"]
+    plain = PeftModel.from_pretrained(make_sam3(), str(folder)).eval()
+    assert largest_difference(outputs_of(plain, **make_inputs()), trained) == 0
+
+
+def test_frozen_or_trainable(saved):
+    # Inference freezes everything; resuming trains the adapter and nothing else.
+    frozen, _ = load_adapter(make_sam3(), saved[0])
+    assert not any(p.requires_grad for p in frozen.parameters())
+    resumed, _ = load_adapter(make_sam3(), saved[0], trainable=True)
+    assert all(p.requires_grad == (".lora_" in name) for name, p in resumed.named_parameters())
+
+
+def test_saving_is_reproducible(random_sam3, tmp_path):
+    # The same adapter gives the same bytes (PEFT keeps target modules in an unordered set).
+    model, metadata = train(random_sam3)
+    first, second = (save_adapter(model, tmp_path / name, metadata) for name in ("a", "b"))
+    for file in first.iterdir():
+        assert file.read_bytes() == (second / file.name).read_bytes(), file.name
+    config = json.loads((first / "adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(config["target_modules"])
+    assert config["inference_mode"]
+    assert config["base_model_name_or_path"] == "some/base"
+
+
+def test_metadata_round_trip(saved):
+    # Everything that was written is read back.
+    assert read_metadata(saved[0]) == saved[2]
+
+
+def test_other_base_is_refused(saved):
+    # Same architecture, other weights: both names and both fingerprints are in the message.
+    other = make_sam3(seed=9)
+    other.name_or_path = "other/base"
+    with pytest.raises(UserError, match=r"'some/base'.*fingerprint.*'other/base'.*fingerprint"):
+        load_adapter(other, saved[0])
+    assert not adapted_modules(other)
+    assert load_adapter(other, saved[0], check_base=False)
+
+
+def test_base_is_recognised_in_bfloat16(saved):
+    # The fingerprint does not depend on the dtype the base is loaded in.
+    model, _ = load_adapter(make_sam3().to(torch.bfloat16), saved[0])
+    assert adapted_modules(model)
+
+
+def change_tensors(folder, change):
+    tensors = load_file(folder / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def drop_one(tensors):
+    del tensors[min(tensors)]
+
+
+def add_one(tensors):
+    tensors["base_model.model.nowhere.lora_A.weight"] = torch.zeros(2, 2)
+
+
+def reshape_one(tensors):
+    tensors[min(tensors)] = torch.zeros(3, 3)
+
+
+def spoil_one(tensors):
+    tensors[min(tensors)][0] = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (drop_one, "lacks 1 tensors"),
+        (add_one, "has unexpected 1 tensors.*nowhere"),
+        (reshape_one, r"of shape \(3, 3\), the model needs"),
+        (spoil_one, "NaN or infinite"),
+    ],
+)
+def test_damaged_tensors_are_refused_and_the_model_is_left_alone(saved, change, message):
+    # PEFT alone would warn at most, and compute something else.
+    change_tensors(saved[0], change)
+    model = make_sam3()
+    before = outputs_of(model)
+    with pytest.raises(UserError, match=message):
+        load_adapter(model, saved[0])
+    assert not adapted_modules(model)
+    assert largest_difference(outputs_of(model), before) == 0
+
+
+def test_truncated_file(saved):
+    # A copy that broke off.
+    file = saved[0] / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match="damaged"):
+        load_adapter(make_sam3(), saved[0])
+
+
+class Bomb:
+    """Sets a flag when unpickled."""
+
+    exploded = False
+
+    def __reduce__(self):
+        return (setattr, (Bomb, "exploded", True))
+
+
+def test_pickle_is_never_loaded(saved):
+    # Neither as adapter_model.bin nor under the name of the safetensors file.
+    folder = saved[0]
+    bomb = pickle.dumps(Bomb())
+    (folder / "adapter_model.safetensors").write_bytes(bomb)
+    with pytest.raises(UserError, match="not a safetensors file"):
+        load_adapter(make_sam3(), folder)
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.bin").write_bytes(bomb)
+    with pytest.raises(UserError, match=r"adapter_model\.bin is a pickle and is never loaded"):
+        load_adapter(make_sam3(), folder)
+    assert not Bomb.exploded
+    pickle.loads(bomb)  # noqa: S301
+    assert Bomb.exploded  # the bomb does work
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("peft_type", "IA3", "expected LoRA"),
+        ("init_lora_weights", "pissa", "changes the base weights"),
+        ("layer_replication", [[0, 2]], "not supported"),
+        ("peft_type", "NOTHING", "no valid PEFT configuration"),
+    ],
+)
+def test_configurations_that_could_touch_the_base(saved, field, value, message):
+    # A folder from elsewhere must not change the shared base model.
+    file = saved[0] / "adapter_config.json"
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps(values | {field: value}))
+    with pytest.raises(UserError, match=message):
+        load_adapter(make_sam3(), saved[0])
+
+
+def test_missing_folder_and_missing_file(saved, tmp_path):
+    # Which file is missing is said.
+    with pytest.raises(UserError, match="does not exist"):
+        load_adapter(make_sam3(), tmp_path / "nowhere")
+    (saved[0] / "adapter_config.json").unlink()
+    with pytest.raises(UserError, match=r"lacks adapter_config\.json"):
+        load_adapter(make_sam3(), saved[0])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "damaged"),
+        ("[]", "JSON object"),
+        ('{"format_version": 99}', "format 99"),
+        ('{"prompts": "crack"}', "prompts must be list"),
+    ],
+)
+def test_damaged_metadata(saved, text, message):
+    # Metadata that cannot be trusted stops the load, it is not ignored.
+    (saved[0] / "sam3lora.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_adapter(make_sam3(), saved[0])
+
+
+def test_metadata_of_a_newer_minor_version(saved):
+    # Unknown keys are ignored, so that fields can be added.
+    file = saved[0] / "sam3lora.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"colour": "blue"}))
+    assert read_metadata(saved[0]) == saved[2]
+
+
+def test_replacing_an_adapter(saved):
+    # The new one is whole and nothing of the old one or of the writing is left.
+    folder, old, _ = saved
+    (folder / "stale.txt").write_text("of the old adapter")
+    model, metadata = train(make_sam3(), seed=5)
+    save_adapter(model, folder, metadata)
+    loaded, _ = load_adapter(make_sam3(), folder)
+    assert largest_difference(outputs_of(loaded, **make_inputs()), old) > 1e-3
+    assert not (folder / "stale.txt").exists()
+    assert [path.name for path in folder.parent.iterdir()] == ["best"]
+
+
+def test_replacing_without_an_atomic_exchange(saved, monkeypatch):
+    # File systems without it take the two-step way to the same end.
+    monkeypatch.setattr("sam3lora.model.atomic_folder._exchange", lambda first, second: False)
+    test_replacing_an_adapter(saved)
+
+
+@pytest.mark.parametrize("step", ["save_file", "render_model_card", "sync_files", "replace_folder"])
+def test_failure_while_saving_keeps_the_old_adapter(saved, monkeypatch, step):
+    # Whatever fails, the last good adapter is still there and no scratch folder remains.
+    folder, old, metadata = saved
+    model, _ = train(make_sam3(), seed=5)
+
+    def fail(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(adapter_folder, step, fail)
+    with pytest.raises(OSError, match="no space left"):
+        save_adapter(model, folder, metadata)
+    loaded, _ = load_adapter(make_sam3(), folder)
+    assert largest_difference(outputs_of(loaded, **make_inputs()), old) == 0
+    assert [path.name for path in folder.parent.iterdir()] == ["best"]
+
+
+def test_half_written_folders_are_never_chosen(saved):
+    # A killed process leaves its scratch folder; a copy in progress lacks files.
+    root = saved[0].parent
+    shutil.copytree(saved[0], root / ".best.0123.tmp")
+    (root / "copying").mkdir()
+    shutil.copy(saved[0] / "adapter_config.json", root / "copying")
+    (root / "notes.txt").write_text("not a folder")
+    assert list_adapters(root) == {"best": saved[0]}
+    with pytest.raises(UserError, match=r"lacks adapter_model\.safetensors"):
+        load_adapter(make_sam3(), root / "copying")
+
+
+def test_other_folders_are_not_overwritten(random_sam3, tmp_path):
+    # Saving to a folder with someone's data would delete it.
+    (tmp_path / "photo.jpg").write_text("precious")
+    model, metadata = train(random_sam3)
+    with pytest.raises(UserError, match="no adapter folder"):
+        save_adapter(model, tmp_path, metadata)
+    assert (tmp_path / "photo.jpg").exists()
+
+
+def test_adapter_that_diverged_is_not_saved(random_sam3, tmp_path):
+    # best/ must never hold NaN.
+    model, metadata = train(random_sam3)
+    next(p for name, p in model.named_parameters() if ".lora_B." in name).data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        save_adapter(model, tmp_path / "best", metadata)
+    assert not (tmp_path / "best").exists()
+
+
+def test_several_adapters_on_one_base(saved, tmp_path):
+    # Serving keeps many; each computes what it computes alone, and a refused one leaves the others alone.
+    first, first_outputs, _ = saved
+    model, metadata = train(make_sam3(), seed=5)
+    second, second_outputs = save_adapter(model, tmp_path / "second", metadata), outputs_of(model, **make_inputs())
+    shared, _ = load_adapter(make_sam3(), first, adapter_name="cracks")
+    shared, _ = load_adapter(shared, second, adapter_name="holes")
+    change_tensors(second, drop_one)
+    with pytest.raises(UserError, match="lacks 1 tensors"):
+        load_adapter(shared, second, adapter_name="broken")
+    assert set(shared.peft_config) == {"cracks", "holes"}
+    for name, expected in (("cracks", first_outputs), ("holes", second_outputs)):
+        shared.set_adapter(name)
+        assert largest_difference(outputs_of(shared, **make_inputs()), expected) == 0
+    with pytest.raises(ValueError, match="already has an adapter 'holes'"):
+        load_adapter(shared, first, adapter_name="holes")
+    again = save_adapter(shared, tmp_path / "again", adapter_name="holes")
+    assert (again / "adapter_model.safetensors").is_file()  # flat, whatever the name
+
+
+def test_adapter_for_another_architecture(saved):
+    # No module of that name.
+    with pytest.raises(UserError, match="does not fit"):
+        load_adapter(nn.Sequential(nn.Linear(2, 2)), saved[0], check_base=False)
+
+
+def test_any_torch_model(tmp_path):
+    # Without metadata only PEFT's files are written, and they load.
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    copy = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    copy.load_state_dict(base.state_dict())
+    model = apply_lora(base, LoraSettings(rank=2, components=None, target_modules=("0", "2"))).eval()
+    randomise_adapter(model)
+    folder = save_adapter(model, tmp_path / "plain")
+    assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    loaded, metadata = load_adapter(copy, folder)
+    assert metadata is None
+    x = torch.randn(3, 4)
+    assert torch.equal(loaded(x), model(x))
+
+
+def card_code(metadata):
+    return [part.split("```")[0] for part in render_model_card(metadata).split("```python\n")[1:]]
+
+
+@pytest.mark.parametrize(
+    ("base", "geometry_cls", "resolution"),
+    [("saved_base", True, RESOLUTION), ("saved_base", False, None), ("saved_video_base", True, 2 * RESOLUTION)],
+)
+def test_model_card_code_runs_without_our_package(
+    random_sam3, request, tmp_path, monkeypatch, base, geometry_cls, resolution
+):
+    # The card's second example, with its placeholders filled in, gives the numbers of our own path.
+    from PIL import Image
+
+    from sam3lora.model.loading import load_base
+
+    saved_base = request.getfixturevalue(base)
+    model, metadata = train(random_sam3)
+    metadata.base_model, metadata.geometry_cls, metadata.resolution = str(saved_base), geometry_cls, resolution
+    folder = save_adapter(model, tmp_path / "best", metadata)
+    Image.new("RGB", (80, 60), (200, 30, 90)).save(tmp_path / "image.jpg")
+    monkeypatch.chdir(tmp_path)
+    code = card_code(metadata)[1].replace("PATH_OF_THIS_FOLDER", str(folder))
+    assert "sam3lora" not in code
+    scope: dict = {}
+    exec(compile(code, "card", "exec"), scope)
+    ours, _ = load_adapter(load_base(str(saved_base), resolution=resolution).model, folder)
+    inputs = dict(scope["inputs"])
+    assert ("input_boxes" in inputs) == geometry_cls
+    assert inputs["pixel_values"].shape[-1] == (resolution or RESOLUTION)
+    assert torch.equal(ours(**inputs).pred_masks, scope["outputs"].pred_masks)
+
+
+def test_model_card_is_valid_python_and_names_the_base():
+    # Prompts with quotes and a hub id; the tiny base has no hub page.
+    card = AdapterMetadata(base_model="facebook/sam3", prompts=['a "deep" \\ hole'])
+    assert "base_model: facebook/sam3" in render_model_card(card)
+    for metadata in (card, AdapterMetadata(base_model="tiny")):
+        for code in card_code(metadata):
+            compile(code, "card", "exec")
+    assert "base_model:" not in render_model_card(AdapterMetadata(base_model="tiny"))

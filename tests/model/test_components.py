@@ -1,0 +1,57 @@
+"""The named parts of the model, and the parts that no training step reaches."""
+
+import torch
+
+from sam3lora.model.adapters import LoraSettings, apply_lora
+from sam3lora.model.components import (
+    COMPONENTS,
+    component_modules,
+    component_of,
+    never_gets_gradient,
+    parameters_by_component,
+)
+
+from .conftest import make_inputs
+
+
+def test_every_parameter_belongs_to_a_component(random_sam3):
+    # A child of Sam3Model that no component owns would be left out of flags, tables and learning rates.
+    groups = parameters_by_component(random_sam3)
+    assert set(groups) == set(COMPONENTS)
+    assert set(component_modules(random_sam3)) == set(COMPONENTS)
+
+
+def test_component_of_sees_through_wrappers():
+    # DDP, torch.compile, PEFT and the video model put prefixes in front.
+    for prefix in ("", "base_model.model.", "module.base_model.model.", "detector_model.", "_orig_mod."):
+        assert component_of(prefix + "dot_product_scoring.query_proj.lora_A.default.weight") == "scoring"
+    assert component_of("text_projection.weight") == component_of("text_encoder.text_projection.weight")
+    assert component_of("tracker_model.mask_decoder.x") is None
+
+
+def test_trainable_groups_are_the_adapted_components(random_sam3):
+    # Per-component learning rates rely on these groups.
+    model = apply_lora(random_sam3, LoraSettings(rank=2, components=("detr_decoder", "mask_decoder")))
+    assert set(parameters_by_component(model, trainable_only=True)) == {"detr_decoder", "mask_decoder"}
+
+
+def _without_gradient(model, geometry_cls):
+    model.requires_grad_(True)
+    out = model(**make_inputs(geometry_cls=geometry_cls))
+    names = ("pred_logits", "pred_boxes", "pred_masks", "presence_logits", "semantic_seg")
+    sum(getattr(out, name).float().square().sum() for name in names).backward()
+    return {name for name, p in model.named_parameters() if p.grad is None or not torch.any(p.grad)}
+
+
+def test_never_gets_gradient_is_exactly_what_stays_without_gradient(random_sam3):
+    # Both ways: nothing trained is listed, nothing idle is forgotten.
+    for geometry_cls in (True, False):
+        random_sam3.zero_grad()
+        idle = tuple(f"{name}." for name in never_gets_gradient(random_sam3, geometry_cls=geometry_cls))
+        listed = {name for name, _ in random_sam3.named_parameters() if name.startswith(idle)}
+        assert _without_gradient(random_sam3, geometry_cls) == listed
+
+
+def test_never_gets_gradient_is_empty_for_other_models():
+    # The list is SAM 3's; a plain model has no such knowledge.
+    assert never_gets_gradient(torch.nn.Sequential(torch.nn.Linear(2, 2))) == ()
