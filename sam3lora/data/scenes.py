@@ -149,6 +149,7 @@ def draw_scene(
             taken |= drawn.mask
             objects.append(SceneObject(noun, colour, texture, drawn.mask))
             break
+    objects = [thing for thing in objects if thing.mask_HW.sum() > 0.0008 * size * size]  # the others are hidden
     if not objects:
         return draw_scene(rng, size=size, domain=domain, max_objects=max_objects, dense=dense)
     return Scene(_camera(rng, image), objects)

@@ -161,3 +161,28 @@ def _apply_merges(pieces: list[str], merges: list[tuple[str, str]]) -> list[str]
             break
         pieces = [*pieces[:place], pieces[place] + pieces[place + 1], *pieces[place + 2 :]]
     return pieces
+
+
+def save_tiny(model: Sam3Model, tokenizer_folder: Path, folder: Path) -> None:
+    """Write model (float16 safetensors), tokenizer and processor settings as a folder that transformers loads.
+
+    Args:
+        model: with the configuration of ``tiny_config``.
+        tokenizer_folder: what ``write_tokenizer`` wrote.
+        folder: created, or overwritten file by file.
+    """
+    from transformers import CLIPTokenizer, Sam3ImageProcessor, Sam3Processor
+
+    tokenizer = CLIPTokenizer(
+        vocab=str(tokenizer_folder / "vocab.json"), merges=str(tokenizer_folder / "merges.txt"), model_max_length=CONTEXT
+    )
+    side = IMAGE_SIZE // PATCH_SIZE * 4
+    image_processor = Sam3ImageProcessor(
+        size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, mask_size={"height": side, "width": side}
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    Sam3Processor(image_processor=image_processor, tokenizer=tokenizer).save_pretrained(folder)
+    half = {name: tensor.to(torch.float16).contiguous() for name, tensor in model.state_dict().items()}
+    copy = Sam3Model(model.config).half()
+    copy.load_state_dict(half)
+    copy.save_pretrained(folder)

@@ -33,7 +33,14 @@ class SceneBank:
     def __len__(self) -> int:
         return len(self.images)
 
+    def fully_visible_rows(self) -> np.ndarray:
+        """Scenes whose every object still shows, behind those drawn later."""
+        counts = (self.attributes[:, :, 0] >= 0).sum(1)
+        shown = [len(np.unique(labels[::2, ::2])) - 1 for labels in self.labels]
+        return np.flatnonzero(counts <= np.array(shown))
+
     def objects(self, row: int) -> list[SceneObject]:
+        """The objects in the order of their labels."""
         labels = np.asarray(self.labels[row])
         found = []
         for number, (noun, colour, texture) in enumerate(self.attributes[row].tolist()):

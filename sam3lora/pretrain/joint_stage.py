@@ -81,7 +81,7 @@ def train_joint(
 ) -> None:
     """Train ``model`` in place. ``banks`` are scenes with the probability to draw from each."""
     weights = LossWeights(bbox=5, giou=2, ce=20, presence=10, mask=100, dice=5, semantic=10, semantic_dice=5, o2m=1)
-    criterion = Criterion(weights, pad_n_queries=None)
+    criterion = Criterion(weights, pad_n_queries=None, touch_unused=False)
     staged, token_head = StagedSam3(model), TokenHead()
     slow = [p for n, p in model.named_parameters() if n.startswith("vision_encoder.backbone")]
     slow_ids = {id(p) for p in slow}
@@ -96,9 +96,10 @@ def train_joint(
     model.train()
     started, seen, right = time.time(), {}, []
     odds = np.array([share for _, share in banks]) / sum(share for _, share in banks)
+    visible = {id(bank): bank.fully_visible_rows() for bank, _ in banks}
     for step in range(first_step, steps):
         bank = banks[rng.choice(len(banks), p=odds)][0]
-        rows = np.sort(rng.integers(0, len(bank), images_per_step))
+        rows = np.sort(rng.choice(visible[id(bank)], images_per_step))
         images, labels = augmented(bank, rows, rng)
         with_boxes = rng.random() < 0.25
         questions = [ask(bank.objects(row), rng, exemplars=with_boxes) for row in rows.tolist()]
@@ -162,7 +163,7 @@ def train_joint(
         optimizer.step()
         terms = {**output.terms, "token": token_loss, "refusal": refusal, "dense": sum(dense.values()), "noun": dense["noun"]}
         for name, value in terms.items():
-            seen[name] = seen.get(name, 0.0) + float(value)
+            seen[name] = seen.get(name, 0.0) + float(torch.as_tensor(value).detach())
         right.append(((found.presence_logits_LB[-1] > 0) == (targets.num_B > 0)).float().mean().item())
         if (step + 1) % 200 == 0:
             means = " ".join(f"{name} {value / 200:.3f}" for name, value in seen.items())

@@ -1,0 +1,157 @@
+"""The splits of a run and the batches that each worker gets of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sam3lora.config import Config
+from sam3lora.data.coco import CocoIndex, merge_names
+from sam3lora.data.collate import Batch, collate
+from sam3lora.data.pipeline import iterate_batches, stream_batches
+from sam3lora.data.plan import BatchPlan, plan_epoch, plan_validation
+from sam3lora.data.prompts import prompt_key
+from sam3lora.data.sample import DecodeSettings, rows_with_queries
+from sam3lora.errors import UserError
+from sam3lora.train import distributed
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class RunData:
+    """The training split, the validation split if there is one, and how their records become samples."""
+
+    train: CocoIndex
+    valid: CocoIndex | None
+    train_settings: DecodeSettings
+    valid_settings: DecodeSettings
+    prompts: tuple[str, ...]
+
+    def summary(self) -> dict[str, Any]:
+        counts: dict[str, int] = dict.fromkeys(self.train.names, 0)
+        for objects in self.train.table["annotations"].to_pylist():
+            for annotation in objects:
+                counts[annotation["category"]] = counts.get(annotation["category"], 0) + 1
+        return {
+            "num_train_images": len(self.train),
+            "num_valid_images": len(self.valid) if self.valid else 0,
+            "objects_per_category": counts,
+            "prompts": list(self.prompts),
+        }
+
+
+def load_run_data(config: Config, resolution: int, *, num_queries: int) -> RunData:
+    """Index both splits. Images of which nothing can be asked are left out."""
+    data, training = config.data, config.training
+    root = training.required_data_dir()
+    train = _index(config, root / data.train_split)
+    valid = _index(config, root / data.valid_split) if (root / data.valid_split).is_dir() else None
+    names = merge_names([train, valid] if valid else [train])
+    known = {prompt_key(name) for name in names}
+    for name in data.prompts:
+        if prompt_key(name) not in known:
+            raise UserError(
+                f"data.prompts names {name!r}, which no annotation of {root} has; it has {', '.join(names)}"
+            )
+    patch_grid = resolution // 14 * 4  # predicted masks have a quarter of the input's side in patches of 14
+    settings = DecodeSettings(
+        names=names,
+        resolution=resolution,
+        mask_size=patch_grid if training.loss.mask_resolution == "low" else resolution,
+        augmentation=data.augmentation,
+        horizontal_flip=data.horizontal_flip,
+        prompts_map=data.prompts,
+        negative_prompts=data.negative_prompts,
+        num_negatives=training.num_negatives,
+        exhaustive=data.exhaustive,
+        max_objects=data.max_objects_per_query,
+        on_bad_image=training.on_bad_image,
+        seed=training.seed,
+    )
+    valid_settings = replace(settings, augmentation="none", horizontal_flip=0.0, max_objects=None)
+    prompts = tuple(dict.fromkeys([data.prompts.get(name, name) for name in names] + list(data.negative_prompts)))
+    return RunData(
+        train=_askable(train, settings),
+        valid=_askable(valid, valid_settings) if valid else None,
+        train_settings=settings,
+        valid_settings=valid_settings,
+        prompts=prompts,
+    )
+
+
+class BatchSource:
+    """Batches of this worker, decoded by Ray Data, or in this process without Ray."""
+
+    def __init__(self, data: RunData, config: Config, *, use_ray: bool) -> None:
+        self._data, self._training, self._use_ray = data, config.training, use_ray
+        self._num_epochs, self._accumulation = config.training.num_epochs, config.training.gradient_accumulation_steps
+        step_images = config.training.batch_size * self._accumulation * distributed.world_size()
+        self.steps_per_epoch = -(-len(data.train) // step_images)
+
+    def training_batches(self, start_epoch: int, start_step: int) -> Iterator[Batch]:
+        """Batches from a step of an epoch to the end of the run, ``gradient_accumulation_steps`` for each step."""
+        plans = list(self._plans(start_epoch, start_step))
+        return self._decode(self._data.train, plans, self._data.train_settings)
+
+    def validation_batches(self) -> Iterator[Batch]:
+        """This worker's share of the validation split, each image once over all workers."""
+        assert self._data.valid is not None
+        plans = plan_validation(
+            len(self._data.valid),
+            batch_size=self._training.batch_size,
+            world_size=distributed.world_size(),
+            rank=distributed.rank(),
+        )
+        return self._decode(self._data.valid, plans, self._data.valid_settings)
+
+    def _plans(self, start_epoch: int, start_step: int) -> Iterator[BatchPlan]:
+        size, accumulation = self._training.batch_size, self._accumulation
+        for epoch in range(start_epoch, self._num_epochs):
+            groups = plan_epoch(
+                len(self._data.train),
+                batch_size=size * accumulation,
+                world_size=distributed.world_size(),
+                rank=distributed.rank(),
+                seed=self._training.seed,
+                epoch=epoch,
+            )
+            for step in range(start_step if epoch == start_epoch else 0, len(groups)):
+                for part in range(accumulation):
+                    yield BatchPlan(epoch, step, groups[step][part * size : (part + 1) * size])
+
+    def _decode(self, index: CocoIndex, plans: list[BatchPlan], settings: DecodeSettings) -> Iterator[Batch]:
+        if self._use_ray:
+            batches = stream_batches(index.table, plans, settings, num_cpus=self._training.num_workers)
+        else:
+            batches = iterate_batches(index.table, plans, settings)
+        return (collate(batch) for batch in batches)
+
+
+def _index(config: Config, folder: Path) -> CocoIndex:
+    index = CocoIndex.from_folder(folder, config.data.annotation_file, on_bad_image=config.training.on_bad_image)
+    if config.data.categories is None:
+        return index
+    present = {prompt_key(name) for name in index.names}
+    wanted = [name for name in config.data.categories if prompt_key(name) in present]
+    return index.select_categories(wanted or config.data.categories)
+
+
+def _askable(index: CocoIndex, settings: DecodeSettings) -> CocoIndex:
+    rows = rows_with_queries(index.table, settings)
+    if not rows:
+        raise UserError(
+            f"{index.source}: no image has anything to ask: no object of the chosen categories and no negative prompt. "
+            "Check data.categories, or list data.negative_prompts"
+        )
+    if len(rows) < len(index):
+        logger.warning(
+            "%s: left out %d of %d images: nothing can be asked of them",
+            index.source,
+            len(index) - len(rows),
+            len(index),
+        )
+    return index.select_rows(rows)

@@ -1,0 +1,80 @@
+"""``metrics.jsonl``: one line a logged step, an epoch, an event; and TensorBoard beside it where asked for."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+from pathlib import Path
+from typing import Any
+
+import torch
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Appends lines, each flushed at once, so that a progress display in another process can follow."""
+
+    def __init__(self, output_dir: Path, *, after_step: int = 0, tensorboard: bool = False) -> None:
+        self._file = output_dir / METRICS_FILE
+        self._drop_after(after_step)
+        self._writer = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=after_step + 1)
+
+    def write(self, kind: str, **values: Any) -> None:
+        with self._file.open("a") as file:
+            file.write(json.dumps({"kind": kind, **_finite(values)}) + "\n")
+        if self._writer and "step" in values:
+            for name, value in _flat(values):
+                if name != "step" and isinstance(value, int | float):
+                    self._writer.add_scalar(f"{kind}/{name}", value, values["step"])
+            self._writer.flush()
+
+    def _drop_after(self, step: int) -> None:
+        """Remove the lines of steps that a resumed run will do again."""
+        lines = [line for line in read_metrics(self._file) if line.get("step", 0) <= step] if step else []
+        scratch = self._file.with_suffix(".tmp")
+        scratch.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        os.replace(scratch, self._file)
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The complete lines of a metrics file; none if there is no file."""
+    if not file.is_file():
+        return []
+    lines = []
+    for line in file.read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:  # a line that is being written
+            continue
+    return lines
+
+
+def memory_mb(device: torch.device) -> float:
+    """Peak memory: of the device's allocator, or of this process on a CPU, in megabytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _flat(values: dict[str, Any], prefix: str = ""):
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}/")
+        else:
+            yield prefix + name, value
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: None says that a value could not be computed."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, float):
+        return float(f"{value:.7g}") if math.isfinite(value) else None
+    return value
