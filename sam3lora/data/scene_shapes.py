@@ -129,7 +129,7 @@ def _bolt(rng: Rng) -> list[np.ndarray]:
 
 def _capsule(rng: Rng) -> list[np.ndarray]:
     r, angles = rng.uniform(0.3, 0.4), np.linspace(-np.pi / 2, np.pi / 2, 14)
-    right = _polar(np.full(14, r), angles) + [1 - r, 0]
+    right = _polar(np.full(14, r), angles) + np.array([1 - r, 0])
     return [np.concatenate([right, -right])]
 
 
@@ -225,7 +225,7 @@ def _berry(rng: Rng, size: int, centre_xy: np.ndarray, extent: float) -> Drawn:
     for _ in range(14):
         spot = (_polar(np.sqrt(rng.random(1)) * 0.75, rng.uniform(0, 6.3, 1)) @ matrix + offset)[0]
         cv2.circle(paint, np.round(spot).astype(int).tolist(), 1, (235.0, 205.0, 120.0), -1)
-    cap = _polar(np.where(np.arange(10) % 2, 0.14, 0.42), _angles(10)) + [-0.8, 0]
+    cap = _polar(np.where(np.arange(10) % 2, 0.14, 0.42), _angles(10)) + np.array([-0.8, 0])
     cap_mask = _fill(size, [cap @ matrix + offset])
     paint[cap_mask > 127] = _colour(rng, (40, 110, 35), (80, 150, 60))
     return Drawn((mask > 127) | (cap_mask > 127), np.maximum(_soft(mask), _soft(cap_mask)), paint)

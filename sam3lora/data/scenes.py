@@ -162,7 +162,7 @@ def draw_empty(rng: np.random.Generator, *, size: int = 224, domain: str = "base
 
 
 def _scene_palette(rng: np.random.Generator, wanted: int, domain: str) -> list[tuple[str, str | None, str | None]]:
-    """Nouns and attributes of the objects: a few concepts, with repeats and with look-alikes that share one attribute."""
+    """Nouns and attributes of the objects: a few concepts, with repeats and look-alikes that share an attribute."""
     chosen: list[tuple[str, str | None, str | None]] = []
     while len(chosen) < wanted:
         roll = rng.random()

@@ -62,7 +62,8 @@ def write_dataset(
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with Progress(console=Console(stderr=True), transient=True, disable=not progress) as bar:
+        console = Console(stderr=True)
+        with Progress(console=console, transient=True, disable=not (progress and console.is_terminal)) as bar:
             task = bar.add_task("drawing images", total=num_train + num_valid)
             splits = [
                 _write_images(scratch / split, stream, count, seed, size, domain, lambda: bar.advance(task))

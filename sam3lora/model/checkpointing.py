@@ -1,4 +1,4 @@
-"""Gradient checkpointing of the towers; the detector's parts are checkpointed where they are driven (``forward.py``)."""
+"""Gradient checkpointing of the towers; the detector's parts are checkpointed where ``forward.py`` drives them."""
 
 from __future__ import annotations
 

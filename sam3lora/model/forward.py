@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,11 +33,17 @@ class VisionFeatures:
     maps_ICHW: list[Tensor]
     positions_1CHW: list[Tensor]
 
+    @classmethod
+    def from_output(cls, output: Any) -> VisionFeatures:
+        """From what ``Sam3Model.vision_encoder`` returns."""
+        positions = [position[:1] for position in output.fpn_position_encoding[:-1]]
+        return cls(list(output.fpn_hidden_states[:-1]), positions)
+
     def select(self, image_index_B: Tensor) -> list[Tensor]:
         return [maps.index_select(0, image_index_B) for maps in self.maps_ICHW]
 
     def detached(self) -> VisionFeatures:
-        """The same values as leaves that collect gradients, so that several chunks of prompts share one vision pass."""
+        """The same values as leaves that collect gradients, so that chunks of prompts share one vision pass."""
         leaves = [maps.detach().requires_grad_(maps.requires_grad) for maps in self.maps_ICHW]
         return replace(self, maps_ICHW=leaves)
 
@@ -96,9 +103,7 @@ class StagedSam3:
 
     def encode_images(self, pixel_values_ICHW: Tensor) -> VisionFeatures:
         """One pass of the vision tower and neck over ``I`` images (I, 3, H, W), normalised to mean 0.5, std 0.5."""
-        output = self.model.vision_encoder(pixel_values_ICHW)
-        positions = [position[:1] for position in output.fpn_position_encoding[:-1]]
-        return VisionFeatures(list(output.fpn_hidden_states[:-1]), positions)
+        return VisionFeatures.from_output(self.model.vision_encoder(pixel_values_ICHW))
 
     def encode_text(self, input_ids_PT: Tensor, attention_mask_PT: Tensor) -> TextFeatures:
         """One pass of the text tower over ``P`` distinct prompts of (P, 32) token ids."""
@@ -248,9 +253,8 @@ class StagedSam3:
             presence.append(presence_logits.squeeze(-1).clamp(-limit, limit))
 
         states_LBQC, boxes_LBQ4 = torch.stack(states), torch.stack(boxes)
-        logits_LBQ = self.model.dot_product_scoring(
-            decoder_hidden_states=states_LBQC, text_features=prompt_BTC, text_mask=prompt_mask_BT
-        ).squeeze(-1)
+        scores = self._run("scoring", self.model.dot_product_scoring, states_LBQC, prompt_BTC, prompt_mask_BT)
+        logits_LBQ = scores.squeeze(-1)
         split = num_queries
         hidden_BQC = {"o2o": states_LBQC[-1][:, :split], "o2m": states_LBQC[-1][:, split:]}
         return Detections(
@@ -356,6 +360,10 @@ class MaskHead:
             if not products:
                 return queries_MC.new_zeros(0, height, width)
             return torch.cat(products)[order.argsort()].view(-1, height, width)
+
+    def branch_logits(self, branch: str, b_index_M: Tensor, q_index_M: Tensor) -> Tensor:
+        """``instance_logits`` with the arguments in the order that the loss asks in."""
+        return self.instance_logits(b_index_M, q_index_M, branch)
 
     def semantic_logits(self, b_index_K: Tensor) -> Tensor:
         """Logits (K, h, w) of "this pixel belongs to the prompt" for the find queries asked for."""

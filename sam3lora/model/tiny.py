@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -143,7 +144,7 @@ def write_tokenizer(folder: Path, words: Iterable[str]) -> int:
             merges.append((pieces[0], pieces[1]))
             tokens.append(pieces[0] + pieces[1])
             pieces = [pieces[0] + pieces[1], *pieces[2:]]
-    tokens = list(dict.fromkeys(tokens)) + ["<|startoftext|>", "<|endoftext|>"]
+    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = {token: number for number, token in enumerate(tokens)}
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
@@ -155,7 +156,7 @@ def _apply_merges(pieces: list[str], merges: list[tuple[str, str]]) -> list[str]
     """Byte-pair encoding of one word: the earliest learned merge first."""
     ranks = {pair: rank for rank, pair in enumerate(merges)}
     while len(pieces) > 1:
-        pairs = [(ranks.get(pair, math.inf), place) for place, pair in enumerate(zip(pieces, pieces[1:], strict=False))]
+        pairs = [(ranks.get(pair, math.inf), place) for place, pair in enumerate(pairwise(pieces))]
         rank, place = min(pairs)
         if rank == math.inf:
             break
@@ -174,7 +175,9 @@ def save_tiny(model: Sam3Model, tokenizer_folder: Path, folder: Path) -> None:
     from transformers import CLIPTokenizer, Sam3ImageProcessor, Sam3Processor
 
     tokenizer = CLIPTokenizer(
-        vocab=str(tokenizer_folder / "vocab.json"), merges=str(tokenizer_folder / "merges.txt"), model_max_length=CONTEXT
+        vocab=str(tokenizer_folder / "vocab.json"),
+        merges=str(tokenizer_folder / "merges.txt"),
+        model_max_length=CONTEXT,
     )
     side = IMAGE_SIZE // PATCH_SIZE * 4
     image_processor = Sam3ImageProcessor(

@@ -1,4 +1,4 @@
-"""A bank of drawn scenes on disk: drawing takes longer than a training step, so scenes are drawn once and read often."""
+"""A bank of scenes on disk: they are drawn once, because drawing takes as long as training on them."""
 
 from __future__ import annotations
 

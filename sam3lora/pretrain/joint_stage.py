@@ -11,11 +11,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Sam3Model
 
-from sam3lora.losses import Criterion, LossWeights, Normalizer, Predictions, Targets
-from sam3lora.model.forward import StagedSam3
+from sam3lora.losses import Criterion, LossWeights, Normalizer, Predictions, Targets, count_semantic
+from sam3lora.model.forward import StagedSam3, VisionFeatures
 from sam3lora.pretrain.bank import SceneBank
 from sam3lora.pretrain.prompting import Question, ask
-from sam3lora.pretrain.vision_stage import FINE, GRID, PATCH, DenseHeads, augmented, cosine, dense_targets, to_pixel_values
+from sam3lora.pretrain.snapshot import Snapshot
+from sam3lora.pretrain.vision_stage import (
+    FINE,
+    GRID,
+    PATCH,
+    DenseHeads,
+    augmented,
+    cosine,
+    dense_targets,
+    to_pixel_values,
+)
 
 MASKED_QUERIES = 8  # the mask branch is the dearest part of a step at this size
 
@@ -33,7 +43,7 @@ class TokenHead(nn.Module):
 
 
 def scene_targets(labels_IHW: np.ndarray, questions: list[list[Question]]) -> tuple[Targets, Tensor, Tensor, Tensor]:
-    """Targets of all questions, the share of each patch they cover (B, 256), and exemplar boxes and labels (B, 1, ...)."""
+    """Targets of all questions, the share of each patch they cover (B, 256), exemplar boxes and labels (B, 1, ...)."""
     size = labels_IHW.shape[1]
     steps = (np.arange(FINE) * size // FINE) + 1
     num, boxes, masks, shares, examples, labels = [], [], [], [], [], []
@@ -67,6 +77,7 @@ def scene_targets(labels_IHW: np.ndarray, questions: list[list[Question]]) -> tu
 def train_joint(
     model: Sam3Model,
     heads: DenseHeads,
+    token_head: TokenHead,
     banks: list[tuple[SceneBank, float]],
     tokenize: Callable[[list[str]], tuple[Tensor, Tensor]],
     *,
@@ -74,24 +85,23 @@ def train_joint(
     images_per_step: int = 8,
     learning_rate: float = 1e-3,
     seed: int = 0,
-    first_step: int = 0,
-    state: dict | None = None,
     log: Callable[[str], None] = print,
-    checkpoint: Callable[[int, dict], None] | None = None,
+    snapshot: Snapshot | None = None,
 ) -> None:
-    """Train ``model`` in place. ``banks`` are scenes with the probability to draw from each."""
+    """Train ``model`` in place, from the snapshot's step to ``steps``.
+
+    ``heads`` and ``token_head`` are temporary; ``banks`` are scenes with the probability to draw from each.
+    """
     weights = LossWeights(bbox=5, giou=2, ce=20, presence=10, mask=100, dice=5, semantic=10, semantic_dice=5, o2m=1)
     criterion = Criterion(weights, pad_n_queries=None, touch_unused=False)
-    staged, token_head = StagedSam3(model), TokenHead()
+    staged = StagedSam3(model)
     slow = [p for n, p in model.named_parameters() if n.startswith("vision_encoder.backbone")]
     slow_ids = {id(p) for p in slow}
     fast = [p for p in (*model.parameters(), *token_head.parameters(), *heads.parameters()) if id(p) not in slow_ids]
     optimizer = torch.optim.AdamW(
         [{"params": slow, "scale": 0.4}, {"params": fast, "scale": 1.0}], betas=(0.9, 0.98), weight_decay=0.02
     )
-    if state:
-        optimizer.load_state_dict(state["optimizer"])
-        token_head.load_state_dict(state["token_head"])
+    first_step = snapshot.load(optimizer) if snapshot else 0
     rng = np.random.default_rng([seed, first_step])
     model.train()
     started, seen, right = time.time(), {}, []
@@ -111,7 +121,7 @@ def train_joint(
         image_index = torch.arange(images_per_step).repeat_interleave(len(questions[0]))
         with torch.autocast("cpu", torch.bfloat16):
             vision_output = model.vision_encoder(to_pixel_values(images))
-            vision = staged_vision(vision_output)
+            vision = VisionFeatures.from_output(vision_output)
             text = staged.encode_text(*tokenize(distinct))
             found = staged.detect(
                 vision,
@@ -133,18 +143,20 @@ def train_joint(
                 dense_targets(labels, np.asarray(bank.attributes[rows])),
             )
             token_loss = token_head.loss(found.encoder_hidden_BSC, share_BS)
-        semantic_rows = masked[torch.zeros(len(targets.num_B)).index_add(0, targets.query_index()[targets.mask_valid_T], torch.ones(int(targets.mask_valid_T.sum())))[masked] > 0]
         predictions = Predictions(
             logits_LBQ=found.logits_LBQ,
             boxes_cxcywh_LBQ4=found.boxes_cxcywh_LBQ4,
             presence_logits_LB=found.presence_logits_LB,
             logits_o2m_LBQ=found.logits_o2m_LBQ,
             boxes_o2m_LBQ4=found.boxes_o2m_LBQ4,
-            mask_logits=lambda branch, b, q: mask_head.instance_logits(b, q, branch),
+            mask_logits=mask_head.branch_logits,
             semantic_logits=mask_head.semantic_logits,
         )
         normalizer = Normalizer(
-            num_queries=len(prompts), num_boxes=max(1, len(targets.boxes_cxcywh_T4)), num_semantic=max(1, len(semantic_rows)), scale=1.0
+            num_queries=len(prompts),
+            num_boxes=max(1, len(targets.boxes_cxcywh_T4)),
+            num_semantic=max(1, count_semantic(targets)),
+            scale=1.0,
         )
         output = criterion(predictions, targets, normalizer)
         # SAM 3's recipe gives absent prompts no classification loss; a small model learns to tell look-alikes apart
@@ -161,7 +173,8 @@ def train_joint(
         loss.backward()
         nn.utils.clip_grad_norm_([*slow, *fast], 1.0)
         optimizer.step()
-        terms = {**output.terms, "token": token_loss, "refusal": refusal, "dense": sum(dense.values()), "noun": dense["noun"]}
+        helpers = {"token": token_loss, "refusal": refusal, "dense": sum(dense.values()), "noun": dense["noun"]}
+        terms = {**output.terms, **helpers}
         for name, value in terms.items():
             seen[name] = seen.get(name, 0.0) + float(torch.as_tensor(value).detach())
         right.append(((found.presence_logits_LB[-1] > 0) == (targets.num_B > 0)).float().mean().item())
@@ -169,11 +182,5 @@ def train_joint(
             means = " ".join(f"{name} {value / 200:.3f}" for name, value in seen.items())
             log(f"joint step {step + 1}/{steps} {time.time() - started:.0f}s presence {np.mean(right):.3f} {means}")
             seen, right = {}, []
-            if checkpoint:
-                checkpoint(step + 1, {"optimizer": optimizer.state_dict(), "token_head": token_head.state_dict()})
-
-
-def staged_vision(output):
-    from sam3lora.model.forward import VisionFeatures
-
-    return VisionFeatures(list(output.fpn_hidden_states[:-1]), [p[:1] for p in output.fpn_position_encoding[:-1]])
+            if snapshot:
+                snapshot.save(step + 1, optimizer)

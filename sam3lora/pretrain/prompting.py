@@ -23,7 +23,12 @@ class Question:
 
 
 def ask(
-    objects: list[SceneObject], rng: np.random.Generator, *, positives: int = 2, negatives: int = 2, exemplars: bool = False
+    objects: list[SceneObject],
+    rng: np.random.Generator,
+    *,
+    positives: int = 2,
+    negatives: int = 2,
+    exemplars: bool = False,
 ) -> list[Question]:
     """Prompts of one scene: kinds are drawn evenly, negatives are mostly near misses."""
     named: dict[str, list[Concept]] = {}
@@ -52,9 +57,7 @@ def _with_exemplars(objects: list[SceneObject], question: Question, rng: np.rand
         return Question(question.prompt, question.kind, question.wanted, [(pointed, 1)])
     example = objects[pointed]
     alike = [
-        number
-        for number, thing in enumerate(objects)
-        if (thing.noun, thing.colour) == (example.noun, example.colour)
+        number for number, thing in enumerate(objects) if (thing.noun, thing.colour) == (example.noun, example.colour)
     ]
     return Question(VISUAL, "exemplar", alike, [(pointed, 1)])
 
@@ -71,7 +74,11 @@ def _absent(objects: list[SceneObject], rng: np.random.Generator) -> Question:
             if rng.random() < 0.5 and other.colour:
                 concept = Concept("colour+shape", noun=other.noun, colour=near.colour)
             else:
-                pool = [c for c in ALL_CONCEPTS if c.kind == "colour+shape" and (c.noun == near.noun) != (c.colour == near.colour)]
+                pool = [
+                    c
+                    for c in ALL_CONCEPTS
+                    if c.kind == "colour+shape" and (c.noun == near.noun) != (c.colour == near.colour)
+                ]
                 concept = pool[rng.integers(len(pool))]
         else:
             kinds = ("natural", "shape", "colour", "texture")

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Sam3Model
 
-from sam3lora.pretrain.bank import COLOURS, NOUNS, SceneBank
 from sam3lora.data.scenes import TEXTURES
+from sam3lora.pretrain.bank import COLOURS, NOUNS, SceneBank
+from sam3lora.pretrain.snapshot import Snapshot
 
 GRID, PATCH, FINE = 16, 14, 64
 NONE = -100  # ignored by cross entropy
@@ -138,11 +139,10 @@ def train_vision(
     batch_size: int = 16,
     learning_rate: float = 2e-3,
     seed: int = 0,
-    first_step: int = 0,
     log: Callable[[str], None] = print,
-    checkpoint: Callable[[int], None] | None = None,
+    snapshot: Snapshot | None = None,
 ) -> None:
-    """Train the vision tower and the temporary heads in place for ``steps`` steps."""
+    """Train the vision tower and the temporary heads in place, from the snapshot's step to ``steps``."""
     parameters = [*model.vision_encoder.parameters(), *heads.parameters()]
     decayed = [p for p in parameters if p.dim() > 1]
     optimizer = torch.optim.AdamW(
@@ -151,6 +151,7 @@ def train_vision(
         betas=(0.9, 0.98),
         weight_decay=0.0,
     )
+    first_step = snapshot.load(optimizer) if snapshot else 0
     rng = np.random.default_rng([seed, first_step])
     model.train()
     started, seen = time.time(), {}
@@ -174,5 +175,5 @@ def train_vision(
             means = " ".join(f"{name} {value / 200:.3f}" for name, value in seen.items())
             log(f"vision step {step + 1}/{steps} {time.time() - started:.0f}s {means}")
             seen = {}
-            if checkpoint:
-                checkpoint(step + 1)
+            if snapshot:
+                snapshot.save(step + 1, optimizer)

@@ -173,7 +173,7 @@ class LossRunner:
             presence_logits_LB=found.presence_logits_LB,
             logits_o2m_LBQ=found.logits_o2m_LBQ,
             boxes_o2m_LBQ4=found.boxes_o2m_LBQ4,
-            mask_logits=(lambda branch, b, q: head.instance_logits(b, q, branch)) if head else None,
+            mask_logits=head.branch_logits if head else None,
             semantic_logits=head.semantic_logits if head else None,
         )
         return self.criterion(predictions, targets.to(self.device), normalizer)

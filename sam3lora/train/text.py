@@ -51,6 +51,10 @@ class TextBank:
         kept = [self._kept[prompt] for prompt in distinct]
         return TextFeatures(torch.stack([k[0] for k in kept]), torch.stack([k[1] for k in kept])), index
 
+    def kept(self) -> dict[str, TextFeatures]:
+        """The kept features by prompt (P = 1 each)."""
+        return {prompt: TextFeatures(embeds[None], mask[None]) for prompt, (embeds, mask) in self._kept.items()}
+
     def _encode(self, prompts: list[str]) -> TextFeatures:
         input_ids, attention_mask = self._tokenize(prompts)
         tower_device = next(self._staged.model.text_encoder.parameters()).device

@@ -53,6 +53,7 @@ class Worker:
     output_dir: Path
     device: torch.device
     model: nn.Module
+    tokenizer: Any
     metadata: AdapterMetadata
     optimizer: torch.optim.AdamW
     runner: LossRunner
@@ -157,14 +158,26 @@ def set_up(config: Config, output_dir: Path, *, use_ray: bool) -> Worker:
         prompts=list(data.prompts),
         resolution=base.resolution,
         geometry_cls=config.model.geometry_cls,
-        thresholds={"detection_threshold": config.evaluation.prob_threshold, "nms_iou": config.evaluation.nms_iou},
+        thresholds=_thresholds(config),
         data=data.summary(),
         lora=lora.to_dict(),
     )
     report = _ray_report() if use_ray else None
     return Worker(
-        config, output_dir, device, model, metadata, optimizer, runner, data, batches, state, log, report
-    )  # fmt: skip
+        config=config,
+        output_dir=output_dir,
+        device=device,
+        model=model,
+        tokenizer=base.tokenizer,
+        metadata=metadata,
+        optimizer=optimizer,
+        runner=runner,
+        data=data,
+        batches=batches,
+        state=state,
+        log=log,
+        report=report,
+    )
 
 
 def train_epochs(worker: Worker) -> None:
@@ -348,6 +361,18 @@ def _criterion(config: Config) -> Criterion:
 
 def _dropout_seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _thresholds(config: Config) -> dict[str, float]:
+    """What inference with this adapter uses unless it is told otherwise."""
+    evaluation = config.evaluation
+    return {
+        "detection_threshold": evaluation.prob_threshold,
+        "nms_iou": evaluation.nms_iou,
+        "merge": evaluation.merge,
+        "merge_iou": evaluation.merge_iou,
+        "max_detections": evaluation.max_detections,
+    }
 
 
 def _due(step: int, every: int | None) -> bool:

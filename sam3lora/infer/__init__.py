@@ -1,0 +1,1 @@
+"""Using adapters: drawing what was found."""

@@ -1,0 +1,231 @@
+"""Pictures of instances: mask, outline and label over the image, and panels that compare models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import cv2
+import numpy as np
+
+from sam3lora.data.masks import decode_mask
+
+Rgb = tuple[int, int, int]
+
+GROUND_TRUTH_RGB: Rgb = (22, 163, 74)
+BASE_RGB: Rgb = (37, 99, 235)
+ADAPTER_RGB: Rgb = (220, 38, 38)
+PALETTE_RGB: tuple[Rgb, ...] = (
+    (220, 38, 38),
+    (37, 99, 235),
+    (22, 163, 74),
+    (217, 119, 6),
+    (147, 51, 234),
+    (8, 145, 178),
+    (219, 39, 119),
+    (101, 84, 60),
+)
+
+MIN_SIDE_PX = 440  # smaller images are enlarged, so that labels can be read
+_FILL = 0.38
+_FONT = cv2.FONT_HERSHEY_SIMPLEX
+_WHITE: Rgb = (255, 255, 255)
+_INK: Rgb = (31, 41, 55)
+
+
+@dataclass(frozen=True)
+class Marked:
+    """One object to draw, in pixels of the image: a mask (H, W) bool, a box, or both, and what to write beside it."""
+
+    label: str
+    mask_HW: np.ndarray | None = field(default=None, repr=False)
+    box_xyxy: tuple[float, float, float, float] | None = None
+
+
+def mark_coco(entries: Iterable[Mapping[str, Any]], names: Mapping[int, str], size_hw: tuple[int, int]) -> list[Marked]:
+    """COCO annotations or results as objects to draw; results carry their score in the label ("gear 0.87")."""
+    marked = []
+    for entry in entries:
+        name = names[entry["category_id"]]
+        label = f"{name} {entry['score']:.2f}" if "score" in entry else name
+        x, y, width, height = entry["bbox"]
+        mask = decode_mask(entry["segmentation"], size_hw) if entry.get("segmentation") else None
+        marked.append(Marked(label, mask, (x, y, x + width, y + height)))
+    return marked
+
+
+def draw_instances(
+    image_HW3: np.ndarray,
+    instances: Sequence[Marked],
+    *,
+    colours_rgb: Rgb | Sequence[Rgb] = PALETTE_RGB,
+    show_masks: bool = True,
+    show_boxes: bool = False,
+    show_labels: bool = True,
+    min_side: int = MIN_SIDE_PX,
+) -> np.ndarray:
+    """Draw instances over an image.
+
+    Args:
+        image_HW3: uint8 (H, W, 3), RGB; it is not changed.
+        instances: What to draw; the first ones end up in front.
+        colours_rgb: One colour for all, or colours to take in turn.
+        show_masks: Fill and outline the masks.
+        show_boxes: Draw the boxes.
+        show_labels: Write the labels.
+        min_side: An image whose shorter side is below this is enlarged by a whole factor.
+
+    Returns:
+        uint8 (k H, k W, 3), RGB, with k the factor of enlargement (1 for large images).
+    """
+    factor = _enlargement(image_HW3.shape[:2], min_side)
+    height, width = (side * factor for side in image_HW3.shape[:2])
+    canvas = cv2.resize(image_HW3, (width, height), interpolation=cv2.INTER_CUBIC) if factor > 1 else image_HW3.copy()
+    colours = _as_list(colours_rgb)
+    stroke = max(2, round(min(height, width) / 300))
+    order = list(enumerate(instances))[::-1]
+    outlines = {}
+    for number, instance in order:
+        colour = colours[number % len(colours)]
+        if show_masks and instance.mask_HW is not None:
+            mask = _enlarge_mask(instance.mask_HW, (height, width))
+            outlines[number] = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)[0]
+            _fill(canvas, mask, colour)
+    for number, instance in order:
+        colour = colours[number % len(colours)]
+        cv2.drawContours(canvas, outlines.get(number, ()), -1, _WHITE, stroke + 2, cv2.LINE_AA)
+        cv2.drawContours(canvas, outlines.get(number, ()), -1, colour, stroke, cv2.LINE_AA)
+        if show_boxes and instance.box_xyxy is not None:
+            x0, y0, x1, y1 = (round(value * factor) for value in instance.box_xyxy)
+            cv2.rectangle(canvas, (x0, y0), (x1 - 1, y1 - 1), colour, stroke, cv2.LINE_AA)
+    if show_labels:
+        _draw_labels(canvas, instances, colours, factor)
+    return canvas
+
+
+def side_by_side(
+    image_HW3: np.ndarray,
+    ground_truth: Sequence[Marked],
+    base: Sequence[Marked],
+    adapter: Sequence[Marked],
+    *,
+    captions: tuple[str, str, str] = ("labels", "base", "adapter"),
+    min_side: int = MIN_SIDE_PX,
+) -> np.ndarray:
+    """Three captioned pictures in a row: labels in green, the base model in blue, the adapter in red.
+
+    Returns:
+        uint8 (H', W', 3), RGB, on white.
+    """
+    panels = []
+    columns = ((ground_truth, GROUND_TRUTH_RGB), (base, BASE_RGB), (adapter, ADAPTER_RGB))
+    for caption, (instances, colour) in zip(captions, columns, strict=True):
+        drawn = draw_instances(image_HW3, instances, colours_rgb=colour, min_side=min_side)
+        panels.append(_captioned(drawn, f"{caption}: {len(instances)}", colour))
+    gap = np.full((panels[0].shape[0], max(8, panels[0].shape[1] // 50), 3), 255, np.uint8)
+    return np.concatenate([panels[0], gap, panels[1], gap, panels[2]], axis=1)
+
+
+def encode_image(image_HW3: np.ndarray, extension: str = ".jpg", quality: int = 85) -> bytes:
+    """The bytes of an image file from RGB pixels."""
+    options = [cv2.IMWRITE_JPEG_QUALITY, quality] if extension == ".jpg" else []
+    done, data = cv2.imencode(extension, cv2.cvtColor(image_HW3, cv2.COLOR_RGB2BGR), options)
+    assert done, f"OpenCV cannot write {extension}"
+    return data.tobytes()
+
+
+def _as_list(colours_rgb: Rgb | Sequence[Rgb]) -> list[Rgb]:
+    if isinstance(colours_rgb[0], int):
+        return [cast(Rgb, colours_rgb)]
+    return list(cast(Sequence[Rgb], colours_rgb))
+
+
+def _enlargement(size_hw: tuple[int, int], min_side: int) -> int:
+    """The smallest whole factor, at most 4, that brings the shorter side to `min_side`."""
+    return min(4, max(1, -(-min_side // max(1, min(size_hw)))))
+
+
+def _enlarge_mask(mask_HW: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
+    """uint8 0 or 1 at the canvas's size, with smooth edges."""
+    if mask_HW.shape == size_hw:
+        return mask_HW.astype(np.uint8)
+    coverage = cv2.resize(mask_HW.astype(np.float32), size_hw[::-1], interpolation=cv2.INTER_LINEAR)
+    return (coverage >= 0.5).astype(np.uint8)
+
+
+def _fill(canvas: np.ndarray, mask: np.ndarray, colour: Rgb) -> None:
+    x, y, width, height = cv2.boundingRect(mask)
+    if width == 0:
+        return
+    window = canvas[y : y + height, x : x + width]
+    inside = mask[y : y + height, x : x + width].astype(bool)
+    window[inside] = (window[inside] * (1 - _FILL) + np.array(colour) * _FILL).astype(np.uint8)
+
+
+def _text_scale(height: int) -> tuple[float, int]:
+    """Font scale and stroke of labels on a picture of this height."""
+    scale = max(0.5, height / 900)
+    return scale, max(1, round(scale * 1.6))
+
+
+def _text_size(text: str, scale: float, stroke: int) -> tuple[int, int, int]:
+    """Width, height and descent; the last two do not depend on the letters, so that tags are equally high."""
+    (_, height), descent = cv2.getTextSize("Aghy", _FONT, scale, stroke)
+    return cv2.getTextSize(text, _FONT, scale, stroke)[0][0], height, descent
+
+
+def _draw_labels(canvas: np.ndarray, instances: Sequence[Marked], colours: list[Rgb], factor: int) -> None:
+    """White text on a tag of the object's colour; a tag that would cover another moves down."""
+    height, width = canvas.shape[:2]
+    scale, stroke = _text_scale(min(height, width))
+    placed: list[tuple[int, int, int, int]] = []
+    for number, instance in enumerate(instances):
+        anchor = _anchor(instance)
+        if anchor is None or not instance.label:
+            continue
+        text_w, text_h, descent = _text_size(instance.label, scale, stroke)
+        pad = max(3, round(4 * scale))
+        tag_w, tag_h = text_w + 2 * pad, text_h + descent + 2 * pad
+        left = int(np.clip(anchor[0] * factor - tag_w / 2, 0, max(0, width - tag_w)))
+        top = int(np.clip(anchor[1] * factor - tag_h - 2, 0, max(0, height - tag_h)))
+        left, top = _free_place(left, top, tag_w, tag_h, height, placed)
+        placed.append((left, top, left + tag_w, top + tag_h))
+        colour = colours[number % len(colours)]
+        cv2.rectangle(canvas, (left, top), (left + tag_w - 1, top + tag_h - 1), colour, -1)
+        baseline = (left + pad, top + pad + text_h)
+        cv2.putText(canvas, instance.label, baseline, _FONT, scale, _WHITE, stroke, cv2.LINE_AA)
+
+
+def _anchor(instance: Marked) -> tuple[float, float] | None:
+    """The middle of the object's upper edge, (x, y)."""
+    if instance.mask_HW is not None and instance.mask_HW.any():
+        x, y, width, _ = cv2.boundingRect(instance.mask_HW.astype(np.uint8))
+        return x + width / 2, y
+    if instance.box_xyxy is not None:
+        return (instance.box_xyxy[0] + instance.box_xyxy[2]) / 2, instance.box_xyxy[1]
+    return None
+
+
+def _free_place(
+    left: int, top: int, tag_w: int, tag_h: int, height: int, placed: list[tuple[int, int, int, int]]
+) -> tuple[int, int]:
+    """The nearest row below (then above) the wanted place where the tag covers no other; the wanted place if none."""
+    rows = [top + step * tag_h for step in (0, 1, -1, 2, -2, 3, -3)]
+    for row in rows:
+        if row < 0 or row + tag_h > height:
+            continue
+        if all(left >= x1 or left + tag_w <= x0 or row >= y1 or row + tag_h <= y0 for x0, y0, x1, y1 in placed):
+            return left, row
+    return left, top
+
+
+def _captioned(panel: np.ndarray, text: str, colour: Rgb) -> np.ndarray:
+    height, width = panel.shape[:2]
+    scale = max(0.55, min(height, width) / 640)
+    _, text_h, descent = _text_size(text, scale, 2)
+    bar = np.full((round((text_h + descent) * 1.7), width, 3), 255, np.uint8)
+    middle = (bar.shape[0] + text_h) // 2
+    cv2.rectangle(bar, (0, middle - text_h), (text_h - 1, middle - 1), colour, -1)
+    cv2.putText(bar, text, (round(text_h * 1.6), middle), _FONT, scale, _INK, max(1, round(scale * 2)), cv2.LINE_AA)
+    return np.concatenate([bar, panel])
