@@ -6,6 +6,7 @@ DoRA: https://arxiv.org/abs/2402.09353.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -108,7 +109,9 @@ def apply_lora(model: nn.Module, settings: LoraSettings, *, geometry_cls: bool =
         use_dora=settings.use_dora,
     )
     on_meta = any(parameter.is_meta for parameter in model.parameters())
-    peft_model = get_peft_model(model, config, low_cpu_mem_usage=on_meta)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT asks by the old name
+        peft_model = get_peft_model(model, config, low_cpu_mem_usage=on_meta)
     assert adapted_modules(peft_model) == names, "PEFT adapted other modules than the ones selected"
     return peft_model
 

@@ -43,7 +43,7 @@ class VisionFeatures:
         return [maps.index_select(0, image_index_B) for maps in self.maps_ICHW]
 
     def detached(self) -> VisionFeatures:
-        """The same values as leaves that collect gradients, so that chunks of prompts share one vision pass."""
+        """The same values as leaves that collect gradients: chunks of prompts can share one vision pass."""
         leaves = [maps.detach().requires_grad_(maps.requires_grad) for maps in self.maps_ICHW]
         return replace(self, maps_ICHW=leaves)
 
@@ -63,7 +63,7 @@ class TextFeatures:
 class Detections:
     """What the decoder says about ``B`` find queries, and what the mask branch needs to go on.
 
-    ``boxes_cxcywh_LBQ4`` are float32 in units of the model input's sides. ``presence_logits_LB`` and the logits are raw.
+    ``boxes_cxcywh_LBQ4`` are float32 in units of the input's sides; ``presence_logits_LB`` and the logits are raw.
     The ``o2m`` fields are None unless the one-to-many branch was asked for.
     """
 
@@ -324,7 +324,7 @@ class StagedSam3:
 
 
 class MaskHead:
-    """Instance and semantic mask logits of selected object queries, at a quarter (1008: 288 x 288) of the input size."""
+    """Instance and semantic mask logits of selected object queries, four to a patch side (1008: 288 x 288)."""
 
     def __init__(self, model: Sam3Model, detections: Detections, rows_K: Tensor, pixels_KCHW: Tensor) -> None:
         self._decoder = model.mask_decoder

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Sam3Config, Sam3Model
+from transformers.utils import logging as transformers_logging
 
 from sam3lora.errors import UserError
 from sam3lora.model.base_folder import BaseFolder, find_base, read_processor_settings
@@ -134,15 +137,16 @@ def _load_weights(folder: BaseFolder, config: Sam3Config, dtype: torch.dtype, at
     try:
         model: Sam3Model
         info: dict[str, Any]
-        model, info = Sam3Model.from_pretrained(  # type: ignore[misc]
-            folder.path,
-            config=config,
-            dtype=dtype,
-            attn_implementation=attention,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        with _no_progress_bar():
+            model, info = Sam3Model.from_pretrained(  # type: ignore[misc]
+                folder.path,
+                config=config,
+                dtype=dtype,
+                attn_implementation=attention,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+            )
     except Exception as error:  # safetensors, shape mismatches and I/O raise different kinds
         raise UserError(f"the weights in {folder.path} could not be loaded: {error}") from error
     if missing := sorted(info["missing_keys"]):
@@ -154,6 +158,18 @@ def _load_weights(folder: BaseFolder, config: Sam3Config, dtype: torch.dtype, at
     if unused:
         logger.warning("%s: %d tensors are not used, first %s", folder.name, len(unused), ", ".join(unused[:3]))
     return model
+
+
+@contextlib.contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Weights load in a second; a bar for it would break into the progress of what loads them."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _load_tokenizer(folder: BaseFolder) -> PreTrainedTokenizerBase:
