@@ -62,15 +62,17 @@ class Worker:
     state: RunState
     log: MetricsLog | None
     report: Any = None
+    total_steps: int = 0
 
     @property
     def rank(self) -> int:
         return distributed.rank()
 
-    @property
-    def total_steps(self) -> int:
-        total = self.batches.steps_per_epoch * self.config.training.num_epochs
-        return min(total, self.config.training.max_steps or total)
+    def __post_init__(self) -> None:
+        epochs_left = self.config.training.num_epochs - self.state.epoch
+        left = epochs_left * self.batches.steps_per_epoch - self.state.step_in_epoch
+        total = self.state.step + left
+        self.total_steps = min(total, self.config.training.max_steps or total)
 
 
 def run_worker(payload: dict[str, Any]) -> dict[str, Any]:
@@ -144,6 +146,8 @@ def set_up(config: Config, output_dir: Path, *, use_ray: bool) -> Worker:
     saved = list_checkpoints(output_dir / "checkpoints")
     if saved:
         state = load_checkpoint(saved[-1], model, optimizer, settings_of(config))
+    # With another number of workers a step takes another number of images: go on at the same place in the epoch.
+    state.step_in_epoch = state.step_in_epoch * state.world_size // distributed.world_size()
     state.world_size = distributed.world_size()
     batches = BatchSource(data, config, use_ray=use_ray)
     log = None
