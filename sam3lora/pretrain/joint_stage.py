@@ -27,6 +27,7 @@ from sam3lora.pretrain.vision_stage import (
     to_pixel_values,
 )
 
+LOCATING_SHARE = 0.3
 MASKED_QUERIES = 8  # the mask branch is the dearest part of a step at this size
 
 
@@ -99,7 +100,7 @@ def train_joint(
     slow_ids = {id(p) for p in slow}
     fast = [p for p in (*model.parameters(), *token_head.parameters(), *heads.parameters()) if id(p) not in slow_ids]
     optimizer = torch.optim.AdamW(
-        [{"params": slow, "scale": 0.4}, {"params": fast, "scale": 1.0}], betas=(0.9, 0.98), weight_decay=0.02
+        [{"params": slow, "scale": 0.3}, {"params": fast, "scale": 1.0}], betas=(0.9, 0.98), weight_decay=0.02
     )
     first_step = snapshot.load(optimizer) if snapshot else 0
     rng = np.random.default_rng([seed, first_step])
@@ -108,11 +109,15 @@ def train_joint(
     odds = np.array([share for _, share in banks]) / sum(share for _, share in banks)
     visible = {id(bank): bank.fully_visible_rows() for bank, _ in banks}
     for step in range(first_step, steps):
+        # The one-to-many branch teaches where objects are; later the steps go into telling look-alikes apart.
+        locating = step < LOCATING_SHARE * steps
         bank = banks[rng.choice(len(banks), p=odds)][0]
         rows = np.sort(rng.choice(visible[id(bank)], images_per_step))
         images, labels = augmented(bank, rows, rng)
         with_boxes = rng.random() < 0.25
-        questions = [ask(bank.objects(row), rng, exemplars=with_boxes) for row in rows.tolist()]
+        questions = [
+            ask(bank.objects(row), rng, negatives=2 if locating else 3, exemplars=with_boxes) for row in rows.tolist()
+        ]
         # Flips move pixels, not object numbers: what each question wants still holds.
         targets, share_BS, boxes_B14, labels_B1 = scene_targets(labels, questions)
         prompts = [question.prompt for asked in questions for question in asked]
@@ -130,7 +135,7 @@ def train_joint(
                 text_index,
                 boxes_cxcywh_BN4=boxes_B14 if with_boxes else None,
                 box_labels_BN=labels_B1 if with_boxes else None,
-                one_to_many=True,
+                one_to_many=locating,
             )
             positive = (targets.num_B > 0).nonzero().squeeze(1)
             masked = positive[torch.from_numpy(rng.permutation(len(positive))[:MASKED_QUERIES])].sort().values

@@ -50,7 +50,10 @@ class DenseHeads(nn.Module):
         self.box = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 4))
         self.outline = nn.Linear(width, 49)
         self.fine_noun = nn.Conv2d(fpn_width, len(NOUNS) + 1, 1)
+        # The detector sees the image through the coarse map alone: every attribute must come through there.
         self.coarse_noun = nn.Linear(fpn_width, len(NOUNS) + 1)
+        self.coarse_colour = nn.Linear(fpn_width, len(COLOURS))
+        self.coarse_texture = nn.Linear(fpn_width, len(TEXTURES) + 1)
 
     def losses(self, tokens_ISD: Tensor, maps: list[Tensor], targets: DenseTargets) -> dict[str, Tensor]:
         tokens = self.norm(tokens_ISD)
@@ -59,14 +62,18 @@ class DenseHeads(nn.Module):
         covered = targets.covered
         boxes = self.box(tokens).float().sigmoid()[covered]
         coarse = maps[-1].flatten(2).transpose(1, 2)
+
+        def labelled(logits: Tensor, labels: Tensor, weight: Tensor | None = None) -> Tensor:
+            flat = logits.float().flatten(0, 1), labels.flatten()
+            return F.cross_entropy(*flat, weight, ignore_index=NONE)
+
         return {
-            "noun": F.cross_entropy(self.noun(tokens).float().flatten(0, 1), targets.noun.flatten(), weights),
-            "coarse_noun": 0.5
-            * F.cross_entropy(self.coarse_noun(coarse).float().flatten(0, 1), targets.noun.flatten(), weights),
-            "colour": 0.5
-            * F.cross_entropy(self.colour(tokens).float().flatten(0, 1), targets.colour.flatten(), ignore_index=NONE),
-            "texture": 0.5
-            * F.cross_entropy(self.texture(tokens).float().flatten(0, 1), targets.texture.flatten(), ignore_index=NONE),
+            "noun": labelled(self.noun(tokens), targets.noun, weights),
+            "colour": 0.5 * labelled(self.colour(tokens), targets.colour),
+            "texture": 0.5 * labelled(self.texture(tokens), targets.texture),
+            "coarse_noun": 0.5 * labelled(self.coarse_noun(coarse), targets.noun, weights),
+            "coarse_colour": 0.5 * labelled(self.coarse_colour(coarse), targets.colour),
+            "coarse_texture": 0.5 * labelled(self.coarse_texture(coarse), targets.texture),
             "box": 4 * F.l1_loss(boxes, targets.boxes_cxcywh[covered]),
             "outline": F.binary_cross_entropy_with_logits(self.outline(tokens).float(), targets.outline),
             "fine_noun": F.cross_entropy(self.fine_noun(maps[0]).float(), targets.fine_noun, weights),
