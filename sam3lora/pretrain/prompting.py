@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from sam3lora.data.scenes import ALL_CONCEPTS, Concept, SceneObject, concepts_of
+from sam3lora.data.scenes import ALL_CONCEPTS, TEXTURES, Concept, SceneObject, concepts_of
 from sam3lora.pretrain.words import absent_word
 
 VISUAL = "visual"  # the text that SAM 3's processor uses when only boxes are given
@@ -37,7 +37,8 @@ def ask(
             named.setdefault(concept.kind, []).append(concept)
     questions: list[Question] = []
     for _ in range(positives):
-        kinds = sorted(named)
+        # Textures can be asked of few scenes (see ``is_ambiguous_in``), so twice as often there.
+        kinds = sorted([*named, *({"texture"} & set(named))])
         kind = kinds[rng.integers(len(kinds))]
         concept = named[kind][rng.integers(len(named[kind]))]
         wanted = [number for number, thing in enumerate(objects) if concept.matches(thing)]
@@ -66,10 +67,12 @@ def _absent(objects: list[SceneObject], rng: np.random.Generator) -> Question:
     """A prompt that names nothing in the scene: two times in three one that shares a word with something there."""
     for _ in range(20):
         roll = rng.random()
-        if roll < 0.18:
+        if roll < 0.15:
             return Question(absent_word(rng), "unknown", [])
         near = objects[rng.integers(len(objects))]
-        if roll < 0.75 and near.colour:
+        if roll < 0.3 and any(thing.texture for thing in objects):
+            concept = Concept("texture", texture=TEXTURES[rng.integers(len(TEXTURES))])
+        elif roll < 0.75 and near.colour:
             other = objects[rng.integers(len(objects))]
             if rng.random() < 0.5 and other.colour:
                 concept = Concept("colour+shape", noun=other.noun, colour=near.colour)

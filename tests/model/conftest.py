@@ -102,6 +102,16 @@ def randomise_adapter(model: torch.nn.Module, seed: int = 2) -> None:
 _MODEL = make_sam3()
 
 
+def save_base(folder: Path, model: Sam3Model = _MODEL) -> Path:
+    """Write a base folder as transformers would."""
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    size = {"height": RESOLUTION, "width": RESOLUTION}
+    processor = {"size": size, "image_mean": [0.4, 0.5, 0.6], "image_std": [0.5, 0.5, 0.5]}
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": processor}))
+    return folder
+
+
 @pytest.fixture
 def random_sam3() -> Sam3Model:
     """A fresh copy of one random model: tests may change it."""
@@ -109,15 +119,9 @@ def random_sam3() -> Sam3Model:
 
 
 @pytest.fixture(scope="session")
-def saved_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved_base(small_base: Path) -> Path:
     """A base folder of `random_sam3`; read only."""
-    folder = tmp_path_factory.mktemp("base") / "sam3"
-    _MODEL.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    size = {"height": RESOLUTION, "width": RESOLUTION}
-    processor = {"size": size, "image_mean": [0.4, 0.5, 0.6], "image_std": [0.5, 0.5, 0.5]}
-    (folder / "processor_config.json").write_text(json.dumps({"image_processor": processor}))
-    return folder
+    return small_base
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,152 @@
+"""From overrides, as a user writes them, to a configuration, a training worker or a whole short run."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from sam3lora.config import Config, load_config
+
+from .coco_folder import write_data
+
+if TYPE_CHECKING:
+    from sam3lora.data.collate import Batch
+    from sam3lora.model.loading import LoadedBase
+    from sam3lora.train.launch import TrainResult
+    from sam3lora.train.worker import Worker
+
+BASE_SETTINGS: dict[str, Any] = {
+    "lora": {
+        "rank": 2,
+        "alpha": 4,
+        "dropout": 0.0,
+        "target_modules": ["q_proj", "v_proj"],
+        "apply_to_detr_decoder": True,
+    },
+    "training": {
+        "batch_size": 2,
+        "num_epochs": 1,
+        "learning_rate": 1e-3,
+        "mixed_precision": "no",
+        "warmup_steps": 0,
+        "lr_scheduler": "constant",
+        "logging_steps": 1,
+    },
+    "scaling": {"num_workers": 0, "use_gpu": False},
+    "logging": {"plots": False, "progress": "off"},
+}
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four training and two validation images; read only."""
+    return write_data(tmp_path_factory.mktemp("keys") / "data")
+
+
+_LOADED: dict[str, LoadedBase] = {}
+
+
+@pytest.fixture(autouse=True)
+def _read_the_base_once(small_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading the model is most of a short run, so a plain reading is done once and copied."""
+    from sam3lora.train import worker
+
+    load_base = worker.load_base
+
+    def load(name: str, **options: Any) -> LoadedBase:
+        if name != str(small_base):
+            return load_base(name, **options)
+        key = repr(sorted(options.items(), key=str))
+        if key not in _LOADED:
+            _LOADED[key] = load_base(name, **options)
+        return replace(_LOADED[key], model=copy.deepcopy(_LOADED[key].model))
+
+    monkeypatch.setattr(worker, "load_base", load)
+
+
+@pytest.fixture
+def settings(small_base: Path, data_dir: Path, tmp_path: Path) -> Callable[..., Config]:
+    """`settings("lora.rank=4")` -> the configuration of a two-step run without Ray, each with a folder of its own."""
+    numbers = itertools.count()
+
+    def make(*overrides: str) -> Config:
+        raw = copy.deepcopy(BASE_SETTINGS)
+        raw["model"] = {"name": str(small_base)}
+        raw["training"]["data_dir"] = str(data_dir)
+        raw["output"] = {"output_dir": str(tmp_path / f"run_{next(numbers)}")}
+        return load_config(raw, overrides)
+
+    return make
+
+
+@pytest.fixture
+def build(settings: Callable[..., Config]) -> Callable[..., Worker]:
+    """`build("lora.rank=4")` -> a worker that is ready for its first step."""
+    from sam3lora.train.worker import set_up
+
+    def make(*overrides: str) -> Worker:
+        config = settings(*overrides)
+        output_dir = Path(config.output.output_dir)
+        output_dir.mkdir(parents=True)
+        return set_up(config, output_dir, use_ray=False)
+
+    return make
+
+
+@pytest.fixture
+def run(settings: Callable[..., Config]) -> Callable[..., TrainResult]:
+    """`run("training.num_epochs=2")` -> the result of a whole training in this process."""
+    from sam3lora.train import train
+
+    return lambda *overrides: train(settings(*overrides))
+
+
+@pytest.fixture(autouse=True)
+def _restore_log_level():
+    logger = logging.getLogger("sam3lora")
+    level = logger.level
+    yield
+    logger.setLevel(level)
+
+
+def first_batch(worker: Worker) -> Batch:
+    return next(worker.batches.training_batches(0, 0))
+
+
+def batches_of_an_epoch(worker: Worker) -> list[Batch]:
+    size = worker.batches.steps_per_epoch * worker.config.training.gradient_accumulation_steps
+    return list(islice(worker.batches.training_batches(0, 0), size))
+
+
+def take_step(worker: Worker) -> tuple[dict[str, float], float]:
+    """One update of the adapter: loss terms, and the norm of the gradient before clipping."""
+    from sam3lora.train.worker import optimizer_step
+
+    group = list(islice(worker.batches.training_batches(0, 0), worker.config.training.gradient_accumulation_steps))
+    terms, _, norm = optimizer_step(worker, group)
+    return terms, norm
+
+
+def loss_terms(worker: Worker, batch: Batch | None = None) -> dict[str, float]:
+    """Unweighted terms of a batch (the first one) without gradients or dropout."""
+    from sam3lora.train.step import StepCounts
+
+    batch = batch or first_batch(worker)
+    worker.model.eval()
+    terms = worker.runner.evaluate(batch, StepCounts.of([batch]).normalizer())
+    return {name: value.item() for name, value in terms.items()}
+
+
+def lines_of(result: TrainResult, kind: str) -> list[dict[str, Any]]:
+    """Lines of a kind in a run's `metrics.jsonl`."""
+    from sam3lora.train.metrics import METRICS_FILE, read_metrics
+
+    return [line for line in read_metrics(result.output_dir / METRICS_FILE) if line["kind"] == kind]

@@ -1,0 +1,108 @@
+"""Keys of `training` that decide how large an update is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sam3lora.model.components import component_of
+
+from .conftest import lines_of, take_step
+from .registry import acts
+
+
+def matrices(worker, kind: str) -> dict[str, torch.Tensor]:
+    return {name: p.detach() for name, p in worker.model.named_parameters() if f".lora_{kind}." in name}
+
+
+def largest_move(worker, component: str | None = None) -> float:
+    """Largest entry of the B matrices, which start at 0."""
+    moved = [b for name, b in matrices(worker, "B").items() if component in (None, component_of(name))]
+    return max(b.abs().max().item() for b in moved)
+
+
+def moment(worker, name: str) -> float:
+    """Norm of one of AdamW's running means over all parameters."""
+    squares = [state[name].double().square().sum() for state in worker.optimizer.state.values()]
+    return torch.stack(squares).sum().sqrt().item()
+
+
+def rates(result) -> list[float]:
+    return [line["lr"] for line in lines_of(result, "step")]
+
+
+@acts("training.learning_rate")
+def test_learning_rate_is_the_size_of_the_first_step(build):
+    # AdamW's first update of each entry is the learning rate itself.
+    for rate in (1e-3, 1e-2):
+        worker = build(f"training.learning_rate={rate}")
+        take_step(worker)
+        assert largest_move(worker) == pytest.approx(rate, rel=1e-2)
+
+
+@acts("training.component_learning_rates")
+def test_component_learning_rates_hold_for_their_component(build):
+    worker = build("lora.apply_to_mask_decoder=true", "training.component_learning_rates.mask_decoder=0.01")
+    take_step(worker)
+    assert largest_move(worker, "detr_decoder") == pytest.approx(1e-3, rel=1e-2)
+    assert largest_move(worker, "mask_decoder") == pytest.approx(1e-2, rel=1e-2)
+
+
+@acts("training.weight_decay")
+@pytest.mark.parametrize(("decay", "factor"), [(0.0, 1.0), (0.5, 0.95)])
+def test_weight_decay_shrinks_what_has_no_gradient(decay, factor, build):
+    # As long as B is 0, A has no gradient: only decay moves it, by learning rate x decay.
+    worker = build("training.learning_rate=0.1", f"training.weight_decay={decay}")
+    before = {name: a.clone() for name, a in matrices(worker, "A").items()}
+    take_step(worker)
+    for name, a in matrices(worker, "A").items():
+        torch.testing.assert_close(a, before[name] * factor, rtol=1e-5, atol=1e-8)
+
+
+@acts("training.adam_beta1")
+def test_beta1_is_the_memory_of_the_mean(build):
+    short, long = build("training.adam_beta1=0.5"), build("training.adam_beta1=0.9")
+    take_step(short)
+    take_step(long)
+    # After one step the mean is (1 - beta) x gradient.
+    assert moment(short, "exp_avg") == pytest.approx(5 * moment(long, "exp_avg"), rel=1e-3)
+
+
+@acts("training.adam_beta2")
+def test_beta2_is_the_memory_of_the_square(build):
+    short, long = build("training.adam_beta2=0.9"), build("training.adam_beta2=0.99")
+    take_step(short)
+    take_step(long)
+    assert moment(short, "exp_avg_sq") == pytest.approx(10 * moment(long, "exp_avg_sq"), rel=1e-3)
+
+
+@acts("training.adam_epsilon")
+def test_epsilon_damps_small_gradients(build):
+    worker = build("training.adam_epsilon=1")
+    take_step(worker)
+    # Gradients are clipped to norm 1, so with 1 added to the denominator no entry moves by the whole learning rate.
+    assert 0 < largest_move(worker) < 0.5e-3
+
+
+@acts("training.max_grad_norm")
+@pytest.mark.parametrize("limit", [1e-4, 1e-3])
+def test_max_grad_norm_bounds_the_gradient(limit, build):
+    worker = build(f"training.max_grad_norm={limit}")
+    _, norm = take_step(worker)
+    assert norm > limit  # otherwise there is nothing to clip
+    assert moment(worker, "exp_avg") / (1 - 0.9) == pytest.approx(limit, rel=1e-2)
+
+
+@acts("training.warmup_steps")
+def test_warmup_steps_rise_to_the_peak(run):
+    assert rates(run("training.num_epochs=2")) == pytest.approx([1e-3] * 4)
+    assert rates(run("training.num_epochs=2", "training.warmup_steps=2")) == pytest.approx([5e-4, 1e-3, 1e-3, 1e-3])
+
+
+@acts("training.lr_scheduler")
+def test_lr_scheduler_is_the_course_of_the_rate(run):
+    course = {name: rates(run("training.num_epochs=2", f"training.lr_scheduler={name}")) for name in
+              ("constant", "cosine", "inverse_sqrt")}  # fmt: skip
+    assert course["constant"] == pytest.approx([1e-3] * 4)
+    assert course["cosine"][-1] == pytest.approx(1e-5)
+    assert course["inverse_sqrt"] == pytest.approx([1e-3 * (1 + t) ** -0.5 for t in range(4)], rel=1e-5)

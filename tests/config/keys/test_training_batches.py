@@ -1,0 +1,152 @@
+"""Keys of `training` that decide what goes into a step, and how it is computed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sam3lora.errors import UserError
+from sam3lora.train import datasets
+
+from .coco_folder import write_data, write_split
+from .conftest import batches_of_an_epoch, first_batch, lines_of, loss_terms, take_step
+from .registry import acts
+
+
+@acts("training.data_dir")
+def test_data_dir_is_where_images_come_from(build, tmp_path):
+    other = write_data(tmp_path / "other")
+    write_split(other / "train", [("hole",)] * 3)
+    assert len(build().data.train) == 4
+    worker = build(f"training.data_dir={other}")
+    assert {Path(path).parent for path in first_batch(worker).paths} == {other / "train"}
+
+
+@acts("training.batch_size")
+def test_batch_size_counts_images(build):
+    for size in (1, 2):
+        assert {batch.num_images for batch in batches_of_an_epoch(build(f"training.batch_size={size}"))} == {size}
+
+
+@acts("training.gradient_accumulation_steps")
+def test_accumulated_batches_make_one_step(build):
+    # Two batches of 1 give the step of one batch of 2: as many steps, and the same loss.
+    whole = build("training.batch_size=2")
+    parts = build("training.batch_size=1", "training.gradient_accumulation_steps=2")
+    assert build("training.batch_size=1").total_steps == 4
+    assert whole.total_steps == parts.total_steps == 2
+    assert take_step(parts)[0] == pytest.approx(take_step(whole)[0], rel=1e-4)
+
+
+@acts("training.num_negatives")
+def test_num_negatives_are_asked_of_each_image(build):
+    def negatives(count):
+        batch = first_batch(build(f"training.num_negatives={count}", "training.batch_size=4"))
+        ids = batch.image_ids[batch.query_image_B][~batch.is_positive_B].tolist()
+        return [ids.count(image_id) for image_id in range(4)]
+
+    # Image 0 shows two of the three categories, the others one each.
+    assert negatives(0) == [0, 0, 0, 0]
+    assert negatives(1) == [1, 1, 1, 1]
+    assert negatives("null") == [1, 2, 2, 2]
+
+
+@acts("training.seed")
+def test_seed_decides_the_order_and_the_new_weights(build):
+    def start(seed):
+        worker = build(f"training.seed={seed}")
+        order = [batch.image_ids.tolist() for batch in batches_of_an_epoch(worker)]
+        weights = next(p for name, p in worker.model.named_parameters() if ".lora_A." in name)
+        return order, weights.detach()
+
+    (order, weights), (same_order, same_weights), (other_order, other_weights) = start(1), start(1), start(2)
+    assert order == same_order
+    assert torch.equal(weights, same_weights)
+    assert order != other_order
+    assert not torch.equal(weights, other_weights)
+
+
+@acts("training.num_workers")
+def test_num_workers_are_the_decoding_tasks(build, monkeypatch):
+    asked = []
+    monkeypatch.setattr(datasets, "stream_batches", lambda *args, num_cpus, **options: asked.append(num_cpus) or [])
+    for count in (1, 3):
+        worker = build(f"training.num_workers={count}")
+        source = datasets.BatchSource(worker.data, worker.config, use_ray=True)
+        list(source.training_batches(0, 0))
+    assert asked == [1, 3]
+
+
+@acts("training.max_prompts_per_forward")
+def test_max_prompts_per_forward_bounds_the_queries_at_a_time(build, monkeypatch):
+    def sizes(*overrides):
+        worker, seen = build(*overrides), []
+        detect = worker.runner.staged.detect
+        monkeypatch.setattr(
+            worker.runner.staged, "detect", lambda *args, **kw: seen.append(len(args[2])) or detect(*args, **kw)
+        )
+        take_step(worker)
+        return seen
+
+    [everything] = sizes()
+    assert everything > 2
+    parts = sizes("training.max_prompts_per_forward=2")
+    assert max(parts) == 2
+    assert sum(parts) == everything
+
+
+@acts("training.gradient_checkpointing")
+@pytest.mark.parametrize(("value", "calls"), [("false", 1), ("true", 2), ("[detr_encoder]", 2), ("[mask_decoder]", 1)])
+def test_checkpointed_layers_run_again_in_the_backward_pass(value, calls, build):
+    worker = build(f"training.gradient_checkpointing={value}", "lora.apply_to_detr_encoder=true")
+    seen = []
+    worker.model.get_base_model().detr_encoder.layers[0].mlp.register_forward_pre_hook(lambda *args: seen.append(1))
+    take_step(worker)
+    assert len(seen) == calls
+
+
+@acts("training.mixed_precision")
+@pytest.mark.parametrize(("value", "dtype"), [("no", torch.float32), ("bf16", torch.bfloat16)])
+def test_mixed_precision_is_the_type_of_the_arithmetic(value, dtype, build):
+    worker = build(f"training.mixed_precision={value}")
+    seen = set()
+    layer = worker.model.get_base_model().detr_encoder.layers[0].mlp.fc1
+    layer.register_forward_hook(lambda module, args, output: seen.add(output.dtype))
+    take_step(worker)
+    assert seen == {dtype}
+
+
+@acts("training.model_dropout")
+def test_model_dropout_is_off_unless_asked_for(build):
+    def first_terms(*overrides):
+        worker = build(*overrides)
+        for name, module in worker.model.named_modules():
+            if isinstance(module, torch.nn.Dropout) and ".lora_dropout." not in name:
+                module.p = 0.5
+        return take_step(worker)[0]
+
+    expected = loss_terms(build())
+    assert first_terms() == pytest.approx(expected, rel=1e-4)
+    assert first_terms("training.model_dropout=true") != pytest.approx(expected, rel=1e-4)
+
+
+@acts("training.one_to_many")
+def test_one_to_many_trains_the_second_branch(build):
+    branch = {f"loss_{name}_o2m" for name in ("bbox", "giou", "ce", "mask", "dice")}
+    with_branch, without = loss_terms(build()), loss_terms(build("training.one_to_many=false"))
+    assert set(with_branch) - set(without) == branch
+    # The first branch does not see the second one.
+    assert without == pytest.approx({name: with_branch[name] for name in without}, rel=1e-4)
+
+
+@acts("training.on_bad_image")
+def test_on_bad_image_stops_or_names_it_in_the_log(run, tmp_path):
+    folder = write_data(tmp_path / "broken")
+    (folder / "train" / "2.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"2\.png"):
+        run(f"training.data_dir={folder}")
+    result = run(f"training.data_dir={folder}", "training.on_bad_image=skip")
+    assert result.steps == 2
+    assert [line["image_id"] for line in lines_of(result, "skipped_image")] == [2]
