@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import uuid
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,8 @@ def write_dataset(
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
     try:
-        console = Console(stderr=True)
-        with Progress(console=console, transient=True, disable=not (progress and console.is_terminal)) as bar:
+        console = Console(stderr=True, quiet=not (progress and sys.stderr.isatty()))
+        with Progress(console=console, transient=True) as bar:
             task = bar.add_task("drawing images", total=num_train + num_valid)
             splits = [
                 _write_images(scratch / split, stream, count, seed, size, domain, lambda: bar.advance(task))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,8 +18,8 @@ from torch import Tensor, nn
 from sam3lora.data.coco import CocoIndex
 from sam3lora.data.images import read_image, resize_image
 from sam3lora.evaluate.coco_map import MAX_DETECTIONS, CategoryMap, coco_map
-from sam3lora.evaluate.detect import Instances, TextCache, detect_prompts
 from sam3lora.evaluate.ground_truth import PresenceTable, build_ground_truth, prompted_categories
+from sam3lora.infer.detect import Instances, TextCache, detect_prompts
 from sam3lora.model.forward import StagedSam3
 
 PRESENCE_THRESHOLD = 0.5
@@ -102,10 +103,8 @@ def evaluate_split(
     predictions: list[dict[str, Any]] = []
     verdicts: list[bool] = []
     text_cache = {} if text_cache is None else text_cache
-    with (
-        _evaluation_mode(staged.model),
-        Progress(console=Console(stderr=True), transient=True, disable=not progress) as bar,
-    ):
+    console = Console(stderr=True, quiet=not (progress and sys.stderr.isatty()))
+    with _evaluation_mode(staged.model), Progress(console=console, transient=True) as bar:
         task = bar.add_task("evaluating", total=len(index))
         for start in range(0, len(index), batch_size):
             records = [index.record(row) for row in range(start, min(start + batch_size, len(index)))]

@@ -122,7 +122,7 @@ def side_by_side(
     columns = ((ground_truth, GROUND_TRUTH_RGB), (base, BASE_RGB), (adapter, ADAPTER_RGB))
     for caption, (instances, colour) in zip(captions, columns, strict=True):
         drawn = draw_instances(image_HW3, instances, colours_rgb=colour, min_side=min_side)
-        panels.append(_captioned(drawn, f"{caption}: {len(instances)}", colour))
+        panels.append(_captioned(drawn, caption, colour))
     gap = np.full((panels[0].shape[0], max(8, panels[0].shape[1] // 50), 3), 255, np.uint8)
     return np.concatenate([panels[0], gap, panels[1], gap, panels[2]], axis=1)
 

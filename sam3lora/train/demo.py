@@ -149,7 +149,9 @@ def _render(config: Config, result: TrainResult, base: SplitMetrics, adapter: Sp
         base,
         adapter,
         history=result.history,
-        pictures=comparison_pictures(valid_dir, base, adapter, count=NUM_PICTURES, threshold=threshold),
+        pictures=comparison_pictures(
+            valid_dir, base, adapter, count=NUM_PICTURES, threshold=threshold, nms_iou=config.evaluation.nms_iou
+        ),
         facts={"adapter size": f"{size_mb:.1f} MB", "training time": _duration(result.seconds)},
         settings=settings,
         next_steps=next_steps(),
