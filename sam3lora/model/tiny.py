@@ -189,3 +189,4 @@ def save_tiny(model: Sam3Model, tokenizer_folder: Path, folder: Path) -> None:
     copy = Sam3Model(model.config).half()
     copy.load_state_dict(half)
     copy.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)
