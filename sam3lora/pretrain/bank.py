@@ -39,6 +39,12 @@ class SceneBank:
         shown = [len(np.unique(labels[::2, ::2])) - 1 for labels in self.labels]
         return np.flatnonzero(counts <= np.array(shown))
 
+    def textured_rows(self) -> np.ndarray:
+        """(N,) bool: scenes in which a texture can be asked for (one is there, and no natural object beside it)."""
+        nouns = self.attributes[:, :, 0]
+        natural = np.isin(nouns, [NOUNS.index(noun) for noun in NATURAL]).any(1)
+        return (self.attributes[:, :, 2] >= 0).any(1) & ~natural
+
     def objects(self, row: int) -> list[SceneObject]:
         """The objects in the order of their labels."""
         labels = np.asarray(self.labels[row])

@@ -28,6 +28,7 @@ from sam3lora.pretrain.vision_stage import (
 )
 
 LOCATING_SHARE = 0.3
+TEXTURED_BOOST = 3.0
 MASKED_QUERIES = 8  # the mask branch is the dearest part of a step at this size
 
 
@@ -108,11 +109,16 @@ def train_joint(
     started, seen, right = time.time(), {}, []
     odds = np.array([share for _, share in banks]) / sum(share for _, share in banks)
     visible = {id(bank): bank.fully_visible_rows() for bank, _ in banks}
+    # Few scenes allow a texture prompt: they are drawn more often, else textures are the last thing to be learned.
+    chances = {}
+    for bank, _ in banks:
+        weights_N = 1 + (TEXTURED_BOOST - 1) * bank.textured_rows()[visible[id(bank)]]
+        chances[id(bank)] = weights_N / weights_N.sum()
     for step in range(first_step, steps):
         # The one-to-many branch teaches where objects are; later the steps go into telling look-alikes apart.
         locating = step < LOCATING_SHARE * steps
         bank = banks[rng.choice(len(banks), p=odds)][0]
-        rows = np.sort(rng.choice(visible[id(bank)], images_per_step))
+        rows = np.sort(rng.choice(visible[id(bank)], images_per_step, p=chances[id(bank)]))
         images, labels = augmented(bank, rows, rng)
         with_boxes = rng.random() < 0.25
         questions = [

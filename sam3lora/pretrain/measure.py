@@ -90,7 +90,7 @@ def measure(
     refused = []
     rows = bank.fully_visible_rows()[:num_images]
     for row in rows.tolist():
-        objects, image = bank.objects(row), np.asarray(bank.images[row])
+        objects, image = bank.objects(row), np.array(bank.images[row])
         small = [thing.mask_HW[1::2, 1::2] for thing in objects]
         questions = ask(objects, rng)
         pair_questions = _pair_questions(objects, rng)
