@@ -6,7 +6,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from ..errors import UserError
+from ..errors import RunFailed, UserError
 from .argv import normalize_argv
 
 EXIT_OK, EXIT_INTERNAL, EXIT_USER, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -19,8 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after the program's name; None takes those of this process.
 
     Returns:
-        The exit status: 0 success, 1 internal failure (with a traceback), 2 a user's mistake (with one message),
-        130 interrupted.
+        The exit status: 0 success, 1 failure (with a traceback where it is a fault in the program), 2 a user's mistake
+        (with one message), 130 interrupted.
     """
     from .app import app
 
@@ -31,6 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         _print_error(str(error))
         return EXIT_USER
+    except RunFailed as error:
+        _print_error(str(error))
+        return EXIT_INTERNAL
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except Exception:

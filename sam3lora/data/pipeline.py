@@ -1,8 +1,8 @@
 """Batches of decoded samples, in the order of a plan: on Ray Data tasks, or in the calling process.
 
 Each worker builds its own small dataset: its rows are nothing but positions in the plan, and a batch is decoded as late
-as possible, by a task that yields it whole. One dataset covers all epochs of a run, so that nothing is executed again
-between epochs and the next epoch's first batches are read while this one's last are trained on.
+as possible, by a task that yields it whole. A dataset goes on from epoch to epoch, so that the next epoch's first
+batches are read while this one's last are trained on.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from sam3lora.data.sample import DecodeSettings, decode_record
 
 BatchDict = dict[str, Any]
 
+_BATCHES_PER_DATASET = 1024  # the start of a dataset takes time and memory for each of its tasks
 _BATCHES_PER_TASK = 4  # Ray Data's cost of a task, some 10 ms, is shared; batches leave the task one by one
 
 
@@ -67,15 +68,14 @@ def stream_batches(
 ) -> Iterator[BatchDict]:
     """Decode batches on Ray Data tasks, ahead of their use and exactly in the order of the plan.
 
-    A Ray must be running whose CPUs are not all taken by others: with as many training workers as CPUs, Ray Data's
-    tasks are never scheduled and the first batch never comes. Give the cluster `num_cpus` more for each worker. On
-    several hosts every host must see the images under the same path.
+    A Ray must be running. The tasks run on the caller's node and ask for no CPU: tasks that did would wait without end
+    where training workers have taken all. The caller reserves CPUs for them with its own.
 
     Args:
         table: `CocoIndex.table`; put into the object store once.
         plans: The batches, from `plan_run` or `plan_validation`.
         settings: How records become samples.
-        num_cpus: Decoding tasks at a time, one CPU each.
+        num_cpus: Decoding tasks at a time, each busy on one CPU.
         prefetch_batches: Batches fetched to this process ahead of use.
 
     Raises:
@@ -89,16 +89,21 @@ def stream_batches(
     epochs, steps, rows = (list(column) for column in zip(*plans, strict=True))
     plan_table = pa.table({"epoch": epochs, "step": steps, "rows": rows})
     decode = _decode_row(ray.put(table), ray.put(plan_table), settings)
-    with _data_context(num_cpus):
-        dataset = ray.data.range(len(plans), override_num_blocks=-(-len(plans) // _BATCHES_PER_TASK))
-        dataset = dataset.map(decode, num_cpus=1, compute=ray.data.TaskPoolStrategy(size=num_cpus))
-    batches = dataset.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=prefetch_batches)
-    block: Any
-    for block in batches:
-        batch = pickle.loads(block.column("batch")[0].as_buffer())  # noqa: S301  written by our own task
-        if isinstance(batch, ImageError):
-            raise batch
-        yield batch
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    for start in range(0, len(plans), _BATCHES_PER_DATASET):
+        # Rows made here, not by a reading task, which would ask for a CPU.
+        plan_rows = [{"id": row} for row in range(start, min(start + _BATCHES_PER_DATASET, len(plans)))]
+        with _data_context(num_cpus):
+            planned = ray.data.from_items(plan_rows, override_num_blocks=-(-len(plan_rows) // _BATCHES_PER_TASK))
+            tasks = ray.data.TaskPoolStrategy(size=num_cpus)
+            dataset = planned.map(decode, num_cpus=0, label_selector=here, compute=tasks)
+        batches = dataset.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=prefetch_batches)
+        block: Any
+        for block in batches:
+            batch = pickle.loads(block.column("batch")[0].as_buffer())  # noqa: S301  written by our own task
+            if isinstance(batch, ImageError):
+                raise batch
+            yield batch
 
 
 def _decode_row(table_ref: Any, plan_ref: Any, settings: DecodeSettings) -> Callable[[dict[str, Any]], dict[str, Any]]:

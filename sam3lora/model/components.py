@@ -103,7 +103,8 @@ def never_gets_gradient(model: nn.Module, *, geometry_cls: bool = True) -> tuple
 
     The CLIP tower's own projection is not used; the coarsest feature level is computed and discarded, so its neck
     layer and the pixel decoder stages beyond the used levels are idle; the box layers of the geometry encoder see no
-    box, and without the geometry CLS token the whole geometry encoder is idle.
+    box, its self-attention sees the CLS token alone (one key has weight 1, whatever query and key are), and without
+    the CLS token the whole geometry encoder is idle.
     """
     base = unwrap(model)
     modules = dict(base.named_modules())
@@ -114,6 +115,8 @@ def never_gets_gradient(model: nn.Module, *, geometry_cls: bool = True) -> tuple
     if geometry_cls:
         box_layers = ("boxes_direct_project", "boxes_pool_project", "boxes_pos_enc_project", "label_embed")
         names += [f"geometry_encoder.{layer}" for layer in (*box_layers, "vision_layer_norm")]
+        for index in range(len(modules["geometry_encoder"].layers)):
+            names += [f"geometry_encoder.layers.{index}.self_attn.{kind}_proj" for kind in ("q", "k")]
     else:
         names.append("geometry_encoder")
     num_stages = len(modules["mask_decoder.pixel_decoder"].conv_layers)

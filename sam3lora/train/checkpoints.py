@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from sam3lora.errors import UserError
 from sam3lora.model.atomic_folder import replace_folder, sync_files
 
-ADAPTER, OPTIMIZER, STATE = "adapter.safetensors", "optimizer.safetensors", "state.json"
+ADAPTER, OPTIMIZER, STATE = FILES = "adapter.safetensors", "optimizer.safetensors", "state.json"
 # Sections that decide what a step computes: a run cannot go on under other ones.
 FIXED_SECTIONS = ("model", "lora", "data")
 
@@ -42,7 +42,7 @@ class RunState:
     epoch_sums: dict[str, float] = field(default_factory=dict)
     epoch_counts: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
     finished: bool = False
-    world_size: int = 1
+    images_per_step: int = 1
 
 
 def save_checkpoint(
@@ -76,7 +76,7 @@ def list_checkpoints(root: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     if not root.is_dir():
         return []
-    return sorted(path for path in root.glob("step_*") if all((path / name).is_file() for name in (ADAPTER, STATE)))
+    return sorted(path for path in root.glob("step_*") if all((path / name).is_file() for name in FILES))
 
 
 def load_checkpoint(
@@ -87,9 +87,25 @@ def load_checkpoint(
     Raises:
         UserError: the checkpoint is damaged, or the run had other settings for the model, the adapter or the data.
     """
-    saved = read_state(folder)
+    saved, state = read_state(folder)
+    check_settings(folder, saved, settings)
+    try:
+        adapter, moments = load_file(folder / ADAPTER), load_file(folder / OPTIMIZER)
+    except (SafetensorError, OSError) as error:
+        raise _damaged(folder, error) from error
+    set_peft_model_state_dict(model, adapter)
+    _restore_moments(model, optimizer, moments)
+    return state
+
+
+def check_settings(folder: Path, saved: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Refuse settings under which a run cannot go on.
+
+    Raises:
+        UserError: naming the settings and both values.
+    """
     for section in FIXED_SECTIONS:
-        was, now = saved["settings"].get(section), settings.get(section)
+        was, now = saved.get(section), settings.get(section)
         if was != now:
             was, now = was or {}, now or {}
             changed = sorted(key for key in {*was, *now} if was.get(key) != now.get(key))
@@ -98,20 +114,19 @@ def load_checkpoint(
                 f"cannot resume {folder.parent.parent} with other settings: {names}. Put them back, or start a new run "
                 "with another --output-dir"
             )
-    try:
-        adapter, moments = load_file(folder / ADAPTER), load_file(folder / OPTIMIZER)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"checkpoint {folder} is damaged ({error}): remove it to resume from the one before") from error
-    set_peft_model_state_dict(model, adapter)
-    _restore_moments(model, optimizer, moments)
-    return RunState(**saved["state"])
 
 
-def read_state(folder: Path) -> dict[str, Any]:
+def read_state(folder: Path) -> tuple[dict[str, Any], RunState]:
+    """The settings the run was made with, and where it stood."""
     try:
-        return json.loads((folder / STATE).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"checkpoint {folder} is damaged ({error}): remove it to resume from the one before") from error
+        content = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        return content["settings"], RunState(**content["state"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(folder, error) from error
+
+
+def _damaged(folder: Path, error: Exception) -> UserError:
+    return UserError(f"checkpoint {folder} is damaged ({error}): remove it to resume from the one before")
 
 
 def _cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -44,7 +44,7 @@ class RunData:
         }
 
 
-def load_run_data(config: Config, resolution: int, *, num_queries: int) -> RunData:
+def load_run_data(config: Config, resolution: int) -> RunData:
     """Index both splits. Images of which nothing can be asked are left out."""
     data, training = config.data, config.training
     root = training.required_data_dir()
@@ -89,8 +89,8 @@ class BatchSource:
     def __init__(self, data: RunData, config: Config, *, use_ray: bool) -> None:
         self._data, self._training, self._use_ray = data, config.training, use_ray
         self._num_epochs, self._accumulation = config.training.num_epochs, config.training.gradient_accumulation_steps
-        step_images = config.training.batch_size * self._accumulation * distributed.world_size()
-        self.steps_per_epoch = -(-len(data.train) // step_images)
+        self.images_per_step = config.training.batch_size * self._accumulation * distributed.world_size()
+        self.steps_per_epoch = -(-len(data.train) // self.images_per_step)
 
     def training_batches(self, start_epoch: int, start_step: int) -> Iterator[Batch]:
         """Batches from a step of an epoch to the end of the run, ``gradient_accumulation_steps`` for each step."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import resource
@@ -41,6 +42,28 @@ class MetricsLog:
         scratch = self._file.with_suffix(".tmp")
         scratch.write_text("".join(json.dumps(line) + "\n" for line in lines))
         os.replace(scratch, self._file)
+
+
+class WarningsToMetrics(logging.Handler):
+    """Takes this package's warnings to ``metrics.jsonl``: what a worker process prints, nobody sees."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._log: MetricsLog | None = None
+        self._early: list[str] = []
+        logging.getLogger("sam3lora").addHandler(self)
+
+    def write_to(self, log: MetricsLog) -> None:
+        """From now on, and what has been collected before."""
+        self._log = log
+        for message in self._early:
+            log.write("warning", message=message)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._log:
+            self._log.write("warning", message=record.getMessage())
+        else:
+            self._early.append(record.getMessage())
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:

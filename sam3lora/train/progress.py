@@ -62,7 +62,7 @@ class _Tail:
         self._file, self._inode, self._seen, self._attempt = file, None, 0, self._latest_attempt(file)
 
     @staticmethod
-    def _latest_attempt(file: Path) -> float | None:
+    def _latest_attempt(file: Path) -> str | None:
         return max((line["time"] for line in read_metrics(file) if line["kind"] == "start"), default=None)
 
     def new_lines(self) -> list[dict[str, Any]]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
+import math
 import time
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from torch import nn
 
 from sam3lora.config import Config, load_config
 from sam3lora.data.collate import Batch
-from sam3lora.errors import UserError
-from sam3lora.losses import Criterion, LossWeights
+from sam3lora.errors import RunFailed, UserError
+from sam3lora.losses import Criterion, LossWeights, Normalizer
 from sam3lora.model.adapter_folder import AdapterMetadata, save_adapter
 from sam3lora.model.adapters import LoraSettings, apply_lora
 from sam3lora.model.checkpointing import enable_checkpointing
@@ -27,7 +27,7 @@ from sam3lora.model.loading import load_base, tokenize
 from sam3lora.train import distributed
 from sam3lora.train.checkpoints import RunState, list_checkpoints, load_checkpoint, save_checkpoint
 from sam3lora.train.datasets import BatchSource, RunData, load_run_data
-from sam3lora.train.metrics import MetricsLog, memory_mb
+from sam3lora.train.metrics import MetricsLog, WarningsToMetrics, memory_mb
 from sam3lora.train.optimization import (
     build_optimizer,
     idle_adapters,
@@ -38,10 +38,8 @@ from sam3lora.train.optimization import (
 from sam3lora.train.step import LossRunner, StepCounts, TermSums, weighted_loss
 from sam3lora.train.text import TextBank
 
-FAILURE_FILE = "failure.json"
 
-
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(RunFailed):
     """A loss or gradient was NaN or infinite; the weights are those before the step."""
 
 
@@ -63,6 +61,7 @@ class Worker:
     log: MetricsLog | None
     report: Any = None
     total_steps: int = 0
+    looked_for_idle: bool = False
 
     @property
     def rank(self) -> int:
@@ -78,25 +77,18 @@ class Worker:
 def run_worker(payload: dict[str, Any]) -> dict[str, Any]:
     """The function that each worker of a run executes; ``payload`` holds ``config`` (a dict) and ``use_ray``.
 
-    Returns the final state, or ``{"failure": ...}`` for a mistake that trying again cannot mend.
+    Returns the steps done, the best loss and its step. A worker that starts again goes on from the last checkpoint.
     """
     config = load_config(payload["config"])
-    output_dir = Path(config.output.output_dir)
-    failure = read_failure(output_dir)
-    if failure:  # a worker of an earlier attempt met it: all workers end alike, and Ray does not try again
-        return {"failure": failure}
-    try:
-        worker = set_up(config, output_dir, use_ray=payload["use_ray"])
-        train_epochs(worker)
-        return finish(worker)
-    except (UserError, NonFiniteLoss) as error:
-        write_failure(output_dir, error)
-        raise
+    worker = set_up(config, Path(config.output.output_dir), use_ray=payload["use_ray"])
+    train_epochs(worker)
+    return finish(worker)
 
 
 def set_up(config: Config, output_dir: Path, *, use_ray: bool) -> Worker:
     """Load data and model, add the adapter, and restore the last checkpoint if there is one."""
     training = config.training
+    warnings = WarningsToMetrics() if use_ray else None
     device = _device(config, use_ray)
     base = load_base(
         config.model.name,
@@ -107,7 +99,7 @@ def set_up(config: Config, output_dir: Path, *, use_ray: bool) -> Worker:
         local_files_only=config.model.local_files_only,
         resolution=config.model.resolution,
     )
-    data = load_run_data(config, base.resolution, num_queries=base.model.config.detr_decoder_config.num_queries)
+    data = load_run_data(config, base.resolution)
     torch.manual_seed(training.seed)
     lora = LoraSettings.from_mapping(config.lora.model_dump())
     model = apply_lora(base.model, lora, geometry_cls=config.model.geometry_cls)
@@ -146,15 +138,24 @@ def set_up(config: Config, output_dir: Path, *, use_ray: bool) -> Worker:
     saved = list_checkpoints(output_dir / "checkpoints")
     if saved:
         state = load_checkpoint(saved[-1], model, optimizer, settings_of(config))
-    # With another number of workers a step takes another number of images: go on at the same place in the epoch.
-    state.step_in_epoch = state.step_in_epoch * state.world_size // distributed.world_size()
-    state.world_size = distributed.world_size()
     batches = BatchSource(data, config, use_ray=use_ray)
+    # With other workers or batches a step takes another number of images: go on at the same place in the epoch.
+    state.step_in_epoch = state.step_in_epoch * state.images_per_step // batches.images_per_step
+    state.images_per_step = batches.images_per_step
     log = None
     if distributed.rank() == 0:
         log = MetricsLog(output_dir, after_step=state.step, tensorboard=config.logging.tensorboard)
-        event = {"steps_per_epoch": batches.steps_per_epoch, "num_workers": distributed.world_size()}
-        log.write("start", step=state.step, time=time.time(), device=str(device), **event, **data.summary())
+        log.write(
+            "start",
+            step=state.step,
+            time=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            device=str(device),
+            num_workers=distributed.world_size(),
+            steps_per_epoch=batches.steps_per_epoch,
+            **data.summary(),
+        )
+        if warnings:
+            warnings.write_to(log)
     metadata = AdapterMetadata(
         base_model=base.name,
         base_revision=base.revision,
@@ -222,30 +223,30 @@ def optimizer_step(worker: Worker, group: list[Batch]) -> tuple[dict[str, float]
     normalizer = counts.normalizer(workers)
     set_training_mode(worker.model, model_dropout=training.model_dropout)
     torch.manual_seed(_dropout_seed(training.seed, state.step, worker.rank))
-    totals, names, terms = [], list(runner.criterion.weights.by_term()), {}
+    totals, terms = [], dict.fromkeys(_term_names(runner), torch.zeros((), device=worker.device))
     for batch in group:
         if batch.num_queries:
-            total, batch_terms = runner.backward(batch, normalizer)
+            total, batch_terms = _backward(runner, batch, normalizer)
             totals.append(total)
             for name, value in batch_terms.items():
-                terms[name] = terms.get(name, 0.0) + value
+                terms[name] = terms[name] + value
     parameters = [p for p in worker.model.parameters() if p.requires_grad]
     zero = torch.zeros((), device=worker.device)
     finite = torch.stack([zero, *totals]).isfinite().all().float()
-    stats = torch.stack([1 - finite, *[torch.as_tensor(terms.get(name, zero), device=worker.device) for name in names]])
+    stats = torch.stack([1 - finite, *terms.values()])
     stats = distributed.average_gradients(parameters, torch.nan_to_num(stats.float(), nan=0.0, posinf=0.0, neginf=0.0))
     grad_norm = nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
     values = torch.cat([stats, grad_norm.detach().reshape(1).to(stats)]).tolist()
-    if values[0] > 0 or not torch.isfinite(torch.tensor(values[-1])):
+    if values[0] > 0 or not math.isfinite(values[-1]):
         _raise_non_finite(worker, group, totals)
-    if state.step == 0:
+    if not worker.looked_for_idle and counts.num_boxes:  # a step without objects has no gradient for boxes and masks
+        worker.looked_for_idle = True
         _report_idle(worker)
     set_learning_rate(worker.optimizer, _factor(worker, state.step))
     worker.optimizer.step()
     worker.optimizer.zero_grad(set_to_none=True)
     # Means over workers of parts divided by (count / workers) add up to the terms of the whole step.
-    means = dict(zip(names, values[1:-1], strict=True))
-    return {name: means[name] for name in names if name in terms or workers > 1}, counts, values[-1]
+    return dict(zip(terms, values[1:-1], strict=True)), counts, values[-1]
 
 
 def validate(worker: Worker, sums: TermSums, *, epoch_ends: bool, forced: bool) -> None:
@@ -260,6 +261,11 @@ def validate(worker: Worker, sums: TermSums, *, epoch_ends: bool, forced: bool) 
     if valid is not None and every and epoch_ends and (state.epoch + 1) % every == 0:
         metrics = _validation_metrics(worker)
     loss = valid.loss() if valid is not None else sums.loss()
+    if not math.isfinite(loss):
+        raise NonFiniteLoss(
+            f"validation loss is not finite after step {state.step}. The last checkpoint is intact. "
+            "Try a lower training.learning_rate, or mixed_precision: no"
+        )
     improved = state.best_loss is None or loss < state.best_loss
     if improved:
         state.best_loss, state.best_step, state.evaluations_without_improvement = loss, state.step, 0
@@ -283,17 +289,19 @@ def validation_terms(worker: Worker) -> TermSums | None:
     if worker.data.valid is None:
         return None
     worker.model.eval()
-    sums = TermSums(worker.runner.criterion.weights)
+    sums, skipped = TermSums(worker.runner.criterion.weights), []
     for batch in worker.batches.validation_batches():
+        skipped += batch.skipped
         if batch.num_queries:
             counts = StepCounts.of([batch])
-            terms = worker.runner.evaluate(batch, counts.normalizer())
+            terms = _evaluate(worker.runner, batch, counts.normalizer())
             sums.add({name: value.item() for name, value in terms.items()}, counts)
     merged = TermSums(sums.weights)
-    for other in distributed.gather_objects((sums.sums, sums.counts)):
-        for name, value in other[0].items():
+    for other_sums, other_counts, others_skipped in distributed.gather_objects((sums.sums, sums.counts, skipped)):
+        for name, value in other_sums.items():
             merged.sums[name] = merged.sums.get(name, 0.0) + value
-        merged.counts = StepCounts.from_tensor(merged.counts.tensor() + other[1].tensor())
+        merged.counts = StepCounts.from_tensor(merged.counts.tensor() + other_counts.tensor())
+        _log_skipped(worker, others_skipped)
     return merged
 
 
@@ -303,7 +311,7 @@ def save(worker: Worker) -> None:
         return
     root, keep = worker.output_dir / "checkpoints", worker.config.training.save_total_limit
     save_checkpoint(root, worker.model, worker.optimizer, worker.state, settings_of(worker.config), keep=keep)
-    _save_adapter(worker, "last", {"step": worker.state.step})
+    _save_adapter(worker, "last", {})
 
 
 def finish(worker: Worker) -> dict[str, Any]:
@@ -320,29 +328,20 @@ def settings_of(config: Config) -> dict[str, Any]:
     return config.model_dump(mode="json")
 
 
-def read_failure(output_dir: Path) -> dict[str, str] | None:
-    file = output_dir / "checkpoints" / FAILURE_FILE
-    return json.loads(file.read_text()) if file.is_file() else None
-
-
-def write_failure(output_dir: Path, error: Exception) -> None:
-    file = output_dir / "checkpoints" / FAILURE_FILE
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileExistsError), file.open("x") as handle:
-        json.dump({"type": type(error).__name__, "message": str(error), "user": isinstance(error, UserError)}, handle)
-
-
 def _device(config: Config, use_ray: bool) -> torch.device:
     if use_ray:
+        import ray
         from ray.train.torch import get_device
 
         device = get_device()
+        # Of the CPUs that the worker reserved some are its data tasks'.
+        own = ray.get_runtime_context().get_assigned_resources().get("CPU", 1) - config.training.num_workers
+        torch.set_num_threads(max(1, min(int(own), torch.get_num_threads())))
     else:
         wanted = config.scaling.use_gpu
-        device = torch.device("cuda" if wanted is True or (wanted == "auto" and torch.cuda.is_available()) else "cpu")
-    if device.type == "cpu":
-        # Ray gives a worker of one CPU one thread; without Ray a worker has the machine to itself.
-        torch.set_num_threads(max(1, torch.get_num_threads()))
+        if wanted is True and not torch.cuda.is_available():
+            raise UserError("scaling.use_gpu is true, but torch finds no GPU here: set it to auto or false")
+        device = torch.device("cuda" if wanted and torch.cuda.is_available() else "cpu")
     return device
 
 
@@ -391,16 +390,40 @@ def _factor(worker: Worker, step: int) -> float:
 
 
 def _raise_non_finite(worker: Worker, group: list[Batch], totals: list[torch.Tensor]) -> None:
+    """Called on all workers alike; every one of them names the images, whoever had them."""
     bad = [
         f"images {batch.image_ids.tolist()} with prompts {sorted(set(batch.prompts_B))}"
         for batch, total in zip([b for b in group if b.num_queries], totals, strict=True)
         if not torch.isfinite(total)
     ]
-    where = "; ".join(bad) or f"the gradient of images {[i for batch in group for i in batch.image_ids.tolist()]}"
+    images = [number for batch in group for number in batch.image_ids.tolist()]
+    shares = distributed.gather_objects((bad, images))
+    bad = [item for share, _ in shares for item in share]
+    images = [number for _, share in shares for number in share]
+    where = "; ".join(bad) or f"the gradient of images {images}"
     raise NonFiniteLoss(
         f"loss is not finite at step {worker.state.step + 1}: {where}. The weights were not changed by this step; the "
         "last checkpoint is intact. Try a lower training.learning_rate, mixed_precision: no, or look at these images"
     )
+
+
+def _term_names(runner: LossRunner) -> list[str]:
+    return [name for name in runner.criterion.weights.by_term() if runner.one_to_many or not name.endswith("_o2m")]
+
+
+def _backward(runner: LossRunner, batch: Batch, normalizer: Normalizer) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """As ``runner.backward``; a matching that found no finite cost is a loss that is not finite."""
+    try:
+        return runner.backward(batch, normalizer)
+    except FloatingPointError:
+        return torch.tensor(torch.nan, device=runner.device), {}
+
+
+def _evaluate(runner: LossRunner, batch: Batch, normalizer: Normalizer) -> dict[str, torch.Tensor]:
+    try:
+        return runner.evaluate(batch, normalizer)
+    except FloatingPointError:
+        return dict.fromkeys(_term_names(runner), torch.tensor(torch.nan))
 
 
 def _report_idle(worker: Worker) -> None:
@@ -408,7 +431,7 @@ def _report_idle(worker: Worker) -> None:
     if idle and worker.log:
         worker.log.write(
             "warning",
-            message=f"{len(idle)} adapted modules got no gradient in the first step and may never learn: "
+            message=f"{len(idle)} adapted modules got no gradient in the first step with objects and may never learn: "
             + ", ".join(idle[:8])
             + (" ..." if len(idle) > 8 else ""),
             modules=idle,
@@ -420,9 +443,8 @@ def _log_step(
 ) -> None:
     state = worker.state
     skipped = [item for batch in group for item in batch.skipped]
-    for others in distributed.gather_objects(skipped) if worker.config.training.on_bad_image == "skip" else [skipped]:
-        for image_id, path, reason in others if worker.log else ():
-            worker.log.write("skipped_image", step=state.step, image_id=image_id, path=path, reason=reason)
+    for others in distributed.gather_objects(skipped) if worker.config.training.on_bad_image == "skip" else ():
+        _log_skipped(worker, others)
     if not worker.log or not (_due(state.step, worker.config.training.logging_steps) or state.step == 1):
         return
     images = sum(batch.num_images for batch in group) * distributed.world_size()
@@ -430,7 +452,7 @@ def _log_step(
         "step",
         step=state.step,
         total_steps=worker.total_steps,
-        epoch=state.epoch,
+        epoch=state.epoch + 1,
         loss=weighted_loss(terms, worker.runner.criterion.weights),
         terms=terms,
         lr=worker.optimizer.param_groups[0]["lr"],
@@ -439,6 +461,11 @@ def _log_step(
         data_wait_share=waited / max(seconds + waited, 1e-9),
         memory_mb=memory_mb(worker.device),
     )
+
+
+def _log_skipped(worker: Worker, skipped: list[tuple[int, str, str]]) -> None:
+    for image_id, path, reason in skipped if worker.log else ():
+        worker.log.write("skipped_image", step=worker.state.step, image_id=image_id, path=path, reason=reason)
 
 
 def _write_epoch(worker: Worker, sums: TermSums, valid: TermSums | None, metrics: dict[str, Any]) -> None:
@@ -460,7 +487,9 @@ def _write_epoch(worker: Worker, sums: TermSums, valid: TermSums | None, metrics
 
 
 def _save_adapter(worker: Worker, name: str, metrics: dict[str, Any]) -> None:
-    worker.metadata.metrics = {"step": worker.state.step, "epoch": worker.state.epoch + 1, **metrics}
+    state = worker.state
+    epoch = state.epoch + (state.step_in_epoch > 0)  # begun or finished
+    worker.metadata.metrics = {"step": state.step, "epoch": epoch, **metrics}
     save_adapter(worker.model, worker.output_dir / name, worker.metadata)
 
 

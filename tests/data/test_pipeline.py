@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from sam3lora.data import pipeline
 from sam3lora.data.coco import CocoIndex
 from sam3lora.data.images import ImageError
 from sam3lora.data.pipeline import iterate_batches, stream_batches
@@ -24,8 +25,9 @@ def assert_same(a: dict, b: dict) -> None:
             assert a[key] == b[key], key
 
 
-def test_stream_equals_iterate_over_epochs(folder, ray_session):
-    # 11 images, ragged numbers of objects, three epochs of augmentation
+def test_stream_equals_iterate_over_epochs(folder, ray_session, monkeypatch):
+    # 11 images, ragged numbers of objects, three epochs of augmentation, in datasets that end within an epoch
+    monkeypatch.setattr(pipeline, "_BATCHES_PER_DATASET", 7)
     annotations = [annotation(10 * i + k, image_id=i) for i in range(11) for k in range(i % 3)]
     index = CocoIndex.from_folder(folder.write(annotations, num_images=11))
     settings = DecodeSettings(names=index.names, resolution=64, mask_size=32, augmentation="sam3", horizontal_flip=0.5)
@@ -52,6 +54,19 @@ def test_broken_image_stops_the_stream_with_its_name_or_is_listed(folder, ray_se
         next(batches)
     skipping = stream_batches(index.table, plans, DecodeSettings(**settings, on_bad_image="skip"))
     assert [[skip[0] for skip in batch["skipped"]] for batch in skipping] == [[], [], [2], []]
+
+
+def test_stream_needs_no_free_cpu(folder, ray_session):
+    # Training workers may have taken all: tasks that asked for a CPU of their own would wait without end.
+    index = CocoIndex.from_folder(folder.write([annotation(0)]))
+
+    @ray_session.remote(num_cpus=ray_session.cluster_resources()["CPU"])
+    def read() -> list[int]:
+        settings = DecodeSettings(names=index.names, resolution=32, mask_size=32)
+        [batch] = stream_batches(index.table, [(0, 0, [0])], settings)
+        return batch["image_ids"].tolist()
+
+    assert ray_session.get(read.remote(), timeout=120) == [0]
 
 
 def test_no_batches_need_no_ray(folder):

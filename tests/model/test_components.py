@@ -40,15 +40,26 @@ def _without_gradient(model, geometry_cls):
     out = model(**make_inputs(geometry_cls=geometry_cls))
     names = ("pred_logits", "pred_boxes", "pred_masks", "presence_logits", "semantic_seg")
     sum(getattr(out, name).float().square().sum() for name in names).backward()
-    return {name for name, p in model.named_parameters() if p.grad is None or not torch.any(p.grad)}
+    largest = {n: 0.0 if p.grad is None else p.grad.abs().max().item() for n, p in _weights(model).items()}
+    # A gradient that is zero in theory may be rounding noise, which AdamW would turn into steps of full size.
+    noise = 1e-8 * max(largest.values())
+    return {name for name, value in largest.items() if value <= noise}
+
+
+def _weights(model):
+    """Without biases: a constant added to all keys changes no attention, so theirs is rightly zero."""
+    return {name: parameter for name, parameter in model.named_parameters() if not name.endswith("bias")}
 
 
 def test_never_gets_gradient_is_exactly_what_stays_without_gradient(random_sam3):
     # Both ways: nothing trained is listed, nothing idle is forgotten.
+    generator = torch.Generator().manual_seed(0)
+    for parameter in random_sam3.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
     for geometry_cls in (True, False):
         random_sam3.zero_grad()
         idle = tuple(f"{name}." for name in never_gets_gradient(random_sam3, geometry_cls=geometry_cls))
-        listed = {name for name, _ in random_sam3.named_parameters() if name.startswith(idle)}
+        listed = {name for name in _weights(random_sam3) if name.startswith(idle)}
         assert _without_gradient(random_sam3, geometry_cls) == listed
 
 
