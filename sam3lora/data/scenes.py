@@ -52,7 +52,8 @@ class SceneObject:
 
     @property
     def box_xywh(self) -> tuple[int, int, int, int]:
-        return cv2.boundingRect(self.mask_HW.astype(np.uint8))
+        x, y, w, h = cv2.boundingRect(self.mask_HW.astype(np.uint8))
+        return x, y, w, h
 
 
 @dataclass
@@ -202,6 +203,7 @@ def _paint(rng: np.random.Generator, image: np.ndarray, drawn: shapes.Drawn, col
     window = (slice(max(y - 2, 0), y + h + 2), slice(max(x - 2, 0), x + w + 2))
     alpha = drawn.alpha[window].astype(np.float32)
     if colour is None:
+        assert drawn.paint is not None  # only natural objects have no colour, and they bring their paint
         paint = drawn.paint[window].astype(np.float32)
     else:
         paint = _coloured(rng, alpha.shape, colour, texture)
@@ -236,8 +238,8 @@ def _background(rng: np.random.Generator, size: int) -> np.ndarray:
     """Muted noise of several scales, sometimes with a gradient, waves or a grid."""
     base = np.full((size, size, 3), rng.uniform(70, 190), np.float32) + rng.normal(0, 14, 3)
     for cells, strength in ((3, 18), (9, 12), (30, 8)):
-        noise = rng.normal(0, rng.uniform(0.2, 1) * strength, (cells, cells, 1 if rng.random() < 0.6 else 3))
-        noise = cv2.resize(noise.astype(np.float32), (size, size), interpolation=cv2.INTER_CUBIC)
+        coarse = rng.normal(0, rng.uniform(0.2, 1) * strength, (cells, cells, 1 if rng.random() < 0.6 else 3))
+        noise = cv2.resize(coarse.astype(np.float32), (size, size), interpolation=cv2.INTER_CUBIC)
         base += noise if noise.ndim == 3 else noise[..., None]
     kind = rng.integers(5)
     yy, xx = np.mgrid[:size, :size].astype(np.float32) / size
@@ -266,7 +268,7 @@ def _shifted_background(rng: np.random.Generator, size: int) -> np.ndarray:
         rings = np.sin(yy * rng.uniform(0.15, 0.35) + wobble * 4)
         base = np.array([165, 118, 70], np.float32) + rings[..., None] * np.array([22, 18, 12]) + rng.normal(0, 8, 3)
     else:
-        speckle = (rng.random((size, size)) < 0.06).astype(np.float32)
+        speckle: np.ndarray = (rng.random((size, size)) < 0.06).astype(np.float32)
         speckle = cv2.GaussianBlur(speckle, (3, 3), 0)
         base = rng.uniform(80, 180) + speckle[..., None] * rng.uniform(-160, 160) + rng.normal(0, 10, 3)
     return np.broadcast_to(base, (size, size, 3)).astype(np.float32)

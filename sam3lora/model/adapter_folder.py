@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import shutil
 import uuid
+import warnings
 from pathlib import Path
 from typing import cast
 
@@ -115,7 +116,9 @@ def load_adapter(
             peft_model.add_adapter(adapter_name, config)
         else:
             config.base_model_name_or_path = getattr(unwrap(model), "name_or_path", None) or None
-            peft_model = cast(PeftModel, get_peft_model(model, config, adapter_name=adapter_name))  # type: ignore
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT asks by the old name
+                peft_model = cast(PeftModel, get_peft_model(model, config, adapter_name=adapter_name))  # type: ignore
     except ValueError as error:
         raise UserError(f"{folder} does not fit {type(unwrap(model)).__name__}: {error}") from error
     try:

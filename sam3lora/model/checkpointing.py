@@ -21,6 +21,6 @@ def enable_checkpointing(model: nn.Module, components: Iterable[str]) -> int:
     for name, module in model.named_modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.gradient_checkpointing = name.startswith(chosen)
-            module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+            module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
             count += module.gradient_checkpointing
     return count

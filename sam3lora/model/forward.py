@@ -333,7 +333,7 @@ class MaskHead:
         self._instance_KCHW: Tensor | None = None
         # The loss asks for masks from outside the autocast block of the forward: go on at the forward's precision.
         device = pixels_KCHW.device.type
-        self._autocast = {
+        self._autocast: dict[str, Any] = {
             "device_type": device,
             "enabled": torch.is_autocast_enabled(device),
             "dtype": torch.get_autocast_dtype(device),

@@ -11,10 +11,12 @@ import math
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
 from transformers import Sam3Config, Sam3Model
+from transformers.models.sam3.modeling_sam3 import Sam3DetrDecoder
 
 TINY_FOLDER = Path(__file__).parent / "assets" / "tiny"
 IMAGE_SIZE, PATCH_SIZE, CONTEXT = 224, 14, 32
@@ -77,14 +79,15 @@ def initialise(model: Sam3Model) -> None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.ConvTranspose2d):
             nn.init.normal_(module.weight, std=module.weight.shape[0] ** -0.5)
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
     backbone = model.vision_encoder.backbone
     with torch.no_grad():
         backbone.embeddings.position_embeddings.copy_(0.5 * _sine_grid(IMAGE_SIZE // PATCH_SIZE, 128))
         decoder = model.detr_decoder
         nn.init.normal_(decoder.query_embed.weight, std=0.5)
         nn.init.normal_(decoder.presence_token.weight, std=0.5)
-        nn.init.zeros_(decoder.box_head.layer3.weight)
+        nn.init.zeros_(cast(nn.Linear, decoder.box_head.layer3).weight)
         decoder.reference_points.weight.copy_(torch.logit(_spread_boxes(decoder.query_embed.num_embeddings)))
     _fit_box_attention(decoder)
 
@@ -105,7 +108,7 @@ def _spread_boxes(count: int) -> torch.Tensor:
     return torch.cat([0.06 + 0.88 * centres, torch.full((count, 2), 0.25, dtype=torch.float64)], 1).float()
 
 
-def _fit_box_attention(decoder: nn.Module, steps: int = 400) -> None:
+def _fit_box_attention(decoder: Sam3DetrDecoder, steps: int = 400) -> None:
     """Teach the relative box bias to look inside and around the reference box before any training."""
     generator = torch.Generator().manual_seed(0)
     for mlp in (decoder.box_rpb_embed_x, decoder.box_rpb_embed_y):

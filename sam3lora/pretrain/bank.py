@@ -42,8 +42,8 @@ class SceneBank:
     def textured_rows(self) -> np.ndarray:
         """(N,) bool: scenes in which a texture can be asked for (one is there, and no natural object beside it)."""
         nouns = self.attributes[:, :, 0]
-        natural = np.isin(nouns, [NOUNS.index(noun) for noun in NATURAL]).any(1)
-        return (self.attributes[:, :, 2] >= 0).any(1) & ~natural
+        natural = np.any(np.isin(nouns, [NOUNS.index(noun) for noun in NATURAL]), axis=1)
+        return np.any(self.attributes[:, :, 2] >= 0, axis=1) & ~natural
 
     def objects(self, row: int) -> list[SceneObject]:
         """The objects in the order of their labels."""

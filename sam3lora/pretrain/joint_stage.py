@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
@@ -29,6 +30,9 @@ from sam3lora.pretrain.vision_stage import (
 
 LOCATING_SHARE = 0.3
 TEXTURED_BOOST = 3.0
+# Beyond +-10 the model clamps presence logits and their gradient is zero: an adapter could not teach such a base that
+# a word it is sure to be absent is there after all.
+PRESENCE_LIMIT = 5.0
 MASKED_QUERIES = 8  # the mask branch is the dearest part of a step at this size
 
 
@@ -105,8 +109,11 @@ def train_joint(
     )
     first_step = snapshot.load(optimizer) if snapshot else 0
     rng = np.random.default_rng([seed, first_step])
+    clamp, model.detr_decoder.clamp_presence_logit_max_val = model.detr_decoder.clamp_presence_logit_max_val, math.inf
     model.train()
-    started, seen, right = time.time(), {}, []
+    started = time.time()
+    seen: dict[str, float] = {}
+    right: list[float] = []
     odds = np.array([share for _, share in banks]) / sum(share for _, share in banks)
     visible = {id(bank): bank.fully_visible_rows() for bank, _ in banks}
     # Few scenes allow a texture prompt: they are drawn more often, else textures are the last thing to be learned.
@@ -175,7 +182,8 @@ def train_joint(
         absent = targets.num_B == 0
         refused = found.logits_LBQ[:, absent].float()
         refusal = (refused.sigmoid().square() * F.softplus(refused)).mean(2).sum() / len(prompts)
-        loss = output.total + 10 * refusal + 2.5 * token_loss + 0.7 * sum(dense.values())
+        excess = (found.presence_logits_LB.float().abs() - PRESENCE_LIMIT).clamp(min=0).square().mean()
+        loss = output.total + 10 * refusal + 2.5 * token_loss + 0.7 * sum(dense.values()) + excess
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * group["scale"] * cosine(step, steps, 150)
         if not torch.isfinite(loss):
@@ -195,3 +203,4 @@ def train_joint(
             seen, right = {}, []
             if snapshot:
                 snapshot.save(step + 1, optimizer)
+    model.detr_decoder.clamp_presence_logit_max_val = clamp

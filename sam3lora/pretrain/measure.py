@@ -39,14 +39,14 @@ class Answer:
 @dataclass
 class TinyReport:
     """Figures of a base model on held-out scenes. ``pairs``: kind -> (pairs, share in which the named thing is scored
-    above the other, share in which the other stays below 0.5)."""
+    above the other, share in which the other stays below 0.5). A mAP is None where nothing was to be found."""
 
     num_images: int
     num_prompts: int
-    map: float
-    map_50: float
+    map: float | None
+    map_50: float | None
     presence_accuracy: float
-    by_kind: dict[str, dict[str, float]]
+    by_kind: dict[str, dict[str, float | None]]
     pairs: dict[str, tuple[int, float, float]]
     unknown_absent: float
     unknown_prompts: int
@@ -66,9 +66,9 @@ def answer(
     queries = found.logits_LBQ.shape[-1]
     logits = head.instance_logits(rows.repeat_interleave(queries), torch.arange(queries).repeat(len(prompts)))
     masks = F.interpolate(logits[:, None].float(), size=(MASK_SIZE, MASK_SIZE), mode="bilinear")[:, 0] > 0
-    masks = masks.view(len(prompts), queries, MASK_SIZE, MASK_SIZE).numpy()
+    masks_PQHW = masks.view(len(prompts), queries, MASK_SIZE, MASK_SIZE).numpy()
     scores, presence = found.scores_BQ().numpy(), found.presence_logits_LB[-1].float().sigmoid().numpy()
-    return [Answer(scores[row], masks[row], float(presence[row])) for row in range(len(prompts))]
+    return [Answer(scores[row], masks_PQHW[row], float(presence[row])) for row in range(len(prompts))]
 
 
 def measure(
@@ -112,7 +112,7 @@ def measure(
             pairs[concept.kind].append((named > distractor, distractor < 0.5))
         refused += [bool((reply.scores < 0.5).all()) for reply in answers[len(answers) - len(unknown) :]]
     overall = _unit_map(truths, detections, range(1, len(right["all"]) + 1))
-    by_kind = {}
+    by_kind: dict[str, dict[str, float | None]] = {}
     for kind in sorted(units):
         scores = _unit_map(truths, detections, units[kind])
         by_kind[kind] = {**scores, "presence_accuracy": float(np.mean(right[kind])), "prompts": len(units[kind])}
@@ -123,10 +123,7 @@ def measure(
         map_50=overall["map_50"],
         presence_accuracy=float(np.mean(right["all"])),
         by_kind=by_kind,
-        pairs={
-            kind: (len(values), *(float(share) for share in np.mean(values, 0)))
-            for kind, values in sorted(pairs.items())
-        },
+        pairs={kind: _pair_shares(values) for kind, values in sorted(pairs.items())},
         unknown_absent=float(np.mean(refused)),
         unknown_prompts=len(refused),
     )
@@ -149,6 +146,11 @@ def _pair_questions(objects, rng: np.random.Generator) -> list[tuple[Concept, li
     return questions
 
 
+def _pair_shares(values: list[tuple[bool, bool]]) -> tuple[int, float, float]:
+    above, below = np.mean(values, 0).tolist()
+    return len(values), above, below
+
+
 def _score_of(reply: Answer, masks: list[np.ndarray]) -> float:
     """The highest score of a detection that covers one of the objects (mask IoU of at least 0.5); 0 if none does."""
     best = 0.0
@@ -162,7 +164,7 @@ def _score_of(reply: Answer, masks: list[np.ndarray]) -> float:
     return best
 
 
-def _unit_map(truths: list[dict], detections: list[dict], units) -> dict[str, float]:
+def _unit_map(truths: list[dict], detections: list[dict], units) -> dict[str, float | None]:
     """Pooled COCO mask AP where every (image, prompt) is an image of its own; absent prompts are empty images."""
     from pycocotools import mask as rle
 

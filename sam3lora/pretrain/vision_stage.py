@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -152,16 +153,16 @@ def train_vision(
     """Train the vision tower and the temporary heads in place, from the snapshot's step to ``steps``."""
     parameters = [*model.vision_encoder.parameters(), *heads.parameters()]
     decayed = [p for p in parameters if p.dim() > 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.05}, {"params": [p for p in parameters if p.dim() <= 1]}],
-        lr=learning_rate,
-        betas=(0.9, 0.98),
-        weight_decay=0.0,
-    )
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": 0.05},
+        {"params": [p for p in parameters if p.dim() <= 1]},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     first_step = snapshot.load(optimizer) if snapshot else 0
     rng = np.random.default_rng([seed, first_step])
     model.train()
-    started, seen = time.time(), {}
+    started = time.time()
+    seen: dict[str, float] = {}
     for step in range(first_step, steps):
         rows = np.sort(rng.integers(0, len(bank), batch_size))
         images, labels = augmented(bank, rows, rng)
@@ -171,7 +172,7 @@ def train_vision(
         with torch.autocast("cpu", torch.bfloat16):
             output = model.vision_encoder(to_pixel_values(images))
             losses = heads.losses(output.last_hidden_state, output.fpn_hidden_states[:-1], targets)
-        loss = sum(losses.values())
+        loss = cast(Tensor, sum(losses.values()))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 3.0)

@@ -59,7 +59,8 @@ class _Tail:
     """
 
     def __init__(self, file: Path) -> None:
-        self._file, self._inode, self._seen, self._attempt = file, None, 0, self._latest_attempt(file)
+        self._file, self._seen, self._attempt = file, 0, self._latest_attempt(file)
+        self._inode: int | None = None
 
     @staticmethod
     def _latest_attempt(file: Path) -> str | None:
@@ -147,8 +148,8 @@ class _Bar:
 
     def show(self, line: dict[str, Any]) -> None:
         if line["kind"] == "step":
-            text = f"loss {line['loss']:.4g}  {line['images_per_second']:.1f} images/s"
-            self._progress.update(self._task, description=text, completed=line["step"], total=line["total_steps"])
+            state = f"loss {line['loss']:.4g}  {line['images_per_second']:.1f} images/s"
+            self._progress.update(self._task, description=state, completed=line["step"], total=line["total_steps"])
             return
         text = describe_line(line)
         if text:

@@ -116,7 +116,8 @@ class LossRunner:
         chunks = list(_chunks(batch, self.max_prompts))
         shared = len(chunks) > 1
         vision_leaf, text_leaf = (vision.detached(), text.detached()) if shared else (vision, text)
-        total, terms = torch.zeros((), device=self.device), {}
+        total = torch.zeros((), device=self.device)
+        terms: dict[str, Tensor] = {}
         for rows, targets in chunks:
             output = self._loss(batch, vision_leaf, text_leaf, text_index, rows, targets, normalizer)
             if output.total.requires_grad:

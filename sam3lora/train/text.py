@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sam3lora.model.forward import StagedSam3, TextFeatures
 
@@ -37,7 +37,7 @@ class TextBank:
     def release_tower(self) -> None:
         """Move the frozen tower off an accelerator once all prompts of the run are encoded."""
         if not self._trainable and self._device.type != "cpu":
-            self._staged.model.text_encoder.to("cpu")
+            self._tower.to("cpu")
             torch.cuda.empty_cache()
 
     def features(self, prompts: Sequence[str]) -> tuple[TextFeatures, Tensor]:
@@ -55,11 +55,15 @@ class TextBank:
         """The kept features by prompt (P = 1 each)."""
         return {prompt: TextFeatures(embeds[None], mask[None]) for prompt, (embeds, mask) in self._kept.items()}
 
+    @property
+    def _tower(self) -> nn.Module:
+        return self._staged.model.text_encoder
+
     def _encode(self, prompts: list[str]) -> TextFeatures:
         input_ids, attention_mask = self._tokenize(prompts)
-        tower_device = next(self._staged.model.text_encoder.parameters()).device
-        self._staged.model.text_encoder.to(self._device)
+        tower_device = next(self._tower.parameters()).device
+        self._tower.to(self._device)
         features = self._staged.encode_text(input_ids.to(self._device), attention_mask.to(self._device))
         if tower_device != self._device:
-            self._staged.model.text_encoder.to(tower_device)
+            self._tower.to(tower_device)
         return features

@@ -9,7 +9,7 @@ from sam3lora.evaluate.split import evaluate_split
 from sam3lora.train import distributed
 
 if TYPE_CHECKING:
-    from sam3lora.train.worker import Worker
+    from sam3lora.train.setup import Worker
 
 
 def validation_metrics(worker: Worker) -> dict[str, Any]:

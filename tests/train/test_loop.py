@@ -18,6 +18,7 @@ from sam3lora.errors import RunFailed, UserError
 from sam3lora.losses import Criterion
 from sam3lora.train import train, worker
 from sam3lora.train.metrics import read_metrics
+from sam3lora.train.step import LossRunner
 
 
 def lines_of(config: Config, kind: str) -> list[dict]:
@@ -396,9 +397,9 @@ def test_a_gradient_that_is_not_finite(make_config, monkeypatch):
 
 def test_validation_loss_that_is_not_finite(make_config, monkeypatch):
     # It chooses no best adapter and ends the run.
-    original = worker.LossRunner.evaluate
+    original = LossRunner.evaluate
     monkeypatch.setattr(
-        worker.LossRunner,
+        LossRunner,
         "evaluate",
         lambda *arguments: {name: value * torch.nan for name, value in original(*arguments).items()},
     )

@@ -14,7 +14,7 @@ from sam3lora.data.images import ImageError
 from sam3lora.errors import RunFailed, UserError
 from sam3lora.train import on_ray
 from sam3lora.train.metrics import MetricsLog, WarningsToMetrics, read_metrics
-from sam3lora.train.worker import NonFiniteLoss
+from sam3lora.train.update import NonFiniteLoss
 
 LOST = WorkerHealthCheckFailedError("A worker health check failed.\nThe actor died: killed by SIGKILL.", OSError())
 

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from sam3lora.model.forward import StagedSam3
 from sam3lora.train import train
+from sam3lora.train.setup import Worker
 from sam3lora.train.step import StepCounts, TermSums
-from sam3lora.train.worker import Worker, optimizer_step, validation_terms
+from sam3lora.train.update import optimizer_step
+from sam3lora.train.worker import validation_terms
 
 from .two_workers import make_worker, recorded_step
 

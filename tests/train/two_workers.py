@@ -14,7 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sam3lora.config import Config, load_config
-from sam3lora.train.worker import NonFiniteLoss, Worker, optimizer_step, set_up, validation_terms
+from sam3lora.train.setup import Worker, set_up
+from sam3lora.train.update import NonFiniteLoss, optimizer_step
+from sam3lora.train.worker import validation_terms
 
 
 @dataclass

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sam3lora.data.collate import Batch
     from sam3lora.model.loading import LoadedBase
     from sam3lora.train.launch import TrainResult
-    from sam3lora.train.worker import Worker
+    from sam3lora.train.setup import Worker
 
 BASE_SETTINGS: dict[str, Any] = {
     "lora": {
@@ -57,9 +57,9 @@ _LOADED: dict[str, LoadedBase] = {}
 @pytest.fixture(autouse=True)
 def _read_the_base_once(small_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading the model is most of a short run, so a plain reading is done once and copied."""
-    from sam3lora.train import worker
+    from sam3lora.train import setup
 
-    load_base = worker.load_base
+    load_base = setup.load_base
 
     def load(name: str, **options: Any) -> LoadedBase:
         if name != str(small_base):
@@ -69,7 +69,7 @@ def _read_the_base_once(small_base: Path, monkeypatch: pytest.MonkeyPatch) -> No
             _LOADED[key] = load_base(name, **options)
         return replace(_LOADED[key], model=copy.deepcopy(_LOADED[key].model))
 
-    monkeypatch.setattr(worker, "load_base", load)
+    monkeypatch.setattr(setup, "load_base", load)
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def settings(small_base: Path, data_dir: Path, tmp_path: Path) -> Callable[..., 
 @pytest.fixture
 def build(settings: Callable[..., Config]) -> Callable[..., Worker]:
     """`build("lora.rank=4")` -> a worker that is ready for its first step."""
-    from sam3lora.train.worker import set_up
+    from sam3lora.train.setup import set_up
 
     def make(*overrides: str) -> Worker:
         config = settings(*overrides)
@@ -128,7 +128,7 @@ def batches_of_an_epoch(worker: Worker) -> list[Batch]:
 
 def take_step(worker: Worker) -> tuple[dict[str, float], float]:
     """One update of the adapter: loss terms, and the norm of the gradient before clipping."""
-    from sam3lora.train.worker import optimizer_step
+    from sam3lora.train.update import optimizer_step
 
     group = list(islice(worker.batches.training_batches(0, 0), worker.config.training.gradient_accumulation_steps))
     terms, _, norm = optimizer_step(worker, group)
