@@ -20,6 +20,9 @@ def write_plots(lines: list[dict[str, Any]], folder: Path) -> list[Path]:
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     steps = [line for line in lines if line["kind"] == "step"]
     axis.plot([s["step"] for s in steps], [s["loss"] for s in steps], color="0.8", linewidth=1, label="training, step")
+    base = [line for line in lines if line["kind"] == "base" and line["valid_loss"] is not None]
+    if base:
+        axis.axhline(base[-1]["valid_loss"], color="0.5", linestyle=":", label="validation, base model")
     for key, label, style in (("train_loss", "training", "o-"), ("valid_loss", "validation", "s-")):
         points = [(line["step"], line[key]) for line in epochs if line.get(key) is not None]
         if points:

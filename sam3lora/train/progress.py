@@ -103,6 +103,8 @@ def describe_line(line: dict[str, Any]) -> str | None:
         parts += [f"valid loss {valid:.4g}"] if valid is not None else []
         parts += [f"{name} {line[name]:.3f}" for name in ("map", "map_50") if line.get(name) is not None]
         return ", ".join(parts)
+    if kind == "base":
+        return f"base: valid loss {line['valid_loss']:.4g}"
     if kind == "warning":
         return f"warning: {line['message']}"
     if kind == "skipped_image":

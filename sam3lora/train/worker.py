@@ -33,6 +33,8 @@ def train_epochs(worker: Worker) -> None:
     state, training = worker.state, worker.config.training
     stream = worker.batches.training_batches(state.epoch, state.step_in_epoch)
     sums = TermSums(worker.runner.criterion.weights, dict(state.epoch_sums), StepCounts(*state.epoch_counts))
+    if state.step == 0:
+        measure_base(worker)
     clock = Clock()
     while not state.finished and state.step < worker.total_steps:
         group = list(islice(stream, training.gradient_accumulation_steps))
@@ -91,6 +93,13 @@ def validate(worker: Worker, sums: TermSums, *, epoch_ends: bool, forced: bool) 
     if worker.report:
         names = {"valid_loss" if valid is not None else "train_loss": loss}
         worker.report({"step": state.step, "epoch": state.epoch, **names, **metrics})
+
+
+def measure_base(worker: Worker) -> None:
+    """The validation loss before the first step, which is the base model's: what the adapter has to beat."""
+    valid = validation_terms(worker)
+    if worker.log and valid is not None:
+        worker.log.write("base", step=0, valid_loss=valid.loss(), valid_terms=valid.means())
 
 
 def validation_terms(worker: Worker) -> TermSums | None:
