@@ -32,7 +32,7 @@ class PretrainSettings:
     vision_steps: int = 3400
     vision_batch: int = 16
     vision_learning_rate: float = 2e-3
-    joint_steps: int = 3600
+    joint_steps: int = 4800
     joint_images: int = 8
     joint_learning_rate: float = 1e-3
     seed: int = 0
