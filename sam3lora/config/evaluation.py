@@ -11,7 +11,9 @@ class EvaluationSection(Section):
     """Post-processing and metrics."""
 
     every_epochs: int = Field(
-        default=0, ge=0, description="Compute mAP and cgF1 every so many epochs; 0 = validation loss only."
+        default=0,
+        ge=0,
+        description="Measure mAP every so many epochs and choose best/ by it; 0 = by validation loss only.",
     )
     prob_threshold: float = Field(
         default=0.3, ge=0, le=1, description="Lowest score (object x presence) that counts as a detection."

@@ -10,7 +10,7 @@ from typing import Any
 from sam3lora.config import load_config
 from sam3lora.model.adapter_folder import save_adapter
 from sam3lora.train import distributed
-from sam3lora.train.checkpoints import save_checkpoint
+from sam3lora.train.checkpoints import RunState, save_checkpoint
 from sam3lora.train.reporting import Clock, is_due, log_skipped, log_step, write_epoch
 from sam3lora.train.setup import Worker, set_up, settings_of
 from sam3lora.train.step import StepCounts, TermSums
@@ -69,7 +69,7 @@ def validate(worker: Worker, sums: TermSums, *, epoch_ends: bool, forced: bool) 
     valid = validation_terms(worker)
     metrics = {}
     every = worker.config.evaluation.every_epochs
-    if valid is not None and every and epoch_ends and (state.epoch + 1) % every == 0:
+    if valid is not None and every and (forced or (epoch_ends and (state.epoch + 1) % every == 0)):
         metrics = _validation_metrics(worker)
     loss = valid.loss() if valid is not None else sums.loss()
     if not math.isfinite(loss):
@@ -77,11 +77,7 @@ def validate(worker: Worker, sums: TermSums, *, epoch_ends: bool, forced: bool) 
             f"validation loss is not finite after step {state.step}. The last checkpoint is intact. "
             "Try a lower training.learning_rate, or mixed_precision: no"
         )
-    improved = state.best_loss is None or loss < state.best_loss
-    if improved:
-        state.best_loss, state.best_step, state.evaluations_without_improvement = loss, state.step, 0
-    else:
-        state.evaluations_without_improvement += 1
+    improved = _improved(state, loss, metrics, by_map=bool(every) and valid is not None)
     write_epoch(worker, sums, valid, metrics)
     if improved and worker.rank == 0:
         _save_adapter(worker, "best", {"valid_loss" if valid is not None else "train_loss": loss, **metrics})
@@ -93,6 +89,24 @@ def validate(worker: Worker, sums: TermSums, *, epoch_ends: bool, forced: bool) 
     if worker.report:
         names = {"valid_loss" if valid is not None else "train_loss": loss}
         worker.report({"step": state.step, "epoch": state.epoch, **names, **metrics})
+
+
+def _improved(state: RunState, loss: float, metrics: dict[str, Any], *, by_map: bool) -> bool:
+    """Whether this is the best adapter so far, noted in ``state``: by mAP where it is measured, else by loss.
+
+    The two can disagree: the classification term is small for a model that finds nothing, and grows when it begins to.
+    """
+    if by_map:
+        value = metrics.get("map")
+        if value is None:
+            return False
+        better = state.best_map is None or value > state.best_map
+    else:
+        better = state.best_loss is None or loss < state.best_loss
+    if better:
+        state.best_loss, state.best_map, state.best_step = loss, metrics.get("map"), state.step
+    state.evaluations_without_improvement = 0 if better else state.evaluations_without_improvement + 1
+    return better
 
 
 def measure_base(worker: Worker) -> None:
