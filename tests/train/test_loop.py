@@ -319,7 +319,8 @@ def test_save_total_limit(make_config):
 
 def test_early_stopping(make_config, monkeypatch):
     # Losses 5, 4, 4, 6: two validations in a row are no better than the second, so the run ends after the fourth.
-    losses = iter([5.0, 4.0, 4.0, 6.0, 1.0, 1.0])
+    base_model = 3.0  # measured first, and no candidate for the best adapter
+    losses = iter([base_model, 5.0, 4.0, 4.0, 6.0, 1.0, 1.0])
     original = worker.validation_terms
 
     def scripted(run):
@@ -338,6 +339,29 @@ def test_early_stopping(make_config, monkeypatch):
     assert checkpoints_of(config)[-1] == "step_00000012"
     # Resuming does not take it up again.
     assert train(config, resume=True).steps == 12
+
+
+def test_map_chooses_the_best_adapter_where_it_is_measured(make_config, monkeypatch):
+    # Measured every second epoch and at the end: 0.1, 0.3, 0.2. The loss, lowest elsewhere, has no say.
+    maps = iter([0.1, 0.3, 0.2])
+    monkeypatch.setattr(worker, "_validation_metrics", lambda run: {"map": next(maps)})
+    config = make_config("evaluation.every_epochs=2", num_epochs=5)
+    result = train(config)
+    assert [line.get("map") for line in result.history] == [None, 0.1, None, 0.3, 0.2]
+    metadata = json.loads((result.best_adapter / "sam3lora.json").read_text())
+    assert metadata["metrics"]["epoch"] == 4
+    assert metadata["metrics"]["map"] == 0.3
+
+
+def test_a_run_begins_with_the_base_models_loss(make_config):
+    # What the adapter has to beat, with the same terms; a resumed run does not measure it again.
+    config = make_config(num_epochs=1)
+    result = train(config)
+    [line] = lines_of(config, "base")
+    assert line["step"] == 0
+    assert line["valid_terms"].keys() == result.history[0]["valid_terms"].keys()
+    train(make_config(num_epochs=2), resume=True)
+    assert len(lines_of(config, "base")) == 1
 
 
 # ---- what goes wrong -------------------------------------------------------------------------------------------------
@@ -463,6 +487,7 @@ def broken_data(scenes, tmp_path) -> Path:
 
 def test_broken_image_stops_the_run(make_config, broken_data):
     # The message names the file; it is the user's to mend, and then the run can be resumed.
+    shutil.rmtree(broken_data / "valid")  # read before the first step, and broken too
     with pytest.raises(UserError, match=r"train/00002\.jpg"):
         train(make_config(data_dir=str(broken_data), batch_size=1))
 
@@ -474,10 +499,11 @@ def test_broken_images_are_left_out_and_named(make_config, broken_data, capsys):
     )
     assert train(config).steps == 6
     skipped = lines_of(config, "skipped_image")
-    assert [Path(line["path"]).parts[-2:] for line in skipped] == [("train", "00002.jpg"), ("valid", "00001.jpg")]
-    assert [line["image_id"] for line in skipped] == [3, 2]
+    valid, train_image = ("valid", "00001.jpg"), ("train", "00002.jpg")  # validation comes before and after the epoch
+    assert [Path(line["path"]).parts[-2:] for line in skipped] == [valid, train_image, valid]
+    assert [line["image_id"] for line in skipped] == [2, 3, 2]
     printed = capsys.readouterr().out
-    assert printed.count("skipped image") == 2
+    assert printed.count("skipped image") == 3
     assert "00002.jpg" in printed
 
 

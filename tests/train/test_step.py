@@ -159,9 +159,9 @@ def encoded(monkeypatch) -> Counter:
 
 def test_frozen_text_is_encoded_once_a_run(make_config, encoded):
     # 2 epochs over 4 categories and a negative prompt: five prompts once, and one vision pass for each batch, however
-    # many chunks of prompts: 3 training and 2 validation batches an epoch.
+    # many chunks of prompts: 3 training and 2 validation batches an epoch, and the validation of the base.
     train(make_config("data.negative_prompts=[zebra]", max_prompts_per_forward=1))
-    assert encoded == {"text_passes": 1, "text_rows": 5, "vision_passes": 10, "vision_rows": 2 * (6 + 3)}
+    assert encoded == {"text_passes": 1, "text_rows": 5, "vision_passes": 12, "vision_rows": 2 * (6 + 3) + 3}
 
 
 def test_learning_text_is_encoded_once_a_batch(make_config, encoded):
