@@ -1,7 +1,7 @@
 """Train the built-in tiny SAM 3 from random weights (two to three hours on one core, less on more).
 
     python jobs/pretrain_tiny.py --output-dir outputs/tiny --threads 2
-    python jobs/pretrain_tiny.py --output-dir /tmp/smoke --smoke        a few steps, to see that it runs
+    python jobs/pretrain_tiny.py --output-dir outputs/smoke --smoke      a few steps, to see that it runs
 
 Draws the scenes, trains in two stages, measures on held-out scenes, and writes OUTPUT_DIR/tiny (the folder to copy to
 sam3lora/model/assets/tiny) and OUTPUT_DIR/report.json. A run that was cut goes on when started again.

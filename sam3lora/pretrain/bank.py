@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,13 +74,16 @@ def build_bank(
         for name, shape in shapes.items():
             np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.uint8, shape)
         np.lib.format.open_memmap(folder / "attributes.npy", "w+", np.int8, (count, MAX_OBJECTS, 3))
-        with ProcessPoolExecutor(workers) as pool:
-            jobs = [
-                pool.submit(_draw_block, folder, start, min(start + BLOCK, count), seed, size, domain, dense)
-                for start in range(0, count, BLOCK)
-            ]
-            for job in jobs:
-                job.result()
+        blocks = [
+            (folder, start, min(start + BLOCK, count), seed, size, domain, dense) for start in range(0, count, BLOCK)
+        ]
+        if workers == 1:
+            for block in blocks:
+                _draw_block(*block)
+        else:  # not forked: a child of a process with running threads may wait for a lock for ever
+            with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+                for job in [pool.submit(_draw_block, *block) for block in blocks]:
+                    job.result()
         (folder / "done").touch()
     return SceneBank.open(folder)
 

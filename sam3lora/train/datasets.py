@@ -12,7 +12,7 @@ from sam3lora.config import Config
 from sam3lora.data.coco import CocoIndex, merge_names
 from sam3lora.data.collate import Batch, collate
 from sam3lora.data.pipeline import iterate_batches, stream_batches
-from sam3lora.data.plan import BatchPlan, plan_epoch, plan_validation
+from sam3lora.data.plan import BatchPlan, plan_run, plan_validation
 from sam3lora.data.prompts import prompt_key
 from sam3lora.data.sample import DecodeSettings, rows_with_queries
 from sam3lora.errors import UserError
@@ -109,19 +109,20 @@ class BatchSource:
         return self._decode(self._data.valid, plans, self._data.valid_settings)
 
     def _plans(self, start_epoch: int, start_step: int) -> Iterator[BatchPlan]:
-        size, accumulation = self._training.batch_size, self._accumulation
-        for epoch in range(start_epoch, self._num_epochs):
-            groups = plan_epoch(
-                len(self._data.train),
-                batch_size=size * accumulation,
-                world_size=distributed.world_size(),
-                rank=distributed.rank(),
-                seed=self._training.seed,
-                epoch=epoch,
-            )
-            for step in range(start_step if epoch == start_epoch else 0, len(groups)):
-                for part in range(accumulation):
-                    yield BatchPlan(epoch, step, groups[step][part * size : (part + 1) * size])
+        size = self._training.batch_size
+        steps = plan_run(
+            len(self._data.train),
+            batch_size=size * self._accumulation,
+            num_epochs=self._num_epochs,
+            world_size=distributed.world_size(),
+            rank=distributed.rank(),
+            seed=self._training.seed,
+            start_epoch=start_epoch,
+            start_step=start_step,
+        )
+        for epoch, step, rows in steps:
+            for start in range(0, len(rows), size):
+                yield BatchPlan(epoch, step, rows[start : start + size])
 
     def _decode(self, index: CocoIndex, plans: list[BatchPlan], settings: DecodeSettings) -> Iterator[Batch]:
         if self._use_ray:
