@@ -50,7 +50,7 @@ def source_name(file_name: str) -> str:
 
 def count_augmented_copies(file_names: Iterable[str]) -> int:
     """Files beyond the first of each exported picture, within one split."""
-    names = [name for name in file_names if _EXPORT_HASH.match(PurePosixPath(name).stem)]
+    names = [name for name in file_names if _is_export(name)]
     return len(names) - len({source_name(name) for name in names})
 
 
@@ -79,6 +79,8 @@ def _compare(name_a: str, a: Mapping[str, str], name_b: str, b: Mapping[str, str
         kind, other = "same_content", by_hash.get(digest)
         if other is None:
             kind, other = "same_source", by_source.get(source_name(name))
+            if other is not None and not (_is_export(name) or _is_export(other)):
+                other = None  # every split may number its own pictures from 0: an equal name alone says nothing
         frame = _frame(name)
         if other is None and frame:
             numbers = by_prefix.get(frame[0], {})
@@ -89,6 +91,10 @@ def _compare(name_a: str, a: Mapping[str, str], name_b: str, b: Mapping[str, str
             if len(leaks[kind].examples) < 3:
                 leaks[kind].examples.append(f"{name_a}/{other} = {name_b}/{name}")
     return list(leaks.values())
+
+
+def _is_export(file_name: str) -> bool:
+    return _EXPORT_HASH.match(PurePosixPath(file_name.replace("\\", "/")).stem) is not None
 
 
 def _frame(file_name: str) -> tuple[str, int] | None:

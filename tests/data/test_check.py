@@ -92,3 +92,13 @@ def test_real_data_sets(shared_data):
     assert list(train.categories) == ["pothole"]
     assert "neighbouring_frames" in {leak.kind for leak in potholes.leaks}
     assert check_folder(shared_data / "strawberry").splits[0].num_augmented_copies > 50
+
+
+def test_splits_that_number_their_own_pictures_do_not_leak():
+    # The same plain name with other content is no copy; the same name in an export is.
+    from sam3lora.data.leakage import find_leaks
+
+    assert find_leaks({"train": {"00000.jpg": "a"}, "valid": {"00000.jpg": "b"}}) == []
+    export = "00000_jpg.rf.c66c9a0ba987e31946504347c2dd9c00.jpg"
+    [leak] = find_leaks({"train": {"00000_jpg.jpg": "a"}, "valid": {export: "b"}})
+    assert (leak.kind, leak.count) == ("same_source", 1)
