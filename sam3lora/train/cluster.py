@@ -1,53 +1,21 @@
-"""The Ray a run is trained on: joining or starting one, and whether it has room for the workers."""
+"""The Ray a run is trained on, and whether it has room for the workers."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import math
-import os
-import socket
-from collections.abc import Iterator
-from typing import Any
+from contextlib import AbstractContextManager
 
+from sam3lora import cluster
 from sam3lora.config import Config
 from sam3lora.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-_CONNECT_TIMEOUT_S = 5.0
 
-
-@contextlib.contextmanager
-def ray_session(config: Config) -> Iterator[bool]:
-    """The Ray that is running or configured, or a local one, for the duration of the block.
-
-    Yields:
-        Whether it is a local one, for this block alone.
-
-    Raises:
-        UserError: no cluster answers at the configured address.
-    """
-    import ray
-
-    if ray.is_initialized():
-        yield False
-        return
-    address = config.scaling.address or os.environ.get("RAY_ADDRESS")
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if address and address != "local":
-        _join(address, quiet)
-    else:
-        address = "local"
-        # Logical CPUs: a small machine takes as many workers as it is asked for.
-        cpus = _most_workers(config) * worker_resources(config, use_gpu=False)["CPU"]
-        options = {"include_dashboard": False, "object_store_memory": _store(), **quiet}
-        ray.init(address=address, num_cpus=math.ceil(cpus), **options)
-    try:
-        yield address == "local"
-    finally:
-        ray.shutdown()
+def ray_session(config: Config) -> AbstractContextManager[bool]:
+    """The Ray that is running or configured, or a local one with room for the workers; see `cluster.ray_session`."""
+    cpus = _most_workers(config) * worker_resources(config, use_gpu=False)["CPU"]
+    return cluster.ray_session(config.scaling.address, num_cpus=cpus)
 
 
 def worker_resources(config: Config, *, use_gpu: bool) -> dict[str, float]:
@@ -104,29 +72,6 @@ def check_room(config: Config, resources: dict[str, float]) -> None:
         logger.warning("waiting for other work on the cluster to free %s for %d workers", ", ".join(short), least)
 
 
-def _join(address: str, quiet: dict[str, Any]) -> None:
-    import ray
-
-    if address.startswith("ray://"):
-        raise UserError(
-            f"cannot train through the Ray Client address {address}: submit a job on the cluster instead, "
-            "ray job submit --working-dir . -- python jobs/train.py CONFIG"
-        )
-    host, _, port = address.rpartition(":")
-    if host and port.isdecimal():
-        try:  # Ray itself would try for many minutes, deaf to interrupts
-            socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
-        except (OSError, OverflowError) as error:
-            raise UserError(
-                f"no Ray cluster answers at {address} ({error}): check scaling.address, --address or RAY_ADDRESS, and "
-                "whether the cluster runs"
-            ) from error
-    try:
-        ray.init(address=address, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise UserError(f"cannot join the Ray cluster at {address}: {error}") from error
-
-
 def _most_workers(config: Config) -> int:
     workers = config.scaling.num_workers
     return workers if isinstance(workers, int) else workers[1]
@@ -157,9 +102,3 @@ def _in_words(resources: dict[str, float]) -> str:
     own = ("memory", "object_store_memory", "node:", "accelerator_type:")
     shown = {name: amount for name, amount in resources.items() if not name.startswith(own)}
     return " and ".join(f"{amount:g} {name}" for name, amount in sorted(shown.items())) or "nothing"
-
-
-def _store() -> int:
-    """Bytes of a local object store: decoded batches in flight are all it holds."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return int(min(4e9, max(3e8, 0.15 * total)))

@@ -17,7 +17,8 @@ def ask(settings, monkeypatch):
     """`ask("scaling.num_workers=3")` -> what `train` asks of a cluster with two GPUs."""
     import ray
 
-    from sam3lora.train import cluster, on_ray, train
+    from sam3lora import cluster
+    from sam3lora.train import on_ray, train
 
     asked = SimpleNamespace(init=None, trainer=None, start_timeout=None)
 
