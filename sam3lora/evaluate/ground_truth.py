@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -14,6 +14,21 @@ from sam3lora.data.masks import decode_mask
 from sam3lora.data.prompts import prompt_key
 
 PresenceTable = dict[tuple[int, int], bool | None]
+
+
+class SplitTruth(NamedTuple):
+    """What there is to find.
+
+    Attributes:
+        coco: COCO dict, ids of images and categories as in the file, masks as compressed RLE.
+        presence: (image id, category id) -> True where there is an object, None where there are crowd regions only,
+            nothing where it is absent.
+        num_without_mask: Objects that have a box alone.
+    """
+
+    coco: dict[str, Any]
+    presence: PresenceTable
+    num_without_mask: int
 
 
 @dataclass
@@ -59,16 +74,10 @@ def prompted_categories(
     return list(found.values())
 
 
-def build_ground_truth(
-    index: CocoIndex, categories: Sequence[PromptedCategory]
-) -> tuple[dict[str, Any], PresenceTable, int]:
+def build_ground_truth(index: CocoIndex, categories: Sequence[PromptedCategory]) -> SplitTruth:
     """The annotations of the asked categories, for `coco_map`.
 
     An object with a box and no mask becomes a crowd region of its box: a detection in it is neither right nor wrong.
-
-    Returns:
-        The COCO dict (ids of images and categories as in the file); (image id, category id) -> True where there is an
-        object, None where there are crowd regions only, nothing where it is absent; the number of objects without mask.
     """
     id_of = {key: category.id for category in categories for key in category.name_keys}
     images: list[dict[str, Any]] = []
@@ -103,7 +112,8 @@ def build_ground_truth(
                 }
             )
     listed = [{"id": category.id, "name": category.name} for category in categories]
-    return {"images": images, "annotations": annotations, "categories": listed}, presence, num_without_mask
+    coco = {"images": images, "annotations": annotations, "categories": listed}
+    return SplitTruth(coco, presence, num_without_mask)
 
 
 def _filled_box(box_xywh: Sequence[float], size_hw: tuple[int, int]) -> np.ndarray:
