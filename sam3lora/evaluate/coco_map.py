@@ -1,12 +1,13 @@
-"""Mask mAP as pycocotools computes it, from plain lists of COCO annotations and results."""
+"""Mask and box mAP as pycocotools computes them, from plain lists of COCO annotations and results."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -16,103 +17,175 @@ from pycocotools.cocoeval import COCOeval
 from sam3lora.data.masks import encode_segmentation
 
 MAX_DETECTIONS = 100
-_IOU_50, _IOU_75 = 0, 5  # positions in the thresholds 0.50, 0.55 ... 0.95
-_ALL_AREAS, _MAX_100 = 0, 2
+IOU_50, IOU_75 = 0, 5  # positions in the thresholds 0.50, 0.55 ... 0.95
+ALL_AREAS, _SMALL, _MEDIUM, _LARGE = range(4)
 
 
 @dataclass(frozen=True)
 class CategoryMap:
-    """Average precision of one category in [0, 1], None without any object to find (crowd regions do not count)."""
+    """Averages of one category in [0, 1], None without any object to find (crowd regions do not count)."""
 
     map: float | None
     map_50: float | None
     map_75: float | None
     num_ground_truth: int
+    mar_100: float | None = None
 
 
 @dataclass(frozen=True)
 class MapResult:
-    """Means over the categories that have objects, in [0, 1]; None when none has."""
+    """Means over the categories that have objects, in [0, 1]; None when none has.
+
+    Attributes:
+        map, map_50, map_75: Average precision over mask IoU 0.50:0.95, at 0.50 and at 0.75.
+        map_small, map_medium, map_large: Over objects up to 32² px, from there to 96² px, and from there on, by mask
+            area at the annotated size; None without such objects.
+        mar_100: Average recall over mask IoU 0.50:0.95 with at most 100 detections per image and category.
+        bbox_map, bbox_map_50: `map` and `map_50` by box IoU; None also when not asked for.
+        per_category: Name -> its averages.
+        warnings: Why the numbers cannot reach 1 on this ground truth.
+        evaluation: The accumulated mask evaluation, for what else follows from it without matching again: arrays of
+            precision and recall have the axes (IoU, recall, category, size, 1), sizes being all, small, medium, large.
+    """
 
     map: float | None
     map_50: float | None
     map_75: float | None
+    map_small: float | None
+    map_medium: float | None
+    map_large: float | None
+    mar_100: float | None
+    bbox_map: float | None
+    bbox_map_50: float | None
     per_category: dict[str, CategoryMap]
+    warnings: list[str]
+    evaluation: COCOeval = field(repr=False, compare=False)
 
 
-def coco_map(ground_truth: Mapping[str, Any], predictions: Iterable[Mapping[str, Any]]) -> MapResult:
-    """Segmentation mAP over IoU 0.50:0.95, at most 100 detections per image and category, all object sizes.
+def coco_map(
+    ground_truth: Mapping[str, Any],
+    predictions: Iterable[Mapping[str, Any]],
+    *,
+    bbox: bool = True,
+    num_queries: int | None = None,
+) -> MapResult:
+    """COCO's averages over IoU 0.50:0.95, at most 100 detections per image and category.
 
     Args:
         ground_truth: COCO: `images` (id, height, width), `annotations` (image_id, category_id, segmentation, iscrowd)
-            and `categories` (id, name). Ids of any kind. Areas are taken from the masks, whatever the file says.
-        predictions: COCO results: image_id, category_id, segmentation (compressed RLE), score. Any number, any order.
+            and `categories` (id, name). Ids of any kind. Areas are taken from the masks, whatever the file says; boxes
+            (xywh) from the annotations, or from the mask where there is none. What has no mask is left out.
+        predictions: COCO results: image_id, category_id, segmentation (compressed RLE), score, and bbox (xywh) or none
+            for that of the mask. Any number, any order.
+        bbox: Evaluate boxes too.
+        num_queries: Object queries of the model, for `warnings`.
 
     Returns:
         Exact averages, in pycocotools' definition: https://cocodataset.org/#detection-eval
 
     Raises:
-        ValueError: A prediction names an image or a category that the ground truth lacks.
+        ValueError: A prediction names an image or a category that the ground truth lacks, or its mask has another
+            size than its image.
     """
     sizes = {image["id"]: (image["height"], image["width"]) for image in ground_truth["images"]}
     names = {category["id"]: category["name"] for category in ground_truth["categories"]}
     predictions = list(predictions)
-    for key, known in (("image_id", sizes), ("category_id", names)):
-        unknown = next((p[key] for p in predictions if p[key] not in known), None)
-        if unknown is not None:
-            raise ValueError(f"a prediction has {key} {unknown!r}, which the ground truth lacks")
-    truth = _as_coco(sizes, names, ground_truth["annotations"])
-    found = _as_coco(sizes, names, predictions, is_compressed=True)
-    counts = dict.fromkeys(names, 0)
-    for annotation in truth.dataset["annotations"]:
-        counts[annotation["category_id"]] += not annotation["iscrowd"]
+    _check(predictions, sizes, names)
+    masks = [encode_segmentation(a["segmentation"], sizes[a["image_id"]]) for a in ground_truth["annotations"]]
+    truth = _as_coco(sizes, names, ground_truth["annotations"], masks)
+    found = _as_coco(sizes, names, predictions, [prediction["segmentation"] for prediction in predictions])
+    num_objects = Counter(
+        (entry["image_id"], entry["category_id"]) for entry in truth.dataset["annotations"] if not entry["iscrowd"]
+    )
 
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval(truth, found, "segm")
-        evaluation.params.maxDets = [1, 10, MAX_DETECTIONS]
-        evaluation.evaluate()
-        evaluation.accumulate()
-    # thresholds x recalls x categories
-    precision = evaluation.eval["precision"][:, :, :, _ALL_AREAS, _MAX_100]
+    evaluation = _evaluate(truth, found, "segm")
+    precision = evaluation.eval["precision"][:, :, :, :, 0]
+    recall = evaluation.eval["recall"][:, :, ALL_AREAS, 0]
+    over_all = precision[:, :, :, ALL_AREAS]
+    boxes = _evaluate(truth, found, "bbox").eval["precision"] if bbox else np.empty((10, 0))
     per_category = {
         names[category]: CategoryMap(
-            _mean(precision[:, :, column]),
-            _mean(precision[_IOU_50, :, column]),
-            _mean(precision[_IOU_75, :, column]),
-            counts[category],
+            map=_mean(over_all[:, :, column]),
+            map_50=_mean(over_all[IOU_50, :, column]),
+            map_75=_mean(over_all[IOU_75, :, column]),
+            num_ground_truth=sum(num for (_, of), num in num_objects.items() if of == category),
+            mar_100=_mean(recall[:, column]),
         )
         for column, category in enumerate(evaluation.params.catIds)
     }
-    return MapResult(_mean(precision), _mean(precision[_IOU_50]), _mean(precision[_IOU_75]), per_category)
+    return MapResult(
+        map=_mean(over_all),
+        map_50=_mean(over_all[IOU_50]),
+        map_75=_mean(over_all[IOU_75]),
+        map_small=_mean(precision[:, :, :, _SMALL]),
+        map_medium=_mean(precision[:, :, :, _MEDIUM]),
+        map_large=_mean(precision[:, :, :, _LARGE]),
+        mar_100=_mean(recall),
+        bbox_map=_mean(boxes),
+        bbox_map_50=_mean(boxes[IOU_50]),
+        per_category=per_category,
+        warnings=_warnings(num_objects, num_queries),
+        evaluation=evaluation,
+    )
+
+
+class _Evaluation(COCOeval):
+    """Reads no masks of pairs without objects: most pairs, where every category is asked of every image."""
+
+    def computeIoU(self, imgId: Any, catId: Any) -> Any:
+        return super().computeIoU(imgId, catId) if self._gts[imgId, catId] else []
+
+
+def _evaluate(truth: COCO, found: COCO, iou_type: Literal["segm", "bbox"]) -> COCOeval:
+    evaluation = _Evaluation(truth, found, iou_type)
+    evaluation.params.maxDets = [MAX_DETECTIONS]
+    if iou_type == "bbox":
+        evaluation.params.areaRng = evaluation.params.areaRng[: ALL_AREAS + 1]
+        evaluation.params.areaRngLbl = evaluation.params.areaRngLbl[: ALL_AREAS + 1]
+        for entry in truth.dataset["annotations"] + found.dataset["annotations"]:
+            entry["bbox"] = entry["bbox"] or coco_mask.toBbox(entry["segmentation"]).tolist()
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation.evaluate()
+        evaluation.accumulate()
+    return evaluation
+
+
+def _check(
+    predictions: Sequence[Mapping[str, Any]], sizes: Mapping[Any, tuple[int, int]], names: Mapping[Any, str]
+) -> None:
+    for prediction in predictions:
+        for key, known in (("image_id", sizes), ("category_id", names)):
+            if prediction[key] not in known:
+                raise ValueError(f"a prediction has {key} {prediction[key]!r}, which the ground truth lacks")
+        size, expected = tuple(prediction["segmentation"]["size"]), sizes[prediction["image_id"]]
+        if size != expected:
+            raise ValueError(
+                f"a prediction of image {prediction['image_id']!r} has a mask of (height, width) {size}, "
+                f"expected the image's size {expected}"
+            )
 
 
 def _as_coco(
     sizes: Mapping[Any, tuple[int, int]],
     names: Mapping[Any, str],
     annotations: Sequence[Mapping[str, Any]],
-    *,
-    is_compressed: bool = False,
+    masks: Sequence[dict[str, Any] | None],
 ) -> COCO:
     """An indexed `COCO` with ids from 1: pycocotools takes a match with annotation id 0 for no match."""
-    entries = []
-    for number, annotation in enumerate(annotations, start=1):
-        rle = annotation["segmentation"]
-        if not is_compressed:
-            rle = encode_segmentation(rle, sizes[annotation["image_id"]])
-        if not rle:
-            continue
-        entries.append(
-            {
-                "id": number,
-                "image_id": annotation["image_id"],
-                "category_id": annotation["category_id"],
-                "segmentation": rle,
-                "area": float(coco_mask.area(rle)),
-                "bbox": [float(value) for value in coco_mask.toBbox(rle)],
-                "iscrowd": int(annotation.get("iscrowd", 0)),
-                "score": float(annotation.get("score", 1.0)),
-            }
-        )
+    kept = [(annotation, mask) for annotation, mask in zip(annotations, masks, strict=True) if mask]
+    entries = [
+        {
+            "id": number,
+            "image_id": annotation["image_id"],
+            "category_id": annotation["category_id"],
+            "segmentation": mask,
+            "area": float(coco_mask.area(mask)),
+            "bbox": [float(value) for value in annotation.get("bbox") or ()],
+            "iscrowd": int(annotation.get("iscrowd", 0)),
+            "score": float(annotation.get("score", 1.0)),
+        }
+        for number, (annotation, mask) in enumerate(kept, start=1)
+    ]
     coco = COCO()
     coco.dataset = {
         "images": [{"id": image, "height": size[0], "width": size[1]} for image, size in sizes.items()],
@@ -124,7 +197,22 @@ def _as_coco(
     return coco
 
 
-def _mean(precision: np.ndarray) -> float | None:
+def _mean(values: np.ndarray) -> float | None:
     """pycocotools marks categories without objects by -1."""
-    valid = precision[precision > -1]
+    valid = values[values > -1]
     return float(valid.mean()) if valid.size else None
+
+
+def _warnings(num_objects: Mapping[tuple[Any, Any], int], num_queries: int | None) -> list[str]:
+    limits = {f"{MAX_DETECTIONS} objects of a category": MAX_DETECTIONS}
+    if num_queries is not None:
+        limits[f"{num_queries} objects of a category, the model's object queries"] = num_queries
+    found = []
+    for name, limit in limits.items():
+        beyond = {pair: num for pair, num in num_objects.items() if num > limit}
+        if beyond:
+            num_images = len({image for image, _ in beyond})
+            found.append(
+                f"{num_images} image(s) hold more than {name}, up to {max(beyond.values())}: recall cannot reach 1"
+            )
+    return found

@@ -186,5 +186,5 @@ def _unit_map(truths: list[dict], detections: list[dict], units) -> dict[str, fl
         if d["image_id"] in wanted
     ]
     ground_truth = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "prompt"}]}
-    scores = coco_map(ground_truth, results)
+    scores = coco_map(ground_truth, results, bbox=False)
     return {"map": scores.map, "map_50": scores.map_50}
