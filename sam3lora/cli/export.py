@@ -1,0 +1,112 @@
+"""`sam3lora export`: an adapter as a merged model, a copy, or a repository on the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    from ..model.export import ExportReport
+    from ..model.hub import Upload
+
+
+def export(
+    weights: Annotated[list[Path], typer.Option(help="Adapter folder, such as best/ of a run.", show_default=False)],
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Merge it into its base model, for plain transformers.")
+    ] = False,
+    output: Annotated[Path | None, typer.Option(help="Folder to write; --merge needs one.")] = None,
+    model: Annotated[str | None, typer.Option(help="Base model; the adapter's own otherwise.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of merged weights: float32 (default) or bfloat16.")] = None,
+    push_to: Annotated[str | None, typer.Option(metavar="USER/NAME", help="Upload to the Hugging Face hub.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what --push-to would upload; no network.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="Everybody may see what is uploaded.")] = False,
+) -> None:
+    """Check an adapter and pass it on: merged, copied, or uploaded (private unless --public).
+
+    Example:  sam3lora export --weights outputs/balanced/best --merge --output outputs/merged
+    """
+    if len(weights) != 1:
+        raise UserError(f"--weights takes one folder here, got {len(weights)}: export them one by one")
+    if merge and output is None:
+        raise UserError("--merge needs a folder to write the merged model to: add --output DIR")
+    if not merge and (model or dtype):
+        raise UserError("--model and --dtype say how to merge: add --merge or leave them out")
+    if push_to is None and (dry_run or public):
+        raise UserError("--dry-run and --public say how to upload: add --push-to USER/NAME or leave them out")
+
+    from transformers.utils.logging import disable_progress_bar
+
+    from ..model.export import copy_adapter, merge_adapter
+    from ..model.hub import check_folder, check_repo_id, push_adapter
+
+    disable_progress_bar()  # of shards, which are written in a moment
+    if push_to is not None:
+        check_repo_id(push_to)
+    folder = weights[0]
+    if merge and output is not None:
+        report = merge_adapter(folder, output, model=model, dtype=dtype or "float32")
+        folder = report.folder
+        _print_merge(report)
+    else:
+        files = check_folder(folder)
+        typer.echo(f"{folder} is complete: {', '.join(f'{file.name} {_size(file.stat().st_size)}' for file in files)}")
+        if output is not None:
+            folder = copy_adapter(folder, output)
+            typer.echo(f"copied to {folder}")
+    if push_to is not None:
+        _print_upload(push_adapter(folder, push_to, private=not public, dry_run=dry_run))
+    _print_usage(folder)
+
+
+def _print_merge(report: ExportReport) -> None:
+    typer.echo(
+        f"merged {report.num_modules} modules into {report.base_model} at {report.resolution} pixels: {report.folder}, "
+        f"{_size(report.size_mb * 1e6)} in {report.dtype}"
+    )
+    typer.echo(f"largest differences of {report.check}:")
+    for name, item in report.differences.items():
+        typer.echo(f"  {name:<9} {item.absolute:.1e}  ({item.relative:.1e} of the largest value, {item.scale:.3g})")
+
+
+def _print_upload(upload: Upload) -> None:
+    kind = "private" if upload.private else "public"
+    if upload.url is not None:
+        typer.echo(f"uploaded {len(upload.files)} files to {upload.url}")
+        return
+    typer.echo(f"dry run: {len(upload.files)} files would go to {upload.repo_id}, {kind}")
+    for name, size in upload.files.items():
+        typer.echo(f"  {_size(size):>10}  {name}")
+    typer.echo("its model card begins:")
+    typer.echo("".join(f"  | {line}\n" for line in upload.card_head.splitlines()))
+
+
+def _print_usage(folder: Path) -> None:
+    from ..model.adapter_metadata import read_metadata
+    from ..model.hub import is_merged_folder
+
+    if is_merged_folder(folder):
+        lines = [
+            "from transformers import Sam3Model, Sam3Processor",
+            f'model = Sam3Model.from_pretrained("{folder}", dtype="float32").eval()',
+            f'processor = Sam3Processor.from_pretrained("{folder}")  # README.md there goes on',
+        ]
+    else:
+        metadata = read_metadata(folder)
+        base = metadata.base_model if metadata else None
+        prompt = metadata.prompts[0] if metadata and metadata.prompts else "crack"
+        lines = [
+            "from sam3lora import Predictor",
+            f'predictor = Predictor("{base or "BASE_MODEL"}", adapter="{folder}")',
+            f'results = predictor.predict("image.jpg", prompts=["{prompt}"])',
+        ]
+    typer.echo("use it:")
+    typer.echo("\n".join(f"  {line}" for line in lines))
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e5 else f"{num_bytes / 1e3:.1f} kB"

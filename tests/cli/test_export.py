@@ -1,0 +1,97 @@
+"""`sam3lora export`: what it prints and writes, and which options belong together."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from sam3lora.cli import main
+
+
+@pytest.fixture(scope="module")
+def adapter(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter that does something; read only."""
+    from sam3lora.model.adapter_folder import save_adapter
+    from sam3lora.model.adapter_metadata import AdapterMetadata
+    from sam3lora.model.adapters import LoraSettings, apply_lora
+    from sam3lora.model.loading import load_base
+
+    from ..model.conftest import randomise_adapter
+
+    base = load_base(str(small_base))
+    model = apply_lora(base.model, LoraSettings(rank=2, components=("detr_decoder",), target_modules=("q_proj",)))
+    randomise_adapter(model)
+    metadata = AdapterMetadata(base_model=str(small_base), base_fingerprint=base.fingerprint, prompts=["crack"])
+    return save_adapter(model, tmp_path_factory.mktemp("run") / "best", metadata)
+
+
+def test_merge_prints_its_check_and_code_that_runs(adapter, tmp_path, capsys):
+    # The figures of all four outputs, the dtype, and lines that load what was written.
+    merged = tmp_path / "merged"
+    assert main(["export", "--weights", str(adapter), "--merge", "--output", str(merged), "--dtype", "bfloat16"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"merged \d+ modules into .* at 112 pixels", text)
+    assert "before their cast to bfloat16" in text
+    for name in ("logits", "presence", "boxes", "masks"):
+        assert re.search(rf"^  {name} +\S+e-\d\d +\(\S+e-\d\d of the largest value", text, re.MULTILINE), name
+    found: dict = {}
+    exec("\n".join(line.strip() for line in text.partition("use it:\n")[2].splitlines()), found)
+    assert found["model"].config.image_size == found["processor"].target_size == 112
+
+
+def test_without_merge_the_adapter_is_checked_and_copied(adapter, tmp_path, capsys):
+    assert main(["export", "--weights", str(adapter)]) == 0
+    assert main(["export", "--weights", str(adapter), "--output", str(tmp_path / "copy")]) == 0
+    text = capsys.readouterr().out
+    assert "is complete: README.md" in text
+    assert f'adapter="{tmp_path / "copy"}"' in text
+    assert sorted(file.name for file in (tmp_path / "copy").iterdir()) == sorted(
+        file.name for file in adapter.iterdir()
+    )
+
+
+def test_dry_run_lists_the_upload(adapter, capsys):
+    words = ["export", "--weights", str(adapter), "--push-to", "me/cracks", "--dry-run"]
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    assert "4 files would go to me/cracks, private" in text
+    assert re.search(r"kB  adapter_model\.safetensors", text)
+    assert "| library_name: peft" in text
+    assert main([*words, "--public"]) == 0
+    assert "me/cracks, public" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--merge"], "--output"),
+        (["--dtype", "bfloat16"], "--merge"),
+        (["--model", "tiny"], "--merge"),
+        (["--dry-run"], "--push-to"),
+        (["--public"], "--push-to"),
+        (["--weights", "other"], "one folder"),
+        (["--merge", "--output", "merged", "--push-to", "cracks"], "OWNER/NAME"),
+        (["--merge", "--output", "merged", "--dtype", "float16"], "float32 or bfloat16"),
+    ],
+)
+def test_options_that_do_not_fit(adapter, tmp_path, monkeypatch, capsys, words, message):
+    # Said before any work is done, in one line.
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", "--weights", str(adapter), *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_folder_that_is_no_adapter(tmp_path, capsys):
+    for words in ([], ["--merge", "--output", str(tmp_path / "merged")]):
+        assert main(["export", "--weights", str(tmp_path), *words]) == 2
+        assert "neither a complete adapter folder nor a merged model" in capsys.readouterr().err
+
+
+def test_help_has_an_example(capsys):
+    assert main(["export", "--help"]) == 0
+    assert "Example:  sam3lora export" in capsys.readouterr().out
