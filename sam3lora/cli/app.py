@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import data, demo, env, train
+from . import compare, data, demo, env, export, infer, train, validate
 
 app = typer.Typer(
     name="sam3lora",
@@ -38,5 +38,9 @@ def _root(
 
 app.add_typer(data.app, name="data")
 app.command("train")(train.train)
+app.command("validate")(validate.validate)
+app.command("compare")(compare.compare)
+app.command("infer")(infer.infer)
 app.command("env")(env.env)
 app.command("demo")(demo.demo)
+app.command("export")(export.export)

@@ -7,8 +7,22 @@ from collections.abc import Sequence
 
 _DEVICE = re.compile(r"^(\d+(,\d+)*|cpu)$")
 _ANY = re.compile(r"^(?!-)")
-LIST_OPTIONS = {"--device": _DEVICE, "--prompt": _ANY, "--weights": _ANY}
+_NUMBER = re.compile(r"^(?!--)")
+_SHARE = re.compile(r"^\d*\.?\d+$")
+LIST_OPTIONS = {
+    "--device": _DEVICE,
+    "--prompt": _ANY,
+    "--weights": _ANY,
+    "--saco": _ANY,
+    "--box": _NUMBER,
+    "--negative-box": _NUMBER,
+    "--names": _ANY,
+    "--fractions": _SHARE,
+}
 """Options that take several words, and what such a word looks like."""
+
+SWITCHES = {"--boundingbox": "--no-boundingbox"}
+"""Options that may be followed by True or False, and their opposites."""
 
 
 def normalize_argv(argv: Sequence[str]) -> list[str]:
@@ -32,6 +46,12 @@ def normalize_argv(argv: Sequence[str]) -> list[str]:
             continue
         name, equals, value = word.partition("=")
         name = name.replace("_", "-")
+        if name in SWITCHES and value.lower() in ("", "true", "false"):
+            if not equals and position < len(words) and words[position].lower() in ("true", "false"):
+                value = words[position]
+                position += 1
+            out.append(SWITCHES[name] if value.lower() == "false" else name)
+            continue
         if name not in LIST_OPTIONS or equals:
             out.append(name + equals + value)
             continue

@@ -1,17 +1,27 @@
-"""From a data folder and an adapter folder to metrics."""
+"""From a data folder and adapter folders to metrics."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sam3lora.data.coco import ANNOTATION_FILE, CocoIndex
-from sam3lora.evaluate.split import SplitMetrics, evaluate_split
-from sam3lora.model.adapter_folder import load_adapter, read_metadata
-from sam3lora.model.forward import StagedSam3
-from sam3lora.model.loading import load_base
+from sam3lora.errors import UserError
+from sam3lora.evaluate.answers import Answers
+from sam3lora.evaluate.ground_truth import build_ground_truth, prompted_categories
+from sam3lora.evaluate.measure import SplitMetrics, measure_split
+from sam3lora.evaluate.settings import EvaluationSettings
+from sam3lora.evaluate.worker import BASE, EvaluationWorker, Models
+from sam3lora.model.adapter_folder import read_metadata
+from sam3lora.model.adapter_metadata import current_versions
 
 
 def evaluate(
@@ -21,59 +31,194 @@ def evaluate(
     model: str | None = None,
     revision: str | None = None,
     split: str = "valid",
-    annotation_file: str = ANNOTATION_FILE,
-    categories: Sequence[str] | None = None,
-    prompts: Mapping[str, str] | None = None,
+    settings: EvaluationSettings | None = None,
     resolution: int | None = None,
     geometry_cls: bool | None = None,
-    device: torch.device | str | None = None,
-    batch_size: int = 4,
+    device: Any = None,
+    precision: str | None = None,
+    num_workers: int | None = 0,
+    address: str | None = None,
     progress: bool = False,
+    **changes: Any,
 ) -> SplitMetrics:
     """Measure an adapter, or a base model, on a COCO split.
 
     What is None is taken from the adapter's metadata, so that it is measured the way it was trained.
 
     Args:
-        data_dir: Folder that holds `split`.
+        data_dir: Folder that holds `split`, or the split itself.
         adapter: Adapter folder; None measures the base model.
         model: Base model: "tiny", a hub id or a folder. Without an adapter, None is the built-in tiny model.
         revision: Branch, tag or commit of a hub id.
         split: Folder of the images and annotations.
-        annotation_file: Name of the annotation file.
-        categories: Names to ask for; None takes those of the split.
-        prompts: Category name -> prompt, where it is not the name.
+        settings: Threshold, suppression, categories and so on.
         resolution: Side of the model's input in pixels.
         geometry_cls: Whether text prompts are followed by the geometry CLS token; without an adapter, None is True.
         device: None takes a GPU if there is one.
-        batch_size: Images at a time.
+        precision: See `Segmenter`.
+        num_workers: Ray workers; 0 measures in this process, None takes one for each GPU.
+        address: Of a Ray cluster.
         progress: Show a progress bar on stderr.
+        changes: Fields of `settings` to change.
 
     Raises:
         UserError: No such folder, a damaged file, or an adapter of another base model.
     """
-    index = CocoIndex.from_folder(Path(data_dir) / split, annotation_file)
-    metadata = read_metadata(adapter) if adapter is not None else None
-    if metadata is not None:
-        model = model or metadata.base_model
-        revision = revision or metadata.base_revision
-        resolution = resolution or metadata.resolution
-        geometry_cls = metadata.geometry_cls if geometry_cls is None else geometry_cls
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    base = load_base(model or "tiny", revision=revision, device=device, resolution=resolution)
-    if adapter is not None:
-        load_adapter(base.model, adapter)  # puts its layers into this model
-    return evaluate_split(
-        StagedSam3(base.model, geometry_cls=geometry_cls is not False),
-        base.tokenizer,
-        index,
-        resolution=base.resolution,
-        names=categories,
-        prompts=prompts,
-        image_mean=base.image_mean,
-        image_std=base.image_std,
-        device=device,
-        batch_size=batch_size,
+    segmenter = {
+        "model": model,
+        "revision": revision,
+        "resolution": resolution,
+        "geometry_cls": geometry_cls,
+        "device": device,
+        "precision": precision,
+    }
+    adapters = {} if adapter is None else {label_of(adapter): str(adapter)}
+    models = Models(adapters, with_base=adapter is None, segmenter=segmenter)
+    (metrics,) = evaluate_models(
+        find_split(data_dir, split, (settings or EvaluationSettings()).annotation_file),
+        models,
+        replace(settings or EvaluationSettings(), **changes),
+        num_workers=num_workers,
+        address=address,
         progress=progress,
     )
+    return metrics
+
+
+def evaluate_models(
+    split_dir: Path,
+    models: Models,
+    settings: EvaluationSettings,
+    *,
+    num_workers: int | None = 0,
+    address: str | None = None,
+    progress: bool = False,
+) -> list[SplitMetrics]:
+    """Measure several models on the same images, in the same way.
+
+    Args:
+        split_dir: Folder with the annotation file.
+        models: What to ask.
+        settings: How.
+        num_workers: Ray workers; 0 asks in this process, None takes one for each GPU.
+        address: Of a Ray cluster.
+        progress: Show a progress bar on stderr.
+
+    Returns:
+        One for each of `models.labels`.
+    """
+    started = time.perf_counter()
+    index = CocoIndex.from_folder(split_dir, settings.annotation_file)
+    if settings.num_samples is not None:
+        index = index.select_rows(range(min(settings.num_samples, len(index))))
+    known = settings.categories if settings.categories is not None else index.names
+    categories = prompted_categories(index, [*known, *settings.negative_prompts], settings.prompts)
+    if not categories:
+        raise UserError(f"{index.source}: no category has an object, so there is nothing to ask: name categories")
+    make_worker = functools.partial(
+        EvaluationWorker, models, categories, settings.post_processing(), settings.max_prompts_per_forward
+    )
+    records = [index.record(row) for row in range(len(index))]
+    size = settings.batch_size
+    batches = [records[start : start + size] for start in range(0, len(records), size)]
+    parts: dict[str, list[Answers]] = {label: [] for label in models.labels}
+    facts: dict[str, Any] = {}
+    with _progress_bar(progress) as bar:
+        task = bar.add_task(f"asking {len(categories)} prompts", total=len(records))
+        for answers, of_worker in _ask(make_worker, batches, num_workers, models, address):
+            facts = of_worker
+            for label, part in answers.items():
+                parts[label].append(part)
+            bar.advance(task, _num_images(answers))
+    truth = build_ground_truth(index, categories)
+    seconds = time.perf_counter() - started
+    image_ids = [record["image_id"] for record in records]
+    shown = settings.to_dict() | {name: value for name, value in facts.items() if name != "num_queries"}
+    return [
+        measure_split(
+            truth,
+            Answers.join(parts[label], image_ids),
+            label=label,
+            threshold=settings.threshold,
+            exhaustive=settings.exhaustive,
+            num_queries=facts["num_queries"],
+            settings={
+                "data": str(split_dir),
+                "adapter": models.adapters.get(label),
+                **shown,
+                "geometry_cls": facts["geometry_cls"][label],
+                "versions": current_versions(),
+            },
+            split_dir=split_dir,
+            seconds=seconds,
+        )
+        for label in models.labels
+    ]
+
+
+def find_split(data_dir: str | Path, split: str = "valid", annotation_file: str = ANNOTATION_FILE) -> Path:
+    """The split folder: what is named, if it holds annotations, or `split` in it."""
+    folder = Path(data_dir).expanduser()
+    return folder if (folder / annotation_file).is_file() else folder / split
+
+
+def label_of(adapter: str | Path, taken: Mapping[str, str] | Sequence[str] = ()) -> str:
+    """A short name: the run's for its `best` or `last`, the folder's own otherwise.
+
+    >>> label_of("outputs/potholes/best"), label_of("adapters/weeds")
+    ('potholes', 'weeds')
+    """
+    folder = Path(adapter)
+    name = folder.name or folder.resolve().name
+    parent = folder.parent.name or folder.resolve().parent.name
+    label = parent if name == "best" and parent else f"{parent}/{name}" if name == "last" and parent else name
+    label = f"{label} adapter" if label == BASE else label
+    number = 2
+    unique = label
+    while unique in taken:
+        unique, number = f"{label} ({number})", number + 1
+    return unique
+
+
+def thresholds_of(adapters: Mapping[str, str]) -> dict[str, Any]:
+    """What the adapters' metadata say of post-processing, if they say the same."""
+    names = {"detection_threshold": "threshold"} | {n: n for n in ("nms_iou", "merge", "merge_iou", "max_detections")}
+    said = [metadata.thresholds for folder in adapters.values() if (metadata := read_metadata(folder)) is not None]
+    if not said or any(other != said[0] for other in said):
+        return {}
+    return {ours: said[0][theirs] for theirs, ours in names.items() if theirs in said[0]}
+
+
+def _ask(
+    make_worker: Any, batches: list, num_workers: int | None, models: Models, address: str | None
+) -> Iterator[tuple[dict[str, Answers], dict[str, Any]]]:
+    use_gpu, num_gpus = _gpus(models)
+    if num_workers is None:
+        is_cluster = bool(address or os.environ.get("RAY_ADDRESS"))
+        num_workers = num_gpus if use_gpu and num_gpus > 1 else int(is_cluster)
+    if num_workers == 0:
+        worker = make_worker()
+        for batch in batches:
+            yield worker.ask(batch), worker.facts()
+        return
+    from sam3lora.evaluate.on_ray import ask_on_ray
+
+    yield from ask_on_ray(make_worker, batches, num_workers=num_workers, use_gpu=use_gpu, address=address)
+
+
+def _gpus(models: Models) -> tuple[bool, int]:
+    import torch
+
+    device = models.segmenter.get("device")
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return (available > 0 if device is None else str(device).startswith("cuda")), available
+
+
+def _num_images(answers: Mapping[str, Answers]) -> int:
+    return max((len({image for image, _ in part.presence}) for part in answers.values()), default=0)
+
+
+def _progress_bar(visible: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=not (visible and console.is_terminal))

@@ -1,40 +1,65 @@
-"""mAP of the adapter on the validation split while it trains; each worker detects on its own share of the images."""
+"""Metrics of the adapter on the validation split while it trains; each worker asks its own share of the images."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sam3lora.evaluate.coco_map import coco_map
-from sam3lora.evaluate.split import evaluate_split
+from sam3lora.evaluate.answers import Answers
+from sam3lora.evaluate.ground_truth import build_ground_truth, prompted_categories
+from sam3lora.evaluate.measure import measure_split
+from sam3lora.evaluate.settings import EvaluationSettings
+from sam3lora.evaluate.split import ask_split
 from sam3lora.train import distributed
 
 if TYPE_CHECKING:
+    from sam3lora.config import Config
     from sam3lora.train.setup import Worker
+
+LOGGED = ("map", "map_50", "map_75", "cgf1", "off_prompt_fpr", "presence_accuracy")
+
+
+def evaluation_settings(config: Config) -> EvaluationSettings:
+    """How a configuration wants its models measured."""
+    evaluation, data = config.evaluation, config.data
+    return EvaluationSettings(
+        threshold=evaluation.prob_threshold,
+        nms_iou=evaluation.nms_iou,
+        merge=evaluation.merge,
+        merge_iou=evaluation.merge_iou,
+        max_detections=evaluation.max_detections,
+        num_samples=evaluation.num_samples,
+        annotation_file=data.annotation_file,
+        categories=data.categories,
+        prompts=data.prompts,
+        negative_prompts=data.negative_prompts,
+        exhaustive=data.exhaustive,
+        batch_size=config.training.batch_size,
+        max_prompts_per_forward=config.training.max_prompts_per_forward,
+    )
 
 
 def validation_metrics(worker: Worker) -> dict[str, Any]:
-    """``map``, ``map_50`` and ``map_75`` over the split, or its first ``evaluation.num_samples`` images."""
+    """`LOGGED` metrics over the split, or its first ``evaluation.num_samples`` images."""
     index = worker.data.valid
     assert index is not None
-    rows = list(range(len(index)))[: worker.config.evaluation.num_samples]
-    mine = rows[distributed.rank() :: distributed.world_size()]
-    share: dict[str, list] = {"images": [], "annotations": [], "categories": [], "predictions": []}
-    if mine:
-        found = evaluate_split(
-            worker.runner.staged,
-            worker.tokenizer,
-            index.select_rows(mine),
-            resolution=worker.data.valid_settings.resolution,
-            names=worker.data.valid_settings.names,
-            prompts=worker.data.valid_settings.prompts_map,
-            device=worker.device,
-            batch_size=worker.config.training.batch_size,
-            max_prompts_per_forward=worker.config.training.max_prompts_per_forward,
-            text_cache=worker.runner.text.kept(),
-        )
-        share = {**found.ground_truth, "predictions": found.predictions}
-    shares = [other for other in distributed.gather_objects(share) if other["images"]]
-    truth = {key: [item for other in shares for item in other[key]] for key in ("images", "annotations")}
-    truth["categories"] = shares[0]["categories"]
-    result = coco_map(truth, [item for other in shares for item in other["predictions"]])
-    return {"map": result.map, "map_50": result.map_50, "map_75": result.map_75}
+    settings = evaluation_settings(worker.config)
+    rows = list(range(len(index)))[: settings.num_samples]
+    index = index.select_rows(rows)
+    categories = prompted_categories(index, worker.data.valid_settings.names, worker.data.valid_settings.prompts_map)
+    mine = ask_split(
+        worker.runner.staged,
+        worker.tokenizer,
+        index.select_rows(rows[distributed.rank() :: distributed.world_size()]),
+        categories,
+        resolution=worker.data.valid_settings.resolution,
+        post=settings.post_processing(),
+        device=worker.device,
+        batch_size=settings.batch_size,
+        max_prompts_per_forward=settings.max_prompts_per_forward,
+        text_cache=worker.runner.text.kept(),
+    )
+    answers = Answers.join(distributed.gather_objects(mine), index.table.column("image_id").to_pylist())
+    found = measure_split(
+        build_ground_truth(index, categories), answers, threshold=settings.threshold, exhaustive=settings.exhaustive
+    )
+    return {name: getattr(found, name) for name in LOGGED}

@@ -16,7 +16,7 @@ import sam3lora.evaluate.split as split_module
 from sam3lora.data.coco import ANNOTATION_FILE, CocoIndex
 from sam3lora.evaluate.ground_truth import build_ground_truth, prompted_categories
 from sam3lora.evaluate.split import evaluate_split
-from sam3lora.infer.detect import Instances
+from sam3lora.infer.detect import EVERYTHING, Instances
 from sam3lora.model.adapter_folder import save_adapter
 from sam3lora.model.adapter_metadata import AdapterMetadata
 from sam3lora.model.adapters import LoraSettings, apply_lora
@@ -166,7 +166,13 @@ def test_batch_size_does_not_matter_and_training_mode_returns(base, shapes):
     model.detr_decoder.eval()
     one, four = (
         evaluate_split(
-            StagedSam3(model), base.tokenizer, index, resolution=224, batch_size=size, max_prompts_per_forward=prompts
+            StagedSam3(model),
+            base.tokenizer,
+            index,
+            resolution=224,
+            post=EVERYTHING,
+            batch_size=size,
+            max_prompts_per_forward=prompts,
         )
         for size, prompts in ((1, 2), (4, 16))
     )
@@ -183,9 +189,10 @@ def test_evaluate_takes_settings_from_the_adapter(base, base_folder, shapes, tmp
         base_model=str(base_folder), base_fingerprint=base.fingerprint, resolution=224, geometry_cls=False
     )
     save_adapter(peft_model, tmp_path / "adapter", metadata)
-    adapter = sam3lora.evaluate(shapes, adapter=tmp_path / "adapter", device="cpu")
+    adapter = sam3lora.evaluate(shapes, adapter=tmp_path / "adapter", device="cpu", nms_iou=1)
     plain, with_cls = (
-        sam3lora.evaluate(shapes, model=str(base_folder), geometry_cls=cls, device="cpu") for cls in (False, True)
+        sam3lora.evaluate(shapes, model=str(base_folder), geometry_cls=cls, device="cpu", nms_iou=1)
+        for cls in (False, True)
     )
     # a new adapter changes nothing, so what differs is the setting that came from its metadata
     scores = [[p["score"] for p in metrics.predictions] for metrics in (adapter, plain, with_cls)]

@@ -7,7 +7,9 @@ import pytest
 import torch
 from pycocotools import mask as coco_mask
 
-from sam3lora.infer.detect import detect_prompts, encode_logits
+from sam3lora.infer.detect import detect_prompts
+from sam3lora.infer.mask_encoding import encode_logits
+from sam3lora.infer.postprocess import PostProcessing
 from sam3lora.model.forward import StagedSam3
 from sam3lora.model.tokenization import tokenize
 
@@ -74,19 +76,21 @@ def test_detections_are_those_of_the_stock_model(staged, base, pixel_values):
 
 
 def test_threshold_and_limit(staged, base, pixel_values):
-    def ask(**options):
-        return detect_prompts(staged, base.tokenizer, pixel_values[:1], ["gear"], sizes_hw=SIZES[:1], **options)[0][0]
+    def ask(threshold=0.0, max_detections=100):
+        post = PostProcessing(threshold, nms="none", max_detections=max_detections)
+        return detect_prompts(staged, base.tokenizer, pixel_values[:1], ["gear"], sizes_hw=SIZES[:1], post=post)[0][0]
 
     everything = ask()
     assert len(everything) == 32
     assert (np.diff(everything.scores) <= 0).all()
-    cut = ask(score_threshold=float(everything.scores[4]))
+    cut = ask(threshold=float(everything.scores[4]))
     assert len(cut) == len(cut.masks) == len(cut.boxes_xyxy) == 5
     best = ask(max_detections=3)
     np.testing.assert_allclose(best.scores, everything.scores[:3])
     assert best.masks == everything.masks[:3]
-    # nothing above 1: an empty result that still tells presence, and no mask branch
-    none = ask(score_threshold=1.1)
+    assert (cut.num_before_nms, best.num_before_nms) == (5, 32)
+    # nothing reaches 1: an empty result that still tells presence, and no mask branch
+    none = ask(threshold=1.0)
     assert len(none) == 0
     assert none.boxes_xyxy.shape == (0, 4)
     assert none.masks == []
@@ -118,7 +122,7 @@ def test_text_is_encoded_once(staged, base, pixel_values, monkeypatch):
 
 def test_logits_are_enlarged_before_they_are_cut():
     # +1 and -3 at pixel centres 1 and 3 of four columns: the line crosses 0 a quarter of the way, at 1.5
-    rle = encode_logits(torch.tensor([[1.0, -3.0]]), (1, 8))
+    rle = encode_logits(np.array([[1.0, -3.0]]), (1, 8))
     np.testing.assert_array_equal(coco_mask.decode(rle)[0], [1, 1, 1, 0, 0, 0, 0, 0])
 
 

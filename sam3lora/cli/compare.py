@@ -1,0 +1,60 @@
+"""`sam3lora compare`: is an adapter better than the base, on the same images?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import UserError
+from . import evaluation_options as options
+from .job_paths import check_output_path
+
+
+def compare(
+    weights: options.WeightsOption = None,
+    val_data_dir: options.DataOption = None,
+    config: options.ConfigOption = None,
+    split: options.SplitOption = "valid",
+    prob_threshold: options.ThresholdOption = None,
+    nms_iou: options.NmsOption = None,
+    merge: options.MergeOption = None,
+    merge_iou: options.MergeIouOption = None,
+    max_detections: options.MaxDetectionsOption = None,
+    num_samples: options.SamplesOption = None,
+    model: options.ModelOption = None,
+    resolution: options.ResolutionOption = None,
+    device: options.DeviceOption = None,
+    num_workers: options.WorkersOption = None,
+    batch_size: options.BatchOption = None,
+    address: options.AddressOption = None,
+    output: options.OutputOption = Path("outputs/compare"),
+) -> None:
+    """Base against adapters: differences with intervals, and pictures (labels green, base blue, adapter red).
+
+    Example:  sam3lora compare --weights outputs/run/best --val-data-dir datasets/potholes
+    """
+    check_output_path(output, "--output")
+    settings_file = options.read_config(config)
+    adapters = options.adapter_folders(weights, settings_file)
+    if not adapters:
+        raise UserError("nothing to compare with the base: name adapters with --weights DIR")
+    folder = options.split_folder(val_data_dir, split, settings_file)
+    settings = options.settings_of(
+        adapters,
+        settings_file,
+        threshold=prob_threshold,
+        nms_iou=nms_iou,
+        merge=merge,
+        merge_iou=merge_iou,
+        max_detections=max_detections,
+        num_samples=num_samples,
+        batch_size=batch_size,
+    )
+    from ..evaluate.compare import compare as measure_differences
+    from ..evaluate.run import evaluate_models
+    from ..evaluate.saving import save_comparison
+
+    models = options.models_of(
+        adapters, settings_file, with_base=True, model=model, resolution=resolution, device=device
+    )
+    base, *others = evaluate_models(folder, models, settings, num_workers=num_workers, address=address, progress=True)
+    save_comparison(measure_differences(base, others), output)

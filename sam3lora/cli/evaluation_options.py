@@ -1,0 +1,127 @@
+"""What `validate` and `compare` are told in the same words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    from ..config import Config
+    from ..evaluate.run import EvaluationSettings
+    from ..evaluate.worker import Models
+
+ConfigOption = Annotated[
+    str | None, typer.Option("--config", help="Preset or YAML file: model, data and thresholds, where no option says.")
+]
+WeightsOption = Annotated[
+    list[str] | None, typer.Option("--weights", metavar="DIR ...", help="Adapter folders (such as outputs/run/best).")
+]
+DataOption = Annotated[
+    str | None, typer.Option("--val-data-dir", metavar="DIR", help="A COCO split, or the folder that holds it.")
+]
+SplitOption = Annotated[str, typer.Option(help="Split to take when DIR holds several.")]
+ThresholdOption = Annotated[
+    float | None,
+    typer.Option(
+        "--prob-threshold", help="Lowest score of a detection (mAP has no cut).  [default: the adapter's, or 0.3]"
+    ),
+]
+NmsOption = Annotated[
+    float | None,
+    typer.Option(
+        "--nms-iou",
+        help="Of two masks of a prompt that overlap more, the better stays.  [default: the adapter's, or 0.7]",
+    ),
+]
+MergeOption = Annotated[bool | None, typer.Option("--merge/--no-merge", help="Join overlapping masks instead.")]
+MergeIouOption = Annotated[
+    float | None, typer.Option("--merge-iou", help="Overlap from which masks are joined.  [default: 0.15]")
+]
+MaxDetectionsOption = Annotated[int | None, typer.Option(help="Most detections of a prompt in an image.")]
+SamplesOption = Annotated[int | None, typer.Option("--num-samples", help="The first so many images only.")]
+ModelOption = Annotated[str | None, typer.Option(help='Base model: "tiny", a hub id or a folder.')]
+ResolutionOption = Annotated[int | None, typer.Option(help="Side of the model's input in pixels.")]
+DeviceOption = Annotated[str | None, typer.Option(metavar="cpu|cuda", help="Where to compute; a GPU if there is one.")]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option(min=0, help="Ray workers; 0 = in this process.  [default: one for each of several GPUs, or 0]"),
+]
+BatchOption = Annotated[int | None, typer.Option(min=1, help="Images at a time.")]
+AddressOption = Annotated[str | None, typer.Option(help="Ray cluster to work on.")]
+OutputOption = Annotated[Path, typer.Option("--output", metavar="DIR", help="Folder of the results.")]
+
+
+def read_config(source: str | None) -> Config | None:
+    from ..config import load_config
+
+    return None if source is None else load_config(source)
+
+
+def adapter_folders(weights: list[str] | None, config: Config | None) -> dict[str, str]:
+    """Label -> folder of the adapters named, or of the best one in the run folder that a configuration names."""
+    from ..evaluate.run import label_of
+
+    if not weights and config is not None:
+        best = Path(config.output.output_dir) / "best"
+        weights = [str(best)] if best.is_dir() else []
+    folders: dict[str, str] = {}
+    for folder in weights or []:
+        folders[label_of(folder, folders)] = str(Path(folder).expanduser().absolute())
+    return folders
+
+
+def split_folder(data_dir: str | None, split: str, config: Config | None) -> Path:
+    """The split named, or the validation split that a configuration names.
+
+    Raises:
+        UserError: Neither names one.
+    """
+    from ..evaluate.run import find_split
+
+    if data_dir is not None:
+        return find_split(data_dir, split, *([config.data.annotation_file] if config is not None else []))
+    if config is not None and config.training.data_dir is not None:
+        return find_split(config.training.data_dir, config.data.valid_split, config.data.annotation_file)
+    raise UserError("no images to measure on: name a COCO split with --val-data-dir DIR, or a --config that has one")
+
+
+def models_of(
+    adapters: dict[str, str],
+    config: Config | None,
+    *,
+    with_base: bool,
+    model: str | None,
+    resolution: int | None,
+    device: str | None,
+) -> Models:
+    """What to ask; adapters bring their own base, resolution and CLS setting along."""
+    from ..evaluate.worker import Models
+    from ..model.adapter_folder import read_metadata
+
+    segmenter: dict[str, Any] = {"model": model, "resolution": resolution, "device": device}
+    says_nothing = all(read_metadata(folder) is None for folder in adapters.values())
+    if config is not None:
+        segmenter["local_files_only"] = config.model.local_files_only
+        segmenter["resolution"] = resolution or config.model.resolution
+        if model is None and says_nothing:
+            segmenter |= {"model": config.model.name, "revision": config.model.revision}
+        if says_nothing:
+            segmenter["geometry_cls"] = config.model.geometry_cls
+    return Models(adapters, with_base=with_base, segmenter=segmenter)
+
+
+def settings_of(adapters: dict[str, str], config: Config | None, **options: Any) -> EvaluationSettings:
+    """How to measure: options win over the configuration, and that over what the adapters say."""
+    from ..evaluate.run import EvaluationSettings, thresholds_of
+
+    values = thresholds_of(adapters)
+    if config is not None:
+        from ..train.validation_metrics import evaluation_settings
+
+        values = vars(evaluation_settings(config))
+    values |= {name: value for name, value in options.items() if value is not None}
+    return EvaluationSettings(**values)

@@ -1,0 +1,86 @@
+"""`sam3lora validate`: the numbers of a base model or of adapters, and a report to read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import UserError
+from . import evaluation_options as options
+from .job_paths import check_output_path
+
+
+def validate(
+    weights: options.WeightsOption = None,
+    val_data_dir: options.DataOption = None,
+    use_base_model: Annotated[
+        bool, typer.Option("--use-base-model", help="Measure the base model (too, if adapters are named).")
+    ] = False,
+    config: options.ConfigOption = None,
+    split: options.SplitOption = "valid",
+    prob_threshold: options.ThresholdOption = None,
+    nms_iou: options.NmsOption = None,
+    merge: options.MergeOption = None,
+    merge_iou: options.MergeIouOption = None,
+    max_detections: options.MaxDetectionsOption = None,
+    num_samples: options.SamplesOption = None,
+    model: options.ModelOption = None,
+    resolution: options.ResolutionOption = None,
+    device: options.DeviceOption = None,
+    num_workers: options.WorkersOption = None,
+    batch_size: options.BatchOption = None,
+    address: options.AddressOption = None,
+    predictions: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Measure COCO results from a file instead of asking a model.")
+    ] = None,
+    saco: Annotated[
+        list[Path] | None,
+        typer.Option("--saco", metavar="FILE ...", help="Ground truth in SA-Co layout, a file for each annotator."),
+    ] = None,
+    output: options.OutputOption = Path("outputs/validate"),
+) -> None:
+    """Measure adapters or the base model: metrics.json, predictions.json and report.html.
+
+    Example:  sam3lora validate --weights outputs/run/best --val-data-dir datasets/potholes
+    """
+    check_output_path(output, "--output")
+    if saco:
+        if predictions is None:
+            raise UserError("--saco needs the results to judge: name their file with --predictions FILE")
+        from ..evaluate.saving import validate_saco
+
+        validate_saco(saco, predictions, output)
+        return
+    settings_file = options.read_config(config)
+    folder = options.split_folder(val_data_dir, split, settings_file)
+    ask_adapters = predictions is None and (weights or not use_base_model)
+    adapters = options.adapter_folders(weights, settings_file) if ask_adapters else {}
+    if not adapters and not use_base_model and predictions is None:
+        raise UserError("nothing to measure: name adapters with --weights DIR, or add --use-base-model")
+    settings = options.settings_of(
+        adapters,
+        settings_file,
+        threshold=prob_threshold,
+        nms_iou=nms_iou,
+        merge=merge,
+        merge_iou=merge_iou,
+        max_detections=max_detections,
+        num_samples=num_samples,
+        batch_size=batch_size,
+    )
+    from ..evaluate.saving import save_validation
+
+    if predictions is not None:
+        from ..evaluate.predictions_file import evaluate_predictions
+
+        save_validation([evaluate_predictions(predictions, folder, settings)], output)
+        return
+    from ..evaluate.run import evaluate_models
+
+    models = options.models_of(
+        adapters, settings_file, with_base=use_base_model, model=model, resolution=resolution, device=device
+    )
+    results = evaluate_models(folder, models, settings, num_workers=num_workers, address=address, progress=True)
+    save_validation(results, output)

@@ -1,0 +1,163 @@
+"""The folder that an evaluation leaves, and the table it prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from sam3lora.errors import UserError
+from sam3lora.evaluate.compare import Comparison
+from sam3lora.evaluate.measure import SplitMetrics
+
+_SHOWN = {
+    "mAP": "map",
+    "mAP at IoU 0.50": "map_50",
+    "box mAP": "bbox_map",
+    "cgF1": "cgf1",
+    "fires on absent prompts": "off_prompt_fpr",
+    "presence accuracy": "presence_accuracy",
+}
+
+
+def save_validation(results: Sequence[SplitMetrics], output: str | Path, console: Console | None = None) -> Path:
+    """Write `metrics.json`, `predictions.json` and `report.html`; with several models a folder of both files for each.
+
+    Returns:
+        The report.
+
+    Raises:
+        UserError: The folder cannot be written.
+    """
+    from sam3lora.evaluate.validation_report import render_validation_report
+
+    folder = _make_folder(output)
+    if len(results) == 1:
+        _write_model(results[0], folder)
+    else:
+        for metrics in results:
+            _write_model(metrics, _make_folder(folder / _file_name(metrics.label)))
+        _write_json(folder / "metrics.json", {"models": {metrics.label: metrics.to_dict() for metrics in results}})
+    report = folder / "report.html"
+    _write(report, render_validation_report(results, threshold=results[0].settings["threshold"]))
+    _print(results, report, console)
+    return report
+
+
+def save_comparison(comparison: Comparison, output: str | Path, console: Console | None = None) -> Path:
+    """Write `comparison.json`, each model's `metrics.json` and `predictions.json`, and `report.html`.
+
+    Returns:
+        The report.
+
+    Raises:
+        UserError: The folder cannot be written.
+    """
+    from sam3lora.evaluate.comparison_report import render_comparison_report
+
+    folder = _make_folder(output)
+    results = [comparison.base, *comparison.adapters]
+    for metrics in results:
+        _write_model(metrics, _make_folder(folder / _file_name(metrics.label)))
+    _write_json(folder / "comparison.json", comparison.to_dict())
+    report = folder / "report.html"
+    _write(
+        report,
+        render_comparison_report(
+            comparison.base,
+            comparison.adapters,
+            comparison.intervals,
+            threshold=comparison.base.settings["threshold"],
+        ),
+    )
+    _print(results, report, console)
+    console = console or Console(soft_wrap=True)
+    for label, of_adapter in comparison.intervals.items():
+        interval = of_adapter["map"]
+        if interval.low is not None and interval.high is not None and interval.difference is not None:
+            verdict = "excludes" if interval.excludes_zero else "includes"
+            console.print(
+                f"{label} against the base: mAP {interval.difference:+.3f}, 95 % interval {interval.low:+.3f} to "
+                f"{interval.high:+.3f} over images, which {verdict} zero"
+            )
+    return report
+
+
+def validate_saco(ground_truth: Sequence[Path], predictions: Path, output: str | Path) -> None:
+    """Write and print the metrics of a predictions file in SA-Co layout.
+
+    Raises:
+        UserError: A file is damaged, or they belong to different splits.
+    """
+    from sam3lora.evaluate.saco import evaluate_saco
+
+    found = {iou_type: evaluate_saco(ground_truth, predictions, iou_type) for iou_type in ("segm", "bbox")}  # type: ignore[arg-type]
+    values = {iou_type: entry.metrics() for iou_type, entry in found.items()}
+    folder = _make_folder(output)
+    _write_json(folder / "metrics.json", {name: values[name] | {"counts": found[name].counts()} for name in values})
+    table = Table("", *values)
+    for name in ("cgF1", "positive_micro_F1", "IL_MCC", "cgF1@0.5", "cgF1@0.75", "IL_FPR"):
+        table.add_row(name, *(f"{of_type[name]:.4f}" for of_type in values.values()))
+    console = Console(soft_wrap=True)
+    console.print(table)
+    if reason := found["segm"].undefined_reason:
+        console.print(f"cgF1 is 0 whatever the model does: {reason}")
+    console.print(f"Metrics: {folder / 'metrics.json'}")
+
+
+def _make_folder(path: str | Path) -> Path:
+    folder = Path(path).expanduser().absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error.strerror}): choose another --output") from None
+    return folder
+
+
+def _write_model(metrics: SplitMetrics, folder: Path) -> None:
+    _write_json(folder / "metrics.json", metrics.to_dict())
+    _write_json(folder / "predictions.json", metrics.predictions, indent=None)
+
+
+def _write_json(path: Path, values: Any, indent: int | None = 2) -> None:
+    _write(path, json.dumps(values, indent=indent, ensure_ascii=False) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        os.replace(scratch, path)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path} ({error.strerror}): choose another --output") from None
+
+
+def _file_name(label: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "-_. " else "_" for letter in label).strip(" .") or "model"
+
+
+def _print(results: Sequence[SplitMetrics], report: Path, console: Console | None) -> None:
+    console = console or Console(soft_wrap=True)
+    table = Table("", *(metrics.label for metrics in results))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for title, name in _SHOWN.items():
+        values = [getattr(metrics, name) for metrics in results]
+        table.add_row(title, *("n/a" if value is None else f"{value:.3f}" for value in values))
+    first = results[0]
+    table.add_row("detections", *(str(metrics.num_detections) for metrics in results))
+    console.print(table)
+    console.print(
+        f"{first.num_images} images, {first.num_ground_truth} objects, threshold {first.settings['threshold']}"
+    )
+    for note in dict.fromkeys(note for metrics in results for note in metrics.notes):
+        console.print(f"Note: {note}")
+    console.print(f"Report: {report}")

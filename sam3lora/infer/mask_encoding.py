@@ -1,0 +1,98 @@
+"""Mask logits to run-length codes at the original size, and run-length codes to polygons."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cv2
+import numpy as np
+from pycocotools import mask as coco_mask
+
+Rle = dict[str, Any]
+"""Compressed COCO RLE `{"size": [height, width], "counts": str}`, ready for JSON."""
+
+
+def encode_logits(logits_HW: np.ndarray, size_hw: tuple[int, int]) -> Rle:
+    """Enlarge mask logits (bilinear, half-pixel centres, as SAM 3 does) to `size_hw`, cut them at 0 and encode.
+
+    The enlarged mask is never made. Along a column the enlarged logits are piecewise linear between the rows of the
+    small map, so the runs begin and end where a piece crosses 0: work and memory grow with the small map's height times
+    the large one's width, and columns without a positive value cost nothing.
+
+    Args:
+        logits_HW: float (h, w), any size.
+        size_hw: Height and width of the original image in pixels.
+    """
+    size_hw = (int(size_hw[0]), int(size_hw[1]))
+    toggles = _toggles(np.asarray(logits_HW, dtype=np.float32), size_hw)
+    total = size_hw[0] * size_hw[1]
+    runs = np.diff(np.concatenate([[0], toggles, [total]]))
+    if len(runs) > 1 and runs[-1] == 0:
+        runs = runs[:-1]
+    rle = coco_mask.frPyObjects({"size": list(size_hw), "counts": runs.tolist()}, *size_hw)
+    return {"size": list(size_hw), "counts": rle["counts"].decode("ascii")}
+
+
+def rle_area_px(rle: Rle) -> int:
+    """Number of pixels."""
+    return int(coco_mask.area(rle))
+
+
+def rle_box_xyxy(rle: Rle) -> tuple[float, float, float, float]:
+    """Tight box in pixels; zeros for an empty mask."""
+    x, y, width, height = (float(value) for value in coco_mask.toBbox(rle))
+    return x, y, x + width, y + height
+
+
+def rle_to_polygons(rle: Rle) -> list[list[float]]:
+    """Outer outlines `[x0, y0, x1, y1, ...]` through pixel centres; holes and specks below three points are lost.
+
+    >>> square = coco_mask.encode(np.asfortranarray(np.pad(np.ones((3, 4), np.uint8), 1)))
+    >>> rle_to_polygons(square)
+    [[1.0, 1.0, 1.0, 3.0, 4.0, 3.0, 4.0, 1.0]]
+    """
+    x, y, width, height = (int(value) for value in coco_mask.toBbox(rle))
+    if width == 0 or height == 0:
+        return []
+    window = coco_mask.decode(rle)[y : y + height, x : x + width]
+    outlines, _ = cv2.findContours(np.ascontiguousarray(window), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    return [
+        (line.reshape(-1, 2) + np.array([x, y])).astype(float).ravel().tolist() for line in outlines if len(line) >= 3
+    ]
+
+
+def _toggles(logits: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
+    """Where the column-major enlarged mask changes between 0 and 1, ascending positions in [0, height * width]."""
+    positive = logits > 0
+    rows, columns = np.flatnonzero(positive.any(1)), np.flatnonzero(positive.any(0))
+    if not len(rows):
+        return np.zeros(0, dtype=np.int64)
+    height, width = size_hw
+    small_h, small_w = logits.shape
+    top, bottom = max(rows[0] - 1, 0), min(rows[-1] + 2, small_h)
+
+    source_x = np.clip((np.arange(width) + 0.5) * (small_w / width) - 0.5, 0, small_w - 1)
+    x_X = np.flatnonzero((source_x > columns[0] - 1) & (source_x < columns[-1] + 1))
+    left = source_x[x_X].astype(np.int64)
+    right = np.minimum(left + 1, small_w - 1)
+    weight = (source_x[x_X] - left).astype(np.float32)[:, None]
+    band = np.ascontiguousarray(logits[top:bottom].T)
+    values_XR = band[left] * (1 - weight) + band[right] * weight
+
+    inside_XR = values_XR > 0
+    column, row = np.nonzero(inside_XR[:, 1:] != inside_XR[:, :-1])
+    before, after = (values_XR[column, row + step].astype(np.float64) for step in (0, 1))
+    crossing = top + row + before / (before - after)
+    y = (crossing + 0.5) * (height / small_h) - 0.5
+    # The first pixel behind the crossing: a pixel exactly on it has the value 0, which is outside.
+    y = np.where(after > 0, np.floor(y) + 1, np.ceil(y)).clip(0, height).astype(np.int64)
+    toggles = np.concatenate(
+        [
+            x_X[inside_XR[:, 0]] * height,
+            x_X[column] * height + y,
+            (x_X[inside_XR[:, -1]] + 1) * height,
+        ]
+    )
+    # Two changes at one place, such as a column's end and the next one's beginning, are none.
+    positions, counts = np.unique(toggles, return_counts=True)
+    return positions[counts % 2 == 1]
