@@ -4,40 +4,100 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
-app = typer.Typer(help="Check and make COCO data sets.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from rich.console import Console
+
+app = typer.Typer(help="Check, convert, split and make COCO data sets.", no_args_is_help=True)
+
+Json = Annotated[
+    str | None, typer.Option("--json", metavar="PATH", help="Write the report as JSON; - prints it instead.")
+]
+
+
+class _Report(Protocol):
+    def to_dict(self) -> dict[str, Any]: ...
+
+    def render(self, console: Console | None = None) -> None: ...
 
 
 @app.command()
 def check(
     folder: Annotated[Path, typer.Argument(help="Folder that holds train/ and valid/.", show_default=False)],
-    json_path: Annotated[
-        str | None, typer.Option("--json", metavar="PATH", help="Write the report as JSON; - prints it instead.")
-    ] = None,
+    json_path: Json = None,
 ) -> None:
     """Count objects and name every fault, with what training will do about it.
 
     Example:  sam3lora data check datasets/potholes --json report.json
     """
-    from rich.console import Console
-
     from ..data.check import check_folder
 
-    report = check_folder(folder)
-    if json_path != "-":
-        report.render(Console())
-    if json_path is None:
-        return
-    text = json.dumps(report.to_dict(), indent=2)
-    if json_path == "-":
-        typer.echo(text)
-    else:
-        path = Path(json_path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n", encoding="utf-8")
+    _show(check_folder(folder), json_path)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="Folder of the labelled data set.", show_default=False)],
+    target: Annotated[Path, typer.Argument(help="Folder to write; new or empty.", show_default=False)],
+    source_format: Annotated[
+        str | None, typer.Option("--from", help="coco, yolo, voc, masks or labelme; told from the files if possible.")
+    ] = None,
+    target_format: Annotated[str, typer.Option("--to", help="coco, yolo, yolo-boxes or masks.")] = "coco",
+    names: Annotated[
+        list[str] | None,
+        typer.Option(metavar="A B ...", help="Category names in order, where the source does not say them."),
+    ] = None,
+    instances: Annotated[
+        bool, typer.Option("--instances", help="Values in mask images number objects, not categories.")
+    ] = False,
+    components: Annotated[
+        bool, typer.Option("--components", help="Every connected part of a mask image is an object.")
+    ] = False,
+    json_path: Json = None,
+) -> None:
+    """Bring labels of other tools into COCO folders, or take them back; images stay as they are.
+
+    Example:  sam3lora data convert exports/cracks datasets/cracks --from masks --names crack
+    """
+    from ..data.convert import convert_folder
+
+    report = convert_folder(
+        source,
+        target,
+        source_format=source_format,
+        target_format=target_format,
+        names=names,
+        instances=instances,
+        components=components,
+    )
+    _show(report, json_path)
+
+
+@app.command()
+def split(
+    source: Annotated[Path, typer.Argument(help="COCO folder; splits that it has are joined.", show_default=False)],
+    target: Annotated[Path, typer.Argument(help="Folder to write; new or empty.", show_default=False)],
+    fractions: Annotated[
+        list[float] | None,
+        typer.Option(metavar="F F [F]", help="Shares of train, valid and test; 0.8 0.1 0.1 if not given."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same splits.")] = 0,
+    group_by: Annotated[
+        str | None,
+        typer.Option(metavar="PATTERN", help="Regular expression; images whose names agree on it stay together."),
+    ] = None,
+    json_path: Json = None,
+) -> None:
+    """Divide a data set into splits that share no picture, with all categories near the fractions.
+
+    Example:  sam3lora data split datasets/all datasets/potholes --fractions 0.8 0.1 0.1 --group-by "^(GX[0-9]+)_"
+    """
+    from ..data.splitting import split_folder
+
+    _show(split_folder(source, target, fractions=fractions or (0.8, 0.1, 0.1), seed=seed, group_by=group_by), json_path)
 
 
 @app.command()
@@ -59,3 +119,19 @@ def synth(
 
     write_dataset(folder, num_train=num_train, num_valid=num_valid, seed=seed, size=size, domain=domain)
     typer.echo(f"wrote {num_train} training and {num_valid} validation images to {folder}")
+
+
+def _show(report: _Report, json_path: str | None) -> None:
+    from rich.console import Console
+
+    if json_path != "-":
+        report.render(Console())
+    if json_path is None:
+        return
+    text = json.dumps(report.to_dict(), indent=2)
+    if json_path == "-":
+        typer.echo(text)
+    else:
+        path = Path(json_path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n", encoding="utf-8")

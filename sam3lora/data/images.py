@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import struct
+import warnings
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -11,43 +14,91 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from sam3lora.errors import UserError
 
+MAX_MEGAPIXELS = 178
+"""Largest image that is read unless told otherwise; Pillow refuses larger ones as well."""
+
+IMAGE_SUFFIXES = frozenset(
+    (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+)
+"""Endings, in small letters, by which images are told from other files of a folder."""
+
 _DECODE_FLAGS = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
+_TURNED_BY_THE_DECODER = ("TIFF",)
+_MANY_FRAMES = ("GIF", "WEBP", "PNG", "TIFF", "AVIF")  # in a phone's JPEG further frames are previews and depth
+
+# Pillow warns from half of MAX_MEGAPIXELS on.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class ImageError(UserError):
     """An image that is missing or cannot be decoded; the message names the file."""
 
 
-def read_image(source: str | Path | bytes, expected_size_hw: tuple[int, int] | None = None) -> np.ndarray:
+def read_image(
+    source: str | Path | bytes,
+    expected_size_hw: tuple[int, int] | None = None,
+    *,
+    orientation: Literal["stored", "exif"] = "stored",
+    max_megapixels: float = MAX_MEGAPIXELS,
+) -> np.ndarray:
     """Decode an image to RGB.
 
     - The content decides the format, not the file's extension.
     - Grey and palette images become RGB, an alpha channel is dropped (as PIL's `convert("RGB")`), CMYK is converted.
     - 16-bit values are scaled by 255 / 65535 over their whole range, without stretching.
+    - Of several frames or pages the first is read; see `has_more_frames`.
+    - The size is taken from the header and refused before anything is decoded.
     - EXIF orientation is ignored, because annotations refer to the stored pixels. The exception: the expected size is
       the rotated one and not the stored one, so the annotations were made on the rotated picture.
 
     Args:
         source: Path, or the bytes of a file.
         expected_size_hw: Height and width that the annotations refer to, if known.
+        orientation: "exif" turns the picture as people see it, for images without annotations.
+        max_megapixels: Larger images are refused. Above 178, raise `PIL.Image.MAX_IMAGE_PIXELS` as well.
 
     Returns:
         uint8 (H, W, 3), RGB.
 
     Raises:
-        ImageError: Missing, empty, truncated, floating point, or no known image format.
+        ImageError: Missing, empty, too large, truncated, floating point, or no known image format.
     """
-    name = "image bytes" if isinstance(source, bytes) else str(source)
-    try:
-        data = source if isinstance(source, bytes) else Path(source).read_bytes()
-    except OSError as error:
-        raise ImageError(f"cannot read image {name}: {error.strerror or error}") from None
-    if not data:
-        raise ImageError(f"cannot read image {name}: the file is empty")
+    name = _name(source)
+    data = _read_bytes(source)
+    (height, width), _ = _read_header(data, name)
+    if height * width > max_megapixels * 1e6:
+        raise ImageError(
+            f"cannot read image {name}: it has {width} x {height} pixels, expected at most {max_megapixels:g} million: "
+            "cut it into tiles or make it smaller"
+        )
     image = _decode(data, name)
+    if orientation == "exif":
+        return _turn(image, _orientation(data))
     if expected_size_hw is not None and image.shape[:2] != tuple(expected_size_hw):
-        image = _orient_if_expected(image, data, expected_size_hw)
+        turned = _turn(image, _orientation(data)) if image.shape[:2] == tuple(expected_size_hw)[::-1] else image
+        return turned if turned.shape[:2] == tuple(expected_size_hw) else image
     return image
+
+
+def rgb_from_pil(image: Image.Image, name: str = "image") -> np.ndarray:
+    """uint8 (H, W, 3) of a PIL image, turned as its EXIF orientation says.
+
+    Raises:
+        ImageError: Its pixels are floating point or 32-bit, or its file is truncated.
+    """
+    try:
+        return _convert(ImageOps.exif_transpose(image), name)
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        raise _image_error(error, name) from None
+
+
+def has_more_frames(source: str | Path | bytes) -> bool:
+    """Whether an animation or a file of several pages holds more than the frame that `read_image` gives.
+
+    Raises:
+        ImageError: Missing or no known image format.
+    """
+    return _read_header(_read_bytes(source), _name(source)).has_more_frames
 
 
 def read_size(path: str | Path) -> tuple[int, int]:
@@ -101,7 +152,7 @@ def _decode(data: bytes, name: str) -> np.ndarray:
     if image is None:
         return _decode_with_pil(data, name)
     if image.dtype == np.uint16:
-        image = ((image.astype(np.uint32) + 128) // 257).astype(np.uint8)
+        image = _to_8_bit(image)
     if image.dtype != np.uint8:
         raise ImageError(f"cannot read image {name}: {image.dtype} pixels; convert it to 8 or 16 bit first")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
@@ -111,31 +162,78 @@ def _decode_with_pil(data: bytes, name: str) -> np.ndarray:
     """Formats that this build of OpenCV lacks; also the judge of what is broken."""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            if image.mode in ("F", "I"):
-                raise ImageError(f"cannot read image {name}: pixels of mode {image.mode}; convert it to 8 or 16 bit")
-            return np.array(image.convert("RGB"))
+            return _convert(image, name)
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        if isinstance(error, ImageError):
-            raise
-        raise ImageError(f"cannot read image {name}: {_reason(error)}") from None
+        raise _image_error(error, name) from None
 
 
-def _orient_if_expected(image: np.ndarray, data: bytes, expected_size_hw: tuple[int, int]) -> np.ndarray:
-    if image.shape[:2] != tuple(expected_size_hw)[::-1]:
-        return image
-    try:
-        with Image.open(io.BytesIO(data)) as header:
-            exif = header.getexif()
-    except (OSError, ValueError, SyntaxError):
-        return image
-    if exif.get(ExifTags.Base.Orientation, 1) not in (5, 6, 7, 8):
+def _convert(image: Image.Image, name: str) -> np.ndarray:
+    if image.mode in ("F", "I"):
+        raise ImageError(f"cannot read image {name}: pixels of mode {image.mode}; convert it to 8 or 16 bit")
+    if image.mode.startswith("I;16"):
+        return np.repeat(_to_8_bit(np.asarray(image))[..., None], 3, axis=2)
+    return np.array(image.convert("RGB"))
+
+
+def _to_8_bit(image: np.ndarray) -> np.ndarray:
+    return ((image.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+def _turn(image: np.ndarray, orientation: int) -> np.ndarray:
+    if orientation == 1:
         return image
     turned = Image.fromarray(image)
-    turned.getexif()[ExifTags.Base.Orientation] = exif[ExifTags.Base.Orientation]
+    turned.getexif()[ExifTags.Base.Orientation] = orientation
     return np.array(ImageOps.exif_transpose(turned))
+
+
+class _Header(NamedTuple):
+    """What is known before decoding."""
+
+    size_hw: tuple[int, int]
+    has_more_frames: bool
+
+
+def _read_header(data: bytes, name: str) -> _Header:
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            more = image.format in _MANY_FRAMES and getattr(image, "is_animated", False)
+            return _Header((image.height, image.width), more)
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise _image_error(error, name) from None
+
+
+def _orientation(data: bytes) -> int:
+    """EXIF orientation, 1 to 8, that the decoder has left to do; from 5 on height and width change places."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            found = image.getexif().get(ExifTags.Base.Orientation, 1)
+            return found if image.format not in _TURNED_BY_THE_DECODER and found in range(1, 9) else 1
+    except (OSError, ValueError, SyntaxError, EOFError, KeyError, TypeError, struct.error):  # damaged EXIF data
+        return 1
+
+
+def _read_bytes(source: str | Path | bytes) -> bytes:
+    try:
+        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+    except OSError as error:
+        raise _image_error(error, _name(source)) from None
+    if not data:
+        raise ImageError(f"cannot read image {_name(source)}: the file is empty")
+    return data
+
+
+def _name(source: str | Path | bytes) -> str:
+    return "image bytes" if isinstance(source, bytes) else str(source)
+
+
+def _image_error(error: Exception, name: str) -> ImageError:
+    return error if isinstance(error, ImageError) else ImageError(f"cannot read image {name}: {_reason(error)}")
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "no known image format"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"it has more than {MAX_MEGAPIXELS} million pixels: cut it into tiles or make it smaller"
     return getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -1,0 +1,258 @@
+"""`sam3lora infer`: prompts on an image or a folder of images."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    from ..infer.folder import Predictions
+
+Show = dict[str, bool]
+_SHOWN = 10
+_EVALUATION_KEYS = {
+    "prob_threshold": "detection_threshold",
+    "nms_iou": "nms_iou",
+    "merge": "merge",
+    "merge_iou": "merge_iou",
+    "max_detections": "max_detections",
+}
+
+
+def infer(
+    image: Annotated[Path, typer.Option(help="Image file, or a folder of images.", show_default=False)],
+    prompt: Annotated[list[str] | None, typer.Option(metavar="A B ...", help="What to look for.")] = None,
+    weights: Annotated[list[Path] | None, typer.Option(metavar="DIR", help="Adapter folder, such as best/.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Picture, or folder of pictures (default: output.png, or output).")
+    ] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="Detections as JSON (default for a folder: results.json in --output).")
+    ] = None,
+    threshold: Annotated[float | None, typer.Option(help="Lowest score kept (default: 0.5).")] = None,
+    nms_iou: Annotated[
+        float | None, typer.Option(help="Of two boxes that overlap more, the better stays (default: 0.5).")
+    ] = None,
+    max_detections: Annotated[int | None, typer.Option(help="Most of a prompt in an image (default: 100).")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Join overlapping masks: cracks and the like.")] = False,
+    merge_iou: Annotated[float | None, typer.Option(help="Overlap that --merge joins (default: 0.15).")] = None,
+    boundingbox: Annotated[
+        bool | None,
+        typer.Option("--boundingbox/--no-boundingbox", help="Draw boxes (default: only with --no-masks)."),
+    ] = None,
+    no_masks: Annotated[bool, typer.Option("--no-masks", help="No masks, neither drawn nor in the JSON.")] = False,
+    box: Annotated[
+        list[str] | None, typer.Option(metavar="X0 Y0 X1 Y1", help="Pixels around an example; repeatable.")
+    ] = None,
+    negative_box: Annotated[
+        list[str] | None, typer.Option(metavar="X0 Y0 X1 Y1", help="Pixels around what is not meant; repeatable.")
+    ] = None,
+    config: Annotated[str | None, typer.Option(help="YAML of a run: its adapter, model and thresholds.")] = None,
+    model: Annotated[str | None, typer.Option(help='Base model: "tiny", a hub id or a folder.')] = None,
+    resolution: Annotated[int | None, typer.Option(help="Side of the model's input in pixels.")] = None,
+    device: Annotated[list[str] | None, typer.Option(metavar="0", help="GPU, or cpu.")] = None,
+) -> None:
+    """Find what prompts name in an image, or in every image of a folder.
+
+    Example:  sam3lora infer --weights outputs/balanced/best --image photo.jpg --prompt crack pothole
+    """
+    boxes, not_meant = _read_boxes("--box", box), _read_boxes("--negative-box", negative_box)
+    if not prompt and not boxes:
+        raise UserError("nothing to look for: add --prompt crack, or --box x0 y0 x1 y1 around an example")
+    if merge and no_masks:
+        raise UserError("--merge joins masks: leave out --no-masks")
+    options = {
+        "adapter": _only(weights, "--weights"),
+        "model": model,
+        "resolution": resolution,
+        "detection_threshold": threshold,
+        "nms_iou": nms_iou,
+        "max_detections": max_detections,
+        "merge": merge or None,
+        "merge_iou": merge_iou,
+    }
+    options = {name: value for name, value in options.items() if value is not None}
+    settings = _from_config(config, options) | options
+    if merge_iou is not None and not settings.get("merge"):
+        raise UserError("--merge-iou has no effect: add --merge")
+    settings["device"] = _device(_only(device, "--device"))
+    show = {"show_masks": not no_masks, "show_boxes": no_masks if boundingbox is None else boundingbox}
+    if not image.is_dir():
+        labels = [1] * len(boxes) + [0] * len(not_meant)
+        _infer_image(image, prompt or [], boxes + not_meant, labels, output or Path("output.png"), json, show, settings)
+    elif boxes or not_meant:
+        raise UserError("--box and --negative-box are pixels of one image, but --image is a folder")
+    else:
+        output = output or Path("output")
+        _infer_folder(image, prompt or [], output, json or output / "results.json", show, settings)
+
+
+def _infer_image(
+    image: Path,
+    prompts: Sequence[str],
+    boxes: list[list[float]],
+    labels: list[int],
+    output: Path,
+    json: Path | None,
+    show: Show,
+    settings: dict[str, Any],
+) -> None:
+    from ..data.images import read_size
+    from ..infer.folder import Predictions
+    from ..infer.predictor import Predictor
+    from ..infer.results import check_picture_path
+
+    read_size(image)  # no image: said before the model is loaded
+    check_picture_path(output)
+    for path in (output, json):
+        if path is not None:
+            _check_writable(path, image)
+    predictor = Predictor(**settings)
+    started = time.perf_counter()
+    results = predictor.predict(image, prompts, boxes, labels, masks=show["show_masks"])
+    seconds = time.perf_counter() - started
+    predictor.draw(results, output, **show)
+    predictions = Predictions({**predictor.settings, "prompts": [result.prompt for result in results]})
+    predictions.add(image.name, results)
+    if json is not None:
+        predictions.write(json)
+    _print_table(predictions)
+    typer.echo(f"{seconds:.2f} s; picture: {output}" + (f"; detections: {json}" if json else ""))
+
+
+def _infer_folder(
+    folder: Path, prompts: Sequence[str], output: Path, json: Path, show: Show, settings: dict[str, Any]
+) -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from ..infer.folder import list_images, predict_folder
+    from ..infer.predictor import Predictor
+
+    paths = list_images(folder)
+    if output.suffix and not output.is_dir():
+        raise UserError(f"--image is a folder, so --output must be one too, got {output}")
+    if output.resolve() == folder.resolve():
+        raise UserError(f"--output {output} is the folder of the images: pictures could replace them")
+    for path in (output / paths[0].name, json):
+        _check_writable(path)
+    predictor = Predictor(**settings)
+    console = Console(stderr=True)
+    columns = (TextColumn("asking"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    started = time.perf_counter()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("asking", total=len(paths))
+        predictions = predict_folder(
+            predictor, paths, prompts, pictures_dir=output, json_path=json, on_done=lambda: bar.advance(task), **show
+        )
+    seconds = time.perf_counter() - started
+    for item in predictions.skipped[:_SHOWN]:
+        typer.echo(item["reason"], err=True)
+    if len(predictions.skipped) > _SHOWN:
+        typer.echo(f"... and {len(predictions.skipped) - _SHOWN} more, listed in {json}", err=True)
+    num_read, num_skipped = len(predictions.images), len(predictions.skipped)
+    if not num_read and not predictions.interrupted:
+        raise UserError(f"none of the {num_skipped} images in {folder} could be read")
+    _print_table(predictions)
+    skipped = f", {num_skipped} could not be read" if num_skipped else ""
+    typer.echo(f"{num_read} of {len(paths)} images in {seconds:.1f} s{skipped}; pictures: {output}; detections: {json}")
+    if predictions.interrupted:
+        typer.echo("interrupted: the images before are done", err=True)
+        raise KeyboardInterrupt
+
+
+def _print_table(predictions: Predictions) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    settings = predictions.settings
+    adapter = f"adapter {settings['adapter']}" if settings["adapter"] else "no adapter"
+    table = Table(
+        "prompt", title=f"{settings['model']} at {settings['resolution']} px, {adapter}", title_justify="left"
+    )
+    for name in ("found", "in images", "best score", "presence"):
+        table.add_column(name, justify="right")
+    for number, prompt in enumerate(settings["prompts"]):
+        results = [image["results"][number] for image in predictions.images]
+        found = sum(result["num_detections"] for result in results)
+        scores = [detection["score"] for result in results for detection in result["detections"]]
+        num_images = sum(result["num_detections"] > 0 for result in results)
+        presence = max((result["presence"] for result in results), default=0.0)
+        best = f"{max(scores):.2f}" if scores else "-"
+        table.add_row(Text(prompt), str(found), f"{num_images} of {len(results)}", best, f"{presence:.2f}")
+    Console().print(table)
+    if not any(result["num_detections"] for image in predictions.images for result in image["results"]):
+        typer.echo(f"nothing scored {settings['threshold']:g} or more: try a lower --threshold")
+
+
+def _from_config(source: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    """What a run's configuration says; an adapter that knows its base model is used with that one."""
+    if source is None:
+        return {}
+    from ..config import load_config
+    from ..model.adapter_metadata import read_metadata
+
+    config = load_config(source)
+    written = config.evaluation.model_fields_set
+    values = {ours: getattr(config.evaluation, key) for key, ours in _EVALUATION_KEYS.items() if key in written}
+    best = Path(config.output.output_dir) / "best"
+    if "adapter" not in options and best.is_dir():
+        values["adapter"] = best
+    adapter = options.get("adapter") or values.get("adapter")
+    if adapter is None or read_metadata(adapter) is None:
+        values["geometry_cls"] = config.model.geometry_cls
+        if "model" not in options:
+            values |= {"model": config.model.name, "revision": config.model.revision}
+    return values | {"resolution": config.model.resolution, "local_files_only": config.model.local_files_only}
+
+
+def _read_boxes(option: str, words: Sequence[str] | None) -> list[list[float]]:
+    try:
+        numbers = [float(word) for word in words or ()]
+    except ValueError:
+        numbers = [0.0]
+    if len(numbers) % 4:
+        raise UserError(f"{option} takes four numbers x0 y0 x1 y1 in pixels, got {' '.join(words or ())}")
+    return [numbers[start : start + 4] for start in range(0, len(numbers), 4)]
+
+
+def _only(words: Sequence[Any] | None, option: str) -> Any:
+    if words and len(words) > 1:
+        raise UserError(f"{option} takes one value here, got {len(words)}: {' '.join(map(str, words))}")
+    return words[0] if words else None
+
+
+def _device(name: str | None) -> str | None:
+    """As torch calls it; `0` is the first GPU."""
+    if name is None:
+        return None
+    import torch
+
+    device = f"cuda:{name}" if name.isdecimal() else name
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(
+            f"--device {name} cannot be used here: expected cpu, or one of {torch.cuda.device_count()} GPUs counted "
+            "from 0"
+        ) from None
+    return device
+
+
+def _check_writable(path: Path, image: Path | None = None) -> None:
+    """Said before the model is loaded."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder, name a file in it")
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write {path}: {folder} is no folder that can be written to")
+    if image is not None and path.resolve() == image.resolve():
+        raise UserError(f"{path} is the image itself: choose another file")

@@ -1,0 +1,132 @@
+"""YOLO boxes and segmentation: one text file an image, one object a line, coordinates as shares of the image's size.
+
+A line is `class cx cy w h` (a box) or `class x0 y0 x1 y1 x2 y2 ...` (a polygon), see
+https://docs.ultralytics.com/datasets/segment/.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from sam3lora.data.convert.faults import FaultLog
+from sam3lora.data.convert.labelled_set import LabelledImage, LabelledSet
+from sam3lora.data.convert.layout import find_pairs, list_images, open_image
+from sam3lora.data.convert.names import checked_names, read_names
+from sam3lora.errors import UserError
+
+SLACK = 0.05  # rounding and objects cut by the border stay below this; pixels mistaken for shares are far above
+
+
+def read_yolo(source: Path, names: Sequence[str] | None, log: FaultLog) -> LabelledSet:
+    """Read all splits.
+
+    Args:
+        source: Folder with `images/<split>` and `labels/<split>`, or `<split>/images` and `<split>/labels`.
+        names: Category names by class index; None reads them from `data.yaml` or `classes.txt`.
+        log: Where faults are counted.
+
+    Raises:
+        UserError: No names, or a label file that cannot be right; the message names file and line.
+    """
+    by_class = dict(enumerate(names)) if names else _find_names(source)
+    splits = {}
+    for split, (images, labels) in find_pairs(source, "labels").items():
+        if labels.is_dir():
+            splits[split] = _read_split(images, labels, by_class, log)
+        else:
+            log.add("unlabelled_split", f"{images}: no folder {labels}")
+    return LabelledSet([by_class[index] for index in sorted(by_class)], splits)
+
+
+def _read_split(images: Path, labels: Path, names: dict[int, str], log: FaultLog) -> list[LabelledImage]:
+    split = []
+    files = list_images(images)
+    for path in files:
+        image = open_image(path, log)
+        if image is None:
+            continue
+        label_file = labels / f"{path.stem}.txt"
+        if label_file.is_file():
+            _read_labels(label_file, image, names, log)
+        else:
+            log.add("unlabelled_negative", str(path))
+        split.append(image)
+    stems = {path.stem for path in files} | {"classes"}
+    for label_file in sorted(labels.glob("*.txt")):
+        if label_file.stem not in stems:
+            log.add("label_without_image", str(label_file))
+    return split
+
+
+def _read_labels(label_file: Path, image: LabelledImage, names: dict[int, str], log: FaultLog) -> None:
+    try:
+        lines = label_file.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"{label_file} is not a text file; expected lines 'class x y ...'") from None
+    height, width = image.size_hw
+    seen = set()
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{label_file}, line {number}"
+        if line in seen:
+            log.add("repeated_label", where)
+            continue
+        seen.add(line)
+        category, coordinates = _parse_line(line, where, names)
+        if len(coordinates) == 4:
+            x, y, w, h = coordinates
+            box = np.array([x - w / 2, y - h / 2, x + w / 2, y + h / 2]) * (width, height, width, height)
+            image.add_box(category, box.tolist(), log, where)
+        else:
+            polygon = np.reshape(coordinates, (-1, 2)) * (width, height)
+            image.add_mask(category, [polygon.ravel().tolist()], log, where)
+
+
+def _parse_line(line: str, where: str, names: dict[int, str]) -> tuple[str, list[float]]:
+    """(category name, coordinates as shares)."""
+    try:
+        index, *coordinates = (float(word) for word in line.split())
+    except ValueError:
+        raise UserError(f"{where}: expected numbers 'class x y ...', got {line.strip()[:60]!r}") from None
+    if index not in names:
+        raise UserError(f"{where}: class index {index:g} is not among 0..{max(names)} ({', '.join(names.values())})")
+    if len(coordinates) != 4 and (len(coordinates) < 6 or len(coordinates) % 2):
+        raise UserError(
+            f"{where}: expected 4 coordinates (box) or an even number of at least 6 (polygon), got {len(coordinates)}"
+            + ("; a fifth number is a confidence, which predictions have and labels do not" * (len(coordinates) == 5))
+        )
+    bad = [value for value in coordinates if not -SLACK <= value <= 1 + SLACK]
+    if bad:
+        raise UserError(f"{where}: coordinate {bad[0]:g} lies outside 0..1; YOLO's are shares of the image's size")
+    return names[int(index)], coordinates
+
+
+def _find_names(source: Path) -> dict[int, str]:
+    """Class index -> name, from a YAML file or from `classes.txt`."""
+    for path in sorted([*source.glob("*.yaml"), *source.glob("*.yml")], key=lambda p: (p.stem != "data", p.name)):
+        try:
+            content: Any = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is not valid YAML: {error}") from None
+        if isinstance(content, dict) and content.get("names"):
+            return _indexed(content["names"], path)
+    for path in (source / "classes.txt", source / "labels" / "classes.txt"):
+        if path.is_file():
+            return dict(enumerate(read_names(path)))
+    raise UserError(f"{source}: found no data.yaml with names and no classes.txt; give --names in the order of classes")
+
+
+def _indexed(names: Any, path: Path) -> dict[int, str]:
+    if isinstance(names, dict):
+        if not all(isinstance(index, int) and index >= 0 for index in names):
+            raise UserError(f"{path}: names must be numbered 0, 1, ..., got {', '.join(map(str, names))}")
+        return dict(zip(names, checked_names([*names.values()], str(path)), strict=True))
+    if not isinstance(names, list):
+        raise UserError(f"{path}: names must be a list or numbered, got {names!r}")
+    return dict(enumerate(checked_names(names, str(path))))
