@@ -1,0 +1,96 @@
+"""Ask prompts of very many images, on a Ray cluster or on this machine.
+
+    python jobs/predict.py --input images --prompt crack pothole --weights outputs/run/best --output outputs/labels
+    ray job submit --working-dir . -- python jobs/predict.py --input /shared/images --prompt crack \
+        --weights /shared/run/best --output /shared/labels
+
+The same command goes on where an interrupted one stopped. See docs/batch_inference.md for what it writes.
+The exit status is 0 on success (also with bad images, which are listed), 2 on a mistake, 1 on any other failure.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+# The working directory of a job holds the source, but Python looks only beside this file.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sam3lora.cli.argv import normalize_argv
+from sam3lora.cli.train import gpu_indices
+from sam3lora.errors import RunFailed, UserError
+
+
+def main(
+    source: Annotated[Path, typer.Option("--input", help="Folder, list of paths (.txt) or COCO file (.json).")],
+    prompt: Annotated[list[str], typer.Option(metavar="A B ...", help="What to look for.")],
+    output: Annotated[Path, typer.Option(help="Folder of the results.")],
+    weights: Annotated[str | None, typer.Option(help="Adapter folder; the base model without it.")] = None,
+    model: Annotated[str | None, typer.Option(help="Base model; that of the adapter without it.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")] = None,
+    resolution: Annotated[int | None, typer.Option(help="Side of the model's input in pixels.")] = None,
+    threshold: Annotated[float, typer.Option(help="Lowest score.")] = 0.5,
+    nms_iou: Annotated[float, typer.Option(help="Of two detections with a larger box IoU one stays.")] = 0.5,
+    merge: Annotated[bool, typer.Option("--merge", help="Join overlapping detections into one.")] = False,
+    merge_iou: Annotated[float, typer.Option(help="Mask IoU from which they are joined.")] = 0.15,
+    max_detections: Annotated[int, typer.Option(help="Most detections of a prompt in an image.")] = 100,
+    num_workers: Annotated[int | None, typer.Option(min=1, help="Model replicas; one for each GPU without it.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images of one vision pass.")] = 4,
+    device: Annotated[list[str] | None, typer.Option(metavar="0 1 ...", help="GPUs of this machine, or cpu.")] = None,
+    overlays: Annotated[bool, typer.Option("--overlays", help="Draw the results into OUTPUT/overlays.")] = False,
+    dataset: Annotated[bool, typer.Option(help="Write OUTPUT/dataset, to train on.")] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite/--resume", help="Begin anew, or go on (default).")] = False,
+    address: Annotated[str | None, typer.Option(help="Ray cluster; a local Ray otherwise.")] = None,
+) -> None:
+    """Ask prompts of every image of a folder, a list or a COCO file; go on where an earlier start stopped."""
+    use_gpu = None
+    if device:
+        gpus = gpu_indices(device)
+        use_gpu = bool(gpus)
+        if gpus and (address or os.environ.get("RAY_ADDRESS", "local") != "local"):
+            raise UserError("--device chooses GPUs of this machine, not of a cluster: give --num-workers instead")
+        if gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
+
+    from sam3lora.infer.batch_job import ModelChoice, PostProcessing, predict_batch
+
+    try:
+        summary = predict_batch(
+            source,
+            output,
+            prompt,
+            choice=ModelChoice(model, weights, revision, resolution),
+            post=PostProcessing(
+                threshold, nms_iou=nms_iou, merge=merge, merge_iou=merge_iou, max_detections=max_detections
+            ),
+            num_workers=num_workers,
+            batch_size=batch_size,
+            use_gpu=use_gpu,
+            overlays=overlays,
+            dataset=dataset,
+            overwrite=overwrite,
+            address=address,
+        )
+    except KeyboardInterrupt:
+        print(f"interrupted: what is finished is kept in {output}, the same command goes on", file=sys.stderr)
+        raise typer.Exit(130) from None
+    print(summary.in_words())
+
+
+def run() -> int:
+    try:
+        app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        app.command()(main)
+        app(args=normalize_argv(sys.argv[1:]), prog_name="jobs/predict.py")
+    except (UserError, RunFailed) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run())
