@@ -27,19 +27,19 @@ SplitOption = Annotated[str, typer.Option(help="Split to take when DIR holds sev
 ThresholdOption = Annotated[
     float | None,
     typer.Option(
-        "--prob-threshold", help="Lowest score of a detection (mAP has no cut).  [default: the adapter's, or 0.3]"
+        "--prob-threshold", help="Lowest score of a detection (mAP has no cut) (default: the adapter's, or 0.3)."
     ),
 ]
 NmsOption = Annotated[
     float | None,
     typer.Option(
         "--nms-iou",
-        help="Of two masks of a prompt that overlap more, the better stays.  [default: the adapter's, or 0.7]",
+        help="Of two masks of a prompt that overlap more, the better stays (default: the adapter's, or 0.7).",
     ),
 ]
 MergeOption = Annotated[bool | None, typer.Option("--merge/--no-merge", help="Join overlapping masks instead.")]
 MergeIouOption = Annotated[
-    float | None, typer.Option("--merge-iou", help="Overlap from which masks are joined.  [default: 0.15]")
+    float | None, typer.Option("--merge-iou", help="Overlap from which masks are joined (default: 0.15).")
 ]
 MaxDetectionsOption = Annotated[int | None, typer.Option(help="Most detections of a prompt in an image.")]
 SamplesOption = Annotated[int | None, typer.Option("--num-samples", help="The first so many images only.")]
@@ -48,7 +48,7 @@ ResolutionOption = Annotated[int | None, typer.Option(help="Side of the model's 
 DeviceOption = Annotated[str | None, typer.Option(metavar="cpu|cuda", help="Where to compute; a GPU if there is one.")]
 WorkersOption = Annotated[
     int | None,
-    typer.Option(min=0, help="Ray workers; 0 = in this process.  [default: one for each of several GPUs, or 0]"),
+    typer.Option(min=0, help="Ray workers; 0 = in this process (default: one for each of several GPUs, or 0)."),
 ]
 BatchOption = Annotated[int | None, typer.Option(min=1, help="Images at a time.")]
 AddressOption = Annotated[str | None, typer.Option(help="Ray cluster to work on.")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -74,7 +74,7 @@ def detect_prompts(
     post: PostProcessing = EVERYTHING,
     masks: bool = True,
     exemplars: Exemplars | None = None,
-    vision: VisionFeatures | None = None,
+    vision: VisionFeatures | Callable[[], VisionFeatures] | None = None,
     max_prompts_per_forward: int = 8,
     text_cache: TextCache | None = None,
 ) -> list[list[Instances]]:
@@ -92,7 +92,7 @@ def detect_prompts(
         post: Threshold, suppression or merging, and limit.
         masks: Whether masks are wanted; without them only boxes are made.
         exemplars: Boxes that go with every prompt of their image.
-        vision: Features of these images from an earlier call of `encode_images`.
+        vision: Features of these images from an earlier pass of the vision tower, or what gets them.
         max_prompts_per_forward: Most (image, prompt) pairs at a time.
         text_cache: Features of prompts seen before; new ones are added.
 
@@ -106,7 +106,8 @@ def detect_prompts(
         return found
     device = pixel_values_ICHW.device
     text = _text_features(staged, tokenizer, prompts, {} if text_cache is None else text_cache, device)
-    vision = staged.encode_images(pixel_values_ICHW) if vision is None else vision
+    if not isinstance(vision, VisionFeatures):
+        vision = staged.encode_images(pixel_values_ICHW) if vision is None else vision()
     pairs = [(image, prompt) for image in range(len(sizes_hw)) for prompt in range(len(prompts))]
     for chunk, boxed in _chunks(pairs, _has_boxes(exemplars, staged, len(sizes_hw)), max_prompts_per_forward):
         image_index_B, text_index_B = torch.tensor(chunk, device=device).unbind(1)
@@ -127,14 +128,16 @@ def detect_prompts(
 def _text_features(
     staged: StagedSam3, tokenizer: Any, prompts: Sequence[str], cache: TextCache, device: torch.device
 ) -> TextFeatures:
-    missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in cache]
+    input_ids, attention_mask = tokenize(tokenizer, prompts)
+    position = {prompt: row for row, prompt in enumerate(prompts)}
+    missing = [prompt for prompt in position if prompt not in cache]
     if missing:
-        input_ids, attention_mask = tokenize(tokenizer, missing)
-        features = staged.encode_text(input_ids.to(device), attention_mask.to(device))
+        rows = [position[prompt] for prompt in missing]
+        features = staged.encode_text(input_ids[rows].to(device), attention_mask[rows].to(device))
         for row, prompt in enumerate(missing):
             cache[prompt] = TextFeatures(features.embeds_PTC[row : row + 1], features.mask_PT[row : row + 1])
-    rows = [cache[prompt] for prompt in prompts]
-    return TextFeatures(torch.cat([row.embeds_PTC for row in rows]), torch.cat([row.mask_PT for row in rows]))
+    found = [cache[prompt] for prompt in prompts]
+    return TextFeatures(torch.cat([one.embeds_PTC for one in found]), torch.cat([one.mask_PT for one in found]))
 
 
 def _has_boxes(exemplars: Exemplars | None, staged: StagedSam3, num_images: int) -> list[bool]:

@@ -190,8 +190,12 @@ class Segmenter:
             torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16"),
         ):
             key = None if adapter is None or self.shares_vision(adapter) else adapter
-            if key not in images.features and len(images) and prompts:
-                images.features[key] = staged.encode_images(images.pixel_values_ICHW)
+
+            def vision() -> VisionFeatures:
+                if key not in images.features:
+                    images.features[key] = staged.encode_images(images.pixel_values_ICHW)
+                return images.features[key]
+
             return detect_prompts(
                 staged,
                 self.base.tokenizer,
@@ -201,7 +205,7 @@ class Segmenter:
                 post=post,
                 masks=masks,
                 exemplars=self._exemplars(boxes, images.sizes_hw),
-                vision=images.features.get(key),
+                vision=vision,
                 max_prompts_per_forward=max_prompts_per_forward,
                 text_cache=self._text_cache if adapter is None else self._adapters[adapter].text_cache,
             )
