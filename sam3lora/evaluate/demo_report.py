@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
-import numpy as np
-
-from sam3lora.evaluate.split import SplitMetrics
-from sam3lora.infer.drawing import encode_image
+from sam3lora.evaluate.measure import SplitMetrics
+from sam3lora.evaluate.page import render_page, setting_rows
+from sam3lora.evaluate.pictures import Picture
 
 CLEAR_GAIN = 0.01  # mAP; less is noise on a few dozen images
 
@@ -58,7 +55,7 @@ def render_demo_report(
     adapter: SplitMetrics,
     *,
     history: Sequence[Mapping[str, Any]],
-    pictures: Iterable[tuple[str, np.ndarray]],
+    pictures: Sequence[Picture],
     facts: Mapping[str, str],
     settings: Mapping[str, str],
     next_steps: Sequence[tuple[str, str]],
@@ -70,7 +67,7 @@ def render_demo_report(
         base: Metrics of the base model.
         adapter: Metrics of the adapter on the same images.
         history: One mapping an epoch with `epoch`, `train_loss`, `valid_loss`.
-        pictures: Name and RGB picture of `comparison_pictures`.
+        pictures: Those of `comparison_pictures`.
         facts: Headline label -> value, beside the metrics.
         settings: Name -> value, for the table at the end.
         next_steps: Command and what it does.
@@ -79,25 +76,19 @@ def render_demo_report(
     Returns:
         HTML without any reference outside itself.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("sam3lora.evaluate"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["score"] = lambda value: "n/a" if value is None else f"{value:.3f}"
-    environment.filters["change"] = lambda value: "" if value is None else f"{value:+.3f}"
-    return environment.get_template("demo_report.html.j2").render(
+    return render_page(
+        "demo_report.html.j2",
+        title="sam3lora demo",
+        labels=[],
         verdict=verdict(base, adapter),
         rows=comparison_rows(base, adapter),
         num_images=base.num_images,
         num_objects=base.num_ground_truth,
         notes=list(dict.fromkeys([*base.notes, *adapter.notes])),
         chart=loss_chart(history),
-        pictures=[(name, _data_uri(picture)) for name, picture in pictures],
+        pictures=pictures,
         facts=facts,
-        settings=settings,
+        settings=setting_rows([settings]),
         next_steps=next_steps,
         threshold=threshold,
     )
@@ -145,7 +136,3 @@ def _round_step(extent: float) -> float:
     raw = extent / 4
     power = 10.0 ** math.floor(math.log10(raw))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
-
-
-def _data_uri(picture: np.ndarray) -> str:
-    return "data:image/jpeg;base64," + base64.b64encode(encode_image(picture)).decode("ascii")

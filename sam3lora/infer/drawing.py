@@ -8,8 +8,9 @@ from typing import Any, cast
 
 import cv2
 import numpy as np
+from pycocotools import mask as coco_mask
 
-from sam3lora.data.masks import decode_mask
+from sam3lora.data.masks import encode_segmentation
 
 Rgb = tuple[int, int, int]
 
@@ -36,11 +37,21 @@ _INK: Rgb = (31, 41, 55)
 
 @dataclass(frozen=True)
 class Marked:
-    """One object to draw, in pixels of the image: a mask (H, W) bool, a box, or both, and what to write beside it."""
+    """One object to draw, in pixels of the image: a mask, a box, or both, and what to write beside it.
+
+    A mask is bool (H, W), or an RLE of that size, which takes no memory to speak of until it is drawn.
+    """
 
     label: str
-    mask_HW: np.ndarray | None = field(default=None, repr=False)
+    mask: np.ndarray | Mapping[str, Any] | None = field(default=None, repr=False)
     box_xyxy: tuple[float, float, float, float] | None = None
+
+    @property
+    def mask_HW(self) -> np.ndarray | None:
+        """The mask as uint8 0 or 1."""
+        if self.mask is None:
+            return None
+        return coco_mask.decode(self.mask) if isinstance(self.mask, Mapping) else self.mask.astype(np.uint8)
 
 
 def mark_coco(entries: Iterable[Mapping[str, Any]], names: Mapping[int, str], size_hw: tuple[int, int]) -> list[Marked]:
@@ -50,7 +61,7 @@ def mark_coco(entries: Iterable[Mapping[str, Any]], names: Mapping[int, str], si
         name = names[entry["category_id"]]
         label = f"{name} {entry['score']:.2f}" if "score" in entry else name
         x, y, width, height = entry["bbox"]
-        mask = decode_mask(entry["segmentation"], size_hw) if entry.get("segmentation") else None
+        mask = encode_segmentation(entry.get("segmentation"), size_hw)
         marked.append(Marked(label, mask, (x, y, x + width, y + height)))
     return marked
 
@@ -88,8 +99,9 @@ def draw_instances(
     outlines = {}
     for number, instance in order:
         colour = colours[number % len(colours)]
-        if show_masks and instance.mask_HW is not None:
-            mask = _enlarge_mask(instance.mask_HW, (height, width))
+        mask_HW = instance.mask_HW if show_masks else None
+        if mask_HW is not None:
+            mask = _enlarge_mask(mask_HW, (height, width))
             outlines[number] = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)[0]
             _fill(canvas, mask, colour)
     for number, instance in order:
@@ -149,7 +161,7 @@ def _enlargement(size_hw: tuple[int, int], min_side: int) -> int:
 def _enlarge_mask(mask_HW: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
     """uint8 0 or 1 at the canvas's size, with smooth edges."""
     if mask_HW.shape == size_hw:
-        return mask_HW.astype(np.uint8)
+        return mask_HW
     coverage = cv2.resize(mask_HW.astype(np.float32), size_hw[::-1], interpolation=cv2.INTER_LINEAR)
     return (coverage >= 0.5).astype(np.uint8)
 
@@ -159,8 +171,8 @@ def _fill(canvas: np.ndarray, mask: np.ndarray, colour: Rgb) -> None:
     if width == 0:
         return
     window = canvas[y : y + height, x : x + width]
-    inside = mask[y : y + height, x : x + width].astype(bool)
-    window[inside] = (window[inside] * (1 - _FILL) + np.array(colour) * _FILL).astype(np.uint8)
+    tinted = cv2.addWeighted(window, 1 - _FILL, np.full_like(window, colour), _FILL, 0)
+    cv2.copyTo(tinted, mask[y : y + height, x : x + width], window)
 
 
 def _text_scale(height: int) -> tuple[float, int]:
@@ -199,8 +211,12 @@ def _draw_labels(canvas: np.ndarray, instances: Sequence[Marked], colours: list[
 
 def _anchor(instance: Marked) -> tuple[float, float] | None:
     """The middle of the object's upper edge, (x, y)."""
-    if instance.mask_HW is not None and instance.mask_HW.any():
-        x, y, width, _ = cv2.boundingRect(instance.mask_HW.astype(np.uint8))
+    if isinstance(instance.mask, Mapping):
+        x, y, width, _ = coco_mask.toBbox(instance.mask)
+        if width:
+            return float(x + width / 2), float(y)
+    elif instance.mask is not None and instance.mask.any():
+        x, y, width, _ = cv2.boundingRect(instance.mask.astype(np.uint8))
         return x + width / 2, y
     if instance.box_xyxy is not None:
         return (instance.box_xyxy[0] + instance.box_xyxy[2]) / 2, instance.box_xyxy[1]

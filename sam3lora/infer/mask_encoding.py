@@ -29,7 +29,7 @@ def encode_logits(logits_HW: np.ndarray, size_hw: tuple[int, int]) -> Rle:
     runs = np.diff(np.concatenate([[0], toggles, [total]]))
     if len(runs) > 1 and runs[-1] == 0:
         runs = runs[:-1]
-    rle = coco_mask.frPyObjects({"size": list(size_hw), "counts": runs.tolist()}, *size_hw)
+    rle = coco_mask.frPyObjects({"size": list(size_hw), "counts": runs}, *size_hw)
     return {"size": list(size_hw), "counts": rle["counts"].decode("ascii")}
 
 

@@ -116,9 +116,8 @@ def draw_results(
     for number, result in enumerate(results):
         rles = result.rles if show_masks and result.rles is not None else [None] * result.num_detections
         for row, (score, box, rle) in enumerate(zip(result.scores, result.boxes_xyxy, rles, strict=True)):
-            mask_HW = None if rle is None else decode_mask(rle, result.size_hw)
             label = f"{result.prompt} {score:.2f}" if row < num_labelled else ""
-            marked.append(Marked(label, mask_HW, tuple(box.tolist())))
+            marked.append(Marked(label, rle, tuple(box.tolist())))
             colours.append(PALETTE_RGB[(number if len(results) > 1 else row) % len(PALETTE_RGB)])
     return draw_instances(
         results[0].image_HW3,

@@ -134,7 +134,6 @@ def _render(config: Config, result: TrainResult, base: SplitMetrics, adapter: Sp
     from sam3lora.model.adapter_metadata import current_versions
 
     training, lora = config.training, config.lora
-    valid_dir = Path(str(training.data_dir)) / config.data.valid_split
     threshold = config.evaluation.prob_threshold
     size_mb = sum(file.stat().st_size for file in result.best_adapter.glob("*.safetensors")) / 1e6
     settings = {
@@ -149,9 +148,7 @@ def _render(config: Config, result: TrainResult, base: SplitMetrics, adapter: Sp
         base,
         adapter,
         history=result.history,
-        pictures=comparison_pictures(
-            valid_dir, base, adapter, count=NUM_PICTURES, threshold=threshold, nms_iou=config.evaluation.nms_iou
-        ),
+        pictures=comparison_pictures(base, adapter, count=NUM_PICTURES, threshold=threshold),
         facts={"adapter size": f"{size_mb:.1f} MB", "training time": _duration(result.seconds)},
         settings=settings,
         next_steps=next_steps(),

@@ -2,27 +2,49 @@
 
 from __future__ import annotations
 
-import re
-from html.parser import HTMLParser
+import dataclasses
+from pathlib import Path
 
-import numpy as np
 import pytest
 
-from sam3lora.evaluate.coco_map import CategoryMap
 from sam3lora.evaluate.demo_report import comparison_rows, loss_chart, render_demo_report, verdict
-from sam3lora.evaluate.split import SplitMetrics
+from sam3lora.evaluate.measure import CategoryMetrics, SplitMetrics
+from sam3lora.evaluate.pictures import comparison_pictures
+
+from .report_cases import CRACK, check_page, measured
+from .splits import result, write_split
 
 
-def metrics(value: float | None, presence: float | None = 0.5, notes=()) -> SplitMetrics:
-    per_category = {"gear": CategoryMap(value, value, value, 3), "<b>nut</b>": CategoryMap(None, None, None, 0)}
-    return SplitMetrics(value, value, value, presence, per_category, 4, 3, [], {}, list(notes))
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> SplitMetrics:
+    folder: Path = write_split(tmp_path_factory.mktemp("s") / "s", [(0, CRACK, 5)], {CRACK: "gear"}, 1)
+    return measured(folder, [result(0, CRACK, 5, 0.9)], names={CRACK: "gear"})
+
+
+@pytest.fixture
+def metrics(found):
+    """Metrics with these values."""
+
+    def make(value: float | None, presence: float | None = 0.5, notes=()) -> SplitMetrics:
+        gear, nut = (CategoryMetrics(v, v, v, v, n, None, None, None) for v, n in ((value, 3), (None, 0)))
+        return dataclasses.replace(
+            found,
+            map=value,
+            map_50=value,
+            map_75=value,
+            presence_accuracy=presence,
+            per_category={"gear": gear, "<b>nut</b>": nut},
+            notes=list(notes),
+        )
+
+    return make
 
 
 def render(base: SplitMetrics, adapter: SplitMetrics, **changes) -> str:
     history = [{"epoch": n, "train_loss": 3.0 / n, "valid_loss": 2.5 / n} for n in (1, 2, 3)]
     arguments = {
         "history": history,
-        "pictures": [("0.jpg", np.zeros((20, 30, 3), np.uint8))],
+        "pictures": comparison_pictures(base, adapter),
         "facts": {"adapter size": "1.5 MB"},
         "settings": {"base model": "tiny"},
         "next_steps": [("sam3lora train balanced --data-dir DIR", "the real thing")],
@@ -31,38 +53,16 @@ def render(base: SplitMetrics, adapter: SplitMetrics, **changes) -> str:
     return render_demo_report(base, adapter, **arguments | changes)
 
 
-class Balance(HTMLParser):
-    """Counts open elements."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-
-    def handle_starttag(self, tag, attrs):
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        pass
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-
-def test_page_is_whole_and_refers_to_nothing_outside():
+def test_page_is_whole_and_refers_to_nothing_outside(metrics):
     page = render(metrics(0.1), metrics(0.4))
-    parser = Balance()
-    parser.feed(page)
-    assert parser.open == []
-    assert re.findall(r'(?:src|href)="(?!data:)', page) == []
-    assert "url(" not in page
-    assert page.count("data:image/jpeg;base64,") == 1
+    text = check_page(page)
+    assert page.count("data:image/jpeg;base64,") == 3
     assert page.count("<polyline") == 2
-    for text in ("0.100", "0.400", "+0.300", "1.5 MB", "sam3lora train balanced --data-dir DIR"):
-        assert text in page
+    for shown in ("0.100", "0.400", "+0.300", "1.5 MB", "sam3lora train balanced --data-dir DIR", "base: 1 right"):
+        assert shown in text
 
 
-def test_names_are_escaped_and_missing_values_are_said():
+def test_names_are_escaped_and_missing_values_are_said(metrics):
     page = render(metrics(None, None, ["map is null: no objects"]), metrics(None, None))
     assert "<b>nut" not in page
     assert "&lt;b&gt;nut" in page
@@ -74,18 +74,18 @@ def test_names_are_escaped_and_missing_values_are_said():
     ("base", "adapter", "says"),
     [(0.1, 0.4, "finds objects"), (0.4, 0.1, "did not"), (0.2, 0.205, "did not"), (None, None, "nothing could be")],
 )
-def test_verdict_follows_the_numbers(base, adapter, says):
+def test_verdict_follows_the_numbers(metrics, base, adapter, says):
     assert says in verdict(metrics(base), metrics(adapter))
 
 
-def test_rows_tell_the_change():
+def test_rows_tell_the_change(metrics):
     rows = {row.label: row for row in comparison_rows(metrics(0.1, 0.5), metrics(0.4, None))}
     assert rows["mAP"].change == pytest.approx(0.3)
     assert rows["presence accuracy"].change is None
     assert rows["mAP gear (3)"].adapter == 0.4
 
 
-def test_no_chart_without_two_epochs():
+def test_no_chart_without_two_epochs(metrics):
     assert loss_chart([]) is None
     assert loss_chart([{"epoch": 1, "train_loss": 1.0, "valid_loss": 1.0}]) is None
     assert loss_chart([{"epoch": n, "train_loss": None, "valid_loss": None} for n in (1, 2)]) is None

@@ -115,6 +115,17 @@ def test_a_single_pixel_anywhere(place):
         check(logits, size_hw)
 
 
+@pytest.mark.parametrize(
+    ("logits", "expected"), [([1, -3], [1, 0, 0, 0]), ([-3, 1], [0, 0, 0, 1]), ([2, 0], [1, 1, 1, 0])]
+)
+def test_a_pixel_of_exactly_0_is_outside(logits, expected):
+    # two pixels to four, a quarter and three quarters of the way: 1 0 -2 -3, and back
+    column, row = np.array(logits, dtype=np.float32)[:, None], np.array(logits, dtype=np.float32)[None]
+    assert (enlarged(column, (4, 1))[:, 0] > 0).tolist() == expected
+    assert encode_logits(column, (4, 1)) == encode(np.array(expected)[:, None])
+    assert encode_logits(row, (1, 4)) == encode(np.array(expected)[None])
+
+
 def test_it_takes_any_number_type():
     logits = np.random.default_rng(2).normal(size=(6, 5)).astype(np.float16)
     rle = encode_logits(logits, (np.int64(13), np.int64(11)))

@@ -70,7 +70,8 @@ def test_whole_demo_and_again_in_the_same_folder(tmp_path: Path, base_folder: Pa
     assert metrics["base"]["num_images"] == metrics["adapter"]["num_images"] == 3
     assert set(metrics["adapter"]["per_category"]) == {"gear", "arrow", "bolt", "capsule"}
     page = result.report.read_text()
-    assert page.count("data:image/jpeg;base64,") == 3
+    # labels, base and adapter of each image
+    assert page.count("data:image/jpeg;base64,") == 3 * 3
     assert "<polyline" in page
     printed = capsys.readouterr().out
     assert "presence accuracy" in printed
