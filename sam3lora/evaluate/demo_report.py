@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sam3lora.evaluate.measure import SplitMetrics
+from sam3lora.evaluate.compare import Comparison
 from sam3lora.evaluate.page import render_page, setting_rows
 from sam3lora.evaluate.pictures import Picture
 
@@ -27,32 +27,39 @@ class Row:
         return None if self.base is None or self.adapter is None else self.adapter - self.base
 
 
-def comparison_rows(base: SplitMetrics, adapter: SplitMetrics) -> list[Row]:
+def comparison_rows(comparison: Comparison) -> list[Row]:
     """The numbers that say whether the adapter is better, then mAP by category."""
+    base, adapter = comparison.base, comparison.adapters[0]
     rows = [
         Row("mAP", base.map, adapter.map),
         Row("mAP at IoU 0.50", base.map_50, adapter.map_50),
         Row("mAP at IoU 0.75", base.map_75, adapter.map_75),
         Row("presence accuracy", base.presence_accuracy, adapter.presence_accuracy),
+        Row("cgF1", base.cgf1, adapter.cgf1),
+        Row("fires on absent prompts", base.off_prompt_fpr, adapter.off_prompt_fpr),
     ]
     for name, entry in base.per_category.items():
         rows.append(Row(f"mAP {name} ({entry.num_ground_truth})", entry.map, adapter.per_category[name].map))
     return rows
 
 
-def verdict(base: SplitMetrics, adapter: SplitMetrics) -> str:
-    """One sentence on the outcome, whatever it is."""
+def verdict(comparison: Comparison) -> str:
+    """What came of it, in two sentences at most."""
+    base, adapter = comparison.base, comparison.adapters[0]
     if base.map is None or adapter.map is None:
         return "The validation images hold no object, so nothing could be measured."
     numbers = f"mAP {base.map:.3f} without, {adapter.map:.3f} with the adapter, on images it never saw."
-    if adapter.map - base.map >= CLEAR_GAIN:
-        return f"The adapter finds objects that the base model does not know: {numbers}"
-    return f"The adapter did not clearly beat the base model in this run: {numbers}"
+    interval = comparison.intervals[adapter.label]["map"]
+    if interval.low is None or interval.high is None:
+        return f"Too few images to tell chance from progress: {numbers}"
+    sure = f" The difference lies between {interval.low:+.3f} and {interval.high:+.3f} (95 % interval over images)."
+    if interval.low > 0 and adapter.map - base.map >= CLEAR_GAIN:
+        return f"The adapter finds objects that the base model does not know: {numbers}{sure}"
+    return f"The adapter did not clearly beat the base model in this run: {numbers}{sure}"
 
 
 def render_demo_report(
-    base: SplitMetrics,
-    adapter: SplitMetrics,
+    comparison: Comparison,
     *,
     history: Sequence[Mapping[str, Any]],
     pictures: Sequence[Picture],
@@ -64,8 +71,7 @@ def render_demo_report(
     """Write the page.
 
     Args:
-        base: Metrics of the base model.
-        adapter: Metrics of the adapter on the same images.
+        comparison: Base and adapter on the same images.
         history: One mapping an epoch with `epoch`, `train_loss`, `valid_loss`.
         pictures: Those of `comparison_pictures`.
         facts: Headline label -> value, beside the metrics.
@@ -76,12 +82,13 @@ def render_demo_report(
     Returns:
         HTML without any reference outside itself.
     """
+    base, adapter = comparison.base, comparison.adapters[0]
     return render_page(
         "demo_report.html.j2",
         title="sam3lora demo",
         labels=[],
-        verdict=verdict(base, adapter),
-        rows=comparison_rows(base, adapter),
+        verdict=verdict(comparison),
+        rows=comparison_rows(comparison),
         num_images=base.num_images,
         num_objects=base.num_ground_truth,
         notes=list(dict.fromkeys([*base.notes, *adapter.notes])),

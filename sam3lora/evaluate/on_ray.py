@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from sam3lora import cluster
-from sam3lora.errors import UserError
+from sam3lora.errors import RunFailed, UserError
 from sam3lora.evaluate.answers import Answers
 from sam3lora.evaluate.worker import EvaluationWorker
 
@@ -30,34 +32,44 @@ def ask_on_ray(
         batches: Records of the images of each batch.
         num_workers: How many workers.
         use_gpu: Give each a GPU.
-        address: Of a Ray cluster; None takes `RAY_ADDRESS`, or starts a local Ray.
+        address: Of a Ray cluster; None takes `RAY_ADDRESS`, or starts a local Ray with two workers or one for each CPU.
 
     Raises:
         UserError: No cluster answers, it has no room, or a worker met a user's mistake.
+        RunFailed: Workers died again and again.
     """
     import ray
-    from ray.exceptions import RayTaskError
+    from ray.exceptions import RayError, RayTaskError
     from ray.util import ActorPool
 
     class Actor:
-        def __init__(self) -> None:
-            self.worker = make_worker()
+        """Loads when it is first asked: what goes wrong then arrives as itself, unlike an error of a constructor."""
+
+        @functools.cached_property
+        def worker(self) -> EvaluationWorker:
+            return make_worker()
 
         def ask(self, records: Sequence[dict[str, Any]]):
             return self.worker.ask(records), self.worker.facts()
 
-    with cluster.ray_session(address, num_cpus=num_workers):
+    num_workers = min(num_workers, len(batches))
+    with cluster.ray_session(address, num_cpus=min(num_workers, max(2, os.cpu_count() or 1))):
         _check_room(num_workers, use_gpu)
         remote = ray.remote(Actor).options(
             num_cpus=1, num_gpus=int(use_gpu), max_restarts=MAX_RESTARTS, max_task_retries=MAX_RESTARTS
         )
-        actors = [remote.remote() for _ in range(min(num_workers, len(batches)))]
+        actors: list[Any] = [remote.remote() for _ in range(num_workers)]
         try:
-            yield from ActorPool(actors).map_unordered(lambda actor, batch: actor.ask.remote(batch), batches)
+            yield from ActorPool(actors).map_unordered(lambda actor, batch: actor.ask.remote(batch), list(batches))
         except RayTaskError as error:
             if isinstance(error.cause, UserError):
                 raise type(error.cause)(str(error.cause)) from None
             raise
+        except RayError as error:
+            raise RunFailed(
+                f"workers died again and again, {MAX_RESTARTS + 1} times on the same images, perhaps for want of memory: "
+                f"ask for fewer at a time (--batch-size) or of fewer workers. Ray says: {error}"
+            ) from error
         finally:
             for actor in actors:
                 ray.kill(actor)
@@ -71,6 +83,5 @@ def _check_room(num_workers: int, use_gpu: bool) -> None:
     for name, needed in (("CPU", num_workers), ("GPU", num_workers * use_gpu)):
         if has.get(name, 0) < needed:
             raise UserError(
-                f"--num-workers {num_workers} needs {needed} {name}s, the cluster has {has.get(name, 0):g}: "
-                "ask for fewer"
+                f"{num_workers} workers need {needed} {name}s, Ray has {has.get(name, 0):g}: ask for fewer (--num-workers)"
             )

@@ -108,13 +108,17 @@ def evaluate_models(
         One for each of `models.labels`.
     """
     started = time.perf_counter()
+    models = models.with_absolute_paths()
     index = CocoIndex.from_folder(split_dir, settings.annotation_file)
     if settings.num_samples is not None:
         index = index.select_rows(range(min(settings.num_samples, len(index))))
     known = settings.categories if settings.categories is not None else index.names
     categories = prompted_categories(index, [*known, *settings.negative_prompts], settings.prompts)
     if not categories:
-        raise UserError(f"{index.source}: no category has an object, so there is nothing to ask: name categories")
+        raise UserError(
+            f"{index.source}: no category has an object, so there is nothing to ask: name some as "
+            "data.categories of a configuration (--config)"
+        )
     make_worker = functools.partial(
         EvaluationWorker, models, categories, settings.post_processing(), settings.max_prompts_per_forward
     )
@@ -157,8 +161,8 @@ def evaluate_models(
 
 
 def find_split(data_dir: str | Path, split: str = "valid", annotation_file: str = ANNOTATION_FILE) -> Path:
-    """The split folder: what is named, if it holds annotations, or `split` in it."""
-    folder = Path(data_dir).expanduser()
+    """The split folder: what is named, if it holds annotations, or `split` in it; absolute, as workers need it."""
+    folder = Path(data_dir).expanduser().absolute()
     return folder if (folder / annotation_file).is_file() else folder / split
 
 

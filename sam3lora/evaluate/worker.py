@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from sam3lora.evaluate.answers import Answers, answer, read_images
@@ -31,6 +32,14 @@ class Models:
     @property
     def labels(self) -> list[str]:
         return [BASE] * self.with_base + list(self.adapters)
+
+    def with_absolute_paths(self) -> Models:
+        """As Ray workers need them, which run in other folders."""
+        adapters = {label: str(Path(folder).expanduser().absolute()) for label, folder in self.adapters.items()}
+        model = self.segmenter.get("model")
+        if model not in (None, "tiny") and Path(model).expanduser().is_dir():
+            model = str(Path(model).expanduser().absolute())
+        return replace(self, adapters=adapters, segmenter={**self.segmenter, "model": model})
 
 
 class EvaluationWorker:

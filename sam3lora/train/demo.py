@@ -8,7 +8,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,8 @@ from sam3lora.data.synth import write_dataset
 from sam3lora.errors import UserError
 
 if TYPE_CHECKING:
-    from sam3lora.evaluate.split import SplitMetrics
+    from sam3lora.evaluate.compare import Comparison
+    from sam3lora.evaluate.measure import SplitMetrics
     from sam3lora.train.launch import TrainResult
 
 NUM_TRAIN, NUM_VALID, NUM_PICTURES = 160, 48, 12
@@ -30,11 +31,18 @@ MARKER = ".sam3lora-demo"
 
 @dataclass(frozen=True)
 class DemoResult:
-    """Where the report is, and the metrics it shows."""
+    """Where the report is, and what it shows."""
 
     report: Path
-    base: SplitMetrics
-    adapter: SplitMetrics
+    comparison: Comparison
+
+    @property
+    def base(self) -> SplitMetrics:
+        return self.comparison.base
+
+    @property
+    def adapter(self) -> SplitMetrics:
+        return self.comparison.adapters[0]
 
 
 def run_demo(
@@ -77,15 +85,14 @@ def run_demo(
 
     console.print("[bold]3/4[/] measuring the base model and the adapter")
     with _quiet():
-        base, adapter = (_measure(config, data_dir, weights) for weights in (None, result.best_adapter))
-    metrics = {"base": base.to_dict(), "adapter": adapter.to_dict()}
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        comparison = _compare(config, data_dir, result.best_adapter)
+    (folder / "metrics.json").write_text(json.dumps(comparison.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     console.print("[bold]4/4[/] writing the report")
     report = folder / "report.html"
-    report.write_text(_render(config, result, base, adapter), encoding="utf-8")
-    _print_summary(console, report, base, adapter, time.perf_counter() - started)
-    return DemoResult(report, base, adapter)
+    report.write_text(_render(config, result, comparison), encoding="utf-8")
+    _print_summary(console, report, comparison, time.perf_counter() - started)
+    return DemoResult(report, comparison)
 
 
 def _prepare_folder(folder: Path) -> None:
@@ -111,24 +118,24 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _measure(config: Config, data_dir: Path, adapter: Path | None) -> SplitMetrics:
+def _compare(config: Config, data_dir: Path, adapter: Path) -> Comparison:
     from sam3lora.data.synth import NOUNS
-    from sam3lora.evaluate.run import evaluate
+    from sam3lora.evaluate.compare import compare
+    from sam3lora.evaluate.run import evaluate_models
+    from sam3lora.evaluate.worker import Models
+    from sam3lora.train.validation_metrics import evaluation_settings
 
-    return evaluate(
-        data_dir,
-        adapter=adapter,
-        model=config.model.name,
-        split=config.data.valid_split,
-        categories=NOUNS["shift"],
-        resolution=config.model.resolution,
-        geometry_cls=config.model.geometry_cls,
-        device="cuda" if config.scaling.use_gpu is True else "cpu",
+    device = "cuda" if config.scaling.use_gpu is True else "cpu"
+    base, of_adapter = evaluate_models(
+        data_dir / config.data.valid_split,
+        Models({"adapter": str(adapter)}, segmenter={"device": device}),
+        replace(evaluation_settings(config), categories=NOUNS["shift"]),
         progress=True,
     )
+    return compare(base, [of_adapter])
 
 
-def _render(config: Config, result: TrainResult, base: SplitMetrics, adapter: SplitMetrics) -> str:
+def _render(config: Config, result: TrainResult, comparison: Comparison) -> str:
     from sam3lora.evaluate.demo_report import render_demo_report
     from sam3lora.evaluate.pictures import comparison_pictures
     from sam3lora.model.adapter_metadata import current_versions
@@ -145,10 +152,9 @@ def _render(config: Config, result: TrainResult, base: SplitMetrics, adapter: Sp
         "versions": ", ".join(f"{name} {version}" for name, version in current_versions().items()),
     }
     return render_demo_report(
-        base,
-        adapter,
+        comparison,
         history=result.history,
-        pictures=comparison_pictures(base, adapter, count=NUM_PICTURES, threshold=threshold),
+        pictures=comparison_pictures(comparison.base, comparison.adapters[0], count=NUM_PICTURES, threshold=threshold),
         facts={"adapter size": f"{size_mb:.1f} MB", "training time": _duration(result.seconds)},
         settings=settings,
         next_steps=next_steps(),
@@ -169,7 +175,7 @@ def next_steps() -> list[tuple[str, str]]:
     ]
 
 
-def _print_summary(console: Console, report: Path, base: SplitMetrics, adapter: SplitMetrics, seconds: float) -> None:
+def _print_summary(console: Console, report: Path, comparison: Comparison, seconds: float) -> None:
     from sam3lora.evaluate.demo_report import comparison_rows, verdict
 
     def score(value: float | None) -> str:
@@ -178,11 +184,11 @@ def _print_summary(console: Console, report: Path, base: SplitMetrics, adapter: 
     table = Table("", "base", "adapter", title_justify="left")
     for column in table.columns[1:]:
         column.justify = "right"
-    for row in comparison_rows(base, adapter):
+    for row in comparison_rows(comparison):
         table.add_row(row.label, score(row.base), score(row.adapter))
     console.print()
     console.print(table)
-    console.print(verdict(base, adapter))
+    console.print(verdict(comparison))
     console.print(f"Report: {report}  ({_duration(seconds)} in all)")
     console.print("\n[bold]What to do next[/]")
     for command, purpose in next_steps():

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from sam3lora.evaluate.bootstrap import Interval
+from sam3lora.evaluate.compare import Comparison
 from sam3lora.evaluate.demo_report import comparison_rows, loss_chart, render_demo_report, verdict
 from sam3lora.evaluate.measure import CategoryMetrics, SplitMetrics
 from sam3lora.evaluate.pictures import comparison_pictures
@@ -40,6 +42,16 @@ def metrics(found):
     return make
 
 
+def compared(base: SplitMetrics, adapter: SplitMetrics, margin: float = 0.1) -> Comparison:
+    """With an interval that reaches as far as `margin` to both sides of the difference."""
+    difference = None if base.map is None or adapter.map is None else adapter.map - base.map
+    ends = (None, None) if difference is None else (difference - margin, difference + margin)
+    interval = Interval(
+        difference, *ends, excludes_zero=difference is not None and abs(difference) > margin, num_resamples=9
+    )
+    return Comparison(base, [adapter], {adapter.label: {"map": interval}})
+
+
 def render(base: SplitMetrics, adapter: SplitMetrics, **changes) -> str:
     history = [{"epoch": n, "train_loss": 3.0 / n, "valid_loss": 2.5 / n} for n in (1, 2, 3)]
     arguments = {
@@ -50,7 +62,7 @@ def render(base: SplitMetrics, adapter: SplitMetrics, **changes) -> str:
         "next_steps": [("sam3lora train balanced --data-dir DIR", "the real thing")],
         "threshold": 0.3,
     }
-    return render_demo_report(base, adapter, **arguments | changes)
+    return render_demo_report(compared(base, adapter), **arguments | changes)
 
 
 def test_page_is_whole_and_refers_to_nothing_outside(metrics):
@@ -72,14 +84,25 @@ def test_names_are_escaped_and_missing_values_are_said(metrics):
 
 @pytest.mark.parametrize(
     ("base", "adapter", "says"),
-    [(0.1, 0.4, "finds objects"), (0.4, 0.1, "did not"), (0.2, 0.205, "did not"), (None, None, "nothing could be")],
+    [
+        (0.1, 0.4, "finds objects"),
+        (0.1, 0.4, "between +0.200 and +0.400"),
+        (0.4, 0.1, "did not"),
+        # better by more than a hundredth, but other images could say otherwise
+        (0.2, 0.25, "did not"),
+        (None, None, "nothing could be"),
+    ],
 )
 def test_verdict_follows_the_numbers(metrics, base, adapter, says):
-    assert says in verdict(metrics(base), metrics(adapter))
+    assert says in verdict(compared(metrics(base), metrics(adapter)))
+
+
+def test_a_gain_must_be_worth_having(metrics):
+    assert "did not" in verdict(compared(metrics(0.2), metrics(0.205), margin=0.001))
 
 
 def test_rows_tell_the_change(metrics):
-    rows = {row.label: row for row in comparison_rows(metrics(0.1, 0.5), metrics(0.4, None))}
+    rows = {row.label: row for row in comparison_rows(compared(metrics(0.1, 0.5), metrics(0.4, None)))}
     assert rows["mAP"].change == pytest.approx(0.3)
     assert rows["presence accuracy"].change is None
     assert rows["mAP gear (3)"].adapter == 0.4

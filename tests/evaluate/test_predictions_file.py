@@ -46,7 +46,7 @@ def test_images_beyond_num_samples_are_left_out(measure):
     ("content", "message"),
     [
         (
-            [result(0, 1, 10, 0.9)] + [result(5, 1, 10, 0.9)],
+            [result(0, 1, 10, 0.9), result(5, 1, 10, 0.9)],
             r"entry 1 has image_id 5, .* predictions file of another split",
         ),
         ([result(0, 9, 10, 0.9)], "entry 0 has category_id 9"),

@@ -67,8 +67,8 @@ def test_whole_demo_and_again_in_the_same_folder(tmp_path: Path, base_folder: Pa
     assert len(list((folder / "data" / "train").glob("*.jpg"))) == 5
     assert sorted(path.name for path in folder.iterdir()) == [MARKER, "data", "metrics.json", "report.html", "run"]
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert metrics["base"]["num_images"] == metrics["adapter"]["num_images"] == 3
-    assert set(metrics["adapter"]["per_category"]) == {"gear", "arrow", "bolt", "capsule"}
+    assert {label: found["num_images"] for label, found in metrics["models"].items()} == {"base": 3, "adapter": 3}
+    assert set(metrics["models"]["adapter"]["per_category"]) == {"gear", "arrow", "bolt", "capsule"}
     page = result.report.read_text()
     # labels, base and adapter of each image
     assert page.count("data:image/jpeg;base64,") == 3 * 3
