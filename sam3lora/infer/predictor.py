@@ -18,7 +18,6 @@ from sam3lora.errors import UserError
 from sam3lora.infer.postprocess import PostProcessing
 from sam3lora.infer.results import PromptResult, draw_results, write_picture
 from sam3lora.infer.segmenter import BoxPrompt, Segmenter
-from sam3lora.model.adapter_folder import is_adapter_folder
 
 logger = logging.getLogger(__name__)
 
@@ -86,8 +85,6 @@ class Predictor:
             max_detections=max_detections,
         )
         self.adapter = None if adapter is None else Path(adapter).expanduser()
-        if self.adapter is not None:
-            _check_adapter(self.adapter)
         self.segmenter = Segmenter(
             model,
             adapters={} if self.adapter is None else {_ADAPTER: self.adapter},
@@ -239,13 +236,3 @@ def _exemplars(boxes: ArrayLike | None, labels: Sequence[int] | None) -> list[Bo
     if len(labels) != len(boxes_N4):
         raise UserError(f"expected a label for each of {len(boxes_N4)} boxes, got {len(labels)}")
     return [BoxPrompt((box[0], box[1], box[2], box[3]), label) for box, label in zip(boxes_N4.tolist(), labels)]
-
-
-def _check_adapter(folder: Path) -> None:
-    """Before the base model is loaded, which may take long."""
-    if is_adapter_folder(folder) or (folder.is_dir() and not is_adapter_folder(folder / "best")):
-        return  # what an incomplete folder lacks is said when it is read
-    if folder.is_dir():
-        raise UserError(f"{folder} is the folder of a run: its adapter is {folder / 'best'}")
-    kind = "is a file, not an adapter folder" if folder.exists() else "does not exist"
-    raise UserError(f"adapter folder {folder} {kind}: expected one written by `sam3lora train`, such as best/ of a run")

@@ -16,7 +16,7 @@ from sam3lora.errors import UserError
 from sam3lora.infer.detect import EVERYTHING, PADDING_LABEL, Exemplars, Instances, TextCache, detect_prompts
 from sam3lora.infer.pixels import to_pixel_values
 from sam3lora.infer.postprocess import PostProcessing
-from sam3lora.model.adapter_folder import load_adapter, read_metadata
+from sam3lora.model.adapter_folder import is_adapter_folder, load_adapter, read_metadata
 from sam3lora.model.adapter_metadata import AdapterMetadata
 from sam3lora.model.components import component_of
 from sam3lora.model.forward import StagedSam3, VisionFeatures
@@ -90,15 +90,17 @@ class Segmenter:
         local_files_only: bool = False,
     ) -> None:
         adapters = dict(adapters or {})
+        for folder in adapters.values():
+            _check_folder(Path(folder))
         known = {label: read_metadata(folder) for label, folder in adapters.items()}
         self.device = _device(device)
         self.precision = _precision(precision, self.device)
         self._geometry_cls = geometry_cls
         self.base: LoadedBase = load_base(
-            model or _agreed(known, "base_model") or "tiny",
+            (_agreed(known, "base_model") or "tiny") if model is None else model,
             revision=revision or (_agreed(known, "base_revision") if model is None else None),
             device=self.device,
-            resolution=resolution or _agreed(known, "resolution"),
+            resolution=_agreed(known, "resolution") if resolution is None else resolution,
             local_files_only=local_files_only,
         )
         self._peft: PeftModel | None = None
@@ -242,6 +244,21 @@ class Segmenter:
                 boxes_IN4[image, number] = torch.tensor(_relative_cxcywh(box, size_hw))
                 labels_IN[image, number] = box.label
         return Exemplars(boxes_IN4.to(self.device), labels_IN.to(self.device))
+
+
+def _check_folder(folder: Path) -> None:
+    """Before the base model is loaded, which may take long."""
+    if is_adapter_folder(folder):
+        return
+    if is_adapter_folder(folder / "best"):
+        raise UserError(f"{folder} is the folder of a run: its adapter is {folder / 'best'}")
+    if (folder / "config.json").is_file():
+        raise UserError(f"{folder} is a model of its own, not an adapter: name it as the model (--model {folder})")
+    if not folder.is_dir():
+        kind = "is a file, not an adapter folder" if folder.exists() else "does not exist"
+        raise UserError(
+            f"adapter folder {folder} {kind}: expected one written by `sam3lora train`, such as best/ of a run"
+        )
 
 
 def _relative_cxcywh(box: BoxPrompt, size_hw: tuple[int, int]) -> tuple[float, float, float, float]:

@@ -1,0 +1,163 @@
+"""From mask logits to the run-length codes of the kept detections: time and memory of two ways."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pycocotools import mask as coco_mask
+from torch import Tensor
+
+from sam3lora.bench.report import Comparison, Way
+from sam3lora.errors import UserError
+from sam3lora.infer.mask_encoding import Rle, encode_logits
+from sam3lora.infer.postprocess import PostProcessing, select
+
+POST = PostProcessing(threshold=0.0, nms="mask", nms_iou=0.9, max_detections=1000)
+"""Nearly all stay, so that nearly all are encoded."""
+
+CHUNK = 10
+"""Masks that the plain way enlarges at a time: all at once they would take 9 GB."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """`kind` "blobs" are objects of 0.1 to 10 % of the image, "large" ones of 20 to 60 % with ragged outlines."""
+
+    kind: str = "blobs"
+    num_masks: int = 200
+    mask_side: int = 288
+    size_hw: tuple[int, int] = (3000, 4000)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in _SHARES:
+            raise UserError(f"masks must be {' or '.join(_SHARES)}, got {self.kind!r}")
+
+    def draw(self) -> tuple[Tensor, Tensor]:
+        """Scores (N,) by descending order and mask logits (N, h, w): wobbly discs anywhere in the image."""
+        generator = np.random.default_rng(self.seed)
+        low, high = _SHARES[self.kind]
+        ragged = 3.0 if self.kind == "large" else 0.3
+        y, x = (np.mgrid[: self.mask_side, : self.mask_side] + 0.5) / self.mask_side
+        logits = np.empty((self.num_masks, self.mask_side, self.mask_side), dtype=np.float32)
+        for mask in logits:
+            radius = np.sqrt(np.exp(generator.uniform(np.log(low), np.log(high))) / np.pi)
+            centre_y, centre_x = generator.uniform(0, 1, 2)
+            wobble = 1 + 0.15 * np.sin(
+                generator.integers(2, 7) * np.arctan2(y - centre_y, x - centre_x) + generator.uniform(0, 2 * np.pi)
+            )
+            mask[:] = 40 * (radius * wobble - np.hypot(y - centre_y, x - centre_x))
+            mask += ragged * generator.standard_normal(mask.shape, dtype=np.float32)
+        return torch.linspace(0.99, 0.3, self.num_masks), torch.from_numpy(logits)
+
+
+_SHARES = {"blobs": (0.001, 0.1), "large": (0.2, 0.6)}
+
+
+def compare_postprocessing(workload: Workload, *, repeats: int = 1) -> Comparison:
+    """Time and memory of both ways, each in a process of its own."""
+    found = {name: _in_a_fresh_process(name, workload, repeats) for name in WAYS}
+    ours, plain = (found[name]["rles"] for name in WAYS)
+    height, width = workload.size_hw
+    return Comparison(
+        title=f"{workload.num_masks} {workload.kind}, {workload.mask_side} x {workload.mask_side} logits, "
+        f"to {width} x {height} pixels",
+        ways=[Way(name, values["seconds"], values["extra_mib"]) for name, values in found.items()],
+        facts={
+            "kept, sam3lora": len(ours),
+            "kept, plain": len(plain),
+            "mask pixels that differ": _difference(ours, plain),
+        },
+    )
+
+
+def encode_ours(scores_N: Tensor, logits_NHW: Tensor, size_hw: tuple[int, int]) -> list[Rle]:
+    """Suppression on the small masks, then run-length codes straight from the small logits."""
+    boxes_N4 = torch.zeros(len(scores_N), 4)
+    kept = select(scores_N, boxes_N4, logits_NHW, POST).mask_logits_NHW
+    assert kept is not None
+    return [encode_logits(logits, size_hw) for logits in kept.numpy()]
+
+
+def encode_plain(scores_N: Tensor, logits_NHW: Tensor, size_hw: tuple[int, int]) -> list[Rle]:
+    """The plain way: every mask at the size of the image, suppression pair by pair, then the codes.
+
+    Masks are kept as booleans, and compared as the model made them: both spare what many a script spends.
+    """
+    probabilities = logits_NHW.sigmoid()
+    masks = np.empty((len(scores_N), *size_hw), dtype=bool)
+    for start in range(0, len(masks), CHUNK):
+        large = F.interpolate(probabilities[None, start : start + CHUNK], size_hw, mode="bilinear")[0]
+        masks[start : start + CHUNK] = (large > 0.5).numpy()
+    small = (logits_NHW > 0).numpy()
+    kept: list[int] = []
+    for candidate in range(len(scores_N)):
+        if all(_iou(small[better], small[candidate]) <= POST.nms_iou for better in kept):
+            kept.append(candidate)
+    rles = [coco_mask.encode(np.asfortranarray(masks[row].astype(np.uint8))) for row in kept]
+    return [{"size": rle["size"], "counts": rle["counts"].decode("ascii")} for rle in rles]
+
+
+WAYS = {"sam3lora": encode_ours, "torch and pycocotools": encode_plain}
+
+
+def _iou(first: np.ndarray, second: np.ndarray) -> float:
+    union = np.logical_or(first, second).sum()
+    return np.logical_and(first, second).sum() / union if union else 0.0
+
+
+def _in_a_fresh_process(name: str, workload: Workload, repeats: int) -> dict[str, Any]:
+    """Memory that one way has taken is not given back to the system, and would hide what the next one takes."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_measure, name, workload, repeats, torch.get_num_threads()).result()
+
+
+def _measure(name: str, workload: Workload, repeats: int, num_threads: int) -> dict[str, Any]:
+    torch.set_num_threads(num_threads)
+    encode = WAYS[name]
+    scores_N, logits_NHW = workload.draw()
+    encode(scores_N[:2], logits_NHW[:2], (16, 16))  # what is loaded at first use is no cost of the work
+    before = _memory_mib("VmRSS")
+    _forget_peak()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        rles = encode(scores_N, logits_NHW, workload.size_hw)
+        seconds.append(time.perf_counter() - start)
+    peak = _memory_mib("VmHWM")
+    extra = None if before is None or peak is None else peak - before
+    return {"rles": rles, "seconds": min(seconds), "extra_mib": extra}
+
+
+def _memory_mib(name: str) -> float | None:
+    """VmRSS, or its peak VmHWM, of this process; None where there is no /proc."""
+    status = Path("/proc/self/status")
+    lines = status.read_text(encoding="ascii").splitlines() if status.is_file() else []
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(name)), None)
+
+
+def _forget_peak() -> None:
+    peak = Path("/proc/self/clear_refs")
+    if peak.is_file():
+        peak.write_text("5")
+
+
+def _difference(ours: list[Rle], plain: list[Rle]) -> float | None:
+    """Share of pixels on which the masks of both ways differ; None if they kept different numbers."""
+    if len(ours) != len(plain) or not ours:
+        return None
+    shares = []
+    for first, second in zip(ours, plain, strict=True):
+        height, width = first["size"]
+        common = coco_mask.area(coco_mask.merge([first, second], intersect=True))
+        shares.append((coco_mask.area(first) + coco_mask.area(second) - 2 * common) / (height * width))
+    return round(float(np.mean(shares)), 6)

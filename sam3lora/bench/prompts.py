@@ -1,0 +1,187 @@
+"""Many prompts on one image: one vision pass for all of them, against a run of the whole model for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from pycocotools import mask as coco_mask
+from torch import Tensor
+from transformers import AutoTokenizer, Sam3Config, Sam3ImageProcessor, Sam3Model
+
+from sam3lora.bench.report import Comparison, Way, time_in_turns
+from sam3lora.errors import UserError
+from sam3lora.infer.detect import Instances, detect_prompts
+from sam3lora.infer.postprocess import PostProcessing
+from sam3lora.model.forward import StagedSam3
+from sam3lora.model.tiny import TINY_FOLDER, tiny_config
+from sam3lora.model.tokenization import tokenize
+
+SIZE_HW = (720, 960)
+"""Of the image that detections are brought back to."""
+
+KEPT = 0.1
+"""Share of the object queries above the threshold."""
+
+
+def small_config() -> Sam3Config:
+    """A SAM 3 for a CPU, most of whose time goes into vision, as in `facebook/sam3` (93 % of its arithmetic).
+
+    336 pixels; a ViT of width 512 and 28 layers beside a detector of width 128 and 6 + 6 layers.
+    """
+    side, patch_size = 336, 14
+    grid = side // patch_size
+    detector = {"hidden_size": 128, "num_attention_heads": 8, "intermediate_size": 1024, "dropout": 0.0}
+    return Sam3Config(
+        vision_config={
+            "backbone_config": {
+                "model_type": "sam3_vit_model",
+                "hidden_size": 512,
+                "intermediate_size": 2048,
+                "num_hidden_layers": 28,
+                "num_attention_heads": 8,
+                "image_size": side,
+                "pretrain_image_size": side,
+                "patch_size": patch_size,
+                "window_size": grid // 2,
+                "global_attn_indexes": [6, 13, 20, 27],
+            },
+            "fpn_hidden_size": 128,
+            "backbone_feature_sizes": [[grid * 4] * 2, [grid * 2] * 2, [grid] * 2],
+        },
+        text_config={
+            "hidden_size": 256,
+            "intermediate_size": 1024,
+            "projection_dim": 128,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 4,
+        },
+        geometry_encoder_config=detector | {"num_layers": 1},
+        detr_encoder_config=detector | {"num_layers": 6},
+        detr_decoder_config=detector | {"num_layers": 6, "num_queries": 200},
+        mask_decoder_config={"hidden_size": 128, "num_attention_heads": 8},
+    )
+
+
+CONFIGS: dict[str, Callable[[], Sam3Config]] = {
+    "tiny": partial(tiny_config, vocab_size=1000),
+    "small": small_config,
+    "facebook/sam3": Sam3Config,
+}
+
+
+@torch.no_grad()
+def compare_prompts(
+    model_name: str | None = None, *, num_prompts: int = 8, repeats: int = 3, device: torch.device | str | None = None
+) -> Comparison:
+    """Time `num_prompts` prompts on one image, from normalised pixels to masks at the size of the image.
+
+    The plain way is the stock `Sam3Model.forward` and transformers' `post_process_instance_segmentation`, a prompt at a
+    time; its processor is not counted, nor is bringing its masks from a GPU. Ours makes run-length codes as well. All
+    ways leave out the geometry CLS token, as the stock forward does, and keep the same object queries. On a GPU all run
+    under bfloat16 autocast.
+
+    Args:
+        model_name: A configuration, filled with random weights: "tiny", "small", or "facebook/sam3" (1008 pixels);
+            None takes the last on a GPU and "small" elsewhere.
+        num_prompts: Prompts to ask.
+        repeats: Rounds; the fastest counts.
+        device: None takes a GPU if there is one.
+
+    Raises:
+        UserError: No such configuration.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model_name = model_name or ("facebook/sam3" if device.type == "cuda" else "small")
+    if model_name not in CONFIGS:
+        raise UserError(f"model must be one of {', '.join(CONFIGS)}, got {model_name!r}")
+    torch.manual_seed(0)
+    with device:
+        model = Sam3Model(CONFIGS[model_name]()).eval().requires_grad_(False)
+    side = model.config.image_size
+    pixel_values = torch.rand(1, 3, side, side, device=device) * 2 - 1
+    prompts = [f"thing number {number}" for number in range(num_prompts)]
+    tokenizer = AutoTokenizer.from_pretrained(TINY_FOLDER, local_files_only=True)
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+        threshold = _threshold(model, tokenizer, pixel_values, prompts)
+        ours = partial(_ours, model, tokenizer, pixel_values, threshold)
+        plain = partial(_plain, model, tokenizer, pixel_values, threshold)
+        agreement = _agreement(ours(prompts), plain(prompts))
+        parts = {
+            "vision": lambda: model.vision_encoder(pixel_values),
+            "forward": lambda: _forward(model, tokenizer, pixel_values, prompts[0]),
+        }
+        share = time_in_turns(parts, repeats, device)
+        ways = {
+            f"sam3lora, {num_prompts} prompts at once": lambda: ours(prompts),
+            f"transformers, {num_prompts} x 1 prompt": lambda: plain(prompts),
+            f"sam3lora, {num_prompts} x 1 prompt": lambda: [ours([prompt]) for prompt in prompts],
+        }
+        seconds = time_in_turns(ways, repeats, device)
+    return Comparison(
+        title=f"{num_prompts} prompts on one image, {model_name} with random weights at {side} pixels",
+        ways=[Way(name, value) for name, value in seconds.items()],
+        facts={
+            "device": device.type,
+            "precision": "bfloat16 autocast" if device.type == "cuda" else "float32",
+            "vision share of a single-prompt forward": round(share["vision"] / share["forward"], 3),
+            **agreement,
+        },
+    )
+
+
+def _forward(model: Sam3Model, tokenizer: Any, pixel_values: Tensor, prompt: str) -> Any:
+    input_ids, attention_mask = tokenize(tokenizer, [prompt])
+    return model(
+        pixel_values=pixel_values,
+        input_ids=input_ids.to(pixel_values.device),
+        attention_mask=attention_mask.to(pixel_values.device),
+    )
+
+
+def _plain(
+    model: Sam3Model, tokenizer: Any, pixel_values: Tensor, threshold: float, prompts: Sequence[str]
+) -> list[dict[str, Tensor]]:
+    processor = Sam3ImageProcessor()
+    found = []
+    for prompt in prompts:
+        output = _forward(model, tokenizer, pixel_values, prompt)
+        found += processor.post_process_instance_segmentation(output, threshold=threshold, target_sizes=[SIZE_HW])
+    return found
+
+
+def _ours(
+    model: Sam3Model, tokenizer: Any, pixel_values: Tensor, threshold: float, prompts: Sequence[str]
+) -> list[Instances]:
+    staged = StagedSam3(model, geometry_cls=False)
+    post = PostProcessing(threshold=threshold, nms="none")
+    return detect_prompts(staged, tokenizer, pixel_values, prompts, sizes_hw=[SIZE_HW], post=post)[0]
+
+
+def _threshold(model: Sam3Model, tokenizer: Any, pixel_values: Tensor, prompts: Sequence[str]) -> float:
+    """Random weights score everything alike: the score that a usual number of object queries reaches."""
+    output = _forward(model, tokenizer, pixel_values, prompts[0])
+    scores = output.pred_logits.float().sigmoid() * output.presence_logits.float().sigmoid()
+    return float(scores.quantile(1 - KEPT))
+
+
+def _agreement(ours: Sequence[Instances], plain: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
+    """Detections of both ways, and the share of pixels on which their masks differ."""
+    differing = [
+        float((coco_mask.decode(found.masks).transpose(2, 0, 1) != expected["masks"].numpy()).mean())
+        for found, expected in zip(ours, (_by_score(found) for found in plain), strict=True)
+        if 0 < len(found) == len(expected["scores"])
+    ]
+    return {
+        "detections, sam3lora": sum(map(len, ours)),
+        "detections, transformers": sum(len(found["scores"]) for found in plain),
+        "mask pixels that differ": round(float(np.mean(differing)), 6) if differing else None,
+    }
+
+
+def _by_score(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    order = found["scores"].argsort(descending=True, stable=True)
+    return {name: value[order].cpu() for name, value in found.items()}

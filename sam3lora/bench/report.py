@@ -1,0 +1,106 @@
+"""What a benchmark found: ways of doing the same work, side by side, and the machine they ran on."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of doing the work; `extra_mib` is the most memory it took beyond what was there before."""
+
+    name: str
+    seconds: float
+    extra_mib: float | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Ways of doing one piece of work, ours first. `facts` says what was done and that the results agree."""
+
+    title: str
+    ways: Sequence[Way]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def ratio(self, way: Way) -> float:
+        """Our time divided by that of `way`: below 1 we are faster."""
+        return self.ways[0].seconds / way.seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        ways = [asdict(way) | {"ratio": self.ratio(way)} for way in self.ways]
+        return {"title": self.title, "machine": machine(), "facts": dict(self.facts), "ways": ways}
+
+    def print(self, console: Console) -> None:
+        memory = any(way.extra_mib is not None for way in self.ways)
+        console.print(f"\n{self.title}", highlight=False)
+        table = Table("way")
+        for heading in ("seconds", *(["extra memory, MiB"] if memory else []), "ours / this"):
+            table.add_column(heading, justify="right")
+        for way in self.ways:
+            extra = [] if not memory else ["-" if way.extra_mib is None else f"{way.extra_mib:.0f}"]
+            ratio = "" if way is self.ways[0] else f"{self.ratio(way):.3f}"
+            table.add_row(way.name, f"{way.seconds:.3f}", *extra, ratio)
+        console.print(table)
+        for name, value in self.facts.items():
+            console.print(f"{name}: {value}", highlight=False)
+        console.print(machine_line(), highlight=False, soft_wrap=True)
+
+
+def time_in_turns(
+    ways: Mapping[str, Callable[[], object]], repeats: int, device: torch.device | str = "cpu"
+) -> dict[str, float]:
+    """Seconds of each way, the fastest of `repeats` rounds after one to warm up: what other work disturbs least.
+
+    Every round runs all ways one after the other, so that other work on the machine troubles them alike.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats must be positive, got {repeats}")
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(repeats + 1):
+        for name, run in ways.items():
+            _synchronize(device)
+            start = time.perf_counter()
+            run()
+            _synchronize(device)
+            if number:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: min(values) for name, values in seconds.items()}
+
+
+def machine() -> dict[str, Any]:
+    """Processor, threads, GPU and versions."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "processor": f"{_processor()} ({torch.backends.cpu.get_cpu_capability()})",
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def machine_line() -> str:
+    found = machine()
+    gpu = f"; {found['gpu']}" if found["gpu"] else ""
+    return f"{found['processor']}, {found['threads']} threads{gpu}; torch {found['torch']}, Python {found['python']}"
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _synchronize(device: torch.device | str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
