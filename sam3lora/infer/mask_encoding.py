@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
+
+from sam3lora.data.outlines import trace_outlines
 
 Rle = dict[str, Any]
 """Compressed COCO RLE `{"size": [height, width], "counts": str}`, ready for JSON."""
@@ -45,20 +46,16 @@ def rle_box_xyxy(rle: Rle) -> tuple[float, float, float, float]:
 
 
 def rle_to_polygons(rle: Rle) -> list[list[float]]:
-    """Outer outlines `[x0, y0, x1, y1, ...]` through pixel centres; holes and specks below three points are lost.
+    """Outer outlines `[x0, y0, x1, y1, ...]` along the edges of pixels, one for each part; holes are lost.
 
-    >>> square = coco_mask.encode(np.asfortranarray(np.pad(np.ones((3, 4), np.uint8), 1)))
-    >>> rle_to_polygons(square)
-    [[1.0, 1.0, 1.0, 3.0, 4.0, 3.0, 4.0, 1.0]]
+    Read back as COCO polygons they give the same mask with its holes filled.
+
+    >>> rectangle = coco_mask.encode(np.asfortranarray(np.pad(np.ones((3, 4), np.uint8), 1)))
+    >>> rle_to_polygons(rectangle)
+    [[1.0, 1.0, 1.0, 4.0, 5.0, 4.0, 5.0, 1.0]]
     """
-    x, y, width, height = (int(value) for value in coco_mask.toBbox(rle))
-    if width == 0 or height == 0:
-        return []
-    window = coco_mask.decode(rle)[y : y + height, x : x + width]
-    outlines, _ = cv2.findContours(np.ascontiguousarray(window), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
-    return [
-        (line.reshape(-1, 2) + np.array([x, y])).astype(float).ravel().tolist() for line in outlines if len(line) >= 3
-    ]
+    outlines, _ = trace_outlines(coco_mask.decode(rle).astype(bool))
+    return [corners.astype(float).ravel().tolist() for corners in outlines]
 
 
 def _toggles(logits: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:

@@ -25,7 +25,8 @@ class PostProcessing:
 
     Args:
         threshold: Lowest score kept, score = sigmoid(logit) x sigmoid(presence); 0 keeps all, which mAP needs.
-        nms: Overlap of what decides that two detections are one object: "mask", "box", or "none" to keep both.
+        nms: Overlap of what decides that two detections are one object: "mask" (always after merging), "box", or
+            "none" to keep both.
         nms_iou: Of two detections with a larger IoU only the better one stays.
         merge: Join overlapping detections into one instead: for cracks and other things without countable parts.
         merge_iou: Mask IoU from which detections are joined; who overlaps is joined, also by way of others.
@@ -96,7 +97,7 @@ def select(
         mask_logits_NHW, index, is_merged = _merge(mask_logits_NHW, int((scores_N >= lowest).sum()), settings.merge_iou)
     if settings.nms != "none" and settings.nms_iou < 1 and len(index) > 1:
         rows = torch.from_numpy(index).to(scores_N.device)
-        if settings.nms == "mask":
+        if settings.nms == "mask" or settings.merge:  # the boxes of unions are not known yet
             assert mask_logits_NHW is not None
             overlaps = mask_iou(mask_logits_NHW > 0)
         else:

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 from scipy.ndimage import binary_fill_holes
 
+from sam3lora.data import outlines
 from sam3lora.data.coco import CocoIndex
-from sam3lora.data.convert import convert_folder, layout, outlines
+from sam3lora.data.convert import convert_folder, layout
 from sam3lora.data.convert.faults import FaultLog
 from sam3lora.data.convert.read_coco import read_coco
 from sam3lora.data.masks import decode_mask

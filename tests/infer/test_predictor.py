@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from sam3lora import Predictor
+from sam3lora.data.masks import decode_mask
 from sam3lora.errors import UserError
 from sam3lora.infer import results as results_module
 from sam3lora.infer.results import PromptResult
@@ -101,9 +102,9 @@ def test_result_fields_agree(predictor, pixels):
     assert result.areas_px == result.masks.sum((1, 2)).tolist()
     assert 0 < sum(result.areas_px) < result.masks.size
     for outlines, mask_HW in zip(result.polygons(), result.masks, strict=True):
-        for outline in outlines:
-            x, y = np.array(outline, dtype=int).reshape(-1, 2).T
-            assert mask_HW[y, x].all()
+        filled_HW = decode_mask(outlines, mask_HW.shape)
+        assert filled_HW[mask_HW].all()
+        assert filled_HW.any() == mask_HW.any()
     read = json.loads(json.dumps(result.to_dict()))
     assert read["num_detections"] == 8
     assert [detection["area_px"] for detection in read["detections"]] == result.areas_px

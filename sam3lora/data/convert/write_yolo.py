@@ -10,7 +10,7 @@ import yaml
 from sam3lora.data.convert.faults import FaultLog
 from sam3lora.data.convert.labelled_set import LabelledImage, LabelledObject, LabelledSet
 from sam3lora.data.convert.layout import WHOLE, place_images
-from sam3lora.data.convert.outlines import join_outlines, trace_outlines
+from sam3lora.data.outlines import join_outlines, trace_outlines
 
 
 def write_yolo(labelled: LabelledSet, folder: Path, log: FaultLog, *, boxes: bool = False) -> None:
