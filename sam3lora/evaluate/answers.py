@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,20 @@ class Answers:
     predictions: list[dict[str, Any]] = field(default_factory=list, repr=False)
     presence: dict[Pair, float] = field(default_factory=dict, repr=False)
     num_before_nms: int = 0
+
+    @classmethod
+    def collect(
+        cls,
+        records: Sequence[Mapping[str, Any]],
+        categories: Sequence[PromptedCategory],
+        found: Sequence[Sequence[Instances]],
+    ) -> Answers:
+        """What was found in each record's image for each category's prompt."""
+        answers = cls()
+        for record, of_image in zip(records, found, strict=True):
+            for category, instances in zip(categories, of_image, strict=True):
+                answers.add(record["image_id"], category.id, instances)
+        return answers
 
     def add(self, image_id: int, category_id: int, instances: Instances) -> None:
         """Note what was found for one category in one image."""
@@ -71,24 +85,3 @@ def read_images(records: Sequence[Mapping[str, Any]]) -> list[np.ndarray]:
         ImageError: An image cannot be read.
     """
     return [read_image(record["path"], expected_size_hw=(record["height"], record["width"])) for record in records]
-
-
-def answer(
-    records: Sequence[Mapping[str, Any]],
-    categories: Sequence[PromptedCategory],
-    detect: Callable[[list[str], list[tuple[int, int]]], list[list[Instances]]],
-) -> Answers:
-    """Ask every category of the images that these records describe.
-
-    Args:
-        records: Rows of the index.
-        categories: What to ask.
-        detect: (prompts, sizes of the images) -> for each image, for each prompt, what was found.
-    """
-    answers = Answers()
-    sizes_hw = [(record["height"], record["width"]) for record in records]
-    found = detect([category.prompt for category in categories], sizes_hw)
-    for record, of_image in zip(records, found, strict=True):
-        for category, instances in zip(categories, of_image, strict=True):
-            answers.add(record["image_id"], category.id, instances)
-    return answers

@@ -18,6 +18,7 @@ from sam3lora.evaluate.ranking import telling_images
 Intervals = Mapping[str, Mapping[str, Interval]]
 """Adapter label -> field of `SplitMetrics` -> adapter minus base."""
 
+FEW_IMAGES = 30  # a bootstrap of fewer is mostly too narrow
 NOTICEABLE = 0.01  # mAP; less is hardly a difference, however sure
 
 
@@ -107,6 +108,8 @@ def verdict(base: SplitMetrics, adapter: SplitMetrics, intervals: Mapping[str, I
                 f"No clear difference between {adapter.label} and the base model: {said}. The interval includes zero: "
             )
             said += "on other images of the same kind it could turn round."
+    if base.num_images < FEW_IMAGES:
+        said += f" {base.num_images} images are few: take the interval as rough."
     return said + _false_alarms(base, adapter, intervals.get("off_prompt_fpr"))
 
 

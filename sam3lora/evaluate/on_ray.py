@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -45,11 +44,10 @@ def ask_on_ray(
     class Actor:
         """Loads when it is first asked: what goes wrong then arrives as itself, unlike an error of a constructor."""
 
-        @functools.cached_property
-        def worker(self) -> EvaluationWorker:
-            return make_worker()
+        worker: EvaluationWorker | None = None
 
         def ask(self, records: Sequence[dict[str, Any]]):
+            self.worker = self.worker or make_worker()
             return self.worker.ask(records), self.worker.facts()
 
     num_workers = min(num_workers, len(batches))
@@ -67,12 +65,12 @@ def ask_on_ray(
             raise
         except RayError as error:
             raise RunFailed(
-                f"workers died again and again, {MAX_RESTARTS + 1} times on the same images, perhaps for want of memory: "
-                f"ask for fewer at a time (--batch-size) or of fewer workers. Ray says: {error}"
+                f"workers died {MAX_RESTARTS + 1} times over the same images, perhaps for want of memory: try fewer "
+                f"images at a time (--batch-size) or fewer workers (--num-workers). Ray says: {error}"
             ) from error
         finally:
             for actor in actors:
-                ray.kill(actor)
+                actor.__ray_terminate__.remote()
 
 
 def _check_room(num_workers: int, use_gpu: bool) -> None:
@@ -83,5 +81,5 @@ def _check_room(num_workers: int, use_gpu: bool) -> None:
     for name, needed in (("CPU", num_workers), ("GPU", num_workers * use_gpu)):
         if has.get(name, 0) < needed:
             raise UserError(
-                f"{num_workers} workers need {needed} {name}s, Ray has {has.get(name, 0):g}: ask for fewer (--num-workers)"
+                f"{num_workers} workers need {needed} {name}s, Ray has {has.get(name, 0):g}: take fewer (--num-workers)"
             )

@@ -127,9 +127,9 @@ def evaluate_models(
     batches = [records[start : start + size] for start in range(0, len(records), size)]
     parts: dict[str, list[Answers]] = {label: [] for label in models.labels}
     facts: dict[str, Any] = {}
-    with _progress_bar(progress) as bar:
+    with progress_bar(progress) as bar:
         task = bar.add_task(f"asking {len(categories)} prompts", total=len(records))
-        for answers, of_worker in _ask(make_worker, batches, num_workers, models, address):
+        for answers, of_worker in ask_batches(make_worker, batches, num_workers, models, address):
             facts = of_worker
             for label, part in answers.items():
                 parts[label].append(part)
@@ -193,9 +193,10 @@ def thresholds_of(adapters: Mapping[str, str]) -> dict[str, Any]:
     return {ours: said[0][theirs] for theirs, ours in names.items() if theirs in said[0]}
 
 
-def _ask(
+def ask_batches(
     make_worker: Any, batches: list, num_workers: int | None, models: Models, address: str | None
 ) -> Iterator[tuple[dict[str, Answers], dict[str, Any]]]:
+    """What the worker answers to each batch, with its facts: here, or from Ray workers and then in any order."""
     use_gpu, num_gpus = _gpus(models)
     if num_workers is None:
         is_cluster = bool(address or os.environ.get("RAY_ADDRESS"))
@@ -222,7 +223,8 @@ def _num_images(answers: Mapping[str, Answers]) -> int:
     return max((len({image for image, _ in part.presence}) for part in answers.values()), default=0)
 
 
-def _progress_bar(visible: bool) -> Progress:
+def progress_bar(visible: bool) -> Progress:
+    """On stderr, where a person looks on."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     return Progress(*columns, console=console, transient=True, disable=not (visible and console.is_terminal))

@@ -59,7 +59,7 @@ def save_comparison(comparison: Comparison, output: str | Path, console: Console
     Raises:
         UserError: The folder cannot be written.
     """
-    from sam3lora.evaluate.comparison_report import render_comparison_report
+    from sam3lora.evaluate.comparison_report import render_comparison_report, verdict
 
     folder = _make_folder(output)
     results = [comparison.base, *comparison.adapters]
@@ -78,14 +78,8 @@ def save_comparison(comparison: Comparison, output: str | Path, console: Console
     )
     _print(results, report, console)
     console = console or Console(soft_wrap=True)
-    for label, of_adapter in comparison.intervals.items():
-        interval = of_adapter["map"]
-        if interval.low is not None and interval.high is not None and interval.difference is not None:
-            verdict = "excludes" if interval.excludes_zero else "includes"
-            console.print(
-                f"{label} against the base: mAP {interval.difference:+.3f}, 95 % interval {interval.low:+.3f} to "
-                f"{interval.high:+.3f} over images, which {verdict} zero"
-            )
+    for adapter in comparison.adapters:
+        console.print(verdict(comparison.base, adapter, comparison.intervals[adapter.label]))
     return report
 
 

@@ -54,12 +54,12 @@ class EvaluationSettings:
             if value is not None and value < 1:
                 raise UserError(f"{name} must be positive, got {value}")
 
-    def post_processing(self) -> PostProcessing:
+    def post_processing(self, lowest_score: float = 0.0) -> PostProcessing:
         """Without a score cut, which mAP needs: detections below the threshold stay, but are never merged."""
         if not 0 <= self.threshold <= 1:
             raise UserError(f"the threshold must be between 0 and 1, got {self.threshold}")
         return PostProcessing(
-            threshold=0.0,
+            threshold=lowest_score,
             nms="mask",
             nms_iou=self.nms_iou,
             merge=self.merge,

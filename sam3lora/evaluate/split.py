@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sam3lora.data.coco import CocoIndex
-from sam3lora.evaluate.answers import Answers, answer, read_images
+from sam3lora.evaluate.answers import Answers, read_images
 from sam3lora.evaluate.ground_truth import PromptedCategory, build_ground_truth, prompted_categories
 from sam3lora.evaluate.measure import SplitMetrics, measure_split
 from sam3lora.infer.detect import TextCache, detect_prompts
@@ -57,6 +57,7 @@ def ask_split(
         ImageError: An image cannot be read.
     """
     parts = []
+    prompts = [category.prompt for category in categories]
     text_cache = {} if text_cache is None else text_cache
     dtype = next(staged.model.parameters()).dtype
     with _evaluation_mode(staged.model):
@@ -66,19 +67,17 @@ def ask_split(
                 read_images(records), resolution, image_mean=image_mean, image_std=image_std, device=device, dtype=dtype
             )
 
-            def detect(prompts: list[str], sizes_hw: list[tuple[int, int]], pixels=pixel_values_ICHW):
-                return detect_prompts(
-                    staged,
-                    tokenizer,
-                    pixels,
-                    prompts,
-                    sizes_hw=sizes_hw,
-                    post=post,
-                    max_prompts_per_forward=max_prompts_per_forward,
-                    text_cache=text_cache,
-                )
-
-            parts.append(answer(records, categories, detect))
+            found = detect_prompts(
+                staged,
+                tokenizer,
+                pixel_values_ICHW,
+                prompts,
+                sizes_hw=[(record["height"], record["width"]) for record in records],
+                post=post,
+                max_prompts_per_forward=max_prompts_per_forward,
+                text_cache=text_cache,
+            )
+            parts.append(Answers.collect(records, categories, found))
     return Answers.join(parts, index.table.column("image_id").to_pylist())
 
 

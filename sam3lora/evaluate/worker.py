@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sam3lora.evaluate.answers import Answers, answer, read_images
+from sam3lora.evaluate.answers import Answers, read_images
 from sam3lora.evaluate.ground_truth import PromptedCategory
+from sam3lora.infer.detect import Instances
 from sam3lora.infer.postprocess import PostProcessing
-from sam3lora.infer.segmenter import Segmenter
+from sam3lora.infer.segmenter import EncodedImages, Segmenter
 
 BASE = "base"
 
@@ -79,21 +80,21 @@ class EvaluationWorker:
             ImageError: An image cannot be read.
         """
         images = self.segmenter.encode(read_images(records))
+        prompts = [category.prompt for category in self._categories]
+        return {
+            label: Answers.collect(records, self._categories, self.detect(label, images, prompts))
+            for label in self.labels
+        }
 
-        def ask_one(label: str) -> Answers:
-            return answer(
-                records,
-                self._categories,
-                lambda prompts, sizes_hw: self.segmenter.detect(
-                    images,
-                    prompts,
-                    adapter=_adapter(label),
-                    post=self._post,
-                    max_prompts_per_forward=self._max_prompts_per_forward,
-                ),
-            )
-
-        return {label: ask_one(label) for label in self.labels}
+    def detect(self, label: str, images: EncodedImages, prompts: Sequence[str]) -> list[list[Instances]]:
+        """One model's detections of every prompt in every image."""
+        return self.segmenter.detect(
+            images,
+            prompts,
+            adapter=_adapter(label),
+            post=self._post,
+            max_prompts_per_forward=self._max_prompts_per_forward,
+        )
 
 
 def _adapter(label: str) -> str | None:
