@@ -51,7 +51,7 @@ def evaluate(
         model: Base model: "tiny", a hub id or a folder. Without an adapter, None is the built-in tiny model.
         revision: Branch, tag or commit of a hub id.
         split: Folder of the images and annotations.
-        settings: Threshold, suppression, categories and so on.
+        settings: Threshold, suppression, categories and so on; None takes what the adapter's metadata say.
         resolution: Side of the model's input in pixels.
         geometry_cls: Whether text prompts are followed by the geometry CLS token; without an adapter, None is True.
         device: None takes a GPU if there is one.
@@ -73,11 +73,12 @@ def evaluate(
         "precision": precision,
     }
     adapters = {} if adapter is None else {label_of(adapter): str(adapter)}
+    settings = replace(settings or EvaluationSettings(**settings_of(adapters)), **changes)
     models = Models(adapters, with_base=adapter is None, segmenter=segmenter)
     (metrics,) = evaluate_models(
-        find_split(data_dir, split, (settings or EvaluationSettings()).annotation_file),
+        find_split(data_dir, split, settings.annotation_file),
         models,
-        replace(settings or EvaluationSettings(), **changes),
+        settings,
         num_workers=num_workers,
         address=address,
         progress=progress,
@@ -184,13 +185,21 @@ def label_of(adapter: str | Path, taken: Mapping[str, str] | Sequence[str] = ())
     return unique
 
 
-def thresholds_of(adapters: Mapping[str, str]) -> dict[str, Any]:
-    """What the adapters' metadata say of post-processing, if they say the same."""
+def settings_of(adapters: Mapping[str, str]) -> dict[str, Any]:
+    """Fields of `EvaluationSettings` as the adapters' metadata say: post-processing, and prompts that are no names.
+
+    Nothing where they differ: all are to be measured in the same way.
+    """
     names = {"detection_threshold": "threshold"} | {n: n for n in ("nms_iou", "merge", "merge_iou", "max_detections")}
-    said = [metadata.thresholds for folder in adapters.values() if (metadata := read_metadata(folder)) is not None]
-    if not said or any(other != said[0] for other in said):
-        return {}
-    return {ours: said[0][theirs] for theirs, ours in names.items() if theirs in said[0]}
+    said = []
+    for folder in adapters.values():
+        if (metadata := read_metadata(folder)) is not None:
+            found = {
+                ours: metadata.thresholds[theirs] for theirs, ours in names.items() if theirs in metadata.thresholds
+            }
+            prompts = metadata.data.get("prompt_of_category")
+            said.append(found | ({"prompts": prompts} if prompts else {}))
+    return said[0] if said and all(other == said[0] for other in said) else {}
 
 
 def ask_batches(

@@ -77,7 +77,7 @@ def save_comparison(comparison: Comparison, output: str | Path, console: Console
         ),
     )
     _print(results, report, console)
-    console = console or Console(soft_wrap=True)
+    console = console or Console(soft_wrap=True, markup=False, emoji=False)
     for adapter in comparison.adapters:
         console.print(verdict(comparison.base, adapter, comparison.intervals[adapter.label]))
     return report
@@ -98,7 +98,7 @@ def validate_saco(ground_truth: Sequence[Path], predictions: Path, output: str |
     table = Table("", *values)
     for name in ("cgF1", "positive_micro_F1", "IL_MCC", "cgF1@0.5", "cgF1@0.75", "IL_FPR"):
         table.add_row(name, *(f"{of_type[name]:.4f}" for of_type in values.values()))
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, markup=False, emoji=False)
     console.print(table)
     if reason := found["segm"].undefined_reason:
         console.print(f"cgF1 is 0 whatever the model does: {reason}")
@@ -139,7 +139,7 @@ def _file_name(label: str) -> str:
 
 
 def _print(results: Sequence[SplitMetrics], report: Path, console: Console | None) -> None:
-    console = console or Console(soft_wrap=True)
+    console = console or Console(soft_wrap=True, markup=False, emoji=False)
     table = Table("", *(metrics.label for metrics in results))
     for column in table.columns[1:]:
         column.justify = "right"

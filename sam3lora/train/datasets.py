@@ -41,6 +41,7 @@ class RunData:
             "num_valid_images": len(self.valid) if self.valid else 0,
             "objects_per_category": counts,
             "prompts": list(self.prompts),
+            "prompt_of_category": dict(self.train_settings.prompts_map),
         }
 
 

@@ -198,3 +198,18 @@ def test_evaluate_takes_settings_from_the_adapter(base, base_folder, shapes, tmp
     scores = [[p["score"] for p in metrics.predictions] for metrics in (adapter, plain, with_cls)]
     np.testing.assert_allclose(scores[0], scores[1], atol=1e-6)
     assert np.abs(np.subtract(scores[0], scores[2])).max() > 1e-4
+
+
+def test_evaluate_asks_and_counts_as_the_adapter_was_trained(base, base_folder, tmp_path):
+    split = write_split(tmp_path / "s", [thing(0, 1)], {1: "crk"})
+    peft_model = apply_lora(copy.deepcopy(base.model), LoraSettings(rank=2))
+    metadata = AdapterMetadata(
+        base_model=str(base_folder),
+        thresholds={"detection_threshold": 0.45, "nms_iou": 0.6, "merge": False, "merge_iou": 0.15, "max_detections": 3},
+        data={"prompt_of_category": {"crk": "crack in a wall"}},
+    )
+    save_adapter(peft_model, tmp_path / "adapter", metadata)
+    found = sam3lora.evaluate(Path(split.source).parent, adapter=tmp_path / "adapter", device="cpu")
+    assert (found.settings["threshold"], found.settings["nms_iou"]) == (0.45, 0.6)
+    assert found.settings["prompts"] == {"crk": "crack in a wall"}
+    assert found.num_predictions <= 2 * 3
