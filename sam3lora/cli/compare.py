@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from . import evaluation_options as options
-from .job_paths import check_output_path
+from .job_paths import check_output_folder
 
 
 def compare(
@@ -32,7 +32,7 @@ def compare(
 
     Example:  sam3lora compare --weights outputs/run/best --val-data-dir datasets/potholes
     """
-    check_output_path(output, "--output")
+    check_output_folder(output, "--output")
     settings_file = options.read_config(config)
     adapters = options.adapter_folders(weights, settings_file)
     if not adapters:

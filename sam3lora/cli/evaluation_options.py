@@ -106,7 +106,7 @@ def models_of(
     says_nothing = all(read_metadata(folder) is None for folder in adapters.values())
     if config is not None:
         segmenter["local_files_only"] = config.model.local_files_only
-        segmenter["resolution"] = resolution or config.model.resolution
+        segmenter["resolution"] = config.model.resolution if resolution is None else resolution
         if model is None and says_nothing:
             segmenter |= {"model": config.model.name, "revision": config.model.revision}
         if says_nothing:
@@ -116,12 +116,15 @@ def models_of(
 
 def settings_of(adapters: dict[str, str], config: Config | None, **options: Any) -> EvaluationSettings:
     """How to measure: options win over the configuration, and that over what the adapters say."""
-    from ..evaluate.run import EvaluationSettings, thresholds_of
+    from ..evaluate.run import EvaluationSettings
+    from ..evaluate.run import settings_of as adapter_settings
 
-    values = thresholds_of(adapters)
+    values = adapter_settings(adapters)
     if config is not None:
         from ..train.validation_metrics import evaluation_settings
 
-        values = vars(evaluation_settings(config))
+        values = dict(vars(evaluation_settings(config)))
     values |= {name: value for name, value in options.items() if value is not None}
+    if options.get("merge_iou") is not None and not values.get("merge"):
+        raise UserError("--merge-iou has no effect: add --merge")
     return EvaluationSettings(**values)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import UserError
+from .job_paths import check_output_path
 
 if TYPE_CHECKING:
     from ..model.export import ExportReport
@@ -38,6 +39,8 @@ def export(
         raise UserError("--model and --dtype say how to merge: add --merge or leave them out")
     if push_to is None and (dry_run or public):
         raise UserError("--dry-run and --public say how to upload: add --push-to USER/NAME or leave them out")
+    if output is not None:
+        check_output_path(output, "--output")
 
     from transformers.utils.logging import disable_progress_bar
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UserError
+from .job_paths import check_output_path, nearest_existing
 
 if TYPE_CHECKING:
     from ..infer.folder import Predictions
@@ -83,6 +84,9 @@ def infer(
     if merge_iou is not None and not settings.get("merge"):
         raise UserError("--merge-iou has no effect: add --merge")
     settings["device"] = _device(_only(device, "--device"))
+    for option, path in {"--output": output or "output", "--json": json}.items():
+        if path is not None:
+            check_output_path(path, option)
     show = {"show_masks": not no_masks, "show_boxes": no_masks if boundingbox is None else boundingbox}
     if not image.is_dir():
         labels = [1] * len(boxes) + [0] * len(not_meant)
@@ -188,7 +192,7 @@ def _print_table(predictions: Predictions) -> None:
         presence = max((result["presence"] for result in results), default=0.0)
         best = f"{max(scores):.2f}" if scores else "-"
         table.add_row(Text(prompt), str(found), f"{num_images} of {len(results)}", best, f"{presence:.2f}")
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)
     if not any(result["num_detections"] for image in predictions.images for result in image["results"]):
         typer.echo(f"nothing scored {settings['threshold']:g} or more: try a lower --threshold")
 
@@ -249,7 +253,7 @@ def _device(name: str | None) -> str | None:
 
 def _check_writable(path: Path, image: Path | None = None) -> None:
     """Said before the model is loaded."""
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    folder = nearest_existing(path.absolute().parent)
     if path.is_dir():
         raise UserError(f"cannot write {path}: it is a folder, name a file in it")
     if not folder.is_dir() or not os.access(folder, os.W_OK):

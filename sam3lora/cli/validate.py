@@ -9,7 +9,7 @@ import typer
 
 from ..errors import UserError
 from . import evaluation_options as options
-from .job_paths import check_output_path
+from .job_paths import check_output_folder
 
 
 def validate(
@@ -45,7 +45,23 @@ def validate(
 
     Example:  sam3lora validate --weights outputs/run/best --val-data-dir datasets/potholes
     """
-    check_output_path(output, "--output")
+    check_output_folder(output, "--output")
+    if predictions is not None:
+        what_makes_them = {
+            "--weights": weights,
+            "--use-base-model": use_base_model,
+            "--model": model,
+            "--resolution": resolution,
+            "--nms-iou": nms_iou,
+            "--merge": merge,
+            "--merge-iou": merge_iou,
+            "--max-detections": max_detections,
+        }
+        if idle := [option for option, value in what_makes_them.items() if value]:
+            raise UserError(
+                f"results from --predictions are measured as they are, so {', '.join(idle)} would have no effect: "
+                "leave one or the other out"
+            )
     if saco:
         if predictions is None:
             raise UserError("--saco needs the results to judge: name their file with --predictions FILE")
