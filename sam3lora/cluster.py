@@ -54,8 +54,8 @@ def _join(address: str, quiet: dict[str, Any]) -> None:
 
     if address.startswith("ray://"):
         raise UserError(
-            f"cannot work through the Ray Client address {address}: submit a job on the cluster instead, "
-            "such as ray job submit --working-dir . -- python jobs/train.py CONFIG"
+            f"cannot work through the Ray Client address {address}: submit a job on the cluster instead: "
+            "ray job submit --working-dir . -- python jobs/train.py CONFIG, or jobs/validate.py, jobs/predict.py"
         )
     host, _, port = address.rpartition(":")
     if host and port.isdecimal():
@@ -69,7 +69,7 @@ def _join(address: str, quiet: dict[str, Any]) -> None:
     try:
         ray.init(address=address, **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise UserError(f"cannot join the Ray cluster at {address}: {error}") from error
+        raise UserError(f"cannot join the Ray cluster at {address}: {error}. Expected auto or HOST:PORT") from error
 
 
 def _store_bytes() -> int:

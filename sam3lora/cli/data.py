@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
+from ..errors import UserError
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -133,5 +135,8 @@ def _show(report: _Report, json_path: str | None) -> None:
         typer.echo(text)
     else:
         path = Path(json_path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n", encoding="utf-8")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write {path} ({error.strerror}): choose another --json") from None

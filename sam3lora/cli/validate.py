@@ -62,15 +62,18 @@ def validate(
                 f"results from --predictions are measured as they are, so {', '.join(idle)} would have no effect: "
                 "leave one or the other out"
             )
-    if saco:
-        if predictions is None:
-            raise UserError("--saco needs the results to judge: name their file with --predictions FILE")
-        from ..evaluate.saving import validate_saco
-
-        validate_saco(saco, predictions, output)
-        return
     settings_file = options.read_config(config)
-    folder = options.split_folder(val_data_dir, split, settings_file)
+    if saco and predictions is not None:
+        from ..evaluate.saving import save_saco
+
+        save_saco({predictions.stem: predictions}, saco, output)
+        return
+    if saco and val_data_dir is None:
+        raise UserError(
+            "--saco needs results to judge (--predictions FILE), or the folder of its images to ask a model of "
+            "(--val-data-dir DIR)"
+        )
+    folder = Path(val_data_dir) if saco and val_data_dir else options.split_folder(val_data_dir, split, settings_file)
     ask_adapters = predictions is None and (weights or not use_base_model)
     adapters = options.adapter_folders(weights, settings_file) if ask_adapters else {}
     if not adapters and not use_base_model and predictions is None:
@@ -98,5 +101,12 @@ def validate(
     models = options.models_of(
         adapters, settings_file, with_base=use_base_model, model=model, resolution=resolution, device=device
     )
+    if saco:
+        from ..evaluate.saco_run import ask_saco
+        from ..evaluate.saving import save_saco, write_results
+
+        asked = ask_saco(saco[0], folder, models, settings, num_workers=num_workers, address=address, progress=True)
+        save_saco(write_results(asked, output), saco, output)
+        return
     results = evaluate_models(folder, models, settings, num_workers=num_workers, address=address, progress=True)
     save_validation(results, output)

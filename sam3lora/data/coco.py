@@ -221,7 +221,7 @@ def _stop_on_missing(log: IssueLog, source: Path, on_bad_image: str) -> None:
     if missing and on_bad_image == "stop":
         raise ImageError(
             f"{source}: {missing} listed image(s) not found, e.g. {'; '.join(log.examples('missing_image'))}. "
-            "Restore them, or set training.on_bad_image to skip"
+            "Restore them, or take them out of the file (training goes on without them with training.on_bad_image=skip)"
         )
 
 

@@ -22,6 +22,8 @@ IMAGE_SUFFIXES = frozenset(
 )
 """Endings, in small letters, by which images are told from other files of a folder."""
 
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # what it warns of, our errors say
+
 _DECODE_FLAGS = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
 _TURNED_BY_THE_DECODER = ("TIFF",)
 _MANY_FRAMES = ("GIF", "WEBP", "PNG", "TIFF", "AVIF")  # in a phone's JPEG further frames are previews and depth

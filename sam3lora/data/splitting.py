@@ -104,7 +104,7 @@ def split_folder(
     if not source.is_dir() or not find_coco_folders(source):
         raise UserError(f"no COCO data set in {source}; convert it first: sam3lora data convert {source} NEW_FOLDER")
     log = FaultLog()
-    with new_folder(target) as folder:
+    with new_folder(target, source) as folder:
         labelled = read_coco(source, None, log)
         images = list(labelled.images())
         file_names = [image.path.name for image in images]

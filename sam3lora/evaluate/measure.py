@@ -13,7 +13,7 @@ from pycocotools.cocoeval import COCOeval
 
 from sam3lora.evaluate.answers import Answers, Pair
 from sam3lora.evaluate.cgf1 import SCORE_THRESHOLD, UnitCounts, accumulate
-from sam3lora.evaluate.coco_map import coco_map
+from sam3lora.evaluate.coco_map import MapResult, coco_map
 from sam3lora.evaluate.curves import Curves, evaluation_curves
 from sam3lora.evaluate.ground_truth import PresenceTable, SplitTruth
 from sam3lora.evaluate.threshold_sweep import ThresholdSweep, sweep_thresholds
@@ -185,13 +185,20 @@ def measure_split(
     notes = [*_notes(truth, num_ground_truth, right, absent if exhaustive else None), *found.warnings]
     if reason:
         notes.append(f"cgf1 and il_mcc are null: {reason}")
+    if num_ground_truth and (
+        no_such := [size for size in ("small", "medium", "large") if _by_size(found, size) is None]
+    ):
+        notes.append(f"{', '.join(f'map_{size}' for size in no_such)} null: the split has no object of that size")
+    num_detections = sum(prediction["score"] >= threshold for prediction in answers.predictions)
+    if not num_detections:
+        notes.append(f"no detection reaches {threshold:g}: that nothing fires on absent prompts is no merit here")
     return SplitMetrics(
         label=label,
         num_images=len(coco["images"]),
         num_ground_truth=num_ground_truth,
         num_predictions=len(answers.predictions),
         num_predictions_before_nms=answers.num_before_nms,
-        num_detections=sum(prediction["score"] >= threshold for prediction in answers.predictions),
+        num_detections=num_detections,
         map=found.map,
         map_50=found.map_50,
         map_75=found.map_75,
@@ -232,6 +239,10 @@ def _false_alarms(
     alarms = {(p["image_id"], p["category_id"]) for p in answers.predictions if p["score"] >= threshold}
     pairs = [(image["id"], category["id"]) for image in coco["images"] for category in coco["categories"]]
     return alarms, [pair for pair in pairs if pair not in presence]
+
+
+def _by_size(found: MapResult, size: str) -> float | None:
+    return getattr(found, f"map_{size}")
 
 
 def _share(verdicts: Sequence[bool]) -> float | None:

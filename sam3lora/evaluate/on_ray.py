@@ -18,8 +18,8 @@ def ask_on_ray(
     make_worker: Callable[[], EvaluationWorker],
     batches: Sequence[Sequence[dict[str, Any]]],
     *,
-    num_workers: int,
-    use_gpu: bool,
+    num_workers: int | None = None,
+    use_gpu: bool | None = None,
     address: str | None = None,
 ) -> Iterator[tuple[dict[str, Answers], dict[str, Any]]]:
     """Answers to each batch as they come, in any order, with the worker's facts.
@@ -29,8 +29,8 @@ def ask_on_ray(
     Args:
         make_worker: Called on each worker.
         batches: Records of the images of each batch.
-        num_workers: How many workers.
-        use_gpu: Give each a GPU.
+        num_workers: How many workers; None takes one for each GPU of the cluster, or one.
+        use_gpu: Give each a GPU; None does so if the cluster has any.
         address: Of a Ray cluster; None takes `RAY_ADDRESS`, or starts a local Ray with two workers or one for each CPU.
 
     Raises:
@@ -50,8 +50,11 @@ def ask_on_ray(
             self.worker = self.worker or make_worker()
             return self.worker.ask(records), self.worker.facts()
 
-    num_workers = min(num_workers, len(batches))
-    with cluster.ray_session(address, num_cpus=min(num_workers, max(2, os.cpu_count() or 1))):
+    most = len(batches) if num_workers is None else min(num_workers, len(batches))
+    with cluster.ray_session(address, num_cpus=min(most, max(2, os.cpu_count() or 1))):
+        num_gpus = int(ray.cluster_resources().get("GPU", 0))
+        use_gpu = num_gpus > 0 if use_gpu is None else use_gpu
+        num_workers = min(most, (num_gpus if use_gpu else 1) if num_workers is None else most)
         _check_room(num_workers, use_gpu)
         remote = ray.remote(Actor).options(
             num_cpus=1, num_gpus=int(use_gpu), max_restarts=MAX_RESTARTS, max_task_retries=MAX_RESTARTS

@@ -206,11 +206,10 @@ def ask_batches(
     make_worker: Any, batches: list, num_workers: int | None, models: Models, address: str | None
 ) -> Iterator[tuple[dict[str, Answers], dict[str, Any]]]:
     """What the worker answers to each batch, with its facts: here, or from Ray workers and then in any order."""
-    use_gpu, num_gpus = _gpus(models)
-    if num_workers is None:
-        is_cluster = bool(address or os.environ.get("RAY_ADDRESS"))
-        num_workers = num_gpus if use_gpu and num_gpus > 1 else int(is_cluster)
-    if num_workers == 0:
+    device = models.segmenter.get("device")
+    use_gpu = None if device is None else str(device) != "cpu"
+    is_cluster = bool(address or os.environ.get("RAY_ADDRESS"))
+    if num_workers == 0 or (num_workers is None and not is_cluster and (use_gpu is False or _num_gpus_here() < 2)):
         worker = make_worker()
         for batch in batches:
             yield worker.ask(batch), worker.facts()
@@ -220,12 +219,10 @@ def ask_batches(
     yield from ask_on_ray(make_worker, batches, num_workers=num_workers, use_gpu=use_gpu, address=address)
 
 
-def _gpus(models: Models) -> tuple[bool, int]:
+def _num_gpus_here() -> int:
     import torch
 
-    device = models.segmenter.get("device")
-    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return (available > 0 if device is None else str(device).startswith("cuda")), available
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def _num_images(answers: Mapping[str, Answers]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,24 +83,46 @@ def save_comparison(comparison: Comparison, output: str | Path, console: Console
     return report
 
 
-def validate_saco(ground_truth: Sequence[Path], predictions: Path, output: str | Path) -> None:
-    """Write and print the metrics of a predictions file in SA-Co layout.
+def write_results(results: Mapping[str, Sequence[Mapping[str, Any]]], output: str | Path) -> dict[str, Path]:
+    """Write each model's results as `predictions.json`, of several in a folder of its own; returns label -> file."""
+    folder = _make_folder(output)
+    files = {}
+    for label, entries in results.items():
+        of_model = folder if len(results) == 1 else _make_folder(folder / _file_name(label))
+        files[label] = of_model / "predictions.json"
+        _write_json(files[label], entries, indent=None)
+    return files
+
+
+def save_saco(predictions: Mapping[str, Path], ground_truth: Sequence[Path], output: str | Path) -> None:
+    """Measure results in SA-Co's layout; write `metrics.json` (label -> "segm", "bbox" -> metrics) and print a table.
+
+    Args:
+        predictions: Label -> results file.
+        ground_truth: One file for each annotator.
+        output: Folder of the metrics.
 
     Raises:
         UserError: A file is damaged, or they belong to different splits.
     """
+    from sam3lora.evaluate.cgf1 import IouType
     from sam3lora.evaluate.saco import evaluate_saco
 
-    found = {iou_type: evaluate_saco(ground_truth, predictions, iou_type) for iou_type in ("segm", "bbox")}  # type: ignore[arg-type]
-    values = {iou_type: entry.metrics() for iou_type, entry in found.items()}
+    table = Table("", "masks", "boxes")
+    values: dict[str, dict[str, Any]] = {}
+    reason = None
+    iou_types: tuple[IouType, ...] = ("segm", "bbox")
+    for label, file in predictions.items():
+        found = {iou_type: evaluate_saco(ground_truth, file, iou_type) for iou_type in iou_types}
+        values[label] = {name: entry.metrics() | {"counts": entry.counts()} for name, entry in found.items()}
+        reason = found["segm"].undefined_reason
+        for name in ("cgF1", "positive_micro_F1", "IL_MCC", "cgF1@0.5", "cgF1@0.75", "IL_FPR"):
+            table.add_row(f"{label}: {name}", *(f"{values[label][iou_type][name]:.4f}" for iou_type in iou_types))
     folder = _make_folder(output)
-    _write_json(folder / "metrics.json", {name: values[name] | {"counts": found[name].counts()} for name in values})
-    table = Table("", *values)
-    for name in ("cgF1", "positive_micro_F1", "IL_MCC", "cgF1@0.5", "cgF1@0.75", "IL_FPR"):
-        table.add_row(name, *(f"{of_type[name]:.4f}" for of_type in values.values()))
-    console = Console(soft_wrap=True, markup=False, emoji=False)
+    _write_json(folder / "metrics.json", values if len(values) > 1 else next(iter(values.values())))
+    console = Console(soft_wrap=True, markup=False)
     console.print(table)
-    if reason := found["segm"].undefined_reason:
+    if reason:
         console.print(f"cgF1 is 0 whatever the model does: {reason}")
     console.print(f"Metrics: {folder / 'metrics.json'}")
 

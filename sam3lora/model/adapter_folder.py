@@ -137,6 +137,17 @@ def is_adapter_folder(folder: str | Path) -> bool:
     return all((Path(folder) / file).is_file() for file in (CONFIG_FILE, WEIGHTS_FILE))
 
 
+def check_adapter_folder(folder: str | Path) -> None:
+    """Read everything in an adapter folder without a model.
+
+    Raises:
+        UserError: a file is missing, damaged or not of this kind, or weights are not finite.
+    """
+    _read_config(Path(folder))
+    _read_tensors(Path(folder))
+    read_metadata(folder)
+
+
 def list_adapters(root: str | Path) -> dict[str, Path]:
     """Name -> folder of the complete adapters directly under ``root``, sorted by name; hidden folders are skipped."""
     root = Path(root)
@@ -199,7 +210,7 @@ def _check_base(model: nn.Module, metadata: AdapterMetadata, folder: Path) -> No
     name = getattr(unwrap(model), "name_or_path", None) or type(unwrap(model)).__name__
     raise UserError(
         f"adapter {folder} was trained on the base {metadata.base_model!r}{revision} (fingerprint {expected[:12]}), "
-        f"but this model is {name!r} (fingerprint {found[:12]}): load that base, or pass check_base=False to try anyway"
+        f"but this model is {name!r} (fingerprint {found[:12]}): use it with that base"
     )
 
 

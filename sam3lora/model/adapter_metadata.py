@@ -79,6 +79,9 @@ class AdapterMetadata:
             value = getattr(metadata, name)
             if not isinstance(value, types):
                 raise UserError(f"{METADATA_FILE}: {name} must be {types[0].__name__}, got {value!r}")
+        for name, value in metadata.thresholds.items():
+            if not isinstance(value, int | float):
+                raise UserError(f"{METADATA_FILE}: thresholds.{name} must be a number, got {value!r}")
         return metadata
 
 
@@ -97,4 +100,7 @@ def read_metadata(folder: str | Path) -> AdapterMetadata | None:
         raise UserError(f"{file} is damaged: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{file} must hold a JSON object, got {type(values).__name__}")
-    return AdapterMetadata.from_dict(values)
+    try:
+        return AdapterMetadata.from_dict(values)
+    except UserError as error:
+        raise UserError(f"{Path(folder)}: {error}") from None

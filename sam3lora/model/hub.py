@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from sam3lora.errors import UserError
-from sam3lora.model.adapter_folder import is_adapter_folder
+from sam3lora.model.adapter_folder import check_adapter_folder, is_adapter_folder
 from sam3lora.model.adapter_metadata import METADATA_FILE, read_metadata
 from sam3lora.model.base_folder import find_base
 
@@ -47,6 +47,8 @@ def check_folder(folder: str | Path) -> list[Path]:
         best = folder / "best"
         hint = f": did you mean {best}?" if is_adapter_folder(best) else ", such as `best/` of a run"
         raise UserError(f"{folder} is neither a complete adapter folder nor a merged model; expected one{hint}")
+    else:
+        check_adapter_folder(folder)
     read_metadata(folder)
     files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
     for file in files:

@@ -138,7 +138,7 @@ CASES = {
     f"{MEASURED} other.json": f"image_id {FAR_AWAY}, which",
     f"{MEASURED} data/valid/{ANNOTATIONS}": "expected a list of COCO results, got dict",
     f"{MEASURED} right.json --weights good/best --merge": "so --weights, --merge would have no effect",
-    "validate --saco right.json": "name their file with --predictions FILE",
+    "validate --saco right.json": "results to judge (--predictions FILE)",
     "validate --saco right.json --predictions right.json": "is not SA-Co ground truth",
     "validate --saco cut.json --predictions right.json": "cut.json is not valid JSON",
     # compare

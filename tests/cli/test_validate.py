@@ -83,8 +83,8 @@ def test_what_is_written(validate, run_folder, data):
     assert (metrics["num_images"], metrics["num_ground_truth"]) == (3, 2)
     assert metrics["map"] > 0.2
     assert metrics["settings"]["adapter"] == str(run_folder / "best")
-    # what is null has its reason in the notes, but for the sizes that no object has
-    nulls = {name for name in METRICS if metrics[name] is None} - {"map_small", "map_medium", "map_large"}
+    # what is null has its reason in the notes
+    nulls = {name for name in METRICS if metrics[name] is None}
     assert all(any(name in note for note in metrics["notes"]) for name in nulls)
     predictions = read(output / "predictions.json")
     assert len(predictions) == metrics["num_predictions"] > 0
@@ -218,6 +218,34 @@ def test_files_in_saco_layout(validate, case):
         assert values["cgF1"] == pytest.approx(expected["metrics"][f"cgF1_eval_{iou_type}_cgF1"], abs=1e-9)
         assert values["counts"] == expected["counts"][iou_type]
     assert f"{expected['metrics']['cgF1_eval_segm_cgF1']:.4f}" in printed
+
+
+def test_a_model_is_asked_the_phrases_of_a_saco_file(validate, data, run_folder, tmp_path):
+    # the split as SA-Co has it, an entry for each image and phrase: the same cgF1 as the split's
+    coco = read(data / "valid" / "_annotations.coco.json")
+    entries = [
+        {
+            "id": 10 * image["id"] + category["id"],
+            "text_input": category["name"],
+            "is_instance_exhaustive": 1,
+            **{key: image[key] for key in ("file_name", "width", "height")},
+        }
+        for image in coco["images"]
+        for category in coco["categories"]
+    ]
+    annotations = [
+        a | {"image_id": 10 * a["image_id"] + a["category_id"], "category_id": 1} for a in coco["annotations"]
+    ]
+    truth = {"images": entries, "annotations": annotations, "categories": [{"id": 1, "name": "object"}]}
+    file = tmp_path / "gold.json"
+    file.write_text(json.dumps(truth))
+    weights = ("--weights", run_folder / "best")
+    output, _ = validate("--saco", file, "--val-data-dir", data / "valid", *weights, given=())
+    asked = read(output / "metrics.json")["segm"]
+    output, _ = validate(*weights)
+    measured = read(output / "metrics.json")
+    assert asked["cgF1"] == pytest.approx(measured["cgf1"], abs=1e-6)
+    assert asked["counts"]["units_evaluated"] == 6
 
 
 def test_interrupt(data, run_folder, tmp_path, monkeypatch, capsys):

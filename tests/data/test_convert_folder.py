@@ -132,7 +132,7 @@ def test_equal_names_in_one_split_are_told_apart(folder, tmp_path):
     assert [fault.count for fault in report.faults if fault.action == "renamed"] == [1]
 
 
-def test_coco_as_written_is_clean(folder, tmp_path):
+def test_coco_as_written_is_clean(folder, tmp_path, tmp_path_factory):
     # Roboflow's parent row and double names go, ids begin at 1, areas are those of masks, crowds and negatives stay.
     categories = (("road", 0), ("crack", 1), ("Crack", 2), ("rare", 5))
     path = folder.write(
@@ -143,14 +143,17 @@ def test_coco_as_written_is_clean(folder, tmp_path):
     content = json.loads((path / "_annotations.coco.json").read_text())
     content["categories"][1]["supercategory"] = "road"
     (path / "_annotations.coco.json").write_text(json.dumps(content))
-    report = convert_folder(tmp_path, tmp_path / "out")
-    written = json.loads((tmp_path / "out" / "train" / "_annotations.coco.json").read_text())
+    out = tmp_path_factory.mktemp("converted") / "out"
+    report = convert_folder(tmp_path, out)
+    written = json.loads((out / "train" / "_annotations.coco.json").read_text())
     assert written["categories"] == [{"id": 1, "name": "crack"}, {"id": 2, "name": "rare"}]
     assert [a["id"] for a in written["annotations"]] == [1, 2]
     assert [a["area"] for a in written["annotations"]] == [400, 425]
     assert [a["iscrowd"] for a in written["annotations"]] == [0, 1]
     assert report.splits["train"]["num_negatives"] == 1
-    assert len(CocoIndex.from_folder(tmp_path / "out" / "train")) == 2
+    assert len(CocoIndex.from_folder(out / "train")) == 2
+    with pytest.raises(UserError, match="lies within"):
+        convert_folder(tmp_path, tmp_path / "out")
 
 
 def test_crowds_are_left_out_where_they_cannot_be_told(folder, tmp_path):

@@ -205,7 +205,13 @@ def test_evaluate_asks_and_counts_as_the_adapter_was_trained(base, base_folder, 
     peft_model = apply_lora(copy.deepcopy(base.model), LoraSettings(rank=2))
     metadata = AdapterMetadata(
         base_model=str(base_folder),
-        thresholds={"detection_threshold": 0.45, "nms_iou": 0.6, "merge": False, "merge_iou": 0.15, "max_detections": 3},
+        thresholds={
+            "detection_threshold": 0.45,
+            "nms_iou": 0.6,
+            "merge": False,
+            "merge_iou": 0.15,
+            "max_detections": 3,
+        },
         data={"prompt_of_category": {"crk": "crack in a wall"}},
     )
     save_adapter(peft_model, tmp_path / "adapter", metadata)

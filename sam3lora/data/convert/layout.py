@@ -87,14 +87,16 @@ def open_image(path: Path, log: FaultLog) -> LabelledImage | None:
 
 
 @contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
+def new_folder(target: Path, source: Path) -> Iterator[Path]:
     """A folder to write into, which takes its name at the end, whole, or not at all.
 
     Raises:
-        UserError: `target` exists and holds something.
+        UserError: `target` exists and holds something, or lies within `source`, which would then be read again.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} is not empty: name a new folder, or remove this one first")
+    if target.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"{target} lies within {source}, which is read: name a folder beside it")
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:

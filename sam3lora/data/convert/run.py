@@ -69,7 +69,7 @@ def convert_folder(
     if components and (source_format != "masks" or instances):
         raise UserError("--components takes semantic masks apart: it needs --from masks, without --instances")
     log = FaultLog()
-    with new_folder(target) as folder:
+    with new_folder(target, source) as folder:
         names = checked_names(names, "--names") if names else None
         labelled = _read(source, source_format, names, log, instances, components)
         if not any(image.objects for image in labelled.images()):
