@@ -191,7 +191,7 @@ def measure_split(
         notes.append(f"{', '.join(f'map_{size}' for size in no_such)} null: the split has no object of that size")
     num_detections = sum(prediction["score"] >= threshold for prediction in answers.predictions)
     if not num_detections:
-        notes.append(f"no detection reaches {threshold:g}: that nothing fires on absent prompts is no merit here")
+        notes.append(f"{label}: no detection reaches {threshold:g}; that nothing fires on absent prompts is no merit")
     return SplitMetrics(
         label=label,
         num_images=len(coco["images"]),

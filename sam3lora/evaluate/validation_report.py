@@ -40,7 +40,8 @@ def render_validation_report(
     """Write the page.
 
     Args:
-        results: One result, or several of the same split to set side by side; the first one chooses the pictures.
+        results: One result, or several of the same split to set side by side; the one with the highest mAP chooses the
+            pictures, since a model that finds nothing has no telling mistakes.
         title: Heading; None names the models.
         threshold: Lowest score of what is drawn and counted.
         num_worst: Pictures of images with errors, the worst first.
@@ -51,10 +52,11 @@ def render_validation_report(
         HTML without any reference outside itself.
     """
     gallery = Gallery(results, threshold, (num_worst + num_best) * (1 + len(results)) + num_false_alarms)
-    totals = gallery.totals[0]
     labels = [result.label for result in results]
+    chooser = max(range(len(results)), key=lambda model: results[model].map or 0.0)
+    totals = gallery.totals[chooser]
     worst, best = worst_images(totals, num_worst), best_images(totals, num_best)
-    alarms = false_alarms(results[0].ground_truth, results[0].predictions, threshold)
+    alarms = false_alarms(results[chooser].ground_truth, results[chooser].predictions, threshold)
     has_images = results[0].split_dir is not None
     return render_page(
         "validation_report.html.j2",
@@ -62,12 +64,13 @@ def render_validation_report(
         threshold=threshold,
         results=results,
         labels=labels,
+        chooser=labels[chooser],
         measures=MEASURES,
         sections=[_section(result, gallery, model) for model, result in enumerate(results)],
         precision_recall=_precision_recall(results),
         worst=[gallery.picture(image) for image in worst] if has_images else [],
         best=[gallery.picture(image) for image in best if image not in worst] if has_images else [],
-        alarms=[_alarm(gallery, *pair) for pair in islice(alarms, num_false_alarms)] if has_images else [],
+        alarms=[_alarm(gallery, chooser, *pair) for pair in islice(alarms, num_false_alarms)] if has_images else [],
         num_alarms=len(alarms),
         settings=setting_rows([result.settings for result in results]),
         seconds=max(result.seconds for result in results),
@@ -131,9 +134,9 @@ def _section(result: SplitMetrics, gallery: Gallery, model: int) -> Section:
     return Section(result.label, verdict(result, total, gallery.threshold), threshold_offer(result), charts, categories)
 
 
-def _alarm(gallery: Gallery, image_id: int, category_id: int) -> Picture:
+def _alarm(gallery: Gallery, model: int, image_id: int, category_id: int) -> Picture:
     name, file_name = gallery.names[category_id], gallery.images[image_id]["file_name"]
-    return gallery.detections(image_id, category_id, 0, f"asked for “{name}” in {file_name}")
+    return gallery.detections(image_id, category_id, model, f"asked for “{name}” in {file_name}")
 
 
 def _precision_recall(results: Sequence[SplitMetrics]) -> Markup | None:
