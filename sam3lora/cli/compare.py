@@ -49,12 +49,11 @@ def compare(
         num_samples=num_samples,
         batch_size=batch_size,
     )
-    from ..evaluate.compare import compare as measure_differences
     from ..evaluate.run import evaluate_models
-    from ..evaluate.saving import save_comparison
+    from ..evaluate.saving import compare_and_save
 
     models = options.models_of(
         adapters, settings_file, with_base=True, model=model, resolution=resolution, device=device
     )
     base, *others = evaluate_models(folder, models, settings, num_workers=num_workers, address=address, progress=True)
-    save_comparison(measure_differences(base, others), output)
+    compare_and_save(base, others, output)

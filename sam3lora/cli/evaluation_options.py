@@ -119,8 +119,9 @@ def settings_of(adapters: dict[str, str], config: Config | None, **options: Any)
     from ..evaluate.run import EvaluationSettings
     from ..evaluate.run import settings_of as adapter_settings
 
-    values = adapter_settings(adapters)
-    if config is not None:
+    if config is None:
+        values = adapter_settings(adapters)
+    else:
         from ..train.validation_metrics import evaluation_settings
 
         values = dict(vars(evaluation_settings(config)))

@@ -11,6 +11,8 @@ from ..errors import UserError
 from . import evaluation_options as options
 from .job_paths import check_output_folder
 
+MOST = 10**6
+
 
 def validate(
     weights: options.WeightsOption = None,
@@ -78,6 +80,9 @@ def validate(
     adapters = options.adapter_folders(weights, settings_file) if ask_adapters else {}
     if not adapters and not use_base_model and predictions is None:
         raise UserError("nothing to measure: name adapters with --weights DIR, or add --use-base-model")
+    if saco:  # the benchmark's own way keeps overlapping detections, and all of them
+        nms_iou = 1.0 if nms_iou is None else nms_iou
+        max_detections = MOST if max_detections is None else max_detections
     settings = options.settings_of(
         adapters,
         settings_file,
@@ -106,7 +111,7 @@ def validate(
         from ..evaluate.saving import save_saco, write_results
 
         asked = ask_saco(saco[0], folder, models, settings, num_workers=num_workers, address=address, progress=True)
-        save_saco(write_results(asked, output), saco, output)
+        save_saco(write_results(asked.by_label, output), saco, output, asked.image_ids)
         return
     results = evaluate_models(folder, models, settings, num_workers=num_workers, address=address, progress=True)
     save_validation(results, output)

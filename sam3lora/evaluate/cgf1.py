@@ -111,8 +111,9 @@ class CgF1:
         image level, a unit being right when it has detections exactly if it has targets. Everything lies in [0, 1],
         except IL_MCC and cgF1 in [-1, 1] and `positive_macro_F1`, which is -1 when no positive unit has a detection.
         """
-        found, missed = self.num_detected_positives, self.num_missed_positives
-        false_alarms, quiet = self.num_false_alarms, self.num_true_negatives
+        # Python's integers: the product of four sums overflows those of NumPy on large sets.
+        found, missed = int(self.num_detected_positives), int(self.num_missed_positives)
+        false_alarms, quiet = int(self.num_false_alarms), int(self.num_true_negatives)
         il_precision = found / (found + false_alarms + _IMAGE_LEVEL_EPS)
         il_recall = found / (found + missed + _IMAGE_LEVEL_EPS)
         margins = (found + false_alarms) * (found + missed) * (quiet + false_alarms) * (quiet + missed)

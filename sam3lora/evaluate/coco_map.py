@@ -75,6 +75,7 @@ def coco_map(
         ground_truth: COCO: `images` (id, height, width), `annotations` (image_id, category_id, segmentation, iscrowd)
             and `categories` (id, name). Ids of any kind. Areas are taken from the masks, whatever the file says; boxes
             (xywh) from the annotations, or from the mask where there is none. What has no mask is left out.
+            A crowd region marked `is_box_only` is an object for boxes.
         predictions: COCO results: image_id, category_id, segmentation (compressed RLE), score, and bbox (xywh) or none
             for that of the mask. Any number, any order.
         bbox: Evaluate boxes too.
@@ -102,7 +103,10 @@ def coco_map(
     precision = evaluation.eval["precision"][:, :, :, :, 0]
     recall = evaluation.eval["recall"][:, :, ALL_AREAS, 0]
     over_all = precision[:, :, :, ALL_AREAS]
-    boxes = _evaluate(truth, found, "bbox").eval["precision"] if bbox else np.empty((10, 0))
+    with_boxes = [a | {"iscrowd": 0} if a.get("is_box_only") else a for a in ground_truth["annotations"]]
+    boxes = np.empty((10, 0))
+    if bbox:
+        boxes = _evaluate(_as_coco(sizes, names, with_boxes, masks), found, "bbox").eval["precision"]
     per_category = {
         names[category]: CategoryMap(
             map=_mean(over_all[:, :, column]),

@@ -77,7 +77,8 @@ def prompted_categories(
 def build_ground_truth(index: CocoIndex, categories: Sequence[PromptedCategory]) -> SplitTruth:
     """The annotations of the asked categories, for `coco_map`.
 
-    An object with a box and no mask becomes a crowd region of its box: a detection in it is neither right nor wrong.
+    An object with a box and no mask (`is_box_only`) becomes a crowd region of its box: a detection in it is neither
+    right nor wrong. It is an object where boxes are compared.
     """
     id_of = {key: category.id for category in categories for key in category.name_keys}
     images: list[dict[str, Any]] = []
@@ -109,6 +110,7 @@ def build_ground_truth(index: CocoIndex, categories: Sequence[PromptedCategory])
                     "bbox": list(annotation["bbox_xywh"]),
                     "area": int(mask.sum()),
                     "iscrowd": int(annotation["iscrowd"] or not has_mask),
+                    "is_box_only": int(not annotation["iscrowd"] and not has_mask),
                 }
             )
     listed = [{"id": category.id, "name": category.name} for category in categories]

@@ -17,7 +17,7 @@ from sam3lora.evaluate.coco_map import MapResult, coco_map
 from sam3lora.evaluate.curves import Curves, evaluation_curves
 from sam3lora.evaluate.ground_truth import PresenceTable, SplitTruth
 from sam3lora.evaluate.threshold_sweep import ThresholdSweep, sweep_thresholds
-from sam3lora.evaluate.units import Units, count_units, split_units
+from sam3lora.evaluate.units import SCORE_FLOOR, Units, count_units, split_units
 
 PRESENCE_THRESHOLD = 0.5
 
@@ -151,7 +151,7 @@ def measure_split(
             predictions=[p for p in answers.predictions if (p["image_id"], p["category_id"]) in known],
             presence={pair: value for pair, value in answers.presence.items() if pair in known},
         )
-    units = split_units(coco, answers.predictions, presence)
+    units = split_units(coco, answers.predictions, presence, lowest_score=min(SCORE_FLOOR, threshold))
     found = coco_map(coco, answers.predictions, num_queries=num_queries)
     alarms, absent = _false_alarms(coco, presence, answers, threshold)
     verdicts = {pair: value > PRESENCE_THRESHOLD for pair, value in answers.presence.items()}
@@ -262,6 +262,6 @@ def _notes(truth: SplitTruth, num_ground_truth: int, right: Sequence[bool], abse
     if truth.num_without_mask:
         notes.append(
             f"{truth.num_without_mask} object(s) have a box and no mask: detections there count neither as right nor "
-            "as wrong"
+            "as wrong in mask mAP, and their images not in cgF1 of their category"
         )
     return notes

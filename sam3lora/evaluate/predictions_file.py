@@ -11,11 +11,13 @@ from typing import Any
 
 from sam3lora.data.coco import CocoIndex
 from sam3lora.data.masks import encode_segmentation
+from sam3lora.data.prompts import prompt_key
 from sam3lora.data.rle import read_rle
 from sam3lora.errors import UserError
 from sam3lora.evaluate.answers import Answers
-from sam3lora.evaluate.ground_truth import build_ground_truth, prompted_categories
+from sam3lora.evaluate.ground_truth import build_ground_truth
 from sam3lora.evaluate.measure import SplitMetrics, measure_split
+from sam3lora.evaluate.run import asked_categories
 from sam3lora.evaluate.settings import EvaluationSettings
 
 
@@ -36,14 +38,17 @@ def evaluate_predictions(file: str | Path, split_dir: Path, settings: Evaluation
     listed = set(index.table.column("image_id").to_pylist())
     if settings.num_samples is not None:
         index = index.select_rows(range(min(settings.num_samples, len(index))))
-    categories = prompted_categories(index, settings.categories, settings.prompts)
+    categories = asked_categories(index, settings)
     truth = build_ground_truth(index, categories)
     sizes_hw = {image["id"]: (image["height"], image["width"]) for image in truth.coco["images"]}
     asked = {category.id for category in categories}
     # Categories that share a prompt share an id.
     ids = {id_: id_ for id_ in index.category_names}
     for category in categories:
-        ids |= {id_: category.id for id_, name in index.category_names.items() if name.casefold() in category.name_keys}
+        ids[category.id] = category.id
+        ids |= {
+            id_: category.id for id_, name in index.category_names.items() if prompt_key(name) in category.name_keys
+        }
     answers = Answers()
     for position, entry in enumerate(_read_list(source)):
         where = f"{source}: entry {position}"

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sam3lora.data.coco import ANNOTATION_FILE, CocoIndex
 from sam3lora.errors import UserError
 from sam3lora.evaluate.answers import Answers
-from sam3lora.evaluate.ground_truth import build_ground_truth, prompted_categories
+from sam3lora.evaluate.ground_truth import PromptedCategory, build_ground_truth, prompted_categories
 from sam3lora.evaluate.measure import SplitMetrics, measure_split
 from sam3lora.evaluate.settings import EvaluationSettings
 from sam3lora.evaluate.worker import BASE, EvaluationWorker, Models
@@ -113,8 +113,7 @@ def evaluate_models(
     index = CocoIndex.from_folder(split_dir, settings.annotation_file)
     if settings.num_samples is not None:
         index = index.select_rows(range(min(settings.num_samples, len(index))))
-    known = settings.categories if settings.categories is not None else index.names
-    categories = prompted_categories(index, [*known, *settings.negative_prompts], settings.prompts)
+    categories = asked_categories(index, settings)
     if not categories:
         raise UserError(
             f"{index.source}: no category has an object, so there is nothing to ask: name some as "
@@ -161,6 +160,12 @@ def evaluate_models(
     ]
 
 
+def asked_categories(index: CocoIndex, settings: EvaluationSettings) -> list[PromptedCategory]:
+    """What is asked of every image: the split's categories, or those named, and the prompts that no image shows."""
+    known = settings.categories if settings.categories is not None else index.names
+    return prompted_categories(index, [*known, *settings.negative_prompts], settings.prompts)
+
+
 def find_split(data_dir: str | Path, split: str = "valid", annotation_file: str = ANNOTATION_FILE) -> Path:
     """The split folder: what is named, if it holds annotations, or `split` in it; absolute, as workers need it."""
     folder = Path(data_dir).expanduser().absolute()
@@ -188,18 +193,26 @@ def label_of(adapter: str | Path, taken: Mapping[str, str] | Sequence[str] = ())
 def settings_of(adapters: Mapping[str, str]) -> dict[str, Any]:
     """Fields of `EvaluationSettings` as the adapters' metadata say: post-processing, and prompts that are no names.
 
-    Nothing where they differ: all are to be measured in the same way.
+    A threshold in which they differ is left out: all are to be measured in the same way.
+
+    Raises:
+        UserError: They were trained with different prompts for the categories.
     """
     names = {"detection_threshold": "threshold"} | {n: n for n in ("nms_iou", "merge", "merge_iou", "max_detections")}
-    said = []
-    for folder in adapters.values():
-        if (metadata := read_metadata(folder)) is not None:
-            found = {
-                ours: metadata.thresholds[theirs] for theirs, ours in names.items() if theirs in metadata.thresholds
-            }
-            prompts = metadata.data.get("prompt_of_category")
-            said.append(found | ({"prompts": prompts} if prompts else {}))
-    return said[0] if said and all(other == said[0] for other in said) else {}
+    known = {label: metadata for label, folder in adapters.items() if (metadata := read_metadata(folder)) is not None}
+    found: dict[str, Any] = {}
+    for theirs, ours in names.items():
+        values = {metadata.thresholds.get(theirs) for metadata in known.values()}
+        if len(values) == 1 and None not in values:
+            found[ours] = values.pop()
+    prompts = {label: metadata.data.get("prompt_of_category") or {} for label, metadata in known.items()}
+    if any(other != next(iter(prompts.values())) for other in prompts.values()):
+        raise UserError(
+            f"the adapters {', '.join(prompts)} were trained with different prompts for the categories: measure them "
+            "one at a time, or give data.prompts for all in a --config"
+        )
+    of_any = next(iter(prompts.values()), {})
+    return found | ({"prompts": of_any} if of_any else {})
 
 
 def ask_batches(
@@ -207,13 +220,20 @@ def ask_batches(
 ) -> Iterator[tuple[dict[str, Answers], dict[str, Any]]]:
     """What the worker answers to each batch, with its facts: here, or from Ray workers and then in any order."""
     device = models.segmenter.get("device")
-    use_gpu = None if device is None else str(device) != "cpu"
+    kind, _, number = (f"cuda:{device}" if str(device).isdecimal() else str(device)).partition(":")
+    use_gpu = None if device is None else kind != "cpu"
     is_cluster = bool(address or os.environ.get("RAY_ADDRESS"))
-    if num_workers == 0 or (num_workers is None and not is_cluster and (use_gpu is False or _num_gpus_here() < 2)):
+    is_alone = not is_cluster and (use_gpu is False or bool(number) or _num_gpus_here() < 2)
+    if num_workers == 0 or (num_workers is None and is_alone):
         worker = make_worker()
         for batch in batches:
             yield worker.ask(batch), worker.facts()
         return
+    if number:
+        raise UserError(
+            f"--device {device} names one GPU, and each of several Ray workers has its own: use --device cuda, or "
+            "--num-workers 0"
+        )
     from sam3lora.evaluate.on_ray import ask_on_ray
 
     yield from ask_on_ray(make_worker, batches, num_workers=num_workers, use_gpu=use_gpu, address=address)

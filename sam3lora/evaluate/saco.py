@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,10 @@ class _Annotator:
 
 
 def evaluate_saco(
-    ground_truth_files: Sequence[str | Path], predictions_file: str | Path, iou_type: IouType = "segm"
+    ground_truth_files: Sequence[str | Path],
+    predictions_file: str | Path,
+    iou_type: IouType = "segm",
+    image_ids: Collection[int] | None = None,
 ) -> CgF1:
     """cgF1 of a predictions file in SAM 3's SA-Co format.
 
@@ -40,6 +43,7 @@ def evaluate_saco(
         predictions_file: COCO results: image_id, category_id, score, and `segmentation` (compressed RLE) or `bbox`
             (xywh in parts of the image's size, as in the ground truth).
         iou_type: "segm" compares masks, "bbox" boxes.
+        image_ids: Image entries to judge; None takes all.
 
     Raises:
         UserError: A file is missing, truncated or of another layout, a mask is damaged or has another size than its
@@ -60,7 +64,7 @@ def evaluate_saco(
     return accumulate(
         choose_annotator([_count_image(image, annotator, predictions, iou_type) for annotator in annotators])
         for image in first.sizes_hw
-        if image in evaluated
+        if image in evaluated and (image_ids is None or image in image_ids)
     )
 
 

@@ -5,17 +5,25 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sam3lora.data.coco import load_coco_json
 from sam3lora.errors import UserError
 from sam3lora.evaluate.answers import Answers, read_images
+from sam3lora.evaluate.cgf1 import SCORE_THRESHOLD
 from sam3lora.evaluate.run import ask_batches, progress_bar
 from sam3lora.evaluate.settings import EvaluationSettings
 from sam3lora.evaluate.worker import EvaluationWorker, Models
 from sam3lora.infer.postprocess import PostProcessing
 
 CATEGORY_ID = 1  # SA-Co has one for everything: the phrase is the image entry's
+
+
+class SacoResults(NamedTuple):
+    """Label -> results in SA-Co's layout, of detections at or above the threshold; and the entries that were asked."""
+
+    by_label: dict[str, list[dict[str, Any]]]
+    image_ids: set[int]
 
 
 class SacoWorker(EvaluationWorker):
@@ -45,14 +53,14 @@ def ask_saco(
     num_workers: int | None = 0,
     address: str | None = None,
     progress: bool = False,
-) -> dict[str, list[dict[str, Any]]]:
-    """Label -> results in SA-Co's layout, of detections at or above the threshold.
+) -> SacoResults:
+    """Ask every phrase of the image that it belongs to.
 
     Args:
         ground_truth_file: One annotator's file; the annotations in it are not looked at.
         image_dir: Folder that its file names are relative to.
         models: What to ask.
-        settings: Threshold, suppression, batch size, number of image files.
+        settings: Threshold (at most the 0.5 that cgF1 counts from), suppression, batch size, number of image files.
         num_workers: Ray workers; 0 asks in this process, None takes one for each GPU.
         address: Of a Ray cluster.
         progress: Show a progress bar on stderr.
@@ -60,8 +68,9 @@ def ask_saco(
     Raises:
         UserError: The file is damaged, or images are missing.
     """
-    records = _read_records(Path(ground_truth_file), Path(image_dir))[: settings.num_samples]
-    post = settings.post_processing(settings.threshold)
+    models = models.with_absolute_paths()
+    records = _read_records(Path(ground_truth_file), Path(image_dir).absolute())[: settings.num_samples]
+    post = settings.post_processing(min(settings.threshold, SCORE_THRESHOLD))
     make_worker = functools.partial(SacoWorker, models, post, settings.max_prompts_per_forward)
     size = settings.batch_size
     batches = [records[start : start + size] for start in range(0, len(records), size)]
@@ -73,7 +82,9 @@ def ask_saco(
             for label, part in answers.items():
                 results[label] += [_relative(entry, sizes_hw[entry["image_id"]]) for entry in part.predictions]
             bar.advance(task, max((len(part.presence) for part in answers.values()), default=0))
-    return {label: sorted(entries, key=lambda entry: entry["image_id"]) for label, entries in results.items()}
+    for entries in results.values():
+        entries.sort(key=lambda entry: entry["image_id"])
+    return SacoResults(results, set(sizes_hw))
 
 
 def _read_records(source: Path, image_dir: Path) -> list[dict[str, Any]]:

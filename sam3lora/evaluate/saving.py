@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sam3lora.errors import UserError
-from sam3lora.evaluate.compare import Comparison
+from sam3lora.evaluate.compare import compare
 from sam3lora.evaluate.measure import SplitMetrics
 
 _SHOWN = {
@@ -50,8 +50,10 @@ def save_validation(results: Sequence[SplitMetrics], output: str | Path, console
     return report
 
 
-def save_comparison(comparison: Comparison, output: str | Path, console: Console | None = None) -> Path:
-    """Write `comparison.json`, each model's `metrics.json` and `predictions.json`, and `report.html`.
+def compare_and_save(
+    base: SplitMetrics, adapters: Sequence[SplitMetrics], output: str | Path, console: Console | None = None
+) -> Path:
+    """Write each model's `metrics.json` and `predictions.json`, then compare: `comparison.json` and `report.html`.
 
     Returns:
         The report.
@@ -62,18 +64,19 @@ def save_comparison(comparison: Comparison, output: str | Path, console: Console
     from sam3lora.evaluate.comparison_report import render_comparison_report, verdict
 
     folder = _make_folder(output)
-    results = [comparison.base, *comparison.adapters]
+    results = [base, *adapters]
     for metrics in results:
         _write_model(metrics, _make_folder(folder / _file_name(metrics.label)))
+    comparison = compare(base, adapters)
     _write_json(folder / "comparison.json", comparison.to_dict())
     report = folder / "report.html"
     _write(
         report,
         render_comparison_report(
-            comparison.base,
-            comparison.adapters,
+            base,
+            adapters,
             comparison.intervals,
-            threshold=comparison.base.settings["threshold"],
+            threshold=base.settings["threshold"],
         ),
     )
     _print(results, report, console)
@@ -94,13 +97,19 @@ def write_results(results: Mapping[str, Sequence[Mapping[str, Any]]], output: st
     return files
 
 
-def save_saco(predictions: Mapping[str, Path], ground_truth: Sequence[Path], output: str | Path) -> None:
+def save_saco(
+    predictions: Mapping[str, Path],
+    ground_truth: Sequence[Path],
+    output: str | Path,
+    image_ids: Collection[int] | None = None,
+) -> None:
     """Measure results in SA-Co's layout; write `metrics.json` (label -> "segm", "bbox" -> metrics) and print a table.
 
     Args:
         predictions: Label -> results file.
         ground_truth: One file for each annotator.
         output: Folder of the metrics.
+        image_ids: Image entries to judge; None takes all.
 
     Raises:
         UserError: A file is damaged, or they belong to different splits.
@@ -113,7 +122,7 @@ def save_saco(predictions: Mapping[str, Path], ground_truth: Sequence[Path], out
     reason = None
     iou_types: tuple[IouType, ...] = ("segm", "bbox")
     for label, file in predictions.items():
-        found = {iou_type: evaluate_saco(ground_truth, file, iou_type) for iou_type in iou_types}
+        found = {iou_type: evaluate_saco(ground_truth, file, iou_type, image_ids) for iou_type in iou_types}
         values[label] = {name: entry.metrics() | {"counts": entry.counts()} for name, entry in found.items()}
         reason = found["segm"].undefined_reason
         for name in ("cgF1", "positive_micro_F1", "IL_MCC", "cgF1@0.5", "cgF1@0.75", "IL_FPR"):

@@ -23,17 +23,19 @@ def split_units(
     predictions: Iterable[Mapping[str, Any]],
     presence: PresenceTable,
     iou_type: IouType = "segm",
+    lowest_score: float = SCORE_FLOOR,
 ) -> Units:
     """Units of an evaluated split: every category in every image, whether the image has it or not.
 
     Crowd regions are no targets and excuse no detection. A category of which an image has only crowd regions, or
-    objects without a mask, is neither present nor absent there: no unit.
+    any object without a mask, cannot be judged there: no unit.
 
     Args:
         ground_truth: COCO dict of `build_ground_truth`.
-        predictions: COCO results at the annotated size, without regard to threshold; those below `SCORE_FLOOR` drop.
+        predictions: COCO results at the annotated size, without regard to threshold.
         presence: Table of `build_ground_truth`.
         iou_type: "segm" compares masks, "bbox" boxes.
+        lowest_score: Detections below it drop; no threshold may be lower.
 
     Returns:
         (image id, category id) -> unit with detections by falling score.
@@ -55,12 +57,13 @@ def split_units(
                 f"a prediction has image_id {pair[0]!r} and category_id {pair[1]!r}, which the ground truth lacks: "
                 "it belongs to another split"
             )
-        if prediction["score"] >= SCORE_FLOOR:
+        if prediction["score"] >= lowest_score:
             detections[pair].append(prediction)
+    unclear = {(a["image_id"], a["category_id"]) for a in ground_truth["annotations"] if a.get("is_box_only")}
     return {
         pair: make_unit(detections[pair], regions, iou_type)
         for pair, regions in targets.items()
-        if regions or pair not in presence
+        if (regions or pair not in presence) and pair not in unclear
     }
 
 

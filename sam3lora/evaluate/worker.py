@@ -81,10 +81,11 @@ class EvaluationWorker:
         """
         images = self.segmenter.encode(read_images(records))
         prompts = [category.prompt for category in self._categories]
-        return {
-            label: Answers.collect(records, self._categories, self.detect(label, images, prompts))
-            for label in self.labels
-        }
+        found = {}
+        for label in self.labels:
+            found[label] = Answers.collect(records, self._categories, self.detect(label, images, prompts))
+            images.forget(label)
+        return found
 
     def detect(self, label: str, images: EncodedImages, prompts: Sequence[str]) -> list[list[Instances]]:
         """One model's detections of every prompt in every image."""

@@ -22,6 +22,7 @@ from sam3lora.model.components import component_of
 from sam3lora.model.forward import StagedSam3, VisionFeatures
 from sam3lora.model.loading import LoadedBase, load_base
 
+MAX_CACHED_PROMPTS = 4096  # at 32 KB each
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -43,6 +44,10 @@ class EncodedImages:
 
     def __len__(self) -> int:
         return len(self.sizes_hw)
+
+    def forget(self, adapter: str) -> None:
+        """Drop the features of an adapter with a vision tower of its own, which no other can use."""
+        self.features.pop(adapter, None)
 
 
 @dataclass
@@ -187,6 +192,9 @@ class Segmenter:
             UserError: A prompt that is empty or too long, a box outside its image, or no such adapter.
         """
         staged = self._staged if adapter is None else self._adapter(adapter).staged
+        text_cache = self._text_cache if adapter is None else self._adapter(adapter).text_cache
+        if len(text_cache) > MAX_CACHED_PROMPTS:
+            text_cache.clear()
         with (
             self._active(adapter),
             torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16"),
@@ -209,7 +217,7 @@ class Segmenter:
                 exemplars=self._exemplars(boxes, images.sizes_hw),
                 vision=vision,
                 max_prompts_per_forward=max_prompts_per_forward,
-                text_cache=self._text_cache if adapter is None else self._adapters[adapter].text_cache,
+                text_cache=text_cache,
             )
 
     def _adapter(self, label: str) -> _Adapter:

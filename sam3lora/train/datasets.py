@@ -23,10 +23,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class RunData:
-    """The training split, the validation split if there is one, and how their records become samples."""
+    """The training split, the validation split if there is one, and how their records become samples.
+
+    ``train`` and ``valid`` hold the images that have a loss, ``valid_complete`` all that metrics are measured on.
+    """
 
     train: CocoIndex
     valid: CocoIndex | None
+    valid_complete: CocoIndex | None
     train_settings: DecodeSettings
     valid_settings: DecodeSettings
     prompts: tuple[str, ...]
@@ -46,7 +50,7 @@ class RunData:
 
 
 def load_run_data(config: Config, resolution: int) -> RunData:
-    """Index both splits. Images of which nothing can be asked are left out."""
+    """Index both splits. Images of which nothing can be asked have no loss."""
     data, training = config.data, config.training
     root = training.required_data_dir()
     train = _index(config, root / data.train_split)
@@ -74,13 +78,15 @@ def load_run_data(config: Config, resolution: int) -> RunData:
         seed=training.seed,
     )
     valid_settings = replace(settings, augmentation="none", horizontal_flip=0.0, max_objects=None)
-    prompts = tuple(dict.fromkeys([data.prompts.get(name, name) for name in names] + list(data.negative_prompts)))
+    prompt_of = {prompt_key(name): prompt for name, prompt in data.prompts.items()}
+    asked = [prompt_of.get(prompt_key(name), name) for name in names]
     return RunData(
         train=_askable(train, settings),
         valid=_askable(valid, valid_settings) if valid else None,
+        valid_complete=valid,
         train_settings=settings,
         valid_settings=valid_settings,
-        prompts=prompts,
+        prompts=tuple(dict.fromkeys([*asked, *data.negative_prompts])),
     )
 
 

@@ -26,10 +26,10 @@ class TextBank:
         self._kept: dict[str, tuple[Tensor, Tensor]] = {}
 
     def add(self, prompts: Sequence[str]) -> None:
-        """Encode the prompts that are not kept yet, in one pass."""
+        """Encode the prompts that are not kept yet, in one pass, at the precision of the weights."""
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._kept]
         if missing and not self._trainable:
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
                 features = self._encode(missing)
             for row, prompt in enumerate(missing):
                 self._kept[prompt] = (features.embeds_PTC[row].clone(), features.mask_PT[row].clone())

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from sam3lora.evaluate.answers import Answers
 from sam3lora.evaluate.ground_truth import build_ground_truth, prompted_categories
 from sam3lora.evaluate.measure import measure_split
+from sam3lora.evaluate.run import asked_categories
 from sam3lora.evaluate.settings import EvaluationSettings
 from sam3lora.evaluate.split import ask_split
 from sam3lora.train import distributed
@@ -39,25 +42,27 @@ def evaluation_settings(config: Config) -> EvaluationSettings:
 
 
 def validation_metrics(worker: Worker) -> dict[str, Any]:
-    """`LOGGED` metrics over the split, or its first ``evaluation.num_samples`` images."""
-    index = worker.data.valid
+    """`LOGGED` metrics over the split, or its first ``evaluation.num_samples`` images: what `validate` measures."""
+    data, runner, settings = worker.data, worker.runner, evaluation_settings(worker.config)
+    index = data.valid_complete
     assert index is not None
-    settings = evaluation_settings(worker.config)
-    rows = list(range(len(index)))[: settings.num_samples]
+    rows = range(len(index))[: settings.num_samples]
     index = index.select_rows(rows)
-    categories = prompted_categories(index, worker.data.valid_settings.names, worker.data.valid_settings.prompts_map)
-    mine = ask_split(
-        worker.runner.staged,
-        worker.tokenizer,
-        index.select_rows(rows[distributed.rank() :: distributed.world_size()]),
-        categories,
-        resolution=worker.data.valid_settings.resolution,
-        post=settings.post_processing(),
-        device=worker.device,
-        batch_size=settings.batch_size,
-        max_prompts_per_forward=settings.max_prompts_per_forward,
-        text_cache=worker.runner.text.kept(),
-    )
+    categories = asked_categories(index, settings) or prompted_categories(index, data.prompts)
+    runner.text.add([category.prompt for category in categories])
+    with torch.autocast(worker.device.type, dtype=torch.bfloat16, enabled=runner.bf16):
+        mine = ask_split(
+            runner.staged,
+            worker.tokenizer,
+            index.select_rows(rows[distributed.rank() :: distributed.world_size()]),
+            categories,
+            resolution=data.valid_settings.resolution,
+            post=settings.post_processing(),
+            device=worker.device,
+            batch_size=settings.batch_size,
+            max_prompts_per_forward=settings.max_prompts_per_forward,
+            text_cache=runner.text.kept(),
+        )
     answers = Answers.join(distributed.gather_objects(mine), index.table.column("image_id").to_pylist())
     found = measure_split(
         build_ground_truth(index, categories), answers, threshold=settings.threshold, exhaustive=settings.exhaustive

@@ -172,3 +172,12 @@ def test_iou_of_boxes_and_of_nothing():
     assert iou_matrix([[0, 0, 2, 2]] * 4, [[0, 0, 2, 2]] * 4, "bbox").tolist() == [[1.0] * 4] * 4
     assert iou_matrix([], [[0, 0, 1, 1]], "bbox").shape == (0, 1)
     assert iou_matrix([[0, 0, 1, 1]], [], "bbox").shape == (1, 0)
+
+
+def test_counts_of_large_sets_do_not_overflow():
+    # sums of NumPy integers, as weights on images give them: the product of four is beyond 64 bits
+    tp, fp, tn, fn = (np.int64(n) for n in (30_000, 10_000, 350_000, 10_000))
+    zeros = np.zeros(10)
+    found = cgf1.CgF1(zeros, zeros, zeros, zeros, zeros, tp, fp, tn, fn).metrics()["IL_MCC"]
+    margins = 40_000 * 40_000 * 360_000 * 360_000
+    assert found == pytest.approx((30_000 * 350_000 - 10_000 * 10_000) / margins**0.5)

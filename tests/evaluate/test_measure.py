@@ -111,3 +111,29 @@ def test_parts_join_in_the_order_of_the_images():
     assert [p["image_id"] for p in joined.predictions] == [0, 1]
     assert joined.num_before_nms == 5
     assert set(joined.presence) == {(0, CRACK), (1, HOLE)}
+
+
+def test_objects_without_mask_leave_their_image_out_of_cgf1(tmp_path):
+    # a crack with a mask beside one with a box alone: finding both is right, and says nothing to cgF1
+    folder = write_split(tmp_path / "s", [(0, CRACK, 10), (0, CRACK, 40), (1, CRACK, 10)], NAMES, 3)
+    file = folder / "_annotations.coco.json"
+    content = json.loads(file.read_text())
+    content["annotations"][1]["segmentation"] = []
+    file.write_text(json.dumps(content))
+    index = CocoIndex.from_folder(folder)
+    truth = build_ground_truth(index, prompted_categories(index, ["crack"]))
+    found = measure_split(
+        truth, Answers([result(0, CRACK, 10, 0.9), result(0, CRACK, 40, 0.9), result(1, CRACK, 10, 0.9)])
+    )
+    assert found.map == pytest.approx(1)
+    assert found.positive_micro_f1 == pytest.approx(1, abs=1e-3)
+    assert (found.num_ground_truth, found.bbox_map) == (2, pytest.approx(1))
+    # its box alone is enough for box mAP
+    missed = measure_split(truth, Answers([result(0, CRACK, 10, 0.9), result(1, CRACK, 10, 0.9)]))
+    assert missed.bbox_map < 1
+
+
+def test_thresholds_below_the_usual_floor_count_everything(truth):
+    found = measure_split(truth, Answers([result(2, CRACK, 10, 0.02)]), threshold=0.01)
+    assert found.off_prompt_fpr == 0.25
+    assert len(found.units[2, CRACK].scores_D) == 1

@@ -66,3 +66,12 @@ def test_what_cannot_be_measured_is_refused(measure, content, message):
 def test_a_missing_file_is_named(split, tmp_path):
     with pytest.raises(UserError, match=r"cannot read .*nowhere\.json"):
         evaluate_predictions(tmp_path / "nowhere.json", split, EvaluationSettings())
+
+
+def test_results_of_a_run_with_prompts_that_no_image_shows(measure):
+    # they have ids of their own, behind those of the file
+    settings = {"negative_prompts": ("leaf",)}
+    found = measure([result(0, 1, 10, 0.9), result(0, 3, 10, 0.9)], **settings)
+    assert found.per_category["leaf"].off_prompt_fpr == 0.5
+    with pytest.raises(UserError, match="category_id 3"):
+        measure([result(0, 3, 10, 0.9)])

@@ -42,7 +42,7 @@ def ground_truth(tmp_path):
 
 def ask(file, base_folder, **changes):
     models = Models(segmenter={"model": str(base_folder), "device": "cpu"})
-    return ask_saco(file, file.parent, models, EvaluationSettings(threshold=0.0, nms_iou=1, **changes))["base"]
+    return ask_saco(file, file.parent, models, EvaluationSettings(threshold=0.0, nms_iou=1, **changes)).by_label["base"]
 
 
 def test_phrases_of_an_image_share_a_vision_pass_and_come_back_by_entry(ground_truth, base_folder, monkeypatch):

@@ -8,8 +8,10 @@ import pytest
 from sam3lora.data.coco import CocoIndex
 from sam3lora.errors import UserError
 from sam3lora.evaluate.ground_truth import prompted_categories
+from sam3lora.evaluate.run import settings_of
 from sam3lora.evaluate.settings import EvaluationSettings
 from sam3lora.evaluate.worker import EvaluationWorker, Models
+from sam3lora.infer.segmenter import Segmenter
 from sam3lora.model.forward import StagedSam3
 
 from .adapters import write_adapter
@@ -122,3 +124,25 @@ def test_adapter_of_another_base_is_refused(make_worker, tmp_path, small_base):
     (folder / "sam3lora.json").write_text('{"base_fingerprint": "0123456789abcdef"}')
     with pytest.raises(UserError, match="was trained on the base"):
         make_worker({"other": str(folder)})
+
+
+def test_thresholds_and_prompts_of_several_adapters(small_base, tmp_path):
+    # what they agree in holds, a threshold in which they differ does not; prompts must be the same
+    def write(label, threshold, prompts):
+        thresholds = {"detection_threshold": threshold, "nms_iou": 0.6}
+        data = {"prompt_of_category": prompts}
+        return str(write_adapter(tmp_path / label, small_base, thresholds=thresholds, data=data))
+
+    a, b, c = (write(*of) for of in (("a", 0.3, {"D40": "pothole"}), ("b", 0.5, {"D40": "pothole"}), ("c", 0.3, {})))
+    assert settings_of({"a": a}) == {"threshold": 0.3, "nms_iou": 0.6, "prompts": {"D40": "pothole"}}
+    assert settings_of({"a": a, "b": b}) == {"nms_iou": 0.6, "prompts": {"D40": "pothole"}}
+    with pytest.raises(UserError, match="a, c were trained with different prompts"):
+        settings_of({"a": a, "c": c})
+
+
+def test_features_that_no_other_model_can_use_are_dropped(make_worker, adapters, records, monkeypatch):
+    kept = []
+    encode = Segmenter.encode
+    monkeypatch.setattr(Segmenter, "encode", lambda self, images: kept.append(encode(self, images)) or kept[-1])
+    make_worker(adapters).ask(records)
+    assert set(kept[0].features) == {None}
