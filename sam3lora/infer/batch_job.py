@@ -98,7 +98,8 @@ def predict_batch(
         progress: Print a line every few seconds.
 
     Raises:
-        UserError: Nothing to read, a mistake in model, prompts or settings, or `output` holds another run.
+        UserError: Nothing to read, a mistake in model, prompts or settings, or `output` holds another run or is being
+            written to.
         RunFailed: Workers died again and again; what is finished is kept.
     """
     started = time.monotonic()
@@ -108,44 +109,44 @@ def predict_batch(
     post = post or PostProcessing()
     images, known = list_images(source, leave_out=output)
     categories = choose_categories(prompts, known)
-    open_output(output, _identity(choice, categories, post, overlays), overwrite=overwrite)
-    before = read_parts(output)
-    pending = [image for image in images if image.path not in before.places or image.path in before.errors]
-    pending = list({image.path: image for image in pending}.values())
+    with open_output(output, _identity(choice, categories, post, overlays), overwrite=overwrite):
+        before = read_parts(output)
+        pending = [image for image in images if image.path not in before.places or image.path in before.errors]
+        pending = list({image.path: image for image in pending}.values())
 
-    if pending:
-        settings = WorkerSettings(
-            output=output,
-            input_root=Path(common_folder([image.path for image in images])),
-            run=uuid.uuid4().hex[:8],
-            choice=choice,
-            categories=categories,
-            post=post,
-            batch_size=batch_size,
-            overlays=overlays,
-            base_fingerprint=before.base_fingerprint,
-        )
-        # Else Ray warns on stderr of the way in which Ray Data hands its actors their arguments.
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        cpus = max(os.cpu_count() or 1, num_workers or 1)
-        with (
-            ray_session(address, num_cpus=cpus),
-            BatchProgress(len(images), len(images) - len(pending), progress) as bar,
-        ):
-            for counts in _run(pending, settings, num_workers, use_gpu):
-                bar.add(counts["num_images"], counts["num_bad"])
+        if pending:
+            settings = WorkerSettings(
+                output=output,
+                input_root=Path(common_folder([image.path for image in images])),
+                run=uuid.uuid4().hex[:8],
+                choice=choice,
+                categories=categories,
+                post=post,
+                batch_size=batch_size,
+                overlays=overlays,
+                base_fingerprint=before.base_fingerprint,
+            )
+            # Else Ray warns on stderr of the way in which Ray Data hands its actors their arguments.
+            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+            cpus = max(os.cpu_count() or 1, num_workers or 1)
+            with (
+                ray_session(address, num_cpus=cpus),
+                BatchProgress(len(images), len(images) - len(pending), progress) as bar,
+            ):
+                for counts in _run(pending, settings, num_workers, use_gpu):
+                    bar.add(counts["num_images"], counts["num_bad"])
 
-    finished = read_parts(output)
-    if lost := [image.path for image in images if image.path not in finished.places]:
-        raise RunFailed(f"{len(lost)} images have no result, the first is {lost[0]}: start again to go on")
-    num_detections = write_predictions(output / PREDICTIONS, images, finished)
-    bad_images = write_bad_images(output / BAD_IMAGES, images, finished)
-    if len(bad_images) == len(images):
-        raise UserError(f"none of {len(images)} images could be read, see {output / BAD_IMAGES}")
-    if dataset:
-        write_dataset(output / DATASET, images, finished, categories)
-    seconds = time.monotonic() - started
-    return BatchSummary(output, len(images), len(images) - len(pending), num_detections, seconds, bad_images)
+        finished = read_parts(output)
+        if lost := [image.path for image in images if image.path not in finished.places]:
+            raise RunFailed(f"{len(lost)} images have no result, the first is {lost[0]}: start again to go on")
+        num_detections = write_predictions(output / PREDICTIONS, images, finished)
+        bad_images = write_bad_images(output / BAD_IMAGES, images, finished)
+        if len(bad_images) == len(images):
+            raise UserError(f"none of {len(images)} images could be read, see {output / BAD_IMAGES}")
+        if dataset:
+            write_dataset(output / DATASET, images, finished, categories)
+        seconds = time.monotonic() - started
+        return BatchSummary(output, len(images), len(images) - len(pending), num_detections, seconds, bad_images)
 
 
 def _run(

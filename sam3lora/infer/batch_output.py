@@ -7,7 +7,10 @@ moved into place, so that a part that is there is whole, after any crash; what i
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import functools
 import json
+import logging
 import os
 import shutil
 import uuid
@@ -18,9 +21,11 @@ from typing import Any, NamedTuple, TextIO
 
 from sam3lora.errors import UserError
 
-MANIFEST, PARTS, OVERLAYS = "batch.json", "parts", "overlays"
+MANIFEST, PARTS, OVERLAYS, LOCK = "batch.json", "parts", "overlays", ".lock"
 PREDICTIONS, BAD_IMAGES, DATASET = "predictions.json", "bad_images.json", "dataset"
 _RESULTS = (PARTS, OVERLAYS, PREDICTIONS, BAD_IMAGES, DATASET)
+
+logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -37,8 +42,9 @@ def written_whole(path: Path) -> Iterator[TextIO]:
         scratch.unlink(missing_ok=True)
 
 
-def open_output(folder: Path, settings: Mapping[str, Any], *, overwrite: bool = False) -> None:
-    """Begin a run in ``folder``, or go on with the one that is there.
+@contextlib.contextmanager
+def open_output(folder: Path, settings: Mapping[str, Any], *, overwrite: bool = False) -> Iterator[None]:
+    """Begin a run in ``folder``, or go on with the one that is there; no other start can do so during the block.
 
     Args:
         folder: Made if it does not exist.
@@ -46,19 +52,37 @@ def open_output(folder: Path, settings: Mapping[str, Any], *, overwrite: bool = 
         overwrite: Remove an earlier run first. Files that are not of a run stay.
 
     Raises:
-        UserError: The folder holds a run with other settings, or something else.
+        UserError: The folder holds a run with other settings, or something else, or another start has it open.
     """
+    if _read_settings(folder) is None and folder.exists() and not (folder.is_dir() and _is_unused(folder)):
+        raise UserError(f"--output {folder} is not empty and holds no batch run: choose a new folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK).open("ab")
+    except OSError as error:
+        raise UserError(f"cannot write to --output {folder}: {error.strerror}") from None
+    with lock:  # the system ends the lock with this process, however that ends; processes it starts do not inherit it
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another run is writing to {folder}: wait until it ends, or choose another --output"
+            ) from None
+        except OSError as error:
+            logger.warning("%s has no file locks (%s): start no second run there", folder, error.strerror)
+        _prepare(folder, settings, overwrite)
+        yield
+
+
+def _prepare(folder: Path, settings: Mapping[str, Any], overwrite: bool) -> None:
     earlier = _read_settings(folder)
     if earlier is not None and not overwrite:
         _check_same(earlier, json.loads(json.dumps(settings)), folder)
     else:
-        if earlier is None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"--output {folder} is not empty and holds no batch run: choose a new folder")
         for name in _RESULTS if earlier is not None else ():
             path = folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             with written_whole(folder / MANIFEST) as handle:
                 json.dump({"sam3lora_batch": 1, "settings": settings}, handle, indent=2)
         except OSError as error:
@@ -108,7 +132,7 @@ class Finished:
     places: dict[str, _Place] = field(default_factory=dict, repr=False)
     base_fingerprint: str | None = None
 
-    @property
+    @functools.cached_property
     def errors(self) -> dict[str, str]:
         """Path -> why the image could not be read."""
         return {path: place.error for path, place in self.places.items() if place.error is not None}
@@ -135,6 +159,10 @@ def read_parts(folder: Path) -> Finished:
                     finished.places[path] = _Place(part, offset, error)
                 offset += len(line)
     return finished
+
+
+def _is_unused(folder: Path) -> bool:
+    return all(path.name == LOCK for path in folder.iterdir())
 
 
 def _read_settings(folder: Path) -> dict[str, Any] | None:

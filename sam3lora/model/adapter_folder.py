@@ -176,6 +176,11 @@ def _read_config(folder: Path) -> PeftConfig:
             f"{folder}: init_lora_weights={config.init_lora_weights!r} changes the base weights at loading; convert it "
             "to plain LoRA with save_pretrained(path_initial_model_for_weight_conversion=...)"
         )
+    if config.bias != "none":
+        raise UserError(
+            f"{folder}: {CONFIG_FILE} sets bias={config.bias!r}, which changes the base's own biases and cannot be "
+            'switched off: train the adapter with bias="none"'
+        )
     for field in ("megatron_config", "layer_replication", "trainable_token_indices"):
         if getattr(config, field, None):
             raise UserError(f"{folder}: {CONFIG_FILE} sets {field}, which is not supported: remove it")

@@ -29,10 +29,12 @@ _WRAPPER_PREFIXES = ("module.", "_orig_mod.", "base_model.model.", "detector_mod
 
 
 def bare_name(name: str) -> str:
-    """The name a module or parameter has in the plain base model, without the prefixes of wrappers.
+    """The name a module or parameter has in the plain base model, without what wrappers and adapters add.
 
     >>> bare_name("base_model.model.vision_encoder.backbone.layers.0.mlp.fc1.base_layer.weight")
     'vision_encoder.backbone.layers.0.mlp.fc1.weight'
+    >>> bare_name("dot_product_scoring.text_proj.original_module.weight")  # beside PEFT's `modules_to_save`
+    'dot_product_scoring.text_proj.weight'
     """
     stripped = True
     while stripped:
@@ -40,7 +42,7 @@ def bare_name(name: str) -> str:
         for prefix in _WRAPPER_PREFIXES:
             if name.startswith(prefix):
                 name, stripped = name[len(prefix) :], True
-    return name.replace(".base_layer", "")
+    return name.replace(".base_layer", "").replace(".original_module", "")
 
 
 def component_of(name: str) -> str | None:

@@ -26,8 +26,8 @@ from sam3lora.data.images import read_image
 from sam3lora.errors import UserError
 from sam3lora.infer.batch_input import ImageSource, choose_categories, list_images
 from sam3lora.infer.batch_job import predict_batch
-from sam3lora.infer.batch_merge import write_dataset
-from sam3lora.infer.batch_output import open_output, part_path, read_part, read_parts
+from sam3lora.infer.batch_merge import write_bad_images, write_dataset
+from sam3lora.infer.batch_output import open_output, part_path, read_part, read_parts, write_part
 from sam3lora.infer.batch_worker import ModelChoice, ShardWorker, WorkerSettings
 from sam3lora.infer.postprocess import PostProcessing
 from sam3lora.infer.segmenter import Segmenter
@@ -54,6 +54,11 @@ def draw_images(folder: Path, num_images: int) -> Path:
     whole = draw_image(folder / "sub" / "cut.jpg").read_bytes()
     (folder / "sub" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     return folder
+
+
+def begin(output: Path, settings: dict, **options) -> None:
+    with open_output(output, settings, **options):
+        pass
 
 
 # --- input ---
@@ -111,16 +116,16 @@ def test_input_and_prompts_that_cannot_be(tmp_path):
 
 def test_output_goes_on_only_with_the_same_settings(tmp_path):
     output = tmp_path / "out"
-    open_output(output, {"threshold": 0.5, "categories": {"gear": 1}})
+    begin(output, {"threshold": 0.5, "categories": {"gear": 1}})
     (output / "parts" / ".half.tmp").touch()
-    open_output(output, {"threshold": 0.5, "categories": {"gear": 1}})
+    begin(output, {"threshold": 0.5, "categories": {"gear": 1}})
     assert not list((output / "parts").iterdir())  # what a crash left half-written is gone
     with pytest.raises(UserError, match=r"threshold was 0\.5, now 0\.3.*--overwrite"):
-        open_output(output, {"threshold": 0.3, "categories": {"gear": 1}})
+        begin(output, {"threshold": 0.3, "categories": {"gear": 1}})
     (output / "notes.md").touch()
     (output / "predictions.json").touch()
-    open_output(output, {"threshold": 0.3, "categories": {"gear": 1}}, overwrite=True)
-    assert sorted(os.listdir(output)) == ["batch.json", "notes.md", "parts"]
+    begin(output, {"threshold": 0.3, "categories": {"gear": 1}}, overwrite=True)
+    assert sorted(os.listdir(output)) == [".lock", "batch.json", "notes.md", "parts"]
 
 
 def test_folder_of_something_else_is_not_touched(tmp_path):
@@ -128,8 +133,72 @@ def test_folder_of_something_else_is_not_touched(tmp_path):
     (tmp_path / "batch.json").write_text('{"name": "of another program"}')
     for overwrite in (False, True):
         with pytest.raises(UserError, match="holds no batch run"):
-            open_output(tmp_path, {}, overwrite=overwrite)
+            begin(tmp_path, {}, overwrite=overwrite)
     assert sorted(os.listdir(tmp_path)) == ["batch.json", "dataset"]
+
+
+def test_second_start_leaves_the_first_alone(small_base, tmp_path):
+    # It would remove what the first is writing and what it has counted.
+    draw_image(tmp_path / "images" / "a.png")
+    output = tmp_path / "out"
+    with open_output(output, {}):
+        writing = [output / ".predictions.json.tmp", output / "parts" / ".run.tmp", output / "parts" / "run.tries"]
+        for path in writing:
+            path.touch()
+        for overwrite in (False, True):
+            with pytest.raises(UserError, match=f"another run is writing to {output}"):
+                predict_batch(
+                    tmp_path / "images", output, ["gear"], choice=ModelChoice(str(small_base)), overwrite=overwrite
+                )
+        assert all(path.exists() for path in writing)
+    begin(output, {})
+
+
+HOLD = """
+import subprocess, sys, time
+from pathlib import Path
+from sam3lora.infer.batch_output import open_output
+with open_output(Path(sys.argv[1]), {}):
+    print(subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL, close_fds=False).pid, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_lock_ends_with_a_killed_process_and_not_with_its_children(tmp_path):
+    # Workers of a killed run may live on for a while.
+    output = tmp_path / "out"
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(output)], cwd=REPOSITORY, stdout=subprocess.PIPE)
+    child = psutil.Process(int(holder.stdout.readline()))
+    try:
+        with pytest.raises(UserError, match="another run is writing"):
+            begin(output, {})
+        holder.kill()
+        holder.communicate()
+        begin(output, {})
+        assert child.is_running()
+    finally:
+        holder.kill()
+        child.kill()
+
+
+def test_results_are_counted_through_once_whatever_the_number_of_images(tmp_path):
+    # Once for each image would take hours for a million of them.
+    class Places(dict):
+        num_walks = 0
+
+        def items(self):
+            self.num_walks += 1
+            return super().items()
+
+    sources = [ImageSource(number, f"/{number}.png", f"{number}.png") for number in range(5)]
+    (tmp_path / "out" / "parts").mkdir(parents=True)
+    bad = [{"path": source.path, "error": "the file is empty"} for source in sources]
+    write_part(part_path(tmp_path / "out", "run", 0), "0" * 64, bad)
+    finished = read_parts(tmp_path / "out")
+    finished.places = places = Places(finished.places)
+    write_dataset(tmp_path / "set", sources, finished, PROMPTS)
+    assert len(write_bad_images(tmp_path / "bad.json", sources, finished)) == 5
+    assert places.num_walks == 1
 
 
 # --- worker and merge, without Ray ---
@@ -138,7 +207,7 @@ def test_folder_of_something_else_is_not_touched(tmp_path):
 @pytest.fixture
 def make_settings(small_base: Path, tmp_path: Path) -> Callable[..., WorkerSettings]:
     def make(**changes) -> WorkerSettings:
-        open_output(tmp_path / "out", {})
+        begin(tmp_path / "out", {})
         values = {
             "output": tmp_path / "out",
             "input_root": tmp_path,
@@ -364,6 +433,13 @@ def test_finished_run_is_merged_again_without_ray(make_settings, small_base, tmp
         predict_batch(images, output, ["gear"], choice=choice, post=POST)  # would need Ray
     settings = make_settings(output=output, categories={"gear": 1})
     ShardWorker(settings)(row(list_images(images, leave_out=output)[0]))
+
+    def merge_last(*args):
+        with pytest.raises(UserError, match="another run is writing"):  # the run is not over yet
+            begin(output, {})
+        return write_bad_images(*args)
+
+    monkeypatch.setattr("sam3lora.infer.batch_job.write_bad_images", merge_last)
     summary = predict_batch(images, output, ["gear"], choice=choice, post=POST, dataset=False)
     assert (summary.num_images, summary.num_before, summary.num_detections) == (2, 2, 6)
     assert not (output / "dataset").exists()

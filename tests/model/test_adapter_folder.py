@@ -3,14 +3,17 @@
 import json
 import pickle
 import shutil
+from copy import deepcopy
 
+import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sam3lora.errors import UserError
+from sam3lora.infer.segmenter import Segmenter
 from sam3lora.model import adapter_folder
 from sam3lora.model.adapter_folder import list_adapters, load_adapter, read_metadata, save_adapter
 from sam3lora.model.adapter_metadata import AdapterMetadata
@@ -19,7 +22,7 @@ from sam3lora.model.components import COMPONENTS
 from sam3lora.model.fingerprint import fingerprint
 from sam3lora.model.model_card import render_model_card
 
-from .conftest import RESOLUTION, largest_difference, make_inputs, make_sam3, outputs_of, randomise_adapter
+from .conftest import RESOLUTION, largest_difference, make_inputs, make_sam3, outputs_of, randomise_adapter, save_base
 
 SETTINGS = LoraSettings(
     rank=2, components=COMPONENTS, target_modules=("q_proj", "fc1", "query_proj", "text_projection")
@@ -91,6 +94,7 @@ def test_saving_is_reproducible(random_sam3, tmp_path):
     config = json.loads((first / "adapter_config.json").read_text())
     assert config["target_modules"] == sorted(config["target_modules"])
     assert config["inference_mode"]
+    assert config["bias"] == "none"
     assert config["base_model_name_or_path"] == "some/base"
 
 
@@ -196,6 +200,8 @@ def test_pickle_is_never_loaded(saved):
         ("peft_type", "IA3", "expected LoRA"),
         ("init_lora_weights", "pissa", "changes the base weights"),
         ("layer_replication", [[0, 2]], "not supported"),
+        ("bias", "all", "bias='all', which changes the base's own biases"),
+        ("bias", "lora_only", "bias='lora_only'"),
         ("peft_type", "NOTHING", "no valid PEFT configuration"),
     ],
 )
@@ -323,6 +329,35 @@ def test_several_adapters_on_one_base(saved, tmp_path):
         load_adapter(shared, first, adapter_name="holes")
     again = save_adapter(shared, tmp_path / "again", adapter_name="holes")
     assert (again / "adapter_model.safetensors").is_file()  # flat, whatever the name
+
+
+@pytest.mark.parametrize("order", [("whole", "plain"), ("plain", "whole")])
+def test_adapters_with_modules_to_save_load_in_any_order(random_sam3, tmp_path, order):
+    # Such an adapter brings its own copy of a module; the base's stays, and is the one that the others expect.
+    for module in random_sam3.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)  # so that every adapter shows in the scores
+    base_path = str(save_base(tmp_path / "base", random_sam3))
+    config = LoraConfig(r=2, target_modules=["fc1"], modules_to_save=["text_proj"])
+    metadata = AdapterMetadata(base_model=base_path, base_fingerprint=fingerprint(random_sam3))
+    whole = get_peft_model(deepcopy(random_sam3), config)
+    whole.base_model.model.dot_product_scoring.text_proj.modules_to_save["default"].weight.data *= -1
+    plain = train(random_sam3)[0]
+    folders = {"plain": save_adapter(plain, tmp_path / "plain", metadata)}
+    folders["whole"] = save_adapter(whole, tmp_path / "whole", metadata)
+
+    def scores(segmenter, label):
+        image = np.arange(60 * 80 * 3, dtype=np.uint8).reshape(60, 80, 3)
+        return segmenter.detect(segmenter.encode([image]), ["crack"], adapter=label, masks=False)[0][0].scores
+
+    shared = Segmenter(adapters={label: folders[label] for label in order}, device="cpu")
+    expected = {None: scores(Segmenter(base_path, device="cpu"), None)}
+    for label, folder in folders.items():
+        expected[label] = scores(Segmenter(adapters={label: folder}, device="cpu"), label)
+        assert not np.allclose(expected[label], expected[None], atol=1e-3)
+    for label in ("whole", None, "plain", "whole", "plain", None):
+        np.testing.assert_allclose(scores(shared, label), expected[label], atol=1e-6)
+    assert fingerprint(shared.base.model) == metadata.base_fingerprint
 
 
 def test_adapter_for_another_architecture(saved):
