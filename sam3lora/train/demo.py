@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import shutil
 import time
 import warnings
@@ -89,9 +90,9 @@ def run_demo(
     (folder / "metrics.json").write_text(json.dumps(comparison.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     console.print("[bold]4/4[/] writing the report")
-    report = folder / "report.html"
-    report.write_text(_render(config, result, comparison), encoding="utf-8")
-    _print_summary(console, report, comparison, time.perf_counter() - started)
+    report, steps = folder / "report.html", next_steps(output_dir)
+    report.write_text(_render(config, result, comparison, steps), encoding="utf-8")
+    _print_summary(console, report, comparison, steps, time.perf_counter() - started)
     return DemoResult(report, comparison)
 
 
@@ -135,7 +136,7 @@ def _compare(config: Config, data_dir: Path, adapter: Path) -> Comparison:
     return compare(base, [of_adapter])
 
 
-def _render(config: Config, result: TrainResult, comparison: Comparison) -> str:
+def _render(config: Config, result: TrainResult, comparison: Comparison, steps: Sequence[tuple[str, str]]) -> str:
     from sam3lora.evaluate.demo_report import render_demo_report
     from sam3lora.evaluate.pictures import comparison_pictures
     from sam3lora.model.adapter_metadata import current_versions
@@ -157,14 +158,23 @@ def _render(config: Config, result: TrainResult, comparison: Comparison) -> str:
         pictures=comparison_pictures(comparison.base, comparison.adapters[0], count=NUM_PICTURES, threshold=threshold),
         facts={"adapter size": f"{size_mb:.1f} MB", "training time": _duration(result.seconds)},
         settings=settings,
-        next_steps=next_steps(),
+        next_steps=steps,
         threshold=threshold,
     )
 
 
-def next_steps() -> list[tuple[str, str]]:
-    """Commands and what they do."""
+def next_steps(folder: str | Path = "outputs/demo") -> list[tuple[str, str]]:
+    """Commands and what they do, beginning with the adapter of a demo in this folder."""
+    adapter, data = (shlex.quote(str(Path(folder) / name)) for name in ("run/best", "data"))
     return [
+        (
+            f"sam3lora infer --weights {adapter} --image {data}/valid --prompt gear bolt --output outputs/found",
+            "what the adapter sees in a folder of images: pictures, and JSON with masks",
+        ),
+        (
+            f"sam3lora compare --weights {adapter} --val-data-dir {data}",
+            "base and adapter in full: intervals, and pictures of every category",
+        ),
         ("sam3lora data check DIR", "what your own COCO data set (DIR/train, DIR/valid) holds, and every fault in it"),
         ("sam3lora train quick_test --data-dir DIR", "a rehearsal with your data on the tiny model; a CPU is enough"),
         (
@@ -175,7 +185,9 @@ def next_steps() -> list[tuple[str, str]]:
     ]
 
 
-def _print_summary(console: Console, report: Path, comparison: Comparison, seconds: float) -> None:
+def _print_summary(
+    console: Console, report: Path, comparison: Comparison, steps: Sequence[tuple[str, str]], seconds: float
+) -> None:
     from sam3lora.evaluate.demo_report import comparison_rows, verdict
 
     def score(value: float | None) -> str:
@@ -191,7 +203,7 @@ def _print_summary(console: Console, report: Path, comparison: Comparison, secon
     console.print(verdict(comparison))
     console.print(f"Report: {report}  ({_duration(seconds)} in all)")
     console.print("\n[bold]What to do next[/]")
-    for command, purpose in next_steps():
+    for command, purpose in steps:
         console.print(f"  [cyan]{command}[/]\n      {purpose}")
 
 
