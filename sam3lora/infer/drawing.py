@@ -53,6 +53,18 @@ class Marked:
             return None
         return coco_mask.decode(self.mask) if isinstance(self.mask, Mapping) else self.mask.astype(np.uint8)
 
+    def window(self) -> tuple[int, int, np.ndarray] | None:
+        """Left and upper end of the mask's tight box, and the mask in it as uint8 0 or 1; None without a pixel.
+
+        Large images hold many small masks: what is drawn should not cost the whole image each time.
+        """
+        mask_HW = self.mask_HW
+        if mask_HW is None:
+            return None
+        box = coco_mask.toBbox(self.mask) if isinstance(self.mask, Mapping) else cv2.boundingRect(mask_HW)
+        x, y, width, height = (int(value) for value in box)
+        return (x, y, np.ascontiguousarray(mask_HW[y : y + height, x : x + width])) if width and height else None
+
 
 def mark_coco(entries: Iterable[Mapping[str, Any]], names: Mapping[int, str], size_hw: tuple[int, int]) -> list[Marked]:
     """COCO annotations or results as objects to draw; results carry their score in the label ("gear 0.87")."""
@@ -99,11 +111,12 @@ def draw_instances(
     outlines = {}
     for number, instance in order:
         colour = colours[number % len(colours)]
-        mask_HW = instance.mask_HW if show_masks else None
-        if mask_HW is not None:
-            mask = _enlarge_mask(mask_HW, (height, width))
-            outlines[number] = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)[0]
-            _fill(canvas, mask, colour)
+        window = instance.window() if show_masks else None
+        if window is not None:
+            left, top, mask = _enlarge_window(*window, factor)
+            place = (left, top)
+            outlines[number] = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE, offset=place)[0]
+            _fill(canvas[top : top + len(mask), left : left + mask.shape[1]], mask, colour)
     for number, instance in order:
         colour = colours[number % len(colours)]
         cv2.drawContours(canvas, outlines.get(number, ()), -1, _WHITE, stroke + 2, cv2.LINE_AA)
@@ -158,21 +171,20 @@ def _enlargement(size_hw: tuple[int, int], min_side: int) -> int:
     return min(4, max(1, -(-min_side // max(1, min(size_hw)))))
 
 
-def _enlarge_mask(mask_HW: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
-    """uint8 0 or 1 at the canvas's size, with smooth edges."""
-    if mask_HW.shape == size_hw:
-        return mask_HW
-    coverage = cv2.resize(mask_HW.astype(np.float32), size_hw[::-1], interpolation=cv2.INTER_LINEAR)
-    return (coverage >= 0.5).astype(np.uint8)
+def _enlarge_window(x: int, y: int, mask: np.ndarray, factor: int) -> tuple[int, int, np.ndarray]:
+    """The same window on a canvas enlarged by a whole factor, with smooth edges."""
+    if factor == 1:
+        return x, y, mask
+    padded = cv2.copyMakeBorder(mask, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0).astype(np.float32)
+    coverage = cv2.resize(padded, None, fx=factor, fy=factor, interpolation=cv2.INTER_LINEAR)
+    inner = coverage[factor:-factor, factor:-factor]
+    return x * factor, y * factor, np.ascontiguousarray(inner >= 0.5, dtype=np.uint8)
 
 
-def _fill(canvas: np.ndarray, mask: np.ndarray, colour: Rgb) -> None:
-    x, y, width, height = cv2.boundingRect(mask)
-    if width == 0:
-        return
-    window = canvas[y : y + height, x : x + width]
+def _fill(window: np.ndarray, mask: np.ndarray, colour: Rgb) -> None:
+    """Tint a view of the canvas under a mask of its size."""
     tinted = cv2.addWeighted(window, 1 - _FILL, np.full_like(window, colour), _FILL, 0)
-    cv2.copyTo(tinted, mask[y : y + height, x : x + width], window)
+    cv2.copyTo(tinted, mask, window)
 
 
 def _text_scale(height: int) -> tuple[float, int]:
