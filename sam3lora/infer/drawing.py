@@ -1,4 +1,4 @@
-"""Pictures of instances: mask, outline and label over the image, and panels that compare models."""
+"""Pictures of instances: mask, outline and label over the image."""
 
 from __future__ import annotations
 
@@ -32,7 +32,6 @@ MIN_SIDE_PX = 440  # smaller images are enlarged, so that labels can be read
 _FILL = 0.38
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
 _WHITE: Rgb = (255, 255, 255)
-_INK: Rgb = (31, 41, 55)
 
 
 @dataclass(frozen=True)
@@ -129,29 +128,6 @@ def draw_instances(
     return canvas
 
 
-def side_by_side(
-    image_HW3: np.ndarray,
-    ground_truth: Sequence[Marked],
-    base: Sequence[Marked],
-    adapter: Sequence[Marked],
-    *,
-    captions: tuple[str, str, str] = ("labels", "base", "adapter"),
-    min_side: int = MIN_SIDE_PX,
-) -> np.ndarray:
-    """Three captioned pictures in a row: labels in green, the base model in blue, the adapter in red.
-
-    Returns:
-        uint8 (H', W', 3), RGB, on white.
-    """
-    panels = []
-    columns = ((ground_truth, GROUND_TRUTH_RGB), (base, BASE_RGB), (adapter, ADAPTER_RGB))
-    for caption, (instances, colour) in zip(captions, columns, strict=True):
-        drawn = draw_instances(image_HW3, instances, colours_rgb=colour, min_side=min_side)
-        panels.append(_captioned(drawn, caption, colour))
-    gap = np.full((panels[0].shape[0], max(8, panels[0].shape[1] // 50), 3), 255, np.uint8)
-    return np.concatenate([panels[0], gap, panels[1], gap, panels[2]], axis=1)
-
-
 def encode_image(image_HW3: np.ndarray, extension: str = ".jpg", quality: int = 85) -> bytes:
     """The bytes of an image file from RGB pixels."""
     options = [cv2.IMWRITE_JPEG_QUALITY, quality] if extension == ".jpg" else []
@@ -246,14 +222,3 @@ def _free_place(
         if all(left >= x1 or left + tag_w <= x0 or row >= y1 or row + tag_h <= y0 for x0, y0, x1, y1 in placed):
             return left, row
     return left, top
-
-
-def _captioned(panel: np.ndarray, text: str, colour: Rgb) -> np.ndarray:
-    height, width = panel.shape[:2]
-    scale = max(0.55, min(height, width) / 640)
-    _, text_h, descent = _text_size(text, scale, 2)
-    bar = np.full((round((text_h + descent) * 1.7), width, 3), 255, np.uint8)
-    middle = (bar.shape[0] + text_h) // 2
-    cv2.rectangle(bar, (0, middle - text_h), (text_h - 1, middle - 1), colour, -1)
-    cv2.putText(bar, text, (round(text_h * 1.6), middle), _FONT, scale, _INK, max(1, round(scale * 2)), cv2.LINE_AA)
-    return np.concatenate([bar, panel])

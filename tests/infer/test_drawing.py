@@ -9,12 +9,10 @@ import pytest
 from sam3lora.infer.drawing import (
     ADAPTER_RGB,
     BASE_RGB,
-    GROUND_TRUTH_RGB,
     Marked,
     draw_instances,
     encode_image,
     mark_coco,
-    side_by_side,
 )
 
 GREY = 120
@@ -106,23 +104,6 @@ def test_small_images_are_enlarged_and_large_ones_are_not():
 def test_an_empty_mask_and_any_text_are_drawn_without_fail():
     empty = np.zeros((500, 600), bool)
     draw_instances(image(), [Marked("nothing", empty), Marked("größer 裂縫", blob())])
-
-
-def test_side_by_side_has_three_panels_in_their_colours():
-    marked = [Marked("crack", blob())]
-    picture = side_by_side(image(), marked, marked, marked)
-    height, width, _ = picture.shape
-    assert height > 500
-    assert width > 3 * 600
-    for colour in (GROUND_TRUTH_RGB, BASE_RGB, ADAPTER_RGB):
-        where = np.nonzero((picture == colour).all(axis=2))[1]
-        assert len(where) > 100
-    # green left, blue middle, red right
-    middles = [
-        np.nonzero((picture == colour).all(axis=2))[1].mean() / width
-        for colour in (GROUND_TRUTH_RGB, BASE_RGB, ADAPTER_RGB)
-    ]
-    assert middles[0] < 1 / 3 < middles[1] < 2 / 3 < middles[2]
 
 
 def test_coco_entries_become_labels_and_masks():
