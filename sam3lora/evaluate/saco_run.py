@@ -108,6 +108,8 @@ def _read_records(source: Path, image_dir: Path) -> list[dict[str, Any]]:
             f"{source}: {len(missing)} of its images are not in {image_dir}, e.g. {next(iter(missing))}: "
             "name the folder that the file names are relative to"
         )
+    if not records:
+        raise UserError(f"{source} lists no image, so there is nothing to ask")
     return list(records.values())
 
 

@@ -86,3 +86,6 @@ def test_missing_images_and_keys_are_named(ground_truth, base_folder):
     ground_truth.write_text(json.dumps(raw))
     with pytest.raises(UserError, match=r"images\[1\] lacks text_input"):
         ask(ground_truth, base_folder)
+    ground_truth.write_text(json.dumps(raw | {"images": []}))
+    with pytest.raises(UserError, match="lists no image"):
+        ask(ground_truth, base_folder)
