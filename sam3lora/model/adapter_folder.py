@@ -10,6 +10,7 @@ import copy
 import shutil
 import uuid
 import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -52,7 +53,7 @@ def save_adapter(
         raise UserError(f"{folder} exists and is no adapter folder: choose another place or remove it")
     state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    _check_finite(tensors, "the adapter in memory", ValueError)
+    check_finite(tensors, "the adapter in memory", ValueError)
 
     config = copy.deepcopy(model.peft_config[adapter_name])
     config.inference_mode = True
@@ -67,6 +68,8 @@ def save_adapter(
     try:
         save_file(tensors, scratch / WEIGHTS_FILE, metadata={"format": "pt"})
         config.save_pretrained(str(scratch))
+        # safetensors writes for the owner alone; whoever may read the other files may serve the adapter.
+        shutil.copymode(scratch / CONFIG_FILE, scratch / WEIGHTS_FILE)
         if metadata is not None:
             (scratch / METADATA_FILE).write_text(metadata.to_json(), encoding="utf-8")
             (scratch / "README.md").write_text(render_model_card(metadata), encoding="utf-8")
@@ -100,11 +103,11 @@ def load_adapter(
             The model is then as it was before.
     """
     folder = Path(folder)
-    config = _read_config(folder)
+    config = read_config(folder)
     tensors = _read_tensors(folder)
     metadata = read_metadata(folder)
     if check_base and metadata is not None:
-        _check_base(model, metadata, folder)
+        refuse_other_base(model, metadata, folder)
 
     config.inference_mode = not trainable
     shared = model if isinstance(model, PeftModel) else None
@@ -143,7 +146,7 @@ def check_adapter_folder(folder: str | Path) -> None:
     Raises:
         UserError: a file is missing, damaged or not of this kind, or weights are not finite.
     """
-    _read_config(Path(folder))
+    read_config(Path(folder))
     _read_tensors(Path(folder))
     read_metadata(folder)
 
@@ -157,7 +160,12 @@ def list_adapters(root: str | Path) -> dict[str, Path]:
     return {path.name: path for path in folders if is_adapter_folder(path)}
 
 
-def _read_config(folder: Path) -> PeftConfig:
+def read_config(folder: Path) -> LoraConfig:
+    """The LoRA configuration of an adapter folder.
+
+    Raises:
+        UserError: a file is missing, or the configuration is none of LoRA or would change the base model itself.
+    """
     missing = [file for file in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / file).is_file()]
     if missing:
         pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
@@ -197,19 +205,26 @@ def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
         tensors = load_file(file)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is damaged or not a safetensors file: {error}") from error
-    _check_finite(tensors, str(file), UserError)
+    check_finite(tensors, str(file), UserError)
     return tensors
 
 
-def _check_finite(tensors: dict[str, torch.Tensor], where: str, error: type[ValueError]) -> None:
+def check_finite(tensors: Mapping[str, torch.Tensor], where: str, error: type[ValueError]) -> None:
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise error(f"{where}: {name} has NaN or infinite values, the training that made it diverged")
 
 
-def _check_base(model: nn.Module, metadata: AdapterMetadata, folder: Path) -> None:
+def refuse_other_base(
+    model: nn.Module,
+    metadata: AdapterMetadata,
+    folder: Path,
+    *,
+    fingerprint_of: Callable[[nn.Module], str] = fingerprint,
+) -> None:
+    """Raise UserError unless ``model`` is the base that the adapter says it was trained on, if it does."""
     expected = metadata.base_fingerprint
-    if expected is None or (found := fingerprint(model)) == expected:
+    if expected is None or (found := fingerprint_of(model)) == expected:
         return
     revision = f" at revision {metadata.base_revision}" if metadata.base_revision else ""
     name = getattr(unwrap(model), "name_or_path", None) or type(unwrap(model)).__name__
@@ -219,23 +234,28 @@ def _check_base(model: nn.Module, metadata: AdapterMetadata, folder: Path) -> No
     )
 
 
-def _fill(model: PeftModel, adapter_name: str, tensors: dict[str, torch.Tensor], folder: Path) -> None:
-    expected = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+def check_shapes(expected: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]], folder: Path) -> None:
+    """Raise UserError unless the file's tensors (name -> shape) are those that its configuration and the base need."""
     problems = []
-    for verb, names in (
-        ("lacks", expected.keys() - tensors.keys()),
-        ("has unexpected", tensors.keys() - expected.keys()),
-    ):
+    for verb, names in (("lacks", expected.keys() - found.keys()), ("has unexpected", found.keys() - expected.keys())):
         if names:
             problems.append(f"{verb} {len(names)} tensors, first {min(names)}")
-    for name in sorted(expected.keys() & tensors.keys()):
-        if expected[name].shape != tensors[name].shape:
-            shapes = f"{tuple(tensors[name].shape)}, the model needs {tuple(expected[name].shape)}"
-            problems.append(f"has {name} of shape {shapes}")
+    for name in sorted(expected.keys() & found.keys()):
+        if tuple(expected[name]) != tuple(found[name]):
+            problems.append(f"has {name} of shape {tuple(found[name])}, the model needs {tuple(expected[name])}")
             break
     if problems:
         raise UserError(
             f"{folder / WEIGHTS_FILE} does not fit {CONFIG_FILE} and this base model: it {'; it '.join(problems)}. "
             "Use the base model the adapter was trained on"
         )
+
+
+def _fill(model: PeftModel, adapter_name: str, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    expected = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    check_shapes(
+        {name: tensor.shape for name, tensor in expected.items()},
+        {name: tensor.shape for name, tensor in tensors.items()},
+        folder,
+    )
     set_peft_model_state_dict(model, tensors, adapter_name=adapter_name)

@@ -115,7 +115,7 @@ class StagedSam3:
     ) -> tuple[Tensor, Tensor]:
         """Tokens of box exemplars and the CLS token: (B, N + 1, C) and their mask. Label 1, 0, or -10 for padding."""
         dtype = self.model.geometry_encoder.cls_embed.weight.dtype
-        maps_BCHW = vision.maps_ICHW[-1].index_select(0, image_index_B).to(dtype)
+        maps_BCHW = vision.maps_ICHW[-1][image_index_B].to(dtype)
         positions = vision.positions_1CHW[-1].to(dtype).expand(len(image_index_B), -1, -1, -1)
         # Box pooling (roi_align) has no bfloat16 kernel and fails under autocast on a CPU; these tokens are few.
         with torch.autocast(maps_BCHW.device.type, enabled=False):
@@ -170,14 +170,32 @@ class StagedSam3:
             tokens = self._geometry_cls_tokens(vision)[image_index_B]
             prompt = torch.cat([prompt, tokens.to(prompt.dtype)], 1)
             prompt_mask = torch.cat([prompt_mask, prompt_mask.new_ones(len(prompt), 1)], 1)
+        return self.detect_prompted(vision, prompt, prompt_mask, image_index_B, one_to_many=one_to_many)
 
+    def detect_prompted(
+        self,
+        vision: VisionFeatures,
+        prompt_BTC: Tensor,
+        prompt_mask_BT: Tensor,
+        image_index_B: Tensor,
+        *,
+        one_to_many: bool = False,
+    ) -> Detections:
+        """`detect` of prompts whose tokens, text and geometry, are made: ``prompt_mask_BT`` is True at real ones."""
         coarse = vision.maps_ICHW[-1]
         size_hw = (coarse.shape[-2], coarse.shape[-1])
         tokens_BSC = coarse.flatten(2).transpose(1, 2)[image_index_B]
-        positions_BSC = vision.positions_1CHW[-1].flatten(2).transpose(1, 2).expand(len(prompt), -1, -1)
-        memory = self._fuse(tokens_BSC, positions_BSC, prompt, prompt_mask)
+        positions_BSC = vision.positions_1CHW[-1].flatten(2).transpose(1, 2).expand(len(prompt_BTC), -1, -1)
+        memory = self._fuse(tokens_BSC, positions_BSC, prompt_BTC, prompt_mask_BT)
         return self._decode(
-            memory, positions_BSC, prompt, prompt_mask, size_hw, one_to_many, image_index_B=image_index_B, vision=vision
+            memory,
+            positions_BSC,
+            prompt_BTC,
+            prompt_mask_BT,
+            size_hw,
+            one_to_many,
+            image_index_B=image_index_B,
+            vision=vision,
         )
 
     def _fuse(self, tokens_BSC: Tensor, positions_BSC: Tensor, prompt_BTC: Tensor, prompt_mask_BT: Tensor) -> Tensor:
@@ -329,8 +347,10 @@ class MaskHead:
     def __init__(self, model: Sam3Model, detections: Detections, rows_K: Tensor, pixels_KCHW: Tensor) -> None:
         self._decoder = model.mask_decoder
         self._detections = detections
+        self._rows_K = rows_K
         self._pixels_KCHW = pixels_KCHW
         self._instance_KCHW: Tensor | None = None
+        self._queries_KQC: dict[str, Tensor] = {}
         # The loss asks for masks from outside the autocast block of the forward: go on at the forward's precision.
         device = pixels_KCHW.device.type
         self._autocast: dict[str, Any] = {
@@ -341,14 +361,27 @@ class MaskHead:
         self._position_B = torch.full((len(detections.image_index_B),), -1, device=rows_K.device)
         self._position_B[rows_K] = torch.arange(len(rows_K), device=rows_K.device)
 
+    def prepare(self, branch: str = "o2o") -> None:
+        """Run the layers of instance masks for every object query of ``rows_K``.
+
+        What `instance_logits` then does are matrix products without any weight of the model.
+        """
+        with torch.autocast(**self._autocast):
+            self._instance_KCHW = self._decoder.instance_projection(self._pixels_KCHW)
+            hidden_KQC = self._detections.hidden_BQC[branch][self._rows_K]
+            self._queries_KQC[branch] = self._decoder.mask_embedder(hidden_KQC)
+
     def instance_logits(self, b_index_M: Tensor, q_index_M: Tensor, branch: str = "o2o") -> Tensor:
         """Mask logits (M, h, w) of the pairs (find query, object query); ``b_index_M`` must be among ``rows_K``."""
         with torch.autocast(**self._autocast):
             if self._instance_KCHW is None:
                 self._instance_KCHW = self._decoder.instance_projection(self._pixels_KCHW)
-            queries_MC = self._decoder.mask_embedder(self._detections.hidden_BQC[branch][b_index_M, q_index_M])
             height, width = self._pixels_KCHW.shape[-2:]
             position_M = self._position_B[b_index_M]
+            if branch in self._queries_KQC:
+                queries_MC = self._queries_KQC[branch][position_M, q_index_M]
+            else:
+                queries_MC = self._decoder.mask_embedder(self._detections.hidden_BQC[branch][b_index_M, q_index_M])
             order = position_M.argsort(stable=True)
             # One matrix product per find query: gathering (M, C, h, w) pixel embeddings would take M x 85 MB at 1008.
             counts = torch.bincount(position_M, minlength=len(self._pixels_KCHW)).tolist()

@@ -54,6 +54,12 @@ def saved(random_sam3, tmp_path):
     return save_adapter(model, tmp_path / "runs" / "best", metadata), outputs_of(model, **make_inputs()), metadata
 
 
+def test_all_files_can_be_read_by_the_same_people(saved):
+    # A service under another account must be able to read what it may list.
+    folder, _, _ = saved
+    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1
+
+
 @pytest.mark.parametrize("variant", [{}, {"use_rslora": True}, {"use_dora": True}])
 def test_round_trip(random_sam3, tmp_path, variant):
     # A loaded adapter computes bit for bit what was saved.

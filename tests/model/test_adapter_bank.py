@@ -1,0 +1,503 @@
+"""A batch of rows with different adapters against PEFT one by one, and single modules drawn by hand."""
+
+import gc
+from copy import deepcopy
+from functools import partial
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from sam3lora.model.adapter_bank import AdapterBank
+from sam3lora.model.adapter_folder import save_adapter
+from sam3lora.model.adapter_weights import AdapterWeights, LoraWeights, read_adapter_weights
+from sam3lora.model.components import COMPONENTS
+from sam3lora.model.forward import StagedSam3
+
+from .conftest import RESOLUTION, byte_tokenizer, make_sam3
+
+
+def adapter(components=(), **modules: LoraWeights) -> AdapterWeights:
+    """An adapter made by hand; ``l0`` is the module "0"."""
+    named = {name.removeprefix("l"): weights for name, weights in modules.items()}
+    rank = max((weights.rank for weights in named.values()), default=0)
+    return AdapterWeights(named, None, rank, 0, "", frozenset(components))
+
+
+def random_update(module: nn.Module, rank: int, *, dora=False, seed=0) -> LoraWeights:
+    generator = torch.Generator().manual_seed(seed)
+    out, *rest = module.weight.shape
+    normal = partial(torch.randn, generator=generator, dtype=torch.promote_types(module.weight.dtype, torch.float32))
+    return LoraWeights(normal(rank, *rest), normal(out, rank), 1 + normal(out) if dora else None)
+
+
+def merged(module: nn.Module, update: LoraWeights | None) -> nn.Module:
+    """The module with the update in its weight: what a row must compute, by the definition of LoRA and DoRA."""
+    module = deepcopy(module)
+    if update is not None:
+        weight = module.weight.data.flatten(1)
+        scaled = weight if update.gain is None else update.gain[:, None] * weight
+        module.weight.data = (scaled + update.up @ update.down.flatten(1)).view_as(module.weight)
+    return module
+
+
+# ---- by hand ------------------------------------------------------------------------------------------------------
+
+
+def identity(size: int = 2) -> nn.Sequential:
+    """y = x + (10, 20)."""
+    base = nn.Sequential(nn.Linear(size, size))
+    base[0].weight.data = torch.eye(size)
+    base[0].bias.data = 10.0 * torch.arange(1, size + 1)
+    return base.eval()
+
+
+FIRST_TO_SECOND = LoraWeights(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0], [5.0]]))  # y2 += 5 x1
+SWAP = LoraWeights(torch.eye(2), torch.tensor([[0.0, 1.0], [1.0, 0.0]]))  # y += (x2, x1)
+
+
+def test_each_row_gets_its_own_update():
+    # Three rows (1, 2): the base, an adapter of rank 1, one of rank 2.
+    base = identity()
+    bank = AdapterBank(base, 4)
+    bank.put(0, adapter(l0=FIRST_TO_SECOND))
+    bank.put(3, adapter(l0=SWAP))
+    x = torch.tensor([[1.0, 2.0]] * 3)
+    with torch.no_grad(), bank.rows([None, 0, 3]):
+        assert base(x).tolist() == [[11, 22], [11, 27], [13, 23]]
+    with torch.no_grad(), bank.rows([3, 3, 3]):
+        assert base(x).tolist() == [[13, 23]] * 3
+    with torch.no_grad(), bank.rows([None] * 3):
+        assert base(x).tolist() == [[11, 22]] * 3
+
+
+def test_gain_leaves_the_bias_alone():
+    # DoRA doubles what the weight gives, (1, 2), and not the bias (10, 20); the row beside it is plain.
+    base = identity()
+    bank = AdapterBank(base, 2)
+    bank.put(0, adapter(l0=LoraWeights(FIRST_TO_SECOND.down, FIRST_TO_SECOND.up, torch.tensor([2.0, 2.0]))))
+    bank.put(1, adapter(l0=FIRST_TO_SECOND))
+    with torch.no_grad(), bank.rows([0, 1, None]):
+        assert base(torch.tensor([[1.0, 2.0]] * 3)).tolist() == [[12, 29], [11, 27], [11, 22]]
+    with torch.no_grad(), bank.rows([0]):
+        assert base(torch.tensor([[1.0, 2.0]])).tolist() == [[12, 29]]
+
+
+def test_windows_follow_their_row():
+    # Two rows of two windows each: the windows of the first row come first.
+    base = identity()
+    bank = AdapterBank(base, 1)
+    bank.put(0, adapter(l0=FIRST_TO_SECOND))
+    x = torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0], [4.0, 0.0]])[:, None]
+    with torch.no_grad(), bank.rows([0, None]):
+        assert base(x)[:, 0, 1].tolist() == [25, 30, 20, 20]
+    with torch.no_grad(), bank.rows([None, 0]):
+        assert base(x)[:, 0, 1].tolist() == [20, 20, 35, 40]
+
+
+def test_outside_rows_the_base_answers():
+    # Also after an exception inside, and inside an outer block once the inner one is left.
+    base = identity()
+    bank = AdapterBank(base, 2)
+    bank.put(0, adapter(l0=FIRST_TO_SECOND))
+    bank.put(1, adapter(l0=SWAP))
+    x = torch.tensor([[1.0, 2.0]])
+    with torch.no_grad():
+        assert base(x).tolist() == [[11, 22]]
+        with pytest.raises(KeyError), bank.rows([0]):
+            raise KeyError
+        assert base(x).tolist() == [[11, 22]]
+        with bank.rows([0]):
+            with bank.rows([1]):
+                assert base(x).tolist() == [[13, 23]]
+            assert base(x).tolist() == [[11, 27]]
+
+
+def test_inputs_that_do_not_divide_into_rows():
+    # A forgotten `rows` would otherwise give some rows the adapter of others.
+    base = identity()
+    bank = AdapterBank(base, 1)
+    bank.put(0, adapter(l0=SWAP))
+    with pytest.raises(AssertionError, match=r"0 got an input \(3, 2\) for 2 rows"), bank.rows([0, None]):
+        base(torch.zeros(3, 2))
+
+
+def test_empty_slots_are_no_base():
+    # A row of an adapter that is gone must not be answered by the base.
+    bank = AdapterBank(identity(), 2)
+    bank.put(0, adapter(l0=SWAP))
+    with pytest.raises(AssertionError, match=r"slots \[1\] are empty"), bank.rows([0, 1]):
+        pass
+    with pytest.raises(AssertionError, match="below 2, got 2"):
+        bank.put(2, adapter(l0=SWAP))
+
+
+@pytest.mark.parametrize("shape", [(0, 2), (2, 0, 2)])
+def test_nothing_to_compute(shape):
+    # No boxes, no detections: empty inputs pass.
+    base = identity()
+    bank = AdapterBank(base, 1)
+    bank.put(0, adapter(l0=SWAP))
+    with torch.no_grad(), bank.rows([0, None]):
+        assert base(torch.zeros(shape)).shape == shape
+    with torch.no_grad(), bank.rows([]):
+        assert base(torch.zeros(shape)).shape == shape
+
+
+# ---- single modules against their merged weights --------------------------------------------------------------------
+
+MODULES = {
+    "linear": (lambda: nn.Linear(5, 3), (4, 7, 5)),
+    "linear without bias": (lambda: nn.Linear(5, 3, bias=False), (4, 5)),
+    "linear on windows": (lambda: nn.Linear(5, 3), (12, 2, 2, 5)),
+    "linear on channels last": (lambda: nn.Linear(5, 3), (4, 6, 6, 5)),
+    "conv 1x1": (lambda: nn.Conv2d(5, 3, 1), (4, 5, 6, 7)),
+    "conv 3x3": (lambda: nn.Conv2d(5, 3, 3, padding=1), (4, 5, 6, 7)),
+    "patches": (lambda: nn.Conv2d(5, 3, 2, stride=2, bias=False), (4, 5, 6, 8)),
+    "conv to a point, rois": (lambda: nn.Conv2d(5, 3, (4, 4)), (12, 5, 4, 4)),
+    "conv same": (lambda: nn.Conv2d(5, 3, 3, padding="same"), (4, 5, 6, 7)),
+}
+SLOTS = {"mixed": [2, None, 0, 1], "one": [1] * 4, "repeated": [0, 2, 2, 0], "with base": [None, 1, 1, None]}
+
+
+@pytest.mark.parametrize("slots", SLOTS.values(), ids=SLOTS)
+@pytest.mark.parametrize(("make", "shape"), MODULES.values(), ids=MODULES)
+def test_single_modules(make, shape, slots):
+    # Ranks 1, 4 and 2, the last with DoRA; float64 shows any mistake.
+    torch.manual_seed(0)
+    module = make().double()
+    base = nn.Sequential(module)
+    bank = AdapterBank(base, 3)
+    updates = {0: random_update(module, 1), 1: random_update(module, 4, seed=1)}
+    updates[2] = random_update(module, 2, dora=True, seed=2)
+    for slot, update in updates.items():
+        bank.put(slot, adapter(l0=update))
+    x = torch.randn(shape, dtype=torch.float64)
+    with torch.no_grad():
+        with bank.rows(slots):
+            found = base(x)
+        rows = x.split(len(x) // len(slots))
+        expected = [merged(module, updates.get(slot))(row) for slot, row in zip(slots, rows, strict=True)]
+    torch.testing.assert_close(found, torch.cat(expected), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("make", [lambda: nn.Linear(6, 6), lambda: nn.Conv2d(6, 6, 3, padding=1)])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_bfloat16(make, dora, autocast):
+    # Under autocast, and on a base that is bfloat16 itself, the output has the base's dtype and PEFT's values.
+    torch.manual_seed(0)
+    base = nn.Sequential(make()).to(torch.float32 if autocast else torch.bfloat16)
+    update = random_update(base[0], 2, dora=dora)
+    bank = AdapterBank(base, 2)
+    bank.put(0, adapter(l0=update))
+    bank.put(1, adapter(l0=random_update(base[0], 3, seed=1)))
+    x = torch.randn(3, 6, 6, 6, dtype=base[0].weight.dtype)
+    expected = merged(base[0].float(), update)(x.float())
+    base.to(x.dtype)
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode, torch.autocast("cpu", torch.bfloat16, enabled=autocast), bank.rows([0, 1, None]):
+            found = base(x)
+        assert found.dtype == torch.bfloat16
+        assert (found[0] - expected[0]).abs().max() < 0.03 * expected.abs().max()
+    assert bank.size_bytes == 1.5 * sum(4 * 3 * 3 * tensor[0].numel() for tensor in (update.down, update.up.T)) + (
+        4 * 3 * 6 if dora else 0
+    )
+
+
+def test_put_during_inference_mode_serves_outside_of_it():
+    # The model thread may hold inference_mode all the time.
+    base = identity()
+    bank = AdapterBank(base, 1)
+    with torch.inference_mode():
+        bank.put(0, adapter(l0=SWAP))
+    x = torch.tensor([[1.0, 2.0]], requires_grad=True)
+    with bank.rows([0]):
+        base(x).sum().backward()
+    assert x.grad.tolist() == [[2, 2]]
+
+
+# ---- slots ------------------------------------------------------------------------------------------------------
+
+
+def hooked(model: nn.Module) -> set[str]:
+    return {name for name, module in model.named_modules() if module._forward_hooks}
+
+
+def test_hooks_only_where_an_adapter_is():
+    # An idle bank costs nothing: modules without an update have no hook.
+    base = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+    bank = AdapterBank(base, 2)
+    assert hooked(base) == set()
+    bank.put(0, adapter(("scoring",), l0=SWAP, l2=SWAP))
+    bank.put(1, adapter(("text_encoder",), l1=SWAP, l2=SWAP))
+    assert hooked(base) == {"0", "1", "2"}
+    assert bank.components(0) == {"scoring"}
+    assert bank.components(None) == bank.components(7) == frozenset()
+    assert bank.adapts("text_encoder")
+    bank.put(1, adapter((), l2=SWAP))  # replaces
+    assert hooked(base) == {"0", "2"}
+    assert not bank.adapts("text_encoder")
+    bank.clear(0)
+    bank.clear(0)
+    assert hooked(base) == {"2"}
+    assert bank.size_bytes > 0
+    bank.clear(1)
+    assert hooked(base) == set()
+    assert bank.size_bytes == 0
+
+
+def test_neighbours_are_not_disturbed():
+    # Filling, replacing and emptying one slot changes no other one, whatever the ranks.
+    torch.manual_seed(0)
+    module = nn.Linear(4, 3).double()
+    base = nn.Sequential(module)
+    bank = AdapterBank(base, 3)
+    updates: dict[int, LoraWeights] = {}
+    x = torch.randn(4, 4, dtype=torch.float64)
+    steps = [(0, 2), (1, 7), (0, 1), (1, None), (2, 3), (1, 1), (0, None), (2, 9), (2, None), (0, 4)]
+    for seed, (slot, rank) in enumerate(steps):
+        if rank is None:
+            bank.clear(slot)
+            del updates[slot]
+        else:
+            updates[slot] = random_update(module, rank, dora=seed % 3 == 0, seed=seed)
+            bank.put(slot, adapter(l0=updates[slot]))
+        slots = [*(sorted(updates) * 4)[:3], None]
+        with torch.no_grad(), bank.rows(slots):
+            found = base(x)
+        expected = torch.stack([merged(module, updates.get(slot))(row) for slot, row in zip(slots, x, strict=True)])
+        torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("order", [[0, 1], [1, 0, 1, None], [1, 1]])
+def test_a_slot_that_is_used_again_for_other_modules(order):
+    # The second adapter of slot 1 leaves module 0 alone, where the first one's update may still lie.
+    base = nn.Sequential(identity()[0], identity()[0])
+    bank = AdapterBank(base, 2)
+    bank.put(0, adapter(l0=FIRST_TO_SECOND))
+    bank.put(1, adapter(l0=SWAP, l1=SWAP))
+    bank.put(1, adapter(l1=FIRST_TO_SECOND))
+    expected = {None: [21, 42], 0: [21, 47], 1: [21, 42 + 5 * 11]}
+    with torch.no_grad(), bank.rows(order):
+        assert base(torch.tensor([[1.0, 2.0]] * len(order))).tolist() == [expected[slot] for slot in order]
+
+
+def test_a_put_that_fails_leaves_the_slot_empty(monkeypatch):
+    # Out of memory at the second module: the other slots go on, nothing is half there.
+    base = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    bank = AdapterBank(base, 2)
+    bank.put(0, adapter(l0=FIRST_TO_SECOND))
+    before = base(torch.ones(1, 2))
+    with bank.rows([0]):
+        adapted = base(torch.ones(1, 2))
+    bad = LoraWeights(torch.zeros(1, 3), torch.zeros(2, 1))  # does not fit: the copy raises
+    with pytest.raises(RuntimeError):
+        bank.put(1, adapter(("scoring",), l0=SWAP, l1=bad))
+    assert hooked(base) == {"0"}
+    assert not bank.adapts("scoring")
+    with bank.rows([0, None]):
+        assert torch.equal(base(torch.ones(2, 2)), torch.cat([adapted, before]))
+    bank.put(1, adapter(l1=SWAP))
+
+
+def test_memory_stays_flat():
+    # A thousand adapters come and go, of changing rank: as many tensors and bytes as after the first.
+    base = nn.Sequential(nn.Linear(8, 8), nn.Conv2d(2, 2, 3))
+    bank = AdapterBank(base, 3)
+    bank.put(0, adapter(l0=random_update(base[0], 2)))
+
+    def tensors() -> tuple[int, int]:
+        gc.collect()
+        found = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]
+        return len(found), sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found}.values())
+
+    before, size = tensors(), bank.size_bytes
+    for turn in range(1000):
+        bank.put(
+            1 + turn % 2, adapter(l0=random_update(base[0], 1 + turn % 8), l1=random_update(base[1], 3, dora=True))
+        )
+        if turn % 3:
+            bank.clear(1 + turn % 2)
+    bank.clear(1)
+    bank.clear(2)
+    bank.put(0, adapter(l0=random_update(base[0], 2)))
+    assert tensors() == before
+    assert bank.size_bytes == size
+    assert hooked(base) == {"0"}
+
+
+# ---- a whole SAM 3 against PEFT -------------------------------------------------------------------------------------
+
+DECODER = [f"{head}.layer{n}" for head in ("box_head", "presence_head", "ref_point_head") for n in (1, 2)]
+ADAPTERS = {
+    "vision": {
+        "r": 2,
+        "target_modules": r"vision_encoder\..*(q_proj|v_proj|o_proj|fc1|projection|proj1|proj2)",
+        "rank_pattern": {"q_proj": 5, "proj1": 1},
+    },
+    "text and geometry": {
+        "r": 3,
+        "target_modules": r"text_projection|(text|geometry)_encoder\..*(k_proj|q_proj|out_proj|fc2|boxes_.*project)",
+        "use_rslora": True,
+    },
+    "detector": {
+        "r": 4,
+        "lora_alpha": 2,
+        "target_modules": [*DECODER, "box_head.layer3", "box_rpb_embed_x.layer1", "box_rpb_embed_y.layer2", "fc1"],
+        "alpha_pattern": {"box_head.layer1": 16},
+    },
+    "masks and scores": {
+        "r": 2,
+        "target_modules": r"mask_decoder\..*(q_proj|o_proj|layers\.\d|conv_layers\.\d|projection)"
+        r"|dot_product_scoring\.(query_proj|text_proj|text_mlp\.layer1)",
+    },
+    "everything, DoRA": {"r": 2, "use_dora": True, "target_modules": "EVERYTHING"},
+}
+
+
+def config_of(name: str, model: nn.Module) -> LoraConfig:
+    settings = dict(ADAPTERS[name])
+    if settings["target_modules"] == "EVERYTHING":
+        unused = "text_encoder.text_projection"
+        kinds = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d) and n != unused]
+        settings["target_modules"] = kinds
+    return LoraConfig(**settings)
+
+
+def inject(model: nn.Module, name: str, seed: int) -> nn.Module:
+    """A copy of the model with PEFT's layers, and an adapter that changes every output."""
+    peft_model = get_peft_model(deepcopy(model), config_of(name, model)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    for key, parameter in peft_model.named_parameters():
+        if ".lora_B." in key:
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+        elif "magnitude" in key:
+            parameter.data = parameter.data * (0.8 + 0.4 * torch.rand(parameter.shape, generator=generator))
+    return peft_model
+
+
+def noisy_sam3(num_layers: int, dtype: torch.dtype) -> nn.Module:
+    """A freshly initialised model says nearly the same about everything."""
+    detr = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "dropout": 0.0}
+    model = make_sam3(detr_decoder_config=detr | {"num_layers": num_layers, "num_queries": 8}).to(dtype)
+    generator = torch.Generator().manual_seed(3)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=dtype)
+    return model
+
+
+class Batch:
+    """One image, one prompt and some exemplar boxes for each row."""
+
+    def __init__(self, num_rows: int, dtype: torch.dtype, num_boxes: int | None) -> None:
+        generator = torch.Generator().manual_seed(1)
+        prompts = [f"prompt {'x' * row}" for row in range(num_rows)]
+        encoded = byte_tokenizer()(prompts, padding="max_length", max_length=32, return_tensors="pt")
+        self.ids, self.attention = encoded["input_ids"], encoded["attention_mask"]
+        self.pixels = torch.randn(num_rows, 3, RESOLUTION, RESOLUTION, generator=generator, dtype=dtype)
+        self.boxes = None if num_boxes is None else 0.2 + 0.5 * torch.rand(num_rows, num_boxes, 4, generator=generator)
+
+    def run(self, model: nn.Module, rows: slice) -> dict[str, Tensor]:
+        """Everything the staged forward says about some rows; rows on axis 0."""
+        staged = StagedSam3(model)
+        with torch.no_grad():
+            vision = staged.encode_images(self.pixels[rows])
+            text = staged.encode_text(self.ids[rows], self.attention[rows])
+            index = torch.arange(len(self.pixels[rows]))
+            found = staged.detect(
+                vision, text, index, index, boxes_cxcywh_BN4=None if self.boxes is None else self.boxes[rows]
+            )
+            head = staged.mask_head(found, index)
+            num_queries = found.logits_LBQ.shape[-1]
+            q_index = torch.arange(num_queries).repeat(len(index))
+            masks = head.instance_logits(index.repeat_interleave(num_queries), q_index)
+            return {
+                "logits": found.logits_LBQ.transpose(0, 1),
+                "boxes": found.boxes_cxcywh_LBQ4.transpose(0, 1),
+                "presence": found.presence_logits_LB.transpose(0, 1),
+                "masks": masks.unflatten(0, (len(index), num_queries)),
+                "semantic": head.semantic_logits(index),
+            }
+
+
+def largest_relative(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    differences = [(found[name] - expected[name]).abs().max() / expected[name].abs().max() for name in expected]
+    return torch.stack(differences).max().item()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict:
+    """(layers, dtype) -> (base, PEFT models by name, adapters as the bank takes them), made once."""
+    return {}
+
+
+def served(folders, tmp_path, num_layers, dtype):
+    if (num_layers, dtype) not in folders:
+        base = noisy_sam3(num_layers, dtype)
+        peft_models = {name: inject(base, name, seed) for seed, name in enumerate(ADAPTERS)}
+        weights = {}
+        for number, (name, model) in enumerate(peft_models.items()):
+            folder = save_adapter(model, tmp_path / str(number))
+            weights[name] = read_adapter_weights(folder, base)
+        folders[num_layers, dtype] = base, peft_models, weights
+    return folders[num_layers, dtype]
+
+
+@pytest.mark.parametrize("num_boxes", [None, 2])
+@pytest.mark.parametrize(
+    ("num_layers", "order"),
+    [
+        (2, ["vision", None, "everything, DoRA", "text and geometry", "detector", "masks and scores"]),
+        (4, ["detector", "masks and scores", None, "everything, DoRA"]),  # as many rows as decoder layers
+        (2, ["masks and scores", "detector"]),
+        (2, ["vision", "vision", "vision"]),
+    ],
+)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_mixed_batches_equal_peft_one_by_one(
+    folders, tmp_path, monkeypatch, num_layers, order, num_boxes, dtype, tolerance
+):
+    # Windowed attention, convolutions, text, boxes, box_head, query_proj and masks, in one forward.
+    if dtype == torch.float64:
+        monkeypatch.setattr(Tensor, "float", Tensor.double)  # SAM 3 keeps boxes in float32, and rounds there
+    base, peft_models, weights = served(folders, tmp_path, num_layers, dtype)
+    slot_of = {name: slot for slot, name in enumerate(ADAPTERS)}
+    bank = AdapterBank(base, len(ADAPTERS))
+    for name, slot in slot_of.items():
+        bank.put(slot, weights[name])
+    batch = Batch(len(order), dtype, num_boxes)
+    with bank.rows([slot_of.get(name) for name in order]):
+        found = batch.run(base, slice(None))
+    for slot in slot_of.values():
+        bank.clear(slot)
+    assert hooked(base) == set()
+    for row, name in enumerate(order):
+        alone = slice(row, row + 1)
+        plain = batch.run(base, alone)
+        expected = plain if name is None else batch.run(peft_models[name].get_base_model(), alone)
+        assert largest_relative({key: value[alone] for key, value in found.items()}, expected) < tolerance, name
+        if name is not None:
+            assert largest_relative(plain, expected) > 100 * 1e-5  # the adapter does something
+
+
+def test_every_kind_of_module_is_covered(folders, tmp_path):
+    # The adapters above touch every component, and the modules that PEFT cannot mix.
+    _, _, weights = served(folders, tmp_path, 2, torch.float32)
+    assert frozenset().union(*(adapter.components for adapter in weights.values())) == set(COMPONENTS)
+    plain = {module for name, adapter in weights.items() if "DoRA" not in name for module in adapter.modules}
+    for module in (
+        "vision_encoder.backbone.embeddings.patch_embeddings.projection",
+        "vision_encoder.neck.fpn_layers.0.proj2",
+        "geometry_encoder.boxes_pool_project",
+        "geometry_encoder.boxes_direct_project",
+        "text_projection",
+        "detr_decoder.box_head.layer3",
+        "detr_decoder.ref_point_head.layer1",
+        "mask_decoder.instance_projection",
+        "mask_decoder.pixel_decoder.conv_layers.0",
+        "mask_decoder.mask_embedder.layers.0",
+        "dot_product_scoring.query_proj",
+    ):
+        assert module in plain
