@@ -26,6 +26,7 @@ cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # what it warn
 
 _DECODE_FLAGS = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
 _TURNED_BY_THE_DECODER = ("TIFF",)
+_PNG_EXIF_MARKS = (b"eXIf", b"Raw profile type")
 _MANY_FRAMES = ("GIF", "WEBP", "PNG", "TIFF", "AVIF")  # in a phone's JPEG further frames are previews and depth
 
 # Pillow warns from half of MAX_MEGAPIXELS on.
@@ -209,6 +210,8 @@ def _orientation(data: bytes) -> int:
     """EXIF orientation, 1 to 8, that the decoder has left to do; from 5 on height and width change places."""
     try:
         with Image.open(io.BytesIO(data)) as image:
+            if image.format == "PNG" and not any(mark in data for mark in _PNG_EXIF_MARKS):
+                return 1  # Pillow would decode it all to look for EXIF data behind the pixels
             found = image.getexif().get(ExifTags.Base.Orientation, 1)
             return found if image.format not in _TURNED_BY_THE_DECODER and found in range(1, 9) else 1
     except (OSError, ValueError, SyntaxError, EOFError, KeyError, TypeError, struct.error):  # damaged EXIF data

@@ -10,7 +10,7 @@ import numpy as np
 
 from sam3lora.data.images import read_image
 from sam3lora.evaluate.ground_truth import PromptedCategory
-from sam3lora.infer.detect import Instances
+from sam3lora.infer.values import Instances
 
 Pair = tuple[int, int]
 """(image id, category id)."""

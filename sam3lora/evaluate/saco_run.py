@@ -14,7 +14,7 @@ from sam3lora.evaluate.cgf1 import SCORE_THRESHOLD
 from sam3lora.evaluate.run import ask_batches, progress_bar
 from sam3lora.evaluate.settings import EvaluationSettings
 from sam3lora.evaluate.worker import EvaluationWorker, Models
-from sam3lora.infer.postprocess import PostProcessing
+from sam3lora.infer.values import PostProcessing
 
 CATEGORY_ID = 1  # SA-Co has one for everything: the phrase is the image entry's
 

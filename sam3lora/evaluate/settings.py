@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 
 from sam3lora.data.coco import ANNOTATION_FILE
 from sam3lora.errors import UserError
-from sam3lora.infer.postprocess import PostProcessing
+from sam3lora.infer.values import PostProcessing
 
 
 @dataclass(frozen=True)

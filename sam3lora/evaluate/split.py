@@ -16,7 +16,7 @@ from sam3lora.evaluate.ground_truth import PromptedCategory, build_ground_truth,
 from sam3lora.evaluate.measure import SplitMetrics, measure_split
 from sam3lora.infer.detect import TextCache, detect_prompts
 from sam3lora.infer.pixels import to_pixel_values
-from sam3lora.infer.postprocess import PostProcessing
+from sam3lora.infer.values import PostProcessing
 from sam3lora.model.forward import StagedSam3
 
 NO_SCORE_CUT = PostProcessing(threshold=0.0, nms="mask", nms_iou=0.7)

@@ -9,9 +9,8 @@ from typing import Any
 
 from sam3lora.evaluate.answers import Answers, read_images
 from sam3lora.evaluate.ground_truth import PromptedCategory
-from sam3lora.infer.detect import Instances
-from sam3lora.infer.postprocess import PostProcessing
 from sam3lora.infer.segmenter import EncodedImages, Segmenter
+from sam3lora.infer.values import Instances, PostProcessing
 
 BASE = "base"
 

@@ -24,7 +24,7 @@ from sam3lora.infer.batch_merge import write_bad_images, write_dataset, write_pr
 from sam3lora.infer.batch_output import BAD_IMAGES, DATASET, PREDICTIONS, open_output, read_parts
 from sam3lora.infer.batch_progress import BatchProgress
 from sam3lora.infer.batch_worker import ModelChoice, ShardWorker, WorkerSettings
-from sam3lora.infer.postprocess import PostProcessing
+from sam3lora.infer.values import PostProcessing
 from sam3lora.model.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, is_adapter_folder, read_metadata
 
 _BATCHES_PER_SHARD = 4  # what is done again after a crash, against the number of files

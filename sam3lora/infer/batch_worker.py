@@ -18,10 +18,9 @@ from sam3lora.data.images import ImageError, read_image
 from sam3lora.errors import UserError
 from sam3lora.infer.batch_input import ImageSource
 from sam3lora.infer.batch_output import MANIFEST, OVERLAYS, count_tries, part_path, read_part, write_part
-from sam3lora.infer.detect import Instances
 from sam3lora.infer.drawing import draw_instances, encode_image, mark_coco
-from sam3lora.infer.postprocess import PostProcessing
 from sam3lora.infer.segmenter import Segmenter
+from sam3lora.infer.values import Instances, PostProcessing
 from sam3lora.model.tokenization import tokenize
 
 _ADAPTER = "adapter"

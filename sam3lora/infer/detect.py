@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -11,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sam3lora.infer.mask_encoding import Rle, encode_logits, rle_area_px, rle_box_xyxy
-from sam3lora.infer.postprocess import PostProcessing, select
+from sam3lora.infer.mask_encoding import encode_logits, rle_box_xyxy
+from sam3lora.infer.postprocess import Selection, select
+from sam3lora.infer.values import Instances, PostProcessing
 from sam3lora.model.forward import Detections, StagedSam3, TextFeatures, VisionFeatures
 from sam3lora.model.tokenization import tokenize
 
@@ -23,37 +23,7 @@ EVERYTHING = PostProcessing(threshold=0.0, nms="none")
 """The best 100 object queries as they are."""
 
 PADDING_LABEL = -10
-
-
-@dataclass
-class Instances:
-    """What was found for one prompt in one image, by descending score.
-
-    Attributes:
-        prompt: The prompt.
-        presence: Probability in [0, 1] that the image shows the prompt at all.
-        size_hw: Size of the original image in pixels.
-        scores: float32 (N,), sigmoid(logit) x sigmoid(presence), in [0, 1].
-        boxes_xyxy: float32 (N, 4) in pixels of the original image.
-        masks: N compressed RLEs `{"size": [height, width], "counts": str}` at the original size, ready for JSON; empty
-            if masks were not wanted.
-        num_before_nms: How many there were at the threshold before merging, suppression and the limit.
-    """
-
-    prompt: str
-    presence: float
-    size_hw: tuple[int, int]
-    scores: np.ndarray
-    boxes_xyxy: np.ndarray
-    masks: list[Rle] = field(repr=False)
-    num_before_nms: int = 0
-
-    def __len__(self) -> int:
-        return len(self.scores)
-
-    def areas_px(self) -> list[int]:
-        """Pixels of each mask."""
-        return [rle_area_px(mask) for mask in self.masks]
+MASKS_AT_ONCE = 256  # 85 MB of logits at 1008
 
 
 class Exemplars(NamedTuple):
@@ -119,9 +89,13 @@ def detect_prompts(
             boxes_cxcywh_BN4=exemplars.boxes_cxcywh_IN4[image_index_B] if exemplars and boxed else None,
             box_labels_BN=exemplars.labels_IN[image_index_B] if exemplars and boxed else None,
         )
-        kept = _keep(staged, detections, post, masks)
+
+        def mask_head(rows: list[int], detections: Detections = detections) -> MaskLogits:
+            return staged.mask_head(detections, torch.tensor(rows)).instance_logits
+
+        kept = keep(detections, [post] * len(chunk), [masks] * len(chunk), mask_head)
         for (image, prompt), query in zip(chunk, kept, strict=True):
-            found[image].append(_instances(prompts[prompt], sizes_hw[image], query))
+            found[image].append(to_instances(prompts[prompt], sizes_hw[image], query))
     return found
 
 
@@ -159,7 +133,11 @@ def _chunks(
             yield alike[start : start + most], boxed
 
 
-class _Kept(NamedTuple):
+MaskLogits = Callable[[Tensor, Tensor], Tensor]
+"""Indices (M,) of find queries and of their object queries -> mask logits (M, h, w)."""
+
+
+class Kept(NamedTuple):
     """The kept detections of one find query, by descending score, on the CPU."""
 
     presence: float
@@ -170,36 +148,94 @@ class _Kept(NamedTuple):
     num_before_nms: int
 
 
-def _keep(staged: StagedSam3, detections: Detections, post: PostProcessing, masks: bool) -> Iterator[_Kept]:
-    """One find query after the other, so that the masks of one are in memory at a time."""
+class _Candidates(NamedTuple):
+    """Detections of one find query at the threshold; `selection` is None if it takes their masks to select."""
+
+    post: PostProcessing
+    scores_N: Tensor
+    boxes_cxcywh_N4: Tensor
+    query_N: Tensor
+    selection: Selection | None
+
+
+def keep(
+    detections: Detections,
+    posts_B: Sequence[PostProcessing],
+    masks_B: Sequence[bool],
+    mask_head: Callable[[list[int]], MaskLogits],
+) -> Iterator[Kept]:
+    """Post-process each of ``B`` find queries in its own way; few masks are in memory at a time.
+
+    Args:
+        detections: Of all find queries.
+        posts_B: Threshold, suppression or merging, and limit.
+        masks_B: Whether masks are wanted.
+        mask_head: Gets the find queries that need masks, once, and gives what makes them; indices are on the CPU.
+    """
     scores_BQ, query_BQ = detections.scores_BQ().sort(dim=1, descending=True, stable=True)
+    boxes_BQ4 = detections.boxes_cxcywh_LBQ4[-1].float().gather(1, query_BQ[:, :, None].expand(-1, -1, 4)).cpu()
+    scores_BQ, query_BQ = scores_BQ.cpu(), query_BQ.cpu()
     presence_B = detections.presence_logits_LB[-1].float().sigmoid().tolist()
-    num_B = (scores_BQ >= post.threshold).sum(1).tolist()
-    post = post if masks else post.without_masks()
-    rows = [b for b, num in enumerate(num_B) if num and masks]
-    head = staged.mask_head(detections, torch.tensor(rows, device=scores_BQ.device)) if rows else None
-    for b, num in enumerate(num_B):
-        query_N, scores_N = query_BQ[b, :num], scores_BQ[b, :num]
-        boxes_N4 = detections.boxes_cxcywh_LBQ4[-1, b, query_N].float()
-        logits_NHW = None
-        if head is not None and num and post.needs_masks:
-            logits_NHW = head.instance_logits(torch.full_like(query_N, b), query_N)
-        selection = select(scores_N, _xyxy(boxes_N4), logits_NHW, post)
-        logits_NHW = selection.mask_logits_NHW
-        if head is not None and num and logits_NHW is None:
-            query_N = query_N[selection.index_N]
-            logits_NHW = head.instance_logits(torch.full_like(query_N, b), query_N)
-        yield _Kept(
-            presence_B[b],
-            scores_N[selection.index_N].cpu().numpy(),
-            boxes_N4[selection.index_N].cpu().numpy(),
-            None if logits_NHW is None else logits_NHW.float().cpu().numpy(),
+    found_B = []
+    for scores_Q, boxes_Q4, query_Q, post, masks in zip(scores_BQ, boxes_BQ4, query_BQ, posts_B, masks_B, strict=True):
+        post, num = post if masks else post.without_masks(), int((scores_Q >= post.threshold).sum())
+        scores_N, boxes_N4 = scores_Q[:num], boxes_Q4[:num]
+        selection = None if post.needs_masks and num else select(scores_N, _xyxy(boxes_N4), None, post)
+        found_B.append(_Candidates(post, scores_N, boxes_N4, query_Q[:num], selection))
+    logits_B = _mask_logits(found_B, masks_B, mask_head)
+    for (post, scores_N, boxes_N4, _, selection), logits_NHW, presence in zip(
+        found_B, logits_B, presence_B, strict=True
+    ):
+        if selection is None:
+            selection = select(scores_N, _xyxy(boxes_N4), logits_NHW, post)
+            logits_NHW = selection.mask_logits_NHW
+        yield Kept(
+            presence,
+            scores_N[selection.index_N].numpy(),
+            boxes_N4[selection.index_N].numpy(),
+            None if logits_NHW is None else logits_NHW.cpu().float().numpy(),
             selection.is_merged_N,
-            num,
+            len(scores_N),
         )
 
 
-def _instances(prompt: str, size_hw: tuple[int, int], kept: _Kept) -> Instances:
+def _mask_logits(
+    found_B: Sequence[_Candidates], masks_B: Sequence[bool], mask_head: Callable[[list[int]], MaskLogits]
+) -> Iterator[Tensor | None]:
+    """Mask logits (N, h, w) of what was selected, or of all that it takes to select; None for no masks."""
+    query_of = {
+        b: found.query_N if found.selection is None else found.query_N[found.selection.index_N]
+        for b, (found, masks) in enumerate(zip(found_B, masks_B, strict=True))
+        if masks and len(found.query_N)
+    }
+    logits_of = mask_head(list(query_of)) if query_of else None
+    made: dict[int, Tensor] = {}
+    for b in range(len(found_B)):
+        if logits_of and b in query_of and b not in made:
+            group = _fit(query_of, b)
+            b_index_M = torch.tensor([row for row in group for _ in query_of[row]])
+            logits_MHW = logits_of(b_index_M, torch.cat([query_of[row] for row in group]))
+            if all(found_B[row].selection for row in group):
+                logits_MHW = logits_MHW.cpu()
+            made = dict(zip(group, logits_MHW.split([len(query_of[row]) for row in group]), strict=True))
+        yield made.get(b)
+
+
+def _fit(query_of: dict[int, Tensor], first: int) -> list[int]:
+    """Find queries from the first one on whose masks are made together."""
+    group: list[int] = []
+    num = 0
+    for b, query_N in query_of.items():
+        if b >= first:
+            num += len(query_N)
+            if group and num > MASKS_AT_ONCE:
+                break
+            group.append(b)
+    return group
+
+
+def to_instances(prompt: str, size_hw: tuple[int, int], kept: Kept) -> Instances:
+    """Bring kept detections to the original image: masks as RLE, boxes in pixels."""
     masks = [] if kept.mask_logits_NHW is None else [encode_logits(mask, size_hw) for mask in kept.mask_logits_NHW]
     boxes_xyxy = _to_pixels(kept.boxes_cxcywh_N4, size_hw)
     for row in np.flatnonzero(kept.is_merged_N):

@@ -6,8 +6,7 @@ their intersection and union alike.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,52 +15,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from sam3lora.errors import UserError
-
-
-@dataclass(frozen=True)
-class PostProcessing:
-    """How detections are made from object queries.
-
-    Args:
-        threshold: Lowest score kept, score = sigmoid(logit) x sigmoid(presence); 0 keeps all, which mAP needs.
-        nms: Overlap of what decides that two detections are one object: "mask" (always after merging), "box", or
-            "none" to keep both.
-        nms_iou: Of two detections with a larger IoU only the better one stays.
-        merge: Join overlapping detections into one instead: for cracks and other things without countable parts.
-        merge_iou: Mask IoU from which detections are joined; who overlaps is joined, also by way of others.
-        merge_threshold: Detections below it are not joined (they go through NMS); None joins all that are kept.
-        max_detections: Most detections of a prompt in an image; the best ones stay.
-
-    Raises:
-        UserError: A value out of range.
-    """
-
-    threshold: float = 0.5
-    nms: Literal["mask", "box", "none"] = "box"
-    nms_iou: float = 0.5
-    merge: bool = False
-    merge_iou: float = 0.15
-    merge_threshold: float | None = None
-    max_detections: int = 100
-
-    def __post_init__(self) -> None:
-        for name in ("threshold", "nms_iou", "merge_iou", "merge_threshold"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise UserError(f"{name} must be between 0 and 1, got {value}")
-        if self.nms not in ("mask", "box", "none"):
-            raise UserError(f"nms must be mask, box or none, got {self.nms!r}")
-        if self.max_detections < 1:
-            raise UserError(f"max_detections must be positive, got {self.max_detections}")
-
-    @property
-    def needs_masks(self) -> bool:
-        return self.merge or self.nms == "mask"
-
-    def without_masks(self) -> PostProcessing:
-        """The nearest that boxes alone allow."""
-        return replace(self, merge=False, nms="box" if self.nms == "mask" else self.nms)
+from sam3lora.infer.values import PostProcessing
 
 
 class Selection(NamedTuple):

@@ -15,9 +15,9 @@ from PIL import Image
 
 from sam3lora.data.images import has_more_frames, read_image, rgb_from_pil
 from sam3lora.errors import UserError
-from sam3lora.infer.postprocess import PostProcessing
 from sam3lora.infer.results import PromptResult, draw_results, write_picture
-from sam3lora.infer.segmenter import BoxPrompt, Segmenter
+from sam3lora.infer.segmenter import Segmenter
+from sam3lora.infer.values import BoxPrompt, PostProcessing
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ import numpy as np
 
 from sam3lora.data.masks import decode_mask
 from sam3lora.errors import UserError
-from sam3lora.infer.detect import Instances
 from sam3lora.infer.drawing import PALETTE_RGB, Marked, draw_instances, encode_image
 from sam3lora.infer.mask_encoding import Rle, rle_area_px, rle_to_polygons
+from sam3lora.infer.values import Instances
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MAX_LABELS = 20  # of a picture: more would hide what they name

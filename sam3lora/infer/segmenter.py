@@ -13,9 +13,9 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 
 from sam3lora.errors import UserError
-from sam3lora.infer.detect import EVERYTHING, PADDING_LABEL, Exemplars, Instances, TextCache, detect_prompts
+from sam3lora.infer.detect import EVERYTHING, PADDING_LABEL, Exemplars, TextCache, detect_prompts
 from sam3lora.infer.pixels import to_pixel_values
-from sam3lora.infer.postprocess import PostProcessing
+from sam3lora.infer.values import BoxPrompt, Instances, PostProcessing
 from sam3lora.model.adapter_folder import is_adapter_folder, load_adapter, read_metadata
 from sam3lora.model.adapter_metadata import AdapterMetadata
 from sam3lora.model.components import component_of
@@ -24,14 +24,6 @@ from sam3lora.model.loading import LoadedBase, load_base
 
 MAX_CACHED_PROMPTS = 4096  # at 32 KB each
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class BoxPrompt:
-    """A box that shows what is meant (`label` 1) or what is not (`label` 0), in pixels of the image."""
-
-    xyxy: tuple[float, float, float, float]
-    label: int = 1
 
 
 @dataclass
@@ -98,8 +90,8 @@ class Segmenter:
         for folder in adapters.values():
             _check_folder(Path(folder))
         known = {label: read_metadata(folder) for label, folder in adapters.items()}
-        self.device = _device(device)
-        self.precision = _precision(precision, self.device)
+        self.device = find_device(device)
+        self.precision = find_precision(precision, self.device)
         self._geometry_cls = geometry_cls
         self.base: LoadedBase = load_base(
             (_agreed(known, "base_model") or "tiny") if model is None else model,
@@ -249,7 +241,7 @@ class Segmenter:
         labels_IN = torch.full((len(boxes), most), PADDING_LABEL)
         for image, (of_image, size_hw) in enumerate(zip(boxes, sizes_hw, strict=True)):
             for number, box in enumerate(of_image):
-                boxes_IN4[image, number] = torch.tensor(_relative_cxcywh(box, size_hw))
+                boxes_IN4[image, number] = torch.tensor(relative_cxcywh(box, size_hw))
                 labels_IN[image, number] = box.label
         return Exemplars(boxes_IN4.to(self.device), labels_IN.to(self.device))
 
@@ -269,7 +261,12 @@ def _check_folder(folder: Path) -> None:
         )
 
 
-def _relative_cxcywh(box: BoxPrompt, size_hw: tuple[int, int]) -> tuple[float, float, float, float]:
+def relative_cxcywh(box: BoxPrompt, size_hw: tuple[int, int]) -> tuple[float, float, float, float]:
+    """Centre and size of a box in [0, 1] of the image's sides.
+
+    Raises:
+        UserError: It is not within the image, has no area, or its label is neither 0 nor 1.
+    """
     height, width = size_hw
     x0, y0, x1, y1 = box.xyxy
     if box.label not in (0, 1):
@@ -281,7 +278,7 @@ def _relative_cxcywh(box: BoxPrompt, size_hw: tuple[int, int]) -> tuple[float, f
     return (x0 + x1) / 2 / width, (y0 + y1) / 2 / height, (x1 - x0) / width, (y1 - y0) / height
 
 
-def _device(device: torch.device | str | None) -> torch.device:
+def find_device(device: torch.device | str | None) -> torch.device:
     """A number is a GPU's."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -294,7 +291,7 @@ def _device(device: torch.device | str | None) -> torch.device:
     return found
 
 
-def _precision(precision: str | None, device: torch.device) -> str:
+def find_precision(precision: str | None, device: torch.device) -> str:
     if precision is None:
         return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
     if precision not in PRECISIONS:

@@ -16,7 +16,8 @@ import sam3lora.evaluate.split as split_module
 from sam3lora.data.coco import ANNOTATION_FILE, CocoIndex
 from sam3lora.evaluate.ground_truth import build_ground_truth, prompted_categories
 from sam3lora.evaluate.split import evaluate_split
-from sam3lora.infer.detect import EVERYTHING, Instances
+from sam3lora.infer.detect import EVERYTHING
+from sam3lora.infer.values import Instances
 from sam3lora.model.adapter_folder import save_adapter
 from sam3lora.model.adapter_metadata import AdapterMetadata
 from sam3lora.model.adapters import LoraSettings, apply_lora

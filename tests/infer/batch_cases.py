@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 
 from sam3lora.infer.batch_output import open_output
-from sam3lora.infer.postprocess import PostProcessing
+from sam3lora.infer.values import PostProcessing
 
 REPOSITORY = Path(__file__).parents[2]
 PROMPTS = {"gear": 1, "red bolt": 2}

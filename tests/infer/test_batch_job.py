@@ -27,8 +27,8 @@ from sam3lora.infer.batch_job import predict_batch
 from sam3lora.infer.batch_merge import write_bad_images, write_dataset
 from sam3lora.infer.batch_output import part_path, read_part, read_parts
 from sam3lora.infer.batch_worker import ModelChoice, ShardWorker, WorkerSettings
-from sam3lora.infer.postprocess import PostProcessing
 from sam3lora.infer.segmenter import Segmenter
+from sam3lora.infer.values import PostProcessing
 
 from .batch_cases import BROKEN, POST, PROMPTS, REPOSITORY, begin, draw_image, draw_images
 

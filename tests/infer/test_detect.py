@@ -9,7 +9,7 @@ from pycocotools import mask as coco_mask
 
 from sam3lora.infer.detect import detect_prompts
 from sam3lora.infer.mask_encoding import encode_logits
-from sam3lora.infer.postprocess import PostProcessing
+from sam3lora.infer.values import PostProcessing
 from sam3lora.model.forward import StagedSam3
 from sam3lora.model.tokenization import tokenize
 

@@ -11,7 +11,8 @@ from torchvision.ops import nms
 from sam3lora.errors import UserError
 from sam3lora.infer.detect import detect_prompts
 from sam3lora.infer.mask_encoding import rle_box_xyxy
-from sam3lora.infer.postprocess import PostProcessing, mask_iou, select, suppress
+from sam3lora.infer.postprocess import mask_iou, select, suppress
+from sam3lora.infer.values import PostProcessing
 from sam3lora.model.forward import StagedSam3
 
 LENGTH = 12

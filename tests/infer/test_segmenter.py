@@ -10,9 +10,9 @@ import torch
 from pycocotools import mask as coco_mask
 
 from sam3lora.errors import UserError
-from sam3lora.infer.detect import Instances, detect_prompts
-from sam3lora.infer.postprocess import PostProcessing
-from sam3lora.infer.segmenter import BoxPrompt, Segmenter
+from sam3lora.infer.detect import detect_prompts
+from sam3lora.infer.segmenter import Segmenter
+from sam3lora.infer.values import BoxPrompt, Instances, PostProcessing
 from sam3lora.model.adapter_folder import save_adapter
 from sam3lora.model.adapter_metadata import AdapterMetadata
 from sam3lora.model.adapters import LoraSettings, apply_lora

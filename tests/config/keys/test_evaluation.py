@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from sam3lora.infer.postprocess import PostProcessing
+from sam3lora.infer.values import PostProcessing
 from sam3lora.train import validation_metrics
 
 from .conftest import lines_of
