@@ -1,0 +1,47 @@
+"""API keys."""
+
+from __future__ import annotations
+
+import hmac
+import os
+from collections.abc import Sequence
+
+from starlette.datastructures import Headers
+
+from sam3lora.errors import UserError
+
+GUARDED_PREFIX = "/v1/"
+GUARDED_PATHS = ("/metrics",)
+
+
+def keys_from_environment(variable: str) -> tuple[bytes, ...]:
+    """Keys of an environment variable, split by commas; none if it is unset or empty.
+
+    Raises:
+        UserError: It is set but holds no key, which would leave the door open.
+    """
+    text = os.environ.get(variable, "")
+    keys = tuple(key.strip().encode() for key in text.split(",") if key.strip())
+    if text and not keys:
+        raise UserError(f"{variable} holds no key: expected keys split by commas, or unset it to let everyone in")
+    return keys
+
+
+def is_guarded(path: str) -> bool:
+    """Whether a path wants a key, if there are any."""
+    return path.startswith(GUARDED_PREFIX) or path in GUARDED_PATHS
+
+
+def is_allowed(headers: Headers, keys: Sequence[bytes]) -> bool:
+    """Whether `Authorization: Bearer KEY` or `X-API-Key: KEY` holds one of the keys, or there are no keys.
+
+    The time it takes tells nothing of the keys.
+    """
+    if not keys:
+        return True
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    offered = [token.strip()] if scheme.lower() == "bearer" else []
+    offered.append(headers.get("x-api-key", "").strip())
+    # Headers are latin-1 text in Starlette.
+    matches = [hmac.compare_digest(value.encode("latin-1"), key) for value in offered for key in keys]
+    return any(matches)

@@ -1,0 +1,75 @@
+"""The Ray Serve application: an HTTP ingress in front of segmenter replicas.
+
+`serve run serve_app/config.yaml` calls `build` with the `args` of that file.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+
+from serve_app.deployments import Ingress, Segmenter
+from serve_app.settings import ServeSettings
+
+ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
+QUIET = {"enable_access_log": False, "log_level": logging.WARNING}
+
+
+def build(args: ServeSettings) -> Application:
+    """The application of these settings; must be called where Ray runs.
+
+    Calls of equal affinity go to the same segmenter replica (consistent hashing), so that an adapter is loaded on few
+    replicas and an uploaded image is found again; a replica that is full hands over to the next on the ring.
+    """
+    settings = ServeSettings.model_validate(args)
+    limits, batching = settings.limits, settings.batching
+    # The replica's own queue refuses what is too much, at once and in words: Serve must let calls through to it.
+    most_ongoing = limits.max_queued + 4 * batching.max_rows
+    segmenter = serve.deployment(
+        name="Segmenter",
+        max_ongoing_requests=most_ongoing,
+        max_queued_requests=limits.max_queued,
+        ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": _num_gpus(settings)},
+        user_config=settings.adapters.model_dump(mode="json"),
+        request_router_config=RequestRouterConfig(request_router_class=ROUTER),  # type: ignore[arg-type]
+        max_constructor_retry_count=2,
+        health_check_period_s=5,
+        health_check_timeout_s=30,
+        graceful_shutdown_timeout_s=limits.timeout_s,
+        logging_config=QUIET,
+        **_scale(settings, most_ongoing),
+    )(Segmenter)
+    ingress = serve.deployment(
+        name="Ingress",
+        num_replicas=settings.ingress_replicas,
+        max_ongoing_requests=2 * limits.max_in_flight,
+        ray_actor_options={"num_cpus": 0.1},
+        max_surge_percent=100,  # it needs next to nothing: a new one answers before the old one goes
+        graceful_shutdown_timeout_s=limits.timeout_s,
+        logging_config=QUIET,
+    )(Ingress)
+    return ingress.bind(settings, segmenter.bind(settings))
+
+
+def _num_gpus(settings: ServeSettings) -> float:
+    if settings.num_gpus is not None:
+        return settings.num_gpus
+    return 1.0 if ray.is_initialized() and ray.cluster_resources().get("GPU") else 0.0
+
+
+def _scale(settings: ServeSettings, most_ongoing: int) -> dict[str, Any]:
+    if settings.autoscaling is None:
+        return {"num_replicas": settings.replicas}
+    wanted = settings.autoscaling
+    return {
+        "autoscaling_config": AutoscalingConfig(
+            min_replicas=wanted.min_replicas,
+            max_replicas=wanted.max_replicas,
+            target_ongoing_requests=min(wanted.target_ongoing_requests, most_ongoing),
+        )
+    }

@@ -1,0 +1,219 @@
+"""Prometheus metrics: what an ingress and a segmenter replica count, and one text out of several processes' texts.
+
+Labels never hold what a client sends: prompts, adapter ids and keys would grow without bound and tell too much.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
+
+from serve_app.errors import STATUS_OF
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_ROWS = (1, 2, 4, 8, 16, 32, 64)
+STAGES = ("decode", "adapter", "queue", "forward", "masks")
+
+_ENGINE_COUNTERS = {
+    "image_cache_hits": "Images whose features were there.",
+    "image_cache_misses": "Images that had to pass the vision encoder.",
+    "image_cache_evictions": "Images dropped from the cache to make room.",
+    "text_cache_hits": "Prompts whose features were there.",
+    "text_cache_misses": "Prompts that had to pass the text encoder.",
+    "forwards": "Detector passes.",
+    "rows": "(image, prompt) pairs that passed the detector.",
+    "images_encoded": "Images that passed the vision encoder.",
+}
+_ENGINE_GAUGES = {"image_cache_bytes": "Memory that cached images take."}
+
+
+class IngressMetrics:
+    """What the HTTP side counts."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._requests = Counter(
+            "sam3lora_requests",
+            "Requests by route and outcome: ok, cancelled by the client, or the type of the error.",
+            ("route", "outcome"),
+            registry=self.registry,
+        )
+        self._latency = Histogram(
+            "sam3lora_request_duration_seconds",
+            "From a request's arrival to its answer.",
+            ("route",),
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self.in_flight = Gauge(
+            "sam3lora_requests_in_flight", "Requests that wait for their answer.", registry=self.registry
+        )
+
+    def finished(self, route: str, outcome: str, seconds: float) -> None:
+        """Count an answered request.
+
+        Args:
+            route: Template of the path, such as "/v1/segment"; never the path that came.
+            outcome: "ok", "cancelled" or a type of `ServeError`.
+            seconds: From arrival to answer.
+        """
+        assert outcome in ("ok", "cancelled") or outcome in STATUS_OF, outcome
+        self._requests.labels(route, outcome).inc()
+        self._latency.labels(route).observe(seconds)
+
+    def text(self) -> str:
+        """Exposition text."""
+        return generate_latest(self.registry).decode()
+
+
+class ReplicaMetrics:
+    """What a segmenter replica counts; the `BatchObserver` of its batcher.
+
+    Args:
+        engine_counters: Counters of the model side, read at every scrape.
+        queue_length: Requests that wait for the model.
+        resident_adapters: Adapters in memory.
+    """
+
+    def __init__(
+        self,
+        engine_counters: Callable[[], Mapping[str, int]],
+        queue_length: Callable[[], int],
+        resident_adapters: Callable[[], int],
+    ) -> None:
+        self.registry = registry = CollectorRegistry()
+        Gauge("sam3lora_queue_length", "Requests that wait for the model.", registry=registry).set_function(
+            queue_length
+        )
+        Gauge("sam3lora_adapters_resident", "Adapters in memory.", registry=registry).set_function(resident_adapters)
+        self._batch_rows = Histogram(
+            "sam3lora_batch_rows", "(image, prompt) pairs of a batch.", buckets=_ROWS, registry=registry
+        )
+        self._batch_requests = Histogram(
+            "sam3lora_batch_requests", "Requests of a batch.", buckets=_ROWS, registry=registry
+        )
+        self._batch_seconds = Histogram(
+            "sam3lora_batch_duration_seconds", "Time of a batch in the model.", buckets=_SECONDS, registry=registry
+        )
+        stage_seconds = Histogram(
+            "sam3lora_stage_duration_seconds",
+            "Time of a request in a stage.",
+            ("stage",),
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self._stages = {stage: stage_seconds.labels(stage) for stage in STAGES}
+        self._out_of_memory = Counter(
+            "sam3lora_out_of_memory", "Batches for which memory ran out and that were tried again.", registry=registry
+        )
+        self._adapter_loads = Counter("sam3lora_adapter_loads", "Adapters brought to memory.", registry=registry)
+        self._adapter_failures = Counter(
+            "sam3lora_adapter_load_failures", "Adapter folders that could not be used.", registry=registry
+        )
+        self._adapter_evictions = Counter(
+            "sam3lora_adapter_evictions", "Adapters that made room for others.", registry=registry
+        )
+        registry.register(_EngineCollector(engine_counters))
+
+    def batch_started(self, rows: int, waited_s: Sequence[float]) -> None:
+        self._batch_rows.observe(rows)
+        self._batch_requests.observe(len(waited_s))
+
+    def batch_finished(self, seconds: float) -> None:
+        self._batch_seconds.observe(seconds)
+
+    def out_of_memory(self) -> None:
+        self._out_of_memory.inc()
+
+    def adapter_loaded(self) -> None:
+        self._adapter_loads.inc()
+
+    def adapter_failed(self) -> None:
+        self._adapter_failures.inc()
+
+    def adapter_evicted(self) -> None:
+        self._adapter_evictions.inc()
+
+    def stages(self, timing_ms: Mapping[str, float]) -> None:
+        """Count the stages of an answered request."""
+        for stage, milliseconds in timing_ms.items():
+            if stage in self._stages:
+                self._stages[stage].observe(milliseconds / 1000)
+
+    def text(self) -> str:
+        """Exposition text."""
+        return generate_latest(self.registry).decode()
+
+
+class StageClock:
+    """Milliseconds of one request by stage."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+        self.timing_ms: dict[str, float] = {}
+
+    def lap(self, stage: str) -> None:
+        """The stage took the time since the one before it."""
+        now = time.perf_counter()
+        self.timing_ms[stage] = round((now - self._last) * 1000, 3)
+        self._last = now
+
+    def set(self, stage: str, seconds: float) -> None:
+        """The stage was timed elsewhere and is over."""
+        self.timing_ms[stage] = round(seconds * 1000, 3)
+        self._last = time.perf_counter()
+
+
+class _EngineCollector(Collector):
+    """The model side counts in plain integers, without Prometheus; this reads them."""
+
+    def __init__(self, read: Callable[[], Mapping[str, int]]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterator[Metric]:
+        values = self._read()
+        for name, text in _ENGINE_COUNTERS.items():
+            if name in values:
+                yield CounterMetricFamily(f"sam3lora_{name}", text, values[name])
+        for name, text in _ENGINE_GAUGES.items():
+            if name in values:
+                yield GaugeMetricFamily(f"sam3lora_{name}", text, values[name])
+
+
+class _Collected(Collector):
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families
+
+
+def merge(texts: Mapping[str, str]) -> str:
+    """One exposition text of several: each sample gets the label `replica`, each family is described once.
+
+    The `_created` times that Python's client adds to counters are left out.
+
+    >>> text = "# HELP n_total How many.\\n# TYPE n_total counter\\nn_total{of=\\"b\\"} 2.0\\n"
+    >>> print(merge({"x": text, "y": text}), end="")
+    # HELP n_total How many.
+    # TYPE n_total counter
+    n_total{of="b",replica="x"} 2.0
+    n_total{of="b",replica="y"} 2.0
+    """
+    families: dict[str, Metric] = {}
+    for replica, text in texts.items():
+        for family in text_string_to_metric_families(text):
+            if family.name.endswith("_created"):
+                continue
+            merged = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            merged.samples += [
+                sample._replace(labels={**sample.labels, "replica": replica}) for sample in family.samples
+            ]
+    return generate_latest(_Collected(families.values())).decode()

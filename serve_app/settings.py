@@ -1,0 +1,110 @@
+"""Settings of the service: what `serve run serve_app/config.yaml` reads under `args`, and `sam3lora serve` fills in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+ADAPTER_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "PPM")
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Limits(_Settings):
+    """What one request may ask for, and how long."""
+
+    max_body_bytes: int = Field(default=32 * 2**20, gt=0, description="Largest request body.")
+    max_megapixels: float = Field(
+        default=50.0, gt=0, description="Largest image, told from its header before it is decoded."
+    )
+    image_formats: tuple[str, ...] = Field(default=IMAGE_FORMATS, description="Formats taken, told from the content.")
+    max_prompts: int = Field(default=32, gt=0)
+    max_prompt_chars: int = Field(default=200, gt=0)
+    max_boxes: int = Field(default=32, gt=0)
+    max_detections: int = Field(default=200, gt=0, description="Most that a request may ask for, of each prompt.")
+    timeout_s: float = Field(default=30.0, gt=0, description="From the request's arrival to its answer.")
+    max_queued: int = Field(
+        default=64,
+        gt=0,
+        description="Requests that may wait on a replica; one more is refused at once with Retry-After.",
+    )
+    max_in_flight: int = Field(
+        default=256, gt=0, description="Requests that an ingress replica holds, with their bodies; one more is refused."
+    )
+    overload_status: Literal[503, 429] = 503
+
+
+class Batching(_Settings):
+    """How much goes into one forward pass."""
+
+    max_rows: int = Field(default=16, gt=0, description="(image, prompt) pairs.")
+    max_images: int = Field(default=8, gt=0, description="Images that pass the vision tower together.")
+
+
+class Caches(_Settings):
+    """What a replica keeps."""
+
+    images_mb: int = Field(default=1024, gt=0, description="Embeddings of images, least recently used go first.")
+    prompts: int = Field(default=4096, gt=0, description="Text features.")
+
+
+class Autoscaling(_Settings):
+    """Replicas by load."""
+
+    min_replicas: int = Field(default=1, ge=0)
+    max_replicas: int = Field(default=1, gt=0)
+    target_ongoing_requests: float = Field(default=16.0, gt=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Autoscaling:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas {self.min_replicas} is above max_replicas {self.max_replicas}")
+        return self
+
+
+class AdapterSettings(_Settings):
+    """What may change while the service runs: the `user_config` of the segmenter.
+
+    A folder that appears in the root is served without any change here.
+    """
+
+    root: Path | None = Field(
+        default=None, description="Folder of adapter folders; the name of a folder is the adapter's id."
+    )
+    allowed: tuple[str, ...] | None = Field(default=None, description="Serve only these; all of the root if not given.")
+    preload: tuple[str, ...] = Field(default=(), description="Loaded before the replica is ready.")
+
+
+class ServeSettings(_Settings):
+    """The whole service."""
+
+    model: str = Field(default="tiny", description='"tiny", a hub id or a folder.')
+    revision: str | None = None
+    resolution: int | None = Field(default=None, gt=0)
+    local_files_only: bool = False
+    precision: Literal["float32", "bfloat16"] | None = Field(default=None, description="bfloat16 on a GPU that has it.")
+    compile_vision: bool = Field(
+        default=False, description="torch.compile of the vision encoder: slower start, faster images."
+    )
+    adapters: AdapterSettings = AdapterSettings()
+    max_resident_adapters: int = Field(default=16, gt=0, description="Adapters in a replica's memory.")
+    max_adapter_rank: int = Field(default=256, gt=0)
+    replicas: int = Field(default=1, gt=0, description="Of the segmenter; ignored with autoscaling.")
+    autoscaling: Autoscaling | None = None
+    num_gpus: float | None = Field(
+        default=None, ge=0, description="Of each replica; 1 if the cluster has GPUs, else 0."
+    )
+    num_cpus: float = Field(default=1.0, ge=0, description="Of each replica.")
+    torch_threads: int | None = Field(default=None, gt=0, description="Of each replica; torch decides if not given.")
+    ingress_replicas: int = Field(default=1, gt=0)
+    api_keys_variable: str = Field(
+        default="SAM3LORA_API_KEYS", description="Environment variable of keys, split by commas."
+    )
+    batching: Batching = Batching()
+    caches: Caches = Caches()
+    limits: Limits = Limits()

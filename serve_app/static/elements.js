@@ -1,0 +1,27 @@
+// Small words for the DOM.
+
+export const byId = (id) => document.getElementById(id);
+
+/** An element with properties and children; `colour` sets the custom property --mark. */
+export function make(tag, { colour, ...properties } = {}, ...children) {
+  const element = Object.assign(document.createElement(tag), properties);
+  if (colour) element.style.setProperty("--mark", colour);
+  element.append(...children);
+  return element;
+}
+
+/** Hand a file to the person. */
+export function download(name, content, type) {
+  const blob = content instanceof Blob ? content : new Blob([content], { type });
+  const url = URL.createObjectURL(blob);
+  make("a", { href: url, download: name }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 60_000);
+}
+
+export function debounce(milliseconds, act) {
+  let timer;
+  return () => {
+    clearTimeout(timer);
+    timer = setTimeout(act, milliseconds);
+  };
+}

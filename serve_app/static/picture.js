@@ -1,0 +1,77 @@
+// The image in hand: decoded for the screen, uploaded once, asked many times.
+
+import { call, isAbort, ServiceError } from "./api.js";
+
+const SCREEN_SIDE = 2048; // pixels of the copy that is drawn on screen
+
+export class Picture {
+  #file;
+  #upload = null; // promise of the image's id
+  #life = new AbortController();
+
+  /** Read an image file. Throws ServiceError if the browser cannot. */
+  static async open(file, name = file.name) {
+    let full;
+    try {
+      full = await createImageBitmap(file);
+    } catch {
+      throw new ServiceError("invalid_image", "This browser cannot read the file as an image. Try JPEG, PNG or WebP.");
+    }
+    const { width, height } = full;
+    const factor = Math.min(1, SCREEN_SIDE / Math.max(width, height));
+    if (factor === 1) return new Picture(file, name, width, height, full);
+    const options = { resizeWidth: Math.max(1, Math.round(width * factor)), resizeQuality: "high" };
+    const bitmap = await createImageBitmap(full, { ...options, resizeHeight: Math.max(1, Math.round(height * factor)) });
+    full.close();
+    return new Picture(file, name, width, height, bitmap);
+  }
+
+  constructor(file, name, width, height, bitmap) {
+    Object.assign(this, { name, width, height, bitmap });
+    this.#file = file;
+  }
+
+  /** Decoded at its full size, for downloads. */
+  fullBitmap() {
+    return createImageBitmap(this.#file);
+  }
+
+  /** Forget the image and stop its upload. */
+  close() {
+    this.#life.abort();
+    this.bitmap.close();
+  }
+
+  /**
+   * Ask the service: `question` is a request without its image. An image that is no longer kept goes up again.
+   * Returns { answer, roundTripMs }, the latter without the upload.
+   */
+  async segment(question, { signal, onWait }) {
+    for (let isRetry = false; ; isRetry = true) {
+      const upload = (this.#upload ??= this.#send(onWait));
+      let image_id;
+      try {
+        image_id = await upload;
+      } catch (error) {
+        if (this.#upload === upload) this.#upload = null;
+        throw error;
+      }
+      signal.throwIfAborted();
+      try {
+        const start = performance.now();
+        const answer = await call("v1/segment", { json: { image_id, ...question }, signal, onWait });
+        return { answer, roundTripMs: performance.now() - start };
+      } catch (error) {
+        if (isAbort(error) || error.type !== "image_not_found" || isRetry) throw error;
+        if (this.#upload === upload) this.#upload = null;
+      }
+    }
+  }
+
+  async #send(onWait) {
+    const body = new FormData();
+    body.append("image", this.#file, this.name);
+    const { image_id } = await call("v1/images", { body, signal: this.#life.signal, onWait });
+    return image_id;
+  }
+}

@@ -1,0 +1,139 @@
+"""A backend without a model, images and requests for tests of the HTTP side."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from fastapi.testclient import TestClient
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from sam3lora.infer.values import Instances
+from serve_app.calls import AdapterInfo, ImageFile, ImageReply, SegmentCall, SegmentReply
+from serve_app.errors import ServeError
+from serve_app.ingress import create_api
+from serve_app.settings import Limits, ServeSettings
+
+SIZE_HW = (48, 64)
+KEY_VARIABLE = "SAM3LORA_TEST_KEYS"
+METRICS = "# HELP sam3lora_queue_length Requests.\n# TYPE sam3lora_queue_length gauge\nsam3lora_queue_length 3.0\n"
+
+
+def picture(size_hw: tuple[int, int] = SIZE_HW, format: str = "PNG", seed: int = 0, **options: Any) -> bytes:
+    """An image file of random colours."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size_hw, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format, **options)
+    return file.getvalue()
+
+
+PNG = picture()
+PNG_BASE64 = base64.b64encode(PNG).decode()
+PNG_KEY = hashlib.sha256(PNG).hexdigest()
+
+
+def rectangle(x0: int, y0: int, x1: int, y1: int, size_hw: tuple[int, int] = SIZE_HW) -> dict[str, Any]:
+    """The RLE of a filled rectangle."""
+    mask = np.zeros(size_hw, np.uint8, order="F")
+    mask[y0:y1, x0:x1] = 1
+    rle = coco_mask.encode(mask)
+    return {"size": list(size_hw), "counts": rle["counts"].decode()}
+
+
+def found(prompt: str, num: int = 2, size_hw: tuple[int, int] = SIZE_HW, *, masks: bool = True) -> Instances:
+    """Rectangles of falling score."""
+    boxes = [(2 + row % 7, 3, 12 + row % 7, 9) for row in range(num)]
+    return Instances(
+        prompt=prompt,
+        presence=0.75,
+        size_hw=size_hw,
+        scores=np.linspace(0.9, 0.6, num, dtype=np.float32),
+        boxes_xyxy=np.array(boxes, np.float32).reshape(num, 4),
+        masks=[rectangle(*box, size_hw) for box in boxes] if masks else [],
+    )
+
+
+@dataclass
+class FakeBackend:
+    """Answers rectangles; remembers calls. `block` keeps segment calls waiting until it is set."""
+
+    answer: Callable[[SegmentCall], Any] | None = None
+    block: asyncio.Event | None = None
+    is_ready: bool = True
+    calls: list[SegmentCall] = field(default_factory=list)
+    kept: list[ImageFile] = field(default_factory=list)
+    num_cancelled: int = 0
+
+    async def segment(self, call: SegmentCall) -> SegmentReply | ServeError:
+        self.calls.append(call)
+        if self.block is not None:
+            try:
+                await self.block.wait()
+            except asyncio.CancelledError:
+                self.num_cancelled += 1
+                raise
+        if self.answer is not None:
+            return self.answer(call)
+        if call.adapter not in (None, "cracks"):
+            return ServeError("adapter_not_found", "no such adapter: GET /v1/adapters lists them")
+        if call.image.data is None and call.image.key not in [image.key for image in self.kept]:
+            return ServeError("image_not_found", "the image is not kept: upload it again")
+        results = [found(prompt, masks=call.masks) for prompt in call.prompts or ("visual",)]
+        return SegmentReply(SIZE_HW, results, {"decode": 0.5, "forward": 2.0})
+
+    async def keep_image(self, image: ImageFile, timeout_s: float) -> ImageReply | ServeError:
+        cached = image.key in [known.key for known in self.kept]
+        self.kept.append(image)
+        return ImageReply(image.key, SIZE_HW, cached)
+
+    async def list_adapters(self) -> list[AdapterInfo] | ServeError:
+        broken = AdapterInfo("old", error="trained on another base model")
+        return [AdapterInfo("cracks", ("crack",), 8, 2048, ("detr_decoder",), resident=True), broken]
+
+    async def metrics(self) -> dict[str, str]:
+        return {"first": METRICS}
+
+    async def ready(self) -> bool:
+        return self.is_ready
+
+
+def make_settings(**limits: Any) -> ServeSettings:
+    values = {
+        "max_body_bytes": 200_000,
+        "max_megapixels": 0.01,
+        "max_prompts": 4,
+        "max_prompt_chars": 40,
+        "max_boxes": 3,
+    }
+    return ServeSettings(limits=Limits(**(values | limits)), api_keys_variable=KEY_VARIABLE)
+
+
+def make_client(backend: Any = None, **limits: Any) -> TestClient:
+    return TestClient(create_api(make_settings(**limits), backend or FakeBackend()), raise_server_exceptions=True)
+
+
+def multipart(fields: dict[str, Any] | str, image: bytes = PNG) -> dict[str, Any]:
+    """Keyword arguments of `client.post`."""
+    text = fields if isinstance(fields, str) else json.dumps(fields)
+    return {"files": {"image": ("a.png", image)}, "data": {"request": text}}
+
+
+def as_json(**fields: Any) -> dict[str, Any]:
+    return {"json": {"prompts": ["crack"], "image_base64": PNG_BASE64} | fields}
+
+
+def raw(query: str = "prompts=crack", image: bytes = PNG, kind: str = "image/png") -> dict[str, Any]:
+    return {"params": query, "content": image, "headers": {"content-type": kind}}
+
+
+def events(chunks: list[bytes]) -> Iterator[bytes]:
+    """A body of unknown length."""
+    yield from chunks

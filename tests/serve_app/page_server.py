@@ -1,0 +1,177 @@
+"""A stand-in for the service behind the web page: the HTTP contract, with answers known in advance.
+
+Prompts make it behave: "many" has 200 detections, "busy" is refused once, "slow" waits until it is let go, "broken"
+fails; every other prompt but "nothing" has the three detections of `canned`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import uvicorn
+from fastapi import FastAPI, File, Request, UploadFile
+from fastapi.responses import FileResponse, JSONResponse
+from fastapi.staticfiles import StaticFiles
+from PIL import Image
+from pycocotools import mask as coco_mask
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+import serve_app
+from serve_app.envelope import SECURITY_HEADERS
+
+from .browser import wait_until
+
+STATIC = Path(serve_app.__file__).parent / "static"
+ADAPTERS = [
+    {"id": "shapes", "prompts": ["gear", "arrow"], "rank": 8, "size_bytes": 1, "adapts": [], "resident": True},
+    {"id": "road", "prompts": ["pothole"], "rank": 8, "size_bytes": 1, "adapts": [], "resident": False},
+    {"id": "torn", "prompts": [], "resident": False, "error": "adapter_config.json is missing"},
+]
+Answer = Callable[[np.ndarray, dict[str, Any]], list[dict[str, Any]]]
+
+
+def detection(score: float, box_xyxy: tuple[int, int, int, int], size_hw: tuple[int, int]) -> dict[str, Any]:
+    """A full rectangle with a hole of one pixel, so that its mask has a structure."""
+    mask = np.zeros(size_hw, np.uint8, order="F")
+    x0, y0, x1, y1 = box_xyxy
+    mask[y0:y1, x0:x1] = 1
+    mask[(y0 + y1) // 2, (x0 + x1) // 2] = 0
+    rle = coco_mask.encode(mask)
+    rle = {"size": list(size_hw), "counts": rle["counts"].decode("ascii")}
+    return {"score": score, "box_xyxy": list(box_xyxy), "area_px": int(mask.sum()), "mask": rle}
+
+
+def canned(image: np.ndarray, question: dict[str, Any]) -> list[dict[str, Any]]:
+    """0.9 and 0.7 overlap by an IoU of 0.6, 0.3 lies apart; an adapter adds a detection at 0.8."""
+    size_hw = image.shape[:2]
+    unit = min(size_hw) // 20
+    boxes = [(0.9, (1, 1, 9, 9)), (0.8, (1, 11, 5, 15)), (0.7, (3, 1, 11, 9)), (0.3, (12, 12, 18, 18))]
+    if question["adapter"] is None:
+        del boxes[1]
+    few = [detection(score, tuple(unit * side for side in box), size_hw) for score, box in boxes]
+    many = [
+        detection(0.99 - 0.004 * number, (10 + number % 20 * 8, 10 + number // 20 * 8, 16 + number % 20 * 8,
+                  16 + number // 20 * 8), size_hw)
+        for number in range(200)
+    ]  # fmt: skip
+    results = []
+    for prompt in question["prompts"] or ["visual"]:
+        found = {"nothing": [], "many": many}.get(prompt, few)
+        results.append({"prompt": prompt, "presence": 0.75, "num_detections": len(found), "detections": found})
+    return results
+
+
+class PageServer:
+    """What the page was told and asked.
+
+    Args:
+        answer: From an RGB image and a request to `results`.
+        adapters: What GET /v1/adapters says.
+        api_key: Asked of every call if given.
+    """
+
+    def __init__(self, answer: Answer = canned, adapters: list[dict] = ADAPTERS, api_key: str | None = None) -> None:
+        self.questions: list[dict[str, Any]] = []
+        self.num_uploads = 0
+        self.num_given_up = 0
+        self.images: dict[str, np.ndarray] = {}
+        self.url = ""
+        self._was_busy = False
+        self._let_go = threading.Event()
+        self.app = app = FastAPI()
+
+        app.add_middleware(_Policy)
+
+        @app.get("/")
+        def page() -> FileResponse:
+            return FileResponse(STATIC / "index.html")
+
+        @app.get("/v1/adapters")
+        def list_adapters(request: Request) -> Any:
+            if api_key and request.headers.get("X-API-Key") != api_key:
+                return _error(401, "unauthorized", "expected an API key")
+            return {"adapters": adapters}
+
+        @app.post("/v1/images")
+        async def keep(image: UploadFile = File()) -> dict[str, Any]:  # noqa: B008
+            data = await image.read()
+            pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+            key = "img_" + hashlib.sha256(data).hexdigest()
+            self.images[key] = pixels
+            self.num_uploads += 1
+            return {"image_id": key, "width": pixels.shape[1], "height": pixels.shape[0]}
+
+        @app.post("/v1/segment")
+        async def segment(request: Request) -> Any:
+            question = await request.json()
+            self.questions.append(question)
+            image = self.images.get(question["image_id"])
+            if image is None:
+                return _error(404, "image_not_found", "no such image")
+            if "busy" in question["prompts"] and not self._was_busy:
+                self._was_busy = True
+                return _error(503, "overloaded", "too many requests wait", {"Retry-After": "1"})
+            if "broken" in question["prompts"]:
+                return _error(500, "internal", "something failed in the service")
+            while "slow" in question["prompts"] and not self._let_go.is_set():
+                if await request.is_disconnected():
+                    self.num_given_up += 1
+                    return None
+                await asyncio.sleep(0.02)
+            return {
+                "request_id": f"r{len(self.questions)}",
+                "image": {"width": image.shape[1], "height": image.shape[0]},
+                "adapter": question["adapter"],
+                "results": await asyncio.to_thread(answer, image, question),
+                "timing_ms": {"decode": 1.5, "model": 12.0, "total": 14.25},
+            }
+
+        app.mount("/static", StaticFiles(directory=STATIC))
+
+    def forget_images(self) -> None:
+        """As if the service had been started again."""
+        self.images.clear()
+
+    @contextmanager
+    def running(self, port: int = 0) -> Iterator[PageServer]:
+        """Serve on 127.0.0.1; port 0 takes a free one."""
+        server = uvicorn.Server(uvicorn.Config(self.app, host="127.0.0.1", port=port, log_level="error"))
+        thread = threading.Thread(target=server.run, daemon=True)
+        thread.start()
+        try:
+            wait_until(lambda: server.started, "the server to start")
+            self.url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
+            yield self
+        finally:
+            self._let_go.set()
+            server.should_exit = True
+            thread.join(timeout=20)
+
+
+class _Policy:
+    """Puts the service's security headers on every response."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_policy(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(SECURITY_HEADERS)
+            await send(message)
+
+        await self._app(scope, receive, send_with_policy)
+
+
+def _error(status: int, kind: str, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    error = {"type": kind, "message": message, "request_id": "req-42"}
+    return JSONResponse({"error": error}, status, {"X-Request-ID": "req-42", **(headers or {})})

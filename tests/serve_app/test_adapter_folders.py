@@ -1,0 +1,185 @@
+"""From ids to folders: what must not be reached, and what a folder says about itself."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from serve_app.adapter_folders import AdapterFolders
+from serve_app.errors import ServeError
+from serve_app.settings import AdapterSettings
+
+from .adapter_folders import write_adapter
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A root with one adapter, and a whole adapter outside of it that nobody may reach."""
+    write_adapter(tmp_path / "elsewhere", "secret")
+    root = tmp_path / "root"
+    write_adapter(root, "cracks")
+    return root
+
+
+def find(root: Path | None, adapter_id: str, **settings):
+    return AdapterFolders(AdapterSettings(root=root, **settings)).find(adapter_id)
+
+
+def test_an_id_is_the_name_of_a_folder_in_the_root(root: Path):
+    found = find(root, "cracks")
+    assert (found.id, found.path) == ("cracks", root / "cracks")
+
+
+@pytest.mark.parametrize(
+    "adapter_id",
+    [
+        "",
+        ".",
+        "..",
+        "../elsewhere/secret",
+        "..%2felsewhere%2fsecret",
+        "%2e%2e/elsewhere/secret",
+        "cracks/../../elsewhere/secret",
+        "cracks/",
+        "/etc",
+        "//etc",
+        "\\..\\elsewhere",
+        "C:cracks",
+        "~root",
+        "$HOME",
+        ".cracks.0123.tmp",
+        "-rf",
+        "cracks\0",
+        "cracks\n",
+        " cracks",
+        "cracks ",
+        "crack*",
+        "crаcks",  # a Cyrillic a
+        "．．",  # full-width dots
+        "ｃracks",
+        "a" * 101,
+    ],
+)
+def test_an_id_that_is_no_name_is_refused(root: Path, adapter_id: str):
+    with pytest.raises(ServeError) as refused:
+        find(root, adapter_id)
+    assert refused.value.type == "invalid_adapter"
+    assert not adapter_id.strip() or adapter_id not in refused.value.message or len(adapter_id) < 3
+
+
+@pytest.mark.parametrize("adapter_id", ["unknown", "secret", "elsewhere", "cracks.", "cracks..", "CRACKS", "a" * 100])
+def test_a_name_under_which_nothing_is_is_not_found(root: Path, adapter_id: str):
+    with pytest.raises(ServeError) as refused:
+        find(root, adapter_id)
+    assert refused.value.type == "adapter_not_found"
+    assert str(root) not in refused.value.message
+
+
+def test_a_file_is_not_found(root: Path):
+    (root / "file").write_text("no folder")
+    with pytest.raises(ServeError, match="adapter_not_found"):
+        find(root, "file")
+
+
+def test_without_a_root_nothing_is_found(root: Path):
+    for nowhere in (None, root / "missing"):
+        with pytest.raises(ServeError, match="adapter_not_found"):
+            find(nowhere, "cracks")
+
+
+def test_only_allowed_ids_are_found(root: Path):
+    write_adapter(root, "potholes")
+    assert find(root, "cracks", allowed=("cracks",)).id == "cracks"
+    with pytest.raises(ServeError, match="adapter_not_found"):
+        find(root, "potholes", allowed=("cracks",))
+
+
+@pytest.mark.parametrize("target", ["../elsewhere/secret", "..", ".", "/"])
+def test_a_folder_linked_out_of_the_root_is_refused(root: Path, target: str):
+    (root / "link").symlink_to(target)
+    with pytest.raises(ServeError) as refused:
+        find(root, "link")
+    assert refused.value.type == "invalid_adapter"
+    assert str(root.parent) not in refused.value.message
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json", "sam3lora.json"])
+def test_a_file_linked_out_of_the_root_is_refused(root: Path, file: str):
+    (root / "cracks" / file).unlink()
+    (root / "cracks" / file).symlink_to(root.parent / "elsewhere" / "secret" / file)
+    with pytest.raises(ServeError, match="invalid_adapter"):
+        find(root, "cracks")
+
+
+def test_links_in_a_circle_are_refused(root: Path):
+    (root / "a").symlink_to("b")
+    (root / "b").symlink_to("a")
+    with pytest.raises(ServeError, match="invalid_adapter"):
+        find(root, "a")
+
+
+def test_a_link_within_the_root_is_an_adapter(root: Path):
+    (root / "current").symlink_to("cracks")
+    before = find(root, "current")
+    write_adapter(root, "newer")
+    (root / "current").unlink()
+    (root / "current").symlink_to("newer")
+    assert find(root, "current").signature != before.signature
+
+
+def test_a_root_that_is_a_link_itself_is_fine(root: Path):
+    (root.parent / "linked").symlink_to(root)
+    assert find(root.parent / "linked", "cracks").id == "cracks"
+
+
+def test_the_signature_tells_versions_apart(root: Path):
+    first = find(root, "cracks").signature
+    assert find(root, "cracks").signature == first
+    seen = {first}
+    for file in ("adapter_model.safetensors", "adapter_config.json", "sam3lora.json"):
+        path = root / "cracks" / file
+        os.utime(path, ns=(1, path.stat().st_mtime_ns + 1))  # same content, same size, a moment later
+        seen.add(find(root, "cracks").signature)
+    (root / "cracks" / "sam3lora.json").unlink()
+    seen.add(find(root, "cracks").signature)
+    assert len(seen) == 5
+
+
+def test_the_list_tells_what_files_say_and_what_is_wrong(root: Path):
+    write_adapter(root, "broken")
+    (root / "broken" / "adapter_model.safetensors").write_bytes(b"not safetensors")
+    write_adapter(root, "half")
+    (root / "half" / "adapter_model.safetensors").unlink()
+    write_adapter(root, "odd")
+    (root / "odd" / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    write_adapter(root, ".hidden")
+    (root / "no_adapter").mkdir()
+    (root / "link").symlink_to("../elsewhere/secret")
+
+    listed = [info for _, info in AdapterFolders(AdapterSettings(root=root)).describe_all()]
+    assert [info.id for info in listed] == ["broken", "cracks", "half", "odd"]
+    broken, cracks, half, odd = listed
+    assert (cracks.prompts, cracks.rank, cracks.adapts) == (("what cracks finds",), 2, ("detr_decoder",))
+    assert cracks.size_bytes == (root / "cracks" / "adapter_model.safetensors").stat().st_size
+    assert cracks.error is None
+    assert "cannot be read" in str(broken.error)
+    assert "lacks" in str(half.error)
+    assert "LoRA" in str(odd.error)
+    assert not any(str(root.parent) in str(info.error) for info in listed)
+
+
+def test_the_list_follows_the_disk(root: Path):
+    folders = AdapterFolders(AdapterSettings(root=root))
+    folders.describe_all()
+    write_adapter(root, "cracks", rank=5)
+    write_adapter(root, "potholes")
+    assert [(info.id, info.rank) for _, info in folders.describe_all()] == [("cracks", 5), ("potholes", 2)]
+
+
+def test_unchanged_folders_are_not_read_again(root: Path, monkeypatch: pytest.MonkeyPatch):
+    folders = AdapterFolders(AdapterSettings(root=root))
+    first = folders.describe_all()
+    monkeypatch.setattr("serve_app.adapter_folders._read_info", lambda folder: pytest.fail("read again"))
+    assert folders.describe_all() == first

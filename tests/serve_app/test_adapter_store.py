@@ -1,0 +1,491 @@
+"""The store of adapters over a model whose adapters are numbers in slots."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import threading
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import load_file
+
+from sam3lora.errors import UserError
+from serve_app import adapter_store
+from serve_app.adapter_store import AdapterStore
+from serve_app.batcher import Batcher
+from serve_app.errors import ServeError
+from serve_app.settings import AdapterSettings
+
+from .adapter_folders import write_adapter
+
+LONG_S = 60.0
+
+
+class Model:
+    """Slots with the value of the adapter that is in them. Reading a folder in `slow` waits for its event."""
+
+    def __init__(self) -> None:
+        self.slots: dict[int, float] = {}
+        self.reads: Counter[str] = Counter()
+        self.slow: dict[str, threading.Event] = {}
+        self.reading = threading.Semaphore(0)
+        self.threads: set[int] = set()
+        self.place_error: Exception | None = None
+
+    def read_adapter(self, folder: Path) -> float:
+        self.reads[folder.name] += 1
+        self.reading.release()
+        if event := self.slow.get(folder.name):
+            assert event.wait(LONG_S)
+        try:
+            (tensor,) = load_file(folder / "adapter_model.safetensors").values()
+        except Exception as error:
+            raise UserError(f"{folder / 'adapter_model.safetensors'} is damaged: {error}") from error
+        return float(tensor[0, 0])
+
+    def place_adapter(self, slot: int, weights: float) -> None:
+        self.threads.add(threading.get_ident())
+        if self.place_error is not None:
+            raise self.place_error
+        self.slots[slot] = weights
+
+    def clear_adapter(self, slot: int) -> None:
+        self.threads.add(threading.get_ident())
+        self.slots.pop(slot, None)
+
+
+class Counts(Counter):
+    """A `LoadObserver`."""
+
+    def adapter_loaded(self) -> None:
+        self["loaded"] += 1
+
+    def adapter_failed(self) -> None:
+        self["failed"] += 1
+
+    def adapter_evicted(self) -> None:
+        self["evicted"] += 1
+
+
+class Stage:
+    """A store with a model behind it."""
+
+    def __init__(self, root: Path, num_slots: int, **settings: Any) -> None:
+        self.root = root
+        self.model = Model()
+        self.counts = Counts()
+        self.batcher: Batcher[int, int] = Batcher(lambda items: items, max_rows=4, max_queued=100)
+        self.store = AdapterStore(
+            self.model,
+            self.batcher.run_in_model_thread,
+            AdapterSettings(root=root, **settings),
+            num_slots=num_slots,
+            observer=self.counts,
+        )
+
+    async def value(self, adapter_id: str, timeout_s: float = LONG_S) -> float:
+        """What a request under this adapter would compute with."""
+        async with self.store.hold(adapter_id, timeout_s) as slot:
+            assert slot is not None
+            return self.model.slots[slot]
+
+    async def resident(self) -> list[str]:
+        return [info.id for info in await self.store.list() if info.resident]
+
+    async def reading(self) -> None:
+        """A read has begun."""
+        assert await asyncio.to_thread(self.model.reading.acquire, timeout=LONG_S)
+
+
+def play(root: Path, scene: Callable[[Stage], Coroutine[Any, Any, None]], num_slots: int = 4, **settings: Any) -> Stage:
+    async def run() -> Stage:
+        stage = Stage(root, num_slots, **settings)
+        try:
+            async with asyncio.timeout(LONG_S):
+                await scene(stage)
+        finally:
+            for event in stage.model.slow.values():
+                event.set()
+            await stage.batcher.close()
+            stage.store.close()
+        return stage
+
+    return asyncio.run(run())
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    for number, adapter_id in enumerate("abcde", start=1):
+        write_adapter(tmp_path, adapter_id, number)
+    return tmp_path
+
+
+async def refused(work: Coroutine[Any, Any, Any]) -> ServeError:
+    with pytest.raises(ServeError) as found:
+        await work
+    return found.value
+
+
+def test_the_base_needs_no_slot(root: Path):
+    async def scene(stage: Stage) -> None:
+        async with stage.store.hold(None) as slot:
+            assert slot is None
+
+    assert not play(root, scene).model.reads
+
+
+def test_an_adapter_is_loaded_once_and_stays(root: Path):
+    async def scene(stage: Stage) -> None:
+        assert [await stage.value(id) for id in "abaab"] == [1, 2, 1, 1, 2]
+        assert await stage.resident() == ["a", "b"]
+        assert stage.store.num_resident == 2
+
+    stage = play(root, scene)
+    assert stage.model.reads == {"a": 1, "b": 1}
+    assert len(stage.model.threads) == 1  # nothing but the model thread touches slots
+    assert stage.counts == {"loaded": 2}
+
+
+def test_the_least_recently_used_makes_room(root: Path):
+    async def scene(stage: Stage) -> None:
+        for adapter_id in "abac":  # b is the oldest when c comes
+            await stage.value(adapter_id)
+        assert await stage.resident() == ["a", "c"]
+        assert await stage.value("a") == 1
+        assert stage.model.reads["a"] == 1
+
+    assert play(root, scene, num_slots=2).counts["evicted"] == 1
+
+
+def test_an_adapter_in_use_is_never_evicted(root: Path):
+    async def scene(stage: Stage) -> None:
+        async with stage.store.hold("a") as slot:
+            assert slot is not None
+            for adapter_id in "bcdebcde":  # all of them have to share the other slot
+                assert await stage.value(adapter_id) == "abcde".index(adapter_id) + 1
+                assert stage.model.slots[slot] == 1
+
+    play(root, scene, num_slots=2)
+
+
+def test_a_newcomer_waits_for_a_slot(root: Path):
+    async def scene(stage: Stage) -> None:
+        async with AsyncExitStack() as held:
+            await held.enter_async_context(stage.store.hold("a"))
+            async with stage.store.hold("b"):
+                waiting = asyncio.create_task(stage.value("c"))
+                await stage.reading()
+                await stage.reading()
+                await stage.reading()
+                assert not waiting.done()
+            assert await waiting == 3  # b went, a is still there
+            assert await stage.resident() == ["a", "c"]
+
+    play(root, scene, num_slots=2)
+
+
+def test_a_newcomer_that_finds_no_slot_in_its_time_is_told_so(root: Path):
+    async def scene(stage: Stage) -> None:
+        async with stage.store.hold("a"):
+            patient = asyncio.create_task(stage.value("b"))
+            while not (stage.model.reads["b"] and stage.store._loads["b"].waits_for_others):
+                await asyncio.sleep(0.001)
+            error = await refused(stage.value("b", timeout_s=0.01))
+            assert (error.type, error.retry_after_s) == ("overloaded", 1.0)
+        assert await patient == 2
+
+    play(root, scene, num_slots=1)
+
+
+def test_a_read_that_takes_too_long_is_a_timeout_and_goes_on(root: Path):
+    async def scene(stage: Stage) -> None:
+        stage.model.slow["a"] = threading.Event()
+        assert (await refused(stage.value("a", timeout_s=0.5))).type == "timeout"
+        stage.model.slow["a"].set()
+        assert await stage.value("a") == 1
+
+    assert play(root, scene).model.reads["a"] == 1
+
+
+def test_twenty_at_once_load_once(root: Path):
+    async def scene(stage: Stage) -> None:
+        stage.model.slow["a"] = threading.Event()
+        asked = [asyncio.create_task(stage.value("a")) for _ in range(20)]
+        await stage.reading()
+        stage.model.slow["a"].set()
+        assert await asyncio.gather(*asked) == [1] * 20
+
+    stage = play(root, scene, num_slots=1)
+    assert stage.model.reads["a"] == 1
+    assert stage.counts["loaded"] == 1
+
+
+def test_twenty_at_once_hold_it_until_the_last_one_is_done(root: Path):
+    """All users that waited for the load are counted: the slot is not given away between load and use."""
+
+    async def scene(stage: Stage) -> None:
+        async def use(event: asyncio.Event) -> None:
+            async with stage.store.hold("a") as slot:
+                assert slot is not None
+                await event.wait()
+                assert stage.model.slots[slot] == 1
+
+        done = [asyncio.Event() for _ in range(20)]
+        users = [asyncio.create_task(use(event)) for event in done]
+        newcomer = None
+        for event, user in zip(done, users, strict=True):
+            assert newcomer is None or not newcomer.done()
+            event.set()
+            await user
+            newcomer = newcomer or asyncio.create_task(stage.value("b"))
+        assert newcomer is not None
+        assert await newcomer == 2
+
+    play(root, scene, num_slots=1)
+
+
+def test_a_slow_load_delays_no_other_adapter(root: Path):
+    async def scene(stage: Stage) -> None:
+        await stage.value("b")
+        stage.model.slow["a"] = threading.Event()
+        slow = asyncio.create_task(stage.value("a"))
+        await stage.reading()
+        await stage.reading()
+        assert await stage.value("b") == 2  # in memory
+        assert await stage.value("c") == 3  # not yet
+        assert not slow.done()
+        stage.model.slow["a"].set()
+        assert await slow == 1
+
+    play(root, scene)
+
+
+def test_a_load_whose_requests_all_left_is_finished_and_can_be_evicted(root: Path):
+    async def scene(stage: Stage) -> None:
+        stage.model.slow["a"] = threading.Event()
+        asked = [asyncio.create_task(stage.value("a")) for _ in range(3)]
+        await stage.reading()
+        for task in asked:
+            task.cancel()
+        await asyncio.wait(asked)
+        stage.model.slow["a"].set()
+        assert await stage.value("b") == 2  # takes the only slot, so nobody holds it
+        assert stage.counts["loaded"] == 2
+
+    play(root, scene, num_slots=1)
+
+
+def test_a_cancelled_holder_gives_its_slot_back(root: Path):
+    async def scene(stage: Stage) -> None:
+        async def use(held: asyncio.Event) -> None:
+            async with stage.store.hold("a"):
+                held.set()
+                await asyncio.Event().wait()
+
+        held = asyncio.Event()
+        user = asyncio.create_task(use(held))
+        await held.wait()
+        user.cancel()
+        await asyncio.wait([user])
+        assert await stage.value("b") == 2
+
+    play(root, scene, num_slots=1)
+
+
+def test_a_replaced_folder_is_loaded_beside_the_version_in_use(root: Path):
+    async def scene(stage: Stage) -> None:
+        async with stage.store.hold("a") as old:
+            assert old is not None
+            write_adapter(root, "a", 10)
+            assert await stage.value("a") == 10
+            assert stage.model.slots[old] == 1
+            assert await stage.resident() == ["a"]
+        while old in stage.model.slots:  # the last user left: it goes
+            await asyncio.sleep(0.001)
+        assert await stage.value("a") == 10
+
+    assert play(root, scene).model.reads["a"] == 2
+
+
+def test_updates_under_load_never_mix_versions(root: Path):
+    async def scene(stage: Stage) -> None:
+        stop = False
+        seen: set[float] = set()
+
+        async def client() -> None:
+            while not stop:
+                async with stage.store.hold("a") as slot:
+                    assert slot is not None
+                    value = stage.model.slots[slot]
+                    seen.add(value)
+                    for _ in range(3):
+                        await asyncio.sleep(0)
+                        assert stage.model.slots[slot] == value
+
+        clients = [asyncio.create_task(client()) for _ in range(8)]
+        for value in range(10, 30):
+            await asyncio.to_thread(write_adapter, root, "a", value)
+            assert await stage.value("a") == value  # who comes after the update gets the update
+        stop = True
+        await asyncio.gather(*clients)
+        assert seen <= {1.0, *map(float, range(10, 30))}
+
+    play(root, scene, num_slots=3)
+
+
+def test_a_new_version_that_cannot_be_read_leaves_the_old_one_in_service(root: Path, caplog: pytest.LogCaptureFixture):
+    async def scene(stage: Stage) -> None:
+        await stage.value("a")
+        (root / "a" / "adapter_model.safetensors").write_bytes(b"half a fi")
+        assert [await stage.value("a") for _ in range(50)] == [1] * 50
+        (info,) = [info for info in await stage.store.list() if info.id == "a"]
+        assert info.resident
+        assert "damaged" in str(info.error)
+
+    stage = play(root, scene)
+    assert stage.model.reads["a"] == 2
+    assert [record.levelname for record in caplog.records].count("WARNING") == 1
+
+
+def test_a_deleted_folder_is_not_found_and_comes_back(root: Path):
+    async def scene(stage: Stage) -> None:
+        async with stage.store.hold("a") as slot:
+            assert slot is not None
+            shutil.rmtree(root / "a")
+            error = await refused(stage.value("a"))
+            assert error.type == "adapter_not_found"
+            assert stage.model.slots[slot] == 1
+        write_adapter(root, "a", 11)
+        assert await stage.value("a") == 11
+
+    play(root, scene)
+
+
+def test_a_folder_that_appears_is_served(root: Path):
+    async def scene(stage: Stage) -> None:
+        assert (await refused(stage.value("late"))).type == "adapter_not_found"
+        write_adapter(root, "late", 8)
+        assert await stage.value("late") == 8
+
+    play(root, scene)
+
+
+def test_a_broken_folder_is_refused_without_paths_and_not_read_for_everyone(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(adapter_store, "FAILURE_KEPT_S", LONG_S)
+
+    async def scene(stage: Stage) -> None:
+        (root / "a" / "adapter_model.safetensors").write_bytes(b"junk")
+        for _ in range(50):
+            error = await refused(stage.value("a"))
+            assert error.type == "invalid_adapter"
+            assert "adapter_model.safetensors is damaged" in error.message
+            assert str(root) not in error.message
+        assert await stage.value("b") == 2
+
+    assert play(root, scene).model.reads["a"] == 1
+
+
+def test_a_repaired_folder_is_read_again_soon(root: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(adapter_store, "FAILURE_KEPT_S", 0.0)
+
+    async def scene(stage: Stage) -> None:
+        (root / "a" / "adapter_model.safetensors").write_bytes(b"junk")
+        assert (await refused(stage.value("a"))).type == "invalid_adapter"
+        write_adapter(root, "a", 12)
+        assert await stage.value("a") == 12
+        assert [info.error for info in await stage.store.list()] == [None] * 5
+
+    play(root, scene)
+
+
+def test_whatever_reading_raises_is_the_adapters_fault(root: Path, monkeypatch: pytest.MonkeyPatch):
+    async def scene(stage: Stage) -> None:
+        monkeypatch.setattr(stage.model, "read_adapter", lambda folder: 1 / 0)
+        error = await refused(stage.value("a"))
+        assert (error.type, "ZeroDivisionError" in error.message) == ("invalid_adapter", True)
+
+    play(root, scene)
+
+
+def test_a_folder_that_changes_while_it_is_read_is_read_again(root: Path):
+    async def scene(stage: Stage) -> None:
+        stage.model.slow["a"] = threading.Event()
+        asked = asyncio.create_task(stage.value("a"))
+        await stage.reading()
+        write_adapter(root, "a", 13)
+        stage.model.slow["a"].set()
+        assert await asked == 13
+
+    assert play(root, scene).model.reads["a"] == 2
+
+
+def test_a_slot_that_could_not_be_filled_is_not_lost(root: Path):
+    async def scene(stage: Stage) -> None:
+        for _ in range(5):
+            stage.model.place_error = MemoryError()
+            with pytest.raises(MemoryError):
+                await stage.value("a")
+        stage.model.place_error = None
+        assert [await stage.value(id) for id in "abcd"] == [1, 2, 3, 4]
+
+    play(root, scene, num_slots=2)
+
+
+def test_settings_that_change_retire_what_is_no_longer_allowed(root: Path):
+    async def scene(stage: Stage) -> None:
+        await stage.value("a")
+        await stage.value("b")
+        stage.store.reconfigure(AdapterSettings(root=root, allowed=("b", "c")))
+        assert await stage.resident() == ["b"]
+        assert (await refused(stage.value("a"))).type == "adapter_not_found"
+        assert await stage.value("c") == 3
+
+    assert play(root, scene).model.reads["b"] == 1
+
+
+def test_another_root_has_other_adapters_under_the_same_ids(root: Path, tmp_path_factory: pytest.TempPathFactory):
+    other = tmp_path_factory.mktemp("other")
+    write_adapter(other, "a", 100)
+
+    async def scene(stage: Stage) -> None:
+        assert await stage.value("a") == 1
+        stage.store.reconfigure(AdapterSettings(root=other))
+        assert await stage.value("a") == 100
+        assert (await refused(stage.value("b"))).type == "adapter_not_found"
+
+    play(root, scene)
+
+
+def test_preloading_goes_on_after_one_that_fails(root: Path, caplog: pytest.LogCaptureFixture):
+    async def scene(stage: Stage) -> None:
+        await stage.store.preload(("a", "unknown", "b"))
+        assert await stage.resident() == ["a", "b"]
+
+    play(root, scene)
+    assert "unknown was not preloaded" in caplog.text
+
+
+def test_a_thousand_swaps_lose_no_slot_and_mix_nothing(root: Path):
+    async def scene(stage: Stage) -> None:
+        async def client(start: int) -> None:
+            for step in range(125):
+                adapter_id = "abcde"[(start + step) % 5]
+                assert await stage.value(adapter_id) == "abcde".index(adapter_id) + 1
+
+        await asyncio.gather(*(client(start) for start in range(8)))
+        assert len(stage.model.slots) <= 2
+        assert stage.store.num_resident == 2
+        assert not stage.store._loads
+        async with stage.store.hold("a") as one, stage.store.hold("b") as two:
+            assert {one, two} == {0, 1}
+
+    stage = play(root, scene, num_slots=2)
+    assert stage.counts["loaded"] == stage.counts["evicted"] + 2
+    assert stage.counts["evicted"] > 100

@@ -1,0 +1,385 @@
+"""The batcher with a model that works when it is told to."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+import torch
+
+from serve_app.batcher import Batcher
+from serve_app.errors import ServeError
+
+LONG_S = 60.0
+
+
+class Model:
+    """Doubles numbers; keeps what it was given. Between `hold` and `let_go` batches do not finish."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.threads: set[int] = set()
+        self.most_that_fit = 1000
+        self._going = threading.Event()
+        self._going.set()
+        self.begun = threading.Semaphore(0)
+
+    def hold(self) -> None:
+        self._going.clear()
+
+    def let_go(self) -> None:
+        self._going.set()
+
+    def __call__(self, items: list[int]) -> list[int | Exception]:
+        self.threads.add(threading.get_ident())
+        self.batches.append(list(items))
+        self.begun.release()
+        assert self._going.wait(LONG_S)
+        if len(items) > self.most_that_fit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return [ValueError(f"bad {item}") if item < 0 else 2 * item for item in items]
+
+
+def play(scene: Callable[[Model, Batcher[int, int]], Coroutine[Any, Any, None]], **settings: Any) -> Model:
+    """Run a scene with a model and a batcher before it, in which nothing may take longer than `LONG_S`."""
+    model = Model()
+
+    async def run() -> None:
+        batcher: Batcher[int, int] = Batcher(model, **({"max_rows": 4, "max_queued": 100} | settings))
+        try:
+            async with asyncio.timeout(LONG_S):
+                await scene(model, batcher)
+        finally:
+            model.let_go()
+            await batcher.close()
+
+    asyncio.run(run())
+    return model
+
+
+async def begun(model: Model) -> None:
+    """The model has a batch in hand."""
+    assert await asyncio.to_thread(model.begun.acquire, timeout=LONG_S)
+
+
+async def ask(batcher: Batcher[int, int], item: int, *, rows: int = 1, timeout_s: float = LONG_S) -> int:
+    return (await batcher.submit(item, rows=rows, timeout_s=timeout_s)).result
+
+
+async def queue(
+    batcher: Batcher[int, int], *items: int, rows: int = 1, timeout_s: float = LONG_S
+) -> list[asyncio.Task[int]]:
+    """Tasks that wait in the queue in this order."""
+    tasks = []
+    for item in items:
+        length = batcher.queue_length
+        tasks.append(asyncio.create_task(ask(batcher, item, rows=rows, timeout_s=timeout_s)))
+        while batcher.queue_length == length:
+            await asyncio.sleep(0)
+    return tasks
+
+
+async def occupy(model: Model, batcher: Batcher[int, int]) -> asyncio.Task[int]:
+    """The model works on item 0 until it is let go."""
+    model.hold()
+    task = asyncio.create_task(ask(batcher, 0))
+    await begun(model)
+    return task
+
+
+def test_an_idle_model_is_asked_at_once():
+    async def scene(model: Model, batcher: Batcher[int, int]) -> None:
+        assert await ask(batcher, 1) == 2
+        assert await ask(batcher, 2) == 4
+
+    assert play(scene).batches == [[1], [2]]
+
+
+def test_what_arrives_while_the_model_is_busy_goes_together_in_order():
+    async def scene(model: Model, batcher: Batcher[int, int]) -> None:
+        first = await occupy(model, batcher)
+        rest = await queue(batcher, 1, 2, 3, 4, 5, 6)
+        assert batcher.queue_length == 6
+        model.let_go()
+        assert await asyncio.gather(first, *rest) == [0, 2, 4, 6, 8, 10, 12]
+
+    model = play(scene)
+    assert model.batches == [[0], [1, 2, 3, 4], [5, 6]]
+    assert len(model.threads) == 1
+
+
+def test_rows_are_counted_not_items_and_order_is_kept():
+    async def scene(model: Model, batcher: Batcher[int, int]) -> None:
+        first = await occupy(model, batcher)
+        tasks = [
+            *await queue(batcher, 1, rows=3),
+            *await queue(batcher, 2, rows=2),  # does not fit beside the first
+            *await queue(batcher, 3, rows=1),  # would fit beside the first, but not ahead of the second
+            *await queue(batcher, 4, rows=9),  # larger than a batch: alone
+            *await queue(batcher, 5, rows=1),
+        ]
+        model.let_go()
+        await asyncio.gather(first, *tasks)
+
+    assert play(scene).batches == [[0], [1], [2, 3], [4], [5]]
+
+
+def test_waiting_and_running_times_are_told():
+    async def scene(model: Model, batcher: Batcher[int, int]) -> None:
+        first = await occupy(model, batcher)
+        second = asyncio.create_task(batcher.submit(1, rows=1, timeout_s=LONG_S))
+        while not batcher.queue_length:
+            await asyncio.sleep(0)
+        assert batcher.busy_s > 0
+        model.let_go()
+        await first
+        outcome = await second
+        assert outcome.waited_s > 0
+        assert outcome.ran_s > 0
+        while batcher.busy_s:
+            await asyncio.sleep(0)
+
+    play(scene)
+
+
+def test_a_cancelled_item_is_not_computed():
+    async def scene(model: Model, batcher: Batcher[int, int]) -> None:
+        first = await occupy(model, batcher)
+        kept, dropped = await queue(batcher, 1, 2)
+        dropped.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await dropped
+        assert batcher.queue_length == 1
+        model.let_go()
+        await asyncio.gather(first, kept)
+
+    assert play(scene).batches == [[0], [1]]
+
+
+def test_a_caller_that_leaves_during_the_batch_harms_nobody():
+    async def scene(model: Model, batcher: Batcher[int, int]) -> None:
+        first = await occupy(model, batcher)
+        first.cancel()
+        (second,) = await queue(batcher, 1)
+        model.let_go()
+        assert await second == 2
+
+    assert play(scene).batches == [[0], [1]]
+
+
+def test_an_item_whose_time_is_up_is_refused_and_not_computed():
+    async def scene(model: Model, batcher: Batcher[int, int]) -> None:
+        first = await occupy(model, batcher)
+        (late,) = await queue(batcher, 1, timeout_s=0.01)
+        with pytest.raises(ServeError) as refused:
+            await late
+        assert refused.value.type == "timeout"
+        assert batcher.queue_length == 0
+        model.let_go()
+        assert await first == 0
+
+    assert play(scene).batches == [[0]]
+
+
+def test_an_item_without_time_left_is_refused_by_an_idle_model_as_well():
+    async def scene(model: Model, batcher: Batcher[int, int]) -> None:
+        with pytest.raises(ServeError, match="timeout"):
+            await ask(batcher, 1, timeout_s=-1)
+
+    assert play(scene).batches == []
+
+
+@pytest.mark.parametrize("type", ["overloaded", "too_many_requests"])
+def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(type: str):
+    async def scene(model: Model, batcher: Batcher[int, int]) -> None:
+        first = await occupy(model, batcher)
+        tasks = await queue(batcher, 1, 2)
+        with pytest.raises(ServeError) as refused:
+            await ask(batcher, 3)
+        assert refused.value.type == type
+        assert refused.value.retry_after_s is not None
+        assert refused.value.retry_after_s >= 1
+        model.let_go()
+        assert await asyncio.gather(first, *tasks) == [0, 2, 4]
+        assert await ask(batcher, 4) == 8  # there is room again
+
+    assert play(scene, max_queued=2, overload_type=type).batches == [[0], [1, 2], [4]]
+
+
+def test_those_that_prepare_count_as_waiting():
+    async def scene(model: Model, batcher: Batcher[int, int]) -> None:
+        batcher.check_room(coming=1)
+        with pytest.raises(ServeError, match="overloaded"):
+            batcher.check_room(coming=2)
+
+    play(scene, max_queued=2)
+
+
+def test_retry_after_grows_with_the_queue_and_the_time_of_an_item():
+    async def scene(model: Model, batcher: Batcher[int, int]) -> None:
+        batcher._seconds_per_item = 2.0
+        with pytest.raises(ServeError) as refused:
+            batcher.check_room(coming=30)
+        assert refused.value.retry_after_s == pytest.approx(60)
+
+    play(scene, max_queued=30)
+
+
+def test_a_bad_item_fails_alone():
+    async def scene(model: Model, batcher: Batcher[int, int]) -> None:
+        first = await occupy(model, batcher)
+        good, bad = await queue(batcher, 1, -1)
+        model.let_go()
+        assert await good == 2
+        with pytest.raises(ValueError, match="bad -1"):
+            await bad
+        await first
+
+    assert play(scene).batches == [[0], [1, -1]]
+
+
+@pytest.mark.parametrize(
+    ("broken", "error"),
+    [
+        (lambda items: 1 / 0, ZeroDivisionError),
+        (lambda items: [], RuntimeError),  # not a result for each item
+    ],
+)
+def test_a_batch_that_fails_as_a_whole_does_not_end_the_batcher(broken: Callable, error: type[Exception]):
+    async def scene() -> None:
+        runs = [broken, lambda items: items]
+        batcher: Batcher[int, int] = Batcher(lambda items: runs.pop(0)(items), max_rows=4, max_queued=4)
+        failed = await asyncio.gather(ask(batcher, 1), ask(batcher, 2), return_exceptions=True)
+        assert [type(found) for found in failed] == [error, error]
+        assert await ask(batcher, 3) == 3
+        await batcher.close()
+
+    asyncio.run(scene())
+
+
+def test_out_of_memory_halves_the_batch_until_it_fits():
+    freed: list[int] = []
+
+    async def scene(model: Model, batcher: Batcher[int, int]) -> None:
+        model.most_that_fit = 1
+        first = await occupy(model, batcher)
+        tasks = await queue(batcher, 1, 2, 3, 4)
+        model.let_go()
+        assert await asyncio.gather(first, *tasks) == [0, 2, 4, 6, 8]
+
+    model = play(scene, free_memory=lambda: freed.append(1))
+    assert model.batches == [[0], [1, 2, 3, 4], [1, 2], [1], [2], [3, 4], [3], [4]]
+    assert len(freed) == 3  # before each of the smaller attempts
+
+
+def test_an_item_alone_gets_a_second_attempt_with_all_memory():
+    async def scene(model: Model, batcher: Batcher[int, int]) -> None:
+        model.most_that_fit = 0
+        assert await ask(batcher, 1) == 2
+
+    def free() -> None:
+        models[0].most_that_fit = 1
+
+    models: list[Model] = []
+
+    async def remember(model: Model, batcher: Batcher[int, int]) -> None:
+        models.append(model)
+        await scene(model, batcher)
+
+    assert play(remember, free_memory=free).batches == [[1], [1]]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_item_that_never_fits_is_refused_and_the_others_are_answered(error: Exception):
+    def run(items: list[int]) -> list[int]:
+        if 7 in items:
+            raise error
+        return items
+
+    async def scene() -> None:
+        batcher: Batcher[int, int] = Batcher(run, max_rows=4, max_queued=4)
+        asked = [asyncio.create_task(ask(batcher, item)) for item in (6, 7, 8)]
+        good, bad, other = await asyncio.gather(*asked, return_exceptions=True)
+        assert (good, other) == (6, 8)
+        assert isinstance(bad, ServeError)
+        assert bad.type == "out_of_memory"
+        assert bad.retry_after_s is not None
+        await batcher.close()
+
+    asyncio.run(scene())
+
+
+def test_work_in_the_model_thread_goes_ahead_of_waiting_batches():
+    order: list[str] = []
+
+    async def scene(model: Model, batcher: Batcher[int, int]) -> None:
+        first = await occupy(model, batcher)
+        tasks = await queue(batcher, 1)
+        placed = asyncio.create_task(
+            batcher.run_in_model_thread(lambda: order.append(f"after {len(model.batches)}") or threading.get_ident())
+        )
+        await asyncio.sleep(0)
+        assert not order
+        model.let_go()
+        assert await placed in model.threads
+        await asyncio.gather(first, *tasks)
+
+    model = play(scene)
+    assert model.batches == [[0], [1]]
+    assert order == ["after 1"]
+
+
+def test_work_in_the_model_thread_that_fails_raises_to_its_caller_only():
+    async def scene(model: Model, batcher: Batcher[int, int]) -> None:
+        with pytest.raises(ZeroDivisionError):
+            await batcher.run_in_model_thread(lambda: 1 / 0)
+        assert await ask(batcher, 1) == 2
+
+    play(scene)
+
+
+def test_closing_answers_what_waits_and_refuses_what_comes():
+    async def scene(model: Model, batcher: Batcher[int, int]) -> None:
+        first = await occupy(model, batcher)
+        tasks = await queue(batcher, 1, 2)
+        closing = asyncio.create_task(batcher.close())
+        await asyncio.sleep(0)
+        with pytest.raises(ServeError, match="not_ready"):
+            await ask(batcher, 3)
+        assert not closing.done()
+        model.let_go()
+        assert await asyncio.gather(first, *tasks) == [0, 2, 4]
+        await closing
+        with pytest.raises(ServeError, match="not_ready"):
+            await batcher.run_in_model_thread(lambda: 1)
+
+    assert play(scene).batches == [[0], [1, 2]]
+
+
+def test_a_failed_device_is_remembered():
+    if not hasattr(torch, "AcceleratorError"):
+        pytest.skip("this torch has no AcceleratorError")
+
+    def run(items: list[int]) -> list[int]:
+        raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+    async def scene() -> None:
+        batcher: Batcher[int, int] = Batcher(run, max_rows=4, max_queued=4)
+        assert batcher.device_error is None
+        with pytest.raises(torch.AcceleratorError):
+            await ask(batcher, 1)
+        assert batcher.device_error is not None
+        await batcher.close()
+
+    asyncio.run(scene())

@@ -1,0 +1,94 @@
+"""Masks in all their forms are one and the same mask."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from sam3lora.infer.values import Instances
+from serve_app.formats import encode_results, is_quick, rle_to_png
+
+from .http_cases import SIZE_HW, found, rectangle
+
+
+def decoded(masks: str, results: list[Instances]) -> list[dict]:
+    return json.loads(encode_results(results, masks))
+
+
+def test_no_detections():
+    assert decoded("rle", [found("crack", 0)]) == [
+        {"prompt": "crack", "presence": 0.75, "num_detections": 0, "detections": []}
+    ]
+
+
+def test_boxes_scores_and_order():
+    result = decoded("none", [found("b", 2, masks=False), found("a", 1, masks=False)])
+    assert [entry["prompt"] for entry in result] == ["b", "a"]
+    assert result[0]["detections"] == [
+        {"score": 0.9, "box_xyxy": [2.0, 3.0, 12.0, 9.0]},
+        {"score": 0.6, "box_xyxy": [3.0, 3.0, 13.0, 9.0]},
+    ]
+
+
+def test_rle_goes_through_as_it_is():
+    (detection,) = decoded("rle", [found("a", 1)])[0]["detections"]
+    assert detection["mask"] == rectangle(2, 3, 12, 9)
+    assert detection["area_px"] == 60
+
+
+def test_polygon_and_png_give_the_mask_back():
+    ring = np.zeros(SIZE_HW, np.uint8)
+    ring[5:40, 5:30] = 1
+    ring[3:9, 40:60] = 1  # a second part
+    rle = coco_mask.encode(np.asfortranarray(ring))
+    both = Instances(
+        "a",
+        1.0,
+        SIZE_HW,
+        np.ones(1, np.float32),
+        np.zeros((1, 4), np.float32),
+        [rle | {"counts": rle["counts"].decode()}],
+    )
+    polygons = decoded("polygon", [both])[0]["detections"][0]["mask"]
+    assert len(polygons) == 2
+    again = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, *SIZE_HW)))
+    np.testing.assert_array_equal(again, ring)
+
+    png = Image.open(io.BytesIO(base64.b64decode(decoded("png", [both])[0]["detections"][0]["mask"])))
+    assert (png.size, png.mode) == ((64, 48), "1")
+    np.testing.assert_array_equal(np.asarray(png), ring.astype(bool))
+
+
+def test_empty_mask():
+    empty = found("a", 1)
+    empty.masks[0] = rectangle(0, 0, 0, 0)
+    assert decoded("polygon", [empty])[0]["detections"][0] | {"score": 0} == {
+        "score": 0,
+        "box_xyxy": [2.0, 3.0, 12.0, 9.0],
+        "area_px": 0,
+        "mask": [],
+    }
+    assert not np.asarray(Image.open(io.BytesIO(base64.b64decode(rle_to_png(empty.masks[0]))))).any()
+
+
+def test_text_of_a_prompt_is_safe_json():
+    prompt = 'a "quoted" \\ </script> ü 🙂'
+    assert decoded("none", [found(prompt, 0)])[0]["prompt"] == prompt
+
+
+def test_no_work_for_those_who_are_gone():
+    with pytest.raises(TimeoutError):
+        encode_results([found("a", 3)], "png", deadline_s=time.monotonic() - 1)
+
+
+def test_much_or_costly_work_goes_to_a_thread():
+    assert is_quick([found("a", 2)], "rle")
+    assert not is_quick([found("a", 100)], "rle")
+    assert not is_quick([found("a", 1)], "png")

@@ -1,0 +1,176 @@
+"""The HTTP contract: three ways to ask, answers, headers, keys, limits, and what happens when clients leave."""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from .http_cases import (
+    PNG,
+    PNG_BASE64,
+    PNG_KEY,
+    FakeBackend,
+    as_json,
+    make_client,
+    multipart,
+    picture,
+    raw,
+)
+
+ASK = {
+    "prompts": ["crack", "pot hole"],
+    "boxes": [{"xyxy": [1.5, 2, 30, 40], "label": 1}, {"xyxy": [0, 0, 64, 48], "label": 0}],
+    "adapter": "cracks",
+    "threshold": 0.25,
+    "nms_iou": 0.75,
+    "merge": True,
+    "merge_iou": 0.5,
+    "max_detections": 7,
+    "masks": "rle",
+}
+QUERY = (
+    "prompts=crack&prompts=pot%20hole&boxes=1.5,2,30,40,1&boxes=0,0,64,48,0&adapter=cracks&threshold=0.25"
+    "&nms_iou=0.75&merge=true&merge_iou=0.5&max_detections=7&masks=rle"
+)
+WAYS: dict[str, dict[str, Any]] = {
+    "multipart": multipart(ASK),
+    "multipart with the request as a file": {
+        "files": {"image": ("a.png", PNG), "request": ("r.json", json.dumps(ASK), "application/json")}
+    },
+    "json": {"json": ASK | {"image_base64": PNG_BASE64}},
+    "json with a data address": {"json": ASK | {"image_base64": f"data:image/png;base64,{PNG_BASE64}"}},
+    "raw": raw(QUERY),
+    "raw bytes": raw(QUERY, kind="application/octet-stream"),
+}
+
+
+def test_all_ways_ask_the_same():
+    calls = []
+    for body in WAYS.values():
+        backend = FakeBackend()
+        response = make_client(backend).post("/v1/segment", **body)
+        assert response.status_code == 200, response.text
+        (call,) = backend.calls
+        assert call.image.data == PNG
+        assert 0 < call.timeout_s <= 30
+        calls.append((call.image, call.prompts, call.boxes, call.adapter, call.post, call.masks))
+    assert all(call == calls[0] for call in calls)
+    assert calls[0][0].key == PNG_KEY
+    assert calls[0][2][0].xyxy == (1.5, 2.0, 30.0, 40.0)
+    assert (calls[0][4].threshold, calls[0][4].merge_iou, calls[0][4].max_detections) == (0.25, 0.5, 7)
+
+
+def test_answer():
+    response = make_client().post("/v1/segment", **as_json(prompts=["crack", "hole"], adapter="cracks"))
+    answer = response.json()
+    assert set(answer) == {"request_id", "image", "adapter", "results", "timing_ms"}
+    assert answer["image"] == {"width": 64, "height": 48}
+    assert answer["adapter"] == "cracks"
+    assert [result["prompt"] for result in answer["results"]] == ["crack", "hole"]
+    assert set(answer["results"][0]) == {"prompt", "presence", "num_detections", "detections"}
+    detection = answer["results"][0]["detections"][0]
+    assert set(detection) == {"score", "box_xyxy", "area_px", "mask"}
+    assert coco_mask.decode(detection["mask"]).sum() == detection["area_px"] == 60
+    assert {"forward", "total"} <= set(answer["timing_ms"])
+    assert response.headers["content-type"] == "application/json"
+
+
+def test_defaults():
+    backend = FakeBackend()
+    make_client(backend).post("/v1/segment", **as_json())
+    post = backend.calls[0].post
+    assert (post.threshold, post.nms_iou, post.merge, post.merge_iou, post.max_detections) == (
+        0.5,
+        0.5,
+        False,
+        0.15,
+        100,
+    )
+    assert backend.calls[0].adapter is None
+
+
+def test_without_masks_the_segmenter_makes_none():
+    backend = FakeBackend()
+    answer = make_client(backend).post("/v1/segment", **as_json(masks="none")).json()
+    assert not backend.calls[0].masks
+    assert set(answer["results"][0]["detections"][0]) == {"score", "box_xyxy"}
+
+
+def test_boxes_alone():
+    body = as_json(prompts=[], boxes=[{"xyxy": [1, 1, 9, 9]}])
+    assert make_client().post("/v1/segment", **body).json()["results"][0]["prompt"] == "visual"
+
+
+def test_boxes_refer_to_the_picture_as_people_see_it():
+    """Stored 64 x 48 and turned by EXIF: 48 wide, 64 high."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = base64.b64encode(picture(format="JPEG", exif=exif)).decode()
+    client = make_client()
+    inside, outside = ([{"xyxy": xyxy}] for xyxy in ([1, 1, 48, 64], [1, 1, 64, 48]))
+    assert client.post("/v1/segment", **as_json(image_base64=turned, boxes=inside)).status_code == 200
+    assert client.post("/v1/segment", **as_json(image_base64=turned, boxes=outside)).status_code == 422
+
+
+@pytest.mark.parametrize(
+    "body", [{"files": {"image": ("a", PNG)}}, {"json": {"image_base64": PNG_BASE64}}, raw("")], ids=str
+)
+def test_upload_then_ask(body: dict[str, Any]):
+    backend = FakeBackend()
+    client = make_client(backend)
+    uploaded = client.post("/v1/images", **body).json()
+    assert uploaded["image_id"] == f"img_{PNG_KEY}"
+    assert (uploaded["width"], uploaded["height"]) == (64, 48)
+    answer = client.post("/v1/segment", json={"prompts": ["crack"], "image_id": uploaded["image_id"]})
+    assert answer.status_code == 200
+    assert backend.calls[0].image.data is None
+
+
+def test_prompts_are_kept_as_given():
+    backend = FakeBackend()
+    prompts = [" crack ", "crack", "crack", "Ähre 👩‍🌾"]
+    answer = make_client(backend).post("/v1/segment", **as_json(prompts=prompts)).json()
+    assert list(backend.calls[0].prompts) == [result["prompt"] for result in answer["results"]] == prompts
+
+
+def test_adapters():
+    adapters = make_client().get("/v1/adapters").json()["adapters"]
+    assert adapters[0] == {
+        "id": "cracks",
+        "prompts": ["crack"],
+        "rank": 8,
+        "size_bytes": 2048,
+        "adapts": ["detr_decoder"],
+        "resident": True,
+        "error": None,
+    }
+    assert adapters[1]["error"] == "trained on another base model"
+
+
+def test_health_and_readiness():
+    backend = FakeBackend(is_ready=False)
+    client = make_client(backend)
+    assert client.get("/healthz").json() == {"status": "ok"}
+    refused = client.get("/readyz")
+    assert (refused.status_code, refused.json()["error"]["type"]) == (503, "not_ready")
+    assert int(refused.headers["retry-after"]) >= 1
+    backend.is_ready = True
+    assert client.get("/readyz").status_code == 200
+
+
+def test_metrics_of_all_replicas_and_no_words_of_clients():
+    client = make_client()
+    client.post("/v1/segment", **as_json(prompts=["secret words"]))
+    client.post("/v1/segment", **as_json(adapter="secret"))
+    client.get("/secret")
+    text = client.get("/metrics").text
+    assert 'sam3lora_queue_length{replica="first"} 3.0' in text
+    assert 'outcome="ok"' in text
+    assert 'outcome="adapter_not_found"' in text
+    assert 'route="other"' in text
+    assert "secret" not in text

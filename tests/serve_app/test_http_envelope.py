@@ -1,0 +1,182 @@
+"""Around every request: its id, paths and methods, keys, security headers, and failures that are passed on."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sam3lora.errors import UserError
+from serve_app.errors import STATUS_OF, ServeError
+
+from .http_cases import KEY_VARIABLE, FakeBackend, as_json, make_client
+
+
+@pytest.mark.parametrize(
+    ("sent", "kept"),
+    [("my-id_1.2", True), ("x" * 64, True), ("x" * 65, False), ("a b", False), ("<b>", False), ("", False)],
+)
+@pytest.mark.parametrize("path", ["/healthz", "/v1/segment", "/nowhere"])
+def test_request_id(sent: str, kept: bool, path: str):
+    response = make_client().get(path, headers={"x-request-id": sent})
+    got = response.headers["x-request-id"]
+    assert (got == sent) == kept
+    assert got
+    if response.status_code >= 400:
+        assert response.json()["error"]["request_id"] == got
+
+
+@pytest.mark.parametrize(
+    "path", ["/nowhere", "/v1/nowhere", "/v1/segment/", "/docs/x", "//v1/segment", "/static/../ingress.py"]
+)
+def test_unknown_path(path: str):
+    response = make_client().get(path)
+    assert (response.status_code, response.json()["error"]["type"]) == (404, "not_found")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allow"),
+    [
+        ("GET", "/v1/segment", "POST"),
+        ("HEAD", "/v1/images", "POST"),
+        ("PUT", "/v1/segment", "POST"),
+        ("POST", "/v1/adapters", "GET, HEAD"),
+        ("DELETE", "/healthz", "GET, HEAD"),
+    ],
+)
+def test_wrong_method(method: str, path: str, allow: str):
+    response = make_client().request(method, path)
+    assert (response.status_code, response.headers["allow"]) == (405, allow)
+    if method != "HEAD":
+        assert response.json()["error"]["type"] == "method_not_allowed"
+
+
+def test_head_is_get_without_a_body():
+    client = make_client()
+    for path in ("/healthz", "/v1/adapters", "/openapi.json"):
+        got, head = client.get(path), client.head(path)
+        assert (head.status_code, head.content) == (got.status_code, b"")
+        assert head.headers["content-length"] == got.headers["content-length"]
+
+
+def test_security_headers_on_every_answer():
+    client = make_client()
+    for response in (client.get("/"), client.get("/nowhere"), client.post("/v1/segment", **as_json())):
+        assert response.headers["x-content-type-options"] == "nosniff"
+        assert response.headers["referrer-policy"] == "no-referrer"
+        assert response.headers["content-security-policy"].startswith("default-src 'self'; img-src 'self' blob: data:;")
+        assert "access-control-allow-origin" not in response.headers
+
+
+@pytest.mark.parametrize("path", ["/", "/docs"])
+def test_pages_need_nothing_from_elsewhere(path: str):
+    response = make_client().get(path)
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/html")
+    assert "http://" not in response.text.replace("http://www.w3.org", "")
+    assert "https://" not in response.text
+
+
+# --- keys ---
+
+
+@pytest.fixture
+def guarded(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(KEY_VARIABLE, "first-key, zweiter-schlüssel")
+    return make_client()
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"authorization": "Bearer wrong"},
+        {"authorization": "Bearer"},
+        {"authorization": "Basic first-key"},
+        {"authorization": "first-key"},
+        {"authorization": "Bearer first-key, zweiter-schlüssel".encode()},
+        {"x-api-key": "first-key2"},
+        {"x-api-key": ""},
+        {"x-api-key": "ÿ".encode("latin-1")},
+    ],
+)
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/v1/segment"),
+        ("POST", "/v1/images"),
+        ("GET", "/v1/adapters"),
+        ("GET", "/metrics"),
+        ("GET", "/v1/nowhere"),
+    ],
+)
+def test_no_key_no_answer(guarded: Any, headers: dict[str, Any], method: str, path: str):
+    response = guarded.request(method, path, headers=headers)
+    assert (response.status_code, response.json()["error"]["type"]) == (401, "unauthorized")
+    assert response.headers["www-authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"authorization": "Bearer first-key"},
+        {"authorization": "bearer first-key"},
+        {"x-api-key": "first-key"},
+        {"x-api-key": "zweiter-schlüssel".encode()},
+        {"authorization": "Bearer wrong", "x-api-key": "first-key"},
+    ],
+)
+def test_with_a_key(guarded: Any, headers: dict[str, Any]):
+    assert guarded.get("/v1/adapters", headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/", "/docs", "/openapi.json"])
+def test_open_paths(guarded: Any, path: str):
+    assert guarded.get(path).status_code == 200
+
+
+def test_a_variable_without_a_key_is_no_open_door(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(KEY_VARIABLE, " , ")
+    with pytest.raises(UserError, match=KEY_VARIABLE):
+        make_client()
+
+
+# --- failures ---
+
+
+@pytest.mark.parametrize("type", sorted(STATUS_OF))
+def test_failures_of_the_segmenter_are_passed_on(type: str):
+    client = make_client(FakeBackend(answer=lambda call: ServeError(type, "words", 2.2)))
+    response = client.post("/v1/segment", **as_json())
+    assert response.status_code == STATUS_OF[type]
+    assert response.json()["error"] == {
+        "type": type,
+        "message": "words",
+        "request_id": response.headers["x-request-id"],
+    }
+    assert response.headers.get("retry-after") == ("3" if response.status_code in (429, 503) else None)
+
+
+def test_our_own_bug_is_logged_without_the_payload(caplog: pytest.LogCaptureFixture):
+    def fail(call: Any) -> None:
+        raise KeyError(call.prompts[0])
+
+    client = make_client(FakeBackend(answer=fail))
+    with caplog.at_level(logging.DEBUG):
+        response = client.post("/v1/segment", **as_json(prompts=["secret words"]), headers={"x-request-id": "abc"})
+    assert (response.status_code, response.json()["error"]["type"]) == (500, "internal")
+    assert "secret" not in response.text
+    assert "abc" in caplog.text
+    assert "KeyError" in caplog.text
+    assert Path(__file__).name in caplog.text
+    assert "secret" not in caplog.text
+
+
+def test_nothing_is_logged_of_good_and_bad_requests(caplog: pytest.LogCaptureFixture):
+    client = make_client()
+    with caplog.at_level(logging.INFO, logger="serve_app"):
+        client.post("/v1/segment", **as_json())
+        client.post("/v1/segment", **as_json(threshold=3))
+    assert not [record for record in caplog.records if record.name.startswith("serve_app")]

@@ -1,0 +1,201 @@
+"""Time, load and clients that leave: against the ASGI application itself."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from serve_app.ingress import create_api
+
+from .http_cases import PNG, FakeBackend, make_settings
+
+IMAGE = {"content-type": "image/png"}
+QUESTION = "prompts=crack"
+
+
+class Client:
+    """One ASGI request whose parts a test sends and sees one by one."""
+
+    def __init__(
+        self, api: Any, path: str, headers: dict[str, str], method: str = "POST", query: str = QUESTION
+    ) -> None:
+        self.incoming: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self.sent: list[dict[str, Any]] = []
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "scheme": "http",
+            "method": method,
+            "path": path,
+            "raw_path": path.encode(),
+            "root_path": "",
+            "query_string": query.encode(),
+            "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+            "server": ("test", 80),
+            "client": ("test", 1),
+        }
+        self.task = asyncio.ensure_future(api(scope, self.incoming.get, self.send))
+
+    async def send(self, message: dict[str, Any]) -> None:
+        self.sent.append(message)
+
+    def body(self, data: bytes, *, more: bool = False) -> None:
+        self.incoming.put_nowait({"type": "http.request", "body": data, "more_body": more})
+
+    def leave(self) -> None:
+        self.incoming.put_nowait({"type": "http.disconnect"})
+
+    async def answer(self) -> tuple[int, dict[str, Any]]:
+        await asyncio.wait_for(self.task, 20)
+        return self.sent[0]["status"], json.loads(self.sent[1]["body"])
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline_s
+        await asyncio.sleep(0.005)
+
+
+async def outcomes(api: Any) -> str:
+    client = Client(api, "/metrics", {}, "GET")
+    client.body(b"")
+    await asyncio.wait_for(client.task, 20)
+    return client.sent[1]["body"].decode()
+
+
+def test_a_client_that_leaves_stops_the_work():
+    async def scenario() -> None:
+        backend = FakeBackend(block=asyncio.Event())
+        api = create_api(make_settings(), backend)
+        client = Client(api, "/v1/segment", IMAGE)
+        client.body(PNG)
+        await until(lambda: bool(backend.calls))
+        client.leave()
+        await asyncio.wait_for(client.task, 20)
+        await until(lambda: backend.num_cancelled == 1)
+        assert client.sent == []
+        text = await outcomes(api)
+        assert 'outcome="cancelled"' in text
+        assert 'route="/v1/segment"' in text
+
+    asyncio.run(scenario())
+
+
+def test_a_client_that_leaves_while_it_sends():
+    async def scenario() -> None:
+        api = create_api(make_settings(), FakeBackend())
+        client = Client(api, "/v1/segment", IMAGE)
+        client.body(PNG[:100], more=True)
+        client.leave()
+        await asyncio.wait_for(client.task, 20)
+        assert client.sent == []
+        assert 'outcome="cancelled"' in await outcomes(api)
+
+    asyncio.run(scenario())
+
+
+def test_a_task_that_is_cancelled_stops_the_work():
+    """Serve cancels the task when its proxy loses the client."""
+
+    async def scenario() -> None:
+        backend = FakeBackend(block=asyncio.Event())
+        client = Client(create_api(make_settings(), backend), "/v1/segment", IMAGE)
+        client.body(PNG)
+        await until(lambda: bool(backend.calls))
+        client.task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await client.task
+        await until(lambda: backend.num_cancelled == 1)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["the segmenter is slow", "the body never ends"])
+def test_time_limit(whole: bool):
+    async def scenario() -> None:
+        backend = FakeBackend(block=asyncio.Event())
+        client = Client(create_api(make_settings(timeout_s=0.05), backend), "/v1/segment", IMAGE)
+        client.body(PNG, more=not whole)
+        status, answer = await client.answer()
+        assert (status, answer["error"]["type"]) == (504, "timeout")
+        assert len(backend.calls) == whole
+        await until(lambda: backend.num_cancelled == whole)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("status", "type"), [(503, "overloaded"), (429, "too_many_requests")])
+def test_more_requests_than_the_ingress_holds(status: int, type: str):
+    async def scenario() -> None:
+        backend = FakeBackend(block=asyncio.Event())
+        api = create_api(make_settings(max_in_flight=2, overload_status=status), backend)
+        held = [Client(api, "/v1/segment", IMAGE) for _ in range(2)]
+        for client in held:
+            client.body(PNG)
+        await until(lambda: len(backend.calls) == 2)
+        refused = Client(api, "/v1/segment", IMAGE)
+        refused.body(PNG)
+        got, answer = await refused.answer()
+        assert (got, answer["error"]["type"]) == (status, type)
+        assert (b"retry-after", b"1") in refused.sent[0]["headers"]
+        backend.block.set()
+        for client in held:
+            assert (await client.answer())[0] == 200
+        again = Client(api, "/v1/segment", IMAGE)
+        again.body(PNG)
+        assert (await again.answer())[0] == 200
+
+    asyncio.run(scenario())
+
+
+def test_a_header_that_promises_too_much_is_refused_before_the_body():
+    async def scenario() -> None:
+        client = Client(create_api(make_settings(), FakeBackend()), "/v1/segment", IMAGE | {"content-length": "200001"})
+        status, answer = await client.answer()  # no byte of the body was sent
+        assert (status, answer["error"]["type"]) == (413, "body_too_large")
+
+    asyncio.run(scenario())
+
+
+def test_a_header_that_lies_does_not_help():
+    async def scenario() -> None:
+        client = Client(create_api(make_settings(), FakeBackend()), "/v1/segment", IMAGE | {"content-length": "10"})
+        for _ in range(5):
+            client.body(bytes(50_000), more=True)
+        status, answer = await client.answer()
+        assert (status, answer["error"]["type"]) == (413, "body_too_large")
+
+    asyncio.run(scenario())
+
+
+def test_the_loop_is_free_while_masks_are_encoded(monkeypatch: pytest.MonkeyPatch):
+    """Costly formats leave the event loop: another request is answered while one is being encoded."""
+    encoding, release = threading.Event(), threading.Event()
+
+    def slow(*args: Any, **options: Any) -> str:
+        encoding.set()
+        assert release.wait(20)
+        return "[]"
+
+    monkeypatch.setattr("serve_app.ingress.encode_results", slow)
+
+    async def scenario() -> None:
+        api = create_api(make_settings(), FakeBackend())
+        client = Client(api, "/v1/segment", IMAGE, query="prompts=a&masks=png")
+        client.body(PNG)
+        await until(encoding.is_set)
+        health = Client(api, "/healthz", {}, "GET")
+        health.body(b"")
+        assert (await health.answer())[0] == 200
+        release.set()
+        await client.task
+
+    asyncio.run(scenario())

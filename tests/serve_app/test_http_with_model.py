@@ -1,0 +1,121 @@
+"""HTTP over a real segmenter of the tiny model, without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from pycocotools import mask as coco_mask
+
+from sam3lora.infer.segmenter import Segmenter as PlainSegmenter
+from sam3lora.infer.values import PostProcessing
+from serve_app.calls import AdapterInfo, ImageFile, ImageReply, SegmentCall, SegmentReply
+from serve_app.errors import ServeError
+from serve_app.ingress import create_api
+from serve_app.replica import Segmenter
+from serve_app.settings import AdapterSettings, ServeSettings
+
+SAMPLE = Path(__file__).parents[2] / "serve_app" / "static" / "sample.jpg"
+
+
+class LocalBackend:
+    """A `Backend` of one segmenter in this process."""
+
+    def __init__(self, segmenter: Segmenter) -> None:
+        self._segmenter = segmenter
+
+    async def segment(self, call: SegmentCall) -> SegmentReply | ServeError:
+        return await self._segmenter.segment(call)
+
+    async def keep_image(self, image: ImageFile, timeout_s: float) -> ImageReply | ServeError:
+        return await self._segmenter.keep_image(image, timeout_s)
+
+    async def list_adapters(self) -> list[AdapterInfo] | ServeError:
+        return await self._segmenter.list_adapters()
+
+    async def metrics(self) -> dict[str, str]:
+        return dict([await self._segmenter.named_metrics()])
+
+    async def ready(self) -> bool:
+        return await self._segmenter.ready()
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    root = tmp_path_factory.mktemp("adapters")
+    settings = ServeSettings(model="tiny", adapters=AdapterSettings(root=root))
+    segmenter = Segmenter(settings)
+    asyncio.run(segmenter.reconfigure(settings.adapters.model_dump(mode="json")))
+    with TestClient(create_api(settings, LocalBackend(segmenter))) as client:  # one event loop for all requests
+        yield client
+        assert client.portal is not None
+        client.portal.call(segmenter.close)
+
+
+def ask(client: TestClient, **fields: Any) -> dict[str, Any]:
+    body = {
+        "prompts": ["ring", "star"],
+        "threshold": 0.1,
+        "image_base64": base64.b64encode(SAMPLE.read_bytes()).decode(),
+    }
+    response = client.post("/v1/segment", json=body | fields)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def test_answers_are_those_of_the_library(client: TestClient):
+    from sam3lora.data.images import read_image
+
+    image = read_image(SAMPLE, orientation="exif")
+    plain = PlainSegmenter("tiny")
+    expected = plain.detect(plain.encode([image]), ["ring", "star"], post=PostProcessing(threshold=0.1))[0]
+    results = ask(client)["results"]
+    for result, found in zip(results, expected, strict=True):
+        assert result["prompt"] == found.prompt
+        assert result["num_detections"] == len(found)
+        assert result["presence"] == pytest.approx(found.presence, abs=1e-3)
+        assert [entry["score"] for entry in result["detections"]] == pytest.approx(found.scores.tolist(), abs=1e-3)
+    assert sum(result["num_detections"] for result in results) > 0
+
+
+def test_upload_then_ask_gives_the_same(client: TestClient):
+    uploaded = client.post("/v1/images", files={"image": ("a.jpg", SAMPLE.read_bytes())})
+    assert uploaded.status_code == 200, uploaded.text
+    by_id = client.post(
+        "/v1/segment",
+        json={"prompts": ["ring", "star"], "threshold": 0.1, "image_id": uploaded.json()["image_id"]},
+    ).json()
+    again = ask(client)
+    assert [result["num_detections"] for result in by_id["results"]] == [
+        result["num_detections"] for result in again["results"]
+    ]
+    assert by_id["image"] == again["image"]
+    assert by_id["image"] == {key: uploaded.json()[key] for key in ("width", "height")}
+
+
+def test_masks_have_the_size_of_the_image(client: TestClient):
+    answer = ask(client)
+    for result in answer["results"]:
+        for detection in result["detections"]:
+            mask = coco_mask.decode(detection["mask"])
+            assert mask.shape == (answer["image"]["height"], answer["image"]["width"])
+            assert mask.sum() == detection["area_px"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "type"),
+    [
+        ({"adapter": "nope"}, 404, "adapter_not_found"),
+        ({"prompts": ["wheel " * 33]}, 422, "invalid_prompt"),
+        ({"image_base64": base64.b64encode(SAMPLE.read_bytes()[:2000]).decode()}, 422, "invalid_image"),
+    ],
+)
+def test_what_only_the_segmenter_can_tell(client: TestClient, fields: dict[str, Any], status: int, type: str):
+    body = {"prompts": ["gear"], "image_base64": base64.b64encode(SAMPLE.read_bytes()).decode()} | fields
+    response = client.post("/v1/segment", json=body)
+    assert (response.status_code, response.json()["error"]["type"]) == (status, type), response.text

@@ -1,0 +1,113 @@
+"""The API's description: complete, self-contained, and true."""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+
+import pytest
+
+from serve_app.errors import STATUS_OF
+from serve_app.ingress import create_api
+
+from .http_cases import FakeBackend, make_client, make_settings
+
+
+@pytest.fixture(scope="module")
+def document() -> dict[str, Any]:
+    return make_client().get("/openapi.json").json()
+
+
+def operations(document: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
+    return [(path, method, found) for path, methods in document["paths"].items() for method, found in methods.items()]
+
+
+def test_every_route_is_described(document: dict[str, Any]):
+    described = [(path, method) for path, method, _ in operations(document)]
+    assert described == [
+        ("/v1/segment", "post"),
+        ("/v1/images", "post"),
+        ("/v1/adapters", "get"),
+        ("/healthz", "get"),
+        ("/readyz", "get"),
+        ("/metrics", "get"),
+    ]
+
+
+def test_every_reference_leads_somewhere(document: dict[str, Any]):
+    text = json.dumps(document)
+    names = {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}
+    assert names
+    assert names <= set(document["components"]["schemas"])
+
+
+def test_every_error_has_an_example(document: dict[str, Any]):
+    shown = {
+        example["value"]["error"]["type"]
+        for _, _, operation in operations(document)
+        for response in operation["responses"].values()
+        for example in response.get("content", {}).get("application/json", {}).get("examples", {}).values()
+    }
+    assert shown == set(STATUS_OF) - {"not_found", "method_not_allowed"}  # these belong to no path
+
+
+def test_examples_work_when_they_are_sent(document: dict[str, Any]):
+    client = make_client()
+    for path, method, operation in operations(document):
+        content = operation.get("requestBody", {}).get("content", {})
+        for example in content.get("application/json", {}).get("examples", {}).values():
+            response = client.request(method, path, json=example["value"])
+            assert response.status_code == 200, response.text
+            image = base64.b64decode(example["value"]["image_base64"])
+            raw = client.post(
+                path,
+                content=image,
+                headers={"content-type": "image/png"},
+                params="prompts=a" if "segment" in path else "",
+            )
+            assert raw.status_code == 200, raw.text
+
+
+def test_limits_in_force_are_told():
+    properties = (
+        make_client(max_prompts=3).get("/openapi.json").json()["components"]["schemas"]["SegmentRequest"]["properties"]
+    )
+    assert properties["prompts"]["maxItems"] == 3
+    assert properties["prompts"]["items"] == {"type": "string", "minLength": 1, "maxLength": 40}
+    assert properties["max_detections"]["maximum"] == 200
+
+
+@pytest.mark.slow
+def test_requests_made_from_the_description():
+    """Valid and invalid ones: no 5xx, and only statuses and answers that are described."""
+    schemathesis = pytest.importorskip("schemathesis")
+    from hypothesis import HealthCheck, given, settings
+    from schemathesis import GenerationMode
+    from schemathesis.checks import not_a_server_error
+    from schemathesis.specs.openapi import checks as openapi
+
+    checks = [
+        not_a_server_error,
+        openapi.status_code_conformance,
+        openapi.content_type_conformance,
+        openapi.response_schema_conformance,
+        openapi.response_headers_conformance,
+    ]
+    schema = schemathesis.openapi.from_asgi("/openapi.json", create_api(make_settings(), FakeBackend()))
+    seen: set[int] = set()
+    for found in schema.get_all_operations():
+        operation = found.ok()
+        for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
+            if mode is GenerationMode.NEGATIVE and operation.method == "get":
+                continue  # there is nothing to get wrong
+
+            @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+            @given(case=operation.as_strategy(generation_mode=mode))
+            def probe(case: Any) -> None:
+                response = case.call()
+                seen.add(response.status_code)
+                case.validate_response(response, checks=checks)
+
+            probe()
+    assert {200, 422} <= seen

@@ -1,0 +1,517 @@
+"""A replica with a real small model, without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import hashlib
+import io
+import logging
+import threading
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydantic
+import pytest
+import torch
+from PIL import Image
+
+from sam3lora.infer.mixed_batch import Answer, MixedBatchSegmenter, Question
+from sam3lora.infer.values import BoxPrompt, Instances, PostProcessing
+from serve_app import replica
+from serve_app.calls import ImageFile, ImageReply, SegmentCall, SegmentReply
+from serve_app.errors import ServeError
+from serve_app.metrics import STAGES
+from serve_app.replica import Segmenter
+from serve_app.settings import AdapterSettings, Batching, Limits, ServeSettings
+
+from ..infer.mixed_cases import write_adapter, write_base
+
+LONG_S = 60.0
+POST = PostProcessing(threshold=0.0, max_detections=3)
+BOX = BoxPrompt((4.0, 5.0, 40.0, 44.0))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(tmp_path_factory.mktemp("base") / "sam3")
+
+
+@pytest.fixture(scope="module")
+def root(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two adapters and a broken one."""
+    root = tmp_path_factory.mktemp("adapters")
+    write_adapter(root / "towers", base, "vision", 1)
+    write_adapter(root / "heads", base, "no cls", 2)
+    write_adapter(root / "broken", base, "text", 3)
+    (root / "broken" / "adapter_model.safetensors").write_bytes(b"junk")
+    return root
+
+
+def image(seed: int = 0, size_hw: tuple[int, int] = (60, 90), orientation: int = 1) -> ImageFile:
+    picture = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size_hw, 3), dtype=np.uint8))
+    exif = picture.getexif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    picture.save(file, "PNG", exif=exif)
+    return ImageFile(hashlib.sha256(file.getvalue()).hexdigest(), file.getvalue())
+
+
+def call(seed: int = 0, prompts: tuple[str, ...] = ("crack",), **options: Any) -> SegmentCall:
+    return SegmentCall(image(seed), prompts, **({"post": POST, "timeout_s": LONG_S} | options))
+
+
+Scene = Callable[[Segmenter], Coroutine[Any, Any, None]]
+
+
+@pytest.fixture
+def play(base: Path, root: Path) -> Callable[..., Segmenter]:
+    def play(scene: Scene, *, engine: Any = None, **settings: Any) -> Segmenter:
+        found = {"model": str(base), "adapters": AdapterSettings(root=root), "max_resident_adapters": 2} | settings
+        segmenter = Segmenter(ServeSettings(**found), engine=engine)
+
+        async def run() -> None:
+            async with asyncio.timeout(LONG_S):
+                await scene(segmenter)
+                await segmenter.close()
+
+        asyncio.run(run())
+        return segmenter
+
+    return play
+
+
+class Gate(MixedBatchSegmenter):
+    """The real model; while closed, `answer` waits with the batch in hand."""
+
+    def __init__(self, base: Path, **options: Any) -> None:
+        self.open = threading.Event()
+        self.open.set()
+        self.entered = threading.Semaphore(0)
+        self.batches: list[list[Question]] = []
+        self.decoded: list[str] = []
+        self.error: Callable[[list[Question]], Exception | None] = lambda questions: None
+        super().__init__(str(base), device="cpu", **({"num_slots": 2} | options))
+
+    def warm_up(self) -> None:
+        pass
+
+    def prepare_image(self, data: Any, key: str, **options: Any) -> Any:
+        self.decoded.append(key)
+        return super().prepare_image(data, key, **options)
+
+    def answer(self, questions: Any) -> list[Answer | Exception]:
+        if questions:
+            self.batches.append(list(questions))
+            self.entered.release()
+            assert self.open.wait(LONG_S)
+            if error := self.error(questions):
+                raise error
+        return super().answer(questions)
+
+    async def busy(self) -> None:
+        assert await asyncio.to_thread(self.entered.acquire, timeout=LONG_S)
+
+
+@pytest.fixture
+def gate(base: Path) -> Gate:
+    return Gate(base)
+
+
+async def answered(segmenter: Segmenter, one: SegmentCall) -> SegmentReply:
+    reply = await segmenter.segment(one)
+    assert isinstance(reply, SegmentReply), reply
+    return reply
+
+
+async def refused(segmenter: Segmenter, one: SegmentCall) -> ServeError:
+    reply = await segmenter.segment(one)
+    assert isinstance(reply, ServeError), reply
+    return reply
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    while not condition():
+        await asyncio.sleep(0.001)
+
+
+def assert_same(found: Any, expected: list[Instances]) -> None:
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert (one.prompt, one.size_hw, len(one)) == (other.prompt, other.size_hw, len(other))
+        np.testing.assert_allclose(one.scores, other.scores, atol=1e-5)
+        np.testing.assert_allclose(one.boxes_xyxy, other.boxes_xyxy, atol=1e-3)
+        assert [mask["size"] for mask in one.masks] == [mask["size"] for mask in other.masks]
+        np.testing.assert_allclose(one.areas_px(), other.areas_px(), atol=5)
+
+
+def test_answers_are_those_of_the_model_asked_alone(play: Callable, base: Path, root: Path):
+    calls = [
+        call(0, ("crack", "hole")),
+        call(0, ("crack",), adapter="towers"),
+        call(1, ("crack",), adapter="heads"),
+        call(1, ("hole",), boxes=(BOX,), adapter="heads"),
+        call(2, (), boxes=(BOX,)),
+        call(2, ("crack",), masks=False),
+        call(0, ("crack", "hole", "rust"), adapter="towers", boxes=(BOX,)),
+    ]
+    alone = MixedBatchSegmenter(str(base), device="cpu", num_slots=2)
+    slots = {None: None, "towers": 0, "heads": 1}
+    for adapter_id, slot in slots.items():
+        if adapter_id is not None:
+            alone.place_adapter(slot, alone.read_adapter(root / adapter_id))
+    expected = []
+    for one in calls:
+        prepared = alone.prepare_image(one.image.data, one.image.key)
+        question = Question(prepared, one.prompts, one.boxes, slots[one.adapter], one.post, one.masks)
+        (answer,) = alone.answer([question])
+        expected.append(alone.finish(answer))
+
+    async def scene(segmenter: Segmenter) -> None:
+        for replies in (
+            [await answered(segmenter, one) for one in calls],
+            await asyncio.gather(*(answered(segmenter, one) for one in calls)),
+        ):
+            for one, reply, wanted in zip(calls, replies, expected, strict=True):
+                assert reply.size_hw == (60, 90)
+                assert set(reply.timing_ms) == set(STAGES)
+                assert all(len(result) for result in reply.results)
+                assert all(bool(result.masks) == one.masks for result in reply.results)
+                assert_same(reply.results, wanted)
+
+    play(scene)
+    adapted = [expected[0][0].scores, expected[1][0].scores]
+    assert not np.allclose(*adapted, atol=1e-3)  # or the comparison would prove little
+
+
+def test_calls_that_wait_together_are_computed_together(play: Callable, gate: Gate):
+    async def scene(segmenter: Segmenter) -> None:
+        gate.open.clear()
+        first = asyncio.create_task(answered(segmenter, call(0)))
+        await gate.busy()
+        rest = [
+            asyncio.create_task(answered(segmenter, call(seed, adapter=adapter)))
+            for seed, adapter in enumerate((None, "towers", "heads"))
+        ]
+        await until(lambda: segmenter._batcher.queue_length + len(segmenter._batcher._jobs) == 3)
+        gate.open.set()
+        await asyncio.gather(first, *rest)
+
+    play(scene, engine=gate)
+    # Adapters are placed ahead of the batch that waits, and then join what waits.
+    assert sum(map(len, gate.batches)) == 4
+    assert len(gate.batches) <= 3
+
+
+FAILURES = {
+    "unknown adapter": (lambda: call(adapter="unknown"), "adapter_not_found"),
+    "adapter with a path": (lambda: call(adapter="../towers"), "invalid_adapter"),
+    "broken adapter": (lambda: call(adapter="broken"), "invalid_adapter"),
+    "long prompt": (lambda: call(prompts=("word " * 40,)), "invalid_prompt"),
+    "empty prompt": (lambda: call(prompts=("crack", "")), "invalid_prompt"),
+    "nothing asked": (lambda: call(prompts=()), "invalid_prompt"),
+    "box outside": (lambda: call(boxes=(BoxPrompt((0, 0, 91, 10)),)), "invalid_box"),
+    "box label": (lambda: call(boxes=(BoxPrompt((0, 0, 9, 9), 2),)), "invalid_box"),
+    "no image": (lambda: replace(call(), image=ImageFile("0" * 64, b"no image")), "invalid_image"),
+    "empty image": (lambda: replace(call(), image=ImageFile("1" * 64, b"")), "invalid_image"),
+    "half an image": (
+        lambda: replace(call(), image=ImageFile("2" * 64, (image().data or b"")[:2000])),
+        "invalid_image",
+    ),
+    "image of no upload": (lambda: replace(call(), image=ImageFile("3" * 64)), "image_not_found"),
+    "no time left": (lambda: call(timeout_s=-1), "timeout"),
+}
+
+
+def test_failures_are_typed_values_and_the_replica_goes_on(play: Callable, root: Path, caplog: Any):
+    async def scene(segmenter: Segmenter) -> None:
+        for name, (make, type) in FAILURES.items():
+            error = await refused(segmenter, make())
+            assert error.type == type, name
+            assert str(root) not in error.message, name
+        good = [call(0), call(1)]
+        mixed = await asyncio.gather(
+            *(segmenter.segment(one) for one in [good[0], *(make() for make, _ in FAILURES.values()), good[1]])
+        )
+        assert [reply.type for reply in mixed[1:-1]] == [type for _, type in FAILURES.values()]
+        assert isinstance(mixed[0], SegmentReply)
+        assert isinstance(mixed[-1], SegmentReply)
+
+    play(scene)
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+def test_an_image_too_large_is_refused(play: Callable):
+    async def scene(segmenter: Segmenter) -> None:
+        assert (await refused(segmenter, call())).type == "invalid_image"
+
+    play(scene, limits=Limits(max_megapixels=0.001))
+
+
+def test_boxes_are_meant_on_the_turned_image(play: Callable):
+    async def scene(segmenter: Segmenter) -> None:
+        tall = replace(call(boxes=(BoxPrompt((0, 61, 59, 89)),)), image=image(orientation=6))
+        assert (await answered(segmenter, tall)).size_hw == (90, 60)
+        assert (await refused(segmenter, call(boxes=tall.boxes))).type == "invalid_box"  # as it is stored: 60 high
+
+    play(scene)
+
+
+def test_an_uploaded_image_is_asked_by_its_key_without_another_vision_pass(play: Callable):
+    async def scene(segmenter: Segmenter) -> None:
+        file = image(5)
+        expected = await answered(segmenter, replace(call(5), image=image(5)))
+        other = image(6)
+        kept = await segmenter.keep_image(other)
+        assert kept == ImageReply(other.key, (60, 90), cached=False)
+        again = await segmenter.keep_image(other)
+        assert again == ImageReply(other.key, (60, 90), cached=True)
+        encoded = segmenter._engine.counters["images_encoded"]
+        by_key = await answered(segmenter, replace(call(), image=ImageFile(file.key)))
+        assert_same(by_key.results, list(expected.results))
+        await answered(segmenter, replace(call(), image=ImageFile(other.key)))
+        assert segmenter._engine.counters["images_encoded"] == encoded
+
+    play(scene)
+
+
+def test_an_upload_that_is_no_image_is_refused(play: Callable):
+    async def scene(segmenter: Segmenter) -> None:
+        error = await segmenter.keep_image(ImageFile("4" * 64, b"no image"))
+        assert isinstance(error, ServeError)
+        assert error.type == "invalid_image"
+        missing = await segmenter.keep_image(ImageFile("4" * 64))
+        assert isinstance(missing, ServeError)
+        assert missing.type == "image_not_found"
+
+    play(scene)
+
+
+def test_equal_images_at_the_same_time_are_decoded_once(play: Callable, gate: Gate):
+    async def scene(segmenter: Segmenter) -> None:
+        gate.open.clear()
+        first = asyncio.create_task(answered(segmenter, call(0)))
+        await gate.busy()
+        same = [asyncio.create_task(answered(segmenter, call(7))) for _ in range(10)]
+        await until(lambda: segmenter._batcher.queue_length == 10)
+        same.append(asyncio.create_task(answered(segmenter, call(7))))  # decoded, but not yet known to the model
+        await until(lambda: segmenter._batcher.queue_length == 11)
+        gate.open.set()
+        await asyncio.gather(first, *same)
+        await answered(segmenter, call(7))  # in the cache
+
+    play(scene, engine=gate)
+    assert gate.decoded.count(image(7).key) == 1
+
+
+def test_one_of_many_that_wait_for_a_decoder_may_leave(play: Callable, gate: Gate, monkeypatch: pytest.MonkeyPatch):
+    go, begun = threading.Event(), threading.Event()
+    decode = gate.prepare_image
+
+    def slow(*args: Any, **options: Any) -> Any:
+        begun.set()
+        assert go.wait(LONG_S)
+        return decode(*args, **options)
+
+    async def scene(segmenter: Segmenter) -> None:
+        monkeypatch.setattr(gate, "prepare_image", slow)
+        leaving, staying = (asyncio.create_task(segmenter.segment(call())) for _ in range(2))
+        assert await asyncio.to_thread(begun.wait, LONG_S)
+        leaving.cancel()
+        await asyncio.wait([leaving])
+        go.set()
+        assert isinstance(await staying, SegmentReply)
+
+    play(scene, engine=gate)
+    assert len(gate.decoded) == 1
+
+
+def test_a_client_that_leaves_frees_its_place_and_its_adapter(play: Callable, gate: Gate):
+    async def scene(segmenter: Segmenter) -> None:
+        await answered(segmenter, call(adapter="towers"))
+        gate.open.clear()
+        await until(lambda: gate.entered.acquire(blocking=False))
+        first = asyncio.create_task(answered(segmenter, call(0)))
+        await gate.busy()
+        leaving = asyncio.create_task(segmenter.segment(call(1, adapter="towers")))
+        await until(lambda: segmenter._batcher.queue_length == 1)
+        assert segmenter._store._table.get("towers").users == 1
+        leaving.cancel()
+        await asyncio.wait([leaving])
+        assert segmenter._batcher.queue_length == 0
+        assert segmenter._store._table.get("towers").users == 0
+        gate.open.set()
+        await first
+
+    play(scene, engine=gate)
+    assert [len(batch) for batch in gate.batches] == [1, 1]
+
+
+@pytest.mark.parametrize(("status", "type"), [(503, "overloaded"), (429, "too_many_requests")])
+def test_one_request_too_many_is_refused_before_it_is_decoded(play: Callable, gate: Gate, status: int, type: str):
+    async def scene(segmenter: Segmenter) -> None:
+        gate.open.clear()
+        first = asyncio.create_task(answered(segmenter, call(0)))
+        await gate.busy()
+        waiting = [asyncio.create_task(segmenter.segment(call(seed))) for seed in (1, 2, 3, 4)]
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        await until(lambda: sum(task.done() for task in waiting) == 2)
+        gate.open.set()
+        await first
+        replies = await asyncio.gather(*waiting)
+        assert [isinstance(reply, SegmentReply) for reply in replies] == [True, True, False, False]
+        assert [(reply.type, reply.retry_after_s >= 1) for reply in replies[2:]] == [(type, True)] * 2
+
+    play(scene, engine=gate, limits=Limits(max_queued=2, overload_status=status))
+    assert set(gate.decoded) == {image(seed).key for seed in (0, 1, 2)}
+
+
+def test_a_request_that_waits_too_long_is_told_so(play: Callable, gate: Gate):
+    async def scene(segmenter: Segmenter) -> None:
+        await answered(segmenter, call(1))
+        await gate.busy()
+        gate.open.clear()
+        first = asyncio.create_task(answered(segmenter, call(0)))
+        await gate.busy()
+        assert (await refused(segmenter, call(1, timeout_s=0.05))).type == "timeout"
+        gate.open.set()
+        await first
+
+    play(scene, engine=gate)
+    assert len(gate.batches) == 2
+
+
+def test_when_memory_runs_out_features_are_dropped_and_batches_halved(play: Callable, gate: Gate):
+    async def scene(segmenter: Segmenter) -> None:
+        gate.error = lambda questions: torch.OutOfMemoryError("CUDA out of memory") if len(questions) > 1 else None
+        gate.open.clear()
+        first = asyncio.create_task(answered(segmenter, call(0)))
+        await gate.busy()
+        rest = [asyncio.create_task(answered(segmenter, call(seed))) for seed in (1, 2)]
+        await until(lambda: segmenter._batcher.queue_length == 2)
+        gate.open.set()
+        await asyncio.gather(first, *rest)
+        gate.error = lambda questions: torch.OutOfMemoryError("CUDA out of memory")
+        error = await refused(segmenter, call(3))
+        assert error.type == "out_of_memory"
+        assert error.retry_after_s is not None
+        assert "sam3lora_out_of_memory_total 2.0" in await segmenter.metrics_text()
+
+    play(scene, engine=gate)
+    assert [len(batch) for batch in gate.batches] == [1, 2, 1, 1, 1, 1]
+
+
+def test_a_fault_of_our_own_is_logged_without_what_the_client_sent(play: Callable, gate: Gate, caplog: Any):
+    async def scene(segmenter: Segmenter) -> None:
+        gate.error = lambda questions: KeyError(questions[0].prompts[0])
+        error = await refused(segmenter, call(prompts=("secret prompt",)))
+        assert (error.type, "secret" in error.message) == ("internal", False)
+
+    play(scene, engine=gate)
+    assert "KeyError" in caplog.text
+    assert "test_replica.py" in caplog.text  # where it came from
+    assert "secret" not in caplog.text
+
+
+def test_failures_keep_no_images_alive(play: Callable, gate: Gate):
+    """A remembered failure must not hold the request that met it."""
+
+    async def scene(segmenter: Segmenter) -> None:
+        calls = [call(adapter="broken", prompts=("crack", f"number {number}")) for number in range(3)]
+        prompts = {one.prompts for one in calls}
+        for one in calls:
+            assert (await refused(segmenter, one)).type == "invalid_adapter"
+        del calls, one
+        gc.collect()
+        alive = [found for found in gc.get_objects() if type(found) is SegmentCall and found.prompts in prompts]
+        assert not alive
+
+    play(scene, engine=gate)
+
+
+def test_settings_of_adapters_change_while_it_runs(play: Callable, root: Path):
+    async def scene(segmenter: Segmenter) -> None:
+        await segmenter.reconfigure(AdapterSettings(root=root, preload=("towers",)).model_dump(mode="json"))
+        listed = {info.id: info for info in await segmenter.list_adapters()}
+        assert [(id, info.resident) for id, info in listed.items()] == [
+            ("broken", False),
+            ("heads", False),
+            ("towers", True),
+        ]
+        assert listed["towers"].adapts == ("vision_encoder", "detr_decoder")
+        assert listed["broken"].error
+        await segmenter.reconfigure({"root": str(root), "allowed": ["heads"]})
+        assert [info.id for info in await segmenter.list_adapters()] == ["heads"]
+        assert (await refused(segmenter, call(adapter="towers"))).type == "adapter_not_found"
+        with pytest.raises(pydantic.ValidationError):
+            await segmenter.reconfigure({"roots": "typo"})
+        await answered(segmenter, call(adapter="heads"))
+
+    play(scene)
+
+
+def test_a_closing_replica_answers_what_it_has_and_refuses_what_comes(play: Callable, gate: Gate):
+    async def scene(segmenter: Segmenter) -> None:
+        assert await segmenter.ready()
+        gate.open.clear()
+        first = asyncio.create_task(answered(segmenter, call(0)))
+        await gate.busy()
+        second = asyncio.create_task(answered(segmenter, call(1, adapter="heads")))
+        await until(lambda: segmenter._ongoing == 2)
+        closing = asyncio.create_task(segmenter.close())
+        await asyncio.sleep(0)
+        assert not await segmenter.ready()
+        assert (await refused(segmenter, call(2))).type == "not_ready"
+        assert not closing.done()
+        gate.open.set()
+        await asyncio.gather(first, second, closing)
+
+    play(scene, engine=gate)
+
+
+def test_health_tells_a_stuck_model_and_a_failed_device(play: Callable, gate: Gate, monkeypatch: pytest.MonkeyPatch):
+    async def scene(segmenter: Segmenter) -> None:
+        segmenter.check_health()
+        gate.open.clear()
+        first = asyncio.create_task(segmenter.segment(call(0)))
+        await gate.busy()
+        segmenter.check_health()  # busy, but not for long
+        monkeypatch.setattr(replica, "STUCK_AFTER_S", 0.0)
+        monkeypatch.setattr(segmenter, "_limits", Limits(timeout_s=1e-9))
+        with pytest.raises(RuntimeError, match="busy"):
+            segmenter.check_health()
+        gate.open.set()
+        await first
+        await until(lambda: not segmenter._batcher.busy_s)
+        segmenter.check_health()
+        segmenter._batcher._device_error = RuntimeError("CUDA error")
+        with pytest.raises(RuntimeError, match="device"):
+            segmenter.check_health()
+
+    play(scene, engine=gate)
+
+
+def test_a_replica_says_what_it_did(play: Callable):
+    async def scene(segmenter: Segmenter) -> None:
+        await asyncio.gather(*(answered(segmenter, call(seed, adapter="heads")) for seed in range(3)))
+        name, text = await segmenter.named_metrics()
+        assert name
+        assert name == (await segmenter.named_metrics())[0]
+        for line in (
+            "sam3lora_adapter_loads_total 1.0",
+            "sam3lora_adapters_resident 1.0",
+            "sam3lora_queue_length 0.0",
+            f"sam3lora_images_encoded_total {float(segmenter._engine.counters['images_encoded'])}",
+            'sam3lora_stage_duration_seconds_count{stage="masks"} 3.0',
+        ):
+            assert line in text
+
+    play(scene, batching=Batching(max_rows=2))
+
+
+def test_a_model_that_does_not_exist_is_told_at_once(tmp_path: Path):
+    with pytest.raises(ValueError, match="missing"):
+        Segmenter(ServeSettings(model=str(tmp_path / "missing"), local_files_only=True))
