@@ -1,0 +1,168 @@
+"""A Label Studio ML backend that asks a running sam3lora service.
+
+    python examples/label_studio/backend.py --server http://127.0.0.1:8000 --label-studio-url http://localhost:8080
+
+Text prompts are the project's labels. With a smart tool, what the annotator drew is the example.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import uvicorn
+from fastapi import FastAPI, HTTPException
+from label_config import ConfigFault, LabelConfig, read_label_config
+from pydantic import BaseModel
+from regions import Drawn, mask_format, read_drawn, regions_of, rows_under
+from task_images import ImageFault, TaskImages
+
+from sam3lora.client import Client, SegmentationError
+
+TASKS_AT_ONCE = 4  # the service batches what comes together
+TIMEOUT_S = 90.0  # Label Studio gives up after 100 s
+IMAGE_FAULTS = ("invalid_image", "unsupported_image", "image_too_large", "body_too_large")  # types of the service
+
+logger = logging.getLogger("label_studio_backend")
+
+
+class PredictRequest(BaseModel):
+    """What Label Studio posts to `/predict`; it sends more, which is not needed here."""
+
+    tasks: list[dict[str, Any]]
+    label_config: str
+    params: dict[str, Any] | None = None
+
+
+class Backend:
+    """Answers tasks.
+
+    Args:
+        client: Of the sam3lora service.
+        images: Where images of tasks come from.
+        adapter: Asked instead of the base model.
+        threshold: Least score of a region.
+        all_alike: With a smart tool, return everything that looks like what was drawn, not only the object under it.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        images: TaskImages,
+        *,
+        adapter: str | None = None,
+        threshold: float = 0.5,
+        all_alike: bool = False,
+    ) -> None:
+        self.model_version = f"sam3lora-{adapter or 'base'}"
+        self._client = client
+        self._images = images
+        self._options = {"adapter": adapter, "threshold": threshold}
+        self._all_alike = all_alike
+
+    def predict(self, request: PredictRequest) -> list[dict[str, Any]]:
+        """One prediction a task, in their order.
+
+        A task whose image cannot be had or read gets an empty one, so that the others are not lost with it.
+
+        Raises:
+            ConfigFault: The project has no control that can be filled in.
+            ImageFault: There is a single task, and its image cannot be had.
+            SegmentationError: The service does not answer, or does not take the request.
+        """
+        config = read_label_config(request.label_config)
+        drawn = read_drawn((request.params or {}).get("context"))
+
+        def answer(task: Mapping[str, Any]) -> list[dict[str, Any]]:
+            try:
+                return self._regions(task, config, drawn)
+            except (ImageFault, SegmentationError) as error:
+                of_this_image = isinstance(error, ImageFault) or error.type in IMAGE_FAULTS
+                if len(request.tasks) == 1 or not of_this_image:
+                    raise
+                logger.warning("task %s is left empty: %s", task.get("id"), error)
+                return []
+
+        with ThreadPoolExecutor(TASKS_AT_ONCE) as pool:
+            return [self._prediction(regions) for regions in pool.map(answer, request.tasks)]
+
+    def _regions(self, task: Mapping[str, Any], config: LabelConfig, drawn: Drawn | None) -> list[dict[str, Any]]:
+        address = task.get("data", {}).get(config.data_key)
+        if not isinstance(address, str):
+            raise ImageFault(f"the task has no image address under {config.data_key!r}")
+        options = {**self._options, "masks": mask_format(config)}
+        prompts = dict(config.prompts)
+        if drawn:
+            prompts = {drawn.label: config.prompts.get(drawn.label, drawn.label)}
+            options["boxes"] = drawn.boxes
+        results = self._client.segment(self._images.read(address), prompts.values(), **options)
+        wanted_xyxy = drawn.wanted_xyxy if drawn and not self._all_alike else []
+        regions = []
+        for label, result in zip(prompts, results, strict=True):
+            rows = rows_under(result.boxes_xyxy, wanted_xyxy) if wanted_xyxy else None
+            regions += regions_of(result, label, config, rows)
+        return regions
+
+    def _prediction(self, regions: list[dict[str, Any]]) -> dict[str, Any]:
+        score = sum(region["score"] for region in regions) / max(1, len(regions))
+        return {"model_version": self.model_version, "score": score, "result": regions}
+
+
+def create_app(backend: Backend) -> FastAPI:
+    """The HTTP side, as Label Studio expects it."""
+    app = FastAPI(title="sam3lora for Label Studio")
+
+    @app.post("/predict")
+    def predict(request: PredictRequest) -> dict[str, Any]:
+        try:
+            return {"results": backend.predict(request)}
+        except ConfigFault as error:
+            raise HTTPException(400, str(error)) from None
+        except ImageFault as error:
+            raise HTTPException(422, str(error)) from None
+        except SegmentationError as error:
+            raise HTTPException(502, str(error)) from None
+
+    @app.post("/setup")
+    def setup() -> dict[str, str]:
+        return {"model_version": backend.model_version}
+
+    @app.get("/")
+    @app.get("/health")
+    def health() -> dict[str, str]:
+        return {"status": "UP", "model_class": "sam3lora"}
+
+    @app.post("/webhook")
+    def webhook() -> dict[str, str]:
+        """Label Studio tells what annotators do; nothing is learnt from it here."""
+        return {"status": "ignored"}
+
+    return app
+
+
+def main(
+    server: Annotated[str, typer.Option(help="The sam3lora service.")] = "http://127.0.0.1:8000",
+    label_studio_url: Annotated[str | None, typer.Option(help="Label Studio, for the images of tasks.")] = None,
+    local_root: Annotated[Path | None, typer.Option(help="Folder of Label Studio's local storage.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Adapter to ask; the base model if not given.")] = None,
+    threshold: Annotated[float, typer.Option(help="Least score of a region.")] = 0.5,
+    all_alike: Annotated[bool, typer.Option(help="Smart tools return everything alike, not one object.")] = False,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 9090,
+) -> None:
+    """Serve; SAM3LORA_API_KEY and LABEL_STUDIO_API_KEY are read from the environment."""
+    logging.basicConfig(level=logging.INFO)
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs addresses
+    images = TaskImages(label_studio_url, os.environ.get("LABEL_STUDIO_API_KEY"), local_root)
+    with Client(server, api_key=os.environ.get("SAM3LORA_API_KEY"), timeout_s=TIMEOUT_S) as client:
+        backend = Backend(client, images, adapter=adapter, threshold=threshold, all_alike=all_alike)
+        uvicorn.run(create_app(backend), host=host, port=port)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,35 @@
+"""Asking a running service from Python: `Client`, and `AsyncClient` for programs with an event loop.
+
+Light on purpose: it needs httpx2, numpy, pycocotools and Pillow, and loads neither torch nor Ray.
+"""
+
+from sam3lora.client.client import AsyncClient, Client
+from sam3lora.client.errors import (
+    ConnectionFailed,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    SegmentationError,
+    ServerError,
+    Timeout,
+    Unauthorized,
+)
+from sam3lora.client.images import UploadedImage
+from sam3lora.client.results import AdapterInfo, PromptResult, SegmentResults
+
+__all__ = [
+    "AdapterInfo",
+    "AsyncClient",
+    "Client",
+    "ConnectionFailed",
+    "InvalidRequest",
+    "NotFound",
+    "Overloaded",
+    "PromptResult",
+    "SegmentResults",
+    "SegmentationError",
+    "ServerError",
+    "Timeout",
+    "Unauthorized",
+    "UploadedImage",
+]

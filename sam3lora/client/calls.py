@@ -1,0 +1,114 @@
+"""The calls of the service: what is sent, and what is read from the answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, TypedDict
+
+from sam3lora.client.errors import NotFound, Overloaded
+from sam3lora.client.exchange import Budget, Call, Steps, exchange, read_answer
+from sam3lora.client.images import UploadedImage
+from sam3lora.client.results import AdapterInfo, SegmentResults
+
+LabelledBox = tuple[Iterable[float], int]
+"""`((x0, y0, x1, y1), label)` in pixels: label 1 shows what is meant, 0 what is not."""
+
+
+class SegmentOptions(TypedDict, total=False):
+    """What may be given beside image and prompts; the service's default holds for what is not.
+
+    Attributes:
+        boxes: Examples for every prompt; without prompts the boxes alone say what is meant.
+        adapter: Id of an adapter; None asks the base model.
+        threshold: Least score in [0, 1].
+        nms_iou: Of two boxes that overlap by more, the one of the lower score goes.
+        merge: Join overlapping masks instead; needs masks.
+        merge_iou: Overlap from which masks are joined; needs `merge`.
+        max_detections: Most of each prompt.
+        masks: How masks come: "rle", "polygon", "png", or "none" for boxes only.
+    """
+
+    boxes: Iterable[LabelledBox]
+    adapter: str | None
+    threshold: float
+    nms_iou: float
+    merge: bool
+    merge_iou: float
+    max_detections: int
+    masks: Literal["rle", "polygon", "png", "none"]
+
+
+def segment(
+    image: bytes | UploadedImage, prompts: str | Iterable[str], options: SegmentOptions, budget: Budget
+) -> Steps[SegmentResults]:
+    request = segment_request(prompts, options)
+    if isinstance(image, UploadedImage):
+        call = Call("POST", "v1/segment", {"json": {"image_id": image.image_id, **request}})
+        try:
+            reply = yield from exchange(call, budget)
+        except NotFound as error:
+            if error.type != "image_not_found" or image.data is None:
+                raise
+            yield from upload(image.data, budget)
+            reply = yield from exchange(call, budget)
+    else:
+        body = {"files": {"image": ("image", image, "application/octet-stream")}, "data": {"request": _json(request)}}
+        reply = yield from exchange(Call("POST", "v1/segment", body), budget)
+    masks = options.get("masks", "rle")
+    return read_answer(reply, lambda answer: SegmentResults.from_json(answer, masks), budget.request_id)
+
+
+def upload(data: bytes, budget: Budget) -> Steps[UploadedImage]:
+    files = {"image": ("image", data, "application/octet-stream")}
+    reply = yield from exchange(Call("POST", "v1/images", {"files": files}), budget)
+
+    def parse(answer: Mapping[str, Any]) -> UploadedImage:
+        return UploadedImage(answer["image_id"], (int(answer["height"]), int(answer["width"])), data)
+
+    return read_answer(reply, parse, budget.request_id)
+
+
+def adapters(budget: Budget) -> Steps[list[AdapterInfo]]:
+    reply = yield from exchange(Call("GET", "v1/adapters"), budget)
+    return read_answer(
+        reply, lambda answer: [AdapterInfo.from_json(adapter) for adapter in answer["adapters"]], budget.request_id
+    )
+
+
+def ready(budget: Budget) -> Steps[bool]:
+    try:
+        yield from exchange(Call("GET", "readyz"), budget)
+    except Overloaded:
+        return False
+    return True
+
+
+def segment_request(prompts: str | Iterable[str], options: SegmentOptions) -> dict[str, Any]:
+    """The JSON of a request.
+
+    Raises:
+        TypeError: An option that there is not.
+        ValueError: A box is not four numbers and a label.
+    """
+    unknown = options.keys() - SegmentOptions.__annotations__.keys()
+    if unknown:
+        known = ", ".join(SegmentOptions.__annotations__)
+        raise TypeError(f"segment() takes no argument {', '.join(sorted(unknown))}; there are {known}")
+    request: dict[str, Any] = {"prompts": [prompts] if isinstance(prompts, str) else list(prompts), **options}
+    if "boxes" in options:
+        request["boxes"] = [_box(box) for box in options["boxes"]]
+    return request
+
+
+def _box(box: LabelledBox) -> dict[str, Any]:
+    try:
+        corners, label = box
+        x0, y0, x1, y1 = (float(value) for value in corners)
+        return {"xyxy": [x0, y0, x1, y1], "label": int(label)}
+    except (TypeError, ValueError):
+        raise ValueError(f"expected boxes as ((x0, y0, x1, y1), 1 or 0), got {box!r}") from None
+
+
+def _json(request: Mapping[str, Any]) -> str:
+    return json.dumps(request, ensure_ascii=False, allow_nan=False)

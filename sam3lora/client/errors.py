@@ -1,0 +1,77 @@
+"""What a call raises: one class for each thing a program may do about it."""
+
+from __future__ import annotations
+
+
+class SegmentationError(Exception):
+    """A call without an answer.
+
+    Attributes:
+        type: The service's word for the fault, such as "adapter_not_found"; "connection_failed" or "timeout" where no
+            answer came, "http_502" and the like where something else answered in the service's place.
+        message: What was expected, what came and what to do.
+        status: HTTP status; None if no answer came.
+        request_id: What the service logged the call under.
+        retry_after_s: When another attempt may succeed, if the service said so.
+    """
+
+    def __init__(
+        self,
+        type: str,
+        message: str,
+        *,
+        status: int | None = None,
+        request_id: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.type = type
+        self.message = message
+        self.status = status
+        self.request_id = request_id
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        where = [self.type, *([f"HTTP {self.status}"] if self.status else [])]
+        return f"{self.message} ({', '.join([*where, f'request {self.request_id}'])})"
+
+
+class Unauthorized(SegmentationError):
+    """401, 403: the API key is missing or wrong."""
+
+
+class NotFound(SegmentationError):
+    """404: no such adapter, image or path."""
+
+
+class InvalidRequest(SegmentationError):
+    """Another 4xx: the image or the request cannot be taken; the same call will fail again."""
+
+
+class Overloaded(SegmentationError):
+    """503, 429: too much to do, starting, or short of memory, also after all retries."""
+
+
+class ServerError(SegmentationError):
+    """Another 5xx, or an answer that is not the service's."""
+
+
+class Timeout(SegmentationError):
+    """504, or no answer within `timeout_s`."""
+
+
+class ConnectionFailed(SegmentationError):
+    """Nothing answers at the URL, or the connection broke, also after all retries."""
+
+
+def class_of_status(status: int) -> type[SegmentationError]:
+    """The class that stands for an HTTP status other than 2xx."""
+    by_status: dict[int, type[SegmentationError]] = {
+        401: Unauthorized,
+        403: Unauthorized,
+        404: NotFound,
+        429: Overloaded,
+        503: Overloaded,
+        504: Timeout,
+    }
+    return by_status.get(status, InvalidRequest if 400 <= status < 500 else ServerError)

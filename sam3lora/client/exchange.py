@@ -1,0 +1,179 @@
+"""From a call to its answer, without input or output: what to send, when to wait, when to give up.
+
+`exchange` is a generator that both clients drive: it yields an `Attempt` and is sent its `Outcome`, or yields a `Wait`.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+import uuid
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from typing import Any, TypeVar
+
+import httpx2 as httpx
+
+from sam3lora.client.errors import (
+    ConnectionFailed,
+    Overloaded,
+    SegmentationError,
+    ServerError,
+    Timeout,
+    class_of_status,
+)
+
+FIRST_BACKOFF_S = 0.25
+LONGEST_BACKOFF_S = 8.0
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Call:
+    """`body` holds arguments of `httpx.Client.request`: `json`, or `files` and `data`."""
+
+    method: str
+    path: str
+    body: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An HTTP response that was read to its end."""
+
+    status: int
+    headers: Mapping[str, str]
+    content: bytes = field(repr=False)
+
+    def json(self) -> dict[str, Any]:
+        """The object that it holds.
+
+        Raises:
+            ValueError: It holds none.
+        """
+        value = json.loads(self.content)
+        if not isinstance(value, dict):
+            raise ValueError("expected a JSON object")
+        return value
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """Send `call`, and be done within `timeout_s`."""
+
+    call: Call
+    headers: Mapping[str, str]
+    timeout_s: float
+
+
+@dataclass(frozen=True)
+class Wait:
+    seconds: float
+
+
+Outcome = Reply | httpx.RequestError
+Steps = Generator[Attempt | Wait, Outcome | None, T]
+
+
+class Budget:
+    """What one call of the user may spend, on however many requests: time and repetitions."""
+
+    def __init__(self, timeout_s: float, max_retries: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.request_id = uuid.uuid4().hex
+        self._timeout_s = timeout_s
+        self._retries_left = max_retries
+        self._num_waits = 0
+        self._clock = clock
+        self._deadline = clock() + timeout_s
+
+    @property
+    def remaining_s(self) -> float:
+        return self._deadline - self._clock()
+
+    def next_wait_s(self, error: SegmentationError) -> float | None:
+        """Seconds before the next attempt; None if there shall be none."""
+        if not isinstance(error, (Overloaded, ConnectionFailed)) or not self._retries_left:
+            return None
+        if error.retry_after_s is not None:
+            wait_s = error.retry_after_s * random.uniform(1.0, 1.1)
+        else:
+            wait_s = min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2**self._num_waits) * random.uniform(0.5, 1.0)
+        if wait_s >= self.remaining_s:
+            return None
+        self._retries_left -= 1
+        self._num_waits += 1
+        return wait_s
+
+    def out_of_time(self) -> Timeout:
+        message = f"no answer within {self._timeout_s:g} s: give a longer timeout_s, or see what keeps the service"
+        return Timeout("timeout", message, request_id=self.request_id)
+
+
+def exchange(call: Call, budget: Budget) -> Steps[Reply]:
+    """Send until there is an answer, a fault that no repetition mends, or nothing left to spend.
+
+    Repeated are 503, 429 (after `Retry-After`) and broken connections (after a growing, random time): no call changes
+    anything on the service that a second one would change again.
+
+    Raises:
+        SegmentationError: One of its subclasses, that of the last attempt.
+    """
+    headers = {"X-Request-ID": budget.request_id}
+    while True:
+        if budget.remaining_s <= 0:
+            raise budget.out_of_time()
+        outcome = yield Attempt(call, headers, budget.remaining_s)
+        if isinstance(outcome, Reply):
+            if 200 <= outcome.status < 300:
+                return outcome
+            error = _error_of_reply(outcome, budget.request_id)
+        elif isinstance(outcome, httpx.TimeoutException):
+            raise budget.out_of_time()
+        else:
+            message = f"cannot reach the service: {outcome or type(outcome).__name__}"
+            error = ConnectionFailed("connection_failed", message, request_id=budget.request_id)
+        wait_s = budget.next_wait_s(error)
+        if wait_s is None:
+            raise error
+        yield Wait(wait_s)
+
+
+def read_answer(reply: Reply, parse: Callable[[dict[str, Any]], T], request_id: str) -> T:
+    """What `parse` makes of the JSON of a reply.
+
+    Raises:
+        ServerError: It is not what the service answers.
+    """
+    try:
+        return parse(reply.json())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        message = f"expected the service's JSON, got {len(reply.content)} bytes of something else: is the URL right?"
+        raise ServerError("unexpected_answer", message, status=reply.status, request_id=request_id) from None
+
+
+def retry_after_s(headers: Mapping[str, str]) -> float | None:
+    """The header `Retry-After`, seconds or a date (against the header `Date`, if there is one); None if unusable."""
+    value = headers.get("retry-after", "").strip()
+    if value.isascii() and value.isdigit():
+        return float(value)
+    try:
+        until = parsedate_to_datetime(value).timestamp()
+        now = parsedate_to_datetime(headers["date"]).timestamp() if "date" in headers else time.time()
+    except (TypeError, ValueError):
+        return None
+    return max(0.0, until - now)
+
+
+def _error_of_reply(reply: Reply, request_id: str) -> SegmentationError:
+    kind, message = f"http_{reply.status}", f"the service or a proxy before it answered with HTTP {reply.status}"
+    try:
+        error = reply.json()["error"]
+        kind, message, request_id = str(error["type"]), str(error["message"]), str(error["request_id"])
+    except (ValueError, KeyError, TypeError):
+        pass  # not from the service itself
+    return class_of_status(reply.status)(
+        kind, message, status=reply.status, request_id=request_id, retry_after_s=retry_after_s(reply.headers)
+    )

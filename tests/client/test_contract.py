@@ -1,0 +1,141 @@
+"""The clients against the service's own HTTP side."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import httpx2 as httpx
+import numpy as np
+import pytest
+
+from sam3lora.client import (
+    AsyncClient,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    SegmentationError,
+    Timeout,
+    Unauthorized,
+)
+from sam3lora.client.errors import class_of_status
+from serve_app.errors import STATUS_OF, ServeError
+from serve_app.ingress import create_api
+from serve_app.settings import ServeSettings
+
+from ..serve_app.http_cases import SIZE_HW, FakeBackend
+
+PIXELS_HW3 = np.zeros((*SIZE_HW, 3), np.uint8)
+
+
+def ask(backend: FakeBackend, question: Callable[[AsyncClient], Awaitable[Any]], **settings: Any) -> Any:
+    async def run() -> Any:
+        transport = httpx.ASGITransport(app=create_api(ServeSettings(), backend))
+        async with AsyncClient("http://service.test", transport=transport, max_retries=0, **settings) as client:
+            return await question(client)
+
+    return asyncio.run(run())
+
+
+def test_every_option_and_form_of_masks():
+    backend = FakeBackend()
+    merging = {"merge": True, "merge_iou": 0.2}  # needs masks
+    results = {
+        masks: ask(
+            backend,
+            lambda client, masks=masks: client.segment(
+                PIXELS_HW3,
+                ["red thing", "crack"],
+                boxes=[((1, 2, 6, 7), 0), ((2, 2, 5, 5), 1)],
+                adapter="cracks",
+                threshold=0.4,
+                nms_iou=0.6,
+                max_detections=7,
+                masks=masks,
+                **(merging if masks != "none" else {}),
+            ),
+        )
+        for masks in ("rle", "png", "polygon", "none")
+    }
+    for answer in results.values():
+        assert (answer.size_hw, answer.adapter, len(answer)) == (SIZE_HW, "cracks", 2)
+        assert answer[0].num_detections > 0
+        assert answer.timing_ms["total"] > 0
+    np.testing.assert_array_equal(results["rle"][0].masks, results["png"][0].masks)
+    assert results["rle"][0].areas_px.tolist() == results["rle"][0].masks.sum(axis=(1, 2)).tolist()
+    assert all(results["polygon"][0].polygons)
+
+    call = backend.calls[0]
+    assert call.prompts == ("red thing", "crack")
+    assert [(box.xyxy, box.label) for box in call.boxes] == [((1, 2, 6, 7), 0), ((2, 2, 5, 5), 1)]
+    assert (call.post.threshold, call.post.max_detections) == (0.4, 7)
+    assert [call.masks for call in backend.calls] == [True, True, True, False]
+
+
+def test_an_uploaded_image_survives_being_forgotten():
+    backend = FakeBackend()
+
+    async def question(client: AsyncClient) -> list[int]:
+        image = await client.upload(PIXELS_HW3)
+        before = await client.segment(image, ["a"])
+        backend.kept.clear()
+        after = await client.segment(image, ["a"])
+        return [before[0].num_detections, after[0].num_detections]
+
+    before, after = ask(backend, question)
+    assert before == after > 0
+    # Forgotten means that the second question was refused first, and the image came a second time.
+    assert len(backend.kept) == 1
+    assert [call.image.data for call in backend.calls] == [None] * 3
+
+
+def test_adapters_and_readiness():
+    backend = FakeBackend()
+    first, second = ask(backend, lambda client: client.adapters())
+    assert (first.id, first.prompts, first.rank, first.resident, first.error) == ("cracks", ("crack",), 8, True, None)
+    assert second.error == "trained on another base model"
+    assert ask(backend, lambda client: client.ready()) is True
+    backend.is_ready = False
+    assert ask(backend, lambda client: client.ready()) is False
+
+
+@pytest.mark.parametrize(
+    ("question", "error_class", "kind"),
+    [
+        (lambda client: client.segment(b"no image", ["a"]), InvalidRequest, "unsupported_image"),
+        (lambda client: client.segment(PIXELS_HW3, [" "]), InvalidRequest, "invalid_prompt"),
+        (lambda client: client.segment(PIXELS_HW3, ["a"], boxes=[((5, 5, 1, 1), 1)]), InvalidRequest, "invalid_box"),
+        (lambda client: client.segment(PIXELS_HW3, ["a"], threshold=2), InvalidRequest, "invalid_request"),
+        (lambda client: client.segment(PIXELS_HW3, ["a"], adapter="nosuch"), NotFound, "adapter_not_found"),
+    ],
+)
+def test_refusals_are_typed(question, error_class, kind):
+    with pytest.raises(error_class) as caught:
+        ask(FakeBackend(), question)
+    assert caught.value.type == kind
+    assert caught.value.request_id
+    assert caught.value.status == STATUS_OF[kind]
+
+
+def test_an_overloaded_service_says_when_to_come_back():
+    backend = FakeBackend(answer=lambda call: ServeError("overloaded", "full", 1.2))
+    with pytest.raises(Overloaded) as caught:
+        ask(backend, lambda client: client.segment(PIXELS_HW3, ["a"]))
+    assert caught.value.retry_after_s == 2.0  # whole seconds, rounded up
+
+
+def test_keys(monkeypatch):
+    monkeypatch.setenv(ServeSettings().api_keys_variable, "the-key")
+    assert len(ask(FakeBackend(), lambda client: client.adapters(), api_key="the-key")) == 2
+    for settings in ({}, {"api_key": "another"}):
+        with pytest.raises(Unauthorized):
+            ask(FakeBackend(), lambda client: client.adapters(), **settings)
+
+
+@pytest.mark.parametrize("kind", STATUS_OF)
+def test_every_type_of_the_service_has_a_class(kind):
+    error_class = class_of_status(STATUS_OF[kind])
+    assert issubclass(error_class, SegmentationError)
+    assert (error_class is Timeout) == (kind == "timeout")
+    assert (error_class is NotFound) == kind.endswith("not_found")

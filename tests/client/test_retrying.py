@@ -1,0 +1,168 @@
+"""Faults: which are told how, which calls are repeated, and when a client gives up."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from email.utils import formatdate
+
+import httpx2 as httpx
+import pytest
+
+from sam3lora.client import (
+    Client,
+    ConnectionFailed,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    SegmentationError,
+    ServerError,
+    Timeout,
+    Unauthorized,
+)
+from sam3lora.client.exchange import retry_after_s
+
+from .scripted import Script, fault, segmented
+
+
+def test_an_overloaded_service_is_asked_again_when_it_says_so(kind):
+    headers = {"Retry-After": "3"}
+    script = Script(fault(503, "overloaded", **headers), fault(429, "too_many_requests", **headers), segmented)
+    script.client(kind).segment(b"x", ["a"])
+    assert len(script.requests) == 3
+    assert len({request.headers["x-request-id"] for request in script.requests}) == 1
+    assert len({request.headers["content-length"] for request in script.requests}) == 1
+    assert len(script.waits) == 2
+    assert all(3.0 <= wait <= 3.3 for wait in script.waits)
+
+
+@pytest.mark.parametrize(("status", "kind_of_error"), [(503, Overloaded), (429, Overloaded)])
+def test_repetitions_end(kind, status, kind_of_error):
+    script = Script(fault(status, "overloaded", **{"Retry-After": "1"}))
+    with pytest.raises(kind_of_error) as caught:
+        script.client(kind, max_retries=2).segment(b"x", ["a"])
+    assert len(script.requests) == 3
+    assert caught.value.retry_after_s == 1.0
+
+
+def test_broken_connections_are_tried_again_with_growing_waits(kind):
+    script = Script(
+        httpx.ConnectError("refused"), httpx.ReadError("reset"), httpx.RemoteProtocolError("gone"), segmented
+    )
+    script.client(kind).segment(b"x", ["a"])
+    assert len(script.requests) == 4
+    assert all(0.5 * full <= wait <= full for wait, full in zip(script.waits, (0.25, 0.5, 1.0), strict=True))
+
+
+def test_a_service_that_is_not_there(kind):
+    script = Script(httpx.ConnectError("refused"))
+    with pytest.raises(ConnectionFailed, match="refused") as caught:
+        script.client(kind, max_retries=1).segment(b"x", ["a"])
+    assert len(script.requests) == 2
+    assert (caught.value.status, caught.value.type) == (None, "connection_failed")
+    assert caught.value.request_id == script.requests[0].headers["x-request-id"]
+
+
+def test_nobody_waits_beyond_the_timeout(kind):
+    # Sleeping for 30 s and failing then would help nobody: the answer is given at once.
+    script = Script(fault(503, "overloaded", **{"Retry-After": "30"}))
+    with pytest.raises(Overloaded):
+        script.client(kind, timeout_s=20).segment(b"x", ["a"])
+    assert (len(script.requests), script.waits) == (1, [])
+
+    # The time of all attempts together counts.
+    script = Script(fault(503, "overloaded", **{"Retry-After": "9"}))
+    with pytest.raises(Overloaded):
+        script.client(kind, timeout_s=20, max_retries=99).segment(b"x", ["a"])
+    assert len(script.requests) == 3
+
+
+def test_each_attempt_gets_the_time_that_is_left():
+    script = Script(fault(503, **{"Retry-After": "5"}), segmented)
+    script.client(Client, timeout_s=20).segment(b"x", ["a"])
+    first, second = (request.extensions["timeout"]["read"] for request in script.requests)
+    assert first == 20
+    assert 14.4 <= second <= 15
+
+
+def test_a_slow_answer_is_given_up(kind):
+    script = Script(httpx.ReadTimeout("slow"))
+    with pytest.raises(Timeout, match="within 60 s") as caught:
+        script.client(kind).segment(b"x", ["a"])
+    assert (len(script.requests), caught.value.type) == (1, "timeout")
+
+
+def test_an_answer_that_trickles_is_given_up(kind):
+    class Trickle(httpx.SyncByteStream, httpx.AsyncByteStream):
+        def __iter__(self) -> Iterator[bytes]:
+            for _ in range(100):
+                script.now += 1.0
+                yield b" "
+
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            for piece in self:
+                yield piece
+
+    script = Script(lambda request: httpx.Response(200, stream=Trickle()))
+    with pytest.raises(Timeout):
+        script.client(kind, timeout_s=10).adapters()
+    assert script.now == 111.0
+
+
+@pytest.mark.parametrize(
+    ("status", "error_class"),
+    [
+        (400, InvalidRequest),
+        (401, Unauthorized),
+        (403, Unauthorized),
+        (404, NotFound),
+        (413, InvalidRequest),
+        (415, InvalidRequest),
+        (422, InvalidRequest),
+        (500, ServerError),
+        (504, Timeout),
+    ],
+)
+def test_faults_are_told_apart_and_not_repeated(kind, status, error_class):
+    script = Script(fault(status, "the_type"))
+    with pytest.raises(SegmentationError) as caught:
+        script.client(kind).segment(b"x", ["a"])
+    error = caught.value
+    assert type(error) is error_class
+    assert (error.type, error.message, error.status, error.request_id) == ("the_type", "a message", status, "r7")
+    assert str(error) == f"a message (the_type, HTTP {status}, request r7)"
+    assert len(script.requests) == 1
+
+
+def test_answers_of_others_are_named_as_such():
+    # A proxy's page, a redirect, a page instead of JSON, and JSON of something else.
+    for response, error_class, kind_of_fault in [
+        (httpx.Response(502, html="<h1>Bad gateway</h1>"), ServerError, "http_502"),
+        (httpx.Response(302, headers={"location": "http://elsewhere.test/"}), ServerError, "http_302"),
+        (httpx.Response(200, html="<h1>It works</h1>"), ServerError, "unexpected_answer"),
+        (httpx.Response(200, json={"hello": 1}), ServerError, "unexpected_answer"),
+        (httpx.Response(200, json=[1]), ServerError, "unexpected_answer"),
+    ]:
+        script = Script(response)
+        with pytest.raises(error_class) as caught:
+            script.client(Client).adapters()
+        assert caught.value.type == kind_of_fault
+        assert len(script.requests) == 1
+
+
+def test_retry_after():
+    date = formatdate(1_000_000, usegmt=True)
+    later = formatdate(1_000_007, usegmt=True)
+    assert retry_after_s({"retry-after": "12"}) == 12
+    assert retry_after_s({"retry-after": later, "date": date}) == 7
+    assert retry_after_s({"retry-after": date, "date": later}) == 0
+    assert retry_after_s({"retry-after": later}) == 0  # long ago by this machine's clock
+    for unusable in ({}, {"retry-after": "soon"}, {"retry-after": "-3"}, {"retry-after": later, "date": "?"}):
+        assert retry_after_s(unusable) is None
+
+
+def test_a_date_as_retry_after_is_respected():
+    headers = {"Retry-After": formatdate(1_000_004, usegmt=True), "Date": formatdate(1_000_000, usegmt=True)}
+    script = Script(fault(503, **headers), segmented)
+    script.client(Client).segment(b"x", ["a"])
+    assert len(script.waits) == 1
+    assert 4.0 <= script.waits[0] <= 4.4

@@ -1,0 +1,42 @@
+"""The brush code, by the frontend's reader and by its bits."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "label_studio"))
+
+from brush_rle import encode_brush_rle
+
+from .brush_reader import decode_brush_rle
+
+
+def masks() -> Iterator[np.ndarray]:
+    rng = np.random.default_rng(0)
+    yield np.zeros((3, 5), bool)
+    yield np.ones((1, 1), bool)
+    yield np.ones((300, 200), bool)  # runs longer than 2 ** 16 are cut
+    yield np.arange(2**14 + 1)[None] > 0  # exactly 2 ** 16 values, after 4
+    for length in (2, 4, 5, 64, 65):  # runs at the edges of the four widths
+        yield np.tile(np.repeat([True, False], length), 3)[None]
+    for density in (0.02, 0.5, 0.98):
+        yield rng.random((37, 23)) < density
+
+
+@pytest.mark.parametrize("mask_HW", list(masks()), ids=lambda mask: "x".join(map(str, mask.shape)))
+def test_the_frontend_reads_the_same_mask(mask_HW):
+    rgba = decode_brush_rle(encode_brush_rle(mask_HW)).reshape(*mask_HW.shape, 4)
+    np.testing.assert_array_equal(rgba, np.repeat(mask_HW[..., None] * np.uint8(255), 4, axis=-1))
+
+
+def test_the_bits_of_a_small_mask():
+    # 8 values of 8 bits, widths 3, 4, 8, 16; then a run of 4 zeros and one of 4 times 255.
+    bits = f"{8:032b}" + "00111" + "0010" + "0011" + "0111" + "1111" + "1" + "00" + "011" + "0" * 8 + "1" + "00" + "011"
+    bits += "1" * 8
+    expected = [int(bits[start : start + 8].ljust(8, "0"), 2) for start in range(0, len(bits), 8)]
+    assert encode_brush_rle(np.array([[False, True]])) == expected
