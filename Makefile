@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all quality
+.PHONY: help venv demo serve test test-all quality
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,6 +20,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)  ## train and compare an adapter on a tiny SAM 3 (a few minutes on two CPU cores)
 	$(BIN)/sam3lora demo
+
+serve: $(STAMP)  ## answer prompts over HTTP on port 8000: a tiny SAM 3 with two sample adapters
+	$(BIN)/sam3lora serve
 
 test: $(STAMP)  ## run the tests that are not marked slow
 	$(BIN)/python -m pytest -m "not slow"

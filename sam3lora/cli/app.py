@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import compare, data, demo, env, export, infer, train, validate
+from . import compare, data, demo, env, export, infer, serve, train, validate
 
 app = typer.Typer(
     name="sam3lora",
@@ -44,3 +44,4 @@ app.command("infer")(infer.infer)
 app.command("env")(env.env)
 app.command("demo")(demo.demo)
 app.command("export")(export.export)
+app.command("serve")(serve.serve)

@@ -1,0 +1,203 @@
+"""`sam3lora serve`: the HTTP application on a local Ray, or on a cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import signal
+import socket
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import RunFailed, UserError
+
+if TYPE_CHECKING:
+    from serve_app.settings import ServeSettings
+
+APPLICATION = "sam3lora"
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
+
+
+def serve(
+    adapters: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder of adapter folders; without it and --model: two samples."),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help='Base model: "tiny", a hub id or a folder (default: tiny).')] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="HTTP port.")] = 8000,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    config: Annotated[
+        Path | None, typer.Option(metavar="YAML", help="Settings, as under `args` in serve_app/config.yaml.")
+    ] = None,
+    resolution: Annotated[int | None, typer.Option(help="Side of the model's input in pixels.")] = None,
+    replicas: Annotated[int | None, typer.Option(min=1, help="Copies of the model (default: 1).")] = None,
+    gpus: Annotated[
+        float | None, typer.Option("--num-gpus", min=0, help="GPUs of each copy (default: 1 if there are any).")
+    ] = None,
+    haproxy: Annotated[bool, typer.Option("--haproxy", help="HAProxy in front: faster, see docs/serving.md.")] = False,
+    address: Annotated[str | None, typer.Option(help="Of a Ray cluster (default: a local Ray).")] = None,
+) -> None:
+    """Answer prompts over HTTP: many adapters over one base model.
+
+    Example:  sam3lora serve --adapters outputs/adapters --port 8000
+    """
+    settings = _settings(config, adapters, model, resolution, replicas, gpus)
+    _check_port(host, port)
+    from serve_app.environment import prepare_environment
+
+    prepare_environment(haproxy=haproxy)
+    keys = [key for key in os.environ.get(settings.api_keys_variable, "").split(",") if key.strip()]
+    if host not in LOCAL_HOSTS and not keys:
+        _warn(
+            f"listening on {host} without an API key: everyone who reaches this machine can use the service. "
+            f"Set {settings.api_keys_variable}=KEY to ask for one"
+        )
+    _run(settings, host, port, address)
+
+
+def _run(settings: ServeSettings, host: str, port: int, address: str | None) -> None:
+    from ..cluster import ray_session
+
+    stop = threading.Event()
+    _stop_by_signal(stop)
+    num_cpus = settings.replicas * settings.num_cpus + settings.ingress_replicas + 1
+    with ray_session(address, num_cpus=num_cpus) as is_local:
+        _stop_by_signal(stop)  # Ray has put a handler of its own in place, which aborts
+        from ray import serve as ray_serve
+
+        from serve_app.builder import build
+
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        # request_timeout_s stays unset: the application has its own limit, and answers in JSON.
+        ray_serve.start(http_options={"host": host, "port": port})
+        try:
+            _deploy(ray_serve, build(settings), stop)
+            if not stop.is_set():
+                _tell(settings, host, port)
+                stop.wait()
+                typer.echo("stopping: requests in flight are finished", err=True)
+        finally:
+            _finish(ray_serve, is_local=is_local)
+
+
+def _stop_by_signal(stop: threading.Event) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+
+
+def _deploy(ray_serve: Any, application: Any, stop: threading.Event) -> None:
+    try:
+        target = ray_serve.RunTarget(application, name=APPLICATION, route_prefix="/")
+        ray_serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+        while (status := ray_serve.status().applications[APPLICATION]).status == "DEPLOYING":
+            if stop.wait(0.1):
+                return
+    except (RuntimeError, TimeoutError) as error:
+        raise RunFailed(f"Ray Serve did not start: {error}") from error
+    if status.status == "RUNNING":
+        return
+    messages = [status.message, *(deployment.message for deployment in status.deployments.values())]
+    text = "\n".join(message for message in messages if message)
+    if mistake := re.search(r"(?:^|[. ])(?:UserError|ImageError)(?:\(|: )(.+)", text):
+        raise UserError(mistake[1].strip().rstrip(")").strip("'\""))
+    raise RunFailed(f"the application did not start ({status.status}): {text or 'Ray gave no reason'}")
+
+
+def _finish(ray_serve: Any, *, is_local: bool) -> None:
+    """Let requests in flight end; on a cluster of others only our application goes."""
+    with contextlib.suppress(TimeoutError, RuntimeError):  # after a minute; or nothing was deployed
+        ray_serve.delete(APPLICATION)  # Serve's shutdown alone would cut their connections
+    if is_local:
+        ray_serve.shutdown()
+
+
+def _settings(
+    config: Path | None,
+    adapters: Path | None,
+    model: str | None,
+    resolution: int | None,
+    replicas: int | None,
+    gpus: float | None,
+) -> ServeSettings:
+    import yaml
+    from pydantic import ValidationError
+
+    from serve_app.settings import ServeSettings
+
+    try:
+        values = yaml.safe_load(config.read_text(encoding="utf-8")) or {} if config else {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read --config {config}: {getattr(error, 'strerror', None) or error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"--config {config} must hold settings as `key: value`, got {type(values).__name__}")
+    if "applications" in values:
+        values = _application(values, config)
+    options = {"model": model, "resolution": resolution, "replicas": replicas, "num_gpus": gpus}
+    values |= {name: value for name, value in options.items() if value is not None}
+    if adapters is not None:
+        if not adapters.is_dir():
+            raise UserError(f"--adapters {adapters} is no folder: expected one that holds adapter folders")
+        values["adapters"] = {**(values.get("adapters") or {}), "root": str(adapters.absolute())}
+    elif config is None and model is None:
+        values["adapters"] = {"root": str(_samples())}
+    if not values.get("torch_threads") and not gpus:
+        values["torch_threads"] = max(1, (os.cpu_count() or 1) // (values.get("replicas") or 1))
+    try:
+        return ServeSettings.model_validate(values)
+    except ValidationError as error:
+        found = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        raise UserError(f"the settings of the service are wrong: {found}") from None
+
+
+def _application(values: dict[str, Any], config: Path | None) -> dict[str, Any]:
+    """The settings in a file for `serve run`."""
+    try:
+        application = values["applications"][0]
+        deployments = application.get("deployments") or []
+        adapters = [one.get("user_config") for one in deployments if one["name"] == "Segmenter"]
+        found = dict(application.get("args") or {})
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise UserError(f"--config {config} holds no application as in serve_app/config.yaml") from None
+    return {**found, "adapters": adapters[0]} if adapters and adapters[0] else found
+
+
+def _samples() -> Path:
+    import serve_app
+
+    return Path(serve_app.__file__).parent / "samples"
+
+
+def _check_port(host: str, port: int) -> None:
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or error
+        raise UserError(f"cannot listen on {host}:{port}: {reason}. Choose another --port") from None
+
+
+def _tell(settings: ServeSettings, host: str, port: int) -> None:
+    from rich.console import Console
+
+    url = f"http://{'localhost' if host in (*LOCAL_HOSTS, '0.0.0.0', '::') else host}:{port}"
+    root = settings.adapters.root
+    names = sorted(file.parent.name for file in root.glob("[!.]*/adapter_config.json")) if root else []
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    Console(markup=False, soft_wrap=True, highlight=False).print(
+        f"{settings.model} with {shown or 'no adapters'}\n"
+        f"page      {url}/\n"
+        f"API       {url}/docs\n"
+        f'try       curl -F image=@photo.jpg -F \'request={{"prompts": ["gear"]}}\' {url}/v1/segment\n'
+        "Ctrl-C stops it"
+    )
+
+
+def _warn(message: str) -> None:
+    from rich.console import Console
+
+    Console(stderr=True, soft_wrap=True).print(f"[bold yellow]warning:[/] {message}")

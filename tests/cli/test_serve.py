@@ -1,0 +1,256 @@
+"""`sam3lora serve`: its options, and the process from start to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+import serve_app
+from sam3lora.cli import main
+from sam3lora.cli import serve as serve_verb
+
+from ..serve_app.checked_load import Case, Load, send_all
+from ..serve_app.ray_service import QUIET_ENVIRONMENT, STOP_S, get, wait_until
+from ..serve_app.small_service import IMAGES, SmallService, fields
+
+PORT = 18830
+
+
+# --- options ---
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Stands in for the server; keeps what it would have been started with."""
+    seen: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(serve_verb, "_run", lambda *arguments: seen.append(arguments))
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    os.environ.pop("SAM3LORA_API_KEYS", None)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "message"),
+    [
+        (None, ["--adapters", "nowhere"], "--adapters nowhere is no folder"),
+        (None, ["--config", "nowhere.yaml"], "cannot read --config nowhere.yaml: No such file"),
+        ("[1, 2]", [], "must hold settings as `key: value`, got list"),
+        ("replicas: [", [], "cannot read --config"),
+        ("replica: 2", [], "replica: Extra inputs are not permitted"),
+        ("replicas: 0", [], "replicas: Input should be greater than 0"),
+        ("limits: {timeout_s: soon}", [], "limits.timeout_s"),
+        ("limits: {timeout_s: 0}\nreplicas: no", [], "limits.timeout_s"),
+        ("autoscaling: {min_replicas: 3, max_replicas: 2}", [], "min_replicas 3 is above max_replicas 2"),
+        ("applications: []", [], "holds no application"),
+        ("applications: [{name: other}, 3]\nx: 1", ["--replicas", "0"], "--replicas"),
+        (None, ["--port", "0"], "--port"),
+        (None, ["--num-gpus", "-1"], "--num-gpus"),
+        (None, ["--host", "no.such.host.invalid"], "cannot listen on no.such.host.invalid"),
+    ],
+)
+def test_a_mistake_in_the_options_is_told_once(text, words, message, started, tmp_path, capfd):
+    if text is not None:
+        (tmp_path / "serve.yaml").write_text(text)
+        words = [*words, "--config", str(tmp_path / "serve.yaml")]
+    assert main(["serve", "--port", str(PORT), *words]) == 2
+    error = " ".join(capfd.readouterr().err.replace("│", " ").split())
+    assert message in error
+    assert "Traceback" not in error
+    assert not started
+
+
+def test_a_port_in_use_is_told_before_anything_starts(started, capfd):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert main(["serve", "--port", str(port)]) == 2
+    assert f"cannot listen on 127.0.0.1:{port}: Address already in use. Choose another --port" in capfd.readouterr().err
+    assert not started
+
+
+def test_options_win_over_the_file(started, tmp_path):
+    file = tmp_path / "serve.yaml"
+    file.write_text("replicas: 2\nresolution: 112\nadapters: {root: elsewhere, allowed: [a]}")
+    words = ["--config", str(file), "--adapters", str(tmp_path), "--replicas", "3", "--num-gpus", "0"]
+    assert main(["serve", "--port", str(PORT), *words]) == 0
+    settings, host, port, address = started[0]
+    assert (host, port, address) == ("127.0.0.1", PORT, None)
+    assert (settings.replicas, settings.resolution, settings.num_gpus, settings.model) == (3, 112, 0, "tiny")
+    assert (settings.adapters.root, settings.adapters.allowed) == (tmp_path, ("a",))
+
+
+def test_a_file_for_serve_run_is_taken_too(started):
+    file = Path(serve_app.__file__).parent / "config.yaml"
+    assert main(["serve", "--port", str(PORT), "--config", str(file)]) == 0
+    assert started[0][0].limits.max_queued == 64
+    assert started[0][0].adapters.root == Path("serve_app/samples")
+
+
+def test_without_options_it_has_something_to_show(started):
+    assert main(["serve", "--port", str(PORT)]) == 0
+    root = started[0][0].adapters.root
+    assert (root / "parts" / "adapter_config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("host", "key", "warns"), [("0.0.0.0", "", True), ("0.0.0.0", "secret", False), ("127.0.0.1", "", False)]
+)
+def test_an_open_door_is_warned_of(host, key, warns, started, monkeypatch, capfd):
+    monkeypatch.setitem(os.environ, "SAM3LORA_API_KEYS", key)
+    assert main(["serve", "--host", host, "--port", str(PORT)]) == 0
+    error = capfd.readouterr().err
+    assert ("without an API key" in error) == warns
+    assert "secret" not in error
+
+
+# --- the process ---
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> SmallService:
+    return SmallService(tmp_path_factory.mktemp("service"))
+
+
+class Served:
+    """`sam3lora serve` in a process of its own."""
+
+    def __init__(self, settings: dict[str, Any], port: int, folder: Path, *options: str, **environment: str) -> None:
+        (folder / "serve.yaml").write_text(yaml.safe_dump(settings))
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = folder / "log"
+        words = ["serve", "--config", str(folder / "serve.yaml"), "--port", str(port), *options]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "sam3lora", *words],
+                env={**os.environ, **QUIET_ENVIRONMENT, **environment},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def wait_ready(self) -> None:
+        wait_until(lambda: self.process.poll() is not None or get(f"{self.url}/readyz")[0] == 200)
+        assert self.process.poll() is None, self.log.read_text()
+
+    def metric(self, name: str) -> float:
+        """Sum of a metric's samples."""
+        lines = get(f"{self.url}/metrics")[1].splitlines()
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.partition("{")[0] == name)
+
+    def stop(self, number: signal.Signals) -> tuple[int, list[psutil.Process]]:
+        """Exit status, and the processes that are left."""
+        family = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.send_signal(number)
+        return self.process.wait(STOP_S), psutil.wait_procs(family, timeout=10)[1]
+
+
+@contextlib.contextmanager
+def serving(settings: dict[str, Any], port: int, folder: Path, *options: str, **environment: str) -> Iterator[Served]:
+    served = Served(settings, port, folder, *options, **environment)
+    try:
+        yield served
+    finally:
+        if served.process.poll() is None:
+            _, left = served.stop(signal.SIGTERM)
+            for process in left:
+                process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_requests_in_flight_are_finished_at_the_end(number, small, tmp_path):
+    settings = small.settings(limits={"max_prompts": 64}, batching={"max_rows": 8})
+    prompts = [f"crack {word}" for word in "abcdefghijklmnopqrstuvwxyz"[:16]]
+    asked = [Case(IMAGES[0], fields("towers", prompts=prompts, masks="none"))] * 6
+    load = Load()
+
+    def send() -> None:
+        load.samples += send_all(served.url, asked, clients=len(asked)).samples
+
+    with serving(settings, PORT + 1, tmp_path) as served:
+        served.wait_ready()
+        clients = threading.Thread(target=send)
+        clients.start()
+        wait_until(lambda: served.metric("sam3lora_requests_in_flight") > len(asked))  # and that of /metrics
+        status, left = served.stop(number)
+        clients.join()
+    # What they found is not compared here ("wrong" has status 200).
+    assert {sample.kind for sample in load.samples} == {"wrong"}, load.samples
+    assert get(f"{served.url}/healthz")[0] == 0
+    assert (status, left) == (0, [])
+    said = served.log.read_text()
+    assert "stopping: requests in flight are finished" in said
+    assert "INFO" not in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_a_signal_while_it_starts_stops_it(small, tmp_path):
+    with serving(small.settings(), PORT + 2, tmp_path) as served:
+        wait_until(lambda: get(f"{served.url}/-/healthz")[0] == 200 or served.process.poll() is not None)
+        status, left = served.stop(signal.SIGTERM)
+    assert (status, left) == (0, []), served.log.read_text()
+
+
+@pytest.mark.slow
+def test_a_model_that_cannot_be_loaded_is_told(small, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with serving(small.settings(model=str(tmp_path / "empty")), PORT + 3, tmp_path) as served:
+        assert served.process.wait(240) == 2
+    said = served.log.read_text()
+    assert "error:" in said
+    assert str(tmp_path / "empty") in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_keys_and_metrics_over_http(small, tmp_path):
+    settings = small.settings(replicas=2)
+    with serving(settings, PORT + 4, tmp_path, SAM3LORA_API_KEYS="first, second") as served:
+        ready: list[int] = []
+        wait_until(lambda: ready.append(get(f"{served.url}/readyz")[0]) or ready[-1] == 200)
+        assert set(ready) <= {0, 404, 503, 200}  # nobody, Serve without the application, the application, ready
+        wait_until(lambda: _replicas(served, X_API_Key="first") == 2)
+        assert get(f"{served.url}/healthz")[0] == 200
+        for path in ("/v1/adapters", "/metrics"):
+            for headers in ({}, {"X_API_Key": "third"}, {"Authorization": "Bearer first, second"}):
+                status, body = get(served.url + path, **headers)
+                assert (status, json.loads(body)["error"]["type"]) == (401, "unauthorized")
+            for headers in ({"X_API_Key": "second"}, {"Authorization": "Bearer first"}):
+                assert get(served.url + path, **headers)[0] == 200
+        [sample] = send_all(served.url, [Case(IMAGES[0], fields(None))]).samples
+        assert sample.kind == "unauthorized"
+    assert "second" not in served.log.read_text()
+
+
+@pytest.mark.slow
+def test_behind_haproxy(small, tmp_path):
+    ports = {"RAY_SERVE_HAPROXY_METRICS_PORT": str(PORT + 6), "RAY_SERVE_HAPROXY_STATS_PORT": str(PORT + 7)}
+    settings = small.settings(limits={"max_queued": 2}, batching={"max_rows": 4, "max_images": 1})
+    prompts = [f"crack {number}" for number in range(16)]
+    with serving(settings, PORT + 5, tmp_path, "--haproxy", **ports) as served:
+        served.wait_ready()
+        assert set(send_all(served.url, small.cases()).kinds()) == {"ok"}
+        heavy = [Case(IMAGES[0], fields(None, prompts=prompts, masks="none"))] * 24
+        kinds = send_all(served.url, heavy, clients=24).kinds()
+        # "wrong" has status 200: what was found is not compared.
+        assert set(kinds) == {"wrong", "overloaded"}
+        status, left = served.stop(signal.SIGTERM)
+    assert (status, left) == (0, []), served.log.read_text()
+
+
+def _replicas(served: Served, **headers: str) -> int:
+    lines = get(f"{served.url}/metrics", **headers)[1].splitlines()
+    return sum(line.startswith("sam3lora_queue_length{") for line in lines)
