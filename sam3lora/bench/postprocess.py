@@ -18,7 +18,8 @@ from torch import Tensor
 from sam3lora.bench.report import Comparison, Way
 from sam3lora.errors import UserError
 from sam3lora.infer.mask_encoding import Rle, encode_logits
-from sam3lora.infer.postprocess import PostProcessing, select
+from sam3lora.infer.postprocess import select
+from sam3lora.infer.values import PostProcessing
 
 POST = PostProcessing(threshold=0.0, nms="mask", nms_iou=0.9, max_detections=1000)
 """Nearly all stay, so that nearly all are encoded."""

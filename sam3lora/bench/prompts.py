@@ -14,8 +14,8 @@ from transformers import AutoTokenizer, Sam3Config, Sam3ImageProcessor, Sam3Mode
 
 from sam3lora.bench.report import Comparison, Way, time_in_turns
 from sam3lora.errors import UserError
-from sam3lora.infer.detect import Instances, detect_prompts
-from sam3lora.infer.postprocess import PostProcessing
+from sam3lora.infer.detect import detect_prompts
+from sam3lora.infer.values import Instances, PostProcessing
 from sam3lora.model.forward import StagedSam3
 from sam3lora.model.tiny import TINY_FOLDER, tiny_config
 from sam3lora.model.tokenization import tokenize
