@@ -22,19 +22,26 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 
 _FENCE = re.compile(r"^```.*?$(.*?)^```$", re.MULTILINE | re.DOTALL)
 _INLINE = re.compile(r"`([^`\n]+)`")
-_COMMAND = re.compile(r"^(?:sam3lora|python jobs/\w+\.py|ray job submit .*-- python jobs/\w+\.py)(?= |$)")
+_COMMAND = re.compile(
+    r"^(?:sam3lora|serve (?:run|deploy|status)|python jobs/\w+\.py|ray job submit .*-- python jobs/\w+\.py)(?= |$)"
+)
 _PREFIX = re.compile(r"^(?:[A-Z_]+=\S+ )*(?:taskset -c \S+ )?")
 _LINK = re.compile(r"\[[^]]*\]\(([^)\s]+)\)")
-_FILE = re.compile(r"(?<![\w./-])(?:sam3lora|jobs|docs|tests|\.ci)/[\w./-]*\w")
+_FILE = re.compile(r"(?<![\w./-])(?:sam3lora|serve_app|examples|jobs|docs|tests|\.ci)/[\w./-]*\w")
 _NAME = re.compile(r"(?<![\w./-])sam3lora(?:\.\w+)+")
 _IMPORT = re.compile(r"^\s*from (sam3lora[\w.]*) import (.+)$", re.MULTILINE)
 
 
+def shown_lines(text: str) -> list[str]:
+    """Lines of indented and fenced code, continued lines joined."""
+    text = text.replace("\\\n", " ")
+    indented = [line.strip() for line in text.splitlines() if line.startswith("    ")]
+    return [*indented, *(line.strip() for block in _FENCE.findall(text) for line in block.splitlines())]
+
+
 def shown_commands(text: str) -> Iterator[str]:
-    """Commands of indented and fenced code, continued lines joined, synopses without brackets; inline ones too."""
-    indented = [line.strip() for line in text.replace("\\\n", " ").splitlines() if line.startswith("    ")]
-    fenced = [line.strip() for block in _FENCE.findall(text) for line in block.replace("\\\n", " ").splitlines()]
-    for line in (_PREFIX.sub("", line) for line in [*indented, *fenced]):
+    """Commands of indented and fenced code, synopses without brackets."""
+    for line in (_PREFIX.sub("", line) for line in shown_lines(text)):
         if _COMMAND.match(line):
             yield re.sub(r"\[(--[^]]*)\]", r"\1", line).replace(" ...", "")
 
@@ -45,6 +52,12 @@ def inline_commands(text: str) -> Iterator[str]:
 
 def parser_of(words: list[str]) -> tuple[Any, list[str]]:
     """The parser that a command line meets, and the words for it."""
+    if words[0] == "serve":
+        from ray.serve.scripts import cli
+
+        verb = cli.commands[words[1]]
+        assert all((ROOT / word).exists() for word in words[2:] if word.endswith(".yaml")), "no such file"
+        return verb, words[2:]
     while words[0] not in ("sam3lora", "python"):  # ray job submit ... -- python jobs/x.py
         words = words[words.index("--") + 1 :]
     command = typer.main.get_command(app)
@@ -111,7 +124,7 @@ def test_pages_are_found():
     # Otherwise the tests below would pass over nothing.
     assert {"README.md", "evaluation.md", "training.md"} <= {page.name for page in PAGES}
     commands = [command for page in PAGES for command in shown_commands(page.read_text())]
-    assert {command.split()[0] for command in commands} == {"sam3lora", "python", "ray"}
+    assert {command.split()[0] for command in commands} == {"sam3lora", "serve", "python", "ray"}
 
 
 @pytest.mark.parametrize(
@@ -123,6 +136,9 @@ def test_pages_are_found():
         ("python jobs/predict.py --input x --prompt y --output z --shift", "shift"),
         ("ray job submit --working-dir . -- python jobs/validate.py --nosuch 1", "nosuch"),
         ("python jobs/nosuch.py", "nosuch"),
+        ("sam3lora serve --adaptors x", "adaptors"),
+        ("serve deploy --nosuch serve_app/config.yaml", "nosuch"),
+        ("serve run serve_app/nosuch.yaml", "no such file"),
     ],
 )
 def test_wrong_commands_are_seen(line, complaint):
