@@ -57,6 +57,8 @@ def serve(
             f"listening on {host} without an API key: everyone who reaches this machine can use the service. "
             f"Set {settings.api_keys_variable}=KEY to ask for one"
         )
+    if os.environ.get("RAY_AUTH_MODE") == "disabled":
+        _warn("RAY_AUTH_MODE=disabled: whoever reaches Ray's own ports on this machine can run programs. Unset it")
     _run(settings, host, port, address)
 
 
@@ -65,7 +67,8 @@ def _run(settings: ServeSettings, host: str, port: int, address: str | None) -> 
 
     stop = threading.Event()
     _stop_by_signal(stop)
-    num_cpus = settings.replicas * settings.num_cpus + settings.ingress_replicas + 1
+    replicas = settings.autoscaling.max_replicas if settings.autoscaling else settings.replicas
+    num_cpus = replicas * settings.num_cpus + settings.ingress_replicas + 1
     with ray_session(address, num_cpus=num_cpus) as is_local:
         _stop_by_signal(stop)  # Ray has put a handler of its own in place, which aborts
         from ray import serve as ray_serve
@@ -103,8 +106,8 @@ def _deploy(ray_serve: Any, application: Any, stop: threading.Event) -> None:
         return
     messages = [status.message, *(deployment.message for deployment in status.deployments.values())]
     text = "\n".join(message for message in messages if message)
-    if mistake := re.search(r"(?:^|[. ])(?:UserError|ImageError)(?:\(|: )(.+)", text):
-        raise UserError(mistake[1].strip().rstrip(")").strip("'\""))
+    if mistakes := re.findall(r"^(?:[\w.]+\.)?(?:UserError|ImageError): (.+)$", text, re.MULTILINE):
+        raise UserError(mistakes[-1])
     raise RunFailed(f"the application did not start ({status.status}): {text or 'Ray gave no reason'}")
 
 
@@ -174,7 +177,8 @@ def _samples() -> Path:
 
 def _check_port(host: str, port: int) -> None:
     try:
-        with socket.create_server((host, port)):
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        with socket.create_server((host, port), family=family):
             pass
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or error

@@ -179,7 +179,11 @@ def _convert(image: Image.Image, name: str) -> np.ndarray:
 
 
 def _to_8_bit(image: np.ndarray) -> np.ndarray:
-    return ((image.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    out = np.empty(image.shape, np.uint8)
+    for start in range(0, len(image), 256):  # the wider numbers of a whole large image would take gigabytes
+        rows = slice(start, start + 256)
+        out[rows] = (image[rows].astype(np.uint32) + 128) // 257
+    return out
 
 
 def _turn(image: np.ndarray, orientation: int) -> np.ndarray:

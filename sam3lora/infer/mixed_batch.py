@@ -91,6 +91,8 @@ class MixedBatchSegmenter:
             max_images=max_images,
         )
         self._residents: dict[int | None, Resident] = {None: BASE}
+        # A compiled encoder makes one graph for one image and another for all larger batches.
+        self._warm_up_images = max_images if compile_vision or self.device.type == "cuda" else 0
         self._counts: Counter[str] = Counter()
         self._max_rank = max_rank
         self._max_rows = max_rows
@@ -184,13 +186,14 @@ class MixedBatchSegmenter:
         image = PreparedImage(WARM_UP_KEY, noise, noise.shape[:2])
         everything = PostProcessing(threshold=0.0)
         box = BoxPrompt((0, 0, self.resolution / 2, self.resolution / 2))
+        others = [PreparedImage(f"{WARM_UP_KEY} {n}", noise, noise.shape[:2]) for n in range(self._warm_up_images)]
         for num_rows in sorted({1, self._max_rows}):
             prompts = tuple(f"object {number}" for number in range(num_rows))
             for boxes in ((), (box,)):
-                (answer,) = self.answer([Question(image, prompts, boxes, post=everything)])
-                if isinstance(answer, Exception):
-                    raise answer
-        self._features.images.forget(WARM_UP_KEY)
+                self._check_warm([Question(image, prompts, boxes, post=everything)])
+        self._check_warm([Question(other, ("object",), post=everything) for other in others])
+        for used in (image, *others):
+            self._features.images.forget(used.key)
         self._features.reset_counters()
         self._counts.clear()
 
@@ -217,6 +220,11 @@ class MixedBatchSegmenter:
         for number, answer in zip(possible, found, strict=True):
             answers[number] = answer
         return [answer for answer in answers if answer is not None]
+
+    def _check_warm(self, questions: Sequence[Question]) -> None:
+        for answer in self.answer(questions):
+            if isinstance(answer, Exception):
+                raise answer
 
     # ---- steps ----------------------------------------------------------------------------------------------------
 

@@ -238,7 +238,8 @@ class _Stack:
         """The stacks in the dtype that the module computes in, cast once."""
         if dtype not in self._stacks:
             down_SRI, up_SOR = next(iter(self._stacks.values()))
-            self._stacks[dtype] = (down_SRI.to(dtype), up_SOR.to(dtype))
+            with torch.inference_mode(False), torch.no_grad():  # they are written to later, outside of inference mode
+                self._stacks[dtype] = (down_SRI.to(dtype), up_SOR.to(dtype))
         return self._stacks[dtype]
 
     def _update_linear(

@@ -426,6 +426,23 @@ def test_warm_up_leaves_no_trace(base_path):
     assert set(segmenter.counters.values()) == {0}
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_adapters_come_and_go_between_forwards(base_path, adapters, images, precision, tmp_path):
+    # What a forward has cast is written to again when an adapter of the same modules is placed; it must then count.
+    adapters = {"text": adapters["text"], "other text": write_adapter(tmp_path / "other", base_path, "text", seed=9)}
+    names = ["text", "other text", "other text", "text", "text"]
+    told = {name: make_segmenter(base_path, {name: adapters[name]}, precision=precision)[0] for name in adapters}
+    shared = MixedBatchSegmenter(str(base_path), device="cpu", precision=precision, num_slots=2)
+    for turn, name in enumerate(names):
+        slot = turn % 2
+        shared.clear_adapter(slot)
+        shared.place_adapter(slot, shared.read_adapter(adapters[name]))
+        image = shared.prepare_image(images[0], "image 0")
+        questions = [Question(image, ("crack",), post=EVERY), Question(image, ("crack",), slot=slot, post=EVERY)]
+        alone = ask(told[name], [replace(questions[1], slot=0)])
+        assert_same(ask(shared, questions)[1:], alone, atol=1e-5 if precision == "float32" else 0.03)
+
+
 @pytest.mark.parametrize("name", [None, "vision", "geometry", "no cls"])
 def test_bfloat16_is_close(base_path, adapters, segmenter, slots, images, name):
     half, _ = make_segmenter(base_path, adapters, precision="bfloat16")
