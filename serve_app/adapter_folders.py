@@ -10,7 +10,6 @@ import os
 import re
 import stat
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,43 +76,57 @@ class AdapterFolders:
             files = [_stat_within(root, os.path.join(path, name)) for name in FILES]
         except _OutsideError:
             raise ServeError(
-                "invalid_adapter", f"adapter {adapter_id!r} is linked to a place outside the root"
+                "invalid_adapter",
+                f"adapter {adapter_id!r} is linked to a place outside the root: copy the folder into the root",
             ) from None
         except OSError as error:
             raise ServeError("invalid_adapter", f"adapter {adapter_id!r} cannot be read: {error.strerror}") from None
-        versions = [file and (file.st_mtime_ns, file.st_size, file.st_ino) for file in files]
+        versions = [file and (file.st_mtime_ns, file.st_ctime_ns, file.st_size, file.st_ino) for file in files]
         return AdapterFolder(adapter_id, self._root / adapter_id, (folder.st_dev, folder.st_ino, *versions))
 
     def describe_all(self) -> list[tuple[Signature, AdapterInfo]]:
         """All that may be served, sorted by id; broken ones carry their error. Unchanged folders are not read again."""
-        found = [self._describe(folder) for folder in self._all()]
+        described = (self._describe(adapter_id) for adapter_id in self._names())
+        found = [one for one in described if one is not None]
         with self._lock:
             self._known = {info.id: (signature, info) for signature, info in found}
         return found
 
-    def _all(self) -> Iterator[AdapterFolder]:
+    def _names(self) -> list[str]:
+        """Of what has the files of an adapter, links included."""
+        if self._root is None:
+            return []
         try:
-            names = sorted(path.name for path in self._root.iterdir()) if self._root is not None else []
+            names = sorted(os.listdir(self._root))
         except OSError:
-            names = []
-        for name in names:
-            try:
-                folder = self.find(name)
-            except ServeError:
-                continue
-            if any((folder.path / file).is_file() for file in (CONFIG_FILE, WEIGHTS_FILE)):
-                yield folder
+            return []
+        wanted = (CONFIG_FILE, WEIGHTS_FILE)
+        return [
+            name
+            for name in names
+            if re.fullmatch(ADAPTER_ID_PATTERN, name)
+            and any(os.path.isfile(os.path.join(self._root, name, file)) for file in wanted)
+        ]
 
-    def _describe(self, folder: AdapterFolder) -> tuple[Signature, AdapterInfo]:
-        with self._lock:
-            signature, info = self._known.get(folder.id, (None, None))
-        if info is None or signature != folder.signature:
-            try:
-                with refuse_as("invalid_adapter", folder.path):
-                    info = _read_info(folder)
-            except ServeError as error:
-                info = AdapterInfo(folder.id, error=error.message)
-        return folder.signature, info
+    def _describe(self, adapter_id: str) -> tuple[Signature, AdapterInfo] | None:
+        """None for what may not be served, or is gone."""
+        signature: Signature = ()
+        try:
+            folder = self.find(adapter_id)
+            signature = folder.signature
+            with self._lock:
+                known = self._known.get(adapter_id)
+            if known is not None and known[0] == signature:
+                return known
+            with refuse_as("invalid_adapter", folder.path):
+                return signature, _read_info(folder)
+        except ServeError as error:
+            if error.type == "adapter_not_found":
+                return None
+            message = error.message
+        except Exception as error:  # whatever a damaged file provokes must not hide the others
+            message = f"{adapter_id} cannot be read: {type(error).__name__}"
+        return signature, AdapterInfo(adapter_id, error=message)
 
 
 def _not_found(adapter_id: str) -> ServeError:

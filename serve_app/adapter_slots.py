@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from serve_app.adapter_folders import AdapterFolder
 
@@ -18,6 +18,21 @@ class Resident:
     slot: int
     users: int = 0
     retired: bool = False
+
+
+@dataclass(eq=False)
+class Load:
+    """A load in progress, and how many requests wait for it: each of them becomes a user of the resident.
+
+    `waits_for_others`: for its turn, or for a slot.
+    """
+
+    folder: AdapterFolder
+    waiters: int = 0
+    waits_for_others: bool = False
+    finished: asyncio.Event = field(default_factory=asyncio.Event)
+    resident: Resident | None = None
+    error: Exception | None = None
 
 
 class SlotTable:

@@ -8,17 +8,18 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from serve_app.adapter_folders import AdapterFolder, AdapterFolders, Signature
-from serve_app.adapter_slots import Resident, SlotTable
+from serve_app.adapter_slots import Load, Resident, SlotTable
 from serve_app.calls import AdapterInfo
 from serve_app.errors import ServeError
 from serve_app.refusals import refuse_as
 from serve_app.settings import AdapterSettings
+from serve_app.shared_calls import SharedCalls
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ FAILURE_KEPT_S = 2.0
 _ATTEMPTS_TO_READ = 3
 
 T = TypeVar("T")
+Described = list[tuple[Signature, AdapterInfo]]
 
 
 class AdapterModel(Protocol):
@@ -47,18 +49,6 @@ class LoadObserver(Protocol):
     def adapter_failed(self) -> None: ...
 
     def adapter_evicted(self) -> None: ...
-
-
-@dataclass(eq=False)
-class _Load:
-    """A load in progress, and how many requests wait for it: each of them becomes a user of the resident."""
-
-    folder: AdapterFolder
-    waiters: int = 0
-    waits_for_others: bool = False
-    finished: asyncio.Event = field(default_factory=asyncio.Event)
-    resident: Resident | None = None
-    error: Exception | None = None
 
 
 @dataclass(frozen=True)
@@ -94,9 +84,10 @@ class AdapterStore:
         self._model = model
         self._run_in_model_thread = run_in_model_thread
         self._observer = observer
-        self._folders = AdapterFolders(settings)
+        self._listers = ThreadPoolExecutor(1, thread_name_prefix="adapter-list")
+        self._look_into(settings)
         self._table = SlotTable(num_slots, lambda slot: self._spawn(self._empty(slot)), observer.adapter_evicted)
-        self._loads: dict[str, _Load] = {}
+        self._loads: dict[str, Load] = {}
         self._load_turns = asyncio.Semaphore(MAX_LOADS)
         self._failures: dict[str, _Failure] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -127,11 +118,11 @@ class AdapterStore:
 
     async def list(self) -> list[AdapterInfo]:
         """All adapters that may be served, sorted by id."""
-        return [self._with_state(*known) for known in await _in_thread(self._lookers, self._folders.describe_all)]
+        return [self._with_state(*known) for known in await self._listing.run("all", self._folders.describe_all)]
 
     def reconfigure(self, settings: AdapterSettings) -> None:
         """Other folders from the next request on."""
-        self._folders = AdapterFolders(settings)
+        self._look_into(settings)
         self._failures.clear()
         for adapter_id in self._table.ids():
             if not self._folders.allows(adapter_id) and (resident := self._table.get(adapter_id)):
@@ -150,27 +141,50 @@ class AdapterStore:
         """Let the threads end."""
         self._readers.shutdown(wait=False, cancel_futures=True)
         self._lookers.shutdown(wait=False, cancel_futures=True)
+        self._listers.shutdown(wait=False, cancel_futures=True)
+
+    def _look_into(self, settings: AdapterSettings) -> None:
+        self._folders = AdapterFolders(settings)
+        self._listing: SharedCalls[Described] = SharedCalls(self._listers)
 
     async def _acquire(self, adapter_id: str, deadline: float) -> Resident:
+        folder = await self._find(adapter_id)
+        load = self._loads.get(adapter_id)
         try:
-            folder = await _in_thread(self._lookers, partial(self._folders.find, adapter_id))
+            resident = await self._resident(folder, deadline)
+        except ServeError:
+            if load is None or load.folder.signature == folder.signature or not load.finished.is_set():
+                raise
+        else:
+            if load is None or resident.folder.signature == folder.signature:
+                return resident
+            self._table.release(resident)
+        # A load that was under way may have read an earlier version; one that begins after it has not.
+        return await self._resident(await self._find(adapter_id), deadline)
+
+    async def _find(self, adapter_id: str) -> AdapterFolder:
+        try:
+            return await _in_thread(self._lookers, partial(self._folders.find, adapter_id))
         except ServeError as error:
             if error.type == "adapter_not_found":
                 self._failures.pop(adapter_id, None)
                 if gone := self._table.get(adapter_id):
                     self._table.retire(gone)
             raise
-        resident = self._table.get(adapter_id)
+
+    async def _resident(self, folder: AdapterFolder, deadline: float) -> Resident:
+        """One more user of what is in a slot, or of what is loaded; an earlier version if this one is unusable."""
+        resident = self._table.get(folder.id)
         if resident is not None and resident.folder.signature == folder.signature:
             return self._table.use(resident)
         try:
             # A broken folder that many ask for is not read for each of them.
-            failure = self._failures.get(adapter_id)
-            if failure is not None and time.monotonic() < failure.until:
+            failure = self._failures.get(folder.id)
+            if failure and failure.signature == folder.signature and time.monotonic() < failure.until:
                 raise ServeError("invalid_adapter", failure.message, 1.0)
             return await self._join_load(folder, deadline)
         except ServeError as error:
-            earlier = self._table.get(adapter_id)
+            earlier = self._table.get(folder.id)
             if earlier is None or error.type != "invalid_adapter":
                 raise
             return self._table.use(earlier)
@@ -178,7 +192,7 @@ class AdapterStore:
     async def _join_load(self, folder: AdapterFolder, deadline: float) -> Resident:
         load = self._loads.get(folder.id)
         if load is None:
-            load = self._loads[folder.id] = _Load(folder)
+            load = self._loads[folder.id] = Load(folder)
             self._spawn(self._load(load))
         load.waiters += 1
         try:
@@ -195,20 +209,20 @@ class AdapterStore:
             raise load.error.with_traceback(None)
         return load.resident
 
-    def _leave(self, load: _Load) -> None:
+    def _leave(self, load: Load) -> None:
         """Of a request that waits no longer; the load goes on, or has finished in this moment."""
         if load.resident is not None:
             self._table.release(load.resident)
         else:
             load.waiters -= 1
 
-    def _too_late(self, load: _Load) -> ServeError:
+    def _too_late(self, load: Load) -> ServeError:
         if load.waits_for_others:
             message = f"all {self._table.num_slots} adapter slots are in use: try again later"
             return ServeError("overloaded", message, 1.0)
         return ServeError("timeout", f"adapter {load.folder.id!r} was not loaded in time: try again", 1.0)
 
-    async def _load(self, load: _Load) -> None:
+    async def _load(self, load: Load) -> None:
         """From disk to a slot; outlives the requests that wanted it."""
         try:
             load.waits_for_others = True

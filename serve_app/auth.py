@@ -10,8 +10,8 @@ from starlette.datastructures import Headers
 
 from sam3lora.errors import UserError
 
-GUARDED_PREFIX = "/v1/"
-GUARDED_PATHS = ("/metrics",)
+OPEN_PATHS = frozenset(("/", "/docs", "/openapi.json", "/healthz", "/readyz"))
+OPEN_PREFIX = "/static/"
 
 
 def keys_from_environment(variable: str) -> tuple[bytes, ...]:
@@ -27,9 +27,13 @@ def keys_from_environment(variable: str) -> tuple[bytes, ...]:
     return keys
 
 
-def is_guarded(path: str) -> bool:
-    """Whether a path wants a key, if there are any."""
-    return path.startswith(GUARDED_PREFIX) or path in GUARDED_PATHS
+def is_open(route_path: str) -> bool:
+    """Whether a path wants no key even if there are some; every other one does.
+
+    Args:
+        route_path: Without the prefix under which the service is mounted, as routes see it.
+    """
+    return route_path in OPEN_PATHS or route_path.startswith(OPEN_PREFIX)
 
 
 def is_allowed(headers: Headers, keys: Sequence[bytes]) -> bool:

@@ -23,6 +23,7 @@ from serve_app.errors import ServeError
 from serve_app.settings import ServeSettings
 
 SURVEY_TIMEOUT_S = 5.0  # for questions that every replica answers from memory
+PATIENCE_S = 3.0  # until such a question finds a replica
 RETRY_AFTER_S = 2.0
 _NO_REPLICA = (DeploymentUnavailableError, ReplicaUnavailableError)
 _REPLICA_FAILED = (
@@ -121,12 +122,20 @@ class ServeBackend:
 
     async def _survey(self, method: str) -> list[Any]:
         """The answers of all replicas; of those that fail or are late, none."""
-        try:
-            answers = await self._handle.broadcast(method).results_async(
-                timeout_s=SURVEY_TIMEOUT_S, return_exceptions=True
-            )
-        except (TimeoutError, *_NO_REPLICA, *_REPLICA_FAILED):
-            return []
+        patience = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                answers = await self._handle.broadcast(method).results_async(
+                    timeout_s=SURVEY_TIMEOUT_S, return_exceptions=True
+                )
+                break
+            except (TimeoutError, *_REPLICA_FAILED):
+                return []
+            except _NO_REPLICA:
+                # Serve takes a replica out of its list while it takes over a new user_config.
+                if time.monotonic() > patience:
+                    return []
+                await asyncio.sleep(0.05)
         return [answer for answer in answers if not isinstance(answer, BaseException) or isinstance(answer, ServeError)]
 
 

@@ -7,14 +7,12 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
-import torch
-
-from sam3lora.infer.mixed_batch import is_out_of_memory
+from sam3lora.infer.device_errors import is_out_of_memory
 from serve_app.errors import ServeError
+from serve_app.model_thread import ModelThread
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +60,8 @@ class Batcher(Generic[Item, Result]):
 
     Args:
         run: Computes a batch in the model thread: a result or an exception for each item. What it raises goes to every
-            item, except when memory runs out: then the batch is tried again in halves.
+            item, except when memory runs out: then the batch is tried again in halves. An error of the device must be
+            raised: nothing is run after it.
         max_rows: Most rows of a batch; a larger item is a batch of its own.
         max_queued: Items that may wait.
         overload_type: Type of the `ServeError` for one item more.
@@ -86,14 +85,13 @@ class Batcher(Generic[Item, Result]):
         self._overload_type = overload_type
         self._free_memory = free_memory
         self._observer = observer
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._thread = ModelThread()
         self._waiting: deque[_Waiting[Item, Result]] = deque()
         self._jobs: deque[_Job] = deque()
         self._draining: asyncio.Task[None] | None = None
         self._closed = False
-        self._busy_since: float | None = None
+        self._paused = False
         self._seconds_per_item = 0.0
-        self._device_error: Exception | None = None
 
     @property
     def queue_length(self) -> int:
@@ -103,22 +101,30 @@ class Batcher(Generic[Item, Result]):
     @property
     def busy_s(self) -> float:
         """Seconds since the model thread began what it is doing; 0 when it is idle."""
-        since = self._busy_since
-        return 0.0 if since is None else time.monotonic() - since
+        return self._thread.busy_s
 
     @property
     def device_error(self) -> Exception | None:
         """What made the device useless for this process, such as a failed CUDA kernel."""
-        return self._device_error
+        return self._thread.device_error
+
+    def pause(self) -> None:
+        """Begin no batch until `resume`; other work in the model thread goes on."""
+        self._paused = True
+
+    def resume(self) -> None:
+        """Go on with what waits."""
+        self._paused = False
+        if self._waiting:
+            self._start_draining()
 
     def check_room(self, coming: int = 0) -> None:
         """Whether one more item may wait, when `coming` others are about to.
 
         Raises:
-            ServeError: The queue is full, or closed.
+            ServeError: The queue is full or closed, or the device failed.
         """
-        if self._closed:
-            raise ServeError("not_ready", "this replica is shutting down: send the request again", 1.0)
+        self._check_alive()
         waiting = len(self._waiting) + coming
         if waiting >= self._max_queued:
             raise ServeError(
@@ -131,7 +137,8 @@ class Batcher(Generic[Item, Result]):
         """Wait for the item's turn and its result; an item whose caller is cancelled is not computed.
 
         Raises:
-            ServeError: The queue is full or closed, the time is up, or memory ran out for this item alone.
+            ServeError: The queue is full or closed, the time is up, the device failed, or memory ran out for this item
+                alone.
             Exception: What `run` gave for the item.
         """
         self.check_room()
@@ -151,9 +158,8 @@ class Batcher(Generic[Item, Result]):
                 self._waiting.remove(waiting)
 
     async def run_in_model_thread(self, fn: Callable[[], Any]) -> Any:
-        """Run `fn` between two batches, ahead of those that wait."""
-        if self._closed and self._draining is None:
-            raise ServeError("not_ready", "this replica is shutting down: send the request again", 1.0)
+        """Run `fn` between two batches, ahead of those that wait; once more if memory runs out."""
+        self._check_alive(closing=self._draining is None)
         job = _Job(fn, asyncio.get_running_loop().create_future())
         self._jobs.append(job)
         self._start_draining()
@@ -161,11 +167,12 @@ class Batcher(Generic[Item, Result]):
 
     def run_at_start(self, fn: Callable[[], Any]) -> Any:
         """Run `fn` in the model thread and block until it is done; before anything is submitted."""
-        return self._thread.submit(fn).result()
+        return self._thread.run_at_start(fn)
 
     async def close(self) -> None:
         """Refuse what comes, finish what waits."""
         self._closed = True
+        self.resume()
         while self._draining is not None:
             await asyncio.wait([self._draining])
         self.stop()
@@ -173,7 +180,13 @@ class Batcher(Generic[Item, Result]):
     def stop(self) -> None:
         """Let the model thread end after what it is doing."""
         self._closed = True
-        self._thread.shutdown(wait=False)
+        self._thread.stop()
+
+    def _check_alive(self, closing: bool = True) -> None:
+        if self.device_error is not None:
+            raise ServeError("replica_failed", "the device of this replica failed: send the request again", 2.0)
+        if self._closed and closing:
+            raise ServeError("not_ready", "this replica is shutting down: send the request again", 1.0)
 
     def _retry_after_s(self, waiting: int) -> float:
         return max(1.0, waiting * self._seconds_per_item)
@@ -184,11 +197,12 @@ class Batcher(Generic[Item, Result]):
 
     async def _drain(self) -> None:
         try:
-            while self._jobs or self._waiting:
+            while self._jobs or (self._waiting and not self._paused):
                 if self._jobs:
                     await self._do(self._jobs.popleft())
                 elif batch := self._next_batch():
                     await self._compute(batch)
+                    await asyncio.sleep(0)  # who has its result now may pause the next batch
         finally:
             self._draining = None
 
@@ -196,7 +210,7 @@ class Batcher(Generic[Item, Result]):
         if job.future.cancelled():
             return
         try:
-            result = await self._in_thread(job.run)
+            result = await self._thread.run(lambda: self._run_or_free(job.run))
         except Exception as error:
             if not job.future.done():
                 job.future.set_exception(error)
@@ -226,7 +240,7 @@ class Batcher(Generic[Item, Result]):
             self._observer.batch_started(sum(waiting.rows for waiting in batch), waited_s)
         results: Sequence[Result | Exception]
         try:
-            results = await self._in_thread(lambda: self._run_or_halve([waiting.item for waiting in batch]))
+            results = await self._thread.run(lambda: self._run_or_halve([waiting.item for waiting in batch]))
         except Exception as error:
             results = [error] * len(batch)
         ran_s = time.monotonic() - started
@@ -242,22 +256,28 @@ class Batcher(Generic[Item, Result]):
             else:
                 waiting.future.set_result(Outcome(result, seconds, ran_s))
 
-    async def _in_thread(self, fn: Callable[[], Any]) -> Any:
-        self._busy_since = time.monotonic()
+    def _run_or_free(self, fn: Callable[[], Any]) -> Any:
+        """In the model thread. A second attempt if memory runs out, with all that can be had."""
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, fn)
-        finally:
-            self._busy_since = None
+            return fn()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        self._make_room("work beside the batches")
+        return fn()
+
+    def _make_room(self, wanted_for: str) -> None:
+        if self._observer is not None:
+            self._observer.out_of_memory()
+        logger.warning("out of memory with %s: caches are emptied", wanted_for)
+        self._free_memory()
 
     def _run_or_halve(self, items: list[Item]) -> Sequence[Result | Exception]:
         """In the model thread. A single item gets a second attempt, with all the memory that can be had."""
         results = self._attempt(items)
         if results is not None:
             return results
-        if self._observer is not None:
-            self._observer.out_of_memory()
-        logger.warning("out of memory with %d requests in a batch: caches are emptied", len(items))
-        self._free_memory()
+        self._make_room(f"{len(items)} requests in a batch")
         if len(items) > 1:
             half = len(items) // 2
             return [*self._run_or_halve(items[:half]), *self._run_or_halve(items[half:])]
@@ -269,6 +289,8 @@ class Batcher(Generic[Item, Result]):
 
     def _attempt(self, items: list[Item]) -> Sequence[Result | Exception] | None:
         """None when memory ran out; the exception, whose traceback holds tensors, is gone by then."""
+        if self.device_error is not None:
+            return [self.device_error] * len(items)
         try:
             results = self._run(items)
             if len(results) != len(items):
@@ -277,12 +299,8 @@ class Batcher(Generic[Item, Result]):
         except Exception as error:
             if is_out_of_memory(error):
                 return None
-            if isinstance(error, _DEVICE_ERRORS):
-                self._device_error = error
+            self._thread.note(error)
             return [error] * len(items)
-
-
-_DEVICE_ERRORS = (torch.AcceleratorError,) if hasattr(torch, "AcceleratorError") else ()
 
 
 def _too_late() -> ServeError:

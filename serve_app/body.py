@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +16,9 @@ from starlette.requests import Request
 from serve_app.errors import ServeError
 
 _MAX_FIELDS = 8  # parts or parameters that are looked at before they are refused by name
-_MAX_FIELD_BYTES = 1 << 18
-_BIG_JSON = 1 << 16  # bytes from which parsing goes to a thread
+MAX_JSON_BYTES = 1 << 18  # of a request, without its image
+_BIG_JSON = 1 << 14  # bytes from which parsing goes to a thread
+_IMAGE_BASE64 = re.compile(rb'"image_base64"\s*+:\s*+"((?:[^"\\]++|\\.)*+)', re.DOTALL)
 _LISTS = ("prompts", "boxes")
 _WAYS = (
     "multipart/form-data with a file `image` and a field `request`, application/json with image_base64 or image_id, or "
@@ -55,9 +57,7 @@ async def read_request(request: Request, max_bytes: int) -> Received:
     if kind == "multipart/form-data":
         return await _read_multipart(request, max_bytes)
     if kind == "application/json":
-        body = await _read_all(request, max_bytes)
-        parsed = await asyncio.to_thread(parse_json, body) if len(body) > _BIG_JSON else parse_json(body)
-        return Received(parsed)
+        return Received(await _parse(await _read_all(request, max_bytes)))
     if is_raw:
         fields = _query_fields(request)
         return Received(fields, image=await _read_all(request, max_bytes), is_text=True)
@@ -69,8 +69,10 @@ def parse_json(body: bytes | str) -> dict[str, Any]:
     """A JSON object without repeated names, NaN or Infinity.
 
     Raises:
-        ServeError: `malformed_body`, or `invalid_request` for a repeated name.
+        ServeError: `malformed_body`, `body_too_large`, or `invalid_request` for a repeated name.
     """
+    if isinstance(body, bytes):
+        _check_json_size(body)
     try:
         parsed = json.loads(body, object_pairs_hook=_once, parse_constant=_no_constant)
     except RecursionError:
@@ -83,6 +85,19 @@ def parse_json(body: bytes | str) -> dict[str, Any]:
     if not isinstance(parsed, dict):
         raise ServeError("invalid_request", "expected a JSON object {...}")
     return parsed
+
+
+async def _parse(body: bytes | str) -> dict[str, Any]:
+    return await asyncio.to_thread(parse_json, body) if len(body) > _BIG_JSON else parse_json(body)
+
+
+def _check_json_size(body: bytes) -> None:
+    """Texts are cheap to parse, but millions of small values are not: all but the image must be short."""
+    if len(body) > MAX_JSON_BYTES:
+        image = _IMAGE_BASE64.search(body)
+        if len(body) - (len(image[1]) if image else 0) > MAX_JSON_BYTES:
+            message = f"expected at most {MAX_JSON_BYTES} bytes of JSON besides image_base64: ask in parts"
+            raise ServeError("body_too_large", message)
 
 
 def _check_headers(request: Request, max_bytes: int) -> None:
@@ -110,7 +125,7 @@ class _MultiPart(MultiPartParser):
     """Starlette's parser; files stay in memory, and a body that breaks off is told from a whole one."""
 
     def __init__(self, headers: Headers, stream: AsyncGenerator[bytes, None], max_bytes: int) -> None:
-        limits = {"max_files": _MAX_FIELDS, "max_fields": _MAX_FIELDS, "max_part_size": _MAX_FIELD_BYTES}
+        limits = {"max_files": _MAX_FIELDS, "max_fields": _MAX_FIELDS, "max_part_size": MAX_JSON_BYTES}
         super().__init__(headers, stream, **limits)
         self.spool_max_size = max_bytes + 1
         self.is_whole = False
@@ -141,11 +156,11 @@ async def _read_multipart(request: Request, max_bytes: int) -> Received:
         if isinstance(image, str):
             raise ServeError("invalid_request", "the part image must be a file: give it a filename")
         if isinstance(fields, UploadFile):
-            if (fields.size or 0) > _MAX_FIELD_BYTES:
-                raise ServeError("malformed_body", f"the part request is larger than {_MAX_FIELD_BYTES} bytes")
-            parsed = parse_json(await fields.read())
+            if (fields.size or 0) > MAX_JSON_BYTES:
+                raise ServeError("malformed_body", f"the part request is larger than {MAX_JSON_BYTES} bytes")
+            parsed = await _parse(await fields.read())
         else:
-            parsed = parse_json(fields)
+            parsed = await _parse(fields)
         return Received(parsed, image=None if image is None else await image.read())
     finally:
         await form.close()
@@ -176,9 +191,11 @@ def _box(text: str) -> dict[str, Any]:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ServeError("invalid_request", f"{twice[:60]!a} is given twice")
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise ServeError("invalid_request", f"{name[:60]!a} is given twice")
+            seen.add(name)
     return found
 
 

@@ -12,19 +12,21 @@ import traceback
 import uuid
 from collections.abc import Sequence
 
+from starlette._utils import get_route_path  # the one that routes are matched by
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve_app.auth import is_allowed, is_guarded
+from serve_app.auth import is_allowed, is_open
 from serve_app.errors import ServeError
 from serve_app.metrics import IngressMetrics
 
 logger = logging.getLogger(__name__)
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_SENT_BY_SERVE = re.compile(r"[ -~]{1,200}")  # of what Serve sends back, which is whatever came
 SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -41,7 +43,8 @@ class Envelope:
         keys: API keys; none lets everyone in.
         metrics: Where requests are counted.
         routes: Paths that are counted by name.
-        sends_request_id: Whether to send the header `X-Request-ID`; Ray Serve does so by itself.
+        sends_request_id: Whether to send the header `X-Request-ID`. Ray Serve does so by itself, with the client's
+            header as it came; then that is the request's id.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class Envelope:
         sends_request_id: bool = True,
     ) -> None:
         self._sends_request_id = sends_request_id
+        self._accepted_id = _REQUEST_ID if sends_request_id else _SENT_BY_SERVE
         self._app = app
         self._keys = keys
         self._metrics = metrics
@@ -64,9 +68,10 @@ class Envelope:
             await self._app(scope, receive, send)
             return
         started_s = time.monotonic()
+        path = get_route_path(scope)
         headers = Headers(scope=scope)
         request_id = headers.get("x-request-id", "")
-        if not _REQUEST_ID.fullmatch(request_id):
+        if not self._accepted_id.fullmatch(request_id):
             request_id = uuid.uuid4().hex
         state = {**scope.get("state", {}), "request_id": request_id, "started_s": started_s, "outcome": "ok"}
         is_head = scope["method"] == "HEAD"
@@ -89,7 +94,7 @@ class Envelope:
         self._metrics.in_flight.inc()
         try:
             try:
-                if is_guarded(scope["path"]) and not is_allowed(headers, self._keys):
+                if not is_open(path) and not is_allowed(headers, self._keys):
                     raise ServeError("unauthorized", "expected an API key: send Authorization: Bearer KEY or X-API-Key")
                 await self._app(scope, receive, send_with_headers)
             except ServeError as error:
@@ -108,7 +113,7 @@ class Envelope:
             pass
         finally:
             self._metrics.in_flight.dec()
-            self._metrics.finished(self._route(scope["path"]), state["outcome"], time.monotonic() - started_s)
+            self._metrics.finished(self._route(path), state["outcome"], time.monotonic() - started_s)
 
     def _route(self, path: str) -> str:
         if path in self._routes:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import cv2
@@ -24,21 +23,28 @@ def is_quick(results: Sequence[Instances], masks: MaskFormat) -> bool:
     return masks in ("rle", "none") and sum(len(found) for found in results) <= _FEW
 
 
-def encode_results(results: Sequence[Instances], masks: MaskFormat, *, deadline_s: float | None = None) -> str:
+def is_costly(masks: MaskFormat) -> bool:
+    """Whether a mask may take a second, which one of a large image does when its pixels are drawn."""
+    return masks in ("polygon", "png")
+
+
+def encode_results(
+    results: Sequence[Instances], masks: MaskFormat, *, is_over: Callable[[], bool] = lambda: False
+) -> str:
     """The field `results` of a response as JSON text.
 
     Args:
         results: One for each prompt, with masks unless these are "none".
         masks: Their form.
-        deadline_s: Time of `time.monotonic` after which nobody waits for it.
+        is_over: Whether nobody waits for it any more; asked before every mask.
 
     Raises:
-        TimeoutError: The deadline has passed.
+        TimeoutError: It is over.
     """
-    return json.dumps([_result(found, masks, deadline_s) for found in results], separators=(",", ":"))
+    return json.dumps([_result(found, masks, is_over) for found in results], separators=(",", ":"))
 
 
-def _result(found: Instances, masks: MaskFormat, deadline_s: float | None) -> dict[str, Any]:
+def _result(found: Instances, masks: MaskFormat, is_over: Callable[[], bool]) -> dict[str, Any]:
     boxes = found.boxes_xyxy.tolist()
     detections: list[dict[str, Any]] = [
         {"score": round(score, 6), "box_xyxy": [round(value, 2) for value in box]}
@@ -46,7 +52,7 @@ def _result(found: Instances, masks: MaskFormat, deadline_s: float | None) -> di
     ]
     if masks != "none":
         for detection, rle in zip(detections, found.masks, strict=True):
-            if deadline_s is not None and time.monotonic() > deadline_s:
+            if is_over():
                 raise TimeoutError
             detection["area_px"] = rle_area_px(rle)
             detection["mask"] = _mask(rle, masks)

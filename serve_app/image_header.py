@@ -7,13 +7,13 @@ import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from PIL import ExifTags, Image
+from PIL import Image
 
+from sam3lora.data.images import exif_orientation
 from serve_app.errors import ServeError
 
 _TURNED = frozenset((5, 6, 7, 8))  # EXIF orientations that exchange width and height
 _SAME_FORMAT = {"MPO": "JPEG"}  # a phone's JPEG with previews behind it
-_EXIF_MARKS = (b"eXIf", b"Raw profile type")  # in a PNG; without one Pillow would decode it all to look for the end
 
 Image.init()
 warnings.filterwarnings("ignore", module=r"PIL\.")  # what it warns of, our errors say
@@ -46,9 +46,7 @@ def read_header(data: bytes, *, formats: Sequence[str], max_megapixels: float) -
             if width * height > max_megapixels * 1e6:
                 raise _too_large(f"has {width} x {height} pixels", max_megapixels)
             format = _SAME_FORMAT.get(str(image.format), str(image.format))
-            if format == "PNG" and not any(mark in data for mark in _EXIF_MARKS):
-                return ImageHeader(format, (height, width))
-            turned = format != "TIFF" and _orientation(image) in _TURNED  # Pillow and OpenCV turn TIFF by themselves
+            turned = exif_orientation(image, data) in _TURNED
             return ImageHeader(format, (width, height) if turned else (height, width))
     except Image.DecompressionBombError:
         raise _too_large("has too many pixels", max_megapixels) from None
@@ -61,13 +59,6 @@ def read_header(data: bytes, *, formats: Sequence[str], max_megapixels: float) -
         found = f"is {claimed}" if claimed else "is of no known format"
         message = f"the image {found}; expected {', '.join(formats)}: convert it first"
         raise ServeError("unsupported_image", message) from None
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # damaged EXIF data says nothing
-        return 1
 
 
 def _claimed_format(data: bytes) -> str | None:

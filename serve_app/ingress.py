@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
+import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -17,14 +21,16 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from sam3lora import __version__
+from sam3lora.infer.values import Instances
 from serve_app.auth import keys_from_environment
 from serve_app.body import read_request
 from serve_app.envelope import Envelope, on_http_exception
 from serve_app.errors import ServeError
-from serve_app.formats import encode_results, is_quick
+from serve_app.formats import encode_results, is_costly, is_quick
 from serve_app.metrics import CONTENT_TYPE, IngressMetrics, merge
 from serve_app.openapi import TITLE, describe, operation
 from serve_app.requests import IMAGE_ID_PREFIX, check_segment, check_upload, to_call
+from serve_app.schemas import MaskFormat
 from serve_app.settings import ServeSettings
 from serve_app.web import add_pages
 
@@ -72,6 +78,8 @@ class _Routes:
         self._metrics = metrics
         self._name = f"ingress-{uuid.uuid4().hex[:8]}"
         self._num_in_flight = 0
+        # Apart from the threads that check requests, so that masks of large images do not hold up everyone.
+        self._mask_threads = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="masks")
 
     async def segment(self, request: Request) -> Response:
         limits = self._limits
@@ -84,12 +92,7 @@ class _Routes:
             call = to_call(asked, image, _left(deadline_s))
             reply = _value(await _while_connected(request, self._backend.segment(call)))
             stages.end("segmenter")
-            if is_quick(reply.results, asked.masks):
-                results = encode_results(reply.results, asked.masks)
-            else:
-                results = await asyncio.to_thread(
-                    encode_results, reply.results, asked.masks, deadline_s=deadline_s + GRACE_S
-                )
+            results = await self._format(request, reply.results, asked.masks, deadline_s + GRACE_S)
             stages.end("format")
         height, width = reply.size_hw
         head = {
@@ -136,6 +139,19 @@ class _Routes:
         texts = {self._name: self._metrics.text(), **await self._backend.metrics()}
         return Response(await asyncio.to_thread(merge, texts), media_type=CONTENT_TYPE)
 
+    async def _format(
+        self, request: Request, results: Sequence[Instances], masks: MaskFormat, deadline_s: float
+    ) -> str:
+        if is_quick(results, masks):
+            return encode_results(results, masks)
+        gone = threading.Event()
+        encode = partial(encode_results, results, masks, is_over=lambda: gone.is_set() or time.monotonic() > deadline_s)
+        threads = self._mask_threads if is_costly(masks) else None
+        try:
+            return await _while_connected(request, asyncio.get_running_loop().run_in_executor(threads, encode))
+        finally:
+            gone.set()
+
     @contextlib.asynccontextmanager
     async def _admitted(self, request: Request) -> AsyncIterator[float]:
         """Bounds how many requests are worked on, and for how long; gives the time by which to answer.
@@ -177,7 +193,7 @@ class _Stages:
         return {stage: round(ms, 3) for stage, ms in (self._ended | inner_ms | {"total": total_ms}).items()}
 
 
-async def _while_connected(request: Request, answer: Coroutine[Any, Any, T]) -> T:
+async def _while_connected(request: Request, answer: Awaitable[T]) -> T:
     """Await an answer; cancel it when the client goes away.
 
     Raises:

@@ -14,6 +14,8 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.responses import PlainTextResponse
 
+from serve_app.auth import is_open
+from serve_app.body import MAX_JSON_BYTES
 from serve_app.errors import STATUS_OF
 from serve_app.schemas import (
     AdapterList,
@@ -74,7 +76,7 @@ def describe(api: FastAPI, limits: Limits) -> None:
         }
         for path, methods in document["paths"].items():
             for method in methods.values():
-                if path.startswith("/v1/") or path == "/metrics":
+                if not is_open(path):
                     method["security"] = [{"bearer": []}, {"key": []}, {}]
         return document
 
@@ -161,7 +163,8 @@ def _segment_body() -> dict[str, Any]:
     }
     return {
         "required": True,
-        "description": "Multipart, JSON, or a raw image with the request in query parameters.",
+        "description": "Multipart, JSON, or a raw image with the request in query parameters. JSON has at most "
+        f"{MAX_JSON_BYTES} bytes besides image_base64.",
         "content": {
             "application/json": {
                 "schema": request,

@@ -17,13 +17,15 @@ from weakref import WeakValueDictionary
 import torch
 
 from sam3lora.errors import UserError
+from sam3lora.infer.device_errors import is_device_error, is_out_of_memory
 from sam3lora.infer.image_cache import PreparedImage
-from sam3lora.infer.mixed_batch import Answer, MixedBatchSegmenter, Question, is_out_of_memory
+from sam3lora.infer.mixed_batch import Answer, MixedBatchSegmenter, Question
 from sam3lora.infer.segmenter import relative_cxcywh
 from serve_app.adapter_store import AdapterStore
 from serve_app.batcher import Batcher
 from serve_app.calls import AdapterInfo, ImageFile, ImageReply, SegmentCall, SegmentReply
 from serve_app.errors import ServeError
+from serve_app.mask_encoder import MaskEncoder
 from serve_app.metrics import ReplicaMetrics, StageClock
 from serve_app.refusals import refuse_as
 from serve_app.settings import AdapterSettings, ServeSettings
@@ -68,10 +70,12 @@ class Segmenter:
         )
         threads = min(8, max(2, os.cpu_count() or 2))
         self._decoders = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-        self._encoders = ThreadPoolExecutor(threads, thread_name_prefix="encode")
         self._decoding: SharedCalls[PreparedImage] = SharedCalls(self._decoders)
         self._prepared: WeakValueDictionary[str, PreparedImage] = WeakValueDictionary()
         self._engine = engine or self._batcher.run_at_start(lambda: _build_engine(settings))
+        self._encoder = MaskEncoder(
+            self._engine.finish, threads=threads, pause=self._batcher.pause, resume=self._batcher.resume
+        )
         self._store = AdapterStore(
             self._engine,
             self._batcher.run_in_model_thread,
@@ -154,7 +158,7 @@ class Segmenter:
     def _stop(self) -> None:
         self._store.close()
         self._decoders.shutdown(wait=False, cancel_futures=True)
-        self._encoders.shutdown(wait=False, cancel_futures=True)
+        self._encoder.close()
 
     async def _answered(self, work: Awaitable[T]) -> T | ServeError:
         """The only place where an exception becomes an answer."""
@@ -169,6 +173,8 @@ class Segmenter:
             if is_out_of_memory(error):
                 return ServeError("out_of_memory", "memory ran out: try again later", 1.0)
             _log(error)
+            if is_device_error(error):
+                return ServeError("replica_failed", "the device of this replica failed: send the request again", 2.0)
             return ServeError("internal", "this request failed for a reason that is not its own; it was logged")
         finally:
             self._ongoing -= 1
@@ -195,9 +201,7 @@ class Segmenter:
         clock.set("forward", outcome.ran_s)
         assert isinstance(outcome.result, Answer)
         if call.masks:
-            results = await asyncio.get_running_loop().run_in_executor(
-                self._encoders, self._engine.finish, outcome.result
-            )
+            results = await self._encoder.encode(outcome.result, deadline)
         else:
             results = self._engine.finish(outcome.result)
         clock.lap("masks")
@@ -215,14 +219,14 @@ class Segmenter:
 
     @contextmanager
     def _place_in_queue(self) -> Iterator[None]:
-        """Who is getting ready counts as waiting: too many are refused before anything is done for them.
+        """Who gets ready or has masks to be encoded counts as waiting: too many are refused before anything is done.
 
         Raises:
             ServeError: There is no room.
         """
         if self._closing:
             raise ServeError("not_ready", "this replica is shutting down: send the request again", 1.0)
-        self._batcher.check_room(coming=self._preparing)
+        self._batcher.check_room(coming=self._preparing + self._encoder.num_answers)
         self._preparing += 1
         try:
             yield
@@ -262,7 +266,7 @@ class Segmenter:
         try:
             self._engine.keep_image(image)
         except Exception as error:
-            if is_out_of_memory(error):
+            if is_out_of_memory(error) or is_device_error(error):
                 raise
             return error
         return image

@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, StringConstraints, ValidationError
 
 from serve_app.errors import ServeError
 from serve_app.settings import ADAPTER_ID_PATTERN
@@ -41,12 +41,14 @@ class Box(_Request):
 class SegmentRequest(_Request):
     """What to find, and how to answer. Prompts or a positive box are needed."""
 
-    prompts: list[str] = Field(
+    prompts: Annotated[list[str], FailFast()] = Field(
         default_factory=list,
         description="Short noun phrases; each is answered on its own.",
         examples=[["crack", "pothole"]],
     )
-    boxes: list[Box] = Field(default_factory=list, description="Examples of what is meant, for all prompts.")
+    boxes: Annotated[list[Box], FailFast()] = Field(
+        default_factory=list, description="Examples of what is meant, for all prompts."
+    )
     adapter: Annotated[str, StringConstraints(pattern=ADAPTER_ID_PATTERN)] | None = Field(
         None, description="Id of an adapter of GET /v1/adapters; null asks the base model."
     )

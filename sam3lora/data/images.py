@@ -26,7 +26,6 @@ cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # what it warn
 
 _DECODE_FLAGS = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
 _TURNED_BY_THE_DECODER = ("TIFF",)
-_PNG_EXIF_MARKS = (b"eXIf", b"Raw profile type")
 _MANY_FRAMES = ("GIF", "WEBP", "PNG", "TIFF", "AVIF")  # in a phone's JPEG further frames are previews and depth
 
 # Pillow warns from half of MAX_MEGAPIXELS on.
@@ -115,6 +114,44 @@ def read_size(path: str | Path) -> tuple[int, int]:
             return image.height, image.width
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ImageError(f"cannot read image {path}: {_reason(error)}") from None
+
+
+def exif_orientation(image: Image.Image, data: bytes) -> int:
+    """EXIF orientation, 1 to 8, that OpenCV has left to do; from 5 on height and width change places.
+
+    Args:
+        image: Opened from the data; it is not decoded.
+        data: The file.
+    """
+    if image.format in _TURNED_BY_THE_DECODER:
+        return 1
+    try:
+        if image.format == "PNG":
+            exif = png_exif(data)
+            if exif is not None:
+                image.info["exif"] = exif
+            elif "Raw profile type exif" not in image.info:
+                return 1
+            found = Image.Image.getexif(image)  # PNG's own decodes the picture to look behind it
+        else:
+            found = image.getexif()
+        orientation = found.get(ExifTags.Base.Orientation, 1)
+        return orientation if orientation in range(1, 9) else 1
+    except Exception:  # damaged EXIF data, which ends in errors of many kinds, says nothing
+        return 1
+
+
+def png_exif(data: bytes) -> bytes | None:
+    """EXIF data of a PNG file, which may stand before or behind the pixels; None if there is none."""
+    start = 8
+    while start + 8 <= len(data):
+        num_bytes, kind = struct.unpack_from(">I4s", data, start)
+        if kind == b"eXIf":
+            return data[start + 8 : start + 8 + num_bytes]
+        if kind == b"IEND":
+            break
+        start += num_bytes + 12
+    return None
 
 
 def resize_image(image: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
@@ -211,15 +248,8 @@ def _read_header(data: bytes, name: str) -> _Header:
 
 
 def _orientation(data: bytes) -> int:
-    """EXIF orientation, 1 to 8, that the decoder has left to do; from 5 on height and width change places."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.format == "PNG" and not any(mark in data for mark in _PNG_EXIF_MARKS):
-                return 1  # Pillow would decode it all to look for EXIF data behind the pixels
-            found = image.getexif().get(ExifTags.Base.Orientation, 1)
-            return found if image.format not in _TURNED_BY_THE_DECODER and found in range(1, 9) else 1
-    except (OSError, ValueError, SyntaxError, EOFError, KeyError, TypeError, struct.error):  # damaged EXIF data
-        return 1
+    with Image.open(io.BytesIO(data)) as image:
+        return exif_orientation(image, data)
 
 
 def _read_bytes(source: str | Path | bytes) -> bytes:

@@ -17,6 +17,7 @@ import torch
 from sam3lora.data.images import MAX_MEGAPIXELS, ImageError, read_image, resize_image
 from sam3lora.errors import UserError
 from sam3lora.infer.detect import to_instances
+from sam3lora.infer.device_errors import is_device_error, is_out_of_memory
 from sam3lora.infer.image_cache import PreparedImage
 from sam3lora.infer.mixed_features import BASE, FeatureSource, Resident
 from sam3lora.infer.mixed_forward import MixedForward, Row
@@ -32,7 +33,6 @@ from sam3lora.model.loading import LoadedBase, load_base
 __all__ = ["Answer", "MixedBatchSegmenter", "PreparedImage", "Question", "is_out_of_memory"]
 
 WARM_UP_KEY = "warm-up"
-_MEMORY_SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
 
 
 class MixedBatchSegmenter:
@@ -205,13 +205,14 @@ class MixedBatchSegmenter:
 
         Raises:
             torch.OutOfMemoryError, MemoryError: Together they take too much memory: ask fewer at a time.
+            RuntimeError: The device failed (`is_device_error`): no question can be answered any more.
         """
         answers: list[Answer | Exception | None] = [self._problem(question) for question in questions]
         possible = [number for number, problem in enumerate(answers) if problem is None]
         try:
             found: Sequence[Answer | Exception] = self._answer([questions[number] for number in possible])
         except Exception as error:
-            if is_out_of_memory(error):
+            if is_out_of_memory(error) or is_device_error(error):
                 raise
             if len(possible) == 1:
                 found = [error]
@@ -282,11 +283,3 @@ class MixedBatchSegmenter:
         half = self.precision == "bfloat16"
         with torch.inference_mode(), torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half):
             yield
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether less at a time may succeed. The CPU's allocator and CUDA's libraries raise a plain RuntimeError."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    words = str(error).lower()
-    return isinstance(error, RuntimeError) and any(sign in words for sign in _MEMORY_SIGNS)

@@ -35,6 +35,7 @@ from sam3lora.model.components import component_of, unwrap
 from sam3lora.model.fingerprint import fingerprint
 
 _PEFT_PREFIX = "base_model.model."
+_ATTEMPTS = 3  # to read a folder that is replaced meanwhile
 _FLOATING = {"F64", "F32", "F16", "BF16"}
 # What PEFT can do beyond LoRA and DoRA: each needs more than a low-rank product beside the base layer.
 _UNSUPPORTED = ("modules_to_save", "lora_bias", "target_parameters", "use_qalora")
@@ -125,10 +126,26 @@ def read_adapter_weights(
 
     Raises:
         UserError: the folder is incomplete, damaged or for another base, or the adapter does more than LoRA or DoRA on
-            Linear and Conv2d modules.
+            Linear and Conv2d modules; or the folder changed each time it was read.
     """
     folder = Path(folder)
-    before = _signature(folder)
+    for _ in range(_ATTEMPTS):
+        before = _signature(folder)
+        try:
+            weights = _read(folder, model, check_base, max_rank)
+        except UserError:
+            if _signature(folder) == before:
+                raise
+        except OSError as error:
+            if _signature(folder) == before:
+                raise UserError(f"{folder} cannot be read: {error.strerror}") from error
+        else:
+            if _signature(folder) == before:
+                return weights
+    raise UserError(f"{folder} changed while it was being read: try again")
+
+
+def _read(folder: Path, model: nn.Module, check_base: bool, max_rank: int | None) -> AdapterWeights:
     config = read_config(folder)
     _check_supported(config, folder)
     metadata = read_metadata(folder)
@@ -144,8 +161,6 @@ def read_adapter_weights(
     for name, target in targets.items():
         expected |= target.shapes(name, config.use_dora)
     tensors, version = _read_tensors(folder, expected)
-    if _signature(folder) != before:
-        raise UserError(f"{folder} changed while it was being read: try again")
     modules = {name: _fold(name, target, tensors, folder) for name, target in targets.items()}
     return AdapterWeights(
         modules=modules,
@@ -216,13 +231,16 @@ def _key(name: str, tensor: str) -> str:
     return f"{_PEFT_PREFIX}{name}.{tensor}"
 
 
-def _signature(folder: Path) -> list[tuple[int, int, int] | None]:
+def _signature(folder: Path) -> list[tuple[int, ...] | None]:
     """Changes when a file is replaced or written to."""
-    found: list[tuple[int, int, int] | None] = []
+    found: list[tuple[int, ...] | None] = []
     for name in (CONFIG_FILE, WEIGHTS_FILE, METADATA_FILE):
-        file = folder / name
-        stat = file.stat() if file.is_file() else None
-        found.append(stat and (stat.st_ino, stat.st_size, stat.st_mtime_ns))
+        try:
+            stat = (folder / name).stat()
+        except OSError:
+            found.append(None)
+        else:
+            found.append((stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
     return found
 
 

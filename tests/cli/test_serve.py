@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import serve_app
 from sam3lora.cli import main
 from sam3lora.cli import serve as serve_verb
 
-from ..serve_app.checked_load import Case, Load, send_all
+from ..serve_app.checked_load import Case, running_load, send_all
 from ..serve_app.ray_service import QUIET_ENVIRONMENT, STOP_S, get, wait_until
 from ..serve_app.small_service import IMAGES, SmallService, fields
 
@@ -144,11 +144,6 @@ class Served:
         wait_until(lambda: self.process.poll() is not None or get(f"{self.url}/readyz")[0] == 200)
         assert self.process.poll() is None, self.log.read_text()
 
-    def metric(self, name: str) -> float:
-        """Sum of a metric's samples."""
-        lines = get(f"{self.url}/metrics")[1].splitlines()
-        return sum(float(line.rpartition(" ")[2]) for line in lines if line.partition("{")[0] == name)
-
     def stop(self, number: signal.Signals) -> tuple[int, list[psutil.Process]]:
         """Exit status, and the processes that are left."""
         family = psutil.Process(self.process.pid).children(recursive=True)
@@ -171,23 +166,16 @@ def serving(settings: dict[str, Any], port: int, folder: Path, *options: str, **
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_requests_in_flight_are_finished_at_the_end(number, small, tmp_path):
-    settings = small.settings(limits={"max_prompts": 64}, batching={"max_rows": 8})
-    prompts = [f"crack {word}" for word in "abcdefghijklmnopqrstuvwxyz"[:16]]
-    asked = [Case(IMAGES[0], fields("towers", prompts=prompts, masks="none"))] * 6
-    load = Load()
-
-    def send() -> None:
-        load.samples += send_all(served.url, asked, clients=len(asked)).samples
-
-    with serving(settings, PORT + 1, tmp_path) as served:
+    with serving(small.settings(), PORT + 1, tmp_path) as served:
         served.wait_ready()
-        clients = threading.Thread(target=send)
-        clients.start()
-        wait_until(lambda: served.metric("sam3lora_requests_in_flight") > len(asked))  # and that of /metrics
-        status, left = served.stop(number)
-        clients.join()
-    # What they found is not compared here ("wrong" has status 200).
-    assert {sample.kind for sample in load.samples} == {"wrong"}, load.samples
+        with running_load(served.url, small.cases(), clients=6) as load:
+            load.wait_ok(30)
+            signalled = time.monotonic()
+            status, left = served.stop(number)
+    assert any(sample.began < signalled < sample.began + sample.seconds for sample in load.samples)
+    assert {sample.kind for sample in load.samples if sample.began < signalled} == {"ok"}
+    assert load.failures()  # of those that came too late
+    assert "wrong" not in load.kinds()
     assert get(f"{served.url}/healthz")[0] == 0
     assert (status, left) == (0, [])
     said = served.log.read_text()

@@ -391,6 +391,20 @@ def test_a_lack_of_memory_is_everyones(segmenter, images, monkeypatch, error):
     assert not is_out_of_memory(RuntimeError("shapes"))
 
 
+def test_a_failed_device_is_everyones_and_asked_once(segmenter, images, monkeypatch):
+    asked = []
+
+    def fail(self, rows):
+        asked.append(len(rows))
+        raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+    question = Question(segmenter.prepare_image(images[0], "image 0"), ("crack",), (), None, EVERY)
+    monkeypatch.setattr(MixedForward, "detect", fail)
+    with pytest.raises(torch.AcceleratorError):
+        segmenter.answer([question, question])
+    assert asked == [2]
+
+
 def test_bad_images(segmenter):
     for data, words in ((b"", "empty"), (b"GIF89a", "format"), (np.zeros((4, 4), np.uint8), "expected an image")):
         with pytest.raises(ImageError, match=words):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pickle
 import struct
 from copy import deepcopy
@@ -378,19 +379,76 @@ def test_missing_and_damaged_files(saved, tmp_path):
     refuse(saved, r"lacks adapter_config\.json")
 
 
-def test_a_folder_that_is_replaced_while_it_is_read(saved, tmp_path, monkeypatch):
-    # The configuration of one adapter with the weights of the next would be wrong unnoticed.
-    other, _ = save(small_base(), tmp_path / "next", r=2, lora_alpha=60, target_modules=["0", "2"])
+def replaced_while_read(saved, tmp_path, monkeypatch, times):
+    """The folder is replaced by an adapter of ten times the scaling after its configuration was read."""
+    others = [
+        save(small_base(), tmp_path / f"next {time}", r=2, lora_alpha=60, target_modules=["0", "2"])[0]
+        for time in range(times)
+    ]
     read = adapter_weights.read_config
 
     def replace_after(folder):
         config = read(folder)
-        for file in (CONFIG, WEIGHTS):
-            (other / file).rename(saved / file)
+        if others:
+            other = others.pop()
+            for file in (CONFIG, WEIGHTS):
+                (other / file).rename(saved / file)
         return config
 
     monkeypatch.setattr(adapter_weights, "read_config", replace_after)
+
+
+def test_a_folder_that_is_replaced_while_it_is_read_is_read_again(saved, tmp_path, monkeypatch):
+    # The configuration of one adapter with the weights of the next would be wrong unnoticed.
+    replaced_while_read(saved, tmp_path, monkeypatch, times=2)
+    found = read_adapter_weights(saved, small_base())
+    monkeypatch.undo()
+    expected = read_adapter_weights(saved, small_base())
+    tensors = load_file(saved / WEIGHTS)
+    assert torch.equal(found.modules["0"].up, 30 * tensors["base_model.model.0.lora_B.weight"])
+    assert found.version == expected.version
+
+
+def test_a_folder_that_is_replaced_all_the_time_is_refused(saved, tmp_path, monkeypatch):
+    replaced_while_read(saved, tmp_path, monkeypatch, times=10)
     refuse(saved, "changed while it was being read")
+
+
+def test_a_file_that_goes_between_two_looks_is_a_change(saved, tmp_path, monkeypatch):
+    # A folder is moved away, and a moment later another one takes its place.
+    other, _ = save(small_base(), tmp_path / "next", r=1, target_modules=["0"])
+    is_file = type(saved).is_file
+    looks = []
+
+    def goes_after(path):
+        found = is_file(path)
+        looks.append(path.name)
+        if len(looks) == 1:
+            saved.rename(tmp_path / "away")
+        elif other.exists() and path.name == WEIGHTS:
+            other.rename(saved)
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(saved), "is_file", goes_after)
+        weights = read_adapter_weights(saved, small_base())
+    assert weights.rank == 1
+
+
+def test_what_the_system_refuses_is_told(saved, monkeypatch):
+    def fail(folder):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(adapter_weights, "read_metadata", fail)
+    refuse(saved, "cannot be read: Permission denied")
+
+
+def test_a_file_that_was_written_and_dated_back_is_a_change(saved):
+    file = saved / WEIGHTS
+    before, found = file.stat(), adapter_weights._signature(saved)
+    while file.stat().st_ctime_ns == before.st_ctime_ns:  # the clock of a file system has steps
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert adapter_weights._signature(saved) != found
 
 
 def test_what_is_served_is_what_load_adapter_accepts(saved):

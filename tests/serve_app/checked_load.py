@@ -150,6 +150,8 @@ async def _clients(url: str, cases: Sequence[Case], clients: int, load: Load, st
             if stop is not None and stop.is_set():
                 return
             load.samples.append(await ask(session, url, case, number))
+            if load.samples[-1].kind == "broken connection":
+                await asyncio.sleep(0.05)  # nobody is there
 
     connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(total=CLIENT_S)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:

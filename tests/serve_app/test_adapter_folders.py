@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from serve_app import adapter_folders
 from serve_app.adapter_folders import AdapterFolders
 from serve_app.errors import ServeError
 from serve_app.settings import AdapterSettings
@@ -147,6 +148,16 @@ def test_the_signature_tells_versions_apart(root: Path):
     assert len(seen) == 5
 
 
+def test_the_signature_tells_a_file_that_was_written_and_dated_back(root: Path):
+    first = find(root, "cracks").signature
+    file = root / "cracks" / "adapter_model.safetensors"
+    before = file.stat()
+    while file.stat().st_ctime_ns == before.st_ctime_ns:  # the clock of a file system has steps
+        file.write_bytes(file.read_bytes()[::-1])
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert find(root, "cracks").signature != first
+
+
 def test_the_list_tells_what_files_say_and_what_is_wrong(root: Path):
     write_adapter(root, "broken")
     (root / "broken" / "adapter_model.safetensors").write_bytes(b"not safetensors")
@@ -156,7 +167,7 @@ def test_the_list_tells_what_files_say_and_what_is_wrong(root: Path):
     (root / "odd" / "adapter_config.json").write_text('{"peft_type": "IA3"}')
     write_adapter(root, ".hidden")
     (root / "no_adapter").mkdir()
-    (root / "link").symlink_to("../elsewhere/secret")
+    (root / "nowhere").symlink_to("../nothing")
 
     listed = [info for _, info in AdapterFolders(AdapterSettings(root=root)).describe_all()]
     assert [info.id for info in listed] == ["broken", "cracks", "half", "odd"]
@@ -168,6 +179,31 @@ def test_the_list_tells_what_files_say_and_what_is_wrong(root: Path):
     assert "lacks" in str(half.error)
     assert "LoRA" in str(odd.error)
     assert not any(str(root.parent) in str(info.error) for info in listed)
+
+
+def test_the_list_says_why_a_link_out_of_the_root_is_not_served(root: Path):
+    (root / "best").symlink_to("../elsewhere/secret")
+    (root / "parent").symlink_to("..")  # no adapter
+    folders = AdapterFolders(AdapterSettings(root=root))
+    best, cracks = (info for _, info in folders.describe_all())
+    assert (best.id, best.prompts, cracks.id, cracks.error) == ("best", (), "cracks", None)
+    assert "outside the root: copy the folder" in str(best.error)
+    assert str(root.parent) not in str(best.error)
+    assert not AdapterFolders(AdapterSettings(root=root, allowed=("other",))).describe_all()
+
+
+def test_whatever_a_damaged_folder_provokes_hides_no_other(root: Path, monkeypatch: pytest.MonkeyPatch):
+    write_adapter(root, "nested")
+    (root / "nested" / "adapter_config.json").write_text("[" * 100_000)
+    write_adapter(root, "odd")
+    read = adapter_folders.read_metadata
+    monkeypatch.setattr(adapter_folders, "read_metadata", lambda path: 1 / 0 if path.name == "odd" else read(path))
+    listed = [info for _, info in AdapterFolders(AdapterSettings(root=root)).describe_all()]
+    assert [(info.id, info.error) for info in listed] == [
+        ("cracks", None),
+        ("nested", "nested cannot be read: RecursionError"),
+        ("odd", "odd cannot be read: ZeroDivisionError"),
+    ]
 
 
 def test_the_list_follows_the_disk(root: Path):

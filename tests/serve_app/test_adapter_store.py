@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from sam3lora.errors import UserError
@@ -424,6 +425,82 @@ def test_a_folder_that_changes_while_it_is_read_is_read_again(root: Path):
         assert await asked == 13
 
     assert play(root, scene).model.reads["a"] == 2
+
+
+def test_who_comes_after_a_replacement_is_not_given_what_was_read_before(root: Path):
+    async def scene(stage: Stage) -> None:
+        async with stage.store.hold("b"):
+            first = asyncio.create_task(stage.value("a"))
+            while not (stage.model.reads["a"] and stage.store._loads["a"].waits_for_others):
+                await asyncio.sleep(0.001)
+            write_adapter(root, "a", 20)
+            second = asyncio.create_task(stage.value("a"))
+            while stage.store._loads["a"].waiters < 2:
+                await asyncio.sleep(0.001)
+        assert await second == 20
+        assert await first == 1
+        assert stage.store._table.get("a").users == 0  # type: ignore[union-attr]
+
+    assert play(root, scene, num_slots=1).model.reads["a"] == 2
+
+
+def test_who_comes_after_a_repair_is_not_refused_for_what_was_read_before(root: Path):
+    async def scene(stage: Stage) -> None:
+        read, has_read, go = stage.model.read_adapter, threading.Event(), threading.Event()
+
+        def read_and_wait(folder: Path) -> float:
+            try:
+                return read(folder)
+            finally:
+                has_read.set()
+                assert go.wait(LONG_S)
+
+        stage.model.read_adapter = read_and_wait  # type: ignore[method-assign]
+        (root / "a" / "adapter_model.safetensors").write_bytes(b"junk")
+        first = asyncio.create_task(stage.value("a"))
+        assert await asyncio.to_thread(has_read.wait, LONG_S)
+        write_adapter(root, "a", 20)
+        second = asyncio.create_task(stage.value("a"))
+        while stage.store._loads["a"].waiters < 2:
+            await asyncio.sleep(0.001)
+        go.set()
+        assert await second == 20
+        assert (await refused(first)).type == "invalid_adapter"
+
+    play(root, scene)
+
+
+def test_memory_for_a_slot_is_made(root: Path):
+    async def scene(stage: Stage) -> None:
+        stage.model.place_error = torch.OutOfMemoryError("CUDA out of memory")
+        stage.batcher._free_memory = lambda: setattr(stage.model, "place_error", None)
+        assert await stage.value("a") == 1
+
+    play(root, scene)
+
+
+def test_many_lists_at_once_are_one_and_hinder_no_request(root: Path):
+    async def scene(stage: Stage) -> None:
+        describe, go, calls = stage.store._folders.describe_all, threading.Event(), []
+
+        def slow() -> Any:
+            calls.append(threading.get_ident())
+            assert go.wait(LONG_S)
+            return describe()
+
+        stage.store._folders.describe_all = slow  # type: ignore[method-assign]
+        lists = [asyncio.create_task(stage.store.list()) for _ in range(40)]
+        while not calls:
+            await asyncio.sleep(0.001)
+        assert await stage.value("a") == 1
+        go.set()
+        for infos in await asyncio.gather(*lists):
+            assert [info.id for info in infos if info.resident] == ["a"]
+        assert len(calls) == 1
+        stage.store.reconfigure(AdapterSettings(root=root, allowed=("b",)))
+        assert [info.id for info in await stage.store.list()] == ["b"]
+
+    play(root, scene)
 
 
 def test_a_slot_that_could_not_be_filled_is_not_lost(root: Path):

@@ -16,7 +16,8 @@ import grpc
 import httpx2 as httpx
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError
-from ray.serve.exceptions import BackPressureError
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from serve_app.backend import ServeBackend
 from serve_app.calls import AdapterInfo, ImageFile, SegmentCall, SegmentReply
@@ -180,6 +181,18 @@ def test_replicas_are_asked_all():
         assert isinstance(none, ServeError)
         assert none.type == "not_ready"
         assert not await backend.ready()
+
+    asyncio.run(scenario())
+
+
+def test_a_question_to_all_waits_for_a_replica():
+    """Serve has none in its list while the only one takes over a new user_config."""
+    gone = DeploymentUnavailableError(DeploymentID("Segmenter"))
+    backend = ServeBackend(FakeHandle(gone, gone, [[AdapterInfo("a")]], gone, [("one", "text")]), ServeSettings())
+
+    async def scenario() -> None:
+        assert await backend.list_adapters() == [AdapterInfo("a")]
+        assert await backend.metrics() == {"one": "text"}
 
     asyncio.run(scenario())
 

@@ -349,6 +349,45 @@ def test_work_in_the_model_thread_that_fails_raises_to_its_caller_only():
     play(scene)
 
 
+def test_work_for_which_memory_runs_out_gets_a_second_attempt_with_all_memory():
+    happened: list[str] = []
+
+    async def scene(model: Model, batcher: Batcher[int, int]) -> None:
+        def work(fails: int) -> int:
+            happened.append("work")
+            if happened.count("work") <= fails:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return threading.get_ident()
+
+        assert await batcher.run_in_model_thread(lambda: work(1)) == freed[0]
+        assert happened == ["work", "free", "work"]
+        with pytest.raises(torch.OutOfMemoryError):
+            await batcher.run_in_model_thread(lambda: work(100))
+        assert happened == ["work", "free", "work"] * 2
+
+    def free() -> None:
+        happened.append("free")
+        freed.append(threading.get_ident())
+
+    freed: list[int] = []
+    play(scene, free_memory=free)
+
+
+def test_a_paused_model_begins_no_batch_until_it_goes_on():
+    async def scene(model: Model, batcher: Batcher[int, int]) -> None:
+        batcher.pause()
+        tasks = await queue(batcher, 1, 2)
+        (late,) = await queue(batcher, 3, timeout_s=0.01)
+        with pytest.raises(ServeError, match="timeout"):
+            await late
+        assert await batcher.run_in_model_thread(lambda: "work") == "work"
+        assert model.batches == []
+        batcher.resume()
+        assert await asyncio.gather(*tasks) == [2, 4]
+
+    assert play(scene).batches == [[1, 2]]
+
+
 def test_closing_answers_what_waits_and_refuses_what_comes():
     async def scene(model: Model, batcher: Batcher[int, int]) -> None:
         first = await occupy(model, batcher)
@@ -367,19 +406,48 @@ def test_closing_answers_what_waits_and_refuses_what_comes():
     assert play(scene).batches == [[0], [1, 2]]
 
 
-def test_a_failed_device_is_remembered():
-    if not hasattr(torch, "AcceleratorError"):
-        pytest.skip("this torch has no AcceleratorError")
+DEVICE_ERROR = torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+
+def fail(*args: Any) -> Any:
+    raise DEVICE_ERROR
+
+
+def test_a_device_that_fails_in_a_batch_runs_nothing_more():
+    batches: list[list[int]] = []
 
     def run(items: list[int]) -> list[int]:
-        raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+        batches.append(items)
+        if len(items) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        raise DEVICE_ERROR
 
     async def scene() -> None:
-        batcher: Batcher[int, int] = Batcher(run, max_rows=4, max_queued=4)
+        batcher: Batcher[int, int] = Batcher(run, max_rows=4, max_queued=9)
         assert batcher.device_error is None
-        with pytest.raises(torch.AcceleratorError):
-            await ask(batcher, 1)
-        assert batcher.device_error is not None
+        failed = await asyncio.gather(*(ask(batcher, item) for item in range(6)), return_exceptions=True)
+        assert failed == [DEVICE_ERROR] * 6
+        assert batcher.device_error is DEVICE_ERROR
+        for late in (ask(batcher, 1), batcher.run_in_model_thread(lambda: 1)):
+            with pytest.raises(ServeError, match="replica_failed"):
+                await late
         await batcher.close()
 
     asyncio.run(scene())
+    assert batches == [[0, 1, 2, 3], [0, 1]]
+
+
+def test_a_device_that_fails_elsewhere_in_the_model_thread_is_remembered():
+    async def job(model: Model, batcher: Batcher[int, int]) -> None:
+        with pytest.raises(torch.AcceleratorError):
+            await batcher.run_in_model_thread(fail)
+        assert batcher.device_error is DEVICE_ERROR
+
+    async def freeing(model: Model, batcher: Batcher[int, int]) -> None:
+        model.most_that_fit = 0
+        with pytest.raises(torch.AcceleratorError):
+            await ask(batcher, 1)
+        assert batcher.device_error is DEVICE_ERROR
+
+    play(job)
+    play(freeing, free_memory=fail)

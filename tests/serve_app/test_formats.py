@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import time
 
 import numpy as np
 import pytest
@@ -85,7 +84,13 @@ def test_text_of_a_prompt_is_safe_json():
 
 def test_no_work_for_those_who_are_gone():
     with pytest.raises(TimeoutError):
-        encode_results([found("a", 3)], "png", deadline_s=time.monotonic() - 1)
+        encode_results([found("a", 3)], "png", is_over=lambda: True)
+
+
+def test_work_stops_between_masks():
+    answers = iter([False, False, True])
+    with pytest.raises(TimeoutError):
+        encode_results([found("a", 5)], "png", is_over=lambda: next(answers))
 
 
 def test_much_or_costly_work_goes_to_a_thread():

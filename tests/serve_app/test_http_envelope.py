@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi.testclient import TestClient
 
 from sam3lora.errors import UserError
 from serve_app.errors import STATUS_OF, ServeError
+from serve_app.ingress import create_api
 
-from .http_cases import KEY_VARIABLE, FakeBackend, as_json, make_client
+from .http_cases import KEY_VARIABLE, FakeBackend, as_json, make_client, make_settings
 
 
 @pytest.mark.parametrize(
@@ -26,6 +28,19 @@ def test_request_id(sent: str, kept: bool, path: str):
     assert got
     if response.status_code >= 400:
         assert response.json()["error"]["request_id"] == got
+
+
+@pytest.mark.parametrize(
+    ("sent", "kept"),
+    [("<b> 'x' / 1", True), ("x" * 200, True), ("x" * 201, False), ("a\tb", False), (b"\xff", False), ("", False)],
+)
+def test_where_ray_serve_sends_the_header_the_body_agrees_with_it(sent: str | bytes, kept: bool):
+    client = TestClient(create_api(make_settings(), FakeBackend(), sends_request_id=False))
+    response = client.get("/v1/segment", headers={"x-request-id": sent})
+    assert "x-request-id" not in response.headers
+    got = response.json()["error"]["request_id"]
+    assert (got == sent) == kept
+    assert got
 
 
 @pytest.mark.parametrize(
@@ -110,6 +125,9 @@ def guarded(monkeypatch: pytest.MonkeyPatch):
         ("GET", "/v1/adapters"),
         ("GET", "/metrics"),
         ("GET", "/v1/nowhere"),
+        ("GET", "/nowhere"),
+        ("GET", "/docs/"),
+        ("GET", "//v1/adapters"),
     ],
 )
 def test_no_key_no_answer(guarded: Any, headers: dict[str, Any], method: str, path: str):
@@ -135,6 +153,23 @@ def test_with_a_key(guarded: Any, headers: dict[str, Any]):
 @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/", "/docs", "/openapi.json"])
 def test_open_paths(guarded: Any, path: str):
     assert guarded.get(path).status_code == 200
+
+
+def test_a_prefix_is_no_way_around_the_key(guarded: Any):
+    """Ray Serve's `route_prefix` stands in the path and in `root_path`."""
+    client = TestClient(guarded.app, root_path="/seg")
+    key = {"x-api-key": "first-key"}
+    for path in ("/v1/adapters", "/metrics", "/v1/nowhere"):
+        assert client.get(f"/seg{path}").status_code == 401
+        assert client.get(path).status_code == 401
+    for path in ("/healthz", "/readyz", "/", "/docs", "/openapi.json"):
+        assert client.get(f"/seg{path}").status_code == 200
+    assert client.get("/seg/static/nothing").status_code == 404
+    assert client.get("/seg/v1/adapters", headers=key).status_code == 200
+    text = client.get("/seg/metrics", headers=key).text
+    assert 'route="/v1/adapters"' in text
+    assert 'route="/healthz"' in text
+    assert 'route="/static"' in text
 
 
 def test_a_variable_without_a_key_is_no_open_door(monkeypatch: pytest.MonkeyPatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -11,9 +12,11 @@ from typing import Any
 
 import pytest
 
+import serve_app.ingress
+from serve_app.calls import SegmentReply
 from serve_app.ingress import create_api
 
-from .http_cases import PNG, FakeBackend, make_settings
+from .http_cases import PNG, SIZE_HW, FakeBackend, found, make_settings
 
 IMAGE = {"content-type": "image/png"}
 QUESTION = "prompts=crack"
@@ -197,5 +200,64 @@ def test_the_loop_is_free_while_masks_are_encoded(monkeypatch: pytest.MonkeyPatc
         assert (await health.answer())[0] == 200
         release.set()
         await client.task
+
+    asyncio.run(scenario())
+
+
+def test_drawing_masks_holds_up_nobody_else(monkeypatch: pytest.MonkeyPatch):
+    """With more drawing to do than there are threads, requests are still checked, and answered without drawing."""
+    release = threading.Event()
+    encode = serve_app.ingress.encode_results
+
+    def slow(results: Any, masks: str, **options: Any) -> str:
+        assert masks != "png" or release.wait(20)
+        return encode(results, masks, **options)
+
+    monkeypatch.setattr("serve_app.ingress.encode_results", slow)
+
+    async def scenario() -> None:
+        backend = FakeBackend(answer=lambda call: SegmentReply(SIZE_HW, [found("a", 20)], {}))
+        api = create_api(make_settings(), backend)
+        num_held = (os.cpu_count() or 1) + 8  # more than asyncio's default threads
+        held = [Client(api, "/v1/segment", IMAGE, query="prompts=a&masks=png") for _ in range(num_held)]
+        for client in held:
+            client.body(PNG)
+        await until(lambda: len(backend.calls) == len(held))
+        other = Client(api, "/v1/segment", IMAGE, query="prompts=a&masks=rle")
+        other.body(PNG)
+        try:
+            assert (await other.answer())[0] == 200
+        finally:
+            release.set()
+        for client in held:
+            assert (await client.answer())[0] == 200
+
+    asyncio.run(scenario())
+
+
+def test_a_client_that_leaves_stops_the_drawing(monkeypatch: pytest.MonkeyPatch):
+    begun: list[Callable[[], bool]] = []
+
+    def slow(*args: Any, is_over: Callable[[], bool]) -> str:
+        begun.append(is_over)
+        deadline_s = time.monotonic() + 20
+        while not is_over():
+            assert time.monotonic() < deadline_s
+            time.sleep(0.005)
+        begun.clear()
+        raise TimeoutError
+
+    monkeypatch.setattr("serve_app.ingress.encode_results", slow)
+
+    async def scenario() -> None:
+        api = create_api(make_settings(timeout_s=60.0), FakeBackend())
+        client = Client(api, "/v1/segment", IMAGE, query="prompts=a&masks=png")
+        client.body(PNG)
+        await until(lambda: len(begun) == 1)
+        client.leave()
+        await asyncio.wait_for(client.task, 20)
+        await until(lambda: not begun)
+        assert client.sent == []
+        assert 'outcome="cancelled"' in await outcomes(api)
 
     asyncio.run(scenario())

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from sam3lora.data.images import read_image
 from serve_app.errors import ServeError
@@ -50,6 +52,27 @@ def test_orientation_behind_the_pixels_of_a_png():
     iend = data.index(b"IEND") - 4
     moved = data[:start] + data[end:iend] + data[start:end] + data[iend:]
     assert header(moved).size_hw == read_image(moved, orientation="exif").shape[:2] == (30, 20)
+
+
+@pytest.mark.parametrize("place", ["text", "behind the pixels", "behind the end"])
+def test_a_png_that_speaks_of_exif_is_not_decoded(monkeypatch: pytest.MonkeyPatch, place: str):
+    data = picture((20, 30))
+    text = b"a\0eXIf and Raw profile type"
+    chunk = struct.pack(">I", len(text)) + b"tEXt" + text + struct.pack(">I", zlib.crc32(b"tEXt" + text))
+    at = {"text": 33, "behind the pixels": data.index(b"IEND") - 4, "behind the end": len(data)}[place]
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda *_: pytest.fail("decoded"))
+    assert header(data[:at] + chunk + data[at:]) == ("PNG", (20, 30))
+    turned = with_orientation("PNG", 6)
+    assert header(turned) == ("PNG", (30, 20))
+
+
+def test_exif_data_that_an_old_imagemagick_wrote():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Raw profile type exif", f"\nexif\n 38\n{exif.tobytes().hex()}\n", zip=True)
+    data = picture((20, 30), pnginfo=info)
+    assert header(data).size_hw == read_image(data, orientation="exif").shape[:2] == (30, 20)
 
 
 def test_nothing_is_decoded(monkeypatch: pytest.MonkeyPatch):

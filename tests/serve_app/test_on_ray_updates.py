@@ -14,7 +14,7 @@ import pytest
 from sam3lora.model.atomic_folder import replace_folder
 
 from .checked_load import Case, Load, running_load, send_all
-from .ray_service import RayService, start_service, wait_until
+from .ray_service import RayService, get, start_service, wait_until
 from .small_service import ADAPTERS, IMAGES, SmallService, fields
 
 pytestmark = pytest.mark.slow
@@ -86,7 +86,9 @@ def test_another_root_is_taken_in_place(service: RayService, small: SmallService
         load.wait_ok(20)
         user_config = {"root": str(other.root), "allowed": ["towers", "heads"], "preload": ["heads"]}
         service.configure(small.settings(), {"user_config": user_config}, wait=False)
-        wait_until(lambda: load.samples[-1].answer == 1)
+        seen = set()
+        wait_until(lambda: seen.add(get(f"{service.url}/readyz")[0]) or load.samples[-1].answer == 1)
+        assert seen == {200}
         service.wait_running(Segmenter=1, Ingress=1)
         switched = time.monotonic()
         load.wait_ok(20, since=switched)

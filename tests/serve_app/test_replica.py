@@ -19,9 +19,10 @@ import pytest
 import torch
 from PIL import Image
 
+from sam3lora.infer import detect
 from sam3lora.infer.mixed_batch import Answer, MixedBatchSegmenter, Question
 from sam3lora.infer.values import BoxPrompt, Instances, PostProcessing
-from serve_app import replica
+from serve_app import mask_encoder, replica
 from serve_app.calls import ImageFile, ImageReply, SegmentCall, SegmentReply
 from serve_app.errors import ServeError
 from serve_app.metrics import STAGES
@@ -487,11 +488,146 @@ def test_health_tells_a_stuck_model_and_a_failed_device(play: Callable, gate: Ga
         await first
         await until(lambda: not segmenter._batcher.busy_s)
         segmenter.check_health()
-        segmenter._batcher._device_error = RuntimeError("CUDA error")
-        with pytest.raises(RuntimeError, match="device"):
-            segmenter.check_health()
 
     play(scene, engine=gate)
+
+
+def test_a_device_that_fails_is_told_and_asked_no_more(play: Callable, gate: Gate, monkeypatch: pytest.MonkeyPatch):
+    asked: list[int] = []
+
+    def fail(questions: list[Question]) -> Any:
+        asked.append(len(questions))
+        raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+    async def scene(segmenter: Segmenter) -> None:
+        gate.open.clear()
+        first = asyncio.create_task(answered(segmenter, call(0)))
+        await gate.busy()
+        segmenter.check_health()
+        rest = [asyncio.create_task(refused(segmenter, call(seed))) for seed in (1, 2)]
+        await until(lambda: segmenter._batcher.queue_length == 2)
+        gate.error = lambda questions: monkeypatch.setattr(gate, "_answer", fail) if len(questions) > 1 else None
+        gate.open.set()
+        await first
+        assert [(await error).type for error in rest] == ["replica_failed"] * 2
+        with pytest.raises(RuntimeError, match="device"):
+            segmenter.check_health()
+        for one in (call(3), call(3, adapter="towers")):
+            assert (await refused(segmenter, one)).type == "replica_failed"
+
+    play(scene, engine=gate)
+    assert asked == [2]  # neither one by one nor for those that came later
+
+
+def test_a_device_that_fails_at_an_upload_or_a_slot_is_told(
+    play: Callable, base: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*args: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    async def upload(segmenter: Segmenter) -> None:
+        reply = await segmenter.keep_image(image(1))
+        assert isinstance(reply, ServeError)
+        assert reply.type == "replica_failed"
+
+    async def place(segmenter: Segmenter) -> None:
+        assert (await refused(segmenter, call(adapter="towers"))).type == "replica_failed"
+
+    for name, act in (("keep_image", upload), ("place_adapter", place)):
+        engine = Gate(base)
+        monkeypatch.setattr(engine, name, fail)
+
+        async def scene(segmenter: Segmenter, act: Scene = act) -> None:
+            segmenter.check_health()
+            await act(segmenter)
+            with pytest.raises(RuntimeError, match="device"):
+                segmenter.check_health()
+
+        play(scene, engine=engine)
+
+
+class SlowMasks:
+    """In place of `encode_logits`; while closed, it waits with a mask in hand."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.open = threading.Event()
+        self.entered = threading.Semaphore(0)
+        self.num = 0
+        self._encode = detect.encode_logits
+        monkeypatch.setattr(detect, "encode_logits", self)
+
+    def __call__(self, *args: Any) -> Any:
+        self.num += 1
+        self.entered.release()
+        assert self.open.wait(LONG_S)
+        return self._encode(*args)
+
+    async def busy(self) -> None:
+        assert await asyncio.to_thread(self.entered.acquire, timeout=LONG_S)
+
+
+def test_answers_that_wait_for_their_masks_take_places(play: Callable, gate: Gate, monkeypatch: pytest.MonkeyPatch):
+    masks = SlowMasks(monkeypatch)
+
+    async def scene(segmenter: Segmenter) -> None:
+        first = [asyncio.create_task(answered(segmenter, call(seed))) for seed in (0, 1)]
+        await until(lambda: segmenter._encoder.num_answers == 2)
+        assert (await refused(segmenter, call(2))).type == "overloaded"
+        masks.open.set()
+        await asyncio.gather(*first)
+        await answered(segmenter, call(2))
+
+    play(scene, engine=gate, limits=Limits(max_queued=2))
+
+
+@pytest.mark.parametrize("how", ["timeout", "cancel"])
+def test_masks_that_nobody_waits_for_any_more_are_not_made(
+    play: Callable, gate: Gate, monkeypatch: pytest.MonkeyPatch, how: str
+):
+    masks = SlowMasks(monkeypatch)
+
+    async def scene(segmenter: Segmenter) -> None:
+        task = asyncio.create_task(segmenter.segment(call(timeout_s=1.0 if how == "timeout" else LONG_S)))
+        await masks.busy()
+        if how == "cancel":
+            task.cancel()
+            await asyncio.wait([task])
+        else:
+            reply = await task
+            assert isinstance(reply, ServeError)
+            assert (reply.type, "masks" in reply.message) == ("timeout", True)
+        assert segmenter._encoder.num_answers == 1  # a mask is in hand
+        masks.open.set()
+        await until(lambda: not segmenter._encoder.num_answers)
+        assert masks.num == 1
+        assert all(map(len, (await answered(segmenter, call())).results))
+
+    play(scene, engine=gate)
+
+
+def test_the_model_pauses_while_answers_hold_too_much_memory(
+    play: Callable, gate: Gate, monkeypatch: pytest.MonkeyPatch
+):
+    masks = SlowMasks(monkeypatch)
+    monkeypatch.setattr(mask_encoder, "MAX_WAITING_BYTES", 1)
+
+    async def scene(segmenter: Segmenter) -> None:
+        gate.open.clear()
+        first = asyncio.create_task(answered(segmenter, call(0)))
+        await gate.busy()
+        rest = [asyncio.create_task(answered(segmenter, call(seed))) for seed in (1, 2)]
+        late = asyncio.create_task(refused(segmenter, call(3, timeout_s=2.0)))
+        await until(lambda: segmenter._batcher.queue_length == 3)
+        gate.open.set()
+        await masks.busy()
+        assert (await late).type == "timeout"
+        await segmenter._batcher.run_in_model_thread(lambda: None)  # work beside the batches goes on
+        assert len(gate.batches) == 1
+        masks.open.set()
+        await asyncio.gather(first, *rest)
+
+    play(scene, engine=gate)
+    assert [len(batch) for batch in gate.batches] == [1, 2]
 
 
 def test_a_replica_says_what_it_did(play: Callable):
