@@ -12,7 +12,10 @@ FAST_CALLS = {
     "RAY_SERVE_LOG_TO_STDERR": "0",
 }
 
-HAPROXY = {"RAY_SERVE_ENABLE_HA_PROXY": "1"}
+HAPROXY = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",  # of 30: a stop would take a minute
+}
 """HAProxy in front instead of Serve's own Python proxy."""
 
 

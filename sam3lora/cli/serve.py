@@ -73,11 +73,11 @@ def _run(settings: ServeSettings, host: str, port: int, address: str | None) -> 
         _stop_by_signal(stop)  # Ray has put a handler of its own in place, which aborts
         from ray import serve as ray_serve
 
-        from serve_app.builder import build
+        from serve_app.builder import QUIET, build
 
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         # request_timeout_s stays unset: the application has its own limit, and answers in JSON.
-        ray_serve.start(http_options={"host": host, "port": port})
+        ray_serve.start(http_options={"host": host, "port": port}, logging_config=QUIET)
         try:
             _deploy(ray_serve, build(settings), stop)
             if not stop.is_set():
