@@ -78,6 +78,7 @@ class _Routes:
         self._metrics = metrics
         self._name = f"ingress-{uuid.uuid4().hex[:8]}"
         self._num_in_flight = 0
+        self._max_in_flight = min(settings.limits.max_in_flight, settings.most_in_flight)
         # Apart from the threads that check requests, so that masks of large images do not hold up everyone.
         self._mask_threads = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="masks")
 
@@ -160,7 +161,7 @@ class _Routes:
             ServeError: There are too many, or the time is over.
         """
         limits = self._limits
-        if self._num_in_flight >= limits.max_in_flight:
+        if self._num_in_flight >= self._max_in_flight:
             type = "too_many_requests" if limits.overload_status == 429 else "overloaded"
             raise ServeError(type, "more requests are under way than the service takes: try again later", 1.0)
         deadline_s = request.state.started_s + limits.timeout_s

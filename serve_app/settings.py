@@ -108,3 +108,9 @@ class ServeSettings(_Settings):
     batching: Batching = Batching()
     caches: Caches = Caches()
     limits: Limits = Limits()
+
+    @property
+    def most_in_flight(self) -> int:
+        """Requests that all replicas together have room for, with some on the way: more need not be read."""
+        replicas = self.autoscaling.max_replicas if self.autoscaling else self.replicas
+        return replicas * (self.limits.max_queued + 2 * self.batching.max_rows)

@@ -15,6 +15,7 @@ import pytest
 import serve_app.ingress
 from serve_app.calls import SegmentReply
 from serve_app.ingress import create_api
+from serve_app.settings import Batching
 
 from .http_cases import PNG, SIZE_HW, FakeBackend, found, make_settings
 
@@ -155,6 +156,20 @@ def test_more_requests_than_the_ingress_holds(status: int, type: str):
         again = Client(api, "/v1/segment", IMAGE)
         again.body(PNG)
         assert (await again.answer())[0] == 200
+
+    asyncio.run(scenario())
+
+
+def test_more_requests_than_replicas_have_room_for_are_refused_unread():
+    async def scenario() -> None:
+        backend = FakeBackend(block=asyncio.Event())
+        settings = make_settings(max_queued=1).model_copy(update={"replicas": 2, "batching": Batching(max_rows=1)})
+        api = create_api(settings, backend)
+        for _ in range(2 * (1 + 2)):
+            Client(api, "/v1/segment", IMAGE).body(PNG)
+        await until(lambda: len(backend.calls) == 6)
+        status, answer = await Client(api, "/v1/segment", IMAGE).answer()  # no byte of the body was sent
+        assert (status, answer["error"]["type"]) == (503, "overloaded")
 
     asyncio.run(scenario())
 
