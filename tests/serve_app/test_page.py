@@ -150,7 +150,14 @@ def test_two_adapters_side_by_side_zoom_together(page: Browser, server: PageServ
     titles = page.value("[...document.querySelectorAll('.panel h2')].map(title => title.textContent)")
     assert titles == ["Base model", "shapes"]
     pixels = "[...document.querySelectorAll('canvas')].map(canvas => canvas.toDataURL())"
-    before = page.value(pixels)
+    seen: list[list[str]] = []
+
+    def is_painted() -> bool:  # the picture of the answer comes a frame after its counts
+        seen.append(page.value(pixels))
+        return seen[-1:] == seen[-2:-1]
+
+    wait_until(is_painted, "both canvases to come to rest")
+    before = seen[-1]
     page.click("#zoom-in")
     page.wait("document.querySelector('#zoom-value').textContent === '150 %'")
     wait_until(lambda: all(a != b for a, b in zip(before, page.value(pixels))), "both canvases to zoom")
