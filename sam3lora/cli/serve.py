@@ -48,11 +48,12 @@ def serve(
     """
     settings = _settings(config, adapters, model, resolution, replicas, gpus)
     _check_port(host, port)
+    from serve_app.auth import keys_from_environment
     from serve_app.environment import prepare_environment
 
     prepare_environment(haproxy=haproxy)
-    keys = [key for key in os.environ.get(settings.api_keys_variable, "").split(",") if key.strip()]
-    if host not in LOCAL_HOSTS and not keys:
+    has_keys = bool(keys_from_environment(settings.api_keys_variable))
+    if host not in LOCAL_HOSTS and not has_keys:
         _warn(
             f"listening on {host} without an API key: everyone who reaches this machine can use the service. "
             f"Set {settings.api_keys_variable}=KEY to ask for one"

@@ -72,6 +72,13 @@ def test_a_mistake_in_the_options_is_told_once(text, words, message, started, tm
     assert not started
 
 
+def test_a_variable_without_a_key_is_told_before_anything_starts(started, capfd):
+    os.environ["SAM3LORA_API_KEYS"] = " ,"
+    assert main(["serve", "--port", str(PORT)]) == 2
+    assert "SAM3LORA_API_KEYS holds no key" in capfd.readouterr().err
+    assert not started
+
+
 def test_a_port_in_use_is_told_before_anything_starts(started, capfd):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]

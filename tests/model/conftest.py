@@ -136,3 +136,8 @@ def saved_video_base(saved_base: Path, tmp_path_factory: pytest.TempPathFactory)
     config = {"model_type": "sam3_video", "detector_config": json.loads((folder / "config.json").read_text())}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def hooked(model: torch.nn.Module) -> set[str]:
+    """Names of the modules that run something after their forward."""
+    return {name for name, module in model.named_modules() if module._forward_hooks}
