@@ -10,3 +10,11 @@ class UserError(ValueError):
 
 class RunFailed(RuntimeError):
     """A run ended early for a reason its message explains in full, such as a loss that is not finite; status 1."""
+
+
+class OutOfMemory(RunFailed):
+    """The device or the host had too little memory for a batch; a smaller one may fit."""
+
+
+class WorkerLost(RunFailed):
+    """A worker process was gone, more often than the run allows."""

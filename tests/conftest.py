@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +11,26 @@ import pytest
 
 if TYPE_CHECKING:
     from sam3lora.model.loading import LoadedBase
+
+
+_NUMBERS = itertools.count()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where runs of this session keep features and frames: away from the user's cache."""
+    folder = tmp_path_factory.mktemp("caches")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SAM3LORA_CACHE", str(folder / "session"))
+        yield folder
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(_caches: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache for each test; made when a run needs it."""
+    folder = _caches / str(next(_NUMBERS))
+    monkeypatch.setenv("SAM3LORA_CACHE", str(folder))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -49,7 +49,7 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
     try:
         config = Config.model_validate(known)
     except ValidationError as error:
-        problems += _describe(error)
+        problems += describe_validation(error)
     if problems or config is None:
         raise UserError(_listed(where, problems))
     return config
@@ -115,7 +115,7 @@ def _apply_overrides(raw: RawConfig, overrides: Iterable[str]) -> list[str]:
     return problems
 
 
-def _describe(error: ValidationError) -> list[str]:
+def describe_validation(error: ValidationError) -> list[str]:
     """One line for each wrong value: the key, what it should be, what it is."""
     lines = []
     for item in error.errors(include_url=False):

@@ -72,6 +72,20 @@ class TrainingSection(Section):
     on_bad_image: Literal["stop", "skip"] = Field(
         default="stop", description="An unreadable image ends the run, or is left out and named in the log."
     )
+    feature_cache: Literal["auto"] | bool = Field(
+        default="auto",
+        description="Run each image through a frozen vision trunk once and keep the result on disk; auto = where no "
+        "trunk module is adapted, for images without augmentation. true = stop where that is not so.",
+    )
+    frame_cache: bool = Field(
+        default=False, description="Keep decoded, resized images on disk where features are not kept: for many runs."
+    )
+    cache_dir: str | None = Field(
+        default=None, description="Folder of both caches; None = SAM3LORA_CACHE, else ~/.cache/sam3lora."
+    )
+    cache_gb: float = Field(
+        default=20.0, gt=0, description="Largest size of that folder; what was not used for longest goes first."
+    )
     loss: LossSection = Field(default_factory=LossSection, description="Weights and options of the loss.")
 
     @field_validator("mixed_precision", mode="before")
@@ -98,6 +112,13 @@ class TrainingSection(Section):
         if isinstance(value, list | tuple) and value and all(name in COMPONENTS for name in value):
             return tuple(dict.fromkeys(value))
         raise ValueError(f"should be true, false or a list of some of {', '.join(COMPONENTS)}")
+
+    @field_validator("feature_cache", mode="before")
+    @classmethod
+    def _read_feature_cache(cls, value: Any) -> bool | str:
+        if isinstance(value, bool) or value == "auto":
+            return value
+        raise ValueError('should be "auto", true or false')
 
     @field_validator("component_learning_rates")
     @classmethod

@@ -1,6 +1,6 @@
 """A decoded batch as tensors. The only module of this package that imports torch.
 
-Shapes: `I` images, `B` find queries, `T` packed targets, `C` channels, `H` `W` pixels.
+Shapes: `I` images, `N` of them with pixels, `B` find queries, `T` packed targets, `C` channels, `H` `W` pixels.
 """
 
 from __future__ import annotations
@@ -18,12 +18,26 @@ if TYPE_CHECKING:
 PIXEL_MEAN = PIXEL_STD = 0.5  # Sam3ImageProcessor
 
 
+def to_pixel_values(
+    images_IHWC: Tensor, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Normalised images (I, 3, S, S) on `device` of uint8 (I, S, S, 3): (x / 255 - 0.5) / 0.5, there in float32.
+
+    Bit for bit what `sam3lora.infer.pixels.to_pixel_values` gives, so that training, metrics and inference agree.
+    """
+    images = images_IHWC.to(device, non_blocking=True).permute(0, 3, 1, 2)
+    pixels = images.to(torch.float32, memory_format=torch.contiguous_format)
+    return pixels.div_(255 * PIXEL_STD).sub_(PIXEL_MEAN / PIXEL_STD).to(dtype)
+
+
 @dataclass
 class Batch:
     """Tensors of one batch, on the CPU and small: pixels are uint8 and masks are bits until they are asked for.
 
     Args:
-        images_IHWC: uint8 (I, S, S, 3).
+        images_NHWC: uint8 (N, S, S, 3): an image whose features are in the store carries no pixels.
+        image_rows_N: (N,) long, which images these are.
+        feature_keys_I: Where the store keeps or is to get each image's features; None where they are not kept.
         image_ids: (I,) long.
         query_image_B: (B,) long, the image of each query.
         prompts_B: Prompt texts.
@@ -35,14 +49,16 @@ class Batch:
         mask_size: M, or None.
         mask_valid_T: (T,) bool.
         annotation_ids_T: (T,) long.
-        original_sizes_hw: (I, 2) long, of the decoded images.
+        original_sizes_hw: (I, 2) long, of the decoded images; as annotated for those without pixels.
         paths: Image files.
         skipped: (image id, path, reason) of images left out.
         epoch: Epoch of the plan.
         step: Step within the epoch.
     """
 
-    images_IHWC: Tensor
+    images_NHWC: Tensor
+    image_rows_N: Tensor
+    feature_keys_I: list[str | None]
     image_ids: Tensor
     query_image_B: Tensor
     prompts_B: list[str]
@@ -62,7 +78,7 @@ class Batch:
 
     @property
     def num_images(self) -> int:
-        return len(self.images_IHWC)
+        return len(self.image_ids)
 
     @property
     def num_queries(self) -> int:
@@ -70,16 +86,14 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """Page-locked copies of the large tensors, for asynchronous transfer to a GPU."""
-        self.images_IHWC = self.images_IHWC.pin_memory()
+        self.images_NHWC = self.images_NHWC.pin_memory()
         if self.masks_packed is not None:
             self.masks_packed = self.masks_packed.pin_memory()
         return self
 
     def pixel_values(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
-        """Normalised images (I, 3, S, S) on `device`: (x / 255 - 0.5) / 0.5, computed there in float32."""
-        images = self.images_IHWC.to(device, non_blocking=True).permute(0, 3, 1, 2)
-        pixels = images.to(torch.float32, memory_format=torch.contiguous_format)
-        return pixels.div_(255 * PIXEL_STD).sub_(PIXEL_MEAN / PIXEL_STD).to(dtype)
+        """Normalised pixels (N, 3, S, S) on `device` of the images that carry them."""
+        return to_pixel_values(self.images_NHWC, device, dtype)
 
     def masks(self, device: torch.device | str = "cpu") -> Tensor | None:
         """Target masks (T, M, M) bool, unpacked on `device`; None when the batch carries boxes only."""
@@ -105,7 +119,9 @@ class Batch:
 def collate(batch: dict[str, Any]) -> Batch:
     """Batch of `iterate_batches` or `stream_batches` -> tensors that share its memory."""
     return Batch(
-        images_IHWC=_tensor(batch["images"]),
+        images_NHWC=_tensor(batch["images"]),
+        image_rows_N=_tensor(batch["image_rows"]),
+        feature_keys_I=batch["feature_keys"],
         image_ids=_tensor(batch["image_ids"]),
         query_image_B=_tensor(batch["query_image"]),
         prompts_B=batch["prompts"],

@@ -32,11 +32,12 @@ def decode_batch(table: pa.Table, plan: BatchPlan, settings: DecodeSettings) -> 
     """Decode the images of one batch and pack their queries and targets.
 
     Returns:
-        `epoch`, `step`; per image `images` uint8 (I, S, S, 3), `image_ids` int64 (I,), `paths`, `original_sizes_hw`
-        int64 (I, 2), `placements`; per query `query_image` int64 (B,), position in this batch's images, `prompts`,
-        `categories`, `is_positive` (B,), `num_targets` (B,); per target as in `decode_sample`, with `mask_size`;
-        `num_limited`; and `skipped`, (image id, path, reason) of the images left out. I may be smaller than planned,
-        also 0, and so may B.
+        `epoch`, `step`; per image `image_ids` int64 (I,), `paths`, `original_sizes_hw` int64 (I, 2), `placements`,
+        `feature_keys`; `images` uint8 (N, S, S, 3) of those that carry pixels, and `image_rows` int64 (N,), which of
+        the I they are; per query `query_image` int64 (B,), position among the I, `prompts`, `categories`,
+        `is_positive` (B,), `num_targets` (B,); per target as in `place_targets`, with `mask_size`; `num_limited`; and
+        `skipped`, (image id, path, reason) of the images left out. I may be smaller than planned, also 0, and so may
+        B.
 
     Raises:
         ImageError: A bad image with `on_bad_image` "stop".
@@ -147,10 +148,13 @@ def _pack(samples: Sequence[dict[str, Any]], settings: DecodeSettings) -> BatchD
     def join(name: str, empty: np.ndarray) -> np.ndarray:
         return np.concatenate([sample[name] for sample in samples]) if samples else empty
 
+    with_pixels = [row for row, sample in enumerate(samples) if sample["image"] is not None]
     return {
-        "images": np.stack([sample["image"] for sample in samples])
-        if samples
+        "images": np.stack([samples[row]["image"] for row in with_pixels])
+        if with_pixels
         else np.zeros((0, size, size, 3), dtype=np.uint8),
+        "image_rows": np.array(with_pixels, dtype=np.int64),
+        "feature_keys": [sample["feature_key"] for sample in samples],
         "image_ids": np.array([sample["image_id"] for sample in samples], dtype=np.int64),
         "paths": [sample["path"] for sample in samples],
         "original_sizes_hw": np.array([s["original_size_hw"] for s in samples], dtype=np.int64).reshape(-1, 2),

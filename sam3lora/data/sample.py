@@ -10,12 +10,14 @@ import numpy as np
 import pyarrow as pa
 
 from sam3lora.data.annotations import MIN_BOX_AREA
+from sam3lora.data.array_store import ArrayStore, digest, image_digest
 from sam3lora.data.augment import Augmentation, Placement, choose_placement, place_image
 from sam3lora.data.images import ImageError, read_image
 from sam3lora.data.masks import place_mask
 from sam3lora.data.prompts import Query, build_queries, sample_rng
 
 _QUERY_STREAM, _PLACEMENT_STREAM, _SUBSET_STREAM = range(3)
+_FRAME_VERSION = 1  # of decoding and resizing: another number where they give other pixels
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,10 @@ class DecodeSettings:
         max_objects: A query with more objects keeps a random subset of this size; None keeps all.
         on_bad_image: "stop" raises, "skip" leaves the image out and lists it.
         seed: Seed of negatives, placement and subsets.
+        store: Where features and frames are kept; None for nowhere.
+        features: What makes the features of a frame; an image whose features the store has is not decoded. None where
+            features are not kept.
+        keep_frames: Keep decoded frames in the store. Both need frames that no augmentation changes.
     """
 
     names: tuple[str, ...]
@@ -49,6 +55,13 @@ class DecodeSettings:
     max_objects: int | None = None
     on_bad_image: Literal["stop", "skip"] = "stop"
     seed: int = 0
+    store: ArrayStore | None = None
+    features: str | None = None
+    keep_frames: bool = False
+
+    @property
+    def is_augmented(self) -> bool:
+        return self.augmentation != "none" or self.horizontal_flip > 0
 
 
 def record_queries(record: Mapping[str, Any], settings: DecodeSettings, epoch: int = 0) -> list[Query]:
@@ -77,7 +90,10 @@ def decode_record(record: Mapping[str, Any], settings: DecodeSettings, epoch: in
     """Queries, placement and pixels of one record in one epoch, reproducible from (seed, epoch, image id).
 
     Returns:
-        The sample of `decode_sample`; or, with `on_bad_image` "skip", the error that a bad image raised.
+        `image` uint8 (S, S, 3), or None where the store has the features; `feature_key`, under which it has them or is
+        to get them, or None; `image_id`, `path`, `original_size_hw` (of the decoded image, as annotated without
+        pixels), `placement`; and the targets of `place_targets`. Or, with `on_bad_image` "skip", the error that a bad
+        image raised.
 
     Raises:
         ImageError: The image cannot be read and `on_bad_image` is "stop".
@@ -89,55 +105,100 @@ def decode_record(record: Mapping[str, Any], settings: DecodeSettings, epoch: in
         augmentation=settings.augmentation,
         horizontal_flip=settings.horizontal_flip,
     )
-    try:
-        return decode_sample(
+    key = feature_key(record, settings)
+    image, original_size_hw = None, (record["height"], record["width"])
+    if key is None or settings.store is None or key not in settings.store:
+        try:
+            image, original_size_hw = read_frame(record, settings, placement)
+        except ImageError as error:
+            if settings.on_bad_image == "stop":
+                raise
+            return error
+    return {
+        "image": image,
+        "feature_key": key,
+        "image_id": record["image_id"],
+        "path": record["path"],
+        "original_size_hw": original_size_hw,
+        "placement": placement,
+        **place_targets(
             record,
             queries,
-            resolution=settings.resolution,
             mask_size=settings.mask_size,
             placement=placement,
             max_objects=settings.max_objects,
             rng=sample_rng(settings.seed, epoch, record["image_id"], _SUBSET_STREAM),
-        )
-    except ImageError as error:
-        if settings.on_bad_image == "stop":
-            raise
-        return error
+        ),
+    }
 
 
-def decode_sample(
-    record: Mapping[str, Any],
-    queries: Sequence[Query],
-    *,
-    resolution: int,
-    mask_size: int | None,
-    placement: Placement | None = None,
-    max_objects: int | None = None,
-    rng: np.random.Generator | None = None,
-) -> dict[str, Any]:
-    """Decode one image and the targets of its queries.
+def feature_key(record: Mapping[str, Any], settings: DecodeSettings) -> str | None:
+    """Where the store keeps a record's features; None if they are not kept, or the file cannot be read."""
+    if settings.features is None:
+        return None
+    frame = _frame_key(record, settings)
+    return None if frame is None else digest("features", frame, settings.features)
 
-    Args:
-        record: A row of the index.
-        queries: From `build_queries`.
-        resolution: Side S of the frame.
-        mask_size: Side M of the masks, or None.
-        placement: Where the image lies in the frame; None fills it.
-        max_objects: Largest number of objects of a query; None for no limit.
-        rng: Chooses the subset when `max_objects` bites.
 
-    Returns:
-        `image` uint8 (S, S, 3); `image_id`, `path`, `original_size_hw` (of the decoded image), `placement`; per query
-        `prompts`, `categories`, `is_positive`, `num_targets`; per target, packed in query order, `boxes_cxcywh`
-        float32 (T, 4) relative to the frame, `masks_packed` uint8 (T, ceil(M * M / 8)) bits of (M, M) or None,
-        `mask_valid` bool (T,), `annotation_ids` int64 (T,); `num_limited`, the objects left out by `max_objects`.
+def read_frame(
+    record: Mapping[str, Any], settings: DecodeSettings, placement: Placement | None = None
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """Frame uint8 (S, S, 3) and size (height, width) of the decoded image, from the store where frames are kept.
 
     Raises:
         ImageError: The image cannot be read.
     """
-    placement = placement or Placement()
     size_hw = (record["height"], record["width"])
+    side = settings.resolution
+    key = _frame_key(record, settings) if settings.keep_frames else None
+    if key is not None and settings.store is not None:
+        kept = settings.store.get(key)
+        if kept is not None and kept.dtype == np.uint8 and kept.shape == (side, side, 3):
+            return kept, size_hw
     image = read_image(record["path"], expected_size_hw=size_hw)
+    frame = place_image(image, placement or Placement(), side)
+    if key is not None and settings.store is not None:
+        settings.store.put(key, frame)
+    return frame, (image.shape[0], image.shape[1])
+
+
+def _frame_key(record: Mapping[str, Any], settings: DecodeSettings) -> str | None:
+    """Of the file's content and what decides how it is decoded and resized; None if it cannot be read."""
+    if settings.store is None or settings.is_augmented:
+        return None
+    try:
+        content = image_digest(settings.store, record["path"])
+    except OSError:  # what is wrong with it, decoding says
+        return None
+    return digest("frame", content, record["height"], record["width"], settings.resolution, _FRAME_VERSION)
+
+
+def place_targets(
+    record: Mapping[str, Any],
+    queries: Sequence[Query],
+    *,
+    mask_size: int | None,
+    placement: Placement,
+    max_objects: int | None,
+    rng: np.random.Generator,
+) -> dict[str, Any]:
+    """The targets of an image's queries; needs no pixels.
+
+    Args:
+        record: A row of the index.
+        queries: From `build_queries`.
+        mask_size: Side M of the masks, or None.
+        placement: Where the image lies in the frame.
+        max_objects: Largest number of objects of a query; None for no limit.
+        rng: Chooses the subset when `max_objects` bites.
+
+    Returns:
+        Per query `prompts`, `categories`, `is_positive`, `num_targets`; per target, packed in query order,
+        `boxes_cxcywh` float32 (T, 4) relative to the frame, `masks_packed` uint8 (T, ceil(M * M / 8)) bits of (M, M)
+        or None, `mask_valid` bool (T,), `annotation_ids` int64 (T,); `num_limited`, the objects left out by
+        `max_objects`.
+    """
+    size_hw = (record["height"], record["width"])
     annotations = record["annotations"]
     kept_queries, rows, num_limited = [], [], 0
     for query in queries:
@@ -145,7 +206,6 @@ def decode_sample(
         if query.is_positive and not query_rows:
             continue  # the category is there, but nothing of it can be matched: neither positive nor negative
         if max_objects is not None and len(query_rows) > max_objects:
-            assert rng is not None, "max_objects needs rng"
             num_limited += len(query_rows) - max_objects
             chosen = rng.choice(len(query_rows), size=max_objects, replace=False)
             query_rows = [query_rows[i] for i in sorted(chosen)]
@@ -153,11 +213,6 @@ def decode_sample(
         rows += query_rows
     masks_packed, mask_valid = _draw_masks([annotations[row] for row in rows], size_hw, placement, mask_size)
     return {
-        "image": place_image(image, placement, resolution),
-        "image_id": record["image_id"],
-        "path": record["path"],
-        "original_size_hw": image.shape[:2],
-        "placement": placement,
         "prompts": [query.prompt for query, _ in kept_queries],
         "categories": [query.category for query, _ in kept_queries],
         "is_positive": np.array([query.is_positive for query, _ in kept_queries], dtype=bool),

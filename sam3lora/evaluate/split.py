@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from sam3lora.evaluate.measure import SplitMetrics, measure_split
 from sam3lora.infer.detect import TextCache, detect_prompts
 from sam3lora.infer.pixels import to_pixel_values
 from sam3lora.infer.values import PostProcessing
-from sam3lora.model.forward import StagedSam3
+from sam3lora.model.forward import StagedSam3, VisionFeatures
 
 NO_SCORE_CUT = PostProcessing(threshold=0.0, nms="mask", nms_iou=0.7)
 
@@ -36,6 +37,7 @@ def ask_split(
     batch_size: int = 4,
     max_prompts_per_forward: int = 8,
     text_cache: TextCache | None = None,
+    encode: Callable[[Sequence[Mapping[str, Any]]], VisionFeatures] | None = None,
 ) -> Answers:
     """Ask a model in memory, with or without an adapter; it is in evaluation mode meanwhile.
 
@@ -52,6 +54,7 @@ def ask_split(
         batch_size: Images at a time.
         max_prompts_per_forward: (image, prompt) pairs at a time.
         text_cache: Text features to use and add to, where the text tower is frozen.
+        encode: Gives the features of records' images, in place of reading them and running the vision tower.
 
     Raises:
         ImageError: An image cannot be read.
@@ -63,10 +66,13 @@ def ask_split(
     with _evaluation_mode(staged.model):
         for start in range(0, len(index), batch_size):
             records = [index.record(row) for row in range(start, min(start + batch_size, len(index)))]
-            pixel_values_ICHW = to_pixel_values(
-                read_images(records), resolution, image_mean=image_mean, image_std=image_std, device=device, dtype=dtype
-            )
-
+            if encode is None:
+                images = read_images(records)
+                pixel_values_ICHW = to_pixel_values(
+                    images, resolution, image_mean=image_mean, image_std=image_std, device=device, dtype=dtype
+                )
+            else:
+                pixel_values_ICHW = torch.zeros(len(records), 3, 0, 0, device=device)  # nobody looks at them
             found = detect_prompts(
                 staged,
                 tokenizer,
@@ -74,6 +80,7 @@ def ask_split(
                 prompts,
                 sizes_hw=[(record["height"], record["width"]) for record in records],
                 post=post,
+                vision=None if encode is None else partial(encode, records),
                 max_prompts_per_forward=max_prompts_per_forward,
                 text_cache=text_cache,
             )

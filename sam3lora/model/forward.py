@@ -11,6 +11,7 @@ layers, ``T`` prompt tokens, ``S`` image tokens, ``C`` channels, ``M`` selected 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -104,6 +105,17 @@ class StagedSam3:
     def encode_images(self, pixel_values_ICHW: Tensor) -> VisionFeatures:
         """One pass of the vision tower and neck over ``I`` images (I, 3, H, W), normalised to mean 0.5, std 0.5."""
         return VisionFeatures.from_output(self.model.vision_encoder(pixel_values_ICHW))
+
+    def encode_trunk(self, pixel_values_ICHW: Tensor) -> Tensor:
+        """The first part of `encode_images`, the vision tower alone: tokens (I, S, C), row by row of the patches."""
+        return self.model.vision_encoder.backbone(pixel_values_ICHW).last_hidden_state
+
+    def encode_neck(self, trunk_ISC: Tensor) -> VisionFeatures:
+        """The second part of `encode_images`: feature maps of square images from the tokens of `encode_trunk`."""
+        side = math.isqrt(trunk_ISC.shape[1])
+        tokens_ICHW = trunk_ISC.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        maps, positions = self.model.vision_encoder.neck(tokens_ICHW)
+        return VisionFeatures(list(maps[:-1]), [position[:1] for position in positions[:-1]])
 
     def encode_text(self, input_ids_PT: Tensor, attention_mask_PT: Tensor) -> TextFeatures:
         """One pass of the text tower over ``P`` distinct prompts of (P, 32) token ids."""

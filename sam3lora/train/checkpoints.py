@@ -37,7 +37,7 @@ class RunState:
     epoch: int = 0
     step_in_epoch: int = 0
     best_loss: float | None = None
-    best_map: float | None = None
+    best_metric_value: float | None = None
     best_step: int | None = None
     evaluations_without_improvement: int = 0
     epoch_sums: dict[str, float] = field(default_factory=dict)

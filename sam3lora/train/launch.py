@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,16 +33,26 @@ class TrainResult:
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
-def train(config: Config, *, resume: bool = False) -> TrainResult:
+def train(
+    config: Config,
+    *,
+    resume: bool = False,
+    report: Callable[[dict[str, Any]], None] | None = None,
+    callbacks: Sequence[Any] = (),
+) -> TrainResult:
     """Train an adapter as the configuration says and return where it is.
 
     Args:
         config: from ``load_config``.
         resume: go on from the last checkpoint in the run folder; without it the folder must not hold a run.
+        report: called after each validation with step, epoch (from 1), loss and metrics, where training happens in
+            this process (``scaling.num_workers`` 0).
+        callbacks: of Ray Train (``ray.train.UserCallback``), which see the same where it happens in workers.
 
     Raises:
         UserError: a mistake in data, settings or cluster.
-        RunFailed: (a RuntimeError) a loss that is not finite, or workers lost more often than ``max_failures``.
+        RunFailed: (a RuntimeError) a loss that is not finite (`NonFiniteLoss`), too little memory (`OutOfMemory`), or
+            workers lost more often than ``max_failures`` (`WorkerLost`).
     """
     started = time.time()
     logging.getLogger("sam3lora").setLevel(config.logging.level)
@@ -57,7 +68,7 @@ def train(config: Config, *, resume: bool = False) -> TrainResult:
     payload = {"config": config.model_dump(mode="json"), "use_ray": config.scaling.num_workers != 0}
     try:
         with follow(output_dir, config.logging.progress):
-            outcome = _run(config, payload)
+            outcome = _run(config, payload, report, callbacks)
     finally:
         _remove_leftovers(output_dir)
     lines = read_metrics(output_dir / METRICS_FILE)
@@ -109,11 +120,16 @@ def _remove_leftovers(output_dir: Path) -> None:
                 shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _run(config: Config, payload: dict[str, Any]) -> dict[str, Any]:
+def _run(
+    config: Config,
+    payload: dict[str, Any],
+    report: Callable[[dict[str, Any]], None] | None,
+    callbacks: Sequence[Any],
+) -> dict[str, Any]:
     if payload["use_ray"]:
         from sam3lora.train.on_ray import run_on_ray  # seconds of imports
 
-        return run_on_ray(config, payload)
+        return run_on_ray(config, payload, callbacks)
     from sam3lora.train.worker import run_worker
 
-    return run_worker(payload)
+    return run_worker(payload, report=report)

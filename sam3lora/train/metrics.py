@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import resource
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ class MetricsLog:
 
     def write(self, kind: str, **values: Any) -> None:
         with self._file.open("a") as file:
-            file.write(json.dumps({"kind": kind, **_finite(values)}) + "\n")
+            file.write(json.dumps({"kind": kind, **_finite(values), "unix_time": round(time.time(), 3)}) + "\n")
         if self._writer and "step" in values:
             for name, value in _flat(values):
                 if name != "step" and isinstance(value, int | float):

@@ -9,7 +9,7 @@ import signal
 import socket
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,17 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from sam3lora.config import Config
-from sam3lora.errors import RunFailed, UserError
+from sam3lora.errors import RunFailed, UserError, WorkerLost
 from sam3lora.train.cluster import check_room, choose_gpu, ray_session, worker_resources
 
 
-def run_on_ray(config: Config, payload: dict[str, Any]) -> dict[str, Any]:
+def run_on_ray(config: Config, payload: dict[str, Any], callbacks: Sequence[UserCallback] = ()) -> dict[str, Any]:
     """Train on the workers of a cluster and return what `run_worker` of the first one returned.
+
+    Args:
+        config: of the run.
+        payload: for `run_worker`.
+        callbacks: run in Ray Train's controller, after those that a run has anyway.
 
     Raises:
         UserError: a mistake that a worker met, or no room for the workers.
@@ -33,7 +38,7 @@ def run_on_ray(config: Config, payload: dict[str, Any]) -> dict[str, Any]:
     """
     storage = Path(config.output.output_dir) / ".ray"
     with ray_session(config) as is_local, _environment(config, is_local):
-        trainer = _trainer(config, payload, storage)
+        trainer = _trainer(config, payload, storage, callbacks)
         try:
             with _interruptible():
                 result: Any = trainer.fit()
@@ -58,7 +63,7 @@ class EndOnMistake(UserCallback):
                 raise error
 
 
-def _trainer(config: Config, payload: dict[str, Any], storage: Path) -> TorchTrainer:
+def _trainer(config: Config, payload: dict[str, Any], storage: Path, callbacks: Sequence[UserCallback]) -> TorchTrainer:
     scaling, use_gpu = config.scaling, choose_gpu(config)
     resources = worker_resources(config, use_gpu=use_gpu)
     check_room(config, resources)
@@ -71,7 +76,7 @@ def _trainer(config: Config, payload: dict[str, Any], storage: Path) -> TorchTra
         "name": f"run_{uuid.uuid4().hex[:8]}",
         "storage_path": str(storage),
         "failure_config": FailureConfig(max_failures=scaling.max_failures),
-        "callbacks": [EndOnMistake()],
+        "callbacks": [EndOnMistake(), *callbacks],
     }
     options: dict[str, Any] = {
         "train_loop_config": payload,
@@ -111,7 +116,7 @@ def _meaning(error: ray.train.TrainingFailedError, config: Config) -> Exception:
     if not lost:
         return RuntimeError(f"training failed: {_last_line(next(iter(failures.values())))}. {kept}")
     restarts = config.scaling.max_failures
-    return RunFailed(
+    return WorkerLost(
         f"worker {', '.join(map(str, lost))} was lost and scaling.max_failures={restarts} allows no further restart: "
         f"{_last_line(next(iter(lost.values())))} {kept}"
     )

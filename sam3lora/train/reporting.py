@@ -45,7 +45,16 @@ def log_skipped(worker: Worker, skipped: list[tuple[int, str, str]]) -> None:
         worker.log.write("skipped_image", step=worker.state.step, image_id=image_id, path=path, reason=reason)
 
 
+def vision_counts(worker: Worker) -> dict[str, int]:
+    """Images through the vision trunk, and images whose trunk output was kept: of all workers since they started."""
+    images = worker.runner.images
+    shares = distributed.gather_objects((images.vision_passes, images.features_loaded))
+    passes, loaded = (sum(share) for share in zip(*shares, strict=True))
+    return {"vision_passes": passes, "features_loaded": loaded}
+
+
 def write_epoch(worker: Worker, sums: TermSums, valid: TermSums | None, metrics: dict[str, Any]) -> None:
+    counts = vision_counts(worker)
     if not worker.log:
         return
     worker.log.write(
@@ -59,6 +68,7 @@ def write_epoch(worker: Worker, sums: TermSums, valid: TermSums | None, metrics:
         valid_terms=valid.means() if valid is not None else {},
         lr=worker.optimizer.param_groups[0]["lr"],
         memory_mb=memory_mb(worker.device),
+        **counts,
         **metrics,
     )
 

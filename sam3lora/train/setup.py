@@ -23,6 +23,7 @@ from sam3lora.model.loading import load_base, tokenize
 from sam3lora.train import distributed
 from sam3lora.train.checkpoints import RunState, list_checkpoints, load_checkpoint
 from sam3lora.train.datasets import BatchSource, RunData, load_run_data
+from sam3lora.train.features import ImageEncoder, open_cache
 from sam3lora.train.metrics import MetricsLog, WarningsToMetrics
 from sam3lora.train.optimization import build_optimizer
 from sam3lora.train.step import LossRunner
@@ -91,15 +92,16 @@ def set_up(config: Config, output_dir: Path, *, use_ray: bool) -> Worker:
     )
     text.add(data.prompts)
     text.release_tower()
+    trunk = open_cache(config, staged, data, device)
     runner = LossRunner(
         staged=staged,
         criterion=_criterion(config),
+        images=ImageEncoder(staged, device, config.lora.apply_to_vision_encoder, data.valid_settings, trunk),
         text=text,
         device=device,
         bf16=training.mixed_precision == "bf16",
         max_prompts=training.max_prompts_per_forward,
         one_to_many=training.one_to_many,
-        vision_trainable=config.lora.apply_to_vision_encoder,
     )
     optimizer = build_optimizer(
         model,

@@ -15,6 +15,7 @@ from torch import Tensor
 from sam3lora.data.collate import Batch
 from sam3lora.losses import Criterion, LossWeights, Normalizer, Predictions, Targets, count_semantic
 from sam3lora.model.forward import StagedSam3, TextFeatures, VisionFeatures
+from sam3lora.train.features import ImageEncoder
 from sam3lora.train.text import TextBank
 
 
@@ -91,27 +92,27 @@ class LossRunner:
     Args:
         staged: the model.
         criterion: the loss.
+        images: features of the images.
         text: features of the prompts.
         device: of the model.
         bf16: run the forward under bfloat16 autocast.
         max_prompts: find queries at a time.
         one_to_many: include the one-to-many branch.
-        vision_trainable: whether the vision encoder carries an adapter.
     """
 
     staged: StagedSam3
     criterion: Criterion
+    images: ImageEncoder
     text: TextBank
     device: torch.device
     bf16: bool = False
     max_prompts: int = 8
     one_to_many: bool = True
-    vision_trainable: bool = True
 
     def backward(self, batch: Batch, normalizer: Normalizer) -> tuple[Tensor, dict[str, Tensor]]:
         """Add the gradients of the batch to the parameters; return the detached total and the terms."""
         with self._autocast():
-            vision = self._encode_images(batch)
+            vision = self.images.of_batch(batch)
             text, text_index = self.text.features(batch.prompts_B)
         chunks = list(_chunks(batch, self.max_prompts))
         shared = len(chunks) > 1
@@ -134,17 +135,11 @@ class LossRunner:
         """The terms of the batch, the same ones as in training."""
         terms: dict[str, Tensor] = {}
         with self._autocast():
-            vision = self._encode_images(batch)
+            vision = self.images.of_batch(batch)
             text, text_index = self.text.features(batch.prompts_B)
         for rows, targets in _chunks(batch, self.max_prompts):
             _add_terms(terms, self._loss(batch, vision, text, text_index, rows, targets, normalizer).terms)
         return terms
-
-    def _encode_images(self, batch: Batch) -> VisionFeatures:
-        dtype = next(self.staged.model.vision_encoder.parameters()).dtype
-        pixel_values = batch.pixel_values(self.device, dtype)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.vision_trainable):
-            return self.staged.encode_images(pixel_values)
 
     def _loss(
         self,

@@ -62,6 +62,7 @@ def validation_metrics(worker: Worker) -> dict[str, Any]:
             batch_size=settings.batch_size,
             max_prompts_per_forward=settings.max_prompts_per_forward,
             text_cache=runner.text.kept(),
+            encode=runner.images.of_records,
         )
     answers = Answers.join(distributed.gather_objects(mine), index.table.column("image_id").to_pylist())
     found = measure_split(

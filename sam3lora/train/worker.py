@@ -3,29 +3,50 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from sam3lora.config import load_config
+from sam3lora.config import Config, load_config
+from sam3lora.errors import OutOfMemory
+from sam3lora.infer.device_errors import is_out_of_memory
 from sam3lora.model.adapter_folder import save_adapter
 from sam3lora.train import distributed
 from sam3lora.train.checkpoints import RunState, save_checkpoint
-from sam3lora.train.reporting import Clock, is_due, log_skipped, log_step, write_epoch
+from sam3lora.train.reporting import Clock, is_due, log_skipped, log_step, vision_counts, write_epoch
 from sam3lora.train.setup import Worker, set_up, settings_of
 from sam3lora.train.step import StepCounts, TermSums
 from sam3lora.train.update import NonFiniteLoss, evaluate_batch, optimizer_step
 
 
-def run_worker(payload: dict[str, Any]) -> dict[str, Any]:
+def run_worker(payload: dict[str, Any], *, report: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
     """The function that each worker of a run executes; ``payload`` holds ``config`` (a dict) and ``use_ray``.
 
     Returns the steps done, the best loss and its step. A worker that starts again goes on from the last checkpoint.
+    ``report`` gets what is measured after each validation; on Ray it goes to Ray Train.
     """
     config = load_config(payload["config"])
-    worker = set_up(config, Path(config.output.output_dir), use_ray=payload["use_ray"])
-    train_epochs(worker)
-    return finish(worker)
+    try:
+        worker = set_up(config, Path(config.output.output_dir), use_ray=payload["use_ray"])
+        worker.report = worker.report or report
+        train_epochs(worker)
+        return finish(worker)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(_too_large(config, error)) from error
+
+
+def _too_large(config: Config, error: BaseException) -> str:
+    training = config.training
+    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (
+        f"out of memory with training.batch_size={training.batch_size} and training.max_prompts_per_forward="
+        f"{training.max_prompts_per_forward}: {first_line}. Try half the batch_size and twice the "
+        "gradient_accumulation_steps (the same step), fewer prompts per forward, gradient_checkpointing: true, or "
+        "model.dtype: bfloat16"
+    )
 
 
 def train_epochs(worker: Worker) -> None:
@@ -33,7 +54,7 @@ def train_epochs(worker: Worker) -> None:
     state, training = worker.state, worker.config.training
     stream = worker.batches.training_batches(state.epoch, state.step_in_epoch)
     sums = TermSums(worker.runner.criterion.weights, dict(state.epoch_sums), StepCounts(*state.epoch_counts))
-    if state.step == 0:
+    if state.step == 0 and worker.config.evaluation.base_loss:
         measure_base(worker)
     clock = Clock()
     while not state.finished and state.step < worker.total_steps:
@@ -77,7 +98,8 @@ def validate(worker: Worker, sums: TermSums, *, epoch_ends: bool, forced: bool) 
             f"validation loss is not finite after step {state.step}. The last checkpoint is intact. "
             "Try a lower training.learning_rate, or mixed_precision: no"
         )
-    improved = _improved(state, loss, metrics, by_map=bool(every) and valid is not None)
+    best_metric = worker.config.evaluation.chosen_best_metric if valid is not None else "valid_loss"
+    improved = _improved(state, loss, metrics, best_metric)
     write_epoch(worker, sums, valid, metrics)
     if improved and worker.rank == 0:
         _save_adapter(worker, "best", {"valid_loss" if valid is not None else "train_loss": loss, **metrics})
@@ -88,23 +110,24 @@ def validate(worker: Worker, sums: TermSums, *, epoch_ends: bool, forced: bool) 
             worker.log.write("early_stop", step=state.step, best_step=state.best_step, best_loss=state.best_loss)
     if worker.report:
         names = {"valid_loss" if valid is not None else "train_loss": loss}
-        worker.report({"step": state.step, "epoch": state.epoch, **names, **metrics})
+        worker.report({"step": state.step, "epoch": state.epoch + 1, **names, **metrics})
 
 
-def _improved(state: RunState, loss: float, metrics: dict[str, Any], *, by_map: bool) -> bool:
-    """Whether this is the best adapter so far, noted in ``state``: by mAP where it is measured, else by loss.
+def _improved(state: RunState, loss: float, metrics: dict[str, Any], best_metric: str) -> bool:
+    """Whether this is the best adapter so far, noted in ``state``: by a metric where it is measured, or by loss.
 
     The two can disagree: the classification term is small for a model that finds nothing, and grows when it begins to.
     """
-    if by_map:
-        value = metrics.get("map")
+    if best_metric == "valid_loss":
+        better = state.best_loss is None or loss < state.best_loss
+    else:
+        value = metrics.get(best_metric)
         if value is None:
             return False
-        better = state.best_map is None or value > state.best_map
-    else:
-        better = state.best_loss is None or loss < state.best_loss
+        better = state.best_metric_value is None or value > state.best_metric_value
     if better:
-        state.best_loss, state.best_map, state.best_step = loss, metrics.get("map"), state.step
+        state.best_loss, state.best_step = loss, state.step
+        state.best_metric_value = metrics.get(best_metric)
     state.evaluations_without_improvement = 0 if better else state.evaluations_without_improvement + 1
     return better
 
@@ -148,8 +171,9 @@ def save(worker: Worker) -> None:
 
 def finish(worker: Worker) -> dict[str, Any]:
     worker.state.finished = True
+    counts = vision_counts(worker)
     if worker.log:
-        worker.log.write("end", step=worker.state.step, best_step=worker.state.best_step)
+        worker.log.write("end", step=worker.state.step, best_step=worker.state.best_step, **counts)
     return {"step": worker.state.step, "best_loss": worker.state.best_loss, "best_step": worker.state.best_step}
 
 

@@ -176,7 +176,7 @@ def test_learning_text_is_encoded_once_a_batch(make_config, encoded):
 @pytest.mark.parametrize("frozen", [True, False])
 def test_frozen_vision_keeps_no_graph(make_config, monkeypatch, frozen):
     # Without a vision adapter nothing of the tower is kept for the backward pass; with one, its graph is there.
-    worker = make_worker(make_config(*[VISION_FROZEN] * frozen))
+    worker = make_worker(make_config("training.feature_cache=false", *[VISION_FROZEN] * frozen))
     maps = []
     original = StagedSam3.encode_images
 

@@ -6,8 +6,10 @@ import json
 
 import pytest
 
+from sam3lora.config import load_config
+from sam3lora.errors import UserError
 from sam3lora.infer.values import PostProcessing
-from sam3lora.train import validation_metrics
+from sam3lora.train import validation_metrics, worker
 
 from .conftest import lines_of
 from .registry import acts
@@ -18,6 +20,46 @@ from .registry import acts
 def test_every_epochs_adds_metrics_to_the_log(every, measured, run):
     result = run("training.num_epochs=2", f"evaluation.every_epochs={every}")
     assert [line["epoch"] for line in lines_of(result, "epoch") if "map" in line] == measured
+
+
+@acts("evaluation.base_loss")
+def test_base_loss_is_measured_before_the_first_step(run):
+    assert len(lines_of(run("training.max_steps=1"), "base")) == 1
+    assert lines_of(run("training.max_steps=1", "evaluation.base_loss=false"), "base") == []
+
+
+@acts("evaluation.best_metric")
+@pytest.mark.parametrize(
+    ("metric", "epochs", "best"), [("auto", 4, 4), ("map", 4, 4), ("cgf1", 3, 2), ("valid_loss", 2, 1)]
+)
+def test_best_metric_chooses_the_adapter_and_when_to_stop(metric, epochs, best, run, monkeypatch):
+    # mAP rises to the end, cgF1 falls after the second epoch, the loss is lowest after the first.
+    measured = iter([{"map": 0.1, "cgf1": 0.1}, {"map": 0.2, "cgf1": 0.5}, {"map": 0.3, "cgf1": 0.2}, {"map": 0.4}])
+    losses, validation_terms = iter([1.0, 2.0, 3.0, 4.0]), worker.validation_terms
+
+    def scripted(run):
+        terms, loss = validation_terms(run), next(losses)
+        terms.loss = lambda: loss
+        return terms
+
+    monkeypatch.setattr(worker, "validation_terms", scripted)
+    monkeypatch.setattr(worker, "_validation_metrics", lambda run: next(measured))
+    result = run(
+        f"evaluation.best_metric={metric}",
+        "evaluation.every_epochs=1",
+        "evaluation.base_loss=false",
+        "training.num_epochs=4",
+        "training.early_stopping_patience=1",
+    )
+    assert [line["epoch"] for line in lines_of(result, "epoch")] == list(range(1, epochs + 1))
+    assert json.loads((result.best_adapter / "sam3lora.json").read_text())["metrics"]["epoch"] == best
+
+
+def test_best_metric_has_to_be_measured():
+    for metric in ("map", "cgf1"):
+        with pytest.raises(UserError, match=f"best_metric {metric} is never measured while every_epochs is 0"):
+            load_config("light", ["evaluation.every_epochs=0", f"evaluation.best_metric={metric}"])
+    assert load_config("light", ["evaluation.best_metric=valid_loss"]).evaluation.chosen_best_metric == "valid_loss"
 
 
 @pytest.fixture

@@ -61,8 +61,8 @@ def test_local_files_only_never_downloads(build, hub):
 @acts("model.resolution")
 def test_resolution_is_the_side_of_the_input(build):
     own, half = build(), build("model.resolution=56")
-    assert first_batch(own).images_IHWC.shape[1:3] == (112, 112)
-    assert first_batch(half).images_IHWC.shape[1:3] == (56, 56)
+    assert first_batch(own).images_NHWC.shape[1:3] == (112, 112)
+    assert first_batch(half).images_NHWC.shape[1:3] == (56, 56)
     # What uses the adapter later has to know, and the model has to run at that size.
     assert half.metadata.resolution == 56
     assert loss_terms(half)
