@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import compare, data, demo, env, export, infer, serve, train, validate
+from . import compare, data, demo, env, export, infer, serve, train, tune, validate
 
 app = typer.Typer(
     name="sam3lora",
@@ -38,6 +38,7 @@ def _root(
 
 app.add_typer(data.app, name="data")
 app.command("train")(train.train)
+app.command("tune")(tune.tune)
 app.command("validate")(validate.validate)
 app.command("compare")(compare.compare)
 app.command("infer")(infer.infer)

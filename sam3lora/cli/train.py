@@ -39,7 +39,7 @@ def train(
     settings.training.required_data_dir()
     _check_output_dir(settings.output.output_dir)
     if device:
-        _choose_gpus(device, settings.scaling.address)
+        choose_gpus(device, settings.scaling.address)
 
     from ..train import train as run
 
@@ -94,7 +94,7 @@ def _quoted(value: str | int | bool) -> str:
     return str(value).lower()
 
 
-def _choose_gpus(device: Sequence[str], address: str | None) -> None:
+def choose_gpus(device: Sequence[str], address: str | None) -> None:
     """Show only the chosen GPUs to Ray and torch; numbers count among those this process may see."""
     cluster = address or os.environ.get("RAY_ADDRESS")
     if cluster and cluster != "local":

@@ -19,7 +19,8 @@ from sam3lora.evaluate.bootstrap import Interval
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito
 _STYLES = ("-", "--", "-.", ":")
-_GREY = "#6b7280"
+GREY = "#6b7280"
+_GRID = "#e5e7eb"
 _SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -27,10 +28,10 @@ _SETTINGS: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.edgecolor": _GREY,
+    "axes.edgecolor": GREY,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "grid.color": "#e5e7eb",
+    "grid.color": _GRID,
     "legend.frameon": False,
     "text.parse_math": False,
 }
@@ -64,12 +65,12 @@ def line_chart(
         marks: Text -> x of a vertical line.
         y_low: Lower end of the y axis, where values can be negative.
     """
-    with _axes(description) as axes:
+    with chart_axes(description) as axes:
         for number, line in enumerate(lines):
             style = _STYLES[number % len(_STYLES)]
             axes.plot(line.xs, line.ys, style, color=COLOURS[number % len(COLOURS)], label=line.label, linewidth=1.8)
         for number, (text, x) in enumerate((marks or {}).items()):
-            axes.axvline(x, color=_GREY, linewidth=1, linestyle=":")
+            axes.axvline(x, color=GREY, linewidth=1, linestyle=":")
             side = "right" if x > 0.6 else "left"
             axes.annotate(
                 text, (x, 1.0), xytext=(-3 if side == "right" else 3, -9 - 11 * number), ha=side, color="#374151",
@@ -78,7 +79,7 @@ def line_chart(
         highest = max(0.05, *(y for line in lines for y in line.ys))
         top = 1.02 if highest > 0.5 else 1.3 * highest
         axes.set(xlim=(0, 1), ylim=(y_low, top), xlabel=x_label, ylabel=y_label)
-        return _finish(axes, description, with_legend=len(lines) > 1)
+        return finish_chart(axes, description, with_legend=len(lines) > 1)
 
 
 def histogram_chart(
@@ -92,7 +93,7 @@ def histogram_chart(
         description: For those who do not see the chart.
         x_label: Below the chart.
     """
-    with _axes(description) as axes:
+    with chart_axes(description) as axes:
         width = (edges[1] - edges[0]) / len(counts)
         for number, (label, values) in enumerate(counts.items()):
             total = sum(values)
@@ -108,7 +109,7 @@ def histogram_chart(
                 linewidth=0.4,
             )
         axes.set(xlim=(edges[0], edges[-1]), xlabel=x_label, ylabel="percent")
-        return _finish(axes, description)
+        return finish_chart(axes, description)
 
 
 def interval_chart(intervals: Mapping[str, Interval], *, description: str, x_label: str) -> Markup:
@@ -120,9 +121,9 @@ def interval_chart(intervals: Mapping[str, Interval], *, description: str, x_lab
         x_label: Below the chart.
     """
     shown = [(name, entry.difference, entry) for name, entry in intervals.items() if entry.difference is not None]
-    with _axes(description, height=0.9 + 0.3 * len(shown)) as axes:
+    with chart_axes(description, height=0.9 + 0.3 * len(shown)) as axes:
         for row, (_, difference, entry) in enumerate(shown):
-            colour = COLOURS[0] if entry.excludes_zero else _GREY
+            colour = COLOURS[0] if entry.excludes_zero else GREY
             if entry.low is not None and entry.high is not None:
                 axes.plot([entry.low, entry.high], [row, row], color=colour, linewidth=2.4, solid_capstyle="butt")
             axes.plot([difference], [row], "o", color=colour, markersize=5)
@@ -130,23 +131,31 @@ def interval_chart(intervals: Mapping[str, Interval], *, description: str, x_lab
         axes.set(xlabel=x_label, yticks=range(len(shown)), ylim=(len(shown) - 0.4, -0.6))
         axes.set_yticklabels([name for name, *_ in shown])
         axes.grid(axis="y", visible=False)
-        return _finish(axes, description, with_legend=False)
+        return finish_chart(axes, description, with_legend=False)
 
 
 @contextmanager
-def _axes(description: str, height: float = 2.9) -> Iterator[Axes]:
+def chart_axes(description: str, height: float = 2.9) -> Iterator[Axes]:
+    """An empty chart in the look of all of them, to draw on and to give to `finish_chart` inside the block.
+
+    Args:
+        description: For those who do not see the chart; no other chart of the page has the same.
+        height: Inches, of a width of 4.6.
+    """
     with matplotlib.rc_context(_SETTINGS | {"svg.hashsalt": description}):  # ids of its own, the same every time
         figure = Figure(figsize=(4.6, height), layout="constrained")
         FigureCanvasSVG(figure)
         yield figure.subplots()
 
 
-def _finish(axes: Axes, description: str, with_legend: bool = True) -> Markup:
+def finish_chart(axes: Axes, description: str, with_legend: bool = True) -> Markup:
+    """What was drawn as an SVG element: transparent, each label once in the legend above."""
     figure = axes.get_figure()
     assert isinstance(figure, Figure)
     if with_legend:
         handles, labels = axes.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper left", ncols=3, fontsize=8)
+        once = dict(zip(labels, handles))
+        figure.legend(once.values(), once.keys(), loc="outside upper left", ncols=3, fontsize=8)
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     return Markup(_inline(file.getvalue(), description))
@@ -157,6 +166,6 @@ def _inline(document: str, description: str) -> str:
     svg = document[document.index("<svg") :].strip()
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|'DejaVu Sans', ", "", svg, flags=re.DOTALL)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"| version="1.1"| (width|height)="[\d.]+pt"| id="[\w.]+_\d+"', "", svg)
-    svg = re.sub(r"\s*\n\s*", " ", svg)
+    svg = re.sub(r"\s*\n\s*", " ", svg).replace(f"stroke: {_GRID}", f"stroke: var(--line, {_GRID})")
     label = str(Markup.escape(description))
     return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)

@@ -48,7 +48,7 @@ def find_base(name: str, *, revision: str | None = None, local_files_only: bool 
         path = _download(name, revision, local_files_only)
         commit = path.name
     _check_files(path, name)
-    return BaseFolder(path, name, commit, _read_config(path, name))
+    return BaseFolder(path, name, commit, read_model_config(path, name))
 
 
 def _looks_like_a_path(name: str) -> bool:
@@ -119,7 +119,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def _read_config(path: Path, name: str) -> dict[str, Any]:
+def read_model_config(path: Path, name: str) -> dict[str, Any]:
     """The detector's configuration; that of a video checkpoint is inside its own."""
     config = _read_json(path / "config.json")
     model_type = config.get("model_type")

@@ -70,7 +70,7 @@ def load_base(
     if attention not in ("sdpa", "eager"):
         raise UserError(f"model.attention must be 'sdpa' or 'eager', got {attention!r}")
     folder = find_base(name, revision=revision, local_files_only=local_files_only)
-    config = _build_config(folder)
+    config = build_model_config(folder)
     if resolution is not None:
         check_resolution(config, resolution)
         config.image_size = resolution
@@ -126,7 +126,7 @@ def _check_dtype(dtype: torch.dtype | str) -> torch.dtype:
     return found
 
 
-def _build_config(folder: BaseFolder) -> Sam3Config:
+def build_model_config(folder: BaseFolder) -> Sam3Config:
     try:
         return Sam3Config.from_dict(dict(folder.config))
     except Exception as error:  # transformers raises several kinds for fields it does not accept

@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 def ray_session(config: Config) -> AbstractContextManager[bool]:
     """The Ray that is running or configured, or a local one with room for the workers; see `cluster.ray_session`."""
-    cpus = _most_workers(config) * worker_resources(config, use_gpu=False)["CPU"]
+    cpus = most_workers(config) * worker_resources(config, use_gpu=False)["CPU"]
     return cluster.ray_session(config.scaling.address, num_cpus=cpus)
 
 
@@ -72,7 +72,8 @@ def check_room(config: Config, resources: dict[str, float]) -> None:
         logger.warning("waiting for other work on the cluster to free %s for %d workers", ", ".join(short), least)
 
 
-def _most_workers(config: Config) -> int:
+def most_workers(config: Config) -> int:
+    """Workers of a run; of an elastic one the largest number."""
     workers = config.scaling.num_workers
     return workers if isinstance(workers, int) else workers[1]
 

@@ -1,0 +1,189 @@
+"""What is known of each trial of a sweep, on disk: the one record that a killed sweep goes on from.
+
+Ray Tune's own state is not kept. A trial's folder has its number, so a sweep that starts again reads which trials have
+ended, which had begun and what their settings were.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from sam3lora.errors import UserError
+
+TRIAL_FILE, REJECTED_FILE = "trial.json", "rejected.jsonl"
+
+Status = Literal["pending", "running", "finished", "stopped", "failed"]
+ENDED: tuple[Status, ...] = ("finished", "stopped", "failed")
+
+FailureKind = Literal[
+    "out of memory", "loss not finite", "worker lost", "process lost", "impossible settings", "bad data", "exception"
+]
+
+
+@dataclass
+class TrialRecord:
+    """One trial.
+
+    Attributes:
+        number: From 0; the folder's name.
+        values: Parameter -> value, as in the search space; tied values and labels of component sets included.
+        is_base: Whether it is the base configuration as it was.
+        trainable_parameters: Of the adapter.
+        status: "finished" trained to its end, "stopped" was given up early, "failed" has a ``reason``.
+        value: The metric at the adapter in ``best/``; None if nothing was measured.
+        metrics: What else was measured there: valid_loss, map, cgf1, off_prompt_fpr, ...
+        best_epoch: Where, from 1.
+        epochs: Epochs trained.
+        history: One entry a validation: epoch (from 1), time (seconds since 1970), train_loss, valid_loss, and metrics.
+        failure: Kind of failure.
+        reason: Its message.
+        retries: What was changed to try again after running out of memory: reason, batch_size,
+            gradient_accumulation_steps.
+        started_at: Seconds since 1970, of the first attempt.
+        ended_at: The same.
+        seconds: Spent training, over all attempts.
+        images_per_second: In training, over the last epoch.
+        memory_mb: Peak of the first worker.
+        vision_passes: Images that went through the vision trunk.
+        features_loaded: Images whose trunk output came from the cache.
+    """
+
+    number: int
+    values: dict[str, Any]
+    is_base: bool = False
+    trainable_parameters: int = 0
+    status: Status = "pending"
+    value: float | None = None
+    metrics: dict[str, float | None] = field(default_factory=dict)
+    best_epoch: int | None = None
+    epochs: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    failure: FailureKind | None = None
+    reason: str | None = None
+    retries: list[dict[str, Any]] = field(default_factory=list)
+    started_at: float | None = None
+    ended_at: float | None = None
+    seconds: float = 0.0
+    images_per_second: float | None = None
+    memory_mb: float | None = None
+    vision_passes: int = 0
+    features_loaded: int = 0
+
+    @property
+    def has_ended(self) -> bool:
+        return self.status in ENDED
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A sample that was never trained: it cost nothing.
+
+    Attributes:
+        number: The trial it was proposed for.
+        values: As in `TrialRecord`.
+        kind: "over budget", "impossible settings" or "already tried".
+        reason: In words, with the bound and the value.
+        trainable_parameters: Where they could be counted.
+    """
+
+    number: int
+    values: dict[str, Any]
+    kind: Literal["over budget", "impossible settings", "already tried"]
+    reason: str
+    trainable_parameters: int | None = None
+
+
+class Ledger:
+    """The records of a sweep folder. Every change is on disk, whole, when the call returns."""
+
+    def __init__(self, sweep_dir: Path) -> None:
+        self.sweep_dir = sweep_dir
+        self._trials = sweep_dir / "trials"
+
+    def folder(self, number: int) -> Path:
+        """The run folder of a trial."""
+        return self._trials / f"{number:04d}"
+
+    def read(self, number: int) -> TrialRecord:
+        """Raises UserError for a record that is missing or damaged."""
+        return read_record(self.folder(number))
+
+    def records(self) -> list[TrialRecord]:
+        """All trials that have a record, by number."""
+        return [read_record(file.parent) for file in sorted(self._trials.glob(f"*/{TRIAL_FILE}"))]
+
+    def write(self, record: TrialRecord) -> None:
+        write_record(self.folder(record.number), record)
+
+    def reject(self, rejection: Rejection) -> None:
+        with (self.sweep_dir / REJECTED_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(rejection)) + "\n")
+
+    def rejections(self) -> list[Rejection]:
+        file = self.sweep_dir / REJECTED_FILE
+        if not file.is_file():
+            return []
+        found = []
+        for line in file.read_text(encoding="utf-8").splitlines():
+            try:
+                found.append(Rejection(**json.loads(line)))
+            except (ValueError, TypeError):  # a line that a kill cut off
+                continue
+        return found
+
+
+def read_record(folder: Path) -> TrialRecord:
+    """The record in a trial's folder.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    try:
+        return TrialRecord(**json.loads((folder / TRIAL_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{folder / TRIAL_FILE} cannot be read ({error}): remove the folder to have the trial done again"
+        ) from error
+
+
+def write_record(folder: Path, record: TrialRecord) -> None:
+    """Replace the record in a trial's folder, which is made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = folder / f".{uuid.uuid4().hex}.json"
+    with scratch.open("w", encoding="utf-8") as file:
+        json.dump(asdict(record), file, indent=1, allow_nan=False)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(scratch, folder / TRIAL_FILE)
+
+
+def better(value: float | None, than: float | None, mode: str) -> bool:
+    """Whether a metric's value beats another; None is beaten by everything."""
+    if value is None:
+        return False
+    return than is None or (value < than if mode == "min" else value > than)
+
+
+def best_record(records: list[TrialRecord], mode: str) -> TrialRecord | None:
+    """The trial with the best value; of equals the smaller adapter, then the earlier trial. Failed trials count not."""
+    found: TrialRecord | None = None
+    for record in sorted(records, key=lambda entry: (entry.trainable_parameters, entry.number)):
+        if record.status != "failed" and better(record.value, found.value if found else None, mode):
+            found = record
+    return found
+
+
+def seconds_in_sessions(timestamp: float, sessions: list[Mapping[str, float]]) -> float:
+    """Seconds that the sweep had run at a time, without the pauses between a kill and the next start."""
+    total = 0.0
+    for session in sessions:
+        end = session.get("ended_at") or time.time()
+        total += max(0.0, min(timestamp, end) - session["started_at"])
+    return total

@@ -1,0 +1,215 @@
+"""`--explain`: what a sweep would try and cost, and that saying so leaves nothing behind."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+
+from sam3lora.data.synth import write_dataset
+from sam3lora.errors import OutOfMemory, UserError
+from sam3lora.tune import capacity
+from sam3lora.tune import probe as probe_module
+from sam3lora.tune.asha_cost import expected_share
+from sam3lora.tune.explain import explain_sweep, propose_all
+from sam3lora.tune.probe import ImageCost, Probe
+from sam3lora.tune.space import SearchSpace, load_space
+
+PROBE = Probe(
+    device="the GPU (of a test)",
+    num_train=100,
+    num_valid=20,
+    start_s=10.0,
+    train=ImageCost(0.0, 0.5),
+    valid=ImageCost(0.0, 0.25),
+    first_train=ImageCost(0.0, 0.5),
+    first_valid=ImageCost(0.0, 0.25),
+    metrics_s=0.25,
+    num_measured=20,
+    memory_mb=2048.0,
+    cache_bytes=1e6,
+    uses_features=True,
+)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("explain") / "data"
+    return write_dataset(folder, num_train=4, num_valid=2, size=112, seed=4, progress=False)
+
+
+@pytest.fixture
+def make_space(small_base, tmp_path):
+    """A search space on a small random SAM 3, whose vision encoder stays frozen."""
+
+    def make(parameters: str, *overrides: str, **sections: str) -> SearchSpace:
+        base = {
+            "model": {"name": str(small_base)},
+            "lora": {"rank": 4, "alpha": 8, "target_modules": ["q_proj", "v_proj"], "apply_to_detr_decoder": True},
+            "training": {"batch_size": 2, "num_epochs": 9, "mixed_precision": "no", "loss": {"mask_resolution": "low"}},
+            "scaling": {"num_workers": 0, "use_gpu": False},
+            "output": {"output_dir": str(tmp_path / "never")},
+        }
+        parts = {name: yaml.safe_load(text) for name, text in sections.items()}
+        return load_space({"base": base, "parameters": yaml.safe_load(parameters), **parts}, overrides=overrides)
+
+    return make
+
+
+def explained(space: SearchSpace, **options) -> str:
+    text = io.StringIO()
+    explain_sweep(space, console=Console(file=text, width=160, markup=False, highlight=False), **options)
+    return text.getvalue()
+
+
+def rows_under(text: str, heading: str) -> list[list[str]]:
+    """The cells of the rows after the heading of a table, up to an empty line."""
+    start = re.search(rf"^ *{heading}", text, re.MULTILINE)
+    assert start
+    lines = text[start.start() :].splitlines()[1:]
+    end = next((number for number, line in enumerate(lines) if not line.strip()), len(lines))
+    return [re.split(r"\s{2,}", line.strip()) for line in lines[:end]]
+
+
+def largest_of(text: str) -> str:
+    """Number of the trial of rank 8 in the table of samples."""
+    return next(row[0] for row in rows_under(text, "trial ") if row[1] == "8")
+
+
+RANKS = "lora.rank: {choice: [2, 4, 8]}"
+
+
+def test_grid(make_space, monkeypatch):
+    monkeypatch.setattr(capacity.os, "cpu_count", lambda: 2)
+    space = make_space(
+        f"{RANKS}\nlora.alpha: {{tied: 2 * lora.rank}}\ncomponents: {{choice: [decoder, vision, detr]}}",
+        search="{algorithm: grid}",
+        constraints="{max_trainable_parameters: 4000}",
+        early_stopping="{grace_epochs: 1, reduction_factor: 2}",
+    )
+    text = explained(space)
+    samples = propose_all(space)
+    assert rows_under(text, "parameter ") == [
+        ["lora.rank", "choice", "2; 4; 8", "4"],
+        ["lora.alpha", "tied", "= 2 * lora.rank", "8"],
+        ["components", "choice", "decoder; vision; detr", "decoder"],
+    ]
+    assert "  detr = detr_encoder, detr_decoder" in text
+    assert "at most 4,000 trainable parameters" in text
+    assert "ASHA compares after epoch 1, 2, 4, 8:" in text
+    # the real proposals, each with its parameters
+    rows = rows_under(text, "trial ")
+    shown = [
+        [
+            f"{found.number} base" if found.is_base else str(found.number),
+            *(space.label(key, value) for key, value in found.values.items()),
+            f"{found.trainable_parameters:,}",
+        ]
+        for found in samples.proposals
+    ]
+    assert [row for row in rows if row[0][0].isdigit()] == shown
+    counts = sorted(proposal.trainable_parameters for proposal in samples.proposals)
+    assert f"Trainable   {counts[0]:,} to {counts[-1]:,} parameters, median" in text
+    assert counts[-1] <= 4000
+    over = [item for item in samples.rejections if item.kind == "over budget"]
+    assert over
+    assert f"{len(over)} over budget" in text
+    assert over[0].reason in text
+    num_vision = sum(proposal.values["components"] == "vision" for proposal in samples.proposals)
+    assert num_vision
+    assert f"kept for {len(counts) - num_vision} of {len(counts)} trials; {num_vision} not: the vision encoder" in text
+    assert "2 trials on this machine (2 CPUs)" in text
+    assert "--data-dir DIR" in text
+    assert "Traceback" not in text
+
+
+def test_long_random_search(make_space):
+    space = make_space("training.learning_rate: {loguniform: [1.0e-5, 1.0e-3]}", search="{num_trials: 30}")
+    text = explained(space)
+    assert "... and 18 more" in text
+    assert "1e-5 to 0.001, logarithmic" in text
+    assert "depend on results" not in text
+    assert re.search(r"Trainable   [\d,]+ parameters\n", text)  # one number where all are alike
+
+
+def test_optuna_says_that_later_samples_depend_on_results(make_space):
+    pytest.importorskip("optuna")
+    assert "later ones depend on results" in explained(make_space(RANKS, search="{algorithm: optuna, num_trials: 3}"))
+
+
+def test_labels_are_spelled_out(make_space):
+    text = explained(make_space("lora.target_modules: {choice: {few: [v_proj], many: [q_proj, v_proj, fc1]}}"))
+    assert "  many = q_proj, v_proj, fc1" in text
+
+
+def test_no_ray_is_started(make_space, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    import ray
+
+    monkeypatch.setattr(ray, "init", lambda *args, **options: pytest.fail("Ray was started"))
+    assert "on this machine" in explained(make_space(RANKS))
+
+
+def test_missing_validation_split(make_space, images, tmp_path):
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"there is no folder .*valid"):
+        explained(make_space(RANKS, f"training.data_dir='{tmp_path / 'data'}'"))
+
+
+def test_measured(make_space, images, tmp_path, monkeypatch):
+    # The whole way, with real steps.
+    monkeypatch.setattr(probe_module, "_import_seconds", lambda: 5.0)
+    text = explained(make_space(RANKS, f"training.data_dir='{images}'"))
+    assert "Measured on the CPU with 1 thread, 4 training and 2 validation images" in text
+    rows = rows_under(text, "start ")
+    assert [row[0] for row in rows] == ["base configuration", f"largest (trial {largest_of(text)})"]
+    assert all(row[-1] == "from the cache" for row in rows)
+    assert "The sweep   at most" in text
+    assert not (tmp_path / "never").exists()
+
+
+def test_estimate(make_space, images, monkeypatch):
+    monkeypatch.setattr(probe_module, "run_probe", lambda config: PROBE)
+    space = make_space(
+        RANKS,
+        f"training.data_dir='{images}'",
+        search="{num_trials: 4, metric: map, max_concurrent: 2}",
+        early_stopping="{grace_epochs: 1, reduction_factor: 3}",
+    )
+    text = explained(space)
+    # 9 epochs of 100 images at 0.5 s and 20 at 0.25 s, and mAP on the same 20: 10 + 9 x 60 s a trial; base and 3 ranks
+    # are 3 different trials, 2 at a time.
+    assert "A trial     9.2 min" in text
+    assert "The sweep   at most 18 min, 2 at a time; about" in text
+    share = expected_share(3, 9, (1, 3), 3)
+    assert f"({share:.0%} of the epochs)" in text
+    assert "2,048 MB" in text
+    assert "the GPU (of a test)" in text
+    assert "120 MB of cached images and features" in text
+
+
+def test_without_the_probe(make_space, images, monkeypatch):
+    monkeypatch.setattr(probe_module, "run_probe", lambda config: pytest.fail("probed"))
+    text = explained(make_space(RANKS, f"training.data_dir='{images}'"), probe=False)
+    assert "leave out --no-probe" in text
+
+
+def test_probe_that_fails_is_told(make_space, images, monkeypatch):
+    def fail(config):
+        if config.lora.rank == 8:
+            raise OutOfMemory("out of memory with training.batch_size=2: set it to 1")
+        return PROBE
+
+    monkeypatch.setattr(probe_module, "run_probe", fail)
+    text = explained(make_space(RANKS, f"training.data_dir='{images}'"))
+    failed = f"the probe of the largest (trial {largest_of(text)}) failed"
+    assert f"{failed}: out of memory with training.batch_size=2: set it to 1" in text
+
+
+def test_held_out_split(make_space, images):
+    space = make_space(RANKS, f"training.data_dir='{images}'", search="{held_out_split: train}")
+    assert "base and best are measured on train/ at the end" in explained(space, probe=False)

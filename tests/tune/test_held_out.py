@@ -1,0 +1,83 @@
+"""The held-out split: what is compared with what, and what is said about it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import serve_app
+from sam3lora.config import Config, load_config
+from sam3lora.data.synth import write_dataset
+from sam3lora.errors import UserError
+from sam3lora.tune.held_out import measure_held_out
+
+SAMPLES = Path(serve_app.__file__).parent / "samples"
+PARTS, LIGHT = SAMPLES / "parts", SAMPLES / "parts-light"
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory) -> Path:
+    """Three drawn scenes of what the sample adapters were trained on, as the split test/."""
+    folder = write_dataset(tmp_path_factory.mktemp("data") / "data", num_train=1, num_valid=3, seed=11, progress=False)
+    return (folder / "valid").rename(folder / "test")
+
+
+@pytest.fixture
+def config(held_out) -> Config:
+    return load_config("demo", [f"training.data_dir='{held_out.parent}'", "evaluation.num_samples=2"])
+
+
+def test_best_trial_against_the_base_configuration(held_out, config):
+    found = measure_held_out(held_out, LIGHT, PARTS, config)
+    assert (found["split"], found["metric"], found["compared_with"]) == ("test", "map", "base configuration")
+    assert found["num_images"] == 3  # all, whatever the trials were measured on
+    models = found["models"]
+    assert list(models) == ["plain model", "base configuration", "best trial"]
+    assert all(list(values) == ["map", "map_50", "cgf1", "off_prompt_fpr"] for values in models.values())
+    # what the adapters learned, and the larger one better
+    assert models["plain model"]["map"] < models["base configuration"]["map"] < models["best trial"]["map"]
+    assert found["base"] == models["base configuration"]["map"]
+    assert found["best"] == models["best trial"]["map"]
+    assert found["difference"] == pytest.approx(found["best"] - found["base"])
+    assert found["low"] <= found["difference"] <= found["high"]
+    assert "3 images of test/" in found["note"]
+    assert ("includes zero" in found["note"]) == (found["low"] <= 0 <= found["high"])
+
+
+def test_the_base_configuration_can_be_the_best(held_out, config):
+    found = measure_held_out(held_out, LIGHT, SAMPLES / "parts" / ".." / "parts-light", config, num_samples=2)
+    assert (found["base"], found["difference"], found["low"], found["high"]) == (found["best"], 0, 0, 0)
+    assert "itself the best" in found["note"]
+    assert list(found["models"]) == ["plain model", "best trial", "base configuration"]
+
+
+def test_without_an_adapter_of_the_base_configuration(held_out, config):
+    found = measure_held_out(held_out, None, PARTS, config, metric="cgf1", num_samples=1)
+    assert (found["metric"], found["compared_with"]) == ("cgf1", "plain model")
+    assert found["base"] == found["models"]["plain model"]["cgf1"]
+    assert list(found["models"]) == ["plain model", "best trial"]
+    assert "1 image of test/" in found["note"]
+    # the image shows everything that is asked for, and cgF1 needs what is absent
+    assert (found["base"], found["difference"], found["low"]) == (None, None, None)
+    assert "cgf1 cannot be measured" in found["note"]
+
+
+def test_validation_loss_is_compared_by_map(held_out, config):
+    found = measure_held_out(held_out, None, LIGHT, config, metric="valid_loss", num_samples=1)
+    assert found["metric"] == "map"
+    assert found["difference"] == found["best"] - found["base"]
+    assert found["low"] is None
+    assert "too few for an interval" in found["note"]
+
+
+def test_no_such_split(tmp_path, config):
+    assert measure_held_out(tmp_path / "test", None, PARTS, config) is None
+    (tmp_path / "test").mkdir()  # images that nobody has annotated
+    assert measure_held_out(tmp_path / "test", None, PARTS, config) is None
+
+
+def test_damaged_split(tmp_path, config):
+    (tmp_path / "_annotations.coco.json").write_text("{")
+    with pytest.raises(UserError, match=r"_annotations\.coco\.json"):
+        measure_held_out(tmp_path, None, PARTS, config)

@@ -1,0 +1,178 @@
+"""Kinds of parameters, tied expressions and texts for values."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from sam3lora.tune.component_sets import BUILT_IN, components_of, name_of
+from sam3lora.tune.expressions import Expression
+from sam3lora.tune.parameters import parse_parameter, value_text
+
+
+def draws(written, count=2000):
+    parameter = parse_parameter("x", written)
+    rng = np.random.default_rng(3)
+    return [parameter.draw(rng) for _ in range(count)]
+
+
+def test_uniform_fills_its_range_evenly():
+    values = np.array(draws({"uniform": [0.1, 0.3]}))
+    assert values.min() >= 0.1
+    assert values.max() <= 0.3
+    assert np.histogram(values, bins=4, range=(0.1, 0.3))[0].min() > 400
+
+
+def test_loguniform_gives_each_order_of_magnitude_the_same_share():
+    values = np.log10(draws({"loguniform": [1.0e-5, 1.0e-2]}))
+    assert np.histogram(values, bins=3, range=(-5, -2))[0].min() > 550
+    assert values.min() >= -5
+
+
+def test_randint_includes_both_ends():
+    values = draws({"randint": [3, 5]})
+    assert set(values) == {3, 4, 5}
+    assert all(type(value) is int for value in values)
+
+
+def test_choice_draws_every_value_as_often():
+    values = draws({"choice": [4, "a", [1, 2]]})
+    assert min(values.count(option) for option in (4, "a", [1, 2])) > 550
+
+
+def test_drawn_numbers_are_short_and_stay_inside():
+    low, high = 1.2345678e-4, 1.2345679e-4  # rounding alone would leave this range
+    assert all(low <= value <= high for value in draws({"loguniform": [low, high]}, 20))
+    assert all(len(str(value)) <= 8 for value in draws({"uniform": [0.1, 0.3]}, 50))
+
+
+def test_labels_stand_for_values():
+    parameter = parse_parameter("x", {"choice": {"few": ["a"], "many": ["a", "b"]}})
+    assert parameter.label(["a", "b"]) == "many"
+    assert parameter.label(["b"]) == "b"  # the base's own value may be none of them
+    assert parameter.written() == {"choice": {"few": ["a"], "many": ["a", "b"]}}
+
+
+@pytest.mark.parametrize(
+    ("written", "is_numeric", "is_log"),
+    [
+        ({"choice": [1, 2.5]}, True, False),
+        ({"choice": [True, False]}, False, False),
+        ({"grid": ["a"]}, False, False),
+        ({"uniform": [0, 1]}, True, False),
+        ({"loguniform": [1, 2]}, True, True),
+        ({"tied": "2 * a"}, True, False),
+    ],
+)
+def test_what_a_chart_needs_to_know(written, is_numeric, is_log):
+    parameter = parse_parameter("x", written)
+    assert (parameter.kind, parameter.is_numeric, parameter.is_log) == (next(iter(written)), is_numeric, is_log)
+
+
+@pytest.mark.parametrize(
+    ("written", "words"),
+    [
+        (5, "a fixed value goes under set"),
+        ({}, "expected a kind such as"),
+        ({"choice": [1], "grid": [1]}, "keep one"),
+        ({"loguniforn": [1, 2]}, "did you mean loguniform"),
+        ({"choice": []}, "choice is empty"),
+        ({"choice": 4}, "expects a list"),
+        ({"grid": [4, 8, 4]}, "holds 4 twice"),
+        ({"uniform": [0.2, 0.1]}, r"needs low < high, got \[0.2, 0.1\]"),
+        ({"uniform": [0.1, 0.1]}, "needs low < high"),
+        ({"uniform": [0.1]}, r"two numbers \[low, high\]"),
+        ({"uniform": [0, math.inf]}, "two numbers"),
+        ({"uniform": [False, True]}, "two numbers"),
+        ({"loguniform": [0, 0.1]}, "needs low > 0, got 0: raise it, or write uniform"),
+        ({"randint": [0.5, 3]}, "two whole numbers"),
+        ({"tied": ["a"]}, "expects an expression"),
+        ({"tied": "2 *"}, "is not an expression"),
+        ({"tied": "open('x')"}, "is not allowed: use numbers, dotted keys"),
+        ({"tied": "a.b[0]"}, "is not allowed"),
+        ({"tied": "__import__('os').system('x')"}, "is not allowed"),
+        ({"tied": "a if b else c"}, "is not allowed"),
+        ({"tied": "'a' * 3"}, "is not allowed"),
+    ],
+)
+def test_what_is_no_parameter_is_refused(written, words):
+    with pytest.raises(ValueError, match=words):
+        parse_parameter("x", written)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("2 * lora.rank", 16),
+        ("lora.rank // 3 + lora.rank / 16", 2.5),
+        ("-(1 - lora.rank) ** 2", -49),
+        ("min(lora.rank, 4) + max(1, 2, 3)", 7),
+        ("round(lora.rank / 3)", 3),
+        ("int(lora.rank * 0.99)", 7),
+        ("7", 7),
+    ],
+)
+def test_expressions(text, expected):
+    assert Expression.parse(text).evaluate({"lora.rank": 8}) == expected
+
+
+def test_an_expression_names_its_keys_once():
+    assert Expression.parse("a.b * c + max(a.b, 2)").keys == ("a.b", "c")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("1 / (a - 2)", "division by zero"),
+        ("a ** 1000", "exponent 1000 is too large"),
+        ("(-a) ** 0.5", "expected a finite number"),
+        ("a * b", "b is 'x', expected a number"),
+        ("1e308 * 10 * a", "finite"),
+    ],
+)
+def test_an_expression_that_gives_no_number(text, words):
+    with pytest.raises(ValueError, match=words):
+        Expression.parse(text).evaluate({"a": 2, "b": "x"})
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (2e-4, "2e-4"),
+        (1.234e-5, "1.23e-5"),
+        (0.05, "0.05"),
+        (32.0, "32"),
+        (0.0, "0"),
+        (2.5e7, "2.5e7"),
+        (12345.0, "12345"),
+        (None, "none"),
+        (False, "false"),
+        ("cosine", "cosine"),
+        (["a", "b"], "a, b"),
+        ({"a": 1e-4}, "a: 1e-4"),
+    ],
+)
+def test_value_text(value, text):
+    assert value_text(value) == text
+
+
+def test_component_sets_are_joined_by_plus_and_mixed_with_components():
+    assert components_of("mask decoder + detr", {}) == ("detr_encoder", "detr_decoder", "mask_decoder")
+    assert components_of("detr_decoder + vision", {}) == ("vision_encoder", "detr_decoder")
+    assert components_of("mine + text", {"mine": ("scoring",)}) == ("text_encoder", "scoring")
+
+
+def test_every_selection_of_components_has_a_name_that_means_it():
+    from itertools import combinations
+
+    from sam3lora.config import COMPONENTS
+
+    own = {"heads": ("detr_decoder", "mask_decoder")}
+    for count in range(1, len(COMPONENTS) + 1):
+        for chosen in combinations(COMPONENTS, count):
+            assert components_of(name_of(chosen, own), own) == chosen
+    assert name_of(("detr_decoder", "mask_decoder"), own) == "heads"
+    assert name_of(BUILT_IN["detr"] + ("mask_decoder",), own) == "detr + mask decoder"
+    assert name_of(("detr_decoder",), own, ["detr_decoder"]) == "detr_decoder"

@@ -1,0 +1,55 @@
+"""The Pareto front of value and size on cases drawn by hand."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import replace
+
+import pytest
+
+from sam3lora.tune.pareto import pareto_front
+from sam3lora.tune.trials import better
+
+from .made_sweeps import trial
+
+CASES = {
+    "none": ([], "max", []),
+    "without a value": ([(100, None)], "max", []),
+    "single": ([(100, 0.1)], "max", [0]),
+    "smaller and better beats all": ([(100, 0.5), (200, 0.4), (300, 0.5)], "max", [0]),
+    "each larger one is better": ([(300, 0.7), (100, 0.5), (200, 0.6)], "max", [1, 2, 0]),
+    "one in between is worse": ([(100, 0.5), (200, 0.4), (300, 0.7)], "max", [0, 2]),
+    "same size": ([(100, 0.5), (100, 0.6)], "max", [1]),
+    "same value": ([(200, 0.5), (100, 0.5)], "max", [1]),
+    "equal in both": ([(100, 0.5), (100, 0.5)], "max", [0, 1]),
+    "losses": ([(100, 2.0), (200, 1.0), (300, 1.5)], "min", [0, 1]),
+}
+
+
+@pytest.mark.parametrize(("points", "mode", "expected"), CASES.values(), ids=CASES.keys())
+def test_front(points, mode, expected):
+    records = [trial(number, value, size) for number, (size, value) in enumerate(points)]
+    assert [record.number for record in pareto_front(records, mode)] == expected
+
+
+def test_failed_trials_are_not_on_it():
+    records = [replace(trial(0, 0.9, 10), status="failed"), trial(1, 0.5, 20)]
+    assert [record.number for record in pareto_front(records, "max")] == [1]
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_along_the_front_larger_is_better_and_every_other_trial_is_beaten(mode):
+    rng = random.Random(1)
+    records = [trial(number, rng.random(), rng.randrange(1, 1000)) for number in range(80)]
+    front = pareto_front(records, mode)
+    for first, second in itertools.pairwise(front):
+        assert first.trainable_parameters < second.trainable_parameters
+        assert better(second.value, first.value, mode)
+    for record in records:
+        if record not in front:
+            assert any(
+                other.trainable_parameters <= record.trainable_parameters
+                and not better(record.value, other.value, mode)
+                for other in front
+            )

@@ -1,0 +1,150 @@
+"""What a sweep refuses before it starts, and how it closes its books."""
+
+import json
+
+import filelock
+import pytest
+
+from sam3lora.data.images import ImageError
+from sam3lora.data.synth import write_dataset
+from sam3lora.errors import OutOfMemory, UserError, WorkerLost
+from sam3lora.train.update import NonFiniteLoss
+from sam3lora.tune import sweep, trial_run
+from sam3lora.tune.space import load_space
+from sam3lora.tune.trials import Ledger, TrialRecord
+
+SPACE = {
+    "name": "small",
+    "base": "quick_test",
+    "parameters": {"lora.rank": {"choice": [2, 4, 16]}},
+    "search": {"metric": "valid_loss", "num_trials": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_dataset(folder, num_train=2, num_valid=2)
+    return folder
+
+
+@pytest.fixture
+def no_trials(monkeypatch):
+    """A sweep without Ray: it stands still where trials would begin."""
+
+    class StoodStill(Exception):
+        pass
+
+    def stop(*args):
+        raise StoodStill
+
+    monkeypatch.setattr(sweep, "_run_trials", stop)
+    return StoodStill
+
+
+def space(data_dir, **changes):
+    return load_space(SPACE | changes, overrides=[f"training.data_dir={data_dir}"])
+
+
+def test_a_folder_with_a_sweep_is_not_used_for_another_one(data_dir, tmp_path, no_trials):
+    with pytest.raises(no_trials):
+        sweep.run_sweep(space(data_dir), tmp_path / "sweep")
+    with pytest.raises(UserError, match="already holds a sweep: give --resume"):
+        sweep.run_sweep(space(data_dir), tmp_path / "sweep")
+
+
+def test_a_sweep_does_not_go_on_with_another_space(data_dir, tmp_path, no_trials):
+    with pytest.raises(no_trials):
+        sweep.run_sweep(space(data_dir), tmp_path / "sweep")
+    other = space(data_dir, parameters={"lora.rank": {"choice": [2, 4, 8]}})
+    with pytest.raises(UserError, match=r"another search space: .*lora\.rank"):
+        sweep.run_sweep(other, tmp_path / "sweep", resume=True)
+    with pytest.raises(no_trials):
+        sweep.run_sweep(space(data_dir, search=SPACE["search"] | {"num_trials": 4}), tmp_path / "sweep", resume=True)
+
+
+def test_there_must_be_a_sweep_to_resume(data_dir, tmp_path):
+    with pytest.raises(UserError, match="nothing to resume"):
+        sweep.run_sweep(space(data_dir), tmp_path / "sweep", resume=True)
+
+
+def test_a_folder_takes_one_driver_at_a_time(data_dir, tmp_path):
+    (tmp_path / "sweep").mkdir()
+    with (
+        filelock.FileLock(tmp_path / "sweep" / ".lock"),
+        pytest.raises(UserError, match="another process is running the sweep"),
+    ):
+        sweep.run_sweep(space(data_dir), tmp_path / "sweep")
+
+
+def test_a_data_set_without_validation_images_is_refused_at_once(data_dir, tmp_path):
+    settings = space(data_dir, set={"data.valid_split": "val"})
+    with pytest.raises(UserError, match="a sweep compares trials on validation images"):
+        sweep.run_sweep(settings, tmp_path / "sweep")
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_begun_trials_come_before_new_ones(data_dir):
+    records = [TrialRecord(0, {}, status="finished"), TrialRecord(1, {}, status="running"), TrialRecord(2, {})]
+    assert sweep._open_numbers(space(data_dir, search={"num_trials": 4}), records) == ([1, 2], [3])
+
+
+def test_failed_trials_are_done_again_only_where_asked(data_dir, tmp_path, no_trials):
+    folder = tmp_path / "sweep"
+    with pytest.raises(no_trials):
+        sweep.run_sweep(space(data_dir), folder)
+    ledger = Ledger(folder)
+    failed = TrialRecord(1, {"lora.rank": 4}, status="failed", failure="exception", reason="x", trainable_parameters=9)
+    ledger.write(failed)
+    with pytest.raises(no_trials):
+        sweep.run_sweep(space(data_dir), folder, resume=True)
+    assert ledger.read(1) == failed
+    with pytest.raises(no_trials):
+        sweep.run_sweep(space(data_dir), folder, resume=True, retry_failed=True)
+    assert ledger.read(1) == TrialRecord(1, {"lora.rank": 4}, trainable_parameters=9)
+
+
+def test_a_session_that_was_killed_ends_with_the_last_sign_of_life(tmp_path):
+    (tmp_path / "sweep.json").write_text(json.dumps({"sessions": [{"started_at": 1e9}]}))
+    trial = tmp_path / "trials" / "0000"
+    trial.mkdir(parents=True)
+    (trial / "metrics.jsonl").write_text("")
+    [session] = sweep._earlier_sessions(tmp_path)
+    assert session["ended_at"] == (trial / "metrics.jsonl").stat().st_mtime
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (OutOfMemory("x"), "out of memory"),
+        (NonFiniteLoss("x"), "loss not finite"),
+        (WorkerLost("x"), "worker lost"),
+        (ImageError("x"), "bad data"),
+        (UserError("x"), "impossible settings"),
+        (KeyError("x"), "exception"),
+    ],
+)
+def test_kinds_of_failure(error, kind):
+    assert trial_run.failure_kind(error) == kind
+
+
+@pytest.mark.parametrize(
+    ("batch", "accumulation", "halved"), [(8, 1, (4, 2)), (2, 3, (1, 6)), (3, 1, (1, 3)), (5, 2, (2, 5))]
+)
+def test_half_a_batch_keeps_the_images_of_a_step(data_dir, batch, accumulation, halved):
+    settings = space(data_dir).config_of({"lora.rank": 4})
+    training = settings.training.model_copy(update={"batch_size": batch, "gradient_accumulation_steps": accumulation})
+    changed = trial_run._half_the_batch(settings.model_copy(update={"training": training}))
+    assert (changed["batch_size"], changed["gradient_accumulation_steps"]) == halved
+
+
+def test_a_trial_that_was_stopped_from_outside_does_not_overwrite_that(data_dir, tmp_path, monkeypatch):
+    ledger = Ledger(tmp_path)
+    ledger.write(TrialRecord(0, {"lora.rank": 4}))
+
+    def train(*args):
+        ledger.write(TrialRecord(0, {"lora.rank": 4}, status="stopped", epochs=1))
+
+    monkeypatch.setattr(trial_run, "_start", train)
+    trial_run.complete_trial(space(data_dir), ledger, 0, lambda entry: None)
+    assert ledger.read(0).status == "stopped"
