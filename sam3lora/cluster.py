@@ -16,12 +16,13 @@ _CONNECT_TIMEOUT_S = 5.0
 
 
 @contextlib.contextmanager
-def ray_session(address: str | None, *, num_cpus: float) -> Iterator[bool]:
+def ray_session(address: str | None, *, num_cpus: float, dashboard: bool = False) -> Iterator[bool]:
     """The Ray that is running or named, or a local one, for the duration of the block.
 
     Args:
         address: of a cluster; None takes `RAY_ADDRESS`, or starts a local Ray if that is not set.
         num_cpus: logical CPUs of a local Ray: a small machine takes as many workers as it is asked for.
+        dashboard: start one with a local Ray; Ray Train needs it to free what a killed run had reserved.
 
     Yields:
         Whether it is a local one, for this block alone.
@@ -41,7 +42,12 @@ def ray_session(address: str | None, *, num_cpus: float) -> Iterator[bool]:
         _join(address, quiet)
     else:
         address = "local"
-        options = {"include_dashboard": False, "object_store_memory": _store_bytes(), **quiet}
+        options = {
+            "include_dashboard": dashboard,
+            "dashboard_host": "127.0.0.1",
+            "object_store_memory": _store_bytes(),
+            **quiet,
+        }
         ray.init(address=address, num_cpus=math.ceil(num_cpus), **options)
     try:
         yield address == "local"

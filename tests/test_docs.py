@@ -6,6 +6,7 @@ import importlib.util
 import pkgutil
 import re
 import shlex
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ import typer
 from sam3lora.cli.app import app
 from sam3lora.cli.argv import normalize_argv
 from sam3lora.config import load_config, preset_names
+from sam3lora.config.yaml_text import parse_yaml
+from sam3lora.tune.parameters import KINDS
+from sam3lora.tune.space import load_space, space_names
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -27,7 +31,7 @@ _COMMAND = re.compile(
 )
 _PREFIX = re.compile(r"^(?:[A-Z_]+=\S+ )*(?:taskset -c \S+ )?")
 _LINK = re.compile(r"\[[^]]*\]\(([^)\s]+)\)")
-_FILE = re.compile(r"(?<![\w./-])(?:sam3lora|serve_app|examples|jobs|docs|tests|\.ci)/[\w./-]*\w")
+_FILE = re.compile(r"(?<![\w./-])(?:sam3lora|serve_app|examples|jobs|tune_spaces|docs|tests|\.ci)/[\w./-]*\w")
 _NAME = re.compile(r"(?<![\w./-])sam3lora(?:\.\w+)+")
 _IMPORT = re.compile(r"^\s*from (sam3lora[\w.]*) import (.+)$", re.MULTILINE)
 
@@ -94,11 +98,15 @@ def job_app(job: Path) -> typer.Typer:
 
 
 def check_command(line: str) -> None:
-    """Parse all of a command, but do not run it; settings of `train` must make a configuration."""
+    """Parse all of a command, but do not run it; settings of `train` and `tune` must make what they start with."""
     command, words = parser_of(shlex.split(line, comments=True))
     context = command.make_context(command.name, words)
     if command.name == "train" and context.params["config"] in preset_names():
         load_config(context.params["config"], context.params["overrides"])
+    if command.name == "tune" and context.params["space"] in space_names():
+        chosen = ("config", "num_trials", "algorithm", "metric", "max_concurrent")
+        names = {name: context.params[name] for name in chosen}
+        load_space(context.params["space"], overrides=context.params["overrides"] or (), **names)
 
 
 def check_options(line: str) -> None:
@@ -133,6 +141,9 @@ def test_pages_are_found():
         ("sam3lora trian x", "no verb trian"),
         ("sam3lora validate --wieghts x", "wieghts"),
         ("sam3lora train light lora.rnak=8", "rnak"),
+        ("sam3lora tune lora_quick --config demo lora.rnak=8", "rnak"),
+        ("sam3lora tune lora_quick training.learning_rate=1e-4", "searched"),
+        ("ray job submit --working-dir . -- python jobs/tune.py lora_quick --algorithm gird", "gird"),
         ("python jobs/predict.py --input x --prompt y --output z --shift", "shift"),
         ("ray job submit --working-dir . -- python jobs/validate.py --nosuch 1", "nosuch"),
         ("python jobs/nosuch.py", "nosuch"),
@@ -208,6 +219,14 @@ def test_files_and_names_exist(page):
         except (ImportError, AttributeError):
             missing.append(name)
     assert not missing
+
+
+def test_search_spaces_of_the_page_load():
+    page = (ROOT / "docs/sweeps.md").read_text()
+    (block,) = re.findall(r"^    base: .*\n(?:    .*\n)+", page, re.MULTILINE)
+    space = load_space(parse_yaml(textwrap.dedent(block), "docs/sweeps.md"))
+    assert {item.kind for item in space.parameters.values()} == set(KINDS)
+    assert [name for name in space_names() if f"| `{name}` |" not in page] == []
 
 
 def test_layout_lists_every_package():

@@ -1,6 +1,7 @@
 """Arrays that are made once and kept on disk, shared by the processes of a host and by later runs.
 
     <root>/ab/cdef....npy    an array by its key           <root>/locks/abc.lock    who is making it
+    <root>/runs/TIME-...     a run by when it opened the store; the file's time is that of its last use
 
 A file is written under another name and renamed, so a reader sees a whole array or none.
 """
@@ -24,18 +25,22 @@ from filelock import FileLock, Timeout
 
 logger = logging.getLogger(__name__)
 
+RECENT_S = 3600.0  # what a run has used is safe from others until it has not used the store for so long
 LONGEST_WAIT_S = 300.0  # for another process to make an array; then the waiting one makes it itself
 _DISK_KEPT_FREE = (0.05, 2 * 10**9)  # the smaller of a share of the disk and bytes
 _HEADER_BYTES = 128
 _TEMPORARY_IS_OLD_S = 3600.0
+_SECONDS_BETWEEN_SIGNS = 60.0
 
 
 class ArrayStore:
     """A folder of arrays with a bound on its size. Travels to other processes, which then count as the same run.
 
-    Where the bound or the free disk is reached, arrays that no one touched since this run opened the store go, the
-    oldest first. Those of the run itself stay: a run reads all its images in turn, so of a store that drops the least
-    recently read it would find nothing again. When they fill the store, nothing more is added.
+    Where the bound or the free disk is reached, the arrays go that no run has used for longest, but none that was used
+    since this run opened the store, nor since any run did that was using it in the hour (`RECENT_S`) before. Runs read
+    all their images in turn: of a store that drops the least recently read they would find nothing again, but so every
+    epoch and every trial of a sweep finds what fits. An hour after the last run with other images, theirs make room.
+    When nothing may go, nothing more is added.
 
     Args:
         root: The folder; made if need be.
@@ -48,19 +53,22 @@ class ArrayStore:
     def __init__(self, root: Path, limit_bytes: int) -> None:
         self.root, self.limit_bytes = root, limit_bytes
         self._opened_ns = time.time_ns()
+        self._run = root / "runs" / f"{self._opened_ns}-{uuid.uuid4().hex}"
         self._start()
-        (root / "locks").mkdir(parents=True, exist_ok=True)
-        probe = root / f".{uuid.uuid4().hex}.tmp"
-        probe.touch()
-        probe.unlink()
+        for name in ("locks", "runs"):
+            (root / name).mkdir(parents=True, exist_ok=True)
+        self._sign()
+        self._kept_since_ns = self._first_recent_run_ns()
 
     def _start(self) -> None:
         self.is_full = False
+        self._signed_s = 0.0
         self._touched: set[str] = set()
         self._content: _Content | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"root": self.root, "limit_bytes": self.limit_bytes, "_opened_ns": self._opened_ns}
+        names = ("root", "limit_bytes", "_opened_ns", "_run", "_kept_since_ns")
+        return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -86,13 +94,14 @@ class ArrayStore:
 
     def put(self, key: str, array: np.ndarray) -> bool:
         """Keep an array, in place of one with the same key; False if there is no room."""
+        self._sign_now_and_then()
         if self.is_full:
             return False
         file = self._file(key)
         scratch = file.with_name(f".{uuid.uuid4().hex}.tmp")
         try:
             if not self._make_room(array.nbytes + _HEADER_BYTES):
-                self._stop(f"{self.limit_bytes / 1e9:.3g} GB or the disk are filled by this run")
+                self._stop(f"{self.limit_bytes / 1e9:.3g} GB or the disk are filled by what is in use")
                 return False
             file.parent.mkdir(exist_ok=True)
             try:
@@ -143,6 +152,7 @@ class ArrayStore:
 
     def _touch(self, key: str) -> bool:
         """Whether the file is there; it counts as used by this run from now on."""
+        self._sign_now_and_then()
         file = self._file(key)
         try:
             if key not in self._touched and file.stat().st_mtime_ns < self._opened_ns:
@@ -155,6 +165,28 @@ class ArrayStore:
             return file.exists()
         self._touched.add(key)
         return True
+
+    def _first_recent_run_ns(self) -> int:
+        """When the first of the runs opened the store that have used it of late; this one is among them."""
+        began = [self._opened_ns]
+        for run in self._run.parent.iterdir():
+            with contextlib.suppress(OSError, ValueError):
+                if run.stat().st_mtime < time.time() - RECENT_S:
+                    run.unlink()
+                else:
+                    began.append(int(run.name.partition("-")[0]))
+        return min(began)
+
+    def _sign(self) -> None:
+        """Say that this run uses the store."""
+        self._signed_s = time.time()
+        self._run.touch()
+        _set_time(self._run, time.time_ns())
+
+    def _sign_now_and_then(self) -> None:
+        if abs(time.time() - self._signed_s) > _SECONDS_BETWEEN_SIGNS:
+            with contextlib.suppress(OSError):
+                self._sign()
 
     def _stop(self, reason: str) -> None:
         self.is_full = True
@@ -170,7 +202,7 @@ class ArrayStore:
                 return False
             old = content.removable.pop()
             with contextlib.suppress(OSError):
-                if old.file.stat().st_mtime_ns >= self._opened_ns:
+                if old.file.stat().st_mtime_ns >= self._kept_since_ns:
                     continue  # touched since
                 old.file.unlink()
             content.used -= old.num_bytes
@@ -191,7 +223,7 @@ class ArrayStore:
                     file.unlink()  # its writer was killed
                     continue
                 content.used += found.st_size
-                if file.suffix == ".npy" and found.st_mtime_ns < self._opened_ns:
+                if file.suffix == ".npy" and found.st_mtime_ns < self._kept_since_ns:
                     content.removable.append(_Entry(found.st_mtime_ns, found.st_size, file))
         content.removable.sort(reverse=True)
         return content

@@ -62,8 +62,8 @@ def check_room(config: Config, resources: dict[str, float]) -> None:
     room = {"STRICT_PACK": max(places, default=0), "STRICT_SPREAD": sum(map(bool, places))}.get(strategy, sum(places))
     if room < least:
         raise UserError(
-            f"scaling.num_workers={least} with {_in_words(resources)} for each worker: the cluster has room for {room} "
-            f"(placement {strategy}, nodes with {'; '.join(map(_in_words, nodes)) or 'nothing'}). Ask for fewer "
+            f"scaling.num_workers={least} with {in_words(resources)} for each worker: the cluster has room for {room} "
+            f"(placement {strategy}, nodes with {'; '.join(map(in_words, nodes)) or 'nothing'}). Ask for fewer "
             f"workers{_cheaper(config, resources)}, or add to the cluster"
         )
     free = ray.available_resources()
@@ -98,7 +98,7 @@ def _cheaper(config: Config, resources: dict[str, float]) -> str:
     return "".join(f", {hint}" for hint in hints)
 
 
-def _in_words(resources: dict[str, float]) -> str:
+def in_words(resources: dict[str, float]) -> str:
     """CPUs and GPUs, and whatever custom resources there are but Ray's own."""
     own = ("memory", "object_store_memory", "node:", "accelerator_type:")
     shown = {name: amount for name, amount in resources.items() if not name.startswith(own)}

@@ -77,7 +77,8 @@ def load_run_data(config: Config, resolution: int) -> RunData:
         on_bad_image=training.on_bad_image,
         seed=training.seed,
     )
-    valid_settings = replace(settings, augmentation="none", horizontal_flip=0.0, max_objects=None)
+    # A seed of its own: losses of runs with different seeds are means over the same queries.
+    valid_settings = replace(settings, augmentation="none", horizontal_flip=0.0, max_objects=None, seed=0)
     prompt_of = {prompt_key(name): prompt for name, prompt in data.prompts.items()}
     asked = [prompt_of.get(prompt_key(name), name) for name in names]
     return RunData(

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -122,10 +122,8 @@ class TrunkCache:
         vision: Any = staged.model.vision_encoder
         trunk = vision.backbone
         self._staged, self._store, self._device = staged, store, device
-        # The neck begins with casting to the type of its weights. Under autocast its convolutions then cast to
-        # bfloat16, and the maximum it pools is the same before and after. Dropout of an adapter would differ.
-        neck_is_frozen = not any(name.startswith(_NECK) for name in adapted_modules(staged.model))
-        self._dtype = torch.bfloat16 if bf16 and neck_is_frozen else vision.neck.fpn_layers[0].proj1.weight.dtype
+        weights = vision.neck.fpn_layers[0].proj1.weight.dtype
+        self._dtype = kept_type(adapted_modules(staged.model), bf16=bf16, weights=weights)
         side = trunk.config.image_size // trunk.config.patch_size
         self._shape_SC = (side * side, trunk.config.hidden_size)
         self.identity = digest(
@@ -201,7 +199,8 @@ def open_cache(config: Config, staged: StagedSam3, data: RunData, device: torch.
         UserError: `training.feature_cache` is true and it cannot be used.
     """
     training = config.training
-    changing = _what_changes_the_trunk(config, staged)
+    trunk_config: Any = staged.model.vision_encoder.backbone.config
+    changing = what_changes_the_trunk(config, adapted_modules(staged.model), trunk_config)
     augmented = data.train_settings.is_augmented
     if training.feature_cache is True and (changing or augmented):
         reason = changing or "data.augmentation and data.horizontal_flip change the training images in every epoch"
@@ -230,6 +229,37 @@ def open_cache(config: Config, staged: StagedSam3, data: RunData, device: torch.
     return trunk
 
 
+def what_changes_the_trunk(config: Config, adapted: Iterable[str], trunk_config: Any) -> str | None:
+    """Why the trunk does not give the same for an image each time; None if it does.
+
+    Args:
+        config: Of the run.
+        adapted: Names of the modules that carry an adapter.
+        trunk_config: The trunk's own configuration.
+    """
+    changed = [name for name in adapted if name.startswith(_TRUNK)]
+    if changed:
+        return f"the adapter changes the vision trunk ({len(changed)} modules, first {changed[0]})"
+    if config.training.model_dropout and (trunk_config.hidden_dropout or trunk_config.attention_dropout):
+        return "training.model_dropout is on and the vision trunk has dropout"
+    return None
+
+
+def kept_type(adapted: Iterable[str], *, bf16: bool, weights: torch.dtype) -> torch.dtype:
+    """The type that the trunk's output is kept in.
+
+    The neck begins with casting to the type of its weights. Under autocast its convolutions then cast to bfloat16, and
+    the maximum it pools is the same before and after. Dropout of an adapter would differ.
+
+    Args:
+        adapted: Names of the modules that carry an adapter.
+        bf16: Whether the forward runs under bfloat16 autocast.
+        weights: Type of the neck's weights.
+    """
+    neck_is_frozen = not any(name.startswith(_NECK) for name in adapted)
+    return torch.bfloat16 if bf16 and neck_is_frozen else weights
+
+
 def cache_folder(config: Config) -> Path:
     """`training.cache_dir`, else the environment's SAM3LORA_CACHE, else ~/.cache/sam3lora."""
     named = config.training.cache_dir or os.environ.get("SAM3LORA_CACHE") or "~/.cache/sam3lora"
@@ -248,17 +278,6 @@ def _open_store(config: Config) -> ArrayStore | None:
             ) from error
         logger.warning("%s: nothing is cached. Name another by training.cache_dir", problem)
         return None
-
-
-def _what_changes_the_trunk(config: Config, staged: StagedSam3) -> str | None:
-    adapted = [name for name in adapted_modules(staged.model) if name.startswith(_TRUNK)]
-    if adapted:
-        return f"the adapter changes the vision trunk ({len(adapted)} modules, first {adapted[0]})"
-    trunk: nn.Module = staged.model.vision_encoder.backbone
-    dropout = trunk.config.hidden_dropout or trunk.config.attention_dropout  # type: ignore[union-attr]
-    if config.training.model_dropout and dropout:
-        return "training.model_dropout is on and the vision trunk has dropout"
-    return None
 
 
 def _weights_digest(module: nn.Module) -> str:

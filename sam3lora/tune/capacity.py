@@ -6,7 +6,10 @@ import os
 from dataclasses import dataclass
 
 from sam3lora.config import Config
-from sam3lora.train.cluster import check_room, choose_gpu, most_workers, worker_resources
+from sam3lora.errors import UserError
+from sam3lora.train.cluster import check_room, choose_gpu, in_words, most_workers, worker_resources
+
+_MOST_TRIALS = 1000
 
 DRIVER_RESOURCES = {"memory": 1.0}
 """What the process of a trial reserves beside its workers: next to nothing, but Ray Tune takes no empty request. A
@@ -63,21 +66,57 @@ def choose_concurrency(config: Config, asked: int | None) -> Concurrency:
     if config.scaling.num_workers != 0:
         check_room(config, needs[0])
     nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
-    room = trials_that_fit(nodes, needs)
-    return _limited(room, asked, f"the cluster has room for {room}", at_most=max(room, 1))
+    room = trials_that_fit(nodes, needs, config.scaling.placement_strategy)
+    if room == 0:
+        raise UserError(
+            f"a trial needs {in_words(needs[0])}{f' for each of {len(needs)} workers' if len(needs) > 1 else ''}: no "
+            f"node has that (there are nodes with {'; '.join(map(in_words, nodes))}). Change "
+            "scaling.resources_per_worker or --device, or add to the cluster"
+        )
+    return _limited(room, asked, f"the cluster has room for {room}", at_most=room)
 
 
-def trials_that_fit(nodes: list[dict[str, float]], needs: list[dict[str, float]]) -> int:
-    """How many whole trials empty nodes hold, workers placed one after the other where there is room first."""
+def trials_that_fit(
+    nodes: list[dict[str, float]], needs: list[dict[str, float]], placement_strategy: str = "PACK"
+) -> int:
+    """How many whole trials empty nodes hold, workers placed one after the other where there is room first.
+
+    Args:
+        nodes: resources of each.
+        needs: resources of each worker of a trial.
+        placement_strategy: of Ray; "STRICT_PACK" wants all workers of a trial on one node, "STRICT_SPREAD" each on
+            another.
+    """
     free = [dict(node) for node in nodes]
-    for fitting in range(1000):
-        for need in needs:
-            place = next((node for node in free if _fits(need, node)), None)
-            if place is None:
-                return fitting
+    for fitting in range(_MOST_TRIALS):
+        places = _places(free, needs, placement_strategy)
+        if places is None:
+            return fitting
+        for need, place in zip(needs, places):
             for name, amount in need.items():
-                place[name] = place.get(name, 0.0) - amount
-    return 1000
+                free[place][name] = free[place].get(name, 0.0) - amount
+    return _MOST_TRIALS
+
+
+def _places(free: list[dict[str, float]], needs: list[dict[str, float]], strategy: str) -> list[int] | None:
+    """The node of each worker of one more trial; None if there is no room."""
+    if strategy == "STRICT_PACK":
+        together = {
+            name: sum(need.get(name, 0.0) for need in needs) for name in {key for need in needs for key in need}
+        }
+        place = next((number for number, node in enumerate(free) if _fits(together, node)), None)
+        return None if place is None else [place] * len(needs)
+    left = [dict(node) for node in free]
+    places: list[int] = []
+    for need in needs:
+        used = places if strategy == "STRICT_SPREAD" else []
+        place = next((n for n, node in enumerate(left) if n not in used and _fits(need, node)), None)
+        if place is None:
+            return None
+        for name, amount in need.items():
+            left[place][name] = left[place].get(name, 0.0) - amount
+        places.append(place)
+    return places
 
 
 def _fits(need: dict[str, float], node: dict[str, float]) -> bool:

@@ -6,8 +6,10 @@ A name is a set's or a component's, or several of them joined by " + ": ``detr +
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from sam3lora.config import COMPONENTS
+from sam3lora.tune.parameters import short
 
 COMPONENTS_KEY = "components"
 """The parameter that stands for all ``lora.apply_to_*`` flags."""
@@ -38,8 +40,9 @@ def components_of(name: str, own_sets: Mapping[str, Iterable[str]]) -> tuple[str
         for part in (part.strip() for part in name.split("+")):
             members = own_sets.get(part) or BUILT_IN.get(part) or ((part,) if part in COMPONENTS else None)
             if members is None:
+                sets = ", ".join([*own_sets, *BUILT_IN])
                 raise ValueError(
-                    f'"{part}" is neither a component nor a set of them; sets are {", ".join([*own_sets, *BUILT_IN])}; '
+                    f'"{short(part)}" is neither a component nor a set of them; sets are {sets}; '
                     f"components are {', '.join(COMPONENTS)}. Join several by +, or name your own under component_sets"
                 )
             chosen.update(members)
@@ -62,19 +65,24 @@ def name_of(components: Iterable[str], own_sets: Mapping[str, Iterable[str]], pr
     return " + ".join(name for _, name in sorted(parts))
 
 
-def check_own_sets(own_sets: Mapping[str, Iterable[str]]) -> list[str]:
-    """What is wrong with the sets of a search space, in words."""
-    problems = []
-    for name, components in own_sets.items():
+def read_own_sets(written: Mapping[str, Any]) -> tuple[dict[str, tuple[str, ...]], list[str]]:
+    """The sets of a search space file, and what is wrong with them, in words."""
+    own_sets, problems = {}, []
+    for name, components in written.items():
+        if not isinstance(components, list | tuple):
+            got = short(repr(components))
+            problems.append(f'component_sets."{name}" should be a list of components, got {got}')
+            continue
+        own_sets[name] = tuple(map(str, components))
         unknown = [component for component in components if component not in COMPONENTS]
         if name in BUILT_IN or name in COMPONENTS:
             problems.append(f'component_sets."{name}" is built in: choose another name')
         elif "+" in name:
             problems.append(f'component_sets."{name}": a + joins sets: choose a name without it')
-        elif not list(components):
+        elif not components:
             problems.append(f'component_sets."{name}" is empty: name some of {", ".join(COMPONENTS)}')
         elif unknown:
             problems.append(
-                f'component_sets."{name}": "{unknown[0]}" is no component; they are {", ".join(COMPONENTS)}'
+                f'component_sets."{name}": "{short(str(unknown[0]))}" is no component; they are {", ".join(COMPONENTS)}'
             )
-    return problems
+    return own_sets, problems

@@ -5,31 +5,27 @@ from __future__ import annotations
 import os
 import statistics
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from sam3lora.errors import RunFailed, UserError
-from sam3lora.tune.asha_cost import duration, sweep_time
+from sam3lora.errors import UserError
+from sam3lora.tune.checks import checked_data_dir
 from sam3lora.tune.component_sets import COMPONENTS_KEY
 from sam3lora.tune.early_stopping import rungs
+from sam3lora.tune.explain_cost import print_cost, print_vision
 from sam3lora.tune.parameters import Choice, value_text
 from sam3lora.tune.proposals import Proposal, Proposer
-from sam3lora.tune.search_space import BYTES_A_PARAMETER, SearchSpace
-from sam3lora.tune.sweep import checked_data_dir
+from sam3lora.tune.search_space import SearchSpace
 from sam3lora.tune.trials import Rejection
 
 if TYPE_CHECKING:
-    from sam3lora.config import Config
     from sam3lora.tune.capacity import Concurrency
-    from sam3lora.tune.probe import Probe
 
 _MOST_ROWS, _MOST_REASONS = 12, 3
-_COPIES_ON_DISK = 5
-"""Of a trial's adapter: best/, last/, and a checkpoint with the two moments of AdamW."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +68,7 @@ def explain_sweep(
     _print_parameters(space, console)
     _print_search(space, console)
     _print_samples(space, samples, console)
+    print_vision(space, samples, data_dir, console)
     at_a_time = _count(min(concurrency.trials, len(samples.proposals)), "trial")
     console.print(f"\nAt a time   {at_a_time} {where} ({concurrency.reason})")
     if data_dir is None:
@@ -79,7 +76,7 @@ def explain_sweep(
     elif not probe:
         console.print("Cost        not measured: leave out --no-probe")
     else:
-        _print_cost(space, samples, concurrency, console)
+        print_cost(space, samples, concurrency, console)
 
 
 def _console() -> Console:
@@ -197,21 +194,6 @@ def _print_samples(space: SearchSpace, samples: Samples, console: Console) -> No
     between = f"{min(counts):,} to {max(counts):,} parameters, median {round(statistics.median(counts)):,}"
     console.print(f"\nTrainable   {between if min(counts) < max(counts) else f'{counts[0]:,} parameters'}")
     _print_rejections(samples.rejections, console)
-    kept_back = Counter(why for proposal in proposals if (why := _why_not_kept(proposal.config)) is not None)
-    cached = len(proposals) - kept_back.total()
-    reasons = "".join(f"; {count} not: {why}" for why, count in kept_back.items())
-    console.print(f"Vision      features are computed once and kept for {cached} of {len(proposals)} trials{reasons}")
-
-
-def _why_not_kept(config: Config) -> str | None:
-    """Why every epoch has to see the training images anew; None if their vision features are kept."""
-    if config.training.feature_cache is False:
-        return "training.feature_cache is false"
-    if "vision_encoder" in config.lora.components:
-        return "the vision encoder is adapted"
-    if config.data.augmentation != "none" or config.data.horizontal_flip:
-        return "the training images are augmented"
-    return None
 
 
 def _print_rejections(rejections: list[Rejection], console: Console) -> None:
@@ -223,76 +205,5 @@ def _print_rejections(rejections: list[Rejection], console: Console) -> None:
         console.print(f"            {count} x {reason}")
 
 
-def _print_cost(space: SearchSpace, samples: Samples, concurrency: Concurrency, console: Console) -> None:
-    from sam3lora.tune.probe import run_probe
-
-    largest = samples.largest
-    base_values = space.base_values()
-    subjects = {"base configuration": space.trial_config(base_values, "probe")}
-    if largest.values != base_values:
-        subjects[f"largest (trial {largest.number})"] = space.trial_config(largest.values, "probe")
-    probes: dict[str, tuple[Config, Probe]] = {}
-    try:
-        for name, config in subjects.items():
-            found = run_probe(config)
-            # The first one alone loads libraries, as every trial does.
-            start_s = max(found.start_s, *(probe.start_s for _, probe in probes.values()), 0.0)
-            probes[name] = (config, replace(found, start_s=start_s))
-    except RunFailed as error:
-        console.print(f"Cost        cannot be told: the probe of the {name} failed: {error}")
-        return
-    _print_probes(probes, console)
-    _print_estimate(space, samples, concurrency, list(probes.values()), console)
-
-
-def _print_probes(probes: dict[str, tuple[Config, Probe]], console: Console) -> None:
-    first = next(iter(probes.values()))[1]
-    columns = ("start", "training", "validation", "metrics", "peak memory")
-    table = Table("", *columns, "vision", box=None, pad_edge=False, header_style="bold")
-    for name, (config, probe) in probes.items():
-        workers = config.training.num_workers if config.scaling.num_workers else 0
-        table.add_row(
-            name,
-            f"{probe.start_s:.1f} s",
-            f"{probe.train.seconds(workers):.3f} s an image",
-            f"{probe.valid.seconds(workers):.3f} s an image",
-            "-" if probe.metrics_s is None else f"{probe.metrics_s:.3f} s an image",
-            f"{probe.memory_mb:,.0f} MB",
-            "from the cache" if probe.uses_features else "computed",
-        )
-    console.print(
-        f"\nMeasured on {first.device}, {first.num_train} training and {first.num_valid} validation images in the data:"
-    )
-    console.print(table)
-
-
-def _print_estimate(
-    space: SearchSpace,
-    samples: Samples,
-    concurrency: Concurrency,
-    probes: list[tuple[Config, Probe]],
-    console: Console,
-) -> None:
-    number, stops, factor = len(samples.proposals), rungs(space), space.early_stopping.reduction_factor
-    at_a_time = min(concurrency.trials, number)
-    found = sweep_time(probes, num_trials=number, at_a_time=at_a_time, rungs=stops, reduction_factor=factor)
-    low, high = map(duration, found.trial_s)
-    console.print(f"\nA trial     {low if low == high else f'{low} to {high}'}")
-    early = f"; about {duration(found.about_s)} with early stopping ({found.share:.0%} of the epochs)" if stops else ""
-    console.print(f"The sweep   at most {duration(found.at_most_s)}, {at_a_time} at a time{early}")
-    parameters = sum(proposal.trainable_parameters for proposal in samples.proposals)
-    adapters_mb = parameters * BYTES_A_PARAMETER * _COPIES_ON_DISK / 1e6
-    images = probes[0][1].num_train + probes[0][1].num_valid
-    cache_mb = max(probe.cache_bytes for _, probe in probes) * images / 1e6
-    console.print(
-        f"Disk        {_megabytes(adapters_mb)} in the sweep folder, {_megabytes(cache_mb)} of cached images and "
-        f"features (at most training.cache_gb = {space.base.training.cache_gb:g} GB)"
-    )
-
-
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'s' * (number != 1)}"
-
-
-def _megabytes(size_mb: float) -> str:
-    return f"{size_mb / 1000:.1f} GB" if size_mb >= 1000 else f"{size_mb:.0f} MB"

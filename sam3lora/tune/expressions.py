@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ast
-import math
 import operator
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,8 +18,17 @@ _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Pow: operator.pow,
 }
 _UNARY: dict[type[ast.unaryop], Callable[[Any], Any]] = {ast.USub: operator.neg, ast.UAdd: operator.pos}
-_FUNCTIONS: dict[str, Callable[..., Any]] = {"min": min, "max": max, "round": round, "int": int}
-_LARGEST_EXPONENT = 64
+_LONGEST = 200  # characters
+_LARGEST_EXPONENT = _MOST_DIGITS = 64
+
+
+def _round(value: Any, digits: Any = None) -> Any:
+    if digits is not None and abs(digits) > _MOST_DIGITS:
+        raise ValueError(f"round to {digits:g} digits is too much, expected at most {_MOST_DIGITS}")
+    return round(value, digits)
+
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {"min": min, "max": max, "round": _round, "int": int}
 
 ALLOWED = f"numbers, dotted keys, + - * / // **, brackets and {', '.join(_FUNCTIONS)}"
 
@@ -41,8 +50,10 @@ class Expression:
         """Read an expression without evaluating it.
 
         Raises:
-            ValueError: it is not an expression, or holds anything but `ALLOWED`.
+            ValueError: it is not an expression, is too long, or holds anything but `ALLOWED`.
         """
+        if len(text) > _LONGEST:
+            raise ValueError(f"an expression of {len(text)} characters is too long, expected at most {_LONGEST}")
         keys: dict[str, None] = {}
         _check(_tree(text), keys)
         return cls(text, tuple(keys))
@@ -51,15 +62,12 @@ class Expression:
         """The value with these values of its keys.
 
         Raises:
-            ValueError: a key's value is not a number, or the result is not a finite number.
+            ValueError: a key's value is not a number, or the result of a step is not a finite number.
         """
         try:
-            result = _evaluate(_tree(self.text), values)
-            if isinstance(result, int | float) and math.isfinite(result):
-                return result
+            return _evaluate(_tree(self.text), values)
         except (ArithmeticError, TypeError) as error:
             raise ValueError(f"{self.text!r} cannot be computed: {error}") from None
-        raise ValueError(f"{self.text!r} gives {result}, expected a finite number")
 
 
 def _tree(text: str) -> ast.expr:
@@ -105,18 +113,26 @@ def _check(node: ast.expr, keys: dict[str, None]) -> None:
         raise ValueError(f"{ast.unparse(node)!r} is not allowed: use {ALLOWED}")
 
 
-def _evaluate(node: ast.expr, values: Mapping[str, Any]) -> Any:
+def _evaluate(node: ast.expr, values: Mapping[str, Any]) -> int | float:
+    """The value of a node, in the range of a float: whole numbers that grow without bound would take forever."""
+    result = _compute(node, values)
+    if isinstance(result, complex) or not abs(result) <= sys.float_info.max:
+        raise OverflowError("expected a finite number at every step")
+    return result
+
+
+def _compute(node: ast.expr, values: Mapping[str, Any]) -> Any:
     if isinstance(node, ast.Constant):
         return node.value
     if (key := _dotted(node)) is not None:
         value = values[key]
         if not _is_number(value):
-            raise ValueError(f"{key} is {value!r}, expected a number")
+            raise ValueError(f"{key} is {value!r:.80}, expected a number")
         return value
     if isinstance(node, ast.BinOp):
         left, right = _evaluate(node.left, values), _evaluate(node.right, values)
         if isinstance(node.op, ast.Pow) and abs(right) > _LARGEST_EXPONENT:
-            raise ValueError(f"the exponent {right} is too large, expected at most {_LARGEST_EXPONENT}")
+            raise ValueError(f"the exponent {right:g} is too large, expected at most {_LARGEST_EXPONENT}")
         return _BINARY[type(node.op)](left, right)
     if isinstance(node, ast.UnaryOp):
         return _UNARY[type(node.op)](_evaluate(node.operand, values))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 from sam3lora.config import Config
@@ -26,6 +27,7 @@ def write_outcome(
     best: TrialRecord | None,
     base: TrialRecord | None,
     summary: dict[str, Any],
+    address: str | None = None,
 ) -> dict[str, Any]:
     """Write everything and return the summary."""
     sweep_dir, records, rejections = ledger.sweep_dir, ledger.records(), ledger.rejections()
@@ -57,12 +59,17 @@ def write_outcome(
     write_tables(sweep_dir, records, list(space.parameters), rejections)
     if best is not None:
         copy_best(sweep_dir, best, _config_to_train_again(space, best))
-        summary["held_out"] = _held_out(space, ledger, best, base)
-    page = render_sweep(space, records, rejections, summary)
+    _write_page(sweep_dir, render_sweep(space, records, rejections, summary))
+    if best is not None:
+        summary["held_out"] = _held_out(space, ledger, best, base, address)
+        _write_page(sweep_dir, render_sweep(space, records, rejections, summary))
+    return summary
+
+
+def _write_page(sweep_dir: Path, page: str) -> None:
     scratch = sweep_dir / ".sweep.html.tmp"
     scratch.write_text(page, encoding="utf-8")
     os.replace(scratch, sweep_dir / "sweep.html")
-    return summary
 
 
 def _config_to_train_again(space: SearchSpace, best: TrialRecord) -> Config:
@@ -72,8 +79,14 @@ def _config_to_train_again(space: SearchSpace, best: TrialRecord) -> Config:
     return config.model_copy(update={"evaluation": config.evaluation.model_copy(update=chosen)})
 
 
-def _held_out(space: SearchSpace, ledger: Ledger, best: TrialRecord, base: TrialRecord | None) -> dict[str, Any] | None:
-    """The best adapter on images that no trial was chosen by, if there are any."""
+def _held_out(
+    space: SearchSpace, ledger: Ledger, best: TrialRecord, base: TrialRecord | None, address: str | None
+) -> dict[str, Any] | None:
+    """The best adapter on images that no trial was chosen by, if there are any.
+
+    On a cluster a Ray worker measures it: the driver's host may have no GPU.
+    """
+    on_cluster = bool(address or os.environ.get("RAY_ADDRESS"))
     split = space.search.held_out_split
     folder = space.base.training.required_data_dir() / split if split else None
     if folder is None or not folder.is_dir():
@@ -85,7 +98,9 @@ def _held_out(space: SearchSpace, ledger: Ledger, best: TrialRecord, base: Trial
             ledger.folder(best.number) / "best",
             space.config_of(best.values),
             metric=space.search.metric,
+            num_workers=1 if on_cluster else 0,
+            address=address,
         )
-    except UserError as error:  # the sweep itself is done: what it found is not lost to a fault in the test images
+    except (UserError, RuntimeError) as error:  # what the sweep found is not lost to a fault in the test images
         logger.warning("the held-out split %s was not measured: %s", folder, error)
         return None

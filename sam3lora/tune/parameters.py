@@ -13,6 +13,8 @@ from sam3lora.tune.expressions import Expression
 if TYPE_CHECKING:
     import numpy as np
 
+LARGEST_WHOLE = 2**53  # a float has every whole number up to it
+_LARGEST_END = 1e300  # of a range: the distance between two ends is a finite number
 _DIGITS = 5  # significant digits of drawn numbers: more would only be hard to read
 
 
@@ -205,9 +207,9 @@ def parse_parameter(key: str, written: Any) -> Parameter:
         ValueError: it is no parameter; says what to write.
     """
     if not isinstance(written, Mapping) or not written:
-        raise ValueError(f"expected a kind such as {_EXAMPLE}, got {written!r}; a fixed value goes under set")
+        raise ValueError(f"expected a kind such as {_EXAMPLE}, got {_got(written)}; a fixed value goes under set")
     if len(written) > 1:
-        raise ValueError(f"expected one kind such as {_EXAMPLE}, got {', '.join(map(str, written))}: keep one")
+        raise ValueError(f"expected one kind such as {_EXAMPLE}, got {short(', '.join(map(str, written)))}: keep one")
     kind, content = next(iter(written.items()))
     if kind not in KINDS:
         close = difflib.get_close_matches(str(kind), KINDS, n=1)
@@ -215,7 +217,7 @@ def parse_parameter(key: str, written: Any) -> Parameter:
         raise ValueError(f'"{kind}" is no kind of parameter; {hint}kinds are {", ".join(KINDS)}')
     if kind == "tied":
         if not isinstance(content, str | int | float) or isinstance(content, bool):
-            raise ValueError(f"tied expects an expression such as 2 * lora.rank, got {content!r}")
+            raise ValueError(f"tied expects an expression such as 2 * lora.rank, got {_got(content)}")
         return Tied(key, Expression.parse(str(content)))
     if kind in ("choice", "grid"):
         return _parse_choice(key, kind, content)
@@ -228,25 +230,30 @@ def _parse_choice(key: str, kind: str, content: Any) -> Choice:
     elif isinstance(content, list | tuple):
         labels, values = None, tuple(content)
     else:
-        raise ValueError(f"{kind} expects a list of values or labels with values, got {content!r}")
+        raise ValueError(f"{kind} expects a list of values or labels with values, got {_got(content)}")
     if not values:
         raise ValueError(f"{kind} is empty: list the values to try")
+    if len(values) > 500:
+        raise ValueError(f"{kind} has {len(values)} values, expected at most 500: leave some out")
+    if labels and len(set(labels)) < len(labels):
+        raise ValueError(f"{kind} has two labels that read the same: {short(', '.join(labels))}")
     for place, value in enumerate(values):
         if value in values[:place]:
-            raise ValueError(f"{kind} holds {value_text(value)} twice: remove one")
+            raise ValueError(f"{kind} holds {short(value_text(value))} twice: remove one")
     return (Grid if kind == "grid" else Choice)(key, values, labels)
 
 
 def _parse_range(key: str, kind: str, content: Any) -> Range:
     is_pair = isinstance(content, list | tuple) and len(content) == 2
-    if not is_pair or not all(is_number(end) and math.isfinite(end) for end in content):
-        raise ValueError(f"{kind} expects two numbers [low, high], got {content!r}")
+    largest = LARGEST_WHOLE if kind == "randint" else _LARGEST_END
+    if not is_pair or not all(is_number(end) and abs(end) <= largest for end in content):
+        raise ValueError(f"{kind} expects two numbers [low, high] of at most {largest:.0e}, got {_got(content)}")
     low, high = content
     if low >= high:
         raise ValueError(f"{kind} needs low < high, got [{value_text(low)}, {value_text(high)}]")
     if kind == "randint":
         if not isinstance(low, int) or not isinstance(high, int):
-            raise ValueError(f"randint expects two whole numbers, got {content!r}; uniform draws any number")
+            raise ValueError(f"randint expects two whole numbers, got {_got(content)}; uniform draws any number")
         return RandInt(key, low, high)
     if kind == "loguniform" and low <= 0:
         raise ValueError(f"loguniform needs low > 0, got {value_text(low)}: raise it, or write uniform")
@@ -255,6 +262,16 @@ def _parse_range(key: str, kind: str, content: Any) -> Range:
 
 def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def short(text: str) -> str:
+    """A text for a message: on one line, cut where it is long."""
+    line = " ".join(text.split())
+    return line if len(line) <= 80 else f"{line[:80]}..."
+
+
+def _got(value: Any) -> str:
+    return short(repr(value))
 
 
 def value_text(value: Any) -> str:

@@ -1,12 +1,17 @@
-"""A sweep for people while it runs: a table in a terminal, a line for each event in a log."""
+"""A sweep for people while it runs: a table in a terminal, a line for each event in a log.
+
+No fault of the display, nor of a record that it cannot read, ends the sweep or shows up in its output.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -15,10 +20,12 @@ from rich.table import Table
 from rich.text import Text
 
 from sam3lora.tune.summary import summarise
-from sam3lora.tune.trials import Ledger, TrialRecord, best_record
+from sam3lora.tune.trials import TRIAL_FILE, Ledger, TrialRecord, best_record, read_record
 
 if TYPE_CHECKING:
     from sam3lora.tune.space import SearchSpace
+
+logger = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LOOKS = 1.0
 _MOST_ROWS, _MOST_PARAMETERS = 24, 6
@@ -40,32 +47,80 @@ def show_progress(space: SearchSpace, ledger: Ledger, style: str, console: Conso
         return
     if style == "auto":
         style = "table" if sys.stdout.isatty() else "lines"
+    reader = RecordReader(space, ledger)
     console = console or Console(highlight=False, soft_wrap=style == "lines")
     display = _Table(space, console) if style == "table" else _Lines(space, console)
     stop = threading.Event()
 
+    def show() -> None:
+        with _without_harm():
+            display.show(reader.records())
+
     def watch() -> None:
         while not stop.wait(_SECONDS_BETWEEN_LOOKS):
-            display.show(current_records(space, ledger))
+            show()
 
-    with display:
-        thread = threading.Thread(target=watch, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
-            display.show(current_records(space, ledger))
+    with _without_harm():
+        display.start(reader.records())
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        show()
+        with _without_harm():
+            display.stop()
 
 
-def current_records(space: SearchSpace, ledger: Ledger) -> list[TrialRecord]:
-    """The records, those of running trials with what their run folders tell so far."""
-    records = ledger.records()
-    for record in records:
-        if record.status == "running":
-            summarise(record, ledger.folder(record.number), metric=space.search.metric, mode=space.search.mode)
-    return records
+@contextlib.contextmanager
+def _without_harm() -> Iterator[None]:
+    try:
+        yield
+    except Exception:
+        logger.debug("the progress of the sweep cannot be shown", exc_info=True)
+
+
+class RecordReader:
+    """Reads a sweep's records again and again: those of trials that have ended only when their files change.
+
+    Args:
+        space: of the sweep.
+        ledger: of the sweep.
+    """
+
+    def __init__(self, space: SearchSpace, ledger: Ledger) -> None:
+        self._space, self._ledger = space, ledger
+        self._ended: dict[str, tuple[tuple[int, int], TrialRecord]] = {}
+
+    def records(self) -> list[TrialRecord]:
+        """The records by number, those of running trials with what their run folders tell so far.
+
+        One that cannot be read is left out.
+        """
+        found = []
+        for folder in sorted(self._ledger.folder(0).parent.glob("*")):
+            try:
+                found.append(self._read(folder))
+            except FileNotFoundError:
+                continue
+            except Exception:
+                logger.debug("%s is not shown", folder, exc_info=True)
+        return found
+
+    def _read(self, folder: Path) -> TrialRecord:
+        found = (folder / TRIAL_FILE).stat()
+        state = (found.st_mtime_ns, found.st_size)
+        known = self._ended.get(folder.name)
+        if known is not None and known[0] == state:
+            return known[1]
+        record = read_record(folder)
+        if record.has_ended:
+            self._ended[folder.name] = (state, record)
+        elif record.status == "running":
+            summarise(record, folder, metric=self._space.search.metric, mode=self._space.search.mode)
+        return record
 
 
 def trial_table(space: SearchSpace, records: Sequence[TrialRecord], *, most_rows: int = _MOST_ROWS) -> Table:
@@ -74,27 +129,26 @@ def trial_table(space: SearchSpace, records: Sequence[TrialRecord], *, most_rows
     best = best_record(list(records), mode)
     names = list(space.parameters)[:_MOST_PARAMETERS]
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("trial", "status", space.search.metric, "epoch", *(name.rpartition(".")[2] for name in names)):
-        table.add_column(name, justify="left" if name == "status" else "right", no_wrap=name != "status")
-    table.add_column("parameters", justify="right")
-    table.add_column("time", justify="right")
+    columns = ["trial", "status", space.search.metric, "epoch", *map(_leaf, names), "parameters", "time"]
+    for name in columns:  # as Text: brackets in names and labels are no markup
+        table.add_column(Text(name), justify="left" if name == "status" else "right", no_wrap=name != "status")
     ordered = sorted(records, key=lambda record: _rank(record, mode))
     for record in ordered[:most_rows]:
         style = "bold" if best is not None and record.number == best.number else ""
         table.add_row(
-            f"{record.number}{' base' if record.is_base else ''}",
+            Text(f"{record.number}{' base' if record.is_base else ''}"),
             Text(_status(record), style=_COLOURS[record.status]),
-            "" if record.value is None else f"{record.value:.4g}",
-            f"{record.epochs}/{epochs}",
-            *(space.label(name, record.values[name]) for name in names),
-            f"{record.trainable_parameters:,}",
-            _duration(record.seconds),
+            Text("" if record.value is None else f"{record.value:.4g}"),
+            Text(f"{record.epochs}/{epochs}"),
+            *(Text(_label(space, record, name)) for name in names),
+            Text(f"{record.trainable_parameters:,}"),
+            Text(_duration(record.seconds)),
             style=style,
         )
     counts = {status: sum(record.status == status for record in records) for status in _COLOURS}
     shown = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
     more = f"; {len(ordered) - most_rows} more rows" if len(ordered) > most_rows else ""
-    table.caption = f"{len(records)} of {space.num_trials} trials: {shown}{more}"
+    table.caption = Text(f"{len(records)} of {space.num_trials} trials: {shown}{more}")
     table.caption_justify = "left"
     return table
 
@@ -111,7 +165,15 @@ def describe_end(space: SearchSpace, record: TrialRecord) -> str:
 
 
 def _settings(space: SearchSpace, record: TrialRecord) -> str:
-    return ", ".join(f"{name.rpartition('.')[2]} {space.label(name, value)}" for name, value in record.values.items())
+    return ", ".join(f"{_leaf(name)} {_label(space, record, name)}" for name in record.values)
+
+
+def _label(space: SearchSpace, record: TrialRecord, name: str) -> str:
+    return space.label(name, record.values[name]) if name in record.values else ""
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _status(record: TrialRecord) -> str:
@@ -134,18 +196,18 @@ def _duration(seconds: float) -> str:
 class _Table:
     def __init__(self, space: SearchSpace, console: Console) -> None:
         self._space = space
-        self._live = Live(console=console, refresh_per_second=2)
+        self._live = Live(console=console, auto_refresh=False)  # else a thread of its own draws, and may fail
 
-    def __enter__(self) -> _Table:
+    def start(self, records: Sequence[TrialRecord]) -> None:
         self._live.start()
-        return self
+        self.show(records)
 
-    def __exit__(self, *error: object) -> None:
+    def stop(self) -> None:
         self._live.stop()
 
     def show(self, records: Sequence[TrialRecord]) -> None:
         rows = max(3, min(_MOST_ROWS, self._live.console.height - 6))
-        self._live.update(trial_table(self._space, records, most_rows=rows))
+        self._live.update(trial_table(self._space, records, most_rows=rows), refresh=True)
 
 
 class _Lines:
@@ -154,21 +216,20 @@ class _Lines:
     def __init__(self, space: SearchSpace, console: Console) -> None:
         self._space, self._console = space, console
         self._seen: dict[int, tuple[str, int]] = {}
-        self._first = True
         self._started = time.monotonic()
 
-    def __enter__(self) -> _Lines:
-        return self
+    def start(self, records: Sequence[TrialRecord]) -> None:
+        """What earlier sessions of the sweep did is not told again."""
+        self._seen = {r.number: (r.status if r.has_ended else "pending", r.epochs) for r in records}
 
-    def __exit__(self, *error: object) -> None:
+    def stop(self) -> None:
         return None
 
     def show(self, records: Sequence[TrialRecord]) -> None:
         for record in records:
             status, epochs = self._seen.get(record.number, ("pending", 0))
-            if self._first and record.has_ended:  # of an earlier session
-                pass
-            elif record.has_ended and status != record.status:
+            self._seen[record.number] = (record.status, record.epochs)
+            if record.has_ended and status != record.status:
                 self._say(describe_end(self._space, record))
             elif record.status == "running":
                 if status != "running":
@@ -178,11 +239,10 @@ class _Lines:
                     shown = [f"{name} {latest[name]:.4g}" for name in _SHOWN if latest.get(name) is not None]
                     total = self._space.base.training.num_epochs
                     self._say(f"trial {record.number} epoch {record.epochs}/{total}: {', '.join(shown)}")
-            self._seen[record.number] = (record.status, record.epochs)
-        self._first = False
 
     def _say(self, text: str) -> None:
-        self._console.print(f"{_duration(time.monotonic() - self._started)}  {text}", markup=False)
+        line = " ".join(text.split())  # messages of failures may have several
+        self._console.print(Text(f"{_duration(time.monotonic() - self._started)}  {line}"))
 
 
 _SHOWN = ("train_loss", "valid_loss", "map", "cgf1")

@@ -51,14 +51,15 @@ def write_tables(
     own name, ``metrics.NAME``, trainable_parameters, adapter_mb (10^6 bytes), epochs, best_epoch, seconds,
     images_per_second, memory_mb, vision_passes, features_loaded, failure (kind of failure or of rejection), reason,
     retries (how many). Numbers are numbers; a parameter that also has other values is text, and a list its entries
-    with commas. What is not known is empty.
+    with commas. What is not known is empty. In the CSV file, text that a spreadsheet would run as a formula has an
+    apostrophe in front.
 
     Returns:
         Both files.
     """
     table = _table(records, list(parameters), rejections)
     csv, parquet = sweep_dir / CSV_FILE, sweep_dir / PARQUET_FILE
-    _replace(csv, lambda path: pa.csv.write_csv(table, path))
+    _replace(csv, lambda path: pa.csv.write_csv(_without_formulas(table), path))
     _replace(parquet, lambda path: pa.parquet.write_table(table, path))
     return csv, parquet
 
@@ -159,6 +160,25 @@ def _parameter_column(values: list[Any]) -> pa.Array:
     if known and all(is_number(value) for value in known):
         return pa.array(values, pa.int64() if all(isinstance(value, int) for value in known) else pa.float64())
     return pa.array([None if value is None else value_text(value) for value in values], pa.string())
+
+
+def _without_formulas(table: pa.Table) -> pa.Table:
+    """Text that begins as a formula does, quoted (https://owasp.org/www-community/attacks/CSV_Injection)."""
+    for place, field in enumerate(table.schema):
+        if pa.types.is_string(field.type):
+            quoted = [_quoted(text) for text in table.column(place).to_pylist()]
+            table = table.set_column(place, field, pa.array(quoted, pa.string()))
+    return table
+
+
+def _quoted(text: str | None) -> str | None:
+    if text is None or not text.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return text
+    try:
+        float(text)
+    except ValueError:
+        return f"'{text}"
+    return text
 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:

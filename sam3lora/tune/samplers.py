@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -11,6 +12,7 @@ import numpy as np
 from sam3lora.errors import UserError
 from sam3lora.tune.parameters import Choice, Grid
 from sam3lora.tune.search_space import SearchSpace
+from sam3lora.tune.searchable import MOST_TRIALS
 from sam3lora.tune.trials import TrialRecord
 
 _ATTEMPTS_AT_A_GRID_POINT = 10
@@ -53,20 +55,24 @@ class GridCycle:
     """The combinations of the `Grid` parameters, in a shuffled order that is gone through again and again.
 
     Trials in a row get different ones, so that after any number of trials each was visited equally often, give or
-    take one.
+    take one. Of more combinations than a sweep has trials, so many are chosen by chance, each once.
     """
 
     def __init__(self, space: SearchSpace) -> None:
-        grids = {key: item.values for key, item in space.parameters.items() if isinstance(item, Grid)}
-        points = [dict(zip(grids, point)) for point in itertools.product(*grids.values())]
-        order = np.random.default_rng(space.search.seed).permutation(len(points))
-        self._points = [points[index] for index in order]
+        self._values = {key: item.values for key, item in space.parameters.items() if isinstance(item, Grid)}
+        size = math.prod(map(len, self._values.values()))
+        self._order = np.random.default_rng(space.search.seed).choice(size, min(size, MOST_TRIALS), replace=False)
         self._first = 1 if space.search.include_base else 0
 
     def point(self, number: int, attempt: int) -> dict[str, Any]:
         """The combination for a trial; one that is rejected again and again gives way to the next."""
-        index = number - self._first + attempt // _ATTEMPTS_AT_A_GRID_POINT
-        return self._points[index % len(self._points)]
+        place = number - self._first + attempt // _ATTEMPTS_AT_A_GRID_POINT
+        index = int(self._order[place % len(self._order)])
+        point = {}
+        for key, values in self._values.items():
+            index, digit = divmod(index, len(values))
+            point[key] = values[digit]
+        return point
 
 
 class RandomSampler:

@@ -17,7 +17,7 @@ from sam3lora.config.keys import RawConfig, set_key
 from sam3lora.errors import UserError
 from sam3lora.tune.component_sets import COMPONENTS_KEY, components_of, name_of
 from sam3lora.tune.parameters import Choice, Parameter, Tied, value_text
-from sam3lora.tune.searchable import number_type
+from sam3lora.tune.searchable import MOST_TRIALS, is_under, number_type
 
 DEFAULT_NUM_TRIALS = 12
 BYTES_A_PARAMETER = 4  # adapters are saved in float32
@@ -27,7 +27,7 @@ class Constraints(Section):
     """Samples beyond these are never trained."""
 
     max_trainable_parameters: int | None = Field(default=None, ge=1, description="Of the adapter.")
-    max_adapter_mb: float | None = Field(default=None, gt=0, description="The same in MB (10^6 bytes) of its file.")
+    max_adapter_mb: float | None = Field(default=None, gt=0, le=1e9, description="The same in MB (10^6 bytes).")
 
     @property
     def parameter_limit(self) -> int | None:
@@ -43,7 +43,7 @@ class Search(Section):
     algorithm: Literal["random", "grid", "optuna"] = Field(
         default="random", description='"grid" = every combination; "optuna" = learn from the trials before (TPE).'
     )
-    num_trials: int | None = Field(default=None, ge=1, description="Trials in all; None = 12, or the whole grid.")
+    num_trials: int | None = Field(default=None, ge=1, le=MOST_TRIALS, description="None = 12, or the whole grid.")
     seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of the samples.")
     metric: Literal["valid_loss", "map", "cgf1"] = Field(default="map", description="What makes a trial the best.")
     every_epochs: int = Field(default=1, ge=1, description="Measure map or cgf1 every so many epochs.")
@@ -247,21 +247,25 @@ class SearchSpace:
     def differences(self, other: SearchSpace) -> list[str]:
         """What would make trials of the two incomparable, a line each.
 
-        The number of trials, how many run at a time, where they run, names and folders may differ; how many workers a
-        trial has may not, as it decides how many images make a step.
+        The number of trials, how many run at a time, where they run, names, output folders, caches and whatever else
+        changes no result may differ; how many workers a trial has may not, as it decides how many images make a step.
         """
         mine, others = _leaves(self.to_dict()), _leaves(other.to_dict())
         return [
             f"{key}: {_shown(mine, key)} here, {_shown(others, key)} there"
             for key in dict.fromkeys([*mine, *others])
-            if mine.get(key) != others.get(key) and not key.startswith(_MAY_DIFFER)
+            if mine.get(key) != others.get(key) and not any(is_under(key, above) for above in _MAY_DIFFER)
         ]
 
 
 _WHERE = ("address", "resources_per_worker", "placement_strategy", "worker_start_timeout_s", "max_failures", "use_gpu")
+_COST = ("cache_dir", "cache_gb", "frame_cache", "feature_cache", "num_workers", "gradient_checkpointing")
+_BOOKKEEPING = ("logging_steps", "eval_steps", "save_steps", "save_total_limit")
 _MAY_DIFFER = (
-    *("name", "base_name", "base.output.", "base.logging.", "search.num_trials", "search.max_concurrent"),
+    *("name", "base_name", "search.num_trials", "search.max_concurrent", "base.output", "base.logging"),
+    *("base.evaluation.every_epochs", "base.evaluation.best_metric", "base.evaluation.base_loss"),  # see trial_config
     *(f"base.scaling.{key}" for key in _WHERE),
+    *(f"base.training.{key}" for key in (*_COST, *_BOOKKEEPING)),
 )
 
 

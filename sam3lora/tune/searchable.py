@@ -1,20 +1,48 @@
-"""Which keys of a configuration a sweep may vary, and what type a key has."""
+"""What a sweep may vary and compare: keys and their types, values, and the split that is held out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, get_args, get_origin
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args, get_origin
 
+import numpy as np
 from pydantic import BaseModel
 
 from sam3lora.config import Config
 from sam3lora.config.keys import known_keys, set_key, split_known
+from sam3lora.errors import UserError
 from sam3lora.tune.component_sets import COMPONENTS_KEY, components_of
-from sam3lora.tune.parameters import Choice, LogUniform, Parameter, Range, Tied, Uniform
+from sam3lora.tune.parameters import (
+    LARGEST_WHOLE,
+    Choice,
+    Grid,
+    LogUniform,
+    Parameter,
+    Range,
+    Tied,
+    Uniform,
+    short,
+    value_text,
+)
+
+if TYPE_CHECKING:
+    from sam3lora.tune.search_space import Search, SearchSpace
+
+MOST_TRIALS = 10_000
+"""Of a sweep; also the most combinations that the algorithm grid goes through."""
+
+_COMBINATIONS_TRIED = 32
+_MOST_REFUSED = 20
+_LONGEST_NAME, _LONGEST_KEY, _DEEPEST, _MOST_VALUES = 100, 200, 20, 100_000  # far beyond what makes sense
 
 _ONE_MODEL = "adapters of different base models are not comparable: give each its own sweep, with --config or under set"
 _SAME_LENGTH = "all trials train equally long, so that they can be compared: write it under set"
 _SAME_DATA = "every trial must be measured on the same data: write it under set"
+_SAME_QUESTIONS = "it changes what every metric asks, so results of its values do not compare: write it under set"
 _NO_EFFECT = "it does not change what is learned: write it under set"
 
 NOT_SEARCHED: dict[str, str] = {
@@ -42,6 +70,8 @@ NOT_SEARCHED: dict[str, str] = {
     "data.valid_split": _SAME_DATA,
     "data.annotation_file": _SAME_DATA,
     "data.categories": _SAME_DATA,
+    "data.prompts": _SAME_QUESTIONS,
+    "data.negative_prompts": _SAME_QUESTIONS,
     "data.exhaustive": "it is a fact about the annotations: write it under set",
 }
 """Keys and sections that are the same for all trials, with the reason."""
@@ -50,14 +80,13 @@ CHANGES_VALIDATION_LOSS = (
     "training.loss",
     "training.num_negatives",
     "training.one_to_many",
-    "data.prompts",
-    "data.negative_prompts",
     "model.resolution",
 )
 """Keys and sections that change what the validation loss is made of, so that its values do not compare."""
 
 
-def _is_under(key: str, above: str) -> bool:
+def is_under(key: str, above: str) -> bool:
+    """Whether a dotted key is another one, or in its section."""
     return key == above or key.startswith(f"{above}.")
 
 
@@ -70,7 +99,7 @@ def check_key(key: str, parameters: Iterable[str]) -> None:
         return
     if reason := unknown_key(key):
         raise ValueError(reason.removeprefix(f"{key}: "))
-    if reason := next((reason for above, reason in NOT_SEARCHED.items() if _is_under(key, above)), None):
+    if reason := next((reason for above, reason in NOT_SEARCHED.items() if is_under(key, above)), None):
         raise ValueError(f"cannot be searched: {reason}")
 
 
@@ -80,7 +109,9 @@ def check_kind(parameter: Parameter, own_sets: Mapping[str, tuple[str, ...]]) ->
         if not isinstance(parameter, Choice) or parameter.labels is not None:
             raise ValueError("expected {choice: [...]} or {grid: [...]} of names of component sets")
         for name in parameter.values:
-            components_of(str(name), own_sets)
+            if not isinstance(name, str):
+                raise ValueError(f"expected names of component sets, got {short(repr(name))}: write it as a text")
+            components_of(name, own_sets)
         return
     kind = number_type(parameter.key)
     if isinstance(parameter, Range | Tied) and kind is None:
@@ -89,8 +120,145 @@ def check_kind(parameter: Parameter, own_sets: Mapping[str, tuple[str, ...]]) ->
         raise ValueError(f"{parameter.key} is a whole number: write randint instead of {parameter.kind}")
 
 
-def changes_validation_loss(key: str) -> bool:
-    return any(_is_under(key, above) for above in CHANGES_VALIDATION_LOSS)
+def search_problems(parameters: Mapping[str, Parameter], search: Search) -> list[str]:
+    """What is wrong with parameters that are searched in this way and compared by this metric, a line each."""
+    problems = []
+    visited: dict[str, Choice] = {key: item for key, item in parameters.items() if isinstance(item, Grid)}
+    most = LARGEST_WHOLE
+    if search.algorithm == "grid":
+        visited = {key: item for key, item in parameters.items() if isinstance(item, Choice)}
+        most = MOST_TRIALS
+        problems += [
+            f"parameters.{key}: algorithm grid tries every combination, and {item.kind} has no list of values: write "
+            "grid or choice, or search with random"
+            for key, item in parameters.items()
+            if isinstance(item, Range)
+        ]
+    size = math.prod(item.count for item in visited.values())
+    if size > most:
+        problems.append(
+            f"parameters: {', '.join(visited)} have {size:,} combinations, more than the {most:,} that can be gone "
+            "through: list fewer values, or " + ("search with random" if most == MOST_TRIALS else "write choice")
+        )
+    if search.objective == "quality_and_size" and search.algorithm != "optuna":
+        problems.append(
+            f"search.objective quality_and_size needs algorithm optuna, got {search.algorithm}: change one of them"
+        )
+    if search.metric == "valid_loss":
+        problems += [
+            f"parameters.{key}: it changes what the validation loss measures, so losses of its values do not compare: "
+            "choose metric map or cgf1"
+            for key in parameters
+            if any(is_under(key, above) for above in CHANGES_VALIDATION_LOSS)
+        ]
+    return problems
+
+
+def tied_problems(parameters: Mapping[str, Parameter]) -> list[str]:
+    """What is wrong with what parameters are tied to, a line each."""
+    tied = {key: item.expression.keys for key, item in parameters.items() if isinstance(item, Tied)}
+    problems = []
+    for key, inputs in tied.items():
+        reasons = [unknown_key(name) for name in inputs if name not in parameters]
+        problems += [f"parameters.{key}: tied to {reason}" for reason in reasons if reason]
+    try:
+        TopologicalSorter(tied).prepare()
+    except CycleError as error:
+        path = " -> ".join(reversed(error.args[1]))
+        problems.append(f"parameters are tied in a circle: {path}; give one of them values of its own")
+    return problems
+
+
+def refused_values(space: SearchSpace) -> list[str]:
+    """Both ends of every range and every choice, each alone; one that is refused beside the base's values may still be
+    possible beside other samples, so some of these are tried before it is called wrong."""
+    if not space.free:
+        return ["parameters are all tied, so there is nothing to search: give one of them values of its own"]
+    rng = np.random.default_rng(0)
+    base = {key: value for key, value in space.base_values().items() if key in space.free}
+    samples = [base]
+    for _ in range(_COMBINATIONS_TRIED):
+        samples.append({key: item.draw(rng) for key, item in space.free.items()})
+    if reason := _refused_beside_all(space, samples, {}):
+        return [f"parameters: every combination is refused: {reason}"]
+    problems = []
+    for key, item in space.free.items():
+        for value in item.extremes():
+            if reason := _refused_beside_all(space, samples, {key: value}):
+                problems.append(f"parameters.{key}: {short(value_text(value))} is refused: {reason}")
+            if len(problems) == _MOST_REFUSED:
+                return problems
+    return problems
+
+
+def _refused_beside_all(space: SearchSpace, samples: list[dict[str, Any]], fixed: dict[str, Any]) -> str | None:
+    """Why the first sample is refused with these values in it; None if any sample is possible."""
+    reasons = []
+    for sample in samples:
+        try:
+            space.config_of(space.complete(sample | fixed))
+            return None
+        except UserError as error:
+            reasons.append(str(error))
+    return reasons[0]
+
+
+def not_plain(raw: Any) -> list[str]:
+    """What neither a configuration nor a record of a trial can hold, with its place."""
+    problems: list[str] = []
+    for number, problem in enumerate(_plain_walk(raw, "", ())):
+        if number == _MOST_VALUES:
+            return [*problems, f"more than {_MOST_VALUES:,} values: write fewer"]
+        if problem is not None:
+            problems.append(problem)
+    return problems
+
+
+def _plain_walk(value: Any, where: str, above: tuple[int, ...]) -> Iterator[str | None]:
+    """A problem or None for each value in a value."""
+    problem = None
+    if isinstance(value, Mapping | list | tuple):
+        if id(value) in above:
+            problem = "holds itself by an anchor (&): write the values out"
+        elif len(above) == _DEEPEST:
+            problem = f"is nested more than {_DEEPEST} deep: write it flatter"
+        else:
+            for name, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+                place = f"{where}.{name}" if where else str(name)
+                is_key = name is None or isinstance(name, str | int | float)
+                if not is_key or len(str(name)) > _LONGEST_KEY or not str(name).isprintable():
+                    yield f"{short(place)}: a key is a text or number on one line of at most {_LONGEST_KEY} characters"
+                else:
+                    yield from _plain_walk(item, place, (*above, id(value)))
+    elif isinstance(value, int):
+        problem = "is a whole number too large for any setting" if abs(value) > LARGEST_WHOLE else None
+    elif isinstance(value, float):
+        problem = None if math.isfinite(value) else f"is {value}, expected a finite number"
+    elif value is not None and not isinstance(value, str) and not (where == "base" and isinstance(value, Path)):
+        problem = (
+            f"is a {type(value).__name__}, expected a number, a text, true, false, null, a list or keys and values"
+        )
+    yield problem and f"{where or 'the file'} {problem}"
+
+
+def names_folder(text: str) -> bool:
+    """Whether a text is one plain component of a path."""
+    is_plain = text.isprintable() and text == text.strip() and not set(text) & set("/\\")
+    return is_plain and text not in ("", ".", "..") and len(text) <= _LONGEST_NAME
+
+
+def split_in_use(split: str, base: Config) -> str | None:
+    """``data.train_split`` or ``data.valid_split`` if that is the folder of a split, however it is written."""
+    for key, used in (("data.train_split", base.data.train_split), ("data.valid_split", base.data.valid_split)):
+        if os.path.normpath(split) == os.path.normpath(used):
+            return key
+        try:
+            root = Path(base.training.data_dir or ".").expanduser()
+            if base.training.data_dir and (root / split).samefile(root / used):
+                return key
+        except (OSError, RuntimeError, ValueError):  # not there yet
+            continue
+    return None
 
 
 def unknown_key(key: str) -> str | None:
@@ -100,6 +268,9 @@ def unknown_key(key: str) -> str | None:
         return f'"{key}" is no dotted key such as lora.rank'
     if inner := next((name for name in known_keys() if name.startswith(f"{key}.")), None):
         return f"{key}: is a section; write one of its keys, such as {inner}"
+    above = next((name for name in known_keys() if key.startswith(f"{name}.")), None)
+    if above is not None and dict not in _types(_annotation(Config, above)):
+        return f"{key}: unknown key; did you mean {above}?"
     set_key(raw, key, 0)
     return next(iter(split_known(raw)[1]), None)
 

@@ -23,8 +23,9 @@ class LedgerSearcher(Searcher):
         proposer: makes the settings of new trials.
         sampler: is told what came of each trial.
         begun: trials with a record that have not ended.
+        may_stop: whether trials are given up early.
         new: numbers of the trials to propose.
-        settle: called with a trial's number when Ray Tune is through with it; returns the record as it then is.
+        settle: called with a trial's number when its process has ended; returns the record as it then is.
     """
 
     def __init__(
@@ -35,11 +36,13 @@ class LedgerSearcher(Searcher):
         *,
         begun: Sequence[int],
         new: Sequence[int],
-        settle: Callable[[int, bool], TrialRecord],
+        may_stop: bool,
+        settle: Callable[[int], TrialRecord],
     ) -> None:
         super().__init__()
         self._ledger, self._proposer, self._sampler, self._settle = ledger, proposer, sampler, settle
         self._begun, self._new = list(begun), list(new)
+        self._may_stop = may_stop
         self._numbers: dict[str, int] = {}
         self.ran_out = False
 
@@ -67,7 +70,7 @@ class LedgerSearcher(Searcher):
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         number = self._numbers.pop(trial_id, None)
         if number is not None:
-            self._sampler.observe(self._settle(number, error))
+            self._sampler.observe(self._settle(number))
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Nothing to do: what a trial measures is in its run folder."""
@@ -84,5 +87,10 @@ class LedgerSearcher(Searcher):
 
     def _start(self, trial_id: str, number: int) -> dict[str, Any]:
         self._numbers[trial_id] = number
-        is_base = self._ledger.read(number).is_base
-        return {"sweep_dir": str(self._ledger.sweep_dir), "number": number, "is_base": is_base}
+        return {
+            "sweep_dir": str(self._ledger.sweep_dir),
+            "folder": str(self._ledger.folder(number)),
+            "number": number,
+            "may_stop": self._may_stop,
+            "is_base": self._ledger.read(number).is_base,
+        }

@@ -5,12 +5,10 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterable, Mapping
-from graphlib import CycleError, TopologicalSorter
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pydantic import Field, ValidationError
 
 from sam3lora.config import Config, load_config, preset_names
@@ -19,16 +17,25 @@ from sam3lora.config.keys import known_keys
 from sam3lora.config.loading import describe_validation
 from sam3lora.config.yaml_text import parse_yaml
 from sam3lora.errors import UserError
-from sam3lora.tune.component_sets import COMPONENTS_KEY, check_own_sets
-from sam3lora.tune.parameters import Parameter, Range, Tied, parse_parameter, value_text
+from sam3lora.tune.component_sets import COMPONENTS_KEY, read_own_sets
+from sam3lora.tune.parameters import Parameter, parse_parameter, short, value_text
 from sam3lora.tune.search_space import Constraints, EarlyStopping, Failures, Search, SearchSpace
-from sam3lora.tune.searchable import changes_validation_loss, check_key, check_kind, unknown_key
+from sam3lora.tune.searchable import (
+    check_key,
+    check_kind,
+    names_folder,
+    not_plain,
+    refused_values,
+    search_problems,
+    split_in_use,
+    tied_problems,
+)
 
 __all__ = ["SearchSpace", "load_space", "space_names"]
 
 _KEYS = ("name", "base", "base_name", "set", "parameters", "component_sets", "constraints", "search", "early_stopping")
 _FILE_KEYS = (*_KEYS, "failures")
-_COMBINATIONS_TRIED = 32
+_MOST_PROBLEMS = 20  # that are listed
 
 
 class _Sections(Section):
@@ -70,27 +77,37 @@ def load_space(
             problems are listed together.
     """
     raw, where, folder = _read_source(source)
+    _stop_at(where, not_plain(raw))
+    if not isinstance(raw, Mapping):
+        raise UserError(f"{where}: expected keys such as base: and parameters:, got {short(value_text(raw))}")
     changes = {"num_trials": num_trials, "algorithm": algorithm, "metric": metric, "max_concurrent": max_concurrent}
     reader = _Reader(raw, folder, config, list(overrides), {k: v for k, v in changes.items() if v is not None})
     space = reader.read(Path(where).stem)
     if space is not None and not reader.problems:
-        reader.problems += _check_values(space)
-    if reader.problems or space is None:
-        if len(reader.problems) == 1:
-            raise UserError(f"{where}: {reader.problems[0]}")
-        raise UserError("\n  ".join([f"{where} has {len(reader.problems)} problems:", *reader.problems]))
+        reader.problems += refused_values(space)
+    _stop_at(where, reader.problems)
+    assert space is not None
     return space
 
 
-def _read_source(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str, Path]:
+def _stop_at(where: str, problems: list[str]) -> None:
+    if len(problems) == 1:
+        raise UserError(f"{where}: {problems[0]}")
+    if problems:
+        shown, more = problems[:_MOST_PROBLEMS], len(problems) - _MOST_PROBLEMS
+        rest = [f"and {more} more"] if more > 0 else []
+        raise UserError("\n  ".join([f"{where} has {len(problems)} problems:", *shown, *rest]))
+
+
+def _read_source(source: str | Path | Mapping[str, Any]) -> tuple[Any, str, Path]:
     """The content, what to call it in an error, and the folder that it is in."""
     if isinstance(source, Mapping):
-        return dict(source), "search space", Path()
-    path = Path(source).expanduser()
+        return source, "search space", Path()
+    path = _file_at(Path(), source)
     names = space_names()
     if str(source) in names:
         text, folder = resources.files("tune_spaces").joinpath(f"{source}.yaml").read_text(encoding="utf-8"), Path()
-    elif not path.is_file():
+    elif path is None:
         close = difflib.get_close_matches(str(source), names, n=1)
         hint = f'did you mean "{close[0]}"? ' if close else ""
         raise UserError(
@@ -101,10 +118,27 @@ def _read_source(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any]
             text, folder = path.read_text(encoding="utf-8"), path.parent
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{source}: cannot be read as a text file: {error}") from None
-    raw = parse_yaml(text, str(source))
-    if not isinstance(raw, dict):
-        raise UserError(f"{source}: expected keys such as base: and parameters:, got {value_text(raw)}")
-    return raw, str(source), folder
+    return _parse(text, str(source)), str(source), folder
+
+
+def _file_at(folder: Path, source: str | Path) -> Path | None:
+    """The file of that name, from a folder on; None if there is none."""
+    try:
+        path = folder / Path(source).expanduser()
+        return path if path.is_file() else None
+    except (OSError, RuntimeError):  # too long a name, the home of nobody
+        return None
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return parse_yaml(text, where)
+    except UserError:
+        raise
+    except ValueError as error:  # a date that does not exist, a number of thousands of digits
+        raise UserError(f"{where}: not valid YAML: {short(str(error))}") from None
+    except (LookupError, AttributeError, RecursionError):
+        raise UserError(f"{where}: not valid YAML: a !!tag does not suit its value, or it is nested too deep") from None
 
 
 class _Reader:
@@ -112,7 +146,7 @@ class _Reader:
 
     def __init__(
         self,
-        raw: dict[str, Any],
+        raw: Mapping[str, Any],
         folder: Path,
         config: str | Path | None,
         overrides: list[str],
@@ -130,13 +164,40 @@ class _Reader:
         fixed = self.fixed(parameters)
         base, base_name = self.base(fixed)
         sections = self.sections()
+        name = self.name("sweep" if stem == "search space" else stem)
         if base is None or sections is None:
             return None
-        self.check_tied(parameters)
-        self.check_search(parameters, sections.search)
-        name = str(self.raw.get("name") or ("sweep" if stem == "search space" else stem))
+        self.problems += tied_problems(parameters) + search_problems(parameters, sections.search)
         parts = {field: getattr(sections, field) for field in _Sections.model_fields}
+        parts["search"] = self.held_out(base, sections.search)
         return SearchSpace(name, base, base_name, parameters, own_sets, **parts)
+
+    def name(self, default: str) -> str:
+        """The sweep's name, which its folder gets by default."""
+        written = self.raw.get("name")
+        name = default if written is None else written
+        if not isinstance(name, str | int | float) or not names_folder(str(name)):
+            self.problems.append(f"name should be a text that can name a folder, got {short(repr(name))}")
+        return str(name)
+
+    def held_out(self, base: Config, search: Search) -> Search:
+        """`search`, with a held-out split only if it is another folder than those of training and validation."""
+        split = search.held_out_split
+        if split is None:
+            return search
+        if not names_folder(split):
+            self.problems.append(
+                f"search.held_out_split should be the name of a folder in training.data_dir, got {short(split)}"
+            )
+            return search
+        if key := split_in_use(split, base):
+            if "held_out_split" not in search.model_fields_set:
+                return search.model_copy(update={"held_out_split": None})
+            self.problems.append(
+                f"search.held_out_split {split} is the folder of {key}, so it says nothing about other images: name "
+                "another split, or write null"
+            )
+        return search
 
     def mapping(self, key: str) -> dict[str, Any]:
         value = self.raw.get(key)
@@ -144,7 +205,7 @@ class _Reader:
             return {}
         if isinstance(value, Mapping):
             return {str(name): item for name, item in value.items()}
-        self.problems.append(f"{key} should hold keys with values, got {value_text(value)}")
+        self.problems.append(f"{key} should hold keys with values, got {short(value_text(value))}")
         return {}
 
     def check_keys(self, raw: Mapping[Any, Any], known: Iterable[str], prefix: str) -> None:
@@ -155,13 +216,8 @@ class _Reader:
             self.problems.append(f"{prefix}{name}: unknown key; {hint}")
 
     def component_sets(self) -> dict[str, tuple[str, ...]]:
-        sets = {}
-        for name, components in self.mapping("component_sets").items():
-            if isinstance(components, list | tuple):
-                sets[name] = tuple(map(str, components))
-            else:
-                self.problems.append(f'component_sets."{name}" should be a list of components, got {components!r}')
-        self.problems += check_own_sets(sets)
+        sets, problems = read_own_sets(self.mapping("component_sets"))
+        self.problems += problems
         return sets
 
     def parameters(self, own_sets: dict[str, tuple[str, ...]]) -> dict[str, Parameter]:
@@ -195,9 +251,8 @@ class _Reader:
         if isinstance(source, Mapping):
             name = str(self.raw.get("base_name") or "configuration")
         elif isinstance(source, str | Path):
-            beside = self.folder / Path(source).expanduser()
-            if self.config is None and str(source) not in preset_names() and beside.is_file():
-                source = beside
+            if self.config is None and str(source) not in preset_names():
+                source = _file_at(self.folder, source) or source
             name = str(source) if str(source) in preset_names() else Path(source).stem
         else:
             presets = ", ".join(preset_names())
@@ -207,7 +262,9 @@ class _Reader:
             return load_config(source, changes), name
         except UserError as error:
             self.problems.append(f"base: {error}")
-            return None, name
+        except (OSError, RuntimeError) as error:
+            self.problems.append(f"base: {short(str(source))} cannot be read: {short(str(error))}")
+        return None, name
 
     def sections(self) -> _Sections | None:
         content: dict[str, Any] = {}
@@ -223,37 +280,6 @@ class _Reader:
             self.problems += describe_validation(error)
             return None
 
-    def check_tied(self, parameters: Mapping[str, Parameter]) -> None:
-        tied = {key: item.expression.keys for key, item in parameters.items() if isinstance(item, Tied)}
-        for key, inputs in tied.items():
-            for name in (name for name in inputs if name not in parameters):
-                if reason := unknown_key(name):
-                    self.problems.append(f"parameters.{key}: tied to {reason}")
-        try:
-            TopologicalSorter(tied).prepare()
-        except CycleError as error:
-            path = " -> ".join(reversed(error.args[1]))
-            self.problems.append(f"parameters are tied in a circle: {path}; give one of them values of its own")
-
-    def check_search(self, parameters: Mapping[str, Parameter], search: Search) -> None:
-        if search.algorithm == "grid":
-            for key, item in parameters.items():
-                if isinstance(item, Range):
-                    self.problems.append(
-                        f"parameters.{key}: algorithm grid tries every combination, and {item.kind} has no list of "
-                        "values: write grid or choice, or search with random"
-                    )
-        if search.objective == "quality_and_size" and search.algorithm != "optuna":
-            self.problems.append(
-                f"search.objective quality_and_size needs algorithm optuna, got {search.algorithm}: change one of them"
-            )
-        if search.metric == "valid_loss":
-            for key in filter(changes_validation_loss, parameters):
-                self.problems.append(
-                    f"parameters.{key}: it changes what the validation loss measures, so losses of its values do not "
-                    "compare: choose metric map or cgf1"
-                )
-
 
 def _dotted(values: Mapping[Any, Any], known: set[str], prefix: str = "") -> dict[str, Any]:
     """Sections as dotted keys, so that `training: {num_epochs: 3}` changes that key and keeps the others."""
@@ -262,35 +288,3 @@ def _dotted(values: Mapping[Any, Any], known: set[str], prefix: str = "") -> dic
         key = f"{prefix}{name}"
         flat |= _dotted(value, known, f"{key}.") if isinstance(value, Mapping) and key not in known else {key: value}
     return flat
-
-
-def _check_values(space: SearchSpace) -> list[str]:
-    """Both ends of every range and every choice, each alone; one that is refused beside the base's values may still be
-    possible beside other samples, so some of these are tried before it is called wrong."""
-    if not space.free:
-        return ["parameters are all tied, so there is nothing to search: give one of them values of its own"]
-    rng = np.random.default_rng(0)
-    base = {key: value for key, value in space.base_values().items() if key in space.free}
-    samples = [base]
-    for _ in range(_COMBINATIONS_TRIED):
-        samples.append({key: item.draw(rng) for key, item in space.free.items()})
-    if reason := _refused_beside_all(space, samples, {}):
-        return [f"parameters: every combination is refused: {reason}"]
-    problems = []
-    for key, item in space.free.items():
-        for value in item.extremes():
-            if reason := _refused_beside_all(space, samples, {key: value}):
-                problems.append(f"parameters.{key}: {value_text(value)} is refused: {reason}")
-    return problems
-
-
-def _refused_beside_all(space: SearchSpace, samples: list[dict[str, Any]], fixed: dict[str, Any]) -> str | None:
-    """Why the first sample is refused with these values in it; None if any sample is possible."""
-    reasons = []
-    for sample in samples:
-        try:
-            space.config_of(space.complete(sample | fixed))
-            return None
-        except UserError as error:
-            reasons.append(str(error))
-    return reasons[0]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from sam3lora.errors import UserError
+from sam3lora.model.adapter_metadata import read_metadata
 from sam3lora.train.metrics import METRICS_FILE, read_metrics
 from sam3lora.tune.trials import TrialRecord, better
 
@@ -23,11 +25,9 @@ def summarise(record: TrialRecord, folder: Path, *, metric: str, mode: str) -> N
     lines = read_metrics(folder / METRICS_FILE)
     record.history = [_entry(line) for line in lines if line["kind"] == "epoch"]
     record.epochs = max((entry["epoch"] for entry in record.history), default=0)
-    record.value, record.best_epoch, record.metrics = None, None, {}
-    for entry in record.history:
-        if better(entry.get(metric), record.value, mode):
-            record.value, record.best_epoch = entry[metric], entry["epoch"]
-            record.metrics = {name: entry[name] for name in MEASURED if entry.get(name) is not None}
+    best = _of_saved_adapter(folder) or _best_entry(record.history, metric, mode)
+    record.value, record.best_epoch = best.get(metric), best.get("epoch")
+    record.metrics = {name: best[name] for name in MEASURED if best.get(name) is not None}
     record.seconds = _seconds(lines)
     steps = [line for line in lines if line["kind"] == "step"]
     if steps:
@@ -36,6 +36,24 @@ def summarise(record: TrialRecord, folder: Path, *, metric: str, mode: str) -> N
     attempts = list(_attempts(lines))
     record.vision_passes = sum(_last(attempt, "vision_passes") for attempt in attempts)
     record.features_loaded = sum(_last(attempt, "features_loaded") for attempt in attempts)
+
+
+def _of_saved_adapter(folder: Path) -> dict[str, Any]:
+    """What was measured of the adapter in ``best/``: a trial that is cut short may have saved a better one before it
+    wrote the line, or the other way round."""
+    try:
+        saved = read_metadata(folder / "best")
+    except UserError:
+        return {}
+    return saved.metrics if saved is not None and "epoch" in saved.metrics else {}
+
+
+def _best_entry(history: list[dict[str, Any]], metric: str, mode: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for entry in history:
+        if better(entry.get(metric), found.get(metric), mode):
+            found = entry
+    return found
 
 
 def num_images(folder: Path) -> int | None:

@@ -9,17 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sam3lora.evaluate.page import change, render_page, score, setting_rows
+from sam3lora.evaluate.page import render_page, setting_rows
 from sam3lora.tune import sweep_charts
+from sam3lora.tune.charted_trials import ChartedTrials
 from sam3lora.tune.importance import importances
+from sam3lora.tune.parallel_coordinates import parallel_coordinates
 from sam3lora.tune.parameters import Parameter, Tied
 from sam3lora.tune.results import adapter_mb
 from sam3lora.tune.search_space import SearchSpace
-from sam3lora.tune.sweep_charts import ChartedTrials, short_count
+from sam3lora.tune.sweep_charts import short_count
+from sam3lora.tune.sweep_verdict import METRIC_LABELS, answer, held_out_sentence, short_names, vision_sentence
 from sam3lora.tune.trials import Rejection, TrialRecord, seconds_in_sessions
 
-NOTICEABLE = 0.01  # mAP or cgF1; of a loss the share: less is hardly a difference
-METRIC_LABELS = {"valid_loss": "validation loss", "map": "mAP", "cgf1": "cgF1"}
 _MOST_REJECTED = 30
 _STATUS_WORDS = {"stopped": "stopped early", "pending": "waiting"}
 
@@ -79,7 +80,7 @@ def render_sweep(
         charts={
             "progress": sweep_charts.progress_chart(trials, summary["sessions"]),
             "curves": sweep_charts.learning_curves(trials),
-            "settings": sweep_charts.parallel_coordinates(trials, _free(space), short),
+            "settings": parallel_coordinates(trials, _free(space), short),
             "importance": sweep_charts.importance_chart(importance, short),
             "size": sweep_charts.size_chart(trials),
         },
@@ -98,84 +99,6 @@ def render_sweep(
     )
 
 
-def answer(
-    space: SearchSpace,
-    records: Sequence[TrialRecord],
-    best: TrialRecord | None,
-    base: TrialRecord | None,
-    summary: Mapping[str, Any],
-) -> str:
-    """What came out, in one or two sentences: no louder than the difference to the base configuration."""
-    metric = METRIC_LABELS.get(summary["metric"], summary["metric"])
-    if best is None or best.value is None:
-        return _no_result(records)
-    if base is not None and best.number == base.number:
-        others = [r for r in records if r.value is not None and r.status != "failed" and r.number != base.number]
-        if not others:
-            return (
-                f"Only the base configuration ({space.base_name}) was measured: {metric} {score(best.value)}. What "
-                "searching gains is not known."
-            )
-        closest = (min if summary["mode"] == "min" else max)(others, key=lambda record: record.value or 0.0)
-        return (
-            f"Searching did not beat the base configuration ({space.base_name}): its {metric} of {score(best.value)} "
-            f"is the best of {len(others) + 1} trials. The next is trial {closest.number} with {score(closest.value)}."
-        )
-    said = f"Trial {best.number} is the best: {metric} {score(best.value)}"
-    with_settings = f" Its settings: {_in_words(space, best, base)}."
-    if base is None:
-        return f"{said}. The base configuration was not tried, so what searching gained is not known.{with_settings}"
-    if base.value is None or base.status == "failed":
-        why = f"failed ({base.failure})" if base.status == "failed" else "has no value"
-        return f"{said}. The base configuration {why}, so what searching gained is not known.{with_settings}"
-    gain = best.value - base.value
-    name = f"the base configuration {space.base_name}"
-    if base.status == "stopped":
-        name += f", which was stopped early after epoch {base.epochs}"
-    if gain == 0:
-        return f"{said}, as with {name}, but its adapter is smaller.{with_settings}"
-    small = abs(gain) < NOTICEABLE * (abs(base.value) if summary["metric"] == "valid_loss" else 1)
-    hardly = ", hardly a difference" if small else ""
-    return f"{said} instead of {score(base.value)} with {name} ({change(gain)}{hardly}).{with_settings}"
-
-
-def held_out_sentence(held_out: Mapping[str, Any] | None) -> str:
-    """The best trial on images that had no part in the choice; without them, what the value is worth."""
-    if not held_out or held_out.get("best") is None:
-        return (
-            "This value is optimistic: the validation images that it was measured on also chose the epoch and the "
-            "trial. Expect worse on other images, the more so the more trials there were."
-        )
-    metric = METRIC_LABELS.get(held_out["metric"], held_out["metric"])
-    note = held_out.get("note")
-    images = "held-out images" if note else f"the {held_out['num_images']} held-out images of {held_out['split']}"
-    said = f"On {images}: {metric} {score(held_out['best'])}"
-    if held_out.get("base") is not None:
-        said += f" instead of {score(held_out['base'])} with the {held_out.get('compared_with', 'base configuration')}"
-    if held_out.get("difference") is not None and held_out.get("low") is not None:
-        low, high = held_out["low"], held_out["high"]
-        excludes = "excludes" if low > 0 or high < 0 else "includes"
-        said += f" ({change(held_out['difference'])}, 95 % interval {change(low)} to {change(high)}, {excludes} zero)"
-    return f"{said}. {note}" if note else f"{said}."
-
-
-def vision_sentence(vision: Mapping[str, Any] | None, records: Sequence[TrialRecord]) -> str:
-    """How often images went through the vision trunk, and how often that was spared."""
-    if not vision:
-        return ""
-    said = f"In the whole sweep images went {vision['passes']} times through the vision trunk"
-    if vision.get("images"):
-        said += f", with {vision['images']} images in the data"
-    loaded = sum(record.features_loaded for record in records)
-    return f"{said}; {loaded} times its output was in the cache." if loaded else f"{said}."
-
-
-def short_names(names: Sequence[str]) -> dict[str, str]:
-    """Each dotted name's last part, where no other has the same."""
-    leaves = Counter(name.rpartition(".")[2] for name in names)
-    return {name: leaf if leaves[leaf := name.rpartition(".")[2]] == 1 else name for name in names}
-
-
 def duration(seconds: float | None) -> str:
     """ "2 h 05 min", "3 min 20 s" or "12 s"."""
     if seconds is None:
@@ -184,30 +107,6 @@ def duration(seconds: float | None) -> str:
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60:02d} min"
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
-def _no_result(records: Sequence[TrialRecord]) -> str:
-    failed = [record for record in records if record.status == "failed"]
-    if not records:
-        return "No trial was begun."
-    if not failed:
-        return f"No trial has a value yet; {len(records)} were begun."
-    kinds = ", ".join(f"{kind} ({count})" for kind, count in Counter(r.failure for r in failed).most_common())
-    all_of_them = "All" if len(failed) == len(records) else "No trial has a value:"
-    first = failed[0]
-    reason = f" Trial {first.number}: {first.reason}" if first.reason else ""
-    return f"{all_of_them} {len(failed)} trials failed: {kinds}.{reason}"
-
-
-def _in_words(space: SearchSpace, best: TrialRecord, base: TrialRecord | None) -> str:
-    short = short_names(list(space.parameters))
-    parts = []
-    for name, parameter in space.parameters.items():
-        if name not in best.values or isinstance(parameter, Tied):
-            continue
-        same = base is not None and base.values.get(name) == best.values[name]
-        parts.append(f"{short[name]} {space.label(name, best.values[name])}{' (as in the base)' if same else ''}")
-    return ", ".join(parts)
 
 
 def _unfinished(records: Sequence[TrialRecord], summary: Mapping[str, Any]) -> str:

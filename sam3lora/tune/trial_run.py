@@ -17,33 +17,47 @@ from sam3lora.errors import OutOfMemory, UserError, WorkerLost
 from sam3lora.train.checkpoints import list_checkpoints
 from sam3lora.train.launch import train
 from sam3lora.train.update import NonFiniteLoss
+from sam3lora.tune.decisions import EndWhenDecided, StoppedEarly, await_decision
 from sam3lora.tune.space import SearchSpace, load_space
 from sam3lora.tune.summary import summarise
-from sam3lora.tune.trials import FailureKind, Ledger, TrialRecord
+from sam3lora.tune.trials import SPACE_FILE, FailureKind, Ledger, TrialRecord
 
-SPACE_FILE = "space.yaml"
 _REASON_LENGTH = 2000
 
 Report = Callable[[dict[str, Any]], None]
 
 
 def run_trial(params: dict[str, Any]) -> None:
-    """The function that Ray Tune calls: ``params`` holds ``sweep_dir`` and ``number`` of a trial with a record."""
+    """The function that Ray Tune calls.
+
+    Args:
+        params: ``sweep_dir``; ``number`` of a trial with a record; ``may_stop``, whether trials are given up early.
+    """
     from ray import tune
 
     sweep_dir = Path(params["sweep_dir"])
-    space = load_space(sweep_dir / SPACE_FILE)
-    complete_trial(space, Ledger(sweep_dir), params["number"], tune.report)
+    space, ledger = load_space(sweep_dir / SPACE_FILE), Ledger(sweep_dir)
+    folder, may_stop = ledger.folder(params["number"]), params["may_stop"]
+
+    def report(entry: dict[str, Any]) -> None:
+        tune.report(entry)
+        if may_stop:
+            await_decision(folder, entry["epoch"])
+
+    complete_trial(space, ledger, params["number"], report, may_stop=may_stop)
 
 
-def complete_trial(space: SearchSpace, ledger: Ledger, number: int, report: Report) -> TrialRecord:
+def complete_trial(
+    space: SearchSpace, ledger: Ledger, number: int, report: Report, *, may_stop: bool = False
+) -> TrialRecord:
     """Train a trial from where it stands to its end, and write its record.
 
     Args:
         space: of the sweep.
         ledger: holds the trial's record.
         number: of the trial.
-        report: gets epoch (from 1) and the metrics of every validation, those of an earlier session first.
+        report: gets epoch (from 1) and the metrics of every validation, where the trial trains in this process.
+        may_stop: whether a decision to stop is to be looked for.
     """
     record, folder = ledger.read(number), ledger.folder(number)
     metric, mode = space.search.metric, space.search.mode
@@ -51,17 +65,17 @@ def complete_trial(space: SearchSpace, ledger: Ledger, number: int, report: Repo
     record.status = "running"
     summarise(record, folder, metric=metric, mode=mode)
     ledger.write(record)
-    for entry in record.history:  # early stopping compares trials by all their epochs
-        report({name: value for name, value in entry.items() if name != "time"})
     try:
-        _train(space, ledger, record, report)
+        if may_stop:
+            await_decision(folder, 0)  # made before a break
+        _train(space, ledger, record, report, may_stop=may_stop)
         record.status = "finished"
+    except StoppedEarly:
+        record.status = "stopped"
     except Exception as error:
         if _is_going_down(error):
             raise
         record.status, record.failure, record.reason = "failed", failure_kind(error), _reason(error)
-    if ledger.read(number).status == "stopped":  # meanwhile, from outside
-        return record
     record.ended_at = time.time()
     summarise(record, folder, metric=metric, mode=mode)
     if record.status == "finished" and record.value is None:
@@ -93,11 +107,11 @@ def failure_kind(error: BaseException) -> FailureKind:
     return next((kind for of_type, kind in kinds if isinstance(error, of_type)), "exception")
 
 
-def _train(space: SearchSpace, ledger: Ledger, record: TrialRecord, report: Report) -> None:
+def _train(space: SearchSpace, ledger: Ledger, record: TrialRecord, report: Report, *, may_stop: bool) -> None:
     while True:
         config = trial_config(space, record, ledger.folder(record.number))
         try:
-            _start(config, report)
+            _start(config, report, may_stop=may_stop)
             return
         except OutOfMemory as error:
             if record.retries or not space.failures.retry_out_of_memory or config.training.batch_size == 1:
@@ -114,7 +128,7 @@ def _half_the_batch(config: Config) -> dict[str, int]:
     return {"batch_size": batch_size, "gradient_accumulation_steps": -(-images // batch_size)}
 
 
-def _start(config: Config, report: Report) -> None:
+def _start(config: Config, report: Report, *, may_stop: bool) -> None:
     """Train, from the last checkpoint if there is one."""
     folder = Path(config.output.output_dir)
     resume = bool(list_checkpoints(folder / "checkpoints"))
@@ -126,7 +140,8 @@ def _start(config: Config, report: Report) -> None:
         return
     from ray.tune.integration.ray_train import TuneReportCallback
 
-    train(config, resume=resume, callbacks=[TuneReportCallback()])
+    callbacks = [TuneReportCallback(), *([EndWhenDecided(folder)] if may_stop else [])]
+    train(config, resume=resume, callbacks=callbacks)
 
 
 def _free_memory() -> None:

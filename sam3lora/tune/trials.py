@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from sam3lora.errors import UserError
 
-TRIAL_FILE, REJECTED_FILE = "trial.json", "rejected.jsonl"
+SPACE_FILE, TRIAL_FILE, REJECTED_FILE = "space.yaml", "trial.json", "rejected.jsonl"
 
 Status = Literal["pending", "running", "finished", "stopped", "failed"]
 ENDED: tuple[Status, ...] = ("finished", "stopped", "failed")
@@ -48,7 +48,7 @@ class TrialRecord:
             gradient_accumulation_steps.
         started_at: Seconds since 1970, of the first attempt.
         ended_at: The same.
-        seconds: Spent training, over all attempts.
+        seconds: Spent training, without pauses between sessions and without an attempt that ran out of memory.
         images_per_second: In training, over the last epoch.
         memory_mb: Peak of the first worker.
         vision_passes: Images that went through the vision trunk.

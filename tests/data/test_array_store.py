@@ -12,6 +12,7 @@ import sys
 import time
 from collections import Counter, namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -36,6 +37,33 @@ def age(store: ArrayStore, *keys: str) -> None:
     """Let arrays be of earlier runs, the first the oldest."""
     for number, key in enumerate(keys):
         os.utime(file_of(store, key), (1e9 + number, 1e9 + number))
+
+
+@pytest.fixture
+def pause(monkeypatch):
+    """Lets an hour and a bit go by."""
+    passed = []
+
+    def forward() -> None:
+        passed.append(4000)
+
+    clock = SimpleNamespace(
+        time=lambda: time.time() + sum(passed), time_ns=lambda: time.time_ns() + sum(passed) * 10**9
+    )
+    monkeypatch.setattr(array_store, "time", clock)
+    return forward
+
+
+def visit(store: ArrayStore, numbers) -> int:
+    """Read arrays as a run does, and make what is missing; returns how many were there."""
+    found = 0
+    for number in numbers:
+        if store.get(KEYS[number]) is None:
+            store.put(KEYS[number], ARRAY)
+        else:
+            found += 1
+    assert sum(file.stat().st_size for file in store.root.glob("??/*")) <= store.limit_bytes
+    return found
 
 
 def held(store: ArrayStore) -> list[int]:
@@ -134,7 +162,7 @@ def test_oldest_arrays_of_earlier_runs_go_first(tmp_path):
     assert held(store) == [1, 3, 4, 5]
 
 
-def test_arrays_that_this_run_read_stay(tmp_path):
+def test_arrays_that_this_run_read_stay(tmp_path, pause):
     # 0 was read, 1 was asked for, 2 by another process of this run, 3 by nobody.
     before = new_store(tmp_path)
     for key in KEYS[:4]:
@@ -150,7 +178,8 @@ def test_arrays_that_this_run_read_stay(tmp_path):
     assert not store.put(KEYS[5], ARRAY)
     assert store.is_full
     assert held(store) == [0, 1, 2, 4]
-    # A later run may drop them.
+    # A run after a pause may drop them.
+    pause()
     assert new_store(tmp_path, entries=4.5).put(KEYS[5], ARRAY)
     assert len(held(store)) == 4
 
@@ -160,6 +189,40 @@ def test_what_one_run_wrote_stays(tmp_path, caplog):
     assert [store.put(key, ARRAY) for key in KEYS[:5]] == [True, True, True, False, False]
     assert held(store) == [0, 1, 2]
     assert caplog.text.count("nothing more is added") == 1
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_runs_in_turn_find_what_fits(tmp_path, order):
+    # Room for half of what each of them reads: trials of a sweep, one after another and two at a time.
+    hits = [visit(new_store(tmp_path, entries=6.5), range(12)[:: order**trial]) for trial in range(3)]
+    assert hits == [0, 6, 6]
+    first, second = new_store(tmp_path, entries=6.5), new_store(tmp_path, entries=6.5)
+    assert [visit(first, range(12)), visit(second, range(12)), visit(first, range(12))] == [6, 6, 6]
+
+
+def test_epochs_that_take_longer_than_an_hour(tmp_path, pause):
+    # A trial's first epoch finds what the trial before it left, however long that was ago by then.
+    visit(new_store(tmp_path, entries=6.5), range(12))
+    store = new_store(tmp_path, entries=6.5)
+    pause()
+    assert visit(store, range(11, -1, -1)) == 6
+    assert visit(travelled(store), range(11, -1, -1)) == 6
+
+
+def test_other_images_get_room_an_hour_later(tmp_path, pause):
+    first = new_store(tmp_path, entries=4.5)
+    visit(first, range(4))
+    assert visit(new_store(tmp_path, entries=4.5), range(4, 8)) == 0
+    assert held(first) == [0, 1, 2, 3]
+    pause()
+    assert visit(first, range(4)) == 4  # a long run that goes on
+    assert visit(new_store(tmp_path, entries=4.5), range(4, 8)) == 0
+    assert held(first) == [0, 1, 2, 3]
+    pause()
+    later = new_store(tmp_path, entries=4.5)
+    assert [visit(later, range(4, 8)), visit(later, range(4, 8))] == [0, 4]
+    assert held(first) == [4, 5, 6, 7]
+    assert len(list(tmp_path.glob("runs/*"))) == 1
 
 
 def test_array_that_was_read_since_the_count_stays(tmp_path):

@@ -209,6 +209,10 @@ def test_full_cache_costs_passes_and_nothing_else(make_config, cache_folder):
     passes, loaded = passes_of(config)
     assert passes + loaded == total
     assert NUM_TRAIN + NUM_VALID < passes < total
+    # The next run finds these four, in whichever order it reads the images.
+    second = make_config(FROZEN, f"training.cache_gb={5 * features / 1e9}", "training.seed=7", output="second")
+    train(second)
+    assert passes_of(second) == (passes - kept, loaded + kept)
     plain = make_config(FROZEN, OFF, output="plain")
     train(plain)
     assert [without_measures(line) for line in lines_of(config, "epoch")] == [

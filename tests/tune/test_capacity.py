@@ -29,6 +29,12 @@ def test_trials_that_fit_counts_whole_trials(nodes, needs, fit):
     assert trials_that_fit(nodes, needs) == fit
 
 
+@pytest.mark.parametrize(("strategy", "fit"), [("PACK", 2), ("SPREAD", 2), ("STRICT_PACK", 1), ("STRICT_SPREAD", 1)])
+def test_strict_placement_leaves_less_room(strategy, fit):
+    nodes = [{"CPU": 3.0}, {"CPU": 1.0}]
+    assert trials_that_fit(nodes, [{"CPU": 1.0}, {"CPU": 1.0}], strategy) == fit
+
+
 def test_a_trial_needs_its_workers_and_their_data_tasks():
     assert trial_needs(config(num_workers=2), use_gpu=False) == [{"CPU": 3.0}] * 2
     assert trial_needs(config(num_workers=[1, 3], resources_per_worker={"CPU": 1}), use_gpu=False) == [{"CPU": 1.0}] * 3

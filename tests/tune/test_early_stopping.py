@@ -1,9 +1,12 @@
 """Rungs, and what Ray Tune's scheduler decides with what an earlier session has shown."""
 
+import threading
+import uuid
 from types import SimpleNamespace
 
 import pytest
 
+from sam3lora.tune.decisions import StoppedEarly, await_decision, write_decision
 from sam3lora.tune.early_stopping import rungs
 from sam3lora.tune.scheduler import build_scheduler
 from sam3lora.tune.trials import TrialRecord
@@ -11,7 +14,10 @@ from sam3lora.tune.trials import TrialRecord
 
 def space(epochs=9, *, scheduler="asha", grace=1, factor=3, metric="valid_loss", every=0):
     return SimpleNamespace(
-        base=SimpleNamespace(training=SimpleNamespace(num_epochs=epochs)),
+        base=SimpleNamespace(
+            training=SimpleNamespace(num_epochs=epochs, max_steps=None, batch_size=2, gradient_accumulation_steps=1),
+            scaling=SimpleNamespace(num_workers=3),
+        ),
         search=SimpleNamespace(metric=metric, mode="min" if metric == "valid_loss" else "max", every_epochs=every),
         early_stopping=SimpleNamespace(scheduler=scheduler, grace_epochs=grace, reduction_factor=factor),
     )
@@ -34,10 +40,40 @@ def test_rungs(settings, expected):
     assert rungs(settings) == expected
 
 
-def decide(scheduler, trial_id, epoch, value, *, is_base=False, metric="valid_loss"):
-    trial = SimpleNamespace(trial_id=trial_id, config={"is_base": is_base})
-    scheduler.on_trial_add(None, trial)
-    return scheduler.on_trial_result(None, trial, {"epoch": epoch, metric: value})
+@pytest.mark.parametrize(
+    ("max_steps", "images", "expected"),
+    [
+        (None, 12, [1, 3]),
+        (12, 12, [1, 3]),  # two steps an epoch: six epochs
+        (5, 12, [1]),  # the third epoch is cut short, and the last
+        (2, 12, []),
+        (2, None, [1, 3]),  # how long an epoch is, is not known
+    ],
+)
+def test_rungs_lie_where_training_gets_to(max_steps, images, expected):
+    """Six images a step: two a batch and worker."""
+    settings = space(9)
+    settings.base.training.max_steps = max_steps
+    assert rungs(settings, images) == expected
+
+
+class Trial:
+    """A trial as Ray Tune shows it to the scheduler; its folder takes the decisions."""
+
+    def __init__(self, folder, scheduler, number, *, is_base=False):
+        self.folder, self.scheduler = folder / str(number), scheduler
+        self.folder.mkdir(exist_ok=True)
+        config = {"number": number, "is_base": is_base, "folder": str(self.folder)}
+        self.tune_trial = SimpleNamespace(trial_id=uuid.uuid4().hex, config=config)
+        scheduler.on_trial_add(None, self.tune_trial)
+
+    def is_stopped_after(self, epoch, **metrics):
+        assert self.scheduler.on_trial_result(None, self.tune_trial, {"epoch": epoch, **metrics}) == "CONTINUE"
+        try:
+            await_decision(self.folder, epoch, longest_s=0)
+        except StoppedEarly:
+            return True
+        return False
 
 
 def ended(number, *values, is_base=False):
@@ -45,45 +81,69 @@ def ended(number, *values, is_base=False):
     return TrialRecord(number, {}, is_base=is_base, status="finished", history=history)
 
 
-def test_a_trial_that_falls_behind_is_stopped_and_one_that_leads_goes_on():
-    scheduler = build_scheduler(space(9), [])
-    assert [decide(scheduler, name, 1, loss) for name, loss in [("a", 1.0), ("b", 2.0), ("c", 0.5)]] == [
-        "CONTINUE",
-        "STOP",
-        "CONTINUE",
-    ]
+def scheduler_of(settings, *earlier):
+    return build_scheduler(settings, rungs(settings), earlier)
 
 
-def test_trials_of_an_earlier_session_count_at_every_rung():
-    earlier = [ended(0, 1.0, 0.9, 0.8, 0.7), ended(1, 5.0)]
-    assert decide(build_scheduler(space(9), []), "new", 1, 2.0) == "CONTINUE"
-    scheduler = build_scheduler(space(9), earlier)
-    assert decide(scheduler, "new", 1, 4.9) == "STOP"
-    assert decide(scheduler, "good", 1, 0.5) == "CONTINUE"
-    assert decide(scheduler, "late", 3, 0.85) == "STOP"  # the second rung knows trial 0 alone
+def test_a_trial_that_falls_behind_is_stopped_and_one_that_leads_goes_on(tmp_path):
+    scheduler = scheduler_of(space(9))
+    stopped = [Trial(tmp_path, scheduler, n).is_stopped_after(1, valid_loss=loss) for n, loss in enumerate([1, 2, 0.5])]
+    assert stopped == [False, True, False]
 
 
-def test_the_base_configuration_trains_to_its_end():
-    scheduler = build_scheduler(space(9), [ended(1, 0.1)])
-    assert decide(scheduler, "base", 1, 9.0, is_base=True) == "CONTINUE"
+def test_trials_of_an_earlier_session_count_at_every_rung(tmp_path):
+    assert not Trial(tmp_path, scheduler_of(space(9)), 7).is_stopped_after(1, valid_loss=4.9)
+    scheduler = scheduler_of(space(9), ended(0, 1.0, 0.9, 0.8, 0.7), ended(1, 5.0))
+    assert Trial(tmp_path, scheduler, 2).is_stopped_after(1, valid_loss=4.9)
+    good = Trial(tmp_path, scheduler, 3)
+    assert not good.is_stopped_after(1, valid_loss=0.5)
+    assert not good.is_stopped_after(2, valid_loss=9.0)  # no rung
+    assert good.is_stopped_after(3, valid_loss=0.85)  # the second rung knows trial 0 alone, with 0.8
 
 
-def test_a_trial_at_its_last_epoch_is_left_to_end_by_itself():
-    """Stopping it then would cut off what it writes."""
-    scheduler = build_scheduler(space(9), [ended(1, *[0.1] * 9)])
-    assert decide(scheduler, "slow", 9, 8.0) == "STOP"  # compared at the last rung that it passed, epoch 3
-    trial = SimpleNamespace(trial_id="first", config={})
-    scheduler = build_scheduler(space(9), [])
-    scheduler.on_trial_add(None, trial)
-    decisions = [scheduler.on_trial_result(None, trial, {"epoch": epoch, "valid_loss": 1.0}) for epoch in range(1, 10)]
-    assert set(decisions) == {"CONTINUE"}
+def test_a_trial_that_goes_on_is_not_judged_again_at_a_rung_that_it_has_passed(tmp_path):
+    """It was the best at its first epoch; better ones have come since."""
+    scheduler = scheduler_of(space(9), ended(0, 3.0, 2.5), ended(1, 1.0), ended(2, 1.1), ended(3, 1.2))
+    resumed = Trial(tmp_path, scheduler, 0)
+    assert not resumed.is_stopped_after(2, valid_loss=2.4)
+    assert Trial(tmp_path, scheduler, 4).is_stopped_after(1, valid_loss=2.4)  # a new one is
 
 
-def test_epochs_without_the_metric_decide_nothing():
-    settings = space(9, metric="map", every=2)
-    scheduler = build_scheduler(settings, [])
-    assert decide(scheduler, "a", 2, 0.9, metric="map") == "CONTINUE"
-    trial = SimpleNamespace(trial_id="b", config={})
-    scheduler.on_trial_add(None, trial)
-    assert scheduler.on_trial_result(None, trial, {"epoch": 1, "valid_loss": 3.0}) == "CONTINUE"
-    assert scheduler.on_trial_result(None, trial, {"epoch": 2, "map": 0.1}) == "STOP"
+def test_the_base_configuration_trains_to_its_end(tmp_path):
+    scheduler = scheduler_of(space(9), ended(1, 0.1))
+    assert not Trial(tmp_path, scheduler, 0, is_base=True).is_stopped_after(1, valid_loss=9.0)
+
+
+def test_a_trial_at_its_last_epoch_is_left_to_end_by_itself(tmp_path):
+    trial = Trial(tmp_path, scheduler_of(space(9)), 0)
+    assert not any(trial.is_stopped_after(epoch, valid_loss=1.0) for epoch in range(1, 10))
+
+
+@pytest.mark.parametrize("missing", [{}, {"map": None}])
+def test_epochs_without_the_metric_decide_nothing(tmp_path, missing):
+    scheduler = scheduler_of(space(9, metric="map", every=2))
+    assert not Trial(tmp_path, scheduler, 0).is_stopped_after(2, map=0.9)
+    trial = Trial(tmp_path, scheduler, 1)
+    assert not trial.is_stopped_after(2, valid_loss=3.0, **missing)
+    assert trial.is_stopped_after(3, map=0.1)
+
+
+def test_a_folder_that_is_gone_does_not_end_the_sweep(tmp_path):
+    scheduler = scheduler_of(space(9))
+    trial = Trial(tmp_path, scheduler, 0)
+    trial.folder.rmdir()
+    assert not trial.is_stopped_after(1, valid_loss=1.0)
+
+
+def test_a_trial_waits_for_the_decision_on_its_epoch(tmp_path):
+    """That of an earlier epoch is none on this one; without any the trial goes on after a while."""
+    write_decision(tmp_path, 1, stop=False)
+    later = threading.Timer(0.3, write_decision, (tmp_path, 2), {"stop": True})
+    later.start()
+    with pytest.raises(StoppedEarly, match="after epoch 2"):
+        await_decision(tmp_path, 2)
+    later.join()
+    write_decision(tmp_path, 3, stop=False)  # what was decided stays
+    with pytest.raises(StoppedEarly):
+        await_decision(tmp_path, 0)
+    await_decision(tmp_path / "nowhere", 1, longest_s=0.1)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 from rich.console import Console
 
+from sam3lora.config import load_config
 from sam3lora.data.synth import write_dataset
 from sam3lora.errors import OutOfMemory, UserError
 from sam3lora.tune import capacity
@@ -18,6 +20,7 @@ from sam3lora.tune.asha_cost import expected_share
 from sam3lora.tune.explain import explain_sweep, propose_all
 from sam3lora.tune.probe import ImageCost, Probe
 from sam3lora.tune.space import SearchSpace, load_space
+from sam3lora.tune.vision_cache import feature_bytes, why_not_kept
 
 PROBE = Probe(
     device="the GPU (of a test)",
@@ -121,10 +124,53 @@ def test_grid(make_space, monkeypatch):
     assert over[0].reason in text
     num_vision = sum(proposal.values["components"] == "vision" for proposal in samples.proposals)
     assert num_vision
-    assert f"kept for {len(counts) - num_vision} of {len(counts)} trials; {num_vision} not: the vision encoder" in text
+    assert f"kept for {len(counts) - num_vision} of {len(counts)} trials; {num_vision} not: the adapter changes" in text
     assert "2 trials on this machine (2 CPUs)" in text
     assert "--data-dir DIR" in text
     assert "Traceback" not in text
+
+
+def test_an_adapted_neck_keeps_the_trunk_and_an_adapted_trunk_nothing(make_space):
+    targets = "lora.target_modules: {choice: {neck: [proj1, box_head], trunk: [proj1, q_proj]}}"
+    text = explained(make_space(targets, "lora.apply_to_vision_encoder=true", search="{algorithm: grid}"))
+    # The base, which adapts the trunk, and both choices.
+    assert "kept for 1 of 3 trials; 2 not: the adapter changes the vision trunk\n" in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["training.feature_cache=false"], "feature_cache is false"),
+        (["data.augmentation=sam3"], "augmented"),
+        (["training.model_dropout=true"], None),  # the small trunk has no dropout
+        ([], None),
+    ],
+)
+def test_why_features_are_not_kept(make_space, overrides, reason):
+    why = why_not_kept(make_space(RANKS, *overrides).base)
+    assert reason in why if reason else why is None
+
+
+def test_size_of_features(make_space):
+    # 8 x 8 patches of 32 values; of SAM 3, 72 x 72 of 1024.
+    bf16, neck = "training.mixed_precision=bf16", "lora.target_modules=[proj1, box_head]"
+    plain, small = make_space(RANKS).base, make_space(RANKS, "model.resolution=56").base
+    half = make_space(RANKS, bf16).base
+    whole = make_space(RANKS, bf16, neck, "lora.apply_to_vision_encoder=true").base
+    assert feature_bytes([plain]) == feature_bytes([plain, plain]) == 64 * 32 * 4
+    assert feature_bytes([small]) == 16 * 32 * 4
+    assert feature_bytes([half]) == 64 * 32 * 2
+    assert feature_bytes([whole]) == 64 * 32 * 4
+    assert feature_bytes([half, whole, half]) == 64 * 32 * 6
+    assert feature_bytes([load_config("light")]) == 72 * 72 * 1024 * 2
+
+
+@pytest.mark.parametrize(("cache_gb", "is_told"), [(40e-6, True), (60e-6, False)])
+def test_features_that_do_not_fit(make_space, images, cache_gb, is_told):
+    # 6 images of 8192 bytes each.
+    text = explained(make_space(RANKS, f"training.data_dir='{images}'", f"training.cache_gb={cache_gb}"), probe=False)
+    told = f"those of 6 images take 0 MB (0.00819 MB each), more than training.cache_gb = {cache_gb:g}: every epoch"
+    assert (told in text) == is_told
 
 
 def test_long_random_search(make_space):
@@ -210,6 +256,9 @@ def test_probe_that_fails_is_told(make_space, images, monkeypatch):
     assert f"{failed}: out of memory with training.batch_size=2: set it to 1" in text
 
 
-def test_held_out_split(make_space, images):
-    space = make_space(RANKS, f"training.data_dir='{images}'", search="{held_out_split: train}")
-    assert "base and best are measured on train/ at the end" in explained(space, probe=False)
+def test_held_out_split(make_space, images, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(images, data)
+    shutil.copytree(images / "valid", data / "other")
+    space = make_space(RANKS, f"training.data_dir='{data}'", search="{held_out_split: other}")
+    assert "base and best are measured on other/ at the end" in explained(space, probe=False)

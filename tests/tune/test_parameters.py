@@ -95,6 +95,11 @@ def test_what_a_chart_needs_to_know(written, is_numeric, is_log):
         ({"tied": "__import__('os').system('x')"}, "is not allowed"),
         ({"tied": "a if b else c"}, "is not allowed"),
         ({"tied": "'a' * 3"}, "is not allowed"),
+        ({"tied": "1" + 100 * " + 1"}, "401 characters is too long, expected at most 200"),
+        ({"randint": [0, 10**30]}, "two numbers .* of at most 9e\\+15"),
+        ({"uniform": [-1.7e308, 1.7e308]}, "two numbers .* of at most 1e\\+300"),
+        ({"uniform": [1, 10**400]}, "two numbers"),
+        ({"choice": {1: "a", "1": "b"}}, "two labels that read the same"),
     ],
 )
 def test_what_is_no_parameter_is_refused(written, words):
@@ -130,6 +135,8 @@ def test_an_expression_names_its_keys_once():
         ("(-a) ** 0.5", "expected a finite number"),
         ("a * b", "b is 'x', expected a number"),
         ("1e308 * 10 * a", "finite"),
+        ("((((10**64)**64)**64)**64)**a", "expected a finite number at every step"),
+        ("round(a, -10**9)", "round to -1e\\+09 digits is too much"),
     ],
 )
 def test_an_expression_that_gives_no_number(text, words):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -73,6 +75,24 @@ def test_types_of_parameters(tmp_path, values, kind, written):
     table = read(tmp_path, [trial(number, 0.1, x=value) for number, value in enumerate(values)], ["x"])
     assert table.schema.field("x").type == kind
     assert table.column("x").to_pylist() == written
+
+
+def test_text_is_no_formula_in_a_spreadsheet(tmp_path):
+    begins = ["=1+1", "+x", "-x y", "@a", "\tb", "\rc", "-3", "a=b"]
+    records = [replace(trial(n, -0.5, x=text), status="failed", reason=text) for n, text in enumerate(begins)]
+    records.append(trial(len(begins), -0.5, x=True))
+    rejected = Rejection(20, {"x": "=cmd()"}, "impossible settings", "=cmd()")
+    table = read(tmp_path, records, ["x"], [rejected])
+    assert table.column("x").to_pylist() == [*begins, "true", "=cmd()"]
+    assert table.column("reason").to_pylist() == [*begins, None, "=cmd()"]
+    with (tmp_path / "trials.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for name in ("x", "reason"):
+        written = [row[name] for row in rows]
+        assert written[:6] == [f"'{text}" for text in begins[:6]]
+        assert written[6:8] == begins[6:]
+        assert written[-1] == "'=cmd()"
+    assert [row["value"] for row in rows[:-1]] == ["-0.5"] * len(records)
 
 
 def test_nothing_tried_and_only_rejections(tmp_path):

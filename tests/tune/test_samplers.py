@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 
 from sam3lora.errors import UserError
-from sam3lora.tune.samplers import build_sampler
+from sam3lora.tune.samplers import GridCycle, build_sampler
 from sam3lora.tune.trials import TrialRecord
 
 MIXED = {
@@ -68,6 +68,23 @@ def test_a_grid_is_gone_through_once_in_the_order_of_the_file(space_of):
         (rank, rank, seed) for rank, seed in itertools.product([4, 8], [1, 2, 3])
     ]
     assert found[6] is None
+
+
+def test_the_cycle_has_every_combination_once(space_of):
+    values = {"lora.rank": [1, 2, 3], "training.seed": [5, 6], "lora.use_dora": [True, False]}
+    cycle = GridCycle(space_of({key: {"grid": list_} for key, list_ in values.items()}))
+    points = [tuple(cycle.point(number, 0)[key] for key in values) for number in range(1, 25)]
+    assert sorted(points[:12]) == sorted(itertools.product(*values.values()))
+    assert points[:12] != sorted(points[:12])
+    assert points[12:] == points[:12]
+
+
+def test_a_cycle_of_millions_of_combinations_is_not_listed(space_of):
+    keys = ("lora.rank", "lora.alpha", "training.seed", "training.warmup_steps")
+    cycle = GridCycle(space_of({key: {"grid": list(range(1, 60))} for key in keys}))
+    points = [tuple(cycle.point(number, 0)[key] for key in keys) for number in range(1, 1001)]
+    assert len(set(points)) == 1000
+    assert all({point[place] for point in points} == set(range(1, 60)) for place in range(4))
 
 
 def quality(values) -> float:

@@ -10,7 +10,7 @@ import pytest
 from sam3lora.tune.proposals import Proposer
 from sam3lora.tune.space import load_space, space_names
 
-NAMES = ("components", "learning_rate", "lora_full", "lora_quick", "negatives")
+NAMES = ("components", "demo", "learning_rate", "lora_full", "lora_quick", "negatives")
 
 
 def test_the_names():
@@ -37,10 +37,11 @@ def test_all_trials_can_be_proposed(name, base):
 def test_the_file_says_how_to_run_it_and_what_it_costs(name):
     text = resources.files("tune_spaces").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
     comment = "\n".join(line for line in text.splitlines() if line.startswith("#"))
-    assert f"#   sam3lora tune {name} --data-dir DIR\n" in comment
-    assert f"sam3lora tune {name} --data-dir DIR --config quick_test" in comment
-    said = re.search(r"Cost: (\d+) trials of the base's epochs at most|Cost: (\d+) trials, each", comment)
-    assert int(said[1] or said[2]) == load_space(name).num_trials
+    folder = "outputs/shapes" if name == "demo" else "DIR"
+    assert f"#   sam3lora tune {name} --data-dir {folder}" in comment
+    assert name == "demo" or f"sam3lora tune {name} --data-dir DIR --config quick_test" in comment
+    said = re.search(r"Cost: (\d+) trials(?:, each| of (?:the base's|\d+) epochs at most)", comment)
+    assert int(said[1]) == load_space(name).num_trials
 
 
 def test_lora_full_can_be_searched_by_optuna():

@@ -219,6 +219,18 @@ BAD_PARAMETERS = {
     "scaling.num_workers: {choice: [1]}": "cannot be searched: it says what a trial runs on",
     "training.num_epochs: {choice: [1]}": "cannot be searched: all trials train equally long",
     "evaluation.nms_iou: {uniform: [0.1, 0.9]}": "cannot be searched: it changes how detections are measured",
+    "data.prompts: {choice: [{}, {a: b}]}": "cannot be searched: it changes what every metric asks",
+    "data.negative_prompts: {choice: [[a], [b]]}": "cannot be searched: it changes what every metric asks",
+    "lora.rank.x: {randint: [1, 4]}": "parameters.lora.rank.x: unknown key; did you mean lora.rank?",
+    "lora.alpha: {choice: [.inf, 2.0]}": "parameters.lora.alpha.choice.0 is inf, expected a finite number",
+    "lora.alpha: {choice: [2.0, .nan]}": "parameters.lora.alpha.choice.1 is nan, expected a finite number",
+    "lora.rank: {choice: [2020-01-01]}": "parameters.lora.rank.choice.0 is a date, expected a number, a text",
+    f"lora.alpha: {{uniform: [1, 1{400 * '0'}]}}": "parameters.lora.alpha.uniform.1 is a whole number too large",
+    f"lora.rank: {{choice: [4]}}, lora.alpha: {{tied: {100_000 * '-'}1}}": "100001 characters is too long",
+    f"{201 * 'x'}: {{choice: [4]}}": "xxx...: a key is a text or number on one line of at most 200 characters",
+    f"lora.rank: {{choice: {500 * 'x'}}}": "got 'xxxxx",
+    f"training.seed: {{choice: {list(range(501))}}}": "choice has 501 values, expected at most 500",
+    "components: {choice: [1]}": "expected names of component sets, got 1",
 }
 BAD_KEYS = {
     "bases: light": "bases: unknown key; did you mean base?",
@@ -239,12 +251,33 @@ BAD_KEYS = {
     "constraints: {max_adapter_mb: 0}": "constraints.max_adapter_mb should be greater than 0, got 0",
     "early_stopping: {reduction_factor: 1}": "early_stopping.reduction_factor should be greater than or equal to 2",
     "failures: {retry: true}": "failures.retry: unknown key; ",
+    "set: {training.seed: 2020-01-01}": "set.training.seed is a date, expected a number",
+    "set: {training.seed: !!binary aGk=}": "set.training.seed is a bytes, expected a number",
+    "set: {training.seed: 2020-13-45}": "not valid YAML: month must be in 1..12",
+    "set: {training.seed: !!bool x}": "not valid YAML: a !!tag does not suit its value",
+    "set: {data.prompts: {2020-01-01: x}}": "set.data.prompts.2020-01-01: a key is a text or number",
+    f"set: {{training.seed: {50 * '['}{50 * ']'}}}": "is nested more than 20 deep",
+    "set: &p {training: *p}": "set.training holds itself by an anchor (&)",
+    "search: {num_trials: 1000000000000}": "search.num_trials should be less than or equal to 10000",
+    "constraints: {max_adapter_mb: 1.0e308}": "constraints.max_adapter_mb should be less than or equal to 1000000000",
+    "name: ../../evil": "name should be a text that can name a folder, got '../../evil'",
+    "name: [a]": "name should be a text that can name a folder, got ['a']",
+    "name: ..": "name should be a text that can name a folder, got '..'",
+    "search: {held_out_split: valid}": "held_out_split valid is the folder of data.valid_split",
+    "search: {held_out_split: train}": "held_out_split train is the folder of data.train_split",
+    "search: {held_out_split: ./valid}": "should be the name of a folder in training.data_dir, got ./valid",
+    "search: {held_out_split: /etc}": "should be the name of a folder in training.data_dir, got /etc",
+    "search: {held_out_split: ..}": "should be the name of a folder in training.data_dir, got ..",
 }
 BAD = BAD_FILES | {GOOD + line: words for line, words in BAD_KEYS.items()}
 BAD |= {f"base: light\nparameters: {{{line}}}": words for line, words in BAD_PARAMETERS.items()}
 BAD |= {
     "base: light\nset: {lora.apply_to_scoring: true}\nparameters: {components: {choice: [detr]}}": "keep one",
     "base: light\nsearch: {algorithm: grid}\nparameters: {lora.dropout: {uniform: [0, 0.1]}}": "uniform has no list of",
+    "base: light\nparameters: &p {lora.rank: {choice: [*p]}}": "parameters.lora.rank.choice.0 holds itself by",
+    "&a [*a]": "0 holds itself by an anchor",
+    f"base: {300 * 'x'}\nparameters: {{lora.rank: {{choice: [4]}}}}": "cannot be read: [Errno 36] File name too long",
+    "base: ~no-such-user/x.yaml\nparameters: {lora.rank: {choice: [4]}}": "base: ~no-such-user/x.yaml cannot be read",
 }
 
 
@@ -256,6 +289,7 @@ def test_a_bad_space_gets_one_message(tmp_path, text, words):
         load_space(file)
     message = str(caught.value)
     assert words in message
+    assert len(message) < 700
     assert "\n" not in message, "one mistake, one line"
     assert message.startswith(str(file))
 
@@ -266,6 +300,65 @@ def test_validation_losses_that_do_not_compare_are_refused(key):
     with pytest.raises(UserError, match="choose metric map or cgf1"):
         load_space(source)
     load_space(source, metric="map")
+
+
+def test_validation_asks_the_same_whatever_the_seed(tmp_path):
+    # Losses of trials with different seeds are means over the same queries; training draws others.
+    from sam3lora.data.sample import record_queries
+    from sam3lora.data.synth import write_dataset
+    from sam3lora.train.datasets import load_run_data
+
+    write_dataset(tmp_path, num_train=6, num_valid=6, size=112, progress=False)
+
+    def asked(seed):
+        overrides = [f"training.data_dir={tmp_path}", f"training.seed={seed}", "training.num_negatives=1"]
+        data = load_run_data(load_config("quick_test", overrides), 224)
+        splits = ((data.train, data.train_settings), (data.valid, data.valid_settings))
+        return [[record_queries(record, how) for record in split.table.to_pylist()] for split, how in splits]
+
+    (train, valid), (other_train, other_valid) = asked(1), asked(2)
+    assert valid == other_valid
+    assert train != other_train
+
+
+def test_a_held_out_split_is_another_folder(tmp_path):
+    (tmp_path / "valid").mkdir()
+    (tmp_path / "copy").symlink_to(tmp_path / "valid")
+    file = tmp_path / "space.yaml"
+    file.write_text(GOOD + "search: {held_out_split: copy}")
+    assert load_space(file).search.held_out_split == "copy"  # no data yet
+    with pytest.raises(UserError, match=r"copy is the folder of data\.valid_split"):
+        load_space(file, overrides=[f"training.data_dir={tmp_path}"])
+    # The default gives way, so that a data set without a third split needs no file of its own.
+    assert load_space("lora_quick").search.held_out_split == "test"
+    assert load_space("lora_quick", overrides=["data.valid_split=test"]).search.held_out_split is None
+
+
+def test_a_grid_is_bounded(space_of):
+    many = {key: {"grid": list(range(1, 60))} for key in ("lora.rank", "lora.alpha", "training.warmup_steps")}
+    with pytest.raises(UserError, match=r"205,379 combinations, more than the 10,000 .* or search with random"):
+        space_of(many, search={"algorithm": "grid"})
+    assert space_of(many).num_trials == 12
+
+
+def test_many_problems_are_cut(tmp_path):
+    file = tmp_path / "bad.yaml"
+    file.write_text(GOOD + "".join(f"x{number}: 1\n" for number in range(50)))
+    with pytest.raises(UserError, match=r"has 50 problems:(\n .*){20}\n  and 30 more$"):
+        load_space(file)
+
+
+def test_what_changes_no_result_may_differ(space_of):
+    here = space_of(name="a", set={"training": {"num_workers": 1}})
+    same = {"cache_dir": "x", "cache_gb": 3, "frame_cache": True, "feature_cache": False, "num_workers": 4}
+    same |= {"logging_steps": 3, "save_steps": 7, "save_total_limit": 2, "gradient_checkpointing": True}
+    assert here.differences(space_of(name="b", set={"training": same, "evaluation.base_loss": False})) == []
+    there = space_of({"lora.rank": {"choice": [4]}}, set={"training.batch_size": 3}, constraints={"max_adapter_mb": 9})
+    assert {line.partition(":")[0] for line in here.differences(there)} == {
+        "base.training.batch_size",
+        "parameters.lora.rank",
+        "constraints.max_adapter_mb",
+    }
 
 
 def test_all_problems_are_listed_together(tmp_path):

@@ -1,6 +1,7 @@
 """What a sweep refuses before it starts, and how it closes its books."""
 
 import json
+import shutil
 
 import filelock
 import pytest
@@ -9,7 +10,8 @@ from sam3lora.data.images import ImageError
 from sam3lora.data.synth import write_dataset
 from sam3lora.errors import OutOfMemory, UserError, WorkerLost
 from sam3lora.train.update import NonFiniteLoss
-from sam3lora.tune import sweep, trial_run
+from sam3lora.tune import sweep, sweep_folder, trial_run
+from sam3lora.tune.decisions import StoppedEarly
 from sam3lora.tune.space import load_space
 from sam3lora.tune.trials import Ledger, TrialRecord
 
@@ -84,6 +86,38 @@ def test_a_data_set_without_validation_images_is_refused_at_once(data_dir, tmp_p
     assert not (tmp_path / "sweep").exists()
 
 
+@pytest.mark.parametrize(
+    ("split", "message"), [("train", "train"), ("valid", "no annotation file|_annotations.coco.json")]
+)
+def test_a_split_without_annotations_is_found_before_any_trial(data_dir, tmp_path, split, message):
+    folder = tmp_path / "data"
+    shutil.copytree(data_dir, folder)
+    (folder / split / "_annotations.coco.json").unlink()
+    with pytest.raises(UserError, match=message):
+        sweep.run_sweep(space(folder), tmp_path / "sweep")
+
+
+@pytest.mark.parametrize(
+    ("metric", "annotations", "reason"),
+    [("map", [], "no object"), ("cgf1", None, "no prompt is absent")],
+)
+def test_a_metric_that_has_no_value_on_the_validation_images_is_refused(
+    data_dir, tmp_path, metric, annotations, reason
+):
+    """mAP without objects; cgF1 of one category that is in every image."""
+    folder = tmp_path / "data"
+    shutil.copytree(data_dir, folder)
+    file = folder / "valid" / "_annotations.coco.json"
+    coco = json.loads(file.read_text())
+    if annotations is None:
+        one = [next(a for a in coco["annotations"] if a["image_id"] == image["id"]) for image in coco["images"]]
+        annotations = [{**annotation, "category_id": coco["categories"][0]["id"]} for annotation in one]
+        coco["categories"] = coco["categories"][:1]
+    file.write_text(json.dumps({**coco, "annotations": annotations}))
+    with pytest.raises(UserError, match=f"search.metric {metric} cannot be measured on .*{reason}"):
+        sweep.run_sweep(space(folder, search={"metric": metric, "num_trials": 2}), tmp_path / "sweep")
+
+
 def test_begun_trials_come_before_new_ones(data_dir):
     records = [TrialRecord(0, {}, status="finished"), TrialRecord(1, {}, status="running"), TrialRecord(2, {})]
     assert sweep._open_numbers(space(data_dir, search={"num_trials": 4}), records) == ([1, 2], [3])
@@ -109,7 +143,7 @@ def test_a_session_that_was_killed_ends_with_the_last_sign_of_life(tmp_path):
     trial = tmp_path / "trials" / "0000"
     trial.mkdir(parents=True)
     (trial / "metrics.jsonl").write_text("")
-    [session] = sweep._earlier_sessions(tmp_path)
+    [session] = sweep_folder.earlier_sessions(tmp_path)
     assert session["ended_at"] == (trial / "metrics.jsonl").stat().st_mtime
 
 
@@ -138,13 +172,29 @@ def test_half_a_batch_keeps_the_images_of_a_step(data_dir, batch, accumulation, 
     assert (changed["batch_size"], changed["gradient_accumulation_steps"]) == halved
 
 
-def test_a_trial_that_was_stopped_from_outside_does_not_overwrite_that(data_dir, tmp_path, monkeypatch):
+def test_a_trial_that_is_given_up_keeps_what_it_measured(data_dir, tmp_path, monkeypatch):
     ledger = Ledger(tmp_path)
     ledger.write(TrialRecord(0, {"lora.rank": 4}))
 
-    def train(*args):
-        ledger.write(TrialRecord(0, {"lora.rank": 4}, status="stopped", epochs=1))
+    def train(config, report, *, may_stop):
+        line = {"kind": "epoch", "epoch": 1, "step": 1, "train_loss": 2.0, "valid_loss": 3.0, "unix_time": 5.0}
+        (ledger.folder(0) / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        report({"epoch": 1, "valid_loss": 3.0})
+
+    def report(entry):
+        raise StoppedEarly("others were better")
 
     monkeypatch.setattr(trial_run, "_start", train)
-    trial_run.complete_trial(space(data_dir), ledger, 0, lambda entry: None)
-    assert ledger.read(0).status == "stopped"
+    trial_run.complete_trial(space(data_dir), ledger, 0, report)
+    record = ledger.read(0)
+    assert (record.status, record.value, record.failure) == ("stopped", 3.0, None)
+
+
+def test_a_trial_whose_process_is_gone_has_failed(data_dir, tmp_path):
+    ledger = Ledger(tmp_path)
+    ledger.write(TrialRecord(0, {"lora.rank": 4}, status="running"))
+    record = sweep._settle(space(data_dir), ledger, 0)
+    assert (record.status, record.failure) == ("failed", "process lost")
+    assert ledger.read(0) == record
+    ledger.write(TrialRecord(1, {"lora.rank": 2}, status="finished", value=1.0))
+    assert sweep._settle(space(data_dir), ledger, 1).status == "finished"

@@ -1,5 +1,6 @@
 """Sweeps in real processes: faults of trials, a driver that is killed, folders that hold something else."""
 
+import contextlib
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ import ray
 import ray.cloudpickle
 
 from sam3lora.data.synth import write_dataset
-from sam3lora.errors import RunFailed
+from sam3lora.errors import RunFailed, UserError
 from sam3lora.tune.space import load_space
 from sam3lora.tune.sweep import run_sweep
 from sam3lora.tune.trials import Ledger
@@ -101,6 +102,30 @@ def test_a_lost_worker_fails_its_trial_only(faulty_ray, data_dir, tmp_path):
     assert not list((tmp_path / "sweep").rglob(".ray"))
 
 
+def test_trials_that_are_given_up_make_room_for_the_next(faulty_ray, data_dir, tmp_path):
+    """All CPUs go to one trial's worker: those of a stopped trial must be free again."""
+    changes = {
+        "set": SPACE["set"]
+        | {"scaling.num_workers": 1, "scaling.resources_per_worker": {"CPU": 6}, "training.num_epochs": 3},
+        "parameters": {"training.learning_rate": {"grid": [1e-9, 2e-9, 3e-9]}},
+        "search": {"algorithm": "grid", "metric": "valid_loss"},
+        "early_stopping": {"grace_epochs": 1, "reduction_factor": 2},
+    }
+    result = run_sweep(space(data_dir, **changes), tmp_path / "sweep")
+    found = {record.number: (record.status, record.epochs) for record in result.records}
+    assert found.pop(0) == ("finished", 3)
+    assert {status for status, _ in found.values()} == {"stopped"}
+    assert max(epochs for _, epochs in found.values()) < 3  # its worker may be through with the next one
+    assert all((tmp_path / "sweep" / "trials" / f"{n:04d}" / "best").is_dir() for n in range(4))
+
+
+def test_resources_that_no_host_has_are_named_at_once(faulty_ray, data_dir, tmp_path):
+    for workers in (0, 1):
+        wanted = SPACE["set"] | {"scaling.num_workers": workers, "scaling.resources_per_worker": {"accelerator": 1}}
+        with pytest.raises(UserError, match="accelerator"):
+            run_sweep(space(data_dir, set=wanted), tmp_path / f"sweep_{workers}")
+
+
 def test_impossible_settings_cost_nothing(faulty_ray, data_dir, tmp_path):
     targets = {"lora.target_modules": {"choice": {"none": ["no_such_layer"], "some": ["q_proj", "v_proj"]}}}
     search = {"algorithm": "grid", "metric": "valid_loss", "max_concurrent": 2}
@@ -131,12 +156,13 @@ def test_a_killed_driver_leaves_a_sweep_that_goes_on(data_dir, tmp_path):
     ledger = Ledger(sweep_dir)
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as driver:
         _wait(lambda: _ended(ledger) >= 1 and len(ledger.records()) > _ended(ledger), driver)
+        started = _descendants(driver.pid)
         driver.send_signal(signal.SIGKILL)
         driver.wait()
+    _wait_until_gone(started)
     before = {record.number: record for record in ledger.records() if record.has_ended}
     folders = {number: _state(ledger.folder(number)) for number in before}
     assert 1 <= len(before) < 4
-    _wait_until_quiet(sweep_dir)
 
     assert subprocess.run([*command, "--resume"], env=environment, check=False).returncode == 0
     after = {record.number: record for record in ledger.records()}
@@ -196,20 +222,22 @@ def _wait(condition, driver, seconds=240):
         time.sleep(0.1)
 
 
-def _wait_until_quiet(sweep_dir, seconds=60):
-    """Processes of the killed driver's Ray are gone when the kernel has told them."""
+def _descendants(pid: int) -> set[int]:
+    """Processes that a process started, and those that they started: a local Ray and its workers."""
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+    found = {pid}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found - {pid}
+
+
+def _wait_until_gone(pids: set[int], seconds=60):
+    assert pids
     deadline = time.monotonic() + seconds
-    while any(str(sweep_dir) in _environment_and_command(pid) for pid in _pids()):
-        assert time.monotonic() < deadline, "processes of the killed sweep are still there"
-        time.sleep(0.2)
-
-
-def _pids():
-    return [name for name in os.listdir("/proc") if name.isdigit() and int(name) != os.getpid()]
-
-
-def _environment_and_command(pid):
-    try:
-        return (Path("/proc") / pid / "cmdline").read_bytes().decode(errors="replace")
-    except OSError:
-        return ""
+    while left := [pid for pid in pids if Path(f"/proc/{pid}").exists()]:
+        assert time.monotonic() < deadline, f"processes {left} of the killed sweep are still there"
+        time.sleep(0.1)

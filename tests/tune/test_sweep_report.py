@@ -7,8 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from sam3lora.tune.sweep_charts import ChartedTrials, learning_curves, parallel_coordinates, progress_chart, size_chart
-from sam3lora.tune.sweep_report import duration, held_out_sentence, render_sweep, short_names
+from sam3lora.tune.charted_trials import ChartedTrials
+from sam3lora.tune.parallel_coordinates import parallel_coordinates
+from sam3lora.tune.sweep_charts import learning_curves, progress_chart, size_chart
+from sam3lora.tune.sweep_report import duration, render_sweep
+from sam3lora.tune.sweep_verdict import held_out_sentence, short_names
 
 from ..evaluate.report_cases import check_page
 from .made_sweeps import START, draw_rejections, draw_trials, fail, make_space, summarise_sweep, trial
@@ -101,6 +104,11 @@ def test_an_equal_but_smaller_adapter_and_a_base_that_was_stopped():
     records = changed(draw_trials(space, 2), t0=0.4, t1=0.5)
     records[0] = replace(records[0], status="stopped", epochs=3)
     assert "light, which was stopped early after epoch 3 (+0.100)" in text_of(space, records)
+    all_stopped = [replace(record, status="stopped", epochs=3) for record in changed(records, t0=0.6, t1=0.5)]
+    assert (
+        "Searching did not beat the base configuration (light), which was stopped early after epoch 3: its mAP of "
+        "0.600 is the best of 2 trials." in text_of(space, all_stopped)
+    )
 
 
 def test_a_base_that_failed_or_was_left_out():
@@ -123,7 +131,22 @@ def test_nothing_was_begun_and_nothing_has_a_value_yet():
     space = make_space()
     assert "No trial was begun. The sweep is not over: 0 of 12" in text_of(space, [], num_trials=12)
     begun = [replace(trial(0), values=dict(draw_trials(space, 1)[0].values), status="running", epochs=0)]
-    assert "No trial has a value yet; 1 were begun." in text_of(space, begun, num_trials=12)
+    assert "No trial has a value yet; 1 was begun." in text_of(space, begun, num_trials=12)
+    stopped = [replace(begun[0], status="stopped"), replace(begun[0], number=1, is_base=False, status="stopped")]
+    assert "No trial has a value: 2 were begun, and nothing was measured." in text_of(space, stopped)
+
+
+def test_some_failed_and_none_was_measured():
+    space = make_space()
+    records = fail(draw_trials(space, 3), "too large")
+    assert "The only trial failed: out of memory. Trial 0: too large" in text_of(space, records[:1])
+    records[0] = replace(records[0], status="stopped", failure=None, reason=None)
+    text = text_of(space, records)
+    assert "No trial has a value; 2 failed: out of memory (2). Trial 1: too large" in text
+    records[0] = replace(records[0], status="running")
+    assert "The base configuration has no value yet, so" in text_of(
+        space, changed([*records[1:]], t1=0.4) + records[:1]
+    )
 
 
 def test_fewer_configurations_than_trials():
