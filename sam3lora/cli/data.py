@@ -107,6 +107,7 @@ def synth(
     folder: Annotated[Path, typer.Argument(help="Folder to write train/ and valid/ into.", show_default=False)],
     num_train: Annotated[int, typer.Option(min=1, help="Training images.")] = 200,
     num_valid: Annotated[int, typer.Option(min=1, help="Validation images.")] = 50,
+    num_test: Annotated[int, typer.Option(min=0, help="Held-out images; 0 = no test/.")] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same images.")] = 0,
     size: Annotated[int, typer.Option(min=32, help="Side of the images in pixels.")] = 224,
     domain: Annotated[
@@ -119,8 +120,12 @@ def synth(
     """
     from ..data.synth import write_dataset
 
-    write_dataset(folder, num_train=num_train, num_valid=num_valid, seed=seed, size=size, domain=domain)
-    typer.echo(f"wrote {num_train} training and {num_valid} validation images to {folder}")
+    counts = {"num_train": num_train, "num_valid": num_valid, "num_test": num_test}
+    write_dataset(folder, **counts, seed=seed, size=size, domain=domain)
+    written = f"{num_train} training, {num_valid} validation and {num_test} held-out images"
+    typer.echo(
+        f"wrote {written if num_test else f'{num_train} training and {num_valid} validation images'} to {folder}"
+    )
 
 
 def _show(report: _Report, json_path: str | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -106,6 +106,21 @@ def _trial_options(
     return options
 
 
+def _held_out(found: dict[str, Any] | None) -> str:
+    """How the best trial does on images that had no part in choosing it."""
+    if found is None:
+        return "held out  no such split: the value was chosen on the validation images and is optimistic"
+    if found["difference"] is None:
+        return f"held out  {found['note']}"
+    interval = ""
+    if found["low"] is not None and found["high"] is not None:
+        interval = f", 95 % interval {found['low']:+.3f} to {found['high']:+.3f}"
+    return (
+        f"held out  {found['split']}/, {found['num_images']} images: {found['metric']} {found['best']:.4g}, "
+        f"{found['compared_with']} {found['base']:.4g} ({found['difference']:+.3f}{interval})"
+    )
+
+
 def _tell(result: SweepResult, metric: str) -> None:
     from rich.console import Console
 
@@ -118,6 +133,7 @@ def _tell(result: SweepResult, metric: str) -> None:
             against = f", the base configuration {base.value:.4g}"
         what = "the base configuration" if best.is_base else f"trial {best.number}"
         console.print(f"best: {what} with {metric} {best.value:.4g}{against}")
+        console.print(_held_out(result.summary.get("held_out")))
         console.print(f"adapter   {folder}/best")
         console.print(f"again     sam3lora train {folder}/best/config.yaml --output-dir DIR")
     console.print(f"report    {_short(result.report)}")

@@ -23,7 +23,7 @@ from sam3lora.errors import UserError
 JPEG_QUALITY = 92
 EMPTY_SHARE = 0.08
 NOUNS = {"base": (*SHAPES, *NATURAL), "shift": SHIFTED}
-_SPLITS = ("train", "valid")
+_SPLITS = ("train", "valid", "test")
 
 
 def write_dataset(
@@ -31,12 +31,15 @@ def write_dataset(
     *,
     num_train: int,
     num_valid: int,
+    num_test: int = 0,
     seed: int = 0,
     size: int = 224,
     domain: str = "shift",
     progress: bool = True,
 ) -> Path:
-    """Draw a data set with exact masks: `train/` and `valid/`, each with JPEG images and `_annotations.coco.json`.
+    """Draw a data set with exact masks: `train/`, `valid/` and, if wanted, `test/`.
+
+    Each holds JPEG images and `_annotations.coco.json`.
 
     The category of an object is its noun. About one image in twelve is empty, so that absence can be learned and
     measured. Image k of a split depends on (seed, split, k) only: a larger set begins with the images of a smaller one.
@@ -46,6 +49,7 @@ def write_dataset(
         folder: Where to write; must not exist or be empty.
         num_train: Training images.
         num_valid: Validation images; drawn from another stream of the seed.
+        num_test: Held-out images, from a third stream; 0 for no `test/`.
         seed: Same seed, same images.
         size: Side of the square images in pixels.
         domain: "shift" (gear, arrow, bolt, capsule on weave, wood and speckle: unknown to the built-in tiny model) or
@@ -59,19 +63,20 @@ def write_dataset(
         UserError: The folder holds something, or an argument is out of range.
     """
     folder = Path(folder)
-    _check(folder, num_train, num_valid, seed, size, domain)
+    _check(folder, num_train, num_valid, num_test, seed, size, domain)
+    counts = {split: count for split, count in zip(_SPLITS, (num_train, num_valid, num_test), strict=True) if count}
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
     try:
         console = Console(stderr=True, quiet=not (progress and sys.stderr.isatty()))
         with Progress(console=console, transient=True) as bar:
-            task = bar.add_task("drawing images", total=num_train + num_valid)
+            task = bar.add_task("drawing images", total=sum(counts.values()))
             splits = [
                 _write_images(scratch / split, stream, count, seed, size, domain, lambda: bar.advance(task))
-                for stream, (split, count) in enumerate(zip(_SPLITS, (num_train, num_valid), strict=True))
+                for stream, (split, count) in enumerate(counts.items())
             ]
         categories = _categories(splits, domain)
-        for split, content in zip(_SPLITS, splits, strict=True):
+        for split, content in zip(counts, splits, strict=True):
             _write_annotations(scratch / split / ANNOTATION_FILE, content, categories)
         if folder.exists():
             folder.rmdir()
@@ -82,7 +87,7 @@ def write_dataset(
 
 
 def scene_of(stream: int, number: int, *, seed: int, size: int, domain: str) -> Scene:
-    """The scene behind image `number` of a split (stream 0 train, 1 valid)."""
+    """The scene behind image `number` of a split (stream 0 train, 1 valid, 2 test)."""
     rng = np.random.default_rng([seed, stream, number])
     draw = draw_empty if rng.random() < EMPTY_SHARE else draw_scene
     return draw(rng, size=size, domain=domain)
@@ -119,10 +124,11 @@ def _outline(mask_HW: np.ndarray) -> list[float] | None:
     return corners.astype(float).ravel().tolist()
 
 
-def _check(folder: Path, num_train: int, num_valid: int, seed: int, size: int, domain: str) -> None:
+def _check(folder: Path, num_train: int, num_valid: int, num_test: int, seed: int, size: int, domain: str) -> None:
     if domain not in NOUNS:
         raise UserError(f"domain must be one of {', '.join(NOUNS)}, got {domain!r}")
-    for name, value, least in (("num_train", num_train, 1), ("num_valid", num_valid, 1), ("size", size, 32)):
+    bounds = (("num_train", num_train, 1), ("num_valid", num_valid, 1), ("num_test", num_test, 0), ("size", size, 32))
+    for name, value, least in bounds:
         if value < least:
             raise UserError(f"{name} must be at least {least}, got {value}")
     if seed < 0:
@@ -160,7 +166,7 @@ def _write_images(folder: Path, stream: int, count: int, seed: int, size: int, d
 
 
 def _categories(splits: list[dict[str, list]], domain: str) -> dict[str, int]:
-    """Noun -> category id, the same in both splits: all of the shifted domain, those that occur of the base one."""
+    """Noun -> category id, the same in all splits: all of the shifted domain, those that occur of the base one."""
     occurring = {annotation["noun"] for content in splits for annotation in content["annotations"]}
     nouns = [noun for noun in NOUNS[domain] if domain == "shift" or noun in occurring]
     return {noun: number + 1 for number, noun in enumerate(nouns)}

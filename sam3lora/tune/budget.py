@@ -24,7 +24,7 @@ class ParameterCounter:
 
     def __init__(self, config: Config) -> None:
         """Raises UserError when the base model is not found."""
-        self._model = _meta_model(config.model.name, config.model.revision, config.model.local_files_only)
+        self._model = meta_model(config.model.name, config.model.revision, config.model.local_files_only)
         self._selected = functools.cache(self._select)
 
     def count(self, config: Config) -> int:
@@ -73,7 +73,7 @@ def _in_and_out(layer: nn.Module) -> tuple[int, int]:
 
 
 @functools.lru_cache(maxsize=4)
-def _meta_model(name: str, revision: str | None, local_files_only: bool) -> Sam3Model:
+def meta_model(name: str, revision: str | None, local_files_only: bool) -> Sam3Model:
     """The base model without weights: on the meta device it takes no memory."""
     config = _shape_of(name, revision, local_files_only)
     with torch.device("meta"):

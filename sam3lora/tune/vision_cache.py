@@ -12,7 +12,7 @@ from sam3lora.config import Config
 from sam3lora.model.adapters import LoraSettings
 from sam3lora.model.targets import select_modules
 from sam3lora.train.features import kept_type, what_changes_the_trunk
-from sam3lora.tune.budget import _meta_model
+from sam3lora.tune.budget import meta_model
 
 
 def why_not_kept(config: Config) -> str | None:
@@ -41,7 +41,7 @@ def feature_bytes(configs: Iterable[Config]) -> int:
 
 
 def _trunk_config(config: Config) -> Any:
-    vision: Any = _meta_model(config.model.name, config.model.revision, config.model.local_files_only).vision_encoder
+    vision: Any = meta_model(config.model.name, config.model.revision, config.model.local_files_only).vision_encoder
     return vision.backbone.config
 
 
@@ -62,7 +62,7 @@ def _selected(
     geometry_cls: bool,
 ) -> tuple[str, ...]:
     return select_modules(
-        _meta_model(name, revision, local_files_only),
+        meta_model(name, revision, local_files_only),
         targets,
         components=components,
         vision_last_layers=vision_last_layers,

@@ -13,6 +13,7 @@ import yaml
 
 import sam3lora
 from sam3lora.cli import main
+from sam3lora.cli.tune import _held_out
 from sam3lora.errors import RunFailed, UserError
 from sam3lora.tune.trials import TrialRecord
 
@@ -48,7 +49,9 @@ def calls(monkeypatch, tmp_path):
         best = TrialRecord(number=3, values={}, status="finished", value=0.5)
         base = TrialRecord(number=0, values={}, status="finished", value=0.25, is_base=True)
         folder = tmp_path / "my sweep"
-        return types.SimpleNamespace(sweep_dir=folder, best=best, base=base, report=folder / "sweep.html", records=[])
+        return types.SimpleNamespace(
+            sweep_dir=folder, best=best, base=base, report=folder / "sweep.html", records=[], summary={"held_out": None}
+        )
 
     package.run_sweep = run_sweep
     monkeypatch.setitem(sys.modules, "sam3lora.tune.sweep", package)
@@ -179,3 +182,25 @@ def test_job_takes_the_same_words():
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert '"nothing" is neither a search space nor a YAML file' in done.stderr
+
+
+HELD_OUT = {"split": "test", "num_images": 80, "metric": "map", "compared_with": "base configuration", "note": "a note"}
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (None, "no such split: the value was chosen on the validation images"),
+        (
+            HELD_OUT | {"best": 0.585, "base": 0.549, "difference": 0.036, "low": 0.002, "high": 0.067},
+            "test/, 80 images: map 0.585, base configuration 0.549 (+0.036, 95 % interval +0.002 to +0.067)",
+        ),
+        (
+            HELD_OUT | {"best": 0.5, "base": 0.6, "difference": -0.1, "low": None, "high": None},
+            "test/, 80 images: map 0.5, base configuration 0.6 (-0.100)",
+        ),
+        (HELD_OUT | {"best": None, "base": None, "difference": None, "low": None, "high": None}, "a note"),
+    ],
+)
+def test_what_is_said_of_held_out_images(found, words):
+    assert words in _held_out(found)

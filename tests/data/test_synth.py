@@ -114,6 +114,14 @@ def test_same_seed_same_bytes_and_a_larger_set_begins_alike(dataset: Path, tmp_p
     assert all(second[name] == content for name, content in first.items())
 
 
+def test_held_out_images_leave_the_others_as_they_are(dataset: Path, tmp_path: Path):
+    more = write_dataset(tmp_path / "more", num_train=40, num_valid=12, num_test=3, size=SIZE, seed=3, progress=False)
+    images = _bytes(more)
+    assert {name: content for name, content in images.items() if not name.startswith("test/")} == _bytes(dataset)
+    assert len(CocoIndex.from_folder(more / "test")) == 3
+    assert images["test/00000.jpg"] not in (images["train/00000.jpg"], images["valid/00000.jpg"])
+
+
 def test_splits_and_seeds_differ(dataset: Path, tmp_path: Path):
     other = write_dataset(tmp_path / "other", num_train=3, num_valid=3, size=SIZE, seed=4, progress=False)
     images = [read_image(folder / split / "00000.jpg") for folder in (dataset, other) for split in ("train", "valid")]

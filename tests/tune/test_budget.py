@@ -8,11 +8,11 @@ from sam3lora.config import Config, load_config
 from sam3lora.errors import UserError
 from sam3lora.model.adapters import LoraSettings, apply_lora, count_parameters
 from sam3lora.model.preset_table import count_on_full_size
-from sam3lora.tune.budget import ParameterCounter, _meta_model
+from sam3lora.tune.budget import ParameterCounter, meta_model
 
 
 def as_peft_makes_it(config: Config) -> int:
-    model = _meta_model.__wrapped__(config.model.name, None, False)
+    model = meta_model.__wrapped__(config.model.name, None, False)
     settings = LoraSettings.from_mapping(config.lora.model_dump())
     return count_parameters(apply_lora(model, settings, geometry_cls=config.model.geometry_cls)).trainable
 
@@ -50,7 +50,7 @@ def test_nothing_is_changed_and_rank_is_a_factor():
     counter = ParameterCounter(load_config("quick_test"))
     counts = [counter.count(load_config("quick_test", [f"lora.rank={rank}"])) for rank in (8, 1, 8)]
     assert counts == [8 * counts[1], counts[1], counts[0]]
-    model = _meta_model("tiny", None, False)
+    model = meta_model("tiny", None, False)
     assert all(parameter.is_meta for parameter in model.parameters())
     assert not any("lora" in name for name, _ in model.named_modules())
 
