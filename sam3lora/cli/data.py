@@ -120,8 +120,9 @@ def synth(
     """
     from ..data.synth import write_dataset
 
-    counts = {"num_train": num_train, "num_valid": num_valid, "num_test": num_test}
-    write_dataset(folder, **counts, seed=seed, size=size, domain=domain)
+    write_dataset(
+        folder, num_train=num_train, num_valid=num_valid, num_test=num_test, seed=seed, size=size, domain=domain
+    )
     written = f"{num_train} training, {num_valid} validation and {num_test} held-out images"
     typer.echo(
         f"wrote {written if num_test else f'{num_train} training and {num_valid} validation images'} to {folder}"

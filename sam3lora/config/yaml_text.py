@@ -12,6 +12,8 @@ from ..errors import UserError
 _FLOAT = re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$")
 _BOOL = re.compile(r"^(true|True|TRUE|false|False|FALSE)$")
 
+_SHOWN = 200
+
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader with the numbers and booleans of YAML 1.2."""
@@ -73,8 +75,10 @@ def parse_yaml(text: str, where: str) -> Any:
         mark = error.problem_mark
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
         raise UserError(f"{where}{place}: not valid YAML: {error.problem}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{where}: not valid YAML: {error}") from None
+    except (yaml.YAMLError, ValueError) as error:  # a date that does not exist, a number of thousands of digits
+        raise UserError(f"{where}: not valid YAML: {str(error)[:_SHOWN]}") from None
+    except (LookupError, AttributeError, TypeError, RecursionError):
+        raise UserError(f"{where}: not valid YAML: a !!tag does not suit its value, or it is nested too deep") from None
 
 
 def dump_yaml(value: Any) -> str:

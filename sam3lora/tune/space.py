@@ -118,7 +118,7 @@ def _read_source(source: str | Path | Mapping[str, Any]) -> tuple[Any, str, Path
             text, folder = path.read_text(encoding="utf-8"), path.parent
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{source}: cannot be read as a text file: {error}") from None
-    return _parse(text, str(source)), str(source), folder
+    return parse_yaml(text, str(source)), str(source), folder
 
 
 def _file_at(folder: Path, source: str | Path) -> Path | None:
@@ -128,17 +128,6 @@ def _file_at(folder: Path, source: str | Path) -> Path | None:
         return path if path.is_file() else None
     except (OSError, RuntimeError):  # too long a name, the home of nobody
         return None
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return parse_yaml(text, where)
-    except UserError:
-        raise
-    except ValueError as error:  # a date that does not exist, a number of thousands of digits
-        raise UserError(f"{where}: not valid YAML: {short(str(error))}") from None
-    except (LookupError, AttributeError, RecursionError):
-        raise UserError(f"{where}: not valid YAML: a !!tag does not suit its value, or it is nested too deep") from None
 
 
 class _Reader:

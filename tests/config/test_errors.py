@@ -129,6 +129,9 @@ def test_missing_file_names_its_path_and_the_presets(tmp_path):
         ("lora:\n  rank: 4\n  rank: 8\n", 'line 3, column 3: not valid YAML: the key "rank" is written twice'),
         ("- lora", "expected sections"),  # YAML of another shape
         ("!!python/object/apply:os.system ['true']", "not valid YAML"),  # no objects from a file
+        ("training: {seed: 2020-99-99}", "not valid YAML"),  # no such date
+        ("lora: {rank: !!int four}", "not valid YAML"),
+        ("lora: " + "[" * 2000 + "]" * 2000, "nested too deep"),
     ],
 )
 def test_file_that_is_no_configuration(tmp_path, content, part):
