@@ -52,8 +52,9 @@ def test_synth_passes_its_options(monkeypatch, tmp_path):
     module.write_dataset = lambda folder, **options: seen.update(options, folder=folder)
     monkeypatch.setitem(sys.modules, "sam3lora.data.synth", module)
     words = ["data", "synth", str(tmp_path), "--num_train", "4", "--num-valid", "2", "--seed", "7", "--size", "112"]
-    assert main(words) == 0
-    assert seen == {"folder": tmp_path, "num_train": 4, "num_valid": 2, "seed": 7, "size": 112, "domain": "shift"}
+    assert main([*words, "--num-test", "3"]) == 0
+    counts = {"num_train": 4, "num_valid": 2, "num_test": 3}
+    assert seen == {"folder": tmp_path, **counts, "seed": 7, "size": 112, "domain": "shift"}
 
 
 def test_convert_passes_its_options(monkeypatch, tmp_path, capsys):
