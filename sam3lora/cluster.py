@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sam3lora.errors import UserError
@@ -53,6 +53,21 @@ def ray_session(address: str | None, *, num_cpus: float, dashboard: bool = False
         yield address == "local"
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def environment(names: Mapping[str, str]) -> Iterator[None]:
+    """What Ray reads from the environment, for the duration of the block."""
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(names)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _join(address: str, quiet: dict[str, Any]) -> None:

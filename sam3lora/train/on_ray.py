@@ -10,6 +10,7 @@ import socket
 import threading
 import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from sam3lora.cluster import environment
 from sam3lora.config import Config
 from sam3lora.errors import RunFailed, UserError, WorkerLost
 from sam3lora.train.cluster import check_room, choose_gpu, ray_session, worker_resources
@@ -127,8 +129,7 @@ def _last_line(error: Any) -> str:
     return lines[-1].strip() if lines else type(error).__name__
 
 
-@contextlib.contextmanager
-def _environment(config: Config, is_local: bool) -> Iterator[None]:
+def _environment(config: Config, is_local: bool) -> AbstractContextManager[None]:
     """Settings that Ray Train reads from the environment, for this run only."""
     names = {
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(config.scaling.worker_start_timeout_s),
@@ -136,16 +137,7 @@ def _environment(config: Config, is_local: bool) -> Iterator[None]:
     }
     if is_local:  # nobody takes the machine away from under the run
         names["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(names)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+    return environment(names)
 
 
 @contextlib.contextmanager

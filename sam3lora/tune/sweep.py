@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sam3lora.cluster import ray_session
+from sam3lora.cluster import environment, ray_session
 from sam3lora.config import Config
 from sam3lora.errors import RunFailed
 from sam3lora.tune.capacity import Concurrency, choose_concurrency, local_concurrency, local_cpus
@@ -31,6 +31,17 @@ from sam3lora.tune.sweep_folder import earlier_sessions, only_driver, prepare, t
 from sam3lora.tune.trials import Ledger, TrialRecord, best_record
 
 REPORT_FILE = "sweep.html"
+_ENVIRONMENT = {
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # mAP is not measured every epoch
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "86400",  # its state is not used
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_worker_maximum_startup_concurrency": "64",  # a trial is ten processes: no reason for a warning
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+}
+"""What Ray Tune reads from the environment."""
 
 
 @dataclass
@@ -116,7 +127,7 @@ def _run_trials(space: SearchSpace, ledger: Ledger, num_train_images: int, addre
     _say(config, "joining Ray" if address or os.environ.get("RAY_ADDRESS") else "starting Ray")
     local = local_concurrency(config, space.search.max_concurrent)
     cpus, dashboard = local_cpus(config, local.trials), config.scaling.num_workers != 0
-    with _environment(), ray_session(address, num_cpus=cpus, dashboard=dashboard) as is_local:
+    with environment(_ENVIRONMENT), ray_session(address, num_cpus=cpus, dashboard=dashboard) as is_local:
         on_cluster = choose_concurrency(config, space.search.max_concurrent)
         room = local if is_local else on_cluster
         begun, new = _open_numbers(space, ledger.records())
@@ -224,28 +235,3 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-@contextlib.contextmanager
-def _environment() -> Iterator[None]:
-    """What Ray Tune reads from the environment, for this sweep only."""
-    names = {
-        "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # mAP is not measured every epoch
-        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-        "TUNE_DISABLE_SIGINT_HANDLER": "1",
-        "TUNE_GLOBAL_CHECKPOINT_S": "86400",  # its state is not used
-        "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
-        "RAY_AIR_NEW_OUTPUT": "0",
-        "RAY_worker_maximum_startup_concurrency": "64",  # a trial is ten processes: no reason for a warning
-        "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    }
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(names)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

@@ -11,13 +11,13 @@ from sam3lora.data.synth import write_dataset
 from sam3lora.tune.space import load_space, space_names
 from sam3lora.tune.sweep import run_sweep
 
-SHORT = ("training.num_epochs=1", "training.max_steps=2", "scaling.num_workers=0", "evaluation.num_samples=1")
+SHORT = ("training.num_epochs=1", "training.max_steps=2", "scaling.num_workers=0")
 
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    write_dataset(folder, num_train=4, num_valid=2)
+    write_dataset(folder, num_train=4, num_valid=4)
     return folder
 
 
