@@ -84,6 +84,7 @@ def run_sweep(
     sweep_dir = Path(output_dir).expanduser().absolute()
     space = _with_data_dir(space, checked_data_dir(space))
     num_train_images = check_data(space)
+    Proposer(space)  # raises what is wrong with the base or with all samples, before anything is written
     with only_driver(sweep_dir, resume):
         ledger = prepare(space, sweep_dir, resume=resume, retry_failed=retry_failed)
         sessions = [*earlier_sessions(sweep_dir), {"started_at": started}]

@@ -15,7 +15,7 @@ import filelock
 from sam3lora.errors import UserError
 from sam3lora.tune.decisions import DECISION_FILE
 from sam3lora.tune.space import SearchSpace, load_space
-from sam3lora.tune.trials import SPACE_FILE, TRIAL_FILE, Ledger, TrialRecord
+from sam3lora.tune.trials import REJECTED_FILE, SPACE_FILE, TRIAL_FILE, Ledger, TrialRecord
 
 SUMMARY_FILE = "sweep.json"
 
@@ -40,12 +40,17 @@ def only_driver(sweep_dir: Path, resume: bool) -> Iterator[None]:
 
 
 def prepare(space: SearchSpace, sweep_dir: Path, *, resume: bool, retry_failed: bool) -> Ledger:
-    """Refuse what could be lost or mixed up, then write the space."""
+    """Refuse what could be lost or mixed up, then write the space.
+
+    A start that failed before its first trial leaves nothing of value: it may be repeated.
+    """
     space_file, ledger = sweep_dir / SPACE_FILE, Ledger(sweep_dir)
-    if not resume and (space_file.exists() or ledger.records()):
+    if not resume and ledger.records():
         raise UserError(
             f"{sweep_dir} already holds a sweep: give --resume to go on with it, or another --output-dir for a new one"
         )
+    if not resume:
+        (sweep_dir / REJECTED_FILE).unlink(missing_ok=True)
     if resume:
         changed = load_space(space_file).differences(space)
         if changed:
