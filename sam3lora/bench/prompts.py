@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor
-from transformers import AutoTokenizer, Sam3Config, Sam3ImageProcessor, Sam3Model
+from transformers import AutoTokenizer, Sam3ImageProcessor, Sam3Model
 
+from sam3lora.bench.models import random_model
 from sam3lora.bench.report import Comparison, Way, time_in_turns
-from sam3lora.errors import UserError
 from sam3lora.infer.detect import detect_prompts
 from sam3lora.infer.values import Instances, PostProcessing
 from sam3lora.model.forward import StagedSam3
-from sam3lora.model.tiny import TINY_FOLDER, tiny_config
+from sam3lora.model.tiny import TINY_FOLDER
 from sam3lora.model.tokenization import tokenize
 
 SIZE_HW = (720, 960)
@@ -25,52 +25,6 @@ SIZE_HW = (720, 960)
 
 KEPT = 0.1
 """Share of the object queries above the threshold."""
-
-
-def small_config() -> Sam3Config:
-    """A SAM 3 for a CPU, most of whose time goes into vision, as in `facebook/sam3` (93 % of its arithmetic).
-
-    336 pixels; a ViT of width 512 and 28 layers beside a detector of width 128 and 6 + 6 layers.
-    """
-    side, patch_size = 336, 14
-    grid = side // patch_size
-    detector = {"hidden_size": 128, "num_attention_heads": 8, "intermediate_size": 1024, "dropout": 0.0}
-    return Sam3Config(
-        vision_config={
-            "backbone_config": {
-                "model_type": "sam3_vit_model",
-                "hidden_size": 512,
-                "intermediate_size": 2048,
-                "num_hidden_layers": 28,
-                "num_attention_heads": 8,
-                "image_size": side,
-                "pretrain_image_size": side,
-                "patch_size": patch_size,
-                "window_size": grid // 2,
-                "global_attn_indexes": [6, 13, 20, 27],
-            },
-            "fpn_hidden_size": 128,
-            "backbone_feature_sizes": [[grid * 4] * 2, [grid * 2] * 2, [grid] * 2],
-        },
-        text_config={
-            "hidden_size": 256,
-            "intermediate_size": 1024,
-            "projection_dim": 128,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 4,
-        },
-        geometry_encoder_config=detector | {"num_layers": 1},
-        detr_encoder_config=detector | {"num_layers": 6},
-        detr_decoder_config=detector | {"num_layers": 6, "num_queries": 200},
-        mask_decoder_config={"hidden_size": 128, "num_attention_heads": 8},
-    )
-
-
-CONFIGS: dict[str, Callable[[], Sam3Config]] = {
-    "tiny": partial(tiny_config, vocab_size=1000),
-    "small": small_config,
-    "facebook/sam3": Sam3Config,
-}
 
 
 @torch.no_grad()
@@ -96,11 +50,7 @@ def compare_prompts(
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model_name = model_name or ("facebook/sam3" if device.type == "cuda" else "small")
-    if model_name not in CONFIGS:
-        raise UserError(f"model must be one of {', '.join(CONFIGS)}, got {model_name!r}")
-    torch.manual_seed(0)
-    with device:
-        model = Sam3Model(CONFIGS[model_name]()).eval().requires_grad_(False)
+    model = random_model(model_name, device=device)
     side = model.config.image_size
     pixel_values = torch.rand(1, 3, side, side, device=device) * 2 - 1
     prompts = [f"thing number {number}" for number in range(num_prompts)]

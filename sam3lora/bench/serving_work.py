@@ -17,7 +17,8 @@ from transformers import AutoTokenizer, Sam3ImageProcessor, Sam3Model, Sam3Proce
 from transformers.utils.logging import disable_progress_bar
 
 from sam3lora.bench.load import Request, with_new_bytes
-from sam3lora.bench.prompts import KEPT, small_config
+from sam3lora.bench.models import small_config
+from sam3lora.bench.prompts import KEPT
 from sam3lora.data.scenes import draw_scene
 from sam3lora.errors import UserError
 from sam3lora.model.adapter_folder import AdapterMetadata, save_adapter

@@ -15,8 +15,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from sam3lora.bench import postprocess
+from sam3lora.bench.models import small_config
 from sam3lora.bench.postprocess import WAYS, Workload
-from sam3lora.bench.prompts import compare_prompts, small_config
+from sam3lora.bench.prompts import compare_prompts
 from sam3lora.bench.report import Comparison, Way, machine_line, time_in_turns
 from sam3lora.errors import UserError
 
