@@ -1,11 +1,17 @@
-"""Time and memory of inference beside the plain way of doing the same work, measured in one run.
+"""Time and memory of the work beside the plain way of doing the same, measured in one run: docs/benchmarks.md.
 
-    python jobs/bench.py prompts --prompts 8 --repeats 3        many prompts on one image
-    python jobs/bench.py prompts --model facebook/sam3          its configuration, with random weights
-    python jobs/bench.py postprocess                            mask logits to run-length codes at 4000 x 3000
-    python jobs/bench.py serve --clients 1 8 32                 requests over HTTP, some five minutes
+    python jobs/bench.py train-step --preset full      a step of training, against stock SAM 3 with PEFT
+    python jobs/bench.py feature-cache                 epochs with kept features of a frozen vision trunk
+    python jobs/bench.py prompts                       many prompts on one image
+    python jobs/bench.py adapters                      a batch that mixes adapters
+    python jobs/bench.py data                          reading training data, against a torch DataLoader
+    python jobs/bench.py evaluate                      a split to COCO results and mAP
+    python jobs/bench.py postprocess                   mask logits to run-length codes
+    python jobs/bench.py scaling                       two workers, against two processes on their own
+    python jobs/bench.py serve                         requests over HTTP, some five minutes
+    python jobs/bench.py gpu                           SAM 3 at full size on one GPU
 
-Prints the ratio of the times; `--json PATH` keeps what was found. Runs on a GPU if there is one.
+Each prints the ratio of the times; `--json PATH` keeps what was found. With nothing else on the machine.
 """
 
 from __future__ import annotations
@@ -26,14 +32,64 @@ if TYPE_CHECKING:
     from sam3lora.bench.report import Comparison
     from sam3lora.bench.serving_report import ServingReport
 
-app = typer.Typer(help="Benchmarks of inference and serving.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(help="Benchmarks beside the plain way.", no_args_is_help=True, add_completion=False)
 JsonPath = Annotated[Path | None, typer.Option("--json", metavar="PATH", help="Write what was found as JSON.")]
-Repeats = Annotated[int, typer.Option(min=1, help="Rounds; the fastest counts.")]
+Repeats = Annotated[int, typer.Option(min=1, help="Rounds; the median counts.")]
+Model = Annotated[Literal["tiny", "small"], typer.Option(help="Configuration, with random weights.")]
+Prompts = Annotated[int, typer.Option("--prompts", min=1, help="Prompts on each image.")]
+Precision = Annotated[Literal["fp32", "bf16"], typer.Option(help="bf16 = bfloat16 autocast, all ways alike.")]
+
+
+@app.command("train-step")
+def train_step(
+    preset: Annotated[str, typer.Option(help="Of the configuration: what is adapted and how ours trains.")] = "full",
+    num_prompts: Prompts = 4,
+    images: Annotated[int, typer.Option(min=1, help="Images of a step.")] = 1,
+    repeats: Repeats = 3,
+    model: Model = "small",
+    precision: Precision = "fp32",
+    variants: Annotated[
+        bool, typer.Option("--variants", help="Other checkpointing and smaller chunks as well.")
+    ] = False,
+    json_path: JsonPath = None,
+) -> None:
+    """A step of training without kept features, against stock SAM 3 with PEFT."""
+    from sam3lora.bench.training import compare_train_step
+
+    report = compare_train_step(
+        preset,
+        model=model,
+        num_prompts=num_prompts,
+        num_images=images,
+        precision=precision,
+        rounds=repeats,
+        variants=variants,
+    )
+    _tell([report], json_path)
+
+
+@app.command("feature-cache")
+def feature_cache(
+    preset: Annotated[str, typer.Option(help="One that leaves the vision trunk as it is.")] = "light",
+    images: Annotated[int, typer.Option(min=1, help="Images of an epoch.")] = 8,
+    num_prompts: Prompts = 4,
+    epochs: Annotated[int, typer.Option(min=2, help="The first fills the cache.")] = 3,
+    model: Model = "small",
+    precision: Precision = "fp32",
+    json_path: JsonPath = None,
+) -> None:
+    """Epochs of training with a frozen vision trunk, whose outputs are kept, against stock SAM 3 with PEFT."""
+    from sam3lora.bench.feature_cache import compare_feature_cache
+
+    reports = compare_feature_cache(
+        preset=preset, model=model, num_images=images, num_prompts=num_prompts, epochs=epochs, precision=precision
+    )
+    _tell(reports, json_path)
 
 
 @app.command()
 def prompts(
-    num_prompts: Annotated[int, typer.Option("--prompts", min=1, help="Prompts on the image.")] = 8,
+    num_prompts: Prompts = 8,
     repeats: Repeats = 3,
     model: Annotated[
         Literal["tiny", "small", "facebook/sam3"] | None,
@@ -45,26 +101,102 @@ def prompts(
     json_path: JsonPath = None,
 ) -> None:
     """One vision pass for all prompts, against the whole model for each."""
-    from sam3lora.bench.prompts import compare_prompts
+    from sam3lora.bench.prompts import compare_prompts, compare_repeated
 
-    _tell([compare_prompts(model, num_prompts=num_prompts, repeats=repeats, device=device)], json_path)
+    reports = [
+        compare(model, num_prompts=num_prompts, repeats=repeats, device=device)
+        for compare in (compare_prompts, compare_repeated)
+    ]
+    _tell(reports, json_path)
 
 
 @app.command()
 def postprocess(
     masks: Annotated[int, typer.Option(min=2, help="Number of masks.")] = 200,
+    kept: Annotated[int, typer.Option(min=1, help="Masks that reach the threshold.")] = 30,
     mask_side: Annotated[int, typer.Option(min=2, help="Side of the logits.")] = 288,
-    height: Annotated[int, typer.Option(min=1, help="Of the image in pixels.")] = 3000,
-    width: Annotated[int, typer.Option(min=1, help="Of the image in pixels.")] = 4000,
+    height: Annotated[int, typer.Option(min=1, help="Of the image in pixels.")] = 2000,
+    width: Annotated[int, typer.Option(min=1, help="Of the image in pixels.")] = 3000,
     repeats: Repeats = 1,
     json_path: JsonPath = None,
 ) -> None:
-    """Suppression and run-length codes without enlarged masks, against enlarging all of them (2.5 GB, a minute)."""
+    """Suppression and run-length codes without enlarged masks, against enlarging all of them (1.6 GB, two minutes)."""
     # Each way is measured in a new process, which reads this file again: nothing heavy is imported above.
     from sam3lora.bench.postprocess import Workload, compare_postprocessing
 
-    workloads = [Workload(kind, masks, mask_side, (height, width)) for kind in ("blobs", "large")]
+    workloads = [
+        Workload(kind, masks, mask_side, (height, width), num_kept)
+        for num_kept in (kept, None)
+        for kind in ("blobs", "large")
+    ]
     _tell([compare_postprocessing(workload, repeats=repeats) for workload in workloads], json_path)
+
+
+@app.command()
+def adapters(
+    requests: Annotated[int, typer.Option(min=4, help="Asked together.")] = 8,
+    repeats: Repeats = 3,
+    model: Model = "small",
+    json_path: JsonPath = None,
+) -> None:
+    """Requests over four adapters in one batch, against one adapter, and against PEFT one request at a time."""
+    from sam3lora.bench.adapters import compare_adapters
+
+    _tell(compare_adapters(model, num_requests=requests, repeats=repeats), json_path)
+
+
+@app.command()
+def data(
+    images: Annotated[int, typer.Option(min=1, help="Photographs of 960 x 720.")] = 64,
+    repeats: Repeats = 3,
+    ray: Annotated[bool, typer.Option(help="Also read by a task of Ray Data.")] = True,
+    model: Model = "small",
+    json_path: JsonPath = None,
+) -> None:
+    """Images to training batches, against a torch DataLoader, at 336 and 1008 pixels; what a trainer waits for them."""
+    from sam3lora.bench.data import compare_data
+    from sam3lora.bench.data_wait import WaitWork, compare_waiting
+
+    reports = compare_data(num_images=images, rounds=repeats, use_ray=ray)
+    _tell([*reports, compare_waiting(WaitWork(model=model), rounds=repeats)], json_path)
+
+
+@app.command()
+def evaluate(
+    images: Annotated[int, typer.Option(min=1, help="Synthetic scenes.")] = 2,
+    num_prompts: Prompts = 4,
+    repeats: Repeats = 2,
+    model: Model = "small",
+    json_path: JsonPath = None,
+) -> None:
+    """Images and prompts to COCO results and mAP, against a stock forward for each pair."""
+    from sam3lora.bench.evaluation import compare_evaluation
+
+    _tell([compare_evaluation(model, num_images=images, num_prompts=num_prompts, repeats=repeats)], json_path)
+
+
+@app.command()
+def scaling(
+    preset: Annotated[str, typer.Option(help="Of the configuration.")] = "light",
+    num_prompts: Prompts = 4,
+    steps: Annotated[int, typer.Option(min=1, help="Of one image, in a round.")] = 2,
+    repeats: Repeats = 3,
+    model: Model = "small",
+    json_path: JsonPath = None,
+) -> None:
+    """Two one-thread workers, against two processes on their own; what the exchange among up to sixteen costs."""
+    from sam3lora.bench.scaling import ScalingWork, compare_scaling
+
+    work = ScalingWork(preset, model, num_prompts, steps)
+    _tell([compare_scaling(work, rounds=repeats)], json_path)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def gpu(context: typer.Context) -> None:
+    """SAM 3 at full size on one GPU; python -m sam3lora.bench.gpu is the same with little installed."""
+    from sam3lora.bench.gpu import main
+
+    raise typer.Exit(main(context.args))
 
 
 @app.command()

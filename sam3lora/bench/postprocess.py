@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,14 +11,15 @@ import torch.nn.functional as F
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
+from sam3lora.bench.processes import Round, Work, measure_in_turns
 from sam3lora.bench.report import Comparison, Way
 from sam3lora.errors import UserError
 from sam3lora.infer.mask_encoding import Rle, encode_logits
 from sam3lora.infer.postprocess import select
 from sam3lora.infer.values import PostProcessing
 
-POST = PostProcessing(threshold=0.0, nms="mask", nms_iou=0.9, max_detections=1000)
-"""Nearly all stay, so that nearly all are encoded."""
+POST = PostProcessing(threshold=0.5, nms="mask", nms_iou=0.9, max_detections=1000)
+"""Nearly all above the threshold stay, and are encoded."""
 
 CHUNK = 10
 """Masks that the plain way enlarges at a time: all at once they would take 9 GB."""
@@ -30,15 +27,27 @@ CHUNK = 10
 
 @dataclass(frozen=True)
 class Workload:
-    """`kind` "blobs" are objects of 0.1 to 10 % of the image, "large" ones of 20 to 60 % with ragged outlines."""
+    """What the model says about one image.
+
+    Attributes:
+        kind: "blobs" are objects of 0.1 to 10 % of the image, "large" ones of 20 to 60 % with ragged outlines.
+        num_masks: Object queries.
+        mask_side: Of the logits.
+        size_hw: Of the image in pixels.
+        num_kept: How many reach the threshold; None is all.
+        seed: Of the shapes.
+    """
 
     kind: str = "blobs"
     num_masks: int = 200
     mask_side: int = 288
-    size_hw: tuple[int, int] = (3000, 4000)
+    size_hw: tuple[int, int] = (2000, 3000)
+    num_kept: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.num_kept is not None and not 0 < self.num_kept <= self.num_masks:
+            raise UserError(f"kept masks must be 1 to {self.num_masks}, got {self.num_kept}")
         if self.kind not in _SHARES:
             raise UserError(f"masks must be {' or '.join(_SHARES)}, got {self.kind!r}")
 
@@ -57,21 +66,24 @@ class Workload:
             )
             mask[:] = 40 * (radius * wobble - np.hypot(y - centre_y, x - centre_x))
             mask += ragged * generator.standard_normal(mask.shape, dtype=np.float32)
-        return torch.linspace(0.99, 0.3, self.num_masks), torch.from_numpy(logits)
+        num_kept = self.num_masks if self.num_kept is None else self.num_kept
+        scores = [torch.linspace(0.99, POST.threshold, num_kept), torch.linspace(0.4, 0.01, self.num_masks - num_kept)]
+        return torch.cat(scores), torch.from_numpy(logits)
 
 
 _SHARES = {"blobs": (0.001, 0.1), "large": (0.2, 0.6)}
 
 
-def compare_postprocessing(workload: Workload, *, repeats: int = 1) -> Comparison:
-    """Time and memory of both ways, each in a process of its own."""
-    found = {name: _in_a_fresh_process(name, workload, repeats) for name in WAYS}
-    ours, plain = (found[name]["rles"] for name in WAYS)
+def compare_postprocessing(workload: Workload, *, repeats: int = 3) -> Comparison:
+    """Time (the median of the rounds) and memory of both ways, each in a process of its own."""
+    works = {name: Work(make_round, {"name": name, "workload": workload}) for name in WAYS}
+    found = measure_in_turns(works, rounds=repeats, warm_ups=0)
+    ours, plain = (found[name].results[-1] for name in WAYS)
     height, width = workload.size_hw
     return Comparison(
-        title=f"{workload.num_masks} {workload.kind}, {workload.mask_side} x {workload.mask_side} logits, "
-        f"to {width} x {height} pixels",
-        ways=[Way(name, values["seconds"], values["extra_mib"]) for name, values in found.items()],
+        title=f"{workload.num_masks} {workload.kind} of which {workload.num_kept or 'all'} are kept, "
+        f"{workload.mask_side} x {workload.mask_side} logits, to {width} x {height} pixels",
+        ways=[Way(name, measured.median, measured.extra_mib) for name, measured in found.items()],
         facts={
             "kept, sam3lora": len(ours),
             "kept, plain": len(plain),
@@ -80,16 +92,23 @@ def compare_postprocessing(workload: Workload, *, repeats: int = 1) -> Compariso
     )
 
 
+def make_round(name: str, workload: Workload) -> Round:
+    """One way, on the same masks in every round."""
+    scores_N, logits_NHW = workload.draw()
+    WAYS[name](scores_N[:2], logits_NHW[:2], (16, 16))  # what is loaded at first use is no cost of the work
+    return partial(WAYS[name], scores_N, logits_NHW, workload.size_hw)
+
+
 def encode_ours(scores_N: Tensor, logits_NHW: Tensor, size_hw: tuple[int, int]) -> list[Rle]:
     """Suppression on the small masks, then run-length codes straight from the small logits."""
-    boxes_N4 = torch.zeros(len(scores_N), 4)
-    kept = select(scores_N, boxes_N4, logits_NHW, POST).mask_logits_NHW
+    num = int((scores_N >= POST.threshold).sum())
+    kept = select(scores_N[:num], torch.zeros(num, 4), logits_NHW[:num], POST).mask_logits_NHW
     assert kept is not None
     return [encode_logits(logits, size_hw) for logits in kept.numpy()]
 
 
 def encode_plain(scores_N: Tensor, logits_NHW: Tensor, size_hw: tuple[int, int]) -> list[Rle]:
-    """The plain way: every mask at the size of the image, suppression pair by pair, then the codes.
+    """The plain way: every mask at the size of the image, the threshold, suppression pair by pair, then the codes.
 
     Masks are kept as booleans, and compared as the model made them: both spare what many a script spends.
     """
@@ -100,7 +119,7 @@ def encode_plain(scores_N: Tensor, logits_NHW: Tensor, size_hw: tuple[int, int])
         masks[start : start + CHUNK] = (large > 0.5).numpy()
     small = (logits_NHW > 0).numpy()
     kept: list[int] = []
-    for candidate in range(len(scores_N)):
+    for candidate in torch.nonzero(scores_N >= POST.threshold).flatten().tolist():
         if all(_iou(small[better], small[candidate]) <= POST.nms_iou for better in kept):
             kept.append(candidate)
     rles = [coco_mask.encode(np.asfortranarray(masks[row].astype(np.uint8))) for row in kept]
@@ -113,43 +132,6 @@ WAYS = {"sam3lora": encode_ours, "torch and pycocotools": encode_plain}
 def _iou(first: np.ndarray, second: np.ndarray) -> float:
     union = np.logical_or(first, second).sum()
     return np.logical_and(first, second).sum() / union if union else 0.0
-
-
-def _in_a_fresh_process(name: str, workload: Workload, repeats: int) -> dict[str, Any]:
-    """Memory that one way has taken is not given back to the system, and would hide what the next one takes."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_measure, name, workload, repeats, torch.get_num_threads()).result()
-
-
-def _measure(name: str, workload: Workload, repeats: int, num_threads: int) -> dict[str, Any]:
-    torch.set_num_threads(num_threads)
-    encode = WAYS[name]
-    scores_N, logits_NHW = workload.draw()
-    encode(scores_N[:2], logits_NHW[:2], (16, 16))  # what is loaded at first use is no cost of the work
-    before = _memory_mib("VmRSS")
-    _forget_peak()
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        rles = encode(scores_N, logits_NHW, workload.size_hw)
-        seconds.append(time.perf_counter() - start)
-    peak = _memory_mib("VmHWM")
-    extra = None if before is None or peak is None else peak - before
-    return {"rles": rles, "seconds": min(seconds), "extra_mib": extra}
-
-
-def _memory_mib(name: str) -> float | None:
-    """VmRSS, or its peak VmHWM, of this process; None where there is no /proc."""
-    status = Path("/proc/self/status")
-    lines = status.read_text(encoding="ascii").splitlines() if status.is_file() else []
-    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(name)), None)
-
-
-def _forget_peak() -> None:
-    peak = Path("/proc/self/clear_refs")
-    if peak.is_file():
-        peak.write_text("5")
 
 
 def _difference(ours: list[Rle], plain: list[Rle]) -> float | None:

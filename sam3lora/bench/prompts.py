@@ -16,7 +16,7 @@ from sam3lora.bench.models import random_model
 from sam3lora.bench.report import Comparison, Way, time_in_turns
 from sam3lora.infer.detect import detect_prompts
 from sam3lora.infer.values import Instances, PostProcessing
-from sam3lora.model.forward import StagedSam3
+from sam3lora.model.forward import StagedSam3, VisionFeatures
 from sam3lora.model.tiny import TINY_FOLDER
 from sam3lora.model.tokenization import tokenize
 
@@ -42,19 +42,14 @@ def compare_prompts(
         model_name: A configuration, filled with random weights: "tiny", "small", or "facebook/sam3" (1008 pixels);
             None takes the last on a GPU and "small" elsewhere.
         num_prompts: Prompts to ask.
-        repeats: Rounds; the fastest counts.
+        repeats: Rounds; the median counts.
         device: None takes a GPU if there is one.
 
     Raises:
         UserError: No such configuration.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model_name = model_name or ("facebook/sam3" if device.type == "cuda" else "small")
-    model = random_model(model_name, device=device)
-    side = model.config.image_size
-    pixel_values = torch.rand(1, 3, side, side, device=device) * 2 - 1
-    prompts = [f"thing number {number}" for number in range(num_prompts)]
-    tokenizer = AutoTokenizer.from_pretrained(TINY_FOLDER, local_files_only=True)
+    model_name, device = _choose(model_name, device)
+    model, tokenizer, pixel_values, prompts = _work(model_name, num_prompts, device)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
         threshold = _threshold(model, tokenizer, pixel_values, prompts)
         ours = partial(_ours, model, tokenizer, pixel_values, threshold)
@@ -71,6 +66,7 @@ def compare_prompts(
             f"sam3lora, {num_prompts} x 1 prompt": lambda: [ours([prompt]) for prompt in prompts],
         }
         seconds = time_in_turns(ways, repeats, device)
+    side = model.config.image_size
     return Comparison(
         title=f"{num_prompts} prompts on one image, {model_name} with random weights at {side} pixels",
         ways=[Way(name, value) for name, value in seconds.items()],
@@ -81,6 +77,44 @@ def compare_prompts(
             **agreement,
         },
     )
+
+
+@torch.no_grad()
+def compare_repeated(
+    model_name: str | None = None, *, num_prompts: int = 8, repeats: int = 3, device: torch.device | str | None = None
+) -> Comparison:
+    """Time the same prompts on an image whose vision features are kept, beside the first time that it is asked about.
+
+    Args and Raises: As `compare_prompts`.
+    """
+    model_name, device = _choose(model_name, device)
+    model, tokenizer, pixel_values, prompts = _work(model_name, num_prompts, device)
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+        threshold = _threshold(model, tokenizer, pixel_values, prompts)
+        kept = StagedSam3(model, geometry_cls=False).encode_images(pixel_values)
+        first = partial(_ours, model, tokenizer, pixel_values, threshold, prompts)
+        again = partial(first, vision=kept)
+        num_first, num_again = (sum(map(len, ask())) for ask in (first, again))
+        seconds = time_in_turns({"image features kept": again, "first time": first}, repeats, device)
+    return Comparison(
+        title=f"{num_prompts} prompts on an image asked about again, {model_name} with random weights",
+        ways=[Way(name, value) for name, value in seconds.items()],
+        facts={"detections, first time": num_first, "detections, features kept": num_again},
+    )
+
+
+def _choose(model_name: str | None, device: torch.device | str | None) -> tuple[str, torch.device]:
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return model_name or ("facebook/sam3" if chosen.type == "cuda" else "small"), chosen
+
+
+def _work(model_name: str, num_prompts: int, device: torch.device) -> tuple[Sam3Model, Any, Tensor, list[str]]:
+    """The model, its tokenizer, one image and the prompts."""
+    model = random_model(model_name, device=device)
+    side = model.config.image_size
+    pixel_values = torch.rand(1, 3, side, side, device=device) * 2 - 1
+    prompts = [f"thing number {number}" for number in range(num_prompts)]
+    return model, AutoTokenizer.from_pretrained(TINY_FOLDER, local_files_only=True), pixel_values, prompts
 
 
 def _forward(model: Sam3Model, tokenizer: Any, pixel_values: Tensor, prompt: str) -> Any:
@@ -104,11 +138,17 @@ def _plain(
 
 
 def _ours(
-    model: Sam3Model, tokenizer: Any, pixel_values: Tensor, threshold: float, prompts: Sequence[str]
+    model: Sam3Model,
+    tokenizer: Any,
+    pixel_values: Tensor,
+    threshold: float,
+    prompts: Sequence[str],
+    *,
+    vision: VisionFeatures | None = None,
 ) -> list[Instances]:
     staged = StagedSam3(model, geometry_cls=False)
     post = PostProcessing(threshold=threshold, nms="none")
-    return detect_prompts(staged, tokenizer, pixel_values, prompts, sizes_hw=[SIZE_HW], post=post)[0]
+    return detect_prompts(staged, tokenizer, pixel_values, prompts, sizes_hw=[SIZE_HW], post=post, vision=vision)[0]
 
 
 def _threshold(model: Sam3Model, tokenizer: Any, pixel_values: Tensor, prompts: Sequence[str]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -58,7 +59,7 @@ class Comparison:
 def time_in_turns(
     ways: Mapping[str, Callable[[], object]], repeats: int, device: torch.device | str = "cpu"
 ) -> dict[str, float]:
-    """Seconds of each way, the fastest of `repeats` rounds after one to warm up: what other work disturbs least.
+    """Seconds of each way, the median of `repeats` rounds after one to warm up.
 
     Every round runs all ways one after the other, so that other work on the machine troubles them alike.
     """
@@ -73,7 +74,7 @@ def time_in_turns(
             _synchronize(device)
             if number:
                 seconds[name].append(time.perf_counter() - start)
-    return {name: min(values) for name, values in seconds.items()}
+    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def machine() -> dict[str, Any]:

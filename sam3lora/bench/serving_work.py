@@ -140,11 +140,12 @@ def prepare_work(folder: Path, model: Literal["tiny", "small"], *, num_adapters:
     from sam3lora.bench.plain_server import PlainSegmenter
 
     disable_progress_bar()
-    name = "tiny" if model == "tiny" else str(_write_small(folder / "small"))
+    name = "tiny" if model == "tiny" else str(write_small(folder / "small"))
     base = load_base(name, local_files_only=True)
     adapters = folder / "adapters"
     for number in range(num_adapters):
-        _write_adapter(base, adapters / f"adapter_{number:02d}", number)
+        lora = LoraSettings(rank=RANK, alpha=2 * RANK, components=_KINDS[number % len(_KINDS)])
+        write_adapter(base, adapters / f"adapter_{number:02d}", lora, seed=number)
     pictures = [draw_picture(number) for number in range(num_pictures)]
     plain = PlainSegmenter(find_base(name).path, adapters)
     questions = {
@@ -176,7 +177,7 @@ def _threshold(scores_Q: Tensor) -> float:
     return float(best[num_kept - 1 : num_kept + 1].mean())
 
 
-def _write_small(folder: Path) -> Path:
+def write_small(folder: Path) -> Path:
     """Random weights in real proportions, with the tokenizer of the tiny model."""
     torch.manual_seed(0)
     config = small_config()
@@ -193,11 +194,10 @@ def _write_small(folder: Path) -> Path:
     return folder
 
 
-def _write_adapter(base: LoadedBase, folder: Path, number: int) -> None:
+def write_adapter(base: LoadedBase, folder: Path, lora: LoraSettings, *, seed: int) -> Path:
     """Random weights whose update is not zero; without the geometry CLS token, which the stock forward lacks."""
-    settings = LoraSettings(rank=RANK, alpha=2 * RANK, components=_KINDS[number % len(_KINDS)])
-    torch.manual_seed(number)
-    model = apply_lora(base.model, settings, geometry_cls=False)
+    torch.manual_seed(seed)
+    model = apply_lora(base.model, lora, geometry_cls=False)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.02)
@@ -207,7 +207,8 @@ def _write_adapter(base: LoadedBase, folder: Path, number: int) -> None:
         prompts=["thing"],
         resolution=base.resolution,
         geometry_cls=False,
-        lora=settings.to_dict(),
+        lora=lora.to_dict(),
     )
     save_adapter(model, folder, metadata)
     model.unload()
+    return folder

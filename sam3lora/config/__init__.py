@@ -1,10 +1,27 @@
 """What a run is: one pydantic model per subject, read from YAML, presets and overrides.
 
-The package imports neither torch nor Ray.
+The package imports neither torch nor Ray, and pydantic when a configuration is first used: the names of components and
+modules are wanted where it is not installed.
 """
 
-from .loading import load_config, preset_names
-from .lora import COMPONENTS
-from .root import Config
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .loading import load_config, preset_names
+    from .lora import COMPONENTS
+    from .root import Config
+
+_HOME = {"COMPONENTS": "lora", "Config": "root", "load_config": "loading", "preset_names": "loading"}
 
 __all__ = ["COMPONENTS", "Config", "load_config", "preset_names"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value

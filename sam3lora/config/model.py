@@ -32,3 +32,7 @@ class ModelSection(Section):
     attention: Literal["sdpa", "eager"] = Field(
         default="sdpa", description="Attention implementation; sdpa is the faster one and needs less memory."
     )
+    quantization: Literal["none", "nf4"] = Field(
+        default="none",
+        description="Keep the frozen linear layers of vision trunk and DETR in 4 bits while training, by bitsandbytes.",
+    )

@@ -38,6 +38,11 @@ class Config(Section):
             raise ValueError(
                 'model.dtype "bfloat16" needs training.mixed_precision bf16, got no: change one of the two'
             )
+        if self.model.quantization != "none" and self.training.mixed_precision == "no":
+            raise ValueError(
+                f'model.quantization "{self.model.quantization}" needs training.mixed_precision bf16, got no: change '
+                "one of the two"
+            )
         if not self.data.exhaustive and not self.data.negative_prompts and self.training.num_negatives != 0:
             raise ValueError(
                 "training.num_negatives has no effect while data.exhaustive is false and data.negative_prompts is "

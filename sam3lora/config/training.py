@@ -19,14 +19,23 @@ _SCHEDULES = {
     "constant_with_warmup": "constant",
     "inverse_sqrt": "inverse_sqrt",
 }
+IMAGES_PER_STEP = 8
 
 
 class TrainingSection(Section):
     """Data folder, batch, optimizer, schedule and bookkeeping. A step is one update of the weights."""
 
     data_dir: str | None = Field(default=None, description="Folder that holds train/ and valid/ in COCO format.")
-    batch_size: int = Field(
-        default=2, ge=1, description="Images per worker and forward; all prompts of an image go with it."
+    batch_size: int | Literal["auto"] = Field(
+        default=2,
+        description="Images per worker and forward; all prompts of an image go with it. auto = as many as fit in "
+        "memory, measured when the run starts.",
+    )
+    images_per_step: int | None = Field(
+        default=None,
+        ge=1,
+        description="Images per worker and step where batch_size is auto, which then takes one of its divisors; "
+        f"None = {IMAGES_PER_STEP}.",
     )
     num_epochs: int = Field(default=20, ge=1, description="Passes over the training images.")
     max_steps: int | None = Field(
@@ -64,6 +73,10 @@ class TrainingSection(Section):
     gradient_checkpointing: bool | tuple[str, ...] = Field(
         default=False, description="Recompute activations to save memory: true, false, or a list of components."
     )
+    compile: bool = Field(
+        default=False,
+        description="Compile the layers of the vision trunk by torch.compile: slower to start, then faster.",
+    )
     model_dropout: bool = Field(default=False, description="Keep SAM 3's own dropout on while training.")
     one_to_many: bool = Field(default=True, description="Train the one-to-many branch too, as SAM 3 does.")
     early_stopping_patience: int | None = Field(
@@ -74,8 +87,15 @@ class TrainingSection(Section):
     )
     feature_cache: Literal["auto"] | bool = Field(
         default="auto",
-        description="Run each image through a frozen vision trunk once and keep the result on disk; auto = where no "
-        "trunk module is adapted, for images without augmentation. true = stop where that is not so.",
+        description="Run each image through the frozen first layers of the vision trunk once and keep the result on "
+        "disk; auto = where the first layer is not adapted, for images without augmentation. true = stop where that "
+        "is not so.",
+    )
+    feature_cache_type: Literal["auto", "int8"] = Field(
+        default="auto", description="What is kept: auto = values that change nothing; int8 = about half or a quarter."
+    )
+    cache_memory_gb: float = Field(
+        default=1.0, ge=0, description="Most features that each worker keeps in memory too; 0 = none."
     )
     frame_cache: bool = Field(
         default=False, description="Keep decoded, resized images on disk where features are not kept: for many runs."
@@ -87,6 +107,13 @@ class TrainingSection(Section):
         default=20.0, gt=0, description="Largest size of that folder; what was not used for longest goes first."
     )
     loss: LossSection = Field(default_factory=LossSection, description="Weights and options of the loss.")
+
+    @field_validator("batch_size", mode="before")
+    @classmethod
+    def _read_batch_size(cls, value: Any) -> Any:
+        if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+            return value
+        raise ValueError('should be a whole number of at least 1, or "auto"')
 
     @field_validator("mixed_precision", mode="before")
     @classmethod
@@ -131,11 +158,45 @@ class TrainingSection(Section):
         return rates
 
     @model_validator(mode="after")
+    def _check_cache(self) -> TrainingSection:
+        for name in ("feature_cache_type", "cache_memory_gb"):
+            if self.feature_cache is False and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} has no effect while feature_cache is false: set feature_cache to auto")
+        return self
+
+    @model_validator(mode="after")
+    def _check_step(self) -> TrainingSection:
+        if self.batch_size != "auto" and self.images_per_step is not None:
+            raise ValueError(
+                "images_per_step has no effect while batch_size is a number: set batch_size to auto, or "
+                "gradient_accumulation_steps in place of images_per_step"
+            )
+        if self.batch_size == "auto" and self.gradient_accumulation_steps != 1:
+            raise ValueError(
+                "gradient_accumulation_steps has no effect while batch_size is auto: set images_per_step, the images "
+                "of a worker's step"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_branch(self) -> TrainingSection:
         default = LossSection.model_fields["o2m"].default
         if not self.one_to_many and self.loss.o2m != default:
             raise ValueError("loss.o2m has no effect while one_to_many is false: set one_to_many to true")
         return self
+
+    @property
+    def images_per_forward(self) -> int:
+        """`batch_size`, which is a number where a run has been set up."""
+        if self.batch_size == "auto":
+            raise ValueError("training.batch_size is auto: it is known when the run has been set up")
+        return self.batch_size
+
+    def with_images_per_forward(self, batch_size: int) -> TrainingSection:
+        """The same section and step with a number in place of `auto`: a divisor of the step's images."""
+        accumulation = images_per_step(self) // batch_size
+        changed = {"batch_size": batch_size, "images_per_step": None, "gradient_accumulation_steps": accumulation}
+        return self.model_copy(update=changed)
 
     def required_data_dir(self) -> Path:
         """The data folder as a path.
@@ -151,3 +212,10 @@ class TrainingSection(Section):
         if not path.is_dir():
             raise UserError(f"training.data_dir: no folder at {path}; expected one that holds train/ and valid/")
         return path
+
+
+def images_per_step(training: TrainingSection) -> int:
+    """Images of one worker that make one step."""
+    if training.batch_size == "auto":
+        return training.images_per_step or IMAGES_PER_STEP
+    return training.batch_size * training.gradient_accumulation_steps

@@ -5,7 +5,7 @@ Shapes: `I` images, `N` of them with pixels, `B` find queries, `T` packed target
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -85,11 +85,10 @@ class Batch:
         return len(self.prompts_B)
 
     def pin_memory(self) -> Batch:
-        """Page-locked copies of the large tensors, for asynchronous transfer to a GPU."""
-        self.images_NHWC = self.images_NHWC.pin_memory()
-        if self.masks_packed is not None:
-            self.masks_packed = self.masks_packed.pin_memory()
-        return self
+        """The batch in page-locked memory, from which copies to a GPU run beside other work."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        pinned: dict[str, Any] = {name: v.pin_memory() for name, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **pinned)
 
     def pixel_values(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
         """Normalised pixels (N, 3, S, S) on `device` of the images that carry them."""
@@ -99,6 +98,9 @@ class Batch:
         """Target masks (T, M, M) bool, unpacked on `device`; None when the batch carries boxes only."""
         if self.masks_packed is None or self.mask_size is None:
             return None
+        if torch.device(device).type == "cpu":
+            flat = np.unpackbits(self.masks_packed.numpy(), axis=1, count=self.mask_size**2)
+            return torch.from_numpy(flat).view(torch.bool).view(-1, self.mask_size, self.mask_size)
         packed = self.masks_packed.to(device, non_blocking=True)
         shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
         bits = packed.unsqueeze(-1).bitwise_right_shift(shifts).bitwise_and_(1).flatten(1)

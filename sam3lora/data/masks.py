@@ -7,6 +7,7 @@ annotated image, an RLE `{"size": [height, width], "counts": ...}`, either of th
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import cv2
@@ -104,16 +105,38 @@ def _place_polygons(
     polygons: list[list[float]], size_hw: tuple[int, int], placement: Placement, mask_size: int
 ) -> np.ndarray:
     """Draw in a window around the object only: most objects are small against the frame."""
-    height, width = size_hw
-    parts = [placement.map_points(np.reshape(part, (-1, 2)) / (width, height)) * mask_size for part in polygons]
-    points = np.concatenate(parts)
-    low = np.clip(np.floor(points.min(axis=0)).astype(int) - 1, 0, mask_size - 1)
-    high = np.clip(np.ceil(points.max(axis=0)).astype(int) + 1, low + 1, mask_size)
-    window_w, window_h = (int(v) for v in high - low)
-    rle = coco_mask.merge(coco_mask.frPyObjects([(part - low).ravel().tolist() for part in parts], window_h, window_w))
+    parts = [_place_points(part, size_hw, placement, mask_size) for part in polygons]
+    left, right = _window([part[0::2] for part in parts], mask_size)
+    top, bottom = _window([part[1::2] for part in parts], mask_size)
+    for part in parts:
+        part[0::2] -= left
+        part[1::2] -= top
+    rles = coco_mask.frPyObjects(parts, bottom - top, right - left)
     mask = np.zeros((mask_size, mask_size), dtype=bool)
-    mask[low[1] : high[1], low[0] : high[0]] = coco_mask.decode(rle)
+    mask[top:bottom, left:right] = coco_mask.decode(rles[0] if len(rles) == 1 else coco_mask.merge(rles))
     return mask
+
+
+def _place_points(points: list[float], size_hw: tuple[int, int], placement: Placement, mask_size: int) -> np.ndarray:
+    """`x0, y0, x1, y1, ...` in pixels of the mask: `Placement.map_points` without its copies."""
+    found = np.array(points, dtype=np.float64)
+    found[0::2] /= size_hw[1]
+    found[1::2] /= size_hw[0]
+    if placement.flip:
+        found[0::2] = 1.0 - found[0::2]
+    found *= placement.scale
+    found[0::2] += placement.offset_x
+    found[1::2] += placement.offset_y
+    found *= mask_size
+    return found
+
+
+def _window(coordinates: list[np.ndarray], mask_size: int) -> tuple[int, int]:
+    """First pixel and the one behind the last that may be drawn, with a pixel to spare, at least one pixel wide."""
+    low = min(float(part.min()) for part in coordinates)
+    high = max(float(part.max()) for part in coordinates)
+    first = min(max(math.floor(low) - 1, 0), mask_size - 1)
+    return first, max(first + 1, min(math.ceil(high) + 1, mask_size))
 
 
 def _place_bitmap(mask: np.ndarray, placement: Placement, mask_size: int) -> np.ndarray:

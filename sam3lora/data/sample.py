@@ -99,12 +99,14 @@ def decode_record(record: Mapping[str, Any], settings: DecodeSettings, epoch: in
         ImageError: The image cannot be read and `on_bad_image` is "stop".
     """
     queries = record_queries(record, settings, epoch)
-    placement = choose_placement(
-        settings.resolution,
-        sample_rng(settings.seed, epoch, record["image_id"], _PLACEMENT_STREAM),
-        augmentation=settings.augmentation,
-        horizontal_flip=settings.horizontal_flip,
-    )
+    placement = Placement()
+    if settings.is_augmented:
+        placement = choose_placement(
+            settings.resolution,
+            sample_rng(settings.seed, epoch, record["image_id"], _PLACEMENT_STREAM),
+            augmentation=settings.augmentation,
+            horizontal_flip=settings.horizontal_flip,
+        )
     key = feature_key(record, settings)
     image, original_size_hw = None, (record["height"], record["width"])
     if key is None or settings.store is None or key not in settings.store:

@@ -12,6 +12,8 @@ from sam3lora.data.outlines import trace_outlines
 Rle = dict[str, Any]
 """Compressed COCO RLE `{"size": [height, width], "counts": str}`, ready for JSON."""
 
+JUST_OUTSIDE = -1e-30
+
 
 def encode_logits(logits_HW: np.ndarray, size_hw: tuple[int, int]) -> Rle:
     """Enlarge mask logits (bilinear, half-pixel centres, as SAM 3 does) to `size_hw`, cut them at 0 and encode.
@@ -73,23 +75,34 @@ def _toggles(logits: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
     left = source_x[x_X].astype(np.int64)
     right = np.minimum(left + 1, small_w - 1)
     weight = (source_x[x_X] - left).astype(np.float32)[:, None]
-    band = np.ascontiguousarray(logits[top:bottom].T)
-    values_XR = band[left] * (1 - weight) + band[right] * weight
+    # A row of "just outside" above and below: every column begins and ends outside, so all columns are one sequence
+    # whose changes are in the order of the codes, and a run that touches the border crosses 0 beyond it.
+    band = np.full((small_w, bottom - top + 2), JUST_OUTSIDE, dtype=np.float32)
+    band[:, 1:-1] = logits[top:bottom].T
+    values_XR = band[left]
+    values_XR *= 1 - weight
+    values_XR += band[right] * weight
 
-    inside_XR = values_XR > 0
-    column, row = np.nonzero(inside_XR[:, 1:] != inside_XR[:, :-1])
-    before, after = (values_XR[column, row + step].astype(np.float64) for step in (0, 1))
-    crossing = top + row + before / (before - after)
+    values = values_XR.ravel()
+    inside = values > 0
+    last_before = np.flatnonzero(inside[1:] != inside[:-1])
+    before, after = (values[last_before + step].astype(np.float64) for step in (0, 1))
+    column, row = np.divmod(last_before, band.shape[1])
+    crossing = top - 1 + row + before / (before - after)
     y = (crossing + 0.5) * (height / small_h) - 0.5
     # The first pixel behind the crossing: a pixel exactly on it has the value 0, which is outside.
     y = np.where(after > 0, np.floor(y) + 1, np.ceil(y)).clip(0, height).astype(np.int64)
-    toggles = np.concatenate(
-        [
-            x_X[inside_XR[:, 0]] * height,
-            x_X[column] * height + y,
-            (x_X[inside_XR[:, -1]] + 1) * height,
-        ]
-    )
-    # Two changes at one place, such as a column's end and the next one's beginning, are none.
-    positions, counts = np.unique(toggles, return_counts=True)
-    return positions[counts % 2 == 1]
+    return _without_pairs(x_X[column] * height + y)
+
+
+def _without_pairs(positions: np.ndarray) -> np.ndarray:
+    """Of ascending positions those that occur an odd number of times.
+
+    Two changes at one place, such as a column's end and the next one's beginning, are none.
+
+    >>> _without_pairs(np.array([2, 5, 5, 7, 7, 7]))
+    array([2, 7])
+    """
+    starts = np.flatnonzero(np.diff(positions, prepend=-1))
+    counts = np.diff(starts, append=len(positions))
+    return positions[starts[counts % 2 == 1]]

@@ -29,6 +29,7 @@ from sam3lora.model.adapter_bank import AdapterBank
 from sam3lora.model.adapter_weights import AdapterWeights, read_adapter_weights
 from sam3lora.model.forward import StagedSam3
 from sam3lora.model.loading import LoadedBase, load_base
+from sam3lora.model.precision import store_matrices_in
 
 __all__ = ["Answer", "MixedBatchSegmenter", "PreparedImage", "Question", "is_out_of_memory"]
 
@@ -81,6 +82,8 @@ class MixedBatchSegmenter:
         self.base: LoadedBase = load_base(
             model, revision=revision, device=self.device, resolution=resolution, local_files_only=local_files_only
         )
+        if self.precision == "bfloat16":
+            store_matrices_in(self.base.model, torch.bfloat16, text_tower=True)
         self._bank = AdapterBank(self.base.model, num_slots)
         self._forward = MixedForward(StagedSam3(self.base.model), self._bank, compile_vision=compile_vision)
         self._features = FeatureSource(

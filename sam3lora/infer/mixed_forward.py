@@ -17,7 +17,7 @@ from torch import Tensor
 from sam3lora.infer.detect import PADDING_LABEL, Kept, MaskLogits, keep
 from sam3lora.infer.values import PostProcessing
 from sam3lora.model.adapter_bank import AdapterBank
-from sam3lora.model.forward import StagedSam3, TextFeatures, VisionFeatures
+from sam3lora.model.forward import StagedSam3, TextFeatures, VisionFeatures, rows_of
 
 RelativeBox = tuple[tuple[float, float, float, float], int]
 """Centre x, centre y, width and height in [0, 1], and label 1 or 0."""
@@ -108,8 +108,11 @@ class MixedForward:
         image_index_B = torch.tensor([order[id(row.vision)] for row in rows])
         slots_B = [row.slot for row in rows]
         prompt_BTC, prompt_mask_BT = self._prompts(rows, vision, image_index_B)
+        begun_BSC = self._begin_fusion(vision, image_index_B.tolist(), slots_B)
         with self._rows(slots_B):
-            detections = self._staged.detect_prompted(vision, prompt_BTC, prompt_mask_BT, image_index_B)
+            detections = self._staged.detect_prompted(
+                vision, prompt_BTC, prompt_mask_BT, image_index_B, begun_BSC=begun_BSC
+            )
 
         def mask_head(rows_K: list[int]) -> MaskLogits:
             with self._rows([slots_B[row] for row in rows_K]):
@@ -118,6 +121,19 @@ class MixedForward:
             return head.instance_logits
 
         return list(keep(detections, [row.post for row in rows], [row.masks for row in rows], mask_head))
+
+    def _begin_fusion(self, vision: VisionFeatures, image_B: list[int], slots_B: Sequence[int | None]) -> Tensor:
+        """What no prompt changes, made once for each image and each adapter that changes it; (B, S, C) by row."""
+        keys_B = [
+            (image, slot if "detr_encoder" in self._bank.components(slot) else None)
+            for image, slot in zip(image_B, slots_B, strict=True)
+        ]
+        position = {key: index for index, key in enumerate(dict.fromkeys(keys_B))}
+        with self._rows([slot for _, slot in position]):
+            begun_USC = self._staged.begin_fusion(
+                vision, torch.tensor([image for image, _ in position], device=vision.maps_ICHW[-1].device)
+            )
+        return rows_of(begun_USC, torch.tensor([position[key] for key in keys_B]).to(begun_USC.device))
 
     def _prompts(self, rows: Sequence[Row], vision: VisionFeatures, image_index_B: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens of text and geometry (B, T, C) and their mask."""

@@ -21,6 +21,7 @@ from sam3lora.model.adapter_metadata import AdapterMetadata
 from sam3lora.model.components import component_of
 from sam3lora.model.forward import StagedSam3, VisionFeatures
 from sam3lora.model.loading import LoadedBase, load_base
+from sam3lora.model.precision import store_matrices_in
 
 MAX_CACHED_PROMPTS = 4096  # at 32 KB each
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -100,6 +101,8 @@ class Segmenter:
             resolution=_agreed(known, "resolution") if resolution is None else resolution,
             local_files_only=local_files_only,
         )
+        if self.precision == "bfloat16":
+            store_matrices_in(self.base.model, torch.bfloat16, text_tower=True)
         self._peft: PeftModel | None = None
         self._adapters: dict[str, _Adapter] = {}
         self._text_cache: TextCache = {}

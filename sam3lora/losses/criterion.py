@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .masks import PointSampling, mask_loss_sums, semantic_loss_sums, union_of_masks
-from .matching import HungarianCost, Matches, OneToManyRule, Pairs, match
+from .matching import HungarianCost, Matches, OneToManyRule, Pairs, PendingMatches, begin_match
 from .targets import Predictions, Targets
 from .terms import box_terms, iabce_term, presence_term, visible_queries
 from .weights import LossWeights, Normalizer
@@ -96,17 +96,28 @@ class Criterion:
         self.mask_chunk = mask_chunk
         self.touch_unused = touch_unused
 
-    def __call__(self, predictions: Predictions, targets: Targets, normalizer: Normalizer | None = None) -> LossOutput:
+    def begin(self, predictions: Predictions, targets: Targets) -> PendingMatches:
+        """Begin to match, which needs logits and boxes: masks can be made while the host assigns."""
+        return begin_match(predictions, targets, self.hungarian, self.one_to_many)
+
+    def __call__(
+        self,
+        predictions: Predictions,
+        targets: Targets,
+        normalizer: Normalizer | None = None,
+        pending: PendingMatches | None = None,
+    ) -> LossOutput:
         """Loss of one forward.
 
         Args:
             normalizer: counts of the whole optimizer step; None takes them from this batch alone.
+            pending: what `begin` gave for the same predictions and targets.
 
         Raises:
             FloatingPointError: a matching cost is not finite; the message names the query.
             ValueError: predictions and targets disagree in shape.
         """
-        matches = match(predictions, targets, self.hungarian, self.one_to_many)
+        matches = (pending or self.begin(predictions, targets)).finish()
         semantic_queries = _semantic_queries(matches)
         if normalizer is None:
             num_boxes = len(targets.boxes_cxcywh_T4)
@@ -175,11 +186,11 @@ class Criterion:
         rows = rows[matches.mask_valid_T[rows[:, 3]]]
         if targets.masks_THW is not None and len(rows):
             _, query, object_query, target = torch.from_numpy(np.ascontiguousarray(rows.T))
-            logits = predictions.mask_logits(branch, query.to(device), object_query.to(device))
-            target = target.to(targets.masks_THW.device)
+            logits = predictions.mask_logits(branch, query, object_query)
+            target = target.to(targets.masks_THW.device, non_blocking=True)
             focal, dice = mask_loss_sums(logits, targets.masks_THW, target, self.sampling, self.mask_chunk)
         elif self._must_touch(targets):
-            first = torch.zeros(1, dtype=torch.long, device=device)
+            first = torch.zeros(1, dtype=torch.long)
             focal = 0.0 * predictions.mask_logits(branch, first, first).float().sum()
         return {f"loss_mask{suffix}": focal / normalizer.num_boxes, f"loss_dice{suffix}": dice / normalizer.num_boxes}
 
@@ -200,12 +211,12 @@ class Criterion:
             ends = np.cumsum(matches.num_targets_B)
             ranges = [(int(ends[query] - matches.num_targets_B[query]), int(ends[query])) for query in queries]
             valid = targets.mask_valid_T.to(masks.device)
-            logits = predictions.semantic_logits(torch.from_numpy(queries).to(device))
+            logits = predictions.semantic_logits(torch.from_numpy(queries))
             focal, dice = semantic_loss_sums(
                 logits, lambda start, end: union_of_masks(masks, valid, ranges[start:end]), chunk_size=self.mask_chunk
             )
         elif self._must_touch(targets):
-            first = torch.zeros(1, dtype=torch.long, device=device)
+            first = torch.zeros(1, dtype=torch.long)
             focal = 0.0 * predictions.semantic_logits(first).float().sum()
         return {
             "loss_semantic_seg": focal / normalizer.num_semantic,

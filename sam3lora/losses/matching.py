@@ -1,7 +1,7 @@
 """Matching predictions with targets: Hungarian (one-to-one) and DAC-DETR's one-to-many rule.
 
 Costs of all layers and both branches are computed on the device for each target against the object queries of its own
-query (no padding), and go to the host in one transfer, where scipy solves the assignments.
+query (no padding), and go to the host in one transfer, where scipy solves the assignments while the device goes on.
 
 Shapes: `L` layers, `B` queries, `Q` object queries, `T` packed targets, `M` matched pairs.
 """
@@ -111,7 +111,7 @@ class Pairs:
     @classmethod
     def from_rows(cls, rows_M4: np.ndarray, num_layers: int, device: torch.device | str = "cpu") -> Pairs:
         """From integer rows (layer, query, object query, packed target), sorted by layer."""
-        columns = torch.from_numpy(np.ascontiguousarray(rows_M4.T, dtype=np.int64)).to(device)
+        columns = torch.from_numpy(np.ascontiguousarray(rows_M4.T, dtype=np.int64)).to(device, non_blocking=True)
         counts = np.bincount(rows_M4[:, 0], minlength=num_layers).tolist()
         return cls(columns[0], columns[1], columns[2], columns[3], counts, rows_M4)
 
@@ -154,10 +154,21 @@ def match(
     hungarian: HungarianCost | None = None,
     one_to_many: OneToManyRule | None = None,
 ) -> Matches:
-    """Match both branches of a batch with its targets.
+    """Match both branches of a batch with its targets: `begin_match` and `PendingMatches.finish`."""
+    return begin_match(predictions, targets, hungarian, one_to_many).finish()
+
+
+def begin_match(
+    predictions: Predictions,
+    targets: Targets,
+    hungarian: HungarianCost | None = None,
+    one_to_many: OneToManyRule | None = None,
+) -> PendingMatches:
+    """Compute the costs of both branches on the device and send them on their way to the host, waiting for nothing.
+
+    What the device is given to do before `PendingMatches.finish` runs while the host assigns.
 
     Raises:
-        FloatingPointError: a cost or a score is NaN or infinite; the message names branch, layer and query.
         ValueError: the branches differ in shape, or the targets are of another number of queries.
     """
     hungarian, one_to_many = hungarian or HungarianCost(), one_to_many or OneToManyRule()
@@ -179,23 +190,52 @@ def match(
 
     facts = [targets.num_B, targets.mask_valid_T, targets.has_mask_pixels()]
     num_targets = len(targets.boxes_cxcywh_T4)
-    packed = torch.cat([part.to(logits.device, torch.float32).flatten() for part in [*tables, *facts]]).cpu().numpy()
-    sizes = [sum(table.numel() for table in tables), num_queries, num_targets]
-    flat_tables, num_B, mask_valid, has_pixels = np.split(packed, np.cumsum(sizes))
-    num_B = num_B.astype(np.int64)
-    table = flat_tables.reshape(sum(map(len, tables)), num_targets, num_object_queries)
-    query_of_target = np.repeat(np.arange(num_queries), num_B)
-    _check_finite(table, query_of_target, num_layers)
+    packed = torch.cat([part.to(logits.device, torch.float32).flatten() for part in [*tables, *facts]])
+    shape = (sum(map(len, tables)), num_targets, num_object_queries)
+    return PendingMatches(packed, num_layers, num_queries, shape)
 
-    o2o = Pairs.from_rows(assign(table[:num_layers], num_B), num_layers, logits.device)
-    o2m = None
-    if len(table) > num_layers:
-        aux = assign(table[num_layers:-1], num_B)
-        target, object_query = np.nonzero(table[-1])
-        final = np.stack([np.full_like(target, num_layers - 1), query_of_target[target], object_query, target], axis=1)
-        final = final[np.lexsort((final[:, 3], final[:, 2], final[:, 1]))]
-        o2m = Pairs.from_rows(np.concatenate([aux, final]), num_layers, logits.device)
-    return Matches(o2o, o2m, num_B, mask_valid > 0, has_pixels > 0)
+
+class PendingMatches:
+    """Costs on their way from the device to the host."""
+
+    def __init__(self, packed: Tensor, num_layers: int, num_queries: int, shape: tuple[int, int, int]) -> None:
+        self._num_layers, self._num_queries, self._shape = num_layers, num_queries, shape
+        self._device = packed.device
+        self._arrived: torch.cuda.Event | None = None
+        if packed.is_cuda:
+            self._packed = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+            self._packed.copy_(packed, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+        else:
+            self._packed = packed
+
+    def finish(self) -> Matches:
+        """Wait for the costs and assign.
+
+        Raises:
+            FloatingPointError: a cost or a score is NaN or infinite; the message names branch, layer and query.
+        """
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        num_layers, num_queries = self._num_layers, self._num_queries
+        sizes = [int(np.prod(self._shape)), num_queries, self._shape[1]]
+        flat_tables, num_B, mask_valid, has_pixels = np.split(self._packed.cpu().numpy(), np.cumsum(sizes))
+        num_B = num_B.astype(np.int64)
+        table = flat_tables.reshape(self._shape)
+        query_of_target = np.repeat(np.arange(num_queries), num_B)
+        _check_finite(table, query_of_target, num_layers)
+
+        o2o = Pairs.from_rows(assign(table[:num_layers], num_B), num_layers, self._device)
+        o2m = None
+        if len(table) > num_layers:
+            aux = assign(table[num_layers:-1], num_B)
+            target, object_query = np.nonzero(table[-1])
+            layer = np.full_like(target, num_layers - 1)
+            final = np.stack([layer, query_of_target[target], object_query, target], axis=1)
+            final = final[np.lexsort((final[:, 3], final[:, 2], final[:, 1]))]
+            o2m = Pairs.from_rows(np.concatenate([aux, final]), num_layers, self._device)
+        return Matches(o2o, o2m, num_B, mask_valid > 0, has_pixels > 0)
 
 
 def assign(cost_LTQ: np.ndarray, num_B: np.ndarray) -> np.ndarray:

@@ -75,9 +75,9 @@ class Predictions:
         logits_o2m_LBQ, boxes_o2m_LBQ4: the one-to-many branch, or None.
         mask_logits: `(branch, b_index (M,), q_index (M,)) -> (M, h, w)`, branch "o2o" or "o2m"; asked once per branch
             for the final layer's matched pairs with a valid mask (see `Criterion` for the case of no such pair).
-            None: no mask terms.
-        semantic_logits: `(b_index (K,)) -> (K, h, w)`; asked once, for the queries that have a mask. None: no
-            semantic terms.
+            None: no mask terms. Indices are on the CPU, where matching ends.
+        semantic_logits: `(b_index (K,)) -> (K, h, w)`; asked once, for the queries that have a mask, with indices on
+            the CPU. None: no semantic terms.
     """
 
     logits_LBQ: Tensor

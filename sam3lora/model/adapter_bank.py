@@ -249,7 +249,9 @@ class _Stack:
         x_GNI, output_GNO = x.reshape(groups, -1, x.shape[-1]), output.reshape(groups, -1, output.shape[-1])
         if gain_GO is not None:
             output_GNO = self._scale(output_GNO, gain_GO[:, None], self._module.bias)
-        return torch.baddbmm(output_GNO, x_GNI @ down_GRI.mT, up_GOR.mT).view(output.shape)
+        # Into the module's output, which nobody else holds: a copy would take longer than the update.
+        add = torch.baddbmm if output_GNO.requires_grad else Tensor.baddbmm_
+        return add(output_GNO, x_GNI @ down_GRI.mT, up_GOR.mT).view(output.shape)
 
     def _update_conv(
         self, x: Tensor, output: Tensor, down_GRI: Tensor, up_GOR: Tensor, gain_GO: Tensor | None

@@ -1,4 +1,4 @@
-"""Gradient checkpointing of the towers; the detector's parts are checkpointed where ``forward.py`` drives them."""
+"""Gradient checkpointing: layers recompute their activations in the backward pass, where one needs them."""
 
 from __future__ import annotations
 
@@ -9,18 +9,43 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from sam3lora.model.components import COMPONENTS, component_of, unwrap
+
+_TOWERS = ("vision_encoder", "text_encoder")
+
 
 def enable_checkpointing(model: nn.Module, components: Iterable[str]) -> int:
     """Let the transformer layers of the vision and text towers recompute their activations; return how many will.
 
-    ``Sam3Model.gradient_checkpointing_enable()`` refuses, because transformers supports it for these two towers only.
-    It is active in training mode; the other components are named to ``StagedSam3(checkpointing=...)``.
+    A tower begins with the first layer that learns: those before it keep no activations. Checkpointing is active in
+    training mode. ``Sam3Model.gradient_checkpointing_enable()`` refuses, because transformers supports it for these two
+    towers only; the other components are named to ``StagedSam3(checkpointing=...)``.
     """
-    chosen = tuple(f"{component}." for component in components)
+    chosen = frozenset(components)
     count = 0
-    for name, module in model.named_modules():
+    learning: set[str | None] = set()
+    for name, module in unwrap(model).named_modules():
+        component = component_of(name)
+        if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+            learning.add(component)
         if isinstance(module, GradientCheckpointingLayer):
-            module.gradient_checkpointing = name.startswith(chosen)
+            if any(parameter.requires_grad for parameter in module.parameters()):
+                learning.add(component)
+            module.gradient_checkpointing = component in chosen and component in learning
             module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
             count += module.gradient_checkpointing
     return count
+
+
+def worth_checkpointing(model: nn.Module, components: Iterable[str]) -> tuple[str, ...]:
+    """Those of the components that a backward pass goes through: they learn, or something before them does."""
+    learning = {component_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return tuple(
+        component
+        for component in components
+        if component in learning or (component not in _TOWERS and learning & _before(component))
+    )
+
+
+def _before(component: str) -> set[str]:
+    return set(COMPONENTS[: COMPONENTS.index(component)])

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,68 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import Sam3Model
-from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.sam3.modeling_sam3 import inverse_sigmoid
 
-BRANCHES = ("o2o", "o2m")
+from sam3lora.model.mask_head import BRANCHES, MaskHead
+from sam3lora.model.stage_values import Detections, TextFeatures, VisionFeatures, rows_of
+from sam3lora.model.trunk import first_layers, frozen_layers, last_layers
 
-
-@dataclass
-class VisionFeatures:
-    """Feature maps of ``I`` images, finest first, without the coarsest level that SAM 3 discards."""
-
-    maps_ICHW: list[Tensor]
-    positions_1CHW: list[Tensor]
-
-    @classmethod
-    def from_output(cls, output: Any) -> VisionFeatures:
-        """From what ``Sam3Model.vision_encoder`` returns."""
-        positions = [position[:1] for position in output.fpn_position_encoding[:-1]]
-        return cls(list(output.fpn_hidden_states[:-1]), positions)
-
-    def select(self, image_index_B: Tensor) -> list[Tensor]:
-        return [maps.index_select(0, image_index_B) for maps in self.maps_ICHW]
-
-    def detached(self) -> VisionFeatures:
-        """The same values as leaves that collect gradients: chunks of prompts can share one vision pass."""
-        leaves = [maps.detach().requires_grad_(maps.requires_grad) for maps in self.maps_ICHW]
-        return replace(self, maps_ICHW=leaves)
-
-
-@dataclass
-class TextFeatures:
-    """Token features of ``P`` prompts; ``mask_PT`` is True at real tokens."""
-
-    embeds_PTC: Tensor
-    mask_PT: Tensor
-
-    def detached(self) -> TextFeatures:
-        return replace(self, embeds_PTC=self.embeds_PTC.detach().requires_grad_(self.embeds_PTC.requires_grad))
-
-
-@dataclass
-class Detections:
-    """What the decoder says about ``B`` find queries, and what the mask branch needs to go on.
-
-    ``boxes_cxcywh_LBQ4`` are float32 in units of the input's sides; ``presence_logits_LB`` and the logits are raw.
-    The ``o2m`` fields are None unless the one-to-many branch was asked for.
-    """
-
-    logits_LBQ: Tensor
-    boxes_cxcywh_LBQ4: Tensor
-    presence_logits_LB: Tensor
-    logits_o2m_LBQ: Tensor | None
-    boxes_o2m_LBQ4: Tensor | None
-    hidden_BQC: dict[str, Tensor]
-    encoder_hidden_BSC: Tensor
-    prompt_BTC: Tensor
-    prompt_mask_BT: Tensor
-    image_index_B: Tensor
-    vision: VisionFeatures
-
-    def scores_BQ(self) -> Tensor:
-        """Probability that each object query is an instance of its prompt: sigmoid(logit) x sigmoid(presence)."""
-        return self.logits_LBQ[-1].float().sigmoid() * self.presence_logits_LB[-1].float().sigmoid()[:, None]
+__all__ = ["BRANCHES", "Detections", "MaskHead", "StagedSam3", "TextFeatures", "VisionFeatures", "rows_of"]
 
 
 class StagedSam3:
@@ -103,19 +48,38 @@ class StagedSam3:
     # ---- encoders -------------------------------------------------------------------------------------------------
 
     def encode_images(self, pixel_values_ICHW: Tensor) -> VisionFeatures:
-        """One pass of the vision tower and neck over ``I`` images (I, 3, H, W), normalised to mean 0.5, std 0.5."""
-        return VisionFeatures.from_output(self.model.vision_encoder(pixel_values_ICHW))
+        """One pass of the vision tower and neck over ``I`` images (I, 3, S, S), normalised to mean 0.5, std 0.5.
 
-    def encode_trunk(self, pixel_values_ICHW: Tensor) -> Tensor:
-        """The first part of `encode_images`, the vision tower alone: tokens (I, S, C), row by row of the patches."""
-        return self.model.vision_encoder.backbone(pixel_values_ICHW).last_hidden_state
+        The layers of the tower before the first one that learns keep nothing for the backward pass.
+        """
+        frozen = frozen_layers(self._trunk) if torch.is_grad_enabled() else 0
+        if not frozen:
+            return VisionFeatures.from_output(self.model.vision_encoder(pixel_values_ICHW))
+        with torch.no_grad():
+            tokens_ISC = self.encode_trunk(pixel_values_ICHW, frozen)
+        return self.encode_rest(tokens_ISC, frozen)
+
+    def encode_trunk(self, pixel_values_ICHW: Tensor, num_layers: int | None = None) -> Tensor:
+        """The first part of `encode_images`, ``num_layers`` layers of the vision tower or all: tokens (I, S, C)."""
+        return first_layers(self._trunk, pixel_values_ICHW, self._layers(num_layers))
+
+    def encode_rest(self, tokens_ISC: Tensor, num_layers: int | None = None) -> VisionFeatures:
+        """The second part of `encode_images`, from the tokens that `encode_trunk` gives of square images."""
+        return self.encode_neck(last_layers(self._trunk, tokens_ISC, self._layers(num_layers)))
 
     def encode_neck(self, trunk_ISC: Tensor) -> VisionFeatures:
-        """The second part of `encode_images`: feature maps of square images from the tokens of `encode_trunk`."""
+        """The last part of `encode_images`: feature maps from the tokens of the whole vision tower."""
         side = math.isqrt(trunk_ISC.shape[1])
         tokens_ICHW = trunk_ISC.unflatten(1, (side, side)).permute(0, 3, 1, 2)
         maps, positions = self.model.vision_encoder.neck(tokens_ICHW)
         return VisionFeatures(list(maps[:-1]), [position[:1] for position in positions[:-1]])
+
+    @property
+    def _trunk(self) -> Any:
+        return self.model.vision_encoder.backbone
+
+    def _layers(self, num_layers: int | None) -> int:
+        return len(self._trunk.layers) if num_layers is None else num_layers
 
     def encode_text(self, input_ids_PT: Tensor, attention_mask_PT: Tensor) -> TextFeatures:
         """One pass of the text tower over ``P`` distinct prompts of (P, 32) token ids."""
@@ -143,14 +107,37 @@ class StagedSam3:
         return output.last_hidden_state, output.attention_mask
 
     def _geometry_cls_tokens(self, vision: VisionFeatures) -> Tensor:
-        """The CLS token of each image without boxes, (I, 1, C): it depends on the image only, not on the prompt."""
-        num_images, device = len(vision.maps_ICHW[-1]), vision.maps_ICHW[-1].device
-        boxes = torch.zeros(num_images, 0, 4, device=device)
-        labels = torch.zeros(num_images, 0, device=device, dtype=torch.long)
-        tokens, _ = self.encode_geometry(vision, boxes, labels, torch.arange(num_images, device=device))
-        return tokens
+        """The CLS token of each image without boxes, (I, 1, C): it depends on the image only, not on the prompt.
+
+        What ``geometry_encoder`` gives for no box, without its pooling of boxes and without a look at the mask.
+        """
+        geometry = self.model.geometry_encoder
+        dtype = geometry.cls_embed.weight.dtype
+        tokens_ISC = vision.maps_ICHW[-1].flatten(2).transpose(1, 2).to(dtype)
+        positions_1SC = vision.positions_1CHW[-1].flatten(2).transpose(1, 2).to(dtype)
+        with torch.autocast(tokens_ISC.device.type, enabled=False):
+            return self._run("geometry_encoder", _cls_tokens, geometry, tokens_ISC, positions_1SC)
 
     # ---- detector -------------------------------------------------------------------------------------------------
+
+    def prepare(self, vision: VisionFeatures) -> VisionFeatures:
+        """Add what `detect` does alike for every prompt of an image, so that chunks of prompts share it."""
+        cls_I1C = self._geometry_cls_tokens(vision) if self.geometry_cls else None
+        return replace(vision, begun_ISC=self.begin_fusion(vision), cls_I1C=cls_I1C)
+
+    def begin_fusion(self, vision: VisionFeatures, image_index: Tensor | None = None) -> Tensor:
+        """Tokens (I, S, C) of the images, or of those chosen, after the first self-attention of the DETR encoder.
+
+        It comes before any prompt.
+        """
+        coarse_ICHW = vision.maps_ICHW[-1]
+        if image_index is not None:
+            coarse_ICHW = rows_of(coarse_ICHW, image_index)
+        tokens_ISC = coarse_ICHW.flatten(2).transpose(1, 2)
+        positions_1SC = vision.positions_1CHW[-1].flatten(2).transpose(1, 2)
+        return self._run(
+            "detr_encoder", _attend_to_itself, self.model.detr_encoder.layers[0], tokens_ISC, positions_1SC
+        )
 
     def detect(
         self,
@@ -179,8 +166,8 @@ class StagedSam3:
             prompt = torch.cat([prompt, tokens.to(prompt.dtype)], 1)
             prompt_mask = torch.cat([prompt_mask, tokens_mask], 1)
         elif self.geometry_cls:
-            tokens = self._geometry_cls_tokens(vision)[image_index_B]
-            prompt = torch.cat([prompt, tokens.to(prompt.dtype)], 1)
+            cls_I1C = self._geometry_cls_tokens(vision) if vision.cls_I1C is None else vision.cls_I1C
+            prompt = torch.cat([prompt, rows_of(cls_I1C, image_index_B).to(prompt.dtype)], 1)
             prompt_mask = torch.cat([prompt_mask, prompt_mask.new_ones(len(prompt), 1)], 1)
         return self.detect_prompted(vision, prompt, prompt_mask, image_index_B, one_to_many=one_to_many)
 
@@ -191,17 +178,23 @@ class StagedSam3:
         prompt_mask_BT: Tensor,
         image_index_B: Tensor,
         *,
+        begun_BSC: Tensor | None = None,
         one_to_many: bool = False,
     ) -> Detections:
-        """`detect` of prompts whose tokens, text and geometry, are made: ``prompt_mask_BT`` is True at real ones."""
+        """`detect` of prompts whose tokens, text and geometry, are made: ``prompt_mask_BT`` is True at real ones.
+
+        ``begun_BSC`` is what `begin_fusion` gives for the image of each find query, where the caller has it.
+        """
         coarse = vision.maps_ICHW[-1]
         size_hw = (coarse.shape[-2], coarse.shape[-1])
-        tokens_BSC = coarse.flatten(2).transpose(1, 2)[image_index_B]
-        positions_BSC = vision.positions_1CHW[-1].flatten(2).transpose(1, 2).expand(len(prompt_BTC), -1, -1)
-        memory = self._fuse(tokens_BSC, positions_BSC, prompt_BTC, prompt_mask_BT)
+        positions_1SC = vision.positions_1CHW[-1].flatten(2).transpose(1, 2)
+        if begun_BSC is None:
+            begun_ISC = self.begin_fusion(vision) if vision.begun_ISC is None else vision.begun_ISC
+            begun_BSC = rows_of(begun_ISC, image_index_B)
+        memory = self._fuse(begun_BSC, positions_1SC, prompt_BTC, prompt_mask_BT)
         return self._decode(
             memory,
-            positions_BSC,
+            positions_1SC,
             prompt_BTC,
             prompt_mask_BT,
             size_hw,
@@ -210,24 +203,29 @@ class StagedSam3:
             vision=vision,
         )
 
-    def _fuse(self, tokens_BSC: Tensor, positions_BSC: Tensor, prompt_BTC: Tensor, prompt_mask_BT: Tensor) -> Tensor:
-        """The DETR encoder: image tokens attend to each other and to the prompt."""
-        encoder = self.model.detr_encoder
-        attention_mask = create_bidirectional_mask(
-            config=encoder.config,
-            inputs_embeds=tokens_BSC,
-            attention_mask=prompt_mask_BT,
-            encoder_hidden_states=prompt_BTC,
-        )
-        hidden = tokens_BSC
-        for layer in encoder.layers:
-            hidden = self._run("detr_encoder", layer, hidden, prompt_BTC, positions_BSC, attention_mask)
+    def _fuse(self, begun_BSC: Tensor, positions_1SC: Tensor, prompt_BTC: Tensor, prompt_mask_BT: Tensor) -> Tensor:
+        """The DETR encoder after its first self-attention: tokens attend to the prompt and again to each other."""
+        first, *others = self.model.detr_encoder.layers
+        attention_mask = self._attention_mask(prompt_mask_BT, prompt_BTC.dtype)
+        hidden = self._run("detr_encoder", _attend_to_prompt, first, begun_BSC, prompt_BTC, attention_mask)
+        for layer in others:
+            hidden = self._run("detr_encoder", layer, hidden, prompt_BTC, positions_1SC, attention_mask)
         return hidden
+
+    def _attention_mask(self, prompt_mask_BT: Tensor, dtype: torch.dtype) -> Tensor:
+        """What lets queries attend to real tokens only: (B, 1, 1, T), made without looking at the values.
+
+        (transformers' own asks whether all tokens are real, and a GPU has to be waited for.)
+        """
+        mask_B11T = prompt_mask_BT.bool()[:, None, None]
+        if self.model.config._attn_implementation == "sdpa":
+            return mask_B11T
+        return torch.zeros_like(mask_B11T, dtype=dtype).masked_fill_(~mask_B11T, torch.finfo(dtype).min)
 
     def _decode(
         self,
         memory_BSC: Tensor,
-        positions_BSC: Tensor,
+        positions_1SC: Tensor,
         prompt_BTC: Tensor,
         prompt_mask_BT: Tensor,
         size_hw: tuple[int, int],
@@ -248,13 +246,8 @@ class StagedSam3:
         references = decoder.reference_points.weight.float().sigmoid().repeat(copies, 1).unsqueeze(0)
         references = references.expand(batch, -1, -1)
         stored_references = references
-        attention_mask = create_bidirectional_mask(
-            config=decoder.config,
-            inputs_embeds=hidden,
-            attention_mask=prompt_mask_BT,
-            encoder_hidden_states=prompt_BTC,
-        )
-        keys_BSC = memory_BSC + positions_BSC
+        attention_mask = self._attention_mask(prompt_mask_BT, prompt_BTC.dtype)
+        keys_BSC = memory_BSC + positions_1SC
         states, boxes, presence = [], [], []
         for layer in decoder.layers:
             hidden = self._run(
@@ -307,8 +300,9 @@ class StagedSam3:
         sine = decoder.position_encoding.encode_boxes(references)
         query_pos = decoder.ref_point_head(sine.to(decoder.ref_point_head.layer1.weight.dtype))
         query_pos = F.pad(query_pos.to(hidden.dtype), (0, 0, 1, 0))
-        # The presence token attends everywhere alike: a row of zeros.
-        bias = F.pad(decoder._get_rpb_matrix(references, size_hw), (0, 0, 1, 0)).to(hidden.dtype)
+        bias = self._box_bias(references, size_hw)
+        if not torch.is_autocast_enabled(bias.device.type):  # which casts for the attention itself
+            bias = bias.to(hidden.dtype)
 
         attending, bypassing = hidden[:, :num_self_attended], hidden[:, num_self_attended:]
         with_pos = attending + query_pos[:, :num_self_attended]
@@ -325,22 +319,43 @@ class StagedSam3:
         hidden = layer.vision_cross_attn_layer_norm(hidden + layer.vision_cross_attn_dropout(attended))
         return layer.mlp_layer_norm(hidden + layer.mlp_dropout(layer.mlp(hidden)))
 
+    def _box_bias(self, references_BQ4: Tensor, size_hw: tuple[int, int]) -> Tensor:
+        """What each object query adds to its attention to each image token, by where its box is: (B, heads, 1 + Q, S).
+
+        The sum of a part for the row and one for the column of the token, zero for the presence token. Both parts are
+        small; the sum, the largest tensor of the decoder, is written once.
+        """
+        decoder, (height, width) = self.model.detr_decoder, size_hw
+        center, half = references_BQ4[..., :2], references_BQ4[..., 2:] / 2
+        edges_BQ22 = torch.stack([center - half, center + half], -2)
+
+        def part(embed: Any, axis: int, count: int) -> Tensor:
+            positions = torch.arange(count, device=references_BQ4.device, dtype=references_BQ4.dtype) / count
+            deltas_BQn2 = (positions[:, None] - edges_BQ22[..., axis].unsqueeze(2)) * 8
+            scaled = deltas_BQn2.sign() * torch.log2(deltas_BQn2.abs() + 1) / math.log2(8)
+            # In the order of the sum, which would otherwise be made in another one and copied.
+            return F.pad(embed(scaled).permute(0, 3, 1, 2), (0, 0, 1, 0)).contiguous()
+
+        rows, columns = part(decoder.box_rpb_embed_y, 1, height), part(decoder.box_rpb_embed_x, 0, width)
+        return (rows.unsqueeze(-1) + columns.unsqueeze(-2)).flatten(-2)
+
     # ---- masks ----------------------------------------------------------------------------------------------------
 
     def mask_head(self, detections: Detections, rows_K: Tensor) -> MaskHead:
-        """Pixel embeddings of the ``K`` find queries that need masks, once for all their object queries."""
+        """Pixel embeddings of the ``K`` find queries that need masks, once for all their object queries.
+
+        Args:
+            rows_K: long, best on the CPU: nothing then waits for the device.
+        """
+        rows_K = rows_K.cpu()
+        rows = rows_K.to(detections.prompt_BTC.device, non_blocking=True)
         decoder = self.model.mask_decoder
-        memory, prompt = detections.encoder_hidden_BSC[rows_K], detections.prompt_BTC[rows_K]
+        memory, prompt = detections.encoder_hidden_BSC[rows], detections.prompt_BTC[rows]
         normed = decoder.prompt_cross_attn_norm(memory)
-        attention_mask = create_bidirectional_mask(
-            config=decoder.config,
-            inputs_embeds=normed,
-            attention_mask=detections.prompt_mask_BT[rows_K],
-            encoder_hidden_states=prompt,
-        )
+        attention_mask = self._attention_mask(detections.prompt_mask_BT[rows], prompt.dtype)
         attended, _ = decoder.prompt_cross_attn(query=normed, key=prompt, value=prompt, attention_mask=attention_mask)
         memory = memory + decoder.prompt_cross_attn_dropout(attended)
-        maps = detections.vision.select(detections.image_index_B[rows_K])
+        maps = detections.vision.select(detections.image_index_B[rows])
         maps[-1] = memory.transpose(1, 2).reshape(maps[-1].shape)
         pixels_KCHW = self._run("mask_decoder", decoder.pixel_decoder, maps)
         return MaskHead(self.model, detections, rows_K, pixels_KCHW)
@@ -353,65 +368,28 @@ class StagedSam3:
         return function(*arguments)
 
 
-class MaskHead:
-    """Instance and semantic mask logits of selected object queries, four to a patch side (1008: 288 x 288)."""
+def _cls_tokens(geometry: Any, tokens_ISC: Tensor, positions_1SC: Tensor) -> Tensor:
+    embed_I1C = geometry.cls_embed.weight.expand(len(tokens_ISC), 1, -1)
+    hidden = geometry.prompt_layer_norm(geometry.final_proj(embed_I1C))
+    for layer in geometry.layers:
+        hidden = layer(
+            prompt_feats=hidden, vision_feats=tokens_ISC, vision_pos_encoding=positions_1SC, prompt_mask=None
+        )
+    return geometry.output_layer_norm(hidden)
 
-    def __init__(self, model: Sam3Model, detections: Detections, rows_K: Tensor, pixels_KCHW: Tensor) -> None:
-        self._decoder = model.mask_decoder
-        self._detections = detections
-        self._rows_K = rows_K
-        self._pixels_KCHW = pixels_KCHW
-        self._instance_KCHW: Tensor | None = None
-        self._queries_KQC: dict[str, Tensor] = {}
-        # The loss asks for masks from outside the autocast block of the forward: go on at the forward's precision.
-        device = pixels_KCHW.device.type
-        self._autocast: dict[str, Any] = {
-            "device_type": device,
-            "enabled": torch.is_autocast_enabled(device),
-            "dtype": torch.get_autocast_dtype(device),
-        }
-        self._position_B = torch.full((len(detections.image_index_B),), -1, device=rows_K.device)
-        self._position_B[rows_K] = torch.arange(len(rows_K), device=rows_K.device)
 
-    def prepare(self, branch: str = "o2o") -> None:
-        """Run the layers of instance masks for every object query of ``rows_K``.
+def _attend_to_itself(layer: Any, tokens: Tensor, positions: Tensor) -> Tensor:
+    """The first third of a DETR encoder layer."""
+    normed = layer.layer_norm1(tokens)
+    with_positions = normed + positions
+    attended, _ = layer.self_attn(query=with_positions, key=with_positions, value=normed)
+    return tokens + layer.dropout(attended)
 
-        What `instance_logits` then does are matrix products without any weight of the model.
-        """
-        with torch.autocast(**self._autocast):
-            self._instance_KCHW = self._decoder.instance_projection(self._pixels_KCHW)
-            hidden_KQC = self._detections.hidden_BQC[branch][self._rows_K]
-            self._queries_KQC[branch] = self._decoder.mask_embedder(hidden_KQC)
 
-    def instance_logits(self, b_index_M: Tensor, q_index_M: Tensor, branch: str = "o2o") -> Tensor:
-        """Mask logits (M, h, w) of the pairs (find query, object query); ``b_index_M`` must be among ``rows_K``."""
-        with torch.autocast(**self._autocast):
-            if self._instance_KCHW is None:
-                self._instance_KCHW = self._decoder.instance_projection(self._pixels_KCHW)
-            height, width = self._pixels_KCHW.shape[-2:]
-            position_M = self._position_B[b_index_M]
-            if branch in self._queries_KQC:
-                queries_MC = self._queries_KQC[branch][position_M, q_index_M]
-            else:
-                queries_MC = self._decoder.mask_embedder(self._detections.hidden_BQC[branch][b_index_M, q_index_M])
-            order = position_M.argsort(stable=True)
-            # One matrix product per find query: gathering (M, C, h, w) pixel embeddings would take M x 85 MB at 1008.
-            counts = torch.bincount(position_M, minlength=len(self._pixels_KCHW)).tolist()
-            products = [
-                queries @ pixels.flatten(1)
-                for queries, pixels in zip(queries_MC[order].split(counts), self._instance_KCHW, strict=True)
-                if len(queries)
-            ]
-            if not products:
-                return queries_MC.new_zeros(0, height, width)
-            return torch.cat(products)[order.argsort()].view(-1, height, width)
-
-    def branch_logits(self, branch: str, b_index_M: Tensor, q_index_M: Tensor) -> Tensor:
-        """``instance_logits`` with the arguments in the order that the loss asks in."""
-        return self.instance_logits(b_index_M, q_index_M, branch)
-
-    def semantic_logits(self, b_index_K: Tensor) -> Tensor:
-        """Logits (K, h, w) of "this pixel belongs to the prompt" for the find queries asked for."""
-        with torch.autocast(**self._autocast):
-            pixels = self._pixels_KCHW[self._position_B[b_index_K]]
-            return self._decoder.semantic_projection(pixels).squeeze(1)
+def _attend_to_prompt(layer: Any, hidden: Tensor, prompt: Tensor, attention_mask: Tensor) -> Tensor:
+    """The rest of a DETR encoder layer."""
+    attended, _ = layer.cross_attn(
+        query=layer.layer_norm2(hidden), key=prompt, value=prompt, attention_mask=attention_mask
+    )
+    hidden = hidden + layer.dropout(attended)
+    return hidden + layer.dropout(layer.mlp(layer.layer_norm3(hidden)))

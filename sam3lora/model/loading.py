@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 from sam3lora.errors import UserError
 from sam3lora.model.base_folder import BaseFolder, find_base, read_processor_settings
 from sam3lora.model.fingerprint import fingerprint
+from sam3lora.model.quantization import quantize_nf4
 from sam3lora.model.tokenization import tokenize
 
 __all__ = ["LoadedBase", "check_resolution", "fingerprint", "load_base", "resolution_step", "tokenize"]
@@ -52,6 +53,7 @@ def load_base(
     attention: str = "sdpa",
     local_files_only: bool = False,
     resolution: int | None = None,
+    quantization: str = "none",
 ) -> LoadedBase:
     """Load a base model; only safetensors is read.
 
@@ -62,6 +64,7 @@ def load_base(
         dtype: of the weights, float32 or bfloat16.
         attention: ``"sdpa"`` or ``"eager"``.
         resolution: side of the model input in pixels, None for the model's own; see :func:`check_resolution`.
+        quantization: ``"none"``, or ``"nf4"`` for linear layers in 4 bits; the fingerprint is that of the file.
 
     Raises:
         UserError: the model cannot be found, used or loaded whole, or an argument is out of range.
@@ -70,6 +73,8 @@ def load_base(
     if attention not in ("sdpa", "eager"):
         raise UserError(f"model.attention must be 'sdpa' or 'eager', got {attention!r}")
     folder = find_base(name, revision=revision, local_files_only=local_files_only)
+    if quantization != "none" and "quantization_config" in folder.config:
+        raise UserError(f"model.quantization is {quantization}, but {name} is quantised already: set it to none")
     config = build_model_config(folder)
     if resolution is not None:
         check_resolution(config, resolution)
@@ -77,12 +82,16 @@ def load_base(
     model = _load_weights(folder, config, dtype, attention)
     model.name_or_path = model.config.name_or_path = name
     processor = read_processor_settings(folder.path)
+    identity = fingerprint(model)
+    model.requires_grad_(False)
+    if quantization == "nf4":
+        quantize_nf4(model, device)
     return LoadedBase(
-        model=model.requires_grad_(False).eval().to(device),
+        model=model.eval().to(device),
         tokenizer=_load_tokenizer(folder),
         name=name,
         revision=folder.revision,
-        fingerprint=fingerprint(model),
+        fingerprint=identity,
         resolution=_side(config.image_size),
         image_mean=tuple(processor.get("image_mean") or (0.5, 0.5, 0.5)),
         image_std=tuple(processor.get("image_std") or (0.5, 0.5, 0.5)),

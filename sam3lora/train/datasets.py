@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sam3lora.config import Config
+from sam3lora.config.training import images_per_step
 from sam3lora.data.coco import CocoIndex, merge_names
 from sam3lora.data.collate import Batch, collate
-from sam3lora.data.pipeline import iterate_batches, stream_batches
+from sam3lora.data.pipeline import BatchDict, iterate_batches, stream_batches
 from sam3lora.data.plan import BatchPlan, plan_run, plan_validation
 from sam3lora.data.prompts import prompt_key
 from sam3lora.data.sample import DecodeSettings, rows_with_queries
 from sam3lora.errors import UserError
 from sam3lora.train import distributed
+from sam3lora.train.prefetch import prefetch
 
 logger = logging.getLogger(__name__)
 
@@ -92,32 +98,50 @@ def load_run_data(config: Config, resolution: int) -> RunData:
 
 
 class BatchSource:
-    """Batches of this worker, decoded by Ray Data, or in this process without Ray."""
+    """Batches of this worker, decoded ahead of use: by Ray Data, or without Ray by a thread of this process.
 
-    def __init__(self, data: RunData, config: Config, *, use_ray: bool) -> None:
+    Args:
+        data: The splits.
+        config: Of the run.
+        use_ray: Decode on Ray Data.
+        device: Of the model; for a GPU the batches come in page-locked memory.
+        load_ahead: Called with each batch before it is asked for, on the thread that prepares the batches.
+    """
+
+    def __init__(
+        self,
+        data: RunData,
+        config: Config,
+        *,
+        use_ray: bool,
+        device: torch.device | None = None,
+        load_ahead: Callable[[Batch], object] | None = None,
+    ) -> None:
         self._data, self._training, self._use_ray = data, config.training, use_ray
+        self._gpu = device if device is not None and device.type == "cuda" else None
+        self._load_ahead = load_ahead
         self._num_epochs, self._accumulation = config.training.num_epochs, config.training.gradient_accumulation_steps
-        self.images_per_step = config.training.batch_size * self._accumulation * distributed.world_size()
+        self.images_per_step = images_per_step(config.training) * distributed.world_size()
         self.steps_per_epoch = -(-len(data.train) // self.images_per_step)
 
-    def training_batches(self, start_epoch: int, start_step: int) -> Iterator[Batch]:
+    def training_batches(self, start_epoch: int, start_step: int) -> Generator[Batch]:
         """Batches from a step of an epoch to the end of the run, ``gradient_accumulation_steps`` for each step."""
         plans = list(self._plans(start_epoch, start_step))
         return self._decode(self._data.train, plans, self._data.train_settings)
 
-    def validation_batches(self) -> Iterator[Batch]:
+    def validation_batches(self) -> Generator[Batch]:
         """This worker's share of the validation split, each image once over all workers."""
         assert self._data.valid is not None
         plans = plan_validation(
             len(self._data.valid),
-            batch_size=self._training.batch_size,
+            batch_size=self._training.images_per_forward,
             world_size=distributed.world_size(),
             rank=distributed.rank(),
         )
         return self._decode(self._data.valid, plans, self._data.valid_settings)
 
     def _plans(self, start_epoch: int, start_step: int) -> Iterator[BatchPlan]:
-        size = self._training.batch_size
+        size = self._training.images_per_forward
         steps = plan_run(
             len(self._data.train),
             batch_size=size * self._accumulation,
@@ -132,12 +156,27 @@ class BatchSource:
             for start in range(0, len(rows), size):
                 yield BatchPlan(epoch, step, rows[start : start + size])
 
-    def _decode(self, index: CocoIndex, plans: list[BatchPlan], settings: DecodeSettings) -> Iterator[Batch]:
+    def _decode(self, index: CocoIndex, plans: list[BatchPlan], settings: DecodeSettings) -> Generator[Batch]:
         if self._use_ray:
             batches = stream_batches(index.table, plans, settings, num_cpus=self._training.num_workers)
-        else:
-            batches = iterate_batches(index.table, plans, settings)
-        return (collate(batch) for batch in batches)
+            yield from prefetch(batches, self._prepare)
+            return
+        # A store of its own, of the same folder and run: a store is no object for two threads.
+        settings = replace(settings, store=copy.copy(settings.store))
+        # Where features are kept, an epoch's images need no decoding once those of the epoch before are through.
+        turns = [b for b in range(1, len(plans)) if plans[b].epoch > plans[b - 1].epoch]
+        ends = turns if settings.features is not None else []
+        for start, end in pairwise([0, *ends, len(plans)]):
+            yield from prefetch(iterate_batches(index.table, plans[start:end], settings), self._prepare)
+
+    def _prepare(self, decoded: BatchDict) -> Batch:
+        batch = collate(decoded)
+        if self._load_ahead is not None:
+            self._load_ahead(batch)
+        if self._gpu is None:
+            return batch
+        torch.cuda.set_device(self._gpu)  # of this thread; else memory is locked by way of the first GPU
+        return batch.pin_memory()
 
 
 def _index(config: Config, folder: Path) -> CocoIndex:

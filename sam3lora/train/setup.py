@@ -16,18 +16,22 @@ from sam3lora.errors import UserError
 from sam3lora.losses import Criterion, LossWeights
 from sam3lora.model.adapter_folder import AdapterMetadata
 from sam3lora.model.adapters import LoraSettings, apply_lora
-from sam3lora.model.checkpointing import enable_checkpointing
+from sam3lora.model.checkpointing import enable_checkpointing, worth_checkpointing
+from sam3lora.model.compilation import compile_layers
 from sam3lora.model.components import COMPONENTS
 from sam3lora.model.forward import StagedSam3
 from sam3lora.model.loading import load_base, tokenize
+from sam3lora.model.precision import store_matrices_in
 from sam3lora.train import distributed
 from sam3lora.train.checkpoints import RunState, list_checkpoints, load_checkpoint
 from sam3lora.train.datasets import BatchSource, RunData, load_run_data
 from sam3lora.train.features import ImageEncoder, open_cache
+from sam3lora.train.fit_batch import resolve_batch_size
 from sam3lora.train.metrics import MetricsLog, WarningsToMetrics
 from sam3lora.train.optimization import build_optimizer
 from sam3lora.train.step import LossRunner
 from sam3lora.train.text import TextBank
+from sam3lora.train.trunk_cache import TrunkCache
 
 
 @dataclass
@@ -74,6 +78,7 @@ def set_up(config: Config, output_dir: Path, *, use_ray: bool) -> Worker:
         attention=config.model.attention,
         local_files_only=config.model.local_files_only,
         resolution=config.model.resolution,
+        quantization=config.model.quantization,
     )
     data = load_run_data(config, base.resolution)
     torch.manual_seed(training.seed)
@@ -81,8 +86,11 @@ def set_up(config: Config, output_dir: Path, *, use_ray: bool) -> Worker:
     model = apply_lora(base.model, lora, geometry_cls=config.model.geometry_cls)
     sam3 = cast(Sam3Model, model.get_base_model())
     checkpointed = training.gradient_checkpointing
-    components = COMPONENTS if checkpointed is True else tuple(checkpointed or ())
+    components = worth_checkpointing(sam3, COMPONENTS if checkpointed is True else tuple(checkpointed or ()))
     enable_checkpointing(sam3, components)
+    bf16 = training.mixed_precision == "bf16"
+    if bf16:
+        store_matrices_in(sam3, torch.bfloat16, text_tower=config.lora.apply_to_text_encoder)
     staged = StagedSam3(sam3, geometry_cls=config.model.geometry_cls, checkpointing=components)
     text = TextBank(
         staged,
@@ -93,13 +101,15 @@ def set_up(config: Config, output_dir: Path, *, use_ray: bool) -> Worker:
     text.add(data.prompts)
     text.release_tower()
     trunk = open_cache(config, staged, data, device)
+    if training.compile:
+        _compile(sam3, trunk, data, device)
     runner = LossRunner(
         staged=staged,
         criterion=_criterion(config),
         images=ImageEncoder(staged, device, config.lora.apply_to_vision_encoder, data.valid_settings, trunk),
         text=text,
         device=device,
-        bf16=training.mixed_precision == "bf16",
+        bf16=bf16,
         max_prompts=training.max_prompts_per_forward,
         one_to_many=training.one_to_many,
     )
@@ -115,6 +125,7 @@ def set_up(config: Config, output_dir: Path, *, use_ray: bool) -> Worker:
     saved = list_checkpoints(output_dir / "checkpoints")
     if saved:
         state = load_checkpoint(saved[-1], model, optimizer, settings_of(config))
+    config = resolve_batch_size(config, model, runner, data)
     batches = BatchSource(data, config, use_ray=use_ray)
     # With other workers or batches a step takes another number of images: go on at the same place in the epoch.
     state.step_in_epoch = state.step_in_epoch * state.images_per_step // batches.images_per_step
@@ -129,6 +140,8 @@ def set_up(config: Config, output_dir: Path, *, use_ray: bool) -> Worker:
             device=str(device),
             num_workers=distributed.world_size(),
             steps_per_epoch=batches.steps_per_epoch,
+            batch_size=config.training.batch_size,
+            gradient_accumulation_steps=config.training.gradient_accumulation_steps,
             **data.summary(),
         )
         if warnings:
@@ -181,6 +194,18 @@ def _device(config: Config, use_ray: bool) -> torch.device:
             raise UserError("scaling.use_gpu is true, but torch finds no GPU here: set it to auto or false")
         device = torch.device("cuda" if wanted and torch.cuda.is_available() else "cpu")
     return device
+
+
+def _compile(sam3: Sam3Model, trunk: TrunkCache | None, data: RunData, device: torch.device) -> None:
+    """Compile the layers of the vision trunk that training images pass in every epoch."""
+    num_kept = trunk.num_layers if trunk is not None and data.train_settings.features is not None else 0
+    layers = list(cast(Any, sam3).vision_encoder.backbone.layers)[num_kept:]
+    if not layers:
+        raise UserError(
+            "training.compile is true, but no module of the vision trunk is adapted, so each image passes it once: set "
+            "training.compile to false"
+        )
+    compile_layers(layers, device)
 
 
 def _ray_report():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sam3lora.data.collate import Batch
-from sam3lora.losses import Criterion, LossWeights, Normalizer, Predictions, Targets, count_semantic
+from sam3lora.losses import Criterion, LossOutput, LossWeights, Normalizer, Predictions, Targets
 from sam3lora.model.forward import StagedSam3, TextFeatures, VisionFeatures
 from sam3lora.train.features import ImageEncoder
 from sam3lora.train.text import TextBank
@@ -29,11 +29,11 @@ class StepCounts:
 
     @classmethod
     def of(cls, batches: Sequence[Batch]) -> StepCounts:
-        targets = [batch.targets() for batch in batches if batch.num_queries]
+        asked = [batch for batch in batches if batch.num_queries]
         return cls(
-            sum(len(t.num_B) for t in targets),
-            sum(len(t.boxes_cxcywh_T4) for t in targets),
-            sum(count_semantic(t) for t in targets),
+            sum(batch.num_queries for batch in asked),
+            sum(len(batch.boxes_cxcywh_T4) for batch in asked),
+            sum(_count_semantic(batch) for batch in asked),
         )
 
     @classmethod
@@ -112,22 +112,26 @@ class LossRunner:
     def backward(self, batch: Batch, normalizer: Normalizer) -> tuple[Tensor, dict[str, Tensor]]:
         """Add the gradients of the batch to the parameters; return the detached total and the terms."""
         with self._autocast():
-            vision = self.images.of_batch(batch)
+            vision = self.staged.prepare(self.images.of_batch(batch))
             text, text_index = self.text.features(batch.prompts_B)
-        chunks = list(_chunks(batch, self.max_prompts))
+        chunks = list(_chunks(batch, self.max_prompts, self.device))
         shared = len(chunks) > 1
         vision_leaf, text_leaf = (vision.detached(), text.detached()) if shared else (vision, text)
         total = torch.zeros((), device=self.device)
         terms: dict[str, Tensor] = {}
-        for rows, targets in chunks:
-            output = self._loss(batch, vision_leaf, text_leaf, text_index, rows, targets, normalizer)
+        for chunk in chunks:
+            output = self._loss(vision_leaf, text_leaf, text_index, chunk, normalizer)
             if output.total.requires_grad:
                 output.total.backward()
             total += output.total.detach()
             _add_terms(terms, output.terms)
         if shared:
-            _backward_into(zip(vision.maps_ICHW, vision_leaf.maps_ICHW, strict=True))
-            _backward_into([(text.embeds_PTC, text_leaf.embeds_PTC)])
+            _backward_into(
+                [
+                    *zip(vision.tensors(), vision_leaf.tensors(), strict=True),
+                    (text.embeds_PTC, text_leaf.embeds_PTC),
+                ]
+            )
         return total, terms
 
     @torch.no_grad()
@@ -135,61 +139,83 @@ class LossRunner:
         """The terms of the batch, the same ones as in training."""
         terms: dict[str, Tensor] = {}
         with self._autocast():
-            vision = self.images.of_batch(batch)
+            vision = self.staged.prepare(self.images.of_batch(batch))
             text, text_index = self.text.features(batch.prompts_B)
-        for rows, targets in _chunks(batch, self.max_prompts):
-            _add_terms(terms, self._loss(batch, vision, text, text_index, rows, targets, normalizer).terms)
+        for chunk in _chunks(batch, self.max_prompts, self.device):
+            _add_terms(terms, self._loss(vision, text, text_index, chunk, normalizer).terms)
         return terms
 
     def _loss(
         self,
-        batch: Batch,
         vision: VisionFeatures,
         text: TextFeatures,
         text_index: Tensor,
-        rows: slice,
-        targets: Targets,
+        chunk: _Chunk,
         normalizer: Normalizer,
-    ):
+    ) -> LossOutput:
         weights = self.criterion.weights
-        masked = torch.unique(targets.query_index()[targets.mask_valid_T])
-        wants_masks = len(masked) > 0 and any((weights.mask, weights.dice, weights.semantic, weights.semantic_dice))
+        wants_masks = len(chunk.masked_K) > 0 and any(
+            (weights.mask, weights.dice, weights.semantic, weights.semantic_dice)
+        )
         with self._autocast():
             found = self.staged.detect(
-                vision,
-                text,
-                batch.query_image_B[rows].to(self.device),
-                text_index[rows],
-                one_to_many=self.one_to_many,
+                vision, text, chunk.image_index_B, text_index[chunk.rows], one_to_many=self.one_to_many
             )
-            head = self.staged.mask_head(found, masked.to(self.device)) if wants_masks else None
         predictions = Predictions(
             logits_LBQ=found.logits_LBQ,
             boxes_cxcywh_LBQ4=found.boxes_cxcywh_LBQ4,
             presence_logits_LB=found.presence_logits_LB,
             logits_o2m_LBQ=found.logits_o2m_LBQ,
             boxes_o2m_LBQ4=found.boxes_o2m_LBQ4,
-            mask_logits=head.branch_logits if head else None,
-            semantic_logits=head.semantic_logits if head else None,
         )
-        return self.criterion(predictions, targets.to(self.device), normalizer)
+        pending = self.criterion.begin(predictions, chunk.targets)
+        if wants_masks:  # made by the device while the host matches
+            with self._autocast():
+                head = self.staged.mask_head(found, chunk.masked_K)
+            predictions.mask_logits, predictions.semantic_logits = head.branch_logits, head.semantic_logits
+        return self.criterion(predictions, chunk.targets, normalizer, pending)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
 
 
-def _chunks(batch: Batch, size: int) -> Iterator[tuple[slice, Targets]]:
-    """Runs of at most ``size`` find queries with their packed targets."""
-    targets = batch.targets()
-    ends = torch.cat([torch.zeros(1, dtype=torch.long), targets.num_B.cumsum(0)]).tolist()
+@dataclass(frozen=True)
+class _Chunk:
+    """A run of find queries: their images and packed targets on the device, those with masks (K,) on the CPU."""
+
+    rows: slice
+    image_index_B: Tensor
+    targets: Targets
+    masked_K: Tensor
+
+
+def _chunks(batch: Batch, size: int, device: torch.device) -> Iterator[_Chunk]:
+    """Runs of at most ``size`` find queries."""
+    targets, image_index_B = batch.targets(device), batch.query_image_B.to(device, non_blocking=True)
+    ends = torch.cat([torch.zeros(1, dtype=torch.long), batch.num_B.cumsum(0)]).tolist()
     for start in range(0, batch.num_queries, size):
         rows = slice(start, min(start + size, batch.num_queries))
         packed = slice(ends[rows.start], ends[rows.stop])
-        masks = None if targets.masks_THW is None else targets.masks_THW[packed]
-        yield (
+        query_T = torch.arange(rows.stop - rows.start).repeat_interleave(batch.num_B[rows])
+        yield _Chunk(
             rows,
-            Targets(targets.num_B[rows], targets.boxes_cxcywh_T4[packed], masks, targets.mask_valid_T[packed]),
+            image_index_B[rows],
+            Targets(
+                targets.num_B[rows],
+                targets.boxes_cxcywh_T4[packed],
+                None if targets.masks_THW is None else targets.masks_THW[packed],
+                targets.mask_valid_T[packed],
+            ),
+            query_T[batch.mask_valid_T[packed]].unique(),
         )
+
+
+def _count_semantic(batch: Batch) -> int:
+    """Find queries whose semantic target, the union of their valid masks, is not empty."""
+    if batch.masks_packed is None:
+        return 0
+    query_T = torch.arange(batch.num_queries).repeat_interleave(batch.num_B)
+    return len(query_T[(batch.masks_packed != 0).any(dim=1) & batch.mask_valid_T].unique())
 
 
 def _add_terms(total: dict[str, Tensor], terms: dict[str, Tensor]) -> None:

@@ -23,7 +23,7 @@ LOGGED = ("map", "map_50", "map_75", "cgf1", "off_prompt_fpr", "presence_accurac
 
 def evaluation_settings(config: Config) -> EvaluationSettings:
     """How a configuration wants its models measured."""
-    evaluation, data = config.evaluation, config.data
+    evaluation, data, batch_size = config.evaluation, config.data, config.training.batch_size
     return EvaluationSettings(
         threshold=evaluation.prob_threshold,
         nms_iou=evaluation.nms_iou,
@@ -36,7 +36,7 @@ def evaluation_settings(config: Config) -> EvaluationSettings:
         prompts=data.prompts,
         negative_prompts=data.negative_prompts,
         exhaustive=data.exhaustive,
-        batch_size=config.training.batch_size,
+        batch_size=EvaluationSettings.batch_size if batch_size == "auto" else batch_size,
         max_prompts_per_forward=config.training.max_prompts_per_forward,
     )
 

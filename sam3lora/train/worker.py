@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from sam3lora.config import Config, load_config
+from sam3lora.data.collate import Batch
 from sam3lora.errors import OutOfMemory
 from sam3lora.infer.device_errors import is_out_of_memory
 from sam3lora.model.adapter_folder import save_adapter
@@ -51,8 +53,13 @@ def _too_large(config: Config, error: BaseException) -> str:
 
 def train_epochs(worker: Worker) -> None:
     """Steps, with validation and checkpoints where they are due, until the last epoch, ``max_steps`` or a stop."""
+    # Closed whatever happens: the thread that reads ahead is not to outlive the run.
+    with closing(worker.batches.training_batches(worker.state.epoch, worker.state.step_in_epoch)) as stream:
+        _train_on(worker, stream)
+
+
+def _train_on(worker: Worker, stream: Iterator[Batch]) -> None:
     state, training = worker.state, worker.config.training
-    stream = worker.batches.training_batches(state.epoch, state.step_in_epoch)
     sums = TermSums(worker.runner.criterion.weights, dict(state.epoch_sums), StepCounts(*state.epoch_counts))
     if state.step == 0 and worker.config.evaluation.base_loss:
         measure_base(worker)
@@ -145,12 +152,13 @@ def validation_terms(worker: Worker) -> TermSums | None:
         return None
     worker.model.eval()
     sums, skipped = TermSums(worker.runner.criterion.weights), []
-    for batch in worker.batches.validation_batches():
-        skipped += batch.skipped
-        if batch.num_queries:
-            counts = StepCounts.of([batch])
-            terms = evaluate_batch(worker.runner, batch, counts.normalizer())
-            sums.add({name: value.item() for name, value in terms.items()}, counts)
+    with closing(worker.batches.validation_batches()) as batches:
+        for batch in batches:
+            skipped += batch.skipped
+            if batch.num_queries:
+                counts = StepCounts.of([batch])
+                terms = evaluate_batch(worker.runner, batch, counts.normalizer())
+                sums.add({name: value.item() for name, value in terms.items()}, counts)
     merged = TermSums(sums.weights)
     for other_sums, other_counts, others_skipped in distributed.gather_objects((sums.sums, sums.counts, skipped)):
         for name, value in other_sums.items():

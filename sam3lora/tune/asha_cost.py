@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from sam3lora.config.training import images_per_step
 from sam3lora.train.cluster import most_workers
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def trial_seconds(config: Config, probe: Probe, share: float = 1.0) -> float:
     On Ray every one of its workers takes its share of the images, and data tasks decode ahead.
     """
     training, workers = config.training, max(most_workers(config), 1)
-    steps_per_epoch = -(-probe.num_train // (training.batch_size * training.gradient_accumulation_steps * workers))
+    steps_per_epoch = -(-probe.num_train // (images_per_step(training) * workers))
     steps = training.num_epochs * steps_per_epoch
     epochs = min(steps, training.max_steps or steps) / steps_per_epoch
     data_workers = _data_workers(config)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from sam3lora.config.training import images_per_step
+
 if TYPE_CHECKING:
     from sam3lora.tune.space import SearchSpace
 
@@ -40,6 +42,5 @@ def num_epochs(space: SearchSpace, num_train_images: int | None) -> int:
     if training.max_steps is None or num_train_images is None:
         return training.num_epochs
     most_workers = max(1, workers if isinstance(workers, int) else workers[1])
-    images_per_step = training.batch_size * training.gradient_accumulation_steps * most_workers
-    steps_per_epoch = math.ceil(num_train_images / images_per_step)
+    steps_per_epoch = math.ceil(num_train_images / (images_per_step(training) * most_workers))
     return min(training.num_epochs, math.ceil(training.max_steps / steps_per_epoch))

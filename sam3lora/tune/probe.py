@@ -96,7 +96,7 @@ def run_probe(config: Config) -> Probe:
         size = config.training.batch_size
         raise OutOfMemory(
             f"out of memory with training.batch_size={size}: "
-            + (f"set it to {size // 2}, or " if size > 1 else "")
+            + (f"set it to {size // 2}, or " if size != "auto" and size > 1 else "")
             + "set training.gradient_checkpointing=true, a lower training.max_prompts_per_forward, or "
             "model.dtype=bfloat16"
         ) from error
@@ -115,7 +115,8 @@ def _measure(config: Config, folder: Path) -> Probe:
     train, valid = _train(worker), _validate(worker)
     uses_features = worker.runner.images.features_loaded > loaded
     metrics_s, num_measured = _metrics(worker)
-    num_train, num_valid, size = len(worker.data.train), len(worker.data.valid or ()), config.training.batch_size
+    num_train, num_valid = len(worker.data.train), len(worker.data.valid or ())
+    size = worker.config.training.images_per_forward
     num_visited = min(_STEPS * size, num_train) + min(_BATCHES * size, num_valid)
     return Probe(
         device=_device_in_words(worker.device),
@@ -147,20 +148,20 @@ def _probe_config(config: Config, folder: Path) -> Config:
 
 def _train(worker: Worker) -> ImageCost:
     """The cost of the last of two steps: the first one also warms up."""
-    batches = worker.batches.training_batches(0, 0)
-    return _cost(worker, islice(batches, _STEPS), lambda batch: optimizer_step(worker, [batch]))
+    with contextlib.closing(worker.batches.training_batches(0, 0)) as batches:
+        return _cost(worker, islice(batches, _STEPS), lambda batch: optimizer_step(worker, [batch]))
 
 
 def _validate(worker: Worker) -> ImageCost:
     if worker.data.valid is None:
         return ImageCost()
     worker.model.eval()
-    batches = worker.batches.validation_batches()
-    return _cost(
-        worker,
-        islice(batches, _BATCHES),
-        lambda batch: evaluate_batch(worker.runner, batch, StepCounts.of([batch]).normalizer()),
-    )
+    with contextlib.closing(worker.batches.validation_batches()) as batches:
+        return _cost(
+            worker,
+            islice(batches, _BATCHES),
+            lambda batch: evaluate_batch(worker.runner, batch, StepCounts.of([batch]).normalizer()),
+        )
 
 
 def _cost(worker: Worker, batches: Iterator[Batch], compute: Callable[[Batch], Any]) -> ImageCost:
@@ -183,7 +184,7 @@ def _metrics(worker: Worker) -> tuple[float | None, int]:
     from sam3lora.train.validation_metrics import validation_metrics
 
     num_images = min(evaluation.num_samples or 10**9, len(worker.data.valid_complete))
-    num_probed = min(num_images, worker.config.training.batch_size)
+    num_probed = min(num_images, worker.config.training.images_per_forward)
     few = evaluation.model_copy(update={"num_samples": num_probed})
     worker.config = worker.config.model_copy(update={"evaluation": few})
     seconds, _ = _timed(worker, lambda: validation_metrics(worker))

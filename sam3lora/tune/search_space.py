@@ -259,7 +259,15 @@ class SearchSpace:
 
 
 _WHERE = ("address", "resources_per_worker", "placement_strategy", "worker_start_timeout_s", "max_failures", "use_gpu")
-_COST = ("cache_dir", "cache_gb", "frame_cache", "feature_cache", "num_workers", "gradient_checkpointing")
+_COST = (
+    "cache_dir",
+    "cache_gb",
+    "cache_memory_gb",
+    "frame_cache",
+    "feature_cache",
+    "num_workers",
+    "gradient_checkpointing",
+)
 _BOOKKEEPING = ("logging_steps", "eval_steps", "save_steps", "save_total_limit")
 _MAY_DIFFER = (
     *("name", "base_name", "search.num_trials", "search.max_concurrent", "base.output", "base.logging"),

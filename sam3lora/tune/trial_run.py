@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sam3lora.config import Config
+from sam3lora.config.training import images_per_step
 from sam3lora.data.images import ImageError
 from sam3lora.errors import OutOfMemory, UserError, WorkerLost
 from sam3lora.train.checkpoints import list_checkpoints
@@ -114,7 +115,7 @@ def _train(space: SearchSpace, ledger: Ledger, record: TrialRecord, report: Repo
             _start(config, report, may_stop=may_stop)
             return
         except OutOfMemory as error:
-            if record.retries or not space.failures.retry_out_of_memory or config.training.batch_size == 1:
+            if record.retries or not space.failures.retry_out_of_memory or config.training.batch_size in (1, "auto"):
                 raise
             record.retries.append({"reason": _reason(error), **_half_the_batch(config)})
             ledger.write(record)
@@ -123,9 +124,8 @@ def _train(space: SearchSpace, ledger: Ledger, record: TrialRecord, report: Repo
 
 def _half_the_batch(config: Config) -> dict[str, int]:
     """A step of as many images, or nearly, in smaller batches."""
-    batch_size = config.training.batch_size // 2
-    images = config.training.batch_size * config.training.gradient_accumulation_steps
-    return {"batch_size": batch_size, "gradient_accumulation_steps": -(-images // batch_size)}
+    batch_size = config.training.images_per_forward // 2
+    return {"batch_size": batch_size, "gradient_accumulation_steps": -(-images_per_step(config.training) // batch_size)}
 
 
 def _start(config: Config, report: Report, *, may_stop: bool) -> None:

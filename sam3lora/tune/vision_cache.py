@@ -11,7 +11,9 @@ import torch
 from sam3lora.config import Config
 from sam3lora.model.adapters import LoraSettings
 from sam3lora.model.targets import select_modules
-from sam3lora.train.features import kept_type, what_changes_the_trunk
+from sam3lora.model.trunk import unchanged_layers
+from sam3lora.train.feature_form import FeatureForm
+from sam3lora.train.trunk_cache import kept_type, what_changes_the_trunk
 from sam3lora.tune.budget import meta_model
 
 
@@ -34,9 +36,15 @@ def feature_bytes(configs: Iterable[Config]) -> int:
         model, bf16 = config.model, config.training.mixed_precision == "bf16"
         trunk = _trunk_config(config)
         tokens = ((model.resolution or _side(trunk.image_size)) // _side(trunk.patch_size)) ** 2
-        kind = kept_type(_adapted(config), bf16=bf16, weights=getattr(torch, model.dtype))
-        shared = (model.name, model.revision, model.resolution, model.dtype, model.attention, bf16, kind)
-        sizes[shared] = tokens * trunk.hidden_size * kind.itemsize
+        adapted, weights = _adapted(config), getattr(torch, model.dtype)
+        num_layers = unchanged_layers(adapted, trunk.num_hidden_layers)
+        if num_layers == trunk.num_hidden_layers:
+            kind = kept_type(adapted, bf16=bf16, weights=weights)
+        else:
+            kind = torch.float32 if bf16 else weights
+        form = FeatureForm((tokens, trunk.hidden_size), kind, config.training.feature_cache_type == "int8")
+        shared = (model.name, model.revision, model.resolution, model.dtype, model.attention, bf16, num_layers, form)
+        sizes[shared] = form.num_bytes
     return sum(sizes.values())
 
 

@@ -7,6 +7,7 @@ import json
 import runpy
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,11 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from sam3lora.bench import postprocess
+from sam3lora.bench.evaluation import compare_evaluation
 from sam3lora.bench.models import small_config
 from sam3lora.bench.postprocess import WAYS, Workload
-from sam3lora.bench.prompts import compare_prompts
+from sam3lora.bench.processes import Measured
+from sam3lora.bench.prompts import compare_prompts, compare_repeated
 from sam3lora.bench.report import Comparison, Way, machine_line, time_in_turns
 from sam3lora.errors import UserError
 
@@ -47,6 +50,17 @@ def test_ways_take_turns_and_warming_up_does_not_count():
         time_in_turns({}, repeats=0)
 
 
+def test_the_median_of_the_rounds_counts(monkeypatch):
+    clock = [0.0]
+    lasting = iter([5, 1, 9, 2])  # the first one warms up
+
+    def run():
+        clock[0] += next(lasting)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    assert time_in_turns({"a": run}, repeats=3) == {"a": 2}
+
+
 def test_prompts_of_both_ways_find_the_same():
     found = compare_prompts("tiny", num_prompts=2, repeats=1, device="cpu")
     assert [way.name for way in found.ways] == [
@@ -58,6 +72,12 @@ def test_prompts_of_both_ways_find_the_same():
     # probabilities are enlarged there, logits here: outlines differ by a pixel here and there
     assert found.facts["mask pixels that differ"] < 1e-3
     assert found.facts["vision share of a single-prompt forward"] > 0
+
+
+def test_kept_features_find_what_the_first_time_did():
+    found = compare_repeated("tiny", num_prompts=2, repeats=1, device="cpu")
+    assert [way.name for way in found.ways] == ["image features kept", "first time"]
+    assert found.facts["detections, first time"] == found.facts["detections, features kept"] > 0
 
 
 def test_the_small_model_is_mostly_vision():
@@ -74,12 +94,12 @@ def test_unknown_model():
 
 @pytest.mark.parametrize("kind", ["blobs", "large"])
 def test_both_ways_keep_and_encode_the_same_masks(kind):
-    workload = Workload(kind, num_masks=6, mask_side=24, size_hw=(60, 80))
+    workload = Workload(kind, num_masks=8, mask_side=24, size_hw=(60, 80), num_kept=6)
     scores, logits = workload.draw()
     assert torch.equal(scores, scores.sort(descending=True).values)
     assert (logits > 0).flatten(1).any(1).all()
-    # the last is a copy of the first, and goes
-    logits[-1] = logits[0]
+    # the last at the threshold is a copy of the first, and goes; two are below the threshold
+    logits[5] = logits[0]
     ours, plain = (encode(scores, logits, workload.size_hw) for encode in WAYS.values())
     assert len(ours) == len(plain) == 5
     assert all(rle["size"] == [60, 80] for rle in ours + plain)
@@ -88,6 +108,8 @@ def test_both_ways_keep_and_encode_the_same_masks(kind):
 def test_masks_of_no_such_kind():
     with pytest.raises(UserError, match="blobs or large, got 'stars'"):
         Workload("stars")
+    with pytest.raises(UserError, match="1 to 200, got 300"):
+        Workload(num_kept=300)
 
 
 SIZES = ["--masks", "5", "--mask-side", "16", "--height", "40", "--width", "50"]
@@ -110,7 +132,10 @@ def check_report(printed: str, path: Path) -> None:
 
 def test_the_job_tells_both_ways_and_the_ratio(tmp_path, monkeypatch):
     # in this process: starting one for each way takes longer than the work
-    monkeypatch.setattr(postprocess, "_in_a_fresh_process", lambda *work: postprocess._measure(*work, 1))
+    def measure(ways, *, rounds, **_):
+        return {name: Measured((1.0,), 0.0, 1.0, (work.make(**work.arguments)(),)) for name, work in ways.items()}
+
+    monkeypatch.setattr(postprocess, "measure_in_turns", measure)
     path = tmp_path / "new" / "found.json"
     result = CliRunner().invoke(runpy.run_path(str(JOB))["app"], ["postprocess", *SIZES, "--json", str(path)])
     assert result.exit_code == 0, result.output
@@ -123,6 +148,15 @@ def test_the_job_in_processes_of_its_own(tmp_path):
     result = run("postprocess", *SIZES, "--json", str(path))
     assert result.returncode == 0, result.stderr
     check_report(result.stdout, path)
+
+
+@pytest.mark.slow
+def test_both_ways_of_an_evaluation_find_the_same():
+    found = compare_evaluation("tiny", num_images=2, num_prompts=2, repeats=1)
+    assert found.facts["detections, sam3lora"] == found.facts["detections, transformers"] == 2 * 2 * 32
+    assert found.facts["largest difference of scores"] < 1e-4
+    assert found.facts["mAP, sam3lora"] == pytest.approx(found.facts["mAP, transformers"], abs=1e-3)
+    assert found.facts["mAP, sam3lora"] > 0
 
 
 @pytest.mark.parametrize("command", ["prompts", "postprocess"])

@@ -57,7 +57,7 @@ def test_all_mistakes_are_listed_together():
     for part in (
         "lora.rank should be greater than or equal to 1, got 0",
         "did you mean lora.alpha?",
-        "training.batch_size should be a valid integer, got 'many'",
+        "training.batch_size should be a whole number of at least 1, or \"auto\", got 'many'",
         "training.dropout: unknown key; did you mean lora.dropout?",
         "hardware.device has no effect here",
     ):

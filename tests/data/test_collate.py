@@ -70,3 +70,25 @@ def test_decoding_imports_no_torch():
     modules = "check, coco, pipeline, plan, sample"
     code = f"import sys; from sam3lora.data import {modules}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_pinned_batch_has_every_tensor_pinned_and_the_rest_as_it_was(folder, monkeypatch):
+    # Without a GPU no memory can be pinned: copies stand for it.
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.clone())
+    batch = collate(make(folder, [0, 1, 2]))
+    pinned = batch.pin_memory()
+    for name, value in vars(batch).items():
+        other = getattr(pinned, name)
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(other, value), name
+            assert other.data_ptr() != value.data_ptr(), name
+        else:
+            assert other is value, name
+
+
+def test_masks_are_unpacked_alike_on_every_device(folder):
+    batch = collate(make(folder, [0, 1, 2]))
+    there = batch.masks("meta")
+    assert (there.shape, there.dtype) == (batch.masks().shape, torch.bool)
+    bits = batch.masks_packed.unsqueeze(-1) >> torch.arange(7, -1, -1, dtype=torch.uint8) & 1
+    assert torch.equal(batch.masks().flatten(1), bits.flatten(1)[:, : 21 * 21].bool())

@@ -179,6 +179,7 @@ def times_done(output: Path) -> Counter[str]:
     return Counter(record["path"] for record in records if "error" not in record)
 
 
+@pytest.mark.slow
 def test_killed_half_way_and_started_again_it_finishes(ray_address, small_base, tmp_path):
     images, output = draw_images(tmp_path / "images", 200), tmp_path / "out"
     command = ["--input", str(images), "--output", str(output), "--prompt", *PROMPTS, "--model", str(small_base)]
@@ -292,6 +293,7 @@ def test_mistake_on_the_command_line_ends_with_status_2(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_images_that_all_fail(ray_address, small_base, tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.jpg").touch()

@@ -10,6 +10,7 @@ from collections import Counter
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Sam3Model
 
 from sam3lora.model.checkpointing import enable_checkpointing
@@ -280,7 +281,7 @@ def counted_calls(sam3) -> Counter:
         "vision_encoder": sam3.vision_encoder.backbone.layers[1].mlp,
         "text_encoder": sam3.text_encoder.text_model.encoder.layers[0].mlp,
         "geometry_encoder": sam3.geometry_encoder.layers[0],
-        "detr_encoder": sam3.detr_encoder.layers[0],
+        "detr_encoder": sam3.detr_encoder.layers[0].mlp,
         "detr_decoder": sam3.detr_decoder.layers[0].mlp,
         "mask_decoder": sam3.mask_decoder.pixel_decoder.conv_layers[0],
         "scoring": sam3.dot_product_scoring.text_mlp,
@@ -308,13 +309,62 @@ def test_checkpointing_recomputes_and_keeps_gradients(sam3, counted_calls, compo
 def test_towers_run_once_and_cls_once_an_image(sam3, counted_calls):
     # Five queries on two images and three prompts: one vision pass, one text pass, two rows of geometry.
     rows = []
-    sam3.geometry_encoder.register_forward_pre_hook(lambda module, arguments: rows.append(len(arguments[0])))
+    sam3.geometry_encoder.layers[0].register_forward_pre_hook(
+        lambda module, arguments, keywords: rows.append(len(keywords["prompt_feats"])), with_kwargs=True
+    )
     staged = StagedSam3(sam3)
     vision, text = encode(staged)
     found = staged.detect(vision, text, torch.tensor([0, 0, 1, 1, 1]), torch.tensor([0, 1, 0, 1, 2]))
     all_masks(staged, found)
     assert counted_calls["vision_encoder"] == counted_calls["text_encoder"] == 1
     assert rows == [2]
+
+
+def test_what_no_prompt_changes_is_done_once_an_image(sam3):
+    # Five queries on two images in two chunks: the encoder's first self-attention and the CLS token see two rows once,
+    # and outputs and gradients are those of chunks that do it themselves.
+    rows = []
+    sam3.detr_encoder.layers[0].self_attn.register_forward_pre_hook(
+        lambda _, arguments, keywords: rows.append(len(keywords["query"])), with_kwargs=True
+    )
+    staged = StagedSam3(sam3)
+    vision, text = encode(staged)
+    chunks = [((0, 0, 1), (0, 1, 0)), ((1, 1), (1, 2))]
+
+    def outputs(features: VisionFeatures) -> list[Tensor]:
+        found = [staged.detect(features, text, torch.tensor(image), torch.tensor(word)) for image, word in chunks]
+        return [one for each in found for one in (each.logits_LBQ, each.boxes_cxcywh_LBQ4, *all_masks(staged, each))]
+
+    expected = outputs(vision)
+    assert rows == [2, 2]
+    rows.clear()
+    actual = outputs(staged.prepare(vision))
+    assert rows == [2]
+    torch.testing.assert_close(actual, expected)
+    watched = [sam3.detr_encoder.layers[0].self_attn.q_proj.weight, sam3.geometry_encoder.cls_embed.weight]
+    gradients = [
+        torch.autograd.grad(sum(one.square().sum() for one in ways), watched, retain_graph=True)
+        for ways in (actual, expected)
+    ]
+    assert all(gradient.abs().max() > 0 for gradient in gradients[0])
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+def test_stages_read_no_values(sam3):
+    # What asks a tensor for its values makes the host wait for a GPU.
+    class NoValues(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            assert "_local_scalar_dense" not in str(function), "a value was read"
+            return function(*arguments, **(keywords or {}))
+
+    staged = StagedSam3(sam3)
+    vision, text = encode(staged)
+    index = torch.tensor([0, 1, 1])
+    with NoValues():
+        found = staged.detect(staged.prepare(vision), text, index, index, one_to_many=True)
+        head = staged.mask_head(found, torch.tensor([0, 2]))
+        head.instance_logits(torch.tensor([0, 2]), torch.tensor([1, 4]), "o2m")
+        head.semantic_logits(torch.tensor([2]))
 
 
 @torch.no_grad()

@@ -17,12 +17,15 @@ from sam3lora.train.step import StepCounts
 
 NUM_TRAIN, NUM_VALID = 6, 3
 FROZEN = "lora.apply_to_vision_encoder=false"
+LAST_LAYER = "lora.vision_last_layers=1"
 NECK = "lora.target_modules=[proj1, proj2, box_head]"
 NECK_ONLY = [
     NECK,
     *(f"lora.apply_to_{name}=false" for name in ("geometry_encoder", "detr_encoder", "mask_decoder", "scoring")),
 ]
 OFF, BF16 = "training.feature_cache=false", "training.mixed_precision=bf16"
+ON_DISK = "training.cache_memory_gb=0"  # and not in memory too
+INT8 = "training.feature_cache_type=int8"
 
 
 def step_of(worker: Worker) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -19,7 +19,6 @@ from sam3lora.data import collate
 from sam3lora.data.array_store import ArrayStore
 from sam3lora.errors import UserError
 from sam3lora.infer import pixels
-from sam3lora.model.forward import StagedSam3
 from sam3lora.train import train
 from sam3lora.train.validation_metrics import validation_metrics
 from sam3lora.train.worker import validation_terms
@@ -29,6 +28,7 @@ from .feature_cases import (
     NUM_TRAIN,
     NUM_VALID,
     OFF,
+    ON_DISK,
     arrays,
     assert_equal,
     counts_of,
@@ -48,23 +48,24 @@ def test_kept_frames_are_the_decoded_ones(make_config, cache_folder, monkeypatch
     on = "training.frame_cache=true"
     expected, _ = step_of(make_worker(make_config()))
     decoded.clear()
-    for more, num_decoded in (([], 2), ([], 0), (["lora.rank=2"], 0)):
-        worker = make_worker(make_config(on, *more))
-        gradients, _ = step_of(worker)
-        assert len(decoded) == num_decoded
-        decoded.clear()
+    for more in ([], [], ["lora.rank=2"]):
+        gradients, _ = step_of(make_worker(make_config(on, *more)))
         if not more:
             assert_equal(gradients, expected)
+        # Batches are decoded ahead of use, how many depends.
+        assert 2 <= len(decoded) == len(set(decoded)) == len(arrays(cache_folder))
     assert {(array.shape, array.dtype) for array in arrays(cache_folder)} == {((112, 112, 3), np.dtype(np.uint8))}
     # Validation and its metrics share theirs, also where training is augmented.
+    num_kept = len(arrays(cache_folder)) + NUM_VALID
+    decoded.clear()
     augmented = make_worker(make_config(on, "data.augmentation=sam3"))
     validation_terms(augmented)
     validation_metrics(augmented)
     assert len(decoded) == NUM_VALID
     step_of(augmented)
     step_of(augmented)
-    assert len(decoded) == NUM_VALID + 4
-    assert len(arrays(cache_folder)) == 2 + NUM_VALID
+    assert len(decoded) >= NUM_VALID + 4
+    assert len(arrays(cache_folder)) == num_kept
 
 
 def test_frames_are_not_kept_beside_features(make_config, cache_folder):
@@ -78,7 +79,7 @@ def test_frames_are_not_kept_beside_features(make_config, cache_folder):
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [
-        ([], r"the adapter changes the vision trunk \(\d+ modules, first vision_encoder\.backbone\."),
+        ([], r"the adapter changes the vision trunk \(\d+ modules, first vision_encoder\.backbone\..*last_layers"),
         ([FROZEN, "data.augmentation=sam3"], r"data\.augmentation and data\.horizontal_flip change"),
         ([FROZEN, "data.horizontal_flip=0.1"], r"data\.augmentation and data\.horizontal_flip change"),
     ],
@@ -161,7 +162,7 @@ def test_two_runs_at_once_share_the_work(make_config, tmp_path, cache_folder):
 
 def test_waiting_for_another_runs_image(make_config, cache_folder, monkeypatch):
     # One of two images is being made elsewhere: the other is made first, then that one is read, not made.
-    worker = make_worker(make_config(FROZEN))
+    worker = make_worker(make_config(FROZEN, ON_DISK))
     step_of(worker)
     [first, second] = [file for file in cache_folder.glob("??/*.npy") if np.load(file).shape != (32,)]
     elsewhere = shutil.move(second, cache_folder / "elsewhere")
@@ -187,19 +188,6 @@ def test_pixels_are_those_of_inference():
     # Bit for bit: what is kept while training is what `validate` would make.
     images = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1).expand(-1, -1, -1, 3)
     assert torch.equal(collate.to_pixel_values(images), pixels.to_pixel_values(list(images.numpy()), 16))
-
-
-def test_neck_starts_where_the_trunk_ends(make_config):
-    # The two stages are the one.
-    worker = make_worker(make_config())
-    staged: StagedSam3 = worker.runner.staged
-    images = torch.randn(3, 3, 112, 112)
-    with torch.no_grad():
-        whole, parts = staged.encode_images(images), staged.encode_neck(staged.encode_trunk(images))
-    for one, other in zip(
-        [*whole.maps_ICHW, *whole.positions_1CHW], [*parts.maps_ICHW, *parts.positions_1CHW], strict=True
-    ):
-        assert torch.equal(one, other)
 
 
 @pytest.mark.slow

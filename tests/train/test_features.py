@@ -13,17 +13,20 @@ from sam3lora.errors import UserError
 from sam3lora.evaluate.split import ask_split
 from sam3lora.train import train
 from sam3lora.train import validation_metrics as metrics_module
+from sam3lora.train.feature_memory import FeatureMemory
 from sam3lora.train.validation_metrics import validation_metrics
 from sam3lora.train.worker import validation_terms
 
 from .feature_cases import (
     BF16,
     FROZEN,
+    LAST_LAYER,
     NECK,
     NECK_ONLY,
     NUM_TRAIN,
     NUM_VALID,
     OFF,
+    ON_DISK,
     arrays,
     assert_equal,
     counts_of,
@@ -44,6 +47,8 @@ from .two_workers import make_worker
         pytest.param([FROZEN], np.float32, id="frozen"),
         pytest.param([FROZEN, BF16], np.uint16, id="frozen-autocast"),
         pytest.param([*NECK_ONLY, BF16], np.float32, id="neck-autocast"),
+        pytest.param([LAST_LAYER, BF16], np.float32, id="last-layer-autocast"),
+        pytest.param([LAST_LAYER], np.float32, id="last-layer", marks=pytest.mark.slow),
         pytest.param(NECK_ONLY, np.float32, id="neck", marks=pytest.mark.slow),
         pytest.param([FROZEN, BF16, "model.dtype=bfloat16"], np.uint16, id="frozen-bfloat16", marks=pytest.mark.slow),
         pytest.param([*NECK_ONLY, BF16, "model.dtype=bfloat16"], np.uint16, id="neck-bfloat16", marks=pytest.mark.slow),
@@ -59,7 +64,7 @@ def test_kept_features_give_the_same_gradients(make_config, cache_folder, overri
     expected_valid = validation_terms(plain).means()
     assert not cache_folder.exists()
     worker = make_worker(make_config(*common, max_prompts_per_forward=2))
-    for seen in (
+    for seen in (  # read from memory
         [(2, 0), (2 + NUM_VALID, 0)],
         [(2 + NUM_VALID, 2), (2 + NUM_VALID, 2 + NUM_VALID)],
     ):
@@ -120,9 +125,27 @@ def test_metrics_from_kept_features(make_config, monkeypatch):
 # ---- what is kept ----------------------------------------------------------------------------------------------------
 
 
-def test_adapted_trunk_keeps_nothing(make_config, cache_folder):
-    train(make_config("lora.vision_last_layers=1", num_epochs=1))
+def test_trunk_adapted_from_the_first_layer_on_keeps_nothing(make_config, cache_folder):
+    train(make_config("lora.vision_last_layers=3", num_epochs=1))
     assert not cache_folder.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("last_layers", [1, 2])
+def test_layers_before_the_first_adapted_one_run_once(make_config, cache_folder, last_layers):
+    # Whole runs, the second of which reads all from disk; their losses are those of a run without the cache.
+    adapted = f"lora.vision_last_layers={last_layers}"
+    runs = {"plain": [OFF], "first": [], "second": [ON_DISK]}
+    configs = [make_config(adapted, *more, output=name) for name, more in runs.items()]
+    for config in configs:
+        train(config)
+    total = 3 * NUM_VALID + 2 * NUM_TRAIN
+    assert [passes_of(config)[0] for config in configs] == [total, NUM_TRAIN + NUM_VALID, 0]
+    plain, *others = ([without_measures(line) for line in lines_of(config, "step")] for config in configs)
+    assert others == [plain, plain]
+    # Another number of layers has its own.
+    step_of(make_worker(make_config(FROZEN)))
+    assert len(arrays(cache_folder)) == NUM_TRAIN + NUM_VALID + 2
 
 
 def test_augmented_training_keeps_the_features_of_validation(make_config, cache_folder):
@@ -177,10 +200,11 @@ def test_changed_image_is_seen_anew(make_config, scenes, tmp_path, cache_folder)
 @pytest.mark.parametrize("how", ["damaged", "removed", "another shape"])
 def test_features_that_are_gone_by_the_time_they_are_needed(make_config, cache_folder, how):
     # The batch came without pixels; the image is read once more, and what was made takes the place of the file.
-    worker = make_worker(make_config(FROZEN))
+    worker = make_worker(make_config(FROZEN, ON_DISK))
     expected, _ = step_of(worker)
     batch = next(worker.batches.training_batches(0, 0))
     assert (batch.num_images, len(batch.images_NHWC)) == (2, 0)
+    worker.runner.images.trunk.memory = FeatureMemory(0)  # nothing was read ahead
     for file in cache_folder.glob("??/*.npy"):
         if np.load(file).shape != (32,):
             if how == "damaged":
@@ -189,7 +213,7 @@ def test_features_that_are_gone_by_the_time_they_are_needed(make_config, cache_f
                 file.unlink()
             else:
                 np.save(file, np.zeros((4, 4), dtype=np.float32))
-    worker.batches.training_batches = lambda *arguments: iter([batch])
+    worker.batches.training_batches = lambda *arguments: (one for one in [batch])
     gradients, _ = step_of(worker)
     assert_equal(gradients, expected)
     assert counts_of(worker) == (4, 0)
@@ -201,7 +225,7 @@ def test_features_that_are_gone_by_the_time_they_are_needed(make_config, cache_f
 def test_full_cache_costs_passes_and_nothing_else(make_config, cache_folder):
     # Room for the features of four images; the others go through the trunk in each epoch.
     features = 64 * 32 * 4 + 128
-    config = make_config(FROZEN, f"training.cache_gb={5 * features / 1e9}")
+    config = make_config(FROZEN, ON_DISK, f"training.cache_gb={5 * features / 1e9}")
     train(config)
     kept = len(arrays(cache_folder))
     assert 3 <= kept <= 4
@@ -210,7 +234,7 @@ def test_full_cache_costs_passes_and_nothing_else(make_config, cache_folder):
     assert passes + loaded == total
     assert NUM_TRAIN + NUM_VALID < passes < total
     # The next run finds these four, in whichever order it reads the images.
-    second = make_config(FROZEN, f"training.cache_gb={5 * features / 1e9}", "training.seed=7", output="second")
+    second = make_config(FROZEN, ON_DISK, f"training.cache_gb={5 * features / 1e9}", "training.seed=7", output="second")
     train(second)
     assert passes_of(second) == (passes - kept, loaded + kept)
     plain = make_config(FROZEN, OFF, output="plain")

@@ -93,6 +93,7 @@ def test_two_workers_do_what_one_does_with_twice_the_batch(make_config, scenes, 
     assert sorted(os.listdir(two.output_dir / "checkpoints")) == ["step_00000003"]
 
 
+@pytest.mark.slow
 def test_mistake_that_one_worker_meets_ends_the_run(make_config, scenes, tmp_path):
     # The other worker waits for it in a collective call; neither that wait nor a restart delays the message.
     data = tmp_path / "data"

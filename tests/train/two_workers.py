@@ -73,7 +73,7 @@ def main(config_file: str, rank: int, scratch: Path) -> None:
             output.total = output.total * torch.nan
             return output
 
-        broken.weights = criterion.weights
+        broken.weights, broken.begin = criterion.weights, criterion.begin
         worker.runner.criterion = broken
     try:
         recorded_step(worker)

@@ -35,6 +35,7 @@ def run(name, data_dir, folder, *overrides, **options):
     return run_sweep(space, folder)
 
 
+@pytest.mark.slow
 def test_a_sweep_leaves_the_files_that_are_promised(data_dir, tmp_path):
     result = run("lora_quick", data_dir, tmp_path / "sweep", num_trials=2)
     assert [record.status for record in result.records] == ["finished", "finished"]

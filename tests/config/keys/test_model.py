@@ -10,6 +10,7 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from sam3lora.errors import UserError
+from sam3lora.model import loading
 
 from ...model.conftest import make_sam3, save_base
 from .conftest import first_batch, loss_terms
@@ -86,6 +87,19 @@ def test_dtype_is_that_of_the_frozen_weights(build):
     assert torch.bfloat16 in dtypes(half, False)
     # The adapter itself learns in full precision.
     assert dtypes(half, True) == {torch.float32}
+
+
+@acts("model.quantization")
+def test_quantization_replaces_the_linear_layers(build, settings, monkeypatch):
+    # bitsandbytes may be missing: what it is asked for is in tests/model/test_quantization.py.
+    quantized = []
+    monkeypatch.setattr(loading, "quantize_nf4", lambda model, device: quantized.append(device))
+    build("training.mixed_precision=bf16")
+    assert not quantized
+    build("training.mixed_precision=bf16", "model.quantization=nf4")
+    assert [device.type for device in quantized] == ["cpu"]
+    with pytest.raises(UserError, match=r'"nf4" needs training\.mixed_precision bf16'):
+        settings("model.quantization=nf4")
 
 
 @acts("model.attention")

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from sam3lora.errors import UserError
-from sam3lora.train import datasets
+from sam3lora.train import datasets, fit_batch
+from sam3lora.train.metrics import METRICS_FILE, read_metrics
 
 from .coco_folder import write_data, write_split
 from .conftest import batches_of_an_epoch, first_batch, lines_of, loss_terms, take_step
@@ -28,6 +29,28 @@ def test_data_dir_is_where_images_come_from(build, tmp_path):
 def test_batch_size_counts_images(build):
     for size in (1, 2):
         assert {batch.num_images for batch in batches_of_an_epoch(build(f"training.batch_size={size}"))} == {size}
+
+
+def test_batch_size_is_chosen_where_it_is_auto(build, monkeypatch):
+    # Whatever fits, a step has the same images; the number is in the log.
+    fits = {}
+    monkeypatch.setattr(fit_batch, "_fitting_on_cpu", lambda backward, sizes, share: fits["sizes"])
+    for fits["sizes"] in (1, 2):
+        worker = build("training.batch_size=auto", "training.images_per_step=2")
+        assert {batch.num_images for batch in batches_of_an_epoch(worker)} == {fits["sizes"]}
+        assert worker.total_steps == 2
+        [start] = [line for line in read_metrics(worker.output_dir / METRICS_FILE) if line["kind"] == "start"]
+        assert start["batch_size"] * start["gradient_accumulation_steps"] == 2
+
+
+@acts("training.images_per_step")
+def test_images_per_step_is_the_step_of_a_chosen_batch_size(build, settings):
+    assert build("training.batch_size=auto", "training.images_per_step=4").total_steps == 1
+    assert build("training.batch_size=auto", "training.images_per_step=1").total_steps == 4
+    with pytest.raises(UserError, match="images_per_step has no effect while batch_size is a number"):
+        settings("training.batch_size=2", "training.images_per_step=4")
+    with pytest.raises(UserError, match="gradient_accumulation_steps has no effect while batch_size is auto"):
+        settings("training.batch_size=auto", "training.gradient_accumulation_steps=2")
 
 
 @acts("training.gradient_accumulation_steps")
@@ -105,6 +128,19 @@ def test_checkpointed_layers_run_again_in_the_backward_pass(value, calls, build)
     worker.model.get_base_model().detr_encoder.layers[0].mlp.register_forward_pre_hook(lambda *args: seen.append(1))
     take_step(worker)
     assert len(seen) == calls
+
+
+@acts("training.compile")
+def test_compiled_layers_are_those_that_run_in_every_epoch(build, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, *args, **options: compiled.append(module))
+    adapted = "lora.apply_to_vision_encoder=true"
+    build(adapted)
+    assert not compiled
+    layers = list(build(adapted, "training.compile=true").model.get_base_model().vision_encoder.backbone.layers)
+    assert compiled == layers
+    with pytest.raises(UserError, match="each image passes it once"):
+        build("training.compile=true")
 
 
 @acts("training.mixed_precision")

@@ -40,6 +40,28 @@ def test_feature_cache_spares_the_vision_trunk(build, cache_folder):
         load_config("light", ["training.feature_cache=maybe"])
 
 
+@acts("training.feature_cache_type")
+def test_feature_cache_type_decides_how_many_bytes_are_kept(build, cache_folder):
+    # 64 tokens of 32 values: 4 bytes each, or 1 and a scale of 4 bytes for each token.
+    for value, num_bytes in (("auto", 64 * 32 * 4), ("int8", 64 * (32 + 4))):
+        folder = cache_folder / value
+        passes(build(f"training.feature_cache_type={value}", f"training.cache_dir={folder}"))
+        assert sum(file.stat().st_size == 128 + num_bytes for file in files_in(folder)) == 4
+    with pytest.raises(UserError, match="feature_cache_type has no effect while feature_cache is false"):
+        load_config("light", ["training.feature_cache=false", "training.feature_cache_type=int8"])
+
+
+@acts("training.cache_memory_gb")
+def test_cache_memory_gb_bounds_what_stays_in_memory(build):
+    # Room for none, two or all of the four images, which take 8 KB each.
+    for value, num_images in (("0", 0), ("2e-5", 2), ("1", 4)):
+        worker = build(f"training.cache_memory_gb={value}")
+        passes(worker)
+        assert worker.runner.images.trunk.memory.num_bytes == num_images * 8192
+    with pytest.raises(UserError, match="cache_memory_gb has no effect while feature_cache is false"):
+        load_config("light", ["training.feature_cache=false", "training.cache_memory_gb=2"])
+
+
 @acts("training.frame_cache")
 def test_frame_cache_keeps_decoded_images(build, cache_folder):
     off = ("training.feature_cache=false",)

@@ -1,0 +1,53 @@
+"""Weights kept in the type that autocast would cast them to."""
+
+from __future__ import annotations
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from sam3lora.model.components import adapted_modules, bare_name, unwrap
+
+_MATRICES = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
+# `StagedSam3` runs these outside autocast.
+_OUTSIDE_AUTOCAST: tuple[str, ...] = ("geometry_encoder.", "detr_decoder.box_head.")
+_TEXT = ("text_encoder.", "text_projection")
+# The forward casts what goes in to the type of the weights: an adapter there sees it before autocast does.
+_TYPE_IS_READ = (
+    "vision_encoder.backbone.embeddings.patch_embeddings.",
+    "vision_encoder.neck.",
+    "detr_decoder.ref_point_head.",
+)
+
+
+def store_matrices_in(model: nn.Module, dtype: torch.dtype, *, text_tower: bool = False) -> int:
+    """Keep the frozen weights of linear and convolution layers in the type that autocast casts them to.
+
+    Autocast casts them in every forward, and the backward pass keeps the copies. A forward under autocast of this type
+    gives the same outputs and gradients bit for bit. Whatever autocast leaves alone stays as it is: norms, embeddings,
+    position tables, adapters, the layers that run outside autocast, and base layers whose values DoRA reads.
+
+    Args:
+        model: A Sam3Model, plain or with PEFT layers. From then on it runs under autocast of `dtype` only.
+        dtype: Of the autocast.
+        text_tower: Whether the text tower runs under autocast as well.
+
+    Returns:
+        Bytes saved.
+    """
+    base = unwrap(model)
+    adapted = adapted_modules(base)
+    stay = _OUTSIDE_AUTOCAST + (() if text_tower else _TEXT)
+    stay += tuple(prefix for prefix in _TYPE_IS_READ if any(name.startswith(prefix) for name in adapted))
+    lora_layers = [layer for layer in base.modules() if isinstance(layer, LoraLayer)]
+    read_by_dora = {id(layer.get_base_layer()) for layer in lora_layers if any(layer.use_dora.values())}
+    saved = 0
+    for name, module in base.named_modules():
+        is_base = ".lora_" not in name and id(module) not in read_by_dora and not bare_name(name).startswith(stay)
+        if is_base and isinstance(module, _MATRICES):
+            for parameter in module.parameters(recurse=False):
+                if parameter.dtype == torch.float32 and not parameter.requires_grad:
+                    before = parameter.nbytes
+                    parameter.data = parameter.data.to(dtype)
+                    saved += before - parameter.nbytes
+    return saved

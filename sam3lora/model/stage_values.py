@@ -1,0 +1,95 @@
+"""What the stages of SAM 3 hand on to each other.
+
+Shapes: ``I`` images, ``P`` distinct prompts, ``B`` find queries (image, prompt), ``Q`` object queries, ``L`` decoder
+layers, ``T`` prompt tokens, ``S`` image tokens, ``C`` channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass
+class VisionFeatures:
+    """Feature maps of ``I`` images, finest first, without the coarsest level that SAM 3 discards.
+
+    ``begun_ISC`` and ``cls_I1C`` are what `StagedSam3.prepare` adds: the part of the detector's work that no prompt
+    changes.
+    """
+
+    maps_ICHW: list[Tensor]
+    positions_1CHW: list[Tensor]
+    begun_ISC: Tensor | None = None
+    cls_I1C: Tensor | None = None
+
+    @classmethod
+    def from_output(cls, output: Any) -> VisionFeatures:
+        """From what ``Sam3Model.vision_encoder`` returns."""
+        positions = [position[:1] for position in output.fpn_position_encoding[:-1]]
+        return cls(list(output.fpn_hidden_states[:-1]), positions)
+
+    def select(self, image_index_B: Tensor) -> list[Tensor]:
+        return [rows_of(maps, image_index_B) for maps in self.maps_ICHW]
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that depends on the images."""
+        return [*self.maps_ICHW, *(one for one in (self.begun_ISC, self.cls_I1C) if one is not None)]
+
+    def detached(self) -> VisionFeatures:
+        """The same values as leaves that collect gradients: chunks of prompts can share one vision pass."""
+        return replace(
+            self,
+            maps_ICHW=[_leaf(maps) for maps in self.maps_ICHW],
+            begun_ISC=None if self.begun_ISC is None else _leaf(self.begun_ISC),
+            cls_I1C=None if self.cls_I1C is None else _leaf(self.cls_I1C),
+        )
+
+
+@dataclass
+class TextFeatures:
+    """Token features of ``P`` prompts; ``mask_PT`` is True at real tokens."""
+
+    embeds_PTC: Tensor
+    mask_PT: Tensor
+
+    def detached(self) -> TextFeatures:
+        return replace(self, embeds_PTC=_leaf(self.embeds_PTC))
+
+
+def rows_of(values_I: Tensor, image_index_B: Tensor) -> Tensor:
+    """Rows (B, ...) of the images of find queries; a single image is not copied."""
+    if len(values_I) == 1:
+        return values_I.expand(len(image_index_B), *values_I.shape[1:])
+    return values_I.index_select(0, image_index_B)
+
+
+def _leaf(values: Tensor) -> Tensor:
+    return values.detach().requires_grad_(values.requires_grad)
+
+
+@dataclass
+class Detections:
+    """What the decoder says about ``B`` find queries, and what the mask branch needs to go on.
+
+    ``boxes_cxcywh_LBQ4`` are float32 in units of the input's sides; ``presence_logits_LB`` and the logits are raw.
+    The ``o2m`` fields are None unless the one-to-many branch was asked for.
+    """
+
+    logits_LBQ: Tensor
+    boxes_cxcywh_LBQ4: Tensor
+    presence_logits_LB: Tensor
+    logits_o2m_LBQ: Tensor | None
+    boxes_o2m_LBQ4: Tensor | None
+    hidden_BQC: dict[str, Tensor]
+    encoder_hidden_BSC: Tensor
+    prompt_BTC: Tensor
+    prompt_mask_BT: Tensor
+    image_index_B: Tensor
+    vision: VisionFeatures
+
+    def scores_BQ(self) -> Tensor:
+        """Probability that each object query is an instance of its prompt: sigmoid(logit) x sigmoid(presence)."""
+        return self.logits_LBQ[-1].float().sigmoid() * self.presence_logits_LB[-1].float().sigmoid()[:, None]

@@ -1,0 +1,85 @@
+"""The ViT of SAM 3 cut between two layers: what no adapter reaches before it, what an adapter can change behind it.
+
+Tokens between layers are (I, S, C): ``I`` images, ``S`` patches of a square image row by row, ``C`` channels. The cut
+is a number of layers, counted with the embeddings and the norm before them: 0 cuts nothing off.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TRUNK = "vision_encoder.backbone."
+_LAYER = re.compile(re.escape(TRUNK) + r"layers\.(\d+)\.")
+
+
+def unchanged_layers(adapted: Iterable[str], num_layers: int) -> int:
+    """How many of the trunk's layers come before the first module that carries an adapter; all of them without one.
+
+    Args:
+        adapted: Names of the modules of the model that carry an adapter.
+        num_layers: Layers of the trunk.
+    """
+    first = num_layers
+    for name in adapted:
+        if name.startswith(TRUNK):
+            match = _LAYER.match(name)
+            first = min(first, int(match[1]) if match else 0)
+    return first
+
+
+def frozen_layers(trunk: Any) -> int:
+    """How many of a ``Sam3ViTModel``'s layers come before its first parameter that learns; all of them without one."""
+    before = (trunk.embeddings, trunk.layer_norm)
+    if any(parameter.requires_grad for module in before for parameter in module.parameters()):
+        return 0
+    for index, layer in enumerate(trunk.layers):
+        if any(parameter.requires_grad for parameter in layer.parameters()):
+            return index
+    return len(trunk.layers)
+
+
+def first_layers(trunk: Any, pixel_values_ICHW: Tensor, num_layers: int) -> Tensor:
+    """Tokens (I, S, C) behind the first ``num_layers`` layers of a ``Sam3ViTModel``: its forward as far as there."""
+    tokens_ISC = trunk.embeddings(pixel_values_ICHW)
+    tokens_IHWC = trunk.layer_norm(_as_map(tokens_ISC))
+    for layer in trunk.layers[:num_layers]:
+        tokens_IHWC = layer(tokens_IHWC)
+    return tokens_IHWC.flatten(1, 2)
+
+
+def last_layers(trunk: Any, tokens_ISC: Tensor, num_layers: int) -> Tensor:
+    """Tokens (I, S, C) behind all layers, of those behind the first ``num_layers``: the rest of the forward."""
+    tokens_IHWC = _as_map(tokens_ISC)
+    for layer in trunk.layers[num_layers:]:
+        tokens_IHWC = layer(tokens_IHWC)
+    return tokens_IHWC.flatten(1, 2)
+
+
+def weights_of_first_layers(trunk: Any, num_layers: int) -> dict[str, Tensor]:
+    """Parameters and buffers, by name, that the tokens behind the first ``num_layers`` layers depend on."""
+    modules = [("embeddings", trunk.embeddings), ("layer_norm", trunk.layer_norm)]
+    modules += [(f"layers.{index}", layer) for index, layer in enumerate(trunk.layers[:num_layers])]
+    found: dict[str, Tensor] = {}
+    for prefix, module in modules:
+        found |= dict(module.named_parameters(prefix)) | dict(module.named_buffers(prefix))
+    return found
+
+
+@torch.no_grad()
+def token_type(trunk: Any) -> torch.dtype:
+    """Type of the tokens between layers under the autocast that is on: layers add to them and do not change it."""
+    weight = trunk.embeddings.patch_embeddings.projection.weight
+    side = trunk.config.patch_size
+    pixels = torch.zeros(1, trunk.config.num_channels, side, side, dtype=weight.dtype, device=weight.device)
+    return trunk.layer_norm(trunk.embeddings(pixels)).dtype
+
+
+def _as_map(tokens_ISC: Tensor) -> Tensor:
+    side = math.isqrt(tokens_ISC.shape[1])
+    return tokens_ISC.unflatten(1, (side, side))

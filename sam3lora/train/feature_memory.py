@@ -1,0 +1,76 @@
+"""What is kept of images in this process's memory, before the disk."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterable
+
+from torch import Tensor
+
+
+class FeatureMemory:
+    """Tensors by key up to a bound, and beyond it those that were read ahead of use. Any thread may use it.
+
+    The first that fit stay. Images are read in turn: of a memory that drops the least recently used none would be
+    found again.
+
+    Args:
+        limit_bytes: Most bytes that stay; 0 for none.
+        pinned: Page-locked copies, for asynchronous transfer to a GPU.
+    """
+
+    def __init__(self, limit_bytes: int, *, pinned: bool = False) -> None:
+        self.num_bytes = 0
+        self._limit_bytes, self._pinned = limit_bytes, pinned
+        self._kept: dict[str, Tensor] = {}
+        self._ahead: dict[str, Tensor] = {}
+        self._lock = threading.RLock()  # a `user` may be collected while this thread holds it
+
+    def __len__(self) -> int:
+        return len(self._kept) + len(self._ahead)
+
+    def get(self, key: str) -> Tensor | None:
+        """The tensor; one that was only read ahead is given once."""
+        with self._lock:
+            kept = self._kept.get(key)
+            return self._ahead.pop(key, None) if kept is None else kept
+
+    def keep(self, key: str, value: Tensor) -> bool:
+        """Let a tensor stay if there is room, in place of one with the same key; whether it does."""
+        if value.nbytes > self._limit_bytes:
+            return False
+        with self._lock:
+            total = self.num_bytes + value.nbytes - (self._kept[key].nbytes if key in self._kept else 0)
+            if total > self._limit_bytes:
+                return False
+            self._kept[key] = self._pin(value)
+            self.num_bytes = total
+            return True
+
+    def read_ahead(self, keys: Iterable[str], read: Callable[[str], Tensor | None], user: object) -> None:
+        """Have tensors here when they are needed.
+
+        Args:
+            keys: Of them.
+            read: Key -> tensor, called for those that are not here; None where there is none.
+            user: What they are for: once it is gone, nothing that was read only for it is held.
+        """
+        held: list[str] = []
+        weakref.finalize(user, self._drop_ahead, held).atexit = False
+        for key in dict.fromkeys(keys):
+            with self._lock:
+                here = key in self._kept or key in self._ahead
+            if here or (value := read(key)) is None or self.keep(key, value):
+                continue
+            with self._lock:
+                self._ahead[key] = self._pin(value)
+            held.append(key)
+
+    def _pin(self, value: Tensor) -> Tensor:
+        return value.pin_memory() if self._pinned else value
+
+    def _drop_ahead(self, keys: list[str]) -> None:
+        with self._lock:
+            for key in keys:
+                self._ahead.pop(key, None)
