@@ -5,9 +5,11 @@
     python jobs/bench.py prompts                       many prompts on one image
     python jobs/bench.py adapters                      a batch that mixes adapters
     python jobs/bench.py data                          reading training data, against a torch DataLoader
+    python jobs/bench.py data-wait                     what the trainer waits for its data
     python jobs/bench.py evaluate                      a split to COCO results and mAP
     python jobs/bench.py postprocess                   mask logits to run-length codes
     python jobs/bench.py scaling                       two workers, against two processes on their own
+    python jobs/bench.py cost-model                    steps of several sizes, measured and predicted
     python jobs/bench.py serve                         requests over HTTP, some five minutes
     python jobs/bench.py gpu                           SAM 3 at full size on one GPU
 
@@ -150,15 +152,25 @@ def data(
     images: Annotated[int, typer.Option(min=1, help="Photographs of 960 x 720.")] = 64,
     repeats: Repeats = 3,
     ray: Annotated[bool, typer.Option(help="Also read by a task of Ray Data.")] = True,
-    model: Model = "small",
     json_path: JsonPath = None,
 ) -> None:
-    """Images to training batches, against a torch DataLoader, at 336 and 1008 pixels; what a trainer waits for them."""
+    """Images to training batches, against a torch DataLoader, at 336 and 1008 pixels."""
     from sam3lora.bench.data import compare_data
+
+    _tell(compare_data(num_images=images, rounds=repeats, use_ray=ray), json_path)
+
+
+@app.command("data-wait")
+def data_wait(
+    steps: Annotated[int, typer.Option(min=1, help="In a round.")] = 6,
+    repeats: Repeats = 3,
+    json_path: JsonPath = None,
+) -> None:
+    """The share of a step that the trainer waits for its data, with and without reading ahead."""
     from sam3lora.bench.data_wait import WaitWork, compare_waiting
 
-    reports = compare_data(num_images=images, rounds=repeats, use_ray=ray)
-    _tell([*reports, compare_waiting(WaitWork(model=model), rounds=repeats)], json_path)
+    reports = [compare_waiting(WaitWork(model, num_steps=steps), rounds=repeats) for model in ("tiny", "small")]
+    _tell(reports, json_path)
 
 
 @app.command()
@@ -189,6 +201,20 @@ def scaling(
 
     work = ScalingWork(preset, model, num_prompts, steps)
     _tell([compare_scaling(work, rounds=repeats)], json_path)
+
+
+@app.command("cost-model")
+def cost_model(
+    preset: Annotated[str, typer.Option(help="Of the configuration.")] = "light",
+    repeats: Repeats = 3,
+    model: Model = "small",
+    threads: Annotated[int | None, typer.Option(min=1, help="Of torch.")] = None,
+    json_path: JsonPath = None,
+) -> None:
+    """Steps of several sizes: as measured, and as docs/cost_model.md predicts them."""
+    from sam3lora.bench.cost_model import compare_prediction
+
+    _tell([compare_prediction(preset, model=model, rounds=repeats, num_threads=threads)], json_path)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def compare_waiting(work: WaitWork | None = None, *, rounds: int = 3, num_thread
 def make_trainer(folder: str, work: WaitWork, ahead: bool) -> Round:
     """A round takes the steps of one epoch; the weights stay as they are, so every round has the same losses."""
     from sam3lora.bench.our_training import make_runner
-    from sam3lora.data.collate import collate
+    from sam3lora.data.collate import Batch, collate
     from sam3lora.data.pipeline import iterate_batches
     from sam3lora.data.plan import plan_run
     from sam3lora.train.datasets import BatchSource, load_run_data
@@ -86,6 +87,7 @@ def make_trainer(folder: str, work: WaitWork, ahead: bool) -> Round:
     runner = make_runner(training, model)
 
     def train() -> dict[str, object]:
+        batches: Iterator[Batch]
         if ahead:
             batches = BatchSource(data, config, use_ray=False).training_batches(0, 0)
         else:

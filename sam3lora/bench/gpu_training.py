@@ -33,18 +33,22 @@ MAX_PROMPTS = 8
 
 @dataclass(frozen=True)
 class Preset:
-    """What a shipped preset says about the adapter, and the components that it checkpoints."""
+    """What a shipped preset says: the adapter, the components that it checkpoints, and find queries at a time."""
 
     lora: LoraSettings
     checkpointing: tuple[str, ...]
+    max_prompts: int
 
     @classmethod
     def read(cls, name: str) -> Preset:
         """Straight from its YAML file, as the configuration needs more packages than this."""
         path = Path(sam3lora.__file__).parent / "config" / "presets" / f"{name}.yaml"
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        wanted = values["training"].get("gradient_checkpointing", False)
-        return cls(LoraSettings.from_mapping(values["lora"]), COMPONENTS if wanted is True else tuple(wanted or ()))
+        training = values["training"]
+        wanted = training.get("gradient_checkpointing", False)
+        checkpointing = COMPONENTS if wanted is True else tuple(wanted or ())
+        max_prompts = training.get("max_prompts_per_forward", MAX_PROMPTS)
+        return cls(LoraSettings.from_mapping(values["lora"]), checkpointing, max_prompts)
 
     @property
     def adapts_vision(self) -> bool:
@@ -167,11 +171,12 @@ class Training:
             vision = self.staged.prepare(self._vision(inputs))
         image_B = torch.arange(case.images, device=device).repeat_interleave(case.prompts)
         text_B = torch.arange(case.prompts, device=device).repeat(case.images)
-        shared = num_queries > MAX_PROMPTS
+        size = self.preset.max_prompts
+        shared = num_queries > size
         leaf = vision.detached() if shared else vision
         total = torch.zeros((), device=device)
-        for start in range(0, num_queries, MAX_PROMPTS):
-            rows = slice(start, min(start + MAX_PROMPTS, num_queries))
+        for start in range(0, num_queries, size):
+            rows = slice(start, min(start + size, num_queries))
             with part("detector"), autocast:
                 found = self.staged.detect(leaf, inputs.text, image_B[rows], text_B[rows], one_to_many=True)
                 head = self.staged.mask_head(found, torch.arange(rows.stop - rows.start))

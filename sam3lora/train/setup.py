@@ -126,7 +126,7 @@ def set_up(config: Config, output_dir: Path, *, use_ray: bool) -> Worker:
     if saved:
         state = load_checkpoint(saved[-1], model, optimizer, settings_of(config))
     config = resolve_batch_size(config, model, runner, data)
-    batches = BatchSource(data, config, use_ray=use_ray)
+    batches = BatchSource(data, config, use_ray=use_ray, device=device, load_ahead=runner.images.load_ahead)
     # With other workers or batches a step takes another number of images: go on at the same place in the epoch.
     state.step_in_epoch = state.step_in_epoch * state.images_per_step // batches.images_per_step
     state.images_per_step = batches.images_per_step
