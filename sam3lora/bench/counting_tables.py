@@ -54,17 +54,20 @@ def training_table(
     yield _row([*names, *(f"images/s, {device.name}" for device in DEVICES)])
     yield _row(["---"] * 2 + ["---:"] * (len(names) - 2 + len(DEVICES)))
     for preset in presets:
-        chosen = Preset.read(preset).checkpointing
-        ways = [Case(preset, checkpointing=()), Case(preset, checkpointing=COMPONENTS)]
+        shipped = Preset.read(preset).checkpointing
+        ways = [Case(preset, checkpointing=chosen) for chosen in dict.fromkeys([shipped, (), COMPONENTS])]
         if preset == "light":
-            ways += [replace(way, cached=True) for way in ways]
+            ways.append(replace(ways[0], cached=True))
         for way in ways:
             for images in batches:
                 case = replace(way, images=images)
                 counted = count_training(case, model_name)
-                shipped = set(case.checkpointing or ()) == set(chosen)
-                name = f"{preset}{', trunk cached' if case.cached else ''}{' (as shipped)' if shipped else ''}"
-                yield _row([name, "all" if case.checkpointing else "nothing", str(images), *_figures(counted, images)])
+                name = f"{preset}{', trunk cached' if case.cached else ''}"
+                recomputed = (
+                    "all" if case.checkpointing == COMPONENTS else ", ".join(case.checkpointing or ("nothing",))
+                )
+                recomputed += " (as shipped)" if case.checkpointing == shipped else ""
+                yield _row([name, recomputed, str(images), *_figures(counted, images)])
 
 
 def _figures(counted: Counted, images: int) -> list[str]:
