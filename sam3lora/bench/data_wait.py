@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 import time
 from collections.abc import Iterator
@@ -62,7 +63,7 @@ def compare_waiting(work: WaitWork | None = None, *, rounds: int = 3, num_thread
               for name, way in found.items()}  # fmt: skip
     return Comparison(
         title=f"{work.num_steps} steps of the {work.preset} preset, {work.model} model, a photograph of 960 x 720 each",
-        ways=[Way(name, way.results[-1]["seconds"]) for name, way in found.items()],
+        ways=[Way(name, statistics.median(result["seconds"] for result in way.results)) for name, way in found.items()],
         facts={
             **{f"share of a step waited, {name}": round(share, 4) for name, share in waited.items()},
             "the same losses": len({tuple(way.results[0]["losses"]) for way in found.values()}) == 1,

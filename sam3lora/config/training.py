@@ -19,7 +19,7 @@ _SCHEDULES = {
     "constant_with_warmup": "constant",
     "inverse_sqrt": "inverse_sqrt",
 }
-IMAGES_PER_STEP = 8
+BATCH_SIZE = 2
 
 
 class TrainingSection(Section):
@@ -27,15 +27,15 @@ class TrainingSection(Section):
 
     data_dir: str | None = Field(default=None, description="Folder that holds train/ and valid/ in COCO format.")
     batch_size: int | Literal["auto"] = Field(
-        default=2,
+        default=BATCH_SIZE,
         description="Images per worker and forward; all prompts of an image go with it. auto = as many as fit in "
         "memory, measured when the run starts.",
     )
     images_per_step: int | None = Field(
         default=None,
         ge=1,
-        description="Images per worker and step where batch_size is auto, which then takes one of its divisors; "
-        f"None = {IMAGES_PER_STEP}.",
+        description="Images per worker and step where batch_size is auto, which then takes one of its divisors; None = "
+        f"{BATCH_SIZE} x gradient_accumulation_steps, whose place it takes otherwise.",
     )
     num_epochs: int = Field(default=20, ge=1, description="Passes over the training images.")
     max_steps: int | None = Field(
@@ -171,11 +171,6 @@ class TrainingSection(Section):
                 "images_per_step has no effect while batch_size is a number: set batch_size to auto, or "
                 "gradient_accumulation_steps in place of images_per_step"
             )
-        if self.batch_size == "auto" and self.gradient_accumulation_steps != 1:
-            raise ValueError(
-                "gradient_accumulation_steps has no effect while batch_size is auto: set images_per_step, the images "
-                "of a worker's step"
-            )
         return self
 
     @model_validator(mode="after")
@@ -217,5 +212,5 @@ class TrainingSection(Section):
 def images_per_step(training: TrainingSection) -> int:
     """Images of one worker that make one step."""
     if training.batch_size == "auto":
-        return training.images_per_step or IMAGES_PER_STEP
+        return training.images_per_step or BATCH_SIZE * training.gradient_accumulation_steps
     return training.batch_size * training.gradient_accumulation_steps

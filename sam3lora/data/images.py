@@ -24,7 +24,7 @@ IMAGE_SUFFIXES = frozenset(
 
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # what it warns of, our errors say
 
-_DECODE_FLAGS = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
+_DECODE_FLAGS = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
 _TURNED_BY_THE_DECODER = ("TIFF",)
 _MANY_FRAMES = ("GIF", "WEBP", "PNG", "TIFF", "AVIF")  # in a phone's JPEG further frames are previews and depth
 
@@ -195,7 +195,7 @@ def _decode(data: bytes, name: str) -> np.ndarray:
         image = _to_8_bit(image)
     if image.dtype != np.uint8:
         raise ImageError(f"cannot read image {name}: {image.dtype} pixels; convert it to 8 or 16 bit first")
-    return image
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)  # OpenCV's own IMREAD_COLOR_RGB garbles 16-bit TIFF
 
 
 def _decode_with_pil(data: bytes, name: str) -> np.ndarray:

@@ -355,7 +355,8 @@ class StagedSam3:
         attention_mask = self._attention_mask(detections.prompt_mask_BT[rows], prompt.dtype)
         attended, _ = decoder.prompt_cross_attn(query=normed, key=prompt, value=prompt, attention_mask=attention_mask)
         memory = memory + decoder.prompt_cross_attn_dropout(attended)
-        maps = detections.vision.select(detections.image_index_B[rows])
+        image_index_B = detections.image_index_B  # some callers keep it on the CPU
+        maps = detections.vision.select(image_index_B[rows_K.to(image_index_B.device, non_blocking=True)])
         maps[-1] = memory.transpose(1, 2).reshape(maps[-1].shape)
         pixels_KCHW = self._run("mask_decoder", decoder.pixel_decoder, maps)
         return MaskHead(self.model, detections, rows_K, pixels_KCHW)

@@ -18,9 +18,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from pydantic_core import to_jsonable_python
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from sam3lora.config import Config
 from sam3lora.errors import UserError
 from sam3lora.model.atomic_folder import replace_folder, sync_files
 
@@ -106,15 +108,24 @@ def check_settings(folder: Path, saved: dict[str, Any], settings: dict[str, Any]
         UserError: naming the settings and both values.
     """
     for section in FIXED_SECTIONS:
-        was, now = saved.get(section), settings.get(section)
-        if was != now:
-            was, now = was or {}, now or {}
+        now = settings.get(section) or {}
+        was = _defaults(section) | (
+            saved.get(section) or {}
+        )  # a setting that is newer than the run had no effect on it
+        if was != _defaults(section) | now:
             changed = sorted(key for key in {*was, *now} if was.get(key) != now.get(key))
             names = ", ".join(f"{section}.{key} (was {was.get(key)!r}, is {now.get(key)!r})" for key in changed)
             raise UserError(
                 f"cannot resume {folder.parent.parent} with other settings: {names}. Put them back, or start a new run "
                 "with another --output-dir"
             )
+
+
+def _defaults(section: str) -> dict[str, Any]:
+    kind: Any = Config.model_fields[section].annotation
+    return to_jsonable_python(
+        {name: field.get_default(call_default_factory=True) for name, field in kind.model_fields.items()}
+    )
 
 
 def read_state(folder: Path) -> tuple[dict[str, Any], RunState]:

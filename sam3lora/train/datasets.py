@@ -171,12 +171,12 @@ class BatchSource:
 
     def _prepare(self, decoded: BatchDict) -> Batch:
         batch = collate(decoded)
-        if self._load_ahead is not None:
+        if self._gpu is not None:
+            torch.cuda.set_device(self._gpu)  # of this thread; else memory is locked by way of the first GPU
+            batch = batch.pin_memory()
+        if self._load_ahead is not None:  # held as long as the batch is
             self._load_ahead(batch)
-        if self._gpu is None:
-            return batch
-        torch.cuda.set_device(self._gpu)  # of this thread; else memory is locked by way of the first GPU
-        return batch.pin_memory()
+        return batch
 
 
 def _index(config: Config, folder: Path) -> CocoIndex:

@@ -38,10 +38,10 @@ class FeatureMemory:
 
     def keep(self, key: str, value: Tensor) -> bool:
         """Let a tensor stay if there is room, in place of one with the same key; whether it does."""
-        if value.nbytes > self._limit_bytes:
+        if self._size(value) > self._limit_bytes:
             return False
         with self._lock:
-            total = self.num_bytes + value.nbytes - (self._kept[key].nbytes if key in self._kept else 0)
+            total = self.num_bytes + self._size(value) - (self._size(self._kept[key]) if key in self._kept else 0)
             if total > self._limit_bytes:
                 return False
             self._kept[key] = self._pin(value)
@@ -66,6 +66,10 @@ class FeatureMemory:
             with self._lock:
                 self._ahead[key] = self._pin(value)
             held.append(key)
+
+    def _size(self, value: Tensor) -> int:
+        """Bytes of memory: torch takes page-locked memory in powers of two."""
+        return 1 << (value.nbytes - 1).bit_length() if self._pinned else value.nbytes
 
     def _pin(self, value: Tensor) -> Tensor:
         return value.pin_memory() if self._pinned else value

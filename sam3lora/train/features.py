@@ -135,6 +135,7 @@ def open_cache(config: Config, staged: StagedSam3, data: RunData, device: torch.
             device=device,
             bf16=training.mixed_precision == "bf16",
             int8=training.feature_cache_type == "int8",
+            compiled=training.compile and augmented,
             memory_bytes=int(training.cache_memory_gb * 1e9),
         )
     features = trunk.identity if trunk else None

@@ -111,7 +111,8 @@ class _Backward:
             feature_keys_I=[None] * num_images,
             image_ids=torch.arange(num_images),
             query_image_B=torch.arange(num_images).repeat_interleave(queries),
-            prompts_B=[self.data.prompts[query % len(self.data.prompts)] for query in range(queries)] * num_images,
+            # Other prompts on every image, as far as there are any: an adapted text tower sees each once.
+            prompts_B=[self.data.prompts[row % len(self.data.prompts)] for row in range(queries * num_images)],
             categories_B=[None] * (queries * num_images),
             is_positive_B=num_B > 0,
             num_B=num_B,

@@ -192,7 +192,8 @@ def _device(config: Config, use_ray: bool) -> torch.device:
         wanted = config.scaling.use_gpu
         if wanted is True and not torch.cuda.is_available():
             raise UserError("scaling.use_gpu is true, but torch finds no GPU here: set it to auto or false")
-        device = torch.device("cuda" if wanted and torch.cuda.is_available() else "cpu")
+        on_gpu = wanted and torch.cuda.is_available()
+        device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     return device
 
 

@@ -40,6 +40,7 @@ class TrunkCache:
         device: Of the model.
         bf16: Whether the forward runs under bfloat16 autocast.
         int8: Keep them in 8 bits.
+        compiled: Whether the layers before the first that learns are compiled, which rounds otherwise.
         memory_bytes: Most bytes in memory.
     """
 
@@ -51,6 +52,7 @@ class TrunkCache:
         device: torch.device,
         bf16: bool,
         int8: bool = False,
+        compiled: bool = False,
         memory_bytes: int = 0,
     ) -> None:
         vision: Any = staged.model.vision_encoder
@@ -74,6 +76,7 @@ class TrunkCache:
             trunk.config._attn_implementation,
             str(kept),
             "int8" if int8 else "exact",
+            "compiled" if compiled else "eager",
             "bf16" if bf16 else torch.get_float32_matmul_precision(),
             device.type,
             _VERSION,

@@ -43,11 +43,13 @@ def run_worker(payload: dict[str, Any], *, report: Callable[[dict[str, Any]], No
 def _too_large(config: Config, error: BaseException) -> str:
     training = config.training
     first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    smaller = "half the batch_size and twice the gradient_accumulation_steps (the same step)"
+    if training.batch_size == "auto":
+        smaller = "a number in place of batch_size: auto, which takes what fits when the run starts"
     return (
         f"out of memory with training.batch_size={training.batch_size} and training.max_prompts_per_forward="
-        f"{training.max_prompts_per_forward}: {first_line}. Try half the batch_size and twice the "
-        "gradient_accumulation_steps (the same step), fewer prompts per forward, gradient_checkpointing: true, or "
-        "model.dtype: bfloat16"
+        f"{training.max_prompts_per_forward}: {first_line}. Try {smaller}, fewer prompts per forward, "
+        "gradient_checkpointing: true, or model.dtype: bfloat16"
     )
 
 

@@ -66,6 +66,7 @@ def test_prompts_of_both_ways_find_the_same():
     assert [way.name for way in found.ways] == [
         "sam3lora, 2 prompts at once",
         "transformers, 2 x 1 prompt",
+        "transformers, the image encoded once by hand",
         "sam3lora, 2 x 1 prompt",
     ]
     assert found.facts["detections, sam3lora"] == found.facts["detections, transformers"] > 0
@@ -119,7 +120,10 @@ def check_report(printed: str, path: Path) -> None:
     assert "sam3lora" in printed
     assert "ours / this" in printed
     reports = json.loads(path.read_text())
-    assert [kind for found in reports for kind in ("blobs", "large") if kind in found["title"]] == ["blobs", "large"] * 2
+    assert [kind for found in reports for kind in ("blobs", "large") if kind in found["title"]] == [
+        "blobs",
+        "large",
+    ] * 2
     for found in reports:
         assert [way["name"] for way in found["ways"]] == list(WAYS)
         assert all(way["seconds"] > 0 and way["ratio"] > 0 for way in found["ways"])

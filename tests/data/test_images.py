@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -41,6 +42,11 @@ def test_alpha_is_dropped():
 def test_sixteen_bit_is_scaled_over_its_range():
     data = encode(Image.fromarray(RGB[..., 0].astype(np.uint16) * 257), "PNG")
     assert np.array_equal(read_image(data), np.repeat(RGB[..., :1], 3, axis=2))
+
+
+def test_sixteen_bit_colour_of_a_tiff():
+    data = cv2.imencode(".tiff", RGB[..., ::-1].astype(np.uint16) * 257)[1].tobytes()
+    assert np.array_equal(read_image(data), RGB)
 
 
 def test_a_wrong_extension_does_not_matter(tmp_path):

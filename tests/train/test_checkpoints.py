@@ -94,6 +94,15 @@ def test_saving_a_step_again_replaces_it(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_setting_that_is_newer_than_the_run(tmp_path):
+    # The run went on as by its default; another value is refused as ever.
+    folder = save(tmp_path, settings={"model": {"name": "tiny"}})
+    model, optimizer = make_run(seed=0, steps=1)
+    load_checkpoint(folder, model, optimizer, {"model": {"name": "tiny", "quantization": "none"}})
+    with pytest.raises(UserError, match="quantization"):
+        load_checkpoint(folder, model, optimizer, {"model": {"name": "tiny", "quantization": "nf4"}})
+
+
 @pytest.mark.parametrize("missing", ["adapter.safetensors", "optimizer.safetensors", "state.json"])
 def test_half_written_is_never_chosen(tmp_path, missing):
     # A folder that lacks a file, or still has its scratch name, is no checkpoint.

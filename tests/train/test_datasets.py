@@ -11,6 +11,7 @@ from sam3lora.data.collate import collate
 from sam3lora.data.pipeline import iterate_batches
 from sam3lora.data.plan import plan_run
 from sam3lora.train.datasets import BatchSource, load_run_data
+from sam3lora.train.setup import _device
 
 
 @pytest.fixture
@@ -45,9 +46,20 @@ def test_batches_for_a_gpu_are_pinned_by_its_own_thread(config, monkeypatch):
         torch.cuda, "set_device", lambda device: chosen.append((device, threading.current_thread().name))
     )
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.clone())
-    data = load_run_data(config, 112)
-    batches = list(BatchSource(data, config, use_ray=False, device=torch.device("cuda:1")).training_batches(1, 0))
+    data, gpu, ahead = load_run_data(config, 112), torch.device("cuda:1"), []
+    source = BatchSource(data, config, use_ray=False, device=gpu, load_ahead=ahead.append)
+    batches = list(source.training_batches(1, 0))
+    # what is read ahead is held as long as the very batch that is used
+    assert [id(batch) for batch in ahead] == [id(batch) for batch in batches]
     assert chosen == [(torch.device("cuda:1"), "sam3lora-prefetch")] * len(batches)
     chosen.clear()
     next(BatchSource(data, config, use_ray=False, device=torch.device("cpu")).training_batches(1, 0))
     assert chosen == []
+
+
+def test_a_gpu_without_ray_has_a_number(config, monkeypatch):
+    # torch.cuda.set_device takes no other
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    config = config.model_copy(update={"scaling": config.scaling.model_copy(update={"use_gpu": "auto"})})
+    assert _device(config, use_ray=False) == torch.device("cuda", 2)

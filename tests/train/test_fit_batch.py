@@ -75,6 +75,8 @@ def test_measuring_leaves_nothing_behind(make_config, monkeypatch, override):
     found = fit_batch.resolve_batch_size(config, worker.model, worker.runner, worker.data).training
     assert (found.batch_size, found.gradient_accumulation_steps, found.images_per_step) == (6, 1, None)
     assert {batch.num_images for batch in measured} == {1, 2}
+    # an adapted text tower keeps a graph of each distinct prompt
+    assert all(len(set(b.prompts_B)) == min(b.num_queries, len(worker.data.prompts)) for b in measured)
     assert torch.equal(torch.rand(3), expected)
     assert all(torch.equal(parameter, before[name]) for name, parameter in worker.model.named_parameters())
     assert all(parameter.grad is None for parameter in worker.model.parameters())

@@ -49,8 +49,8 @@ def test_images_per_step_is_the_step_of_a_chosen_batch_size(build, settings):
     assert build("training.batch_size=auto", "training.images_per_step=1").total_steps == 4
     with pytest.raises(UserError, match="images_per_step has no effect while batch_size is a number"):
         settings("training.batch_size=2", "training.images_per_step=4")
-    with pytest.raises(UserError, match="gradient_accumulation_steps has no effect while batch_size is auto"):
-        settings("training.batch_size=auto", "training.gradient_accumulation_steps=2")
+    assert build("training.batch_size=auto").total_steps == 2
+    assert build("training.batch_size=auto", "training.gradient_accumulation_steps=2").total_steps == 1
 
 
 @acts("training.gradient_accumulation_steps")
