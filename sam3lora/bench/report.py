@@ -52,7 +52,9 @@ class Comparison:
             table.add_row(way.name, f"{way.seconds:.3f}", *extra, ratio)
         console.print(table)
         for name, value in self.facts.items():
-            console.print(f"{name}: {value}", highlight=False)
+            if isinstance(value, Mapping):
+                value = "; ".join(f"{part} {figure}" for part, figure in value.items())
+            console.print(f"{name}: {value}", highlight=False, soft_wrap=True)
         console.print(machine_line(), highlight=False, soft_wrap=True)
 
 
