@@ -137,14 +137,15 @@ def postprocess(
 @app.command()
 def adapters(
     requests: Annotated[int, typer.Option(min=4, help="Asked together.")] = 8,
-    repeats: Repeats = 3,
+    every_case: Annotated[bool, typer.Option("--every-case", help="Four cases instead of two.")] = False,
+    repeats: Repeats = 2,
     model: Model = "small",
     json_path: JsonPath = None,
 ) -> None:
     """Requests over four adapters in one batch, against one adapter, and against PEFT one request at a time."""
     from sam3lora.bench.adapters import compare_adapters
 
-    _tell(compare_adapters(model, num_requests=requests, repeats=repeats), json_path)
+    _tell(compare_adapters(model, num_requests=requests, repeats=repeats, every_case=every_case), json_path)
 
 
 @app.command()
