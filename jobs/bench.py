@@ -214,7 +214,9 @@ def cost_model(
 ) -> None:
     """Steps of several sizes: as measured, and as docs/cost_model.md predicts them."""
     from sam3lora.bench.cost_model import compare_prediction
+    from sam3lora.config import load_config
 
+    load_config(preset)  # one that does not exist is told before any process starts
     _tell([compare_prediction(preset, model=model, rounds=repeats, num_threads=threads)], json_path)
 
 

@@ -169,6 +169,12 @@ def _cell(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
+def preset_files() -> list[str]:
+    """Names of the shipped presets, without the packages that a configuration needs."""
+    folder = Path(__file__).resolve().parents[1] / "config" / "presets"
+    return sorted(path.stem for path in folder.glob("*.yaml"))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sam3lora.bench.gpu", description=__doc__.split("\n")[0])
     parser.add_argument("--model", default=FULL_SIZE, choices=list(CONFIGS))
@@ -176,7 +182,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sections", nargs="+", default=SECTIONS, choices=SECTIONS)
     parser.add_argument("--repeats", type=int, default=20, help="calls whose median counts")
     parser.add_argument("--prompts", type=int, nargs="+", default=(1, 8, 32), help="on the image of inference")
-    parser.add_argument("--presets", nargs="+", default=("light", "balanced", "full", "maximum"))
+    parser.add_argument(
+        "--presets", nargs="+", default=("light", "balanced", "full", "maximum"), choices=preset_files(), metavar="NAME"
+    )
     parser.add_argument("--batches", type=int, nargs="+", default=(1, 2, 4), help="images of a training batch")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write what was found as JSON")
     given = parser.parse_args(argv)

@@ -40,6 +40,7 @@ class ScalingWork:
     def __post_init__(self) -> None:
         if self.num_steps < 1:
             raise UserError(f"num_steps must be positive, got {self.num_steps}")
+        _ = self.training.config  # a preset that does not exist is told before any process starts
 
     @property
     def training(self) -> TrainingWork:
