@@ -31,8 +31,8 @@ import typer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 if TYPE_CHECKING:
-    from sam3lora.bench.report import Comparison
-    from sam3lora.bench.serving_report import ServingReport
+    from jobs.bench.report import Comparison
+    from jobs.bench.serving_report import ServingReport
 
 app = typer.Typer(help="Benchmarks beside the plain way.", no_args_is_help=True, add_completion=False)
 JsonPath = Annotated[Path | None, typer.Option("--json", metavar="PATH", help="Write what was found as JSON.")]
@@ -56,7 +56,7 @@ def train_step(
     json_path: JsonPath = None,
 ) -> None:
     """A step of training without kept features, against stock SAM 3 with PEFT."""
-    from sam3lora.bench.training import compare_train_step
+    from jobs.bench.training import compare_train_step
 
     report = compare_train_step(
         preset,
@@ -81,7 +81,7 @@ def feature_cache(
     json_path: JsonPath = None,
 ) -> None:
     """Epochs of training with a frozen vision trunk, whose outputs are kept, against stock SAM 3 with PEFT."""
-    from sam3lora.bench.feature_cache import compare_feature_cache
+    from jobs.bench.feature_cache import compare_feature_cache
 
     reports = compare_feature_cache(
         preset=preset, model=model, num_images=images, num_prompts=num_prompts, epochs=epochs, precision=precision
@@ -103,7 +103,7 @@ def prompts(
     json_path: JsonPath = None,
 ) -> None:
     """One vision pass for all prompts, against the whole model for each."""
-    from sam3lora.bench.prompts import compare_prompts, compare_repeated
+    from jobs.bench.prompts import compare_prompts, compare_repeated
 
     reports = [
         compare(model, num_prompts=num_prompts, repeats=repeats, device=device)
@@ -124,7 +124,7 @@ def postprocess(
 ) -> None:
     """Suppression and run-length codes without enlarged masks, against enlarging all of them (1.6 GB, two minutes)."""
     # Each way is measured in a new process, which reads this file again: nothing heavy is imported above.
-    from sam3lora.bench.postprocess import Workload, compare_postprocessing
+    from jobs.bench.postprocess import Workload, compare_postprocessing
 
     workloads = [
         Workload(kind, masks, mask_side, (height, width), num_kept)
@@ -143,7 +143,7 @@ def adapters(
     json_path: JsonPath = None,
 ) -> None:
     """Requests over four adapters in one batch, against one adapter, and against PEFT one request at a time."""
-    from sam3lora.bench.adapters import compare_adapters
+    from jobs.bench.adapters import compare_adapters
 
     _tell(compare_adapters(model, num_requests=requests, repeats=repeats, every_case=every_case), json_path)
 
@@ -156,7 +156,7 @@ def data(
     json_path: JsonPath = None,
 ) -> None:
     """Images to training batches, against a torch DataLoader, at 336 and 1008 pixels."""
-    from sam3lora.bench.data import compare_data
+    from jobs.bench.data import compare_data
 
     _tell(compare_data(num_images=images, rounds=repeats, use_ray=ray), json_path)
 
@@ -168,7 +168,7 @@ def data_wait(
     json_path: JsonPath = None,
 ) -> None:
     """The share of a step that the trainer waits for its data, with and without reading ahead."""
-    from sam3lora.bench.data_wait import WaitWork, compare_waiting
+    from jobs.bench.data_wait import WaitWork, compare_waiting
 
     reports = [compare_waiting(WaitWork(model, num_steps=steps), rounds=repeats) for model in ("tiny", "small")]
     _tell(reports, json_path)
@@ -183,7 +183,7 @@ def evaluate(
     json_path: JsonPath = None,
 ) -> None:
     """Images and prompts to COCO results and mAP, against a stock forward for each pair."""
-    from sam3lora.bench.evaluation import compare_evaluation
+    from jobs.bench.evaluation import compare_evaluation
 
     _tell([compare_evaluation(model, num_images=images, num_prompts=num_prompts, repeats=repeats)], json_path)
 
@@ -198,7 +198,7 @@ def scaling(
     json_path: JsonPath = None,
 ) -> None:
     """Two one-thread workers, against two processes on their own; what the exchange among up to sixteen costs."""
-    from sam3lora.bench.scaling import ScalingWork, compare_scaling
+    from jobs.bench.scaling import ScalingWork, compare_scaling
 
     work = ScalingWork(preset, model, num_prompts, steps)
     _tell([compare_scaling(work, rounds=repeats)], json_path)
@@ -213,7 +213,7 @@ def cost_model(
     json_path: JsonPath = None,
 ) -> None:
     """Steps of several sizes: as measured, and as docs/cost_model.md predicts them."""
-    from sam3lora.bench.cost_model import compare_prediction
+    from jobs.bench.cost_model import compare_prediction
     from sam3lora.config import load_config
 
     load_config(preset)  # one that does not exist is told before any process starts
@@ -222,8 +222,8 @@ def cost_model(
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def gpu(context: typer.Context) -> None:
-    """SAM 3 at full size on one GPU; python -m sam3lora.bench.gpu is the same with little installed."""
-    from sam3lora.bench.gpu import main
+    """SAM 3 at full size on one GPU; python -m jobs.bench.gpu is the same with little installed."""
+    from jobs.bench.gpu import main
 
     raise typer.Exit(main(context.args))
 
@@ -242,8 +242,8 @@ def serve(
     json_path: JsonPath = None,
 ) -> None:
     """`sam3lora serve` beside FastAPI around stock transformers and PEFT, asked the same in turns."""
-    from sam3lora.bench.serving import compare_serving
-    from sam3lora.bench.serving_work import ServingPlan
+    from jobs.bench.serving import compare_serving
+    from jobs.bench.serving_work import ServingPlan
 
     # The servers are stopped on the way out, which SIGTERM alone would not take.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

@@ -56,7 +56,7 @@ def main(
         if gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
 
-    from sam3lora.infer.batch_job import ModelChoice, PostProcessing, predict_batch
+    from sam3lora.inference.batch.job import ModelChoice, PostProcessing, predict_batch
 
     try:
         summary = predict_batch(

@@ -16,7 +16,7 @@ from typing import Annotated
 import torch
 import typer
 
-from sam3lora.pretrain.run import PretrainSettings, pretrain
+from jobs.pretrain.run import PretrainSettings, pretrain
 
 SMOKE = PretrainSettings(dense_scenes=32, scenes=32, held_out_scenes=8, vision_steps=3, joint_steps=3, joint_images=2)
 

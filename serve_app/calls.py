@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from sam3lora.infer.values import BoxPrompt, Instances, PostProcessing
-from serve_app.errors import ServeError
+from sam3lora.engine.detections import BoxPrompt, Instances, PostProcessing
+from serve_app.http.errors import ServeError
 
 
 @dataclass(frozen=True)

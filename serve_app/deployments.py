@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ray import serve
 
 from serve_app.calls import AdapterInfo, ImageFile, ImageReply, SegmentCall, SegmentReply
-from serve_app.errors import ServeError
+from serve_app.http.errors import ServeError
 from serve_app.settings import ServeSettings
 
 if TYPE_CHECKING:
@@ -16,25 +16,25 @@ if TYPE_CHECKING:
 
 @serve.ingress()
 class Ingress:
-    """The HTTP side; see `serve_app.ingress`."""
+    """The HTTP side; see `serve_app.http.ingress`."""
 
     def __init__(self, settings: ServeSettings, segmenter: DeploymentHandle) -> None:
         self._settings = settings
         self._segmenter = segmenter
 
     def __serve_build_asgi_app__(self) -> Any:
-        from serve_app.backend import ServeBackend
-        from serve_app.ingress import create_api
+        from serve_app.http.backend import ServeBackend
+        from serve_app.http.ingress import create_api
 
         backend = ServeBackend(self._segmenter, self._settings)
         return create_api(self._settings, backend, sends_request_id=False)
 
 
 class Segmenter:
-    """The model side; see `serve_app.replica.Segmenter`, which this stands for."""
+    """The model side; see `serve_app.replica.replica.Segmenter`, which this stands for."""
 
     def __init__(self, settings: ServeSettings) -> None:
-        from serve_app import replica
+        from serve_app.replica import replica
 
         self._segmenter = replica.Segmenter(settings)
 

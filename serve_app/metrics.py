@@ -13,7 +13,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-from serve_app.errors import STATUS_OF
+from serve_app.http.errors import STATUS_OF
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 

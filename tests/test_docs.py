@@ -18,8 +18,8 @@ from sam3lora.cli.app import app
 from sam3lora.cli.argv import normalize_argv
 from sam3lora.config import load_config, preset_names
 from sam3lora.config.yaml_text import parse_yaml
-from sam3lora.tune.parameters import KINDS
-from sam3lora.tune.space import load_space, space_names
+from sam3lora.tune.space.parameters import KINDS
+from sam3lora.tune.space.reader import load_space, space_names
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])

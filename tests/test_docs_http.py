@@ -15,12 +15,12 @@ import pytest
 import uvicorn
 from fastapi.testclient import TestClient
 
-from sam3lora.infer.mixed_features import COUNTED
+from sam3lora.engine.features import COUNTED
 from serve_app.calls import SegmentCall, SegmentReply
-from serve_app.errors import STATUS_OF, ServeError
-from serve_app.ingress import create_api
+from serve_app.http.errors import STATUS_OF, ServeError
+from serve_app.http.ingress import create_api
+from serve_app.http.schemas import AdapterList, ErrorResponse, ImageResponse, SegmentResponse
 from serve_app.metrics import ReplicaMetrics
-from serve_app.schemas import AdapterList, ErrorResponse, ImageResponse, SegmentResponse
 from serve_app.settings import AdapterSettings, Batching, Caches, Limits, ServeSettings
 
 from .serve_app.http_cases import FakeBackend, found

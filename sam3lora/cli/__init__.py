@@ -6,8 +6,8 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from ..errors import RunFailed, UserError
-from .argv import normalize_argv
+from sam3lora.cli.argv import normalize_argv
+from sam3lora.errors import RunFailed, UserError
 
 EXIT_OK, EXIT_INTERNAL, EXIT_USER, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0 success, 1 failure (with a traceback where it is a fault in the program), 2 a user's mistake
         (with one message), 130 interrupted.
     """
-    from .app import app
+    from sam3lora.cli.app import app
 
     try:
         app(args=normalize_argv(sys.argv[1:] if argv is None else argv), prog_name="sam3lora")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import compare, data, demo, env, export, infer, serve, train, tune, validate
+from sam3lora.cli import compare, data, demo, env, export, infer, serve, train, tune, validate
 
 app = typer.Typer(
     name="sam3lora",

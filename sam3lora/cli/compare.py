@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import UserError
-from . import evaluation_options as options
-from .job_paths import check_output_folder
+from sam3lora.cli import evaluation_options as options
+from sam3lora.cli.job_paths import check_output_folder
+from sam3lora.errors import UserError
 
 
 def compare(
@@ -49,8 +49,8 @@ def compare(
         num_samples=num_samples,
         batch_size=batch_size,
     )
-    from ..evaluate.run import evaluate_models
-    from ..evaluate.saving import compare_and_save
+    from sam3lora.evaluation.ask.run import evaluate_models
+    from sam3lora.evaluation.report.saving import compare_and_save
 
     models = options.models_of(
         adapters, settings_file, with_base=True, model=model, resolution=resolution, device=device

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
-from ..errors import UserError
+from sam3lora.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,7 +35,7 @@ def check(
 
     Example:  sam3lora data check datasets/potholes --json report.json
     """
-    from ..data.check import check_folder
+    from sam3lora.data.check.report import check_folder
 
     _show(check_folder(folder), json_path)
 
@@ -64,7 +64,7 @@ def convert(
 
     Example:  sam3lora data convert exports/cracks datasets/cracks --from masks --names crack
     """
-    from ..data.convert import convert_folder
+    from sam3lora.data.convert import convert_folder
 
     report = convert_folder(
         source,
@@ -97,7 +97,7 @@ def split(
 
     Example:  sam3lora data split datasets/all datasets/potholes --fractions 0.8 0.1 0.1 --group-by "^(GX[0-9]+)_"
     """
-    from ..data.splitting import split_folder
+    from sam3lora.data.split.splitting import split_folder
 
     _show(split_folder(source, target, fractions=fractions or (0.8, 0.1, 0.1), seed=seed, group_by=group_by), json_path)
 
@@ -118,7 +118,7 @@ def synth(
 
     Example:  sam3lora data synth outputs/shapes --num-train 200 --num-valid 50
     """
-    from ..data.synth import write_dataset
+    from sam3lora.data.synth.dataset import write_dataset
 
     write_dataset(
         folder, num_train=num_train, num_valid=num_valid, num_test=num_test, seed=seed, size=size, domain=domain

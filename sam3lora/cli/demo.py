@@ -17,6 +17,6 @@ def demo(
 
     Example:  sam3lora demo --output outputs/demo
     """
-    from ..train.demo import run_demo
+    from sam3lora.cli.demo_run import run_demo
 
     run_demo(output)

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import UserError
+from sam3lora.errors import UserError
 
 if TYPE_CHECKING:
-    from ..config import Config
-    from ..evaluate.run import EvaluationSettings
-    from ..evaluate.worker import Models
+    from sam3lora.config import Config
+    from sam3lora.evaluation.ask.run import EvaluationSettings
+    from sam3lora.evaluation.ask.worker import Models
 
 ConfigOption = Annotated[
     str | None, typer.Option("--config", help="Preset or YAML file: model, data and thresholds, where no option says.")
@@ -56,14 +56,14 @@ OutputOption = Annotated[Path, typer.Option("--output", metavar="DIR", help="Fol
 
 
 def read_config(source: str | None) -> Config | None:
-    from ..config import load_config
+    from sam3lora.config import load_config
 
     return None if source is None else load_config(source)
 
 
 def adapter_folders(weights: list[str] | None, config: Config | None) -> dict[str, str]:
     """Label -> folder of the adapters named, or of the best one in the run folder that a configuration names."""
-    from ..evaluate.run import label_of
+    from sam3lora.evaluation.ask.run import label_of
 
     if not weights and config is not None:
         best = Path(config.output.output_dir) / "best"
@@ -80,7 +80,7 @@ def split_folder(data_dir: str | None, split: str, config: Config | None) -> Pat
     Raises:
         UserError: Neither names one.
     """
-    from ..evaluate.run import find_split
+    from sam3lora.evaluation.ask.run import find_split
 
     if data_dir is not None:
         return find_split(data_dir, split, *([config.data.annotation_file] if config is not None else []))
@@ -99,8 +99,8 @@ def models_of(
     device: str | None,
 ) -> Models:
     """What to ask; adapters bring their own base, resolution and CLS setting along."""
-    from ..evaluate.worker import Models
-    from ..model.adapter_folder import read_metadata
+    from sam3lora.evaluation.ask.worker import Models
+    from sam3lora.model.adapter.folder import read_metadata
 
     segmenter: dict[str, Any] = {"model": model, "resolution": resolution, "device": device}
     says_nothing = all(read_metadata(folder) is None for folder in adapters.values())
@@ -116,13 +116,13 @@ def models_of(
 
 def settings_of(adapters: dict[str, str], config: Config | None, **options: Any) -> EvaluationSettings:
     """How to measure: options win over the configuration, and that over what the adapters say."""
-    from ..evaluate.run import EvaluationSettings
-    from ..evaluate.run import settings_of as adapter_settings
+    from sam3lora.evaluation.ask.run import EvaluationSettings
+    from sam3lora.evaluation.ask.run import settings_of as adapter_settings
 
     if config is None:
         values = adapter_settings(adapters)
     else:
-        from ..train.validation_metrics import evaluation_settings
+        from sam3lora.training.validator import evaluation_settings
 
         values = dict(vars(evaluation_settings(config)))
     values |= {name: value for name, value in options.items() if value is not None}

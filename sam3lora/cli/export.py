@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import UserError
-from .job_paths import check_output_path
+from sam3lora.cli.job_paths import check_output_path
+from sam3lora.errors import UserError
 
 if TYPE_CHECKING:
-    from ..model.export import ExportReport
-    from ..model.hub import Upload
+    from sam3lora.model.publish.export import ExportReport
+    from sam3lora.model.publish.hub import Upload
 
 
 def export(
@@ -44,8 +44,8 @@ def export(
 
     from transformers.utils.logging import disable_progress_bar
 
-    from ..model.export import copy_adapter, merge_adapter
-    from ..model.hub import check_folder, check_repo_id, push_adapter
+    from sam3lora.model.publish.export import copy_adapter, merge_adapter
+    from sam3lora.model.publish.hub import check_folder, check_repo_id, push_adapter
 
     disable_progress_bar()  # of shards, which are written in a moment
     if push_to is not None:
@@ -89,8 +89,8 @@ def _print_upload(upload: Upload) -> None:
 
 
 def _print_usage(folder: Path) -> None:
-    from ..model.adapter_metadata import read_metadata
-    from ..model.hub import is_merged_folder
+    from sam3lora.model.adapter.metadata import read_metadata
+    from sam3lora.model.publish.hub import is_merged_folder
 
     if is_merged_folder(folder):
         lines = [

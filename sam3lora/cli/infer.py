@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import UserError
-from .job_paths import check_output_path, nearest_existing
+from sam3lora.cli.job_paths import check_output_path, nearest_existing
+from sam3lora.errors import UserError
 
 if TYPE_CHECKING:
-    from ..infer.folder import Predictions
+    from sam3lora.inference.image_folder import Predictions
 
 Show = dict[str, bool]
 _SHOWN = 10
@@ -108,10 +108,10 @@ def _infer_image(
     show: Show,
     settings: dict[str, Any],
 ) -> None:
-    from ..data.images import read_size
-    from ..infer.folder import Predictions
-    from ..infer.predictor import Predictor
-    from ..infer.results import check_picture_path
+    from sam3lora.data.images import read_size
+    from sam3lora.inference.image_folder import Predictions
+    from sam3lora.inference.predictor import Predictor
+    from sam3lora.inference.results import check_picture_path
 
     read_size(image)  # no image: said before the model is loaded
     check_picture_path(output)
@@ -137,8 +137,8 @@ def _infer_folder(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from ..infer.folder import list_images, predict_folder
-    from ..infer.predictor import Predictor
+    from sam3lora.inference.image_folder import list_images, predict_folder
+    from sam3lora.inference.predictor import Predictor
 
     paths = list_images(folder)
     if output.suffix and not output.is_dir():
@@ -201,8 +201,8 @@ def _from_config(source: str | None, options: dict[str, Any]) -> dict[str, Any]:
     """What a run's configuration says; an adapter that knows its base model is used with that one."""
     if source is None:
         return {}
-    from ..config import load_config
-    from ..model.adapter_metadata import read_metadata
+    from sam3lora.config import load_config
+    from sam3lora.model.adapter.metadata import read_metadata
 
     config = load_config(source)
     written = config.evaluation.model_fields_set

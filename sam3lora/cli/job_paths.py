@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ..errors import UserError
+from sam3lora.errors import UserError
 
 
 def check_output_path(path: str | Path, option: str) -> None:

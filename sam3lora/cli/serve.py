@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import RunFailed, UserError
+from sam3lora.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
     from serve_app.settings import ServeSettings
@@ -48,8 +48,8 @@ def serve(
     """
     settings = _settings(config, adapters, model, resolution, replicas, gpus)
     _check_port(host, port)
-    from serve_app.auth import keys_from_environment
     from serve_app.environment import prepare_environment
+    from serve_app.http.auth import keys_from_environment
 
     prepare_environment(haproxy=haproxy)
     has_keys = bool(keys_from_environment(settings.api_keys_variable))
@@ -64,7 +64,7 @@ def serve(
 
 
 def _run(settings: ServeSettings, host: str, port: int, address: str | None) -> None:
-    from ..cluster import ray_session
+    from sam3lora.cluster import ray_session
 
     stop = threading.Event()
     _stop_by_signal(stop)

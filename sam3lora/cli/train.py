@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ..errors import UserError
+from sam3lora.errors import UserError
 
 
 def train(
@@ -32,7 +32,7 @@ def train(
 
     Example:  sam3lora train balanced --data-dir datasets/potholes lora.rank=8 --device 0 1
     """
-    from ..config import load_config
+    from sam3lora.config import load_config
 
     options = option_overrides(data_dir, output_dir, device, num_workers, address)
     settings = load_config(config, [*(overrides or []), *options])
@@ -41,7 +41,7 @@ def train(
     if device:
         choose_gpus(device, settings.scaling.address)
 
-    from ..train import train as run
+    from sam3lora.training.launch import train as run
 
     run(settings, resume=resume)
 

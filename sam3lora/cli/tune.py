@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import UserError
-from .job_paths import check_output_folder
-from .train import choose_gpus, option_overrides
+from sam3lora.cli.job_paths import check_output_folder
+from sam3lora.cli.train import choose_gpus, option_overrides
+from sam3lora.errors import UserError
 
 if TYPE_CHECKING:
-    from ..tune.sweep import SweepResult
+    from sam3lora.tune.run.sweep import SweepResult
 
 
 def tune(
@@ -68,7 +68,7 @@ def tune(
         raise UserError("--no-probe has no effect without --explain: add it, or leave --no-probe out")
     if retry_failed and not resume:
         raise UserError("--retry-failed has no effect without --resume: add it, or leave --retry-failed out")
-    from ..tune.space import load_space
+    from sam3lora.tune.space.reader import load_space
 
     search_space = load_space(
         space,
@@ -82,14 +82,14 @@ def tune(
     if device:
         choose_gpus(device, search_space.base.scaling.address)
     if explain:
-        from ..tune.explain import explain_sweep
+        from sam3lora.tune.estimate.explain import explain_sweep
 
         explain_sweep(search_space, probe=not no_probe, address=address)
         return
     folder = output_dir or f"outputs/{search_space.name}"
     search_space.base.training.required_data_dir()
     check_output_folder(folder, "--output-dir")
-    from ..tune.sweep import run_sweep
+    from sam3lora.tune.run.sweep import run_sweep
 
     result = run_sweep(search_space, Path(folder), resume=resume, retry_failed=retry_failed, address=address)
     _tell(result, search_space.search.metric)

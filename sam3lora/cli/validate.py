@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from ..errors import UserError
-from . import evaluation_options as options
-from .job_paths import check_output_folder
+from sam3lora.cli import evaluation_options as options
+from sam3lora.cli.job_paths import check_output_folder
+from sam3lora.errors import UserError
 
 MOST = 10**6
 
@@ -66,7 +66,7 @@ def validate(
             )
     settings_file = options.read_config(config)
     if saco and predictions is not None:
-        from ..evaluate.saving import save_saco
+        from sam3lora.evaluation.report.saving import save_saco
 
         save_saco({predictions.stem: predictions}, saco, output)
         return
@@ -94,21 +94,21 @@ def validate(
         num_samples=num_samples,
         batch_size=batch_size,
     )
-    from ..evaluate.saving import save_validation
+    from sam3lora.evaluation.report.saving import save_validation
 
     if predictions is not None:
-        from ..evaluate.predictions_file import evaluate_predictions
+        from sam3lora.evaluation.ask.predictions_file import evaluate_predictions
 
         save_validation([evaluate_predictions(predictions, folder, settings)], output)
         return
-    from ..evaluate.run import evaluate_models
+    from sam3lora.evaluation.ask.run import evaluate_models
 
     models = options.models_of(
         adapters, settings_file, with_base=use_base_model, model=model, resolution=resolution, device=device
     )
     if saco:
-        from ..evaluate.saco_run import ask_saco
-        from ..evaluate.saving import save_saco, write_results
+        from sam3lora.evaluation.ask.saco_phrases import ask_saco
+        from sam3lora.evaluation.report.saving import save_saco, write_results
 
         asked = ask_saco(saco[0], folder, models, settings, num_workers=num_workers, address=address, progress=True)
         save_saco(write_results(asked.by_label, output), saco, output, asked.image_ids)

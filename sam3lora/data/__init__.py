@@ -1,6 +1,6 @@
 """COCO folders to batches: index, checks, queries, decoding, plans and the Ray Data pipeline.
 
-Nothing here imports torch except `sam3lora.data.collate`, so that data workers stay light.
+Nothing here imports torch except `sam3lora.data.batch`, so that data workers stay light.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import Any
 
 from pycocotools import mask as coco_mask
 
-from sam3lora.data.issues import IssueLog
+from sam3lora.data.faults import IssueLog
 from sam3lora.data.rle import read_rle
 
 # normalised; SAM 3's recipe drops smaller targets, which would break IoU and tell nothing

@@ -17,8 +17,8 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from sam3lora.data.annotations import clean_annotation
+from sam3lora.data.faults import IssueLog
 from sam3lora.data.images import ImageError, read_size
-from sam3lora.data.issues import IssueLog
 from sam3lora.data.prompts import prompt_key
 from sam3lora.errors import UserError
 

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from sam3lora.cli import main
 
-from ..evaluate.adapters import write_adapter
-from ..evaluate.splits import result, write_split
-from ..infer.test_bad_images import png_header
+from ..evaluation.adapters import write_adapter
+from ..evaluation.splits import result, write_split
+from ..inference.test_bad_images import png_header
 
 ANNOTATIONS = "_annotations.coco.json"
 FAR_AWAY = 55

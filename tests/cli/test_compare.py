@@ -9,8 +9,8 @@ import pytest
 
 from sam3lora.cli import main
 
-from ..evaluate.adapters import write_adapter
-from ..evaluate.splits import write_split
+from ..evaluation.adapters import write_adapter
+from ..evaluation.splits import write_split
 from .test_validate import external_references, read
 
 

@@ -23,9 +23,9 @@ def check(monkeypatch):
         def render(self, console):
             console.print("3 images")
 
-    module = types.ModuleType("sam3lora.data.check")
+    module = types.ModuleType("sam3lora.data.check.report")
     module.check_folder = lambda folder: Report()
-    monkeypatch.setitem(sys.modules, "sam3lora.data.check", module)
+    monkeypatch.setitem(sys.modules, "sam3lora.data.check.report", module)
 
 
 def test_report_is_shown(check, capsys):
@@ -48,9 +48,9 @@ def test_report_as_json_alone(check, capsys):
 
 def test_synth_passes_its_options(monkeypatch, tmp_path):
     seen = {}
-    module = types.ModuleType("sam3lora.data.synth")
+    module = types.ModuleType("sam3lora.data.synth.dataset")
     module.write_dataset = lambda folder, **options: seen.update(options, folder=folder)
-    monkeypatch.setitem(sys.modules, "sam3lora.data.synth", module)
+    monkeypatch.setitem(sys.modules, "sam3lora.data.synth.dataset", module)
     words = ["data", "synth", str(tmp_path), "--num_train", "4", "--num-valid", "2", "--seed", "7", "--size", "112"]
     assert main([*words, "--num-test", "3"]) == 0
     counts = {"num_train": 4, "num_valid": 2, "num_test": 3}
@@ -111,8 +111,8 @@ def test_split_takes_its_usual_fractions_when_none_are_given(monkeypatch):
         def render(self, console):
             pass
 
-    module = types.ModuleType("sam3lora.data.splitting")
+    module = types.ModuleType("sam3lora.data.split.splitting")
     module.split_folder = lambda source, target, **options: seen.update(options) or Report()
-    monkeypatch.setitem(sys.modules, "sam3lora.data.splitting", module)
+    monkeypatch.setitem(sys.modules, "sam3lora.data.split.splitting", module)
     assert main(["data", "split", "in", "out", "--group_by", "^(GX[0-9]+)_"]) == 0
     assert seen == {"fractions": (0.8, 0.1, 0.1), "seed": 0, "group_by": "^(GX[0-9]+)_"}

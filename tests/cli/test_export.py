@@ -13,9 +13,9 @@ from sam3lora.cli import main
 @pytest.fixture(scope="module")
 def adapter(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter that does something; read only."""
-    from sam3lora.model.adapter_folder import save_adapter
-    from sam3lora.model.adapter_metadata import AdapterMetadata
-    from sam3lora.model.adapters import LoraSettings, apply_lora
+    from sam3lora.model.adapter.folder import save_adapter
+    from sam3lora.model.adapter.lora_layers import LoraSettings, apply_lora
+    from sam3lora.model.adapter.metadata import AdapterMetadata
     from sam3lora.model.loading import load_base
 
     from ..model.conftest import randomise_adapter

@@ -188,9 +188,9 @@ def test_configuration_of_a_run(small_base, photo, tmp_path, capsys):
 
 def test_adapter_of_a_configured_run(small_base, photo, tmp_path):
     # without --weights it is the best adapter of the run that the configuration names
-    from sam3lora.model.adapter_folder import save_adapter
-    from sam3lora.model.adapter_metadata import AdapterMetadata
-    from sam3lora.model.adapters import LoraSettings, apply_lora
+    from sam3lora.model.adapter.folder import save_adapter
+    from sam3lora.model.adapter.lora_layers import LoraSettings, apply_lora
+    from sam3lora.model.adapter.metadata import AdapterMetadata
     from sam3lora.model.loading import load_base
 
     base = load_base(str(small_base))

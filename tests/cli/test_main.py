@@ -122,7 +122,7 @@ def test_package_of_the_same_name_as_its_function_can_be_called():
     # `train` is a function to users and a package to its modules, whatever was imported first:
     # the import system binds a package to its parent just as the assignment below does.
     parent = type(sam3lora)("sam3lora")
-    package = types.ModuleType("sam3lora.train")
+    package = types.ModuleType("sam3lora.training")
     package.train = lambda value: value + 1
     parent.train = package
     assert parent.train(1) == 2

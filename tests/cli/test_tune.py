@@ -15,7 +15,7 @@ import sam3lora
 from sam3lora.cli import main
 from sam3lora.cli.tune import _held_out
 from sam3lora.errors import RunFailed, UserError
-from sam3lora.tune.trials import TrialRecord
+from sam3lora.tune.run.ledger import TrialRecord
 
 from .test_main import HEAVY
 
@@ -42,7 +42,7 @@ def data(tmp_path) -> Path:
 def calls(monkeypatch, tmp_path):
     """Stands in for the sweep and records what it is given."""
     seen = []
-    package = types.ModuleType("sam3lora.tune.sweep")
+    package = types.ModuleType("sam3lora.tune.run.sweep")
 
     def run_sweep(space, output_dir, **options):
         seen.append((space, output_dir, options))
@@ -54,7 +54,7 @@ def calls(monkeypatch, tmp_path):
         )
 
     package.run_sweep = run_sweep
-    monkeypatch.setitem(sys.modules, "sam3lora.tune.sweep", package)
+    monkeypatch.setitem(sys.modules, "sam3lora.tune.run.sweep", package)
     for name in ("RAY_ADDRESS", "CUDA_VISIBLE_DEVICES", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
@@ -113,7 +113,7 @@ def test_unknown_space_names_the_nearest(calls, capsys):
 )
 def test_mistakes(words, part, calls, space_file, monkeypatch, capsys):
     if "--explain" in words:
-        monkeypatch.delitem(sys.modules, "sam3lora.tune.sweep")
+        monkeypatch.delitem(sys.modules, "sam3lora.tune.run.sweep")
     assert main(["tune", str(space_file), *words]) == 2
     error = capsys.readouterr().err
     assert part in error
@@ -151,7 +151,7 @@ def test_exit_status(error, status, calls, space_file, data, monkeypatch, capsys
     def run_sweep(*args, **options):
         raise error
 
-    monkeypatch.setattr(sys.modules["sam3lora.tune.sweep"], "run_sweep", run_sweep)
+    monkeypatch.setattr(sys.modules["sam3lora.tune.run.sweep"], "run_sweep", run_sweep)
     assert main(["tune", str(space_file), "--data-dir", str(data)]) == status
     assert "Traceback" not in capsys.readouterr().err
 

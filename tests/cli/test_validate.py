@@ -12,8 +12,8 @@ import pytest
 
 from sam3lora.cli import main
 
-from ..evaluate.adapters import write_adapter
-from ..evaluate.splits import HEIGHT, WIDTH, result, write_split
+from ..evaluation.adapters import write_adapter
+from ..evaluation.splits import HEIGHT, WIDTH, result, write_split
 
 ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "tests" / "reference"
@@ -249,7 +249,7 @@ def test_a_model_is_asked_the_phrases_of_a_saco_file(validate, data, run_folder,
 
 
 def test_interrupt(data, run_folder, tmp_path, monkeypatch, capsys):
-    from sam3lora.evaluate.worker import EvaluationWorker
+    from sam3lora.evaluation.ask.worker import EvaluationWorker
 
     def stop(self, records):
         raise KeyboardInterrupt

@@ -20,8 +20,8 @@ from sam3lora.client import (
     Unauthorized,
 )
 from sam3lora.client.errors import class_of_status
-from serve_app.errors import STATUS_OF, ServeError
-from serve_app.ingress import create_api
+from serve_app.http.errors import STATUS_OF, ServeError
+from serve_app.http.ingress import create_api
 from serve_app.settings import ServeSettings
 
 from ..serve_app.http_cases import SIZE_HW, FakeBackend

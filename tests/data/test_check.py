@@ -8,8 +8,8 @@ import json
 import pytest
 from rich.console import Console
 
-from sam3lora.data.check import check_folder
-from sam3lora.data.leakage import count_augmented_copies, find_leaks, source_name
+from sam3lora.data.check.report import check_folder
+from sam3lora.data.split.leakage import count_augmented_copies, find_leaks, source_name
 from sam3lora.errors import UserError
 
 from .coco_builder import annotation, square
@@ -96,7 +96,7 @@ def test_real_data_sets(shared_data):
 
 def test_splits_that_number_their_own_pictures_do_not_leak():
     # The same plain name with other content is no copy; the same name in an export is.
-    from sam3lora.data.leakage import find_leaks
+    from sam3lora.data.split.leakage import find_leaks
 
     assert find_leaks({"train": {"00000.jpg": "a"}, "valid": {"00000.jpg": "b"}}) == []
     export = "00000_jpg.rf.c66c9a0ba987e31946504347c2dd9c00.jpg"

@@ -11,8 +11,8 @@ import pytest
 from sam3lora.data.coco import ANNOTATION_FILE, CocoIndex
 from sam3lora.data.images import read_image
 from sam3lora.data.masks import decode_mask, mask_area
-from sam3lora.data.scenes import draw_empty
-from sam3lora.data.synth import encode_mask, scene_of, write_dataset
+from sam3lora.data.synth.dataset import encode_mask, scene_of, write_dataset
+from sam3lora.data.synth.scenes import draw_empty
 from sam3lora.errors import UserError
 
 SIZE = 96

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sam3lora.model.adapter_bank import AdapterBank
-from sam3lora.model.adapter_weights import AdapterWeights, LoraWeights
+from sam3lora.model.adapter.bank import AdapterBank
+from sam3lora.model.adapter.weights import AdapterWeights, LoraWeights
 
 from .conftest import hooked
 

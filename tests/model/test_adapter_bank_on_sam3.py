@@ -7,11 +7,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from sam3lora.model.adapter_bank import AdapterBank
-from sam3lora.model.adapter_folder import save_adapter
-from sam3lora.model.adapter_weights import read_adapter_weights
+from sam3lora.model.adapter.bank import AdapterBank
+from sam3lora.model.adapter.folder import save_adapter
+from sam3lora.model.adapter.weights import read_adapter_weights
 from sam3lora.model.components import COMPONENTS
-from sam3lora.model.forward import StagedSam3
+from sam3lora.model.staged.forward import StagedSam3
 
 from .conftest import RESOLUTION, byte_tokenizer, hooked, make_sam3
 

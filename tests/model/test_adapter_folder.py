@@ -12,15 +12,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from sam3lora.engine.segmenter import Segmenter
 from sam3lora.errors import UserError
-from sam3lora.infer.segmenter import Segmenter
-from sam3lora.model import adapter_folder
-from sam3lora.model.adapter_folder import list_adapters, load_adapter, read_metadata, save_adapter
-from sam3lora.model.adapter_metadata import AdapterMetadata
-from sam3lora.model.adapters import LoraSettings, adapted_modules, apply_lora
+from sam3lora.model.adapter import folder as adapter_folder
+from sam3lora.model.adapter.folder import list_adapters, load_adapter, read_metadata, save_adapter
+from sam3lora.model.adapter.lora_layers import LoraSettings, adapted_modules, apply_lora
+from sam3lora.model.adapter.metadata import AdapterMetadata
 from sam3lora.model.components import COMPONENTS
 from sam3lora.model.fingerprint import fingerprint
-from sam3lora.model.model_card import render_model_card
+from sam3lora.model.publish.model_card import render_model_card
 
 from .conftest import RESOLUTION, largest_difference, make_inputs, make_sam3, outputs_of, randomise_adapter, save_base
 
@@ -266,7 +266,7 @@ def test_replacing_an_adapter(saved):
 
 def test_replacing_without_an_atomic_exchange(saved, monkeypatch):
     # File systems without it take the two-step way to the same end.
-    monkeypatch.setattr("sam3lora.model.atomic_folder._exchange", lambda first, second: False)
+    monkeypatch.setattr("sam3lora.files._exchange", lambda first, second: False)
     test_replacing_an_adapter(saved)
 
 

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sam3lora.errors import UserError
-from sam3lora.model import adapter_weights
-from sam3lora.model.adapter_folder import load_adapter, save_adapter
-from sam3lora.model.adapter_metadata import AdapterMetadata
-from sam3lora.model.adapter_weights import read_adapter_weights
+from sam3lora.model.adapter import weights as adapter_weights
+from sam3lora.model.adapter.folder import load_adapter, save_adapter
+from sam3lora.model.adapter.metadata import AdapterMetadata
+from sam3lora.model.adapter.weights import read_adapter_weights
 from sam3lora.model.components import adapted_modules
 from sam3lora.model.fingerprint import fingerprint
 

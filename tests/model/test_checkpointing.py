@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sam3lora.model.adapters import LoraSettings, apply_lora
+from sam3lora.model.adapter.lora_layers import LoraSettings, apply_lora
 from sam3lora.model.checkpointing import enable_checkpointing, worth_checkpointing
 from sam3lora.model.components import COMPONENTS
 

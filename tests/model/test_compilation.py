@@ -9,10 +9,10 @@ import torch
 
 from sam3lora.errors import UserError
 from sam3lora.model import compilation
-from sam3lora.model.adapters import LoraSettings, apply_lora
+from sam3lora.model.adapter.lora_layers import LoraSettings, apply_lora
 from sam3lora.model.checkpointing import enable_checkpointing
 from sam3lora.model.compilation import compile_layers
-from sam3lora.model.forward import StagedSam3
+from sam3lora.model.staged.forward import StagedSam3
 
 from .conftest import randomise_adapter
 from .test_precision import outputs_and_gradients

@@ -2,7 +2,7 @@
 
 import torch
 
-from sam3lora.model.adapters import LoraSettings, apply_lora
+from sam3lora.model.adapter.lora_layers import LoraSettings, apply_lora
 from sam3lora.model.components import (
     COMPONENTS,
     component_modules,

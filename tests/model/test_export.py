@@ -21,13 +21,13 @@ from safetensors.torch import load_file
 from transformers import Sam3Config, Sam3Model, Sam3Processor
 
 from sam3lora.errors import RunFailed, UserError
-from sam3lora.model.adapter_folder import read_metadata, save_adapter
-from sam3lora.model.adapter_metadata import AdapterMetadata
-from sam3lora.model.adapters import LoraSettings, adapted_modules, apply_lora
+from sam3lora.model.adapter.folder import read_metadata, save_adapter
+from sam3lora.model.adapter.lora_layers import LoraSettings, adapted_modules, apply_lora
+from sam3lora.model.adapter.metadata import AdapterMetadata
 from sam3lora.model.components import COMPONENTS
-from sam3lora.model.export import TOLERANCE, copy_adapter, merge_adapter
-from sam3lora.model.hub import is_merged_folder, push_adapter
 from sam3lora.model.loading import load_base
+from sam3lora.model.publish.export import TOLERANCE, copy_adapter, merge_adapter
+from sam3lora.model.publish.hub import is_merged_folder, push_adapter
 
 from .conftest import RESOLUTION, make_sam3, randomise_adapter, save_base
 

@@ -15,7 +15,7 @@ from transformers import Sam3Model
 
 from sam3lora.model.checkpointing import enable_checkpointing
 from sam3lora.model.components import COMPONENTS
-from sam3lora.model.forward import StagedSam3, TextFeatures, VisionFeatures
+from sam3lora.model.staged.forward import StagedSam3, TextFeatures, VisionFeatures
 
 from .conftest import RESOLUTION, byte_tokenizer
 

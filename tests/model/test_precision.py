@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sam3lora.model.adapters import LoraSettings, apply_lora
+from sam3lora.model.adapter.lora_layers import LoraSettings, apply_lora
 from sam3lora.model.components import COMPONENTS
-from sam3lora.model.forward import StagedSam3
 from sam3lora.model.precision import store_matrices_in
+from sam3lora.model.staged.forward import StagedSam3
 
 from .conftest import RESOLUTION, byte_tokenizer, randomise_adapter
 

@@ -12,11 +12,11 @@ import torch
 from transformers import Sam3Model
 
 from sam3lora.errors import UserError
-from sam3lora.model.adapter_folder import AdapterMetadata, load_adapter, save_adapter
-from sam3lora.model.adapters import LoraSettings, apply_lora
-from sam3lora.model.forward import StagedSam3
+from sam3lora.model.adapter.folder import AdapterMetadata, load_adapter, save_adapter
+from sam3lora.model.adapter.lora_layers import LoraSettings, apply_lora
 from sam3lora.model.loading import load_base
 from sam3lora.model.quantization import QUANTIZED, quantize_nf4
+from sam3lora.model.staged.forward import StagedSam3
 
 from .conftest import RESOLUTION, randomise_adapter, save_base, small_config
 from .test_precision import outputs_and_gradients

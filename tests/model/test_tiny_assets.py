@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import Sam3Model, Sam3Processor
 
-from sam3lora.model.forward import StagedSam3
+from jobs.pretrain.bank import SceneBank, build_bank
+from jobs.pretrain.measure import TinyReport, measure
 from sam3lora.model.loading import load_base, tokenize
+from sam3lora.model.staged.forward import StagedSam3
 from sam3lora.model.tiny import TINY_FOLDER
-from sam3lora.pretrain.bank import SceneBank, build_bank
-from sam3lora.pretrain.measure import TinyReport, measure
 
 
 @pytest.fixture(scope="module")

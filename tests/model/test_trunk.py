@@ -10,10 +10,10 @@ from itertools import pairwise
 import pytest
 import torch
 
-from sam3lora.model.adapters import LoraSettings, apply_lora
+from sam3lora.model.adapter.lora_layers import LoraSettings, apply_lora
 from sam3lora.model.checkpointing import enable_checkpointing
-from sam3lora.model.forward import StagedSam3, VisionFeatures
-from sam3lora.model.trunk import frozen_layers, token_type, unchanged_layers, weights_of_first_layers
+from sam3lora.model.staged.forward import StagedSam3, VisionFeatures
+from sam3lora.model.staged.trunk import frozen_layers, token_type, unchanged_layers, weights_of_first_layers
 
 from .conftest import RESOLUTION, randomise_adapter
 

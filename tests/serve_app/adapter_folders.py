@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from sam3lora.model.adapter_metadata import AdapterMetadata
+from sam3lora.model.adapter.metadata import AdapterMetadata
 
 
 def write_adapter(

@@ -16,8 +16,8 @@ from typing import Any
 import aiohttp
 import numpy as np
 
-from sam3lora.infer.values import Instances
-from serve_app.errors import STATUS_OF
+from sam3lora.engine.detections import Instances
+from serve_app.http.errors import STATUS_OF
 
 from .ray_service import wait_until
 

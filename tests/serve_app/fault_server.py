@@ -19,11 +19,11 @@ import ray  # noqa: E402
 from ray import serve  # noqa: E402
 from ray.serve.config import RequestRouterConfig  # noqa: E402
 
-from serve_app.backend import ServeBackend  # noqa: E402
 from serve_app.builder import ROUTER  # noqa: E402
 from serve_app.calls import AdapterInfo, ImageFile, ImageReply, SegmentCall, SegmentReply  # noqa: E402
-from serve_app.errors import ServeError  # noqa: E402
-from serve_app.ingress import create_api  # noqa: E402
+from serve_app.http.backend import ServeBackend  # noqa: E402
+from serve_app.http.errors import ServeError  # noqa: E402
+from serve_app.http.ingress import create_api  # noqa: E402
 from serve_app.settings import Limits, ServeSettings  # noqa: E402
 
 SIZE_HW = (48, 64)

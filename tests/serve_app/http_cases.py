@@ -16,10 +16,10 @@ from fastapi.testclient import TestClient
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from sam3lora.infer.values import Instances
+from sam3lora.engine.detections import Instances
 from serve_app.calls import AdapterInfo, ImageFile, ImageReply, SegmentCall, SegmentReply
-from serve_app.errors import ServeError
-from serve_app.ingress import create_api
+from serve_app.http.errors import ServeError
+from serve_app.http.ingress import create_api
 from serve_app.settings import Limits, ServeSettings
 
 SIZE_HW = (48, 64)

@@ -26,7 +26,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import serve_app
-from serve_app.envelope import SECURITY_HEADERS
+from serve_app.http.envelope import SECURITY_HEADERS
 
 from .browser import wait_until
 

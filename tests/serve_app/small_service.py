@@ -10,10 +10,10 @@ from typing import Any
 import cv2
 import numpy as np
 
-from sam3lora.infer.segmenter import Segmenter
-from sam3lora.infer.values import Instances, PostProcessing
+from sam3lora.engine.detections import Instances, PostProcessing
+from sam3lora.engine.segmenter import Segmenter
 
-from ..infer.mixed_cases import write_adapter, write_base
+from ..engine.mixed_cases import write_adapter, write_base
 from .checked_load import Case
 from .http_cases import picture
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from serve_app import adapter_folders
-from serve_app.adapter_folders import AdapterFolders
-from serve_app.errors import ServeError
+from serve_app.http.errors import ServeError
+from serve_app.replica import adapter_folders
+from serve_app.replica.adapter_folders import AdapterFolders
 from serve_app.settings import AdapterSettings
 
 from .adapter_folders import write_adapter
@@ -217,5 +217,5 @@ def test_the_list_follows_the_disk(root: Path):
 def test_unchanged_folders_are_not_read_again(root: Path, monkeypatch: pytest.MonkeyPatch):
     folders = AdapterFolders(AdapterSettings(root=root))
     first = folders.describe_all()
-    monkeypatch.setattr("serve_app.adapter_folders._read_info", lambda folder: pytest.fail("read again"))
+    monkeypatch.setattr("serve_app.replica.adapter_folders._read_info", lambda folder: pytest.fail("read again"))
     assert folders.describe_all() == first

@@ -16,10 +16,10 @@ import torch
 from safetensors.numpy import load_file
 
 from sam3lora.errors import UserError
-from serve_app import adapter_store
-from serve_app.adapter_store import AdapterStore
-from serve_app.batcher import Batcher
-from serve_app.errors import ServeError
+from serve_app.http.errors import ServeError
+from serve_app.replica import adapter_store
+from serve_app.replica.adapter_store import AdapterStore
+from serve_app.replica.batcher import Batcher
 from serve_app.settings import AdapterSettings
 
 from .adapter_folders import write_adapter

@@ -19,9 +19,9 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from serve_app.backend import ServeBackend
 from serve_app.calls import AdapterInfo, ImageFile, SegmentCall, SegmentReply
-from serve_app.errors import ServeError
+from serve_app.http.backend import ServeBackend
+from serve_app.http.errors import ServeError
 from serve_app.settings import Limits, ServeSettings
 
 from .http_cases import PNG, picture

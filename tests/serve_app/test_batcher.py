@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from serve_app.batcher import Batcher
-from serve_app.errors import ServeError
+from serve_app.http.errors import ServeError
+from serve_app.replica.batcher import Batcher
 
 LONG_S = 60.0
 

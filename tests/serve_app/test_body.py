@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from serve_app import body
-from serve_app.errors import ServeError
-from serve_app.schemas import SegmentRequest
+from serve_app.http import body
+from serve_app.http.errors import ServeError
+from serve_app.http.schemas import SegmentRequest
 
 from .http_cases import PNG_BASE64, FakeBackend, as_json, make_client, multipart
 

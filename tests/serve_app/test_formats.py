@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from sam3lora.infer.values import Instances
-from serve_app.formats import encode_results, is_quick, rle_to_png
+from sam3lora.engine.detections import Instances
+from serve_app.http.formats import encode_results, is_quick, rle_to_png
 
 from .http_cases import SIZE_HW, found, rectangle
 

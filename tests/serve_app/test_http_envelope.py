@@ -10,8 +10,8 @@ import pytest
 from fastapi.testclient import TestClient
 
 from sam3lora.errors import UserError
-from serve_app.errors import STATUS_OF, ServeError
-from serve_app.ingress import create_api
+from serve_app.http.errors import STATUS_OF, ServeError
+from serve_app.http.ingress import create_api
 
 from .http_cases import KEY_VARIABLE, FakeBackend, as_json, make_client, make_settings
 

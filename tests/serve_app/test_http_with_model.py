@@ -12,12 +12,12 @@ import pytest
 from fastapi.testclient import TestClient
 from pycocotools import mask as coco_mask
 
-from sam3lora.infer.segmenter import Segmenter as PlainSegmenter
-from sam3lora.infer.values import PostProcessing
+from sam3lora.engine.detections import PostProcessing
+from sam3lora.engine.segmenter import Segmenter as PlainSegmenter
 from serve_app.calls import AdapterInfo, ImageFile, ImageReply, SegmentCall, SegmentReply
-from serve_app.errors import ServeError
-from serve_app.ingress import create_api
-from serve_app.replica import Segmenter
+from serve_app.http.errors import ServeError
+from serve_app.http.ingress import create_api
+from serve_app.replica.replica import Segmenter
 from serve_app.settings import AdapterSettings, ServeSettings
 
 SAMPLE = Path(__file__).parents[2] / "serve_app" / "static" / "sample.jpg"

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from sam3lora.model.atomic_folder import replace_folder
+from sam3lora.files import replace_folder
 
 from .checked_load import Case, Load, running_load, send_all
 from .ray_service import RayService, get, start_service, wait_until

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from serve_app.errors import STATUS_OF
-from serve_app.ingress import create_api
+from serve_app.http.errors import STATUS_OF
+from serve_app.http.ingress import create_api
 
 from .http_cases import FakeBackend, make_client, make_settings
 

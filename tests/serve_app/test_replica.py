@@ -19,17 +19,17 @@ import pytest
 import torch
 from PIL import Image
 
-from sam3lora.infer import detect
-from sam3lora.infer.mixed_batch import Answer, MixedBatchSegmenter, Question
-from sam3lora.infer.values import BoxPrompt, Instances, PostProcessing
-from serve_app import mask_encoder, replica
+from sam3lora.engine import detect
+from sam3lora.engine.detections import BoxPrompt, Instances, PostProcessing
+from sam3lora.engine.engine import Answer, MixedBatchSegmenter, Question
 from serve_app.calls import ImageFile, ImageReply, SegmentCall, SegmentReply
-from serve_app.errors import ServeError
+from serve_app.http.errors import ServeError
 from serve_app.metrics import STAGES
-from serve_app.replica import Segmenter
+from serve_app.replica import mask_encoder, replica
+from serve_app.replica.replica import Segmenter
 from serve_app.settings import AdapterSettings, Batching, Limits, ServeSettings
 
-from ..infer.mixed_cases import write_adapter, write_base
+from ..engine.mixed_cases import write_adapter, write_base
 
 LONG_S = 60.0
 POST = PostProcessing(threshold=0.0, max_detections=3)

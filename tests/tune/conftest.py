@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sam3lora.tune.space import SearchSpace, load_space
+from sam3lora.tune.space.reader import SearchSpace, load_space
 
 RANKS = {"lora.rank": {"choice": [4, 8, 16]}}
 

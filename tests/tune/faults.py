@@ -14,7 +14,7 @@ def install():
 
     def watching_import(name, *args, **kwargs):
         module = plain_import(name, *args, **kwargs)
-        update = sys.modules.get("sam3lora.train.worker")
+        update = sys.modules.get("sam3lora.training.worker")
         if update is not None and hasattr(update, "finish") and not hasattr(update, "_plain_step"):
             builtins.__import__ = plain_import
             _patch(update)

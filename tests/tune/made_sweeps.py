@@ -8,9 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 from sam3lora.config import load_config
-from sam3lora.tune.parameters import parse_parameter
-from sam3lora.tune.search_space import Constraints, EarlyStopping, Failures, Search, SearchSpace
-from sam3lora.tune.trials import Rejection, TrialRecord, best_record
+from sam3lora.tune.run.ledger import Rejection, TrialRecord, best_record
+from sam3lora.tune.space.parameters import parse_parameter
+from sam3lora.tune.space.search_space import Constraints, EarlyStopping, Failures, Search, SearchSpace
 
 PARAMETERS: dict[str, dict[str, Any]] = {
     "lora.rank": {"choice": [4, 8, 16, 32]},

@@ -11,8 +11,8 @@ import pytest
 from ray.tune.schedulers import ASHAScheduler
 
 from sam3lora.config import Config, load_config
-from sam3lora.tune import asha_cost
-from sam3lora.tune.asha_cost import (
+from sam3lora.tune.estimate import asha_cost
+from sam3lora.tune.estimate.asha_cost import (
     RAY_START_S,
     epochs_trained,
     expected_share,
@@ -20,7 +20,7 @@ from sam3lora.tune.asha_cost import (
     sweep_time,
     trial_seconds,
 )
-from sam3lora.tune.probe import ImageCost, Probe
+from sam3lora.tune.estimate.probe import ImageCost, Probe
 
 # An image takes 1 s in training and 0.5 s in validation, twice that when it is first seen; 10 s to start.
 PROBE = Probe(

@@ -6,9 +6,9 @@ import pytest
 
 from sam3lora.config import Config, load_config
 from sam3lora.errors import UserError
-from sam3lora.model.adapters import LoraSettings, apply_lora, count_parameters
-from sam3lora.model.preset_table import count_on_full_size
-from sam3lora.tune.budget import ParameterCounter, meta_model
+from sam3lora.model.adapter.lora_layers import LoraSettings, apply_lora, count_parameters
+from sam3lora.model.publish.preset_table import count_on_full_size
+from sam3lora.tune.estimate.parameter_budget import ParameterCounter, meta_model
 
 
 def as_peft_makes_it(config: Config) -> int:

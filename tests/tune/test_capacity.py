@@ -3,7 +3,7 @@
 import pytest
 
 from sam3lora.config import load_config
-from sam3lora.tune.capacity import local_concurrency, local_cpus, trial_needs, trials_that_fit
+from sam3lora.tune.run.capacity import local_concurrency, local_cpus, trial_needs, trials_that_fit
 
 
 def config(**scaling):

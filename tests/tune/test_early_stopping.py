@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from sam3lora.tune.decisions import StoppedEarly, await_decision, write_decision
-from sam3lora.tune.early_stopping import rungs
-from sam3lora.tune.scheduler import build_scheduler
-from sam3lora.tune.trials import TrialRecord
+from sam3lora.tune.run.decisions import StoppedEarly, await_decision, write_decision
+from sam3lora.tune.run.ledger import TrialRecord
+from sam3lora.tune.search.early_stopping import rungs
+from sam3lora.tune.search.ray_scheduler import build_scheduler
 
 
 def space(epochs=9, *, scheduler="asha", grace=1, factor=3, metric="valid_loss", every=0):

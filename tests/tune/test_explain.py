@@ -12,15 +12,15 @@ import yaml
 from rich.console import Console
 
 from sam3lora.config import load_config
-from sam3lora.data.synth import write_dataset
+from sam3lora.data.synth.dataset import write_dataset
 from sam3lora.errors import OutOfMemory, UserError
-from sam3lora.tune import capacity
-from sam3lora.tune import probe as probe_module
-from sam3lora.tune.asha_cost import expected_share
-from sam3lora.tune.explain import explain_sweep, propose_all
-from sam3lora.tune.probe import ImageCost, Probe
-from sam3lora.tune.space import SearchSpace, load_space
-from sam3lora.tune.vision_cache import feature_bytes, why_not_kept
+from sam3lora.tune.estimate import probe as probe_module
+from sam3lora.tune.estimate.asha_cost import expected_share
+from sam3lora.tune.estimate.explain import explain_sweep, propose_all
+from sam3lora.tune.estimate.feature_cache_size import feature_bytes, why_not_kept
+from sam3lora.tune.estimate.probe import ImageCost, Probe
+from sam3lora.tune.run import capacity
+from sam3lora.tune.space.reader import SearchSpace, load_space
 
 PROBE = Probe(
     device="the GPU (of a test)",

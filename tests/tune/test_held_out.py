@@ -8,9 +8,9 @@ import pytest
 
 import serve_app
 from sam3lora.config import Config, load_config
-from sam3lora.data.synth import write_dataset
+from sam3lora.data.synth.dataset import write_dataset
 from sam3lora.errors import UserError
-from sam3lora.tune.held_out import measure_held_out
+from sam3lora.tune.run.held_out import measure_held_out
 
 SAMPLES = Path(serve_app.__file__).parent / "samples"
 PARTS, LIGHT = SAMPLES / "parts", SAMPLES / "parts-light"

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import scipy.stats
 
-from sam3lora.tune.importance import importances
-from sam3lora.tune.parameters import parse_parameter
+from sam3lora.tune.report.importance import importances
+from sam3lora.tune.space.parameters import parse_parameter
 
 from .made_sweeps import trial
 

@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from sam3lora.tune.component_sets import BUILT_IN, components_of, name_of
-from sam3lora.tune.expressions import Expression
-from sam3lora.tune.parameters import parse_parameter, value_text
+from sam3lora.tune.space.component_sets import BUILT_IN, components_of, name_of
+from sam3lora.tune.space.expressions import Expression
+from sam3lora.tune.space.parameters import parse_parameter, value_text
 
 
 def draws(written, count=2000):

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from sam3lora.tune.pareto import pareto_front
-from sam3lora.tune.trials import better
+from sam3lora.tune.report.pareto import pareto_front
+from sam3lora.tune.run.ledger import better
 
 from .made_sweeps import trial
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from sam3lora.config import Config, load_config
-from sam3lora.data.synth import write_dataset
+from sam3lora.data.synth.dataset import write_dataset
 from sam3lora.errors import OutOfMemory, RunFailed, UserError
-from sam3lora.tune import probe as probe_module
-from sam3lora.tune.probe import ImageCost, run_probe
+from sam3lora.tune.estimate import probe as probe_module
+from sam3lora.tune.estimate.probe import ImageCost, run_probe
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from sam3lora.tune import progress
-from sam3lora.tune.progress import RecordReader, describe_end, show_progress, trial_table
-from sam3lora.tune.trials import Ledger, TrialRecord
+from sam3lora.tune.run import progress
+from sam3lora.tune.run.ledger import Ledger, TrialRecord
+from sam3lora.tune.run.progress import RecordReader, describe_end, show_progress, trial_table
 
 from .made_sweeps import draw_trials, make_space, trial
 

@@ -6,9 +6,9 @@ import pytest
 
 from sam3lora.config import load_config
 from sam3lora.errors import UserError
-from sam3lora.tune.budget import ParameterCounter
-from sam3lora.tune.proposals import Proposer
-from sam3lora.tune.trials import TrialRecord
+from sam3lora.tune.estimate.parameter_budget import ParameterCounter
+from sam3lora.tune.run.ledger import TrialRecord
+from sam3lora.tune.search.proposals import Proposer
 
 
 def propose_all(space, **options):

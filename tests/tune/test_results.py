@@ -13,13 +13,13 @@ import pyarrow.parquet
 import pytest
 
 from sam3lora.config import load_config
-from sam3lora.data.synth import write_dataset
+from sam3lora.data.synth.dataset import write_dataset
 from sam3lora.errors import UserError
-from sam3lora.model.adapter_folder import check_adapter_folder
-from sam3lora.train.launch import train
-from sam3lora.tune import results
-from sam3lora.tune.results import copy_best, write_tables
-from sam3lora.tune.trials import Ledger, Rejection, TrialRecord
+from sam3lora.model.adapter.folder import check_adapter_folder
+from sam3lora.training.launch import train
+from sam3lora.tune.report import tables as results
+from sam3lora.tune.report.tables import copy_best, write_tables
+from sam3lora.tune.run.ledger import Ledger, Rejection, TrialRecord
 
 from .made_sweeps import draw_rejections, draw_trials, make_space, trial
 

@@ -10,8 +10,8 @@ from collections import Counter
 import pytest
 
 from sam3lora.errors import UserError
-from sam3lora.tune.samplers import GridCycle, build_sampler
-from sam3lora.tune.trials import TrialRecord
+from sam3lora.tune.run.ledger import TrialRecord
+from sam3lora.tune.search.samplers import GridCycle, build_sampler
 
 MIXED = {
     "training.learning_rate": {"loguniform": [1e-5, 1e-1]},

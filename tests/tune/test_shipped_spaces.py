@@ -7,8 +7,8 @@ from importlib import resources
 
 import pytest
 
-from sam3lora.tune.proposals import Proposer
-from sam3lora.tune.space import load_space, space_names
+from sam3lora.tune.search.proposals import Proposer
+from sam3lora.tune.space.reader import load_space, space_names
 
 NAMES = ("components", "demo", "learning_rate", "lora_full", "lora_quick", "negatives")
 

@@ -7,9 +7,9 @@ import ray
 import yaml
 
 from sam3lora.config import load_config
-from sam3lora.data.synth import write_dataset
-from sam3lora.tune.space import load_space, space_names
-from sam3lora.tune.sweep import run_sweep
+from sam3lora.data.synth.dataset import write_dataset
+from sam3lora.tune.run.sweep import run_sweep
+from sam3lora.tune.space.reader import load_space, space_names
 
 SHORT = ("training.num_epochs=1", "training.max_steps=2", "scaling.num_workers=0")
 

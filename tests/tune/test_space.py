@@ -9,7 +9,7 @@ import pytest
 
 from sam3lora.config import load_config
 from sam3lora.errors import UserError
-from sam3lora.tune.space import load_space, space_names
+from sam3lora.tune.space.reader import load_space, space_names
 
 WHOLE = """
 base: light
@@ -305,8 +305,8 @@ def test_validation_losses_that_do_not_compare_are_refused(key):
 def test_validation_asks_the_same_whatever_the_seed(tmp_path):
     # Losses of trials with different seeds are means over the same queries; training draws others.
     from sam3lora.data.sample import record_queries
-    from sam3lora.data.synth import write_dataset
-    from sam3lora.train.datasets import load_run_data
+    from sam3lora.data.synth.dataset import write_dataset
+    from sam3lora.training.datasets import load_run_data
 
     write_dataset(tmp_path, num_train=6, num_valid=6, size=112, progress=False)
 
@@ -389,7 +389,7 @@ def test_an_unknown_space_names_the_nearest_and_all():
 
 
 def test_reading_a_space_imports_nothing_heavy():
-    code = "import sys; from sam3lora.tune.space import load_space; load_space('lora_quick'); "
+    code = "import sys; from sam3lora.tune.space.reader import load_space; load_space('lora_quick'); "
     code += "sys.exit(', '.join({'torch', 'ray', 'pandas', 'transformers', 'optuna'} & set(sys.modules)) or 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -2,8 +2,8 @@
 
 import json
 
-from sam3lora.tune.summary import summarise
-from sam3lora.tune.trials import TrialRecord
+from sam3lora.tune.run.ledger import TrialRecord
+from sam3lora.tune.run.trial_summary import summarise
 
 
 def write_lines(folder, lines):

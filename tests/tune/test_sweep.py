@@ -7,13 +7,14 @@ import filelock
 import pytest
 
 from sam3lora.data.images import ImageError
-from sam3lora.data.synth import write_dataset
+from sam3lora.data.synth.dataset import write_dataset
 from sam3lora.errors import OutOfMemory, UserError, WorkerLost
-from sam3lora.train.update import NonFiniteLoss
-from sam3lora.tune import sweep, sweep_folder, trial_run
-from sam3lora.tune.decisions import StoppedEarly
-from sam3lora.tune.space import load_space
-from sam3lora.tune.trials import Ledger, TrialRecord
+from sam3lora.training.update import NonFiniteLoss
+from sam3lora.tune.run import sweep, sweep_folder
+from sam3lora.tune.run import trial as trial_run
+from sam3lora.tune.run.decisions import StoppedEarly
+from sam3lora.tune.run.ledger import Ledger, TrialRecord
+from sam3lora.tune.space.reader import load_space
 
 SPACE = {
     "name": "small",

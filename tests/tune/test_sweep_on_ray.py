@@ -13,11 +13,11 @@ import pytest
 import ray
 import ray.cloudpickle
 
-from sam3lora.data.synth import write_dataset
+from sam3lora.data.synth.dataset import write_dataset
 from sam3lora.errors import RunFailed, UserError
-from sam3lora.tune.space import load_space
-from sam3lora.tune.sweep import run_sweep
-from sam3lora.tune.trials import Ledger
+from sam3lora.tune.run.ledger import Ledger
+from sam3lora.tune.run.sweep import run_sweep
+from sam3lora.tune.space.reader import load_space
 
 from . import faults
 

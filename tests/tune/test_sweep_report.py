@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 
-from sam3lora.tune.charted_trials import ChartedTrials
-from sam3lora.tune.parallel_coordinates import parallel_coordinates
-from sam3lora.tune.sweep_charts import learning_curves, progress_chart, size_chart
-from sam3lora.tune.sweep_report import duration, render_sweep
-from sam3lora.tune.sweep_verdict import held_out_sentence, short_names
+from sam3lora.tune.report.charted_trials import ChartedTrials
+from sam3lora.tune.report.charts import learning_curves, progress_chart, size_chart
+from sam3lora.tune.report.parallel_coordinates import parallel_coordinates
+from sam3lora.tune.report.sweep_page import duration, render_sweep
+from sam3lora.tune.report.verdict import held_out_sentence, short_names
 
-from ..evaluate.report_cases import check_page
+from ..evaluation.report_cases import check_page
 from .made_sweeps import START, draw_rejections, draw_trials, fail, make_space, summarise_sweep, trial
 
 HELD_OUT = {

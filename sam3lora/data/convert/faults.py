@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 
-from sam3lora.data.issues import MAX_EXAMPLES, Issue
+from sam3lora.data.faults import MAX_EXAMPLES, Issue
 
 # kind -> (what it is, what is done about it)
 KINDS: dict[str, tuple[str, str]] = {

@@ -18,10 +18,10 @@ from sam3lora.config import Config, load_config
 from .coco_folder import write_data
 
 if TYPE_CHECKING:
-    from sam3lora.data.collate import Batch
+    from sam3lora.data.batch import Batch
     from sam3lora.model.loading import LoadedBase
-    from sam3lora.train.launch import TrainResult
-    from sam3lora.train.setup import Worker
+    from sam3lora.training.launch import TrainResult
+    from sam3lora.training.setup import Worker
 
 BASE_SETTINGS: dict[str, Any] = {
     "lora": {
@@ -57,7 +57,7 @@ _LOADED: dict[str, LoadedBase] = {}
 @pytest.fixture(autouse=True)
 def _read_the_base_once(small_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading the model is most of a short run, so a plain reading is done once and copied."""
-    from sam3lora.train import setup
+    from sam3lora.training import setup
 
     load_base = setup.load_base
 
@@ -90,7 +90,7 @@ def settings(small_base: Path, data_dir: Path, tmp_path: Path) -> Callable[..., 
 @pytest.fixture
 def build(settings: Callable[..., Config]) -> Callable[..., Worker]:
     """`build("lora.rank=4")` -> a worker that is ready for its first step."""
-    from sam3lora.train.setup import set_up
+    from sam3lora.training.setup import set_up
 
     def make(*overrides: str) -> Worker:
         config = settings(*overrides)
@@ -104,7 +104,7 @@ def build(settings: Callable[..., Config]) -> Callable[..., Worker]:
 @pytest.fixture
 def run(settings: Callable[..., Config]) -> Callable[..., TrainResult]:
     """`run("training.num_epochs=2")` -> the result of a whole training in this process."""
-    from sam3lora.train import train
+    from sam3lora.training.launch import train
 
     return lambda *overrides: train(settings(*overrides))
 
@@ -128,7 +128,7 @@ def batches_of_an_epoch(worker: Worker) -> list[Batch]:
 
 def take_step(worker: Worker) -> tuple[dict[str, float], float]:
     """One update of the adapter: loss terms, and the norm of the gradient before clipping."""
-    from sam3lora.train.update import optimizer_step
+    from sam3lora.training.update import optimizer_step
 
     group = list(islice(worker.batches.training_batches(0, 0), worker.config.training.gradient_accumulation_steps))
     terms, _, norm = optimizer_step(worker, group)
@@ -137,7 +137,7 @@ def take_step(worker: Worker) -> tuple[dict[str, float], float]:
 
 def loss_terms(worker: Worker, batch: Batch | None = None) -> dict[str, float]:
     """Unweighted terms of a batch (the first one) without gradients or dropout."""
-    from sam3lora.train.step import StepCounts
+    from sam3lora.training.step import StepCounts
 
     batch = batch or first_batch(worker)
     worker.model.eval()
@@ -147,6 +147,6 @@ def loss_terms(worker: Worker, batch: Batch | None = None) -> dict[str, float]:
 
 def lines_of(result: TrainResult, kind: str) -> list[dict[str, Any]]:
     """Lines of a kind in a run's `metrics.jsonl`."""
-    from sam3lora.train.metrics import METRICS_FILE, read_metrics
+    from sam3lora.training.metrics_log import METRICS_FILE, read_metrics
 
     return [line for line in read_metrics(result.output_dir / METRICS_FILE) if line["kind"] == kind]

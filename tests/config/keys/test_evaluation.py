@@ -7,9 +7,10 @@ import json
 import pytest
 
 from sam3lora.config import load_config
+from sam3lora.engine.detections import PostProcessing
 from sam3lora.errors import UserError
-from sam3lora.infer.values import PostProcessing
-from sam3lora.train import validation_metrics, worker
+from sam3lora.training import validator as validation_metrics
+from sam3lora.training import worker
 
 from .conftest import lines_of
 from .registry import acts

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sam3lora.losses import masks
-from sam3lora.train.step import StepCounts
+from sam3lora.training.step import StepCounts
 
 from .conftest import first_batch, loss_terms
 from .registry import acts

@@ -18,7 +18,8 @@ def ask(settings, monkeypatch):
     import ray
 
     from sam3lora import cluster
-    from sam3lora.train import on_ray, train
+    from sam3lora.training import on_ray
+    from sam3lora.training.launch import train
 
     asked = SimpleNamespace(init=None, trainer=None, start_timeout=None)
 

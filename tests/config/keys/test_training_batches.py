@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from sam3lora.errors import UserError
-from sam3lora.train import datasets, fit_batch
-from sam3lora.train.metrics import METRICS_FILE, read_metrics
+from sam3lora.training import datasets, fit_batch
+from sam3lora.training.metrics_log import METRICS_FILE, read_metrics
 
 from .coco_folder import write_data, write_split
 from .conftest import batches_of_an_epoch, first_batch, lines_of, loss_terms, take_step

@@ -1,0 +1,59 @@
+"""What a request costs without HTTP and Ray: the model's own calls, in a process that does nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from jobs.bench.load import with_new_bytes
+from jobs.bench.serving_work import Question
+
+
+def time_bare_calls(model: str, adapter: Path, question: Question, *, seconds: float) -> tuple[float, float]:
+    """Median milliseconds of a question about an image that is kept, and about a new one: decoding, answer, masks.
+
+    Args:
+        model: "tiny" or a folder.
+        adapter: An adapter folder.
+        question: What is asked.
+        seconds: To measure each of both.
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_measure, model, adapter, question, seconds).result()
+
+
+def _measure(model: str, adapter: Path, question: Question, seconds: float) -> tuple[float, float]:
+    from sam3lora.engine.detections import PostProcessing
+    from sam3lora.engine.engine import MixedBatchSegmenter
+    from sam3lora.engine.engine import Question as MixedQuestion
+
+    segmenter = MixedBatchSegmenter(model, local_files_only=True)
+    segmenter.place_adapter(0, segmenter.read_adapter(adapter))
+    segmenter.warm_up()
+    picture = question.picture
+    post = PostProcessing(threshold=question.threshold, nms_iou=1.0)
+
+    def ask(jpeg: bytes) -> None:
+        key = hashlib.sha256(jpeg).hexdigest()
+        image = segmenter.cached_image(key) or segmenter.prepare_image(jpeg, key)
+        (answer,) = segmenter.answer([MixedQuestion(image, (picture.prompt,), slot=0, post=post)])
+        if isinstance(answer, Exception):
+            raise answer
+        segmenter.finish(answer)
+
+    def median_ms(all_different: bool) -> float:
+        found: list[float] = []
+        end = time.perf_counter() + seconds
+        while not found or time.perf_counter() < end:
+            jpeg = with_new_bytes(picture.jpeg) if all_different else picture.jpeg
+            start = time.perf_counter()
+            ask(jpeg)
+            found.append(time.perf_counter() - start)
+        return statistics.median(found) * 1000
+
+    ask(picture.jpeg)
+    return median_ms(all_different=False), median_ms(all_different=True)

@@ -1,0 +1,109 @@
+"""Servers under test: started in processes of their own, waited for, and stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sam3lora.errors import UserError
+
+START_TIMEOUT_S = 240.0
+STOP_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server; `start_s` is how long it took until it was ready."""
+
+    url: str
+    pid: int
+    start_s: float
+
+
+@contextlib.contextmanager
+def plain_server(model: str | Path, adapters: Path, log: Path) -> Iterator[Server]:
+    """FastAPI around stock transformers and PEFT (`jobs.bench.plain_server`)."""
+    from sam3lora.model.base_folder import find_base
+
+    # transformers does not know "tiny"
+    folder = find_base(str(model), local_files_only=True).path
+    command = [sys.executable, "-m", "jobs.bench.plain_server", "--model", str(folder)]
+    with _running([*command, "--adapters", str(adapters)], log) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def our_server(model: str | Path, adapters: Path, log: Path, *, haproxy: bool = False) -> Iterator[Server]:
+    """`sam3lora serve` as a user starts it."""
+    command = [sys.executable, "-m", "sam3lora", "serve", "--model", str(model), "--adapters", str(adapters)]
+    with _running([*command, "--haproxy"] if haproxy else command, log) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def _running(command: Sequence[str], log: Path) -> Iterator[Server]:
+    """The command with `--port P` until the end of the block.
+
+    Raises:
+        UserError: It ended, or was not ready in time; the message holds the end of what it printed.
+    """
+    port = _free_port()
+    start = time.monotonic()
+    with log.open("wb") as output:
+        # A session of its own: an interrupt at the keyboard reaches this process alone, which then stops the server.
+        process = subprocess.Popen(
+            [*command, "--port", str(port)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        _wait_until_ready(url, process, log)
+        yield Server(url, process.pid, time.monotonic() - start)
+    finally:
+        _stop(process)
+
+
+def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while not _answers(f"{url}/readyz"):
+        if process.poll() is not None or time.monotonic() > deadline:
+            became = "was not ready in time" if process.returncode is None else f"ended with {process.returncode}"
+            said = log.read_text(encoding="utf-8", errors="replace")[-2000:]
+            raise UserError(f"the server {became} ({' '.join(map(str, process.args[1:4]))} ...): {said}")  # type: ignore
+        time.sleep(0.1)
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return response.status == 200
+    except (urllib.error.URLError, TimeoutError, ConnectionError):
+        return False
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,66 @@
+"""What the serving benchmark found: tables for people, the same rows as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from jobs.bench.report import machine, machine_line
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A table: the keys of the rows are its headings. `note` says how to read it."""
+
+    title: str
+    rows: Sequence[Mapping[str, Any]]
+    note: str = ""
+
+    def print(self, console: Console) -> None:
+        table = Table()
+        for heading, value in self.rows[0].items():
+            table.add_column(heading, justify="left" if isinstance(value, str) else "right")
+        for row in self.rows:
+            table.add_row(*map(_cell, row.values()))
+        console.print(f"\n[bold]{self.title}[/]", highlight=False)
+        console.print(table)
+        if self.note:
+            console.print(self.note, highlight=False)
+
+
+@dataclass(frozen=True)
+class ServingReport:
+    """All tables of one run, with what was asked and that both servers answer alike."""
+
+    title: str
+    tables: Sequence[Rows]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def table(self, beginning: str) -> Rows:
+        """The table whose title begins so."""
+        return next(table for table in self.tables if table.title.startswith(beginning))
+
+    def to_dict(self) -> dict[str, Any]:
+        tables = [{"title": table.title, "rows": list(table.rows), "note": table.note} for table in self.tables]
+        return {"title": self.title, "machine": machine(), "facts": dict(self.facts), "tables": tables}
+
+    def print(self, console: Console) -> None:
+        console.print(f"\n{self.title}", highlight=False)
+        for table in self.tables:
+            table.print(console)
+        console.print()
+        for name, value in self.facts.items():
+            console.print(f"{name}: {value}", highlight=False)
+        console.print(machine_line(), highlight=False, soft_wrap=True)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return str(value)

@@ -1,0 +1,1 @@
+"""Checking a COCO data set: the report and its tables."""

@@ -1,0 +1,1 @@
+"""Splitting a COCO data set without leakage."""

@@ -1,0 +1,1 @@
+"""The inference engine: adapters in slots, shared image and text features, detections."""

@@ -1,0 +1,130 @@
+"""What is kept between batches: images, their vision features, text features; the least recently used go first."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from sam3lora.model.staged.forward import VisionFeatures
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+
+@dataclass(frozen=True)
+class PreparedImage:
+    """An image at the size of the model's input.
+
+    Attributes:
+        key: Equal keys are equal images, for example the SHA-256 of the file.
+        pixels_RR3: uint8 RGB (resolution, resolution, 3).
+        size_hw: Height and width of the original in pixels, turned as its EXIF orientation says.
+    """
+
+    key: str
+    pixels_RR3: np.ndarray = field(repr=False)
+    size_hw: tuple[int, int]
+
+
+class LruCache(Generic[K, V]):
+    """A dictionary of bounded size; any thread may use it.
+
+    Args:
+        capacity: Most that the sizes of all entries may add up to.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.size = 0
+        self.evictions = 0
+        self._entries: OrderedDict[K, tuple[V, int]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, key: K) -> V | None:
+        """The value, from here on the most recently used."""
+        with self._lock:
+            if key not in self._entries:
+                return None
+            self._entries.move_to_end(key)
+            return self._entries[key][0]
+
+    def put(self, key: K, value: V, size: int = 1) -> None:
+        """Keep a value, and drop others until it fits; one larger than the capacity is not kept."""
+        with self._lock:
+            self._remove(key)
+            if size > self.capacity:
+                return
+            while self.size + size > self.capacity:
+                self._remove(next(iter(self._entries)))
+                self.evictions += 1
+            self._entries[key] = (value, size)
+            self.size += size
+
+    def remove(self, key: K) -> None:
+        with self._lock:
+            self._remove(key)
+
+    def list_keys(self) -> list[K]:
+        """From the least to the most recently used."""
+        with self._lock:
+            return list(self._entries)
+
+    def _remove(self, key: K) -> None:
+        _, size = self._entries.pop(key, (None, 0))
+        self.size -= size
+
+
+class ImageCache:
+    """Images and their vision features within one limit; any thread may use it.
+
+    Features go by the image and by the version of the adapter whose vision tower made them (None: the base's), so those
+    of an adapter that was replaced are never found again.
+
+    Args:
+        limit_bytes: Of pixels and features together.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._kept: LruCache[tuple, Any] = LruCache(limit_bytes)
+
+    @property
+    def size_bytes(self) -> int:
+        return self._kept.size
+
+    @property
+    def evictions(self) -> int:
+        return self._kept.evictions
+
+    def image(self, key: str) -> PreparedImage | None:
+        return self._kept.get(("pixels", key))
+
+    def keep_image(self, image: PreparedImage) -> None:
+        if self.image(image.key) is None:
+            self._kept.put(("pixels", image.key), image, image.pixels_RR3.nbytes)
+
+    def features(self, key: str, version: str | None) -> VisionFeatures | None:
+        return self._kept.get(("features", key, version))
+
+    def keep_features(self, key: str, version: str | None, features: VisionFeatures) -> None:
+        """Keep the features of one image; the positions, which all images share, do not count."""
+        self._kept.put(("features", key, version), features, sum(maps.nbytes for maps in features.maps_ICHW))
+
+    def forget(self, key: str) -> None:
+        """An image and all its features."""
+        for kept in self._kept.list_keys():
+            if kept[1] == key:
+                self._kept.remove(kept)
+
+    def drop_features(self) -> None:
+        """Make room on the device; images stay."""
+        for key in self._kept.list_keys():
+            if key[0] == "features":
+                self._kept.remove(key)

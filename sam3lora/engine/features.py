@@ -1,0 +1,146 @@
+"""Features of images and prompts under the adapters of a batch: each is computed once, if it is not known already."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sam3lora.engine.feature_cache import ImageCache, LruCache, PreparedImage
+from sam3lora.engine.forward import MixedForward
+from sam3lora.engine.pixels import to_pixel_values
+from sam3lora.model.loading import LoadedBase
+from sam3lora.model.staged.forward import TextFeatures, VisionFeatures
+from sam3lora.model.tokenization import tokenize
+
+COUNTED = ("image_cache_hits", "image_cache_misses", "text_cache_hits", "text_cache_misses", "images_encoded")
+
+
+class Resident(NamedTuple):
+    """The adapter of a slot, or the base (slot None)."""
+
+    slot: int | None = None
+    version: str | None = None
+    components: frozenset[str] = frozenset()
+    geometry_cls: bool = True
+
+    def of(self, component: str) -> Resident:
+        """Who makes a component's features: the base, if the adapter leaves it as it is."""
+        return self if component in self.components else BASE
+
+
+BASE = Resident()
+
+
+class FeatureSource:
+    """The towers behind caches.
+
+    Features go by the version of what made them, so those of an adapter that was replaced are never found again.
+
+    Args:
+        base: Gives the tokenizer, and how pixels become the model's input.
+        forward: Runs the towers.
+        image_cache_bytes, max_cached_prompts: What is kept.
+        max_images: Images that pass the vision tower together.
+    """
+
+    def __init__(
+        self,
+        base: LoadedBase,
+        forward: MixedForward,
+        *,
+        image_cache_bytes: int,
+        max_cached_prompts: int,
+        max_images: int,
+    ) -> None:
+        self.images = ImageCache(image_cache_bytes)
+        self._base = base
+        self._forward = forward
+        self._max_images = max_images
+        self._text: LruCache[tuple[str, str | None], TextFeatures] = LruCache(max_cached_prompts)
+        self._tokens: LruCache[str, tuple[Tensor, Tensor]] = LruCache(max_cached_prompts)
+        self._tokenizer_lock = threading.Lock()  # padding in one thread breaks what another is doing
+        self._counts: Counter[str] = Counter()
+
+    @property
+    def counters(self) -> dict[str, int]:
+        kept = {"image_cache_bytes": self.images.size_bytes, "image_cache_evictions": self.images.evictions}
+        return {name: self._counts[name] for name in COUNTED} | kept
+
+    def reset_counters(self) -> None:
+        self._counts.clear()
+
+    def token_ids(self, prompt: str) -> tuple[Tensor, Tensor]:
+        """Token ids and attention mask (1, 32), from any thread.
+
+        Raises:
+            UserError: The prompt is empty or has more than 32 tokens.
+        """
+        found = self._tokens.get(prompt)
+        if found is None:
+            with self._tokenizer_lock:
+                found = tokenize(self._base.tokenizer, [prompt])
+            self._tokens.put(prompt, found)
+        return found
+
+    def vision(self, wanted: Sequence[tuple[PreparedImage, Resident]]) -> dict[tuple[str, str | None], VisionFeatures]:
+        """Features of images (I = 1) by the image's key and the version of who made them."""
+        found: dict[tuple[str, str | None], VisionFeatures] = {}
+        missing: dict[tuple[str, str | None], tuple[PreparedImage, int | None]] = {}
+        for image, resident in wanted:
+            maker = resident.of("vision_encoder")
+            key = (image.key, maker.version)
+            if key in found or key in missing:
+                continue
+            if (features := self.images.features(*key)) is not None:
+                found[key] = features
+            else:
+                missing[key] = (image, maker.slot)
+        self._counts["image_cache_hits"] += len(found)
+        self._counts["image_cache_misses"] += len(missing)
+        todo = list(missing.items())
+        for start in range(0, len(todo), self._max_images):
+            chunk = todo[start : start + self._max_images]
+            weight = next(self._base.model.parameters())
+            pixel_values_ICHW = to_pixel_values(
+                [image.pixels_RR3 for _, (image, _) in chunk],
+                self._base.resolution,
+                image_mean=self._base.image_mean,
+                image_std=self._base.image_std,
+                device=weight.device,
+                dtype=weight.dtype,
+            )
+            made = self._forward.encode_images(pixel_values_ICHW, [slot for _, (_, slot) in chunk])
+            self._counts["images_encoded"] += len(chunk)
+            for (key, _), features in zip(chunk, made, strict=True):
+                found[key] = features
+                self.images.keep_features(*key, features)
+        return found
+
+    def text(self, wanted: Sequence[tuple[str, Resident]]) -> dict[tuple[str, str | None], TextFeatures]:
+        """Features of prompts (P = 1) by the prompt and the version of who made them."""
+        found: dict[tuple[str, str | None], TextFeatures] = {}
+        missing: dict[tuple[str, str | None], int | None] = {}
+        for prompt, resident in wanted:
+            maker = resident.of("text_encoder")
+            key = (prompt, maker.version)
+            if key in found or key in missing:
+                continue
+            if (features := self._text.get(key)) is not None:
+                found[key] = features
+            else:
+                missing[key] = maker.slot
+        self._counts["text_cache_hits"] += len(found)
+        self._counts["text_cache_misses"] += len(missing)
+        if missing:
+            device = next(self._base.model.parameters()).device
+            ids, masks = (torch.cat(one).to(device) for one in zip(*map(self.token_ids, [p for p, _ in missing])))
+            made = self._forward.encode_text(ids, masks, list(missing.values()))
+            for key, features in zip(missing, made, strict=True):
+                found[key] = features
+                self._text.put(key, features)
+        return found

@@ -1,0 +1,177 @@
+"""One forward of rows that differ in image, prompt, boxes and adapter.
+
+Shapes: ``I`` images, ``P`` prompts, ``B`` rows (find queries), ``K`` rows with masks, ``N`` boxes, ``T`` prompt tokens,
+``U`` distinct geometry prompts, ``C`` channels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from sam3lora.engine.detect import PADDING_LABEL, Kept, MaskLogits, keep
+from sam3lora.engine.detections import PostProcessing
+from sam3lora.model.adapter.bank import AdapterBank
+from sam3lora.model.staged.forward import StagedSam3, TextFeatures, VisionFeatures, rows_of
+
+RelativeBox = tuple[tuple[float, float, float, float], int]
+"""Centre x, centre y, width and height in [0, 1], and label 1 or 0."""
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One prompt of one image.
+
+    Attributes:
+        vision, text: Features (I = 1, P = 1) made under the row's adapter, or shared if it leaves the tower as it is.
+        slot: Of the adapter; None is the base.
+        boxes: Exemplars.
+        geometry_cls: Whether the geometry CLS token follows the text if there are no boxes; with boxes it always does.
+        post, masks: How detections are kept.
+    """
+
+    vision: VisionFeatures = field(repr=False)
+    text: TextFeatures = field(repr=False)
+    slot: int | None = None
+    boxes: tuple[RelativeBox, ...] = ()
+    geometry_cls: bool = True
+    post: PostProcessing = field(default_factory=PostProcessing)
+    masks: bool = True
+
+
+class FeaturesOfImages(VisionFeatures):
+    """Features of single images seen as one batch: the fine maps, which only masks need, are not copied before."""
+
+    def __init__(self, features: Sequence[VisionFeatures]) -> None:
+        super().__init__([torch.cat([one.maps_ICHW[-1] for one in features])], features[0].positions_1CHW)
+        self._features = features
+
+    def select(self, image_index_B: Tensor) -> list[Tensor]:
+        chosen = [self._features[index] for index in image_index_B.tolist()]
+        levels = range(len(chosen[0].maps_ICHW))
+        if all(one is chosen[0] for one in chosen):
+            return [chosen[0].maps_ICHW[level].expand(len(chosen), -1, -1, -1) for level in levels]
+        return [torch.cat([one.maps_ICHW[level] for one in chosen]) for level in levels]
+
+
+class MixedForward:
+    """A base model and the adapters over it, run on batches in which every row has an adapter of its own.
+
+    Args:
+        staged: The base model.
+        bank: The adapters over it.
+        compile_vision: Run the vision encoder through ``torch.compile`` while no adapter changes it.
+    """
+
+    def __init__(self, staged: StagedSam3, bank: AdapterBank, *, compile_vision: bool = False) -> None:
+        self._staged = staged
+        self._bank = bank
+        encoder = staged.model.vision_encoder
+        self._compiled_vision = torch.compile(encoder) if compile_vision else None
+        self._positions_1CHW: list[Tensor] = []
+
+    def encode_images(self, pixel_values_ICHW: Tensor, slots_I: Sequence[int | None]) -> list[VisionFeatures]:
+        """Features of each image (I = 1), in memory of their own."""
+        if self._compiled_vision is not None and not self._bank.adapts("vision_encoder"):
+            together = VisionFeatures.from_output(self._compiled_vision(pixel_values_ICHW))
+        else:
+            with self._rows(slots_I):
+                together = self._staged.encode_images(pixel_values_ICHW)
+        if not self._positions_1CHW:  # the same for all images
+            self._positions_1CHW = [position.clone() for position in together.positions_1CHW]
+        return [
+            VisionFeatures([maps[i : i + 1].clone() for maps in together.maps_ICHW], self._positions_1CHW)
+            for i in range(len(slots_I))
+        ]
+
+    def encode_text(
+        self, input_ids_PT: Tensor, attention_mask_PT: Tensor, slots_P: Sequence[int | None]
+    ) -> list[TextFeatures]:
+        """Features of each prompt (P = 1), in memory of their own."""
+        with self._rows(slots_P):
+            together = self._staged.encode_text(input_ids_PT, attention_mask_PT)
+        return [
+            TextFeatures(together.embeds_PTC[p : p + 1].clone(), together.mask_PT[p : p + 1].clone())
+            for p in range(len(slots_P))
+        ]
+
+    def detect(self, rows: Sequence[Row]) -> list[Kept]:
+        """What each row finds, as if it were alone."""
+        position = {id(row.vision): row.vision for row in rows}
+        vision = FeaturesOfImages(list(position.values()))
+        order = {identity: index for index, identity in enumerate(position)}
+        image_index_B = torch.tensor([order[id(row.vision)] for row in rows])
+        slots_B = [row.slot for row in rows]
+        prompt_BTC, prompt_mask_BT = self._prompts(rows, vision, image_index_B)
+        begun_BSC = self._begin_fusion(vision, image_index_B.tolist(), slots_B)
+        with self._rows(slots_B):
+            detections = self._staged.detect_prompted(
+                vision, prompt_BTC, prompt_mask_BT, image_index_B, begun_BSC=begun_BSC
+            )
+
+        def mask_head(rows_K: list[int]) -> MaskLogits:
+            with self._rows([slots_B[row] for row in rows_K]):
+                head = self._staged.mask_head(detections, torch.tensor(rows_K))
+                head.prepare()
+            return head.instance_logits
+
+        return list(keep(detections, [row.post for row in rows], [row.masks for row in rows], mask_head))
+
+    def _begin_fusion(self, vision: VisionFeatures, image_B: list[int], slots_B: Sequence[int | None]) -> Tensor:
+        """What no prompt changes, made once for each image and each adapter that changes it; (B, S, C) by row."""
+        keys_B = [
+            (image, slot if "detr_encoder" in self._bank.components(slot) else None)
+            for image, slot in zip(image_B, slots_B, strict=True)
+        ]
+        position = {key: index for index, key in enumerate(dict.fromkeys(keys_B))}
+        with self._rows([slot for _, slot in position]):
+            begun_USC = self._staged.begin_fusion(
+                vision, torch.tensor([image for image, _ in position], device=vision.maps_ICHW[-1].device)
+            )
+        return rows_of(begun_USC, torch.tensor([position[key] for key in keys_B]).to(begun_USC.device))
+
+    def _prompts(self, rows: Sequence[Row], vision: VisionFeatures, image_index_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens of text and geometry (B, T, C) and their mask."""
+        prompt_BTC = torch.cat([row.text.embeds_PTC for row in rows])
+        prompt_mask_BT = torch.cat([row.text.mask_PT for row in rows])
+        has_geometry_B = [row.geometry_cls or bool(row.boxes) for row in rows]
+        if not any(has_geometry_B):
+            return prompt_BTC, prompt_mask_BT
+        # Geometry does not depend on the prompt: what rows have in common is made once.
+        distinct: dict[tuple, int] = {}
+        index_B: list[int] = []
+        first_U: list[int] = []
+        for b, (row, image) in enumerate(zip(rows, image_index_B.tolist(), strict=True)):
+            adapts = "geometry_encoder" in self._bank.components(row.slot)
+            key = (image, row.slot if adapts else None, row.boxes)
+            if key not in distinct:
+                distinct[key] = len(first_U)
+                first_U.append(b)
+            index_B.append(distinct[key])
+        most = max(len(row.boxes) for row in rows)
+        boxes_UN4 = torch.full((len(first_U), most, 4), float(PADDING_LABEL))
+        labels_UN = torch.full((len(first_U), most), PADDING_LABEL)
+        for u, b in enumerate(first_U):
+            if boxes := rows[b].boxes:
+                boxes_UN4[u, : len(boxes)] = torch.tensor([box for box, _ in boxes])
+                labels_UN[u, : len(boxes)] = torch.tensor([label for _, label in boxes])
+        device = prompt_BTC.device
+        with self._rows([key[1] for key in distinct]):
+            tokens_UTC, mask_UT = self._staged.encode_geometry(
+                vision, boxes_UN4.to(device), labels_UN.to(device), image_index_B[first_U]
+            )
+        mask_BT = mask_UT.bool()[index_B]
+        if not all(has_geometry_B):
+            mask_BT = mask_BT & torch.tensor(has_geometry_B, device=device)[:, None]
+        tokens_BTC = tokens_UTC.to(prompt_BTC.dtype)[index_B]
+        return torch.cat([prompt_BTC, tokens_BTC], 1), torch.cat([prompt_mask_BT, mask_BT], 1)
+
+    def _rows(self, slots: Sequence[int | None]) -> AbstractContextManager[None]:
+        if all(slot is None for slot in slots):  # outside of `rows` modules are the base's
+            return contextlib.nullcontext()
+        return self._bank.rows(slots)

@@ -1,0 +1,112 @@
+"""From scored masks and boxes of one prompt in one image to the detections that count: one place for everyone.
+
+Overlaps are measured on the masks as the model makes them (288 x 288 at 1008): enlarging both masks of a pair changes
+their intersection and union alike.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor
+from torchvision.ops import box_iou
+
+from sam3lora.engine.detections import PostProcessing
+
+
+class Selection(NamedTuple):
+    """What is left, by descending score.
+
+    ``index_N`` are positions in what came in. ``mask_logits_NHW`` is None if there were none. Where ``is_merged_N``,
+    the mask is a union and the box of that detection no longer encloses it.
+    """
+
+    index_N: Tensor
+    mask_logits_NHW: Tensor | None
+    is_merged_N: np.ndarray
+
+
+def select(
+    scores_N: Tensor, boxes_xyxy_N4: Tensor, mask_logits_NHW: Tensor | None, settings: PostProcessing
+) -> Selection:
+    """Merge or suppress overlapping detections, then keep the best `max_detections`.
+
+    Args:
+        scores_N: Scores by descending order, all at or above the threshold.
+        boxes_xyxy_N4: Boxes in any unit.
+        mask_logits_NHW: Mask logits (N, h, w); None if masks are not wanted.
+        settings: See `PostProcessing`.
+    """
+    if len(scores_N) and settings.needs_masks and mask_logits_NHW is None:
+        raise ValueError(f"nms={settings.nms!r}, merge={settings.merge} need masks: use nms='box' without merge")
+    index = np.arange(len(scores_N))
+    is_merged = np.zeros(len(index), dtype=bool)
+    if settings.merge and len(index) > 1:
+        assert mask_logits_NHW is not None
+        lowest = settings.merge_threshold or 0.0
+        mask_logits_NHW, index, is_merged = _merge(mask_logits_NHW, int((scores_N >= lowest).sum()), settings.merge_iou)
+    if settings.nms != "none" and settings.nms_iou < 1 and len(index) > 1:
+        rows = torch.from_numpy(index).to(scores_N.device)
+        if settings.nms == "mask" or settings.merge:  # the boxes of unions are not known yet
+            assert mask_logits_NHW is not None
+            overlaps = mask_iou(mask_logits_NHW > 0)
+        else:
+            overlaps = box_iou(boxes_xyxy_N4[rows].float(), boxes_xyxy_N4[rows].float())
+        kept = suppress(overlaps.cpu().numpy(), settings.nms_iou)
+    else:
+        kept = np.arange(len(index))
+    kept = kept[: settings.max_detections]
+    rows = torch.from_numpy(kept).to(scores_N.device)
+    logits = None if mask_logits_NHW is None else mask_logits_NHW[rows]
+    return Selection(torch.from_numpy(index[kept]).to(scores_N.device), logits, is_merged[kept])
+
+
+def mask_iou(masks_NHW: Tensor) -> Tensor:
+    """IoU of every pair of boolean masks (N, H, W), float32 (N, N); 0 where a mask is empty. One matrix product."""
+    flat_NP = masks_NHW.flatten(1).float()
+    with torch.autocast(flat_NP.device.type, enabled=False):  # bfloat16 counts to 256
+        intersection_NN = flat_NP @ flat_NP.T
+    area_N = intersection_NN.diagonal()
+    return intersection_NN / (area_N[:, None] + area_N[None, :] - intersection_NN).clamp(min=1)
+
+
+def suppress(overlaps_NN: np.ndarray, iou_threshold: float) -> np.ndarray:
+    """Greedy non-maximum suppression.
+
+    Args:
+        overlaps_NN: IoU of every pair, detections by descending score.
+        iou_threshold: A detection that overlaps a better kept one by more than this goes.
+
+    Returns:
+        Ascending positions of the kept ones.
+
+    >>> suppress(np.array([[1, 0.8, 0.1], [0.8, 1, 0.6], [0.1, 0.6, 1]]), 0.5)
+    array([0, 2])
+    """
+    alive = np.ones(len(overlaps_NN), dtype=bool)
+    for best in range(len(overlaps_NN)):
+        if alive[best]:
+            # Not "<=": the IoU of two boxes without area is NaN, which is no overlap.
+            alive[best + 1 :] &= ~(overlaps_NN[best, best + 1 :] > iou_threshold)
+    return np.flatnonzero(alive)
+
+
+def _merge(logits_NHW: Tensor, num_mergeable: int, merge_iou: float) -> tuple[Tensor, np.ndarray, np.ndarray]:
+    """Unions of the first detections that overlap; the best of each union stands for it.
+
+    The union of masks is the maximum of their logits.
+    """
+    overlaps = mask_iou(logits_NHW[:num_mergeable] > 0).cpu().numpy()
+    _, label_N = connected_components(csr_array(overlaps >= merge_iou), directed=False)
+    groups = [np.flatnonzero(label_N == label) for label in dict.fromkeys(label_N.tolist())]
+    rest = np.arange(num_mergeable, len(logits_NHW))
+    rows = [torch.from_numpy(group).to(logits_NHW.device) for group in groups]
+    merged = [logits_NHW[group].amax(0) for group in rows]
+    logits = torch.cat([torch.stack(merged), logits_NHW[num_mergeable:]]) if merged else logits_NHW
+    index = np.concatenate([np.array([group[0] for group in groups], dtype=np.int64), rest])
+    is_merged = np.concatenate([np.array([len(group) > 1 for group in groups], dtype=bool), np.zeros(len(rest), bool)])
+    return logits, index, is_merged

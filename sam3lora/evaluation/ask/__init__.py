@@ -1,0 +1,1 @@
+"""Asking models about every image of a split."""

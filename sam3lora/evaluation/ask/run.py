@@ -1,0 +1,256 @@
+"""From a data folder and adapter folders to metrics."""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from sam3lora.data.coco import ANNOTATION_FILE, CocoIndex
+from sam3lora.errors import UserError
+from sam3lora.evaluation.ask.split_results import Answers
+from sam3lora.evaluation.ask.worker import BASE, EvaluationWorker, Models
+from sam3lora.evaluation.metrics.ground_truth import PromptedCategory, build_ground_truth, prompted_categories
+from sam3lora.evaluation.metrics.measure import SplitMetrics, measure_split
+from sam3lora.evaluation.settings import EvaluationSettings
+from sam3lora.model.adapter.folder import read_metadata
+from sam3lora.model.adapter.metadata import current_versions
+
+
+def evaluate(
+    data_dir: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    model: str | None = None,
+    revision: str | None = None,
+    split: str = "valid",
+    settings: EvaluationSettings | None = None,
+    resolution: int | None = None,
+    geometry_cls: bool | None = None,
+    device: Any = None,
+    precision: str | None = None,
+    num_workers: int | None = 0,
+    address: str | None = None,
+    progress: bool = False,
+    **changes: Any,
+) -> SplitMetrics:
+    """Measure an adapter, or a base model, on a COCO split.
+
+    What is None is taken from the adapter's metadata, so that it is measured the way it was trained.
+
+    Args:
+        data_dir: Folder that holds `split`, or the split itself.
+        adapter: Adapter folder; None measures the base model.
+        model: Base model: "tiny", a hub id or a folder. Without an adapter, None is the built-in tiny model.
+        revision: Branch, tag or commit of a hub id.
+        split: Folder of the images and annotations.
+        settings: Threshold, suppression, categories and so on; None takes what the adapter's metadata say.
+        resolution: Side of the model's input in pixels.
+        geometry_cls: Whether text prompts are followed by the geometry CLS token; without an adapter, None is True.
+        device: None takes a GPU if there is one.
+        precision: See `Segmenter`.
+        num_workers: Ray workers; 0 measures in this process, None takes one for each GPU.
+        address: Of a Ray cluster.
+        progress: Show a progress bar on stderr.
+        changes: Fields of `settings` to change.
+
+    Raises:
+        UserError: No such folder, a damaged file, or an adapter of another base model.
+    """
+    segmenter = {
+        "model": model,
+        "revision": revision,
+        "resolution": resolution,
+        "geometry_cls": geometry_cls,
+        "device": device,
+        "precision": precision,
+    }
+    adapters = {} if adapter is None else {label_of(adapter): str(adapter)}
+    settings = replace(settings or EvaluationSettings(**settings_of(adapters)), **changes)
+    models = Models(adapters, with_base=adapter is None, segmenter=segmenter)
+    (metrics,) = evaluate_models(
+        find_split(data_dir, split, settings.annotation_file),
+        models,
+        settings,
+        num_workers=num_workers,
+        address=address,
+        progress=progress,
+    )
+    return metrics
+
+
+def evaluate_models(
+    split_dir: Path,
+    models: Models,
+    settings: EvaluationSettings,
+    *,
+    num_workers: int | None = 0,
+    address: str | None = None,
+    progress: bool = False,
+) -> list[SplitMetrics]:
+    """Measure several models on the same images, in the same way.
+
+    Args:
+        split_dir: Folder with the annotation file.
+        models: What to ask.
+        settings: How.
+        num_workers: Ray workers; 0 asks in this process, None takes one for each GPU.
+        address: Of a Ray cluster.
+        progress: Show a progress bar on stderr.
+
+    Returns:
+        One for each of `models.labels`.
+    """
+    started = time.perf_counter()
+    models = models.with_absolute_paths()
+    index = CocoIndex.from_folder(split_dir, settings.annotation_file)
+    if settings.num_samples is not None:
+        index = index.select_rows(range(min(settings.num_samples, len(index))))
+    categories = asked_categories(index, settings)
+    if not categories:
+        raise UserError(
+            f"{index.source}: no category has an object, so there is nothing to ask: name some as "
+            "data.categories of a configuration (--config)"
+        )
+    make_worker = functools.partial(
+        EvaluationWorker, models, categories, settings.post_processing(), settings.max_prompts_per_forward
+    )
+    records = [index.record(row) for row in range(len(index))]
+    size = settings.batch_size
+    batches = [records[start : start + size] for start in range(0, len(records), size)]
+    parts: dict[str, list[Answers]] = {label: [] for label in models.labels}
+    facts: dict[str, Any] = {}
+    with progress_bar(progress) as bar:
+        task = bar.add_task(f"asking {len(categories)} prompts", total=len(records))
+        for answers, of_worker in ask_batches(make_worker, batches, num_workers, models, address):
+            facts = of_worker
+            for label, part in answers.items():
+                parts[label].append(part)
+            bar.advance(task, _num_images(answers))
+    truth = build_ground_truth(index, categories)
+    seconds = time.perf_counter() - started
+    image_ids = [record["image_id"] for record in records]
+    shown = settings.to_dict() | {name: value for name, value in facts.items() if name != "num_queries"}
+    return [
+        measure_split(
+            truth,
+            Answers.join(parts[label], image_ids),
+            label=label,
+            threshold=settings.threshold,
+            exhaustive=settings.exhaustive,
+            num_queries=facts["num_queries"],
+            settings={
+                "data": str(split_dir),
+                "adapter": models.adapters.get(label),
+                **shown,
+                "geometry_cls": facts["geometry_cls"][label],
+                "versions": current_versions(),
+            },
+            split_dir=split_dir,
+            seconds=seconds,
+        )
+        for label in models.labels
+    ]
+
+
+def asked_categories(index: CocoIndex, settings: EvaluationSettings) -> list[PromptedCategory]:
+    """What is asked of every image: the split's categories, or those named, and the prompts that no image shows."""
+    known = settings.categories if settings.categories is not None else index.names
+    return prompted_categories(index, [*known, *settings.negative_prompts], settings.prompts)
+
+
+def find_split(data_dir: str | Path, split: str = "valid", annotation_file: str = ANNOTATION_FILE) -> Path:
+    """The split folder: what is named, if it holds annotations, or `split` in it; absolute, as workers need it."""
+    folder = Path(data_dir).expanduser().absolute()
+    return folder if (folder / annotation_file).is_file() else folder / split
+
+
+def label_of(adapter: str | Path, taken: Mapping[str, str] | Sequence[str] = ()) -> str:
+    """A short name: the run's for its `best` or `last`, the folder's own otherwise.
+
+    >>> label_of("outputs/potholes/best"), label_of("adapters/weeds")
+    ('potholes', 'weeds')
+    """
+    folder = Path(adapter)
+    name = folder.name or folder.resolve().name
+    parent = folder.parent.name or folder.resolve().parent.name
+    label = parent if name == "best" and parent else f"{parent}/{name}" if name == "last" and parent else name
+    label = f"{label} adapter" if label == BASE else label
+    number = 2
+    unique = label
+    while unique in taken:
+        unique, number = f"{label} ({number})", number + 1
+    return unique
+
+
+def settings_of(adapters: Mapping[str, str]) -> dict[str, Any]:
+    """Fields of `EvaluationSettings` as the adapters' metadata say: post-processing, and prompts that are no names.
+
+    A threshold in which they differ is left out: all are to be measured in the same way.
+
+    Raises:
+        UserError: They were trained with different prompts for the categories.
+    """
+    names = {"detection_threshold": "threshold"} | {n: n for n in ("nms_iou", "merge", "merge_iou", "max_detections")}
+    known = {label: metadata for label, folder in adapters.items() if (metadata := read_metadata(folder)) is not None}
+    found: dict[str, Any] = {}
+    for theirs, ours in names.items():
+        values = {metadata.thresholds.get(theirs) for metadata in known.values()}
+        if len(values) == 1 and None not in values:
+            found[ours] = values.pop()
+    prompts = {label: metadata.data.get("prompt_of_category") or {} for label, metadata in known.items()}
+    if any(other != next(iter(prompts.values())) for other in prompts.values()):
+        raise UserError(
+            f"the adapters {', '.join(prompts)} were trained with different prompts for the categories: measure them "
+            "one at a time, or give data.prompts for all in a --config"
+        )
+    of_any = next(iter(prompts.values()), {})
+    return found | ({"prompts": of_any} if of_any else {})
+
+
+def ask_batches(
+    make_worker: Any, batches: list, num_workers: int | None, models: Models, address: str | None
+) -> Iterator[tuple[dict[str, Answers], dict[str, Any]]]:
+    """What the worker answers to each batch, with its facts: here, or from Ray workers and then in any order."""
+    device = models.segmenter.get("device")
+    kind, _, number = (f"cuda:{device}" if str(device).isdecimal() else str(device)).partition(":")
+    use_gpu = None if device is None else kind != "cpu"
+    is_cluster = bool(address or os.environ.get("RAY_ADDRESS"))
+    is_alone = not is_cluster and (use_gpu is False or bool(number) or _num_gpus_here() < 2)
+    if num_workers == 0 or (num_workers is None and is_alone):
+        worker = make_worker()
+        for batch in batches:
+            yield worker.ask(batch), worker.facts()
+        return
+    if number:
+        raise UserError(
+            f"--device {device} names one GPU, and each of several Ray workers has its own: use --device cuda, or "
+            "--num-workers 0"
+        )
+    from sam3lora.evaluation.ask.on_ray import ask_on_ray
+
+    yield from ask_on_ray(make_worker, batches, num_workers=num_workers, use_gpu=use_gpu, address=address)
+
+
+def _num_gpus_here() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _num_images(answers: Mapping[str, Answers]) -> int:
+    return max((len({image for image, _ in part.presence}) for part in answers.values()), default=0)
+
+
+def progress_bar(visible: bool) -> Progress:
+    """On stderr, where a person looks on."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=not (visible and console.is_terminal))

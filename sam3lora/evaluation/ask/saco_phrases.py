@@ -1,0 +1,121 @@
+"""Asking models the phrases of an SA-Co file: each image has phrases of its own, present and absent ones."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sam3lora.data.coco import load_coco_json
+from sam3lora.engine.detections import PostProcessing
+from sam3lora.errors import UserError
+from sam3lora.evaluation.ask.run import ask_batches, progress_bar
+from sam3lora.evaluation.ask.split_results import Answers, read_images
+from sam3lora.evaluation.ask.worker import EvaluationWorker, Models
+from sam3lora.evaluation.metrics.cgf1 import SCORE_THRESHOLD
+from sam3lora.evaluation.settings import EvaluationSettings
+
+CATEGORY_ID = 1  # SA-Co has one for everything: the phrase is the image entry's
+
+
+class SacoResults(NamedTuple):
+    """Label -> results in SA-Co's layout, of detections at or above the threshold; and the entries that were asked."""
+
+    by_label: dict[str, list[dict[str, Any]]]
+    image_ids: set[int]
+
+
+class SacoWorker(EvaluationWorker):
+    """Answers records of an image file with the phrases that are asked of it."""
+
+    def __init__(self, models: Models, post: PostProcessing, max_prompts_per_forward: int = 8) -> None:
+        super().__init__(models, [], post, max_prompts_per_forward)
+
+    def ask(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Answers]:
+        """Label -> answers, by the ids of the phrases' image entries; one vision pass an image for all its phrases."""
+        found = {label: Answers() for label in self.labels}
+        for record, image in zip(records, read_images(records), strict=True):
+            images = self.segmenter.encode([image])
+            for label, answers in found.items():
+                (of_image,) = self.detect(label, images, [phrase for _, phrase in record["phrases"]])
+                for (entry_id, _), instances in zip(record["phrases"], of_image, strict=True):
+                    answers.add(entry_id, CATEGORY_ID, instances)
+        return found
+
+
+def ask_saco(
+    ground_truth_file: str | Path,
+    image_dir: str | Path,
+    models: Models,
+    settings: EvaluationSettings,
+    *,
+    num_workers: int | None = 0,
+    address: str | None = None,
+    progress: bool = False,
+) -> SacoResults:
+    """Ask every phrase of the image that it belongs to.
+
+    Args:
+        ground_truth_file: One annotator's file; the annotations in it are not looked at.
+        image_dir: Folder that its file names are relative to.
+        models: What to ask.
+        settings: Threshold (at most the 0.5 that cgF1 counts from), suppression, batch size, number of image files.
+        num_workers: Ray workers; 0 asks in this process, None takes one for each GPU.
+        address: Of a Ray cluster.
+        progress: Show a progress bar on stderr.
+
+    Raises:
+        UserError: The file is damaged, or images are missing.
+    """
+    models = models.with_absolute_paths()
+    records = _read_records(Path(ground_truth_file), Path(image_dir).absolute())[: settings.num_samples]
+    post = settings.post_processing(min(settings.threshold, SCORE_THRESHOLD))
+    make_worker = functools.partial(SacoWorker, models, post, settings.max_prompts_per_forward)
+    size = settings.batch_size
+    batches = [records[start : start + size] for start in range(0, len(records), size)]
+    results: dict[str, list[dict[str, Any]]] = {label: [] for label in models.labels}
+    sizes_hw = {id_: (record["height"], record["width"]) for record in records for id_, _ in record["phrases"]}
+    with progress_bar(progress) as bar:
+        task = bar.add_task("asking phrases", total=len(sizes_hw))
+        for answers, _ in ask_batches(make_worker, batches, num_workers, models, address):
+            for label, part in answers.items():
+                results[label] += [_relative(entry, sizes_hw[entry["image_id"]]) for entry in part.predictions]
+            bar.advance(task, max((len(part.presence) for part in answers.values()), default=0))
+    for entries in results.values():
+        entries.sort(key=lambda entry: entry["image_id"])
+    return SacoResults(results, set(sizes_hw))
+
+
+def _read_records(source: Path, image_dir: Path) -> list[dict[str, Any]]:
+    """One record per image file, with (entry id, phrase) of all that is asked of it."""
+    records: dict[str, dict[str, Any]] = {}
+    missing: dict[str, None] = {}
+    for position, entry in enumerate(load_coco_json(source)["images"]):
+        lacks = [key for key in ("id", "file_name", "text_input", "height", "width") if key not in entry]
+        if lacks:
+            raise UserError(f"{source}: images[{position}] lacks {', '.join(lacks)}; expected the SA-Co layout")
+        name = entry["file_name"]
+        if not (image_dir / name).is_file():
+            missing[name] = None
+            continue
+        record = records.setdefault(
+            name, {"path": str(image_dir / name), "height": entry["height"], "width": entry["width"], "phrases": []}
+        )
+        record["phrases"].append((entry["id"], entry["text_input"]))
+    if missing:
+        raise UserError(
+            f"{source}: {len(missing)} of its images are not in {image_dir}, e.g. {next(iter(missing))}: "
+            "name the folder that the file names are relative to"
+        )
+    if not records:
+        raise UserError(f"{source} lists no image, so there is nothing to ask")
+    return list(records.values())
+
+
+def _relative(entry: Mapping[str, Any], size_hw: tuple[int, int]) -> dict[str, Any]:
+    """SA-Co has boxes in parts of the image's size."""
+    height, width = size_hw
+    x, y, box_width, box_height = entry["bbox"]
+    bbox = [round(value, 5) for value in (x / width, y / height, box_width / width, box_height / height)]
+    return {**entry, "bbox": bbox, "score": round(entry["score"], 5)}

@@ -1,0 +1,106 @@
+"""Is an adapter better than the base? Differences on the same images, with intervals."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sam3lora.evaluation.metrics.bootstrap import Interval, Metric, bootstrap_difference, map_difference
+from sam3lora.evaluation.metrics.cgf1 import CgF1, UnitCounts, accumulate
+from sam3lora.evaluation.metrics.cgf1_units import count_units
+from sam3lora.evaluation.metrics.measure import SplitMetrics
+
+INTERVAL_METRICS = ("map", "cgf1", "off_prompt_fpr")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A base and adapters on the same images.
+
+    Attributes:
+        base: Metrics of the base model.
+        adapters: Metrics of each adapter.
+        intervals: Adapter label -> metric of `INTERVAL_METRICS` -> adapter minus base with its interval.
+    """
+
+    base: SplitMetrics
+    adapters: list[SplitMetrics]
+    intervals: dict[str, dict[str, Interval]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        intervals = {
+            label: {name: vars(interval) for name, interval in of_adapter.items()}
+            for label, of_adapter in self.intervals.items()
+        }
+        models = {metrics.label: metrics.to_dict() for metrics in (self.base, *self.adapters)}
+        return {"models": models, "differences_to_base": intervals}
+
+
+def compare(
+    base: SplitMetrics, adapters: Sequence[SplitMetrics], *, num_resamples: int = 1000, seed: int = 0
+) -> Comparison:
+    """Paired bootstrap intervals (95 %) of each adapter's difference to the base.
+
+    Args:
+        base: Metrics of the base.
+        adapters: Metrics of adapters on the same split with the same settings.
+        num_resamples: Draws of the bootstrap.
+        seed: Of the draws.
+
+    Raises:
+        ValueError: They were measured on different images or categories.
+    """
+    intervals = {}
+    for adapter in adapters:
+        options = {"num_resamples": num_resamples, "seed": seed}
+        of_adapter = {"map": map_difference(base.evaluation, adapter.evaluation, **options)}
+        for name, make in (("cgf1", _cgf1_metric), ("off_prompt_fpr", _false_alarm_metric)):
+            if getattr(base, name) is not None and getattr(adapter, name) is not None:
+                of_adapter[name] = bootstrap_difference(make(base), make(adapter), base.num_images, **options)
+        intervals[adapter.label] = of_adapter
+    return Comparison(base, list(adapters), intervals)
+
+
+def _image_rows(metrics: SplitMetrics) -> dict[int, int]:
+    return {image["id"]: row for row, image in enumerate(metrics.ground_truth["images"])}
+
+
+def _cgf1_metric(metrics: SplitMetrics) -> Metric:
+    """cgF1 under weights on the images, from counts summed once per image."""
+    rows = _image_rows(metrics)
+    by_image: dict[int, list[UnitCounts]] = defaultdict(list)
+    for (image_id, _), counts in count_units(metrics.units).items():
+        by_image[rows[image_id]].append(counts)
+    of_image = [vars(accumulate(by_image[row])) for row in range(len(rows))]
+    stacked = {name: np.array([counts[name] for counts in of_image]) for name in of_image[0]}
+
+    def measure(image_weights_I: np.ndarray) -> float | None:
+        weighted = CgF1(**{name: image_weights_I @ values for name, values in stacked.items()})
+        return None if weighted.undefined_reason else weighted.metrics()["cgF1"]
+
+    return measure
+
+
+def _false_alarm_metric(metrics: SplitMetrics) -> Metric:
+    """Share of absent prompts with a detection at the threshold, under weights on the images."""
+    rows = _image_rows(metrics)
+    threshold = metrics.settings["threshold"]
+    fired = {(p["image_id"], p["category_id"]) for p in metrics.predictions if p["score"] >= threshold}
+    present = {(a["image_id"], a["category_id"]) for a in metrics.ground_truth["annotations"]}
+    absent_I, alarms_I = np.zeros(len(rows)), np.zeros(len(rows))
+    for image_id, row in rows.items():
+        for category in metrics.ground_truth["categories"]:
+            pair = (image_id, category["id"])
+            absent_I[row] += pair not in present
+            alarms_I[row] += pair not in present and pair in fired
+
+    def measure(image_weights_I: np.ndarray) -> float | None:
+        num_absent = image_weights_I @ absent_I
+        return float(image_weights_I @ alarms_I / num_absent) if num_absent else None
+
+    return measure

@@ -1,0 +1,267 @@
+"""From the answers of a model to its numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pycocotools.cocoeval import COCOeval
+
+from sam3lora.evaluation.ask.split_results import Answers, Pair
+from sam3lora.evaluation.metrics.cgf1 import SCORE_THRESHOLD, UnitCounts, accumulate
+from sam3lora.evaluation.metrics.cgf1_units import SCORE_FLOOR, Units, count_units, split_units
+from sam3lora.evaluation.metrics.coco_map import MapResult, coco_map
+from sam3lora.evaluation.metrics.curves import Curves, evaluation_curves
+from sam3lora.evaluation.metrics.ground_truth import PresenceTable, SplitTruth
+from sam3lora.evaluation.metrics.threshold_sweep import ThresholdSweep, sweep_thresholds
+
+PRESENCE_THRESHOLD = 0.5
+
+
+@dataclass(frozen=True)
+class CategoryMetrics:
+    """One category, in [0, 1]; None without objects to find (mAP), without images that lack it (false alarms)."""
+
+    map: float | None
+    map_50: float | None
+    map_75: float | None
+    mar_100: float | None
+    num_ground_truth: int
+    cgf1: float | None
+    off_prompt_fpr: float | None
+    best_threshold: float | None
+
+
+@dataclass
+class SplitMetrics:
+    """What a model reaches on a split: values in [0, 1], None where nothing can be measured (`notes` say why).
+
+    Attributes:
+        label: "base", or the name of the adapter.
+        num_images, num_ground_truth: Images evaluated, and objects to find in them.
+        num_predictions, num_predictions_before_nms: Detections without a score cut, after and before suppression.
+        num_detections: Those at or above the threshold.
+        map, map_50, map_75, map_small, map_medium, map_large, mar_100: Mask averages of COCO, no score cut, over
+            categories; areas are those of the masks.
+        bbox_map, bbox_map_50: The same for boxes.
+        per_category: Name -> its numbers.
+        cgf1, cgf1_50, cgf1_75, positive_micro_f1, il_mcc: As SAM 3's evaluator has them, at score 0.5; cgf1 and il_mcc
+            are in [-1, 1].
+        off_prompt_fpr: Share of (image, absent category) pairs with any detection at the threshold.
+        presence_accuracy: Share of (image, category) pairs in which presence > 0.5 agrees with the annotations; pairs
+            with crowd regions only are left out.
+        presence_accuracy_absent: The same over absent categories alone.
+        num_absent_prompts: How many such pairs there are.
+        settings: What the numbers depend on.
+        notes: What the numbers do not say by themselves.
+        seconds: Wall clock of asking and measuring.
+        sweep: cgF1 by threshold, overall and by category.
+        curves: Precision by recall, and scores of right and wrong detections.
+        units, evaluation: What cgF1 and mAP were counted from, for intervals.
+        predictions, presence: The answers.
+        ground_truth: COCO dict that the predictions refer to, masks as compressed RLE.
+        split_dir: Folder that the file names in the ground truth are relative to.
+    """
+
+    label: str
+    num_images: int
+    num_ground_truth: int
+    num_predictions: int
+    num_predictions_before_nms: int
+    num_detections: int
+    map: float | None
+    map_50: float | None
+    map_75: float | None
+    map_small: float | None
+    map_medium: float | None
+    map_large: float | None
+    mar_100: float | None
+    bbox_map: float | None
+    bbox_map_50: float | None
+    per_category: dict[str, CategoryMetrics]
+    cgf1: float | None
+    cgf1_50: float | None
+    cgf1_75: float | None
+    positive_micro_f1: float | None
+    il_mcc: float | None
+    off_prompt_fpr: float | None
+    presence_accuracy: float | None
+    presence_accuracy_absent: float | None
+    num_absent_prompts: int
+    settings: dict[str, Any]
+    notes: list[str]
+    sweep: ThresholdSweep | None = field(repr=False)
+    curves: Curves = field(repr=False)
+    units: Units = field(repr=False)
+    evaluation: COCOeval = field(repr=False)
+    predictions: list[dict[str, Any]] = field(repr=False)
+    presence: dict[Pair, float] = field(repr=False)
+    ground_truth: dict[str, Any] = field(repr=False)
+    split_dir: Path | None = None
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The numbers alone, as JSON values."""
+        left_out = ("predictions", "presence", "ground_truth", "units", "evaluation", "curves", "sweep", "split_dir")
+        values = {name: value for name, value in vars(self).items() if name not in left_out}
+        values["per_category"] = {name: asdict(entry) for name, entry in self.per_category.items()}
+        values["threshold_sweep"] = None if self.sweep is None else self.sweep.to_dict()
+        return values
+
+
+def measure_split(
+    truth: SplitTruth,
+    answers: Answers,
+    *,
+    label: str = "base",
+    threshold: float = 0.3,
+    exhaustive: bool = True,
+    num_queries: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+    split_dir: Path | None = None,
+    seconds: float = 0.0,
+) -> SplitMetrics:
+    """All numbers of one model.
+
+    Args:
+        truth: What there is to find.
+        answers: Answers to all of its images.
+        label: Name of the model in tables.
+        threshold: Lowest score of what counts as a detection for `off_prompt_fpr`, tables and pictures; mAP has no such
+            cut, and cgF1 its own (0.5).
+        exhaustive: Whether a missing annotation means absence. Otherwise only pairs with annotations are judged, and
+            what needs absence is None.
+        num_queries: Object queries of the model, to warn of images that hold more objects.
+        settings: To be carried along.
+        split_dir: To be carried along.
+        seconds: To be carried along.
+
+    Raises:
+        UserError: The answers are to other images or categories.
+    """
+    coco, presence = truth.coco, truth.presence
+    if not exhaustive:
+        known = {pair for pair, is_there in presence.items() if is_there}
+        answers = dataclasses.replace(
+            answers,
+            predictions=[p for p in answers.predictions if (p["image_id"], p["category_id"]) in known],
+            presence={pair: value for pair, value in answers.presence.items() if pair in known},
+        )
+    units = split_units(coco, answers.predictions, presence, lowest_score=min(SCORE_FLOOR, threshold))
+    found = coco_map(coco, answers.predictions, num_queries=num_queries)
+    alarms, absent = _false_alarms(coco, presence, answers, threshold)
+    verdicts = {pair: value > PRESENCE_THRESHOLD for pair, value in answers.presence.items()}
+    right = [
+        says == bool(presence.get(pair)) for pair, says in verdicts.items() if presence.get(pair, False) is not None
+    ]
+    right_absent = [not verdicts[pair] for pair in absent if pair in verdicts]
+    counts: dict[int, list[UnitCounts]] = defaultdict(list)
+    for (_, category_id), unit in count_units(units).items():
+        counts[category_id].append(unit)
+    overall = accumulate(unit for of_category in counts.values() for unit in of_category)
+    reason = "absence is not annotated (data.exhaustive is false)" if not exhaustive else overall.undefined_reason
+    values = {} if reason else overall.metrics()
+    sweep = sweep_thresholds(units) if exhaustive else None
+    num_ground_truth = sum(entry.num_ground_truth for entry in found.per_category.values())
+    per_category = {}
+    for category in coco["categories"]:
+        entry, own = found.per_category[category["name"]], accumulate(counts[category["id"]])
+        of_category = [pair for pair in absent if pair[1] == category["id"]]
+        curve = None if sweep is None else sweep.per_category.get(category["id"])
+        per_category[category["name"]] = CategoryMetrics(
+            entry.map,
+            entry.map_50,
+            entry.map_75,
+            entry.mar_100,
+            entry.num_ground_truth,
+            cgf1=None if own.undefined_reason or not exhaustive else own.metrics()["cgF1"],
+            off_prompt_fpr=_share([pair in alarms for pair in of_category]) if exhaustive else None,
+            best_threshold=None if curve is None else curve.best_threshold,
+        )
+    notes = [*_notes(truth, num_ground_truth, right, absent if exhaustive else None), *found.warnings]
+    if reason:
+        notes.append(f"cgf1 and il_mcc are null: {reason}")
+    if num_ground_truth and (
+        no_such := [size for size in ("small", "medium", "large") if _by_size(found, size) is None]
+    ):
+        notes.append(f"{', '.join(f'map_{size}' for size in no_such)} null: the split has no object of that size")
+    num_detections = sum(prediction["score"] >= threshold for prediction in answers.predictions)
+    if not num_detections:
+        notes.append(f"{label}: no detection reaches {threshold:g}; that nothing fires on absent prompts is no merit")
+    return SplitMetrics(
+        label=label,
+        num_images=len(coco["images"]),
+        num_ground_truth=num_ground_truth,
+        num_predictions=len(answers.predictions),
+        num_predictions_before_nms=answers.num_before_nms,
+        num_detections=num_detections,
+        map=found.map,
+        map_50=found.map_50,
+        map_75=found.map_75,
+        map_small=found.map_small,
+        map_medium=found.map_medium,
+        map_large=found.map_large,
+        mar_100=found.mar_100,
+        bbox_map=found.bbox_map,
+        bbox_map_50=found.bbox_map_50,
+        per_category=per_category,
+        cgf1=values.get("cgF1"),
+        cgf1_50=values.get("cgF1@0.5"),
+        cgf1_75=values.get("cgF1@0.75"),
+        positive_micro_f1=overall.metrics()["positive_micro_F1"] if overall.num_positives else None,
+        il_mcc=values.get("IL_MCC"),
+        off_prompt_fpr=_share([pair in alarms for pair in absent]) if exhaustive else None,
+        presence_accuracy=_share(right),
+        presence_accuracy_absent=_share(right_absent) if exhaustive else None,
+        num_absent_prompts=len(absent) if exhaustive else 0,
+        settings={"threshold": threshold, "cgf1_threshold": SCORE_THRESHOLD, **(settings or {})},
+        notes=notes,
+        sweep=sweep,
+        curves=evaluation_curves(found.evaluation),
+        units=units,
+        evaluation=found.evaluation,
+        predictions=answers.predictions,
+        presence=answers.presence,
+        ground_truth=coco,
+        split_dir=split_dir,
+        seconds=seconds,
+    )
+
+
+def _false_alarms(
+    coco: Mapping[str, Any], presence: PresenceTable, answers: Answers, threshold: float
+) -> tuple[set[Pair], list[Pair]]:
+    """(image, category) pairs with a detection, and those whose category the image truly lacks."""
+    alarms = {(p["image_id"], p["category_id"]) for p in answers.predictions if p["score"] >= threshold}
+    pairs = [(image["id"], category["id"]) for image in coco["images"] for category in coco["categories"]]
+    return alarms, [pair for pair in pairs if pair not in presence]
+
+
+def _by_size(found: MapResult, size: str) -> float | None:
+    return getattr(found, f"map_{size}")
+
+
+def _share(verdicts: Sequence[bool]) -> float | None:
+    return sum(verdicts) / len(verdicts) if verdicts else None
+
+
+def _notes(truth: SplitTruth, num_ground_truth: int, right: Sequence[bool], absent: Sequence[Pair] | None) -> list[str]:
+    notes = []
+    if num_ground_truth == 0:
+        notes.append("map is null: the split has no object with a mask")
+    if not right:
+        notes.append("presence_accuracy is null: nothing could be asked, or the answers carry no presence")
+    if absent is None:
+        notes.append("off_prompt_fpr is null: absence is not annotated (data.exhaustive is false)")
+    elif not absent:
+        notes.append("off_prompt_fpr is null: every image shows every category")
+    if truth.num_without_mask:
+        notes.append(
+            f"{truth.num_without_mask} object(s) have a box and no mask: detections there count neither as right nor "
+            "as wrong in mask mAP, and their images not in cgF1 of their category"
+        )
+    return notes

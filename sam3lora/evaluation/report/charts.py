@@ -1,0 +1,171 @@
+"""Charts as SVG to stand in an HTML page: text stays text, colours differ for colour-blind eyes and in print."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+from sam3lora.evaluation.metrics.bootstrap import Interval
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito
+_STYLES = ("-", "--", "-.", ":")
+GREY = "#6b7280"
+_GRID = "#e5e7eb"
+_SETTINGS: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],  # measures the text; the page shows its own
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": _GRID,
+    "legend.frameon": False,
+    "text.parse_math": False,
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve of a chart."""
+
+    label: str
+    xs: Sequence[float]
+    ys: Sequence[float]
+
+
+def line_chart(
+    lines: Sequence[Line],
+    *,
+    description: str,
+    x_label: str,
+    y_label: str,
+    marks: Mapping[str, float] | None = None,
+    y_low: float = 0.0,
+) -> Markup:
+    """Curves over [0, 1]; the y axis ends earlier where all values are low.
+
+    Args:
+        lines: What to draw, six at most in colours of their own.
+        description: For those who do not see the chart.
+        x_label: Below the chart.
+        y_label: Beside it.
+        marks: Text -> x of a vertical line.
+        y_low: Lower end of the y axis, where values can be negative.
+    """
+    with chart_axes(description) as axes:
+        for number, line in enumerate(lines):
+            style = _STYLES[number % len(_STYLES)]
+            axes.plot(line.xs, line.ys, style, color=COLOURS[number % len(COLOURS)], label=line.label, linewidth=1.8)
+        for number, (text, x) in enumerate((marks or {}).items()):
+            axes.axvline(x, color=GREY, linewidth=1, linestyle=":")
+            side = "right" if x > 0.6 else "left"
+            axes.annotate(
+                text, (x, 1.0), xytext=(-3 if side == "right" else 3, -9 - 11 * number), ha=side, color="#374151",
+                textcoords="offset points", xycoords=("data", "axes fraction"), fontsize=8,
+            )  # fmt: skip
+        highest = max(0.05, *(y for line in lines for y in line.ys))
+        top = 1.02 if highest > 0.5 else 1.3 * highest
+        axes.set(xlim=(0, 1), ylim=(y_low, top), xlabel=x_label, ylabel=y_label)
+        return finish_chart(axes, description, with_legend=len(lines) > 1)
+
+
+def histogram_chart(
+    edges: Sequence[float], counts: Mapping[str, Sequence[int]], *, description: str, x_label: str
+) -> Markup:
+    """How each group is spread over bins, as bars in percent of the group: a group of many does not hide one of few.
+
+    Args:
+        edges: Ends of the bins, equally wide.
+        counts: Name of a group -> one count a bin; two groups at most. The legend says how many there are.
+        description: For those who do not see the chart.
+        x_label: Below the chart.
+    """
+    with chart_axes(description) as axes:
+        width = (edges[1] - edges[0]) / len(counts)
+        for number, (label, values) in enumerate(counts.items()):
+            total = sum(values)
+            axes.bar(
+                [low + number * width for low in edges[:-1]],
+                [100 * value / max(1, total) for value in values],
+                width,
+                align="edge",
+                color=COLOURS[number],
+                label=f"{label} ({total})",
+                hatch=(None, "////")[number],
+                edgecolor="white",
+                linewidth=0.4,
+            )
+        axes.set(xlim=(edges[0], edges[-1]), xlabel=x_label, ylabel="percent")
+        return finish_chart(axes, description)
+
+
+def interval_chart(intervals: Mapping[str, Interval], *, description: str, x_label: str) -> Markup:
+    """Differences as points with their intervals as bars, one below the other, and a line at zero.
+
+    Args:
+        intervals: Name -> difference; those without a value are left out.
+        description: For those who do not see the chart.
+        x_label: Below the chart.
+    """
+    shown = [(name, entry.difference, entry) for name, entry in intervals.items() if entry.difference is not None]
+    with chart_axes(description, height=0.9 + 0.3 * len(shown)) as axes:
+        for row, (_, difference, entry) in enumerate(shown):
+            colour = COLOURS[0] if entry.excludes_zero else GREY
+            if entry.low is not None and entry.high is not None:
+                axes.plot([entry.low, entry.high], [row, row], color=colour, linewidth=2.4, solid_capstyle="butt")
+            axes.plot([difference], [row], "o", color=colour, markersize=5)
+        axes.axvline(0, color="black", linewidth=1)
+        axes.set(xlabel=x_label, yticks=range(len(shown)), ylim=(len(shown) - 0.4, -0.6))
+        axes.set_yticklabels([name for name, *_ in shown])
+        axes.grid(axis="y", visible=False)
+        return finish_chart(axes, description, with_legend=False)
+
+
+@contextmanager
+def chart_axes(description: str, height: float = 2.9) -> Iterator[Axes]:
+    """An empty chart in the look of all of them, to draw on and to give to `finish_chart` inside the block.
+
+    Args:
+        description: For those who do not see the chart; no other chart of the page has the same.
+        height: Inches, of a width of 4.6.
+    """
+    with matplotlib.rc_context(_SETTINGS | {"svg.hashsalt": description}):  # ids of its own, the same every time
+        figure = Figure(figsize=(4.6, height), layout="constrained")
+        FigureCanvasSVG(figure)
+        yield figure.subplots()
+
+
+def finish_chart(axes: Axes, description: str, with_legend: bool = True) -> Markup:
+    """What was drawn as an SVG element: transparent, each label once in the legend above."""
+    figure = axes.get_figure()
+    assert isinstance(figure, Figure)
+    if with_legend:
+        handles, labels = axes.get_legend_handles_labels()
+        once = dict(zip(labels, handles))
+        figure.legend(once.values(), once.keys(), loc="outside upper left", ncols=3, fontsize=8)
+    file = io.StringIO()
+    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    return Markup(_inline(file.getvalue(), description))
+
+
+def _inline(document: str, description: str) -> str:
+    """An SVG element for HTML: without prologue, metadata, namespaces, ids that nothing refers to, and font names."""
+    svg = document[document.index("<svg") :].strip()
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|'DejaVu Sans', ", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"| version="1.1"| (width|height)="[\d.]+pt"| id="[\w.]+_\d+"', "", svg)
+    svg = re.sub(r"\s*\n\s*", " ", svg).replace(f"stroke: {_GRID}", f"stroke: var(--line, {_GRID})")
+    label = str(Markup.escape(description))
+    return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)

@@ -1,0 +1,187 @@
+"""The report of `compare`: whether adapters are better than their base, and how sure that is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from sam3lora.evaluation.metrics.bootstrap import Interval
+from sam3lora.evaluation.metrics.measure import CategoryMetrics, SplitMetrics
+from sam3lora.evaluation.metrics.ranking import telling_images
+from sam3lora.evaluation.report.charts import interval_chart
+from sam3lora.evaluation.report.glossary import MEASURES, Measure
+from sam3lora.evaluation.report.html_page import change, render_page, score, setting_rows
+from sam3lora.evaluation.report.pictures import Gallery, Picture
+
+Intervals = Mapping[str, Mapping[str, Interval]]
+"""Adapter label -> field of `SplitMetrics` -> adapter minus base."""
+
+FEW_IMAGES = 30  # a bootstrap of fewer is mostly too narrow
+NOTICEABLE = 0.01  # mAP; less is hardly a difference, however sure
+
+
+@dataclass(frozen=True)
+class Cell:
+    """An adapter's value, its difference to the base, and the interval of that if there is one."""
+
+    value: float | None
+    difference: float | None
+    interval: Interval | None
+
+
+@dataclass(frozen=True)
+class CategoryRow:
+    """A category under the base and under each adapter, with each adapter's difference in mAP."""
+
+    name: str
+    base: CategoryMetrics
+    adapters: list[tuple[CategoryMetrics, float | None]]
+
+
+def render_comparison_report(
+    base: SplitMetrics,
+    adapters: Sequence[SplitMetrics],
+    intervals: Intervals,
+    *,
+    title: str | None = None,
+    threshold: float,
+    pictures_per_category: int = 2,
+    max_pictures: int = 80,
+) -> str:
+    """Write the page.
+
+    Args:
+        base: Metrics of the base model.
+        adapters: Metrics of adapters on the same split with the same settings, one at least.
+        intervals: Adapter label -> field of `SplitMetrics` -> difference to the base, where it was computed.
+        title: Heading; None names the models.
+        threshold: Lowest score of what is drawn and counted.
+        pictures_per_category: Images shown of each category; one alone where `max_pictures` would be exceeded.
+        max_pictures: Most images shown; of more categories, those with the most objects.
+
+    Returns:
+        HTML without any reference outside itself.
+    """
+    results = [base, *adapters]
+    labels = [result.label for result in results]
+    pictures, without = _category_pictures(results, threshold, pictures_per_category, max_pictures)
+    return render_page(
+        "comparison_report.html.j2",
+        title=title or f"{', '.join(labels[1:])} against the base",
+        threshold=threshold,
+        base=base,
+        adapters=adapters,
+        labels=labels,
+        verdicts=[verdict(base, adapter, intervals.get(adapter.label, {})) for adapter in adapters],
+        category_verdicts=[category_verdict(base, adapter) for adapter in adapters],
+        measures=[(m, [_cell(base, adapter, m, intervals) for adapter in adapters]) for m in MEASURES],
+        charts=[(adapter.label, _interval_chart(adapter.label, intervals)) for adapter in adapters],
+        categories=_category_rows(base, adapters),
+        pictures=pictures,
+        without_picture=without,
+        settings=setting_rows([result.settings for result in results]),
+        notes=list(dict.fromkeys(note for result in results for note in result.notes)),
+    )
+
+
+def verdict(base: SplitMetrics, adapter: SplitMetrics, intervals: Mapping[str, Interval]) -> str:
+    """Whether mAP says that the adapter is better, and whether other images could have said otherwise."""
+    if base.map is None or adapter.map is None:
+        return f"{adapter.label} cannot be compared: these images hold no object to find."
+    said = f"mAP {score(adapter.map)} instead of {score(base.map)} ({change(adapter.map - base.map)}"
+    interval = intervals.get("map")
+    if interval is None or interval.low is None or interval.high is None:
+        said = f"{adapter.label} reaches {said}); how sure that is could not be computed."
+    else:
+        said += f", 95 % interval {change(interval.low)} to {change(interval.high)})"
+        if interval.excludes_zero:
+            hardly = "hardly " if abs(adapter.map - base.map) < NOTICEABLE else ""
+            better = hardly + ("better" if interval.low > 0 else "worse")
+            said = (
+                f"{adapter.label} is {better} than the base model: {said}. The interval excludes zero: the choice of "
+            )
+            said += "images does not explain the difference."
+        else:
+            said = (
+                f"No clear difference between {adapter.label} and the base model: {said}. The interval includes zero: "
+            )
+            said += "on other images of the same kind it could turn round."
+    if base.num_images < FEW_IMAGES:
+        said += f" {base.num_images} images are few: take the interval as rough."
+    return said + _false_alarms(base, adapter, intervals.get("off_prompt_fpr"))
+
+
+def category_verdict(base: SplitMetrics, adapter: SplitMetrics) -> str:
+    """How many categories gained and which lost; "" with fewer than two to compare."""
+    differences = {
+        name: _difference(entry.map, adapter.per_category[name].map) for name, entry in base.per_category.items()
+    }
+    known = {name: value for name, value in differences.items() if value is not None}
+    if len(known) < 2:
+        return ""
+    better = [name for name, value in known.items() if value >= NOTICEABLE]
+    worse = sorted((name for name, value in known.items() if value <= -NOTICEABLE), key=known.__getitem__)
+    listed = f": {', '.join(worse[:5])}{' ...' if len(worse) > 5 else ''}" if worse else ""
+    return (
+        f"{adapter.label}: mAP is higher in {len(better)} of {len(known)} categories and lower in {len(worse)}{listed}."
+    )
+
+
+def _false_alarms(base: SplitMetrics, adapter: SplitMetrics, interval: Interval | None) -> str:
+    before, after = base.off_prompt_fpr, adapter.off_prompt_fpr
+    if before is None or after is None:
+        return ""
+    said = f" Asked for something absent, it answers {100 * after:.0f} % of the times, the base {100 * before:.0f} %"
+    if before == after or interval is None or interval.low is None:
+        return f"{said}."
+    return f"{said}, {'a clear difference' if interval.excludes_zero else 'which chance could explain'}."
+
+
+def _cell(base: SplitMetrics, adapter: SplitMetrics, measure: Measure, intervals: Intervals) -> Cell:
+    value = getattr(adapter, measure.name)
+    difference = _difference(getattr(base, measure.name), value)
+    return Cell(value, difference, intervals.get(adapter.label, {}).get(measure.name))
+
+
+def _difference(before: float | None, after: float | None) -> float | None:
+    return None if before is None or after is None else after - before
+
+
+def _interval_chart(label: str, intervals: Intervals) -> Markup | None:
+    names = {measure.name: measure.label for measure in MEASURES}
+    known = {names[name]: i for name, i in intervals.get(label, {}).items() if name in names and i.low is not None}
+    if not known:
+        return None
+    description = f"{label} minus base with 95 % intervals"
+    return interval_chart(known, description=description, x_label=f"{label} minus base")
+
+
+def _category_rows(base: SplitMetrics, adapters: Sequence[SplitMetrics]) -> list[CategoryRow]:
+    rows = [
+        CategoryRow(
+            name,
+            entry,
+            [(a.per_category[name], _difference(entry.map, a.per_category[name].map)) for a in adapters],
+        )
+        for name, entry in base.per_category.items()
+    ]
+    return sorted(rows, key=lambda row: -row.base.num_ground_truth)
+
+
+def _category_pictures(
+    results: Sequence[SplitMetrics], threshold: float, per_category: int, max_pictures: int
+) -> tuple[list[tuple[str, list[Picture]]], list[str]]:
+    """Category -> its pictures, by falling number of objects; names of categories without any."""
+    base = results[0]
+    if base.split_dir is None:
+        return [], []
+    ids = {category["name"]: category["id"] for category in base.ground_truth["categories"]}
+    names = sorted(ids, key=lambda name: -base.per_category[name].num_ground_truth)
+    per_category = per_category if len(names) * per_category <= max_pictures else 1
+    gallery = Gallery(results, threshold, (1 + len(results)) * min(max_pictures, len(names) * per_category))
+    chosen = {name: telling_images(ids[name], gallery.tallies, per_category) for name in names}
+    shown = [name for name in names if chosen[name]][:max_pictures]
+    pictures = [(name, [gallery.picture(image, ids[name]) for image in chosen[name]]) for name in shown]
+    return pictures, [name for name in names if name not in shown]

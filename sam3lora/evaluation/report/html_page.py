@@ -1,0 +1,76 @@
+"""Reports as one HTML file with everything in it: templates, how values are written, what settings look like."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import jinja2
+
+
+def render_page(template: str, **values: Any) -> str:
+    """HTML without any reference outside itself; values are escaped.
+
+    Args:
+        template: File in `templates`.
+        values: What it shows.
+    """
+    return _environment().get_template(template).render(**values)
+
+
+def score(value: float | int | None) -> str:
+    """A metric with three decimals, or a count."""
+    return "n/a" if value is None else str(value) if isinstance(value, int) else f"{value:.3f}"
+
+
+def change(value: float | int | None) -> str:
+    """A difference with its sign."""
+    return "n/a" if value is None else f"{value:+d}" if isinstance(value, int) else f"{value:+.3f}"
+
+
+def threshold(value: float | None) -> str:
+    """A score threshold with two decimals."""
+    return "n/a" if value is None else f"{value:.2f}"
+
+
+def share(part: int, whole: int, what: str) -> str:
+    """ "3 of 40 images (8 %)"."""
+    return f"{part} of {whole} {what}" + (f" ({100 * part / whole:.0f} %)" if whole else "")
+
+
+def setting_rows(settings: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+    """Name -> the values of several results, or one value if they agree."""
+    rows = []
+    for name in dict.fromkeys(name for entry in settings for name in entry):
+        values = [_plain(entry.get(name)) for entry in settings]
+        rows.append((name, values[:1] if len(set(values)) == 1 else values))
+    return rows
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_plain(entry)}" for name, entry in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_plain, value))
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _data_uri(jpeg: bytes) -> str:
+    return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode("ascii")
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("sam3lora.evaluation.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"score": score, "change": change, "threshold": threshold, "data_uri": _data_uri}
+    return environment

@@ -1,0 +1,215 @@
+"""Pictures of a split for reports: what is labelled, and what each model found, one panel beside the other."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+
+from sam3lora.data.images import read_image
+from sam3lora.evaluation.ask.split_results import Pair
+from sam3lora.evaluation.metrics.measure import SplitMetrics
+from sam3lora.evaluation.metrics.ranking import Tally, tally_images, tally_pairs
+from sam3lora.inference.drawing import (
+    ADAPTER_RGB,
+    BASE_RGB,
+    GROUND_TRUTH_RGB,
+    Marked,
+    Rgb,
+    draw_instances,
+    encode_image,
+    mark_coco,
+)
+
+Kind = Literal["labels", "base", "adapter"]
+
+COLOURS_RGB: dict[Kind, Rgb] = {"labels": GROUND_TRUTH_RGB, "base": BASE_RGB, "adapter": ADAPTER_RGB}
+MAX_NAMED = 12  # of more objects in a panel, none is named: the names would hide the picture
+
+_BUDGET_BYTES = 5_000_000  # of all JPEGs of a report; base64 adds a third
+_SIDES_PX = (320, 720)
+_MAX_ENLARGEMENT = 4.0
+_VISIBLE = 0.3  # part of a pixel that a mask must cover to be drawn there: thin cracks stay
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One picture, its caption, and whose it is."""
+
+    kind: Kind
+    caption: str
+    size_hw: tuple[int, int]
+    jpeg: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Panels of one image side by side."""
+
+    title: str
+    panels: list[Panel]
+
+
+@dataclass
+class Gallery:
+    """Draws images of one split with the answers of one model or several at a score threshold.
+
+    Attributes:
+        results: Metrics on the same split, with its folder.
+        threshold: Lowest score drawn and counted.
+        num_panels: How many panels the report will hold, for their size.
+    """
+
+    results: Sequence[SplitMetrics]
+    threshold: float
+    num_panels: int
+
+    def __post_init__(self) -> None:
+        truth = self.results[0].ground_truth
+        self.images = {image["id"]: image for image in truth["images"]}
+        self.names = {category["id"]: category["name"] for category in truth["categories"]}
+        self._labels = _by_image(truth["annotations"])
+        self._found = [_by_image(p for p in r.predictions if p["score"] >= self.threshold) for r in self.results]
+
+    @cached_property
+    def tallies(self) -> list[dict[Pair, Tally]]:
+        """Of each model: (image id, category id) -> right, wrong and missed."""
+        return [tally_pairs(result.units, self.threshold) for result in self.results]
+
+    @cached_property
+    def totals(self) -> list[dict[int, Tally]]:
+        """Of each model: image id -> right, wrong and missed."""
+        return [tally_images(tallies) for tallies in self.tallies]
+
+    def picture(self, image_id: int, category_id: int | None = None) -> Picture:
+        """An image, of one category or of all: the labels, then each model's detections.
+
+        Raises:
+            ImageError: The image cannot be read any more.
+        """
+        pixels = self._pixels(image_id)
+        panels = [self._panel(pixels, image_id, category_id, None)]
+        panels += [self._panel(pixels, image_id, category_id, model) for model in range(len(self.results))]
+        return Picture(self.images[image_id]["file_name"], panels)
+
+    def detections(self, image_id: int, category_id: int, model: int, title: str) -> Picture:
+        """What one model, by its position, found of a category, without the labels."""
+        return Picture(title, [self._panel(self._pixels(image_id), image_id, category_id, model)])
+
+    def _pixels(self, image_id: int) -> np.ndarray:
+        image, split_dir = self.images[image_id], self.results[0].split_dir
+        assert split_dir is not None, "pictures need the folder of the images"
+        return read_image(split_dir / image["file_name"], expected_size_hw=(image["height"], image["width"]))
+
+    def _panel(self, pixels_HW3: np.ndarray, image_id: int, category_id: int | None, model: int | None) -> Panel:
+        by_image = self._labels if model is None else self._found[model]
+        entries = [e for e in by_image[image_id] if category_id is None or e["category_id"] == category_id]
+        if model is None:
+            kind: Kind = "labels"
+            caption = f"labels: {len(entries) or 'none'}"
+        else:
+            label = self.results[model].label
+            kind = "base" if label == "base" else "adapter"
+            caption = f"{label}: {self._tally(image_id, category_id, model)}"
+        names = self.names if category_id is None else dict.fromkeys(self.names, "")
+        drawn = draw_panel(pixels_HW3, entries, names, COLOURS_RGB[kind], panel_side_px(self.num_panels))
+        height, width = drawn.shape[:2]
+        return Panel(kind, caption, (height, width), encode_within(drawn, _BUDGET_BYTES // max(1, self.num_panels)))
+
+    def _tally(self, image_id: int, category_id: int | None, model: int) -> str:
+        if category_id is None:
+            return describe(self.totals[model].get(image_id, Tally()))
+        return describe(self.tallies[model].get((image_id, category_id), Tally()))
+
+
+def comparison_pictures(
+    base: SplitMetrics, adapter: SplitMetrics, *, count: int = 12, threshold: float = 0.3
+) -> list[Picture]:
+    """The first images of a split, none chosen: labels, base and adapter.
+
+    Args:
+        base: Metrics of the base model.
+        adapter: Metrics of the adapter on the same split.
+        count: At most so many pictures.
+        threshold: Lowest score drawn.
+    """
+    models = [dataclasses.replace(base, label="base"), dataclasses.replace(adapter, label="adapter")]
+    gallery = Gallery(models, threshold, num_panels=3 * count)
+    return [gallery.picture(image_id) for image_id in list(gallery.images)[:count]]
+
+
+def describe(tally: Tally) -> str:
+    """ "3 right, 1 missed"."""
+    parts = {"right": tally.num_right, "wrong": tally.num_wrong, "missed": tally.num_missed}
+    return ", ".join(f"{num} {name}" for name, num in parts.items() if num) or "nothing, rightly"
+
+
+def panel_side_px(num_panels: int) -> int:
+    """Longer side of a panel, so that about `_BUDGET_BYTES` hold so many at good quality."""
+    bytes_per_square_side = 0.2  # photographs at quality 80, sides 4:3
+    low, high = _SIDES_PX
+    return int(np.clip((_BUDGET_BYTES / bytes_per_square_side / max(1, num_panels)) ** 0.5, low, high))
+
+
+def draw_panel(
+    pixels_HW3: np.ndarray,
+    entries: Sequence[Mapping[str, Any]],
+    names: Mapping[int, str],
+    colour_rgb: Rgb,
+    side_px: int,
+) -> np.ndarray:
+    """COCO annotations or results over an image whose longer side becomes `side_px`, or four times what it was.
+
+    Returns:
+        uint8 (H', W', 3), RGB.
+    """
+    height, width = pixels_HW3.shape[:2]
+    factor = min(_MAX_ENLARGEMENT, side_px / max(height, width))
+    size_wh = (max(1, round(width * factor)), max(1, round(height * factor)))
+    resized = cv2.resize(pixels_HW3, size_wh, interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC)
+    marked = [_resized(entry, size_wh) for entry in mark_coco(entries, names, (height, width))]
+    return draw_instances(resized, marked, colours_rgb=colour_rgb, show_labels=len(marked) <= MAX_NAMED, min_side=1)
+
+
+def encode_within(pixels_HW3: np.ndarray, max_bytes: int) -> bytes:
+    """JPEG of at most so many bytes, at the best quality that fits; of noise, smaller."""
+    for quality in (85, 75, 60, 40, 20):
+        jpeg = encode_image(pixels_HW3, quality=quality)
+        if len(jpeg) <= max_bytes:
+            return jpeg
+    height, width = pixels_HW3.shape[:2]
+    if min(height, width) < 16:
+        return jpeg
+    return encode_within(cv2.resize(pixels_HW3, (width // 2, height // 2), interpolation=cv2.INTER_AREA), max_bytes)
+
+
+def _resized(marked: Marked, size_wh: tuple[int, int]) -> Marked:
+    """With the mask at another size and without box: nothing to draw where the mask is empty."""
+    label, mask_HW = marked.label.strip(), marked.mask_HW
+    if mask_HW is None:
+        return Marked(label)
+    mask_HW = mask_HW.astype(np.uint8)
+    x, y, width, height = cv2.boundingRect(mask_HW)
+    full_height, full_width = mask_HW.shape
+    left, right = x * size_wh[0] // full_width, math.ceil((x + width) * size_wh[0] / full_width)
+    top, bottom = y * size_wh[1] // full_height, math.ceil((y + height) * size_wh[1] / full_height)
+    resized_HW = np.zeros(size_wh[::-1], bool)
+    if width:
+        window = mask_HW[y : y + height, x : x + width] * 255
+        coverage = cv2.resize(window, (right - left, bottom - top), interpolation=cv2.INTER_AREA)
+        resized_HW[top:bottom, left:right] = coverage >= min(_VISIBLE * 255, coverage.max())  # the smallest stays
+    return Marked(label, resized_HW)
+
+
+def _by_image(entries: Iterable[Mapping[str, Any]]) -> defaultdict[int, list[Mapping[str, Any]]]:
+    grouped = defaultdict(list)
+    for entry in entries:
+        grouped[entry["image_id"]].append(entry)
+    return grouped

@@ -1,0 +1,188 @@
+"""The folder that an evaluation leaves, and the table it prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from sam3lora.errors import UserError
+from sam3lora.evaluation.metrics.comparison import compare
+from sam3lora.evaluation.metrics.measure import SplitMetrics
+
+_SHOWN = {
+    "mAP": "map",
+    "mAP at IoU 0.50": "map_50",
+    "box mAP": "bbox_map",
+    "cgF1": "cgf1",
+    "fires on absent prompts": "off_prompt_fpr",
+    "presence accuracy": "presence_accuracy",
+}
+
+
+def save_validation(results: Sequence[SplitMetrics], output: str | Path, console: Console | None = None) -> Path:
+    """Write `metrics.json`, `predictions.json` and `report.html`; with several models a folder of both files for each.
+
+    Returns:
+        The report.
+
+    Raises:
+        UserError: The folder cannot be written.
+    """
+    from sam3lora.evaluation.report.validation_page import render_validation_report
+
+    folder = _make_folder(output)
+    if len(results) == 1:
+        _write_model(results[0], folder)
+    else:
+        for metrics in results:
+            _write_model(metrics, _make_folder(folder / _file_name(metrics.label)))
+        _write_json(folder / "metrics.json", {"models": {metrics.label: metrics.to_dict() for metrics in results}})
+    report = folder / "report.html"
+    _write(report, render_validation_report(results, threshold=results[0].settings["threshold"]))
+    _print(results, report, console)
+    return report
+
+
+def compare_and_save(
+    base: SplitMetrics, adapters: Sequence[SplitMetrics], output: str | Path, console: Console | None = None
+) -> Path:
+    """Write each model's `metrics.json` and `predictions.json`, then compare: `comparison.json` and `report.html`.
+
+    Returns:
+        The report.
+
+    Raises:
+        UserError: The folder cannot be written.
+    """
+    from sam3lora.evaluation.report.comparison_page import render_comparison_report, verdict
+
+    folder = _make_folder(output)
+    results = [base, *adapters]
+    for metrics in results:
+        _write_model(metrics, _make_folder(folder / _file_name(metrics.label)))
+    comparison = compare(base, adapters)
+    _write_json(folder / "comparison.json", comparison.to_dict())
+    report = folder / "report.html"
+    _write(
+        report,
+        render_comparison_report(
+            base,
+            adapters,
+            comparison.intervals,
+            threshold=base.settings["threshold"],
+        ),
+    )
+    _print(results, report, console)
+    console = console or Console(soft_wrap=True, markup=False, emoji=False)
+    for adapter in comparison.adapters:
+        console.print(verdict(comparison.base, adapter, comparison.intervals[adapter.label]))
+    return report
+
+
+def write_results(results: Mapping[str, Sequence[Mapping[str, Any]]], output: str | Path) -> dict[str, Path]:
+    """Write each model's results as `predictions.json`, of several in a folder of its own; returns label -> file."""
+    folder = _make_folder(output)
+    files = {}
+    for label, entries in results.items():
+        of_model = folder if len(results) == 1 else _make_folder(folder / _file_name(label))
+        files[label] = of_model / "predictions.json"
+        _write_json(files[label], entries, indent=None)
+    return files
+
+
+def save_saco(
+    predictions: Mapping[str, Path],
+    ground_truth: Sequence[Path],
+    output: str | Path,
+    image_ids: Collection[int] | None = None,
+) -> None:
+    """Measure results in SA-Co's layout; write `metrics.json` (label -> "segm", "bbox" -> metrics) and print a table.
+
+    Args:
+        predictions: Label -> results file.
+        ground_truth: One file for each annotator.
+        output: Folder of the metrics.
+        image_ids: Image entries to judge; None takes all.
+
+    Raises:
+        UserError: A file is damaged, or they belong to different splits.
+    """
+    from sam3lora.evaluation.metrics.cgf1 import IouType
+    from sam3lora.evaluation.metrics.saco import evaluate_saco
+
+    table = Table("", "masks", "boxes")
+    values: dict[str, dict[str, Any]] = {}
+    reason = None
+    iou_types: tuple[IouType, ...] = ("segm", "bbox")
+    for label, file in predictions.items():
+        found = {iou_type: evaluate_saco(ground_truth, file, iou_type, image_ids) for iou_type in iou_types}
+        values[label] = {name: entry.metrics() | {"counts": entry.counts()} for name, entry in found.items()}
+        reason = found["segm"].undefined_reason
+        for name in ("cgF1", "positive_micro_F1", "IL_MCC", "cgF1@0.5", "cgF1@0.75", "IL_FPR"):
+            table.add_row(f"{label}: {name}", *(f"{values[label][iou_type][name]:.4f}" for iou_type in iou_types))
+    folder = _make_folder(output)
+    _write_json(folder / "metrics.json", values if len(values) > 1 else next(iter(values.values())))
+    console = Console(soft_wrap=True, markup=False)
+    console.print(table)
+    if reason:
+        console.print(f"cgF1 is 0 whatever the model does: {reason}")
+    console.print(f"Metrics: {folder / 'metrics.json'}")
+
+
+def _make_folder(path: str | Path) -> Path:
+    folder = Path(path).expanduser().absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error.strerror}): choose another --output") from None
+    return folder
+
+
+def _write_model(metrics: SplitMetrics, folder: Path) -> None:
+    _write_json(folder / "metrics.json", metrics.to_dict())
+    _write_json(folder / "predictions.json", metrics.predictions, indent=None)
+
+
+def _write_json(path: Path, values: Any, indent: int | None = 2) -> None:
+    _write(path, json.dumps(values, indent=indent, ensure_ascii=False) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        os.replace(scratch, path)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path} ({error.strerror}): choose another --output") from None
+
+
+def _file_name(label: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "-_. " else "_" for letter in label).strip(" .") or "model"
+
+
+def _print(results: Sequence[SplitMetrics], report: Path, console: Console | None) -> None:
+    console = console or Console(soft_wrap=True, markup=False, emoji=False)
+    table = Table("", *(metrics.label for metrics in results))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for title, name in _SHOWN.items():
+        values = [getattr(metrics, name) for metrics in results]
+        table.add_row(title, *("n/a" if value is None else f"{value:.3f}" for value in values))
+    first = results[0]
+    table.add_row("detections", *(str(metrics.num_detections) for metrics in results))
+    console.print(table)
+    console.print(
+        f"{first.num_images} images, {first.num_ground_truth} objects, threshold {first.settings['threshold']}"
+    )
+    for note in dict.fromkeys(note for metrics in results for note in metrics.notes):
+        console.print(f"Note: {note}")
+    console.print(f"Report: {report}")

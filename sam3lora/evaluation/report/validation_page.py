@@ -1,0 +1,208 @@
+"""The report of `validate`: one HTML file that a person can read, print and send."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from markupsafe import Markup
+
+from sam3lora.evaluation.metrics.cgf1 import SCORE_THRESHOLD
+from sam3lora.evaluation.metrics.measure import CategoryMetrics, SplitMetrics
+from sam3lora.evaluation.metrics.ranking import Tally, best_images, false_alarms, worst_images
+from sam3lora.evaluation.report.charts import Line, histogram_chart, line_chart
+from sam3lora.evaluation.report.glossary import MEASURES
+from sam3lora.evaluation.report.html_page import render_page, setting_rows, share
+from sam3lora.evaluation.report.pictures import Gallery, Picture
+
+
+@dataclass(frozen=True)
+class Section:
+    """What a report says of one result alone."""
+
+    label: str
+    verdict: str
+    offer: str
+    charts: list[tuple[str, Markup, str]]
+    categories: list[tuple[str, CategoryMetrics]]
+
+
+def render_validation_report(
+    results: Sequence[SplitMetrics],
+    *,
+    title: str | None = None,
+    threshold: float,
+    num_worst: int = 6,
+    num_best: int = 6,
+    num_false_alarms: int = 6,
+) -> str:
+    """Write the page.
+
+    Args:
+        results: One result, or several of the same split to set side by side; the one with the highest mAP chooses the
+            pictures, since a model that finds nothing has no telling mistakes.
+        title: Heading; None names the models.
+        threshold: Lowest score of what is drawn and counted.
+        num_worst: Pictures of images with errors, the worst first.
+        num_best: Pictures of images with the best answers.
+        num_false_alarms: Pictures of answers to prompts for something absent.
+
+    Returns:
+        HTML without any reference outside itself.
+    """
+    gallery = Gallery(results, threshold, (num_worst + num_best) * (1 + len(results)) + num_false_alarms)
+    labels = [result.label for result in results]
+    chooser = max(range(len(results)), key=lambda model: results[model].map or 0.0)
+    totals = gallery.totals[chooser]
+    worst, best = worst_images(totals, num_worst), best_images(totals, num_best)
+    alarms = false_alarms(results[chooser].ground_truth, results[chooser].predictions, threshold)
+    has_images = results[0].split_dir is not None
+    return render_page(
+        "validation_report.html.j2",
+        title=title or f"Validation of {', '.join(labels)}",
+        threshold=threshold,
+        results=results,
+        labels=labels,
+        chooser=labels[chooser],
+        measures=MEASURES,
+        sections=[_section(result, gallery, model) for model, result in enumerate(results)],
+        precision_recall=_precision_recall(results),
+        worst=[gallery.picture(image) for image in worst] if has_images else [],
+        best=[gallery.picture(image) for image in best if image not in worst] if has_images else [],
+        alarms=[_alarm(gallery, chooser, *pair) for pair in islice(alarms, num_false_alarms)] if has_images else [],
+        num_alarms=len(alarms),
+        settings=setting_rows([result.settings for result in results]),
+        seconds=max(result.seconds for result in results),
+        notes=list(dict.fromkeys(note for result in results for note in result.notes)),
+    )
+
+
+def verdict(result: SplitMetrics, total: Tally, threshold: float) -> str:
+    """What is found, what is missed, how often the model answers a prompt for something absent: in plain words.
+
+    Args:
+        result: The metrics.
+        total: Sum over all images at the threshold.
+        threshold: Lowest score that counts.
+    """
+    name = "the base model" if result.label == "base" else result.label
+    num_objects, num_detections = total.num_right + total.num_missed, total.num_right + total.num_wrong
+    said = f"At a score of {threshold:.2f} or more, "
+    if not num_objects:
+        plural = "" if num_detections == 1 else "s"
+        gives = f"{num_detections} wrong detection{plural}" if num_detections else "no detection, rightly"
+        said += f"there is nothing to find in these images and {name} gives {gives}."
+    elif not num_detections:
+        said += f"{name} finds none of the {num_objects} labelled objects."
+    else:
+        found, wrong = (
+            share(total.num_right, num_objects, "labelled objects"),
+            share(total.num_wrong, num_detections, "detections"),
+        )
+        said += f"{name} finds {found} and misses {total.num_missed}; {wrong} are wrong."
+    if result.off_prompt_fpr is None:
+        return f"{said} How often it answers a prompt for something absent could not be measured."
+    num_alarms = round(result.off_prompt_fpr * result.num_absent_prompts)
+    times = share(num_alarms, result.num_absent_prompts, "times")
+    return f"{said} Asked for something that is not in the image, it answers {times}."
+
+
+def threshold_offer(result: SplitMetrics) -> str:
+    """Which score threshold would suit better, and what it would bring; "" if no threshold stands out."""
+    sweep = result.sweep
+    if sweep is None or sweep.best_threshold is None:
+        return ""
+    if sweep.best_cgf1 is None:
+        return f"A score threshold of {sweep.best_threshold:.2f} suits best, as far as can be said: {sweep.reason}."
+    if sweep.best_threshold == SCORE_THRESHOLD or result.cgf1 is None:
+        return f"Of the score thresholds tried, {sweep.best_threshold:.2f} gives the best cgF1: {sweep.best_cgf1:.3f}."
+    return (
+        f"A score threshold of {sweep.best_threshold:.2f} would give cgF1 {sweep.best_cgf1:.3f} instead of "
+        f"{result.cgf1:.3f} at {SCORE_THRESHOLD:.2f}. It was chosen on these very images: expect a little less on "
+        "others."
+    )
+
+
+def _section(result: SplitMetrics, gallery: Gallery, model: int) -> Section:
+    charts = []
+    if result.sweep is not None:
+        charts.append(_threshold_chart(result, gallery.threshold))
+    charts += _histograms(result)
+    total = sum(gallery.totals[model].values(), Tally())
+    categories = sorted(result.per_category.items(), key=lambda item: -item[1].num_ground_truth)
+    return Section(result.label, verdict(result, total, gallery.threshold), threshold_offer(result), charts, categories)
+
+
+def _alarm(gallery: Gallery, model: int, image_id: int, category_id: int) -> Picture:
+    name, file_name = gallery.names[category_id], gallery.images[image_id]["file_name"]
+    return gallery.detections(image_id, category_id, model, f"asked for “{name}” in {file_name}")
+
+
+def _precision_recall(results: Sequence[SplitMetrics]) -> Markup | None:
+    lines = []
+    for result in results:
+        for name, curve in (("0.50", result.curves.precision_recall_50), ("0.75", result.curves.precision_recall_75)):
+            if curve.mean is not None and (name == "0.50" or len(results) == 1):
+                lines.append(Line(f"{result.label}, IoU {name}", curve.recall, curve.mean))
+    if not lines:
+        return None
+    return line_chart(
+        lines,
+        description="Precision by recall, averaged over the categories",
+        x_label="recall: share of the objects found",
+        y_label="precision: share that is right",
+    )
+
+
+def _threshold_chart(result: SplitMetrics, threshold: float) -> tuple[str, Markup, str]:
+    sweep = result.sweep
+    assert sweep is not None
+    name, main = ("cgF1", sweep.cgf1) if result.cgf1 is not None else ("positive micro F1", sweep.positive_micro_f1)
+    lines = [(name, main), ("precision", sweep.precision), ("recall", sweep.recall)]
+    marks = {f"in use {threshold:.2f}": threshold}
+    if sweep.best_threshold is not None:
+        marks[f"best {sweep.best_threshold:.2f}"] = sweep.best_threshold
+    chart = line_chart(
+        [Line(label, sweep.thresholds, values) for label, values in lines],
+        description=f"{result.label}: {name}, precision and recall by score threshold",
+        x_label="score threshold",
+        y_label="",
+        marks=marks,
+        y_low=min(0.0, *main),
+    )
+    return "Where to cut", chart, "Averaged over required overlaps (IoU) from 0.50 to 0.95."
+
+
+def _histograms(result: SplitMetrics) -> list[tuple[str, Markup, str]]:
+    detections, best = result.curves.detection_scores, result.curves.best_scores
+    found = []
+    if any(detections.right + detections.wrong):
+        chart = histogram_chart(
+            detections.edges,
+            {"right": detections.right, "wrong": detections.wrong},
+            description=f"{result.label}: scores of right and wrong detections",
+            x_label="score",
+        )
+        found.append(
+            (
+                "Scores of detections",
+                chart,
+                "Percent of the right and of the wrong ones, at any score; right means IoU 0.50 with an object.",
+            )
+        )
+    if any(best.right + best.wrong):
+        chart = histogram_chart(
+            best.edges,
+            {"present": best.right, "absent": best.wrong},
+            description=f"{result.label}: best score of prompts for present and absent things",
+            x_label="best score in the image",
+        )
+        found.append(
+            (
+                "Prompts present and absent",
+                chart,
+                "Percent of the prompts. The further apart both groups, the fewer false alarms.",
+            )
+        )
+    return found

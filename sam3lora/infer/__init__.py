@@ -1,1 +1,0 @@
-"""Using adapters: drawing what was found."""

@@ -1,0 +1,1 @@
+"""Prompts on very many images, on Ray Data."""

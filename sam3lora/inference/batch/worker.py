@@ -1,0 +1,188 @@
+"""A worker of a batch run: a model replica that turns shards of images into finished parts."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+
+from sam3lora.data.images import ImageError, read_image
+from sam3lora.engine.detections import Instances, PostProcessing
+from sam3lora.engine.segmenter import Segmenter
+from sam3lora.errors import UserError
+from sam3lora.inference.batch.image_list import ImageSource
+from sam3lora.inference.batch.output_folder import MANIFEST, OVERLAYS, count_tries, part_path, read_part, write_part
+from sam3lora.inference.drawing import draw_instances, encode_image, mark_coco
+from sam3lora.model.tokenization import tokenize
+
+_ADAPTER = "adapter"
+_TRIES = 3  # of a shard: one that kills its worker would be tried without end
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """What a worker loads: arguments of `Segmenter`, with at most one adapter."""
+
+    model: str | None = None
+    adapter: str | None = None
+    revision: str | None = None
+    resolution: int | None = None
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """What all workers of a run are told.
+
+    Attributes:
+        output, input_root: Folders that every worker must see.
+        run: Tells this start from earlier ones.
+        choice: The model.
+        categories: Prompt -> category id.
+        batch_size: Images of one vision pass.
+        base_fingerprint: Of the base model that earlier parts came from; None before there are any.
+        device, num_threads: Where, and with how many threads, the model computes.
+    """
+
+    output: Path
+    input_root: Path
+    run: str
+    choice: ModelChoice
+    categories: Mapping[str, int]
+    post: PostProcessing
+    batch_size: int
+    overlays: bool
+    base_fingerprint: str | None
+    device: str = "cpu"
+    num_threads: int = 1
+
+
+class ShardWorker:
+    """Loads the model once, then takes shards; for the actor pool of `Dataset.map`.
+
+    A user's mistake that only shows here (a prompt that is too long, a folder that this host does not see) comes back
+    in the rows: exceptions of actors arrive as Ray's, and a failing constructor is tried again without end.
+    """
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self._settings = settings
+        self._mistake = ""
+        torch.set_num_threads(settings.num_threads)
+        cv2.setNumThreads(1)
+        self._readers = ThreadPoolExecutor(settings.num_threads)
+        try:
+            self._check_folders()
+            self._segmenter = _load(settings)
+        except UserError as error:
+            self._mistake = str(error)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Take the shard ``{"number": int, "images": JSON list of ImageSource}``.
+
+        Returns:
+            `num_images`, `num_bad`, and as text what ends the run, "" if nothing does: a user's `mistake` or a
+            `failure`.
+        """
+        counts = {"mistake": self._mistake, "failure": "", "num_images": 0, "num_bad": 0}
+        if self._mistake:
+            return counts
+        path = part_path(self._settings.output, self._settings.run, row["number"])
+        sources = [ImageSource(*values) for values in json.loads(row["images"])]
+        if path.exists():  # by a worker that died before it could say so
+            records = read_part(path)
+        elif count_tries(path) > _TRIES:
+            names = ", ".join(source.name for source in sources)
+            return counts | {"failure": f"{_TRIES} workers died while they were busy with one of {names}"}
+        else:
+            records = list(self._records(sources))
+            write_part(path, self._segmenter.base.fingerprint, records)
+        return counts | {"num_images": len(records), "num_bad": sum("error" in record for record in records)}
+
+    def _check_folders(self) -> None:
+        for path in (self._settings.output / MANIFEST, self._settings.input_root):
+            if not path.exists():
+                raise UserError(
+                    f"host {socket.gethostname()} does not see {path}: input and output must be on storage that all "
+                    "hosts of the cluster share, at the same place"
+                )
+
+    def _records(self, sources: Sequence[ImageSource]) -> Iterator[dict[str, Any]]:
+        settings = self._settings
+        prompts, adapter = list(settings.categories), settings.choice.adapter and _ADAPTER
+        for batch in self._batches(sources):
+            good = [(source, image) for source, image in batch if isinstance(image, np.ndarray)]
+            yield from ({"path": source.path, "error": error} for source, error in batch if isinstance(error, str))
+            encoded = self._segmenter.encode([image for _, image in good])
+            found = self._segmenter.detect(encoded, prompts, adapter=adapter, post=settings.post)
+            for (source, image), of_image in zip(good, found, strict=True):
+                detections = [entry for one in of_image for entry in _results(one, settings.categories[one.prompt])]
+                if settings.overlays:
+                    self._draw(source, image, detections)
+                yield {"path": source.path, "size_hw": image.shape[:2], "detections": detections}
+
+    def _batches(self, sources: Sequence[ImageSource]) -> Iterator[list[tuple[ImageSource, np.ndarray | str]]]:
+        """Decoded images, or why not; the next batch is read while the model is busy with one."""
+        size = self._settings.batch_size
+        batches = [sources[start : start + size] for start in range(0, len(sources), size)]
+        ahead: list[Future[np.ndarray | str]] = self._submit(batches[0])
+        for position, batch in enumerate(batches):
+            current, ahead = ahead, self._submit(batches[position + 1]) if position + 1 < len(batches) else []
+            yield [(source, future.result()) for source, future in zip(batch, current, strict=True)]
+
+    def _submit(self, sources: Sequence[ImageSource]) -> list[Future[np.ndarray | str]]:
+        return [self._readers.submit(_read, source) for source in sources]
+
+    def _draw(self, source: ImageSource, image: np.ndarray, detections: Sequence[Mapping[str, Any]]) -> None:
+        names = {id_: prompt for prompt, id_ in self._settings.categories.items()}
+        path = self._settings.output / OVERLAYS / f"{source.name}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode_image(draw_instances(image, mark_coco(detections, names, image.shape[:2]))))
+
+
+def _load(settings: WorkerSettings) -> Segmenter:
+    choice, expected = settings.choice, settings.base_fingerprint
+    segmenter = Segmenter(
+        choice.model,
+        adapters={_ADAPTER: choice.adapter} if choice.adapter else None,
+        revision=choice.revision,
+        resolution=choice.resolution,
+        device=settings.device,
+    )
+    tokenize(segmenter.base.tokenizer, list(settings.categories))  # a prompt that is too long: before any work
+    found = segmenter.base.fingerprint
+    if expected is not None and expected != found:
+        raise UserError(
+            f"{settings.output} holds results of another base model (fingerprint {expected[:12]}) than this "
+            f"{segmenter.base.name} ({found[:12]}): choose another --output, or start anew with --overwrite"
+        )
+    return segmenter
+
+
+def _read(source: ImageSource) -> np.ndarray | str:
+    """The image, or the reason why it cannot be had: one bad file among many stops nothing."""
+    try:
+        # Coordinates of a COCO file refer to the stored pixels; other images are asked the way people see them.
+        return read_image(source.path, source.size_hw, orientation="stored" if source.size_hw else "exif")
+    except ImageError as error:
+        return str(error).removeprefix(f"cannot read image {source.path}: ")
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def _results(instances: Instances, category_id: int) -> list[dict[str, Any]]:
+    """COCO results without their image id; boxes xywh in pixels."""
+    boxes = instances.boxes_xyxy.astype(float)
+    boxes[:, 2:] -= boxes[:, :2]
+    return [
+        {"category_id": category_id, "segmentation": mask, "bbox": box, "score": score}
+        for mask, box, score in zip(
+            instances.masks, boxes.round(2).tolist(), instances.scores.astype(float).round(6).tolist(), strict=True
+        )
+    ]

@@ -1,0 +1,238 @@
+"""Prompts in, detections out: SAM 3 with or without an adapter, in one object."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from PIL import Image
+
+from sam3lora.data.images import has_more_frames, read_image, rgb_from_pil
+from sam3lora.engine.detections import BoxPrompt, PostProcessing
+from sam3lora.engine.segmenter import Segmenter
+from sam3lora.errors import UserError
+from sam3lora.inference.results import PromptResult, draw_results, write_picture
+
+logger = logging.getLogger(__name__)
+
+ImageSource = str | Path | bytes | Image.Image | np.ndarray
+"""Path, bytes of a file, PIL image, or uint8 (H, W, 3) RGB."""
+
+BOXES_ALONE_PROMPT = "visual"
+"""What SAM 3 was trained to read beside boxes without a text."""
+
+_ADAPTER = "adapter"
+
+
+class Predictor:
+    """Segments what prompts name.
+
+        predictor = Predictor("tiny", adapter="outputs/run/best")
+        results = predictor.predict("image.jpg", prompts=["crack", "pothole"])
+        predictor.draw(results, "output.png")
+
+    Args:
+        model: "tiny", a hub id or a folder; None takes the adapter's base, or "tiny".
+        adapter: Adapter folder; None asks the base model.
+        detection_threshold: Lowest score kept.
+        nms_iou: Of two detections of a prompt that overlap more only the better one stays.
+        nms: Overlap of "box" or "mask", or "none" to keep both.
+        merge: Join overlapping detections into one instead, for things without countable parts.
+        merge_iou: Mask IoU from which detections are joined.
+        max_detections: Most detections of a prompt in an image.
+        revision: Branch, tag or commit of a hub id.
+        resolution: Side of the model's input in pixels; None takes the adapter's, or the model's own.
+        geometry_cls: Whether text prompts are followed by the geometry CLS token; None does as the adapter was
+            trained.
+        device: None takes a GPU if there is one.
+        precision: "float32" or "bfloat16"; None is bfloat16 on a GPU that has it.
+        local_files_only: Do not ask the hub.
+
+    Raises:
+        UserError: A model or adapter that cannot be loaded or do not belong together, or a value out of range.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        adapter: str | Path | None = None,
+        detection_threshold: float = 0.5,
+        nms_iou: float = 0.5,
+        nms: Literal["box", "mask", "none"] = "box",
+        merge: bool = False,
+        merge_iou: float = 0.15,
+        max_detections: int = 100,
+        revision: str | None = None,
+        resolution: int | None = None,
+        geometry_cls: bool | None = None,
+        device: torch.device | str | None = None,
+        precision: str | None = None,
+        local_files_only: bool = False,
+    ) -> None:
+        self.post = PostProcessing(
+            threshold=detection_threshold,
+            nms=nms,
+            nms_iou=nms_iou,
+            merge=merge,
+            merge_iou=merge_iou,
+            max_detections=max_detections,
+        )
+        self.adapter = None if adapter is None else Path(adapter).expanduser()
+        self.segmenter = Segmenter(
+            model,
+            adapters={} if self.adapter is None else {_ADAPTER: self.adapter},
+            revision=revision,
+            resolution=resolution,
+            geometry_cls=geometry_cls,
+            device=device,
+            precision=precision,
+            local_files_only=local_files_only,
+        )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the results depend on, ready for JSON."""
+        base = self.segmenter.base
+        return {
+            "model": base.name,
+            "revision": base.revision,
+            "adapter": None if self.adapter is None else str(self.adapter),
+            "resolution": base.resolution,
+            **asdict(self.post),
+        }
+
+    def predict(
+        self,
+        image: ImageSource,
+        prompts: str | Sequence[str] | None = None,
+        boxes: ArrayLike | None = None,
+        box_labels: Sequence[int] | None = None,
+        *,
+        masks: bool = True,
+    ) -> list[PromptResult]:
+        """Ask an image for prompts; the vision tower runs once.
+
+        A file is turned as its EXIF orientation says, and all pixels are those of the turned image; of an animation or
+        a file of several pages the first frame is asked.
+
+        Args:
+            image: Path, bytes of a file, PIL image, or uint8 (H, W, 3) RGB.
+            prompts: Short noun phrases of at most 32 tokens; may be left out if there are boxes.
+            boxes: (N, 4) x0 y0 x1 y1 in pixels: examples that go with every prompt.
+            box_labels: For each box 1 (this is meant) or 0 (this is not); None is 1 for all.
+            masks: Whether masks are wanted; without them nothing can be merged.
+
+        Returns:
+            For each prompt, in the given order, its result.
+
+        Raises:
+            ImageError: The image cannot be read.
+            UserError: No prompt, an empty or too long one, or a box outside the image.
+        """
+        return self._ask([_load(image)], prompts, boxes, box_labels, masks)[0]
+
+    def predict_many(
+        self, images: Sequence[ImageSource], prompts: str | Sequence[str], *, masks: bool = True, batch_size: int = 4
+    ) -> list[list[PromptResult]]:
+        """Ask several images for the same prompts, `batch_size` images at a time.
+
+        Returns:
+            For each image, for each prompt, its result; every result holds on to its image.
+
+        Raises:
+            ImageError: An image cannot be read.
+            UserError: As `predict`.
+        """
+        if batch_size < 1:
+            raise UserError(f"batch_size must be positive, got {batch_size}")
+        results: list[list[PromptResult]] = []
+        for start in range(0, len(images), batch_size):
+            batch = [_load(image) for image in images[start : start + batch_size]]
+            results += self._ask(batch, prompts, None, None, masks)
+        return results
+
+    def draw(
+        self,
+        results: Sequence[PromptResult],
+        path: str | Path | None = None,
+        *,
+        show_boxes: bool = False,
+        show_masks: bool = True,
+        show_labels: bool = True,
+    ) -> np.ndarray:
+        """Draw the results of one image over it, and write the picture if there is a path; see `draw_results`.
+
+        Raises:
+            UserError: The file cannot be written.
+        """
+        picture_HW3 = draw_results(results, show_boxes=show_boxes, show_masks=show_masks, show_labels=show_labels)
+        if path is not None:
+            write_picture(path, picture_HW3)
+        return picture_HW3
+
+    def _ask(
+        self,
+        images: Sequence[np.ndarray],
+        prompts: str | Sequence[str] | None,
+        boxes: ArrayLike | None,
+        box_labels: Sequence[int] | None,
+        masks: bool,
+    ) -> list[list[PromptResult]]:
+        if self.post.merge and not masks:
+            raise UserError("merging needs masks: leave out masks=False or merge=True")
+        exemplars = _exemplars(boxes, box_labels)
+        asked = [prompts] if isinstance(prompts, str) else list(prompts or ())
+        if not asked and not exemplars:
+            raise UserError("no prompts: name what to look for, for example prompts=['crack'], or give boxes")
+        found = self.segmenter.detect(
+            self.segmenter.encode(images),
+            asked or [BOXES_ALONE_PROMPT],
+            adapter=None if self.adapter is None else _ADAPTER,
+            post=self.post,
+            masks=masks,
+            boxes=[exemplars] * len(images) if exemplars else None,
+        )
+        return [
+            [PromptResult.from_instances(instances, image, masks=masks) for instances in of_image]
+            for image, of_image in zip(images, found, strict=True)
+        ]
+
+
+def _load(image: ImageSource) -> np.ndarray:
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            raise UserError(f"an image array must be uint8 (H, W, 3) RGB, got {image.dtype} {image.shape}")
+        return image
+    if isinstance(image, Image.Image):
+        return rgb_from_pil(image)
+    if not isinstance(image, str | Path | bytes):
+        raise UserError(f"an image must be a path, bytes, a PIL image or an array, got {type(image).__name__}")
+    pixels_HW3 = read_image(image, orientation="exif")
+    if has_more_frames(image):
+        name = "image bytes" if isinstance(image, bytes) else image
+        logger.warning("%s holds several frames or pages: only the first is looked at", name)
+    return pixels_HW3
+
+
+def _exemplars(boxes: ArrayLike | None, labels: Sequence[int] | None) -> list[BoxPrompt]:
+    if boxes is None or np.size(boxes) == 0:
+        if labels is not None and len(labels):
+            raise UserError(f"{len(labels)} box labels without boxes")
+        return []
+    try:
+        boxes_N4 = np.asarray(boxes, dtype=float)
+    except (TypeError, ValueError):
+        raise UserError(f"boxes must be numbers x0 y0 x1 y1 in pixels, got {boxes!r}") from None
+    if boxes_N4.ndim != 2 or boxes_N4.shape[1] != 4:
+        raise UserError(f"boxes must have the shape (N, 4), x0 y0 x1 y1 in pixels, got {boxes_N4.shape}")
+    labels = [1] * len(boxes_N4) if labels is None else labels
+    if len(labels) != len(boxes_N4):
+        raise UserError(f"expected a label for each of {len(boxes_N4)} boxes, got {len(labels)}")
+    return [BoxPrompt((box[0], box[1], box[2], box[3]), label) for box, label in zip(boxes_N4.tolist(), labels)]

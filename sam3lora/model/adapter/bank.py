@@ -1,0 +1,293 @@
+"""Several LoRA adapters on one base model, a different one for each row of a batch.
+
+PEFT can mix adapters too (``adapter_names``), but not in windowed attention, box pooling, ``box_head`` and
+``query_proj`` of a SAM 3, nor with DoRA, and every adapter is injected into the model. Here the base model stays plain:
+forward hooks on the modules that some adapter changes add each row's own update, and putting an adapter in is a copy.
+
+Shapes: ``B`` rows, ``G`` groups of rows with weights of their own, ``N`` positions, ``I`` inputs, ``O`` outputs,
+``R`` rank, ``S`` places in a stack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sam3lora.model.adapter.weights import AdapterWeights, LoraWeights
+from sam3lora.model.components import unwrap
+
+# With four dimensions these get (layers, rows, queries, channels).
+_ROWS_ON_AXIS_1 = ("dot_product_scoring.query_proj", "detr_decoder.box_head.")
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What :meth:`AdapterBank.rows` was entered with; slot ``num_slots`` stands for the base."""
+
+    slots: tuple[int, ...]
+    distinct: frozenset[int]
+    slots_B: Tensor
+
+
+@dataclass
+class _Current:
+    """The rows that the model is running, shared by the hooks of one bank."""
+
+    rows: _Rows | None = None
+
+
+@dataclass(frozen=True)
+class _Resident:
+    """What the adapter in a slot changes."""
+
+    components: frozenset[str]
+    modules: frozenset[str]
+
+
+class AdapterBank:
+    """Slots for adapters on the modules of one base model.
+
+    ``put``, ``clear`` and ``rows`` belong to the thread that runs the model, between two forward passes. A module has a
+    hook as long as some slot has weights for it, and none otherwise.
+
+    torch.compile: a graph compiled without hooks keeps leaving them out. Use a compiled part of the model while
+    ``adapts`` says False for its component, and the plain one otherwise.
+
+    Args:
+        model: the base, without PEFT layers, in eval mode and on its device.
+        num_slots: number of adapters that fit. Empty slots take no memory.
+    """
+
+    def __init__(self, model: nn.Module, num_slots: int) -> None:
+        assert num_slots > 0, f"expected at least one slot, got {num_slots}"
+        self.num_slots = num_slots
+        self._modules = dict(unwrap(model).named_modules())
+        self._device = next(model.parameters()).device
+        self._current = _Current()
+        self._stacks: dict[str, _Stack] = {}
+        self._residents: dict[int, _Resident] = {}
+
+    def put(self, slot: int, weights: AdapterWeights) -> None:
+        """Fill ``slot``, replacing what was there. When that fails (memory), the slot is empty afterwards.
+
+        ``weights`` must have been read for this model; the tensors are copied.
+        """
+        assert 0 <= slot < self.num_slots, f"expected a slot below {self.num_slots}, got {slot}"
+        self.clear(slot)
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                for name, update in weights.modules.items():
+                    if name not in self._stacks:
+                        self._stacks[name] = _Stack(name, self._modules[name], self.num_slots, self._current)
+                    self._stacks[name].add(slot, update)
+        except BaseException:
+            self._forget(slot, weights.modules)
+            raise
+        self._residents[slot] = _Resident(weights.components, frozenset(weights.modules))
+
+    def clear(self, slot: int) -> None:
+        """Empty ``slot``; an empty one may be cleared. Allocates nothing.
+
+        Memory of a module comes back when no other slot uses the module; else the next ``put`` writes into it.
+        """
+        if (resident := self._residents.pop(slot, None)) is not None:
+            self._forget(slot, resident.modules)
+
+    def components(self, slot: int | None) -> frozenset[str]:
+        """Components that the slot's adapter changes; empty for None (the base) and for an empty slot."""
+        resident = self._residents.get(slot) if slot is not None else None
+        return resident.components if resident else frozenset()
+
+    def adapts(self, component: str) -> bool:
+        """Whether any resident adapter changes ``component``."""
+        return any(component in resident.components for resident in self._residents.values())
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory of all stacks on the model's device."""
+        return sum(stack.size_bytes for stack in self._stacks.values())
+
+    @contextmanager
+    def rows(self, slots_B: Sequence[int | None]) -> Iterator[None]:
+        """Run the model with these adapters; None is the base. Outside, every module computes what the base does.
+
+        Inside, the leading axis of every adapted module's input has len(slots_B) rows, or k times as many with the k
+        of the first row first (windows of a ViT, pooled boxes). May be nested: the innermost counts.
+        """
+        empty = {slot for slot in slots_B if slot is not None} - self._residents.keys()
+        assert not empty, f"slots {sorted(empty)} are empty"
+        slots = tuple(self.num_slots if slot is None else slot for slot in slots_B)
+        before = self._current.rows
+        self._current.rows = _Rows(slots, frozenset(slots), torch.tensor(slots, dtype=torch.long, device=self._device))
+        try:
+            yield
+        finally:
+            self._current.rows = before
+
+    def _forget(self, slot: int, modules: Mapping[str, LoraWeights] | frozenset[str]) -> None:
+        for name in modules:
+            if (stack := self._stacks.get(name)) is not None and stack.forget(slot):
+                stack.unhook()
+                del self._stacks[name]
+
+
+class _Stack:
+    """The updates that all slots have for one module, and the hook that adds them.
+
+    Place 0 of the stacks is all zeros, for rows whose adapter leaves the module alone.
+    """
+
+    def __init__(self, name: str, module: nn.Module, num_slots: int, current: _Current) -> None:
+        assert isinstance(module, nn.Linear | nn.Conv2d), f"{name} is a {type(module).__name__}"
+        self._name, self._module, self._num_slots, self._current = name, module, num_slots, current
+        self._rows_on_axis_1 = name.startswith(_ROWS_ON_AXIS_1)
+        self._updates: dict[int, LoraWeights] = {}  # by slot, views into the stacks
+        self._place_of: dict[int, int] = {}
+        self._rank_of: dict[int, int] = {}
+        self._max_rank = 0
+        self._free: list[int] = []  # places that nobody has
+        # The same for every slot, on the device: a row's place is looked up without waiting for it.
+        self._place_of_slot = torch.zeros(num_slots + 1, dtype=torch.long, device=module.weight.device)
+        self._stacks: dict[torch.dtype, tuple[Tensor, Tensor]] = {}  # down_SRI (a Conv2d's with kh, kw) and up_SOR
+        self._gain_SO: Tensor | None = None
+        self._handle = module.register_forward_hook(self._hook)
+
+    def unhook(self) -> None:
+        self._handle.remove()
+
+    def add(self, slot: int, update: LoraWeights) -> None:
+        """Write one more update into a free place, or build the stacks anew with room for more."""
+        if self._free and update.rank <= self._max_rank and (update.gain is None or self._gain_SO is not None):
+            place = self._free[-1]
+            self._updates[slot] = _write(list(self._stacks.values()), self._gain_SO, place, update)
+            self._place_of[slot] = self._free.pop()
+            self._place_of_slot[slot] = place
+        else:
+            self._rebuild(self._updates | {slot: update})
+        self._rank_of = {slot: update.rank for slot, update in self._updates.items()}
+
+    def _rebuild(self, updates: dict[int, LoraWeights]) -> None:
+        """As large as the largest rank asks for, with up to twice the places, so that swaps write in place.
+
+        When memory runs out on the way, everything is as it was.
+        """
+        weight = self._module.weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        num_places = 1 + min(self._num_slots, 1 << (len(updates) - 1).bit_length())
+        rank = max(update.rank for update in updates.values())
+        down_SRI = torch.zeros(num_places, rank, *weight.shape[1:], dtype=dtype, device=weight.device)
+        up_SOR = torch.zeros(num_places, weight.shape[0], rank, dtype=dtype, device=weight.device)
+        gain_SO = None
+        if any(update.gain is not None for update in updates.values()):
+            gain_SO = torch.ones(num_places, weight.shape[0], dtype=dtype, device=weight.device)
+        places = {slot: place for place, slot in enumerate(updates, start=1)}
+        views = {slot: _write([(down_SRI, up_SOR)], gain_SO, places[slot], update) for slot, update in updates.items()}
+        place_of_slot = [places.get(slot, 0) for slot in range(self._num_slots + 1)]
+        self._place_of_slot = torch.tensor(place_of_slot, device=weight.device)
+        self._updates, self._place_of, self._max_rank, self._gain_SO = views, places, rank, gain_SO
+        self._stacks = {dtype: (down_SRI, up_SOR)}
+        self._free = list(range(num_places - 1, len(updates), -1))
+
+    def forget(self, slot: int) -> bool:
+        """Drop the slot's update; whether none is left. Its place is free for the next."""
+        if self._updates.pop(slot, None) is not None:
+            self._free.append(self._place_of.pop(slot))
+            self._place_of_slot[slot] = 0
+            del self._rank_of[slot]
+        return not self._updates
+
+    @property
+    def size_bytes(self) -> int:
+        stacks = sum(down_SRI.nbytes + up_SOR.nbytes for down_SRI, up_SOR in self._stacks.values())
+        return stacks + (0 if self._gain_SO is None else self._gain_SO.nbytes)
+
+    def _hook(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        """The output with each row's update added; None leaves it as it is."""
+        rows = self._current.rows
+        if rows is None or not output.numel():
+            return None
+        places = {self._place_of.get(slot, 0) for slot in rows.distinct}
+        if not any(places):
+            return None
+        x, by_row = args[0], output
+        transposed = self._rows_on_axis_1 and x.dim() == 4
+        if transposed:
+            x, by_row = x.transpose(0, 1), output.transpose(0, 1)
+        assert len(x) % len(rows.slots) == 0, (
+            f"{self._name} got an input {tuple(args[0].shape)} for {len(rows.slots)} rows"
+        )
+        # One group when all rows have the same weights: nothing is gathered.
+        chosen = places.pop() if len(places) == 1 else self._place_of_slot[rows.slots_B]
+        rank = max(self._rank_of.get(slot, 0) for slot in rows.distinct)
+        down_SRI, up_SOR = self._in_dtype(output.dtype)
+        down_GRI, up_GOR = down_SRI[:, :rank][chosen], up_SOR[:, :, :rank][chosen]
+        gain_GO = None if self._gain_SO is None else self._gain_SO[chosen]
+        if isinstance(chosen, int):
+            down_GRI, up_GOR, gain_GO = down_GRI[None], up_GOR[None], None if gain_GO is None else gain_GO[None]
+        update = self._update_conv if isinstance(module, nn.Conv2d) else self._update_linear
+        updated = update(x.to(output.dtype), by_row, down_GRI, up_GOR, gain_GO)
+        return updated.transpose(0, 1) if transposed else updated
+
+    def _in_dtype(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The stacks in the dtype that the module computes in, cast once."""
+        if dtype not in self._stacks:
+            down_SRI, up_SOR = next(iter(self._stacks.values()))
+            with torch.inference_mode(False), torch.no_grad():  # they are written to later, outside of inference mode
+                self._stacks[dtype] = (down_SRI.to(dtype), up_SOR.to(dtype))
+        return self._stacks[dtype]
+
+    def _update_linear(
+        self, x: Tensor, output: Tensor, down_GRI: Tensor, up_GOR: Tensor, gain_GO: Tensor | None
+    ) -> Tensor:
+        groups = len(down_GRI)
+        x_GNI, output_GNO = x.reshape(groups, -1, x.shape[-1]), output.reshape(groups, -1, output.shape[-1])
+        if gain_GO is not None:
+            output_GNO = self._scale(output_GNO, gain_GO[:, None], self._module.bias)
+        # Into the module's output, which nobody else holds: a copy would take longer than the update.
+        add = torch.baddbmm if output_GNO.requires_grad else Tensor.baddbmm_
+        return add(output_GNO, x_GNI @ down_GRI.mT, up_GOR.mT).view(output.shape)
+
+    def _update_conv(
+        self, x: Tensor, output: Tensor, down_GRI: Tensor, up_GOR: Tensor, gain_GO: Tensor | None
+    ) -> Tensor:
+        """A grouped convolution: the groups side by side on the channel axis, their k rows one after the other."""
+        groups, rank = down_GRI.shape[:2]
+        x = x.reshape(groups, -1, *x.shape[1:]).transpose(0, 1).flatten(1, 2)
+        conv = cast(nn.Conv2d, self._module)
+        hidden = F.conv2d(x, down_GRI.flatten(0, 1), None, conv.stride, conv.padding, groups=groups)
+        hidden_GRN = hidden.view(len(x), groups, rank, -1).permute(1, 2, 0, 3).flatten(2)
+        output_GOkN = output.reshape(groups, len(x), output.shape[1], -1).transpose(1, 2)
+        if gain_GO is not None:
+            bias = None if conv.bias is None else conv.bias[:, None, None]
+            output_GOkN = self._scale(output_GOkN, gain_GO[:, :, None, None], bias)
+        delta_GOkN = (up_GOR @ hidden_GRN).view(output_GOkN.shape)
+        return (output_GOkN + delta_GOkN).transpose(1, 2).reshape(output.shape)
+
+    @staticmethod
+    def _scale(output: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+        """DoRA scales what the base's weight gives, and not its bias."""
+        without_bias = output if bias is None else output - bias
+        return (output + (gain - 1) * without_bias).to(output.dtype)
+
+
+def _write(
+    stacks: Sequence[tuple[Tensor, Tensor]], gain_SO: Tensor | None, place: int, update: LoraWeights
+) -> LoraWeights:
+    """Fill a place of the stacks, one pair for each dtype; gives the weights in the first back as views."""
+    for down_SRI, up_SOR in stacks:
+        down_SRI[place, update.rank :] = 0
+        up_SOR[place, :, update.rank :] = 0
+        down_SRI[place, : update.rank].copy_(update.down)
+        up_SOR[place, :, : update.rank].copy_(update.up)
+    gain = None
+    if gain_SO is not None:
+        gain_SO[place] = 1 if update.gain is None else update.gain
+        gain = None if update.gain is None else gain_SO[place]
+    down_SRI, up_SOR = stacks[0]
+    return LoraWeights(down_SRI[place, : update.rank], up_SOR[place, :, : update.rank], gain)

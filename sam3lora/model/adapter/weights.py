@@ -1,0 +1,286 @@
+"""A LoRA adapter as plain tensors per base module, read from its folder without touching the model.
+
+``load_adapter`` injects PEFT layers and so needs the model for itself; here any thread may read an adapter while the
+model runs. The tensors go into an :class:`~sam3lora.model.adapter.bank.AdapterBank`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+import weakref
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
+from torch import Tensor, nn
+
+from sam3lora.errors import UserError
+from sam3lora.model.adapter.folder import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    check_finite,
+    check_shapes,
+    read_config,
+    refuse_other_base,
+)
+from sam3lora.model.adapter.metadata import METADATA_FILE, AdapterMetadata, read_metadata
+from sam3lora.model.components import component_of, unwrap
+from sam3lora.model.fingerprint import fingerprint
+
+_PEFT_PREFIX = "base_model.model."
+_ATTEMPTS = 3  # to read a folder that is replaced meanwhile
+_FLOATING = {"F64", "F32", "F16", "BF16"}
+# What PEFT can do beyond LoRA and DoRA: each needs more than a low-rank product beside the base layer.
+_UNSUPPORTED = ("modules_to_save", "lora_bias", "target_parameters", "use_qalora")
+_MERGE_HINT = "it cannot share a batch with other adapters: merge it into its base with `sam3lora export --merge`"
+
+
+@dataclass(frozen=True)
+class LoraWeights:
+    """The update of one Linear or Conv2d; the scaling is folded into ``up``, DoRA's magnitude into ``up`` and ``gain``.
+
+    The output is ``base(x) + (gain - 1) * (base(x) - bias) + up(down(x))``.
+
+    Attributes:
+        down: (rank, in) for a Linear, (rank, in, kh, kw) for a Conv2d.
+        up: (out, rank), also for a Conv2d, where it is a 1x1 convolution.
+        gain: (out,), DoRA's magnitude over the norm of the updated weight; None for plain LoRA.
+    """
+
+    down: Tensor
+    up: Tensor
+    gain: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return len(self.down)
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (self.down, self.up, self.gain) if tensor is not None)
+
+
+@dataclass(frozen=True)
+class AdapterWeights:
+    """All updates of one adapter, on the CPU in float32 (float64 for a float64 base), checked against the base.
+
+    Attributes:
+        modules: by name of the module in the base model.
+        rank: the largest of the modules.
+        size_bytes: of the tensors.
+        version: digest of the folder's files; changes whenever the adapter does.
+        components: names of ``COMPONENTS`` that the adapter changes.
+    """
+
+    modules: dict[str, LoraWeights]
+    metadata: AdapterMetadata | None
+    rank: int
+    size_bytes: int
+    version: str
+    components: frozenset[str]
+
+    @property
+    def geometry_cls(self) -> bool:
+        """Whether the adapter was trained with the geometry CLS token; a plain PEFT adapter counts as yes."""
+        return True if self.metadata is None else self.metadata.geometry_cls
+
+
+@dataclass(frozen=True)
+class _Target:
+    """A module that the configuration names, with its rank and scaling there."""
+
+    module: nn.Linear | nn.Conv2d
+    rank: int
+    scaling: float
+
+    def shapes(self, name: str, use_dora: bool) -> dict[str, tuple[int, ...]]:
+        """Tensors of the file for this module -> the shape they must have."""
+        weight = self.module.weight
+        kernel = tuple(weight.shape[2:])
+        ones = (1,) * len(kernel)
+        shapes = {
+            _key(name, "lora_A.weight"): (self.rank, weight.shape[1], *kernel),
+            _key(name, "lora_B.weight"): (weight.shape[0], self.rank, *ones),
+        }
+        if use_dora:
+            shapes[_key(name, "lora_magnitude_vector")] = (1, weight.shape[0], *ones) if kernel else (weight.shape[0],)
+        return shapes
+
+
+def read_adapter_weights(
+    folder: str | Path, model: nn.Module, *, check_base: bool = True, max_rank: int | None = None
+) -> AdapterWeights:
+    """Read an adapter folder for ``model``, which is only looked at: safe from any thread, at any time.
+
+    Args:
+        model: the base without PEFT layers. Its weights must not change: its fingerprint is computed once.
+        check_base: refuse a base whose fingerprint differs from the one the adapter was trained on.
+        max_rank: refuse larger ranks before anything of their size is read.
+
+    Raises:
+        UserError: the folder is incomplete, damaged or for another base, or the adapter does more than LoRA or DoRA on
+            Linear and Conv2d modules; or the folder changed each time it was read.
+    """
+    folder = Path(folder)
+    for _ in range(_ATTEMPTS):
+        before = _signature(folder)
+        try:
+            weights = _read(folder, model, check_base, max_rank)
+        except UserError:
+            if _signature(folder) == before:
+                raise
+        except OSError as error:
+            if _signature(folder) == before:
+                raise UserError(f"{folder} cannot be read: {error.strerror}") from error
+        else:
+            if _signature(folder) == before:
+                return weights
+    raise UserError(f"{folder} changed while it was being read: try again")
+
+
+def _read(folder: Path, model: nn.Module, check_base: bool, max_rank: int | None) -> AdapterWeights:
+    config = read_config(folder)
+    _check_supported(config, folder)
+    metadata = read_metadata(folder)
+    if check_base and metadata is not None:
+        refuse_other_base(model, metadata, folder, fingerprint_of=_fingerprint_once)
+    targets = _find_targets(config, unwrap(model), folder)
+    rank = max(target.rank for target in targets.values())
+    if max_rank is not None and rank > max_rank:
+        raise UserError(
+            f"{folder} has rank {rank}, but at most {max_rank} is accepted here: raise the limit or merge it"
+        )
+    expected: dict[str, tuple[int, ...]] = {}
+    for name, target in targets.items():
+        expected |= target.shapes(name, config.use_dora)
+    tensors, version = _read_tensors(folder, expected)
+    modules = {name: _fold(name, target, tensors, folder) for name, target in targets.items()}
+    return AdapterWeights(
+        modules=modules,
+        metadata=metadata,
+        rank=rank,
+        size_bytes=sum(weights.size_bytes for weights in modules.values()),
+        version=version,
+        components=frozenset(component for name in modules if (component := component_of(name)) is not None),
+    )
+
+
+# ---- configuration and base ---------------------------------------------------------------------------------------
+
+_FINGERPRINTS: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+
+
+def _fingerprint_once(model: nn.Module) -> str:
+    base = unwrap(model)
+    if base not in _FINGERPRINTS:
+        _FINGERPRINTS[base] = fingerprint(base)
+    return _FINGERPRINTS[base]
+
+
+def _check_supported(config: LoraConfig, folder: Path) -> None:
+    variants = [field.name for field in fields(LoraConfig) if field.metadata.get("is_lora_variant")]
+    for field in (*_UNSUPPORTED, *variants):
+        if field != "use_dora" and getattr(config, field, None):
+            raise UserError(f"{folder}: {CONFIG_FILE} sets {field}; {_MERGE_HINT}")
+
+
+def _find_targets(config: LoraConfig, base: nn.Module, folder: Path) -> dict[str, _Target]:
+    """The modules that PEFT would adapt, in model order."""
+    if not config.target_modules:
+        raise UserError(f"{folder}: {CONFIG_FILE} names no target_modules")
+    try:
+        named = {
+            name: module for name, module in base.named_modules() if name and check_target_module_exists(config, name)
+        }
+        targets = {name: _target(config, name, module, folder) for name, module in named.items()}
+    except (re.error, AttributeError, TypeError, OverflowError) as error:
+        raise UserError(f"{folder}: {CONFIG_FILE} is no valid LoRA configuration: {error}") from error
+    if not targets:
+        raise UserError(f"{folder} does not fit {type(base).__name__}: its target_modules match no module of it")
+    return targets
+
+
+def _target(config: LoraConfig, name: str, module: nn.Module, folder: Path) -> _Target:
+    if not isinstance(module, nn.Linear | nn.Conv2d):
+        raise UserError(f"{folder} adapts {name}, a {type(module).__name__} and no Linear or Conv2d; {_MERGE_HINT}")
+    if isinstance(module, nn.Conv2d) and (
+        module.groups != 1 or module.dilation != (1, 1) or module.padding_mode != "zeros"
+    ):  # PEFT's own layers leave the last two out
+        raise UserError(f"{folder} adapts {name}, a grouped, dilated or specially padded convolution; {_MERGE_HINT}")
+    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+    rank = ranks.get(get_pattern_key(list(ranks), name), config.r)
+    alpha = alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha)
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise UserError(f"{folder}: {CONFIG_FILE}: the rank of {name} must be a positive integer, got {rank!r}")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise UserError(f"{folder}: {CONFIG_FILE}: lora_alpha of {name} must be a number, got {alpha!r}")
+    return _Target(module, rank, alpha / (math.sqrt(rank) if config.use_rslora else rank))
+
+
+# ---- tensors ------------------------------------------------------------------------------------------------------
+
+
+def _key(name: str, tensor: str) -> str:
+    return f"{_PEFT_PREFIX}{name}.{tensor}"
+
+
+def _signature(folder: Path) -> list[tuple[int, ...] | None]:
+    """Changes when a file is replaced or written to."""
+    found: list[tuple[int, ...] | None] = []
+    for name in (CONFIG_FILE, WEIGHTS_FILE, METADATA_FILE):
+        try:
+            stat = (folder / name).stat()
+        except OSError:
+            found.append(None)
+        else:
+            found.append((stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+    return found
+
+
+def _read_tensors(folder: Path, expected: dict[str, tuple[int, ...]]) -> tuple[dict[str, Tensor], str]:
+    """The tensors of the file, whose header must announce exactly those ``expected``, and the digest of the folder."""
+    file = folder / WEIGHTS_FILE
+    digest = hashlib.sha256()
+    try:
+        with safe_open(file, framework="pt") as header:  # refuses a header that does not fit the size of the file
+            slices = {name: header.get_slice(name) for name in header.keys()}  # noqa: SIM118 - it is no mapping
+            check_shapes(expected, {name: entry.get_shape() for name, entry in slices.items()}, folder)
+            for name, entry in slices.items():
+                if entry.get_dtype() not in _FLOATING:
+                    raise UserError(
+                        f"{file}: {name} has dtype {entry.get_dtype()}: expected one of {sorted(_FLOATING)}"
+                    )
+        # Read, not mapped: a mapped file that somebody truncates later would kill the process.
+        contents = file.read_bytes()
+        tensors = load(contents)
+        for name in (CONFIG_FILE, METADATA_FILE):
+            digest.update(hashlib.sha256((folder / name).read_bytes() if (folder / name).is_file() else b"").digest())
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is damaged or not a safetensors file: {error}") from error
+    digest.update(contents)
+    check_finite(tensors, str(file), UserError)
+    return tensors, digest.hexdigest()
+
+
+def _fold(name: str, target: _Target, tensors: dict[str, Tensor], folder: Path) -> LoraWeights:
+    """Fold the scaling into ``up``, and for DoRA (https://arxiv.org/abs/2402.09353) the magnitude into both factors."""
+    base_weight = target.module.weight.detach()
+    dtype = torch.promote_types(base_weight.dtype, torch.float32)
+    down = tensors[_key(name, "lora_A.weight")].to(dtype)
+    up = tensors[_key(name, "lora_B.weight")].to(dtype).flatten(1) * target.scaling
+    gain = None
+    magnitude = tensors.get(_key(name, "lora_magnitude_vector"))
+    if magnitude is not None:
+        updated = base_weight.flatten(1).to("cpu", dtype) + up @ down.flatten(1)
+        gain = magnitude.to(dtype).flatten() / torch.linalg.vector_norm(updated, dim=1)
+        up = gain[:, None] * up
+        check_finite({f"the DoRA magnitude of {name}": gain}, str(folder), UserError)
+    check_finite({f"{name}, scaled by {target.scaling:g},": up}, str(folder), UserError)
+    return LoraWeights(down, up, gain)

@@ -1,0 +1,1 @@
+"""Passing models on: export, model cards, the Hugging Face hub, parameter tables."""

@@ -1,0 +1,1 @@
+"""SAM 3's forward in stages that training and inference combine."""

@@ -1,0 +1,396 @@
+"""SAM 3 in stages: what the stock ``Sam3Model.forward`` does, in pieces that training, evaluation and serving combine.
+
+The stock forward runs one vision pass per (image, prompt) pair and returns the last decoder layer and every mask. Here
+the vision tower runs once per image and the text tower once per distinct prompt; the rest runs per find query, returns
+all decoder layers, optionally the one-to-many branch of DAC-DETR (https://arxiv.org/abs/2310.18461), and masks of the
+wanted object queries only. With one prompt per image and all masks the numbers are those of ``Sam3Model.forward``.
+
+Shapes: ``I`` images, ``P`` distinct prompts, ``B`` find queries (image, prompt), ``Q`` object queries, ``L`` decoder
+layers, ``T`` prompt tokens, ``S`` image tokens, ``C`` channels, ``M`` selected (find query, object query) pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import Sam3Model
+from transformers.models.sam3.modeling_sam3 import inverse_sigmoid
+
+from sam3lora.model.staged.mask_head import BRANCHES, MaskHead
+from sam3lora.model.staged.stage_values import Detections, TextFeatures, VisionFeatures, rows_of
+from sam3lora.model.staged.trunk import first_layers, frozen_layers, last_layers
+
+__all__ = ["BRANCHES", "Detections", "MaskHead", "StagedSam3", "TextFeatures", "VisionFeatures", "rows_of"]
+
+
+class StagedSam3:
+    """Drives the sub-modules of a ``Sam3Model`` (plain, or with PEFT layers injected) in stages.
+
+    Args:
+        model: the model itself, not the ``PeftModel`` around it (``peft_model.get_base_model()``).
+        geometry_cls: append the geometry encoder's CLS token to text-only prompts, as the original SAM 3 does and its
+            weights were trained; the stock transformers forward leaves it out unless boxes are given.
+        checkpointing: components whose layers recompute their activations in the backward pass.
+    """
+
+    def __init__(self, model: Sam3Model, *, geometry_cls: bool = True, checkpointing: Iterable[str] = ()) -> None:
+        self.model = model
+        self.geometry_cls = geometry_cls
+        self.checkpointing = frozenset(checkpointing)
+
+    # ---- encoders -------------------------------------------------------------------------------------------------
+
+    def encode_images(self, pixel_values_ICHW: Tensor) -> VisionFeatures:
+        """One pass of the vision tower and neck over ``I`` images (I, 3, S, S), normalised to mean 0.5, std 0.5.
+
+        The layers of the tower before the first one that learns keep nothing for the backward pass.
+        """
+        frozen = frozen_layers(self._trunk) if torch.is_grad_enabled() else 0
+        if not frozen:
+            return VisionFeatures.from_output(self.model.vision_encoder(pixel_values_ICHW))
+        with torch.no_grad():
+            tokens_ISC = self.encode_trunk(pixel_values_ICHW, frozen)
+        return self.encode_rest(tokens_ISC, frozen)
+
+    def encode_trunk(self, pixel_values_ICHW: Tensor, num_layers: int | None = None) -> Tensor:
+        """The first part of `encode_images`, ``num_layers`` layers of the vision tower or all: tokens (I, S, C)."""
+        return first_layers(self._trunk, pixel_values_ICHW, self._layers(num_layers))
+
+    def encode_rest(self, tokens_ISC: Tensor, num_layers: int | None = None) -> VisionFeatures:
+        """The second part of `encode_images`, from the tokens that `encode_trunk` gives of square images."""
+        return self.encode_neck(last_layers(self._trunk, tokens_ISC, self._layers(num_layers)))
+
+    def encode_neck(self, trunk_ISC: Tensor) -> VisionFeatures:
+        """The last part of `encode_images`: feature maps from the tokens of the whole vision tower."""
+        side = math.isqrt(trunk_ISC.shape[1])
+        tokens_ICHW = trunk_ISC.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        maps, positions = self.model.vision_encoder.neck(tokens_ICHW)
+        return VisionFeatures(list(maps[:-1]), [position[:1] for position in positions[:-1]])
+
+    @property
+    def _trunk(self) -> Any:
+        return self.model.vision_encoder.backbone
+
+    def _layers(self, num_layers: int | None) -> int:
+        return len(self._trunk.layers) if num_layers is None else num_layers
+
+    def encode_text(self, input_ids_PT: Tensor, attention_mask_PT: Tensor) -> TextFeatures:
+        """One pass of the text tower over ``P`` distinct prompts of (P, 32) token ids."""
+        output = self.model.get_text_features(input_ids=input_ids_PT, attention_mask=attention_mask_PT)
+        return TextFeatures(output.pooler_output, attention_mask_PT.bool())
+
+    def encode_geometry(
+        self, vision: VisionFeatures, boxes_cxcywh_BN4: Tensor, labels_BN: Tensor, image_index_B: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens of box exemplars and the CLS token: (B, N + 1, C) and their mask. Label 1, 0, or -10 for padding."""
+        dtype = self.model.geometry_encoder.cls_embed.weight.dtype
+        maps_BCHW = vision.maps_ICHW[-1][image_index_B].to(dtype)
+        positions = vision.positions_1CHW[-1].to(dtype).expand(len(image_index_B), -1, -1, -1)
+        # Box pooling (roi_align) has no bfloat16 kernel and fails under autocast on a CPU; these tokens are few.
+        with torch.autocast(maps_BCHW.device.type, enabled=False):
+            output = self._run(
+                "geometry_encoder",
+                self.model.geometry_encoder,
+                boxes_cxcywh_BN4.to(dtype),
+                labels_BN != -10,
+                labels_BN.clamp(min=0),
+                [maps_BCHW],
+                [positions],
+            )
+        return output.last_hidden_state, output.attention_mask
+
+    def _geometry_cls_tokens(self, vision: VisionFeatures) -> Tensor:
+        """The CLS token of each image without boxes, (I, 1, C): it depends on the image only, not on the prompt.
+
+        What ``geometry_encoder`` gives for no box, without its pooling of boxes and without a look at the mask.
+        """
+        geometry = self.model.geometry_encoder
+        dtype = geometry.cls_embed.weight.dtype
+        tokens_ISC = vision.maps_ICHW[-1].flatten(2).transpose(1, 2).to(dtype)
+        positions_1SC = vision.positions_1CHW[-1].flatten(2).transpose(1, 2).to(dtype)
+        with torch.autocast(tokens_ISC.device.type, enabled=False):
+            return self._run("geometry_encoder", _cls_tokens, geometry, tokens_ISC, positions_1SC)
+
+    # ---- detector -------------------------------------------------------------------------------------------------
+
+    def prepare(self, vision: VisionFeatures) -> VisionFeatures:
+        """Add what `detect` does alike for every prompt of an image, so that chunks of prompts share it."""
+        cls_I1C = self._geometry_cls_tokens(vision) if self.geometry_cls else None
+        return replace(vision, begun_ISC=self.begin_fusion(vision), cls_I1C=cls_I1C)
+
+    def begin_fusion(self, vision: VisionFeatures, image_index: Tensor | None = None) -> Tensor:
+        """Tokens (I, S, C) of the images, or of those chosen, after the first self-attention of the DETR encoder.
+
+        It comes before any prompt.
+        """
+        coarse_ICHW = vision.maps_ICHW[-1]
+        if image_index is not None:
+            coarse_ICHW = rows_of(coarse_ICHW, image_index)
+        tokens_ISC = coarse_ICHW.flatten(2).transpose(1, 2)
+        positions_1SC = vision.positions_1CHW[-1].flatten(2).transpose(1, 2)
+        return self._run(
+            "detr_encoder", _attend_to_itself, self.model.detr_encoder.layers[0], tokens_ISC, positions_1SC
+        )
+
+    def detect(
+        self,
+        vision: VisionFeatures,
+        text: TextFeatures,
+        image_index_B: Tensor,
+        text_index_B: Tensor,
+        *,
+        boxes_cxcywh_BN4: Tensor | None = None,
+        box_labels_BN: Tensor | None = None,
+        one_to_many: bool = False,
+    ) -> Detections:
+        """Run everything between the encoders and the masks for ``B`` find queries.
+
+        Args:
+            image_index_B, text_index_B: rows of ``vision`` and ``text`` that make each find query.
+            boxes_cxcywh_BN4, box_labels_BN: optional exemplar boxes in [0, 1] and labels 1, 0 or -10 (padding).
+            one_to_many: also run the duplicated object queries that training supervises one-to-many.
+        """
+        prompt, prompt_mask = text.embeds_PTC[text_index_B], text.mask_PT[text_index_B]
+        if boxes_cxcywh_BN4 is not None and boxes_cxcywh_BN4.numel() > 0:
+            labels = box_labels_BN
+            if labels is None:
+                labels = torch.ones(boxes_cxcywh_BN4.shape[:2], dtype=torch.long, device=prompt.device)
+            tokens, tokens_mask = self.encode_geometry(vision, boxes_cxcywh_BN4, labels, image_index_B)
+            prompt = torch.cat([prompt, tokens.to(prompt.dtype)], 1)
+            prompt_mask = torch.cat([prompt_mask, tokens_mask], 1)
+        elif self.geometry_cls:
+            cls_I1C = self._geometry_cls_tokens(vision) if vision.cls_I1C is None else vision.cls_I1C
+            prompt = torch.cat([prompt, rows_of(cls_I1C, image_index_B).to(prompt.dtype)], 1)
+            prompt_mask = torch.cat([prompt_mask, prompt_mask.new_ones(len(prompt), 1)], 1)
+        return self.detect_prompted(vision, prompt, prompt_mask, image_index_B, one_to_many=one_to_many)
+
+    def detect_prompted(
+        self,
+        vision: VisionFeatures,
+        prompt_BTC: Tensor,
+        prompt_mask_BT: Tensor,
+        image_index_B: Tensor,
+        *,
+        begun_BSC: Tensor | None = None,
+        one_to_many: bool = False,
+    ) -> Detections:
+        """`detect` of prompts whose tokens, text and geometry, are made: ``prompt_mask_BT`` is True at real ones.
+
+        ``begun_BSC`` is what `begin_fusion` gives for the image of each find query, where the caller has it.
+        """
+        coarse = vision.maps_ICHW[-1]
+        size_hw = (coarse.shape[-2], coarse.shape[-1])
+        positions_1SC = vision.positions_1CHW[-1].flatten(2).transpose(1, 2)
+        if begun_BSC is None:
+            begun_ISC = self.begin_fusion(vision) if vision.begun_ISC is None else vision.begun_ISC
+            begun_BSC = rows_of(begun_ISC, image_index_B)
+        memory = self._fuse(begun_BSC, positions_1SC, prompt_BTC, prompt_mask_BT)
+        return self._decode(
+            memory,
+            positions_1SC,
+            prompt_BTC,
+            prompt_mask_BT,
+            size_hw,
+            one_to_many,
+            image_index_B=image_index_B,
+            vision=vision,
+        )
+
+    def _fuse(self, begun_BSC: Tensor, positions_1SC: Tensor, prompt_BTC: Tensor, prompt_mask_BT: Tensor) -> Tensor:
+        """The DETR encoder after its first self-attention: tokens attend to the prompt and again to each other."""
+        first, *others = self.model.detr_encoder.layers
+        attention_mask = self._attention_mask(prompt_mask_BT, prompt_BTC.dtype)
+        hidden = self._run("detr_encoder", _attend_to_prompt, first, begun_BSC, prompt_BTC, attention_mask)
+        for layer in others:
+            hidden = self._run("detr_encoder", layer, hidden, prompt_BTC, positions_1SC, attention_mask)
+        return hidden
+
+    def _attention_mask(self, prompt_mask_BT: Tensor, dtype: torch.dtype) -> Tensor:
+        """What lets queries attend to real tokens only: (B, 1, 1, T), made without looking at the values.
+
+        (transformers' own asks whether all tokens are real, and a GPU has to be waited for.)
+        """
+        mask_B11T = prompt_mask_BT.bool()[:, None, None]
+        if self.model.config._attn_implementation == "sdpa":
+            return mask_B11T
+        return torch.zeros_like(mask_B11T, dtype=dtype).masked_fill_(~mask_B11T, torch.finfo(dtype).min)
+
+    def _decode(
+        self,
+        memory_BSC: Tensor,
+        positions_1SC: Tensor,
+        prompt_BTC: Tensor,
+        prompt_mask_BT: Tensor,
+        size_hw: tuple[int, int],
+        one_to_many: bool,
+        **context,
+    ) -> Detections:
+        """The DETR decoder with every layer's output.
+
+        The sequence is [presence | one-to-one queries | one-to-many queries]; the last part has the same embeddings as
+        the second, takes no part in self-attention and so leaves the one-to-one half as it is without it.
+        """
+        decoder = self.model.detr_decoder
+        num_queries = decoder.query_embed.num_embeddings
+        copies = 2 if one_to_many else 1
+        batch = len(memory_BSC)
+        queries = torch.cat([decoder.presence_token.weight, *[decoder.query_embed.weight] * copies])
+        hidden = queries.unsqueeze(0).expand(batch, -1, -1)
+        references = decoder.reference_points.weight.float().sigmoid().repeat(copies, 1).unsqueeze(0)
+        references = references.expand(batch, -1, -1)
+        stored_references = references
+        attention_mask = self._attention_mask(prompt_mask_BT, prompt_BTC.dtype)
+        keys_BSC = memory_BSC + positions_1SC
+        states, boxes, presence = [], [], []
+        for layer in decoder.layers:
+            hidden = self._run(
+                "detr_decoder",
+                self._decoder_layer,
+                layer,
+                hidden,
+                references,
+                prompt_BTC,
+                attention_mask,
+                memory_BSC,
+                keys_BSC,
+                size_hw,
+                1 + num_queries,
+            )
+            normed = decoder.output_layer_norm(hidden[:, 1:])
+            # Boxes stay in float32: bfloat16 would be off by several pixels at 1008.
+            with torch.autocast(hidden.device.type, enabled=False):
+                offsets = decoder.box_head(normed.to(decoder.box_head.layer1.weight.dtype)).float()
+            boxes.append((inverse_sigmoid(stored_references) + offsets).sigmoid())
+            stored_references = (inverse_sigmoid(references) + offsets).sigmoid()
+            references = stored_references.detach()
+            states.append(normed)
+            presence_logits = decoder.presence_head(decoder.presence_layer_norm(hidden[:, 0]))
+            limit = decoder.clamp_presence_logit_max_val
+            presence.append(presence_logits.squeeze(-1).clamp(-limit, limit))
+
+        states_LBQC, boxes_LBQ4 = torch.stack(states), torch.stack(boxes)
+        scores = self._run("scoring", self.model.dot_product_scoring, states_LBQC, prompt_BTC, prompt_mask_BT)
+        logits_LBQ = scores.squeeze(-1)
+        split = num_queries
+        hidden_BQC = {"o2o": states_LBQC[-1][:, :split], "o2m": states_LBQC[-1][:, split:]}
+        return Detections(
+            logits_LBQ=logits_LBQ[:, :, :split],
+            boxes_cxcywh_LBQ4=boxes_LBQ4[:, :, :split],
+            presence_logits_LB=torch.stack(presence),
+            logits_o2m_LBQ=logits_LBQ[:, :, split:] if one_to_many else None,
+            boxes_o2m_LBQ4=boxes_LBQ4[:, :, split:] if one_to_many else None,
+            hidden_BQC=hidden_BQC,
+            encoder_hidden_BSC=memory_BSC,
+            prompt_BTC=prompt_BTC,
+            prompt_mask_BT=prompt_mask_BT,
+            **context,
+        )
+
+    def _decoder_layer(
+        self, layer, hidden, references, prompt, prompt_attention_mask, memory, keys, size_hw, num_self_attended
+    ) -> Tensor:
+        decoder = self.model.detr_decoder
+        sine = decoder.position_encoding.encode_boxes(references)
+        query_pos = decoder.ref_point_head(sine.to(decoder.ref_point_head.layer1.weight.dtype))
+        query_pos = F.pad(query_pos.to(hidden.dtype), (0, 0, 1, 0))
+        bias = self._box_bias(references, size_hw)
+        if not torch.is_autocast_enabled(bias.device.type):  # which casts for the attention itself
+            bias = bias.to(hidden.dtype)
+
+        attending, bypassing = hidden[:, :num_self_attended], hidden[:, num_self_attended:]
+        with_pos = attending + query_pos[:, :num_self_attended]
+        attended, _ = layer.self_attn(query=with_pos, key=with_pos, value=attending, attention_mask=None)
+        hidden = torch.cat([attending + layer.self_attn_dropout(attended), bypassing], 1)
+        hidden = layer.self_attn_layer_norm(hidden)
+
+        attended, _ = layer.text_cross_attn(
+            query=hidden + query_pos, key=prompt, value=prompt, attention_mask=prompt_attention_mask
+        )
+        hidden = layer.text_cross_attn_layer_norm(hidden + layer.text_cross_attn_dropout(attended))
+
+        attended, _ = layer.vision_cross_attn(query=hidden + query_pos, key=keys, value=memory, attention_mask=bias)
+        hidden = layer.vision_cross_attn_layer_norm(hidden + layer.vision_cross_attn_dropout(attended))
+        return layer.mlp_layer_norm(hidden + layer.mlp_dropout(layer.mlp(hidden)))
+
+    def _box_bias(self, references_BQ4: Tensor, size_hw: tuple[int, int]) -> Tensor:
+        """What each object query adds to its attention to each image token, by where its box is: (B, heads, 1 + Q, S).
+
+        The sum of a part for the row and one for the column of the token, zero for the presence token. Both parts are
+        small; the sum, the largest tensor of the decoder, is written once.
+        """
+        decoder, (height, width) = self.model.detr_decoder, size_hw
+        center, half = references_BQ4[..., :2], references_BQ4[..., 2:] / 2
+        edges_BQ22 = torch.stack([center - half, center + half], -2)
+
+        def part(embed: Any, axis: int, count: int) -> Tensor:
+            positions = torch.arange(count, device=references_BQ4.device, dtype=references_BQ4.dtype) / count
+            deltas_BQn2 = (positions[:, None] - edges_BQ22[..., axis].unsqueeze(2)) * 8
+            scaled = deltas_BQn2.sign() * torch.log2(deltas_BQn2.abs() + 1) / math.log2(8)
+            # In the order of the sum, which would otherwise be made in another one and copied.
+            return F.pad(embed(scaled).permute(0, 3, 1, 2), (0, 0, 1, 0)).contiguous()
+
+        rows, columns = part(decoder.box_rpb_embed_y, 1, height), part(decoder.box_rpb_embed_x, 0, width)
+        return (rows.unsqueeze(-1) + columns.unsqueeze(-2)).flatten(-2)
+
+    # ---- masks ----------------------------------------------------------------------------------------------------
+
+    def mask_head(self, detections: Detections, rows_K: Tensor) -> MaskHead:
+        """Pixel embeddings of the ``K`` find queries that need masks, once for all their object queries.
+
+        Args:
+            rows_K: long, best on the CPU: nothing then waits for the device.
+        """
+        rows_K = rows_K.cpu()
+        rows = rows_K.to(detections.prompt_BTC.device, non_blocking=True)
+        decoder = self.model.mask_decoder
+        memory, prompt = detections.encoder_hidden_BSC[rows], detections.prompt_BTC[rows]
+        normed = decoder.prompt_cross_attn_norm(memory)
+        attention_mask = self._attention_mask(detections.prompt_mask_BT[rows], prompt.dtype)
+        attended, _ = decoder.prompt_cross_attn(query=normed, key=prompt, value=prompt, attention_mask=attention_mask)
+        memory = memory + decoder.prompt_cross_attn_dropout(attended)
+        image_index_B = detections.image_index_B  # some callers keep it on the CPU
+        maps = detections.vision.select(image_index_B[rows_K.to(image_index_B.device, non_blocking=True)])
+        maps[-1] = memory.transpose(1, 2).reshape(maps[-1].shape)
+        pixels_KCHW = self._run("mask_decoder", decoder.pixel_decoder, maps)
+        return MaskHead(self.model, detections, rows_K, pixels_KCHW)
+
+    # ---- gradient checkpointing -----------------------------------------------------------------------------------
+
+    def _run(self, component: str, function: Callable, *arguments):
+        if component in self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(function, *arguments, use_reentrant=False)
+        return function(*arguments)
+
+
+def _cls_tokens(geometry: Any, tokens_ISC: Tensor, positions_1SC: Tensor) -> Tensor:
+    embed_I1C = geometry.cls_embed.weight.expand(len(tokens_ISC), 1, -1)
+    hidden = geometry.prompt_layer_norm(geometry.final_proj(embed_I1C))
+    for layer in geometry.layers:
+        hidden = layer(
+            prompt_feats=hidden, vision_feats=tokens_ISC, vision_pos_encoding=positions_1SC, prompt_mask=None
+        )
+    return geometry.output_layer_norm(hidden)
+
+
+def _attend_to_itself(layer: Any, tokens: Tensor, positions: Tensor) -> Tensor:
+    """The first third of a DETR encoder layer."""
+    normed = layer.layer_norm1(tokens)
+    with_positions = normed + positions
+    attended, _ = layer.self_attn(query=with_positions, key=with_positions, value=normed)
+    return tokens + layer.dropout(attended)
+
+
+def _attend_to_prompt(layer: Any, hidden: Tensor, prompt: Tensor, attention_mask: Tensor) -> Tensor:
+    """The rest of a DETR encoder layer."""
+    attended, _ = layer.cross_attn(
+        query=layer.layer_norm2(hidden), key=prompt, value=prompt, attention_mask=attention_mask
+    )
+    hidden = hidden + layer.dropout(attended)
+    return hidden + layer.dropout(layer.mlp(layer.layer_norm3(hidden)))

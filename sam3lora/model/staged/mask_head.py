@@ -1,0 +1,96 @@
+"""Masks of the object queries that are wanted, from what the detector said.
+
+Shapes: ``B`` find queries, ``K`` of them with masks, ``Q`` object queries, ``M`` selected (find query, object query)
+pairs, ``C`` channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Sam3Model
+
+from sam3lora.model.staged.stage_values import Detections
+
+BRANCHES = ("o2o", "o2m")
+
+
+class MaskHead:
+    """Instance and semantic mask logits of selected object queries, four to a patch side (1008: 288 x 288).
+
+    Indices of find queries and object queries are best on the CPU: nothing then waits for the device.
+    """
+
+    def __init__(self, model: Sam3Model, detections: Detections, rows_K: Tensor, pixels_KCHW: Tensor) -> None:
+        self._decoder = model.mask_decoder
+        self._detections = detections
+        self._rows_K = rows_K
+        self._pixels_KCHW = pixels_KCHW
+        self._instance_KCHW: Tensor | None = None
+        self._queries_KQC: dict[str, Tensor] = {}
+        # The loss asks for masks from outside the autocast block of the forward: go on at the forward's precision.
+        device = pixels_KCHW.device.type
+        self._autocast: dict[str, Any] = {
+            "device_type": device,
+            "enabled": torch.is_autocast_enabled(device),
+            "dtype": torch.get_autocast_dtype(device),
+        }
+        self._position_B = torch.full((len(detections.image_index_B),), -1)
+        self._position_B[rows_K] = torch.arange(len(rows_K))
+
+    def prepare(self, branch: str = "o2o") -> None:
+        """Run the layers of instance masks for every object query of ``rows_K``.
+
+        What `instance_logits` then does are matrix products without any weight of the model.
+        """
+        with torch.autocast(**self._autocast):
+            self._instance_KCHW = self._decoder.instance_projection(self._pixels_KCHW)
+            hidden_KQC = self._detections.hidden_BQC[branch][self._on_device(self._rows_K)]
+            self._queries_KQC[branch] = self._decoder.mask_embedder(hidden_KQC)
+
+    def instance_logits(self, b_index_M: Tensor, q_index_M: Tensor, branch: str = "o2o") -> Tensor:
+        """Mask logits (M, h, w) of the pairs (find query, object query); ``b_index_M`` must be among ``rows_K``."""
+        b_index_M, q_index_M = b_index_M.cpu(), q_index_M.cpu()
+        with torch.autocast(**self._autocast):
+            if self._instance_KCHW is None:
+                self._instance_KCHW = self._decoder.instance_projection(self._pixels_KCHW)
+            height, width = self._pixels_KCHW.shape[-2:]
+            position_M = self._position_B[b_index_M]
+            order = position_M.argsort(stable=True)
+            if branch in self._queries_KQC:
+                index = self._on_device(torch.stack([position_M, q_index_M])[:, order])
+                queries_MC = self._queries_KQC[branch][index[0], index[1]]
+            else:
+                index = self._on_device(torch.stack([b_index_M, q_index_M])[:, order])
+                queries_MC = self._decoder.mask_embedder(self._detections.hidden_BQC[branch][index[0], index[1]])
+            # One matrix product per find query: gathering (M, C, h, w) pixel embeddings would take M x 85 MB at 1008.
+            counts = torch.bincount(position_M, minlength=len(self._pixels_KCHW)).tolist()
+            products = [
+                queries @ pixels.flatten(1)
+                for queries, pixels in zip(queries_MC.split(counts), self._instance_KCHW, strict=True)
+                if len(queries)
+            ]
+            if not products:
+                return queries_MC.new_zeros(0, height, width)
+            logits = products[0] if len(products) == 1 else torch.cat(products)
+            if not torch.equal(order, torch.arange(len(order))):
+                logits = logits.index_select(0, self._on_device(order.argsort()))
+            return logits.view(-1, height, width)
+
+    def branch_logits(self, branch: str, b_index_M: Tensor, q_index_M: Tensor) -> Tensor:
+        """``instance_logits`` with the arguments in the order that the loss asks in."""
+        return self.instance_logits(b_index_M, q_index_M, branch)
+
+    def semantic_logits(self, b_index_K: Tensor) -> Tensor:
+        """Logits (K, h, w) of "this pixel belongs to the prompt" for the find queries asked for."""
+        with torch.autocast(**self._autocast):
+            position = self._position_B[b_index_K.cpu()]
+            pixels = self._pixels_KCHW
+            if not torch.equal(position, torch.arange(len(pixels))):
+                pixels = pixels[self._on_device(position)]
+            return self._decoder.semantic_projection(pixels).squeeze(1)
+
+    def _on_device(self, index: Tensor) -> Tensor:
+        return index.to(self._pixels_KCHW.device, non_blocking=True)

@@ -1,0 +1,205 @@
+"""The splits of a run and the batches that each worker gets of them."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sam3lora.config import Config
+from sam3lora.config.training import images_per_step
+from sam3lora.data.batch import Batch, collate
+from sam3lora.data.coco import CocoIndex, merge_names
+from sam3lora.data.pipeline import BatchDict, iterate_batches, stream_batches
+from sam3lora.data.plan import BatchPlan, plan_run, plan_validation
+from sam3lora.data.prompts import prompt_key
+from sam3lora.data.sample import DecodeSettings, rows_with_queries
+from sam3lora.errors import UserError
+from sam3lora.training import distributed
+from sam3lora.training.prefetch import prefetch
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class RunData:
+    """The training split, the validation split if there is one, and how their records become samples.
+
+    ``train`` and ``valid`` hold the images that have a loss, ``valid_complete`` all that metrics are measured on.
+    """
+
+    train: CocoIndex
+    valid: CocoIndex | None
+    valid_complete: CocoIndex | None
+    train_settings: DecodeSettings
+    valid_settings: DecodeSettings
+    prompts: tuple[str, ...]
+
+    def summary(self) -> dict[str, Any]:
+        counts: dict[str, int] = dict.fromkeys(self.train.names, 0)
+        for objects in self.train.table["annotations"].to_pylist():
+            for annotation in objects:
+                counts[annotation["category"]] = counts.get(annotation["category"], 0) + 1
+        return {
+            "num_train_images": len(self.train),
+            "num_valid_images": len(self.valid) if self.valid else 0,
+            "objects_per_category": counts,
+            "prompts": list(self.prompts),
+            "prompt_of_category": dict(self.train_settings.prompts_map),
+        }
+
+
+def load_run_data(config: Config, resolution: int) -> RunData:
+    """Index both splits. Images of which nothing can be asked have no loss."""
+    data, training = config.data, config.training
+    root = training.required_data_dir()
+    train = _index(config, root / data.train_split)
+    valid = _index(config, root / data.valid_split) if (root / data.valid_split).is_dir() else None
+    names = merge_names([train, valid] if valid else [train])
+    known = {prompt_key(name) for name in names}
+    for name in data.prompts:
+        if prompt_key(name) not in known:
+            raise UserError(
+                f"data.prompts names {name!r}, which no annotation of {root} has; it has {', '.join(names)}"
+            )
+    patch_grid = resolution // 14 * 4  # predicted masks have a quarter of the input's side in patches of 14
+    settings = DecodeSettings(
+        names=names,
+        resolution=resolution,
+        mask_size=patch_grid if training.loss.mask_resolution == "low" else resolution,
+        augmentation=data.augmentation,
+        horizontal_flip=data.horizontal_flip,
+        prompts_map=data.prompts,
+        negative_prompts=data.negative_prompts,
+        num_negatives=training.num_negatives,
+        exhaustive=data.exhaustive,
+        max_objects=data.max_objects_per_query,
+        on_bad_image=training.on_bad_image,
+        seed=training.seed,
+    )
+    # A seed of its own: losses of runs with different seeds are means over the same queries.
+    valid_settings = replace(settings, augmentation="none", horizontal_flip=0.0, max_objects=None, seed=0)
+    prompt_of = {prompt_key(name): prompt for name, prompt in data.prompts.items()}
+    asked = [prompt_of.get(prompt_key(name), name) for name in names]
+    return RunData(
+        train=_askable(train, settings),
+        valid=_askable(valid, valid_settings) if valid else None,
+        valid_complete=valid,
+        train_settings=settings,
+        valid_settings=valid_settings,
+        prompts=tuple(dict.fromkeys([*asked, *data.negative_prompts])),
+    )
+
+
+class BatchSource:
+    """Batches of this worker, decoded ahead of use: by Ray Data, or without Ray by a thread of this process.
+
+    Args:
+        data: The splits.
+        config: Of the run.
+        use_ray: Decode on Ray Data.
+        device: Of the model; for a GPU the batches come in page-locked memory.
+        load_ahead: Called with each batch before it is asked for, on the thread that prepares the batches.
+    """
+
+    def __init__(
+        self,
+        data: RunData,
+        config: Config,
+        *,
+        use_ray: bool,
+        device: torch.device | None = None,
+        load_ahead: Callable[[Batch], object] | None = None,
+    ) -> None:
+        self._data, self._training, self._use_ray = data, config.training, use_ray
+        self._gpu = device if device is not None and device.type == "cuda" else None
+        self._load_ahead = load_ahead
+        self._num_epochs, self._accumulation = config.training.num_epochs, config.training.gradient_accumulation_steps
+        self.images_per_step = images_per_step(config.training) * distributed.world_size()
+        self.steps_per_epoch = -(-len(data.train) // self.images_per_step)
+
+    def training_batches(self, start_epoch: int, start_step: int) -> Generator[Batch]:
+        """Batches from a step of an epoch to the end of the run, ``gradient_accumulation_steps`` for each step."""
+        plans = list(self._plans(start_epoch, start_step))
+        return self._decode(self._data.train, plans, self._data.train_settings)
+
+    def validation_batches(self) -> Generator[Batch]:
+        """This worker's share of the validation split, each image once over all workers."""
+        assert self._data.valid is not None
+        plans = plan_validation(
+            len(self._data.valid),
+            batch_size=self._training.images_per_forward,
+            world_size=distributed.world_size(),
+            rank=distributed.rank(),
+        )
+        return self._decode(self._data.valid, plans, self._data.valid_settings)
+
+    def _plans(self, start_epoch: int, start_step: int) -> Iterator[BatchPlan]:
+        size = self._training.images_per_forward
+        steps = plan_run(
+            len(self._data.train),
+            batch_size=size * self._accumulation,
+            num_epochs=self._num_epochs,
+            world_size=distributed.world_size(),
+            rank=distributed.rank(),
+            seed=self._training.seed,
+            start_epoch=start_epoch,
+            start_step=start_step,
+        )
+        for epoch, step, rows in steps:
+            for start in range(0, len(rows), size):
+                yield BatchPlan(epoch, step, rows[start : start + size])
+
+    def _decode(self, index: CocoIndex, plans: list[BatchPlan], settings: DecodeSettings) -> Generator[Batch]:
+        if self._use_ray:
+            batches = stream_batches(index.table, plans, settings, num_cpus=self._training.num_workers)
+            yield from prefetch(batches, self._prepare)
+            return
+        # A store of its own, of the same folder and run: a store is no object for two threads.
+        settings = replace(settings, store=copy.copy(settings.store))
+        # Where features are kept, an epoch's images need no decoding once those of the epoch before are through.
+        turns = [b for b in range(1, len(plans)) if plans[b].epoch > plans[b - 1].epoch]
+        ends = turns if settings.features is not None else []
+        for start, end in pairwise([0, *ends, len(plans)]):
+            yield from prefetch(iterate_batches(index.table, plans[start:end], settings), self._prepare)
+
+    def _prepare(self, decoded: BatchDict) -> Batch:
+        batch = collate(decoded)
+        if self._gpu is not None:
+            torch.cuda.set_device(self._gpu)  # of this thread; else memory is locked by way of the first GPU
+            batch = batch.pin_memory()
+        if self._load_ahead is not None:  # held as long as the batch is
+            self._load_ahead(batch)
+        return batch
+
+
+def _index(config: Config, folder: Path) -> CocoIndex:
+    index = CocoIndex.from_folder(folder, config.data.annotation_file, on_bad_image=config.training.on_bad_image)
+    if config.data.categories is None:
+        return index
+    present = {prompt_key(name) for name in index.names}
+    wanted = [name for name in config.data.categories if prompt_key(name) in present]
+    return index.select_categories(wanted or config.data.categories)
+
+
+def _askable(index: CocoIndex, settings: DecodeSettings) -> CocoIndex:
+    rows = rows_with_queries(index.table, settings)
+    if not rows:
+        raise UserError(
+            f"{index.source}: no image has anything to ask: no object of the chosen categories and no negative prompt. "
+            "Check data.categories, or list data.negative_prompts"
+        )
+    if len(rows) < len(index):
+        logger.warning(
+            "%s: left out %d of %d images: nothing can be asked of them",
+            index.source,
+            len(index) - len(rows),
+            len(index),
+        )
+    return index.select_rows(rows)

@@ -1,0 +1,1 @@
+"""Features of the frozen vision trunk, kept in memory and on disk."""

@@ -1,0 +1,170 @@
+"""Images to feature maps, from what is kept of them where the vision trunk, or the first part of it, is frozen."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sam3lora.config import Config
+from sam3lora.data.array_store import ArrayStore
+from sam3lora.data.batch import Batch, to_pixel_values
+from sam3lora.data.sample import DecodeSettings, feature_key, read_frame
+from sam3lora.errors import UserError
+from sam3lora.model.components import adapted_modules
+from sam3lora.model.staged.forward import StagedSam3, VisionFeatures
+from sam3lora.training.datasets import RunData
+from sam3lora.training.features.trunk_cache import TrunkCache, what_changes_the_trunk
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ImageEncoder:
+    """Feature maps of a run's images, and what they took.
+
+    Args:
+        staged: The model.
+        device: Its device.
+        trainable: Whether the vision encoder carries an adapter; without one no graph is kept.
+        settings: How single images are read, without augmentation.
+        trunk: What is kept of the trunk's frozen part, or None.
+        vision_passes: Images that went through the trunk, or its frozen part where that is kept.
+        features_loaded: Images that did not have to.
+    """
+
+    staged: StagedSam3
+    device: torch.device
+    trainable: bool
+    settings: DecodeSettings
+    trunk: TrunkCache | None = None
+    vision_passes: int = 0
+    features_loaded: int = 0
+
+    def of_batch(self, batch: Batch) -> VisionFeatures:
+        """Features of a batch's images; which of them are kept, the batch says."""
+        if self.trunk is None or not any(batch.feature_keys_I):
+            return self._encode(batch.pixel_values(self.device, self._dtype))
+        row_of = {image: row for row, image in enumerate(batch.image_rows_N.tolist())}
+
+        def frame(image: int) -> np.ndarray:
+            if image in row_of:
+                return batch.images_NHWC[row_of[image]].numpy()
+            height, width = batch.original_sizes_hw[image].tolist()
+            record = {"path": batch.paths[image], "height": height, "width": width}
+            return read_frame(record, self.settings)[0]  # kept when the batch was made, gone by now
+
+        return self._from_trunk(self.trunk, batch.feature_keys_I, frame)
+
+    def load_ahead(self, batch: Batch) -> None:
+        """Read what is kept of a batch's images, so that `of_batch` finds it in memory; for another thread to call."""
+        if self.trunk is not None:
+            self.trunk.load_ahead(batch.feature_keys_I, batch)
+
+    def of_records(self, records: Sequence[Mapping[str, Any]]) -> VisionFeatures:
+        """Features of the images of records of an index.
+
+        Raises:
+            ImageError: An image cannot be read.
+        """
+        if self.trunk is None or self.settings.features is None:
+            frames = np.stack([read_frame(record, self.settings)[0] for record in records])
+            return self._encode(to_pixel_values(torch.from_numpy(frames), self.device, self._dtype))
+        keys = [feature_key(record, self.settings) for record in records]
+        return self._from_trunk(self.trunk, keys, lambda image: read_frame(records[image], self.settings)[0])
+
+    def _encode(self, pixel_values_ICHW: Tensor) -> VisionFeatures:
+        self.vision_passes += len(pixel_values_ICHW)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trainable):
+            return self.staged.encode_images(pixel_values_ICHW)
+
+    def _from_trunk(
+        self, trunk: TrunkCache, keys: Sequence[str | None], frame: Callable[[int], np.ndarray]
+    ) -> VisionFeatures:
+        def pixel_values(image: int) -> Tensor:
+            self.vision_passes += 1
+            return to_pixel_values(torch.from_numpy(np.array(frame(image)))[None], self.device, self._dtype)
+
+        before = self.vision_passes
+        tokens_ISC = trunk.fetch(keys, pixel_values)
+        self.features_loaded += len(keys) - (self.vision_passes - before)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trainable):
+            return trunk.features(tokens_ISC)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.staged.model.vision_encoder.parameters()).dtype
+
+
+def open_cache(config: Config, staged: StagedSam3, data: RunData, device: torch.device) -> TrunkCache | None:
+    """Let a run's splits use the cache as its configuration says and its adapter allows.
+
+    ``data`` gets what its images are kept under. Returns what keeps the trunk's outputs, or None.
+
+    Raises:
+        UserError: `training.feature_cache` is true and it cannot be used.
+    """
+    training = config.training
+    trunk_config: Any = staged.model.vision_encoder.backbone.config
+    changing = what_changes_the_trunk(config, adapted_modules(staged.model), trunk_config)
+    augmented = data.train_settings.is_augmented
+    if training.feature_cache is True and (changing or augmented):
+        reason = changing or "data.augmentation and data.horizontal_flip change the training images in every epoch"
+        raise UserError(
+            f"training.feature_cache is true, but {reason}. Write auto, which keeps what can be kept, or change that"
+        )
+    keep_features = training.feature_cache is not False and changing is None and not (augmented and data.valid is None)
+    keep_frames = training.frame_cache and not (augmented and data.valid is None)
+    if not keep_features and not keep_frames:
+        return None
+    store = _open_store(config)
+    if store is None:
+        return None
+    trunk = None
+    if keep_features:
+        trunk = TrunkCache(
+            staged,
+            store,
+            device=device,
+            bf16=training.mixed_precision == "bf16",
+            int8=training.feature_cache_type == "int8",
+            compiled=training.compile and augmented,
+            memory_bytes=int(training.cache_memory_gb * 1e9),
+        )
+    features = trunk.identity if trunk else None
+    keep_frames = keep_frames and trunk is None
+
+    def kept(settings: DecodeSettings) -> DecodeSettings:
+        if settings.is_augmented:
+            return settings
+        return replace(settings, store=store, features=features, keep_frames=keep_frames)
+
+    data.train_settings, data.valid_settings = kept(data.train_settings), kept(data.valid_settings)
+    return trunk
+
+
+def cache_folder(config: Config) -> Path:
+    """`training.cache_dir`, else the environment's SAM3LORA_CACHE, else ~/.cache/sam3lora."""
+    named = config.training.cache_dir or os.environ.get("SAM3LORA_CACHE") or "~/.cache/sam3lora"
+    return Path(named).expanduser().absolute()
+
+
+def _open_store(config: Config) -> ArrayStore | None:
+    folder = cache_folder(config)
+    try:
+        return ArrayStore(folder, int(config.training.cache_gb * 1e9))
+    except OSError as error:
+        problem = f"the cache folder {folder} cannot be written ({error.strerror or error})"
+        if config.training.feature_cache is True:
+            raise UserError(
+                f"training.feature_cache is true, but {problem}: name another by training.cache_dir"
+            ) from error
+        logger.warning("%s: nothing is cached. Name another by training.cache_dir", problem)
+        return None

@@ -1,0 +1,203 @@
+"""What the frozen part of the vision trunk gave for images: made once, kept in memory and on disk.
+
+Kept are the tokens before the first layer that an adapter changes, or behind the whole trunk where none does:
+72 x 72 x 1024 values of an image at 1008 pixels, a fifth of the neck's feature maps, which serve an adapted neck too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sam3lora.config import Config
+from sam3lora.data.array_store import ArrayStore, digest
+from sam3lora.model.components import adapted_modules
+from sam3lora.model.staged.forward import StagedSam3, VisionFeatures
+from sam3lora.model.staged.trunk import TRUNK, token_type, unchanged_layers, weights_of_first_layers
+from sam3lora.training.features.codec import FeatureForm
+from sam3lora.training.features.memory import FeatureMemory
+
+_NECK = "vision_encoder.neck."
+_VERSION = 2  # of normalisation and of what is kept: another number where the same image gives other values
+_SECONDS_BETWEEN_SIGNS = 60.0
+
+
+class TrunkCache:
+    """The tokens of images by key, in memory and in a store.
+
+    Images go through the trunk one by one, so that what is kept does not depend on which others they came with. What
+    was made is used as it is kept, so that no number depends on what was there before.
+
+    Args:
+        staged: The model.
+        store: Where tokens are kept.
+        device: Of the model.
+        bf16: Whether the forward runs under bfloat16 autocast.
+        int8: Keep them in 8 bits.
+        compiled: Whether the layers before the first that learns are compiled, which rounds otherwise.
+        memory_bytes: Most bytes in memory.
+    """
+
+    def __init__(
+        self,
+        staged: StagedSam3,
+        store: ArrayStore,
+        *,
+        device: torch.device,
+        bf16: bool,
+        int8: bool = False,
+        compiled: bool = False,
+        memory_bytes: int = 0,
+    ) -> None:
+        vision: Any = staged.model.vision_encoder
+        trunk = vision.backbone
+        self._staged, self._store, self._device = staged, store, device
+        self._signed_s = time.monotonic()
+        self.memory = FeatureMemory(memory_bytes, pinned=device.type == "cuda")
+        adapted = adapted_modules(staged.model)
+        self.num_layers = unchanged_layers(adapted, len(trunk.layers))
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+            between = token_type(trunk)
+        weights = vision.neck.fpn_layers[0].proj1.weight.dtype
+        is_whole = self.num_layers == len(trunk.layers)
+        kept = kept_type(adapted, bf16=bf16, weights=weights) if is_whole else between
+        side = trunk.config.image_size // trunk.config.patch_size
+        self._form = FeatureForm((side * side, trunk.config.hidden_size), kept, int8)
+        self.identity = digest(
+            _digest(weights_of_first_layers(trunk, self.num_layers)),
+            self.num_layers,
+            trunk.config.to_json_string(use_diff=False),
+            trunk.config._attn_implementation,
+            str(kept),
+            "int8" if int8 else "exact",
+            "compiled" if compiled else "eager",
+            "bf16" if bf16 else torch.get_float32_matmul_precision(),
+            device.type,
+            _VERSION,
+        )
+
+    @torch.no_grad()
+    def fetch(self, keys: Sequence[str | None], pixel_values: Callable[[int], Tensor]) -> Tensor:
+        """Tokens (I, S, C) of images, from memory and the store as far as they have them. The others are made here.
+
+        Of several processes that miss the same image one makes it, while the others make what else they miss.
+
+        Args:
+            keys: Of the images; None for one that is not kept.
+            pixel_values: Position of an image -> its (1, 3, H, W), called for those that have to be made.
+        """
+        found: dict[str, Tensor] = {}
+        missing: dict[str, int] = {}
+        for image, key in enumerate(keys):
+            if key is not None and key not in found and key not in missing:
+                tokens = self._load(key)
+                if tokens is None:
+                    missing[key] = image
+                else:
+                    found[key] = tokens
+        with contextlib.ExitStack() as claims:
+            mine = [key for key in missing if self._store.is_full or claims.enter_context(self._store.claim(key))]
+            for key in mine:
+                found[key] = self._load_or_make(key, missing[key], pixel_values)
+        for key in missing:
+            if key not in found:
+                with self._store.claim(key, wait=True):
+                    found[key] = self._load_or_make(key, missing[key], pixel_values)
+        return torch.stack(
+            [self._make(pixel_values(image)) if key is None else found[key] for image, key in enumerate(keys)]
+        )
+
+    def features(self, tokens_ISC: Tensor) -> VisionFeatures:
+        """What the layers that were not run, and the neck, make of tokens."""
+        return self._staged.encode_rest(tokens_ISC, self.num_layers)
+
+    def load_ahead(self, keys: Iterable[str | None], user: object) -> None:
+        """Read what the store has of images into memory, for `fetch` to find; any thread may do so.
+
+        Args:
+            keys: Of the images.
+            user: What they are for: when it is gone, so is what had no room within the memory's bound.
+        """
+        self.memory.read_ahead((key for key in keys if key is not None), self._read, user)
+
+    def _load_or_make(self, key: str, image: int, pixel_values: Callable[[int], Tensor]) -> Tensor:
+        tokens_SC = self._load(key)
+        if tokens_SC is None:
+            kept = self._form.pack(self._tokens(pixel_values(image)))
+            self._store.put(key, self._form.to_array(kept))
+            self.memory.keep(key, kept)
+            tokens_SC = self._form.unpack(kept, self._device)
+        return tokens_SC
+
+    def _make(self, pixel_values_1CHW: Tensor) -> Tensor:
+        return self._tokens(pixel_values_1CHW).to(self._form.dtype)
+
+    def _tokens(self, pixel_values_1CHW: Tensor) -> Tensor:
+        return self._staged.encode_trunk(pixel_values_1CHW, self.num_layers)[0]
+
+    def _load(self, key: str) -> Tensor | None:
+        kept = self.memory.get(key)
+        if kept is not None:
+            self._sign_now_and_then(key)
+        elif (kept := self._read(key)) is not None:
+            self.memory.keep(key, kept)
+        return None if kept is None else self._form.unpack(kept, self._device)
+
+    def _read(self, key: str) -> Tensor | None:
+        array = self._store.get(key)
+        return None if array is None else self._form.from_array(array)
+
+    def _sign_now_and_then(self, key: str) -> None:
+        """Let the store know that this run goes on, though it reads nothing: its arrays are not to make room."""
+        if time.monotonic() - self._signed_s > _SECONDS_BETWEEN_SIGNS:
+            self._signed_s = time.monotonic()
+            _ = key in self._store
+
+
+def what_changes_the_trunk(config: Config, adapted: Iterable[str], trunk_config: Any) -> str | None:
+    """Why no part of the trunk gives the same for an image each time; None if one does.
+
+    Args:
+        config: Of the run.
+        adapted: Names of the modules that carry an adapter.
+        trunk_config: The trunk's own configuration.
+    """
+    changed = [name for name in adapted if name.startswith(TRUNK)]
+    if not unchanged_layers(changed, trunk_config.num_hidden_layers):
+        return (
+            f"the adapter changes the vision trunk ({len(changed)} modules, first {changed[0]}; with "
+            "lora.vision_last_layers what the layers before them give could be kept)"
+        )
+    if config.training.model_dropout and (trunk_config.hidden_dropout or trunk_config.attention_dropout):
+        return "training.model_dropout is on and the vision trunk has dropout"
+    return None
+
+
+def kept_type(adapted: Iterable[str], *, bf16: bool, weights: torch.dtype) -> torch.dtype:
+    """The type that the output of the whole trunk is kept in.
+
+    The neck begins with casting to the type of its weights. Under autocast its convolutions then cast to bfloat16, and
+    the maximum it pools is the same before and after. Dropout of an adapter would differ.
+
+    Args:
+        adapted: Names of the modules that carry an adapter.
+        bf16: Whether the forward runs under bfloat16 autocast.
+        weights: Type of the neck's weights.
+    """
+    neck_is_frozen = not any(name.startswith(_NECK) for name in adapted)
+    return torch.bfloat16 if bf16 and neck_is_frozen else weights
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, types, shapes and all bytes."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        found.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).cpu().numpy().data)
+    return found.hexdigest()

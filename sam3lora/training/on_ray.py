@@ -1,0 +1,155 @@
+"""A run as a Ray Train job: the trainer, its environment, and what its errors mean to the user."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import threading
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import ray.train
+from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from sam3lora.cluster import environment
+from sam3lora.config import Config
+from sam3lora.errors import RunFailed, UserError, WorkerLost
+from sam3lora.training.ray_resources import check_room, choose_gpu, ray_session, worker_resources
+
+
+def run_on_ray(config: Config, payload: dict[str, Any], callbacks: Sequence[UserCallback] = ()) -> dict[str, Any]:
+    """Train on the workers of a cluster and return what `run_worker` of the first one returned.
+
+    Args:
+        config: of the run.
+        payload: for `run_worker`.
+        callbacks: run in Ray Train's controller, after those that a run has anyway.
+
+    Raises:
+        UserError: a mistake that a worker met, or no room for the workers.
+        RunFailed: a loss that is not finite, or workers lost more often than `scaling.max_failures`.
+        RuntimeError: a fault in the program; the worker's traceback is its cause.
+        KeyboardInterrupt: interrupted; the workers are gone.
+    """
+    storage = Path(config.output.output_dir) / ".ray"
+    with ray_session(config) as is_local, _environment(config, is_local):
+        trainer = _trainer(config, payload, storage, callbacks)
+        try:
+            with _interruptible():
+                result: Any = trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            raise _meaning(error, config) from error
+        finally:
+            shutil.rmtree(storage, ignore_errors=True)
+    if result.return_value is None:
+        raise RuntimeError("the workers ended without a result")
+    return result.return_value
+
+
+class EndOnMistake(UserCallback):
+    """A mistake in data or settings comes back at every attempt: the first one ends the run.
+
+    Runs in Ray Train's controller, where an exception is final, while those of workers are tried again.
+    """
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        for error in worker_exceptions.values():
+            if isinstance(error, UserError | RunFailed):
+                raise error
+
+
+def _trainer(config: Config, payload: dict[str, Any], storage: Path, callbacks: Sequence[UserCallback]) -> TorchTrainer:
+    scaling, use_gpu = config.scaling, choose_gpu(config)
+    resources = worker_resources(config, use_gpu=use_gpu)
+    check_room(config, resources)
+    # Counts are exchanged as CPU tensors; NCCL takes no two workers on one GPU.
+    whole_gpus = use_gpu and resources["GPU"] >= 1
+    # As keywords: to type checkers ray.train shows the classes of its first version.
+    workers: dict[str, Any] = {"num_workers": scaling.num_workers, "resources_per_worker": resources}
+    run: dict[str, Any] = {
+        # A name used twice would silently resume Ray's own bookkeeping; ours is in checkpoints/.
+        "name": f"run_{uuid.uuid4().hex[:8]}",
+        "storage_path": str(storage),
+        "failure_config": FailureConfig(max_failures=scaling.max_failures),
+        "callbacks": [EndOnMistake(), *callbacks],
+    }
+    options: dict[str, Any] = {
+        "train_loop_config": payload,
+        "scaling_config": ScalingConfig(use_gpu=use_gpu, placement_strategy=scaling.placement_strategy, **workers),
+        "torch_config": TorchConfig(backend="cpu:gloo,cuda:nccl" if whole_gpus else "gloo"),
+        "run_config": RunConfig(**run),
+    }
+    entry: Any = _worker_entry
+    return TorchTrainer(entry, **options)
+
+
+def _worker_entry(payload: dict[str, Any]) -> dict[str, Any]:
+    output_dir = Path(payload["config"]["output"]["output_dir"])
+    if not (output_dir / "config.yaml").is_file():
+        raise UserError(
+            f"the worker on host {socket.gethostname()} does not see the run folder {output_dir}: give an "
+            "--output-dir on storage that all hosts of the cluster share"
+        )
+    from sam3lora.training.worker import run_worker
+
+    return run_worker(payload)
+
+
+def _meaning(error: ray.train.TrainingFailedError, config: Config) -> Exception:
+    """What a failed training is to the user."""
+    cause: Any = error
+    while isinstance(cause, ray.train.ControllerError):
+        cause = cause.controller_failure
+    if isinstance(cause, UserError | RunFailed):
+        return cause
+    kept = "Everything up to the last checkpoint is kept: train again with --resume"
+    if not isinstance(cause, ray.train.WorkerGroupError):
+        return RuntimeError(f"Ray Train failed: {_last_line(cause)}. {kept}")
+    # Ray Train's own exceptions say that a worker is gone; all others were raised by the training function.
+    failures = cause.worker_failures
+    lost = {rank: failure for rank, failure in failures.items() if type(failure).__module__.startswith("ray.train.")}
+    if not lost:
+        return RuntimeError(f"training failed: {_last_line(next(iter(failures.values())))}. {kept}")
+    restarts = config.scaling.max_failures
+    return WorkerLost(
+        f"worker {', '.join(map(str, lost))} was lost and scaling.max_failures={restarts} allows no further restart: "
+        f"{_last_line(next(iter(lost.values())))} {kept}"
+    )
+
+
+def _last_line(error: Any) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip() if lines else type(error).__name__
+
+
+def _environment(config: Config, is_local: bool) -> AbstractContextManager[None]:
+    """Settings that Ray Train reads from the environment, for this run only."""
+    names = {
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(config.scaling.worker_start_timeout_s),
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": os.environ.get("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5"),
+    }
+    if is_local:  # nobody takes the machine away from under the run
+        names["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
+    return environment(names)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ray Train's handler of Ctrl-C stops the workers and exits with success; it also stays in place afterwards."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as stop:
+        raise KeyboardInterrupt from stop
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,230 @@
+"""The loss of one batch and its gradients, in chunks of prompts that share one vision pass.
+
+The counts that normalise the loss are those of the whole optimizer step: all chunks, accumulated batches and workers.
+So the gradient does not depend on how a step is divided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from sam3lora.data.batch import Batch
+from sam3lora.losses import Criterion, LossOutput, LossWeights, Normalizer, Predictions, Targets
+from sam3lora.model.staged.forward import StagedSam3, TextFeatures, VisionFeatures
+from sam3lora.training.features.encoder import ImageEncoder
+from sam3lora.training.text_features import TextBank
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """What the loss terms of a step are divided by: find queries, target boxes, queries with a semantic target."""
+
+    num_queries: float = 0
+    num_boxes: float = 0
+    num_semantic: float = 0
+
+    @classmethod
+    def of(cls, batches: Sequence[Batch]) -> StepCounts:
+        asked = [batch for batch in batches if batch.num_queries]
+        return cls(
+            sum(batch.num_queries for batch in asked),
+            sum(len(batch.boxes_cxcywh_T4) for batch in asked),
+            sum(_count_semantic(batch) for batch in asked),
+        )
+
+    @classmethod
+    def from_tensor(cls, values: Tensor) -> StepCounts:
+        return cls(*values.tolist())
+
+    def tensor(self) -> Tensor:
+        return torch.tensor([self.num_queries, self.num_boxes, self.num_semantic], dtype=torch.float64)
+
+    def normalizer(self, world_size: int = 1) -> Normalizer:
+        return Normalizer.from_counts(self.num_queries, self.num_boxes, self.num_semantic, world_size)
+
+    def divisor_of(self, term: str) -> float:
+        """The count that a term was divided by."""
+        if term.startswith("loss_semantic"):
+            return self.num_semantic
+        if term.startswith(("loss_ce", "presence")):
+            return self.num_queries
+        return self.num_boxes
+
+
+@dataclass
+class TermSums:
+    """Loss terms summed before division, and their counts: means over any number of steps.
+
+    ``loss`` is the weighted sum of the means, without the square root of the batch size that scales gradients; so
+    it is the same quantity for training and validation, whatever the batch size and the number of workers.
+    """
+
+    weights: LossWeights
+    sums: dict[str, float] = field(default_factory=dict)
+    counts: StepCounts = field(default_factory=StepCounts)
+
+    def add(self, terms: dict[str, float], counts: StepCounts) -> None:
+        """Add terms that were divided by ``counts``."""
+        for name, value in terms.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value * max(counts.divisor_of(name), 1)
+        self.counts = StepCounts.from_tensor(self.counts.tensor() + counts.tensor())
+
+    def means(self) -> dict[str, float]:
+        return {name: value / max(self.counts.divisor_of(name), 1) for name, value in self.sums.items()}
+
+    def loss(self) -> float:
+        return weighted_loss(self.means(), self.weights)
+
+
+def weighted_loss(terms: dict[str, float], weights: LossWeights) -> float:
+    factors = weights.by_term()
+    return sum(factors[name] * value for name, value in terms.items())
+
+
+@dataclass
+class LossRunner:
+    """Computes the loss of batches with or without gradients.
+
+    Args:
+        staged: the model.
+        criterion: the loss.
+        images: features of the images.
+        text: features of the prompts.
+        device: of the model.
+        bf16: run the forward under bfloat16 autocast.
+        max_prompts: find queries at a time.
+        one_to_many: include the one-to-many branch.
+    """
+
+    staged: StagedSam3
+    criterion: Criterion
+    images: ImageEncoder
+    text: TextBank
+    device: torch.device
+    bf16: bool = False
+    max_prompts: int = 8
+    one_to_many: bool = True
+
+    def backward(self, batch: Batch, normalizer: Normalizer) -> tuple[Tensor, dict[str, Tensor]]:
+        """Add the gradients of the batch to the parameters; return the detached total and the terms."""
+        with self._autocast():
+            vision = self.staged.prepare(self.images.of_batch(batch))
+            text, text_index = self.text.features(batch.prompts_B)
+        chunks = list(_chunks(batch, self.max_prompts, self.device))
+        shared = len(chunks) > 1
+        vision_leaf, text_leaf = (vision.detached(), text.detached()) if shared else (vision, text)
+        total = torch.zeros((), device=self.device)
+        terms: dict[str, Tensor] = {}
+        for chunk in chunks:
+            output = self._loss(vision_leaf, text_leaf, text_index, chunk, normalizer)
+            if output.total.requires_grad:
+                output.total.backward()
+            total += output.total.detach()
+            _add_terms(terms, output.terms)
+        if shared:
+            _backward_into(
+                [
+                    *zip(vision.tensors(), vision_leaf.tensors(), strict=True),
+                    (text.embeds_PTC, text_leaf.embeds_PTC),
+                ]
+            )
+        return total, terms
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch, normalizer: Normalizer) -> dict[str, Tensor]:
+        """The terms of the batch, the same ones as in training."""
+        terms: dict[str, Tensor] = {}
+        with self._autocast():
+            vision = self.staged.prepare(self.images.of_batch(batch))
+            text, text_index = self.text.features(batch.prompts_B)
+        for chunk in _chunks(batch, self.max_prompts, self.device):
+            _add_terms(terms, self._loss(vision, text, text_index, chunk, normalizer).terms)
+        return terms
+
+    def _loss(
+        self,
+        vision: VisionFeatures,
+        text: TextFeatures,
+        text_index: Tensor,
+        chunk: _Chunk,
+        normalizer: Normalizer,
+    ) -> LossOutput:
+        weights = self.criterion.weights
+        wants_masks = len(chunk.masked_K) > 0 and any(
+            (weights.mask, weights.dice, weights.semantic, weights.semantic_dice)
+        )
+        with self._autocast():
+            found = self.staged.detect(
+                vision, text, chunk.image_index_B, text_index[chunk.rows], one_to_many=self.one_to_many
+            )
+        predictions = Predictions(
+            logits_LBQ=found.logits_LBQ,
+            boxes_cxcywh_LBQ4=found.boxes_cxcywh_LBQ4,
+            presence_logits_LB=found.presence_logits_LB,
+            logits_o2m_LBQ=found.logits_o2m_LBQ,
+            boxes_o2m_LBQ4=found.boxes_o2m_LBQ4,
+        )
+        pending = self.criterion.begin(predictions, chunk.targets)
+        if wants_masks:  # made by the device while the host matches
+            with self._autocast():
+                head = self.staged.mask_head(found, chunk.masked_K)
+            predictions.mask_logits, predictions.semantic_logits = head.branch_logits, head.semantic_logits
+        return self.criterion(predictions, chunk.targets, normalizer, pending)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """A run of find queries: their images and packed targets on the device, those with masks (K,) on the CPU."""
+
+    rows: slice
+    image_index_B: Tensor
+    targets: Targets
+    masked_K: Tensor
+
+
+def _chunks(batch: Batch, size: int, device: torch.device) -> Iterator[_Chunk]:
+    """Runs of at most ``size`` find queries."""
+    targets, image_index_B = batch.targets(device), batch.query_image_B.to(device, non_blocking=True)
+    ends = torch.cat([torch.zeros(1, dtype=torch.long), batch.num_B.cumsum(0)]).tolist()
+    for start in range(0, batch.num_queries, size):
+        rows = slice(start, min(start + size, batch.num_queries))
+        packed = slice(ends[rows.start], ends[rows.stop])
+        query_T = torch.arange(rows.stop - rows.start).repeat_interleave(batch.num_B[rows])
+        yield _Chunk(
+            rows,
+            image_index_B[rows],
+            Targets(
+                targets.num_B[rows],
+                targets.boxes_cxcywh_T4[packed],
+                None if targets.masks_THW is None else targets.masks_THW[packed],
+                targets.mask_valid_T[packed],
+            ),
+            query_T[batch.mask_valid_T[packed]].unique(),
+        )
+
+
+def _count_semantic(batch: Batch) -> int:
+    """Find queries whose semantic target, the union of their valid masks, is not empty."""
+    if batch.masks_packed is None:
+        return 0
+    query_T = torch.arange(batch.num_queries).repeat_interleave(batch.num_B)
+    return len(query_T[(batch.masks_packed != 0).any(dim=1) & batch.mask_valid_T].unique())
+
+
+def _add_terms(total: dict[str, Tensor], terms: dict[str, Tensor]) -> None:
+    for name, value in terms.items():
+        total[name] = total[name] + value if name in total else value
+
+
+def _backward_into(pairs) -> None:
+    """Send the gradients that the chunks left on shared leaves into the encoder that made them, in one pass."""
+    pairs = [(made, leaf) for made, leaf in pairs if made.requires_grad and leaf.grad is not None]
+    if pairs:
+        torch.autograd.backward([made for made, _ in pairs], [leaf.grad for _, leaf in pairs])

@@ -1,0 +1,231 @@
+"""What a trial costs in time, memory and disk, from two real optimizer steps."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sam3lora.config import Config
+from sam3lora.data.batch import Batch
+from sam3lora.data.images import ImageError
+from sam3lora.engine.device_errors import is_out_of_memory
+from sam3lora.errors import OutOfMemory, RunFailed
+from sam3lora.training.metrics_log import memory_mb
+from sam3lora.training.setup import Worker, set_up
+from sam3lora.training.step import StepCounts
+from sam3lora.training.update import evaluate_batch, optimizer_step
+from sam3lora.tune.run.capacity import trial_needs
+
+_STEPS, _BATCHES = 2, 2
+
+
+@dataclass(frozen=True)
+class ImageCost:
+    """Seconds an image: to read and decode it on one CPU, and to compute with it on the device."""
+
+    decode_s: float = 0.0
+    compute_s: float = 0.0
+
+    def seconds(self, data_workers: int) -> float:
+        """With so many CPUs that decode ahead of a training worker; 0 = the worker decodes by itself."""
+        return max(self.decode_s / data_workers, self.compute_s) if data_workers else self.decode_s + self.compute_s
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What was measured with a configuration.
+
+    Attributes:
+        device: Where, in words.
+        num_train, num_valid: Images of the splits that are trained on, and that the validation loss is taken of.
+        start_s: Seconds until the first step, of a trial on its own: imports, model and data.
+        train, valid: An image seen again, as in all epochs but the first: whatever is cached is cached.
+        first_train, first_valid: An image seen for the first time.
+        metrics_s: Seconds an image to measure mAP and cgF1; None if they are not measured.
+        num_measured: Images that they are measured on.
+        memory_mb: Peak, on a GPU of its allocator, else of this whole process.
+        cache_bytes: An image's share of the caches on disk.
+        uses_features: Whether images seen again came from cached vision features.
+    """
+
+    device: str
+    num_train: int
+    num_valid: int
+    start_s: float
+    train: ImageCost
+    valid: ImageCost
+    first_train: ImageCost
+    first_valid: ImageCost
+    metrics_s: float | None
+    num_measured: int
+    memory_mb: float
+    cache_bytes: float
+    uses_features: bool
+
+
+def run_probe(config: Config) -> Probe:
+    """Train two steps of one batch each and validate two batches, then the same images once more.
+
+    In this process, without Ray and in a temporary folder. Gradients are not accumulated, which changes neither the
+    time of an image nor the peak of memory.
+
+    Raises:
+        UserError: The settings or the data are wrong.
+        RunFailed: The steps cannot be done as configured: too little memory (`OutOfMemory`), an unreadable image, a
+            loss that is not finite. The message says what to change.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix="sam3lora-probe-") as folder, _threads_of_a_worker(config):
+            return _measure(_probe_config(config, Path(folder)), Path(folder))
+    except ImageError as error:
+        raise RunFailed(f"{error}. Mend or remove it, or set training.on_bad_image=skip") from error
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        size = config.training.batch_size
+        raise OutOfMemory(
+            f"out of memory with training.batch_size={size}: "
+            + (f"set it to {size // 2}, or " if size != "auto" and size > 1 else "")
+            + "set training.gradient_checkpointing=true, a lower training.max_prompts_per_forward, or "
+            "model.dtype=bfloat16"
+        ) from error
+
+
+def _measure(config: Config, folder: Path) -> Probe:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    run_dir = Path(config.output.output_dir)
+    run_dir.mkdir()
+    started = time.perf_counter()
+    worker = set_up(config, run_dir, use_ray=False)
+    start_s = _import_seconds() + time.perf_counter() - started
+    first_train, first_valid = _train(worker), _validate(worker)
+    loaded = worker.runner.images.features_loaded
+    train, valid = _train(worker), _validate(worker)
+    uses_features = worker.runner.images.features_loaded > loaded
+    metrics_s, num_measured = _metrics(worker)
+    num_train, num_valid = len(worker.data.train), len(worker.data.valid or ())
+    size = worker.config.training.images_per_forward
+    num_visited = min(_STEPS * size, num_train) + min(_BATCHES * size, num_valid)
+    return Probe(
+        device=_device_in_words(worker.device),
+        num_train=num_train,
+        num_valid=num_valid,
+        start_s=start_s,
+        train=train,
+        valid=valid,
+        first_train=first_train,
+        first_valid=first_valid,
+        metrics_s=metrics_s,
+        num_measured=num_measured,
+        memory_mb=memory_mb(worker.device),
+        cache_bytes=_bytes_in(folder / "cache") / num_visited,
+        uses_features=uses_features,
+    )
+
+
+def _probe_config(config: Config, folder: Path) -> Config:
+    training = {"cache_dir": str(folder / "cache"), "gradient_accumulation_steps": 1, "num_epochs": _STEPS}
+    return config.model_copy(
+        update={
+            "training": config.training.model_copy(update=training),
+            "output": config.output.model_copy(update={"output_dir": str(folder / "run")}),
+            "logging": config.logging.model_copy(update={"tensorboard": False}),
+        }
+    )
+
+
+def _train(worker: Worker) -> ImageCost:
+    """The cost of the last of two steps: the first one also warms up."""
+    with contextlib.closing(worker.batches.training_batches(0, 0)) as batches:
+        return _cost(worker, islice(batches, _STEPS), lambda batch: optimizer_step(worker, [batch]))
+
+
+def _validate(worker: Worker) -> ImageCost:
+    if worker.data.valid is None:
+        return ImageCost()
+    worker.model.eval()
+    with contextlib.closing(worker.batches.validation_batches()) as batches:
+        return _cost(
+            worker,
+            islice(batches, _BATCHES),
+            lambda batch: evaluate_batch(worker.runner, batch, StepCounts.of([batch]).normalizer()),
+        )
+
+
+def _cost(worker: Worker, batches: Iterator[Batch], compute: Callable[[Batch], Any]) -> ImageCost:
+    """Of the last batch that has anything to compute."""
+    cost = ImageCost()
+    decode_s, batch = _timed(worker, lambda: next(batches, None))
+    while batch is not None:
+        if batch.num_images and batch.num_queries:
+            compute_s, _ = _timed(worker, lambda: compute(batch))  # noqa: B023
+            cost = ImageCost(decode_s / batch.num_images, compute_s / batch.num_images)
+        decode_s, batch = _timed(worker, lambda: next(batches, None))
+    return cost
+
+
+def _metrics(worker: Worker) -> tuple[float | None, int]:
+    """Seconds an image of mAP and cgF1, and how many images they are measured on."""
+    evaluation = worker.config.evaluation
+    if not evaluation.every_epochs or worker.data.valid_complete is None:
+        return None, 0
+    from sam3lora.training.validator import validation_metrics
+
+    num_images = min(evaluation.num_samples or 10**9, len(worker.data.valid_complete))
+    num_probed = min(num_images, worker.config.training.images_per_forward)
+    few = evaluation.model_copy(update={"num_samples": num_probed})
+    worker.config = worker.config.model_copy(update={"evaluation": few})
+    seconds, _ = _timed(worker, lambda: validation_metrics(worker))
+    return seconds / num_probed, num_images
+
+
+def _timed(worker: Worker, call: Callable[[], Any]) -> tuple[float, Any]:
+    started = time.perf_counter()
+    result = call()
+    if worker.device.type == "cuda":
+        torch.cuda.synchronize(worker.device)
+    return time.perf_counter() - started, result
+
+
+@contextlib.contextmanager
+def _threads_of_a_worker(config: Config) -> Iterator[None]:
+    """As many CPU threads as a process that trains gets from Ray: the CPUs it reserves but those of its data tasks."""
+    before = torch.get_num_threads()
+    own = trial_needs(config, use_gpu=False)[0].get("CPU", 1.0)
+    own -= config.training.num_workers if config.scaling.num_workers else 0
+    torch.set_num_threads(max(1, min(int(own), before)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@lru_cache(maxsize=1)
+def _import_seconds() -> float:
+    """Seconds until a fresh process has the libraries of training."""
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import sam3lora.training.worker"], check=False, capture_output=True)
+    return time.perf_counter() - started
+
+
+def _device_in_words(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"the GPU ({torch.cuda.get_device_name(device)})"
+    threads = torch.get_num_threads()
+    return f"the CPU with {threads} thread{'s' * (threads != 1)}"
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -1,0 +1,162 @@
+"""The charts of a sweep's report, but that of the settings; each is None where there is nothing to draw."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from markupsafe import Markup
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from sam3lora.evaluation.report.charts import COLOURS, GREY, chart_axes
+from sam3lora.tune.report.charted_trials import (
+    BEST,
+    FRONT,
+    ChartedTrials,
+    cut,
+    draw_base_line,
+    draw_point,
+    finished,
+    inside,
+    line_look,
+)
+from sam3lora.tune.report.importance import Importance
+from sam3lora.tune.report.pareto import pareto_front
+from sam3lora.tune.run.ledger import TrialRecord, better, seconds_in_sessions
+
+_MANY = 20
+
+
+def progress_chart(trials: ChartedTrials, sessions: Sequence[Mapping[str, float]]) -> Markup | None:
+    """Each trial at the time it ended and the best value until then, over the time that the sweep ran.
+
+    Args:
+        trials: The trials.
+        sessions: ``started_at`` and ``ended_at`` of each start of the sweep, seconds since 1970.
+    """
+    ended = [
+        (seconds_in_sessions(record.ended_at, list(sessions)), record, value)
+        for record, value in trials.measured
+        if record.ended_at is not None
+    ]
+    if not ended:
+        return None
+    scale, unit = _time_unit(max(seconds for seconds, *_ in ended))
+    low, high = trials.limits()
+    description = f"{trials.metric_label} of the trials and the best so far, over time"
+    with chart_axes(description) as axes:
+        best: float | None = None
+        steps: list[tuple[float, float]] = []
+        for seconds, _, value in sorted(ended, key=lambda entry: entry[0]):
+            best = value if best is None or better(value, best, trials.mode) else best
+            steps.append((seconds / scale, best))
+        axes.step(*zip(*steps, strict=True), where="post", color=FRONT, linewidth=1.8, label="best so far")
+        draw_base_line(axes, trials)
+        for seconds, record, value in ended:
+            draw_point(axes, trials, record, seconds / scale, inside(value, low, high))
+        axes.set(ylim=(low, high), xlabel=f"time the sweep ran ({unit})", ylabel=trials.metric_label)
+        axes.set_xlim(left=0)
+        return finished(axes, description)
+
+
+def learning_curves(trials: ChartedTrials) -> Markup | None:
+    """The metric by epoch, of every trial; a cross ends those that were stopped."""
+    drawn = sorted(trials.records, key=lambda r: (r.number == trials.best, r.number == trials.base))
+    curves = [(record, points) for record in drawn if (points := _curve(record, trials.metric))]
+    if not curves or not trials.measured:
+        return None
+    values = [y for _, points in curves for _, y in points]
+    low, high = trials.limits()
+    if trials.mode == "max":
+        low, high = min(low, *values), max(high, *values)
+    elif first := [points[0][1] for record, points in curves if record.number in (trials.best, trials.base)]:
+        high = max(high, *first)
+    description = f"{trials.metric_label} by epoch, of every trial"
+    with chart_axes(description) as axes:
+        for record, points in curves:
+            colour, width, style, alpha, label = line_look(trials, record)
+            if len(curves) > _MANY and label == "other trials":
+                width, alpha = 0.8, alpha * 0.6
+            xs, ys = zip(*points, strict=True)
+            mark = "o" if len(points) == 1 else None
+            axes.plot(xs, ys, style, color=colour, linewidth=width, alpha=alpha, marker=mark, markersize=4, label=label)
+            if record.status == "stopped":
+                axes.plot(xs[-1:], [inside(ys[-1], low, high)], "x", color=colour, markersize=5, label="stopped early")
+        axes.set(ylim=(low, high), xlabel="epoch", ylabel=trials.metric_label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        return finished(axes, description)
+
+
+def size_chart(trials: ChartedTrials) -> Markup | None:
+    """Value against trainable parameters, with the trials that no other beats in both."""
+    shown = [(record, value) for record, value in trials.measured if record.trainable_parameters > 0]
+    if not shown:
+        return None
+    low, high = trials.limits()
+    front = pareto_front([record for record, _ in shown], trials.mode)
+    description = f"{trials.metric_label} against trainable parameters"
+    with chart_axes(description) as axes:
+        points = [(r.trainable_parameters, inside(r.value, low, high)) for r in front if r.value is not None]
+        axes.plot(*zip(*points, strict=True), "-", color=FRONT, linewidth=1.6, label="best for its size")
+        draw_base_line(axes, trials)
+        for record, value in shown:
+            draw_point(axes, trials, record, record.trainable_parameters, inside(value, low, high))
+        sizes = [record.trainable_parameters for record, _ in shown]
+        axes.set_xscale("log")
+        axes.set(xlim=(min(sizes) / 1.3, max(sizes) * 1.3), ylim=(low, high))
+        axes.set(xlabel="trainable parameters", ylabel=trials.metric_label)
+        ticks = _spread(sorted(set(sizes)), min(sizes) / 1.3, max(sizes) * 1.3)
+        axes.set_xticks(ticks)
+        axes.set_xticks([], minor=True)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
+        return finished(axes, description)
+
+
+def importance_chart(importances: Sequence[Importance], short: Mapping[str, str]) -> Markup | None:
+    """How much each parameter mattered, and how much a parameter without effect would seem to.
+
+    Args:
+        importances: Those without a value are left out.
+        short: Parameter -> what to call it.
+    """
+    shown = [(entry, entry.chance) for entry in importances if entry.chance is not None]
+    if not shown:
+        return None
+    description = "How much each parameter mattered"
+    with chart_axes(description, height=1.0 + 0.32 * len(shown)) as axes:
+        colours = {"clear": BEST, "maybe": COLOURS[4]}
+        for row, (entry, chance) in enumerate(shown):
+            verdict = entry.verdict or ""
+            axes.barh(row, entry.epsilon_squared or 0, 0.62, color=colours.get(verdict, "#9ca3af"), label=verdict)
+            axes.plot([chance, chance], [row - 0.42, row + 0.42], color=GREY, linewidth=2, label="chance level")
+        axes.set(xlim=(0, 1), xlabel="share of the ranking that goes with it (ε²)", yticks=range(len(shown)))
+        axes.set_yticklabels([cut(short[entry.parameter], 24) for entry, _ in shown])
+        axes.set_ylim(len(shown) - 0.45, -0.55)
+        axes.grid(axis="y", visible=False)
+        return finished(axes, description)
+
+
+def short_count(value: float) -> str:
+    """1234567 -> "1.2 M"."""
+    for limit, letter in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if value >= 0.9995 * limit:
+            return f"{value / limit:.3g}{letter}"
+    return f"{value:g}"
+
+
+def _curve(record: TrialRecord, metric: str) -> list[tuple[float, float]]:
+    points = {entry["epoch"]: entry[metric] for entry in record.history if entry.get(metric) is not None}
+    return sorted(points.items())
+
+
+def _time_unit(seconds: float) -> tuple[float, str]:
+    return (3600, "hours") if seconds > 3 * 3600 else (60, "minutes") if seconds > 180 else (1, "seconds")
+
+
+def _spread(sizes: Sequence[int], low: float, high: float) -> list[int]:
+    """Of these places on a logarithmic axis those whose texts do not meet."""
+    chosen: list[int] = []
+    for size in sizes:
+        if not chosen or math.log(size / chosen[-1]) > 0.14 * math.log(high / low):
+            chosen.append(size)
+    return chosen

@@ -1,0 +1,1 @@
+"""Running a sweep: trials, their records and the outcome."""

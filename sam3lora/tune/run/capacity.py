@@ -1,0 +1,139 @@
+"""How many trials run at a time: as many as the cluster has room for, so that none waits for what another holds."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from sam3lora.config import Config
+from sam3lora.errors import UserError
+from sam3lora.training.ray_resources import check_room, choose_gpu, in_words, most_workers, worker_resources
+
+_MOST_TRIALS = 1000
+
+DRIVER_RESOURCES = {"memory": 1.0}
+"""What the process of a trial reserves beside its workers: next to nothing, but Ray Tune takes no empty request. A
+share of a CPU would leave too little for the last worker of a cluster whose CPUs are all to be used."""
+
+
+@dataclass(frozen=True)
+class Concurrency:
+    """Trials at a time, and why so many."""
+
+    trials: int
+    reason: str
+
+
+def trial_needs(config: Config, *, use_gpu: bool) -> list[dict[str, float]]:
+    """Resources of each process that trains in a trial: its Ray Train workers, or the trial's own one without them."""
+    if config.scaling.num_workers == 0:
+        resources = {"CPU": 1.0} | ({"GPU": 1.0} if use_gpu else {})
+        return [resources | config.scaling.resources_per_worker]
+    return [worker_resources(config, use_gpu=use_gpu)] * most_workers(config)
+
+
+def local_cpus(config: Config, concurrent: int) -> float:
+    """Logical CPUs of a local Ray for so many trials: a small machine takes as many as it is asked for."""
+    return concurrent * sum(need.get("CPU", 0.0) for need in trial_needs(config, use_gpu=False))
+
+
+def local_concurrency(config: Config, asked: int | None) -> Concurrency:
+    """Trials at a time on this machine alone, before any Ray is started."""
+    use_gpu, gpus = _gpus_here(config)
+    needs = trial_needs(config, use_gpu=use_gpu)
+    if use_gpu:
+        room = int(gpus / max(sum(need.get("GPU", 0.0) for need in needs), 1e-9) + 1e-9)
+        return _limited(room, asked, f"{gpus} GPU{'s' * (gpus != 1)}", at_most=max(room, 1))
+    cpus = os.cpu_count() or 1
+    room = int(cpus / max(sum(need.get("CPU", 0.0) for need in needs), 1e-9) + 1e-9)
+    return _limited(room, asked, f"{cpus} CPUs", at_most=None)
+
+
+def choose_concurrency(config: Config, asked: int | None) -> Concurrency:
+    """Trials at a time on the Ray that is running.
+
+    Args:
+        config: of a trial.
+        asked: wished for; None takes all there is room for.
+
+    Raises:
+        UserError: the cluster cannot hold a single trial.
+    """
+    import ray
+
+    use_gpu = choose_gpu(config)
+    needs = trial_needs(config, use_gpu=use_gpu)
+    if config.scaling.num_workers != 0:
+        check_room(config, needs[0])
+    nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    room = trials_that_fit(nodes, needs, config.scaling.placement_strategy)
+    if room == 0:
+        raise UserError(
+            f"a trial needs {in_words(needs[0])}{f' for each of {len(needs)} workers' if len(needs) > 1 else ''}: no "
+            f"node has that (there are nodes with {'; '.join(map(in_words, nodes))}). Change "
+            "scaling.resources_per_worker or --device, or add to the cluster"
+        )
+    return _limited(room, asked, f"the cluster has room for {room}", at_most=room)
+
+
+def trials_that_fit(
+    nodes: list[dict[str, float]], needs: list[dict[str, float]], placement_strategy: str = "PACK"
+) -> int:
+    """How many whole trials empty nodes hold, workers placed one after the other where there is room first.
+
+    Args:
+        nodes: resources of each.
+        needs: resources of each worker of a trial.
+        placement_strategy: of Ray; "STRICT_PACK" wants all workers of a trial on one node, "STRICT_SPREAD" each on
+            another.
+    """
+    free = [dict(node) for node in nodes]
+    for fitting in range(_MOST_TRIALS):
+        places = _places(free, needs, placement_strategy)
+        if places is None:
+            return fitting
+        for need, place in zip(needs, places):
+            for name, amount in need.items():
+                free[place][name] = free[place].get(name, 0.0) - amount
+    return _MOST_TRIALS
+
+
+def _places(free: list[dict[str, float]], needs: list[dict[str, float]], strategy: str) -> list[int] | None:
+    """The node of each worker of one more trial; None if there is no room."""
+    if strategy == "STRICT_PACK":
+        together = {
+            name: sum(need.get(name, 0.0) for need in needs) for name in {key for need in needs for key in need}
+        }
+        place = next((number for number, node in enumerate(free) if _fits(together, node)), None)
+        return None if place is None else [place] * len(needs)
+    left = [dict(node) for node in free]
+    places: list[int] = []
+    for need in needs:
+        used = places if strategy == "STRICT_SPREAD" else []
+        place = next((n for n, node in enumerate(left) if n not in used and _fits(need, node)), None)
+        if place is None:
+            return None
+        for name, amount in need.items():
+            left[place][name] = left[place].get(name, 0.0) - amount
+        places.append(place)
+    return places
+
+
+def _fits(need: dict[str, float], node: dict[str, float]) -> bool:
+    return all(node.get(name, 0.0) >= amount - 1e-9 for name, amount in need.items() if amount)
+
+
+def _limited(room: int, asked: int | None, there: str, *, at_most: int | None) -> Concurrency:
+    if asked is None:
+        return Concurrency(max(room, 1), there)
+    if at_most is not None and asked > at_most:
+        return Concurrency(at_most, f"{there}, fewer than the {asked} asked for")
+    return Concurrency(asked, "as asked")
+
+
+def _gpus_here(config: Config) -> tuple[bool, int]:
+    import torch
+
+    gpus = torch.cuda.device_count()
+    wanted = config.scaling.use_gpu
+    return (gpus > 0 if wanted == "auto" else bool(wanted)), gpus

@@ -1,0 +1,65 @@
+"""What must hold before the first trial: a mistake in the data would fail every one of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sam3lora.config import Config
+from sam3lora.data.coco import CocoIndex
+from sam3lora.errors import UserError
+from sam3lora.evaluation.ask.run import asked_categories
+from sam3lora.evaluation.ask.split_results import Answers
+from sam3lora.evaluation.metrics.ground_truth import build_ground_truth
+from sam3lora.evaluation.metrics.measure import measure_split
+from sam3lora.training.datasets import load_run_data
+from sam3lora.training.validator import evaluation_settings
+from sam3lora.tune.space.reader import SearchSpace
+
+_ANY_RESOLUTION = 1008
+
+
+def check_data(space: SearchSpace) -> int:
+    """Index both splits of the base configuration and make sure that trials can be compared on them.
+
+    Returns:
+        The number of training images.
+
+    Raises:
+        UserError: a split is missing or damaged, or the metric is not defined on the validation images.
+    """
+    config, root = space.base, checked_data_dir(space)
+    data = load_run_data(config, config.model.resolution or _ANY_RESOLUTION)
+    metric = space.search.metric
+    if metric != "valid_loss" and data.valid_complete is not None:
+        reason = why_undefined(metric, data.valid_complete, config)
+        if reason is not None:
+            raise UserError(
+                f"search.metric {metric} cannot be measured on {root / config.data.valid_split}: {reason}. Choose "
+                "another metric, or other validation images"
+            )
+    return len(data.train)
+
+
+def checked_data_dir(space: SearchSpace) -> Path:
+    """The data folder of the base configuration; UserError if it lacks training or validation images."""
+    data, root = space.base.data, space.base.training.required_data_dir().absolute()
+    for split in (data.train_split, data.valid_split):
+        if not (root / split).is_dir():
+            raise UserError(
+                f"a sweep compares trials on validation images, but there is no folder {root / split}: make one with "
+                "sam3lora data split, or name it with data.train_split and data.valid_split"
+            )
+    return root
+
+
+def why_undefined(metric: str, index: CocoIndex, config: Config) -> str | None:
+    """Why a metric has no value on a split, whatever a model answers; None if it has one."""
+    settings = evaluation_settings(config)
+    index = index.select_rows(range(len(index))[: settings.num_samples])
+    categories = asked_categories(index, settings)
+    image_ids = index.table.column("image_id").to_pylist()
+    silent = Answers(presence={(image, category.id): 0.0 for image in image_ids for category in categories})
+    found = measure_split(build_ground_truth(index, categories), silent, exhaustive=config.data.exhaustive)
+    if getattr(found, metric) is not None:
+        return None
+    return "; ".join(note for note in found.notes if metric in note.split(":")[0]) or "; ".join(found.notes)

@@ -1,0 +1,129 @@
+"""The best trial on images that had no part in choosing it.
+
+The best of many trials looks better on the validation images than it is: they chose it. A held-out split is measured
+once, at the end.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sam3lora.config import Config
+from sam3lora.evaluation.ask.run import evaluate_models
+from sam3lora.evaluation.ask.worker import BASE, Models
+from sam3lora.evaluation.metrics.comparison import compare
+from sam3lora.evaluation.metrics.measure import SplitMetrics
+from sam3lora.model.adapter.folder import read_metadata
+from sam3lora.training.validator import evaluation_settings
+
+SHOWN = ("map", "map_50", "cgf1", "off_prompt_fpr")
+PLAIN_MODEL, BASE_CONFIGURATION, BEST_TRIAL = "plain model", "base configuration", "best trial"
+
+
+def measure_held_out(
+    split_dir: Path,
+    base_adapter: Path | None,
+    best_adapter: Path,
+    config: Config,
+    *,
+    metric: str = "map",
+    num_workers: int | None = 0,
+    address: str | None = None,
+    progress: bool = False,
+    **changes: Any,
+) -> dict[str, Any] | None:
+    """Measure the plain model, the adapter of the base configuration and the best one on a split.
+
+    Args:
+        split_dir: COCO split.
+        base_adapter: Adapter folder of the base configuration; None compares the best with the plain model.
+        best_adapter: Adapter folder of the best trial; it may be the same one.
+        config: The base configuration, for thresholds, prompts and categories. All images are measured, whatever its
+            `evaluation.num_samples` says.
+        metric: That the sweep chose by; for valid_loss, mAP is compared.
+        num_workers: Ray workers; 0 measures in this process.
+        address: Of a Ray cluster.
+        progress: Show a progress bar on stderr.
+        changes: Fields of `EvaluationSettings` to change.
+
+    Returns:
+        None if there is no such split. Otherwise JSON values: `split` (its name), `num_images`, `metric` (map or cgf1),
+        `compared_with` ("base configuration" or "plain model"), the metric of that one as `base` and of the best trial
+        as `best`, their `difference` with its 95 % paired bootstrap interval `low` to `high` (None where it cannot be
+        measured), `note` in words, and under `models` what each of the two or three reached: map, map_50, cgf1,
+        off_prompt_fpr.
+
+    Raises:
+        UserError: The split is damaged, or an adapter does not belong to the model.
+    """
+    if not (split_dir / config.data.annotation_file).is_file():
+        return None
+    folders = {BEST_TRIAL: best_adapter}
+    if base_adapter is not None and base_adapter.resolve() != best_adapter.resolve():
+        folders = {BASE_CONFIGURATION: base_adapter, **folders}
+    settings = replace(evaluation_settings(config), **({"num_samples": None} | changes))
+    device = {"auto": None, True: "cuda", False: "cpu"}[config.scaling.use_gpu]
+    found: dict[str, SplitMetrics] = {}
+    for models in _models(folders, config, device):
+        of_models = evaluate_models(
+            split_dir, models, settings, num_workers=num_workers, address=address, progress=progress
+        )
+        found |= zip(models.labels, of_models, strict=True)
+    found = {PLAIN_MODEL: found.pop(BASE), **found}
+    if base_adapter is not None:
+        found.setdefault(BASE_CONFIGURATION, found[BEST_TRIAL])
+    reference = PLAIN_MODEL if base_adapter is None else BASE_CONFIGURATION
+    metric = "map" if metric == "valid_loss" else metric
+    best = found[BEST_TRIAL]
+    interval = compare(found[reference], [best]).intervals[best.label].get(metric)
+    result = {
+        "split": split_dir.name,
+        "num_images": best.num_images,
+        "metric": metric,
+        "compared_with": reference,
+        "base": getattr(found[reference], metric),
+        "best": getattr(best, metric),
+        "difference": interval.difference if interval else None,
+        "low": interval.low if interval else None,
+        "high": interval.high if interval else None,
+        "models": {label: {name: getattr(metrics, name) for name in SHOWN} for label, metrics in found.items()},
+    }
+    return result | {"note": _note(result, is_same=found[reference] is best)}
+
+
+def _models(folders: dict[str, Path], config: Config, device: str | None) -> list[Models]:
+    """All models at once, or one group for each resolution that the adapters were trained at."""
+    by_resolution: dict[int | None, dict[str, str]] = defaultdict(dict)
+    for label, folder in folders.items():
+        metadata = read_metadata(folder)
+        resolution = config.model.resolution if metadata is None else metadata.resolution
+        by_resolution[resolution][label] = str(folder)
+    options = {
+        "model": config.model.name,
+        "revision": config.model.revision,
+        "device": device,
+        "local_files_only": config.model.local_files_only,
+    }
+    groups = by_resolution.items()
+    return [
+        Models(adapters, with_base=number == 0, segmenter={**options, "resolution": resolution})
+        for number, (resolution, adapters) in enumerate(groups)
+    ]
+
+
+def _note(result: dict[str, Any], *, is_same: bool) -> str:
+    number = result["num_images"]
+    seen = f"{number} image{'s' * (number != 1)} of {result['split']}/, which had no part in choosing the trial"
+    if is_same:
+        return f"{seen}. The base configuration is itself the best trial."
+    if result["difference"] is None:
+        return f"{seen}. {result['metric']} cannot be measured on them."
+    if result["low"] is None:
+        return f"{seen}: too few for an interval."
+    against = f"the {result['compared_with']}"
+    if result["low"] <= 0 <= result["high"]:
+        return f"{seen}. The interval includes zero: they do not tell the best trial and {against} apart."
+    return f"{seen}. The best trial is {'better' if result['difference'] > 0 else 'worse'} than {against} on them."

@@ -1,0 +1,172 @@
+"""One trial, as Ray Tune runs it: train, try again with smaller batches if memory ran out, and say what came of it.
+
+Nothing that goes wrong in a trial is raised: its record says why it failed, and the sweep goes on.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sam3lora.config import Config
+from sam3lora.config.training import images_per_step
+from sam3lora.data.images import ImageError
+from sam3lora.errors import OutOfMemory, UserError, WorkerLost
+from sam3lora.training.checkpoints import list_checkpoints
+from sam3lora.training.launch import train
+from sam3lora.training.update import NonFiniteLoss
+from sam3lora.tune.run.decisions import EndWhenDecided, StoppedEarly, await_decision
+from sam3lora.tune.run.ledger import SPACE_FILE, FailureKind, Ledger, TrialRecord
+from sam3lora.tune.run.trial_summary import summarise
+from sam3lora.tune.space.reader import SearchSpace, load_space
+
+_REASON_LENGTH = 2000
+
+Report = Callable[[dict[str, Any]], None]
+
+
+def run_trial(params: dict[str, Any]) -> None:
+    """The function that Ray Tune calls.
+
+    Args:
+        params: ``sweep_dir``; ``number`` of a trial with a record; ``may_stop``, whether trials are given up early.
+    """
+    from ray import tune
+
+    sweep_dir = Path(params["sweep_dir"])
+    space, ledger = load_space(sweep_dir / SPACE_FILE), Ledger(sweep_dir)
+    folder, may_stop = ledger.folder(params["number"]), params["may_stop"]
+
+    def report(entry: dict[str, Any]) -> None:
+        tune.report(entry)
+        if may_stop:
+            await_decision(folder, entry["epoch"])
+
+    complete_trial(space, ledger, params["number"], report, may_stop=may_stop)
+
+
+def complete_trial(
+    space: SearchSpace, ledger: Ledger, number: int, report: Report, *, may_stop: bool = False
+) -> TrialRecord:
+    """Train a trial from where it stands to its end, and write its record.
+
+    Args:
+        space: of the sweep.
+        ledger: holds the trial's record.
+        number: of the trial.
+        report: gets epoch (from 1) and the metrics of every validation, where the trial trains in this process.
+        may_stop: whether a decision to stop is to be looked for.
+    """
+    record, folder = ledger.read(number), ledger.folder(number)
+    metric, mode = space.search.metric, space.search.mode
+    record.started_at = record.started_at or time.time()
+    record.status = "running"
+    summarise(record, folder, metric=metric, mode=mode)
+    ledger.write(record)
+    try:
+        if may_stop:
+            await_decision(folder, 0)  # made before a break
+        _train(space, ledger, record, report, may_stop=may_stop)
+        record.status = "finished"
+    except StoppedEarly:
+        record.status = "stopped"
+    except Exception as error:
+        if _is_going_down(error):
+            raise
+        record.status, record.failure, record.reason = "failed", failure_kind(error), _reason(error)
+    record.ended_at = time.time()
+    summarise(record, folder, metric=metric, mode=mode)
+    if record.status == "finished" and record.value is None:
+        record.status, record.failure = "failed", "bad data"
+        record.reason = f"no {metric} could be measured: the validation images have nothing to measure it on"
+    ledger.write(record)
+    return record
+
+
+def trial_config(space: SearchSpace, record: TrialRecord, folder: Path) -> Config:
+    """The configuration that a trial is trained with, retries included."""
+    config = space.trial_config(record.values, str(folder))
+    if not record.retries:
+        return config
+    changed = ("batch_size", "gradient_accumulation_steps")
+    training = config.training.model_copy(update={name: record.retries[-1][name] for name in changed})
+    return config.model_copy(update={"training": training})
+
+
+def failure_kind(error: BaseException) -> FailureKind:
+    """What made a trial fail."""
+    kinds: list[tuple[type[BaseException], FailureKind]] = [
+        (OutOfMemory, "out of memory"),
+        (NonFiniteLoss, "loss not finite"),
+        (WorkerLost, "worker lost"),
+        (ImageError, "bad data"),
+        (UserError, "impossible settings"),
+    ]
+    return next((kind for of_type, kind in kinds if isinstance(error, of_type)), "exception")
+
+
+def _train(space: SearchSpace, ledger: Ledger, record: TrialRecord, report: Report, *, may_stop: bool) -> None:
+    while True:
+        config = trial_config(space, record, ledger.folder(record.number))
+        try:
+            _start(config, report, may_stop=may_stop)
+            return
+        except OutOfMemory as error:
+            if record.retries or not space.failures.retry_out_of_memory or config.training.batch_size in (1, "auto"):
+                raise
+            record.retries.append({"reason": _reason(error), **_half_the_batch(config)})
+            ledger.write(record)
+        _free_memory()
+
+
+def _half_the_batch(config: Config) -> dict[str, int]:
+    """A step of as many images, or nearly, in smaller batches."""
+    batch_size = config.training.images_per_forward // 2
+    return {"batch_size": batch_size, "gradient_accumulation_steps": -(-images_per_step(config.training) // batch_size)}
+
+
+def _start(config: Config, report: Report, *, may_stop: bool) -> None:
+    """Train, from the last checkpoint if there is one."""
+    folder = Path(config.output.output_dir)
+    resume = bool(list_checkpoints(folder / "checkpoints"))
+    if not resume:  # an adapter that was saved before the first checkpoint could be
+        for name in ("best", "last"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+    if config.scaling.num_workers == 0:
+        train(config, resume=resume, report=report)
+        return
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    callbacks = [TuneReportCallback(), *([EndWhenDecided(folder)] if may_stop else [])]
+    train(config, resume=resume, callbacks=callbacks)
+
+
+def _free_memory() -> None:
+    """Give back what a failed attempt in this process held."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _is_going_down(error: BaseException) -> bool:
+    """Whether processes of the sweep itself are gone, as when its driver was killed: that is no fault of the trial."""
+    from ray.exceptions import ActorDiedError, ActorUnavailableError, RaySystemError
+
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, ActorDiedError | ActorUnavailableError | RaySystemError):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text if isinstance(error, UserError) or len(text) < _REASON_LENGTH else text[:_REASON_LENGTH] + " ..."

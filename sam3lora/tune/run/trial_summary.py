@@ -1,0 +1,87 @@
+"""What a trial's run folder says about it: a trial may be stopped from outside at any moment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sam3lora.errors import UserError
+from sam3lora.model.adapter.metadata import read_metadata
+from sam3lora.training.metrics_log import METRICS_FILE, read_metrics
+from sam3lora.tune.run.ledger import TrialRecord, better
+
+MEASURED = ("valid_loss", "map", "map_50", "map_75", "cgf1", "off_prompt_fpr", "presence_accuracy")
+
+
+def summarise(record: TrialRecord, folder: Path, *, metric: str, mode: str) -> None:
+    """Fill in what ``metrics.jsonl`` of a run tells: history, the value of ``best/``, time, speed and memory.
+
+    Args:
+        record: changed in place; its status stays.
+        folder: the run folder of the trial.
+        metric: that chooses ``best/``: valid_loss, map or cgf1.
+        mode: min or max.
+    """
+    lines = read_metrics(folder / METRICS_FILE)
+    record.history = [_entry(line) for line in lines if line["kind"] == "epoch"]
+    record.epochs = max((entry["epoch"] for entry in record.history), default=0)
+    best = _of_saved_adapter(folder) or _best_entry(record.history, metric, mode)
+    record.value, record.best_epoch = best.get(metric), best.get("epoch")
+    record.metrics = {name: best[name] for name in MEASURED if best.get(name) is not None}
+    record.seconds = _seconds(lines)
+    steps = [line for line in lines if line["kind"] == "step"]
+    if steps:
+        record.images_per_second = steps[-1]["images_per_second"]
+        record.memory_mb = max(line["memory_mb"] for line in steps)
+    attempts = list(_attempts(lines))
+    record.vision_passes = sum(_last(attempt, "vision_passes") for attempt in attempts)
+    record.features_loaded = sum(_last(attempt, "features_loaded") for attempt in attempts)
+
+
+def _of_saved_adapter(folder: Path) -> dict[str, Any]:
+    """What was measured of the adapter in ``best/``: a trial that is cut short may have saved a better one before it
+    wrote the line, or the other way round."""
+    try:
+        saved = read_metadata(folder / "best")
+    except UserError:
+        return {}
+    return saved.metrics if saved is not None and "epoch" in saved.metrics else {}
+
+
+def _best_entry(history: list[dict[str, Any]], metric: str, mode: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for entry in history:
+        if better(entry.get(metric), found.get(metric), mode):
+            found = entry
+    return found
+
+
+def num_images(folder: Path) -> int | None:
+    """Training and validation images of a run; None if it did not get that far."""
+    starts = [line for line in read_metrics(folder / METRICS_FILE) if line["kind"] == "start"]
+    return starts[0]["num_train_images"] + starts[0]["num_valid_images"] if starts else None
+
+
+def _entry(line: dict[str, Any]) -> dict[str, Any]:
+    kept = ("epoch", "step", "train_loss", *MEASURED)
+    return {"time": line["unix_time"]} | {name: line[name] for name in kept if name in line}
+
+
+def _attempts(lines: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The lines of each start of the run: an interrupted trial has several."""
+    attempts: list[list[dict[str, Any]]] = []
+    for line in lines:
+        if line["kind"] == "start" or not attempts:
+            attempts.append([])
+        attempts[-1].append(line)
+    return attempts
+
+
+def _seconds(lines: list[dict[str, Any]]) -> float:
+    """Time at work: from each start to the last line before the next one."""
+    spans = [attempt[-1]["unix_time"] - attempt[0]["unix_time"] for attempt in _attempts(lines)]
+    return round(sum(spans), 3)
+
+
+def _last(lines: list[dict[str, Any]], name: str) -> int:
+    return next((line[name] for line in reversed(lines) if name in line), 0)

@@ -1,0 +1,1 @@
+"""Choosing the next trial and stopping bad ones early."""

@@ -1,0 +1,1 @@
+"""Search spaces: reading, parameters and rules."""

@@ -1,0 +1,207 @@
+"""Reading request bodies within limits: multipart, JSON, or an image with its request in the address."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.datastructures import Headers, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import Request
+
+from serve_app.http.errors import ServeError
+
+_MAX_FIELDS = 8  # parts or parameters that are looked at before they are refused by name
+MAX_JSON_BYTES = 1 << 18  # of a request, without its image
+_BIG_JSON = 1 << 14  # bytes from which parsing goes to a thread
+_IMAGE_BASE64 = re.compile(rb'"image_base64"\s*+:\s*+"((?:[^"\\]++|\\.)*+)', re.DOTALL)
+_LISTS = ("prompts", "boxes")
+_WAYS = (
+    "multipart/form-data with a file `image` and a field `request`, application/json with image_base64 or image_id, or "
+    "the image itself as image/* with the request in query parameters"
+)
+
+
+@dataclass(frozen=True)
+class Received:
+    """A request before its fields are checked.
+
+    Attributes:
+        fields: By name; `is_text` says that numbers are still text.
+        image: The image file, if it came outside of the fields.
+    """
+
+    fields: dict[str, Any]
+    image: bytes | None = None
+    is_text: bool = False
+
+
+async def read_request(request: Request, max_bytes: int) -> Received:
+    """Whatever form the request has.
+
+    Raises:
+        ServeError: The body is too large, is not what its header says, or is of a kind that is not taken.
+        ClientDisconnect: The client went away.
+    """
+    _check_headers(request, max_bytes)
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    is_raw = kind.startswith("image/") or kind == "application/octet-stream"
+    if not is_raw and request.query_params:
+        raise ServeError(
+            "invalid_request", "query parameters are read with a raw image as the body only: put them into the request"
+        )
+    if kind == "multipart/form-data":
+        return await _read_multipart(request, max_bytes)
+    if kind == "application/json":
+        return Received(await _parse(await _read_all(request, max_bytes)))
+    if is_raw:
+        fields = _query_fields(request)
+        return Received(fields, image=await _read_all(request, max_bytes), is_text=True)
+    found = f"got {kind}" if kind.isascii() and 0 < len(kind) < 60 else "its content-type is missing"
+    raise ServeError("unsupported_media_type", f"expected {_WAYS}; {found}")
+
+
+def parse_json(body: bytes | str) -> dict[str, Any]:
+    """A JSON object without repeated names, NaN or Infinity.
+
+    Raises:
+        ServeError: `malformed_body`, `body_too_large`, or `invalid_request` for a repeated name.
+    """
+    if isinstance(body, bytes):
+        _check_json_size(body)
+    try:
+        parsed = json.loads(body, object_pairs_hook=_once, parse_constant=_no_constant)
+    except RecursionError:
+        raise ServeError("malformed_body", "the JSON is nested too deeply") from None
+    except json.JSONDecodeError as error:
+        message = f"the JSON cannot be read: {error.msg} at character {error.pos}"
+        raise ServeError("malformed_body", message) from None
+    except ValueError:  # no UTF-8, or a number of thousands of digits
+        raise ServeError("malformed_body", "the JSON cannot be read: expected UTF-8 text and finite numbers") from None
+    if not isinstance(parsed, dict):
+        raise ServeError("invalid_request", "expected a JSON object {...}")
+    return parsed
+
+
+async def _parse(body: bytes | str) -> dict[str, Any]:
+    return await asyncio.to_thread(parse_json, body) if len(body) > _BIG_JSON else parse_json(body)
+
+
+def _check_json_size(body: bytes) -> None:
+    """Texts are cheap to parse, but millions of small values are not: all but the image must be short."""
+    if len(body) > MAX_JSON_BYTES:
+        image = _IMAGE_BASE64.search(body)
+        if len(body) - (len(image[1]) if image else 0) > MAX_JSON_BYTES:
+            message = f"expected at most {MAX_JSON_BYTES} bytes of JSON besides image_base64: ask in parts"
+            raise ServeError("body_too_large", message)
+
+
+def _check_headers(request: Request, max_bytes: int) -> None:
+    length = request.headers.get("content-length", "")
+    if length.isascii() and length.isdigit() and int(length[:20]) > max_bytes:
+        raise _too_large(max_bytes)
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise ServeError("unsupported_media_type", "the body has a content-encoding: send it without")
+
+
+async def _chunks(request: Request, max_bytes: int) -> AsyncGenerator[bytes, None]:
+    num_bytes = 0
+    async for chunk in request.stream():
+        num_bytes += len(chunk)
+        if num_bytes > max_bytes:
+            raise _too_large(max_bytes)
+        yield chunk
+
+
+async def _read_all(request: Request, max_bytes: int) -> bytes:
+    return b"".join([chunk async for chunk in _chunks(request, max_bytes)])
+
+
+class _MultiPart(MultiPartParser):
+    """Starlette's parser; files stay in memory, and a body that breaks off is told from a whole one."""
+
+    def __init__(self, headers: Headers, stream: AsyncGenerator[bytes, None], max_bytes: int) -> None:
+        limits = {"max_files": _MAX_FIELDS, "max_fields": _MAX_FIELDS, "max_part_size": MAX_JSON_BYTES}
+        super().__init__(headers, stream, **limits)
+        self.spool_max_size = max_bytes + 1
+        self.is_whole = False
+
+    def on_end(self) -> None:
+        self.is_whole = True
+
+
+async def _read_multipart(request: Request, max_bytes: int) -> Received:
+    parser = _MultiPart(request.headers, _chunks(request, max_bytes), max_bytes)
+    try:
+        form = await parser.parse()
+    except MultiPartException as error:
+        raise ServeError("malformed_body", f"the multipart body cannot be read: {error.message}") from None
+    try:
+        parts: dict[str, str | UploadFile] = {}
+        for name, part in form.multi_items():
+            if name not in ("image", "request"):
+                raise ServeError(
+                    "invalid_request", "expected the parts `image` (file) and `request` (JSON) alone, got another"
+                )
+            if name in parts:
+                raise ServeError("invalid_request", f"the part {name} came twice")
+            parts[name] = part
+        if not parser.is_whole:
+            raise ServeError("malformed_body", "the multipart body breaks off before its end")
+        image, fields = parts.get("image"), parts.get("request", "{}")
+        if isinstance(image, str):
+            raise ServeError("invalid_request", "the part image must be a file: give it a filename")
+        if isinstance(fields, UploadFile):
+            if (fields.size or 0) > MAX_JSON_BYTES:
+                raise ServeError("malformed_body", f"the part request is larger than {MAX_JSON_BYTES} bytes")
+            parsed = await _parse(await fields.read())
+        else:
+            parsed = await _parse(fields)
+        return Received(parsed, image=None if image is None else await image.read())
+    finally:
+        await form.close()
+
+
+def _query_fields(request: Request) -> dict[str, Any]:
+    """Parameters that may be repeated become lists; `boxes=x0,y0,x1,y1,label` becomes an object."""
+    fields: dict[str, Any] = {}
+    for name, text in request.query_params.multi_items():
+        if "\ufffd" in text:
+            raise ServeError("invalid_request", "a query parameter is no UTF-8 text")
+        if name in _LISTS:
+            fields.setdefault(name, []).append(_box(text) if name == "boxes" else text)
+        elif name in fields:
+            raise ServeError("invalid_request", f"the query parameter {name[:60]!a} came twice")
+        else:
+            fields[name] = text
+    return fields
+
+
+def _box(text: str) -> dict[str, Any]:
+    values = text.split(",")
+    if len(values) not in (4, 5):
+        raise ServeError("invalid_box", "expected boxes=x0,y0,x1,y1,label with label 1 or 0")
+    return {"xyxy": values[:4]} | ({"label": values[4]} if len(values) == 5 else {})
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise ServeError("invalid_request", f"{name[:60]!a} is given twice")
+            seen.add(name)
+    return found
+
+
+def _no_constant(name: str) -> None:
+    raise ServeError("invalid_request", f"{name} is no number in JSON")
+
+
+def _too_large(max_bytes: int) -> ServeError:
+    return ServeError("body_too_large", f"the body is larger than {max_bytes} bytes: send a smaller image")

@@ -1,0 +1,158 @@
+"""Around every request: its id, its key, its errors, its headers and its place in the metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import re
+import time
+import traceback
+import uuid
+from collections.abc import Sequence
+
+from starlette._utils import get_route_path  # the one that routes are matched by
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve_app.http.auth import is_allowed, is_open
+from serve_app.http.errors import ServeError
+from serve_app.metrics import IngressMetrics
+
+logger = logging.getLogger(__name__)
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_SENT_BY_SERVE = re.compile(r"[ -~]{1,200}")  # of what Serve sends back, which is whatever came
+SECURITY_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; "
+    "frame-ancestors 'none'",
+}
+
+
+class Envelope:
+    """ASGI middleware. `request.state` gets `request_id` and `started_s` (of `time.monotonic`).
+
+    Args:
+        app: What is inside.
+        keys: API keys; none lets everyone in.
+        metrics: Where requests are counted.
+        routes: Paths that are counted by name.
+        sends_request_id: Whether to send the header `X-Request-ID`. Ray Serve does so by itself, with the client's
+            header as it came; then that is the request's id.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        keys: Sequence[bytes],
+        metrics: IngressMetrics,
+        routes: frozenset[str] = frozenset(),
+        sends_request_id: bool = True,
+    ) -> None:
+        self._sends_request_id = sends_request_id
+        self._accepted_id = _REQUEST_ID if sends_request_id else _SENT_BY_SERVE
+        self._app = app
+        self._keys = keys
+        self._metrics = metrics
+        self._routes = routes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started_s = time.monotonic()
+        path = get_route_path(scope)
+        headers = Headers(scope=scope)
+        request_id = headers.get("x-request-id", "")
+        if not self._accepted_id.fullmatch(request_id):
+            request_id = uuid.uuid4().hex
+        state = {**scope.get("state", {}), "request_id": request_id, "started_s": started_s, "outcome": "ok"}
+        is_head = scope["method"] == "HEAD"
+        scope = {**scope, "state": state, "method": "GET" if is_head else scope["method"]}
+        has_started = False
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal has_started
+            if message["type"] == "http.response.start":
+                has_started = True
+                sent = MutableHeaders(scope=message)
+                if self._sends_request_id:
+                    sent["X-Request-ID"] = request_id
+                for name, value in SECURITY_HEADERS.items():
+                    sent[name] = value
+            elif is_head and message["type"] == "http.response.body":
+                message = {**message, "body": b""}
+            await send(message)
+
+        self._metrics.in_flight.inc()
+        try:
+            try:
+                if not is_open(path) and not is_allowed(headers, self._keys):
+                    raise ServeError("unauthorized", "expected an API key: send Authorization: Bearer KEY or X-API-Key")
+                await self._app(scope, receive, send_with_headers)
+            except ServeError as error:
+                await _answer(error, Request(scope), receive, send_with_headers)
+            except (ClientDisconnect, asyncio.CancelledError):
+                state["outcome"] = "cancelled"
+                raise
+            except Exception as error:
+                log_bug(request_id, error)
+                if has_started:  # too late for another answer: the connection breaks off
+                    state["outcome"] = "internal"
+                    raise ConnectionAbortedError from None
+                hidden = ServeError("internal", "the service failed; its log tells why under the request's id")
+                await _answer(hidden, Request(scope), receive, send_with_headers)
+        except ClientDisconnect:
+            pass
+        finally:
+            self._metrics.in_flight.dec()
+            self._metrics.finished(self._route(path), state["outcome"], time.monotonic() - started_s)
+
+    def _route(self, path: str) -> str:
+        if path in self._routes:
+            return path
+        return "/static" if path.startswith("/static/") else "other"
+
+
+async def on_http_exception(request: Request, error: Exception) -> Response:
+    """Starlette's own errors (no such path, no such method) in our form."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == 405:
+        allowed = [method.strip() for method in (error.headers or {}).get("Allow", "GET").split(",")]
+        allowed += ["HEAD"] if "GET" in allowed and "HEAD" not in allowed else []
+        methods = ", ".join(sorted(allowed))
+        response = error_response(request, ServeError("method_not_allowed", f"expected {methods}"))
+        response.headers["Allow"] = methods
+        return response
+    if error.status_code == 404:
+        return error_response(request, ServeError("not_found", "no such path: GET /docs lists what there is"))
+    raise error
+
+
+def error_response(request: Request, error: ServeError) -> Response:
+    """The answer to a request that failed."""
+    request.state.outcome = error.type
+    detail = {"type": error.type, "message": error.message, "request_id": request.state.request_id}
+    response = Response(json.dumps({"error": detail}), error.status, media_type="application/json")
+    if error.status in (503, 429):
+        response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s or 1)))
+    if error.status == 401:
+        response.headers["WWW-Authenticate"] = "Bearer"
+    return response
+
+
+def log_bug(request_id: str, error: BaseException) -> None:
+    """Where it happened, but not the exception's words, which may hold a part of the request."""
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    logger.error("request %s failed: %s\n%s", request_id, type(error).__qualname__, frames)
+
+
+async def _answer(error: ServeError, request: Request, receive: Receive, send: Send) -> None:
+    await error_response(request, error)(request.scope, receive, send)

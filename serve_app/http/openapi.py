@@ -1,0 +1,239 @@
+"""The API's description: every body, answer and error, with examples that work when they are sent."""
+
+from __future__ import annotations
+
+import base64
+from functools import cache
+from typing import Any
+
+import cv2
+import numpy as np
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+from starlette.responses import PlainTextResponse
+
+from serve_app.http.auth import is_open
+from serve_app.http.body import MAX_JSON_BYTES
+from serve_app.http.errors import STATUS_OF
+from serve_app.http.schemas import (
+    AdapterList,
+    ErrorResponse,
+    ImageResponse,
+    ImageUpload,
+    SegmentRequest,
+    SegmentResponse,
+    Status,
+)
+from serve_app.settings import Limits
+
+TITLE = "sam3lora"
+_ABOUT = (
+    "SAM 3 with many LoRA adapters over one base model: name what to find, get masks. "
+    "Errors are JSON with a `type` for programs and a `message` for people; every answer carries `X-Request-ID`."
+)
+_REF = "#/components/schemas/{}"
+_COMMON = ("unauthorized", "internal")
+_BODY = (
+    "malformed_body",
+    "body_too_large",
+    "image_too_large",
+    "unsupported_media_type",
+    "unsupported_image",
+    "invalid_request",
+    "invalid_image",
+    "too_many_requests",
+    "overloaded",
+    "out_of_memory",
+    "replica_failed",
+    "not_ready",
+    "timeout",
+)
+_SEGMENT = (*_BODY, "adapter_not_found", "image_not_found", "invalid_prompt", "invalid_box", "invalid_adapter")
+_RAW_TYPES = ("image/jpeg", "image/png", "application/octet-stream")
+
+
+def operation(name: str) -> dict[str, Any]:
+    """Keyword arguments of `add_api_route` that describe a route."""
+    return {"operation_id": name, "response_model": None, **_operations()[name]}
+
+
+def describe(api: FastAPI, limits: Limits) -> None:
+    """Have `/openapi.json` tell the request models, the limits in force and how to give a key."""
+
+    @cache
+    def openapi() -> dict[str, Any]:
+        document = get_openapi(title=api.title, version=api.version, description=_ABOUT, routes=api.routes)
+        models = [(model, "validation") for model in (SegmentRequest, ImageUpload)]
+        _, schemas = models_json_schema(models, ref_template=_REF.replace("{}", "{model}"))  # type: ignore[arg-type]
+        components = document.setdefault("components", {})
+        components.setdefault("schemas", {}).update(schemas["$defs"])
+        _write_limits(components["schemas"]["SegmentRequest"]["properties"], limits)
+        components["securitySchemes"] = {
+            "bearer": {"type": "http", "scheme": "bearer"},
+            "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+        }
+        for path, methods in document["paths"].items():
+            for method in methods.values():
+                if not is_open(path):
+                    method["security"] = [{"bearer": []}, {"key": []}, {}]
+        return document
+
+    api.openapi = openapi  # type: ignore[method-assign]
+
+
+def sample_png() -> bytes:
+    """A dark disc on a light ground, 64 x 64."""
+    image = np.full((64, 64, 3), 200, np.uint8)
+    cv2.circle(image, (36, 30), 14, (40, 40, 160), -1)
+    return cv2.imencode(".png", image)[1].tobytes()
+
+
+def _operations() -> dict[str, dict[str, Any]]:
+    return {
+        "segment": {
+            "summary": "Find what prompts or boxes name",
+            "description": "Multipart is the fastest for files; an uploaded image (`image_id`) costs the least.",
+            "responses": _responses(_SEGMENT, SegmentResponse, _segment_example()),
+            "openapi_extra": {"parameters": [_request_id_parameter()], "requestBody": _segment_body()},
+        },
+        "images": {
+            "summary": "Keep an image ready",
+            "description": "For several questions about one image: it is sent and encoded once. Replicas keep the "
+            "images that are asked most recently; one that is forgotten answers 404 `image_not_found`.",
+            "responses": _responses(
+                _BODY,
+                ImageResponse,
+                {
+                    "request_id": "a1",
+                    "image_id": "img_" + 64 * "0",
+                    "width": 64,
+                    "height": 64,
+                    "timing_ms": {"total": 9.1},
+                },
+            ),
+            "openapi_extra": {"parameters": [_request_id_parameter()], "requestBody": _image_body()},
+        },
+        "adapters": {"summary": "Adapters that can be asked", "responses": _responses(("not_ready",), AdapterList)},
+        "healthz": {"summary": "Whether the process answers", "responses": _responses((), Status, {"status": "ok"})},
+        "readyz": {
+            "summary": "Whether a segmenter can answer",
+            "responses": _responses(("not_ready",), Status, {"status": "ready"}),
+        },
+        "metrics": {
+            "summary": "Prometheus metrics of all replicas",
+            "responses": _responses(()),
+            "response_class": PlainTextResponse,
+        },
+    }
+
+
+def _responses(types: tuple[str, ...], model: type[BaseModel] | None = None, example: Any = None) -> dict[Any, Any]:
+    headers = {"X-Request-ID": {"schema": {"type": "string"}, "description": "The client's, or one that was made."}}
+    good: dict[str, Any] = {"description": "Done", "headers": headers}
+    if model is not None:
+        good["model"] = model
+    if example is not None:
+        good["content"] = {"application/json": {"example": example}}
+    found: dict[Any, Any] = {200: good}
+    for type in (*types, *_COMMON):
+        status = STATUS_OF[type]
+        entry = found.setdefault(
+            status,
+            {"model": ErrorResponse, "headers": dict(headers), "content": {"application/json": {"examples": {}}}},
+        )
+        detail = {"type": type, "message": "what was expected, what came, what to do", "request_id": "a1"}
+        examples = entry["content"]["application/json"]["examples"]
+        examples[type] = {"value": {"error": detail}}
+        entry["description"] = " / ".join(examples)
+        if status in (429, 503):
+            entry["headers"]["Retry-After"] = {"schema": {"type": "integer", "minimum": 1}, "description": "Seconds."}
+    return found
+
+
+def _segment_body() -> dict[str, Any]:
+    ask = {"prompts": ["red disc"], "threshold": 0.3}
+    boxes = {"boxes": [{"xyxy": [22, 16, 50, 44], "label": 1}], "masks": "polygon", "threshold": 0.3}
+    request = {"$ref": _REF.format("SegmentRequest")}
+    encoded = base64.b64encode(sample_png()).decode()
+    raw = {
+        "schema": {"type": "string", "format": "binary"},
+        "x-query": "the fields of SegmentRequest as query parameters: prompts=a&prompts=b&boxes=x0,y0,x1,y1,label",
+    }
+    return {
+        "required": True,
+        "description": "Multipart, JSON, or a raw image with the request in query parameters. JSON has at most "
+        f"{MAX_JSON_BYTES} bytes besides image_base64.",
+        "content": {
+            "application/json": {
+                "schema": request,
+                "examples": {
+                    "prompts": {"summary": "By name", "value": ask | {"image_base64": encoded}},
+                    "boxes": {"summary": "By a box", "value": boxes | {"image_base64": encoded}},
+                },
+            },
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["image"],
+                    "properties": {"image": {"type": "string", "format": "binary"}, "request": request},
+                    "additionalProperties": False,
+                },
+                "encoding": {"request": {"contentType": "application/json"}},
+            },
+            **dict.fromkeys(_RAW_TYPES, raw),
+        },
+    }
+
+
+def _image_body() -> dict[str, Any]:
+    binary = {"type": "string", "format": "binary"}
+    encoded = base64.b64encode(sample_png()).decode()
+    return {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {"$ref": _REF.format("ImageUpload")},
+                "examples": {"image": {"summary": "A small image", "value": {"image_base64": encoded}}},
+            },
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["image"],
+                    "properties": {"image": binary},
+                    "additionalProperties": False,
+                }
+            },
+            **{kind: {"schema": binary} for kind in _RAW_TYPES},
+        },
+    }
+
+
+def _request_id_parameter() -> dict[str, Any]:
+    return {
+        "name": "X-Request-ID",
+        "in": "header",
+        "required": False,
+        "schema": {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,64}$"},
+        "description": "Returned with the answer; one is made if it is missing or of another form.",
+    }
+
+
+def _segment_example() -> dict[str, Any]:
+    mask = {"size": [64, 64], "counts": "ed02n1000000001O000000000000000000000000"}
+    found = {"score": 0.87, "box_xyxy": [22.0, 16.0, 50.0, 44.0], "area_px": 613, "mask": mask}
+    return {
+        "request_id": "a1",
+        "image": {"width": 64, "height": 64},
+        "adapter": None,
+        "results": [{"prompt": "red disc", "presence": 0.98, "num_detections": 1, "detections": [found]}],
+        "timing_ms": {"body": 0.2, "check": 0.3, "forward": 8.1, "total": 10.4},
+    }
+
+
+def _write_limits(properties: dict[str, Any], limits: Limits) -> None:
+    properties["prompts"]["maxItems"] = limits.max_prompts
+    properties["prompts"]["items"] |= {"minLength": 1, "maxLength": limits.max_prompt_chars}
+    properties["boxes"]["maxItems"] = limits.max_boxes
+    properties["max_detections"]["maximum"] = limits.max_detections

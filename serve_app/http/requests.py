@@ -1,0 +1,115 @@
+"""From what came to a checked question."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+from dataclasses import dataclass
+
+from sam3lora.engine.detections import BoxPrompt, PostProcessing
+from serve_app.calls import ImageFile, SegmentCall
+from serve_app.http.body import Received
+from serve_app.http.errors import ServeError
+from serve_app.http.image_header import ImageHeader, read_header
+from serve_app.http.schemas import ImageUpload, SegmentRequest, check, check_boxes, check_prompts
+from serve_app.settings import Limits
+
+IMAGE_ID_PREFIX = "img_"
+
+
+@dataclass(frozen=True)
+class CheckedImage:
+    """An image whose header was read."""
+
+    file: ImageFile
+    header: ImageHeader
+
+
+def check_segment(received: Received, limits: Limits) -> tuple[SegmentRequest, ImageFile]:
+    """The request and its image; reads image headers and hashes images, which takes milliseconds: for a thread.
+
+    Raises:
+        ServeError: The first thing that is wrong.
+    """
+    request: SegmentRequest = check(SegmentRequest, received.fields, strict=not received.is_text)
+    check_prompts(request.prompts, max_prompts=limits.max_prompts, max_chars=limits.max_prompt_chars)
+    check_boxes(request.boxes, max_boxes=limits.max_boxes, size_hw=None)
+    if not request.prompts and not any(box.label for box in request.boxes):
+        raise ServeError("invalid_request", "nothing to look for: expected prompts, or a box with label 1")
+    if request.max_detections > limits.max_detections:
+        raise ServeError("invalid_request", f"max_detections must be at most {limits.max_detections}")
+    if not request.merge and "merge_iou" in request.model_fields_set:
+        raise ServeError("invalid_request", "merge_iou acts with merge true only")
+    if request.merge and request.masks == "none":
+        raise ServeError("invalid_request", 'merge needs masks: expected masks other than "none", or merge false')
+
+    sources = [received.image, request.image_base64, request.image_id]
+    if sum(source is not None for source in sources) != 1:
+        raise ServeError(
+            "invalid_request", "expected one image: a file, image_base64 or image_id, and only one of them"
+        )
+    if request.image_id is not None:
+        return request, ImageFile(request.image_id.removeprefix(IMAGE_ID_PREFIX))
+    data = received.image if received.image is not None else decode_base64(request.image_base64 or "")
+    image = check_image(data, limits)
+    check_boxes(request.boxes, max_boxes=limits.max_boxes, size_hw=image.header.size_hw)
+    return request, image.file
+
+
+def check_upload(received: Received, limits: Limits) -> CheckedImage:
+    """The image of an upload.
+
+    Raises:
+        ServeError: There is none, or it is not taken.
+    """
+    if received.image is not None:
+        if received.fields:
+            raise ServeError("invalid_request", "expected an image alone: prompts are asked with POST /v1/segment")
+        return check_image(received.image, limits)
+    upload: ImageUpload = check(ImageUpload, received.fields)
+    return check_image(decode_base64(upload.image_base64), limits)
+
+
+def check_image(data: bytes, limits: Limits) -> CheckedImage:
+    """An image file by its header."""
+    header = read_header(data, formats=limits.image_formats, max_megapixels=limits.max_megapixels)
+    return CheckedImage(ImageFile(hashlib.sha256(data).hexdigest(), data), header)
+
+
+def decode_base64(text: str) -> bytes:
+    """Standard base64, also behind `data:...;base64,`.
+
+    Raises:
+        ServeError: `malformed_body`.
+    """
+    head, comma, _ = text[:200].partition(",")
+    if comma and head.startswith("data:"):
+        if not head.endswith(";base64"):
+            raise ServeError("malformed_body", "image_base64 is a data address without ;base64")
+        text = text[len(head) + 1 :]
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise ServeError("malformed_body", "image_base64 is no standard base64 (A-Z a-z 0-9 + / =)") from None
+
+
+def to_call(request: SegmentRequest, image: ImageFile, timeout_s: float) -> SegmentCall:
+    """What the segmenter is asked."""
+    return SegmentCall(
+        image=image,
+        prompts=tuple(request.prompts),
+        boxes=tuple(
+            BoxPrompt((box.xyxy[0], box.xyxy[1], box.xyxy[2], box.xyxy[3]), box.label) for box in request.boxes
+        ),
+        adapter=request.adapter,
+        post=PostProcessing(
+            threshold=request.threshold,
+            nms_iou=request.nms_iou,
+            merge=request.merge,
+            merge_iou=request.merge_iou,
+            max_detections=request.max_detections,
+        ),
+        masks=request.masks != "none",
+        timeout_s=timeout_s,
+    )

@@ -1,0 +1,1 @@
+"""The model side of the service: batches, adapters in slots, masks."""

@@ -1,0 +1,307 @@
+"""Batches without timers: what arrives while the model is busy goes into its next forward pass together."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+from sam3lora.engine.device_errors import is_out_of_memory
+from serve_app.http.errors import ServeError
+from serve_app.replica.model_thread import ModelThread
+
+logger = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_RECENT = 0.2  # weight of the newest batch in the running mean of seconds per item
+
+
+class BatchObserver(Protocol):
+    """Who wants to know how batches go."""
+
+    def batch_started(self, rows: int, waited_s: Sequence[float]) -> None: ...
+
+    def batch_finished(self, seconds: float) -> None: ...
+
+    def out_of_memory(self) -> None: ...
+
+
+class Outcome(NamedTuple, Generic[Result]):
+    """The result of one item, how long it waited and how long the batch that it was in ran."""
+
+    result: Result
+    waited_s: float
+    ran_s: float
+
+
+@dataclass(eq=False)
+class _Waiting(Generic[Item, Result]):
+    item: Item
+    rows: int
+    deadline: float
+    future: asyncio.Future[Outcome[Result]]
+    since: float = field(default_factory=time.monotonic)
+
+
+@dataclass(eq=False)
+class _Job:
+    run: Callable[[], Any]
+    future: asyncio.Future[Any]
+
+
+class Batcher(Generic[Item, Result]):
+    """A queue before the one thread that may touch the model. Belongs to one event loop.
+
+    Args:
+        run: Computes a batch in the model thread: a result or an exception for each item. What it raises goes to every
+            item, except when memory runs out: then the batch is tried again in halves. An error of the device must be
+            raised: nothing is run after it.
+        max_rows: Most rows of a batch; a larger item is a batch of its own.
+        max_queued: Items that may wait.
+        overload_type: Type of the `ServeError` for one item more.
+        free_memory: Called in the model thread before an attempt after memory ran out.
+        observer: Told about batches.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[list[Item]], Sequence[Result | Exception]],
+        *,
+        max_rows: int,
+        max_queued: int,
+        overload_type: str = "overloaded",
+        free_memory: Callable[[], None] = lambda: None,
+        observer: BatchObserver | None = None,
+    ) -> None:
+        self._run = run
+        self._max_rows = max_rows
+        self._max_queued = max_queued
+        self._overload_type = overload_type
+        self._free_memory = free_memory
+        self._observer = observer
+        self._thread = ModelThread()
+        self._waiting: deque[_Waiting[Item, Result]] = deque()
+        self._jobs: deque[_Job] = deque()
+        self._draining: asyncio.Task[None] | None = None
+        self._closed = False
+        self._paused = False
+        self._seconds_per_item = 0.0
+
+    @property
+    def queue_length(self) -> int:
+        """Items that wait for the model."""
+        return len(self._waiting)
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds since the model thread began what it is doing; 0 when it is idle."""
+        return self._thread.busy_s
+
+    @property
+    def device_error(self) -> Exception | None:
+        """What made the device useless for this process, such as a failed CUDA kernel."""
+        return self._thread.device_error
+
+    def pause(self) -> None:
+        """Begin no batch until `resume`; other work in the model thread goes on."""
+        self._paused = True
+
+    def resume(self) -> None:
+        """Go on with what waits."""
+        self._paused = False
+        if self._waiting:
+            self._start_draining()
+
+    def check_room(self, coming: int = 0) -> None:
+        """Whether one more item may wait, when `coming` others are about to.
+
+        Raises:
+            ServeError: The queue is full or closed, or the device failed.
+        """
+        self._check_alive()
+        waiting = len(self._waiting) + coming
+        if waiting >= self._max_queued:
+            raise ServeError(
+                self._overload_type,
+                f"{waiting} requests wait for the model, which is the most that may: try again later",
+                self._retry_after_s(waiting),
+            )
+
+    async def submit(self, item: Item, *, rows: int, timeout_s: float) -> Outcome[Result]:
+        """Wait for the item's turn and its result; an item whose caller is cancelled is not computed.
+
+        Raises:
+            ServeError: The queue is full or closed, the time is up, the device failed, or memory ran out for this item
+                alone.
+            Exception: What `run` gave for the item.
+        """
+        self.check_room()
+        future: asyncio.Future[Outcome[Result]] = asyncio.get_running_loop().create_future()
+        waiting: _Waiting[Item, Result] = _Waiting(item, rows, time.monotonic() + timeout_s, future)
+        self._waiting.append(waiting)
+        self._start_draining()
+        try:
+            async with asyncio.timeout(timeout_s) as limit:
+                return await waiting.future
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise _too_late() from None
+        finally:
+            if waiting in self._waiting:
+                self._waiting.remove(waiting)
+
+    async def run_in_model_thread(self, fn: Callable[[], Any]) -> Any:
+        """Run `fn` between two batches, ahead of those that wait; once more if memory runs out."""
+        self._check_alive(closing=self._draining is None)
+        job = _Job(fn, asyncio.get_running_loop().create_future())
+        self._jobs.append(job)
+        self._start_draining()
+        return await job.future
+
+    def run_at_start(self, fn: Callable[[], Any]) -> Any:
+        """Run `fn` in the model thread and block until it is done; before anything is submitted."""
+        return self._thread.run_at_start(fn)
+
+    async def close(self) -> None:
+        """Refuse what comes, finish what waits."""
+        self._closed = True
+        self.resume()
+        while self._draining is not None:
+            await asyncio.wait([self._draining])
+        self.stop()
+
+    def stop(self) -> None:
+        """Let the model thread end after what it is doing."""
+        self._closed = True
+        self._thread.stop()
+
+    def _check_alive(self, closing: bool = True) -> None:
+        if self.device_error is not None:
+            raise ServeError("replica_failed", "the device of this replica failed: send the request again", 2.0)
+        if self._closed and closing:
+            raise ServeError("not_ready", "this replica is shutting down: send the request again", 1.0)
+
+    def _retry_after_s(self, waiting: int) -> float:
+        return max(1.0, waiting * self._seconds_per_item)
+
+    def _start_draining(self) -> None:
+        if self._draining is None:
+            self._draining = asyncio.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        try:
+            while self._jobs or (self._waiting and not self._paused):
+                if self._jobs:
+                    await self._do(self._jobs.popleft())
+                elif batch := self._next_batch():
+                    await self._compute(batch)
+                    await asyncio.sleep(0)  # who has its result now may pause the next batch
+        finally:
+            self._draining = None
+
+    async def _do(self, job: _Job) -> None:
+        if job.future.cancelled():
+            return
+        try:
+            result = await self._thread.run(lambda: self._run_or_free(job.run))
+        except Exception as error:
+            if not job.future.done():
+                job.future.set_exception(error)
+        else:
+            if not job.future.done():
+                job.future.set_result(result)
+
+    def _next_batch(self) -> list[_Waiting[Item, Result]]:
+        """From the front of the queue, in order, as many as fit."""
+        batch: list[_Waiting[Item, Result]] = []
+        rows = 0
+        while self._waiting and (not batch or rows + self._waiting[0].rows <= self._max_rows):
+            waiting = self._waiting.popleft()
+            if waiting.future.done():
+                continue
+            if waiting.deadline <= time.monotonic():
+                waiting.future.set_exception(_too_late())
+                continue
+            batch.append(waiting)
+            rows += waiting.rows
+        return batch
+
+    async def _compute(self, batch: list[_Waiting[Item, Result]]) -> None:
+        started = time.monotonic()
+        waited_s = [started - waiting.since for waiting in batch]
+        if self._observer is not None:
+            self._observer.batch_started(sum(waiting.rows for waiting in batch), waited_s)
+        results: Sequence[Result | Exception]
+        try:
+            results = await self._thread.run(lambda: self._run_or_halve([waiting.item for waiting in batch]))
+        except Exception as error:
+            results = [error] * len(batch)
+        ran_s = time.monotonic() - started
+        per_item = ran_s / len(batch)
+        self._seconds_per_item += (per_item - self._seconds_per_item) * (_RECENT if self._seconds_per_item else 1.0)
+        if self._observer is not None:
+            self._observer.batch_finished(ran_s)
+        for waiting, result, seconds in zip(batch, results, waited_s, strict=True):
+            if waiting.future.done():
+                continue
+            if isinstance(result, Exception):
+                waiting.future.set_exception(result)
+            else:
+                waiting.future.set_result(Outcome(result, seconds, ran_s))
+
+    def _run_or_free(self, fn: Callable[[], Any]) -> Any:
+        """In the model thread. A second attempt if memory runs out, with all that can be had."""
+        try:
+            return fn()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        self._make_room("work beside the batches")
+        return fn()
+
+    def _make_room(self, wanted_for: str) -> None:
+        if self._observer is not None:
+            self._observer.out_of_memory()
+        logger.warning("out of memory with %s: caches are emptied", wanted_for)
+        self._free_memory()
+
+    def _run_or_halve(self, items: list[Item]) -> Sequence[Result | Exception]:
+        """In the model thread. A single item gets a second attempt, with all the memory that can be had."""
+        results = self._attempt(items)
+        if results is not None:
+            return results
+        self._make_room(f"{len(items)} requests in a batch")
+        if len(items) > 1:
+            half = len(items) // 2
+            return [*self._run_or_halve(items[:half]), *self._run_or_halve(items[half:])]
+        results = self._attempt(items)
+        if results is not None:
+            return results
+        message = "memory ran out for this request alone: ask with fewer prompts or lower max_detections"
+        return [ServeError("out_of_memory", message, self._retry_after_s(len(self._waiting)))]
+
+    def _attempt(self, items: list[Item]) -> Sequence[Result | Exception] | None:
+        """None when memory ran out; the exception, whose traceback holds tensors, is gone by then."""
+        if self.device_error is not None:
+            return [self.device_error] * len(items)
+        try:
+            results = self._run(items)
+            if len(results) != len(items):
+                raise RuntimeError(f"expected {len(items)} results of a batch, got {len(results)}")
+            return results
+        except Exception as error:
+            if is_out_of_memory(error):
+                return None
+            self._thread.note(error)
+            return [error] * len(items)
+
+
+def _too_late() -> ServeError:
+    return ServeError("timeout", "the time for this request is up: try again, or ask for less at once", 1.0)

@@ -1,0 +1,54 @@
+"""The one thread that may touch the model, and what became of the device."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from sam3lora.engine.device_errors import is_device_error
+
+logger = logging.getLogger(__name__)
+
+
+class ModelThread:
+    """Runs one function at a time, and remembers the error that made the device useless for this process."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._busy_since: float | None = None
+        self.device_error: Exception | None = None
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds since the thread began what it is doing; 0 when it is idle."""
+        since = self._busy_since
+        return 0.0 if since is None else time.monotonic() - since
+
+    async def run(self, fn: Callable[[], Any]) -> Any:
+        """What `fn` returns or raises."""
+        self._busy_since = time.monotonic()
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, fn)
+        except Exception as error:
+            self.note(error)
+            raise
+        finally:
+            self._busy_since = None
+
+    def run_at_start(self, fn: Callable[[], Any]) -> Any:
+        """Block until `fn` is done."""
+        return self._thread.submit(fn).result()
+
+    def note(self, error: Exception) -> None:
+        """Of an error that is not raised to `run`. From any thread."""
+        if self.device_error is None and is_device_error(error):
+            logger.error("the device failed with %s: %s", type(error).__name__, error)
+            self.device_error = error
+
+    def stop(self) -> None:
+        """Let the thread end after what it is doing."""
+        self._thread.shutdown(wait=False)

@@ -1,0 +1,301 @@
+"""A replica of the model: a call goes through decoding, the adapter's slot, the queue, a forward pass and encoding."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import time
+import traceback
+from collections.abc import Awaitable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, contextmanager
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary
+
+import torch
+
+from sam3lora.engine.device_errors import is_device_error, is_out_of_memory
+from sam3lora.engine.engine import Answer, MixedBatchSegmenter, Question
+from sam3lora.engine.feature_cache import PreparedImage
+from sam3lora.engine.segmenter import relative_cxcywh
+from sam3lora.errors import UserError
+from serve_app.calls import AdapterInfo, ImageFile, ImageReply, SegmentCall, SegmentReply
+from serve_app.http.errors import ServeError
+from serve_app.http.refusals import refuse_as
+from serve_app.metrics import ReplicaMetrics, StageClock
+from serve_app.replica.adapter_store import AdapterStore
+from serve_app.replica.batcher import Batcher
+from serve_app.replica.mask_encoder import MaskEncoder
+from serve_app.replica.shared_calls import SharedCalls
+from serve_app.settings import AdapterSettings, ServeSettings
+
+logger = logging.getLogger(__name__)
+
+STUCK_AFTER_S = 120.0
+
+T = TypeVar("T")
+
+
+class Segmenter:
+    """The deployment's class: `__init__` returns when the model is warm, all else runs on one event loop.
+
+    What a user should hear of comes back as a `ServeError` and is never raised: Ray would log it with its arguments.
+
+    Args:
+        settings: Of the service.
+        engine: The model side; made from the settings unless given.
+    """
+
+    def __init__(self, settings: ServeSettings, *, engine: MixedBatchSegmenter | None = None) -> None:
+        limits = settings.limits
+        self._limits = limits
+        self._ongoing = 0
+        self._preparing = 0
+        self._idle = asyncio.Event()
+        self._closing = False
+        self._metrics = ReplicaMetrics(
+            engine_counters=lambda: self._engine.counters,
+            queue_length=lambda: self._batcher.queue_length + self._preparing,
+            resident_adapters=lambda: self._store.num_resident,
+        )
+        self._batcher: Batcher[Question | PreparedImage, Answer | PreparedImage] = Batcher(
+            self._run_batch,
+            max_rows=settings.batching.max_rows,
+            max_queued=limits.max_queued,
+            overload_type="too_many_requests" if limits.overload_status == 429 else "overloaded",
+            free_memory=lambda: self._engine.drop_features(),
+            observer=self._metrics,
+        )
+        threads = min(8, max(2, os.cpu_count() or 2))
+        self._decoders = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        self._decoding: SharedCalls[PreparedImage] = SharedCalls(self._decoders)
+        self._prepared: WeakValueDictionary[str, PreparedImage] = WeakValueDictionary()
+        self._engine = engine or self._batcher.run_at_start(lambda: _build_engine(settings))
+        self._encoder = MaskEncoder(
+            self._engine.finish, threads=threads, pause=self._batcher.pause, resume=self._batcher.resume
+        )
+        self._store = AdapterStore(
+            self._engine,
+            self._batcher.run_in_model_thread,
+            settings.adapters,
+            num_slots=settings.max_resident_adapters,
+            observer=self._metrics,
+        )
+        self._batcher.run_at_start(self._engine.warm_up)
+        logger.info(
+            "segmenter is ready: model %s on %s, %s, %d pixels",
+            settings.model,
+            self._engine.device,
+            self._engine.precision,
+            self._engine.resolution,
+        )
+
+    async def segment(self, call: SegmentCall) -> SegmentReply | ServeError:
+        """Answer one request."""
+        return await self._answered(self._segment(call))
+
+    async def keep_image(self, image: ImageFile, timeout_s: float = 30.0) -> ImageReply | ServeError:
+        """Embed an image, so that later calls may name it by its key alone."""
+        return await self._answered(self._keep(image, timeout_s))
+
+    async def list_adapters(self) -> list[AdapterInfo]:
+        """All adapters that may be asked for, sorted by id; `resident` is meant of this replica."""
+        return await self._store.list()
+
+    async def metrics_text(self) -> str:
+        """Prometheus exposition text of this replica."""
+        return self._metrics.text()
+
+    async def named_metrics(self) -> tuple[str, str]:
+        """A name that no other replica has, and `metrics_text`."""
+        return f"{socket.gethostname()}-{os.getpid()}", self._metrics.text()
+
+    async def ready(self) -> bool:
+        """Whether calls are taken."""
+        return not self._closing
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Serve calls it with the fields of `AdapterSettings`, before the first request and at each change.
+
+        Returns when what is to be preloaded is loaded.
+
+        Raises:
+            pydantic.ValidationError: These are no such settings; the earlier ones stay.
+        """
+        settings = AdapterSettings.model_validate(user_config)
+        self._store.reconfigure(settings)
+        await self._store.preload(settings.preload)
+
+    def check_health(self) -> None:
+        """Serve calls it from time to time, and replaces a replica that raises.
+
+        Raises:
+            RuntimeError: The device failed, or the model thread has not come back for very long.
+        """
+        if self._batcher.device_error is not None:
+            raise RuntimeError(f"the device failed: {type(self._batcher.device_error).__name__}")
+        stuck_after_s = max(STUCK_AFTER_S, 4 * self._limits.timeout_s)
+        if self._batcher.busy_s > stuck_after_s:
+            raise RuntimeError(f"the model has been busy with one batch for more than {stuck_after_s:.0f} s")
+
+    async def close(self) -> None:
+        """Finish what came and refuse what comes."""
+        self._closing = True
+        while self._ongoing:
+            self._idle.clear()
+            await self._idle.wait()
+        await self._batcher.close()
+        self._stop()
+
+    def __del__(self) -> None:
+        """Serve calls it when the last request is answered."""
+        if hasattr(self, "_store"):
+            self._batcher.stop()
+            self._stop()
+
+    def _stop(self) -> None:
+        self._store.close()
+        self._decoders.shutdown(wait=False, cancel_futures=True)
+        self._encoder.close()
+
+    async def _answered(self, work: Awaitable[T]) -> T | ServeError:
+        """The only place where an exception becomes an answer."""
+        self._ongoing += 1
+        try:
+            return await work
+        except ServeError as error:
+            return error.with_traceback(None)  # a value; its frames hold the call
+        except UserError as error:  # of the model side; boxes, images and adapters were checked before
+            return ServeError("invalid_prompt", str(error))
+        except Exception as error:
+            if is_out_of_memory(error):
+                return ServeError("out_of_memory", "memory ran out: try again later", 1.0)
+            _log(error)
+            if is_device_error(error):
+                return ServeError("replica_failed", "the device of this replica failed: send the request again", 2.0)
+            return ServeError("internal", "this request failed for a reason that is not its own; it was logged")
+        finally:
+            self._ongoing -= 1
+            if not self._ongoing:
+                self._idle.set()
+
+    async def _segment(self, call: SegmentCall) -> SegmentReply:
+        deadline = time.monotonic() + call.timeout_s
+        clock = StageClock()
+        async with AsyncExitStack() as held:
+            with self._place_in_queue():
+                image = await self._image(call.image, deadline)
+                with refuse_as("invalid_box"):
+                    for box in call.boxes:
+                        relative_cxcywh(box, image.size_hw)
+                clock.lap("decode")
+                slot = await held.enter_async_context(self._store.hold(call.adapter, deadline - time.monotonic()))
+                clock.lap("adapter")
+            question = Question(image, call.prompts, call.boxes, slot, call.post, call.masks)
+            outcome = await self._batcher.submit(
+                question, rows=question.num_rows, timeout_s=deadline - time.monotonic()
+            )
+        clock.set("queue", outcome.waited_s)
+        clock.set("forward", outcome.ran_s)
+        assert isinstance(outcome.result, Answer)
+        if call.masks:
+            results = await self._encoder.encode(outcome.result, deadline)
+        else:
+            results = self._engine.finish(outcome.result)
+        clock.lap("masks")
+        self._metrics.stages(clock.timing_ms)
+        return SegmentReply(image.size_hw, results, clock.timing_ms)
+
+    async def _keep(self, file: ImageFile, timeout_s: float) -> ImageReply:
+        if known := self._engine.cached_image(file.key):
+            return ImageReply(file.key, known.size_hw, cached=True)
+        deadline = time.monotonic() + timeout_s
+        with self._place_in_queue():
+            image = await self._image(file, deadline)
+        await self._batcher.submit(image, rows=1, timeout_s=deadline - time.monotonic())
+        return ImageReply(file.key, image.size_hw, cached=False)
+
+    @contextmanager
+    def _place_in_queue(self) -> Iterator[None]:
+        """Who gets ready or has masks to be encoded counts as waiting: too many are refused before anything is done.
+
+        Raises:
+            ServeError: There is no room.
+        """
+        if self._closing:
+            raise ServeError("not_ready", "this replica is shutting down: send the request again", 1.0)
+        self._batcher.check_room(coming=self._preparing + self._encoder.num_answers)
+        self._preparing += 1
+        try:
+            yield
+        finally:
+            self._preparing -= 1
+
+    async def _image(self, file: ImageFile, deadline: float) -> PreparedImage:
+        """Decoded once, for all requests that come with it while one of them is waiting or it is in the cache."""
+        known = self._engine.cached_image(file.key) or self._prepared.get(file.key)
+        if known is not None:
+            return known
+        data = file.data
+        if data is None:
+            raise ServeError("image_not_found", "this image is not kept here: upload it again with POST /v1/images")
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()) as limit:
+                image = await self._decoding.run(file.key, lambda: self._decode(data, file.key))
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise ServeError("timeout", "the image was not decoded in time: try again", 1.0) from None
+        return self._prepared.setdefault(file.key, image)
+
+    def _decode(self, data: bytes, key: str) -> PreparedImage:
+        with refuse_as("invalid_image"):
+            return self._engine.prepare_image(data, key, max_megapixels=self._limits.max_megapixels)
+
+    def _run_batch(self, items: list[Question | PreparedImage]) -> list[Answer | PreparedImage | Exception]:
+        """In the model thread."""
+        results: list[Answer | PreparedImage | Exception | None] = [
+            self._keep_now(item) if isinstance(item, PreparedImage) else None for item in items
+        ]
+        answers = iter(self._engine.answer([item for item in items if isinstance(item, Question)]))
+        return [next(answers) if result is None else result for result in results]
+
+    def _keep_now(self, image: PreparedImage) -> PreparedImage | Exception:
+        try:
+            self._engine.keep_image(image)
+        except Exception as error:
+            if is_out_of_memory(error) or is_device_error(error):
+                raise
+            return error
+        return image
+
+
+def _build_engine(settings: ServeSettings) -> MixedBatchSegmenter:
+    if settings.torch_threads is not None:
+        torch.set_num_threads(settings.torch_threads)
+    return MixedBatchSegmenter(
+        settings.model,
+        revision=settings.revision,
+        resolution=settings.resolution,
+        precision=settings.precision,
+        num_slots=settings.max_resident_adapters,
+        max_rank=settings.max_adapter_rank,
+        image_cache_bytes=settings.caches.images_mb * 2**20,
+        max_cached_prompts=settings.caches.prompts,
+        max_rows=settings.batching.max_rows,
+        max_images=settings.batching.max_images,
+        compile_vision=settings.compile_vision,
+        local_files_only=settings.local_files_only,
+    )
+
+
+def _log(error: Exception) -> None:
+    """With the lines of code it passed, without its message, which may hold what a client sent.
+
+    Those of torch name shapes and devices and are kept.
+    """
+    message = f": {error}" if isinstance(error, RuntimeError) else ""
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    logger.error("a request failed with %s%s\n%s", type(error).__name__, message, frames)

@@ -1,0 +1,118 @@
+"""Weighted average precision: pycocotools' numbers with weights of 1, and those of a repeated data set with others."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from pycocotools import mask as coco_mask
+
+from sam3lora.evaluation.metrics.average_precision import average_precision, category_detections
+from sam3lora.evaluation.metrics.coco_map import MapResult, coco_map
+
+SIDE = 60
+
+
+def rle(x: int, y: int, side: int = 10) -> dict:
+    mask = np.zeros((SIDE, SIDE), np.uint8, order="F")
+    mask[y : y + side, x : x + side] = 1
+    return coco_mask.encode(mask)
+
+
+def measure(objects, hits, num_images: int, num_categories: int = 1) -> MapResult:
+    """Objects are (image, category, mask, iscrowd), hits (image, category, mask, score)."""
+    ground_truth = {
+        "images": [{"id": image, "height": SIDE, "width": SIDE} for image in range(num_images)],
+        "annotations": [
+            {"image_id": i, "category_id": c, "segmentation": mask, "iscrowd": crowd} for i, c, mask, crowd in objects
+        ],
+        "categories": [{"id": category, "name": f"c{category}"} for category in range(num_categories)],
+    }
+    predictions = [{"image_id": i, "category_id": c, "segmentation": mask, "score": s} for i, c, mask, s in hits]
+    return coco_map(ground_truth, predictions, bbox=False)
+
+
+def weighted(result: MapResult, weights=None) -> float | None:
+    weights_I = None if weights is None else np.asarray(weights)
+    return average_precision(category_detections(result.evaluation).values(), weights_I)
+
+
+def random_case(num_images: int = 12, num_categories: int = 4) -> tuple[list, list]:
+    """Crowds, near misses, absent categories; scores that are equal between images, though not within one."""
+    rng = np.random.default_rng(3)
+    objects, hits = [], []
+    for image in range(num_images):
+        for category in range(num_categories - 1):
+            scores = iter(rng.permutation(10) / 10)
+            for place in rng.permutation(9)[: rng.integers(0, 5)]:
+                x, y = (int(value) * 20 for value in divmod(place, 3))
+                objects.append((image, category, rle(x, y), int(rng.random() < 0.15)))
+                if rng.random() < 0.8:
+                    hits.append((image, category, rle(x + int(rng.integers(0, 4)), y), next(scores)))
+        hits += [(image, category, rle(45, 45, 6), float(rng.random())) for category in range(num_categories)]
+    # larger than 32² px: all sizes count
+    return [*objects, (0, 0, rle(20, 20, 40), 0)], [*hits, (0, 0, rle(20, 20, 40), 0.55)]
+
+
+def test_nothing_at_all_is_none():
+    assert weighted(measure([], [], 0)) is None
+    # detections alone: nothing to find
+    assert weighted(measure([], [(0, 0, rle(0, 0), 0.5)], 1)) is None
+
+
+def test_no_detections_is_zero():
+    assert weighted(measure([(0, 0, rle(0, 0), 0)], [], 1)) == 0
+
+
+def test_equals_pycocotools_with_weights_of_one():
+    objects, hits = random_case()
+    result = measure(objects, hits, 12, 4)
+    assert 0.1 < result.map < 0.9
+    assert weighted(result) == pytest.approx(result.map, abs=1e-12)
+    assert weighted(result, [1] * 12) == weighted(result)
+    for category, detections in category_detections(result.evaluation).items():
+        value_T = detections.average_precision(np.ones(12, dtype=int))
+        entry = result.per_category[f"c{category}"]
+        if entry.map is None:
+            assert value_T is None
+            continue
+        found = [value_T.mean(), value_T[0], value_T[5]]
+        np.testing.assert_allclose(found, [entry.map, entry.map_50, entry.map_75], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_weights_are_repetitions_of_images(seed):
+    # pycocotools on a data set in which each image occurs as often as it weighs
+    objects, hits = random_case()
+    weights = np.random.default_rng(seed).multinomial(12, [1 / 12] * 12)
+    assert 0 in weights
+    assert max(weights) > 1
+    source = np.repeat(np.arange(12), weights)
+    again = [[(copy, *entry[1:]) for copy, i in enumerate(source) for entry in all_ if entry[0] == i]
+             for all_ in (objects, hits)]  # fmt: skip
+    expected = measure(*again, len(source), 4).map
+    assert weighted(measure(objects, hits, 12, 4), weights) == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_weight_of_zero_leaves_the_image_out():
+    # image 0 is right, image 1 wrong with a better score, and only image 0 has an object
+    result = measure([(0, 0, rle(0, 0), 0)], [(0, 0, rle(0, 0), 0.5), (1, 0, rle(0, 0), 0.9)], 2)
+    assert weighted(result, [1, 1]) == pytest.approx(0.5)
+    assert weighted(result, [1, 0]) == pytest.approx(1)
+    assert weighted(result, [1, 3]) == pytest.approx(0.25)
+    assert weighted(result, [0, 1]) is None
+
+
+def test_flags_by_hand():
+    # scores fall across images; the crowd's detection is matched and ignored, the shifted one fails from IoU 0.7 on
+    result = measure(
+        [(0, 0, rle(0, 0), 0), (1, 0, rle(20, 20, 30), 1)],
+        [(0, 0, rle(2, 0), 0.3), (1, 0, rle(22, 22), 0.8), (1, 0, rle(0, 0), 0.5)],
+        3,
+    )
+    found = category_detections(result.evaluation)[0]
+    assert found.scores_D.tolist() == [0.8, 0.5, 0.3]
+    assert found.image_index_D.tolist() == [1, 1, 0]
+    assert found.is_matched_TD[[0, 3, 4]].tolist() == [[True, False, True], [True, False, True], [True, False, False]]
+    assert found.is_ignored_TD.tolist() == [[True, False, False]] * 10
+    assert found.num_objects_I.tolist() == [1, 0, 0]
+    assert found.has_crowd_I.tolist() == [False, True, False]

@@ -1,0 +1,291 @@
+"""mAP: cases worked out by hand, and the same numbers as pycocotools called directly."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from sam3lora.data.coco import CocoIndex
+from sam3lora.evaluation.metrics.coco_map import MAX_DETECTIONS, coco_map
+from sam3lora.evaluation.metrics.ground_truth import build_ground_truth, prompted_categories
+
+SHARED_DATA = Path(__file__).parents[2] / "../shared/data"
+REAL_SETS = ("coco_tiny_permissive", "facade", "mushrooms", "potholes_gopro", "strawberry", "uav_crack_dense")
+H, W = 40, 50
+NONSENSE = 1e12  # beyond every size range: an object of this area would be left out
+ONE = pytest.approx(1, abs=1e-12)  # pycocotools adds an epsilon to denominators
+
+
+def rle(x: int, y: int, side: int, size_hw: tuple[int, int] = (H, W)) -> dict:
+    mask = np.zeros(size_hw, np.uint8, order="F")
+    mask[y : y + side, x : x + side] = 1
+    found = coco_mask.encode(mask)
+    return {"size": list(size_hw), "counts": found["counts"].decode()}
+
+
+def truth(annotations, images=(1,), names=("crack",), size_hw: tuple[int, int] = (H, W)) -> dict:
+    """Annotations are (image id, category id, segmentation) and optionally more keys; ids count from 0 on purpose."""
+    entries = [
+        {
+            "id": number,
+            "image_id": i,
+            "category_id": c,
+            "segmentation": s,
+            "iscrowd": 0,
+            "area": NONSENSE,
+            **(more or {}),
+        }
+        for number, (i, c, s, more) in enumerate((*a, None)[:4] for a in annotations)
+    ]
+    return {
+        "images": [{"id": i, "height": size_hw[0], "width": size_hw[1]} for i in images],
+        "annotations": entries,
+        "categories": [{"id": c, "name": name} for c, name in enumerate(names)],
+    }
+
+
+def hit(image: int, category: int, segmentation: dict, score: float = 0.9) -> dict:
+    return {"image_id": image, "category_id": category, "segmentation": segmentation, "score": score}
+
+
+def test_nothing_at_all_is_none():
+    # no image, no category: nothing can be measured, and nothing fails
+    result = coco_map({"images": [], "annotations": [], "categories": []}, [])
+    assert (result.map, result.map_50, result.map_75, result.per_category) == (None, None, None, {})
+
+
+def test_no_predictions_is_zero():
+    result = coco_map(truth([(1, 0, rle(2, 2, 10))]), [])
+    assert result.map == 0
+    assert result.per_category["crack"].num_ground_truth == 1
+
+
+def test_perfect_predictions_are_one_with_ids_from_zero():
+    # annotation id 0 would count as unmatched if it reached pycocotools
+    result = coco_map(truth([(1, 0, rle(2, 2, 10)), (1, 0, rle(20, 20, 8))]), [
+        hit(1, 0, rle(2, 2, 10)),
+        hit(1, 0, rle(20, 20, 8), 0.1),
+    ])  # fmt: skip
+    assert (result.map, result.map_50, result.map_75) == (ONE, ONE, ONE)
+
+
+def test_predictions_of_another_image_are_zero():
+    ground_truth = truth([(0, 0, rle(2, 2, 10)), (-7, 0, rle(20, 20, 10))], images=(0, -7))
+    # the right masks on the wrong images; ids 0 and below are ids like any other
+    swapped = [hit(0, 0, rle(20, 20, 10)), hit(-7, 0, rle(2, 2, 10))]
+    assert coco_map(ground_truth, swapped).map == 0
+    right = [hit(0, 0, rle(2, 2, 10)), hit(-7, 0, rle(20, 20, 10))]
+    assert coco_map(ground_truth, right).map == ONE
+
+
+def test_iou_thresholds():
+    # 10 x 10 moved by 2: IoU 80 / 120 = 0.667, right at 0.50, 0.55, 0.60, 0.65 of ten thresholds
+    result = coco_map(truth([(1, 0, rle(2, 2, 10))]), [hit(1, 0, rle(4, 2, 10))])
+    assert result.map_50 == ONE
+    assert result.map_75 == 0
+    assert result.map == pytest.approx(0.4)
+
+
+def test_a_better_scored_false_positive_halves_precision():
+    hits = [hit(1, 0, rle(2, 2, 10), 0.5), hit(1, 0, rle(30, 20, 10), 0.6)]
+    # on the empty image it is as wrong as on the other
+    assert coco_map(truth([(1, 0, rle(2, 2, 10))]), hits).map == pytest.approx(0.5)
+    elsewhere = [hits[0], hits[1] | {"image_id": 2}]
+    assert coco_map(truth([(1, 0, rle(2, 2, 10))], images=(1, 2)), elsewhere).map == pytest.approx(0.5)
+
+
+def test_detections_in_a_crowd_are_neither_right_nor_wrong():
+    annotations = [(1, 0, rle(2, 2, 10)), (1, 0, rle(20, 15, 20), {"iscrowd": 1})]
+    hits = [hit(1, 0, rle(2, 2, 10), 0.5), hit(1, 0, rle(22, 16, 6), 0.9), hit(1, 0, rle(30, 20, 6), 0.8)]
+    result = coco_map(truth(annotations), hits)
+    assert result.map == ONE
+    assert result.per_category["crack"].num_ground_truth == 1
+    # without the crowd flag the same detections are two misses above the hit
+    plain = [annotations[0], (1, 0, rle(20, 15, 20))]
+    assert coco_map(truth(plain), hits).map < 0.5
+
+
+def test_mean_is_over_categories_with_objects():
+    ground_truth = truth([(1, 0, rle(2, 2, 10)), (1, 1, rle(20, 20, 10))], names=("crack", "hole", "leaf"))
+    # category 2 has no object: a detection of it is not averaged in
+    result = coco_map(ground_truth, [hit(1, 0, rle(2, 2, 10)), hit(1, 2, rle(2, 2, 10))])
+    assert {name: entry.map for name, entry in result.per_category.items()} == {"crack": ONE, "hole": 0, "leaf": None}
+    assert result.map == pytest.approx(0.5)
+
+
+def test_polygons_and_any_area_in_the_file():
+    polygon = [[2, 2, 12, 2, 12, 12, 2, 12]]
+    # the file's area is nonsense and is not used
+    assert coco_map(truth([(1, 0, polygon)]), [hit(1, 0, rle(2, 2, 10))]).map == ONE
+
+
+def test_unknown_ids_are_named():
+    with pytest.raises(ValueError, match="image_id 9"):
+        coco_map(truth([(1, 0, rle(2, 2, 10))]), [hit(9, 0, rle(2, 2, 10))])
+    with pytest.raises(ValueError, match="category_id 5"):
+        coco_map(truth([(1, 0, rle(2, 2, 10))]), [hit(1, 5, rle(2, 2, 10))])
+
+
+def test_silent_and_inputs_unchanged(capsys):
+    ground_truth, hits = truth([(1, 0, rle(2, 2, 10))]), [hit(1, 0, rle(2, 2, 10))]
+    before = json.dumps([ground_truth, hits])
+    coco_map(ground_truth, hits)
+    assert capsys.readouterr().out == ""
+    assert json.dumps([ground_truth, hits]) == before
+
+
+def test_sizes_are_those_of_the_masks():
+    # sides 31, 95, 97: below 32² px, below 96² px, above; only the medium one is found
+    size_hw = (220, 220)
+    objects = [(0, 0, 31), (40, 0, 95), (0, 110, 97)]
+    ground_truth = truth([(1, 0, rle(*place, size_hw)) for place in objects], size_hw=size_hw)
+    result = coco_map(ground_truth, [hit(1, 0, rle(*objects[1], size_hw))])
+    assert (result.map_small, result.map_medium, result.map_large) == (0, ONE, 0)
+    assert result.mar_100 == pytest.approx(1 / 3)
+    # no object of a size: no value, rather than 0
+    only_small = coco_map(truth([(1, 0, rle(*objects[0], size_hw))], size_hw=size_hw), [])
+    assert (only_small.map_small, only_small.map_medium, only_small.map_large) == (0, None, None)
+
+
+def test_boxes_are_the_annotations_own():
+    mask, own_box = rle(2, 2, 10), [20, 20, 8, 8]
+    ground_truth = truth([(1, 0, mask, {"bbox": own_box})])
+    # the box of the file and not of the mask, on both sides
+    assert coco_map(ground_truth, [hit(1, 0, mask) | {"bbox": own_box}]).bbox_map == ONE
+    assert coco_map(ground_truth, [hit(1, 0, mask)]).bbox_map == 0
+    # no box anywhere: those of the masks. 10 x 10 moved by 2 has IoU 0.667
+    moved = coco_map(truth([(1, 0, mask)]), [hit(1, 0, rle(4, 2, 10))])
+    assert (moved.bbox_map, moved.bbox_map_50) == (pytest.approx(0.4), ONE)
+
+
+def test_boxes_can_be_left_out():
+    result = coco_map(truth([(1, 0, rle(2, 2, 10))]), [hit(1, 0, rle(2, 2, 10))], bbox=False)
+    assert (result.map, result.bbox_map, result.bbox_map_50) == (ONE, None, None)
+
+
+def test_more_objects_than_can_be_found_are_announced():
+    # 101 objects on image 1 and 3 on image 2: the limit itself is no reason to speak
+    full = [(1, 0, rle(x % 50, x // 50, 1)) for x in range(MAX_DETECTIONS)]
+    few = [(2, 0, rle(x, 0, 1)) for x in range(3)]
+    crowd = [(1, 0, rle(0, 20, 10), {"iscrowd": 1})]
+    assert coco_map(truth([*full, *few, *crowd], images=(1, 2)), []).warnings == []
+    crowded = truth([*full, (1, 0, rle(30, 30, 1)), *few], images=(1, 2))
+    beyond = "1 image(s) hold more than 100 objects of a category, up to 101: recall cannot reach 1"
+    assert coco_map(crowded, [], num_queries=101).warnings == [beyond]
+    queries = "2 image(s) hold more than 2 objects of a category, the model's object queries, up to 101"
+    assert coco_map(crowded, [], num_queries=2).warnings[1].startswith(queries)
+
+
+def test_masks_of_another_size_are_refused():
+    # pycocotools would take them for misses
+    with pytest.raises(ValueError, match=r"image 1 has a mask of \(height, width\) \(20, 50\).*\(40, 50\)"):
+        coco_map(truth([(1, 0, rle(2, 2, 10))]), [hit(1, 0, rle(2, 2, 10, (20, 50)))])
+
+
+# ---- pycocotools called directly ------------------------------------------------------------------------------------
+
+
+def direct_stats(ground_truth: dict, hits: list[dict], iou_type: str) -> np.ndarray:
+    """The twelve numbers of `summarize`, -1 for none; `loadRes` takes areas from boxes if a result has one."""
+    key = "segmentation" if iou_type == "segm" else "bbox"
+    with contextlib.redirect_stdout(io.StringIO()):
+        direct = COCO()
+        direct.dataset = json.loads(json.dumps(ground_truth))
+        for annotation in direct.dataset["annotations"]:
+            annotation["id"] += 1
+            annotation["area"] = int(coco_mask.area(annotation["segmentation"]))
+        direct.createIndex()
+        names = ("image_id", "category_id", "score", key)
+        evaluation = COCOeval(direct, direct.loadRes([{name: h[name] for name in names} for h in hits]), iou_type)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation.stats
+
+
+def test_equals_pycocotools_called_directly():
+    # crowds, three sizes, ids from 0, a category without objects, an image with more than 100 detections
+    rng, size_hw = np.random.default_rng(0), (160, 160)
+    annotations, hits = [], []
+
+    def add_hit(image: int, category: int, x: int, y: int, side: int) -> None:
+        box = {"bbox": [float(x), float(y), float(side), float(side + 1)]}
+        hits.append(hit(image, category, rle(x, y, side, size_hw), float(rng.random())) | box)
+
+    for image in range(8):
+        for category in range(3):
+            for _ in range(rng.integers(0, 5)):
+                side = int(rng.choice([8, 20, 50, 110]))
+                x, y = (int(value) for value in rng.integers(0, 160 - side, 2))
+                more = {"iscrowd": int(rng.random() < 0.15), "bbox": [x, y, side, side]}
+                annotations.append((image, category, rle(x, y, side, size_hw), more))
+                if rng.random() < 0.8:
+                    add_hit(image, category, max(x + int(rng.integers(-2, 3)), 0), y, side)
+            for _ in range(130 if (image, category) == (0, 0) else 2):
+                add_hit(image, category, *(int(value) for value in rng.integers(0, 130, 2)), 25)
+    ground_truth = truth(annotations, images=range(8), names=("a", "b", "c", "nothing"), size_hw=size_hw)
+    result = coco_map(ground_truth, hits)
+    assert 0.1 < result.map < 0.9
+
+    stats = direct_stats(ground_truth, hits, "segm")
+    mine = [result.map, result.map_50, result.map_75, result.map_small, result.map_medium, result.map_large]
+    np.testing.assert_allclose([*mine, result.mar_100], stats[[0, 1, 2, 3, 4, 5, 8]], rtol=0, atol=1e-12)
+    boxes = direct_stats(ground_truth, hits, "bbox")
+    np.testing.assert_allclose([result.bbox_map, result.bbox_map_50], boxes[:2], rtol=0, atol=1e-12)
+    for category, name in enumerate(("a", "b", "c")):
+        part = [[h for h in these if h["category_id"] == category] for these in (ground_truth["annotations"], hits)]
+        stats = direct_stats(ground_truth | {"annotations": part[0]}, part[1], "segm")
+        entry = result.per_category[name]
+        mine = [entry.map, entry.map_50, entry.map_75, entry.mar_100]
+        np.testing.assert_allclose(mine, stats[[0, 1, 2, 8]], rtol=0, atol=1e-12)
+        assert entry.num_ground_truth == sum(not a["iscrowd"] for a in part[0])
+
+
+# ---- real splits ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=REAL_SETS)
+def real_split(request) -> tuple[dict, list[dict]]:
+    """Ground truth of a validation split, and predictions that repeat it."""
+    folder = SHARED_DATA / request.param / "valid"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is absent: real data sets are not part of the project")
+    index = CocoIndex.from_folder(folder)
+    ground_truth, _, _ = build_ground_truth(index, prompted_categories(index))
+    objects = [a for a in ground_truth["annotations"] if not a["iscrowd"]]
+    keys = ("image_id", "category_id", "segmentation", "bbox")
+    return ground_truth, [{key: a[key] for key in keys} | {"score": 1 - i / 1e5} for i, a in enumerate(objects)]
+
+
+def test_perfect_predictions_of_real_splits(real_split):
+    ground_truth, hits = real_split
+    result = coco_map(ground_truth, hits)
+    counts = Counter((h["image_id"], h["category_id"]) for h in hits).values()
+    reach = sum(min(count, MAX_DETECTIONS) for count in counts) / len(hits)
+    # mushrooms: one category, and more objects in an image than detections are looked at
+    assert bool(result.warnings) == (reach < 1)
+    expected = 1 if reach == 1 else np.mean(np.linspace(0, 1, 101) <= reach)
+    values = [result.map, result.map_50, result.map_75, result.bbox_map, result.bbox_map_50]
+    assert values == [pytest.approx(expected, abs=1e-9)] * 5
+    assert result.mar_100 == pytest.approx(reach, abs=1e-9)
+
+
+def test_predictions_of_the_next_image_of_real_splits(real_split):
+    # the right answers to another image, of the same size: only chance overlaps are left
+    ground_truth, hits = real_split
+    by_size: dict[tuple[int, int], list[int]] = {}
+    for image in ground_truth["images"]:
+        by_size.setdefault((image["height"], image["width"]), []).append(image["id"])
+    following = {a: b for ids in by_size.values() for a, b in zip(ids, ids[1:] + ids[:1], strict=True) if a != b}
+    moved = [h | {"image_id": following[h["image_id"]]} for h in hits if h["image_id"] in following]
+    assert len(moved) > len(hits) / 2
+    assert coco_map(ground_truth, moved, bbox=False).map < 0.05

@@ -1,0 +1,139 @@
+"""The evaluation on two real Ray workers."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from sam3lora.data.images import ImageError, read_image
+from sam3lora.errors import RunFailed, UserError
+from sam3lora.evaluation.ask.on_ray import MAX_RESTARTS, ask_on_ray
+from sam3lora.evaluation.ask.run import evaluate_models
+from sam3lora.evaluation.ask.worker import Models
+from sam3lora.evaluation.settings import EvaluationSettings
+
+from .adapters import write_adapter
+from .splits import write_split
+
+NUM_CPUS = 2
+SETTINGS = EvaluationSettings(threshold=0.2, nms_iou=1, batch_size=1)
+BATCHES = [[{"image_id": image}] for image in range(4)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local_ray():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        import ray
+
+        options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+        ray.init(address="local", num_cpus=NUM_CPUS, object_store_memory=int(2e8), **options)
+        yield
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory) -> Path:
+    objects = [(0, 1, 10), (1, 2, 40), (2, 1, 30)]
+    return write_split(tmp_path_factory.mktemp("split") / "valid", objects, {1: "crack", 2: "hole"}, num_images=3)
+
+
+@pytest.fixture(scope="module")
+def models(small_base, tmp_path_factory) -> Models:
+    adapter = write_adapter(tmp_path_factory.mktemp("run") / "best", small_base, components=("vision_encoder",))
+    return Models({"mine": str(adapter)}, segmenter={"model": str(small_base), "device": "cpu"})
+
+
+def ask_two_workers(make_worker, batches):
+    return list(ask_on_ray(make_worker, batches, num_workers=2, use_gpu=False))
+
+
+def test_two_workers_give_the_metrics_of_one_process(split, models):
+    alone = evaluate_models(split, models, SETTINGS)
+    spread = evaluate_models(split, models, SETTINGS, num_workers=2)
+    for here, there in zip(alone, spread, strict=True):
+        # in the order of the images, whoever was first
+        keys = ("image_id", "category_id")
+        assert [[p[key] for key in keys] for p in here.predictions] == [
+            [p[key] for key in keys] for p in there.predictions
+        ]
+        assert [p["score"] for p in here.predictions] == pytest.approx(
+            [p["score"] for p in there.predictions], abs=1e-5
+        )
+        assert here.presence == pytest.approx(there.presence, abs=1e-5)
+        assert (here.label, here.num_detections) == (there.label, there.num_detections)
+        assert here.num_detections > 0
+        first, second = (dict(metrics.to_dict(), seconds=0) for metrics in (here, there))
+        assert first["settings"] == second["settings"]
+        for name in ("map", "bbox_map", "bbox_map_50", "cgf1", "off_prompt_fpr", "presence_accuracy", "notes"):
+            assert first[name] == pytest.approx(second[name], abs=1e-6), name
+
+
+def test_too_many_workers_are_refused_and_not_waited_for():
+    batches = [[{}]] * (NUM_CPUS + 1)
+    with pytest.raises(UserError, match=f"{NUM_CPUS + 1} workers need {NUM_CPUS + 1} CPUs, Ray has {NUM_CPUS}"):
+        list(ask_on_ray(lambda: None, batches, num_workers=500, use_gpu=False))
+    with pytest.raises(UserError, match="need 1 GPUs, Ray has 0"):
+        list(ask_on_ray(lambda: None, [[{}]], num_workers=1, use_gpu=True))
+
+
+def make_fake_worker(dies: str):
+    """A worker that answers with the image ids, and is killed at image 1 as often as `dies` holds files."""
+
+    class Worker:
+        def ask(self, records):
+            ids = [record["image_id"] for record in records]
+            if ids == [1] and (left := sorted(os.listdir(dies))):
+                os.remove(os.path.join(dies, left[0]))
+                os.kill(os.getpid(), signal.SIGKILL)
+            return ids
+
+        def facts(self):
+            return {}
+
+    return Worker
+
+
+@pytest.fixture
+def deaths(tmp_path):
+    def plan(number: int) -> str:
+        for death in range(number):
+            (tmp_path / str(death)).touch()
+        return str(tmp_path)
+
+    return plan
+
+
+def test_missing_image_is_one_mistake_of_the_user(tmp_path):
+    class Worker:
+        def ask(self, records):
+            return [read_image(record["path"]) for record in records]
+
+    missing = str(tmp_path / "gone.png")
+    with pytest.raises(ImageError, match=f"cannot read image {missing}: No such file"):
+        ask_two_workers(Worker, [[{"path": missing}], [{"path": missing}]])
+
+
+def test_model_that_cannot_be_loaded_is_one_mistake_of_the_user():
+    def refuse():
+        raise UserError("adapter folder run/best does not exist")
+
+    with pytest.raises(UserError, match=r"^adapter folder run/best does not exist$"):
+        ask_two_workers(refuse, BATCHES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [1, MAX_RESTARTS])
+def test_batch_of_a_killed_worker_is_done_again(number, deaths):
+    answers = [ids for ids, _ in ask_two_workers(make_fake_worker(deaths(number)), BATCHES)]
+    assert sorted(answers) == [[0], [1], [2], [3]]
+
+
+@pytest.mark.slow
+def test_a_batch_that_always_kills_ends_the_run(deaths):
+    with pytest.raises(RunFailed, match=rf"workers died {MAX_RESTARTS + 1} times .*fewer images"):
+        ask_two_workers(make_fake_worker(deaths(100)), BATCHES)

@@ -1,0 +1,91 @@
+"""Asking the phrases of an SA-Co file."""
+
+from __future__ import annotations
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+
+from sam3lora.engine.segmenter import Segmenter
+from sam3lora.errors import UserError
+from sam3lora.evaluation.ask.saco_phrases import ask_saco
+from sam3lora.evaluation.ask.worker import Models
+from sam3lora.evaluation.metrics.saco import evaluate_saco
+from sam3lora.evaluation.settings import EvaluationSettings
+
+SIZES = {"a.png": (60, 80), "b.png": (40, 40)}
+ENTRIES = [(7, "a.png", "gear"), (0, "b.png", "gear"), (3, "a.png", "red bolt")]
+
+
+@pytest.fixture
+def ground_truth(tmp_path):
+    for name, (height, width) in SIZES.items():
+        pixels = np.random.default_rng(height).integers(0, 255, (height, width, 3), dtype=np.uint8)
+        cv2.imwrite(str(tmp_path / name), pixels)
+    images = [
+        {
+            "id": id_,
+            "file_name": name,
+            "text_input": phrase,
+            "height": SIZES[name][0],
+            "width": SIZES[name][1],
+            "is_instance_exhaustive": 1,
+        }
+        for id_, name, phrase in ENTRIES
+    ]
+    file = tmp_path / "gold.json"
+    file.write_text(json.dumps({"images": images, "annotations": [], "categories": [{"id": 1, "name": "object"}]}))
+    return file
+
+
+def ask(file, base_folder, **changes):
+    models = Models(segmenter={"model": str(base_folder), "device": "cpu"})
+    return ask_saco(file, file.parent, models, EvaluationSettings(threshold=0.0, nms_iou=1, **changes)).by_label["base"]
+
+
+def test_phrases_of_an_image_share_a_vision_pass_and_come_back_by_entry(ground_truth, base_folder, monkeypatch):
+    encoded = []
+    encode = Segmenter.encode
+    monkeypatch.setattr(Segmenter, "encode", lambda self, images: encoded.append(len(images)) or encode(self, images))
+    results = ask(ground_truth, base_folder)
+    assert encoded == [1, 1]
+    assert {entry["image_id"] for entry in results} == {0, 3, 7}
+    for entry in results:
+        name = next(name for id_, name, _ in ENTRIES if id_ == entry["image_id"])
+        assert entry["segmentation"]["size"] == list(SIZES[name])
+        # boxes are parts of the image's size
+        x, y, width, height = entry["bbox"]
+        assert 0 <= x <= x + width <= 1.00002
+        assert 0 <= y <= y + height <= 1.00002
+    # another phrase, other scores
+    scores = [[e["score"] for e in results if e["image_id"] == id_] for id_ in (7, 3)]
+    assert scores[0] != scores[1]
+
+
+def test_results_are_what_the_evaluator_reads(ground_truth, base_folder, tmp_path):
+    file = tmp_path / "predictions.json"
+    file.write_text(json.dumps(ask(ground_truth, base_folder)))
+    counts = evaluate_saco([ground_truth], file).counts()
+    # nothing is annotated, so every phrase is absent; what fires at 0.5 is a false alarm
+    assert counts["units_evaluated"] == 3
+    assert counts["IL_TN"] + counts["IL_FP"] == 3
+
+
+def test_the_first_image_files_only(ground_truth, base_folder):
+    assert {entry["image_id"] for entry in ask(ground_truth, base_folder, num_samples=1)} == {3, 7}
+
+
+def test_missing_images_and_keys_are_named(ground_truth, base_folder):
+    (ground_truth.parent / "b.png").unlink()
+    with pytest.raises(UserError, match=r"1 of its images are not in .*, e\.g\. b\.png"):
+        ask(ground_truth, base_folder)
+    raw = json.loads(ground_truth.read_text())
+    del raw["images"][1]["text_input"]
+    ground_truth.write_text(json.dumps(raw))
+    with pytest.raises(UserError, match=r"images\[1\] lacks text_input"):
+        ask(ground_truth, base_folder)
+    ground_truth.write_text(json.dumps(raw | {"images": []}))
+    with pytest.raises(UserError, match="lists no image"):
+        ask(ground_truth, base_folder)

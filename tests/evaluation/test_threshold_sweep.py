@@ -1,0 +1,112 @@
+"""The threshold sweep: curves from units drawn by hand, and which threshold it offers."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import numpy as np
+import pytest
+
+from sam3lora.evaluation.metrics.cgf1 import Unit
+from sam3lora.evaluation.metrics.cgf1_units import cgf1_of_split
+from sam3lora.evaluation.metrics.threshold_sweep import THRESHOLDS, sweep_thresholds
+
+
+def found(score: float, iou: float = 1.0) -> Unit:
+    """One object, one detection."""
+    return Unit(np.array([[iou]]), np.array([score]))
+
+
+def false_alarm(score: float) -> Unit:
+    return Unit(np.zeros((1, 0)), np.array([score]))
+
+
+def test_no_units():
+    sweep = sweep_thresholds({})
+    assert (sweep.best_threshold, sweep.best_cgf1, sweep.per_category) == (None, None, {})
+    assert "object" in sweep.reason
+    assert sweep.thresholds == list(THRESHOLDS)
+
+
+def test_best_threshold_lies_between_false_alarms_and_objects():
+    # objects are found at 0.3 and above, false alarms end at 0.2
+    sweep = sweep_thresholds({(1, 1): found(0.3), (2, 1): found(0.9), (3, 1): false_alarm(0.2)}, [0.1, 0.25, 0.5])
+    assert sweep.best_threshold == 0.25
+    assert sweep.best_cgf1 == sweep.cgf1[1] > 0.999
+    assert sweep.reason is None
+    assert sweep.cgf1[0] == 0  # a detection everywhere: the gate tells nothing
+    assert sweep.recall == pytest.approx([1, 1, 0.5], abs=1e-3)
+    assert sweep.precision == pytest.approx([2 / 3, 1, 1], abs=1e-3)
+    assert sweep.positive_micro_f1 == pytest.approx([1, 1, 2 / 3], abs=1e-3)
+    assert sweep.il_mcc == pytest.approx([0, 1, 0.5], abs=1e-3)
+
+
+def test_of_equal_thresholds_the_nearest_to_one_half():
+    # everything from 0.25 to 0.70 is perfect; of 0.3 and 0.7, as near as each other, the lower
+    units = {(1, 1): found(0.7), (2, 1): false_alarm(0.2)}
+    assert sweep_thresholds(units).best_threshold == 0.5
+    assert sweep_thresholds(units, [0.3, 0.7]).best_threshold == 0.3
+    assert sweep_thresholds({(1, 1): found(0.4), (2, 1): false_alarm(0.2)}).best_threshold == 0.4
+    assert sweep_thresholds({(1, 1): found(0.9), (2, 1): false_alarm(0.7)}).best_threshold == 0.75
+
+
+def test_without_negatives_positive_micro_f1_chooses():
+    # the second detection of the unit is wrong, and gone above 0.6
+    sweep = sweep_thresholds({(1, 1): Unit(np.array([[1.0], [0.0]]), np.array([0.9, 0.6]))})
+    assert (sweep.best_threshold, sweep.best_cgf1) == (0.65, None)
+    assert "negatives" in sweep.reason
+    assert "positive micro F1" in sweep.reason
+
+
+def test_without_positives_or_hits_nothing_is_offered():
+    sweep = sweep_thresholds({(1, 1): false_alarm(0.9)})
+    assert (sweep.best_threshold, sweep.best_cgf1) == (None, None)
+    assert "object" in sweep.reason
+    missed = sweep_thresholds({(1, 1): found(0.9, iou=0.1), (2, 1): false_alarm(0.2)})
+    assert (missed.best_threshold, missed.best_cgf1) == (None, None)
+    assert "not above 0" in missed.reason
+
+
+def test_when_the_gate_never_tells_positive_micro_f1_chooses():
+    # as sure of the false alarm as of the object: IL_MCC is 0 at every threshold, although there are negatives
+    sweep = sweep_thresholds({(1, 1): found(0.6), (2, 1): false_alarm(0.6)})
+    assert (sweep.best_threshold, sweep.best_cgf1) == (0.5, None)
+    assert "not above 0" in sweep.reason
+
+
+def test_categories_have_their_own_best():
+    units = {(1, 1): found(0.3), (2, 1): false_alarm(0.2), (1, 2): found(0.9), (2, 2): false_alarm(0.8)}
+    sweep = sweep_thresholds(units)
+    assert {id_: curve.best_threshold for id_, curve in sweep.per_category.items()} == {1: 0.3, 2: 0.85}
+    for position, threshold in enumerate(THRESHOLDS):
+        assert sweep.cgf1[position] == cgf1_of_split(units, threshold).metrics()["cgF1"]
+        for id_, curve in sweep.per_category.items():
+            assert curve.cgf1[position] == cgf1_of_split(units, threshold, [id_]).metrics()["cgF1"]
+
+
+def test_json():
+    sweep = sweep_thresholds({(1, 7): found(0.3), (2, 7): false_alarm(0.2)}, [0.25, 0.5])
+    values = json.loads(json.dumps(sweep.to_dict()))
+    assert values["best_threshold"] == 0.25
+    assert values["per_category"]["7"]["best_threshold"] == 0.25
+    assert values["per_category"]["7"].keys() == values.keys() - {"per_category"}
+
+
+def test_thresholds_below_the_floor_are_refused():
+    with pytest.raises(ValueError, match=r"at least 0\.05, got 0\.01"):
+        sweep_thresholds({(1, 1): found(0.3)}, [0.01, 0.5])
+
+
+def test_fast_enough_for_a_validation_split():
+    # 100 images x 10 categories, half of the pairs with 5 objects, 20 detections each
+    rng = np.random.default_rng(0)
+    units = {
+        (image, category): Unit(rng.random((20, 5 * (image % 2))), rng.random(20))
+        for image in range(100)
+        for category in range(10)
+    }
+    started = time.process_time()
+    sweep_thresholds(units)
+    seconds = time.process_time() - started
+    assert seconds < 2, f"{seconds:.1f} s"

@@ -1,0 +1,148 @@
+"""A worker asks several models about the same images."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from sam3lora.data.coco import CocoIndex
+from sam3lora.engine.segmenter import Segmenter
+from sam3lora.errors import UserError
+from sam3lora.evaluation.ask.run import settings_of
+from sam3lora.evaluation.ask.worker import EvaluationWorker, Models
+from sam3lora.evaluation.metrics.ground_truth import prompted_categories
+from sam3lora.evaluation.settings import EvaluationSettings
+from sam3lora.model.staged.forward import StagedSam3
+
+from .adapters import write_adapter
+from .splits import write_split
+
+
+@pytest.fixture(scope="module")
+def adapters(small_base, tmp_path_factory):
+    """Label -> folder; "eyes" changes the vision tower, the others leave it as it is."""
+    root = tmp_path_factory.mktemp("adapters")
+    changed = {"one": ("detr_decoder",), "two": ("detr_encoder",), "eyes": ("vision_encoder",)}
+    return {
+        label: str(write_adapter(root / label, small_base, seed=seed, components=components))
+        for seed, (label, components) in enumerate(changed.items())
+    }
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory):
+    folder = write_split(tmp_path_factory.mktemp("split") / "valid", [(0, 1, 10), (1, 2, 40)], {1: "crack", 2: "hole"})
+    return CocoIndex.from_folder(folder)
+
+
+@pytest.fixture
+def make_worker(index, small_base):
+    def make(adapters, *, with_base=True) -> EvaluationWorker:
+        models = Models(adapters, with_base=with_base, segmenter={"model": str(small_base), "device": "cpu"})
+        return EvaluationWorker(models, prompted_categories(index), EvaluationSettings().post_processing())
+
+    return make
+
+
+@pytest.fixture
+def records(index):
+    return [index.record(row) for row in range(len(index))]
+
+
+@pytest.fixture
+def num_seen(monkeypatch):
+    """Images that went through the vision tower, pass by pass."""
+    seen = []
+    encode = StagedSam3.encode_images
+
+    def counted(self, pixel_values_ICHW):
+        seen.append(len(pixel_values_ICHW))
+        return encode(self, pixel_values_ICHW)
+
+    monkeypatch.setattr(StagedSam3, "encode_images", counted)
+    return seen
+
+
+def scores(answers) -> np.ndarray:
+    return np.array([prediction["score"] for prediction in answers.predictions])
+
+
+def test_no_images(make_worker):
+    assert make_worker({}, with_base=True).ask([])["base"].predictions == []
+
+
+def test_images_are_seen_once_by_all_models_that_share_a_vision_tower(make_worker, adapters, records, num_seen):
+    make_worker({"one": adapters["one"], "two": adapters["two"]}).ask(records)
+    assert num_seen == [2]
+    # an adapter of the vision tower sees for itself, and only once
+    num_seen.clear()
+    make_worker(adapters).ask(records)
+    assert num_seen == [2, 2]
+
+
+def test_labels_are_in_the_order_of_the_models(make_worker, adapters, records):
+    both = {"two": adapters["two"], "one": adapters["one"]}
+    assert list(make_worker(both).ask(records)) == ["base", "two", "one"]
+    assert list(make_worker(both, with_base=False).ask(records)) == ["two", "one"]
+
+
+def test_answers_together_are_those_of_each_model_alone(make_worker, adapters, records):
+    together = make_worker(adapters).ask(records)
+    for label, of_label in together.items():
+        alone = {} if label == "base" else {label: adapters[label]}
+        expected = make_worker(alone, with_base=label == "base").ask(records)[label]
+        np.testing.assert_allclose(scores(of_label), scores(expected), atol=2e-6)
+        assert of_label.presence == pytest.approx(expected.presence, abs=2e-6)
+        assert [p["segmentation"]["counts"] for p in of_label.predictions] == [
+            p["segmentation"]["counts"] for p in expected.predictions
+        ]
+    # which would prove nothing if the models agreed
+    presence = [np.array(list(answers.presence.values())) for answers in together.values()]
+    for number, of_one in enumerate(presence):
+        assert all(np.abs(of_one - of_other).max() > 5e-5 for of_other in presence[:number])
+
+
+def test_facts_are_those_of_the_model(make_worker, adapters, small_base):
+    facts = make_worker({"one": adapters["one"]}).facts()
+    assert (facts["base_model"], facts["resolution"], facts["num_queries"]) == (str(small_base), 112, 8)
+    assert facts["geometry_cls"] == {"base": True, "one": True}
+
+
+def test_paths_become_absolute_for_workers_in_other_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    models = Models({"a": "run/best"}, segmenter={"model": "mine"}).with_absolute_paths()
+    assert (models.adapters, models.segmenter["model"]) == ({"a": f"{tmp_path}/run/best"}, f"{tmp_path}/mine")
+    # a name is no path, even beside a folder of that name
+    (tmp_path / "tiny").mkdir()
+    for name in ("tiny", "facebook/sam3", None):
+        assert Models(segmenter={"model": name}).with_absolute_paths().segmenter["model"] == name
+
+
+def test_adapter_of_another_base_is_refused(make_worker, tmp_path, small_base):
+    folder = write_adapter(tmp_path / "other", small_base)
+    (folder / "sam3lora.json").write_text('{"base_fingerprint": "0123456789abcdef"}')
+    with pytest.raises(UserError, match="was trained on the base"):
+        make_worker({"other": str(folder)})
+
+
+def test_thresholds_and_prompts_of_several_adapters(small_base, tmp_path):
+    # what they agree in holds, a threshold in which they differ does not; prompts must be the same
+    def write(label, threshold, prompts):
+        thresholds = {"detection_threshold": threshold, "nms_iou": 0.6}
+        data = {"prompt_of_category": prompts}
+        return str(write_adapter(tmp_path / label, small_base, thresholds=thresholds, data=data))
+
+    a, b, c = (write(*of) for of in (("a", 0.3, {"D40": "pothole"}), ("b", 0.5, {"D40": "pothole"}), ("c", 0.3, {})))
+    assert settings_of({"a": a}) == {"threshold": 0.3, "nms_iou": 0.6, "prompts": {"D40": "pothole"}}
+    assert settings_of({"a": a, "b": b}) == {"nms_iou": 0.6, "prompts": {"D40": "pothole"}}
+    with pytest.raises(UserError, match="a, c were trained with different prompts"):
+        settings_of({"a": a, "c": c})
+
+
+def test_features_that_no_other_model_can_use_are_dropped(make_worker, adapters, records, monkeypatch):
+    kept = []
+    encode = Segmenter.encode
+    monkeypatch.setattr(Segmenter, "encode", lambda self, images: kept.append(encode(self, images)) or kept[-1])
+    make_worker(adapters).ask(records)
+    assert set(kept[0].features) == {None}

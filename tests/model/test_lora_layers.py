@@ -1,0 +1,316 @@
+"""Which modules are adapted, and that the adapter behaves as PEFT promises."""
+
+import pytest
+import torch
+from torch import nn
+
+from sam3lora.errors import UserError
+from sam3lora.model.adapter.lora_layers import LoraSettings, adapted_modules, apply_lora, count_parameters
+from sam3lora.model.components import COMPONENTS, component_of
+from sam3lora.model.fingerprint import fingerprint
+
+from .conftest import largest_difference, make_inputs, outputs_of, randomise_adapter
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+TARGETS = dict.fromkeys(COMPONENTS, ("q_proj", "fc1")) | {
+    "mask_decoder": ("q_proj",),
+    "scoring": ("query_proj",),
+}
+
+
+def adapted(model, **settings):
+    return adapted_modules(apply_lora(model, LoraSettings(**({"rank": 2} | settings))))
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_each_flag_changes_the_adapted_modules(random_sam3, component):
+    # Every apply_to_* flag acts, and only on its own component.
+    names = adapted(random_sam3, components=(component,), target_modules=TARGETS[component])
+    assert names
+    assert {component_of(name) for name in names} == {component}
+
+
+def test_flags_add_up(random_sam3):
+    # Two flags give the union of both, in model order.
+    both = adapted(random_sam3, components=("detr_decoder", "detr_encoder"), target_modules=("fc1",))
+    expected = [f"{part}.layers.{index}.mlp.fc1" for part in ("detr_encoder", "detr_decoder") for index in (0, 1)]
+    assert list(both) == expected
+
+
+def test_text_tower_output_projection_under_every_name(random_sam3):
+    # The text tower alone calls it out_proj: o_proj, out_proj and proj all reach it.
+    for target in ("o_proj", "out_proj", "proj"):
+        model = apply_lora(random_sam3, LoraSettings(components=("text_encoder",), target_modules=(target,)))
+        assert adapted_modules(model) == tuple(
+            f"text_encoder.text_model.encoder.layers.{index}.self_attn.out_proj" for index in (0, 1)
+        )
+        random_sam3 = model.unload()
+
+
+def test_aliases(random_sam3):
+    # Names of other SAM 3 code bases give the same modules as the native ones.
+    first = apply_lora(random_sam3, LoraSettings(target_modules=("qkv", "proj", "linear1", "c_proj")))
+    aliased = adapted_modules(first)
+    assert aliased == adapted(first.unload(), target_modules=(*ATTENTION, "fc1", "fc2"))
+    assert len(aliased) == 3 * 6
+
+
+def test_vision_last_layers(random_sam3):
+    # Only the last k ViT layers are adapted.
+    names = adapted(random_sam3, vision_last_layers=2, target_modules=("q_proj",))
+    assert names == tuple(f"vision_encoder.backbone.layers.{index}.attention.q_proj" for index in (1, 2))
+
+
+def test_vision_last_layers_keeps_what_comes_after_the_vit_and_other_components(random_sam3):
+    # The neck follows the ViT and stays, the patch embedding precedes it and goes.
+    names = adapted(
+        random_sam3,
+        components=("vision_encoder", "detr_encoder"),
+        vision_last_layers=1,
+        target_modules=("projection", "q_proj", "proj1"),
+    )
+    assert not any("patch_embeddings" in name for name in names)
+    assert any(name.startswith("vision_encoder.neck") for name in names)
+    assert {name.split(".")[3] for name in names if "backbone" in name} == {"2"}
+    assert any(name.startswith("detr_encoder") for name in names)
+
+
+@pytest.mark.parametrize("layers", [0, 4])
+def test_vision_last_layers_out_of_range(random_sam3, layers):
+    # The message states the bound and the value.
+    with pytest.raises(UserError, match=f"between 1 and 3, got {layers}"):
+        adapted(random_sam3, vision_last_layers=layers)
+
+
+def test_vision_last_layers_without_vision_encoder(random_sam3):
+    # A setting that has no effect speaks up.
+    with pytest.raises(UserError, match="no effect"):
+        adapted(random_sam3, components=("detr_encoder",), vision_last_layers=1)
+
+
+def test_container_name_stands_for_its_layers(random_sam3):
+    # The heads of the decoder are adapted when named, and not by the usual targets.
+    names = adapted(random_sam3, components=("detr_decoder",), target_modules=("box_head",))
+    assert names == tuple(f"detr_decoder.box_head.layer{index}" for index in (1, 2, 3))
+
+
+def test_modules_without_gradient_are_left_out(random_sam3):
+    # The top-level text projection is used, the CLIP tower's own is not; PEFT alone would adapt both.
+    names = adapted(random_sam3, components=("text_encoder",), target_modules=("text_projection",))
+    assert names == ("text_projection",)
+
+
+def test_conv_targets(random_sam3):
+    # Conv2d works, and its idle instances (discarded FPN level, unused pixel decoder stage) are left out.
+    names = adapted(random_sam3, components=("vision_encoder", "mask_decoder"), target_modules=("proj1", "conv_layers"))
+    assert set(names) == {f"vision_encoder.neck.fpn_layers.{i}.proj1" for i in range(3)} | {
+        f"mask_decoder.pixel_decoder.conv_layers.{i}" for i in range(2)
+    }
+
+
+def test_transposed_convolution_is_refused_by_name(random_sam3):
+    # LoRA has no ConvTranspose2d; the message says which module and what to use.
+    with pytest.raises(UserError, match=r"fpn_layers\.0\.scale_layers\.0, a ConvTranspose2d"):
+        adapted(random_sam3, target_modules=("scale_layers.0",))
+
+
+def test_target_that_only_names_idle_modules(random_sam3):
+    # Adapting it would train nothing.
+    with pytest.raises(UserError, match="never get a gradient"):
+        adapted(random_sam3, components=("geometry_encoder",), target_modules=("q_proj", "boxes_direct_project"))
+
+
+def test_geometry_encoder_without_cls_is_refused(random_sam3):
+    # Without the CLS token text-only training never runs the geometry encoder.
+    settings = LoraSettings(components=("geometry_encoder",), target_modules=("q_proj",))
+    with pytest.raises(UserError, match="never get a gradient"):
+        apply_lora(random_sam3, settings, geometry_cls=False)
+    assert apply_lora(random_sam3, settings, geometry_cls=True)
+
+
+def test_unknown_target_names_the_available_modules(random_sam3):
+    # A typo shows what could have been written.
+    with pytest.raises(UserError, match=r"'q_porj' matches no module.*detr_encoder: q_proj, k_proj"):
+        adapted(random_sam3, components=("detr_encoder",), target_modules=("q_proj", "q_porj"))
+
+
+def test_component_that_matches_nothing(random_sam3):
+    # The other component matches, so only the check per component can find it.
+    with pytest.raises(UserError, match=r"apply_to_scoring is on.*text_mlp.layer1.*query_proj"):
+        adapted(random_sam3, components=("vision_encoder", "scoring"), target_modules=("q_proj",))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"components": ()}, "no component"),
+        ({"components": ("decoder",)}, "unknown component 'decoder'"),
+        ({"target_modules": ()}, "target_modules is empty"),
+        ({"rank": 0}, "rank must be at least 1, got 0"),
+        ({"alpha": 0}, "alpha must be positive, got 0"),
+        ({"dropout": 1.0}, "below 1, got 1.0"),
+        ({"target_modules": "q_proj"}, "lists of names"),
+    ],
+)
+def test_bad_settings(random_sam3, settings, message):
+    # One clear message for each.
+    with pytest.raises(UserError, match=message):
+        adapted(random_sam3, **settings)
+
+
+def test_a_refused_setting_leaves_the_model_alone(random_sam3):
+    # The selection is made before PEFT touches anything.
+    with pytest.raises(UserError):
+        adapted(random_sam3, target_modules=("q_proj", "nothing"))
+    assert not adapted_modules(random_sam3)
+
+
+def test_settings_from_the_lora_section():
+    # Flags become components in a fixed order, None keeps the default.
+    section = {"rank": 4, "apply_to_scoring": True, "apply_to_vision_encoder": True, "vision_last_layers": None}
+    settings = LoraSettings.from_mapping(section)
+    assert settings.components == ("vision_encoder", "scoring")
+    assert (settings.rank, settings.alpha, settings.vision_last_layers) == (4, 32, None)
+
+
+VARIANTS = [{}, {"use_rslora": True}, {"use_dora": True}]
+EVERYWHERE = {"components": COMPONENTS, "target_modules": (*ATTENTION, "fc1", "query_proj", "box_head", "proj2")}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_new_adapter_equals_base(random_sam3, variant):
+    # B starts at zero.
+    base = outputs_of(random_sam3)
+    model = apply_lora(random_sam3, LoraSettings(rank=2, **EVERYWHERE, **variant)).eval()
+    assert largest_difference(outputs_of(model, **make_inputs()), base) < 1e-5
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_merged_equals_unmerged_and_disabled_equals_base(random_sam3, variant):
+    # All in one model, Linear and Conv2d, window attention, heads.
+    base = outputs_of(random_sam3)
+    model = apply_lora(random_sam3, LoraSettings(rank=2, **EVERYWHERE, **variant)).eval()
+    randomise_adapter(model)
+    trained = outputs_of(model, **make_inputs())
+    assert largest_difference(trained, base) > 1e-3
+    with model.disable_adapter():
+        assert largest_difference(outputs_of(model, **make_inputs()), base) == 0
+    model.merge_adapter()
+    assert largest_difference(outputs_of(model, **make_inputs()), trained) < 1e-4
+    model.merge_adapter()  # merging twice must not add the update twice
+    assert largest_difference(outputs_of(model, **make_inputs()), trained) < 1e-4
+    merged = model.merge_and_unload()
+    assert not adapted_modules(merged)
+    assert largest_difference(outputs_of(merged), trained) < 1e-4
+
+
+def test_rslora_scales_by_the_root_of_the_rank(random_sam3):
+    # alpha / sqrt(r) instead of alpha / r: here 8 / 2 against 8 / 4.
+    model = apply_lora(random_sam3, LoraSettings(rank=4, alpha=8, use_rslora=True))
+    layer = model.base_model.model.vision_encoder.backbone.layers[0].attention.q_proj
+    assert layer.scaling["default"] == pytest.approx(4.0)
+
+
+def test_only_the_adapter_is_trainable_and_all_of_it_learns(random_sam3):
+    # Zero-initialised B must receive gradient in every adapted module.
+    model = apply_lora(random_sam3, LoraSettings(rank=2, dropout=0.0, **EVERYWHERE)).train()
+    out = model(**make_inputs())
+    names = ("pred_logits", "pred_boxes", "pred_masks", "presence_logits", "semantic_seg")
+    sum(getattr(out, name).square().sum() for name in names).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (".lora_" in name), name
+        if ".lora_B." in name:
+            assert torch.any(parameter.grad), name
+
+
+def test_second_adapter_by_mistake(random_sam3):
+    # Wrapping twice would train an adapter on top of an adapter.
+    model = apply_lora(random_sam3, LoraSettings())
+    with pytest.raises(ValueError, match="already carries an adapter"):
+        apply_lora(model, LoraSettings())
+
+
+class Plain(nn.Module):
+    """A model that is no SAM 3."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(4, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.block = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+
+    def forward(self, x):
+        x = self.embed(x)
+        return self.block(x + self.attention(x, x, x)[0])
+
+
+def test_any_torch_model():
+    # Without components, matching names are enough; the table counts under "other".
+    torch.manual_seed(0)
+    plain = Plain()
+    total = sum(p.numel() for p in plain.parameters())
+    model = apply_lora(plain, LoraSettings(rank=2, components=None, target_modules=("embed", "block.2")))
+    assert adapted_modules(model) == ("embed", "block.2")
+    table = count_parameters(model)
+    assert (table.total, table.trainable) == (total, 2 * (4 + 8) + 2 * (8 + 2))
+    assert list(table.components) == ["other"]
+    assert model(torch.randn(1, 3, 4)).shape == (1, 3, 2)
+
+
+def test_any_torch_model_refusals():
+    # A component needs a SAM 3; an attention's out_proj is read without being called, so an adapter would do nothing.
+    with pytest.raises(UserError, match="Plain has no component 'vision_encoder'"):
+        adapted(Plain())
+    with pytest.raises(UserError, match="'out_proj' matches no module in the model"):
+        adapted(Plain(), components=None, target_modules=("out_proj",))
+
+
+def test_counts_per_component(random_sam3):
+    # Against a count by hand: rank x (in + out) for each adapted Linear.
+    total = sum(p.numel() for p in random_sam3.parameters())
+    settings = LoraSettings(rank=4, components=("vision_encoder", "scoring"), target_modules=("fc1", "query_proj"))
+    model = apply_lora(random_sam3, settings)
+    table = count_parameters(model)
+    vision, scoring = table.components["vision_encoder"], table.components["scoring"]
+    assert (vision.modules_adapted, vision.trainable) == (3, 3 * 4 * (32 + 48))
+    assert (scoring.modules_adapted, scoring.trainable) == (1, 4 * (32 + 32))
+    assert table.trainable == table.adapter == vision.trainable + scoring.trainable
+    assert table.total == total
+    assert table.percent == pytest.approx(100 * table.trainable / total)
+    assert table.to_dict()["components"]["scoring"]["trainable"] == scoring.trainable
+
+
+def test_table_is_printable(random_sam3):
+    # The rendered table shows the totals.
+    from rich.console import Console
+
+    model = apply_lora(random_sam3, LoraSettings(rank=2))
+    console = Console(record=True, width=120, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(count_parameters(model).render())
+    text = console.export_text()
+    assert f"{count_parameters(model).trainable:,}" in text
+    assert "vision_encoder" in text
+
+
+def test_counts_of_a_frozen_base(random_sam3):
+    # Without adapter nothing is adapted, and trainable follows requires_grad.
+    table = count_parameters(random_sam3.requires_grad_(False))
+    assert (table.trainable, table.adapter, table.modules_adapted) == (0, 0, 0)
+
+
+def test_fingerprint_is_of_the_base(random_sam3):
+    # An adapter, the dtype and a reload do not change it; one changed tensor does.
+    before = fingerprint(random_sam3)
+    model = apply_lora(random_sam3, LoraSettings(rank=2, use_dora=True))
+    assert fingerprint(model) == before
+    base = model.unload()
+    assert fingerprint(base.to(torch.bfloat16)) == before
+    with torch.no_grad():
+        base.text_projection.bias += 1
+    assert fingerprint(base) != before
+
+
+def test_fingerprint_needs_values():
+    # Parameters on the meta device have none.
+    with pytest.raises(ValueError, match="meta device"):
+        fingerprint(nn.Linear(2, 2, device="meta"))

@@ -1,0 +1,83 @@
+"""What tests of kept features and frames share: a step, and what it took."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from sam3lora.data import sample
+from sam3lora.training.optimization import set_training_mode
+from sam3lora.training.setup import Worker
+from sam3lora.training.step import StepCounts
+
+NUM_TRAIN, NUM_VALID = 6, 3
+FROZEN = "lora.apply_to_vision_encoder=false"
+LAST_LAYER = "lora.vision_last_layers=1"
+NECK = "lora.target_modules=[proj1, proj2, box_head]"
+NECK_ONLY = [
+    NECK,
+    *(f"lora.apply_to_{name}=false" for name in ("geometry_encoder", "detr_encoder", "mask_decoder", "scoring")),
+]
+OFF, BF16 = "training.feature_cache=false", "training.mixed_precision=bf16"
+ON_DISK = "training.cache_memory_gb=0"  # and not in memory too
+INT8 = "training.feature_cache_type=int8"
+
+
+def step_of(worker: Worker) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Gradients and loss terms of the first batch, in training mode."""
+    batch = next(worker.batches.training_batches(0, 0))
+    set_training_mode(worker.model, model_dropout=False)
+    worker.model.zero_grad(set_to_none=True)
+    torch.manual_seed(0)
+    _, terms = worker.runner.backward(batch, StepCounts.of([batch]).normalizer())
+    gradients = {name: p.grad for name, p in worker.model.named_parameters() if p.grad is not None}
+    return gradients, terms
+
+
+def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+
+
+def counts_of(worker: Worker) -> tuple[int, int]:
+    return worker.runner.images.vision_passes, worker.runner.images.features_loaded
+
+
+def arrays(folder: Path) -> list[np.ndarray]:
+    """The arrays of a cache but the digests of files."""
+    found = [np.load(file, allow_pickle=False) for file in folder.glob("??/*.npy")]
+    return [array for array in found if array.shape != (32,)]
+
+
+def lines_of(config, kind: str) -> list[dict]:
+    lines = (Path(config.output.output_dir) / "metrics.jsonl").read_text().splitlines()
+    return [line for line in map(json.loads, lines) if line["kind"] == kind]
+
+
+def passes_of(config) -> tuple[int, int]:
+    [end] = lines_of(config, "end")
+    return end["vision_passes"], end["features_loaded"]
+
+
+def without_measures(line: dict) -> dict:
+    measures = ("images_per_second", "data_wait_share", "memory_mb", "unix_time", "vision_passes", "features_loaded")
+    return {key: value for key, value in line.items() if key not in measures}
+
+
+def record_decoding(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the image files that are decoded for training and validation from now on."""
+    names: list[str] = []
+    read_image = sample.read_image
+
+    def spy(path, *arguments, **options):
+        names.append(Path(path).name)
+        return read_image(path, *arguments, **options)
+
+    monkeypatch.setattr(sample, "read_image", spy)
+    return names

@@ -1,0 +1,170 @@
+"""Checkpoints come back exactly, are whole or ignored, and hold no pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from sam3lora.errors import UserError
+from sam3lora.model.adapter.lora_layers import LoraSettings, apply_lora
+from sam3lora.training import checkpoints
+from sam3lora.training.checkpoints import RunState, list_checkpoints, load_checkpoint, save_checkpoint
+from sam3lora.training.optimization import build_optimizer
+
+SETTINGS = {"model": {"name": "tiny"}, "lora": {"rank": 2, "alpha": 4}, "data": {}, "training": {"num_epochs": 3}}
+
+
+def make_run(seed: int, steps: int):
+    """A small adapter and its optimizer after some steps; one module never gets a gradient."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2), nn.Linear(2, 2))
+    model = apply_lora(net, LoraSettings(rank=2, dropout=0, target_modules=("0", "1", "2"), components=None))
+    optimizer = build_optimizer(model, learning_rate=0.1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        net[1](net[0](torch.randn(5, 3))).square().mean().backward()
+        optimizer.step()
+    return model, optimizer
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def save(root: Path, step: int = 5, keep: int = 3, settings=None) -> Path:
+    model, optimizer = make_run(seed=step, steps=2)
+    return save_checkpoint(root, model, optimizer, RunState(step=step, epoch=1), settings or SETTINGS, keep=keep)
+
+
+def test_round_trip(tmp_path):
+    # Adapter, moments and position come back exactly; the next step is the one that was to come.
+    model, optimizer = make_run(seed=0, steps=3)
+    state = RunState(
+        step=7, epoch=2, step_in_epoch=1, best_loss=0.1234567890123456, best_step=5, epoch_sums={"loss_ce": 1 / 3},
+        epoch_counts=[1.0, 2.0, 3.0], images_per_step=4,
+    )  # fmt: skip
+    folder = save_checkpoint(tmp_path, model, optimizer, state, SETTINGS, keep=1)
+    other, other_optimizer = make_run(seed=0, steps=1)
+    assert load_checkpoint(folder, other, other_optimizer, SETTINGS) == state
+    for name, value in weights(model).items():
+        assert torch.equal(weights(other)[name], value), name
+    for each, its_optimizer in ((model, optimizer), (other, other_optimizer)):
+        torch.manual_seed(1)
+        for parameter in each.parameters():
+            parameter.grad = torch.randn(parameter.shape) if parameter.requires_grad else None
+        its_optimizer.step()
+    for name, value in weights(model).items():
+        assert torch.equal(weights(other)[name], value), name
+
+
+def test_no_pickle(tmp_path):
+    # Three files, of which two are safetensors and one is JSON.
+    folder = save(tmp_path)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "adapter.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+    ]
+    for path in folder.glob("*.safetensors"):
+        data = path.read_bytes()
+        json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    json.loads((folder / "state.json").read_text())
+
+
+def test_keep_limit(tmp_path):
+    # Only the newest stay, by step and not by time or name's length.
+    for step in (9, 10, 100, 1000):
+        save(tmp_path, step=step, keep=2)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000100", "step_00001000"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000100", "step_00001000"]
+
+
+def test_saving_a_step_again_replaces_it(tmp_path):
+    # A resumed run reaches a step that a lost attempt had saved.
+    first = (save(tmp_path) / "state.json").read_text()
+    settings = SETTINGS | {"training": {"num_epochs": 4}}
+    second = (save(tmp_path, settings=settings) / "state.json").read_text()
+    assert first != second
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_setting_that_is_newer_than_the_run(tmp_path):
+    # The run went on as by its default; another value is refused as ever.
+    folder = save(tmp_path, settings={"model": {"name": "tiny"}})
+    model, optimizer = make_run(seed=0, steps=1)
+    load_checkpoint(folder, model, optimizer, {"model": {"name": "tiny", "quantization": "none"}})
+    with pytest.raises(UserError, match="quantization"):
+        load_checkpoint(folder, model, optimizer, {"model": {"name": "tiny", "quantization": "nf4"}})
+
+
+@pytest.mark.parametrize("missing", ["adapter.safetensors", "optimizer.safetensors", "state.json"])
+def test_half_written_is_never_chosen(tmp_path, missing):
+    # A folder that lacks a file, or still has its scratch name, is no checkpoint.
+    good = save(tmp_path, step=5)
+    shutil.copytree(good, tmp_path / "step_00000006")
+    (tmp_path / "step_00000006" / missing).unlink()
+    shutil.copytree(good, tmp_path / ".0123.tmp")
+    assert list_checkpoints(tmp_path) == [good]
+
+
+def test_nothing_saved_yet(tmp_path):
+    assert list_checkpoints(tmp_path) == list_checkpoints(tmp_path / "absent") == []
+
+
+def test_a_crash_while_writing_leaves_the_old_ones(tmp_path, monkeypatch):
+    # Whatever fails, on whatever file: the folder is absent, no scratch stays, and the one before is still there.
+    good = save(tmp_path, step=5)
+
+    def fail(*arguments, **options):
+        raise OSError("disk full")
+
+    for name in ("sync_files", "replace_folder"):
+        with monkeypatch.context() as patched:
+            patched.setattr(checkpoints, name, fail)
+            with pytest.raises(OSError, match="disk full"):
+                save(tmp_path, step=6)
+        assert list(tmp_path.iterdir()) == [good]
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("adapter.safetensors", truncate),
+        ("optimizer.safetensors", truncate),
+        ("state.json", truncate),
+        ("state.json", lambda path: path.write_text("{}")),
+        ("state.json", lambda path: path.write_text(json.dumps({"settings": SETTINGS, "state": {"other": 1}}))),
+        ("adapter.safetensors", lambda path: path.write_bytes(b"")),
+    ],
+)
+def test_damaged_file(tmp_path, file, damage):
+    # The message names the checkpoint and what to do; the model is not touched.
+    folder = save(tmp_path)
+    damage(folder / file)
+    model, optimizer = make_run(seed=1, steps=1)
+    before = weights(model)
+    with pytest.raises(UserError, match=r"step_00000005 is damaged .*remove it"):
+        load_checkpoint(folder, model, optimizer, SETTINGS)
+    assert all(torch.equal(weights(model)[name], value) for name, value in before.items())
+
+
+def test_other_settings_are_refused_by_name(tmp_path):
+    # What decides the numbers of a step must be as it was; how long to train may change.
+    folder = save(tmp_path)
+    model, optimizer = make_run(seed=1, steps=1)
+    other = SETTINGS | {"lora": {"rank": 8, "alpha": 4}}
+    with pytest.raises(UserError, match=r"lora\.rank \(was 2, is 8\)") as error:
+        load_checkpoint(folder, model, optimizer, other)
+    assert "alpha" not in str(error.value)
+    longer = SETTINGS | {"training": {"num_epochs": 9}}
+    assert load_checkpoint(folder, model, optimizer, longer).step == 5

@@ -1,0 +1,65 @@
+"""Batches of a worker come as the plan says, prepared on a thread."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from sam3lora.data.batch import collate
+from sam3lora.data.pipeline import iterate_batches
+from sam3lora.data.plan import plan_run
+from sam3lora.training.datasets import BatchSource, load_run_data
+from sam3lora.training.setup import _device
+
+
+@pytest.fixture
+def config(make_config):
+    return make_config(batch_size=2, num_epochs=2)
+
+
+@pytest.mark.parametrize("start", [(0, 0), (0, 2), (1, 1)])
+def test_batches_are_those_of_the_plan_from_any_step_on(config, start):
+    data = load_run_data(config, 112)
+    seen = []
+
+    def load_ahead(batch):
+        seen.append((batch.image_ids.tolist(), threading.current_thread().name))
+
+    batches = list(BatchSource(data, config, use_ray=False, load_ahead=load_ahead).training_batches(*start))
+    epoch, step = start
+    plans = plan_run(len(data.train), batch_size=2, num_epochs=2, seed=config.training.seed,
+                     start_epoch=epoch, start_step=step)  # fmt: skip
+    expected = [collate(batch) for batch in iterate_batches(data.train.table, plans, data.train_settings)]
+    assert [(b.epoch, b.step) for b in batches] == [(b.epoch, b.step) for b in expected]
+    for batch, other in zip(batches, expected, strict=True):
+        for name, value in vars(other).items():
+            found = getattr(batch, name)
+            assert torch.equal(found, value) if isinstance(value, torch.Tensor) else found == value, name
+    assert seen == [(batch.image_ids.tolist(), "sam3lora-prefetch") for batch in batches]
+
+
+def test_batches_for_a_gpu_are_pinned_by_its_own_thread(config, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: chosen.append((device, threading.current_thread().name))
+    )
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.clone())
+    data, gpu, ahead = load_run_data(config, 112), torch.device("cuda:1"), []
+    source = BatchSource(data, config, use_ray=False, device=gpu, load_ahead=ahead.append)
+    batches = list(source.training_batches(1, 0))
+    # what is read ahead is held as long as the very batch that is used
+    assert [id(batch) for batch in ahead] == [id(batch) for batch in batches]
+    assert chosen == [(torch.device("cuda:1"), "sam3lora-prefetch")] * len(batches)
+    chosen.clear()
+    next(BatchSource(data, config, use_ray=False, device=torch.device("cpu")).training_batches(1, 0))
+    assert chosen == []
+
+
+def test_a_gpu_without_ray_has_a_number(config, monkeypatch):
+    # torch.cuda.set_device takes no other
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    config = config.model_copy(update={"scaling": config.scaling.model_copy(update={"use_gpu": "auto"})})
+    assert _device(config, use_ray=False) == torch.device("cuda", 2)

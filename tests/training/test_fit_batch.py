@@ -1,0 +1,129 @@
+"""The number of images in a forward: what is measured, what is chosen, and that nothing of it remains."""
+
+from __future__ import annotations
+
+from itertools import count
+
+import pytest
+import torch
+
+from sam3lora.errors import OutOfMemory, UserError
+from sam3lora.training import distributed, fit_batch
+from sam3lora.training.fit_batch import fitting
+
+from .two_workers import make_worker, recorded_step
+
+GB = 2**30
+
+
+def test_memory_is_extrapolated_from_one_and_two_images():
+    # 3 GB for one image and 2 GB for each further one: 4 images take 9 GB, 8 take 17 GB.
+    sizes = [1, 2, 4, 8]
+    assert [fitting(sizes, 3 * GB, 2 * GB, allowed * GB) for allowed in (1, 3, 5, 8.9, 9, 16.9, 17, 99)] == [
+        *(1, 1, 2, 2, 4, 4, 8, 8)
+    ]
+
+
+def test_gpu_sizes_are_tried_until_one_does_not_fit(monkeypatch):
+    # An allocator of 10 GB, of which 1 GB is in use and 90 % of the rest may be taken; an image takes 2 GB.
+    peak, limit = 0, 10 * GB
+
+    def backward(num_images):
+        nonlocal peak
+        tried.append(num_images)
+        peak = 1 * GB + num_images * 2 * GB
+        if peak > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 1 * GB)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: peak)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (9 * GB, 10 * GB))
+    for size_of_gpu, sizes, fits, wanted in (
+        (10 * GB, [1, 2, 4, 8], 4, [1, 2, 4, 8]),
+        (10 * GB, [1, 3], 3, [1, 3]),
+        (4 * GB, [1, 2, 4], 1, [1, 2]),
+        (2 * GB, [1, 2, 4], 0, [1]),
+    ):
+        limit, tried = size_of_gpu, []
+        assert fit_batch._fitting_on_gpu(backward, sizes, 0.9) == fits
+        assert tried == wanted
+    # Where others use the same GPU each gets its share: 1 + 0.5 x 0.9 x 9 GB are 2 images.
+    limit = 10 * GB
+    assert fit_batch._fitting_on_gpu(backward, [1, 2, 4], 0.45) == 2
+
+
+@pytest.mark.parametrize("override", ["lora.apply_to_vision_encoder=true", "lora.apply_to_vision_encoder=false"])
+def test_measuring_leaves_nothing_behind(make_config, monkeypatch, override):
+    # Weights, gradients, random state and the cache are as they were, with and without kept features.
+    monkeypatch.setattr(fit_batch, "available_bytes", lambda: 100 * GB)
+    worker = make_worker(make_config(override))
+    before = {name: parameter.clone() for name, parameter in worker.model.named_parameters()}
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    measured = []
+    backward = type(worker.runner).backward
+    monkeypatch.setattr(
+        type(worker.runner),
+        "backward",
+        lambda runner, batch, *rest: measured.append(batch) or backward(runner, batch, *rest),
+    )
+    training = worker.config.training.model_copy(update={"batch_size": "auto", "images_per_step": 6})
+    config = worker.config.model_copy(update={"training": training})
+    found = fit_batch.resolve_batch_size(config, worker.model, worker.runner, worker.data).training
+    assert (found.batch_size, found.gradient_accumulation_steps, found.images_per_step) == (6, 1, None)
+    assert {batch.num_images for batch in measured} == {1, 2}
+    # an adapted text tower keeps a graph of each distinct prompt
+    assert all(len(set(b.prompts_B)) == min(b.num_queries, len(worker.data.prompts)) for b in measured)
+    assert torch.equal(torch.rand(3), expected)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in worker.model.named_parameters())
+    assert all(parameter.grad is None for parameter in worker.model.parameters())
+    assert worker.runner.images.vision_passes == 0
+
+    # As costly as any batch of the split.
+    real = list(worker.batches.training_batches(0, 0))
+    queries = [(batch.query_image_B == image).sum() for batch in real for image in range(batch.num_images)]
+    assert measured[0].num_queries == max(queries)
+    assert max(len(batch.boxes_cxcywh_T4) for batch in measured) >= max(len(b.boxes_cxcywh_T4) for b in real)
+
+
+@pytest.mark.slow
+def test_the_step_is_the_same_whatever_fits(make_config, monkeypatch):
+    # Four images at once, or one at a time because there is no memory: one gradient.
+    steps = []
+    for available in (100 * GB, 0):
+        monkeypatch.setattr(fit_batch, "available_bytes", lambda available=available: available)
+        worker = make_worker(make_config("training.images_per_step=4", batch_size="auto", output=f"run_{available}"))
+        training = worker.config.training
+        assert (training.batch_size, training.gradient_accumulation_steps) == ((4, 1) if available else (1, 4))
+        steps.append(recorded_step(worker))
+    for name, gradient in steps[0].gradients.items():
+        assert torch.allclose(steps[1].gradients[name], gradient, rtol=1e-3, atol=1e-6), name
+
+
+def test_all_workers_take_the_smallest(make_config, monkeypatch):
+    # This worker could take 6 images, another one 2, a third not even one.
+    worker = make_worker(make_config())
+    training = worker.config.training.model_copy(update={"batch_size": "auto", "images_per_step": 6})
+    config = worker.config.model_copy(update={"training": training})
+    monkeypatch.setattr(fit_batch, "_fitting_on_cpu", lambda backward, sizes, share: sizes[-1])
+    for others, size in (([6, 6], 6), ([2, 3], 2)):
+        calls = count()
+        monkeypatch.setattr(
+            distributed,
+            "gather_objects",
+            lambda value: [value] + (others if next(calls) else []),  # noqa: B023
+        )
+        found = fit_batch.resolve_batch_size(config, worker.model, worker.runner, worker.data).training
+        assert (found.batch_size, found.gradient_accumulation_steps) == (size, 6 // size)
+    calls = count()
+    monkeypatch.setattr(distributed, "gather_objects", lambda value: [value] + ([0] if next(calls) else []))
+    with pytest.raises(OutOfMemory, match="one image at a time"):
+        fit_batch.resolve_batch_size(config, worker.model, worker.runner, worker.data)
+
+
+def test_an_unknown_size_is_refused(make_config):
+    with pytest.raises(UserError, match="batch_size should be a whole number of at least 1, or"):
+        make_config(batch_size="most")

@@ -1,0 +1,123 @@
+"""Training through two real Ray Train workers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from sam3lora.data.coco import CocoIndex
+from sam3lora.data.plan import plan_epoch
+from sam3lora.errors import UserError
+from sam3lora.training.launch import train
+
+NUM_IMAGES, NUM_CPUS, SEED = 6, 5, 42
+# One image a worker and step, one data task a worker: a worker takes two CPUs.
+TWO_WORKERS = (
+    "scaling.num_workers=2",
+    "training.batch_size=1",
+    "training.num_workers=1",
+    "training.num_epochs=1",
+    f"training.seed={SEED}",
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local_ray():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+        import ray
+
+        options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+        ray.init(address="local", num_cpus=NUM_CPUS, object_store_memory=int(2e8), **options)
+        yield
+        ray.shutdown()
+
+
+def break_images(scenes: Path, copy: Path, rows: list[int]) -> list[str]:
+    """Copy the data with these training images cut short; return their paths."""
+    shutil.copytree(scenes, copy)
+    index = CocoIndex.from_folder(copy / "train")
+    paths = [index.record(row)["path"] for row in rows]
+    for path in paths:
+        Path(path).write_bytes(Path(path).read_bytes()[:100])
+    return paths
+
+
+def lines_of(output_dir: Path, kind: str) -> list[dict]:
+    lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def rows_of_rank(rank: int) -> list[int]:
+    batches = plan_epoch(NUM_IMAGES, batch_size=1, world_size=2, rank=rank, seed=SEED)
+    return [row for [row] in batches]
+
+
+def test_two_workers_do_what_one_does_with_twice_the_batch(make_config, scenes, tmp_path):
+    # One bad image for each worker, in different steps: both workers' shares are read, and a worker without a batch
+    # takes part in the step all the same.
+    broken = [rows_of_rank(0)[0], rows_of_rank(1)[2]]
+    data = tmp_path / "data"
+    paths = break_images(scenes, data, broken)
+    # A large epsilon: Adam would blow up the last bits of gradients that are almost 0.
+    common = [
+        f"training.data_dir={data}",
+        "training.on_bad_image=skip",
+        "training.seed=42",
+        "training.adam_epsilon=0.1",
+    ]
+    two = train(make_config(*common, *TWO_WORKERS, output="two"))
+    one = train(make_config(*common, "training.batch_size=2", "training.num_epochs=1", output="one"))
+
+    assert two.steps == one.steps == 3
+    [start] = lines_of(two.output_dir, "start")
+    assert start["num_workers"] == 2
+    assert [line["step"] for line in lines_of(two.output_dir, "step")] == [1, 2, 3]
+    assert sorted(line["path"] for line in lines_of(two.output_dir, "skipped_image")) == sorted(paths)
+    # The same images and the same gradients: the same terms, validation and weights.
+    assert two.best_loss == pytest.approx(one.best_loss, rel=1e-5)
+    assert two.history[0]["train_loss"] == pytest.approx(one.history[0]["train_loss"], rel=1e-5)
+    weights, expected = (load_file(run.last_adapter / "adapter_model.safetensors") for run in (two, one))
+    assert weights.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (weights[name] - tensor).abs().max() <= 1e-5 * tensor.abs().max(), name
+    # A complete run folder, and nothing of Ray's in it.
+    assert sorted(os.listdir(two.output_dir)) == sorted(os.listdir(one.output_dir))
+    assert sorted(os.listdir(two.output_dir / "checkpoints")) == ["step_00000003"]
+
+
+@pytest.mark.slow
+def test_mistake_that_one_worker_meets_ends_the_run(make_config, scenes, tmp_path):
+    # The other worker waits for it in a collective call; neither that wait nor a restart delays the message.
+    data = tmp_path / "data"
+    [path] = break_images(scenes, data, [rows_of_rank(1)[1]])
+    config = make_config(f"training.data_dir={data}", "scaling.max_failures=2", *TWO_WORKERS)
+    with pytest.raises(UserError, match="cannot read image") as caught:
+        train(config)
+    assert path in str(caught.value)
+    output_dir = Path(config.output.output_dir)
+    assert len(lines_of(output_dir, "start")) == 1
+    assert [line["step"] for line in lines_of(output_dir, "step")] == [1]
+    assert not (output_dir / ".ray").exists()
+
+
+def test_more_than_the_cluster_has_is_refused_before_ray_waits_for_it(make_config):
+    with pytest.raises(UserError, match=f"room for 2 .*nodes with {NUM_CPUS} CPU"):
+        train(make_config("scaling.num_workers=3", "training.num_workers=1"))
+    with pytest.raises(UserError, match="1 GPU"):
+        train(make_config("scaling.num_workers=1", "scaling.use_gpu=true", "training.num_workers=1"))
+
+
+def test_ray_that_was_running_keeps_running(make_config):
+    import ray
+
+    with pytest.raises(UserError):
+        train(make_config("scaling.num_workers=100"))
+    assert ray.is_initialized()

@@ -1,0 +1,87 @@
+"""A recorded optimizer step; run as a script, one of two training workers: ``two_workers.py CONFIG RANK SCRATCH``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sam3lora.config import Config, load_config
+from sam3lora.training.setup import Worker, set_up
+from sam3lora.training.update import NonFiniteLoss, optimizer_step
+from sam3lora.training.worker import validation_terms
+
+
+@dataclass
+class RecordedStep:
+    """What the optimizer was given, and what was logged."""
+
+    gradients: dict[str, Tensor]
+    terms: dict[str, float]
+    image_ids: list[int]
+
+
+def make_worker(config: Config) -> Worker:
+    """A worker whose adapter has learned something: with B = 0 the gradient of A is zero."""
+    folder = Path(config.output.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    worker = set_up(config, folder, use_ray=False)
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in worker.model.named_parameters():
+        if ".lora_B." in name:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    return worker
+
+
+def recorded_step(worker: Worker) -> RecordedStep:
+    """The first step of the run, recorded where the optimizer would move the weights."""
+    gradients: dict[str, Tensor] = {}
+
+    def record() -> None:
+        for name, parameter in worker.model.named_parameters():
+            if parameter.requires_grad:
+                gradients[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+
+    worker.optimizer.step = record
+    group = list(islice(worker.batches.training_batches(0, 0), worker.config.training.gradient_accumulation_steps))
+    terms, _, _ = optimizer_step(worker, group)
+    return RecordedStep(gradients, terms, [number for batch in group for number in batch.image_ids.tolist()])
+
+
+def main(config_file: str, rank: int, scratch: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{scratch / 'rendezvous'}", rank=rank, world_size=2)
+    worker = make_worker(load_config(config_file))
+    step = recorded_step(worker)
+    save_file(step.gradients, scratch / f"gradients_{rank}.safetensors")
+    valid = validation_terms(worker)
+    report = {"terms": step.terms, "image_ids": step.image_ids, "valid": valid.means(), "valid_loss": valid.loss()}
+
+    # Only the second worker meets a loss that is not finite.
+    if rank == 1:
+        criterion = worker.runner.criterion
+
+        def broken(*arguments):
+            output = criterion(*arguments)
+            output.total = output.total * torch.nan
+            return output
+
+        broken.weights, broken.begin = criterion.weights, criterion.begin
+        worker.runner.criterion = broken
+    try:
+        recorded_step(worker)
+    except NonFiniteLoss as error:
+        report["failure"] = str(error)
+    (scratch / f"report_{rank}.json").write_text(json.dumps(report))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
