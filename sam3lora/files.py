@@ -1,32 +1,69 @@
-"""Moving a finished folder into place, also over an old one."""
+"""Writing a file or a folder whole: a reader, or a run after a crash, sees all of the new content or none of it."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
 
-def sync_files(folder: Path) -> None:
-    """Force the files of a folder to the disk, so that a move that survives a power cut moves whole files."""
-    for path in [*folder.iterdir(), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def write_whole(path: str | Path, content: str | bytes) -> None:
+    """Write a file beside `path`, force it to the disk, and rename it to `path`. Text is written as UTF-8.
+
+    Raises:
+        OSError: It cannot be written; what was at `path` is still there.
+    """
+    with whole_file(path) as scratch:
+        scratch.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """A scratch path beside `path` for whatever writes the file; it takes the place of `path` when the block ends well.
+
+    The scratch path keeps the suffix, from which some writers choose a format.
+    """
+    path = Path(path)
+    scratch = path.with_name(f".{uuid.uuid4().hex}.part{path.suffix}")
+    try:
+        yield scratch
+        _sync(scratch)
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(target: str | Path) -> Iterator[Path]:
+    """An empty scratch folder beside `target`; it takes the place of `target` when the block ends well.
+
+    Raises:
+        OSError: It cannot be written; what was at `target` is still there.
+    """
+    target = Path(target)
+    scratch = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+        for path in (*scratch.rglob("*"), scratch):
+            _sync(path)
+        replace_folder(scratch, target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def replace_folder(source: Path, target: Path) -> None:
-    """Rename ``source`` to ``target`` on the same file system; an existing ``target`` is replaced and deleted.
+    """Rename `source` to `target` on the same file system; an existing `target` is replaced and deleted.
 
-    Linux swaps the two in one step. Where that is not available the old folder is moved away first: ``target`` is
-    then absent for an instant, but never half-written.
+    Linux swaps the two in one step. Where that is not available the old folder is moved away first: `target` is then
+    absent for an instant, but never half-written.
     """
     if not target.exists():
         os.rename(source, target)
@@ -44,9 +81,23 @@ def replace_folder(source: Path, target: Path) -> None:
     shutil.rmtree(old)
 
 
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _exchange(first: Path, second: Path) -> bool:
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError):
         return False
     return renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0
+
+
+def sync_files(folder: Path) -> None:
+    """Force the files of a folder to the disk."""
+    for path in [*folder.iterdir(), folder]:
+        _sync(path)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from pydantic import Field, model_validator
 
 from ._section import Section
@@ -49,6 +52,22 @@ class Config(Section):
                 "empty: list negative_prompts, or set num_negatives to 0"
             )
         return self
+
+    def changed(self, changes: Mapping[str, Any]) -> Config:
+        """A copy with other values, checked as a whole.
+
+        Args:
+            changes: Dotted key -> value, such as `{"training.data_dir": "datasets/potholes"}`.
+
+        Raises:
+            pydantic.ValidationError: A key or value that no configuration may have.
+        """
+        from .keys import set_key
+
+        raw = self.model_dump()
+        for key, value in changes.items():
+            set_key(raw, key, value)
+        return Config.model_validate(raw)
 
     def to_yaml(self) -> str:
         """The resolved configuration as YAML; `load_config` of it gives an equal configuration."""
