@@ -1,14 +1,13 @@
-"""Answers of the model to masks at the size of the image, in threads, with a limit to time and to memory."""
+"""Encoding of the model's masks at the size of the image, in threads, limited in time and memory."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -18,17 +17,17 @@ from sam3lora.engine.engine import Answer
 from serve_app.http.errors import ServeError
 
 MAX_WAITING_BYTES = 2**30
-"""Mask logits: the model pauses while answers with more wait here, so there is at most one batch beyond that."""
+"""Mask logits that may wait here before the model pauses; one batch more may arrive while it pauses."""
 
 
 class MaskEncoder:
-    """Belongs to one event loop.
+    """Encodes masks for one event loop.
 
     Args:
-        finish: `MixedBatchSegmenter.finish`.
-        threads: Answers that are encoded at a time; others wait in the order they come.
-        pause: Called when answers hold too much memory.
-        resume: Called when they do so no longer.
+        finish: `MixedBatchSegmenter.finish`: encodes one mask after the other.
+        threads: Answers that are encoded at a time; others wait in order of arrival.
+        pause: Called when waiting answers hold too much memory.
+        resume: Called when they hold less again.
     """
 
     def __init__(
@@ -52,19 +51,20 @@ class MaskEncoder:
         """Answers that wait or are being encoded."""
         return self._num_answers
 
-    async def encode(self, answer: Answer, deadline: float) -> list[Instances]:
-        """For each prompt what was found. Ends between two masks when the time is up or the caller is cancelled.
+    async def encode(self, answer: Answer, deadline: float, *, masks: bool = True) -> list[Instances]:
+        """The detections of each prompt. Stops between two masks when the time is up or the caller is cancelled.
 
         Args:
-            answer: Of the model.
+            answer: The model's answer.
             deadline: By `time.monotonic`.
+            masks: False drops the masks that only suppression or merging needed.
 
         Raises:
             ServeError: The time is up.
         """
 
         def finished(work: asyncio.Future[list[Instances]]) -> None:
-            work.cancelled() or work.exception()  # nobody else looks at it
+            work.cancelled() or work.exception()  # or asyncio would log an exception that nobody retrieved
             self._let_go(num_bytes)
 
         stop = threading.Event()
@@ -73,8 +73,7 @@ class MaskEncoder:
         self._hold(num_bytes)
         try:
             async with asyncio.timeout(deadline - time.monotonic()) as limit, self._turns:
-                checked = replace(answer, kept=[_checked(kept, stop) for kept in answer.kept])
-                work = asyncio.get_running_loop().run_in_executor(self._pool, self._finish, checked)
+                work = asyncio.get_running_loop().run_in_executor(self._pool, self._encode, answer, masks, stop)
                 return await asyncio.shield(work)
         except TimeoutError:
             if not limit.expired():
@@ -85,12 +84,32 @@ class MaskEncoder:
             stop.set()
             if work is None or work.done():
                 self._let_go(num_bytes)
-            else:  # the thread still has the mask in hand
+            else:  # the thread still encodes a mask: its memory is free only after that
                 work.add_done_callback(finished)
 
     def close(self) -> None:
         """Let the threads end."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _encode(self, answer: Answer, masks: bool, stop: threading.Event) -> list[Instances]:
+        """In a thread: one detection at a time, so that it can stop between two masks."""
+        results = []
+        for prompt, kept in zip(answer.prompts, answer.kept, strict=True):
+
+            def finish(rows: slice, prompt: str = prompt, kept: Kept = kept) -> Instances:
+                return self._finish(replace(answer, prompts=(prompt,), kept=[_rows(kept, rows, masks)]))[0]
+
+            result, found = finish(slice(0)), []
+            for row in range(len(kept.scores_N)):
+                if stop.is_set():
+                    raise _StoppedError
+                found.append(finish(slice(row, row + 1)))
+            if found:
+                result.scores = np.concatenate([one.scores for one in found])
+                result.boxes_xyxy = np.concatenate([one.boxes_xyxy for one in found])
+                result.masks = [mask for one in found for mask in one.masks] if masks else []
+            results.append(result)
+        return results
 
     def _hold(self, num_bytes: int) -> None:
         self._num_answers += 1
@@ -106,23 +125,19 @@ class MaskEncoder:
 
 
 class _StoppedError(Exception):
-    """Nobody waits for the masks any more."""
+    """The caller no longer waits for the masks."""
 
 
 def _num_bytes(answer: Answer) -> int:
     return sum(kept.mask_logits_NHW.nbytes for kept in answer.kept if kept.mask_logits_NHW is not None)
 
 
-def _checked(kept: Kept, stop: threading.Event) -> Kept:
-    """With masks that can be taken one after the other, until it is to stop."""
-    if kept.mask_logits_NHW is None:
-        return kept
-    masks: Any = _until(stop, kept.mask_logits_NHW)
-    return kept._replace(mask_logits_NHW=masks)
-
-
-def _until(stop: threading.Event, logits_NHW: np.ndarray) -> Iterator[np.ndarray]:
-    for logits_HW in logits_NHW:
-        if stop.is_set():
-            raise _StoppedError
-        yield logits_HW
+def _rows(kept: Kept, rows: slice, masks: bool) -> Kept:
+    """Some of the detections. Merged ones keep their masks in any case: their boxes are made from them."""
+    needs_masks = kept.mask_logits_NHW is not None and (masks or bool(kept.is_merged_N[rows].any()))
+    return kept._replace(
+        scores_N=kept.scores_N[rows],
+        boxes_cxcywh_N4=kept.boxes_cxcywh_N4[rows],
+        mask_logits_NHW=kept.mask_logits_NHW[rows] if needs_masks and kept.mask_logits_NHW is not None else None,
+        is_merged_N=kept.is_merged_N[rows],
+    )

@@ -1,17 +1,17 @@
-"""What the HTTP ingress and a segmenter replica say to each other: plain values, checked before they are sent."""
+"""Messages between the HTTP ingress and the model replicas: plain values, checked before they are sent."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from sam3lora.engine.detections import BoxPrompt, Instances, PostProcessing
-from serve_app.http.errors import ServeError
+from sam3lora.engine.detections import BoxPrompt, Instances
 
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image as it came.
+    """An image file as the client sent it.
 
     Attributes:
         key: SHA-256 of the bytes, in hex: equal keys are equal images.
@@ -24,13 +24,23 @@ class ImageFile:
 
 @dataclass(frozen=True)
 class SegmentCall:
-    """One request. `timeout_s` is what is left of its time when it is sent."""
+    """One segmentation request.
+
+    Attributes:
+        image: The image, or the key of an uploaded one.
+        prompts: May be empty if there are boxes.
+        boxes: Go with every prompt.
+        adapter: Id of an adapter; None asks the base model.
+        post_processing: Fields of `PostProcessing` that the request sets; the adapter's own values hold for the rest.
+        masks: Whether the reply holds masks.
+        timeout_s: What is left of the request's time when the call is sent.
+    """
 
     image: ImageFile
     prompts: tuple[str, ...]
     boxes: tuple[BoxPrompt, ...] = ()
     adapter: str | None = None
-    post: PostProcessing = field(default_factory=PostProcessing)
+    post_processing: Mapping[str, Any] = field(default_factory=dict)
     masks: bool = True
     timeout_s: float = 30.0
 
@@ -44,7 +54,7 @@ class SegmentCall:
 
 @dataclass(frozen=True)
 class SegmentReply:
-    """`results` are in the order of the prompts; times are in milliseconds by stage."""
+    """Detections of each prompt, in the order of the prompts, and the milliseconds that each stage took."""
 
     size_hw: tuple[int, int]
     results: Sequence[Instances]
@@ -53,25 +63,8 @@ class SegmentReply:
 
 @dataclass(frozen=True)
 class ImageReply:
-    """An uploaded image is kept under `key`; `cached` says that it was there already."""
+    """The replica keeps the uploaded image under `key`; `cached`: it had the image already."""
 
     key: str
     size_hw: tuple[int, int]
     cached: bool
-
-
-@dataclass(frozen=True)
-class AdapterInfo:
-    """What is known of an adapter without loading it."""
-
-    id: str
-    prompts: tuple[str, ...] = ()
-    rank: int | None = None
-    size_bytes: int | None = None
-    adapts: tuple[str, ...] = ()
-    resident: bool = False
-    error: str | None = None
-
-
-Failure = ServeError
-"""Replicas return failures instead of raising them: Ray would log what is raised, with the arguments of the call."""
