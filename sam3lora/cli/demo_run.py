@@ -129,7 +129,7 @@ def _compare(config: Config, data_dir: Path, adapter: Path) -> Comparison:
     device = "cuda" if config.scaling.use_gpu is True else "cpu"
     base, of_adapter = evaluate_models(
         data_dir / config.data.valid_split,
-        Models({"adapter": str(adapter)}, segmenter={"device": device}),
+        Models({"adapter": str(adapter)}, options={"device": device}),
         replace(evaluation_settings(config), categories=NOUNS["shift"]),
         progress=True,
     )

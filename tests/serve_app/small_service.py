@@ -13,7 +13,7 @@ import numpy as np
 from sam3lora.engine.detections import Instances, PostProcessing
 from sam3lora.engine.segmenter import Segmenter
 
-from ..engine.mixed_cases import write_adapter, write_base
+from ..engine.engine_cases import write_adapter, write_base
 from .checked_load import Case
 from .http_cases import picture
 
