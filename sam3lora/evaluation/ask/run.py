@@ -198,13 +198,13 @@ def settings_of(adapters: Mapping[str, str]) -> dict[str, Any]:
     Raises:
         UserError: They were trained with different prompts for the categories.
     """
-    names = {"detection_threshold": "threshold"} | {n: n for n in ("nms_iou", "merge", "merge_iou", "max_detections")}
+    names = ("threshold", "nms_iou", "merge", "merge_iou", "max_detections")
     known = {label: metadata for label, folder in adapters.items() if (metadata := read_metadata(folder)) is not None}
     found: dict[str, Any] = {}
-    for theirs, ours in names.items():
-        values = {metadata.thresholds.get(theirs) for metadata in known.values()}
+    for name in names:
+        values = {getattr(metadata.post_processing, name, None) for metadata in known.values()}
         if len(values) == 1 and None not in values:
-            found[ours] = values.pop()
+            found[name] = values.pop()
     prompts = {label: metadata.data.get("prompt_of_category") or {} for label, metadata in known.items()}
     if any(other != next(iter(prompts.values())) for other in prompts.values()):
         raise UserError(
