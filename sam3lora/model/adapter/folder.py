@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -33,6 +33,11 @@ __all__ = ["AdapterMetadata", "is_adapter_folder", "list_adapters", "load_adapte
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+_ATTEMPTS_TO_READ = 3
+
+T = TypeVar("T")
+FolderSignature = tuple[tuple[int, ...] | None, ...]
+"""Equal as long as no file of an adapter folder is replaced or written to."""
 
 
 def save_adapter(
@@ -172,6 +177,45 @@ def check_adapter_folder(folder: str | Path) -> None:
     read_config(Path(folder))
     _read_tensors(Path(folder))
     read_metadata(folder)
+
+
+def folder_signature(folder: str | Path) -> FolderSignature:
+    """Device, inode, size and times of each file of an adapter; None for a missing file. Files are not opened."""
+    found: list[tuple[int, ...] | None] = []
+    for name in (CONFIG_FILE, WEIGHTS_FILE, METADATA_FILE):
+        try:
+            file = (Path(folder) / name).stat()
+        except OSError:
+            found.append(None)
+        else:
+            found.append((file.st_dev, file.st_ino, file.st_size, file.st_mtime_ns, file.st_ctime_ns))
+    return tuple(found)
+
+
+def read_unchanged(folder: Path, read: Callable[[FolderSignature], T]) -> T:
+    """The result of `read`, all of it from one version of an adapter folder that others may replace meanwhile.
+
+    Args:
+        folder: Adapter folder.
+        read: Reads the folder. Gets the signature of the version that it reads.
+
+    Raises:
+        UserError: `read` failed for a reason that is not a change of the folder, or the folder changed each time.
+    """
+    for _ in range(_ATTEMPTS_TO_READ):
+        signature = folder_signature(folder)
+        try:
+            result = read(signature)
+        except (UserError, OSError) as error:
+            # A half-replaced folder fails in many ways: only the failure of an unchanged one counts.
+            if folder_signature(folder) != signature:
+                continue
+            if isinstance(error, OSError):
+                raise UserError(f"{folder} cannot be read: {error.strerror}") from error
+            raise
+        if folder_signature(folder) == signature:
+            return result
+    raise UserError(f"{folder} changed while it was being read: try again")
 
 
 def list_adapters(root: str | Path) -> dict[str, Path]:
