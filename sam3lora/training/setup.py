@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import Sam3Model
 
 from sam3lora.config import Config
+from sam3lora.config.post_processing import PostProcessing
 from sam3lora.errors import UserError
 from sam3lora.losses import Criterion, LossWeights
 from sam3lora.model.adapter.folder import AdapterMetadata
@@ -153,7 +154,7 @@ def set_up(config: Config, output_dir: Path, *, use_ray: bool) -> Worker:
         prompts=list(data.prompts),
         resolution=base.resolution,
         geometry_cls=config.model.geometry_cls,
-        thresholds=_thresholds(config),
+        post_processing=_post_processing(config),
         data=data.summary(),
         lora=lora.to_dict(),
     )
@@ -226,13 +227,14 @@ def _criterion(config: Config) -> Criterion:
     )
 
 
-def _thresholds(config: Config) -> dict[str, float]:
-    """What inference with this adapter uses unless it is told otherwise."""
+def _post_processing(config: Config) -> PostProcessing:
+    """The post-processing settings that are the defaults wherever the adapter is used."""
     evaluation = config.evaluation
-    return {
-        "detection_threshold": evaluation.prob_threshold,
-        "nms_iou": evaluation.nms_iou,
-        "merge": evaluation.merge,
-        "merge_iou": evaluation.merge_iou,
-        "max_detections": evaluation.max_detections,
-    }
+    return PostProcessing(
+        threshold=evaluation.prob_threshold,
+        nms="mask",
+        nms_iou=evaluation.nms_iou,
+        merge=evaluation.merge,
+        merge_iou=evaluation.merge_iou,
+        max_detections=evaluation.max_detections,
+    )

@@ -25,9 +25,11 @@ from sam3lora.errors import UserError
 from sam3lora.model.adapter.folder import (
     CONFIG_FILE,
     WEIGHTS_FILE,
+    FolderSignature,
     check_finite,
     check_shapes,
     read_config,
+    read_unchanged,
     refuse_other_base,
 )
 from sam3lora.model.adapter.metadata import METADATA_FILE, AdapterMetadata, read_metadata
@@ -35,7 +37,6 @@ from sam3lora.model.components import component_of, unwrap
 from sam3lora.model.fingerprint import fingerprint
 
 _PEFT_PREFIX = "base_model.model."
-_ATTEMPTS = 3  # to read a folder that is replaced meanwhile
 _FLOATING = {"F64", "F32", "F16", "BF16"}
 # What PEFT can do beyond LoRA and DoRA: each needs more than a low-rank product beside the base layer.
 _UNSUPPORTED = ("modules_to_save", "lora_bias", "target_parameters", "use_qalora")
@@ -80,6 +81,7 @@ class AdapterWeights:
         rank: the largest of the modules.
         size_bytes: of the tensors.
         version: digest of the folder's files; changes whenever the adapter does.
+        signature: `folder_signature` of the folder that was read; it tells sooner than `version` of a change.
         components: names of ``COMPONENTS`` that the adapter changes.
     """
 
@@ -88,6 +90,7 @@ class AdapterWeights:
     rank: int
     size_bytes: int
     version: str
+    signature: FolderSignature
     components: frozenset[str]
 
     @property
@@ -133,23 +136,12 @@ def read_adapter_weights(
         UserError: the folder is incomplete, damaged or for another base, or changed each time it was read.
     """
     folder = Path(folder)
-    for _ in range(_ATTEMPTS):
-        before = _signature(folder)
-        try:
-            weights = _read(folder, model, check_base, max_rank)
-        except UserError:
-            if _signature(folder) == before:
-                raise
-        except OSError as error:
-            if _signature(folder) == before:
-                raise UserError(f"{folder} cannot be read: {error.strerror}") from error
-        else:
-            if _signature(folder) == before:
-                return weights
-    raise UserError(f"{folder} changed while it was being read: try again")
+    return read_unchanged(folder, lambda signature: _read(folder, signature, model, check_base, max_rank))
 
 
-def _read(folder: Path, model: nn.Module, check_base: bool, max_rank: int | None) -> AdapterWeights:
+def _read(
+    folder: Path, signature: FolderSignature, model: nn.Module, check_base: bool, max_rank: int | None
+) -> AdapterWeights:
     config = read_config(folder)
     _check_supported(config, folder)
     metadata = read_metadata(folder)
@@ -172,6 +164,7 @@ def _read(folder: Path, model: nn.Module, check_base: bool, max_rank: int | None
         rank=rank,
         size_bytes=sum(weights.size_bytes for weights in modules.values()),
         version=version,
+        signature=signature,
         components=frozenset(component for name in modules if (component := component_of(name)) is not None),
     )
 
@@ -237,19 +230,6 @@ def _target(config: LoraConfig, name: str, module: nn.Module, folder: Path) -> _
 
 def _key(name: str, tensor: str) -> str:
     return f"{_PEFT_PREFIX}{name}.{tensor}"
-
-
-def _signature(folder: Path) -> list[tuple[int, ...] | None]:
-    """Changes when a file is replaced or written to."""
-    found: list[tuple[int, ...] | None] = []
-    for name in (CONFIG_FILE, WEIGHTS_FILE, METADATA_FILE):
-        try:
-            stat = (folder / name).stat()
-        except OSError:
-            found.append(None)
-        else:
-            found.append((stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
-    return found
 
 
 def _read_tensors(folder: Path, expected: dict[str, tuple[int, ...]]) -> tuple[dict[str, Tensor], str]:

@@ -113,7 +113,7 @@ def test_validation_while_training_detects_as_configured(measured):
 @pytest.mark.parametrize(
     ("key", "name", "default", "changed"),
     [
-        ("prob_threshold", "detection_threshold", 0.3, 0.6),
+        ("prob_threshold", "threshold", 0.3, 0.6),
         ("nms_iou", "nms_iou", 0.7, 0.4),
         ("merge", "merge", False, True),
         ("merge_iou", "merge_iou", 0.15, 0.5),
@@ -124,7 +124,7 @@ def test_adapter_carries_how_detections_are_made(key, name, default, changed, ru
     # What inference and serving use with this adapter unless they are told otherwise.
     def saved(*overrides):
         folder = run("training.max_steps=1", *overrides).best_adapter
-        return json.loads((folder / "sam3lora.json").read_text())["thresholds"]
+        return json.loads((folder / "sam3lora.json").read_text())["post_processing"]
 
     before, after = saved(), saved(f"evaluation.{key}={json.dumps(changed)}")
     assert before[name] == default
