@@ -230,7 +230,7 @@ def _thresholds(config: Config) -> dict[str, float]:
     """What inference with this adapter uses unless it is told otherwise."""
     evaluation = config.evaluation
     return {
-        "detection_threshold": evaluation.prob_threshold,
+        "detection_threshold": evaluation.threshold,
         "nms_iou": evaluation.nms_iou,
         "merge": evaluation.merge,
         "merge_iou": evaluation.merge_iou,

@@ -25,7 +25,7 @@ def evaluation_settings(config: Config) -> EvaluationSettings:
     """How a configuration wants its models measured."""
     evaluation, data, batch_size = config.evaluation, config.data, config.training.batch_size
     return EvaluationSettings(
-        threshold=evaluation.prob_threshold,
+        threshold=evaluation.threshold,
         nms_iou=evaluation.nms_iou,
         merge=evaluation.merge,
         merge_iou=evaluation.merge_iou,
