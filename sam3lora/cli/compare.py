@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sam3lora.cli import evaluation_options as options
-from sam3lora.cli.job_paths import check_output_folder
+from sam3lora.cli.output_paths import check_output_folder
 from sam3lora.errors import UserError
 
 

@@ -142,7 +142,7 @@ def _render(config: Config, result: TrainResult, comparison: Comparison, steps: 
     from sam3lora.model.adapter.metadata import current_versions
 
     training, lora = config.training, config.lora
-    threshold = config.evaluation.prob_threshold
+    threshold = config.evaluation.threshold
     size_mb = sum(file.stat().st_size for file in result.best_adapter.glob("*.safetensors")) / 1e6
     settings = {
         "base model": config.model.name,

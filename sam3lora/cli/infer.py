@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sam3lora.cli.job_paths import check_output_path, nearest_existing
+from sam3lora.cli.output_paths import nearest_existing
+from sam3lora.cluster import check_job_path
 from sam3lora.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 Show = dict[str, bool]
 _SHOWN = 10
 _EVALUATION_KEYS = {
-    "prob_threshold": "detection_threshold",
+    "threshold": "detection_threshold",
     "nms_iou": "nms_iou",
     "merge": "merge",
     "merge_iou": "merge_iou",
@@ -86,7 +87,7 @@ def infer(
     settings["device"] = _device(_only(device, "--device"))
     for option, path in {"--output": output or "output", "--json": json}.items():
         if path is not None:
-            check_output_path(path, option)
+            check_job_path(path, option)
     show = {"show_masks": not no_masks, "show_boxes": no_masks if boundingbox is None else boundingbox}
     if not image.is_dir():
         labels = [1] * len(boxes) + [0] * len(not_meant)
