@@ -10,7 +10,6 @@ The exit status is 0 on success (also with bad images, which are listed), 2 on a
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -22,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sam3lora.cli import post_processing_options as options
 from sam3lora.cli.argv import normalize_argv
-from sam3lora.cli.train import gpu_indices
+from sam3lora.cli.gpus import choose_gpus, gpu_indices
 from sam3lora.errors import RunFailed, UserError
 
 
@@ -51,12 +50,9 @@ def main(
     """Ask prompts of every image of a folder, a list or a COCO file; go on where an earlier start stopped."""
     use_gpu = None
     if device:
-        gpus = gpu_indices(device)
-        use_gpu = bool(gpus)
-        if gpus and (address or os.environ.get("RAY_ADDRESS", "local") != "local"):
-            raise UserError("--device chooses GPUs of this machine, not of a cluster: give --num-workers instead")
-        if gpus:
-            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
+        use_gpu = bool(gpu_indices(device))
+        if use_gpu:
+            choose_gpus(device, address)
 
     from sam3lora.inference.batch.job import ModelChoice, predict_batch
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sam3lora.cli import evaluation_options as options
 from sam3lora.cli import post_processing_options as post_options
-from sam3lora.cli.job_paths import check_output_folder
+from sam3lora.cli.output_paths import check_output_folder
 from sam3lora.errors import UserError
 
 

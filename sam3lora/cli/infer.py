@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sam3lora.cli import post_processing_options as options
-from sam3lora.cli.job_paths import check_output_path, nearest_existing
+from sam3lora.cli.output_paths import nearest_existing
+from sam3lora.cluster import check_job_path
 from sam3lora.errors import UserError
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def infer(
     settings["device"] = _device(_only(device, "--device"))
     for option, path in {"--output": output or "output", "--json": json}.items():
         if path is not None:
-            check_output_path(path, option)
+            check_job_path(path, option)
     show = {"show_masks": not no_masks, "show_boxes": no_masks if boundingbox is None else boundingbox}
     if not image.is_dir():
         labels = [1] * len(boxes) + [0] * len(not_meant)

@@ -9,7 +9,7 @@ import typer
 
 from sam3lora.cli import evaluation_options as options
 from sam3lora.cli import post_processing_options as post_options
-from sam3lora.cli.job_paths import check_output_folder
+from sam3lora.cli.output_paths import check_output_folder
 from sam3lora.errors import UserError
 
 MOST = 10**6

@@ -10,12 +10,12 @@ import cv2
 import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
+from sam3lora.engine.detect import EVERYTHING
 
 import sam3lora
 import sam3lora.evaluation.ask.split as split_module
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.data.coco import ANNOTATION_FILE, CocoIndex
-from sam3lora.engine.detect import EVERYTHING
 from sam3lora.engine.detections import Instances
 from sam3lora.evaluation.ask.split import evaluate_split
 from sam3lora.evaluation.metrics.ground_truth import build_ground_truth, prompted_categories

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from sam3lora.engine.segmenter import Segmenter
 
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.data.coco import CocoIndex
-from sam3lora.engine.segmenter import Segmenter
 from sam3lora.errors import UserError
 from sam3lora.evaluation.ask.run import settings_of
 from sam3lora.evaluation.ask.worker import EvaluationWorker, Models

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sam3lora.inference.results import PromptResult
 
 from sam3lora import Predictor
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.data.masks import decode_mask
 from sam3lora.errors import UserError
 from sam3lora.inference import results as results_module
-from sam3lora.inference.results import PromptResult
 from sam3lora.model.adapter.folder import save_adapter
 from sam3lora.model.adapter.lora_layers import LoraSettings, apply_lora
 from sam3lora.model.adapter.metadata import AdapterMetadata

@@ -10,10 +10,10 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from sam3lora.engine.segmenter import Segmenter
 from torch import nn
 
 from sam3lora.config.post_processing import PostProcessing
-from sam3lora.engine.segmenter import Segmenter
 from sam3lora.errors import UserError
 from sam3lora.model.adapter import folder as adapter_folder
 from sam3lora.model.adapter.folder import (

@@ -9,9 +9,9 @@ from typing import Any
 
 import cv2
 import numpy as np
+from sam3lora.engine.segmenter import Segmenter
 
 from sam3lora.engine.detections import Instances, PostProcessing
-from sam3lora.engine.segmenter import Segmenter
 
 from ..engine.engine_cases import write_adapter, write_base
 from .checked_load import Case

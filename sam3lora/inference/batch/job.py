@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-from sam3lora.cluster import ray_session
+from sam3lora.cluster import check_job_path, ray_session
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.errors import RunFailed, UserError
 from sam3lora.inference.batch.image_list import ImageSource, choose_categories, common_folder, list_images
@@ -213,11 +213,8 @@ def _absolute(source: str | Path, output: str | Path, choice: ModelChoice) -> tu
     """Paths as workers need them, which run in other folders."""
     given = {"--input": source, "--output": output, "--weights": choice.adapter}
     for option, path in given.items():
-        if path and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not Path(path).expanduser().is_absolute():
-            raise UserError(
-                f"{option} is {path}, which a submitted job would look for in its temporary working directory: give an "
-                "absolute path on storage that all hosts see"
-            )
+        if path:
+            check_job_path(path, option)
     adapter = choice.adapter and os.path.abspath(Path(choice.adapter).expanduser())
     model = os.path.abspath(choice.model) if choice.model and os.path.isdir(choice.model) else choice.model
     resolved = [Path(os.path.abspath(Path(path).expanduser())) for path in (source, output)]

@@ -24,7 +24,13 @@ from torch import nn
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.errors import UserError
 from sam3lora.files import replace_folder, sync_files, write_whole
-from sam3lora.model.adapter.metadata import AdapterMetadata, read_metadata, read_metadata_values, write_metadata
+from sam3lora.model.adapter.metadata import (
+    METADATA_FILE,
+    AdapterMetadata,
+    read_metadata,
+    read_metadata_values,
+    write_metadata,
+)
 from sam3lora.model.components import unwrap
 from sam3lora.model.fingerprint import fingerprint
 from sam3lora.model.publish.model_card import CARD_FILE, render_model_card, update_post_processing
