@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sam3lora.engine.detections import BoxPrompt, Instances
+from sam3lora.engine.detections import BoxPrompt, Detections
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class SegmentReply:
     """Detections of each prompt, in the order of the prompts, and the milliseconds that each stage took."""
 
     size_hw: tuple[int, int]
-    results: Sequence[Instances]
+    results: Sequence[Detections]
     timing_ms: dict[str, float]
 
 

@@ -129,7 +129,7 @@ def _compare(config: Config, data_dir: Path, adapter: Path) -> Comparison:
     device = "cuda" if config.scaling.use_gpu is True else "cpu"
     base, of_adapter = evaluate_models(
         data_dir / config.data.valid_split,
-        Models({"adapter": str(adapter)}, segmenter={"device": device}),
+        Models({"adapter": str(adapter)}, options={"device": device}),
         replace(evaluation_settings(config), categories=NOUNS["shift"]),
         progress=True,
     )
@@ -142,7 +142,7 @@ def _render(config: Config, result: TrainResult, comparison: Comparison, steps: 
     from sam3lora.model.adapter.metadata import current_versions
 
     training, lora = config.training, config.lora
-    threshold = config.evaluation.prob_threshold
+    threshold = config.evaluation.threshold
     size_mb = sum(file.stat().st_size for file in result.best_adapter.glob("*.safetensors")) / 1e6
     settings = {
         "base model": config.model.name,
@@ -155,7 +155,7 @@ def _render(config: Config, result: TrainResult, comparison: Comparison, steps: 
     return render_demo_report(
         comparison,
         history=result.history,
-        pictures=comparison_pictures(comparison.base, comparison.adapters[0], count=NUM_PICTURES, threshold=threshold),
+        pictures=comparison_pictures(comparison.base, comparison.adapters[0], count=NUM_PICTURES),
         facts={"adapter size": f"{size_mb:.1f} MB", "training time": _duration(result.seconds)},
         settings=settings,
         next_steps=steps,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import cv2
 from pycocotools import mask as coco_mask
 
-from sam3lora.engine.detections import Instances
+from sam3lora.engine.detections import Detections
 from sam3lora.engine.mask_codes import Rle, rle_area_px, rle_to_polygons
 from serve_app.http.schemas import DetectionResponse, MaskFormat, PromptResponse, RleMask
 
@@ -16,7 +16,7 @@ _PNG_OPTIONS = [cv2.IMWRITE_PNG_BILEVEL, 1, cv2.IMWRITE_PNG_COMPRESSION, 1]
 _FEW = 16  # detections that take less time than a thread is worth
 
 
-def is_quick(results: Sequence[Instances], masks: MaskFormat) -> bool:
+def is_quick(results: Sequence[Detections], masks: MaskFormat) -> bool:
     """Whether formatting takes well under a millisecond."""
     return masks in ("rle", "none") and sum(len(found) for found in results) <= _FEW
 
@@ -27,7 +27,7 @@ def is_costly(masks: MaskFormat) -> bool:
 
 
 def prompt_response(
-    found: Instances, masks: MaskFormat, *, is_over: Callable[[], bool] = lambda: False
+    found: Detections, masks: MaskFormat, *, is_over: Callable[[], bool] = lambda: False
 ) -> PromptResponse:
     """The response body of one prompt.
 
@@ -45,7 +45,7 @@ def prompt_response(
         for score, box in zip(found.scores.tolist(), found.boxes_xyxy.tolist(), strict=True)
     ]
     if masks != "none":
-        for detection, rle in zip(detections, found.masks, strict=True):
+        for detection, rle in zip(detections, found.rles or (), strict=True):
             if is_over():
                 raise TimeoutError
             detection.area_px = rle_area_px(rle)

@@ -37,7 +37,7 @@ FILES = (CONFIG_FILE, WEIGHTS_FILE, METADATA_FILE)
 
 def recorded_post_processing(metadata: AdapterMetadata | None) -> PostProcessing:
     """The settings recorded with an adapter; the defaults for an adapter without any."""
-    return PostProcessing()
+    return (metadata and metadata.post_processing) or PostProcessing()
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from weakref import WeakValueDictionary
 import torch
 
 from sam3lora.config.post_processing import PostProcessing
-from sam3lora.engine.detections import PostProcessing as EnginePostProcessing
-from sam3lora.engine.device_errors import is_device_error, is_out_of_memory
-from sam3lora.engine.engine import Answer, MixedBatchSegmenter, Question
+from sam3lora.engine.device import is_device_error, is_out_of_memory
+from sam3lora.engine.engine import Engine, PromptedImage
 from sam3lora.engine.feature_cache import PreparedImage
+from sam3lora.engine.selection import SmallDetections
 from sam3lora.errors import UserError
 from serve_app.http.errors import ServeError, refuse_as
 from serve_app.http.schemas import AdapterResponse, check_boxes
@@ -49,7 +49,7 @@ class ModelReplica:
         engine: Built from the settings if not given.
     """
 
-    def __init__(self, settings: ServeSettings, *, engine: MixedBatchSegmenter | None = None) -> None:
+    def __init__(self, settings: ServeSettings, *, engine: Engine | None = None) -> None:
         limits = settings.limits
         self._limits = limits
         self._ongoing = 0
@@ -61,7 +61,7 @@ class ModelReplica:
             queue_length=lambda: self._batcher.queue_length + self._preparing,
             resident_adapters=lambda: self._store.num_resident,
         )
-        self._batcher: Batcher[Question | PreparedImage, Answer | PreparedImage] = Batcher(
+        self._batcher: Batcher[PromptedImage | PreparedImage, list[SmallDetections] | PreparedImage] = Batcher(
             self._run_batch,
             max_rows=settings.batching.max_rows,
             max_queued=limits.max_queued,
@@ -74,9 +74,7 @@ class ModelReplica:
         self._decoding: SharedCalls[PreparedImage] = SharedCalls(self._decoders)
         self._prepared: WeakValueDictionary[str, PreparedImage] = WeakValueDictionary()
         self._engine = engine or self._batcher.run_at_start(lambda: _build_engine(settings))
-        self._encoder = MaskEncoder(
-            self._engine.finish, threads=threads, pause=self._batcher.pause, resume=self._batcher.resume
-        )
+        self._encoder = MaskEncoder(threads, pause=self._batcher.pause, resume=self._batcher.resume)
         self._store = AdapterStore(
             self._engine,
             self._batcher.run_in_model_thread,
@@ -190,18 +188,12 @@ class ModelReplica:
                 adapter = await held.enter_async_context(self._store.hold(call.adapter, deadline - time.monotonic()))
                 clock.lap("adapter")
             post = _post_processing(adapter.post_processing, call.post_processing, self._limits.max_detections)
-            with_masks = call.masks or post.needs_masks
-            question = Question(image, call.prompts, call.boxes, adapter.slot, _of_engine(post), with_masks)
-            outcome = await self._batcher.submit(
-                question, rows=question.num_rows, timeout_s=deadline - time.monotonic()
-            )
+            asked = PromptedImage(image, call.prompts, call.boxes, adapter.slot, post, call.masks)
+            outcome = await self._batcher.submit(asked, rows=asked.num_rows, timeout_s=deadline - time.monotonic())
         clock.set("queue", outcome.waited_s)
         clock.set("forward", outcome.ran_s)
-        assert isinstance(outcome.result, Answer)
-        if with_masks:
-            results = await self._encoder.encode(outcome.result, deadline, masks=call.masks)
-        else:
-            results = self._engine.finish(outcome.result)
+        assert isinstance(outcome.result, list)
+        results = await self._encoder.encode(outcome.result, deadline)
         clock.lap("masks")
         self._metrics.stages(clock.timing_ms)
         return SegmentReply(image.size_hw, results, clock.timing_ms)
@@ -226,7 +218,7 @@ class ModelReplica:
         """
         if self._closing:
             raise ServeError("not_ready", "this replica is shutting down: send the request again", 1.0)
-        self._batcher.check_room(coming=self._preparing + self._encoder.num_answers)
+        self._batcher.check_room(coming=self._preparing + self._encoder.num_waiting)
         self._preparing += 1
         try:
             yield
@@ -254,13 +246,13 @@ class ModelReplica:
         with refuse_as("invalid_image"):
             return self._engine.prepare_image(data, key, max_megapixels=self._limits.max_megapixels)
 
-    def _run_batch(self, items: list[Question | PreparedImage]) -> list[Answer | PreparedImage | Exception]:
-        """In the model thread."""
-        results: list[Answer | PreparedImage | Exception | None] = [
-            self._keep_now(item) if isinstance(item, PreparedImage) else None for item in items
-        ]
-        answers = iter(self._engine.answer([item for item in items if isinstance(item, Question)]))
-        return [next(answers) if result is None else result for result in results]
+    def _run_batch(
+        self, items: list[PromptedImage | PreparedImage]
+    ) -> list[list[SmallDetections] | PreparedImage | Exception]:
+        """In the model thread: uploaded images are encoded, prompted ones answered together."""
+        kept = [self._keep_now(item) if isinstance(item, PreparedImage) else None for item in items]
+        found = iter(self._engine.detect_small([item for item in items if isinstance(item, PromptedImage)]))
+        return [next(found) if result is None else result for result in kept]
 
     def _keep_now(self, image: PreparedImage) -> PreparedImage | Exception:
         try:
@@ -286,15 +278,10 @@ def _post_processing(recorded: PostProcessing, requested: Mapping[str, Any], mos
     return post.changed(max_detections=min(post.max_detections, most_detections))
 
 
-def _of_engine(post: PostProcessing) -> EnginePostProcessing:
-    values = post.model_dump(exclude={"prompt_thresholds"})
-    return EnginePostProcessing(**values)
-
-
-def _build_engine(settings: ServeSettings) -> MixedBatchSegmenter:
+def _build_engine(settings: ServeSettings) -> Engine:
     if settings.torch_threads is not None:
         torch.set_num_threads(settings.torch_threads)
-    return MixedBatchSegmenter(
+    return Engine.load(
         settings.model,
         revision=settings.revision,
         resolution=settings.resolution,

@@ -7,9 +7,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from sam3lora.data.coco import CocoIndex
-from sam3lora.evaluation.ask.split_results import Answers
 from sam3lora.evaluation.metrics.ground_truth import build_ground_truth, prompted_categories
 from sam3lora.evaluation.metrics.measure import SplitMetrics, measure_split
+from sam3lora.evaluation.split_results import Answers
 
 CRACK, HOLE = 1, 2
 NAMES = {CRACK: "crack", HOLE: "hole"}

@@ -10,11 +10,12 @@ import cv2
 import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
+from sam3lora.engine.detect import EVERYTHING
 
 import sam3lora
 import sam3lora.evaluation.ask.split as split_module
+from sam3lora.config.post_processing import PostProcessing
 from sam3lora.data.coco import ANNOTATION_FILE, CocoIndex
-from sam3lora.engine.detect import EVERYTHING
 from sam3lora.engine.detections import Instances
 from sam3lora.evaluation.ask.split import evaluate_split
 from sam3lora.evaluation.metrics.ground_truth import build_ground_truth, prompted_categories
@@ -206,13 +207,7 @@ def test_evaluate_asks_and_counts_as_the_adapter_was_trained(base, base_folder, 
     peft_model = apply_lora(copy.deepcopy(base.model), LoraSettings(rank=2))
     metadata = AdapterMetadata(
         base_model=str(base_folder),
-        thresholds={
-            "detection_threshold": 0.45,
-            "nms_iou": 0.6,
-            "merge": False,
-            "merge_iou": 0.15,
-            "max_detections": 3,
-        },
+        post_processing=PostProcessing(threshold=0.45, nms_iou=0.6, max_detections=3),
         data={"prompt_of_category": {"crk": "crack in a wall"}},
     )
     save_adapter(peft_model, tmp_path / "adapter", metadata)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
-from sam3lora.data.coco import CocoIndex
 from sam3lora.engine.segmenter import Segmenter
+
+from sam3lora.config.post_processing import PostProcessing
+from sam3lora.data.coco import CocoIndex
 from sam3lora.errors import UserError
 from sam3lora.evaluation.ask.run import settings_of
 from sam3lora.evaluation.ask.worker import EvaluationWorker, Models
@@ -129,13 +130,14 @@ def test_adapter_of_another_base_is_refused(make_worker, tmp_path, small_base):
 def test_thresholds_and_prompts_of_several_adapters(small_base, tmp_path):
     # what they agree in holds, a threshold in which they differ does not; prompts must be the same
     def write(label, threshold, prompts):
-        thresholds = {"detection_threshold": threshold, "nms_iou": 0.6}
+        post = PostProcessing(threshold=threshold, nms_iou=0.6)
         data = {"prompt_of_category": prompts}
-        return str(write_adapter(tmp_path / label, small_base, thresholds=thresholds, data=data))
+        return str(write_adapter(tmp_path / label, small_base, post_processing=post, data=data))
 
     a, b, c = (write(*of) for of in (("a", 0.3, {"D40": "pothole"}), ("b", 0.5, {"D40": "pothole"}), ("c", 0.3, {})))
-    assert settings_of({"a": a}) == {"threshold": 0.3, "nms_iou": 0.6, "prompts": {"D40": "pothole"}}
-    assert settings_of({"a": a, "b": b}) == {"nms_iou": 0.6, "prompts": {"D40": "pothole"}}
+    both = {"nms_iou": 0.6, "merge": False, "merge_iou": 0.15, "max_detections": 100, "prompts": {"D40": "pothole"}}
+    assert settings_of({"a": a}) == {"threshold": 0.3} | both
+    assert settings_of({"a": a, "b": b}) == both
     with pytest.raises(UserError, match="a, c were trained with different prompts"):
         settings_of({"a": a, "c": c})
 

@@ -18,7 +18,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from sam3lora.data.check.report import check_folder
+from sam3lora.data.check import check_folder
 from sam3lora.data.coco import ANNOTATION_FILE, CocoIndex
 from sam3lora.data.images import read_image
 from sam3lora.engine.detections import PostProcessing
@@ -227,7 +227,7 @@ def test_killed_half_way_and_started_again_it_finishes(ray_address, small_base, 
     assert len(index) == 197
     assert len(list((output / "dataset" / "train").rglob("*.png"))) == 197
     report = check_folder(output / "dataset")
-    assert not [issue.kind for issue in report.splits[0].issues if issue.kind != "box_mask_disagree"]
+    assert not [fault.kind for fault in report.splits[0].faults if fault.kind != "box_mask_disagree"]
     labels = json.loads((output / "dataset" / "train" / ANNOTATION_FILE).read_text())
     assert {entry["name"]: entry["id"] for entry in labels["categories"]} == PROMPTS
     assert all(0 <= entry["score"] <= 1 and entry["area"] > 0 for entry in labels["annotations"])

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sam3lora.inference.results import PromptResult
 
 from sam3lora import Predictor
+from sam3lora.config.post_processing import PostProcessing
 from sam3lora.data.masks import decode_mask
 from sam3lora.errors import UserError
 from sam3lora.inference import results as results_module
-from sam3lora.inference.results import PromptResult
 from sam3lora.model.adapter.folder import save_adapter
 from sam3lora.model.adapter.lora_layers import LoraSettings, apply_lora
 from sam3lora.model.adapter.metadata import AdapterMetadata
@@ -44,7 +45,7 @@ def adapter(base_path, tmp_path_factory) -> Path:
     model = apply_lora(base.model, LoraSettings(rank=2, components=("detr_decoder",), target_modules=("q_proj", "fc1")))
     randomise_adapter(model)
     metadata = AdapterMetadata(
-        base_model=str(base_path), base_fingerprint=base.fingerprint, thresholds={"detection_threshold": 0.99}
+        base_model=str(base_path), base_fingerprint=base.fingerprint, post_processing=PostProcessing(threshold=0.99)
     )
     return save_adapter(model, tmp_path_factory.mktemp("run") / "best", metadata)
 

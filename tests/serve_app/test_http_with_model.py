@@ -11,8 +11,7 @@ import pytest
 from fastapi.testclient import TestClient
 from pycocotools import mask as coco_mask
 
-from sam3lora.engine.detections import PostProcessing
-from sam3lora.engine.segmenter import Segmenter as PlainSegmenter
+from sam3lora.inference.predictor import Predictor
 from serve_app.http.errors import ServeError
 from serve_app.http.ingress import create_api
 from serve_app.http.schemas import AdapterResponse
@@ -67,13 +66,7 @@ def ask(client: TestClient, **fields: Any) -> dict[str, Any]:
 
 
 def test_answers_are_those_of_the_library(client: TestClient, spread_base: Path):
-    from sam3lora.data.images import read_image
-
-    image = read_image(SAMPLE, orientation="exif")
-    plain = PlainSegmenter(str(spread_base))
-    expected = plain.detect(
-        plain.encode([image]), ["ring", "star"], post=PostProcessing(threshold=0.1, nms="mask", nms_iou=0.7)
-    )[0]
+    expected = Predictor(str(spread_base), threshold=0.1, device="cpu").predict(SAMPLE, ["ring", "star"])
     results = ask(client)["results"]
     for result, found in zip(results, expected, strict=True):
         assert result["prompt"] == found.prompt

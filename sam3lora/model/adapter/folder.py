@@ -11,6 +11,7 @@ import shutil
 import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -20,12 +21,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from sam3lora.config.post_processing import PostProcessing
 from sam3lora.errors import UserError
-from sam3lora.files import replace_folder, sync_files
-from sam3lora.model.adapter.metadata import METADATA_FILE, AdapterMetadata, read_metadata
+from sam3lora.files import replace_folder, sync_files, write_whole
+from sam3lora.model.adapter.metadata import (
+    METADATA_FILE,
+    AdapterMetadata,
+    read_metadata,
+    read_metadata_values,
+    write_metadata,
+)
 from sam3lora.model.components import unwrap
 from sam3lora.model.fingerprint import fingerprint
-from sam3lora.model.publish.model_card import render_model_card
+from sam3lora.model.publish.model_card import CARD_FILE, render_model_card, update_post_processing
 
 __all__ = ["AdapterMetadata", "is_adapter_folder", "list_adapters", "load_adapter", "read_metadata", "save_adapter"]
 
@@ -76,8 +84,8 @@ def save_adapter(
         # safetensors writes for the owner alone; whoever may read the other files may serve the adapter.
         shutil.copymode(scratch / CONFIG_FILE, scratch / WEIGHTS_FILE)
         if metadata is not None:
-            (scratch / METADATA_FILE).write_text(metadata.to_json(), encoding="utf-8")
-            (scratch / "README.md").write_text(render_model_card(metadata), encoding="utf-8")
+            write_metadata(scratch, metadata.to_dict())
+            (scratch / CARD_FILE).write_text(render_model_card(metadata), encoding="utf-8")
         sync_files(scratch)
         replace_folder(scratch, folder)
     finally:
@@ -138,6 +146,27 @@ def load_adapter(
             peft_model.unload()
         raise
     return peft_model.eval() if not trainable else peft_model, metadata
+
+
+def record_post_processing(folder: str | Path, post: PostProcessing) -> None:
+    """Write post-processing settings into the metadata and the model card of an adapter folder.
+
+    They are then the defaults wherever the adapter is used. All other values and the text of the card stay.
+
+    Raises:
+        UserError: The folder holds no complete adapter, or its metadata are damaged.
+    """
+    folder = Path(folder)
+    if not is_adapter_folder(folder):
+        raise UserError(f"{folder} is no adapter folder: expected {CONFIG_FILE} and {WEIGHTS_FILE} in it")
+    metadata = replace(read_metadata(folder) or AdapterMetadata(versions={}), post_processing=post)
+    # From the file itself: it may have keys of a newer version. The old name of the settings goes.
+    values = (read_metadata_values(folder) or {}) | metadata.to_dict()
+    values.pop("thresholds", None)
+    card = folder / CARD_FILE
+    text = card.read_text(encoding="utf-8") if card.is_file() else render_model_card(metadata)
+    write_metadata(folder, values)
+    write_whole(card, update_post_processing(text, post))
 
 
 def is_adapter_folder(folder: str | Path) -> bool:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sam3lora.engine.device_errors import is_device_error, is_out_of_memory
+from sam3lora.engine.device import is_device_error, is_out_of_memory
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""Pascal VOC boxes: one XML file an image.
+"""Reading Pascal VOC boxes: one XML file per image.
 
-Corners are pixel numbers that count from 1 and belong to the box (VOC development kit, 2012), so that a box reaches
-from `xmin - 1` to `xmax` in the coordinates used here.
+Corners are numbers of pixels inside the box, counted from 1 (VOC development kit, 2012). In our coordinates a box
+therefore reaches from `xmin - 1` to `xmax`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from pathlib import Path
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
-from sam3lora.data.convert.faults import FaultLog
-from sam3lora.data.convert.labelled_set import LabelledImage, LabelledSet
-from sam3lora.data.convert.layout import WHOLE, list_images, open_image, split_name, subfolders
-from sam3lora.data.convert.names import order_names
+from sam3lora.data.convert.labelled_set import LabelledImage, LabelledSet, order_names
+from sam3lora.data.convert.layout import WHOLE, image_files, open_image, split_folders, split_name
+from sam3lora.data.faults import FaultLog
 from sam3lora.errors import UserError
 
 
@@ -23,17 +22,17 @@ def read_voc(source: Path, names: Sequence[str] | None, log: FaultLog) -> Labell
     """Read all splits.
 
     Args:
-        source: Folder with `Annotations`, `JPEGImages` and, for splits, `ImageSets/Main/<split>.txt`; or one whose XML
-            files lie beside the images, with or without a subfolder a split.
-        names: Category names in order; None takes those found, by alphabet.
-        log: Where faults are counted.
+        source: Folder with `Annotations`, `JPEGImages` and, for splits, `ImageSets/Main/<split>.txt`; or one with XML
+            files beside the images, with or without a subfolder per split.
+        names: Category names in order; None takes those found, in alphabetical order.
+        log: Counts the faults.
 
     Raises:
-        UserError: An XML file that cannot be right, or that declares a document type; the message names it.
+        UserError: An XML file is invalid or declares a document type; the message names it.
     """
     splits: dict[str, list[LabelledImage]] = {}
     for split, xml_folder, images, stems in _find_splits(source):
-        files = {path.stem: path for path in list_images(images)}
+        files = {path.stem: path for path in image_files(images)}
         labels = {path.stem: path for path in sorted(xml_folder.glob("*.xml"))}
         wanted = sorted(files.keys() | labels.keys()) if stems is None else stems
         splits[split] = []
@@ -63,9 +62,8 @@ def _find_splits(source: Path) -> Iterator[tuple[str, Path, Path, list[str] | No
         if not lists:
             yield WHOLE, xml_folder, images, None
         return
-    for folder in [source, *subfolders(source)]:
-        if any(folder.glob("*.xml")):
-            yield WHOLE if folder == source else split_name(folder.name), folder, folder, None
+    for split, folder in split_folders(source, "*.xml").items():
+        yield split, folder, folder, None
 
 
 def _read_labels(label_file: Path, image: LabelledImage, log: FaultLog) -> None:
@@ -73,10 +71,8 @@ def _read_labels(label_file: Path, image: LabelledImage, log: FaultLog) -> None:
     if root.tag != "annotation":
         raise UserError(f"{label_file}: expected a Pascal VOC <annotation>, got <{root.tag}>")
     height, width = (int(_number(root, f"size/{side}", label_file, default=0)) for side in ("height", "width"))
-    if height > 0 and width > 0 and (height, width) != image.size_hw:
-        detail = f"{label_file}: {width} x {height}, image {image.size_hw[1]} x {image.size_hw[0]}"
-        log.add("size_mismatch", detail)
-        image.size_hw = (height, width)
+    if height > 0 and width > 0:
+        image.use_label_size((height, width), log, str(label_file))
     for number, entry in enumerate(root.iter("object"), 1):
         where = f"{label_file}, object {number}"
         name = (entry.findtext("name") or "").strip()
@@ -89,7 +85,7 @@ def _read_labels(label_file: Path, image: LabelledImage, log: FaultLog) -> None:
 
 
 class _PlainBuilder(ElementTree.TreeBuilder):
-    """Refuses document types, the way to entities that grow without bound or read other files."""
+    """Refuses document types: their entities could grow without limit or read other files."""
 
     def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
         raise UserError("declares a document type (DOCTYPE), which label files do not need: remove it")

@@ -1,23 +1,26 @@
-"""One base under many adapters answers as each of them would alone."""
+"""Each adapter of a pool finds what it finds alone, and the base is as it is without adapters."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from pycocotools import mask as coco_mask
 
-from sam3lora.engine.detect import detect_prompts
-from sam3lora.engine.detections import BoxPrompt, Instances, PostProcessing
-from sam3lora.engine.segmenter import Segmenter
+from sam3lora.config.post_processing import PostProcessing
+from sam3lora.engine.adapter_pool import AdapterPool
+from sam3lora.engine.detections import BoxPrompt, Detections
+from sam3lora.engine.engine import Engine, PromptedImage
+from sam3lora.engine.pixels import to_pixel_values
 from sam3lora.errors import UserError
-from sam3lora.model.adapter.folder import save_adapter
+from sam3lora.model.adapter.folder import load_adapter, save_adapter
 from sam3lora.model.adapter.lora_layers import LoraSettings, apply_lora
 from sam3lora.model.adapter.metadata import AdapterMetadata
 from sam3lora.model.loading import load_base
-from sam3lora.model.staged.forward import StagedSam3
 from sam3lora.model.tokenization import tokenize
 
 from ..model.conftest import make_sam3, randomise_adapter, save_base
@@ -67,25 +70,28 @@ def adapters(make_adapter) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def shared(adapters) -> Segmenter:
-    return Segmenter(adapters=adapters, device="cpu")
+def shared(adapters) -> AdapterPool:
+    return AdapterPool(adapters=adapters, device="cpu")
 
 
-def ask(segmenter: Segmenter, images, adapter=None, prompts=PROMPTS, **options) -> list[list[Instances]]:
-    return segmenter.detect(segmenter.encode(images), prompts, adapter=adapter, **options)
+EVERY = PostProcessing(threshold=0.0, nms="none")
 
 
-def assert_same(first: list[list[Instances]], second: list[list[Instances]], atol: float = 1e-5) -> None:
-    for one, other in zip((i for row in first for i in row), (i for row in second for i in row), strict=True):
+def ask(pool: AdapterPool, images, adapter=None, prompts=PROMPTS, post=EVERY, **options) -> list[list[Detections]]:
+    return pool.detect(images, prompts, adapter=adapter, post=post, **options)
+
+
+def assert_same(first: list[list[Detections]], second: list[list[Detections]], atol: float = 1e-5) -> None:
+    for one, other in zip([d for row in first for d in row], [d for row in second for d in row], strict=True):
         assert (one.prompt, one.size_hw, len(one)) == (other.prompt, other.size_hw, len(other))
         np.testing.assert_allclose(one.presence, other.presence, atol=atol)
         np.testing.assert_allclose(one.scores, other.scores, atol=atol)
         np.testing.assert_allclose(one.boxes_xyxy, other.boxes_xyxy, atol=200 * atol)
         # logits near 0 may fall on either side: all but a few pixels agree
-        assert (coco_mask.decode(one.masks) != coco_mask.decode(other.masks)).mean() < max(1e-3, 2 * atol)
+        assert (coco_mask.decode(one.rles) != coco_mask.decode(other.rles)).mean() < max(1e-3, 2 * atol)
 
 
-def differ(first: list[list[Instances]], second: list[list[Instances]]) -> bool:
+def differ(first: list[list[Detections]], second: list[list[Detections]]) -> bool:
     return not np.allclose(first[0][0].scores, second[0][0].scores, atol=1e-4)
 
 
@@ -96,62 +102,77 @@ def test_no_images_and_no_prompts(shared, images):
 
 
 def test_the_base_is_untouched_by_its_adapters(shared, images, base_path):
-    plain = Segmenter(str(base_path), device="cpu")
+    plain = AdapterPool(str(base_path), device="cpu")
     expected = ask(plain, images)
     ask(shared, images, "vision/1.0")
     assert_same(ask(shared, images), expected, atol=1e-7)
-    # and is what the stages give without any Segmenter
-    base = load_base(str(base_path))
-    pixel_values = plain.encode(images).pixel_values_ICHW
-    alone = detect_prompts(StagedSam3(base.model), base.tokenizer, pixel_values, PROMPTS, sizes_hw=SIZES)
-    assert_same(expected, alone, atol=1e-7)
 
 
 @pytest.mark.parametrize("label", ["vision/1.0", "text", "detector", "no cls"])
 def test_each_adapter_is_as_if_alone(shared, images, adapters, label):
-    encoded = shared.encode(images)
-    # all of them are asked of the same images, one after the other, in this order and back
-    answers = {name: shared.detect(encoded, PROMPTS, adapter=name) for name in [*adapters, None]}
-    alone = ask(Segmenter(adapters={"it": adapters[label]}, device="cpu"), images, "it")
-    assert_same(answers[label], alone)
-    assert_same(shared.detect(encoded, PROMPTS, adapter=label), alone)
-    for name, answer in answers.items():
-        assert name == label or differ(answer, alone)
+    # all of them are asked together
+    together = shared.detect_each(images, [PROMPTS] * 2, dict.fromkeys([*adapters, None], EVERY))
+    alone = ask(AdapterPool(adapters={"it": adapters[label]}, device="cpu"), images, "it")
+    assert_same(together[label], alone)
+    assert_same(ask(shared, images, label), alone)
+    for name, found in together.items():
+        assert name == label or differ(found, alone)
 
 
-def test_vision_and_text_run_once_for_all_who_share_them(adapters, images, monkeypatch):
-    seen = {"images": [], "text": []}
-    encode_images, encode_text = StagedSam3.encode_images, StagedSam3.encode_text
+def test_adapters_that_leave_the_towers_alone_share_them(shared, adapters, images):
+    before = shared.engine.counters
+    shared.detect_each(images, [PROMPTS] * 2, dict.fromkeys(["text", "detector", "no cls", None], EVERY))
+    after = shared.engine.counters
+    assert after["images_encoded"] - before["images_encoded"] == 2
+    shared.detect_each(images, [PROMPTS] * 2, dict.fromkeys([*adapters, None], EVERY))
+    # two images by the base's tower and two by that of the one adapter which changes it
+    assert shared.engine.counters["images_encoded"] - after["images_encoded"] == 4
 
-    def count_images(self, pixels):
-        seen["images"].append(len(pixels))
-        return encode_images(self, pixels)
 
-    def count_text(self, ids, mask):
-        seen["text"].append(len(ids))
-        return encode_text(self, ids, mask)
+def test_images_with_prompts_of_their_own(shared, images):
+    each = shared.detect_each(images, [["crack"], ["hole", "crack"]], {"text": EVERY})["text"]
+    assert_same(each[:1], ask(shared, images[:1], "text", ["crack"]))
+    assert_same(each[1:], ask(shared, images[1:], "text", ["hole", "crack"]))
 
-    monkeypatch.setattr(StagedSam3, "encode_images", count_images)
-    monkeypatch.setattr(StagedSam3, "encode_text", count_text)
-    segmenter = Segmenter(adapters=adapters, device="cpu")
-    assert [label for label in adapters if segmenter.shares_vision(label)] == ["text", "detector", "no cls"]
-    encoded = segmenter.encode(images)
-    for label in ("detector", None, "text", "no cls", "detector"):
-        segmenter.detect(encoded, PROMPTS, adapter=label)
-    # one vision pass of both images; the text adapter has words of its own
-    assert seen == {"images": [2], "text": [2, 2]}
-    for _ in range(2):
-        segmenter.detect(encoded, [*PROMPTS, "leaf"], adapter="vision/1.0")
-    assert seen == {"images": [2, 2], "text": [2, 2, 1]}
-    segmenter.detect(segmenter.encode(images[:1]), PROMPTS)
-    assert seen == {"images": [2, 2, 1], "text": [2, 2, 1]}
+
+def test_recorded_post_processing(shared, make_adapter, images):
+    assert shared.recorded(None) == shared.recorded("text") == PostProcessing()
+    post = PostProcessing(threshold=0.1, nms="box", prompt_thresholds={"hole": 0.02})
+    pool = AdapterPool(adapters={"it": make_adapter(8, ("detr_decoder",), post_processing=post)}, device="cpu")
+    assert (pool.recorded("it"), pool.recorded(None)) == (post, PostProcessing())
+    assert_same(ask(pool, images, "it", post=None), ask(pool, images, "it", post=post), atol=1e-7)
+
+
+def test_an_adapter_that_the_bank_cannot_hold_is_merged(base_path, tmp_path, images, caplog):
+    base = load_base(str(base_path))
+    config = LoraConfig(
+        r=2, target_modules=["q_proj"], modules_to_save=["presence_head"], exclude_modules=r"text_encoder\..*"
+    )
+    model = get_peft_model(base.model, config)
+    randomise_adapter(model, 3)
+    metadata = AdapterMetadata(base_model=str(base_path), base_fingerprint=base.fingerprint, geometry_cls=False)
+    folder = save_adapter(model, tmp_path / "best", metadata)
+    pool = AdapterPool(adapters={"it": folder}, device="cpu")
+    assert "modules_to_save" in caplog.text
+    assert pool.geometry_cls("it") is False
+    # PEFT's own layers are the reference
+    peft = load_base(str(base_path))
+    loaded, _ = load_adapter(peft.model, folder)
+    reference = Engine(replace(peft, model=loaded.get_base_model()), geometry_cls=False, in_training=True)
+    asked = [
+        PromptedImage(reference.prepare_image(i, str(n)), tuple(PROMPTS), post=EVERY) for n, i in enumerate(images)
+    ]
+    both = pool.detect_each(images, [PROMPTS] * 2, {None: EVERY, "it": EVERY})
+    assert_same(both["it"], reference.detect(asked), atol=1e-4)
+    assert_same(both[None], ask(AdapterPool(str(base_path), device="cpu"), images), atol=1e-6)
+    assert differ(both["it"], both[None])
 
 
 def test_the_cls_token_follows_each_adapter(shared, adapters, images):
     assert [shared.geometry_cls(label) for label in (None, "detector", "no cls")] == [True, True, False]
     # one setting for all overrules what they were trained with
     for wanted in (True, False):
-        told = Segmenter(adapters=adapters, geometry_cls=wanted, device="cpu")
+        told = AdapterPool(adapters=adapters, geometry_cls=wanted, device="cpu")
         assert [told.geometry_cls(label) for label in (None, "detector", "no cls")] == [wanted] * 3
         for label in (None, "detector", "no cls"):
             same = shared.geometry_cls(label) == wanted
@@ -165,7 +186,7 @@ def test_boxes_are_those_of_the_stock_model(shared, images, base_path):
     input_ids, attention_mask = tokenize(base.tokenizer, ["crack"])
     with torch.no_grad():
         stock = base.model(
-            pixel_values=shared.encode(images[:1]).pixel_values_ICHW,
+            pixel_values=to_pixel_values(images[:1], base.resolution),
             input_ids=input_ids,
             attention_mask=attention_mask,
             # x / 90, y / 60 of 60 x 90 pixels
@@ -205,70 +226,50 @@ def test_impossible_boxes(shared, images, box, words):
         ask(shared, images[:1], boxes=[[box]])
 
 
-def test_boxes_for_each_image(shared, images):
-    with pytest.raises(ValueError, match="each of 2 images, got 1"):
-        ask(shared, images, boxes=[[BoxPrompt((0, 0, 10, 10))]])
-
-
 @pytest.mark.parametrize("adapter", [None, "vision/1.0"])
 def test_bfloat16_is_close(shared, adapters, images, adapter):
-    half = Segmenter(adapters=adapters, device="cpu", precision="bfloat16")
+    half = AdapterPool(adapters=adapters, device="cpu", precision="bfloat16")
     exemplars = [[BoxPrompt((9, 6, 45, 30))], []]
     for boxes in (None, exemplars):
-        exact, rough = (ask(segmenter, images, adapter, boxes=boxes) for segmenter in (shared, half))
-        for one, other in zip((i for row in exact for i in row), (i for row in rough for i in row), strict=True):
+        exact, rough = (ask(pool, images, adapter, boxes=boxes) for pool in (shared, half))
+        for one, other in zip([d for row in exact for d in row], [d for row in rough for d in row], strict=True):
             np.testing.assert_allclose(one.scores, other.scores, atol=0.02)
             assert not np.array_equal(one.scores, other.scores)
             assert other.scores.dtype == np.float32
     # masks and suppression work on it as well
     post = PostProcessing(threshold=0.0, nms="mask", merge=True)
-    assert ask(half, images, adapter, post=post)[0][0].masks
+    assert ask(half, images, adapter, post=post)[0][0].rles
 
 
 def test_unknown_precision(base_path):
     with pytest.raises(UserError, match="float32 or bfloat16, got 'float8'"):
-        Segmenter(str(base_path), precision="float8")
+        AdapterPool(str(base_path), precision="float8")
 
 
 def test_adapters_bring_their_base(adapters, make_adapter, base_path):
-    segmenter = Segmenter(adapters={"it": adapters["text"]}, device="cpu")
-    assert (segmenter.base.name, segmenter.base.resolution) == (str(base_path), 112)
-    assert set(segmenter.adapters) == {"it"}
-    assert segmenter.adapters["it"].base_model == str(base_path)
+    pool = AdapterPool(adapters={"it": adapters["text"]}, device="cpu")
+    assert (pool.base.name, pool.base.resolution) == (str(base_path), 112)
+    assert set(pool.adapters) == {"it"}
+    assert pool.adapters["it"].base_model == str(base_path)
     # those of two bases or two resolutions do not go together, unless it is said what to do
     other = make_adapter(5, ("detr_decoder",), base_model="some/other")
     with pytest.raises(UserError, match=r"differ in base_model \(first: .*, second: some/other\)"):
-        Segmenter(adapters={"first": adapters["text"], "second": other})
+        AdapterPool(adapters={"first": adapters["text"], "second": other})
     large = make_adapter(6, ("detr_decoder",), resolution=168)
     with pytest.raises(UserError, match=r"differ in resolution \(small: 112, large: 168\)"):
-        Segmenter(adapters={"small": adapters["text"], "large": large})
-    both = Segmenter(adapters={"small": adapters["text"], "large": large}, resolution=168, device="cpu")
+        AdapterPool(adapters={"small": adapters["text"], "large": large})
+    both = AdapterPool(adapters={"small": adapters["text"], "large": large}, resolution=168, device="cpu")
     assert both.base.resolution == 168
 
 
 def test_an_adapter_of_another_base(shared, base_path, adapters, images, tmp_path):
     other = save_base(tmp_path / "other", make_sam3(seed=7))
     with pytest.raises(UserError, match="base"):
-        Segmenter(str(other), adapters={"it": adapters["text"]})
-    # the segmenter goes on without it
-    segmenter = Segmenter(str(other), device="cpu")
-    before = ask(segmenter, images)
-    with pytest.raises(UserError, match="base"):
-        segmenter.add_adapter("it", adapters["text"])
-    assert segmenter.adapters == {}
-    assert_same(ask(segmenter, images), before, atol=1e-7)
-
-
-def test_two_adapters_of_one_name(base_path, adapters):
-    segmenter = Segmenter(str(base_path), adapters={"it": adapters["text"]}, device="cpu")
-    with pytest.raises(UserError, match="two adapters are called 'it'"):
-        segmenter.add_adapter("it", adapters["detector"])
+        AdapterPool(str(other), adapters={"it": adapters["text"]})
 
 
 def test_an_adapter_that_is_not_there(shared, images):
     with pytest.raises(UserError, match=r"no adapter 'crack'.*text"):
         ask(shared, images, "crack")
-    with pytest.raises(UserError, match="no adapter 'crack'"):
-        shared.shares_vision("crack")
     with pytest.raises(UserError, match="no adapter 'crack'"):
         shared.geometry_cls("crack")

@@ -1,4 +1,4 @@
-"""A small base with random weights, adapters over it, and questions about random images."""
+"""A small base with random weights, adapters over it, prompted random images, and PEFT as the reference."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Sam3Model
 
-from sam3lora.engine.detections import BoxPrompt, PostProcessing
-from sam3lora.engine.engine import MixedBatchSegmenter, Question
-from sam3lora.model.adapter.folder import save_adapter
+from sam3lora.config.post_processing import PostProcessing
+from sam3lora.engine.detections import BoxPrompt, Detections
+from sam3lora.engine.engine import Engine, PromptedImage, relative_cxcywh
+from sam3lora.engine.pixels import to_pixel_values
+from sam3lora.engine.selection import Wanted, select_detections
+from sam3lora.model.adapter.folder import load_adapter, save_adapter
 from sam3lora.model.adapter.metadata import AdapterMetadata
 from sam3lora.model.loading import load_base
+from sam3lora.model.staged.forward import StagedSam3
+from sam3lora.model.tokenization import tokenize
 
 from ..model.conftest import make_sam3, randomise_adapter, save_base, small_config
 
@@ -72,14 +77,14 @@ def write_adapters(folder: Path, base_folder: Path) -> dict[str, Path]:
     return {name: write_adapter(folder / name, base_folder, name, seed) for seed, name in enumerate(ADAPTERS)}
 
 
-def make_segmenter(base_folder: Path, adapters: dict[str, Path], **options) -> tuple[MixedBatchSegmenter, dict]:
-    """With the adapters placed; also gives name -> slot, where None is the base."""
-    segmenter = MixedBatchSegmenter(str(base_folder), device="cpu", **options)
+def make_engine(base_folder: Path, adapters: dict[str, Path], **options) -> tuple[Engine, dict]:
+    """An engine with the adapters placed, and name -> slot, where None is the base."""
+    engine = Engine.load(str(base_folder), device="cpu", **options)
     slots: dict[str | None, int | None] = {None: None}
     for slot, (name, folder) in enumerate(adapters.items()):
-        segmenter.place_adapter(slot, segmenter.read_adapter(folder))
+        engine.place_adapter(slot, engine.read_adapter(folder))
         slots[name] = slot
-    return segmenter, slots
+    return engine, slots
 
 
 def make_images(count: int, seed: int = 0) -> list[np.ndarray]:
@@ -88,11 +93,11 @@ def make_images(count: int, seed: int = 0) -> list[np.ndarray]:
     return [generator.integers(0, 256, (height, width, 3), dtype=np.uint8) for height, width in sizes]
 
 
-def random_questions(generator: np.random.Generator, segmenter, images, slots, count: int) -> list[Question]:
-    questions = []
+def random_prompted_images(generator: np.random.Generator, engine, images, slots, count: int) -> list[PromptedImage]:
+    prompted = []
     for _ in range(count):
         number = int(generator.integers(len(images)))
-        image = segmenter.prepare_image(images[number], f"image {number}")
+        image = engine.prepare_image(images[number], f"image {number}")
         height, width = image.size_hw
         boxes = []
         for _ in range(generator.choice([0, 0, 1, 3])):
@@ -101,5 +106,40 @@ def random_questions(generator: np.random.Generator, segmenter, images, slots, c
             boxes.append(BoxPrompt(tuple(map(float, xyxy)), int(generator.integers(2))))
         prompts = generator.choice(["crack", "hole", "a long prompt", "leaf"], generator.integers(1, 4), replace=False)
         slot = slots[list(slots)[generator.integers(len(slots))]]
-        questions.append(Question(image, tuple(map(str, prompts)), tuple(boxes), slot, EVERY))
-    return questions
+        prompted.append(PromptedImage(image, tuple(map(str, prompts)), tuple(boxes), slot, EVERY))
+    return prompted
+
+
+class PeftReference:
+    """PEFT's own layers on the plain model, one adapter, image and prompt at a time."""
+
+    def __init__(self, adapters: dict[str, Path], base_folder: Path) -> None:
+        self.base = load_base(str(base_folder))
+        self._peft, self._cls = None, {None: True}
+        self._slots = {name: f"adapter_{number}" for number, name in enumerate(adapters)}
+        for name, folder in adapters.items():
+            self._peft, metadata = load_adapter(self._peft or self.base.model, folder, adapter_name=self._slots[name])
+            self._cls[name] = metadata.geometry_cls
+
+    @torch.no_grad()
+    def detect(self, image: np.ndarray, adapter: str | None, wanted: Wanted, boxes=()) -> Detections:
+        if adapter is not None:
+            self._peft.set_adapter(self._slots[adapter])
+            return self._detect(image, adapter, wanted, boxes)
+        with self._peft.disable_adapter():
+            return self._detect(image, adapter, wanted, boxes)
+
+    def _detect(self, image, adapter, wanted, boxes) -> Detections:
+        base = self.base
+        staged = StagedSam3(base.model, geometry_cls=self._cls[adapter])
+        pixels = to_pixel_values([image], base.resolution, image_mean=base.image_mean, image_std=base.image_std)
+        exemplars = {}
+        if boxes:
+            exemplars["boxes_cxcywh_BN4"] = torch.tensor([[relative_cxcywh(box, image.shape[:2]) for box in boxes]])
+            exemplars["box_labels_BN"] = torch.tensor([[box.label for box in boxes]])
+        text = staged.encode_text(*tokenize(base.tokenizer, [wanted.prompt]))
+        index = torch.tensor([0])
+        output = staged.detect(staged.encode_images(pixels), text, index, index, **exemplars)
+        head = lambda rows: staged.mask_head(output, torch.tensor(rows)).instance_logits  # noqa: E731
+        (found,) = select_detections(output, [wanted], head)
+        return found.at_full_size()

@@ -1,4 +1,4 @@
-"""LabelMe: one JSON file an image, a list of shapes in pixels (https://github.com/wkentaro/labelme)."""
+"""Reading LabelMe: one JSON file per image, with a list of shapes in pixels (https://github.com/wkentaro/labelme)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from sam3lora.data.convert.faults import FaultLog
-from sam3lora.data.convert.labelled_set import LabelledImage, LabelledSet
-from sam3lora.data.convert.layout import WHOLE, list_images, open_image, split_name, subfolders
-from sam3lora.data.convert.names import order_names
+from sam3lora.data.convert.labelled_set import LabelledImage, LabelledSet, order_names
+from sam3lora.data.convert.layout import image_files, open_image, split_folders
+from sam3lora.data.faults import FaultLog
 from sam3lora.errors import UserError
 
 CIRCLE_CORNERS = 64
@@ -21,28 +20,25 @@ CIRCLE_CORNERS = 64
 def read_labelme(source: Path, names: Sequence[str] | None, log: FaultLog) -> LabelledSet:
     """Read all splits.
 
-    Polygons and circles become masks, rectangles boxes without masks; polygons of one label and one `group_id` are
-    parts of one object. Images that a file embeds are not read: they have to lie beside it.
+    Polygons and circles become masks, rectangles become boxes without masks. Polygons with the same label and
+    `group_id` are parts of one object. Images embedded in a JSON file are not read: the image file must lie beside it.
 
     Args:
-        source: Folder with JSON files beside the images, or with one such subfolder a split.
-        names: Category names in order; None takes those found, by alphabet.
-        log: Where faults are counted.
+        source: Folder with JSON files beside the images, or with one such subfolder per split.
+        names: Category names in order; None takes those found, in alphabetical order.
+        log: Counts the faults.
 
     Raises:
-        UserError: A JSON file that cannot be right; the message names it.
+        UserError: A JSON file is invalid; the message names it.
     """
-    splits = {}
-    for folder in [source, *subfolders(source)]:
-        if any(folder.glob("*.json")):
-            splits[WHOLE if folder == source else split_name(folder.name)] = _read_split(folder, log)
+    splits = {split: _read_split(folder, log) for split, folder in split_folders(source, "*.json").items()}
     found = {thing.category for images in splits.values() for image in images for thing in image.objects}
     return LabelledSet(order_names(sorted(found), names, source), splits)
 
 
 def _read_split(folder: Path, log: FaultLog) -> list[LabelledImage]:
     split, used = [], set()
-    files = {path.name: path for path in list_images(folder)}
+    files = {path.name: path for path in image_files(folder)}
     by_stem = {path.stem: path for path in files.values()}
     for label_file in sorted(folder.glob("*.json")):
         content = _parse(label_file)
@@ -73,16 +69,15 @@ def _parse(label_file: Path) -> dict[str, Any]:
 
 
 def _read_shapes(label_file: Path, content: dict[str, Any], image: LabelledImage, log: FaultLog) -> None:
-    size = (content.get("imageHeight"), content.get("imageWidth"))
-    if all(isinstance(side, int) and side > 0 for side in size) and size != image.size_hw:
-        log.add("size_mismatch", f"{label_file}: {size[1]} x {size[0]}, image {image.size_hw[1]} x {image.size_hw[0]}")
-        image.size_hw = size  # type: ignore[assignment]
+    height, width = content.get("imageHeight"), content.get("imageWidth")
+    if isinstance(height, int) and isinstance(width, int) and height > 0 and width > 0:
+        image.use_label_size((height, width), log, str(label_file))
     polygons: dict[Any, list[list[float]]] = {}
     labels: dict[Any, tuple[str, str]] = {}
     for number, shape in enumerate(content["shapes"], 1):
         where = f"{label_file}, shape {number}"
         label, kind, points = _parse_shape(shape, where)
-        if kind == "rectangle" and len(points) >= 2:  # two corners, or all four
+        if kind == "rectangle" and len(points) >= 2:  # two opposite corners, or all four
             image.add_box(label, (*points.min(axis=0), *points.max(axis=0)), log, where)
             continue
         if kind == "circle" and len(points) == 2:

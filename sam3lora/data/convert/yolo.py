@@ -1,7 +1,7 @@
-"""YOLO boxes and segmentation: one text file an image, one object a line, coordinates as shares of the image's size.
+"""Reading and writing YOLO boxes and polygons: one text file per image, one line per object.
 
-A line is `class cx cy w h` (a box) or `class x0 y0 x1 y1 x2 y2 ...` (a polygon), see
-https://docs.ultralytics.com/datasets/segment/.
+A line is `class cx cy w h` (a box) or `class x0 y0 x1 y1 x2 y2 ...` (a polygon); coordinates are shares of the image's
+width and height. See https://docs.ultralytics.com/datasets/segment/.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import yaml
 
-from sam3lora.data.convert.faults import FaultLog
-from sam3lora.data.convert.labelled_set import LabelledImage, LabelledSet
-from sam3lora.data.convert.layout import find_pairs, list_images, open_image
-from sam3lora.data.convert.names import checked_names, read_names
+from sam3lora.data.convert.labelled_set import LabelledImage, LabelledObject, LabelledSet, checked_names, read_names
+from sam3lora.data.convert.layout import WHOLE, find_pairs, image_files, open_image, place_images
+from sam3lora.data.faults import FaultLog
+from sam3lora.data.outlines import join_outlines, trace_outlines
 from sam3lora.errors import UserError
 
-SLACK = 0.05  # rounding and objects cut by the border stay below this; pixels mistaken for shares are far above
+SLACK = 0.05  # more than rounding and objects cut by the border need; pixels taken for shares are far above
 
 
 def read_yolo(source: Path, names: Sequence[str] | None, log: FaultLog) -> LabelledSet:
@@ -28,10 +28,10 @@ def read_yolo(source: Path, names: Sequence[str] | None, log: FaultLog) -> Label
     Args:
         source: Folder with `images/<split>` and `labels/<split>`, or `<split>/images` and `<split>/labels`.
         names: Category names by class index; None reads them from `data.yaml` or `classes.txt`.
-        log: Where faults are counted.
+        log: Counts the faults.
 
     Raises:
-        UserError: No names, or a label file that cannot be right; the message names file and line.
+        UserError: There are no names, or a label file is invalid; the message names file and line.
     """
     by_class = dict(enumerate(names)) if names else _find_names(source)
     splits = {}
@@ -45,7 +45,7 @@ def read_yolo(source: Path, names: Sequence[str] | None, log: FaultLog) -> Label
 
 def _read_split(images: Path, labels: Path, names: dict[int, str], log: FaultLog) -> list[LabelledImage]:
     split = []
-    files = list_images(images)
+    files = image_files(images)
     for path in files:
         image = open_image(path, log)
         if image is None:
@@ -103,7 +103,9 @@ def _parse_line(line: str, where: str, names: dict[int, str]) -> tuple[str, list
         )
     bad = [value for value in coordinates if not -SLACK <= value <= 1 + SLACK]
     if bad:
-        raise UserError(f"{where}: coordinate {bad[0]:g} lies outside 0..1; YOLO's are shares of the image's size")
+        raise UserError(
+            f"{where}: coordinate {bad[0]:g} lies outside 0..1; YOLO coordinates are shares of the image's size"
+        )
     return names[int(index)], coordinates
 
 
@@ -130,3 +132,66 @@ def _indexed(names: Any, path: Path) -> dict[int, str]:
     if not isinstance(names, list):
         raise UserError(f"{path}: names must be a list or numbered, got {names!r}")
     return dict(enumerate(checked_names(names, str(path))))
+
+
+def write_yolo(labelled: LabelledSet, folder: Path, log: FaultLog, *, boxes: bool = False) -> None:
+    """Write `images/<split>`, `labels/<split>` and `data.yaml`, as Ultralytics reads them.
+
+    An image without objects gets an empty label file. A line holds one polygon: the parts of an object are joined into
+    one polygon, and its holes are filled.
+
+    Args:
+        labelled: The set.
+        folder: Where to write.
+        log: Counts the faults.
+        boxes: Write boxes instead of polygons.
+    """
+    classes = {name: index for index, name in enumerate(labelled.categories)}
+    for split, images in labelled.splits.items():
+        labels = folder / "labels" / split
+        labels.mkdir(parents=True)
+        for image, path in zip(images, place_images(images, folder / "images" / split, log), strict=True):
+            lines = []
+            for number, thing in enumerate(image.objects, 1):
+                where = f"{image.path}, object {number}"
+                shares = _box_shares(thing, image) if boxes else _polygon_shares(thing, image, log, where)
+                if shares.size:
+                    lines.append(" ".join([str(classes[thing.category]), *(f"{value:.6f}" for value in shares)]))
+                else:
+                    log.add("empty_object", where)
+            (labels / f"{path.stem}.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    _write_description(labelled, folder)
+
+
+def _box_shares(thing: LabelledObject, image: LabelledImage) -> np.ndarray:
+    height, width = image.size_hw
+    x, y, w, h = thing.bbox_xywh
+    return np.array([x + w / 2, y + h / 2, w, h]) / (width, height, width, height)
+
+
+def _polygon_shares(thing: LabelledObject, image: LabelledImage, log: FaultLog, where: str) -> np.ndarray:
+    height, width = image.size_hw
+    if isinstance(thing.segmentation, list) and len(thing.segmentation) == 1:
+        ring = np.reshape(thing.segmentation[0], (-1, 2))
+    else:
+        if thing.segmentation is None:
+            log.add("box_as_mask", where)
+        outlines, num_holes = trace_outlines(thing.decode(image.size_hw))
+        for _ in range(num_holes):
+            log.add("hole", where)
+        if not outlines:
+            return np.empty(0)
+        ring = join_outlines(outlines)
+    return np.clip(ring / (width, height), 0, 1).ravel()
+
+
+def _write_description(labelled: LabelledSet, folder: Path) -> None:
+    paths: dict[str, str] = {}
+    for split in labelled.splits:
+        if split == WHOLE:
+            paths |= {"train": "images", "val": "images"}
+        else:
+            paths["val" if split == "valid" else split] = f"images/{split}"
+    content = {**paths, "names": dict(enumerate(labelled.categories))}
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    (folder / "data.yaml").write_text(text, encoding="utf-8")

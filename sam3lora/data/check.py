@@ -1,4 +1,4 @@
-"""A report on a COCO data set: what is in it, what is wrong with it, and what will be done about that."""
+"""Checking a COCO data set: counts, faults, and pictures that two splits share."""
 
 from __future__ import annotations
 
@@ -8,26 +8,23 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sam3lora.data.coco import ANNOTATION_FILE, CocoIndex
-from sam3lora.data.faults import IssueLog
+from sam3lora.data.faults import FaultLog
 from sam3lora.data.images import ImageError, read_image
 from sam3lora.data.masks import mask_area
 from sam3lora.data.split.leakage import Leak, count_augmented_copies, find_leaks
 from sam3lora.errors import UserError
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-NUM_OBJECT_QUERIES = 200  # SAM 3's decoder
-MAX_DETECTIONS = 100  # COCO's mAP counts no more detections an image and category
-SIZE_LIMITS = (32**2, 96**2)  # COCO: small below, large from, in pixels of the original image
+NUM_OBJECT_QUERIES = 200  # of SAM 3's decoder
+MAX_DETECTIONS = 100  # per image and category, of COCO's mAP
+SIZE_LIMITS = (32**2, 96**2)  # between COCO's small, medium and large, in pixels of the original image
 
 
 @dataclass
-class SplitReport:
-    """Counts of one split; areas are those of the masks (of the boxes where there is no mask)."""
+class CheckedSplit:
+    """Counts and faults of one split. Sizes are areas of the masks, or of the boxes of objects without a mask."""
 
     name: str
     num_images: int = 0
@@ -40,23 +37,26 @@ class SplitReport:
     max_objects_per_image: int = 0
     max_objects_per_query: int = 0
     num_images_above_max_detections: int = 0
-    issues: IssueLog = field(default_factory=IssueLog)
+    faults: FaultLog = field(default_factory=FaultLog)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**vars(self), "issues": [issue.to_dict() for issue in self.issues]}
+        """Plain values, ready for JSON, where faults are called issues."""
+        values = dict(vars(self))
+        return values | {"issues": [fault.to_dict() for fault in values.pop("faults")]}
 
 
 @dataclass
 class CheckReport:
-    """What `check_folder` found."""
+    """Result of `check_folder`."""
 
     root: str
-    splits: list[SplitReport]
+    splits: list[CheckedSplit]
     leaks: list[Leak]
 
     @property
     def num_faults(self) -> int:
-        return sum(issue.count for split in self.splits for issue in split.issues) + sum(k.count for k in self.leaks)
+        num_faults = sum(fault.count for split in self.splits for fault in split.faults)
+        return num_faults + sum(leak.count for leak in self.leaks)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -66,23 +66,17 @@ class CheckReport:
             "leaks": [leak.to_dict() for leak in self.leaks],
         }
 
-    def render(self, console: Console | None = None) -> None:
-        """Print tables."""
-        from sam3lora.data.check.tables import render_report
-
-        render_report(self, console)
-
 
 def check_folder(root: str | Path, annotation_file: str = ANNOTATION_FILE) -> CheckReport:
     """Read every annotation and decode every image of a data set.
 
     Args:
-        root: Folder with one subfolder a split (`train`, `valid`, ...), or a split itself.
+        root: Folder with one subfolder per split (`train`, `valid`, ...), or the folder of a split.
         annotation_file: Name of the annotation files.
 
     Raises:
-        UserError: Nothing usable: no such folder, no annotation file, broken JSON, no image at all. Everything else
-            is reported and does not raise.
+        UserError: There is no such folder, no annotation file, no image at all, or the JSON is broken. Everything else
+            is counted in the report.
     """
     root = Path(root)
     if not root.is_dir():
@@ -100,10 +94,10 @@ def check_folder(root: str | Path, annotation_file: str = ANNOTATION_FILE) -> Ch
     return CheckReport(str(root), reports, find_leaks(hashes))
 
 
-def _check_split(name: str, index: CocoIndex) -> tuple[SplitReport, dict[str, str]]:
+def _check_split(name: str, index: CocoIndex) -> tuple[CheckedSplit, dict[str, str]]:
     """Report of a split and the content hash of each of its images."""
     records = index.table.to_pylist()
-    report = SplitReport(name, num_images=len(records), issues=index.issues)
+    report = CheckedSplit(name, num_images=len(records), faults=index.faults)
     report.categories = {category: {"images": 0, "objects": 0} for category in index.names}
     for record in records:
         _count_objects(record, report)
@@ -113,11 +107,11 @@ def _check_split(name: str, index: CocoIndex) -> tuple[SplitReport, dict[str, st
     for record in records:
         kind, detail = hashes[record["file_name"]][1:]
         if kind:
-            report.issues.add(kind, f"image {record['image_id']} {detail}")
+            report.faults.add(kind, f"image {record['image_id']} {detail}")
     return report, {file_name: digest for file_name, (digest, _, _) in hashes.items() if digest}
 
 
-def _count_objects(record: dict[str, Any], report: SplitReport) -> None:
+def _count_objects(record: dict[str, Any], report: CheckedSplit) -> None:
     objects = [a for a in record["annotations"] if not a["iscrowd"]]
     report.num_crowd += len(record["annotations"]) - len(objects)
     report.num_negatives += not record["annotations"]
@@ -127,7 +121,7 @@ def _count_objects(record: dict[str, Any], report: SplitReport) -> None:
         report.categories[category]["images"] += 1
         report.categories[category]["objects"] += count
         if count > NUM_OBJECT_QUERIES:
-            report.issues.add("many_objects", f"image {record['image_id']}: {count} {category}")
+            report.faults.add("many_objects", f"image {record['image_id']}: {count} {category}")
     largest = max(per_category.values(), default=0)
     report.num_images_above_max_detections += largest > MAX_DETECTIONS
     report.max_objects_per_query = max(report.max_objects_per_query, largest)
@@ -140,7 +134,7 @@ def _count_objects(record: dict[str, Any], report: SplitReport) -> None:
 
 
 def _inspect_image(record: dict[str, Any]) -> tuple[str, str, str]:
-    """(content hash, kind of fault or "", detail)."""
+    """(content hash, kind of fault or "", detail of the fault)."""
     size_hw = (record["height"], record["width"])
     digest = ""
     try:
