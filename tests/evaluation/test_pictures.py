@@ -46,7 +46,7 @@ def entry(mask_HW: np.ndarray) -> dict:
 def test_only_detections_above_the_threshold_are_drawn(split):
     base = measured(split, [result(0, CRACK, 5, 0.29)])
     adapter = measured(split, [result(0, CRACK, 5, 0.3)], "mine")
-    first, second = comparison_pictures(base, adapter, count=5, threshold=0.3)
+    first, second = comparison_pictures(base, adapter, count=5)
     assert [first.title, second.title] == ["0.png", "1.png"]
     labels, of_base, of_adapter = first.panels
     assert of_adapter.caption == "adapter: 1 right, 1 missed"
