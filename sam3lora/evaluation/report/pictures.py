@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -127,22 +126,6 @@ class Gallery:
         if category_id is None:
             return describe(self.totals[model].get(image_id, Tally()))
         return describe(self.tallies[model].get((image_id, category_id), Tally()))
-
-
-def comparison_pictures(
-    base: SplitMetrics, adapter: SplitMetrics, *, count: int = 12, threshold: float = 0.3
-) -> list[Picture]:
-    """The first images of a split, none chosen: labels, base and adapter.
-
-    Args:
-        base: Metrics of the base model.
-        adapter: Metrics of the adapter on the same split.
-        count: At most so many pictures.
-        threshold: Lowest score drawn.
-    """
-    models = [dataclasses.replace(base, label="base"), dataclasses.replace(adapter, label="adapter")]
-    gallery = Gallery(models, threshold, num_panels=3 * count)
-    return [gallery.picture(image_id) for image_id in list(gallery.images)[:count]]
 
 
 def describe(tally: Tally) -> str:
