@@ -6,6 +6,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+from sam3lora.config.post_processing import PostProcessing
 from sam3lora.data.coco import CocoIndex
 from sam3lora.evaluation.metrics.ground_truth import build_ground_truth, prompted_categories
 from sam3lora.evaluation.metrics.measure import SplitMetrics, measure_split
@@ -22,6 +23,7 @@ def measured(folder: Path, predictions: list[dict], label: str = "base", names=N
     pairs = [(image["id"], category["id"]) for image in truth.coco["images"] for category in truth.coco["categories"]]
     presence = {pair: 0.9 if pair in truth.presence else 0.1 for pair in pairs}
     options = {"split_dir": folder, "settings": {"model": "tiny", "versions": {"torch": "2.8"}}} | options
+    options = {"post": PostProcessing(threshold=0.3)} | options
     return measure_split(truth, SplitResults(predictions, presence, len(predictions)), label=label, **options)
 
 
