@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -136,19 +135,6 @@ def threshold_texts(results: Sequence[SplitMetrics]) -> str:
     if len(set(texts.values())) == 1:
         return next(iter(texts.values()))
     return ", ".join(f"{text} ({label})" for label, text in texts.items())
-
-
-def comparison_pictures(base: SplitMetrics, adapter: SplitMetrics, *, count: int = 12) -> list[Picture]:
-    """The first images of a split, none chosen: labels, base and adapter.
-
-    Args:
-        base: Metrics of the base model.
-        adapter: Metrics of the adapter on the same split.
-        count: At most so many pictures.
-    """
-    models = [dataclasses.replace(base, label="base"), dataclasses.replace(adapter, label="adapter")]
-    gallery = Gallery(models, num_panels=3 * count)
-    return [gallery.picture(image_id) for image_id in list(gallery.images)[:count]]
 
 
 def describe(tally: Tally) -> str:
