@@ -137,7 +137,7 @@ def is_same(results: Sequence[Any], expected: Sequence[Detections]) -> bool:
             return False
         boxes = np.reshape([each["box_xyxy"] for each in found], (-1, 4))
         areas = [each["area_px"] for each in found]
-        if not np.allclose(boxes, known.boxes_xyxy, atol=0.1) or not np.allclose(areas, known.areas_px(), atol=9):
+        if not np.allclose(boxes, known.boxes_xyxy, atol=0.1) or not np.allclose(areas, known.areas_px, atol=9):
             return False
     return True
 
