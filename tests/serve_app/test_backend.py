@@ -18,12 +18,9 @@ from serve_app.http.schemas import AdapterResponse
 from serve_app.messages import ImageFile, SegmentCall, SegmentReply
 from serve_app.settings import Limits, ServeSettings
 
-PORT = 18410
+pytestmark = pytest.mark.anyio
 REPLY = SegmentReply((4, 4), [], {})
 CALL = SegmentCall(ImageFile("key", b"image"), ("crack",), timeout_s=5.0)
-
-
-# --- with a handle that answers as it is told ---
 
 
 class FakeResponse:
@@ -151,7 +148,7 @@ def test_full_queues(status: int, type: str):
     assert (answer.type, answer.retry_after_s) == (type, 2.0)
 
 
-def test_replicas_are_asked_all():
+async def test_replicas_are_asked_all():
     backend = ServeBackend(
         FakeHandle(
             [[AdapterResponse(id="b"), AdapterResponse(id="a")], died(), [AdapterResponse(id="b", resident=True)]],
@@ -163,28 +160,20 @@ def test_replicas_are_asked_all():
         ),
         ServeSettings(),
     )
-
-    async def scenario() -> None:
-        assert await backend.list_adapters() == [AdapterResponse(id="a"), AdapterResponse(id="b", resident=True)]
-        assert await backend.metrics() == {"one": "text"}
-        assert await backend.ready()
-        assert not await backend.ready()
-        none = await backend.list_adapters()
-        assert isinstance(none, ServeError)
-        assert none.type == "not_ready"
-        assert not await backend.ready()
-
-    asyncio.run(scenario())
+    assert await backend.list_adapters() == [AdapterResponse(id="a"), AdapterResponse(id="b", resident=True)]
+    assert await backend.metrics() == {"one": "text"}
+    assert await backend.ready()
+    assert not await backend.ready()
+    none = await backend.list_adapters()
+    assert isinstance(none, ServeError)
+    assert none.type == "not_ready"
+    assert not await backend.ready()
 
 
-def test_a_question_to_all_waits_for_a_replica():
+async def test_a_question_to_all_waits_for_a_replica():
     """Serve has none in its list while the only one takes over a new user_config."""
     gone = DeploymentUnavailableError(DeploymentID("Segmenter"))
     adapter = AdapterResponse(id="a")
     backend = ServeBackend(FakeHandle(gone, gone, [[adapter]], gone, [("one", "text")]), ServeSettings())
-
-    async def scenario() -> None:
-        assert await backend.list_adapters() == [adapter]
-        assert await backend.metrics() == {"one": "text"}
-
-    asyncio.run(scenario())
+    assert await backend.list_adapters() == [adapter]
+    assert await backend.metrics() == {"one": "text"}
