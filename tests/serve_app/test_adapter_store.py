@@ -158,7 +158,7 @@ async def test_an_adapter_is_loaded_once_and_stays(root: Path):
     assert stage.counts == {"loaded": 2}
 
 
-async def test_the_least_recently_used_makes_room(root: Path):
+async def test_the_least_recently_used_adapter_is_evicted(root: Path):
     async with open_stage(root, num_slots=2) as stage:
         for adapter_id in "abac":  # b is the oldest when c comes
             await stage.value(adapter_id)
@@ -176,7 +176,7 @@ async def test_an_adapter_in_use_is_never_evicted(root: Path):
             assert stage.model.slots[slot] == 1
 
 
-async def test_a_newcomer_waits_for_a_slot(root: Path):
+async def test_a_load_waits_for_a_slot(root: Path):
     async with open_stage(root, num_slots=2) as stage, AsyncExitStack() as held:
         await held.enter_async_context(stage.store.hold("a"))
         async with stage.store.hold("b"):
@@ -189,7 +189,7 @@ async def test_a_newcomer_waits_for_a_slot(root: Path):
         assert await stage.resident() == ["a", "c"]
 
 
-async def test_a_newcomer_that_finds_no_slot_in_its_time_is_told_so(root: Path):
+async def test_waiting_too_long_for_a_slot_is_an_overload(root: Path):
     async with open_stage(root, num_slots=1) as stage:
         async with stage.store.hold("a"):
             patient = asyncio.create_task(stage.value("b"))
@@ -200,7 +200,7 @@ async def test_a_newcomer_that_finds_no_slot_in_its_time_is_told_so(root: Path):
         assert await patient == 2
 
 
-async def test_a_read_that_takes_too_long_is_a_timeout_and_goes_on(root: Path):
+async def test_a_slow_read_times_out_and_continues(root: Path):
     async with open_stage(root) as stage:
         stage.model.slow["a"] = threading.Event()
         assert (await refused(stage.value("a", timeout_s=0.5))).type == "timeout"
@@ -209,7 +209,7 @@ async def test_a_read_that_takes_too_long_is_a_timeout_and_goes_on(root: Path):
     assert stage.model.reads["a"] == 1
 
 
-async def test_twenty_at_once_load_once(root: Path):
+async def test_twenty_concurrent_requests_load_once(root: Path):
     async with open_stage(root, num_slots=1) as stage:
         stage.model.slow["a"] = threading.Event()
         asked = [asyncio.create_task(stage.value("a")) for _ in range(20)]
@@ -220,7 +220,7 @@ async def test_twenty_at_once_load_once(root: Path):
     assert stage.counts["loaded"] == 1
 
 
-async def test_twenty_at_once_hold_it_until_the_last_one_is_done(root: Path):
+async def test_twenty_concurrent_requests_hold_the_slot_until_the_last_one_ends(root: Path):
     """All users that waited for the load are counted: the slot is not given away between load and use."""
     async with open_stage(root, num_slots=1) as stage:
 
@@ -256,7 +256,7 @@ async def test_a_slow_load_delays_no_other_adapter(root: Path):
         assert await slow == 1
 
 
-async def test_a_load_whose_requests_all_left_is_finished_and_can_be_evicted(root: Path):
+async def test_an_abandoned_load_finishes_and_can_be_evicted(root: Path):
     async with open_stage(root, num_slots=1) as stage:
         stage.model.slow["a"] = threading.Event()
         asked = [asyncio.create_task(stage.value("a")) for _ in range(3)]
@@ -381,7 +381,7 @@ async def test_a_repaired_folder_is_read_again_soon(root: Path, monkeypatch: pyt
         assert [info.error for info in await stage.store.list()] == [None] * 5
 
 
-async def test_whatever_reading_raises_is_the_adapters_fault(root: Path, monkeypatch: pytest.MonkeyPatch):
+async def test_any_exception_while_reading_makes_the_adapter_invalid(root: Path, monkeypatch: pytest.MonkeyPatch):
     async with open_stage(root) as stage:
         monkeypatch.setattr(stage.model, "read_adapter", lambda folder: 1 / 0)
         error = await refused(stage.value("a"))
@@ -399,7 +399,7 @@ async def test_a_folder_that_changes_while_it_is_read_is_read_again(root: Path):
     assert stage.model.reads["a"] == 2
 
 
-async def test_who_comes_after_a_replacement_is_not_given_what_was_read_before(root: Path):
+async def test_a_request_after_a_replacement_gets_the_new_version(root: Path):
     async with open_stage(root, num_slots=1) as stage:
         async with stage.store.hold("b"):
             first = asyncio.create_task(stage.value("a"))
@@ -415,7 +415,7 @@ async def test_who_comes_after_a_replacement_is_not_given_what_was_read_before(r
     assert stage.model.reads["a"] == 2
 
 
-async def test_who_comes_after_a_repair_is_not_refused_for_what_was_read_before(root: Path):
+async def test_a_request_after_a_repair_is_not_refused_for_the_old_version(root: Path):
     async with open_stage(root) as stage:
         read, has_read, go = stage.model.read_adapter, threading.Event(), threading.Event()
 
@@ -439,14 +439,14 @@ async def test_who_comes_after_a_repair_is_not_refused_for_what_was_read_before(
         assert (await refused(first)).type == "invalid_adapter"
 
 
-async def test_memory_for_a_slot_is_made(root: Path):
+async def test_caches_are_emptied_to_place_an_adapter(root: Path):
     async with open_stage(root) as stage:
         stage.model.place_error = torch.OutOfMemoryError("CUDA out of memory")
         stage.batcher._free_memory = lambda: setattr(stage.model, "place_error", None)
         assert await stage.value("a") == 1
 
 
-async def test_many_lists_at_once_are_one_and_hinder_no_request(root: Path):
+async def test_concurrent_lists_are_one_and_delay_no_request(root: Path):
     async with open_stage(root) as stage:
         describe, go, calls = stage.store._folders.describe_all, threading.Event(), []
 
@@ -478,7 +478,7 @@ async def test_a_slot_that_could_not_be_filled_is_not_lost(root: Path):
         assert [await stage.value(id) for id in "abcd"] == [1, 2, 3, 4]
 
 
-async def test_settings_that_change_retire_what_is_no_longer_allowed(root: Path):
+async def test_new_settings_retire_adapters_that_are_no_longer_allowed(root: Path):
     async with open_stage(root) as stage:
         await stage.value("a")
         await stage.value("b")
@@ -499,7 +499,7 @@ async def test_another_root_has_other_adapters_under_the_same_ids(root: Path, tm
         assert (await refused(stage.value("b"))).type == "adapter_not_found"
 
 
-async def test_preloading_goes_on_after_one_that_fails(root: Path, caplog: pytest.LogCaptureFixture):
+async def test_preloading_continues_after_a_failure(root: Path, caplog: pytest.LogCaptureFixture):
     async with open_stage(root) as stage:
         await stage.store.preload(("a", "unknown", "b"))
         assert await stage.resident() == ["a", "b"]

@@ -97,7 +97,7 @@ def no_answer() -> Exception:
 FAILURES = [died, unavailable, transport, no_answer, asyncio.CancelledError]
 
 
-def test_an_answer_and_a_refusal_come_back_as_they_are():
+def test_replies_and_errors_are_passed_on():
     refusal = ServeError("invalid_prompt", "too long")
     assert ask(FakeHandle(REPLY)) is REPLY
     assert ask(FakeHandle(refusal)) is refusal
@@ -112,7 +112,7 @@ def test_equal_images_and_equal_adapters_go_to_the_same_replica():
 
 
 @pytest.mark.parametrize("failure", FAILURES)
-def test_one_more_try_elsewhere(failure: Callable[[], BaseException]):
+def test_a_failed_replica_is_retried_elsewhere(failure: Callable[[], BaseException]):
     handle = FakeHandle(failure(), REPLY)
     assert ask(handle) is REPLY
     assert handle.keys[0] != handle.keys[1]
@@ -121,7 +121,7 @@ def test_one_more_try_elsewhere(failure: Callable[[], BaseException]):
 
 
 @pytest.mark.parametrize("failure", FAILURES)
-def test_two_failures_are_told(failure: Callable[[], BaseException]):
+def test_two_failures_are_an_error(failure: Callable[[], BaseException]):
     answer = ask(FakeHandle(failure(), failure(), REPLY))
     assert (answer.type, answer.retry_after_s) == ("replica_failed", 2.0)
 
@@ -148,7 +148,7 @@ def test_full_queues(status: int, type: str):
     assert (answer.type, answer.retry_after_s) == (type, 2.0)
 
 
-async def test_replicas_are_asked_all():
+async def test_broadcasts_join_all_replicas():
     backend = ServeBackend(
         FakeHandle(
             [[AdapterResponse(id="b"), AdapterResponse(id="a")], died(), [AdapterResponse(id="b", resident=True)]],
@@ -170,7 +170,7 @@ async def test_replicas_are_asked_all():
     assert not await backend.ready()
 
 
-async def test_a_question_to_all_waits_for_a_replica():
+async def test_a_broadcast_waits_for_a_replica():
     """Serve has none in its list while the only one takes over a new user_config."""
     gone = DeploymentUnavailableError(DeploymentID("Segmenter"))
     adapter = AdapterResponse(id="a")

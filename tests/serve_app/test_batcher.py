@@ -88,14 +88,14 @@ async def occupy(model: Model, batcher: Batcher[int, int]) -> asyncio.Task[int]:
     return task
 
 
-async def test_an_idle_model_is_asked_at_once():
+async def test_an_idle_model_runs_at_once():
     async with open_batcher() as (model, batcher):
         assert await ask(batcher, 1) == 2
         assert await ask(batcher, 2) == 4
     assert model.batches == [[1], [2]]
 
 
-async def test_what_arrives_while_the_model_is_busy_goes_together_in_order():
+async def test_items_that_arrive_while_the_model_is_busy_share_a_batch_in_order():
     async with open_batcher() as (model, batcher):
         first = await occupy(model, batcher)
         rest = await queue(batcher, 1, 2, 3, 4, 5, 6)
@@ -106,7 +106,7 @@ async def test_what_arrives_while_the_model_is_busy_goes_together_in_order():
     assert len(model.threads) == 1
 
 
-async def test_rows_are_counted_not_items_and_order_is_kept():
+async def test_a_batch_is_limited_by_rows_and_keeps_the_order():
     async with open_batcher() as (model, batcher):
         first = await occupy(model, batcher)
         tasks = [
@@ -121,7 +121,7 @@ async def test_rows_are_counted_not_items_and_order_is_kept():
     assert model.batches == [[0], [1], [2, 3], [4], [5]]
 
 
-async def test_waiting_and_running_times_are_told():
+async def test_outcomes_hold_waiting_and_running_times():
     async with open_batcher() as (model, batcher):
         first = await occupy(model, batcher)
         second = asyncio.create_task(batcher.submit(1, rows=1, timeout_s=LONG_S))
@@ -150,7 +150,7 @@ async def test_a_cancelled_item_is_not_computed():
     assert model.batches == [[0], [1]]
 
 
-async def test_a_caller_that_leaves_during_the_batch_harms_nobody():
+async def test_a_caller_that_leaves_during_the_batch_does_no_harm():
     async with open_batcher() as (model, batcher):
         first = await occupy(model, batcher)
         first.cancel()
@@ -160,7 +160,7 @@ async def test_a_caller_that_leaves_during_the_batch_harms_nobody():
     assert model.batches == [[0], [1]]
 
 
-async def test_an_item_whose_time_is_up_is_refused_and_not_computed():
+async def test_an_item_past_its_deadline_is_refused_and_not_computed():
     async with open_batcher() as (model, batcher):
         first = await occupy(model, batcher)
         (late,) = await queue(batcher, 1, timeout_s=0.01)
@@ -173,7 +173,7 @@ async def test_an_item_whose_time_is_up_is_refused_and_not_computed():
     assert model.batches == [[0]]
 
 
-async def test_an_item_without_time_left_is_refused_by_an_idle_model_as_well():
+async def test_an_item_without_time_left_is_refused_even_by_an_idle_model():
     async with open_batcher() as (model, batcher):
         with pytest.raises(ServeError, match="timeout"):
             await ask(batcher, 1, timeout_s=-1)
@@ -181,7 +181,7 @@ async def test_an_item_without_time_left_is_refused_by_an_idle_model_as_well():
 
 
 @pytest.mark.parametrize("type", ["overloaded", "too_many_requests"])
-async def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(type: str):
+async def test_a_full_queue_refuses_at_once_with_retry_after(type: str):
     async with open_batcher(max_queued=2, overload_type=type) as (model, batcher):
         first = await occupy(model, batcher)
         tasks = await queue(batcher, 1, 2)
@@ -196,7 +196,7 @@ async def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(type: str
     assert model.batches == [[0], [1, 2], [4]]
 
 
-async def test_those_that_prepare_count_as_waiting():
+async def test_items_in_preparation_count_as_waiting():
     async with open_batcher(max_queued=2) as (_, batcher):
         batcher.check_room(coming=1)
         with pytest.raises(ServeError, match="overloaded"):
@@ -251,7 +251,7 @@ async def test_out_of_memory_halves_the_batch_until_it_fits():
     assert len(freed) == 3  # before each of the smaller attempts
 
 
-async def test_an_item_alone_gets_a_second_attempt_with_all_memory():
+async def test_a_single_item_that_runs_out_of_memory_gets_a_second_attempt():
     async with open_batcher(free_memory=lambda: setattr(model, "most_that_fit", 1)) as (model, batcher):
         model.most_that_fit = 0
         assert await ask(batcher, 1) == 2
@@ -283,7 +283,7 @@ async def test_an_item_that_never_fits_is_refused_and_the_others_are_answered(er
     await batcher.close()
 
 
-async def test_work_in_the_model_thread_goes_ahead_of_waiting_batches():
+async def test_other_work_in_the_model_thread_runs_before_waiting_batches():
     order: list[str] = []
     async with open_batcher() as (model, batcher):
         first = await occupy(model, batcher)
@@ -300,14 +300,14 @@ async def test_work_in_the_model_thread_goes_ahead_of_waiting_batches():
     assert order == ["after 1"]
 
 
-async def test_work_in_the_model_thread_that_fails_raises_to_its_caller_only():
+async def test_other_work_that_fails_raises_to_its_caller_only():
     async with open_batcher() as (_, batcher):
         with pytest.raises(ZeroDivisionError):
             await batcher.run_in_model_thread(lambda: 1 / 0)
         assert await ask(batcher, 1) == 2
 
 
-async def test_work_for_which_memory_runs_out_gets_a_second_attempt_with_all_memory():
+async def test_other_work_that_runs_out_of_memory_gets_a_second_attempt():
     happened: list[str] = []
 
     def free() -> None:
@@ -330,7 +330,7 @@ async def test_work_for_which_memory_runs_out_gets_a_second_attempt_with_all_mem
         assert happened == ["work", "free", "work"] * 2
 
 
-async def test_a_paused_model_begins_no_batch_until_it_goes_on():
+async def test_a_paused_batcher_starts_no_batch_until_it_resumes():
     async with open_batcher() as (model, batcher):
         batcher.pause()
         tasks = await queue(batcher, 1, 2)
@@ -344,7 +344,7 @@ async def test_a_paused_model_begins_no_batch_until_it_goes_on():
     assert model.batches == [[1, 2]]
 
 
-async def test_closing_answers_what_waits_and_refuses_what_comes():
+async def test_closing_finishes_waiting_items_and_refuses_new_ones():
     async with open_batcher() as (model, batcher):
         first = await occupy(model, batcher)
         tasks = await queue(batcher, 1, 2)

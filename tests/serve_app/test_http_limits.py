@@ -77,7 +77,7 @@ async def outcomes(api: Any) -> str:
     return client.sent[1]["body"].decode()
 
 
-async def test_a_client_that_leaves_stops_the_work():
+async def test_a_client_that_disconnects_stops_the_work():
     backend = FakeBackend(block=asyncio.Event())
     api = create_api(make_settings(), backend)
     client = Client(api, "/v1/segment", IMAGE)
@@ -92,7 +92,7 @@ async def test_a_client_that_leaves_stops_the_work():
     assert 'route="/v1/segment"' in text
 
 
-async def test_a_client_that_leaves_while_it_sends():
+async def test_a_client_that_disconnects_while_it_sends():
     api = create_api(make_settings(), FakeBackend())
     client = Client(api, "/v1/segment", IMAGE)
     client.body(PNG[:100], more=True)
@@ -146,7 +146,7 @@ async def test_more_requests_than_the_ingress_holds(status: int, type: str):
     assert (await again.answer())[0] == 200
 
 
-async def test_more_requests_than_replicas_have_room_for_are_refused_unread():
+async def test_requests_beyond_the_replicas_room_are_refused_unread():
     backend = FakeBackend(block=asyncio.Event())
     settings = make_settings(max_queued=1).model_copy(update={"replicas": 2, "batching": Batching(max_rows=1)})
     api = create_api(settings, backend)
@@ -157,13 +157,13 @@ async def test_more_requests_than_replicas_have_room_for_are_refused_unread():
     assert (status, answer["error"]["type"]) == (503, "overloaded")
 
 
-async def test_a_header_that_promises_too_much_is_refused_before_the_body():
+async def test_a_too_large_content_length_is_refused_before_the_body():
     client = Client(create_api(make_settings(), FakeBackend()), "/v1/segment", IMAGE | {"content-length": "200001"})
     status, answer = await client.answer()  # no byte of the body was sent
     assert (status, answer["error"]["type"]) == (413, "body_too_large")
 
 
-async def test_a_header_that_lies_does_not_help():
+async def test_a_false_content_length_does_not_help():
     client = Client(create_api(make_settings(), FakeBackend()), "/v1/segment", IMAGE | {"content-length": "10"})
     for _ in range(5):
         client.body(bytes(50_000), more=True)
@@ -192,7 +192,7 @@ async def test_the_loop_is_free_while_masks_are_encoded(monkeypatch: pytest.Monk
     await client.task
 
 
-async def test_drawing_masks_holds_up_nobody_else(monkeypatch: pytest.MonkeyPatch):
+async def test_drawing_masks_does_not_delay_other_requests(monkeypatch: pytest.MonkeyPatch):
     """With more drawing to do than there are threads, requests are still checked, and answered without drawing."""
     release = threading.Event()
     encode = serve_app.http.ingress.prompt_response
@@ -219,7 +219,7 @@ async def test_drawing_masks_holds_up_nobody_else(monkeypatch: pytest.MonkeyPatc
         assert (await client.answer())[0] == 200
 
 
-async def test_a_client_that_leaves_stops_the_drawing(monkeypatch: pytest.MonkeyPatch):
+async def test_a_client_that_disconnects_stops_the_drawing(monkeypatch: pytest.MonkeyPatch):
     begun: list[Callable[[], bool]] = []
 
     def slow(*args: Any, is_over: Callable[[], bool]) -> str:

@@ -162,7 +162,7 @@ def assert_same(found: Any, expected: list[Detections]) -> None:
             np.testing.assert_allclose(one.areas_px, other.areas_px, atol=5)
 
 
-async def test_answers_are_those_of_the_model_asked_alone(play: Callable, spread_base: Path, root: Path):
+async def test_mixed_batches_equal_single_requests(play: Callable, spread_base: Path, root: Path):
     calls = [
         call(0, ("crack", "hole")),
         call(0, ("crack",), adapter="towers"),
@@ -198,7 +198,7 @@ async def test_answers_are_those_of_the_model_asked_alone(play: Callable, spread
     assert not np.allclose(*adapted, atol=1e-3)  # or the comparison would prove little
 
 
-async def test_calls_that_wait_together_are_computed_together(play: Callable, gate: Gate):
+async def test_waiting_calls_share_a_batch(play: Callable, gate: Gate):
     async with play(engine=gate) as service:
         gate.open.clear()
         first = asyncio.create_task(answered(service, call(0)))
@@ -235,7 +235,7 @@ FAILURES = {
 }
 
 
-async def test_failures_are_typed_values_and_the_replica_goes_on(play: Callable, root: Path, caplog: Any):
+async def test_errors_are_typed_values_and_the_replica_continues(play: Callable, root: Path, caplog: Any):
     async with play() as service:
         for name, (make, type) in FAILURES.items():
             error = await refused(service, make())
@@ -251,7 +251,7 @@ async def test_failures_are_typed_values_and_the_replica_goes_on(play: Callable,
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
-async def test_settings_recorded_with_an_adapter_hold_where_the_request_gives_none(
+async def test_recorded_settings_hold_where_the_request_gives_none(
     play: Callable, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ):
     recorded = PostProcessing(threshold=0.0, nms="none", max_detections=2)
@@ -298,7 +298,7 @@ async def test_boxes_in_an_uploaded_image_are_checked_against_its_upright_size(p
         assert (await refused(service, replace(call(boxes=boxes), image=ImageFile(wide.key)))).type == "invalid_box"
 
 
-async def test_an_uploaded_image_is_asked_by_its_key_without_another_vision_pass(play: Callable):
+async def test_an_uploaded_image_needs_no_second_vision_pass(play: Callable):
     async with play() as service:
         file = image(5)
         expected = await answered(service, replace(call(5), image=image(5)))
@@ -324,7 +324,7 @@ async def test_an_upload_that_is_no_image_is_refused(play: Callable):
         assert missing.type == "image_not_found"
 
 
-async def test_equal_images_at_the_same_time_are_decoded_once(play: Callable, gate: Gate):
+async def test_concurrent_equal_images_are_decoded_once(play: Callable, gate: Gate):
     async with play(engine=gate) as service:
         gate.open.clear()
         first = asyncio.create_task(answered(service, call(0)))
@@ -393,7 +393,7 @@ async def test_one_request_too_many_is_refused_before_it_is_decoded(play: Callab
     assert set(gate.decoded) == {image(seed).key for seed in (0, 1, 2)}
 
 
-async def test_a_request_that_waits_too_long_is_told_so(play: Callable, gate: Gate):
+async def test_a_request_that_waits_too_long_times_out(play: Callable, gate: Gate):
     async with play(engine=gate) as service:
         await answered(service, call(1))
         await gate.busy()
@@ -424,7 +424,7 @@ async def test_when_memory_runs_out_features_are_dropped_and_batches_halved(play
     assert [len(batch) for batch in gate.batches] == [1, 2, 1, 1, 1, 1]
 
 
-async def test_a_fault_of_our_own_is_logged_without_what_the_client_sent(play: Callable, gate: Gate, caplog: Any):
+async def test_a_bug_is_logged_without_client_text(play: Callable, gate: Gate, caplog: Any):
     async with play(engine=gate) as service:
         gate.error = lambda images: KeyError(images[0].prompts[0])
         error = await refused(service, call(prompts=("secret prompt",)))
@@ -466,7 +466,7 @@ async def test_settings_of_adapters_change_while_it_runs(play: Callable, root: P
         await answered(service, call(adapter="heads"))
 
 
-async def test_a_closing_replica_answers_what_it_has_and_refuses_what_comes(play: Callable, gate: Gate):
+async def test_a_closing_replica_finishes_its_calls_and_refuses_new_ones(play: Callable, gate: Gate):
     async with play(engine=gate) as service:
         assert await service.ready()
         gate.open.clear()
@@ -587,7 +587,7 @@ async def test_requests_that_wait_for_masks_count_as_queued(
 
 
 @pytest.mark.parametrize("how", ["timeout", "cancel"])
-async def test_masks_that_nobody_waits_for_any_more_are_not_made(
+async def test_masks_of_a_request_that_ended_are_not_encoded(
     play: Callable, gate: Gate, monkeypatch: pytest.MonkeyPatch, how: str
 ):
     masks = SlowMasks(monkeypatch)
@@ -645,7 +645,7 @@ async def test_the_metrics_of_a_replica(play: Callable):
             assert line in text
 
 
-def test_a_model_that_does_not_exist_is_told_at_once(tmp_path: Path):
+def test_a_missing_model_fails_at_the_start(tmp_path: Path):
     with pytest.raises(ValueError, match="missing"):
         ModelReplica(ServeSettings(model=str(tmp_path / "missing"), local_files_only=True))
 
