@@ -226,7 +226,7 @@ def _draw_masks(config: Any) -> Tensor | None:
 
 def _post_process(found: Detections, drawn_KHW: Tensor, best_BK: Tensor) -> None:
     """Suppression and run-length codes of masks of each prompt."""
-    from sam3lora.engine.detections import PostProcessing
+    from sam3lora.config.post_processing import PostProcessing
     from sam3lora.engine.mask_codes import encode_logits
     from sam3lora.engine.postprocess import select
 

@@ -14,8 +14,8 @@ from sam3lora.client.errors import (
     Timeout,
     Unauthorized,
 )
-from sam3lora.client.images import UploadedImage
-from sam3lora.client.results import AdapterInfo, PromptResult, SegmentResults
+from sam3lora.client.image_files import UploadedImage
+from sam3lora.client.segment_results import AdapterInfo, PromptResult, SegmentResults
 
 __all__ = [
     "AdapterInfo",

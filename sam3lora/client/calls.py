@@ -8,8 +8,8 @@ from typing import Any, Literal, TypedDict
 
 from sam3lora.client.errors import NotFound, Overloaded
 from sam3lora.client.exchange import Budget, Call, Steps, exchange, read_answer
-from sam3lora.client.images import UploadedImage
-from sam3lora.client.results import AdapterInfo, SegmentResults
+from sam3lora.client.image_files import UploadedImage
+from sam3lora.client.segment_results import AdapterInfo, SegmentResults
 
 LabelledBox = tuple[Iterable[float], int]
 """`((x0, y0, x1, y1), label)` in pixels: label 1 shows what is meant, 0 what is not."""

@@ -13,8 +13,8 @@ from sam3lora.client import calls
 from sam3lora.client.calls import SegmentOptions
 from sam3lora.client.errors import ConnectionFailed, Timeout
 from sam3lora.client.exchange import Attempt, Budget, Outcome, Reply, Steps, Wait
-from sam3lora.client.images import ImageSource, UploadedImage, image_bytes
-from sam3lora.client.results import AdapterInfo, SegmentResults
+from sam3lora.client.image_files import ImageSource, UploadedImage, image_bytes
+from sam3lora.client.segment_results import AdapterInfo, SegmentResults
 
 T = TypeVar("T")
 READY_TIMEOUT_S = 5.0

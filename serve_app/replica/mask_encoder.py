@@ -1,45 +1,31 @@
-"""Answers of the model to masks at the size of the image, in threads, with a limit to time and to memory."""
+"""Encoding of the model's masks at the size of the image, in threads, limited in time and memory."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from typing import Any
 
-import numpy as np
-
-from sam3lora.engine.detect import Kept
-from sam3lora.engine.detections import Instances
-from sam3lora.engine.engine import Answer
+from sam3lora.engine.detections import Detections
+from sam3lora.engine.selection import SmallDetections
 from serve_app.http.errors import ServeError
 
 MAX_WAITING_BYTES = 2**30
-"""Mask logits: the model pauses while answers with more wait here, so there is at most one batch beyond that."""
+"""Mask logits that may wait here before the model pauses; one batch more may arrive while it pauses."""
 
 
 class MaskEncoder:
-    """Belongs to one event loop.
+    """Encodes masks for one event loop.
 
     Args:
-        finish: `MixedBatchSegmenter.finish`.
-        threads: Answers that are encoded at a time; others wait in the order they come.
-        pause: Called when answers hold too much memory.
-        resume: Called when they do so no longer.
+        threads: Answers that are encoded at a time; others wait in order of arrival.
+        pause: Called when waiting answers hold too much memory.
+        resume: Called when they hold less again.
     """
 
-    def __init__(
-        self,
-        finish: Callable[[Answer], list[Instances]],
-        *,
-        threads: int,
-        pause: Callable[[], None],
-        resume: Callable[[], None],
-    ) -> None:
-        self._finish = finish
+    def __init__(self, *, threads: int, pause: Callable[[], None], resume: Callable[[], None]) -> None:
         self._pause = pause
         self._resume = resume
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="encode")
@@ -52,29 +38,28 @@ class MaskEncoder:
         """Answers that wait or are being encoded."""
         return self._num_answers
 
-    async def encode(self, answer: Answer, deadline: float) -> list[Instances]:
-        """For each prompt what was found. Ends between two masks when the time is up or the caller is cancelled.
+    async def encode(self, answer: Sequence[SmallDetections], deadline: float) -> list[Detections]:
+        """The detections of each prompt. Stops between two masks when the time is up or the caller is cancelled.
 
         Args:
-            answer: Of the model.
+            answer: The model's detections of each prompt.
             deadline: By `time.monotonic`.
 
         Raises:
             ServeError: The time is up.
         """
 
-        def finished(work: asyncio.Future[list[Instances]]) -> None:
-            work.cancelled() or work.exception()  # nobody else looks at it
+        def finished(work: asyncio.Future[list[Detections]]) -> None:
+            work.cancelled() or work.exception()  # or asyncio would log an exception that nobody retrieved
             self._let_go(num_bytes)
 
         stop = threading.Event()
-        work: asyncio.Future[list[Instances]] | None = None
+        work: asyncio.Future[list[Detections]] | None = None
         num_bytes = _num_bytes(answer)
         self._hold(num_bytes)
         try:
             async with asyncio.timeout(deadline - time.monotonic()) as limit, self._turns:
-                checked = replace(answer, kept=[_checked(kept, stop) for kept in answer.kept])
-                work = asyncio.get_running_loop().run_in_executor(self._pool, self._finish, checked)
+                work = asyncio.get_running_loop().run_in_executor(self._pool, _encode, answer, stop)
                 return await asyncio.shield(work)
         except TimeoutError:
             if not limit.expired():
@@ -85,7 +70,7 @@ class MaskEncoder:
             stop.set()
             if work is None or work.done():
                 self._let_go(num_bytes)
-            else:  # the thread still has the mask in hand
+            else:  # the thread still encodes a mask: its memory is free only after that
                 work.add_done_callback(finished)
 
     def close(self) -> None:
@@ -106,23 +91,23 @@ class MaskEncoder:
 
 
 class _StoppedError(Exception):
-    """Nobody waits for the masks any more."""
+    """The caller no longer waits for the masks."""
 
 
-def _num_bytes(answer: Answer) -> int:
-    return sum(kept.mask_logits_NHW.nbytes for kept in answer.kept if kept.mask_logits_NHW is not None)
+def _num_bytes(answer: Sequence[SmallDetections]) -> int:
+    return sum(small.mask_logits_NHW.nbytes for small in answer if small.mask_logits_NHW is not None)
 
 
-def _checked(kept: Kept, stop: threading.Event) -> Kept:
-    """With masks that can be taken one after the other, until it is to stop."""
-    if kept.mask_logits_NHW is None:
-        return kept
-    masks: Any = _until(stop, kept.mask_logits_NHW)
-    return kept._replace(mask_logits_NHW=masks)
-
-
-def _until(stop: threading.Event, logits_NHW: np.ndarray) -> Iterator[np.ndarray]:
-    for logits_HW in logits_NHW:
-        if stop.is_set():
-            raise _StoppedError
-        yield logits_HW
+def _encode(answer: Sequence[SmallDetections], stop: threading.Event) -> list[Detections]:
+    """In a thread: one mask after the other, so that it can stop between two."""
+    results = []
+    for small in answer:
+        rles = None
+        if small.mask_logits_NHW is not None:
+            rles = []
+            for row in range(len(small.scores_N)):
+                if stop.is_set():
+                    raise _StoppedError
+                rles.append(small.encode(row))
+        results.append(small.at_full_size(rles))
+    return results

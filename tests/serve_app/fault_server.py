@@ -20,10 +20,11 @@ from ray import serve  # noqa: E402
 from ray.serve.config import RequestRouterConfig  # noqa: E402
 
 from serve_app.builder import ROUTER  # noqa: E402
-from serve_app.calls import AdapterInfo, ImageFile, ImageReply, SegmentCall, SegmentReply  # noqa: E402
 from serve_app.http.backend import ServeBackend  # noqa: E402
 from serve_app.http.errors import ServeError  # noqa: E402
 from serve_app.http.ingress import create_api  # noqa: E402
+from serve_app.http.schemas import AdapterResponse  # noqa: E402
+from serve_app.messages import ImageFile, ImageReply, SegmentCall, SegmentReply  # noqa: E402
 from serve_app.settings import Limits, ServeSettings  # noqa: E402
 
 SIZE_HW = (48, 64)
@@ -56,8 +57,8 @@ class FaultySegmenter:
     async def keep_image(self, image: ImageFile, timeout_s: float) -> ImageReply | ServeError:
         return ImageReply(image.key, SIZE_HW, False)
 
-    async def list_adapters(self) -> list[AdapterInfo]:
-        return [AdapterInfo("cracks", resident=True)]
+    async def list_adapters(self) -> list[AdapterResponse]:
+        return [AdapterResponse(id="cracks", resident=True)]
 
     async def named_metrics(self) -> tuple[str, str]:
         return str(os.getpid()), "# HELP n N.\n# TYPE n gauge\nn 1.0\n"

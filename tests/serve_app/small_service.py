@@ -19,7 +19,7 @@ from .http_cases import picture
 
 ADAPTERS = {"towers": "vision", "heads": "no cls", "words": "text"}
 PROMPTS = ("crack", "hole")
-POST = PostProcessing(threshold=0.0, max_detections=2)
+POST = PostProcessing(threshold=0.0, nms="mask", nms_iou=0.7, max_detections=2)
 IMAGES = tuple(picture((64, 64), seed=seed) for seed in range(4))
 
 

@@ -19,9 +19,10 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from serve_app.calls import AdapterInfo, ImageFile, SegmentCall, SegmentReply
 from serve_app.http.backend import ServeBackend
 from serve_app.http.errors import ServeError
+from serve_app.http.schemas import AdapterResponse
+from serve_app.messages import ImageFile, SegmentCall, SegmentReply
 from serve_app.settings import Limits, ServeSettings
 
 from .http_cases import PNG, picture
@@ -162,7 +163,7 @@ def test_full_queues(status: int, type: str):
 def test_replicas_are_asked_all():
     backend = ServeBackend(
         FakeHandle(
-            [[AdapterInfo("b"), AdapterInfo("a")], died(), [AdapterInfo("b", resident=True)]],
+            [[AdapterResponse(id="b"), AdapterResponse(id="a")], died(), [AdapterResponse(id="b", resident=True)]],
             [("one", "text"), died()],
             [died(), True],
             [],
@@ -173,7 +174,7 @@ def test_replicas_are_asked_all():
     )
 
     async def scenario() -> None:
-        assert await backend.list_adapters() == [AdapterInfo("a"), AdapterInfo("b", resident=True)]
+        assert await backend.list_adapters() == [AdapterResponse(id="a"), AdapterResponse(id="b", resident=True)]
         assert await backend.metrics() == {"one": "text"}
         assert await backend.ready()
         assert not await backend.ready()
@@ -188,10 +189,11 @@ def test_replicas_are_asked_all():
 def test_a_question_to_all_waits_for_a_replica():
     """Serve has none in its list while the only one takes over a new user_config."""
     gone = DeploymentUnavailableError(DeploymentID("Segmenter"))
-    backend = ServeBackend(FakeHandle(gone, gone, [[AdapterInfo("a")]], gone, [("one", "text")]), ServeSettings())
+    adapter = AdapterResponse(id="a")
+    backend = ServeBackend(FakeHandle(gone, gone, [[adapter]], gone, [("one", "text")]), ServeSettings())
 
     async def scenario() -> None:
-        assert await backend.list_adapters() == [AdapterInfo("a")]
+        assert await backend.list_adapters() == [adapter]
         assert await backend.metrics() == {"one": "text"}
 
     asyncio.run(scenario())

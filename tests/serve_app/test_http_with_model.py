@@ -1,8 +1,7 @@
-"""HTTP over a real segmenter of the tiny model, without Ray."""
+"""HTTP over a real replica of a small model, without Ray."""
 
 from __future__ import annotations
 
-import asyncio
 import base64
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,50 +10,49 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 from pycocotools import mask as coco_mask
+from sam3lora.engine.segmenter import Segmenter as PlainSegmenter
 
 from sam3lora.engine.detections import PostProcessing
-from sam3lora.engine.segmenter import Segmenter as PlainSegmenter
-from serve_app.calls import AdapterInfo, ImageFile, ImageReply, SegmentCall, SegmentReply
 from serve_app.http.errors import ServeError
 from serve_app.http.ingress import create_api
-from serve_app.replica.replica import Segmenter
-from serve_app.settings import AdapterSettings, ServeSettings
+from serve_app.http.schemas import AdapterResponse
+from serve_app.messages import ImageFile, ImageReply, SegmentCall, SegmentReply
+from serve_app.replica.replica import ModelReplica
+from serve_app.settings import ServeSettings
 
 SAMPLE = Path(__file__).parents[2] / "serve_app" / "static" / "sample.jpg"
 
 
 class LocalBackend:
-    """A `Backend` of one segmenter in this process."""
+    """A `Backend` of one replica in this process."""
 
-    def __init__(self, segmenter: Segmenter) -> None:
-        self._segmenter = segmenter
+    def __init__(self, replica: ModelReplica) -> None:
+        self._replica = replica
 
     async def segment(self, call: SegmentCall) -> SegmentReply | ServeError:
-        return await self._segmenter.segment(call)
+        return await self._replica.segment(call)
 
     async def keep_image(self, image: ImageFile, timeout_s: float) -> ImageReply | ServeError:
-        return await self._segmenter.keep_image(image, timeout_s)
+        return await self._replica.keep_image(image, timeout_s)
 
-    async def list_adapters(self) -> list[AdapterInfo] | ServeError:
-        return await self._segmenter.list_adapters()
+    async def list_adapters(self) -> list[AdapterResponse] | ServeError:
+        return await self._replica.list_adapters()
 
     async def metrics(self) -> dict[str, str]:
-        return dict([await self._segmenter.named_metrics()])
+        return dict([await self._replica.named_metrics()])
 
     async def ready(self) -> bool:
-        return await self._segmenter.ready()
+        return await self._replica.ready()
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
-    root = tmp_path_factory.mktemp("adapters")
-    settings = ServeSettings(model="tiny", adapters=AdapterSettings(root=root))
-    segmenter = Segmenter(settings)
-    asyncio.run(segmenter.reconfigure(settings.adapters.model_dump(mode="json")))
-    with TestClient(create_api(settings, LocalBackend(segmenter))) as client:  # one event loop for all requests
+def client(spread_base: Path) -> Iterator[TestClient]:
+    settings = ServeSettings(model=str(spread_base))
+    replica = ModelReplica(settings)
+    with TestClient(create_api(settings, LocalBackend(replica))) as client:  # one event loop for all requests
         yield client
         assert client.portal is not None
-        client.portal.call(segmenter.close)
+        client.portal.call(replica.close)
 
 
 def ask(client: TestClient, **fields: Any) -> dict[str, Any]:
@@ -68,12 +66,14 @@ def ask(client: TestClient, **fields: Any) -> dict[str, Any]:
     return response.json()
 
 
-def test_answers_are_those_of_the_library(client: TestClient):
+def test_answers_are_those_of_the_library(client: TestClient, spread_base: Path):
     from sam3lora.data.images import read_image
 
     image = read_image(SAMPLE, orientation="exif")
-    plain = PlainSegmenter("tiny")
-    expected = plain.detect(plain.encode([image]), ["ring", "star"], post=PostProcessing(threshold=0.1))[0]
+    plain = PlainSegmenter(str(spread_base))
+    expected = plain.detect(
+        plain.encode([image]), ["ring", "star"], post=PostProcessing(threshold=0.1, nms="mask", nms_iou=0.7)
+    )[0]
     results = ask(client)["results"]
     for result, found in zip(results, expected, strict=True):
         assert result["prompt"] == found.prompt
@@ -115,7 +115,7 @@ def test_masks_have_the_size_of_the_image(client: TestClient):
         ({"image_base64": base64.b64encode(SAMPLE.read_bytes()[:2000]).decode()}, 422, "invalid_image"),
     ],
 )
-def test_what_only_the_segmenter_can_tell(client: TestClient, fields: dict[str, Any], status: int, type: str):
+def test_what_only_the_replica_can_tell(client: TestClient, fields: dict[str, Any], status: int, type: str):
     body = {"prompts": ["gear"], "image_base64": base64.b64encode(SAMPLE.read_bytes()).decode()} | fields
     response = client.post("/v1/segment", json=body)
     assert (response.status_code, response.json()["error"]["type"]) == (status, type), response.text
