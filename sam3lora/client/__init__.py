@@ -1,4 +1,4 @@
-"""Asking a running service from Python: `Client`, and `AsyncClient` for programs with an event loop.
+"""Client of the HTTP service: `Client`, and `AsyncClient` for programs with an event loop.
 
 Light on purpose: it needs httpx2, numpy, pycocotools and Pillow, and loads neither torch nor Ray.
 """

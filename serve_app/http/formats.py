@@ -45,8 +45,7 @@ def prompt_response(
         for score, box in zip(found.scores.tolist(), found.boxes_xyxy.tolist(), strict=True)
     ]
     if masks != "none":
-        assert found.rles is not None
-        for detection, rle in zip(detections, found.rles, strict=True):
+        for detection, rle in zip(detections, found.rles or (), strict=True):
             if is_over():
                 raise TimeoutError
             detection.area_px = rle_area_px(rle)

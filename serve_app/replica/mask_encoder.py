@@ -20,29 +20,35 @@ class MaskEncoder:
     """Encodes masks for one event loop.
 
     Args:
-        threads: Answers that are encoded at a time; others wait in order of arrival.
-        pause: Called when waiting answers hold too much memory.
+        threads: Requests whose masks are encoded at a time; others wait in order of arrival.
+        pause: Called when the waiting masks hold too much memory.
         resume: Called when they hold less again.
     """
 
-    def __init__(self, *, threads: int, pause: Callable[[], None], resume: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        threads: int,
+        *,
+        pause: Callable[[], None],
+        resume: Callable[[], None],
+    ) -> None:
         self._pause = pause
         self._resume = resume
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="encode")
         self._turns = asyncio.Semaphore(threads)
         self._bytes = 0
-        self._num_answers = 0
+        self._num_waiting = 0
 
     @property
-    def num_answers(self) -> int:
-        """Answers that wait or are being encoded."""
-        return self._num_answers
+    def num_waiting(self) -> int:
+        """Requests whose masks wait or are being encoded."""
+        return self._num_waiting
 
-    async def encode(self, answer: Sequence[SmallDetections], deadline: float) -> list[Detections]:
+    async def encode(self, found: Sequence[SmallDetections], deadline: float) -> list[Detections]:
         """The detections of each prompt. Stops between two masks when the time is up or the caller is cancelled.
 
         Args:
-            answer: The model's detections of each prompt.
+            found: From the engine.
             deadline: By `time.monotonic`.
 
         Raises:
@@ -55,11 +61,13 @@ class MaskEncoder:
 
         stop = threading.Event()
         work: asyncio.Future[list[Detections]] | None = None
-        num_bytes = _num_bytes(answer)
+        num_bytes = _num_bytes(found)
+        if not num_bytes:  # nothing to encode
+            return _encode(found, stop)
         self._hold(num_bytes)
         try:
             async with asyncio.timeout(deadline - time.monotonic()) as limit, self._turns:
-                work = asyncio.get_running_loop().run_in_executor(self._pool, _encode, answer, stop)
+                work = asyncio.get_running_loop().run_in_executor(self._pool, _encode, found, stop)
                 return await asyncio.shield(work)
         except TimeoutError:
             if not limit.expired():
@@ -78,13 +86,13 @@ class MaskEncoder:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _hold(self, num_bytes: int) -> None:
-        self._num_answers += 1
+        self._num_waiting += 1
         self._bytes += num_bytes
         if self._bytes > MAX_WAITING_BYTES:
             self._pause()
 
     def _let_go(self, num_bytes: int) -> None:
-        self._num_answers -= 1
+        self._num_waiting -= 1
         self._bytes -= num_bytes
         if self._bytes <= MAX_WAITING_BYTES:
             self._resume()
@@ -94,16 +102,12 @@ class _StoppedError(Exception):
     """The caller no longer waits for the masks."""
 
 
-def _num_bytes(answer: Sequence[SmallDetections]) -> int:
-    return sum(small.mask_logits_NHW.nbytes for small in answer if small.mask_logits_NHW is not None)
-
-
-def _encode(answer: Sequence[SmallDetections], stop: threading.Event) -> list[Detections]:
-    """In a thread: one mask after the other, so that it can stop between two."""
+def _encode(found: Sequence[SmallDetections], stop: threading.Event) -> list[Detections]:
+    """In a thread; can stop between two masks."""
     results = []
-    for small in answer:
-        rles = None
-        if small.mask_logits_NHW is not None:
+    for small in found:
+        rles: list[dict] | None = None
+        if small.mask_logits_NHW is not None and small.wanted.masks:
             rles = []
             for row in range(len(small.scores_N)):
                 if stop.is_set():
@@ -111,3 +115,7 @@ def _encode(answer: Sequence[SmallDetections], stop: threading.Event) -> list[De
                 rles.append(small.encode(row))
         results.append(small.at_full_size(rles))
     return results
+
+
+def _num_bytes(found: Sequence[SmallDetections]) -> int:
+    return sum(small.mask_logits_NHW.nbytes for small in found if small.mask_logits_NHW is not None)

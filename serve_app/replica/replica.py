@@ -17,7 +17,6 @@ from weakref import WeakValueDictionary
 import torch
 
 from sam3lora.config.post_processing import PostProcessing
-from sam3lora.engine.detections import Detections
 from sam3lora.engine.device import is_device_error, is_out_of_memory
 from sam3lora.engine.engine import Engine, PromptedImage
 from sam3lora.engine.feature_cache import PreparedImage
@@ -75,7 +74,7 @@ class ModelReplica:
         self._decoding: SharedCalls[PreparedImage] = SharedCalls(self._decoders)
         self._prepared: WeakValueDictionary[str, PreparedImage] = WeakValueDictionary()
         self._engine = engine or self._batcher.run_at_start(lambda: _build_engine(settings))
-        self._encoder = MaskEncoder(threads=threads, pause=self._batcher.pause, resume=self._batcher.resume)
+        self._encoder = MaskEncoder(threads, pause=self._batcher.pause, resume=self._batcher.resume)
         self._store = AdapterStore(
             self._engine,
             self._batcher.run_in_model_thread,
@@ -189,18 +188,12 @@ class ModelReplica:
                 adapter = await held.enter_async_context(self._store.hold(call.adapter, deadline - time.monotonic()))
                 clock.lap("adapter")
             post = _post_processing(adapter.post_processing, call.post_processing, self._limits.max_detections)
-            prompted = PromptedImage(image, call.prompts, call.boxes, adapter.slot, post, call.masks)
-            outcome = await self._batcher.submit(
-                prompted, rows=prompted.num_rows, timeout_s=deadline - time.monotonic()
-            )
+            asked = PromptedImage(image, call.prompts, call.boxes, adapter.slot, post, call.masks)
+            outcome = await self._batcher.submit(asked, rows=asked.num_rows, timeout_s=deadline - time.monotonic())
         clock.set("queue", outcome.waited_s)
         clock.set("forward", outcome.ran_s)
         assert isinstance(outcome.result, list)
-        results: list[Detections]
-        if any(small.mask_logits_NHW is not None for small in outcome.result):
-            results = await self._encoder.encode(outcome.result, deadline)
-        else:
-            results = [small.at_full_size() for small in outcome.result]
+        results = await self._encoder.encode(outcome.result, deadline)
         clock.lap("masks")
         self._metrics.stages(clock.timing_ms)
         return SegmentReply(image.size_hw, results, clock.timing_ms)
@@ -225,7 +218,7 @@ class ModelReplica:
         """
         if self._closing:
             raise ServeError("not_ready", "this replica is shutting down: send the request again", 1.0)
-        self._batcher.check_room(coming=self._preparing + self._encoder.num_answers)
+        self._batcher.check_room(coming=self._preparing + self._encoder.num_waiting)
         self._preparing += 1
         try:
             yield
@@ -256,7 +249,7 @@ class ModelReplica:
     def _run_batch(
         self, items: list[PromptedImage | PreparedImage]
     ) -> list[list[SmallDetections] | PreparedImage | Exception]:
-        """In the model thread."""
+        """In the model thread: uploaded images are encoded, prompted ones answered together."""
         kept = [self._keep_now(item) if isinstance(item, PreparedImage) else None for item in items]
         found = iter(self._engine.detect_small([item for item in items if isinstance(item, PromptedImage)]))
         return [next(found) if result is None else result for result in kept]

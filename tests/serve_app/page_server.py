@@ -32,12 +32,12 @@ from serve_app.http.envelope import SECURITY_HEADERS
 from .browser import wait_until
 
 STATIC = Path(serve_app.__file__).parent / "static"
+POST = PostProcessing(nms_iou=0.5, max_detections=200)
 ADAPTERS = [
     {"id": "shapes", "prompts": ["gear", "arrow"], "post_processing": POST.model_dump()},
     {"id": "road", "prompts": ["pothole"], "post_processing": POST.changed(threshold=0.2, nms="none").model_dump()},
     {"id": "torn", "prompts": [], "post_processing": None, "error": "adapter_config.json is missing"},
 ]
-POST = PostProcessing(nms_iou=0.5, max_detections=200)
 Answer = Callable[[np.ndarray, dict[str, Any]], list[dict[str, Any]]]
 
 

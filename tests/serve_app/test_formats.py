@@ -10,13 +10,13 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from sam3lora.engine.detections import Instances
+from sam3lora.engine.detections import Detections
 from serve_app.http.formats import is_quick, prompt_response, rle_to_png
 
 from .http_cases import SIZE_HW, found, rectangle
 
 
-def decoded(masks: str, results: list[Instances]) -> list[dict]:
+def decoded(masks: str, results: list[Detections]) -> list[dict]:
     return [prompt_response(found, masks).model_dump(exclude_unset=True) for found in results]
 
 
@@ -46,7 +46,7 @@ def test_polygon_and_png_give_the_mask_back():
     ring[5:40, 5:30] = 1
     ring[3:9, 40:60] = 1  # a second part
     rle = coco_mask.encode(np.asfortranarray(ring))
-    both = Instances(
+    both = Detections(
         "a",
         1.0,
         SIZE_HW,
@@ -66,14 +66,14 @@ def test_polygon_and_png_give_the_mask_back():
 
 def test_empty_mask():
     empty = found("a", 1)
-    empty.masks[0] = rectangle(0, 0, 0, 0)
+    empty.rles[0] = rectangle(0, 0, 0, 0)
     assert decoded("polygon", [empty])[0]["detections"][0] | {"score": 0} == {
         "score": 0,
         "box_xyxy": [2.0, 3.0, 12.0, 9.0],
         "area_px": 0,
         "mask": [],
     }
-    assert not np.asarray(Image.open(io.BytesIO(base64.b64decode(rle_to_png(empty.masks[0]))))).any()
+    assert not np.asarray(Image.open(io.BytesIO(base64.b64decode(rle_to_png(empty.rles[0]))))).any()
 
 
 def test_no_work_for_those_who_are_gone():

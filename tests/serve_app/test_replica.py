@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import gc
 import hashlib
 import io
@@ -18,14 +19,18 @@ import numpy as np
 import pydantic
 import pytest
 import torch
+from fastapi.testclient import TestClient
 from PIL import Image
 
 from sam3lora.config.post_processing import PostProcessing
-from sam3lora.engine import detect
-from sam3lora.engine.detections import BoxPrompt, Instances
-from sam3lora.engine.detections import PostProcessing as EnginePostProcessing
-from sam3lora.engine.engine import Answer, MixedBatchSegmenter, Question
+from sam3lora.engine import selection
+from sam3lora.engine.detections import BoxPrompt, Detections
+from sam3lora.engine.engine import Engine, PromptedImage
+from sam3lora.engine.selection import SmallDetections
+from sam3lora.inference.predictor import Predictor
+from sam3lora.model.loading import LoadedBase
 from serve_app.http.errors import ServeError
+from serve_app.http.ingress import create_api
 from serve_app.messages import ImageFile, ImageReply, SegmentCall, SegmentReply
 from serve_app.metrics import STAGES
 from serve_app.replica import adapter_store, mask_encoder, replica
@@ -35,6 +40,7 @@ from serve_app.settings import AdapterSettings, Batching, Limits, ServeSettings
 from ..engine.engine_cases import write_adapter
 
 LONG_S = 60.0
+SAMPLE = Path(__file__).parents[2] / "serve_app" / "static" / "sample.jpg"
 POST = {"threshold": 0.0, "max_detections": 3}
 BOX = BoxPrompt((4.0, 5.0, 40.0, 44.0))
 
@@ -87,17 +93,17 @@ def play(spread_base: Path, root: Path) -> Callable[..., ModelReplica]:
     return play
 
 
-class Gate(MixedBatchSegmenter):
-    """The real model; while closed, `answer` waits with the batch in hand."""
+class Gate(Engine):
+    """The real model; while closed, `detect_small` waits with the batch in hand."""
 
-    def __init__(self, base: Path, **options: Any) -> None:
+    def __init__(self, base: LoadedBase, **options: Any) -> None:
         self.open = threading.Event()
         self.open.set()
         self.entered = threading.Semaphore(0)
-        self.batches: list[list[Question]] = []
+        self.batches: list[list[PromptedImage]] = []
         self.decoded: list[str] = []
-        self.error: Callable[[list[Question]], Exception | None] = lambda questions: None
-        super().__init__(str(base), device="cpu", **({"num_slots": 2} | options))
+        self.error: Callable[[list[PromptedImage]], Exception | None] = lambda images: None
+        super().__init__(base, **options)
 
     def warm_up(self) -> None:
         pass
@@ -106,14 +112,14 @@ class Gate(MixedBatchSegmenter):
         self.decoded.append(key)
         return super().prepare_image(data, key, **options)
 
-    def answer(self, questions: Any) -> list[Answer | Exception]:
-        if questions:
-            self.batches.append(list(questions))
+    def detect_small(self, images: Any) -> list[list[SmallDetections] | Exception]:
+        if images:
+            self.batches.append(list(images))
             self.entered.release()
             assert self.open.wait(LONG_S)
-            if error := self.error(questions):
+            if error := self.error(images):
                 raise error
-        return super().answer(questions)
+        return super().detect_small(images)
 
     async def busy(self) -> None:
         assert await asyncio.to_thread(self.entered.acquire, timeout=LONG_S)
@@ -121,7 +127,7 @@ class Gate(MixedBatchSegmenter):
 
 @pytest.fixture
 def gate(spread_base: Path) -> Gate:
-    return Gate(spread_base)
+    return Gate.load(str(spread_base), device="cpu", num_slots=2)
 
 
 async def answered(service: ModelReplica, one: SegmentCall) -> SegmentReply:
@@ -152,14 +158,15 @@ async def until(condition: Callable[[], Any]) -> None:
         await asyncio.sleep(0.001)
 
 
-def assert_same(found: Any, expected: list[Instances]) -> None:
+def assert_same(found: Any, expected: list[Detections]) -> None:
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
         assert (one.prompt, one.size_hw, len(one)) == (other.prompt, other.size_hw, len(other))
         np.testing.assert_allclose(one.scores, other.scores, atol=1e-5)
         np.testing.assert_allclose(one.boxes_xyxy, other.boxes_xyxy, atol=1e-3)
-        assert [mask["size"] for mask in one.masks] == [mask["size"] for mask in other.masks]
-        np.testing.assert_allclose(one.areas_px(), other.areas_px(), atol=5)
+        assert (one.rles is None) == (other.rles is None)
+        if one.rles is not None:
+            np.testing.assert_allclose(one.areas_px, other.areas_px, atol=5)
 
 
 def test_answers_are_those_of_the_model_asked_alone(play: Callable, spread_base: Path, root: Path):
@@ -172,7 +179,7 @@ def test_answers_are_those_of_the_model_asked_alone(play: Callable, spread_base:
         call(2, ("crack",), masks=False),
         call(0, ("crack", "hole", "rust"), adapter="towers", boxes=(BOX,)),
     ]
-    alone = MixedBatchSegmenter(str(spread_base), device="cpu", num_slots=2)
+    alone = Engine.load(str(spread_base), device="cpu", num_slots=2)
     slots = {None: None, "towers": 0, "heads": 1}
     for adapter_id, slot in slots.items():
         if adapter_id is not None:
@@ -180,13 +187,9 @@ def test_answers_are_those_of_the_model_asked_alone(play: Callable, spread_base:
     expected = []
     for one in calls:
         prepared = alone.prepare_image(one.image.data, one.image.key)
-        post = EnginePostProcessing(nms="mask", nms_iou=0.7, **POST)
-        question = Question(prepared, one.prompts, one.boxes, slots[one.adapter], post)
-        (answer,) = alone.answer([question])
-        expected.append(alone.finish(answer))
-        if not one.masks:
-            for found in expected[-1]:
-                found.masks = []
+        post = PostProcessing(**POST)
+        asked = PromptedImage(prepared, one.prompts, one.boxes, slots[one.adapter], post, one.masks)
+        expected += alone.detect([asked])
 
     async def scene(service: ModelReplica) -> None:
         for replies in (
@@ -197,7 +200,7 @@ def test_answers_are_those_of_the_model_asked_alone(play: Callable, spread_base:
                 assert reply.size_hw == (60, 90)
                 assert set(reply.timing_ms) == set(STAGES)
                 assert all(len(result) for result in reply.results)
-                assert all(bool(result.masks) == one.masks for result in reply.results)
+                assert all((result.rles is not None) == one.masks for result in reply.results)
                 assert_same(reply.results, wanted)
 
     play(scene)
@@ -275,7 +278,7 @@ def test_settings_recorded_with_an_adapter_hold_where_the_request_gives_none(
         await answered(service, call(post_processing={}))
 
     play(scene, engine=gate, limits=Limits(max_detections=5))
-    asked = [question.post for batch in gate.batches for question in batch]
+    asked = [image.post for batch in gate.batches for image in batch]
     assert [(post.threshold, post.nms, post.max_detections) for post in asked] == [
         (0.0, "none", 2),
         (0.0, "box", 5),  # no more than the service allows
@@ -292,8 +295,8 @@ def test_without_masks_the_same_detections_are_found(play: Callable, gate: Gate,
     async def scene(service: ModelReplica) -> None:
         (with_masks,) = (await answered(service, asked)).results
         (without,) = (await answered(service, replace(asked, masks=False))).results
-        assert len(with_masks.masks) == len(with_masks) > 0
-        assert without.masks == []
+        assert len(with_masks.rles) == len(with_masks) > 0
+        assert without.rles is None
         np.testing.assert_array_equal(without.scores, with_masks.scores)
         np.testing.assert_array_equal(without.boxes_xyxy, with_masks.boxes_xyxy)
 
@@ -443,7 +446,7 @@ def test_a_request_that_waits_too_long_is_told_so(play: Callable, gate: Gate):
 
 def test_when_memory_runs_out_features_are_dropped_and_batches_halved(play: Callable, gate: Gate):
     async def scene(service: ModelReplica) -> None:
-        gate.error = lambda questions: torch.OutOfMemoryError("CUDA out of memory") if len(questions) > 1 else None
+        gate.error = lambda images: torch.OutOfMemoryError("CUDA out of memory") if len(images) > 1 else None
         gate.open.clear()
         first = asyncio.create_task(answered(service, call(0)))
         await gate.busy()
@@ -451,7 +454,7 @@ def test_when_memory_runs_out_features_are_dropped_and_batches_halved(play: Call
         await until_waiting(service, 2)
         gate.open.set()
         await asyncio.gather(first, *rest)
-        gate.error = lambda questions: torch.OutOfMemoryError("CUDA out of memory")
+        gate.error = lambda images: torch.OutOfMemoryError("CUDA out of memory")
         error = await refused(service, call(3))
         assert error.type == "out_of_memory"
         assert error.retry_after_s is not None
@@ -463,7 +466,7 @@ def test_when_memory_runs_out_features_are_dropped_and_batches_halved(play: Call
 
 def test_a_fault_of_our_own_is_logged_without_what_the_client_sent(play: Callable, gate: Gate, caplog: Any):
     async def scene(service: ModelReplica) -> None:
-        gate.error = lambda questions: KeyError(questions[0].prompts[0])
+        gate.error = lambda images: KeyError(images[0].prompts[0])
         error = await refused(service, call(prompts=("secret prompt",)))
         assert (error.type, "secret" in error.message) == ("internal", False)
 
@@ -551,8 +554,8 @@ def test_health_tells_a_stuck_model_and_a_failed_device(play: Callable, gate: Ga
 def test_a_device_that_fails_is_told_and_asked_no_more(play: Callable, gate: Gate, monkeypatch: pytest.MonkeyPatch):
     asked: list[int] = []
 
-    def fail(questions: list[Question]) -> Any:
-        asked.append(len(questions))
+    def fail(images: list[PromptedImage]) -> Any:
+        asked.append(len(images))
         raise torch.AcceleratorError("CUDA error: device-side assert triggered")
 
     async def scene(service: ModelReplica) -> None:
@@ -562,7 +565,7 @@ def test_a_device_that_fails_is_told_and_asked_no_more(play: Callable, gate: Gat
         service.check_health()
         rest = [asyncio.create_task(refused(service, call(seed))) for seed in (1, 2)]
         await until_waiting(service, 2)
-        gate.error = lambda questions: monkeypatch.setattr(gate, "_answer", fail) if len(questions) > 1 else None
+        gate.error = lambda images: monkeypatch.setattr(gate, "_run", fail) if len(images) > 1 else None
         gate.open.set()
         await first
         assert [(await error).type for error in rest] == ["replica_failed"] * 2
@@ -590,7 +593,7 @@ def test_a_device_that_fails_at_an_upload_or_a_slot_is_told(
         assert (await refused(service, call(adapter="towers"))).type == "replica_failed"
 
     for name, act in (("keep_image", upload), ("place_adapter", place)):
-        engine = Gate(spread_base)
+        engine = Gate.load(str(spread_base), device="cpu", num_slots=2)
         monkeypatch.setattr(engine, name, fail)
 
         async def scene(service: ModelReplica, act: Scene = act) -> None:
@@ -609,8 +612,8 @@ class SlowMasks:
         self.open = threading.Event()
         self.entered = threading.Semaphore(0)
         self.num = 0
-        self._encode = detect.encode_logits
-        monkeypatch.setattr(detect, "encode_logits", self)
+        self._encode = selection.encode_logits
+        monkeypatch.setattr(selection, "encode_logits", self)
 
     def __call__(self, *args: Any) -> Any:
         self.num += 1
@@ -707,3 +710,44 @@ def test_the_metrics_of_a_replica(play: Callable):
 def test_a_model_that_does_not_exist_is_told_at_once(tmp_path: Path):
     with pytest.raises(ValueError, match="missing"):
         ModelReplica(ServeSettings(model=str(tmp_path / "missing"), local_files_only=True))
+
+
+class LocalBackend:
+    """A `Backend` of one replica in this process."""
+
+    def __init__(self, replica: ModelReplica) -> None:
+        self.segment, self.keep_image = replica.segment, replica.keep_image
+        self.list_adapters, self.ready = replica.list_adapters, replica.ready
+        self.named_metrics = replica.named_metrics
+
+    async def metrics(self) -> dict[str, str]:
+        return dict([await self.named_metrics()])
+
+
+def test_http_responses_are_those_of_the_library(spread_base: Path):
+    settings = ServeSettings(model=str(spread_base))
+    expected = Predictor(str(spread_base), threshold=0.1, device="cpu").predict(SAMPLE, ["ring", "star"])
+    replica = ModelReplica(settings)
+    with TestClient(create_api(settings, LocalBackend(replica))) as client:  # one event loop for all requests
+
+        def found(**image: Any) -> dict[str, Any]:
+            request = {"prompts": ["ring", "star"], "threshold": 0.1, **image}
+            response = client.post("/v1/segment", json=request)
+            assert response.status_code == 200, response.text
+            return response.json()
+
+        by_file = found(image_base64=base64.b64encode(SAMPLE.read_bytes()).decode())
+        uploaded = client.post("/v1/images", files={"image": ("a.jpg", SAMPLE.read_bytes())}).json()
+        by_id = found(image_id=uploaded["image_id"])
+        assert client.portal is not None
+        client.portal.call(replica.close)
+    assert by_file["image"] == by_id["image"] == {name: uploaded[name] for name in ("width", "height")}
+    for answer in (by_file, by_id):
+        for result, wanted in zip(answer["results"], expected, strict=True):
+            assert (result["prompt"], result["num_detections"]) == (wanted.prompt, len(wanted))
+            assert result["presence"] == pytest.approx(wanted.presence, abs=1e-3)
+            scores = [one["score"] for one in result["detections"]]
+            np.testing.assert_allclose(scores, wanted.scores, atol=1e-3)
+            areas = [one["area_px"] for one in result["detections"]]
+            np.testing.assert_allclose(areas, wanted.areas_px, atol=9)
+    assert sum(result["num_detections"] for result in by_file["results"]) > 0
