@@ -22,7 +22,7 @@ from jobs.bench.gpu_training import Case, Inputs, Training
 from jobs.bench.models import random_model
 from sam3lora.losses.masks import mask_loss_sums, semantic_loss_sums
 from sam3lora.model.precision import store_matrices_in
-from sam3lora.model.staged.forward import Detections, MaskHead, StagedSam3
+from sam3lora.model.staged.forward import DetectorOutput, MaskHead, StagedSam3
 
 FULL_SIZE = "facebook/sam3"
 ONE_TO_MANY = 4
@@ -137,7 +137,7 @@ def count_inference(num_prompts: int = 1, model_name: str = FULL_SIZE) -> Counte
         return Counted(counter.by_stage, {}, weights, counter.peak_bytes)
 
 
-def assumed_loss(found: Detections, head: MaskHead, inputs: Inputs, rows: slice) -> Tensor:
+def assumed_loss(found: DetectorOutput, head: MaskHead, inputs: Inputs, rows: slice) -> Tensor:
     """What the loss computes of masks, with matches that are assumed instead of found; of all else a plain mean."""
     objects = inputs.case.objects
     masks_THW = inputs.masks_THW[rows.start * objects : rows.stop * objects]

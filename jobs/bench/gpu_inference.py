@@ -22,7 +22,7 @@ from sam3lora.model.adapter.lora_layers import apply_lora
 from sam3lora.model.adapter.metadata import AdapterMetadata
 from sam3lora.model.adapter.weights import read_adapter_weights
 from sam3lora.model.precision import store_matrices_in
-from sam3lora.model.staged.forward import Detections, StagedSam3, TextFeatures, VisionFeatures
+from sam3lora.model.staged.forward import DetectorOutput, StagedSam3, TextFeatures, VisionFeatures
 
 KEPT = 30
 """Object queries whose masks are made."""
@@ -221,7 +221,7 @@ def _can_encode_masks() -> bool:
     return False
 
 
-def _post_process(found: Detections, logits_BKHW: Tensor, best_BK: Tensor) -> None:
+def _post_process(found: DetectorOutput, logits_BKHW: Tensor, best_BK: Tensor) -> None:
     """Suppression and run-length codes of the masks that were made."""
     from sam3lora.engine.detections import PostProcessing
     from sam3lora.engine.mask_codes import encode_logits

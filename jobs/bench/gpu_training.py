@@ -22,7 +22,7 @@ from sam3lora.model.adapter.lora_layers import LoraSettings, apply_lora
 from sam3lora.model.checkpointing import enable_checkpointing
 from sam3lora.model.components import COMPONENTS
 from sam3lora.model.precision import store_matrices_in
-from sam3lora.model.staged.forward import Detections, MaskHead, StagedSam3, TextFeatures, VisionFeatures
+from sam3lora.model.staged.forward import DetectorOutput, MaskHead, StagedSam3, TextFeatures, VisionFeatures
 
 Part = Callable[[str], AbstractContextManager[Any]]
 """Entered with the name of what comes next: "vision", "detector", "loss", "backward" or "optimizer"."""
@@ -131,7 +131,7 @@ class Inputs:
         )
 
 
-ChunkLoss = Callable[[Detections, MaskHead, Inputs, slice], Tensor]
+ChunkLoss = Callable[[DetectorOutput, MaskHead, Inputs, slice], Tensor]
 """The loss of a run of find queries, from what the detector and the mask head give."""
 
 
@@ -203,7 +203,7 @@ class Training:
 def sam3_loss(criterion: Criterion) -> ChunkLoss:
     """SAM 3's training loss of what was found."""
 
-    def loss(found: Detections, head: MaskHead, inputs: Inputs, rows: slice) -> Tensor:
+    def loss(found: DetectorOutput, head: MaskHead, inputs: Inputs, rows: slice) -> Tensor:
         predictions = Predictions(
             logits_LBQ=found.logits_LBQ,
             boxes_cxcywh_LBQ4=found.boxes_cxcywh_LBQ4,

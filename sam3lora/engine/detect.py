@@ -13,7 +13,7 @@ from torch import Tensor
 from sam3lora.engine.detections import Instances, PostProcessing
 from sam3lora.engine.mask_codes import encode_logits, rle_box_xyxy
 from sam3lora.engine.postprocess import Selection, select
-from sam3lora.model.staged.forward import Detections, StagedSam3, TextFeatures, VisionFeatures
+from sam3lora.model.staged.forward import DetectorOutput, StagedSam3, TextFeatures, VisionFeatures
 from sam3lora.model.tokenization import tokenize
 
 TextCache = dict[str, TextFeatures]
@@ -90,7 +90,7 @@ def detect_prompts(
             box_labels_BN=exemplars.labels_IN[image_index_B] if exemplars and boxed else None,
         )
 
-        def mask_head(rows: list[int], detections: Detections = detections) -> MaskLogits:
+        def mask_head(rows: list[int], detections: DetectorOutput = detections) -> MaskLogits:
             return staged.mask_head(detections, torch.tensor(rows)).instance_logits
 
         kept = keep(detections, [post] * len(chunk), [masks] * len(chunk), mask_head)
@@ -159,7 +159,7 @@ class _Candidates(NamedTuple):
 
 
 def keep(
-    detections: Detections,
+    detections: DetectorOutput,
     posts_B: Sequence[PostProcessing],
     masks_B: Sequence[bool],
     mask_head: Callable[[list[int]], MaskLogits],
