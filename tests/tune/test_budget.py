@@ -7,7 +7,7 @@ import pytest
 from sam3lora.config import Config, load_config
 from sam3lora.errors import UserError
 from sam3lora.model.adapter.lora_layers import LoraSettings, apply_lora, count_parameters
-from sam3lora.model.publish.preset_table import count_on_full_size
+from sam3lora.model.parameter_counts import count_on_full_size
 from sam3lora.tune.estimate.parameter_budget import ParameterCounter, meta_model
 
 

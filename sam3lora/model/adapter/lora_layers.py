@@ -1,4 +1,4 @@
-"""LoRA adapters on SAM 3 (or any torch model), by PEFT as it is; we only decide which modules get one.
+"""LoRA layers on SAM 3 or any torch model: PEFT's own layers, on the modules that the settings select.
 
 LoRA: https://arxiv.org/abs/2106.09685, rank-stabilised: https://arxiv.org/abs/2312.03732,
 DoRA: https://arxiv.org/abs/2402.09353.
@@ -18,7 +18,7 @@ from sam3lora.errors import UserError
 from sam3lora.model.adapter.folder import load_adapter, save_adapter
 from sam3lora.model.adapter.targets import select_modules
 from sam3lora.model.components import COMPONENTS, adapted_modules
-from sam3lora.model.publish.parameter_table import ParameterTable, count_parameters
+from sam3lora.model.parameter_counts import ParameterTable, count_parameters
 
 __all__ = [
     "LoraSettings",

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from sam3lora.config import load_config
-from sam3lora.engine.detections import PostProcessing
+from sam3lora.config.post_processing import PostProcessing
 from sam3lora.errors import UserError
 from sam3lora.training import validator as validation_metrics
 from sam3lora.training import worker
@@ -89,7 +89,7 @@ def measured(run, monkeypatch):
 
 @acts("evaluation.num_samples")
 def test_num_samples_limits_the_measured_images(measured):
-    sizes = [len(measured(*overrides)["ask_split"][0][2]) for overrides in ((), ("evaluation.num_samples=1",))]
+    sizes = [len(measured(*overrides)["ask_split"][0][1]) for overrides in ((), ("evaluation.num_samples=1",))]
     assert sizes == [2, 1]
 
 
