@@ -7,11 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sam3lora.evaluation.metrics.comparison import Comparison
+from sam3lora.evaluation.metrics.comparison import NOTICEABLE, Comparison
 from sam3lora.evaluation.report.html_page import render_page, setting_rows
 from sam3lora.evaluation.report.pictures import Picture
-
-CLEAR_GAIN = 0.01  # mAP; less is noise on a few dozen images
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ def verdict(comparison: Comparison) -> str:
     if interval.low is None or interval.high is None:
         return f"Too few images to tell chance from progress: {numbers}"
     sure = f" The difference lies between {interval.low:+.3f} and {interval.high:+.3f} (95 % interval over images)."
-    if interval.low > 0 and adapter.map - base.map >= CLEAR_GAIN:
+    if interval.low > 0 and adapter.map - base.map >= NOTICEABLE:
         return f"The adapter finds objects that the base model does not know: {numbers}{sure}"
     return f"The adapter did not clearly beat the base model in this run: {numbers}{sure}"
 

@@ -17,7 +17,6 @@ from sam3lora.data.synth.dataset import write_dataset
 from sam3lora.errors import UserError
 from sam3lora.model.adapter.folder import check_adapter_folder
 from sam3lora.training.launch import train
-from sam3lora.tune.report import tables as results
 from sam3lora.tune.report.tables import copy_best, write_tables
 from sam3lora.tune.run.ledger import Ledger, Rejection, TrialRecord
 
@@ -110,7 +109,7 @@ def test_a_write_that_fails_leaves_the_old_table(tmp_path, monkeypatch):
         Path(path).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(results.pa.csv, "write_csv", fail)
+    monkeypatch.setattr(pa.csv, "write_csv", fail)
     with pytest.raises(OSError, match="disk full"):
         write_tables(tmp_path, [trial(0, 0.2)], [], [])
     assert (tmp_path / "trials.csv").read_bytes() == before
