@@ -153,7 +153,7 @@ def set_up(config: Config, output_dir: Path, *, use_ray: bool) -> Worker:
         prompts=list(data.prompts),
         resolution=base.resolution,
         geometry_cls=config.model.geometry_cls,
-        thresholds=_thresholds(config),
+        post_processing=config.evaluation.post_processing,
         data=data.summary(),
         lora=lora.to_dict(),
     )
@@ -224,15 +224,3 @@ def _criterion(config: Config) -> Criterion:
         mask_points=loss.num_points if loss.mask_resolution == "points" else None,
         touch_unused=False,  # gradients are averaged by hand: unused parameters hold nobody up
     )
-
-
-def _thresholds(config: Config) -> dict[str, float]:
-    """What inference with this adapter uses unless it is told otherwise."""
-    evaluation = config.evaluation
-    return {
-        "detection_threshold": evaluation.prob_threshold,
-        "nms_iou": evaluation.nms_iou,
-        "merge": evaluation.merge,
-        "merge_iou": evaluation.merge_iou,
-        "max_detections": evaluation.max_detections,
-    }
