@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -57,8 +57,8 @@ class OptunaSampler(Sampler):
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             # Several trials run at the same time: constant_liar keeps their samples apart.
             sampler = optuna.samplers.TPESampler(n_startup_trials=random_trials, constant_liar=True, seed=seed)
-        quality = "minimize" if search.mode == "min" else "maximize"
-        directions = [quality, "minimize"] if self._with_size else [quality]
+        quality: Literal["minimize", "maximize"] = "minimize" if search.mode == "min" else "maximize"
+        directions: list[Literal["minimize", "maximize"]] = [quality, "minimize"] if self._with_size else [quality]
         self._study = optuna.create_study(sampler=sampler, directions=directions)
         for record in ended:
             self._study.add_trial(self._as_trial(record))
