@@ -174,23 +174,20 @@ def test_features_that_do_not_fit(make_space, images, cache_gb, is_told):
     assert (told in text) == is_told
 
 
-def test_long_random_search(make_space):
-    space = make_space("training.learning_rate: {loguniform: [1.0e-5, 1.0e-3]}", search="{num_trials: 30}")
-    text = explained(space)
+def test_long_search_with_labels(make_space):
+    labels = "lora.target_modules: {choice: {few: [v_proj], many: [q_proj, v_proj, fc1]}}"
+    rates = "training.learning_rate: {loguniform: [1.0e-5, 1.0e-3]}"
+    text = explained(make_space(f"{labels}\n{rates}", search="{num_trials: 30}"))
     assert "... and 18 more" in text
     assert "1e-5 to 0.001, logarithmic" in text
+    assert "  many = q_proj, v_proj, fc1" in text
     assert "depend on results" not in text
-    assert re.search(r"Trainable   [\d,]+ parameters\n", text)  # one number where all are alike
+    assert re.search(r"Trainable   [\d,]+ parameters\n", explained(make_space(rates)))  # one number if all are alike
 
 
 def test_optuna_says_that_later_samples_depend_on_results(make_space):
     pytest.importorskip("optuna")
     assert "later ones depend on results" in explained(make_space(RANKS, search="{algorithm: optuna, num_trials: 3}"))
-
-
-def test_labels_are_spelled_out(make_space):
-    text = explained(make_space("lora.target_modules: {choice: {few: [v_proj], many: [q_proj, v_proj, fc1]}}"))
-    assert "  many = q_proj, v_proj, fc1" in text
 
 
 def test_no_ray_is_started(make_space, monkeypatch):

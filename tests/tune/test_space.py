@@ -154,13 +154,6 @@ def test_trials_are_counted_with_the_base(space_of):
     assert space_of().num_trials == 3  # random, but there are no more than three ranks
 
 
-def test_labels(space_of):
-    space = space_of({"lora.target_modules": {"choice": {"few": ["q_proj"]}}, "lora.dropout": {"uniform": [0, 1 / 2]}})
-    assert space.label("lora.target_modules", ["q_proj"]) == "few"
-    assert space.label("lora.dropout", 0.00012) == "1.2e-4"
-    assert space.label("anything", None) == "none"
-
-
 def test_set_takes_sections_and_keeps_their_other_keys(space_of):
     changes = {"training": {"num_epochs": 7, "loss": {"mask": 3}}, "data.prompts": {"a b": "c"}}
     base = space_of(set=changes).base
