@@ -10,18 +10,9 @@ from typing import cast
 
 from torch import nn
 
-# Component -> the children of Sam3Model it consists of. The top-level `text_projection` maps text features to the
-# detector's width and is used; the CLIP tower's own `text_encoder.text_projection` is not.
-COMPONENT_ROOTS: dict[str, tuple[str, ...]] = {
-    "vision_encoder": ("vision_encoder",),
-    "text_encoder": ("text_encoder", "text_projection"),
-    "geometry_encoder": ("geometry_encoder",),
-    "detr_encoder": ("detr_encoder",),
-    "detr_decoder": ("detr_decoder",),
-    "mask_decoder": ("mask_decoder",),
-    "scoring": ("dot_product_scoring",),
-}
-COMPONENTS = tuple(COMPONENT_ROOTS)
+from sam3lora.config.components import COMPONENT_ROOTS
+from sam3lora.config.components import COMPONENTS as COMPONENTS
+
 _COMPONENT_OF_ROOT = {root: component for component, roots in COMPONENT_ROOTS.items() for root in roots}
 
 # What DDP, torch.compile, PEFT and Sam3VideoModel put in front of a Sam3Model's own names.
@@ -75,15 +66,6 @@ def component_modules(model: nn.Module) -> dict[str, list[nn.Module]]:
         for component, roots in COMPONENT_ROOTS.items()
     }
     return {component: modules for component, modules in found.items() if modules}
-
-
-def parameters_by_component(model: nn.Module, *, trainable_only: bool = False) -> dict[str, list[nn.Parameter]]:
-    """Parameters grouped by component; what belongs to none is under ``"other"``. Empty groups are left out."""
-    groups: dict[str, list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad or not trainable_only:
-            groups.setdefault(component_of(name) or "other", []).append(parameter)
-    return groups
 
 
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -1,11 +1,15 @@
-"""Metrics of the adapter on the validation split while it trains; each worker asks its own share of the images."""
+"""The validation loss and the metrics of the adapter while it trains."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from peft import PeftModel
 
+from sam3lora.config import Config
 from sam3lora.evaluation.ask.run import asked_categories
 from sam3lora.evaluation.ask.split import ask_split
 from sam3lora.evaluation.ask.split_results import Answers
@@ -13,16 +17,14 @@ from sam3lora.evaluation.metrics.ground_truth import build_ground_truth, prompte
 from sam3lora.evaluation.metrics.measure import measure_split
 from sam3lora.evaluation.settings import EvaluationSettings
 from sam3lora.training import distributed
-
-if TYPE_CHECKING:
-    from sam3lora.config import Config
-    from sam3lora.training.setup import Worker
+from sam3lora.training.datasets import BatchSource, RunData
+from sam3lora.training.step import LossRunner, StepCounts, TermSums
 
 LOGGED = ("map", "map_50", "map_75", "cgf1", "off_prompt_fpr", "presence_accuracy")
 
 
 def evaluation_settings(config: Config) -> EvaluationSettings:
-    """How a configuration wants its models measured."""
+    """The settings of `evaluate` for a configuration."""
     evaluation, data, batch_size = config.evaluation, config.data, config.training.batch_size
     return EvaluationSettings(
         threshold=evaluation.prob_threshold,
@@ -41,24 +43,73 @@ def evaluation_settings(config: Config) -> EvaluationSettings:
     )
 
 
-def validation_metrics(worker: Worker) -> dict[str, Any]:
-    """`LOGGED` metrics over the split, or its first ``evaluation.num_samples`` images: what `validate` measures."""
-    data, runner, settings = worker.data, worker.runner, evaluation_settings(worker.config)
+@dataclass
+class Validator:
+    """Measures the adapter on the validation split. Each worker takes its own share of the images.
+
+    Args:
+        config: of the run.
+        model: with the adapter.
+        tokenizer: of the base.
+        runner: computes the loss.
+        data: the splits.
+        batches: of this worker.
+        skipped: (image id, path, reason) of the bad images that the last `loss_terms` left out, of all workers.
+    """
+
+    config: Config
+    model: PeftModel
+    tokenizer: Any
+    runner: LossRunner
+    data: RunData
+    batches: BatchSource
+    skipped: list[tuple[int, str, str]] = field(default_factory=list)
+
+    def loss_terms(self) -> TermSums | None:
+        """The loss terms over the split, the same ones as in training but without dropout; None without a split."""
+        self.skipped = []
+        if self.data.valid is None:
+            return None
+        self.model.eval()
+        sums, skipped = TermSums(self.runner.criterion.weights), []
+        with closing(self.batches.validation_batches()) as batches:
+            for batch in batches:
+                skipped += batch.skipped
+                if batch.num_queries:
+                    counts = StepCounts.of([batch])
+                    terms = self.runner.evaluate(batch, counts.normalizer())
+                    sums.add({name: value.item() for name, value in terms.items()}, counts)
+        merged = TermSums(sums.weights)
+        for other_sums, other_counts, other_skipped in distributed.gather_objects((sums.sums, sums.counts, skipped)):
+            for name, value in other_sums.items():
+                merged.sums[name] = merged.sums.get(name, 0.0) + value
+            merged.counts = StepCounts.from_tensor(merged.counts.tensor() + other_counts.tensor())
+            self.skipped += other_skipped
+        return merged
+
+    def metrics(self) -> dict[str, Any]:
+        """The `LOGGED` metrics over the split, or over its first ``evaluation.num_samples`` images."""
+        return validation_metrics(self)
+
+
+def validation_metrics(validator: Validator) -> dict[str, Any]:
+    """The `LOGGED` metrics, with the settings of `sam3lora validate`."""
+    data, runner, settings = validator.data, validator.runner, evaluation_settings(validator.config)
     index = data.valid_complete
     assert index is not None
     rows = range(len(index))[: settings.num_samples]
     index = index.select_rows(rows)
     categories = asked_categories(index, settings) or prompted_categories(index, data.prompts)
     runner.text.add([category.prompt for category in categories])
-    with torch.autocast(worker.device.type, dtype=torch.bfloat16, enabled=runner.bf16):
+    with torch.autocast(runner.device.type, dtype=torch.bfloat16, enabled=runner.bf16):
         mine = ask_split(
             runner.staged,
-            worker.tokenizer,
+            validator.tokenizer,
             index.select_rows(rows[distributed.rank() :: distributed.world_size()]),
             categories,
             resolution=data.valid_settings.resolution,
             post=settings.post_processing(),
-            device=worker.device,
+            device=runner.device,
             batch_size=settings.batch_size,
             max_prompts_per_forward=settings.max_prompts_per_forward,
             text_cache=runner.text.kept(),

@@ -53,7 +53,7 @@ def main() -> None:
 
     configs = {preset: load_config(preset) for preset in preset_names()}
     configs = {preset: config for preset, config in configs.items() if config.model.name != TINY}
-    settings = {preset: LoraSettings.from_mapping(config.lora.model_dump()) for preset, config in configs.items()}
+    settings = {preset: config.lora.settings for preset, config in configs.items()}
     tables = {
         preset: count_on_full_size(settings[preset], geometry_cls=config.model.geometry_cls)
         for preset, config in configs.items()

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from sam3lora.cluster import most_workers
 from sam3lora.config.training import images_per_step
-from sam3lora.training.ray_resources import most_workers
 
 if TYPE_CHECKING:
     from sam3lora.config import Config

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from sam3lora.config import Config
-from sam3lora.model.adapter.lora_layers import LoraSettings
 from sam3lora.model.adapter.targets import select_modules
 from sam3lora.model.staged.trunk import unchanged_layers
 from sam3lora.training.features.codec import FeatureForm
@@ -54,7 +53,7 @@ def _trunk_config(config: Config) -> Any:
 
 
 def _adapted(config: Config) -> tuple[str, ...]:
-    lora, model = LoraSettings.from_mapping(config.lora.model_dump()), config.model
+    lora, model = config.lora, config.model
     where = (model.name, model.revision, model.local_files_only, model.geometry_cls)
     return _selected(lora.target_modules, lora.components, lora.vision_last_layers, *where)
 

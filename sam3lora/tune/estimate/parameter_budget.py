@@ -11,7 +11,6 @@ from transformers import Sam3Config, Sam3Model
 
 from sam3lora.config import Config
 from sam3lora.errors import UserError
-from sam3lora.model.adapter.lora_layers import LoraSettings
 from sam3lora.model.adapter.targets import select_modules
 from sam3lora.model.base_folder import TINY, BaseFolder, find_base, read_model_config
 from sam3lora.model.loading import build_model_config
@@ -37,10 +36,8 @@ class ParameterCounter:
             UserError: its target modules, components and layers do not go together, see `select_modules`.
         """
         lora = config.lora
-        settings = LoraSettings.from_mapping(lora.model_dump())
-        assert settings.components is not None
         widths, outputs = self._selected(
-            settings.target_modules, settings.components, settings.vision_last_layers, config.model.geometry_cls
+            lora.target_modules, lora.components, lora.vision_last_layers, config.model.geometry_cls
         )
         return lora.rank * widths + (outputs if lora.use_dora else 0)
 

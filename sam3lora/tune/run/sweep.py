@@ -142,7 +142,7 @@ def _tune(space: SearchSpace, ledger: Ledger, room: Concurrency, milestones: lis
     """Hand the trials to Ray Tune; True if the space had fewer configurations than trials were asked for."""
     from ray import tune
 
-    from sam3lora.training.ray_resources import choose_gpu
+    from sam3lora.cluster import choose_gpu
     from sam3lora.tune.run.capacity import DRIVER_RESOURCES, trial_needs
     from sam3lora.tune.run.trial import run_trial
     from sam3lora.tune.search.ray_scheduler import build_scheduler

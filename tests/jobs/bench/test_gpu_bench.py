@@ -20,7 +20,6 @@ from jobs.bench.gpu_training import Case, Inputs, Preset, Training
 from jobs.bench.models import CONFIGS, random_model
 from sam3lora.config import load_config
 from sam3lora.errors import UserError
-from sam3lora.model.adapter.lora_layers import LoraSettings
 from sam3lora.model.components import COMPONENTS
 from sam3lora.model.staged.forward import StagedSam3
 
@@ -314,7 +313,7 @@ def test_what_cannot_be_measured(wrong):
 def test_presets_are_those_of_the_configuration(preset):
     config = load_config(preset)
     read = Preset.read(preset)
-    assert read.lora == LoraSettings.from_mapping(config.lora.model_dump())
+    assert read.lora == config.lora.settings
     wanted = config.training.gradient_checkpointing
     assert read.checkpointing == (COMPONENTS if wanted is True else tuple(wanted or ()))
 
@@ -346,7 +345,7 @@ _BARE = """
 import sys
 
 class Without:
-    names = {"ray", "pydantic", "typer", "rich", "pyarrow", "optuna", "cv2", "pycocotools", "fastapi", "pandas"}
+    names = {"ray", "typer", "rich", "pyarrow", "optuna", "cv2", "pycocotools", "fastapi", "pandas"}
     def __init__(self, finder):
         self.finder = finder
     def __getattr__(self, name):

@@ -31,8 +31,8 @@ def test_a_batch_has_present_and_absent_prompts_and_exact_boxes():
     batch = TrainingWork("light", "tiny", num_images=3, num_prompts=4).batch(first_image=5)
     assert (batch.num_images, batch.num_queries) == (3, 12)
     assert len(set(batch.prompts_B[:4])) == 4
-    assert batch.num_B.view(3, 4)[:, 0].all()
-    assert not batch.num_B.view(3, 4)[:, -1].any()
+    assert batch.num_B.reshape(3, 4)[:, 0].all()
+    assert not batch.num_B.reshape(3, 4)[:, -1].any()
     masks_THW = batch.masks()
     assert masks_THW is not None
     for mask, (x, y, width, height) in zip(masks_THW, batch.boxes_cxcywh_T4 * masks_THW.shape[-1], strict=True):
