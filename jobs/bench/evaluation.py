@@ -23,10 +23,10 @@ from jobs.bench.report import Comparison, Way
 from sam3lora.data.coco import CocoIndex
 from sam3lora.data.synth.dataset import write_dataset
 from sam3lora.engine.detections import PostProcessing
-from sam3lora.evaluation.ask.split_results import Answers
 from sam3lora.evaluation.ask.worker import BASE, EvaluationWorker, Models
 from sam3lora.evaluation.metrics.coco_map import MAX_DETECTIONS, coco_map
 from sam3lora.evaluation.metrics.ground_truth import PromptedCategory, build_ground_truth, prompted_categories
+from sam3lora.evaluation.split_results import Answers
 from sam3lora.model.base_folder import find_base
 
 Result = dict[str, Any]

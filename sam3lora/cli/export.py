@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sam3lora.cli.job_paths import check_output_path
+from sam3lora.cluster import check_job_path
 from sam3lora.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def export(
     if push_to is None and (dry_run or public):
         raise UserError("--dry-run and --public say how to upload: add --push-to USER/NAME or leave them out")
     if output is not None:
-        check_output_path(output, "--output")
+        check_job_path(output, "--output")
 
     from transformers.utils.logging import disable_progress_bar
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sam3lora.cli.job_paths import check_output_folder
-from sam3lora.cli.train import choose_gpus, option_overrides
+from sam3lora.cli.gpus import choose_gpus
+from sam3lora.cli.output_paths import check_output_folder
+from sam3lora.cli.train import option_overrides
 from sam3lora.errors import UserError
 
 if TYPE_CHECKING:

@@ -28,7 +28,10 @@ class LoraFields(Section):
         default=None, ge=1, description="Adapt only the last k layers of the vision encoder; None = all."
     )
     use_rslora: bool = Field(default=False, description="Scale by alpha / sqrt(rank): steadier at high ranks.")
-    use_dora: bool = Field(default=False, description="Learn magnitude and direction separately (DoRA): slower.")
+    use_dora: bool = Field(
+        default=False,
+        description="Learn the magnitude and the direction of each update separately (DoRA): slower to train.",
+    )
 
     @field_validator("target_modules")
     @classmethod

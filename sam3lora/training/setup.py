@@ -130,7 +130,7 @@ def adapter_metadata(config: Config, base: LoadedBase, data: RunData) -> Adapter
         prompts=list(data.prompts),
         resolution=base.resolution,
         geometry_cls=config.model.geometry_cls,
-        thresholds=_thresholds(config),
+        post_processing=config.evaluation.post_processing,
         data=data.summary(),
         lora=config.lora.settings.to_dict(),
     )
@@ -153,15 +153,3 @@ def _compile(sam3: Sam3Model, trunk: TrunkCache | None, data: RunData, device: t
             "training.compile to false"
         )
     compile_layers(layers, device)
-
-
-def _thresholds(config: Config) -> dict[str, float]:
-    """What inference with this adapter uses unless it is told otherwise."""
-    evaluation = config.evaluation
-    return {
-        "detection_threshold": evaluation.prob_threshold,
-        "nms_iou": evaluation.nms_iou,
-        "merge": evaluation.merge,
-        "merge_iou": evaluation.merge_iou,
-        "max_detections": evaluation.max_detections,
-    }

@@ -13,7 +13,7 @@ from typing import Any
 
 from sam3lora.config import Config, load_config
 from sam3lora.data.batch import Batch
-from sam3lora.engine.device_errors import is_out_of_memory
+from sam3lora.engine.device import is_out_of_memory
 from sam3lora.errors import OutOfMemory
 from sam3lora.model.adapter.folder import save_adapter
 from sam3lora.training import distributed, setup
@@ -66,7 +66,6 @@ class Trainer:
         self.output_dir = output_dir
         self.device = setup.choose_device(config, use_ray=use_ray)
         base = setup.load_base_model(config, self.device)
-        self.tokenizer = base.tokenizer
         self.data = load_run_data(config, base.resolution)
         self.model, self.runner = setup.add_adapter(config, base, self.data, self.device)
         self.optimizer = setup.make_optimizer(config, self.model)
@@ -76,7 +75,7 @@ class Trainer:
         self.batches = BatchSource(
             self.data, self.config, use_ray=use_ray, device=self.device, load_ahead=self.runner.images.load_ahead
         )
-        self.validator = Validator(self.config, self.model, self.tokenizer, self.runner, self.data, self.batches)
+        self.validator = Validator(self.config, base, self.model, self.runner, self.data, self.batches)
         self.total_steps = self._plan_steps()
         self.log = self._open_log(warnings)
         self.report = setup.ray_report() if use_ray else report

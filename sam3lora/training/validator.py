@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import nn
 
 from sam3lora.config import Config
+from sam3lora.engine.engine import Engine
 from sam3lora.evaluation.ask.run import asked_categories
 from sam3lora.evaluation.ask.split import ask_split
-from sam3lora.evaluation.ask.split_results import Answers
 from sam3lora.evaluation.metrics.ground_truth import build_ground_truth, prompted_categories
 from sam3lora.evaluation.metrics.measure import measure_split
 from sam3lora.evaluation.settings import EvaluationSettings
+from sam3lora.evaluation.split_results import SplitResults
+from sam3lora.model.loading import LoadedBase
 from sam3lora.training import distributed
 from sam3lora.training.datasets import BatchSource, RunData
 from sam3lora.training.step import LossRunner, StepCounts, TermSums
@@ -24,15 +29,11 @@ LOGGED = ("map", "map_50", "map_75", "cgf1", "off_prompt_fpr", "presence_accurac
 
 
 def evaluation_settings(config: Config) -> EvaluationSettings:
-    """The settings of `evaluate` for a configuration."""
-    evaluation, data, batch_size = config.evaluation, config.data, config.training.batch_size
+    """The settings of a configuration for measuring its models."""
+    data, batch_size = config.data, config.training.batch_size
     return EvaluationSettings(
-        threshold=evaluation.prob_threshold,
-        nms_iou=evaluation.nms_iou,
-        merge=evaluation.merge,
-        merge_iou=evaluation.merge_iou,
-        max_detections=evaluation.max_detections,
-        num_samples=evaluation.num_samples,
+        post=dict(config.evaluation.post_processing),
+        num_samples=config.evaluation.num_samples,
         annotation_file=data.annotation_file,
         categories=data.categories,
         prompts=data.prompts,
@@ -49,8 +50,8 @@ class Validator:
 
     Args:
         config: of the run.
-        model: with the adapter.
-        tokenizer: of the base.
+        base: whose model carries the adapter.
+        model: the same model as PEFT wraps it.
         runner: computes the loss.
         data: the splits.
         batches: of this worker.
@@ -58,8 +59,8 @@ class Validator:
     """
 
     config: Config
+    base: LoadedBase
     model: PeftModel
-    tokenizer: Any
     runner: LossRunner
     data: RunData
     batches: BatchSource
@@ -93,30 +94,53 @@ class Validator:
 
 
 def validation_metrics(validator: Validator) -> dict[str, Any]:
-    """The `LOGGED` metrics, with the settings of `sam3lora validate`."""
+    """`LOGGED` metrics over the split, or its first `evaluation.num_samples` images, as `validate` measures them."""
     data, runner, settings = validator.data, validator.runner, evaluation_settings(validator.config)
+    post = validator.config.evaluation.post_processing
     index = data.valid_complete
     assert index is not None
     rows = range(len(index))[: settings.num_samples]
     index = index.select_rows(rows)
     categories = asked_categories(index, settings) or prompted_categories(index, data.prompts)
     runner.text.add([category.prompt for category in categories])
-    with torch.autocast(runner.device.type, dtype=torch.bfloat16, enabled=runner.bf16):
-        mine = ask_split(
-            runner.staged,
-            validator.tokenizer,
-            index.select_rows(rows[distributed.rank() :: distributed.world_size()]),
-            categories,
-            resolution=data.valid_settings.resolution,
-            post=settings.post_processing(),
-            device=runner.device,
-            batch_size=settings.batch_size,
-            max_prompts_per_forward=settings.max_prompts_per_forward,
-            text_cache=runner.text.kept(),
-            encode=runner.images.of_records,
-        )
-    answers = Answers.join(distributed.gather_objects(mine), index.table.column("image_id").to_pylist())
-    found = measure_split(
-        build_ground_truth(index, categories), answers, threshold=settings.threshold, exhaustive=settings.exhaustive
-    )
+    with _evaluation_mode(validator.model), torch.no_grad():
+        engine = _engine(validator, settings.max_prompts_per_forward)
+        engine.keep_text(runner.text.kept())
+        with torch.autocast(runner.device.type, dtype=torch.bfloat16, enabled=runner.bf16):
+            mine = ask_split(
+                engine,
+                index.select_rows(rows[distributed.rank() :: distributed.world_size()]),
+                categories,
+                post=post,
+                encode=runner.images.of_records,
+                batch_size=settings.batch_size,
+            )
+    results = SplitResults.join(distributed.gather_objects(mine), index.table.column("image_id").to_pylist())
+    found = measure_split(build_ground_truth(index, categories), results, post=post, exhaustive=settings.exhaustive)
     return {name: getattr(found, name) for name in LOGGED}
+
+
+def _engine(validator: Validator, max_rows: int) -> Engine:
+    """An engine on the model that is being trained, whose PEFT layers stay in it."""
+    return Engine(
+        validator.base,
+        precision="bfloat16" if validator.runner.bf16 else "float32",
+        num_slots=1,
+        image_cache_bytes=0,
+        max_cached_prompts=10**6,
+        max_rows=max_rows,
+        geometry_cls=validator.config.model.geometry_cls,
+        in_training=True,
+    )
+
+
+@contextlib.contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; each module gets its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

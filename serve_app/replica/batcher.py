@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
-from sam3lora.engine.device_errors import is_out_of_memory
+from sam3lora.engine.device import is_out_of_memory
 from serve_app.http.errors import ServeError
 from serve_app.replica.model_thread import ModelThread
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from sam3lora.engine.device_errors import is_device_error
+from sam3lora.engine.device import is_device_error
 
 logger = logging.getLogger(__name__)
 

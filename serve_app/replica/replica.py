@@ -15,11 +15,11 @@ from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
+from sam3lora.engine.segmenter import relative_cxcywh
 
-from sam3lora.engine.device_errors import is_device_error, is_out_of_memory
+from sam3lora.engine.device import is_device_error, is_out_of_memory
 from sam3lora.engine.engine import Answer, MixedBatchSegmenter, Question
 from sam3lora.engine.feature_cache import PreparedImage
-from sam3lora.engine.segmenter import relative_cxcywh
 from sam3lora.errors import UserError
 from serve_app.calls import AdapterInfo, ImageFile, ImageReply, SegmentCall, SegmentReply
 from serve_app.http.errors import ServeError

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from sam3lora.cli import main
+from sam3lora.config.post_processing import PostProcessing
 
 from ..evaluation.adapters import write_adapter
 from ..evaluation.splits import HEIGHT, WIDTH, result, write_split
@@ -30,7 +31,7 @@ FILES = ["metrics.json", "predictions.json", "report.html"]
 def run_folder(small_base, tmp_path_factory) -> Path:
     """A run with its adapter in best/."""
     folder = tmp_path_factory.mktemp("runs") / "mine"
-    write_adapter(folder / "best", small_base, thresholds={"detection_threshold": 0.24, "nms_iou": 0.9})
+    write_adapter(folder / "best", small_base, post_processing=PostProcessing(threshold=0.24, nms_iou=0.9))
     return folder
 
 

@@ -16,7 +16,7 @@ from .coco_builder import annotation, square
 
 
 def faults(index: CocoIndex) -> dict[str, int]:
-    return {issue.kind: issue.count for issue in index.issues}
+    return {issue.kind: issue.count for issue in index.faults}
 
 
 def objects(index: CocoIndex, row: int = 0) -> list[dict]:
@@ -66,7 +66,7 @@ def test_clean_file_has_no_issue(folder):
 def test_annotation_fault_is_counted_with_an_example_and_an_action(folder, changes, kind, kept):
     index = CocoIndex.from_folder(folder.write([annotation(5, **changes)]))
     assert faults(index)[kind] == 1
-    issue = next(i for i in index.issues if i.kind == kind)
+    issue = next(i for i in index.faults if i.kind == kind)
     assert "5" in issue.examples[0] or kind == "bad_annotation"
     assert issue.action
     assert len(objects(index)) == kept

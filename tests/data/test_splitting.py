@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 
-from sam3lora.data.check.report import check_folder
+from sam3lora.data.check import check_folder
 from sam3lora.data.split.grouping import Fingerprint, difference_hash, group_images
 from sam3lora.data.split.splitting import assign_groups, split_folder
 from sam3lora.errors import UserError

@@ -71,7 +71,7 @@ def test_any_blob_decodes_to_itself():
 def test_loads_without_issues_and_masks_are_the_drawn_ones(dataset: Path, stream: int, split: str):
     index = CocoIndex.from_folder(dataset / split)
     assert index.names == ("gear", "arrow", "bolt", "capsule")
-    assert not list(index.issues)
+    assert not list(index.faults)
     kinds = set()
     for row in range(len(index)):
         record = index.record(row)

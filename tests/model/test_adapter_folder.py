@@ -10,12 +10,19 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from sam3lora.engine.segmenter import Segmenter
 from torch import nn
 
-from sam3lora.engine.segmenter import Segmenter
+from sam3lora.config.post_processing import PostProcessing
 from sam3lora.errors import UserError
 from sam3lora.model.adapter import folder as adapter_folder
-from sam3lora.model.adapter.folder import list_adapters, load_adapter, read_metadata, save_adapter
+from sam3lora.model.adapter.folder import (
+    list_adapters,
+    load_adapter,
+    read_metadata,
+    record_post_processing,
+    save_adapter,
+)
 from sam3lora.model.adapter.lora_layers import LoraSettings, adapted_modules, apply_lora
 from sam3lora.model.adapter.metadata import AdapterMetadata
 from sam3lora.model.components import COMPONENTS
@@ -40,7 +47,7 @@ def train(model, seed=2, settings=SETTINGS):
         base_fingerprint=print_of_base,
         prompts=["crack", 'a "deep" hole'],
         resolution=RESOLUTION,
-        thresholds={"detection_threshold": 0.4},
+        post_processing=PostProcessing(threshold=0.4, prompt_thresholds={"crack": 0.25}),
         metrics={"map_50": 0.51234, "per_category": {"crack": 0.5}},
         lora=settings.to_dict(),
     )
@@ -236,6 +243,10 @@ def test_missing_folder_and_missing_file(saved, tmp_path):
         ("[]", "JSON object"),
         ('{"format_version": 99}', "format 99"),
         ('{"prompts": "crack"}', "prompts must be list"),
+        ('{"post_processing": {"threshold": 2}}', "post_processing: threshold"),
+        ('{"post_processing": {"soft_nms": true}}', "post_processing: soft_nms"),
+        ('{"thresholds": [0.3]}', "thresholds must be dict"),
+        ('{"thresholds": {"nms_iou": "high"}}', "thresholds: nms_iou"),
     ],
 )
 def test_damaged_metadata(saved, text, message):
@@ -243,6 +254,75 @@ def test_damaged_metadata(saved, text, message):
     (saved[0] / "sam3lora.json").write_text(text)
     with pytest.raises(UserError, match=message):
         load_adapter(make_sam3(), saved[0])
+
+
+@pytest.mark.parametrize(
+    ("recorded", "expected"),
+    [
+        ({}, None),
+        ({"thresholds": {}}, None),
+        ({"thresholds": {"detection_threshold": 0.3}}, PostProcessing(threshold=0.3)),
+        (
+            {
+                "thresholds": {
+                    "detection_threshold": 0.4,
+                    "nms_iou": 0.6,
+                    "merge": True,
+                    "merge_iou": 0.2,
+                    "max_detections": 7,
+                }
+            },
+            PostProcessing(threshold=0.4, nms="mask", nms_iou=0.6, merge=True, merge_iou=0.2, max_detections=7),
+        ),
+        (
+            {"post_processing": {"threshold": 0.2, "nms": "box"}, "thresholds": {"detection_threshold": 0.9}},
+            PostProcessing(threshold=0.2, nms="box"),
+        ),
+    ],
+)
+def test_recorded_post_processing(tmp_path, recorded, expected):
+    # Earlier versions wrote "thresholds", measured with mask suppression: they keep their meaning.
+    (tmp_path / "sam3lora.json").write_text(json.dumps(recorded))
+    assert read_metadata(tmp_path).post_processing == expected
+
+
+POST = PostProcessing(threshold=0.35, prompt_thresholds={"crack": 0.2}, nms_iou=0.5)
+
+
+@pytest.mark.parametrize("version", ["this", "earlier", "edited card", "without metadata"])
+def test_recording_post_processing(saved, version):
+    # Metadata and model card agree afterwards; other values, also unknown ones, and edits of the card stay.
+    folder, outputs, metadata = saved
+    file, card = folder / "sam3lora.json", folder / "README.md"
+    values = json.loads(file.read_text()) | {"colour": "blue"}
+    if version == "earlier":
+        del values["post_processing"]
+        values["thresholds"] = {"detection_threshold": 0.9}
+        card.write_text(card.read_text().replace("## Post-processing", "## Thresholds"))
+    file.write_text(json.dumps(values))
+    if version == "edited card":
+        card.write_text("# Mine\n\nHand-made.\n")
+    if version == "without metadata":
+        file.unlink()
+        card.unlink()
+    record_post_processing(folder, POST)
+    assert read_metadata(folder).post_processing == POST
+    assert "| threshold | 0.35 |" in card.read_text()
+    if version in ("this", "earlier"):
+        metadata.post_processing = POST
+        assert read_metadata(folder) == metadata
+        assert card.read_text() == render_model_card(metadata)
+        found = json.loads(file.read_text())
+        assert (found["colour"], "thresholds" in found) == ("blue", False)
+    if version == "edited card":
+        assert card.read_text().startswith("# Mine\n\nHand-made.\n\n## Post-processing\n")
+    assert largest_difference(outputs_of(load_adapter(make_sam3(), folder)[0], **make_inputs()), outputs) == 0
+
+
+def test_post_processing_is_recorded_in_adapters_only(tmp_path):
+    with pytest.raises(UserError, match="no adapter folder"):
+        record_post_processing(tmp_path, POST)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_metadata_of_a_newer_minor_version(saved):

@@ -15,7 +15,7 @@ from torch import nn
 
 from sam3lora.errors import UserError
 from sam3lora.model.adapter import weights as adapter_weights
-from sam3lora.model.adapter.folder import load_adapter, save_adapter
+from sam3lora.model.adapter.folder import folder_signature, load_adapter, save_adapter
 from sam3lora.model.adapter.metadata import AdapterMetadata
 from sam3lora.model.adapter.weights import read_adapter_weights
 from sam3lora.model.components import adapted_modules
@@ -445,10 +445,10 @@ def test_what_the_system_refuses_is_told(saved, monkeypatch):
 
 def test_a_file_that_was_written_and_dated_back_is_a_change(saved):
     file = saved / WEIGHTS
-    before, found = file.stat(), adapter_weights._signature(saved)
+    before, found = file.stat(), folder_signature(saved)
     while file.stat().st_ctime_ns == before.st_ctime_ns:  # the clock of a file system has steps
         os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert adapter_weights._signature(saved) != found
+    assert folder_signature(saved) != found
 
 
 def test_what_is_served_is_what_load_adapter_accepts(saved):

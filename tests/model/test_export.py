@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import Sam3Config, Sam3Model, Sam3Processor
 
+from sam3lora.config.post_processing import PostProcessing
 from sam3lora.errors import RunFailed, UserError
 from sam3lora.model.adapter.folder import read_metadata, save_adapter
 from sam3lora.model.adapter.lora_layers import LoraSettings, adapted_modules, apply_lora
@@ -72,7 +73,7 @@ def adapter(base_folder, tmp_path_factory) -> Path:
         targets=TARGETS,
         components=COMPONENTS,
         resolution=112,
-        thresholds={"detection_threshold": 0.0},
+        post_processing=PostProcessing(threshold=0),
     )
 
 

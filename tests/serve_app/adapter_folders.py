@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from sam3lora.model.adapter.metadata import AdapterMetadata
+from sam3lora.model.adapter.metadata import AdapterMetadata, write_metadata
 
 
 def write_adapter(
@@ -25,5 +25,5 @@ def write_adapter(
     save_file(tensors, scratch)
     os.replace(scratch, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    (folder / "sam3lora.json").write_text(metadata.to_json())
+    write_metadata(folder, metadata.to_dict())
     return folder

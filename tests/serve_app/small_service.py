@@ -9,11 +9,11 @@ from typing import Any
 
 import cv2
 import numpy as np
-
-from sam3lora.engine.detections import Instances, PostProcessing
 from sam3lora.engine.segmenter import Segmenter
 
-from ..engine.mixed_cases import write_adapter, write_base
+from sam3lora.engine.detections import Instances, PostProcessing
+
+from ..engine.engine_cases import write_adapter, write_base
 from .checked_load import Case
 from .http_cases import picture
 

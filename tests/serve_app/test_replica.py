@@ -29,7 +29,7 @@ from serve_app.replica import mask_encoder, replica
 from serve_app.replica.replica import Segmenter
 from serve_app.settings import AdapterSettings, Batching, Limits, ServeSettings
 
-from ..engine.mixed_cases import write_adapter, write_base
+from ..engine.engine_cases import write_adapter, write_base
 
 LONG_S = 60.0
 POST = PostProcessing(threshold=0.0, max_detections=3)

@@ -89,8 +89,11 @@ def _cgf1_metric(metrics: SplitMetrics) -> Metric:
 def _false_alarm_metric(metrics: SplitMetrics) -> Metric:
     """Share of absent prompts with a detection at the threshold, under weights on the images."""
     rows = _image_rows(metrics)
-    threshold = metrics.settings["threshold"]
-    fired = {(p["image_id"], p["category_id"]) for p in metrics.predictions if p["score"] >= threshold}
+    fired = {
+        (p["image_id"], p["category_id"])
+        for p in metrics.predictions
+        if p["score"] >= metrics.thresholds[p["category_id"]]
+    }
     present = {(a["image_id"], a["category_id"]) for a in metrics.ground_truth["annotations"]}
     absent_I, alarms_I = np.zeros(len(rows)), np.zeros(len(rows))
     for image_id, row in rows.items():

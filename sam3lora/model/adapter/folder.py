@@ -11,8 +11,9 @@ import shutil
 import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -20,17 +21,29 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from sam3lora.config.post_processing import PostProcessing
 from sam3lora.errors import UserError
-from sam3lora.files import replace_folder, sync_files
-from sam3lora.model.adapter.metadata import METADATA_FILE, AdapterMetadata, read_metadata
+from sam3lora.files import replace_folder, sync_files, write_whole
+from sam3lora.model.adapter.metadata import (
+    METADATA_FILE,
+    AdapterMetadata,
+    read_metadata,
+    read_metadata_values,
+    write_metadata,
+)
 from sam3lora.model.components import unwrap
 from sam3lora.model.fingerprint import fingerprint
-from sam3lora.model.publish.model_card import render_model_card
+from sam3lora.model.publish.model_card import CARD_FILE, render_model_card, update_post_processing
 
 __all__ = ["AdapterMetadata", "is_adapter_folder", "list_adapters", "load_adapter", "read_metadata", "save_adapter"]
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+_ATTEMPTS_TO_READ = 3
+
+T = TypeVar("T")
+FolderSignature = tuple[tuple[int, ...] | None, ...]
+"""Equal as long as no file of an adapter folder is replaced or written to."""
 
 
 def save_adapter(
@@ -71,8 +84,8 @@ def save_adapter(
         # safetensors writes for the owner alone; whoever may read the other files may serve the adapter.
         shutil.copymode(scratch / CONFIG_FILE, scratch / WEIGHTS_FILE)
         if metadata is not None:
-            (scratch / METADATA_FILE).write_text(metadata.to_json(), encoding="utf-8")
-            (scratch / "README.md").write_text(render_model_card(metadata), encoding="utf-8")
+            write_metadata(scratch, metadata.to_dict())
+            (scratch / CARD_FILE).write_text(render_model_card(metadata), encoding="utf-8")
         sync_files(scratch)
         replace_folder(scratch, folder)
     finally:
@@ -135,6 +148,27 @@ def load_adapter(
     return peft_model.eval() if not trainable else peft_model, metadata
 
 
+def record_post_processing(folder: str | Path, post: PostProcessing) -> None:
+    """Write post-processing settings into the metadata and the model card of an adapter folder.
+
+    They are then the defaults wherever the adapter is used. All other values and the text of the card stay.
+
+    Raises:
+        UserError: The folder holds no complete adapter, or its metadata are damaged.
+    """
+    folder = Path(folder)
+    if not is_adapter_folder(folder):
+        raise UserError(f"{folder} is no adapter folder: expected {CONFIG_FILE} and {WEIGHTS_FILE} in it")
+    metadata = replace(read_metadata(folder) or AdapterMetadata(versions={}), post_processing=post)
+    # From the file itself: it may have keys of a newer version. The old name of the settings goes.
+    values = (read_metadata_values(folder) or {}) | metadata.to_dict()
+    values.pop("thresholds", None)
+    card = folder / CARD_FILE
+    text = card.read_text(encoding="utf-8") if card.is_file() else render_model_card(metadata)
+    write_metadata(folder, values)
+    write_whole(card, update_post_processing(text, post))
+
+
 def is_adapter_folder(folder: str | Path) -> bool:
     """Whether the folder has the files of a complete adapter; they are not opened."""
     return all((Path(folder) / file).is_file() for file in (CONFIG_FILE, WEIGHTS_FILE))
@@ -149,6 +183,45 @@ def check_adapter_folder(folder: str | Path) -> None:
     read_config(Path(folder))
     _read_tensors(Path(folder))
     read_metadata(folder)
+
+
+def folder_signature(folder: str | Path) -> FolderSignature:
+    """Device, inode, size and times of each file of an adapter; None for a missing file. Files are not opened."""
+    found: list[tuple[int, ...] | None] = []
+    for name in (CONFIG_FILE, WEIGHTS_FILE, METADATA_FILE):
+        try:
+            file = (Path(folder) / name).stat()
+        except OSError:
+            found.append(None)
+        else:
+            found.append((file.st_dev, file.st_ino, file.st_size, file.st_mtime_ns, file.st_ctime_ns))
+    return tuple(found)
+
+
+def read_unchanged(folder: Path, read: Callable[[FolderSignature], T]) -> T:
+    """The result of `read`, all of it from one version of an adapter folder that others may replace meanwhile.
+
+    Args:
+        folder: Adapter folder.
+        read: Reads the folder. Gets the signature of the version that it reads.
+
+    Raises:
+        UserError: `read` failed for a reason that is not a change of the folder, or the folder changed each time.
+    """
+    for _ in range(_ATTEMPTS_TO_READ):
+        signature = folder_signature(folder)
+        try:
+            result = read(signature)
+        except (UserError, OSError) as error:
+            # A half-replaced folder fails in many ways: only the failure of an unchanged one counts.
+            if folder_signature(folder) != signature:
+                continue
+            if isinstance(error, OSError):
+                raise UserError(f"{folder} cannot be read: {error.strerror}") from error
+            raise
+        if folder_signature(folder) == signature:
+            return result
+    raise UserError(f"{folder} changed while it was being read: try again")
 
 
 def list_adapters(root: str | Path) -> dict[str, Path]:

@@ -25,9 +25,11 @@ from sam3lora.errors import UserError
 from sam3lora.model.adapter.folder import (
     CONFIG_FILE,
     WEIGHTS_FILE,
+    FolderSignature,
     check_finite,
     check_shapes,
     read_config,
+    read_unchanged,
     refuse_other_base,
 )
 from sam3lora.model.adapter.metadata import METADATA_FILE, AdapterMetadata, read_metadata
@@ -35,11 +37,14 @@ from sam3lora.model.components import component_of, unwrap
 from sam3lora.model.fingerprint import fingerprint
 
 _PEFT_PREFIX = "base_model.model."
-_ATTEMPTS = 3  # to read a folder that is replaced meanwhile
 _FLOATING = {"F64", "F32", "F16", "BF16"}
 # What PEFT can do beyond LoRA and DoRA: each needs more than a low-rank product beside the base layer.
 _UNSUPPORTED = ("modules_to_save", "lora_bias", "target_parameters", "use_qalora")
 _MERGE_HINT = "it cannot share a batch with other adapters: merge it into its base with `sam3lora export --merge`"
+
+
+class NotLowRankError(UserError):
+    """The adapter does more than LoRA or DoRA on Linear and Conv2d modules, so the bank cannot hold it."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,7 @@ class AdapterWeights:
         rank: the largest of the modules.
         size_bytes: of the tensors.
         version: digest of the folder's files; changes whenever the adapter does.
+        signature: `folder_signature` of the folder that was read; it tells sooner than `version` of a change.
         components: names of ``COMPONENTS`` that the adapter changes.
     """
 
@@ -84,6 +90,7 @@ class AdapterWeights:
     rank: int
     size_bytes: int
     version: str
+    signature: FolderSignature
     components: frozenset[str]
 
     @property
@@ -125,27 +132,16 @@ def read_adapter_weights(
         max_rank: refuse larger ranks before anything of their size is read.
 
     Raises:
-        UserError: the folder is incomplete, damaged or for another base, or the adapter does more than LoRA or DoRA on
-            Linear and Conv2d modules; or the folder changed each time it was read.
+        NotLowRankError: the adapter does more than LoRA or DoRA on Linear and Conv2d modules.
+        UserError: the folder is incomplete, damaged or for another base, or changed each time it was read.
     """
     folder = Path(folder)
-    for _ in range(_ATTEMPTS):
-        before = _signature(folder)
-        try:
-            weights = _read(folder, model, check_base, max_rank)
-        except UserError:
-            if _signature(folder) == before:
-                raise
-        except OSError as error:
-            if _signature(folder) == before:
-                raise UserError(f"{folder} cannot be read: {error.strerror}") from error
-        else:
-            if _signature(folder) == before:
-                return weights
-    raise UserError(f"{folder} changed while it was being read: try again")
+    return read_unchanged(folder, lambda signature: _read(folder, signature, model, check_base, max_rank))
 
 
-def _read(folder: Path, model: nn.Module, check_base: bool, max_rank: int | None) -> AdapterWeights:
+def _read(
+    folder: Path, signature: FolderSignature, model: nn.Module, check_base: bool, max_rank: int | None
+) -> AdapterWeights:
     config = read_config(folder)
     _check_supported(config, folder)
     metadata = read_metadata(folder)
@@ -168,6 +164,7 @@ def _read(folder: Path, model: nn.Module, check_base: bool, max_rank: int | None
         rank=rank,
         size_bytes=sum(weights.size_bytes for weights in modules.values()),
         version=version,
+        signature=signature,
         components=frozenset(component for name in modules if (component := component_of(name)) is not None),
     )
 
@@ -188,7 +185,7 @@ def _check_supported(config: LoraConfig, folder: Path) -> None:
     variants = [field.name for field in fields(LoraConfig) if field.metadata.get("is_lora_variant")]
     for field in (*_UNSUPPORTED, *variants):
         if field != "use_dora" and getattr(config, field, None):
-            raise UserError(f"{folder}: {CONFIG_FILE} sets {field}; {_MERGE_HINT}")
+            raise NotLowRankError(f"{folder}: {CONFIG_FILE} sets {field}; {_MERGE_HINT}")
 
 
 def _find_targets(config: LoraConfig, base: nn.Module, folder: Path) -> dict[str, _Target]:
@@ -209,11 +206,15 @@ def _find_targets(config: LoraConfig, base: nn.Module, folder: Path) -> dict[str
 
 def _target(config: LoraConfig, name: str, module: nn.Module, folder: Path) -> _Target:
     if not isinstance(module, nn.Linear | nn.Conv2d):
-        raise UserError(f"{folder} adapts {name}, a {type(module).__name__} and no Linear or Conv2d; {_MERGE_HINT}")
+        raise NotLowRankError(
+            f"{folder} adapts {name}, a {type(module).__name__} and no Linear or Conv2d; {_MERGE_HINT}"
+        )
     if isinstance(module, nn.Conv2d) and (
         module.groups != 1 or module.dilation != (1, 1) or module.padding_mode != "zeros"
     ):  # PEFT's own layers leave the last two out
-        raise UserError(f"{folder} adapts {name}, a grouped, dilated or specially padded convolution; {_MERGE_HINT}")
+        raise NotLowRankError(
+            f"{folder} adapts {name}, a grouped, dilated or specially padded convolution; {_MERGE_HINT}"
+        )
     ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
     rank = ranks.get(get_pattern_key(list(ranks), name), config.r)
     alpha = alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha)
@@ -229,19 +230,6 @@ def _target(config: LoraConfig, name: str, module: nn.Module, folder: Path) -> _
 
 def _key(name: str, tensor: str) -> str:
     return f"{_PEFT_PREFIX}{name}.{tensor}"
-
-
-def _signature(folder: Path) -> list[tuple[int, ...] | None]:
-    """Changes when a file is replaced or written to."""
-    found: list[tuple[int, ...] | None] = []
-    for name in (CONFIG_FILE, WEIGHTS_FILE, METADATA_FILE):
-        try:
-            stat = (folder / name).stat()
-        except OSError:
-            found.append(None)
-        else:
-            found.append((stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
-    return found
 
 
 def _read_tensors(folder: Path, expected: dict[str, tuple[int, ...]]) -> tuple[dict[str, Tensor], str]:

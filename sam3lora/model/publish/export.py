@@ -18,15 +18,17 @@ import torch
 from torch import Tensor, nn
 from transformers import Sam3ImageProcessor, Sam3Processor
 
+from sam3lora.config.post_processing import PostProcessing
 from sam3lora.errors import RunFailed, UserError
 from sam3lora.files import replace_folder, sync_files
 from sam3lora.model.adapter.folder import is_adapter_folder, load_adapter
 from sam3lora.model.adapter.lora_layers import adapted_modules
-from sam3lora.model.adapter.metadata import METADATA_FILE, AdapterMetadata, read_metadata
+from sam3lora.model.adapter.metadata import AdapterMetadata, read_metadata, write_metadata
 from sam3lora.model.base_folder import TINY
 from sam3lora.model.fingerprint import fingerprint
 from sam3lora.model.loading import LoadedBase, load_base
-from sam3lora.model.publish.hub import CARD_FILE, check_folder, is_merged_folder
+from sam3lora.model.publish.hub import check_folder, is_merged_folder
+from sam3lora.model.publish.model_card import CARD_FILE
 from sam3lora.model.tokenization import tokenize
 
 TOLERANCE = 1e-5
@@ -236,8 +238,7 @@ def _describe(folder: Path, report: ExportReport, metadata: AdapterMetadata) -> 
         "check": report.check,
         "differences": {name: asdict(difference) for name, difference in report.differences.items()},
     }
-    text = json.dumps(json.loads(metadata.to_json()) | {"merge": merge}, indent=2, ensure_ascii=False)
-    (folder / METADATA_FILE).write_text(text + "\n", encoding="utf-8")
+    write_metadata(folder, metadata.to_dict() | {"merge": merge})
 
 
 def _render_card(report: ExportReport, metadata: AdapterMetadata) -> str:
@@ -262,7 +263,7 @@ def _render_card(report: ExportReport, metadata: AdapterMetadata) -> str:
         side=report.resolution,
         cls_state="on" if metadata.geometry_cls else "off",
         cls=cls if metadata.geometry_cls else "",
-        threshold=metadata.thresholds.get("detection_threshold", 0.5),
+        threshold=(metadata.post_processing or PostProcessing()).threshold,
         check=report.check,
         rows=rows,
         metrics=f"\n## Metrics\n\n| | |\n|---|---|\n{metrics}\n" if metrics else "",

@@ -12,8 +12,8 @@ from sam3lora.errors import UserError
 from sam3lora.model.adapter.folder import check_adapter_folder, is_adapter_folder
 from sam3lora.model.adapter.metadata import METADATA_FILE, read_metadata
 from sam3lora.model.base_folder import find_base
+from sam3lora.model.publish.model_card import CARD_FILE
 
-CARD_FILE = "README.md"
 CARD_HEAD_LINES = 16
 _PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 

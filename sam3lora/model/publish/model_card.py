@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
+from sam3lora.config.post_processing import PostProcessing
 from sam3lora.model.adapter.metadata import AdapterMetadata
 from sam3lora.model.base_folder import TINY
+
+CARD_FILE = "README.md"
 
 
 def render_model_card(metadata: AdapterMetadata) -> str:
@@ -33,16 +37,27 @@ def render_model_card(metadata: AdapterMetadata) -> str:
         "## With transformers and PEFT alone",
         _stock_code(metadata, base),
     ]
+    post = metadata.post_processing
     for title, values in (
         ("Metrics", metadata.metrics),
         ("Data", metadata.data),
-        ("Thresholds", metadata.thresholds),
+        ("Post-processing", {} if post is None else post.model_dump(mode="json")),
         ("LoRA", metadata.lora),
         ("Versions", metadata.versions),
     ):
         if values:
             sections += [f"## {title}", _table(values)]
     return "\n\n".join(sections) + "\n"
+
+
+def update_post_processing(card: str, post: PostProcessing) -> str:
+    """A model card with other post-processing settings; the rest of it, which somebody may have edited, stays."""
+    card = re.sub(r"(post_process_instance_segmentation\(outputs, threshold=)[^,)]+", rf"\g<1>{post.threshold}", card)
+    section = f"## Post-processing\n\n{_table(post.model_dump(mode='json'))}\n"
+    earlier = re.search(r"^## (Post-processing|Thresholds)\n.*?(?=\n^## |\Z)", card, re.MULTILINE | re.DOTALL)
+    if earlier is None:
+        return f"{card.rstrip()}\n\n{section}"
+    return card[: earlier.start()] + section + card[earlier.end() :]
 
 
 def _stock_code(metadata: AdapterMetadata, base: str) -> str:
@@ -83,7 +98,7 @@ def _stock_code(metadata: AdapterMetadata, base: str) -> str:
             'inputs["input_boxes"] = torch.full((1, 1, 4), -10.0)',
             'inputs["input_boxes_labels"] = torch.full((1, 1), -10)',
         ]
-    threshold = metadata.thresholds.get("detection_threshold", 0.5)
+    threshold = (metadata.post_processing or PostProcessing()).threshold
     lines += [
         'sizes = inputs.pop("original_sizes").tolist()',
         "with torch.inference_mode():",

@@ -19,7 +19,7 @@ import torch
 from sam3lora.config import Config
 from sam3lora.data.batch import Batch
 from sam3lora.data.images import ImageError
-from sam3lora.engine.device_errors import is_out_of_memory
+from sam3lora.engine.device import is_out_of_memory
 from sam3lora.errors import OutOfMemory, RunFailed
 from sam3lora.training.metrics_log import memory_mb
 from sam3lora.training.step import StepCounts

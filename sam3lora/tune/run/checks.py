@@ -8,9 +8,9 @@ from sam3lora.config import Config
 from sam3lora.data.coco import CocoIndex
 from sam3lora.errors import UserError
 from sam3lora.evaluation.ask.run import asked_categories
-from sam3lora.evaluation.ask.split_results import Answers
 from sam3lora.evaluation.metrics.ground_truth import build_ground_truth
 from sam3lora.evaluation.metrics.measure import measure_split
+from sam3lora.evaluation.split_results import SplitResults
 from sam3lora.training.datasets import load_run_data
 from sam3lora.training.validator import evaluation_settings
 from sam3lora.tune.space.reader import SearchSpace
@@ -58,7 +58,7 @@ def why_undefined(metric: str, index: CocoIndex, config: Config) -> str | None:
     index = index.select_rows(range(len(index))[: settings.num_samples])
     categories = asked_categories(index, settings)
     image_ids = index.table.column("image_id").to_pylist()
-    silent = Answers(presence={(image, category.id): 0.0 for image in image_ids for category in categories})
+    silent = SplitResults(presence={(image, category.id): 0.0 for image in image_ids for category in categories})
     found = measure_split(build_ground_truth(index, categories), silent, exhaustive=config.data.exhaustive)
     if getattr(found, metric) is not None:
         return None

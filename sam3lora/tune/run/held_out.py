@@ -7,7 +7,6 @@ once, at the end.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +63,7 @@ def measure_held_out(
     folders = {BEST_TRIAL: best_adapter}
     if base_adapter is not None and base_adapter.resolve() != best_adapter.resolve():
         folders = {BASE_CONFIGURATION: base_adapter, **folders}
-    settings = replace(evaluation_settings(config), **({"num_samples": None} | changes))
+    settings = evaluation_settings(config).changed(**({"num_samples": None} | changes))
     device = {"auto": None, True: "cuda", False: "cpu"}[config.scaling.use_gpu]
     found: dict[str, SplitMetrics] = {}
     for models in _models(folders, config, device):
@@ -109,7 +108,7 @@ def _models(folders: dict[str, Path], config: Config, device: str | None) -> lis
     }
     groups = by_resolution.items()
     return [
-        Models(adapters, with_base=number == 0, segmenter={**options, "resolution": resolution})
+        Models(adapters, with_base=number == 0, options={**options, "resolution": resolution})
         for number, (resolution, adapters) in enumerate(groups)
     ]
 

@@ -95,7 +95,7 @@ def test_num_samples_limits_the_measured_images(measured):
 
 def test_validation_while_training_detects_as_configured(measured):
     # mAP has no score cut: the threshold counts false alarms, and says what may be merged
-    changes = {"prob_threshold": 0.6, "nms_iou": 0.4, "merge": True, "merge_iou": 0.5, "max_detections": 7}
+    changes = {"threshold": 0.6, "nms_iou": 0.4, "merge": True, "merge_iou": 0.5, "max_detections": 7}
     calls = measured(*(f"evaluation.{key}={json.dumps(value)}" for key, value in changes.items()))
     assert calls["ask_split"][1]["post"] == PostProcessing(
         threshold=0.0, nms="mask", nms_iou=0.4, merge=True, merge_iou=0.5, merge_threshold=0.6, max_detections=7
@@ -103,8 +103,15 @@ def test_validation_while_training_detects_as_configured(measured):
     assert calls["measure_split"][1]["threshold"] == 0.6
 
 
+@acts("evaluation.nms", "evaluation.prompt_thresholds")
+@pytest.mark.parametrize(("key", "value"), [("nms", "box"), ("prompt_thresholds", {"crack": 0.4})])
+def test_post_processing_has_the_configured_value(key, value):
+    config = load_config("light", [f"evaluation.{key}={json.dumps(value)}"])
+    assert getattr(config.evaluation.post_processing, key) == value
+
+
 @acts(
-    "evaluation.prob_threshold",
+    "evaluation.threshold",
     "evaluation.nms_iou",
     "evaluation.merge",
     "evaluation.merge_iou",
@@ -113,7 +120,7 @@ def test_validation_while_training_detects_as_configured(measured):
 @pytest.mark.parametrize(
     ("key", "name", "default", "changed"),
     [
-        ("prob_threshold", "detection_threshold", 0.3, 0.6),
+        ("threshold", "threshold", 0.5, 0.6),
         ("nms_iou", "nms_iou", 0.7, 0.4),
         ("merge", "merge", False, True),
         ("merge_iou", "merge_iou", 0.15, 0.5),
@@ -124,7 +131,7 @@ def test_adapter_carries_how_detections_are_made(key, name, default, changed, ru
     # What inference and serving use with this adapter unless they are told otherwise.
     def saved(*overrides):
         folder = run("training.max_steps=1", *overrides).best_adapter
-        return json.loads((folder / "sam3lora.json").read_text())["thresholds"]
+        return json.loads((folder / "sam3lora.json").read_text())["post_processing"]
 
     before, after = saved(), saved(f"evaluation.{key}={json.dumps(changed)}")
     assert before[name] == default
