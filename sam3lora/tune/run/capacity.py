@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from sam3lora.cluster import check_room, choose_gpu, in_words, most_workers, worker_resources
 from sam3lora.config import Config
 from sam3lora.errors import UserError
-from sam3lora.training.ray_resources import check_room, choose_gpu, in_words, most_workers, worker_resources
 
 _MOST_TRIALS = 1000
 
