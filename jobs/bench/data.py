@@ -21,7 +21,6 @@ from torch import Tensor
 from jobs.bench.plain_data import plain_loader
 from jobs.bench.processes import Measured, Round, Work, measure_in_turns
 from jobs.bench.report import Comparison, Way
-from sam3lora.data.batch import collate
 from sam3lora.data.coco import CocoIndex
 from sam3lora.data.pipeline import iterate_batches, stream_batches
 from sam3lora.data.plan import BatchPlan
@@ -155,14 +154,14 @@ def our_batches(folder: Path, work: DataWork, *, use_ray: bool) -> Callable[[], 
             decoded = stream_batches(index.table, plans, settings, num_cpus=1)
         else:
             decoded = iterate_batches(index.table, plans, settings)
-        for batch in map(collate, decoded):
+        for batch in decoded:
             masks = batch.masks()
             assert masks is not None
             yield {
-                "images": batch.images_NHWC,
-                "query_image": batch.query_image_B,
-                "num_targets": batch.num_B,
-                "boxes": batch.boxes_cxcywh_T4,
+                "images": torch.from_numpy(batch.images_NHWC),
+                "query_image": torch.from_numpy(batch.query_image_B),
+                "num_targets": torch.from_numpy(batch.num_B),
+                "boxes": torch.from_numpy(batch.boxes_cxcywh_T4),
                 "masks": masks,
             }
 

@@ -74,7 +74,7 @@ def compare_waiting(work: WaitWork | None = None, *, rounds: int = 3, num_thread
 def make_trainer(folder: str, work: WaitWork, ahead: bool) -> Round:
     """A round takes the steps of one epoch; the weights stay as they are, so every round has the same losses."""
     from jobs.bench.our_training import make_runner
-    from sam3lora.data.batch import Batch, collate
+    from sam3lora.data.batch import Batch
     from sam3lora.data.pipeline import iterate_batches
     from sam3lora.data.plan import plan_run
     from sam3lora.training.datasets import BatchSource, load_run_data
@@ -93,7 +93,7 @@ def make_trainer(folder: str, work: WaitWork, ahead: bool) -> Round:
             batches = BatchSource(data, config, use_ray=False).training_batches(0, 0)
         else:
             plans = plan_run(len(data.train), batch_size=1, num_epochs=1, seed=config.training.seed)
-            batches = map(collate, iterate_batches(data.train.table, plans, data.train_settings))
+            batches = iterate_batches(data.train.table, plans, data.train_settings)
         next(batches)
         losses, waited, start = [], 0.0, time.perf_counter()
         for _ in range(work.num_steps):

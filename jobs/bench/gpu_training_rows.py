@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -104,7 +103,7 @@ class PlainTraining:
         # Without boxes the stock forward leaves the geometry encoder out.
         components = tuple(name for name in lora.components or () if name != "geometry_encoder")
         self.case = case
-        self.peft = apply_lora(model, replace(lora, components=components), geometry_cls=False)
+        self.peft = apply_lora(model, lora.model_copy(update={"components": components}), geometry_cls=False)
         train_adapter_alone(self.peft)
         self.parameters = [parameter for parameter in self.peft.parameters() if parameter.requires_grad]
         self._optimizer = make_optimizer(self.parameters)

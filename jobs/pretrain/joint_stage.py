@@ -25,7 +25,7 @@ from jobs.pretrain.vision_stage import (
     dense_targets,
     to_pixel_values,
 )
-from sam3lora.losses import Criterion, LossWeights, Normalizer, Predictions, Targets, count_semantic
+from sam3lora.losses import Criterion, LossSection, Normalizer, Predictions, Targets
 from sam3lora.model.staged.forward import StagedSam3, VisionFeatures
 
 LOCATING_SHARE = 0.3
@@ -98,8 +98,8 @@ def train_joint(
 
     ``heads`` and ``token_head`` are temporary; ``banks`` are scenes with the probability to draw from each.
     """
-    weights = LossWeights(bbox=5, giou=2, ce=20, presence=10, mask=100, dice=5, semantic=10, semantic_dice=5, o2m=1)
-    criterion = Criterion(weights, pad_n_queries=None, touch_unused=False)
+    loss = LossSection(bbox=5, giou=2, ce=20, presence=10, mask=100, dice=5, semantic=10, semantic_dice=5, o2m=1)
+    criterion = Criterion(loss, pad_n_queries=None, touch_unused=False)
     staged = StagedSam3(model)
     slow = [p for n, p in model.named_parameters() if n.startswith("vision_encoder.backbone")]
     slow_ids = {id(p) for p in slow}
@@ -173,7 +173,7 @@ def train_joint(
         normalizer = Normalizer(
             num_queries=len(prompts),
             num_boxes=max(1, len(targets.boxes_cxcywh_T4)),
-            num_semantic=max(1, count_semantic(targets)),
+            num_semantic=max(1, len(targets.query_index()[targets.has_mask_pixels()].unique())),
             scale=1.0,
         )
         output = criterion(predictions, targets, normalizer)

@@ -10,11 +10,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .components import COMPONENTS
     from .loading import load_config, preset_names
-    from .lora import COMPONENTS
     from .root import Config
 
-_HOME = {"COMPONENTS": "lora", "Config": "root", "load_config": "loading", "preset_names": "loading"}
+_HOME = {"COMPONENTS": "components", "Config": "root", "load_config": "loading", "preset_names": "loading"}
 
 __all__ = ["COMPONENTS", "Config", "load_config", "preset_names"]
 

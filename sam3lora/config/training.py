@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ..errors import UserError
 from ._section import Section
-from .lora import COMPONENTS
+from .components import COMPONENTS
 from .loss import LossSection
 
 _SCHEDULES = {
@@ -186,12 +186,6 @@ class TrainingSection(Section):
         if self.batch_size == "auto":
             raise ValueError("training.batch_size is auto: it is known when the run has been set up")
         return self.batch_size
-
-    def with_images_per_forward(self, batch_size: int) -> TrainingSection:
-        """The same section and step with a number in place of `auto`: a divisor of the step's images."""
-        accumulation = images_per_step(self) // batch_size
-        changed = {"batch_size": batch_size, "images_per_step": None, "gradient_accumulation_steps": accumulation}
-        return self.model_copy(update=changed)
 
     def required_data_dir(self) -> Path:
         """The data folder as a path.

@@ -1,4 +1,4 @@
-"""The named parts of a SAM 3 model, and which part a module or a parameter belongs to.
+"""Components: the named parts of a SAM 3 model, and the component of a module or parameter.
 
 Component flags, per-component learning rates, parameter tables and gradient checkpointing all use these names.
 """
@@ -10,26 +10,17 @@ from typing import cast
 
 from torch import nn
 
-# Component -> the children of Sam3Model it consists of. The top-level `text_projection` maps text features to the
-# detector's width and is used; the CLIP tower's own `text_encoder.text_projection` is not.
-COMPONENT_ROOTS: dict[str, tuple[str, ...]] = {
-    "vision_encoder": ("vision_encoder",),
-    "text_encoder": ("text_encoder", "text_projection"),
-    "geometry_encoder": ("geometry_encoder",),
-    "detr_encoder": ("detr_encoder",),
-    "detr_decoder": ("detr_decoder",),
-    "mask_decoder": ("mask_decoder",),
-    "scoring": ("dot_product_scoring",),
-}
-COMPONENTS = tuple(COMPONENT_ROOTS)
+from sam3lora.config.components import COMPONENT_ROOTS
+from sam3lora.config.components import COMPONENTS as COMPONENTS
+
 _COMPONENT_OF_ROOT = {root: component for component, roots in COMPONENT_ROOTS.items() for root in roots}
 
-# What DDP, torch.compile, PEFT and Sam3VideoModel put in front of a Sam3Model's own names.
+# Prefixes of DDP, torch.compile, PEFT and Sam3VideoModel before a Sam3Model's own names.
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.", "base_model.model.", "detector_model.")
 
 
 def bare_name(name: str) -> str:
-    """The name a module or parameter has in the plain base model, without what wrappers and adapters add.
+    """The name of a module or parameter in the plain base model, without the parts that wrappers and adapters add.
 
     >>> bare_name("base_model.model.vision_encoder.backbone.layers.0.mlp.fc1.base_layer.weight")
     'vision_encoder.backbone.layers.0.mlp.fc1.weight'
@@ -68,22 +59,13 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def component_modules(model: nn.Module) -> dict[str, list[nn.Module]]:
-    """Root modules of each component that the model has, in the order of ``COMPONENTS``."""
+    """Root modules of each component of the model, in the order of ``COMPONENTS``."""
     children = dict(unwrap(model).named_children())
     found = {
         component: [children[root] for root in roots if root in children]
         for component, roots in COMPONENT_ROOTS.items()
     }
     return {component: modules for component, modules in found.items() if modules}
-
-
-def parameters_by_component(model: nn.Module, *, trainable_only: bool = False) -> dict[str, list[nn.Parameter]]:
-    """Parameters grouped by component; what belongs to none is under ``"other"``. Empty groups are left out."""
-    groups: dict[str, list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad or not trainable_only:
-            groups.setdefault(component_of(name) or "other", []).append(parameter)
-    return groups
 
 
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -103,10 +85,11 @@ def adapted_modules(model: nn.Module) -> tuple[str, ...]:
 def never_gets_gradient(model: nn.Module, *, geometry_cls: bool = True) -> tuple[str, ...]:
     """Modules of a SAM 3 that no text-prompted training step can reach; empty for other models.
 
-    The CLIP tower's own projection is not used; the coarsest feature level is computed and discarded, so its neck
-    layer and the pixel decoder stages beyond the used levels are idle; the box layers of the geometry encoder see no
-    box, its self-attention sees the CLS token alone (one key has weight 1, whatever query and key are), and without
-    the CLS token the whole geometry encoder is idle.
+    - The CLIP tower's own projection is not used.
+    - The coarsest feature level is computed and discarded, so its neck layer and the pixel decoder stages beyond the
+      used levels have no effect.
+    - The box layers of the geometry encoder get no box, and its self-attention gets the CLS token alone: one key has
+      weight 1, whatever query and key are. Without the CLS token the whole geometry encoder is unused.
     """
     base = unwrap(model)
     modules = dict(base.named_modules())

@@ -16,7 +16,6 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from sam3lora.config.post_processing import PostProcessing
 from sam3lora.errors import UserError
 from sam3lora.model.adapter.folder import (
     CONFIG_FILE,
@@ -26,18 +25,13 @@ from sam3lora.model.adapter.folder import (
     is_adapter_folder,
     read_metadata,
 )
-from sam3lora.model.adapter.metadata import METADATA_FILE, AdapterMetadata
+from sam3lora.model.adapter.metadata import METADATA_FILE, recorded_post_processing
 from sam3lora.model.components import COMPONENTS, component_of
 from serve_app.http.errors import ServeError, refuse_as
 from serve_app.http.schemas import AdapterResponse
 from serve_app.settings import ADAPTER_ID_PATTERN, AdapterSettings
 
 FILES = (CONFIG_FILE, WEIGHTS_FILE, METADATA_FILE)
-
-
-def recorded_post_processing(metadata: AdapterMetadata | None) -> PostProcessing:
-    """The settings recorded with an adapter; the defaults for an adapter without any."""
-    return (metadata and metadata.post_processing) or PostProcessing()
 
 
 @dataclass(frozen=True)

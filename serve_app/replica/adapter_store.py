@@ -15,11 +15,12 @@ from typing import Any, NamedTuple, TypeVar
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.engine.engine import Engine
 from sam3lora.model.adapter.folder import FolderSignature
+from sam3lora.model.adapter.metadata import recorded_post_processing
 from sam3lora.model.adapter.weights import AdapterWeights
 from serve_app.http.errors import ServeError, refuse_as
 from serve_app.http.schemas import AdapterResponse
 from serve_app.metrics import ReplicaMetrics
-from serve_app.replica.adapter_folders import AdapterFolder, AdapterFolders, recorded_post_processing
+from serve_app.replica.adapter_folders import AdapterFolder, AdapterFolders
 from serve_app.replica.adapter_slots import Load, LoadedAdapter, SlotTable
 from serve_app.replica.shared_calls import SharedCalls
 from serve_app.settings import AdapterSettings

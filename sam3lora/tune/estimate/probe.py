@@ -1,4 +1,4 @@
-"""What a trial costs in time, memory and disk, from two real optimizer steps."""
+"""A probe of a trial: time, memory and disk, measured with two real optimizer steps."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from sam3lora.data.images import ImageError
 from sam3lora.engine.device import is_out_of_memory
 from sam3lora.errors import OutOfMemory, RunFailed
 from sam3lora.training.metrics_log import memory_mb
-from sam3lora.training.setup import Worker, set_up
 from sam3lora.training.step import StepCounts
-from sam3lora.training.update import evaluate_batch, optimizer_step
+from sam3lora.training.trainer import Trainer
+from sam3lora.training.update import optimizer_step
 from sam3lora.tune.run.capacity import trial_needs
 
 _STEPS, _BATCHES = 2, 2
@@ -32,30 +32,30 @@ _STEPS, _BATCHES = 2, 2
 
 @dataclass(frozen=True)
 class ImageCost:
-    """Seconds an image: to read and decode it on one CPU, and to compute with it on the device."""
+    """Seconds per image: to read and decode it on one CPU, and to compute with it on the device."""
 
     decode_s: float = 0.0
     compute_s: float = 0.0
 
     def seconds(self, data_workers: int) -> float:
-        """With so many CPUs that decode ahead of a training worker; 0 = the worker decodes by itself."""
+        """Seconds with this number of data tasks that decode ahead of a worker; 0 = the worker decodes itself."""
         return max(self.decode_s / data_workers, self.compute_s) if data_workers else self.decode_s + self.compute_s
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What was measured with a configuration.
+    """Measurements with one configuration.
 
     Attributes:
-        device: Where, in words.
-        num_train, num_valid: Images of the splits that are trained on, and that the validation loss is taken of.
-        start_s: Seconds until the first step, of a trial on its own: imports, model and data.
-        train, valid: An image seen again, as in all epochs but the first: whatever is cached is cached.
-        first_train, first_valid: An image seen for the first time.
-        metrics_s: Seconds an image to measure mAP and cgF1; None if they are not measured.
+        device: In words.
+        num_train, num_valid: Images of the training and validation splits.
+        start_s: Seconds until the first step: imports, model and data.
+        train, valid: Cost of an image seen again, as in all epochs but the first: the caches are filled.
+        first_train, first_valid: Cost of an image seen for the first time.
+        metrics_s: Seconds per image to measure mAP and cgF1; None if they are not measured.
         num_measured: Images that they are measured on.
-        memory_mb: Peak, on a GPU of its allocator, else of this whole process.
-        cache_bytes: An image's share of the caches on disk.
+        memory_mb: Peak memory: of the GPU's allocator, else of this whole process.
+        cache_bytes: Bytes per image of the caches on disk.
         uses_features: Whether images seen again came from cached vision features.
     """
 
@@ -74,6 +74,11 @@ class Probe:
     uses_features: bool
 
 
+def data_workers(config: Config) -> int:
+    """Data tasks that decode ahead of each worker; 0 if the worker decodes itself, as it does without Ray."""
+    return config.training.num_workers if config.scaling.num_workers else 0
+
+
 def run_probe(config: Config) -> Probe:
     """Train two steps of one batch each and validate two batches, then the same images once more.
 
@@ -87,9 +92,16 @@ def run_probe(config: Config) -> Probe:
     """
     try:
         with tempfile.TemporaryDirectory(prefix="sam3lora-probe-") as folder, _threads_of_a_worker(config):
-            return _measure(_probe_config(config, Path(folder)), Path(folder))
+            changes = {
+                "training.cache_dir": f"{folder}/cache",
+                "training.gradient_accumulation_steps": 1,
+                "training.num_epochs": _STEPS,
+                "output.output_dir": f"{folder}/run",
+                "logging.tensorboard": False,
+            }
+            return _measure(config.changed(changes), Path(folder))
     except ImageError as error:
-        raise RunFailed(f"{error}. Mend or remove it, or set training.on_bad_image=skip") from error
+        raise RunFailed(f"{error}. Repair or remove it, or set training.on_bad_image=skip") from error
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -108,18 +120,18 @@ def _measure(config: Config, folder: Path) -> Probe:
     run_dir = Path(config.output.output_dir)
     run_dir.mkdir()
     started = time.perf_counter()
-    worker = set_up(config, run_dir, use_ray=False)
+    trainer = Trainer(config, run_dir, use_ray=False)
     start_s = _import_seconds() + time.perf_counter() - started
-    first_train, first_valid = _train(worker), _validate(worker)
-    loaded = worker.runner.images.features_loaded
-    train, valid = _train(worker), _validate(worker)
-    uses_features = worker.runner.images.features_loaded > loaded
-    metrics_s, num_measured = _metrics(worker)
-    num_train, num_valid = len(worker.data.train), len(worker.data.valid or ())
-    size = worker.config.training.images_per_forward
+    first_train, first_valid = _train(trainer), _validate(trainer)
+    loaded = trainer.runner.images.features_loaded
+    train, valid = _train(trainer), _validate(trainer)
+    uses_features = trainer.runner.images.features_loaded > loaded
+    metrics_s, num_measured = _metrics(trainer)
+    num_train, num_valid = len(trainer.data.train), len(trainer.data.valid or ())
+    size = trainer.config.training.images_per_forward
     num_visited = min(_STEPS * size, num_train) + min(_BATCHES * size, num_valid)
     return Probe(
-        device=_device_in_words(worker.device),
+        device=_device_in_words(trainer.device),
         num_train=num_train,
         num_valid=num_valid,
         start_s=start_s,
@@ -129,82 +141,68 @@ def _measure(config: Config, folder: Path) -> Probe:
         first_valid=first_valid,
         metrics_s=metrics_s,
         num_measured=num_measured,
-        memory_mb=memory_mb(worker.device),
+        memory_mb=memory_mb(trainer.device),
         cache_bytes=_bytes_in(folder / "cache") / num_visited,
         uses_features=uses_features,
     )
 
 
-def _probe_config(config: Config, folder: Path) -> Config:
-    training = {"cache_dir": str(folder / "cache"), "gradient_accumulation_steps": 1, "num_epochs": _STEPS}
-    return config.model_copy(
-        update={
-            "training": config.training.model_copy(update=training),
-            "output": config.output.model_copy(update={"output_dir": str(folder / "run")}),
-            "logging": config.logging.model_copy(update={"tensorboard": False}),
-        }
-    )
-
-
-def _train(worker: Worker) -> ImageCost:
+def _train(trainer: Trainer) -> ImageCost:
     """The cost of the last of two steps: the first one also warms up."""
-    with contextlib.closing(worker.batches.training_batches(0, 0)) as batches:
-        return _cost(worker, islice(batches, _STEPS), lambda batch: optimizer_step(worker, [batch]))
+    with contextlib.closing(trainer.batches.training_batches(0, 0)) as batches:
+        return _cost(trainer, islice(batches, _STEPS), lambda batch: optimizer_step(trainer, [batch]))
 
 
-def _validate(worker: Worker) -> ImageCost:
-    if worker.data.valid is None:
+def _validate(trainer: Trainer) -> ImageCost:
+    if trainer.data.valid is None:
         return ImageCost()
-    worker.model.eval()
-    with contextlib.closing(worker.batches.validation_batches()) as batches:
+    trainer.model.eval()
+    with contextlib.closing(trainer.batches.validation_batches()) as batches:
         return _cost(
-            worker,
+            trainer,
             islice(batches, _BATCHES),
-            lambda batch: evaluate_batch(worker.runner, batch, StepCounts.of([batch]).normalizer()),
+            lambda batch: trainer.runner.evaluate(batch, StepCounts.of([batch]).normalizer()),
         )
 
 
-def _cost(worker: Worker, batches: Iterator[Batch], compute: Callable[[Batch], Any]) -> ImageCost:
-    """Of the last batch that has anything to compute."""
+def _cost(trainer: Trainer, batches: Iterator[Batch], compute: Callable[[Batch], Any]) -> ImageCost:
+    """The cost of an image in the last batch that is not empty."""
     cost = ImageCost()
-    decode_s, batch = _timed(worker, lambda: next(batches, None))
+    decode_s, batch = _timed(trainer, lambda: next(batches, None))
     while batch is not None:
         if batch.num_images and batch.num_queries:
-            compute_s, _ = _timed(worker, lambda: compute(batch))  # noqa: B023
+            compute_s, _ = _timed(trainer, lambda: compute(batch))  # noqa: B023
             cost = ImageCost(decode_s / batch.num_images, compute_s / batch.num_images)
-        decode_s, batch = _timed(worker, lambda: next(batches, None))
+        decode_s, batch = _timed(trainer, lambda: next(batches, None))
     return cost
 
 
-def _metrics(worker: Worker) -> tuple[float | None, int]:
-    """Seconds an image of mAP and cgF1, and how many images they are measured on."""
-    evaluation = worker.config.evaluation
-    if not evaluation.every_epochs or worker.data.valid_complete is None:
+def _metrics(trainer: Trainer) -> tuple[float | None, int]:
+    """Seconds per image to measure mAP and cgF1, and the number of images that a trial measures them on."""
+    evaluation, data = trainer.config.evaluation, trainer.data.valid_complete
+    if not evaluation.every_epochs or data is None:
         return None, 0
-    from sam3lora.training.validator import validation_metrics
-
-    num_images = min(evaluation.num_samples or 10**9, len(worker.data.valid_complete))
-    num_probed = min(num_images, worker.config.training.images_per_forward)
-    few = evaluation.model_copy(update={"num_samples": num_probed})
-    worker.config = worker.config.model_copy(update={"evaluation": few})
-    seconds, _ = _timed(worker, lambda: validation_metrics(worker))
+    num_images = min(evaluation.num_samples or len(data), len(data))
+    num_probed = min(num_images, trainer.config.training.images_per_forward)
+    trainer.validator.config = trainer.config.changed({"evaluation.num_samples": num_probed})
+    seconds, _ = _timed(trainer, trainer.validator.metrics)
     return seconds / num_probed, num_images
 
 
-def _timed(worker: Worker, call: Callable[[], Any]) -> tuple[float, Any]:
+def _timed(trainer: Trainer, call: Callable[[], Any]) -> tuple[float, Any]:
     started = time.perf_counter()
     result = call()
-    if worker.device.type == "cuda":
-        torch.cuda.synchronize(worker.device)
+    if trainer.device.type == "cuda":
+        torch.cuda.synchronize(trainer.device)
     return time.perf_counter() - started, result
 
 
 @contextlib.contextmanager
 def _threads_of_a_worker(config: Config) -> Iterator[None]:
-    """As many CPU threads as a process that trains gets from Ray: the CPUs it reserves but those of its data tasks."""
+    """The CPU threads of a worker under Ray: the CPUs that it reserves, less those of its data tasks."""
     before = torch.get_num_threads()
     own = trial_needs(config, use_gpu=False)[0].get("CPU", 1.0)
-    own -= config.training.num_workers if config.scaling.num_workers else 0
+    own -= data_workers(config)
     torch.set_num_threads(max(1, min(int(own), before)))
     try:
         yield
@@ -214,9 +212,9 @@ def _threads_of_a_worker(config: Config) -> Iterator[None]:
 
 @lru_cache(maxsize=1)
 def _import_seconds() -> float:
-    """Seconds until a fresh process has the libraries of training."""
+    """Seconds that a new process needs to import the libraries of training."""
     started = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import sam3lora.training.worker"], check=False, capture_output=True)
+    subprocess.run([sys.executable, "-c", "import sam3lora.training.trainer"], check=False, capture_output=True)
     return time.perf_counter() - started
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sam3lora.data.batch import Batch
     from sam3lora.model.loading import LoadedBase
     from sam3lora.training.launch import TrainResult
-    from sam3lora.training.setup import Worker
+    from sam3lora.training.trainer import Trainer
 
 BASE_SETTINGS: dict[str, Any] = {
     "lora": {
@@ -88,15 +88,15 @@ def settings(small_base: Path, data_dir: Path, tmp_path: Path) -> Callable[..., 
 
 
 @pytest.fixture
-def build(settings: Callable[..., Config]) -> Callable[..., Worker]:
+def build(settings: Callable[..., Config]) -> Callable[..., Trainer]:
     """`build("lora.rank=4")` -> a worker that is ready for its first step."""
-    from sam3lora.training.setup import set_up
+    from sam3lora.training.trainer import Trainer
 
-    def make(*overrides: str) -> Worker:
+    def make(*overrides: str) -> Trainer:
         config = settings(*overrides)
         output_dir = Path(config.output.output_dir)
         output_dir.mkdir(parents=True)
-        return set_up(config, output_dir, use_ray=False)
+        return Trainer(config, output_dir, use_ray=False)
 
     return make
 
@@ -117,16 +117,16 @@ def _restore_log_level():
     logger.setLevel(level)
 
 
-def first_batch(worker: Worker) -> Batch:
+def first_batch(worker: Trainer) -> Batch:
     return next(worker.batches.training_batches(0, 0))
 
 
-def batches_of_an_epoch(worker: Worker) -> list[Batch]:
+def batches_of_an_epoch(worker: Trainer) -> list[Batch]:
     size = worker.batches.steps_per_epoch * worker.config.training.gradient_accumulation_steps
     return list(islice(worker.batches.training_batches(0, 0), size))
 
 
-def take_step(worker: Worker) -> tuple[dict[str, float], float]:
+def take_step(worker: Trainer) -> tuple[dict[str, float], float]:
     """One update of the adapter: loss terms, and the norm of the gradient before clipping."""
     from sam3lora.training.update import optimizer_step
 
@@ -135,7 +135,7 @@ def take_step(worker: Worker) -> tuple[dict[str, float], float]:
     return terms, norm
 
 
-def loss_terms(worker: Worker, batch: Batch | None = None) -> dict[str, float]:
+def loss_terms(worker: Trainer, batch: Batch | None = None) -> dict[str, float]:
     """Unweighted terms of a batch (the first one) without gradients or dropout."""
     from sam3lora.training.step import StepCounts
 

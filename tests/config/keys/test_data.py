@@ -64,14 +64,14 @@ def test_negative_prompts_are_asked_of_every_image(build):
     batch = first_batch(build(WHOLE_EPOCH, "data.negative_prompts=[paint stain]"))
     rows = [row for row, prompt in enumerate(batch.prompts_B) if prompt == "paint stain"]
     assert sorted(batch.query_image_B[rows].tolist()) == [0, 1, 2, 3]
-    assert not batch.is_positive_B[rows].any()
+    assert not batch.num_B[rows].any()
 
 
 @acts("data.exhaustive")
 def test_without_exhaustive_annotation_only_the_listed_prompts_are_negatives(build):
     def negatives(*overrides):
         batch = first_batch(build(WHOLE_EPOCH, ALL_NEGATIVES, "data.negative_prompts=[paint stain]", *overrides))
-        return {batch.prompts_B[row] for row in (~batch.is_positive_B).nonzero().flatten().tolist()}
+        return {batch.prompts_B[row] for row in (batch.num_B == 0).nonzero()[0].tolist()}
 
     assert negatives() == {"crack", "hole", "moss", "paint stain"}
     assert negatives("data.exhaustive=false") == {"paint stain"}

@@ -7,10 +7,10 @@ import json
 import pytest
 
 from sam3lora.config import load_config
-from sam3lora.engine.detections import PostProcessing
+from sam3lora.config.post_processing import PostProcessing
 from sam3lora.errors import UserError
-from sam3lora.training import validator as validation_metrics
-from sam3lora.training import worker
+from sam3lora.training import validator
+from sam3lora.training.validator import Validator
 
 from .conftest import lines_of
 from .registry import acts
@@ -36,15 +36,15 @@ def test_base_loss_is_measured_before_the_first_step(run):
 def test_best_metric_chooses_the_adapter_and_when_to_stop(metric, epochs, best, run, monkeypatch):
     # mAP rises to the end, cgF1 falls after the second epoch, the loss is lowest after the first.
     measured = iter([{"map": 0.1, "cgf1": 0.1}, {"map": 0.2, "cgf1": 0.5}, {"map": 0.3, "cgf1": 0.2}, {"map": 0.4}])
-    losses, validation_terms = iter([1.0, 2.0, 3.0, 4.0]), worker.validation_terms
+    losses, validation_terms = iter([1.0, 2.0, 3.0, 4.0]), Validator.loss_terms
 
     def scripted(run):
         terms, loss = validation_terms(run), next(losses)
         terms.loss = lambda: loss
         return terms
 
-    monkeypatch.setattr(worker, "validation_terms", scripted)
-    monkeypatch.setattr(worker, "_validation_metrics", lambda run: next(measured))
+    monkeypatch.setattr(Validator, "loss_terms", scripted)
+    monkeypatch.setattr(Validator, "metrics", lambda validator: next(measured))
     result = run(
         f"evaluation.best_metric={metric}",
         "evaluation.every_epochs=1",
@@ -69,13 +69,13 @@ def measured(run, monkeypatch):
     calls = {}
 
     def spy(name):
-        function = getattr(validation_metrics, name)
+        function = getattr(validator, name)
 
         def call(*arguments, **options):
             calls[name] = (arguments, options)
             return function(*arguments, **options)
 
-        monkeypatch.setattr(validation_metrics, name, call)
+        monkeypatch.setattr(validator, name, call)
 
     for name in ("ask_split", "measure_split"):
         spy(name)
@@ -89,7 +89,7 @@ def measured(run, monkeypatch):
 
 @acts("evaluation.num_samples")
 def test_num_samples_limits_the_measured_images(measured):
-    sizes = [len(measured(*overrides)["ask_split"][0][2]) for overrides in ((), ("evaluation.num_samples=1",))]
+    sizes = [len(measured(*overrides)["ask_split"][0][1]) for overrides in ((), ("evaluation.num_samples=1",))]
     assert sizes == [2, 1]
 
 
@@ -97,10 +97,7 @@ def test_validation_while_training_detects_as_configured(measured):
     # mAP has no score cut: the threshold counts false alarms, and says what may be merged
     changes = {"threshold": 0.6, "nms_iou": 0.4, "merge": True, "merge_iou": 0.5, "max_detections": 7}
     calls = measured(*(f"evaluation.{key}={json.dumps(value)}" for key, value in changes.items()))
-    assert calls["ask_split"][1]["post"] == PostProcessing(
-        threshold=0.0, nms="mask", nms_iou=0.4, merge=True, merge_iou=0.5, merge_threshold=0.6, max_detections=7
-    )
-    assert calls["measure_split"][1]["threshold"] == 0.6
+    assert calls["ask_split"][1]["post"] == calls["measure_split"][1]["post"] == PostProcessing(**changes)
 
 
 @acts("evaluation.nms", "evaluation.prompt_thresholds")

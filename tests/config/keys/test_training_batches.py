@@ -67,7 +67,7 @@ def test_accumulated_batches_make_one_step(build):
 def test_num_negatives_are_asked_of_each_image(build):
     def negatives(count):
         batch = first_batch(build(f"training.num_negatives={count}", "training.batch_size=4"))
-        ids = batch.image_ids[batch.query_image_B][~batch.is_positive_B].tolist()
+        ids = batch.image_ids[batch.query_image_B][batch.num_B == 0].tolist()
         return [ids.count(image_id) for image_id in range(4)]
 
     # Image 0 shows two of the three categories, the others one each.

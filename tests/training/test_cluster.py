@@ -7,9 +7,9 @@ import time
 
 import pytest
 
+from sam3lora import cluster
 from sam3lora.cli import main
 from sam3lora.errors import UserError
-from sam3lora.training import ray_resources as cluster
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def test_unreachable_cluster_is_a_mistake_at_once(closed_port, small_base, scene
     assert time.monotonic() - started < 30
 
 
-def test_no_cluster_to_find_is_a_mistake(make_config, monkeypatch):
+def test_no_cluster_to_find_is_a_mistake(monkeypatch):
     import ray
 
     def find_none(**options):
@@ -38,15 +38,15 @@ def test_no_cluster_to_find_is_a_mistake(make_config, monkeypatch):
     monkeypatch.setattr(ray, "init", find_none)
     with (
         pytest.raises(UserError, match=r"cannot join the Ray cluster at auto: Could not find any"),
-        cluster.ray_session(make_config("scaling.address=auto")),
+        cluster.ray_session("auto", num_cpus=1),
     ):
         pass
 
 
-def test_ray_client_is_refused_with_what_to_do(make_config):
+def test_ray_client_is_refused_with_what_to_do():
     with (
         pytest.raises(UserError, match="ray job submit"),
-        cluster.ray_session(make_config("scaling.address='ray://head:10001'")),
+        cluster.ray_session("ray://head:10001", num_cpus=1),
     ):
         pass
 
