@@ -54,7 +54,7 @@ class Progress:
         stderr: bool = False,
         transient: bool = False,
     ) -> None:
-        self.console = Console(stderr=stderr, highlight=False, soft_wrap=True)
+        self.console = Console(stderr=stderr, highlight=False)
         if style == "auto":
             style = "bar" if self.console.is_terminal else "lines"
         self._total, self._unit, self._style = total, unit, style
@@ -106,7 +106,7 @@ class Progress:
     def print(self, text: str) -> None:
         """Write a line above the bar, or into the log."""
         if self._style != "off":
-            (self._bar.console if self._bar else self.console).print(Text(text))  # brackets are no markup
+            self.console.print(Text(text), soft_wrap=not self._bar)  # as Text: brackets are no markup
 
     @property
     def has_bar(self) -> bool:
