@@ -47,7 +47,7 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
     from transformers import Sam3Model
 
-    from sam3lora.model.tiny import initialise, save_tiny, tiny_config, write_tokenizer
+    from jobs.pretrain.tiny_model import initialise, save_tiny, tiny_config, write_tokenizer
 
     words = tmp_path_factory.mktemp("tokenizer")
     vocab_size = write_tokenizer(words, ["gear", "arrow", "bolt", "capsule"])

@@ -21,7 +21,7 @@ from sam3lora.model.adapter.lora_layers import apply_lora
 from sam3lora.model.adapter.metadata import AdapterMetadata
 from sam3lora.model.adapter.weights import read_adapter_weights
 from sam3lora.model.precision import store_matrices_in
-from sam3lora.model.staged.forward import Detections, StagedSam3, TextFeatures, VisionFeatures
+from sam3lora.model.staged.forward import DetectorOutput, StagedSam3, TextFeatures, VisionFeatures
 
 KEPT = 30
 """Object queries whose masks are made."""
@@ -224,9 +224,9 @@ def _draw_masks(config: Any) -> Tensor | None:
     return Workload("blobs", num_masks=KEPT, mask_side=config.image_size // 14 * 4).draw()[1]
 
 
-def _post_process(found: Detections, drawn_KHW: Tensor, best_BK: Tensor) -> None:
+def _post_process(found: DetectorOutput, drawn_KHW: Tensor, best_BK: Tensor) -> None:
     """Suppression and run-length codes of masks of each prompt."""
-    from sam3lora.engine.detections import PostProcessing
+    from sam3lora.config.post_processing import PostProcessing
     from sam3lora.engine.mask_codes import encode_logits
     from sam3lora.engine.postprocess import select
 

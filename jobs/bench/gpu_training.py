@@ -23,7 +23,7 @@ from sam3lora.model.adapter.lora_layers import apply_lora
 from sam3lora.model.checkpointing import enable_checkpointing
 from sam3lora.model.components import COMPONENTS
 from sam3lora.model.precision import store_matrices_in
-from sam3lora.model.staged.forward import Detections, MaskHead, StagedSam3, TextFeatures, VisionFeatures
+from sam3lora.model.staged.forward import DetectorOutput, MaskHead, StagedSam3, TextFeatures, VisionFeatures
 
 Part = Callable[[str], AbstractContextManager[Any]]
 """Entered with the name of what comes next: "vision", "detector", "loss", "backward" or "optimizer"."""
@@ -198,7 +198,7 @@ class Training:
             return self.staged.encode_images(inputs.pixels_ICHW)
 
 
-def predictions_of(found: Detections, head: MaskHead) -> Predictions:
+def predictions_of(found: DetectorOutput, head: MaskHead) -> Predictions:
     """All that SAM 3's training loss judges."""
     return Predictions(
         logits_LBQ=found.logits_LBQ,

@@ -8,8 +8,8 @@ from functools import partial
 import torch
 from transformers import Sam3Config, Sam3Model
 
+from jobs.pretrain.tiny_model import tiny_config
 from sam3lora.errors import UserError
-from sam3lora.model.tiny import tiny_config
 
 
 def small_config() -> Sam3Config:

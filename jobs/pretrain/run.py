@@ -16,10 +16,10 @@ from jobs.pretrain.bank import build_bank
 from jobs.pretrain.joint_stage import TokenHead, train_joint
 from jobs.pretrain.measure import TinyReport, measure
 from jobs.pretrain.snapshot import Snapshot
+from jobs.pretrain.tiny_model import CONTEXT, initialise, save_tiny, tiny_config, write_tokenizer
 from jobs.pretrain.vision_stage import DenseHeads, train_vision
 from sam3lora.data.synth.scenes import WORDS
 from sam3lora.model.staged.forward import StagedSam3
-from sam3lora.model.tiny import CONTEXT, initialise, save_tiny, tiny_config, write_tokenizer
 
 
 @dataclass(frozen=True)

@@ -81,9 +81,7 @@ def run_demo(
     from sam3lora.evaluation.report.saving import compare_and_save
     from sam3lora.training.validator import evaluation_settings
 
-    models = Models(
-        {"adapter": str(adapter)}, segmenter={"device": "cuda" if config.scaling.use_gpu is True else "cpu"}
-    )
+    models = Models({"adapter": str(adapter)}, options={"device": "cuda" if config.scaling.use_gpu is True else "cpu"})
     # The base is asked for all that the adapter was trained on, whether or not the validation images show it.
     settings = evaluation_settings(config.changed({"data.categories": NOUNS["shift"]}))
     base, with_adapter = evaluate_models(data_dir / config.data.valid_split, models, settings, progress=True)

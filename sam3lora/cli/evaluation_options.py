@@ -130,8 +130,7 @@ def written_post(config: Config) -> dict[str, Any]:
 
 
 def _merges(settings: EvaluationSettings, adapters: dict[str, str]) -> bool:
-    from sam3lora.model.adapter.metadata import read_metadata
+    from sam3lora.model.adapter.metadata import read_metadata, recorded_post_processing
 
-    known = [read_metadata(folder) for folder in adapters.values()]
-    recorded = [metadata.post_processing for metadata in known if metadata and metadata.post_processing]
+    recorded = [recorded_post_processing(read_metadata(folder)) for folder in adapters.values()]
     return any(settings.post_processing(post).merge for post in (*recorded, PostProcessing()))

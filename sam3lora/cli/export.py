@@ -1,4 +1,4 @@
-"""`sam3lora export`: an adapter as a merged model, a copy, or a repository on the hub."""
+"""`sam3lora export`: merge an adapter into its base model, copy it, or upload it to the hub."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def export(
         bool, typer.Option("--merge", help="Merge it into its base model, for plain transformers.")
     ] = False,
     output: Annotated[Path | None, typer.Option(help="Folder to write; --merge needs one.")] = None,
-    model: Annotated[str | None, typer.Option(help="Base model; the adapter's own otherwise.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of merged weights: float32 (default) or bfloat16.")] = None,
+    model: Annotated[str | None, typer.Option(help="Base model (default: the adapter's own).")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Type of merged weights: float32 (default) or bfloat16.")] = None,
     push_to: Annotated[str | None, typer.Option(metavar="USER/NAME", help="Upload to the Hugging Face hub.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what --push-to would upload; no network.")] = False,
-    public: Annotated[bool, typer.Option("--public", help="Everybody may see what is uploaded.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="Let everybody see the uploaded files.")] = False,
 ) -> None:
-    """Check an adapter and pass it on: merged, copied, or uploaded (private unless --public).
+    """Check an adapter, then merge it, copy it or upload it (private unless --public).
 
     Example:  sam3lora export --weights outputs/balanced/best --merge --output outputs/merged
     """
@@ -36,9 +36,9 @@ def export(
     if merge and output is None:
         raise UserError("--merge needs a folder to write the merged model to: add --output DIR")
     if not merge and (model or dtype):
-        raise UserError("--model and --dtype say how to merge: add --merge or leave them out")
+        raise UserError("--model and --dtype are options of a merge: add --merge or leave them out")
     if push_to is None and (dry_run or public):
-        raise UserError("--dry-run and --public say how to upload: add --push-to USER/NAME or leave them out")
+        raise UserError("--dry-run and --public are options of an upload: add --push-to USER/NAME or leave them out")
     if output is not None:
         check_job_path(output, "--output")
 
@@ -47,7 +47,7 @@ def export(
     from sam3lora.model.publish.export import copy_adapter, merge_adapter
     from sam3lora.model.publish.hub import check_folder, check_repo_id, push_adapter
 
-    disable_progress_bar()  # of shards, which are written in a moment
+    disable_progress_bar()  # shards are written in a moment
     if push_to is not None:
         check_repo_id(push_to)
     folder = weights[0]

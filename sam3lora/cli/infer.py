@@ -192,10 +192,9 @@ def _print_table(predictions: Predictions) -> None:
 def _merges(settings: dict[str, Any]) -> bool:
     if settings.get("merge") is not None or settings.get("adapter") is None:
         return bool(settings.get("merge"))
-    from sam3lora.model.adapter.metadata import read_metadata
+    from sam3lora.model.adapter.metadata import read_metadata, recorded_post_processing
 
-    metadata = read_metadata(settings["adapter"])
-    return bool(metadata and metadata.post_processing and metadata.post_processing.merge)
+    return recorded_post_processing(read_metadata(settings["adapter"])).merge
 
 
 def _from_config(source: str | None, given: dict[str, Any]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ LONGEST_WAIT_S = 300.0  # for another process to make an array; after that the w
 _DISK_KEPT_FREE = (0.05, 2 * 10**9)  # a share of the disk, or bytes if that is less
 _HEADER_BYTES = 128
 _TEMPORARY_IS_OLD_S = 3600.0
-_SECONDS_BETWEEN_MARKS = 60.0
+_SECONDS_BETWEEN_SIGNS = 60.0  # of use: the mtime of a run's file
 
 
 class ArrayStore:
@@ -190,7 +190,7 @@ class ArrayStore:
         _set_time(self._run, time.time_ns())
 
     def _mark_run_active_if_due(self) -> None:
-        if abs(time.time() - self._marked_s) > _SECONDS_BETWEEN_MARKS:
+        if abs(time.time() - self._marked_s) > _SECONDS_BETWEEN_SIGNS:
             with contextlib.suppress(OSError):
                 self._mark_run_active()
 

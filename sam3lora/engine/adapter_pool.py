@@ -18,7 +18,7 @@ from sam3lora.engine.detections import BoxPrompt, Detections
 from sam3lora.engine.engine import Engine, PromptedImage
 from sam3lora.errors import UserError
 from sam3lora.model.adapter.folder import is_adapter_folder, load_adapter, read_metadata
-from sam3lora.model.adapter.metadata import AdapterMetadata
+from sam3lora.model.adapter.metadata import AdapterMetadata, recorded_post_processing
 from sam3lora.model.adapter.weights import NotLowRankError
 from sam3lora.model.loading import LoadedBase, load_base
 
@@ -103,8 +103,7 @@ class AdapterPool:
             UserError: There is no such adapter.
         """
         self._check(adapter)
-        metadata = None if adapter is None else self.adapters[adapter]
-        return (metadata and metadata.post_processing) or PostProcessing()
+        return recorded_post_processing(None if adapter is None else self.adapters[adapter])
 
     def geometry_cls(self, adapter: str | None) -> bool:
         """Whether the geometry CLS token follows text prompts."""

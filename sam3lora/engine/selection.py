@@ -18,7 +18,7 @@ from sam3lora.config.post_processing import PostProcessing
 from sam3lora.engine.detections import Detections
 from sam3lora.engine.mask_codes import encode_logits, rle_box_xyxy
 from sam3lora.engine.postprocess import Selection, select
-from sam3lora.model.staged.stage_values import Detections as DetectorOutput
+from sam3lora.model.staged.stage_outputs import DetectorOutput
 
 MASKS_AT_ONCE = 256  # 85 MB of logits at 1008
 

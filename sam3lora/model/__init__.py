@@ -1,1 +1,1 @@
-"""SAM 3 itself: loading, adapters, the staged forward, and the built-in tiny model."""
+"""The SAM 3 model: loading, LoRA adapters, the staged forward pass, export, and the built-in tiny model."""

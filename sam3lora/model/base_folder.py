@@ -1,4 +1,4 @@
-"""From the name of a base model to a folder with its files: built in, local, or from the Hugging Face hub."""
+"""Base folders: finding the files of a base model, built in, local or on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from sam3lora.errors import UserError
-from sam3lora.model.tiny import TINY_FOLDER
+from sam3lora.model.tiny import TINY, TINY_FOLDER
 
-TINY = "tiny"
-# Never *.pt, *.bin or *.pth: pickles run code when they are loaded.
+# Never *.pt, *.bin or *.pth: loading a pickle runs code.
 _HUB_PATTERNS = ("*.json", "*.safetensors", "*.txt")
 _TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 
 
 @dataclass(frozen=True)
 class BaseFolder:
-    """Files of a base model. ``name`` is what the user wrote; ``revision`` the hub's commit, None for a folder."""
+    """Files of a base model; ``name`` as the user gave it, ``revision`` the hub's commit, None for a local folder."""
 
     path: Path
     name: str
@@ -27,15 +26,15 @@ class BaseFolder:
 
 
 def find_base(name: str, *, revision: str | None = None, local_files_only: bool = False) -> BaseFolder:
-    """Locate a base model and check that its files are complete, without loading weights.
+    """Find a base model and check that its files are complete, without loading weights.
 
     Args:
         name: ``"tiny"`` (built in), a folder, or a hub id such as ``facebook/sam3``, which is downloaded once.
-        revision: branch, tag or commit on the hub.
-        local_files_only: use the hub's local cache only.
+        revision: Branch, tag or commit on the hub.
+        local_files_only: Use the hub's local cache only.
 
     Raises:
-        UserError: not found, no access, no network, files missing, or not a SAM 3 checkpoint.
+        UserError: The model is not found, not accessible, not complete, or not a SAM 3 checkpoint.
     """
     commit = None
     if name == TINY:
@@ -68,7 +67,7 @@ def _download(name: str, revision: str | None, local_files_only: bool) -> Path:
     except errors.GatedRepoError as error:
         raise UserError(
             f"{name} is gated: request access on https://huggingface.co/{name}, then run `hf auth login` or set "
-            "HF_TOKEN. To try things without an account use the built-in model: model.name=tiny"
+            "HF_TOKEN. The built-in model needs no account: model.name=tiny"
         ) from error
     except errors.RevisionNotFoundError as error:
         raise UserError(f"{name} has no revision {revision!r}: use a branch, tag or commit of its page") from error
@@ -120,7 +119,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def read_model_config(path: Path, name: str) -> dict[str, Any]:
-    """The detector's configuration; that of a video checkpoint is inside its own."""
+    """The detector's configuration; in a video checkpoint it is part of the model's configuration."""
     config = _read_json(path / "config.json")
     model_type = config.get("model_type")
     if model_type == "sam3":

@@ -1,4 +1,4 @@
-"""Gradient checkpointing: layers recompute their activations in the backward pass, where one needs them."""
+"""Gradient checkpointing: layers that recompute their activations in the backward pass."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _TOWERS = ("vision_encoder", "text_encoder")
 
 
 def enable_checkpointing(model: nn.Module, components: Iterable[str]) -> int:
-    """Let the transformer layers of the vision and text towers recompute their activations; return how many will.
+    """Make the transformer layers of the vision and text towers recompute their activations; return their number.
 
-    A tower begins with the first layer that learns: those before it keep no activations. Checkpointing is active in
-    training mode. ``Sam3Model.gradient_checkpointing_enable()`` refuses, because transformers supports it for these two
-    towers only; the other components are named to ``StagedSam3(checkpointing=...)``.
+    Layers before a tower's first trainable one are left out: they keep no activations. Checkpointing is active in
+    training mode. ``Sam3Model.gradient_checkpointing_enable()`` cannot be used, because transformers supports these two
+    towers only; the other components go to ``StagedSam3(checkpointing=...)``.
     """
     chosen = frozenset(components)
     count = 0
@@ -38,7 +38,7 @@ def enable_checkpointing(model: nn.Module, components: Iterable[str]) -> int:
 
 
 def worth_checkpointing(model: nn.Module, components: Iterable[str]) -> tuple[str, ...]:
-    """Those of the components that a backward pass goes through: they learn, or something before them does."""
+    """The components that a backward pass goes through: they have trainable parameters, or one before them has."""
     learning = {component_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
     return tuple(
         component

@@ -1,4 +1,4 @@
-"""torch.compile of the vision trunk, a layer at a time: all layers of a kind share one graph, so it starts soon."""
+"""torch.compile of the vision trunk, one layer at a time: layers of a kind share one graph, which compiles fast."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from sam3lora.errors import UserError
 
 
 def compile_layers(layers: Iterable[nn.Module], device: torch.device) -> None:
-    """Compile each layer in place, when it first runs; names and weights stay. Adapters and checkpointing go along.
+    """Set each layer to be compiled in place at its first run, adapters and checkpointing included.
 
     Raises:
-        UserError: What compiles for the device is not there: a C++ compiler for a CPU, Triton for a GPU.
+        UserError: The device's compiler is missing: a C++ compiler for a CPU, Triton for a GPU.
     """
     missing = _missing_compiler(device)
     if missing is not None:

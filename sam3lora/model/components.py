@@ -1,4 +1,4 @@
-"""The named parts of a SAM 3 model, and which part a module or a parameter belongs to.
+"""Components: the named parts of a SAM 3 model, and the component of a module or parameter.
 
 Component flags, per-component learning rates, parameter tables and gradient checkpointing all use these names.
 """
@@ -15,12 +15,12 @@ from sam3lora.config.components import COMPONENTS as COMPONENTS
 
 _COMPONENT_OF_ROOT = {root: component for component, roots in COMPONENT_ROOTS.items() for root in roots}
 
-# What DDP, torch.compile, PEFT and Sam3VideoModel put in front of a Sam3Model's own names.
+# Prefixes of DDP, torch.compile, PEFT and Sam3VideoModel before a Sam3Model's own names.
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.", "base_model.model.", "detector_model.")
 
 
 def bare_name(name: str) -> str:
-    """The name a module or parameter has in the plain base model, without what wrappers and adapters add.
+    """The name of a module or parameter in the plain base model, without the parts that wrappers and adapters add.
 
     >>> bare_name("base_model.model.vision_encoder.backbone.layers.0.mlp.fc1.base_layer.weight")
     'vision_encoder.backbone.layers.0.mlp.fc1.weight'
@@ -59,7 +59,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def component_modules(model: nn.Module) -> dict[str, list[nn.Module]]:
-    """Root modules of each component that the model has, in the order of ``COMPONENTS``."""
+    """Root modules of each component of the model, in the order of ``COMPONENTS``."""
     children = dict(unwrap(model).named_children())
     found = {
         component: [children[root] for root in roots if root in children]
@@ -85,10 +85,11 @@ def adapted_modules(model: nn.Module) -> tuple[str, ...]:
 def never_gets_gradient(model: nn.Module, *, geometry_cls: bool = True) -> tuple[str, ...]:
     """Modules of a SAM 3 that no text-prompted training step can reach; empty for other models.
 
-    The CLIP tower's own projection is not used; the coarsest feature level is computed and discarded, so its neck
-    layer and the pixel decoder stages beyond the used levels are idle; the box layers of the geometry encoder see no
-    box, its self-attention sees the CLS token alone (one key has weight 1, whatever query and key are), and without
-    the CLS token the whole geometry encoder is idle.
+    - The CLIP tower's own projection is not used.
+    - The coarsest feature level is computed and discarded, so its neck layer and the pixel decoder stages beyond the
+      used levels have no effect.
+    - The box layers of the geometry encoder get no box, and its self-attention gets the CLS token alone: one key has
+      weight 1, whatever query and key are. Without the CLS token the whole geometry encoder is unused.
     """
     base = unwrap(model)
     modules = dict(base.named_modules())

@@ -1,4 +1,4 @@
-"""A short identity of a base model's weights, so that an adapter is not put on another base unnoticed."""
+"""The fingerprint of a base model's weights, by which an adapter recognises its base."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ SAMPLES_PER_TENSOR = 64
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 (64 hexadecimal digits) over names, shapes and sampled values of a model's parameters.
 
-    Up to 64 values of each parameter, evenly spaced, are compared after rounding to bfloat16: the same weights loaded
-    in float32 and in bfloat16 have the same fingerprint, on any device and at any input resolution. LoRA parameters
-    are left out, so that a model with an unmerged adapter keeps the fingerprint of its base.
+    Up to 64 evenly spaced values of each parameter count, rounded to bfloat16: the same weights in float32 and in
+    bfloat16 have the same fingerprint, on any device and at any input resolution. LoRA parameters are left out, so that
+    a model with an unmerged adapter has the fingerprint of its base.
 
     Raises:
-        ValueError: the model is on the meta device and has no values.
+        ValueError: The model is on the meta device and has no values.
     """
     digest = hashlib.sha256()
     samples = []

@@ -28,9 +28,9 @@ _TRACKER_PREFIXES = ("tracker_model.", "tracker_neck.")
 
 @dataclass
 class LoadedBase:
-    """A frozen base model in evaluation mode with what is needed to feed it.
+    """A frozen base model in evaluation mode, with its tokenizer and the settings of its input.
 
-    ``resolution`` is the side in pixels of the square model input; pixels are scaled to [0, 1], then
+    ``resolution`` is the side in pixels of the square model input. Pixels are scaled to [0, 1], then normalised as
     ``(x - image_mean) / image_std`` per channel.
     """
 
@@ -60,14 +60,14 @@ def load_base(
     Args:
         name: ``"tiny"`` (built in), a hub id such as ``facebook/sam3``, or a folder saved by transformers, of
             ``Sam3Model`` or ``Sam3VideoModel`` (the tracker is left out).
-        revision: branch, tag or commit on the hub.
-        dtype: of the weights, float32 or bfloat16.
+        revision: Branch, tag or commit on the hub.
+        dtype: Type of the weights, float32 or bfloat16.
         attention: ``"sdpa"`` or ``"eager"``.
-        resolution: side of the model input in pixels, None for the model's own; see :func:`check_resolution`.
+        resolution: Side of the model input in pixels, None for the model's own; see :func:`check_resolution`.
         quantization: ``"none"``, or ``"nf4"`` for linear layers in 4 bits; the fingerprint is that of the file.
 
     Raises:
-        UserError: the model cannot be found, used or loaded whole, or an argument is out of range.
+        UserError: The model cannot be found, used or loaded whole, or an argument is out of range.
     """
     dtype = _check_dtype(dtype)
     if attention not in ("sdpa", "eager"):
@@ -99,21 +99,21 @@ def load_base(
 
 
 def resolution_step(config: Sam3Config) -> int:
-    """Input sides are multiples of this many pixels: the patch size times the attention window."""
+    """The number of pixels of which input sides are multiples: patch size times attention window."""
     vit: Any = config.vision_config.backbone_config  # type: ignore[union-attr]
     return _side(vit.patch_size) * vit.window_size
 
 
 def check_resolution(config: Sam3Config, resolution: int) -> None:
-    """Accept an input side that splits into whole attention windows.
+    """Check that an input side splits into whole attention windows.
 
-    The ViT's global layers have rotary positions for one grid, built from ``image_size`` when the model is made, so a
-    resolution is chosen at loading. Other multiples of the patch size would run too, but with windows filled up with
-    zero tokens, which the weights have not seen; in ``facebook/sam3`` (steps of 336) the position embeddings, which
-    are repeated and not interpolated, would be cut in the middle of a tile as well.
+    The resolution is chosen at loading, because the rotary positions of the ViT's global layers are built for one grid.
+    Other multiples of the patch size would run too, but with windows padded with zero tokens, which the weights have
+    not seen. In ``facebook/sam3`` (steps of 336) the position embeddings, which are repeated and not interpolated,
+    would also be cut in the middle of a tile.
 
     Raises:
-        UserError: naming the nearest valid sides.
+        UserError: It does not; the message names the nearest valid sides.
     """
     step = resolution_step(config)
     if isinstance(resolution, bool) or not isinstance(resolution, int) or resolution < step or resolution % step:
@@ -171,7 +171,7 @@ def _load_weights(folder: BaseFolder, config: Sam3Config, dtype: torch.dtype, at
 
 @contextlib.contextmanager
 def _no_progress_bar() -> Iterator[None]:
-    """Weights load in a second; a bar for it would break into the progress of what loads them."""
+    """Hide transformers' progress bar: weights load in a second, and the bar would disturb the caller's own."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

@@ -1,4 +1,4 @@
-"""Weights kept in the type that autocast would cast them to."""
+"""Frozen weights stored in the type to which autocast casts them, which saves memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MATRICES = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
 # `StagedSam3` runs these outside autocast.
 _OUTSIDE_AUTOCAST: tuple[str, ...] = ("geometry_encoder.", "detr_decoder.box_head.")
 _TEXT = ("text_encoder.", "text_projection")
-# The forward casts what goes in to the type of the weights: an adapter there sees it before autocast does.
+# The forward casts the input of these modules to the type of their weights, and an adapter there gets that input.
 _TYPE_IS_READ = (
     "vision_encoder.backbone.embeddings.patch_embeddings.",
     "vision_encoder.neck.",
@@ -21,19 +21,19 @@ _TYPE_IS_READ = (
 
 
 def store_matrices_in(model: nn.Module, dtype: torch.dtype, *, text_tower: bool = False) -> int:
-    """Keep the frozen weights of linear and convolution layers in the type that autocast casts them to.
+    """Store the frozen weights of linear and convolution layers in the type to which autocast casts them.
 
-    Autocast casts them in every forward, and the backward pass keeps the copies. A forward under autocast of this type
-    gives the same outputs and gradients bit for bit. Whatever autocast leaves alone stays as it is: norms, embeddings,
-    position tables, adapters, the layers that run outside autocast, and base layers whose values DoRA reads.
+    Otherwise autocast casts them in every forward, and the backward pass keeps the copies. Outputs and gradients under
+    autocast of this type stay the same bit for bit. Weights that autocast does not cast keep their type: norms,
+    embeddings, position tables, adapters, layers that run outside autocast, and base layers whose values DoRA reads.
 
     Args:
         model: A Sam3Model, plain or with PEFT layers. From then on it runs under autocast of `dtype` only.
-        dtype: Of the autocast.
+        dtype: Type of the autocast.
         text_tower: Whether the text tower runs under autocast as well.
 
     Returns:
-        Bytes saved.
+        Number of bytes saved.
     """
     base = unwrap(model)
     adapted = adapted_modules(base)

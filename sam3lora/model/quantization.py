@@ -1,4 +1,4 @@
-"""Frozen linear layers in 4 bits, by bitsandbytes: NF4 with double quantisation, as in QLoRA.
+"""Quantisation of frozen linear layers to 4 bits with bitsandbytes: NF4 with double quantisation, as in QLoRA.
 
 QLoRA: https://arxiv.org/abs/2305.14314
 """
@@ -14,18 +14,19 @@ from sam3lora.errors import UserError
 from sam3lora.model.components import adapted_modules
 
 QUANTIZED = ("vision_encoder.backbone.layers.", "detr_encoder.layers.", "detr_decoder.layers.")
-"""Where linear layers are quantised. Heads, prompts, box biases, the neck and the text tower keep their precision."""
+"""Prefixes of the linear layers that are quantised; heads, prompts, box biases, neck and text tower are not."""
 
-
-_BLOCK = 64  # weights with one scale; bitsandbytes 0.50 restores rows that do not hold whole blocks wrongly on a CPU
+_BLOCK = (
+    64  # weights that share a scale; on a CPU, bitsandbytes 0.50 restores rows wrongly that do not hold whole blocks
+)
 
 
 def quantize_nf4(model: nn.Module, device: torch.device | str) -> int:
-    """Replace linear layers of a Sam3Model by ones of 4 bits on ``device``, in place; return how many.
+    """Replace linear layers of a Sam3Model by 4-bit ones on ``device``, in place; return their number.
 
-    transformers would quantise while it loads; a base that is loaded whole has the fingerprint of the unquantised one,
-    which adapters name, and leaves out the tracker of a video checkpoint as ever. Half a byte a weight, and 0.016 byte
-    for its scale; products are computed in bfloat16. PEFT puts LoRA and DoRA on such layers by itself.
+    This runs after loading, and not in transformers while it loads, so that the fingerprint, which adapters name, is
+    that of the unquantised base. A weight takes half a byte, plus 0.016 byte for its scale; products are computed in
+    bfloat16. PEFT supports LoRA and DoRA on such layers.
 
     Raises:
         UserError: bitsandbytes is not installed, or no layer has whole blocks.
@@ -68,7 +69,7 @@ def _quantized(bitsandbytes: Any, linear: Any, device: torch.device | str) -> nn
         module=layer,
     )
     layer.bias = linear.bias
-    # Its layout for inference on a CPU is taken in the first forward of evaluation, and has no backward pass.
+    # bitsandbytes would switch to a CPU layout without a backward pass in the first forward of evaluation.
     layer.support_avx512bf16_for_cpu = False
     return layer.to(device).train(linear.training)
 

@@ -1,4 +1,4 @@
-"""Prompts to token ids, the way SAM 3's text tower was trained to read them."""
+"""Tokenisation of prompts for SAM 3's text tower."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def tokenize(
     """Token ids and attention mask of ``P`` prompts, both ``(P, max_tokens)`` int64; the mask is 1 at real tokens.
 
     Raises:
-        UserError: a prompt is empty, not text, or longer than ``max_tokens`` tokens with the start and end tokens.
-            Cutting a prompt silently would ask the model for something else.
+        UserError: A prompt is empty, not text, or longer than ``max_tokens`` tokens with the start and end tokens. It
+            is not cut silently, as the model would then search for something else.
     """
     if isinstance(prompts, str):
         prompts = [prompts]

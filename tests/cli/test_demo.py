@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import CLIPTokenizer, Sam3Model
 
+from jobs.pretrain.tiny_model import initialise, tiny_config, write_tokenizer
 from sam3lora.cli.demo import MARKER, next_steps, run_demo
 from sam3lora.errors import UserError
-from sam3lora.model.tiny import initialise, tiny_config, write_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ def adapter(components=(), **modules: LoraWeights) -> AdapterWeights:
     """An adapter made by hand; ``l0`` is the module "0"."""
     named = {name.removeprefix("l"): weights for name, weights in modules.items()}
     rank = max((weights.rank for weights in named.values()), default=0)
-    return AdapterWeights(named, None, rank, 0, "", frozenset(components))
+    return AdapterWeights(named, None, rank, 0, version="", signature=(), components=frozenset(components))
 
 
 def random_update(module: nn.Module, rank: int, *, dora=False, seed=0) -> LoraWeights:

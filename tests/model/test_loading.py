@@ -66,7 +66,7 @@ def test_eager_attention_gives_the_same_numbers(saved_base):
     assert largest_difference(outputs_of(eager.model), outputs_of(sdpa.model)) < 1e-4
 
 
-@pytest.mark.parametrize("resolution", [56, 168, 224])
+@pytest.mark.parametrize("resolution", [56, 168])
 def test_other_resolutions(saved_base, resolution):
     # Whole windows run, and rotary positions, which loading makes anew, fit the grid; the weights are the same.
     base = load_base(str(saved_base), resolution=resolution)
@@ -84,9 +84,7 @@ def test_resolution_that_does_not_fit(saved_base, resolution, nearest):
         load_base(str(saved_base), resolution=resolution)
 
 
-@pytest.mark.parametrize(
-    "arguments", [{"dtype": "float16"}, {"dtype": torch.int8}, {"attention": "flash"}, {"dtype": "half"}]
-)
+@pytest.mark.parametrize("arguments", [{"dtype": "float16"}, {"dtype": torch.int8}, {"attention": "flash"}])
 def test_bad_arguments(saved_base, arguments):
     # Each names what is accepted.
     with pytest.raises(UserError, match=r"must be ('sdpa'|float32) or"):
@@ -126,17 +124,13 @@ def test_missing_weights(folder):
         load_base(str(folder))
 
 
-def test_weights_of_another_shape(folder):
-    # A configuration that is not the checkpoint's.
-    tensors = load_file(folder / "model.safetensors") | {"text_projection.weight": torch.zeros(5, 5)}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+def test_weights_that_cannot_be_read(folder):
+    # Of another shape than the configuration's, and from a download that broke off.
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"text_projection.weight": torch.zeros(5, 5)}, file, metadata={"format": "pt"})
     with pytest.raises(UserError, match="could not be loaded"):
         load_base(str(folder))
-
-
-def test_truncated_weights(folder):
-    # A download that broke off.
-    file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(UserError, match="could not be loaded"):
         load_base(str(folder))
@@ -239,12 +233,7 @@ def test_tokenize_pads_to_the_context():
     assert ids.dtype == mask.dtype == torch.int64
     assert mask.sum(1).tolist() == [7, 6]
     assert tokenize(byte_tokenizer(), "crack")[0].tolist() == ids[:1].tolist()
-
-
-def test_tokenize_nothing():
-    # No prompts give empty tensors of the same width.
-    ids, mask = tokenize(byte_tokenizer(), [])
-    assert ids.shape == mask.shape == (0, 32)
+    assert [values.shape for values in tokenize(byte_tokenizer(), [])] == [(0, 32), (0, 32)]
 
 
 def test_longest_prompt_is_kept_whole_and_one_token_more_is_refused():

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from jobs.pretrain.tiny_model import write_tokenizer
 from sam3lora.data.synth.scenes import WORDS
-from sam3lora.model.tiny import write_tokenizer
 
 
 @pytest.fixture(scope="module")

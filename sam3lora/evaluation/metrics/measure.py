@@ -181,7 +181,7 @@ def measure_split(
             predictions=[p for p in results.predictions if (p["image_id"], p["category_id"]) in known],
             presence={pair: value for pair, value in results.presence.items() if pair in known},
         )
-    units = split_units(coco, results.predictions, presence, lowest_score=min(SCORE_FLOOR, *thresholds.values()))
+    units = split_units(coco, results.predictions, presence, lowest_score=min([SCORE_FLOOR, *thresholds.values()]))
     found = coco_map(coco, results.predictions, num_queries=num_queries)
     alarms, absent = _false_alarms(coco, presence, results, thresholds)
     verdicts = {pair: value > PRESENCE_THRESHOLD for pair, value in results.presence.items()}

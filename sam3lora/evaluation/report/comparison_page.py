@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from sam3lora.evaluation.metrics.bootstrap import Interval
+from sam3lora.evaluation.metrics.comparison import NOTICEABLE
 from sam3lora.evaluation.metrics.measure import CategoryMetrics, SplitMetrics
 from sam3lora.evaluation.metrics.ranking import telling_images
 from sam3lora.evaluation.report.charts import interval_chart
@@ -19,7 +20,6 @@ Intervals = Mapping[str, Mapping[str, Interval]]
 """Adapter label -> field of `SplitMetrics` -> adapter minus base."""
 
 FEW_IMAGES = 30  # a bootstrap of fewer is mostly too narrow
-NOTICEABLE = 0.01  # mAP; less is hardly a difference, however sure
 
 
 @dataclass(frozen=True)

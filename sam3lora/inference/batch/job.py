@@ -26,6 +26,7 @@ from sam3lora.inference.batch.output_folder import BAD_IMAGES, DATASET, PREDICTI
 from sam3lora.inference.batch.progress import BatchProgress
 from sam3lora.inference.batch.worker import ModelChoice, ShardWorker, WorkerSettings
 from sam3lora.model.adapter.folder import CONFIG_FILE, WEIGHTS_FILE, is_adapter_folder, read_metadata
+from sam3lora.model.adapter.metadata import recorded_post_processing
 
 _BATCHES_PER_SHARD = 4  # what is done again after a crash, against the number of files
 _MOST_CPUS = 4  # of a worker: so that reading images keeps up with the model
@@ -232,8 +233,7 @@ def _identity(choice: ModelChoice, post: Mapping[str, Any]) -> tuple[dict[str, A
         metadata = read_metadata(folder)
         files = (folder / name for name in (CONFIG_FILE, WEIGHTS_FILE))
         digest = hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()[:16]
-    recorded = (metadata and metadata.post_processing) or PostProcessing()
-    settled = recorded.changed(**post)
+    settled = recorded_post_processing(metadata).changed(**post)
     return {
         "model": choice.model or (metadata and metadata.base_model) or "tiny",
         "revision": choice.revision,

@@ -1,1 +1,1 @@
-"""LoRA adapters: folders, weights, target modules, PEFT layers for training, and the bank for inference."""
+"""LoRA adapters: settings to layers, folders on disk, and the bank of several adapters on one model."""

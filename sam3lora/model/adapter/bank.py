@@ -1,10 +1,11 @@
-"""Several LoRA adapters on one base model, a different one for each row of a batch.
+"""The adapter bank: several LoRA adapters on one base model, a different one for each row of a batch.
 
-PEFT can mix adapters too (``adapter_names``), but not in windowed attention, box pooling, ``box_head`` and
-``query_proj`` of a SAM 3, nor with DoRA, and every adapter is injected into the model. Here the base model stays plain:
-forward hooks on the modules that some adapter changes add each row's own update, and putting an adapter in is a copy.
+PEFT can mix adapters too (``adapter_names``), but it does not support DoRA there, nor SAM 3's windowed attention, box
+pooling, ``box_head`` and ``query_proj``, and it changes the model for each adapter. Here the base model stays plain. A
+forward hook on each adapted module adds to each row the update of the row's adapter; placing an adapter is a copy of
+its weights.
 
-Shapes: ``B`` rows, ``G`` groups of rows with weights of their own, ``N`` positions, ``I`` inputs, ``O`` outputs,
+Shapes: ``B`` rows, ``G`` groups of rows with their own weights, ``N`` positions, ``I`` inputs, ``O`` outputs,
 ``R`` rank, ``S`` places in a stack.
 """
 
@@ -22,13 +23,13 @@ from torch import Tensor, nn
 from sam3lora.model.adapter.weights import AdapterWeights, LoraWeights
 from sam3lora.model.components import unwrap
 
-# With four dimensions these get (layers, rows, queries, channels).
+# The input of these modules is (layers, rows, queries, channels) where it has four dimensions.
 _ROWS_ON_AXIS_1 = ("dot_product_scoring.query_proj", "detr_decoder.box_head.")
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """What :meth:`AdapterBank.rows` was entered with; slot ``num_slots`` stands for the base."""
+    """The slot of each row of the running batch; slot ``num_slots`` stands for the base."""
 
     slots: tuple[int, ...]
     distinct: frozenset[int]
@@ -36,15 +37,15 @@ class _Rows:
 
 
 @dataclass
-class _Current:
-    """The rows that the model is running, shared by the hooks of one bank."""
+class _CurrentRows:
+    """The rows of the running batch, shared by the hooks of one bank; None outside of :meth:`AdapterBank.rows`."""
 
     rows: _Rows | None = None
 
 
 @dataclass(frozen=True)
-class _Resident:
-    """What the adapter in a slot changes."""
+class _PlacedAdapter:
+    """The components and modules that the adapter in a slot changes."""
 
     components: frozenset[str]
     modules: frozenset[str]
@@ -53,15 +54,15 @@ class _Resident:
 class AdapterBank:
     """Slots for adapters on the modules of one base model.
 
-    ``put``, ``clear`` and ``rows`` belong to the thread that runs the model, between two forward passes. A module has a
-    hook as long as some slot has weights for it, and none otherwise.
+    Call ``put``, ``clear`` and ``rows`` in the thread that runs the model, between two forward passes. A module has a
+    hook exactly while some slot has weights for it.
 
-    torch.compile: a graph compiled without hooks keeps leaving them out. Use a compiled part of the model while
-    ``adapts`` says False for its component, and the plain one otherwise.
+    torch.compile: a graph that was compiled without hooks never runs them. Use a compiled part of the model only while
+    ``adapts`` is False for its component.
 
     Args:
-        model: the base, without PEFT layers, in eval mode and on its device.
-        num_slots: number of adapters that fit. Empty slots take no memory.
+        model: The base, without PEFT layers, in eval mode and on its device.
+        num_slots: Number of adapters that fit. Empty slots take no memory.
     """
 
     def __init__(self, model: nn.Module, num_slots: int) -> None:
@@ -69,14 +70,14 @@ class AdapterBank:
         self.num_slots = num_slots
         self._modules = dict(unwrap(model).named_modules())
         self._device = next(model.parameters()).device
-        self._current = _Current()
+        self._current = _CurrentRows()
         self._stacks: dict[str, _Stack] = {}
-        self._residents: dict[int, _Resident] = {}
+        self._placed: dict[int, _PlacedAdapter] = {}
 
     def put(self, slot: int, weights: AdapterWeights) -> None:
-        """Fill ``slot``, replacing what was there. When that fails (memory), the slot is empty afterwards.
+        """Copy an adapter into ``slot``, replacing the one that was there. If that fails (memory), the slot is empty.
 
-        ``weights`` must have been read for this model; the tensors are copied.
+        ``weights`` must have been read for this model.
         """
         assert 0 <= slot < self.num_slots, f"expected a slot below {self.num_slots}, got {slot}"
         self.clear(slot)
@@ -89,24 +90,24 @@ class AdapterBank:
         except BaseException:
             self._forget(slot, weights.modules)
             raise
-        self._residents[slot] = _Resident(weights.components, frozenset(weights.modules))
+        self._placed[slot] = _PlacedAdapter(weights.components, frozenset(weights.modules))
 
     def clear(self, slot: int) -> None:
-        """Empty ``slot``; an empty one may be cleared. Allocates nothing.
+        """Empty ``slot``, which may be empty already. Nothing is allocated.
 
-        Memory of a module comes back when no other slot uses the module; else the next ``put`` writes into it.
+        The memory of a module is freed when no other slot uses the module; until then the next ``put`` reuses it.
         """
-        if (resident := self._residents.pop(slot, None)) is not None:
-            self._forget(slot, resident.modules)
+        if (placed := self._placed.pop(slot, None)) is not None:
+            self._forget(slot, placed.modules)
 
     def components(self, slot: int | None) -> frozenset[str]:
         """Components that the slot's adapter changes; empty for None (the base) and for an empty slot."""
-        resident = self._residents.get(slot) if slot is not None else None
-        return resident.components if resident else frozenset()
+        placed = self._placed.get(slot) if slot is not None else None
+        return placed.components if placed else frozenset()
 
     def adapts(self, component: str) -> bool:
-        """Whether any resident adapter changes ``component``."""
-        return any(component in resident.components for resident in self._residents.values())
+        """Whether any placed adapter changes ``component``."""
+        return any(component in placed.components for placed in self._placed.values())
 
     @property
     def size_bytes(self) -> int:
@@ -115,12 +116,12 @@ class AdapterBank:
 
     @contextmanager
     def rows(self, slots_B: Sequence[int | None]) -> Iterator[None]:
-        """Run the model with these adapters; None is the base. Outside, every module computes what the base does.
+        """Run the model with one adapter for each row; None is the base. Outside, no adapter has an effect.
 
-        Inside, the leading axis of every adapted module's input has len(slots_B) rows, or k times as many with the k
-        of the first row first (windows of a ViT, pooled boxes). May be nested: the innermost counts.
+        Inside, the first axis of every adapted module's input has len(slots_B) entries, or k entries for each row, one
+        row after the other (windows of a ViT, pooled boxes). Calls may be nested: the innermost one has effect.
         """
-        empty = {slot for slot in slots_B if slot is not None} - self._residents.keys()
+        empty = {slot for slot in slots_B if slot is not None} - self._placed.keys()
         assert not empty, f"slots {sorted(empty)} are empty"
         slots = tuple(self.num_slots if slot is None else slot for slot in slots_B)
         before = self._current.rows
@@ -138,21 +139,22 @@ class AdapterBank:
 
 
 class _Stack:
-    """The updates that all slots have for one module, and the hook that adds them.
+    """The updates of all slots for one module, stacked, and the hook that adds them.
 
-    Place 0 of the stacks is all zeros, for rows whose adapter leaves the module alone.
+    A slot with an update has a place in the stacks. Place 0 is all zeros, for rows whose adapter does not change the
+    module.
     """
 
-    def __init__(self, name: str, module: nn.Module, num_slots: int, current: _Current) -> None:
+    def __init__(self, name: str, module: nn.Module, num_slots: int, current: _CurrentRows) -> None:
         assert isinstance(module, nn.Linear | nn.Conv2d), f"{name} is a {type(module).__name__}"
         self._name, self._module, self._num_slots, self._current = name, module, num_slots, current
         self._rows_on_axis_1 = name.startswith(_ROWS_ON_AXIS_1)
         self._updates: dict[int, LoraWeights] = {}  # by slot, views into the stacks
-        self._place_of: dict[int, int] = {}
+        self._place_of: dict[int, int] = {}  # by slot
         self._rank_of: dict[int, int] = {}
         self._max_rank = 0
-        self._free: list[int] = []  # places that nobody has
-        # The same for every slot, on the device: a row's place is looked up without waiting for it.
+        self._free: list[int] = []  # places of no slot
+        # `_place_of` as a tensor on the device, where the places of the rows are looked up without a synchronisation.
         self._place_of_slot = torch.zeros(num_slots + 1, dtype=torch.long, device=module.weight.device)
         self._stacks: dict[torch.dtype, tuple[Tensor, Tensor]] = {}  # down_SRI (a Conv2d's with kh, kw) and up_SOR
         self._gain_SO: Tensor | None = None
@@ -162,7 +164,7 @@ class _Stack:
         self._handle.remove()
 
     def add(self, slot: int, update: LoraWeights) -> None:
-        """Write one more update into a free place, or build the stacks anew with room for more."""
+        """Write one more update into a free place, or into larger stacks if there is none."""
         if self._free and update.rank <= self._max_rank and (update.gain is None or self._gain_SO is not None):
             place = self._free[-1]
             self._updates[slot] = _write(list(self._stacks.values()), self._gain_SO, place, update)
@@ -173,9 +175,10 @@ class _Stack:
         self._rank_of = {slot: update.rank for slot, update in self._updates.items()}
 
     def _rebuild(self, updates: dict[int, LoraWeights]) -> None:
-        """As large as the largest rank asks for, with up to twice the places, so that swaps write in place.
+        """Build the stacks anew for the largest rank.
 
-        When memory runs out on the way, everything is as it was.
+        The number of places is a power of two, so that most later updates find a free one. Attributes are assigned
+        last: if memory runs out, everything is as it was.
         """
         weight = self._module.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -195,7 +198,7 @@ class _Stack:
         self._free = list(range(num_places - 1, len(updates), -1))
 
     def forget(self, slot: int) -> bool:
-        """Drop the slot's update; whether none is left. Its place is free for the next."""
+        """Drop the slot's update and free its place. Return whether no update is left."""
         if self._updates.pop(slot, None) is not None:
             self._free.append(self._place_of.pop(slot))
             self._place_of_slot[slot] = 0
@@ -208,7 +211,7 @@ class _Stack:
         return stacks + (0 if self._gain_SO is None else self._gain_SO.nbytes)
 
     def _hook(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        """The output with each row's update added; None leaves it as it is."""
+        """Forward hook: return the output with each row's update added, or None to leave it as it is."""
         rows = self._current.rows
         if rows is None or not output.numel():
             return None
@@ -222,7 +225,8 @@ class _Stack:
         assert len(x) % len(rows.slots) == 0, (
             f"{self._name} got an input {tuple(args[0].shape)} for {len(rows.slots)} rows"
         )
-        # One group when all rows have the same weights: nothing is gathered.
+        # Each row gets the weights of its place, cut to the largest rank in the batch. If all rows have the same place
+        # they form one group (G = 1) and nothing is gathered; otherwise each row is a group (G = B).
         chosen = places.pop() if len(places) == 1 else self._place_of_slot[rows.slots_B]
         rank = max(self._rank_of.get(slot, 0) for slot in rows.distinct)
         down_SRI, up_SOR = self._in_dtype(output.dtype)
@@ -235,10 +239,10 @@ class _Stack:
         return updated.transpose(0, 1) if transposed else updated
 
     def _in_dtype(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The stacks in the dtype that the module computes in, cast once."""
+        """The stacks in the dtype of the module's output, cast once; `add` then writes to all casts."""
         if dtype not in self._stacks:
             down_SRI, up_SOR = next(iter(self._stacks.values()))
-            with torch.inference_mode(False), torch.no_grad():  # they are written to later, outside of inference mode
+            with torch.inference_mode(False), torch.no_grad():  # `add` writes to them outside of inference mode
                 self._stacks[dtype] = (down_SRI.to(dtype), up_SOR.to(dtype))
         return self._stacks[dtype]
 
@@ -249,14 +253,19 @@ class _Stack:
         x_GNI, output_GNO = x.reshape(groups, -1, x.shape[-1]), output.reshape(groups, -1, output.shape[-1])
         if gain_GO is not None:
             output_GNO = self._scale(output_GNO, gain_GO[:, None], self._module.bias)
-        # Into the module's output, which nobody else holds: a copy would take longer than the update.
+        # In place where autograd allows it: nothing else holds the module's output, and a copy takes longer than the
+        # update itself.
         add = torch.baddbmm if output_GNO.requires_grad else Tensor.baddbmm_
         return add(output_GNO, x_GNI @ down_GRI.mT, up_GOR.mT).view(output.shape)
 
     def _update_conv(
         self, x: Tensor, output: Tensor, down_GRI: Tensor, up_GOR: Tensor, gain_GO: Tensor | None
     ) -> Tensor:
-        """A grouped convolution: the groups side by side on the channel axis, their k rows one after the other."""
+        """One grouped convolution for all rows.
+
+        The G groups lie side by side on the channel axis, as F.conv2d expects them. The batch axis keeps the k entries
+        of a group, k = len(x) / G.
+        """
         groups, rank = down_GRI.shape[:2]
         x = x.reshape(groups, -1, *x.shape[1:]).transpose(0, 1).flatten(1, 2)
         conv = cast(nn.Conv2d, self._module)
@@ -271,7 +280,7 @@ class _Stack:
 
     @staticmethod
     def _scale(output: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
-        """DoRA scales what the base's weight gives, and not its bias."""
+        """DoRA scales the product with the base's weight, and not the bias."""
         without_bias = output if bias is None else output - bias
         return (output + (gain - 1) * without_bias).to(output.dtype)
 
@@ -279,7 +288,7 @@ class _Stack:
 def _write(
     stacks: Sequence[tuple[Tensor, Tensor]], gain_SO: Tensor | None, place: int, update: LoraWeights
 ) -> LoraWeights:
-    """Fill a place of the stacks, one pair for each dtype; gives the weights in the first back as views."""
+    """Write an update into a place of the stacks of every dtype; return it as views into the first stacks."""
     for down_SRI, up_SOR in stacks:
         down_SRI[place, update.rank :] = 0
         up_SOR[place, :, update.rank :] = 0

@@ -1,29 +1,27 @@
-"""Adapter folders: written whole or not at all, read only when complete and made for this base model.
+"""Adapter folders: saving an adapter, loading it into a model with PEFT, listing and checking folders.
 
 A folder holds plain PEFT files (``adapter_config.json``, ``adapter_model.safetensors``), which load with
-``PeftModel.from_pretrained`` and no code of ours, ``sam3lora.json`` and a model card. Pickles are never read.
+``PeftModel.from_pretrained`` and no code of ours, ``sam3lora.json`` and a model card.
 """
 
 from __future__ import annotations
 
 import copy
 import shutil
-import uuid
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar, cast
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import save_file
 from torch import nn
 
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.errors import UserError
-from sam3lora.files import replace_folder, sync_files, write_whole
+from sam3lora.files import whole_folder, write_whole
 from sam3lora.model.adapter.metadata import (
     METADATA_FILE,
     AdapterMetadata,
@@ -31,14 +29,30 @@ from sam3lora.model.adapter.metadata import (
     read_metadata_values,
     write_metadata,
 )
+from sam3lora.model.adapter.peft_files import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    check_finite,
+    check_shapes,
+    is_adapter_folder,
+    read_config,
+    read_tensors,
+)
 from sam3lora.model.components import unwrap
 from sam3lora.model.fingerprint import fingerprint
 from sam3lora.model.publish.model_card import CARD_FILE, render_model_card, update_post_processing
 
-__all__ = ["AdapterMetadata", "is_adapter_folder", "list_adapters", "load_adapter", "read_metadata", "save_adapter"]
+__all__ = [
+    "CONFIG_FILE",
+    "WEIGHTS_FILE",
+    "AdapterMetadata",
+    "is_adapter_folder",
+    "list_adapters",
+    "load_adapter",
+    "read_metadata",
+    "save_adapter",
+]
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
 _ATTEMPTS_TO_READ = 3
 
 T = TypeVar("T")
@@ -51,13 +65,12 @@ def save_adapter(
 ) -> Path:
     """Write an adapter to ``folder``, replacing an adapter that is there already.
 
-    The files are written beside it and moved into place at the end: whoever opens ``folder``, at any moment and after
-    any crash, finds a complete adapter or none. Without ``metadata`` (a model that is no SAM 3) only the PEFT files
-    are written.
+    The folder is written beside its place and renamed: a reader, at any moment and after any crash, finds a complete
+    adapter or none. Without ``metadata`` (a model that is not a SAM 3) only the PEFT files are written.
 
     Raises:
         UserError: ``folder`` exists and is no adapter folder, so replacing it could destroy something.
-        ValueError: the model has no such adapter, or its weights are not finite.
+        ValueError: The model has no such adapter, or its weights are not finite.
     """
     if not isinstance(model, PeftModel) or adapter_name not in model.peft_config:
         raise ValueError(f"expected a PEFT model with an adapter {adapter_name!r}, got {type(model).__name__}")
@@ -75,21 +88,14 @@ def save_adapter(
         if isinstance(getattr(config, field), set):
             setattr(config, field, sorted(getattr(config, field)))
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
-    scratch.mkdir()
-    try:
+    with whole_folder(folder) as scratch:
         save_file(tensors, scratch / WEIGHTS_FILE, metadata={"format": "pt"})
         config.save_pretrained(str(scratch))
-        # safetensors writes for the owner alone; whoever may read the other files may serve the adapter.
+        # safetensors lets only the owner read its file; other accounts that can read the folder may serve the adapter.
         shutil.copymode(scratch / CONFIG_FILE, scratch / WEIGHTS_FILE)
         if metadata is not None:
             write_metadata(scratch, metadata.to_dict())
             (scratch / CARD_FILE).write_text(render_model_card(metadata), encoding="utf-8")
-        sync_files(scratch)
-        replace_folder(scratch, folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return folder
 
 
@@ -101,23 +107,23 @@ def load_adapter(
     adapter_name: str = "default",
     trainable: bool = False,
 ) -> tuple[PeftModel, AdapterMetadata | None]:
-    """Put an adapter on a base model, or one more on a PEFT model; the base model is changed in place.
+    """Load an adapter into a base model, or one more into a PEFT model; the model is changed in place.
 
     Args:
-        check_base: refuse a base whose fingerprint differs from the one the adapter was trained on.
-        adapter_name: name for it in the PEFT model; it becomes the active one if it is the first.
-        trainable: leave its parameters trainable.
+        check_base: Refuse a base whose fingerprint differs from that of the base the adapter was trained on.
+        adapter_name: Name of the adapter in the PEFT model. The first adapter of a model becomes the active one.
+        trainable: Leave the adapter's parameters trainable.
 
     Returns:
         The PEFT model, and the metadata (None for a plain PEFT adapter without ``sam3lora.json``).
 
     Raises:
-        UserError: the folder is incomplete or damaged, the base is another one, or tensors are missing or left over.
+        UserError: The folder is incomplete or damaged, the base is another one, or tensors are missing or left over.
             The model is then as it was before.
     """
     folder = Path(folder)
     config = read_config(folder)
-    tensors = _read_tensors(folder)
+    tensors, _ = read_tensors(folder)
     metadata = read_metadata(folder)
     if check_base and metadata is not None:
         refuse_other_base(model, metadata, folder)
@@ -169,19 +175,14 @@ def record_post_processing(folder: str | Path, post: PostProcessing) -> None:
     write_whole(card, update_post_processing(text, post))
 
 
-def is_adapter_folder(folder: str | Path) -> bool:
-    """Whether the folder has the files of a complete adapter; they are not opened."""
-    return all((Path(folder) / file).is_file() for file in (CONFIG_FILE, WEIGHTS_FILE))
-
-
 def check_adapter_folder(folder: str | Path) -> None:
-    """Read everything in an adapter folder without a model.
+    """Read and check all files of an adapter folder, without a model.
 
     Raises:
-        UserError: a file is missing, damaged or not of this kind, or weights are not finite.
+        UserError: A file is missing, damaged or of another kind, or a weight is not finite.
     """
     read_config(Path(folder))
-    _read_tensors(Path(folder))
+    read_tensors(Path(folder))
     read_metadata(folder)
 
 
@@ -225,67 +226,12 @@ def read_unchanged(folder: Path, read: Callable[[FolderSignature], T]) -> T:
 
 
 def list_adapters(root: str | Path) -> dict[str, Path]:
-    """Name -> folder of the complete adapters directly under ``root``, sorted by name; hidden folders are skipped."""
+    """Complete adapters directly in ``root``, as name -> folder, sorted by name; hidden folders are skipped."""
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"adapter directory {root} does not exist")
     folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     return {path.name: path for path in folders if is_adapter_folder(path)}
-
-
-def read_config(folder: Path) -> LoraConfig:
-    """The LoRA configuration of an adapter folder.
-
-    Raises:
-        UserError: a file is missing, or the configuration is none of LoRA or would change the base model itself.
-    """
-    missing = [file for file in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / file).is_file()]
-    if missing:
-        pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
-        note = f"; {', '.join(pickles)} is a pickle and is never loaded, save it as safetensors" if pickles else ""
-        reason = f"lacks {', '.join(missing)}{note}" if folder.is_dir() else "does not exist"
-        raise UserError(f"adapter folder {folder} {reason}. Expected a folder written by `sam3lora train` or by PEFT")
-    try:
-        config = PeftConfig.from_pretrained(str(folder))
-    except Exception as error:  # PEFT raises several kinds for unknown types and fields
-        raise UserError(f"{folder / CONFIG_FILE} is no valid PEFT configuration: {error}") from error
-    if not isinstance(config, LoraConfig):
-        raise UserError(f"{folder} holds a {config.peft_type} adapter: expected LoRA")
-    # These change the base model's own weights or structure, or name code to import.
-    if config.init_lora_weights not in (True, False, "gaussian", "eva", "orthogonal"):
-        raise UserError(
-            f"{folder}: init_lora_weights={config.init_lora_weights!r} changes the base weights at loading; convert it "
-            "to plain LoRA with save_pretrained(path_initial_model_for_weight_conversion=...)"
-        )
-    if config.bias != "none":
-        raise UserError(
-            f"{folder}: {CONFIG_FILE} sets bias={config.bias!r}, which changes the base's own biases and cannot be "
-            'switched off: train the adapter with bias="none"'
-        )
-    for field in ("megatron_config", "layer_replication", "trainable_token_indices"):
-        if getattr(config, field, None):
-            raise UserError(f"{folder}: {CONFIG_FILE} sets {field}, which is not supported: remove it")
-    config.init_lora_weights = True  # values come from the file; other initialisations need data
-    return config
-
-
-def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    file = folder / WEIGHTS_FILE
-    try:
-        with safe_open(file, framework="pt") as header:
-            if not list(header.keys()):
-                raise UserError(f"{file} holds no tensors")
-        tensors = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is damaged or not a safetensors file: {error}") from error
-    check_finite(tensors, str(file), UserError)
-    return tensors
-
-
-def check_finite(tensors: Mapping[str, torch.Tensor], where: str, error: type[ValueError]) -> None:
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise error(f"{where}: {name} has NaN or infinite values, the training that made it diverged")
 
 
 def refuse_other_base(
@@ -295,7 +241,7 @@ def refuse_other_base(
     *,
     fingerprint_of: Callable[[nn.Module], str] = fingerprint,
 ) -> None:
-    """Raise UserError unless ``model`` is the base that the adapter says it was trained on, if it does."""
+    """Raise a UserError if the metadata name a base and ``model`` is another one, by their fingerprints."""
     expected = metadata.base_fingerprint
     if expected is None or (found := fingerprint_of(model)) == expected:
         return
@@ -307,24 +253,8 @@ def refuse_other_base(
     )
 
 
-def check_shapes(expected: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]], folder: Path) -> None:
-    """Raise UserError unless the file's tensors (name -> shape) are those that its configuration and the base need."""
-    problems = []
-    for verb, names in (("lacks", expected.keys() - found.keys()), ("has unexpected", found.keys() - expected.keys())):
-        if names:
-            problems.append(f"{verb} {len(names)} tensors, first {min(names)}")
-    for name in sorted(expected.keys() & found.keys()):
-        if tuple(expected[name]) != tuple(found[name]):
-            problems.append(f"has {name} of shape {tuple(found[name])}, the model needs {tuple(expected[name])}")
-            break
-    if problems:
-        raise UserError(
-            f"{folder / WEIGHTS_FILE} does not fit {CONFIG_FILE} and this base model: it {'; it '.join(problems)}. "
-            "Use the base model the adapter was trained on"
-        )
-
-
 def _fill(model: PeftModel, adapter_name: str, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    """Copy the tensors into the adapter's layers; PEFT itself says which ones they need."""
     expected = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     check_shapes(
         {name: tensor.shape for name, tensor in expected.items()},

@@ -1,4 +1,4 @@
-"""LoRA adapters on SAM 3 or any torch model. PEFT adds them; this module chooses the layers.
+"""LoRA layers on SAM 3 or any torch model: PEFT's own layers, on the modules that the settings select.
 
 LoRA: https://arxiv.org/abs/2106.09685, rank-stabilised: https://arxiv.org/abs/2312.03732,
 DoRA: https://arxiv.org/abs/2402.09353.
@@ -15,7 +15,7 @@ from sam3lora.config.lora import LoraSettings
 from sam3lora.model.adapter.folder import load_adapter, save_adapter
 from sam3lora.model.adapter.targets import select_modules
 from sam3lora.model.components import adapted_modules
-from sam3lora.model.publish.parameter_table import ParameterTable, count_parameters
+from sam3lora.model.parameter_counts import ParameterTable, count_parameters
 
 __all__ = [
     "LoraSettings",

@@ -1,4 +1,4 @@
-"""From target names in a configuration to the exact list of modules that get an adapter."""
+"""Selection of the modules that get an adapter, from the target names of a configuration."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ def select_modules(
     vision_last_layers: int | None = None,
     geometry_cls: bool = True,
 ) -> tuple[str, ...]:
-    """Names of the Linear and Conv2d modules that the settings ask to adapt, in model order.
-
-    Args:
-        targets: the last dotted part or parts of a module name (``q_proj``, ``box_head.layer1``); the name of a
-            container (``box_head``) stands for every Linear and Conv2d inside it. Known aliases (``qkv``) are resolved.
-        components: names of ``COMPONENTS`` to adapt; None adapts the whole model, also one that is no SAM 3.
-        vision_last_layers: adapt only the last so many ViT layers (the neck is not a ViT layer and stays).
-        geometry_cls: whether training adds the geometry CLS token; without it the geometry encoder is never used.
+    """Names of the Linear and Conv2d modules to adapt, in model order.
 
     Modules that no training step reaches (:func:`never_gets_gradient`) are left out.
 
+    Args:
+        targets: The last dotted part or parts of a module name (``q_proj``, ``box_head.layer1``). The name of a
+            container (``box_head``) stands for every Linear and Conv2d inside it. Known aliases (``qkv``) are resolved.
+        components: Names of ``COMPONENTS`` to adapt; None adapts the whole model, also one that is not a SAM 3.
+        vision_last_layers: Number of ViT layers to adapt, counted from the last. The neck is not a ViT layer.
+        geometry_cls: Whether training adds the geometry CLS token; without it the geometry encoder is never used.
+
     Raises:
-        UserError: an unknown component, a target or component that matches nothing, a target that LoRA cannot adapt
-            (ConvTranspose2d), ``vision_last_layers`` that is out of range or has no effect.
+        UserError: A component is unknown, a target or component matches nothing, LoRA cannot adapt a target
+            (ConvTranspose2d), or ``vision_last_layers`` is out of range or has no effect.
     """
     if not targets:
         raise UserError("lora.target_modules is empty: name at least one module, for example q_proj and v_proj")
@@ -84,7 +84,7 @@ def _check_components(model: nn.Module, components: Iterable[str] | None) -> tup
 
 
 def _modules_named(modules: dict[str, nn.Module], target: str) -> set[str]:
-    """Adaptable modules that ``target`` (or what it is an alias of) names, directly or as their container."""
+    """Adaptable modules that ``target``, or the name it is an alias of, names directly or as their container."""
     from sam3lora.config.aliases import resolve_target_modules
 
     names = {target, *resolve_target_modules([target])}
@@ -108,7 +108,7 @@ def _is_under(name: str, roots: Iterable[str]) -> bool:
 
 
 def _early_vit_layers(modules: dict[str, nn.Module], last_layers: int | None) -> set[str]:
-    """Names inside the ViT that ``vision_last_layers`` leaves frozen."""
+    """Names of the ViT's modules that ``vision_last_layers`` leaves frozen."""
     if last_layers is None:
         return set()
     layer_of = {name: int(match[1]) for name in modules if (match := _VIT_LAYER.match(name))}
@@ -123,7 +123,7 @@ def _early_vit_layers(modules: dict[str, nn.Module], last_layers: int | None) ->
 
 
 def _suffixes(modules: dict[str, nn.Module], component: str | None) -> list[str]:
-    """Short names of the adaptable modules, with the parent where the last part says little (``layer1``, ``0``)."""
+    """Short names of the adaptable modules, with the parent's name before a bare number (``layer1``, ``0``)."""
     short = []
     for name, module in modules.items():
         if _is_adaptable(module) and (component is None or component_of(name) == component):

@@ -1,7 +1,7 @@
-"""A LoRA adapter as plain tensors per base module, read from its folder without touching the model.
+"""The weights of a LoRA adapter as plain tensors for each base module, read from its folder.
 
-``load_adapter`` injects PEFT layers and so needs the model for itself; here any thread may read an adapter while the
-model runs. The tensors go into an :class:`~sam3lora.model.adapter.bank.AdapterBank`.
+``load_adapter`` changes the model, which must not run meanwhile. Here the model is only looked at: any thread may read
+an adapter while the model runs. The weights are made for an :class:`~sam3lora.model.adapter.bank.AdapterBank`.
 """
 
 from __future__ import annotations
@@ -17,27 +17,22 @@ import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load
 from torch import Tensor, nn
 
 from sam3lora.errors import UserError
-from sam3lora.model.adapter.folder import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    FolderSignature,
-    check_finite,
-    check_shapes,
-    read_config,
-    read_unchanged,
-    refuse_other_base,
-)
+from sam3lora.model.adapter.folder import FolderSignature, read_unchanged, refuse_other_base
 from sam3lora.model.adapter.metadata import METADATA_FILE, AdapterMetadata, read_metadata
+from sam3lora.model.adapter.peft_files import (
+    CONFIG_FILE,
+    check_finite,
+    lora_shapes,
+    read_config,
+    read_tensors,
+    tensor_name,
+)
 from sam3lora.model.components import component_of, unwrap
 from sam3lora.model.fingerprint import fingerprint
 
-_PEFT_PREFIX = "base_model.model."
-_FLOATING = {"F64", "F32", "F16", "BF16"}
 # What PEFT can do beyond LoRA and DoRA: each needs more than a low-rank product beside the base layer.
 _UNSUPPORTED = ("modules_to_save", "lora_bias", "target_parameters", "use_qalora")
 _MERGE_HINT = "it cannot share a batch with other adapters: merge it into its base with `sam3lora export --merge`"
@@ -49,7 +44,7 @@ class NotLowRankError(UserError):
 
 @dataclass(frozen=True)
 class LoraWeights:
-    """The update of one Linear or Conv2d; the scaling is folded into ``up``, DoRA's magnitude into ``up`` and ``gain``.
+    """The LoRA or DoRA update of one Linear or Conv2d module, its scaling and magnitude included.
 
     The output is ``base(x) + (gain - 1) * (base(x) - bias) + up(down(x))``.
 
@@ -77,12 +72,12 @@ class AdapterWeights:
     """All updates of one adapter, on the CPU in float32 (float64 for a float64 base), checked against the base.
 
     Attributes:
-        modules: by name of the module in the base model.
-        rank: the largest of the modules.
-        size_bytes: of the tensors.
-        version: digest of the folder's files; changes whenever the adapter does.
+        modules: The update of each module, by its name in the base model.
+        rank: The largest rank of a module.
+        size_bytes: Size of all tensors.
+        version: Digest of the folder's files; it changes whenever the adapter does.
         signature: `folder_signature` of the folder that was read; it tells sooner than `version` of a change.
-        components: names of ``COMPONENTS`` that the adapter changes.
+        components: Names of ``COMPONENTS`` that the adapter changes.
     """
 
     modules: dict[str, LoraWeights]
@@ -101,39 +96,26 @@ class AdapterWeights:
 
 @dataclass(frozen=True)
 class _Target:
-    """A module that the configuration names, with its rank and scaling there."""
+    """A module that the configuration adapts, with its rank and scaling."""
 
     module: nn.Linear | nn.Conv2d
     rank: int
     scaling: float
 
-    def shapes(self, name: str, use_dora: bool) -> dict[str, tuple[int, ...]]:
-        """Tensors of the file for this module -> the shape they must have."""
-        weight = self.module.weight
-        kernel = tuple(weight.shape[2:])
-        ones = (1,) * len(kernel)
-        shapes = {
-            _key(name, "lora_A.weight"): (self.rank, weight.shape[1], *kernel),
-            _key(name, "lora_B.weight"): (weight.shape[0], self.rank, *ones),
-        }
-        if use_dora:
-            shapes[_key(name, "lora_magnitude_vector")] = (1, weight.shape[0], *ones) if kernel else (weight.shape[0],)
-        return shapes
-
 
 def read_adapter_weights(
     folder: str | Path, model: nn.Module, *, check_base: bool = True, max_rank: int | None = None
 ) -> AdapterWeights:
-    """Read an adapter folder for ``model``, which is only looked at: safe from any thread, at any time.
+    """Read an adapter folder for ``model``. Any thread may call it at any time: the model is only looked at.
 
     Args:
-        model: the base without PEFT layers. Its weights must not change: its fingerprint is computed once.
-        check_base: refuse a base whose fingerprint differs from the one the adapter was trained on.
-        max_rank: refuse larger ranks before anything of their size is read.
+        model: The base without PEFT layers. Its weights must not change: its fingerprint is computed once.
+        check_base: Refuse a base whose fingerprint differs from that of the base the adapter was trained on.
+        max_rank: Refuse larger ranks before anything of their size is read.
 
     Raises:
-        NotLowRankError: the adapter does more than LoRA or DoRA on Linear and Conv2d modules.
-        UserError: the folder is incomplete, damaged or for another base, or changed each time it was read.
+        NotLowRankError: The adapter does more than LoRA or DoRA on Linear and Conv2d modules.
+        UserError: The folder is incomplete, damaged or for another base, or changed each time it was read.
     """
     folder = Path(folder)
     return read_unchanged(folder, lambda signature: _read(folder, signature, model, check_base, max_rank))
@@ -155,15 +137,15 @@ def _read(
         )
     expected: dict[str, tuple[int, ...]] = {}
     for name, target in targets.items():
-        expected |= target.shapes(name, config.use_dora)
-    tensors, version = _read_tensors(folder, expected)
+        expected |= lora_shapes(name, target.module, target.rank, config.use_dora)
+    tensors, contents = read_tensors(folder, expected)
     modules = {name: _fold(name, target, tensors, folder) for name, target in targets.items()}
     return AdapterWeights(
         modules=modules,
         metadata=metadata,
         rank=rank,
         size_bytes=sum(weights.size_bytes for weights in modules.values()),
-        version=version,
+        version=_digest(folder, contents),
         signature=signature,
         components=frozenset(component for name in modules if (component := component_of(name)) is not None),
     )
@@ -228,43 +210,24 @@ def _target(config: LoraConfig, name: str, module: nn.Module, folder: Path) -> _
 # ---- tensors ------------------------------------------------------------------------------------------------------
 
 
-def _key(name: str, tensor: str) -> str:
-    return f"{_PEFT_PREFIX}{name}.{tensor}"
-
-
-def _read_tensors(folder: Path, expected: dict[str, tuple[int, ...]]) -> tuple[dict[str, Tensor], str]:
-    """The tensors of the file, whose header must announce exactly those ``expected``, and the digest of the folder."""
-    file = folder / WEIGHTS_FILE
+def _digest(folder: Path, weights: bytes) -> str:
+    """SHA-256 over the folder's configuration, metadata and weights."""
     digest = hashlib.sha256()
-    try:
-        with safe_open(file, framework="pt") as header:  # refuses a header that does not fit the size of the file
-            slices = {name: header.get_slice(name) for name in header.keys()}  # noqa: SIM118 - it is no mapping
-            check_shapes(expected, {name: entry.get_shape() for name, entry in slices.items()}, folder)
-            for name, entry in slices.items():
-                if entry.get_dtype() not in _FLOATING:
-                    raise UserError(
-                        f"{file}: {name} has dtype {entry.get_dtype()}: expected one of {sorted(_FLOATING)}"
-                    )
-        # Read, not mapped: a mapped file that somebody truncates later would kill the process.
-        contents = file.read_bytes()
-        tensors = load(contents)
-        for name in (CONFIG_FILE, METADATA_FILE):
-            digest.update(hashlib.sha256((folder / name).read_bytes() if (folder / name).is_file() else b"").digest())
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is damaged or not a safetensors file: {error}") from error
-    digest.update(contents)
-    check_finite(tensors, str(file), UserError)
-    return tensors, digest.hexdigest()
+    for name in (CONFIG_FILE, METADATA_FILE):
+        content = (folder / name).read_bytes() if (folder / name).is_file() else b""
+        digest.update(hashlib.sha256(content).digest())
+    digest.update(weights)
+    return digest.hexdigest()
 
 
 def _fold(name: str, target: _Target, tensors: dict[str, Tensor], folder: Path) -> LoraWeights:
     """Fold the scaling into ``up``, and for DoRA (https://arxiv.org/abs/2402.09353) the magnitude into both factors."""
     base_weight = target.module.weight.detach()
     dtype = torch.promote_types(base_weight.dtype, torch.float32)
-    down = tensors[_key(name, "lora_A.weight")].to(dtype)
-    up = tensors[_key(name, "lora_B.weight")].to(dtype).flatten(1) * target.scaling
+    down = tensors[tensor_name(name, "lora_A.weight")].to(dtype)
+    up = tensors[tensor_name(name, "lora_B.weight")].to(dtype).flatten(1) * target.scaling
     gain = None
-    magnitude = tensors.get(_key(name, "lora_magnitude_vector"))
+    magnitude = tensors.get(tensor_name(name, "lora_magnitude_vector"))
     if magnitude is not None:
         updated = base_weight.flatten(1).to("cpu", dtype) + up @ down.flatten(1)
         gain = magnitude.to(dtype).flatten() / torch.linalg.vector_norm(updated, dim=1)

@@ -1,1 +1,1 @@
-"""Passing models on: export, model cards, the Hugging Face hub, parameter tables."""
+"""Publishing: export of merged models, model cards, upload to the Hugging Face hub."""

@@ -1,4 +1,4 @@
-"""Adapter and merged folders on the Hugging Face hub: what may be uploaded, and uploading it."""
+"""Upload of adapter folders and merged models to the Hugging Face hub, and the checks before it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 
 @dataclass(frozen=True)
 class Upload:
-    """What was uploaded, or would be: file name -> size in bytes; ``url`` is None after a dry run."""
+    """An upload, or the plan of one: ``files`` maps names to sizes in bytes; ``url`` is None after a dry run."""
 
     repo_id: str
     private: bool
@@ -30,15 +30,15 @@ class Upload:
 
 
 def is_merged_folder(folder: str | Path) -> bool:
-    """Whether the folder has the files that tell a merged model from a base model and an adapter."""
+    """Whether the folder holds a merged model: a base model has no metadata file, an adapter no config.json."""
     return all((Path(folder) / file).is_file() for file in ("config.json", METADATA_FILE))
 
 
 def check_folder(folder: str | Path) -> list[Path]:
-    """The files of a complete adapter or merged folder, sorted; hidden ones and sub-folders are left out.
+    """The files of a complete adapter or merged model, sorted; hidden files and sub-folders are left out.
 
     Raises:
-        UserError: it is neither, a file is missing, empty or damaged, or there is a pickle.
+        UserError: The folder holds neither, a file is missing, empty or damaged, or there is a pickle.
     """
     folder = Path(folder)
     if is_merged_folder(folder):
@@ -64,22 +64,22 @@ def check_folder(folder: str | Path) -> list[Path]:
 def push_adapter(
     folder: str | Path, repo_id: str, *, private: bool = True, dry_run: bool = False, token: str | None = None
 ) -> Upload:
-    """Upload an adapter or merged folder with its model card; files of the same name on the hub are replaced.
+    """Upload an adapter or a merged model with its model card; files of the same name on the hub are replaced.
 
     Args:
         repo_id: ``owner/name``; created if it does not exist.
-        private: only the owner may see it. A repository that is public already is then refused.
-        dry_run: check everything that can be checked here and use no network.
-        token: with write access; None takes that of `hf auth login` or ``HF_TOKEN``.
+        private: Only the owner may see it. A repository that is public already is then refused.
+        dry_run: Check everything that can be checked without the network, and upload nothing.
+        token: A token with write access; None takes that of `hf auth login` or ``HF_TOKEN``.
 
     Raises:
-        UserError: the folder is not fit (see :func:`check_folder`) or has no model card, ``repo_id`` is malformed, no
-            token, no network, no access.
+        UserError: The folder is refused by :func:`check_folder` or has no model card, ``repo_id`` is malformed, or
+            token, network or access are missing.
     """
     folder = Path(folder)
     paths = check_folder(folder)
     if folder / CARD_FILE not in paths:
-        raise UserError(f"{folder} has no model card: write {CARD_FILE}, what it knows and how to use it")
+        raise UserError(f"{folder} has no model card: write {CARD_FILE} with its prompts and how to use it")
     check_repo_id(repo_id)
     files = {file.name: file.stat().st_size for file in paths}
     head = (folder / CARD_FILE).read_text(encoding="utf-8").splitlines()[:CARD_HEAD_LINES]

@@ -1,43 +1,50 @@
-"""The README.md of an adapter folder: what it is and how to use it, with this package or without."""
+"""Model cards: the README.md of an adapter folder and of a merged model, with code that can be pasted."""
 
 from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.model.adapter.metadata import AdapterMetadata
-from sam3lora.model.base_folder import TINY
+from sam3lora.model.tiny import TINY
+
+if TYPE_CHECKING:
+    from sam3lora.model.publish.export import ExportReport
 
 CARD_FILE = "README.md"
+_FOLDER = "PATH_OF_THIS_FOLDER"
+_SCORE = "A detection's score is sigmoid(logit) x sigmoid(presence)."
 
 
 def render_model_card(metadata: AdapterMetadata) -> str:
-    """Markdown with the hub's front matter. The code in it is complete and can be pasted."""
+    """The card of an adapter, in Markdown with the hub's front matter."""
     base = metadata.base_model or "unknown"
-    front = ["---", "library_name: peft", "pipeline_tag: mask-generation", "tags: [sam3, lora, image-segmentation]"]
-    if base.count("/") == 1 and not base.startswith((".", "/", "~")):
-        front.append(f"base_model: {base}")
-    prompts = ", ".join(f"`{prompt}`" for prompt in metadata.prompts) or "not recorded"
-    revision = f" at revision `{metadata.base_revision}`" if metadata.base_revision else ""
+    post = metadata.post_processing
     sections = [
-        "\n".join([*front, "---"]),
+        _front_matter("peft", base),
         "# SAM 3 LoRA adapter",
-        f"Teaches [SAM 3](https://huggingface.co/facebook/sam3) these prompts: {prompts}.",
-        f"Base model: `{base}`{revision}. Input: {metadata.resolution or 'the model own'} pixels square. "
-        f"Geometry CLS token: {'on' if metadata.geometry_cls else 'off'}. A detection's score is "
-        "sigmoid(logit) x sigmoid(presence).",
+        f"Teaches [SAM 3](https://huggingface.co/facebook/sam3) these prompts: {_prompts(metadata)}.",
+        f"Base model: {_base(metadata, base)}. Input: {metadata.resolution or 'the model own'} pixels square. "
+        f"Geometry CLS token: {_cls_state(metadata)}. {_SCORE}",
         "## With sam3lora",
         _python(
             "from sam3lora import Predictor",
-            f'predictor = Predictor("{base}", adapter="PATH_OF_THIS_FOLDER")',
-            f'results = predictor.predict("image.jpg", prompts=["{_first_prompt(metadata)}"])',
+            f'predictor = Predictor("{base}", adapter="{_FOLDER}")',
+            f'results = predictor.predict("image.jpg", prompts=[{_first_prompt(metadata)}])',
         ),
         "## With transformers and PEFT alone",
-        _stock_code(metadata, base),
+        _python(
+            "import torch",
+            "from peft import PeftModel",
+            "from PIL import Image",
+            "from transformers import Sam3Config, Sam3Model, Sam3Processor",
+            "",
+            *_load_base_and_adapter(metadata, base),
+            *_detect(metadata, metadata.resolution),
+        ),
     ]
-    post = metadata.post_processing
     for title, values in (
         ("Metrics", metadata.metrics),
         ("Data", metadata.data),
@@ -50,47 +57,77 @@ def render_model_card(metadata: AdapterMetadata) -> str:
     return "\n\n".join(sections) + "\n"
 
 
+def render_merged_card(report: ExportReport, metadata: AdapterMetadata) -> str:
+    """The card of a merged model, in Markdown with the hub's front matter."""
+    rows = [f"| {name} | {item.absolute:.2g} | {item.scale:.3g} |" for name, item in report.differences.items()]
+    sections = [
+        _front_matter("transformers", report.base_model),
+        "# SAM 3 with a merged LoRA adapter",
+        f"[SAM 3](https://huggingface.co/facebook/sam3) that was taught these prompts: {_prompts(metadata)}.",
+        f"Base model: {_base(metadata, report.base_model)}, whose licence holds for these weights too. Weights in "
+        f"{report.dtype}; input {report.resolution} pixels square; geometry CLS token {_cls_state(metadata)}. {_SCORE}",
+        "## With transformers alone",
+        _python(
+            "import torch",
+            "from PIL import Image",
+            "from transformers import Sam3Model, Sam3Processor",
+            "",
+            f'model = Sam3Model.from_pretrained("{_FOLDER}", dtype=torch.float32).eval()',
+            f'processor = Sam3Processor.from_pretrained("{_FOLDER}")',
+            *_detect(metadata, None),
+        ),
+        "## How exact the merge is",
+        f"Largest differences of {report.check}, for one image of random pixels:",
+        "\n".join(["| output | difference | largest value |", "|---|---|---|", *rows]),
+    ]
+    if numbers := {name: value for name, value in metadata.metrics.items() if isinstance(value, int | float)}:
+        sections += ["## Metrics", _table(numbers)]
+    return "\n\n".join(sections) + "\n"
+
+
 def update_post_processing(card: str, post: PostProcessing) -> str:
-    """A model card with other post-processing settings; the rest of it, which somebody may have edited, stays."""
+    """A card with other post-processing settings; the rest of the text, which somebody may have edited, stays."""
     card = re.sub(r"(post_process_instance_segmentation\(outputs, threshold=)[^,)]+", rf"\g<1>{post.threshold}", card)
     section = f"## Post-processing\n\n{_table(post.model_dump(mode='json'))}\n"
+    # "Thresholds" is the heading that earlier versions wrote.
     earlier = re.search(r"^## (Post-processing|Thresholds)\n.*?(?=\n^## |\Z)", card, re.MULTILINE | re.DOTALL)
     if earlier is None:
         return f"{card.rstrip()}\n\n{section}"
     return card[: earlier.start()] + section + card[earlier.end() :]
 
 
-def _stock_code(metadata: AdapterMetadata, base: str) -> str:
-    lines = [
-        "import torch",
-        "from peft import PeftModel",
-        "from PIL import Image",
-        "from transformers import Sam3Config, Sam3Model, Sam3Processor",
-        "",
-    ]
-    if base == TINY:
-        lines += ["from sam3lora.model.tiny import TINY_FOLDER as base"]
-    else:
-        lines += [f'base = "{base}"']
+def _front_matter(library: str, base: str) -> str:
+    lines = ["---", f"library_name: {library}", "pipeline_tag: mask-generation"]
+    lines.append("tags: [sam3, lora, image-segmentation]")
+    if base.count("/") == 1 and not base.startswith((".", "/", "~")):  # a name on the hub
+        lines.append(f"base_model: {base}")
+    return "\n".join([*lines, "---"])
+
+
+def _load_base_and_adapter(metadata: AdapterMetadata, base: str) -> list[str]:
+    lines = ["from sam3lora.model.tiny import TINY_FOLDER as base"] if base == TINY else [f'base = "{base}"']
     load = "model = Sam3Model.from_pretrained(base)"
-    size = metadata.resolution
-    if size:
+    if metadata.resolution:
         lines += [
             "config = Sam3Config.from_pretrained(base)",
             'config = getattr(config, "detector_config", None) or config',
             "config = config if isinstance(config, Sam3Config) else Sam3Config(**config)",
-            f"config.image_size = {size}",
+            f"config.image_size = {metadata.resolution}",
         ]
         load = "model = Sam3Model.from_pretrained(base, config=config)"
-    lines += [
-        load,
-        'model = PeftModel.from_pretrained(model, "PATH_OF_THIS_FOLDER").eval()',
-        "processor = Sam3Processor.from_pretrained(base)",
-        "",
+    peft = f'model = PeftModel.from_pretrained(model, "{_FOLDER}").eval()'
+    return [*lines, load, peft, "processor = Sam3Processor.from_pretrained(base)", ""]
+
+
+def _detect(metadata: AdapterMetadata, size: int | None) -> list[str]:
+    """Lines that run `model` on an image and print its detections; `size` replaces the processor's own."""
+    arguments = 'images=image, text=text, return_tensors="pt"'
+    if size:
+        arguments += f', size={{"height": {size}, "width": {size}}}'
+    lines = [
         'image = Image.open("image.jpg").convert("RGB")',
-        f'text = "{_first_prompt(metadata)}"',
-        'inputs = processor(images=image, text=text, return_tensors="pt"'
-        + (f', size={{"height": {size}, "width": {size}}})' if size else ")"),
+        f"text = {_first_prompt(metadata)}",
+        f"inputs = processor({arguments})",
     ]
     if metadata.geometry_cls:
         lines += [
@@ -99,18 +136,31 @@ def _stock_code(metadata: AdapterMetadata, base: str) -> str:
             'inputs["input_boxes_labels"] = torch.full((1, 1), -10)',
         ]
     threshold = (metadata.post_processing or PostProcessing()).threshold
-    lines += [
+    return [
+        *lines,
         'sizes = inputs.pop("original_sizes").tolist()',
         "with torch.inference_mode():",
         "    outputs = model(**inputs)",
         f"result = processor.post_process_instance_segmentation(outputs, threshold={threshold}, target_sizes=sizes)[0]",
         'print(result["scores"], result["boxes"], result["masks"].shape)',
     ]
-    return _python(*lines)
+
+
+def _prompts(metadata: AdapterMetadata) -> str:
+    return ", ".join(f"`{prompt}`" for prompt in metadata.prompts) or "not recorded"
+
+
+def _base(metadata: AdapterMetadata, base: str) -> str:
+    return f"`{base}`" + (f" at revision `{metadata.base_revision}`" if metadata.base_revision else "")
+
+
+def _cls_state(metadata: AdapterMetadata) -> str:
+    return "on" if metadata.geometry_cls else "off"
 
 
 def _first_prompt(metadata: AdapterMetadata) -> str:
-    return (metadata.prompts or ["crack"])[0].replace("\\", "\\\\").replace('"', '\\"')
+    """As a Python string."""
+    return json.dumps((metadata.prompts or ["crack"])[0], ensure_ascii=False)
 
 
 def _python(*lines: str) -> str:

@@ -1,1 +1,1 @@
-"""SAM 3's forward in stages that training and inference combine."""
+"""The forward pass of SAM 3 in stages, for training and inference."""

@@ -1,9 +1,10 @@
-"""SAM 3 in stages: what the stock ``Sam3Model.forward`` does, in pieces that training, evaluation and serving combine.
+"""The forward pass of SAM 3 in stages, which training, evaluation and serving combine.
 
-The stock forward runs one vision pass per (image, prompt) pair and returns the last decoder layer and every mask. Here
-the vision tower runs once per image and the text tower once per distinct prompt; the rest runs per find query, returns
-all decoder layers, optionally the one-to-many branch of DAC-DETR (https://arxiv.org/abs/2310.18461), and masks of the
-wanted object queries only. With one prompt per image and all masks the numbers are those of ``Sam3Model.forward``.
+The stock ``Sam3Model.forward`` runs one vision pass per (image, prompt) pair and returns the last decoder layer and
+every mask. Here the vision tower runs once per image and the text tower once per distinct prompt. The detector runs per
+find query and returns all decoder layers, on demand with the one-to-many branch of DAC-DETR
+(https://arxiv.org/abs/2310.18461); masks are computed for chosen object queries only. With one prompt per image and all
+masks the numbers are those of ``Sam3Model.forward``.
 
 Shapes: ``I`` images, ``P`` distinct prompts, ``B`` find queries (image, prompt), ``Q`` object queries, ``L`` decoder
 layers, ``T`` prompt tokens, ``S`` image tokens, ``C`` channels, ``M`` selected (find query, object query) pairs.
@@ -23,21 +24,21 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Sam3Model
 from transformers.models.sam3.modeling_sam3 import inverse_sigmoid
 
-from sam3lora.model.staged.mask_head import BRANCHES, MaskHead
-from sam3lora.model.staged.stage_values import Detections, TextFeatures, VisionFeatures, rows_of
+from sam3lora.model.staged.mask_head import MaskHead
+from sam3lora.model.staged.stage_outputs import DetectorOutput, TextFeatures, VisionFeatures, rows_of
 from sam3lora.model.staged.trunk import first_layers, frozen_layers, last_layers
 
-__all__ = ["BRANCHES", "Detections", "MaskHead", "StagedSam3", "TextFeatures", "VisionFeatures", "rows_of"]
+__all__ = ["DetectorOutput", "MaskHead", "StagedSam3", "TextFeatures", "VisionFeatures", "rows_of"]
 
 
 class StagedSam3:
     """Drives the sub-modules of a ``Sam3Model`` (plain, or with PEFT layers injected) in stages.
 
     Args:
-        model: the model itself, not the ``PeftModel`` around it (``peft_model.get_base_model()``).
-        geometry_cls: append the geometry encoder's CLS token to text-only prompts, as the original SAM 3 does and its
-            weights were trained; the stock transformers forward leaves it out unless boxes are given.
-        checkpointing: components whose layers recompute their activations in the backward pass.
+        model: The model itself, not the ``PeftModel`` around it (``peft_model.get_base_model()``).
+        geometry_cls: Append the geometry encoder's CLS token to text-only prompts. The original SAM 3 does so and was
+            trained that way; the stock transformers forward leaves the token out unless boxes are given.
+        checkpointing: Components whose layers recompute their activations in the backward pass.
     """
 
     def __init__(self, model: Sam3Model, *, geometry_cls: bool = True, checkpointing: Iterable[str] = ()) -> None:
@@ -50,7 +51,7 @@ class StagedSam3:
     def encode_images(self, pixel_values_ICHW: Tensor) -> VisionFeatures:
         """One pass of the vision tower and neck over ``I`` images (I, 3, S, S), normalised to mean 0.5, std 0.5.
 
-        The layers of the tower before the first one that learns keep nothing for the backward pass.
+        The layers of the tower before the first trainable one keep no activations for the backward pass.
         """
         frozen = frozen_layers(self._trunk) if torch.is_grad_enabled() else 0
         if not frozen:
@@ -60,15 +61,15 @@ class StagedSam3:
         return self.encode_rest(tokens_ISC, frozen)
 
     def encode_trunk(self, pixel_values_ICHW: Tensor, num_layers: int | None = None) -> Tensor:
-        """The first part of `encode_images`, ``num_layers`` layers of the vision tower or all: tokens (I, S, C)."""
+        """Tokens (I, S, C) after the first ``num_layers`` layers of the vision tower; None takes all layers."""
         return first_layers(self._trunk, pixel_values_ICHW, self._layers(num_layers))
 
     def encode_rest(self, tokens_ISC: Tensor, num_layers: int | None = None) -> VisionFeatures:
-        """The second part of `encode_images`, from the tokens that `encode_trunk` gives of square images."""
+        """Feature maps of square images from the tokens that `encode_trunk` returned for ``num_layers``."""
         return self.encode_neck(last_layers(self._trunk, tokens_ISC, self._layers(num_layers)))
 
     def encode_neck(self, trunk_ISC: Tensor) -> VisionFeatures:
-        """The last part of `encode_images`: feature maps from the tokens of the whole vision tower."""
+        """Feature maps of square images from the tokens after all layers of the vision tower."""
         side = math.isqrt(trunk_ISC.shape[1])
         tokens_ICHW = trunk_ISC.unflatten(1, (side, side)).permute(0, 3, 1, 2)
         maps, positions = self.model.vision_encoder.neck(tokens_ICHW)
@@ -93,7 +94,7 @@ class StagedSam3:
         dtype = self.model.geometry_encoder.cls_embed.weight.dtype
         maps_BCHW = vision.maps_ICHW[-1][image_index_B].to(dtype)
         positions = vision.positions_1CHW[-1].to(dtype).expand(len(image_index_B), -1, -1, -1)
-        # Box pooling (roi_align) has no bfloat16 kernel and fails under autocast on a CPU; these tokens are few.
+        # Box pooling (roi_align) has no bfloat16 kernel and fails under autocast on a CPU. These tokens are few.
         with torch.autocast(maps_BCHW.device.type, enabled=False):
             output = self._run(
                 "geometry_encoder",
@@ -107,9 +108,10 @@ class StagedSam3:
         return output.last_hidden_state, output.attention_mask
 
     def _geometry_cls_tokens(self, vision: VisionFeatures) -> Tensor:
-        """The CLS token of each image without boxes, (I, 1, C): it depends on the image only, not on the prompt.
+        """The geometry CLS token (I, 1, C) of each image where no boxes are given.
 
-        What ``geometry_encoder`` gives for no box, without its pooling of boxes and without a look at the mask.
+        It depends on the image only, not on the prompt. The result is that of ``geometry_encoder`` without boxes; the
+        pooling of boxes is skipped, and no mask value is read.
         """
         geometry = self.model.geometry_encoder
         dtype = geometry.cls_embed.weight.dtype
@@ -121,14 +123,14 @@ class StagedSam3:
     # ---- detector -------------------------------------------------------------------------------------------------
 
     def prepare(self, vision: VisionFeatures) -> VisionFeatures:
-        """Add what `detect` does alike for every prompt of an image, so that chunks of prompts share it."""
+        """Add the part of `detect` that is the same for all prompts of an image, so that chunks of prompts share it."""
         cls_I1C = self._geometry_cls_tokens(vision) if self.geometry_cls else None
         return replace(vision, begun_ISC=self.begin_fusion(vision), cls_I1C=cls_I1C)
 
     def begin_fusion(self, vision: VisionFeatures, image_index: Tensor | None = None) -> Tensor:
-        """Tokens (I, S, C) of the images, or of those chosen, after the first self-attention of the DETR encoder.
+        """Tokens (I, S, C) after the first self-attention of the DETR encoder, which does not depend on prompts.
 
-        It comes before any prompt.
+        ``image_index`` chooses images; None takes all.
         """
         coarse_ICHW = vision.maps_ICHW[-1]
         if image_index is not None:
@@ -149,13 +151,13 @@ class StagedSam3:
         boxes_cxcywh_BN4: Tensor | None = None,
         box_labels_BN: Tensor | None = None,
         one_to_many: bool = False,
-    ) -> Detections:
-        """Run everything between the encoders and the masks for ``B`` find queries.
+    ) -> DetectorOutput:
+        """Run the detector, everything between the encoders and the masks, for ``B`` find queries.
 
         Args:
-            image_index_B, text_index_B: rows of ``vision`` and ``text`` that make each find query.
-            boxes_cxcywh_BN4, box_labels_BN: optional exemplar boxes in [0, 1] and labels 1, 0 or -10 (padding).
-            one_to_many: also run the duplicated object queries that training supervises one-to-many.
+            image_index_B, text_index_B: The rows of ``vision`` and ``text`` that make up each find query.
+            boxes_cxcywh_BN4, box_labels_BN: Optional exemplar boxes in [0, 1] and labels 1, 0 or -10 (padding).
+            one_to_many: Also run the duplicated object queries that training supervises one-to-many.
         """
         prompt, prompt_mask = text.embeds_PTC[text_index_B], text.mask_PT[text_index_B]
         if boxes_cxcywh_BN4 is not None and boxes_cxcywh_BN4.numel() > 0:
@@ -180,10 +182,12 @@ class StagedSam3:
         *,
         begun_BSC: Tensor | None = None,
         one_to_many: bool = False,
-    ) -> Detections:
-        """`detect` of prompts whose tokens, text and geometry, are made: ``prompt_mask_BT`` is True at real ones.
+    ) -> DetectorOutput:
+        """Like `detect`, for prompt tokens (text and geometry) that the caller has computed.
 
-        ``begun_BSC`` is what `begin_fusion` gives for the image of each find query, where the caller has it.
+        Args:
+            prompt_mask_BT: True at real tokens.
+            begun_BSC: Result of `begin_fusion` for the image of each find query, if the caller has it.
         """
         coarse = vision.maps_ICHW[-1]
         size_hw = (coarse.shape[-2], coarse.shape[-1])
@@ -213,9 +217,9 @@ class StagedSam3:
         return hidden
 
     def _attention_mask(self, prompt_mask_BT: Tensor, dtype: torch.dtype) -> Tensor:
-        """What lets queries attend to real tokens only: (B, 1, 1, T), made without looking at the values.
+        """Attention mask (B, 1, 1, T) that hides padding tokens, made without reading a value.
 
-        (transformers' own asks whether all tokens are real, and a GPU has to be waited for.)
+        transformers' own function tests whether all tokens are real, for which the host has to wait for the GPU.
         """
         mask_B11T = prompt_mask_BT.bool()[:, None, None]
         if self.model.config._attn_implementation == "sdpa":
@@ -231,11 +235,12 @@ class StagedSam3:
         size_hw: tuple[int, int],
         one_to_many: bool,
         **context,
-    ) -> Detections:
-        """The DETR decoder with every layer's output.
+    ) -> DetectorOutput:
+        """Run the DETR decoder and return the outputs of every layer.
 
-        The sequence is [presence | one-to-one queries | one-to-many queries]; the last part has the same embeddings as
-        the second, takes no part in self-attention and so leaves the one-to-one half as it is without it.
+        The sequence is [presence | one-to-one queries | one-to-many queries]. The one-to-many queries have the same
+        embeddings as the one-to-one queries. They take no part in self-attention, so the one-to-one outputs do not
+        change.
         """
         decoder = self.model.detr_decoder
         num_queries = decoder.query_embed.num_embeddings
@@ -245,6 +250,8 @@ class StagedSam3:
         hidden = queries.unsqueeze(0).expand(batch, -1, -1)
         references = decoder.reference_points.weight.float().sigmoid().repeat(copies, 1).unsqueeze(0)
         references = references.expand(batch, -1, -1)
+        # As in the stock decoder: a layer's boxes are refined from `stored_references` with gradient, while the queries
+        # of the next layer see the same boxes, `references`, detached.
         stored_references = references
         attention_mask = self._attention_mask(prompt_mask_BT, prompt_BTC.dtype)
         keys_BSC = memory_BSC + positions_1SC
@@ -280,7 +287,7 @@ class StagedSam3:
         logits_LBQ = scores.squeeze(-1)
         split = num_queries
         hidden_BQC = {"o2o": states_LBQC[-1][:, :split], "o2m": states_LBQC[-1][:, split:]}
-        return Detections(
+        return DetectorOutput(
             logits_LBQ=logits_LBQ[:, :, :split],
             boxes_cxcywh_LBQ4=boxes_LBQ4[:, :, :split],
             presence_logits_LB=torch.stack(presence),
@@ -301,7 +308,7 @@ class StagedSam3:
         query_pos = decoder.ref_point_head(sine.to(decoder.ref_point_head.layer1.weight.dtype))
         query_pos = F.pad(query_pos.to(hidden.dtype), (0, 0, 1, 0))
         bias = self._box_bias(references, size_hw)
-        if not torch.is_autocast_enabled(bias.device.type):  # which casts for the attention itself
+        if not torch.is_autocast_enabled(bias.device.type):  # autocast would cast for the attention itself
             bias = bias.to(hidden.dtype)
 
         attending, bypassing = hidden[:, :num_self_attended], hidden[:, num_self_attended:]
@@ -320,10 +327,10 @@ class StagedSam3:
         return layer.mlp_layer_norm(hidden + layer.mlp_dropout(layer.mlp(hidden)))
 
     def _box_bias(self, references_BQ4: Tensor, size_hw: tuple[int, int]) -> Tensor:
-        """What each object query adds to its attention to each image token, by where its box is: (B, heads, 1 + Q, S).
+        """Attention bias (B, heads, 1 + Q, S) of each object query to each image token, from the query's box.
 
-        The sum of a part for the row and one for the column of the token, zero for the presence token. Both parts are
-        small; the sum, the largest tensor of the decoder, is written once.
+        It is the sum of a term for the token's row and one for its column, and zero for the presence token. Both terms
+        are small; the sum, the largest tensor of the decoder, is written once.
         """
         decoder, (height, width) = self.model.detr_decoder, size_hw
         center, half = references_BQ4[..., :2], references_BQ4[..., 2:] / 2
@@ -341,11 +348,11 @@ class StagedSam3:
 
     # ---- masks ----------------------------------------------------------------------------------------------------
 
-    def mask_head(self, detections: Detections, rows_K: Tensor) -> MaskHead:
+    def mask_head(self, detections: DetectorOutput, rows_K: Tensor) -> MaskHead:
         """Pixel embeddings of the ``K`` find queries that need masks, once for all their object queries.
 
         Args:
-            rows_K: long, best on the CPU: nothing then waits for the device.
+            rows_K: int64, best on the CPU: then the host does not wait for the device.
         """
         rows_K = rows_K.cpu()
         rows = rows_K.to(detections.prompt_BTC.device, non_blocking=True)
@@ -355,7 +362,7 @@ class StagedSam3:
         attention_mask = self._attention_mask(detections.prompt_mask_BT[rows], prompt.dtype)
         attended, _ = decoder.prompt_cross_attn(query=normed, key=prompt, value=prompt, attention_mask=attention_mask)
         memory = memory + decoder.prompt_cross_attn_dropout(attended)
-        image_index_B = detections.image_index_B  # some callers keep it on the CPU
+        image_index_B = detections.image_index_B  # on the CPU for some callers
         maps = detections.vision.select(image_index_B[rows_K.to(image_index_B.device, non_blocking=True)])
         maps[-1] = memory.transpose(1, 2).reshape(maps[-1].shape)
         pixels_KCHW = self._run("mask_decoder", decoder.pixel_decoder, maps)
@@ -380,7 +387,7 @@ def _cls_tokens(geometry: Any, tokens_ISC: Tensor, positions_1SC: Tensor) -> Ten
 
 
 def _attend_to_itself(layer: Any, tokens: Tensor, positions: Tensor) -> Tensor:
-    """The first third of a DETR encoder layer."""
+    """The first part of a DETR encoder layer: self-attention."""
     normed = layer.layer_norm1(tokens)
     with_positions = normed + positions
     attended, _ = layer.self_attn(query=with_positions, key=with_positions, value=normed)
@@ -388,7 +395,7 @@ def _attend_to_itself(layer: Any, tokens: Tensor, positions: Tensor) -> Tensor:
 
 
 def _attend_to_prompt(layer: Any, hidden: Tensor, prompt: Tensor, attention_mask: Tensor) -> Tensor:
-    """The rest of a DETR encoder layer."""
+    """The rest of a DETR encoder layer: cross-attention to the prompt, and the MLP."""
     attended, _ = layer.cross_attn(
         query=layer.layer_norm2(hidden), key=prompt, value=prompt, attention_mask=attention_mask
     )

@@ -1,4 +1,4 @@
-"""Masks of the object queries that are wanted, from what the detector said.
+"""The mask head: mask logits of chosen object queries, from the output of the detector.
 
 Shapes: ``B`` find queries, ``K`` of them with masks, ``Q`` object queries, ``M`` selected (find query, object query)
 pairs, ``C`` channels.
@@ -12,25 +12,23 @@ import torch
 from torch import Tensor
 from transformers import Sam3Model
 
-from sam3lora.model.staged.stage_values import Detections
-
-BRANCHES = ("o2o", "o2m")
+from sam3lora.model.staged.stage_outputs import DetectorOutput
 
 
 class MaskHead:
-    """Instance and semantic mask logits of selected object queries, four to a patch side (1008: 288 x 288).
+    """Instance and semantic mask logits of chosen object queries, 4 x 4 to a patch (288 x 288 for 1008 pixels).
 
-    Indices of find queries and object queries are best on the CPU: nothing then waits for the device.
+    Indices of find queries and object queries are best on the CPU: then the host does not wait for the device.
     """
 
-    def __init__(self, model: Sam3Model, detections: Detections, rows_K: Tensor, pixels_KCHW: Tensor) -> None:
+    def __init__(self, model: Sam3Model, detections: DetectorOutput, rows_K: Tensor, pixels_KCHW: Tensor) -> None:
         self._decoder = model.mask_decoder
         self._detections = detections
         self._rows_K = rows_K
         self._pixels_KCHW = pixels_KCHW
         self._instance_KCHW: Tensor | None = None
         self._queries_KQC: dict[str, Tensor] = {}
-        # The loss asks for masks from outside the autocast block of the forward: go on at the forward's precision.
+        # The loss calls this object outside of the forward's autocast block: keep the forward's precision.
         device = pixels_KCHW.device.type
         self._autocast: dict[str, Any] = {
             "device_type": device,
@@ -43,7 +41,7 @@ class MaskHead:
     def prepare(self, branch: str = "o2o") -> None:
         """Run the layers of instance masks for every object query of ``rows_K``.
 
-        What `instance_logits` then does are matrix products without any weight of the model.
+        `instance_logits` then computes matrix products only, without a weight of the model.
         """
         with torch.autocast(**self._autocast):
             self._instance_KCHW = self._decoder.instance_projection(self._pixels_KCHW)
@@ -65,7 +63,8 @@ class MaskHead:
             else:
                 index = self._on_device(torch.stack([b_index_M, q_index_M])[:, order])
                 queries_MC = self._decoder.mask_embedder(self._detections.hidden_BQC[branch][index[0], index[1]])
-            # One matrix product per find query: gathering (M, C, h, w) pixel embeddings would take M x 85 MB at 1008.
+            # Pairs are sorted by find query for one matrix product each: to gather pixel embeddings (M, C, h, w) would
+            # take M x 85 MB at 1008 pixels.
             counts = torch.bincount(position_M, minlength=len(self._pixels_KCHW)).tolist()
             products = [
                 queries @ pixels.flatten(1)
@@ -80,11 +79,11 @@ class MaskHead:
             return logits.view(-1, height, width)
 
     def branch_logits(self, branch: str, b_index_M: Tensor, q_index_M: Tensor) -> Tensor:
-        """``instance_logits`` with the arguments in the order that the loss asks in."""
+        """``instance_logits`` with the arguments in the loss's order."""
         return self.instance_logits(b_index_M, q_index_M, branch)
 
     def semantic_logits(self, b_index_K: Tensor) -> Tensor:
-        """Logits (K, h, w) of "this pixel belongs to the prompt" for the find queries asked for."""
+        """Semantic logits (K, h, w) of the given find queries: whether a pixel belongs to the prompt."""
         with torch.autocast(**self._autocast):
             position = self._position_B[b_index_K.cpu()]
             pixels = self._pixels_KCHW

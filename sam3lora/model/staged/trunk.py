@@ -1,7 +1,7 @@
-"""The ViT of SAM 3 cut between two layers: what no adapter reaches before it, what an adapter can change behind it.
+"""The vision trunk, SAM 3's ViT, cut between two layers, so that tokens of unchanged layers can be kept.
 
-Tokens between layers are (I, S, C): ``I`` images, ``S`` patches of a square image row by row, ``C`` channels. The cut
-is a number of layers, counted with the embeddings and the norm before them: 0 cuts nothing off.
+Tokens between layers are (I, S, C): ``I`` images, ``S`` patches of a square image row by row, ``C`` channels. A cut is
+the number of layers before it; the embeddings and the norm always come before it.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _LAYER = re.compile(re.escape(TRUNK) + r"layers\.(\d+)\.")
 
 
 def unchanged_layers(adapted: Iterable[str], num_layers: int) -> int:
-    """How many of the trunk's layers come before the first module that carries an adapter; all of them without one.
+    """Number of the trunk's layers before the first module with an adapter; ``num_layers`` if there is none.
 
     Args:
-        adapted: Names of the modules of the model that carry an adapter.
-        num_layers: Layers of the trunk.
+        adapted: Names of the model's modules that carry an adapter.
+        num_layers: Number of layers of the trunk.
     """
     first = num_layers
     for name in adapted:
@@ -34,7 +34,7 @@ def unchanged_layers(adapted: Iterable[str], num_layers: int) -> int:
 
 
 def frozen_layers(trunk: Any) -> int:
-    """How many of a ``Sam3ViTModel``'s layers come before its first parameter that learns; all of them without one."""
+    """Number of layers of a ``Sam3ViTModel`` before its first trainable parameter; all layers if there is none."""
     before = (trunk.embeddings, trunk.layer_norm)
     if any(parameter.requires_grad for module in before for parameter in module.parameters()):
         return 0
@@ -45,7 +45,7 @@ def frozen_layers(trunk: Any) -> int:
 
 
 def first_layers(trunk: Any, pixel_values_ICHW: Tensor, num_layers: int) -> Tensor:
-    """Tokens (I, S, C) behind the first ``num_layers`` layers of a ``Sam3ViTModel``: its forward as far as there."""
+    """Tokens (I, S, C) after the first ``num_layers`` layers of a ``Sam3ViTModel``."""
     tokens_ISC = trunk.embeddings(pixel_values_ICHW)
     tokens_IHWC = trunk.layer_norm(_as_map(tokens_ISC))
     for layer in trunk.layers[:num_layers]:
@@ -54,7 +54,7 @@ def first_layers(trunk: Any, pixel_values_ICHW: Tensor, num_layers: int) -> Tens
 
 
 def last_layers(trunk: Any, tokens_ISC: Tensor, num_layers: int) -> Tensor:
-    """Tokens (I, S, C) behind all layers, of those behind the first ``num_layers``: the rest of the forward."""
+    """Tokens (I, S, C) after all layers, from those after the first ``num_layers``."""
     tokens_IHWC = _as_map(tokens_ISC)
     for layer in trunk.layers[num_layers:]:
         tokens_IHWC = layer(tokens_IHWC)
@@ -62,7 +62,7 @@ def last_layers(trunk: Any, tokens_ISC: Tensor, num_layers: int) -> Tensor:
 
 
 def weights_of_first_layers(trunk: Any, num_layers: int) -> dict[str, Tensor]:
-    """Parameters and buffers, by name, that the tokens behind the first ``num_layers`` layers depend on."""
+    """Parameters and buffers, by name, on which the tokens after the first ``num_layers`` layers depend."""
     modules = [("embeddings", trunk.embeddings), ("layer_norm", trunk.layer_norm)]
     modules += [(f"layers.{index}", layer) for index, layer in enumerate(trunk.layers[:num_layers])]
     found: dict[str, Tensor] = {}
@@ -73,7 +73,7 @@ def weights_of_first_layers(trunk: Any, num_layers: int) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def token_type(trunk: Any) -> torch.dtype:
-    """Type of the tokens between layers under the autocast that is on: layers add to them and do not change it."""
+    """Type of the tokens between layers under the current autocast; a layer adds to them and keeps their type."""
     weight = trunk.embeddings.patch_embeddings.projection.weight
     side = trunk.config.patch_size
     pixels = torch.zeros(1, trunk.config.num_channels, side, side, dtype=weight.dtype, device=weight.device)

@@ -1,4 +1,4 @@
-"""What people have in hand to the bytes of an image file."""
+"""Images that are uploaded, and the conversion of paths, arrays and PIL images to image files."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 
 @dataclass(frozen=True)
 class UploadedImage:
-    """An image that the service keeps: asked again, it is neither sent nor embedded again.
+    """An image that the service keeps: further calls neither send nor encode it again.
 
     Attributes:
         image_id: The service's name for it.
-        size_hw: Height and width in pixels; None if you made this from an id of your own.
-        data: The image file, to be sent again if the service no longer keeps it; None if it is not at hand.
+        size_hw: Height and width in pixels; None if you made this from an id alone.
+        data: The image file, which is sent again if the service has evicted it; None if not available.
     """
 
     image_id: str
@@ -29,14 +29,14 @@ class UploadedImage:
 
 
 def image_bytes(image: ImageSource) -> bytes:
-    """An image file: that of a path or of bytes as it is, a lossless PNG of a PIL image or of an array.
+    """An image file: a path's or the given bytes unchanged, or a lossless PNG of a PIL image or an array.
 
     Args:
         image: A path, the content of an image file, a PIL image (turned as its EXIF data say) or uint8 (H, W, 3) RGB.
 
     Raises:
         OSError: The file cannot be read.
-        TypeError: It is none of these.
+        TypeError: It has another type.
         ValueError: The array is not uint8 (H, W, 3).
     """
     if isinstance(image, (bytes, bytearray, memoryview)):

@@ -1,4 +1,4 @@
-"""What the stages of SAM 3 hand on to each other.
+"""The outputs of the stages of SAM 3: vision features, text features, and the detector's output.
 
 Shapes: ``I`` images, ``P`` distinct prompts, ``B`` find queries (image, prompt), ``Q`` object queries, ``L`` decoder
 layers, ``T`` prompt tokens, ``S`` image tokens, ``C`` channels.
@@ -14,10 +14,9 @@ from torch import Tensor
 
 @dataclass
 class VisionFeatures:
-    """Feature maps of ``I`` images, finest first, without the coarsest level that SAM 3 discards.
+    """Feature maps of ``I`` images, finest first, without the coarsest level, which SAM 3 discards.
 
-    ``begun_ISC`` and ``cls_I1C`` are what `StagedSam3.prepare` adds: the part of the detector's work that no prompt
-    changes.
+    `StagedSam3.prepare` adds ``begun_ISC`` and ``cls_I1C``, the part of the detector's work that no prompt changes.
     """
 
     maps_ICHW: list[Tensor]
@@ -27,7 +26,7 @@ class VisionFeatures:
 
     @classmethod
     def from_output(cls, output: Any) -> VisionFeatures:
-        """From what ``Sam3Model.vision_encoder`` returns."""
+        """From the output of ``Sam3Model.vision_encoder``."""
         positions = [position[:1] for position in output.fpn_position_encoding[:-1]]
         return cls(list(output.fpn_hidden_states[:-1]), positions)
 
@@ -42,11 +41,11 @@ class VisionFeatures:
         ]
 
     def tensors(self) -> list[Tensor]:
-        """Everything that depends on the images."""
+        """All tensors that depend on the images."""
         return [*self.maps_ICHW, *(one for one in (self.begun_ISC, self.cls_I1C) if one is not None)]
 
     def detached(self) -> VisionFeatures:
-        """The same values as leaves that collect gradients: chunks of prompts can share one vision pass."""
+        """The same values as leaves that collect gradients, so that chunks of prompts share one vision pass."""
         return replace(
             self,
             maps_ICHW=[_leaf(maps) for maps in self.maps_ICHW],
@@ -67,7 +66,7 @@ class TextFeatures:
 
 
 def rows_of(values_I: Tensor, image_index_B: Tensor) -> Tensor:
-    """Rows (B, ...) of the images of find queries; a single image is not copied."""
+    """The rows (B, ...) of the images of ``B`` find queries; a single image is not copied."""
     if len(values_I) == 1:
         return values_I.expand(len(image_index_B), *values_I.shape[1:])
     return values_I.index_select(0, image_index_B)
@@ -78,8 +77,8 @@ def _leaf(values: Tensor) -> Tensor:
 
 
 @dataclass
-class Detections:
-    """What the decoder says about ``B`` find queries, and what the mask branch needs to go on.
+class DetectorOutput:
+    """Output of the decoder for ``B`` find queries, with the inputs of the mask head.
 
     ``boxes_cxcywh_LBQ4`` are float32 in units of the input's sides; ``presence_logits_LB`` and the logits are raw.
     The ``o2m`` fields are None unless the one-to-many branch was asked for.

@@ -1,4 +1,4 @@
-"""What the service answers, as arrays."""
+"""Responses of the service as arrays."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class PromptResult:
         boxes_xyxy: float32 (N, 4) in pixels of the image.
         areas_px: int64 (N,), pixels of each mask; None without masks.
         size_hw: Height and width of the image in pixels.
-        mask_format: "rle", "polygon", "png" or "none", as it was asked for.
+        mask_format: "rle", "polygon", "png" or "none", as requested.
     """
 
     prompt: str
@@ -80,19 +80,19 @@ class PromptResult:
 
     def _masks_as(self, wanted: str) -> list[Any]:
         if self.mask_format != wanted:
-            raise ValueError(f"the masks came as {self.mask_format!r}: ask for masks={wanted!r}")
+            raise ValueError(f"the masks came as {self.mask_format!r}: call with masks={wanted!r}")
         return self._masks
 
 
 @dataclass(frozen=True, eq=False)
 class SegmentResults(Sequence[PromptResult]):
-    """One `PromptResult` a prompt, in their order.
+    """One `PromptResult` for each prompt, in the order of the prompts.
 
     Attributes:
-        request_id: What the service logged the call under.
+        request_id: Id of the call in the service's log.
         size_hw: Height and width of the image in pixels.
         adapter: The adapter that answered; None for the base model.
-        timing_ms: Where the service spent the time, by stage, and "total".
+        timing_ms: Milliseconds in the service by stage, and "total".
     """
 
     request_id: str
@@ -128,6 +128,8 @@ class AdapterInfo:
         rank: Of its LoRA matrices.
         size_bytes: Of its weights.
         adapts: Components of the model that it changes.
+        post_processing: Settings that hold where a call gives none, by the names of `SegmentOptions`, and
+            `prompt_thresholds`; None if the adapter cannot be read.
         resident: Whether a replica has it in memory.
         error: Why it cannot be served; None if it can.
     """
@@ -137,6 +139,7 @@ class AdapterInfo:
     rank: int | None = None
     size_bytes: int | None = None
     adapts: tuple[str, ...] = ()
+    post_processing: Mapping[str, Any] | None = None
     resident: bool = False
     error: str | None = None
 
@@ -148,6 +151,7 @@ class AdapterInfo:
             rank=adapter.get("rank"),
             size_bytes=adapter.get("size_bytes"),
             adapts=tuple(adapter.get("adapts") or ()),
+            post_processing=adapter.get("post_processing"),
             resident=bool(adapter.get("resident")),
             error=adapter.get("error"),
         )

@@ -7,8 +7,8 @@ import pytest
 from sam3lora.config import Config, load_config
 from sam3lora.errors import UserError
 from sam3lora.model.adapter.lora_layers import apply_lora, count_parameters
-from sam3lora.model.publish.preset_table import count_on_full_size
-from sam3lora.tune.estimate.parameter_budget import ParameterCounter, meta_model
+from sam3lora.model.parameter_counts import count_on_full_size
+from sam3lora.tune.estimate.parameter_budget import count_trainable, meta_model
 
 
 def as_peft_makes_it(config: Config) -> int:
@@ -30,7 +30,7 @@ def as_peft_makes_it(config: Config) -> int:
 )
 def test_the_count_is_that_of_peft_on_the_tiny_model(overrides):
     config = load_config("quick_test", overrides)
-    assert ParameterCounter(load_config("quick_test")).count(config) == as_peft_makes_it(config) > 0
+    assert count_trainable(config) == as_peft_makes_it(config) > 0
 
 
 @pytest.mark.slow
@@ -38,17 +38,16 @@ def test_the_count_is_that_of_peft_on_the_tiny_model(overrides):
 def test_the_count_is_that_of_peft_on_the_full_size(preset):
     config = load_config(preset)
     counted = count_on_full_size(config.lora.settings)
-    assert ParameterCounter(config).count(config) == counted.trainable
+    assert count_trainable(config) == counted.trainable
 
 
 def test_the_published_size_is_known_offline():
     config = load_config("light")
-    assert ParameterCounter(config).count(config) == 1_015_808  # docs/parameters.md
+    assert count_trainable(config) == 1_015_808  # docs/parameters.md
 
 
 def test_nothing_is_changed_and_rank_is_a_factor():
-    counter = ParameterCounter(load_config("quick_test"))
-    counts = [counter.count(load_config("quick_test", [f"lora.rank={rank}"])) for rank in (8, 1, 8)]
+    counts = [count_trainable(load_config("quick_test", [f"lora.rank={rank}"])) for rank in (8, 1, 8)]
     assert counts == [8 * counts[1], counts[1], counts[0]]
     model = meta_model("tiny", None, False)
     assert all(parameter.is_meta for parameter in model.parameters())
@@ -57,7 +56,7 @@ def test_nothing_is_changed_and_rank_is_a_factor():
 
 def test_a_folder_is_counted_by_its_own_shape(small_base):
     config = load_config("quick_test", [f"model.name={small_base}"])
-    assert 0 < ParameterCounter(config).count(config) < ParameterCounter(load_config("quick_test")).count(config)
+    assert 0 < count_trainable(config) < count_trainable(load_config("quick_test"))
 
 
 @pytest.mark.parametrize(
@@ -70,9 +69,9 @@ def test_a_folder_is_counted_by_its_own_shape(small_base):
 )
 def test_impossible_settings_are_explained(override, words):
     with pytest.raises(UserError, match=words):
-        ParameterCounter(load_config("quick_test")).count(load_config("quick_test", [override]))
+        count_trainable(load_config("quick_test", [override]))
 
 
 def test_a_model_that_nobody_has_is_a_user_error():
     with pytest.raises(UserError, match="'someone/else' cannot be read"):
-        ParameterCounter(load_config("quick_test", ["model.name=someone/else", "model.local_files_only=true"]))
+        count_trainable(load_config("quick_test", ["model.name=someone/else", "model.local_files_only=true"]))

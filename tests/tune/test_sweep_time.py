@@ -1,26 +1,21 @@
-"""What a sweep takes: by hand, and early stopping's share of the epochs against Ray Tune's own scheduler."""
+"""The estimated time of a sweep, by hand, and the share of the epochs that early stopping leaves."""
 
 from __future__ import annotations
 
 import dataclasses
-import doctest
-import random
-from types import SimpleNamespace
 
 import pytest
-from ray.tune.schedulers import ASHAScheduler
 
 from sam3lora.config import Config, load_config
-from sam3lora.tune.estimate import asha_cost
-from sam3lora.tune.estimate.asha_cost import (
+from sam3lora.tune.estimate.probe import ImageCost, Probe
+from sam3lora.tune.estimate.sweep_time import (
     RAY_START_S,
-    epochs_trained,
+    cache_filling_seconds,
+    duration,
     expected_share,
-    first_visit_seconds,
     sweep_time,
     trial_seconds,
 )
-from sam3lora.tune.estimate.probe import ImageCost, Probe
 
 # An image takes 1 s in training and 0.5 s in validation, twice that when it is first seen; 10 s to start.
 PROBE = Probe(
@@ -46,26 +41,6 @@ def make_config(*overrides: str) -> Config:
     return load_config("demo", [*short, "scaling.num_workers=0", *overrides])
 
 
-def test_examples_in_docstrings():
-    result = doctest.testmod(asha_cost)
-    assert result.attempted
-    assert not result.failed
-
-
-def test_better_and_better_trials_all_go_on():
-    assert epochs_trained(range(10), 9, [1, 3], 3) == [9] * 10
-
-
-def test_worse_and_worse_trials_stop_at_the_first_rung():
-    assert epochs_trained(range(10, 0, -1), 9, [1, 3], 3) == [9] + [1] * 9
-
-
-def test_a_trial_can_stop_at_a_later_rung():
-    # The two thirds quantile of 4, 1, 2 is 2.67, so the 3 passes the first rung; the second has seen only the 4.
-    # That of 4, 1, 2, 3 is 3 and that of 3, 4 is 3.67: the 3.5 fares alike.
-    assert epochs_trained([4, 1, 2, 3, 3.5], 9, [1, 3], 3) == [9, 1, 1, 3, 3]
-
-
 def test_shares_by_hand():
     assert expected_share(1, 9, (1, 3), 3) == 1
     assert expected_share(12, 9, (), 3) == 1
@@ -81,27 +56,6 @@ def test_share_of_a_long_sweep_approaches_that_of_successive_halving():
     shares = [expected_share(count, 27, (1, 3, 9), 3) for count in (1, 4, 16, 64, 256)]
     assert shares == sorted(shares, reverse=True)
     assert limit < shares[-1] < 1.3 * limit
-
-
-@pytest.mark.parametrize(("num_epochs", "rungs", "factor"), [(20, [1, 3, 9], 3), (9, [2, 4, 8], 2), (16, [4], 4)])
-def test_rule_is_ray_tunes(num_epochs, rungs, factor):
-    draw = random.Random(3)
-    values = [draw.random() for _ in range(30)]
-    scheduler = ASHAScheduler(
-        "epoch", "value", "max", max_t=rungs[-1], grace_period=rungs[0], reduction_factor=factor, stop_last_trials=False
-    )
-    trained = [_train(scheduler, str(number), value, num_epochs) for number, value in enumerate(values)]
-    assert epochs_trained(values, num_epochs, rungs, factor) == trained
-    assert len(set(trained)) > 1
-
-
-def _train(scheduler: ASHAScheduler, name: str, value: float, num_epochs: int) -> int:
-    trial = SimpleNamespace(trial_id=name)
-    scheduler.on_trial_add(None, trial)
-    for epoch in range(1, num_epochs + 1):
-        if scheduler.on_trial_result(None, trial, {"epoch": epoch, "value": value}) == "STOP":
-            return epoch
-    return num_epochs
 
 
 @pytest.mark.parametrize(
@@ -124,9 +78,9 @@ def test_a_share_of_the_epochs_does_not_shorten_the_start():
 
 
 def test_only_the_first_trial_fills_the_caches():
-    assert first_visit_seconds(make_config(), PROBE) == pytest.approx(10 + 2)
+    assert cache_filling_seconds(make_config(), PROBE) == pytest.approx(10 + 2)
     uncached = dataclasses.replace(PROBE, cache_bytes=0)  # then the first steps merely warmed up
-    assert first_visit_seconds(make_config(), uncached) == 0
+    assert cache_filling_seconds(make_config(), uncached) == 0
 
 
 def test_time_of_a_sweep():
@@ -139,3 +93,10 @@ def test_time_of_a_sweep():
     stopped = sweep_time([(small, PROBE)], num_trials=5, at_a_time=2, rungs=[1], reduction_factor=3)
     assert stopped.share == expected_share(5, 4, (1,), 3) < 1
     assert stopped.about_s == pytest.approx(12 + 5 / 2 * (10 + stopped.share * 48))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "1 s"), (48, "48 s"), (110, "1.8 min"), (5000, "1.4 h"), (4e5, "4.6 days")]
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text

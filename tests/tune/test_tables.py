@@ -1,4 +1,4 @@
-"""The tables that a sweep leaves keep numbers as numbers; best/ is an adapter that can be used and trained again."""
+"""The tables of a sweep keep numbers as numbers; best/ is an adapter that can be used and trained again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from sam3lora.data.synth.dataset import write_dataset
 from sam3lora.errors import UserError
 from sam3lora.model.adapter.folder import check_adapter_folder
 from sam3lora.training.launch import train
-from sam3lora.tune.report import tables as results
 from sam3lora.tune.report.tables import copy_best, write_tables
 from sam3lora.tune.run.ledger import Ledger, Rejection, TrialRecord
 
@@ -102,21 +101,6 @@ def test_nothing_tried_and_only_rejections(tmp_path):
     assert (row["lora.rank"], row["adapter_mb"], row["reason"]) == (4, None, "no such module")
 
 
-def test_a_write_that_fails_leaves_the_old_table(tmp_path, monkeypatch):
-    write_tables(tmp_path, [trial(0, 0.1)], [], [])
-    before = (tmp_path / "trials.csv").read_bytes()
-
-    def fail(table, path):
-        Path(path).write_bytes(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(results.pa.csv, "write_csv", fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_tables(tmp_path, [trial(0, 0.2)], [], [])
-    assert (tmp_path / "trials.csv").read_bytes() == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["trials.csv", "trials.parquet"]
-
-
 def make_adapter(sweep_dir: Path, number: int, mark: str) -> None:
     folder = Ledger(sweep_dir).folder(number) / "best"
     folder.mkdir(parents=True)
@@ -142,27 +126,19 @@ def test_best_is_the_adapter_and_a_configuration_that_loads(tmp_path):
     assert Path(again.output.output_dir).is_absolute()
 
 
-def test_best_takes_the_place_of_an_older_one_whole(tmp_path):
+def test_an_older_best_is_replaced_whole_and_stays_when_there_is_no_other(tmp_path):
     config = load_config("light")
     for number, mark in ((1, "one"), (2, "two")):
         make_adapter(tmp_path, number, mark)
         copy_best(tmp_path, trial(number, 0.1), config)
-        (tmp_path / "best" / "left over").touch()
-    copy_best(tmp_path, trial(2, 0.1), config)
-    assert {path.name for path in (tmp_path / "best").iterdir()} == {*FILES, "config.yaml"}
-    assert json.loads((tmp_path / "best" / "sam3lora.json").read_text()) == "two"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "trials"]
-
-
-def test_an_older_best_stays_when_there_is_none(tmp_path):
-    config = load_config("light")
-    make_adapter(tmp_path, 1, "one")
-    copy_best(tmp_path, trial(1, 0.1), config)
+        if mark == "one":
+            (tmp_path / "best" / "left over").touch()
     assert copy_best(tmp_path, None, config) is None
-    assert copy_best(tmp_path, trial(2, None), config) is None
+    assert copy_best(tmp_path, trial(3, None), config) is None
     with pytest.raises(UserError, match="trial 3 is recorded as the best"):
         copy_best(tmp_path, trial(3, 0.9), config)
-    assert json.loads((tmp_path / "best" / "sam3lora.json").read_text()) == "one"
+    assert {path.name for path in (tmp_path / "best").iterdir()} == {*FILES, "config.yaml"}
+    assert json.loads((tmp_path / "best" / "sam3lora.json").read_text()) == "two"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "trials"]
 
 

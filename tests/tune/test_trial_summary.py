@@ -1,9 +1,10 @@
-"""What a run folder says about its trial."""
+"""A trial's record, completed from its run folder."""
 
 import json
 
 from sam3lora.tune.run.ledger import TrialRecord
 from sam3lora.tune.run.trial_summary import summarise
+from sam3lora.tune.space.search_space import Search
 
 
 def write_lines(folder, lines):
@@ -15,9 +16,9 @@ def epoch(number, **values):
     return {"kind": "epoch", "epoch": number, "step": number, "train_loss": 1.0, **values}
 
 
-def summary(folder, metric="valid_loss", mode="min"):
+def summary(folder, metric="valid_loss"):
     record = TrialRecord(3, {"lora.rank": 4})
-    summarise(record, folder, metric=metric, mode=mode)
+    summarise(record, folder, Search(metric=metric))
     return record
 
 
@@ -38,14 +39,14 @@ def test_the_value_is_that_of_the_best_epoch(tmp_path):
 def test_epochs_without_the_metric_are_passed_over(tmp_path):
     """mAP is measured every other epoch here; zero is a value."""
     write_lines(tmp_path, [epoch(1, valid_loss=1.0), epoch(2, valid_loss=9.0, map=0.0, cgf1=0.1), epoch(3, map=None)])
-    record = summary(tmp_path, "map", "max")
+    record = summary(tmp_path, "map")
     assert (record.value, record.best_epoch, record.epochs) == (0.0, 2, 3)
     assert record.metrics == {"valid_loss": 9.0, "map": 0.0, "cgf1": 0.1}
 
 
 def test_of_equal_epochs_the_first_counts_as_in_best(tmp_path):
     write_lines(tmp_path, [epoch(1, map=0.5), epoch(2, map=0.5)])
-    assert summary(tmp_path, "map", "max").best_epoch == 1
+    assert summary(tmp_path, "map").best_epoch == 1
 
 
 def test_pauses_between_attempts_are_not_time_at_work(tmp_path):

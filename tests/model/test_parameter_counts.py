@@ -7,8 +7,7 @@ import pytest
 from sam3lora.config import load_config, preset_names
 from sam3lora.model.adapter.lora_layers import LoraSettings
 from sam3lora.model.adapter.targets import select_modules
-from sam3lora.model.publish.parameter_table import ParameterTable
-from sam3lora.model.publish.preset_table import count_on_full_size, main, render_markdown
+from sam3lora.model.parameter_counts import ParameterTable, count_on_full_size, main, render_markdown
 
 
 @pytest.fixture(scope="module")
