@@ -19,7 +19,7 @@ def asked(worker) -> set[str]:
 
 def image_0(worker) -> np.ndarray:
     batch = first_batch(worker)
-    return batch.images_NHWC[batch.image_ids.tolist().index(0)].numpy()
+    return batch.images_NHWC[batch.image_ids.tolist().index(0)]
 
 
 @acts("data.train_split")
