@@ -1,4 +1,4 @@
-"""`sam3lora env`: versions and hardware, to go with a bug report."""
+"""`sam3lora env`: versions and hardware for a bug report."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def env(
 
 
 def collect() -> dict[str, Any]:
-    """What `sam3lora env` prints, as plain data; a value that cannot be found out is None."""
+    """The content of `sam3lora env` as plain data; None stands for what cannot be found out."""
     return {
         "python": {"version": platform.python_version(), "implementation": platform.python_implementation()},
         "platform": {"system": platform.platform(), "machine": platform.machine()},
@@ -106,7 +106,7 @@ def _memory() -> dict[str, float | None]:
 
 
 def _gpus() -> dict[str, Any]:
-    """CUDA as torch sees it. Any failure to load torch is itself a fact for the report."""
+    """CUDA as torch sees it. A failure to load torch goes into the report."""
     try:
         import torch
     except Exception as error:

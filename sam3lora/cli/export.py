@@ -1,4 +1,4 @@
-"""`sam3lora export`: an adapter as a merged model, a copy, or a repository on the hub."""
+"""`sam3lora export`: write an adapter as a merged model or a copy, or upload it to the hub."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def export(
     from sam3lora.model.publish.export import copy_adapter, merge_adapter
     from sam3lora.model.publish.hub import check_folder, check_repo_id, push_adapter
 
-    disable_progress_bar()  # of shards, which are written in a moment
+    disable_progress_bar()  # of shards: writing them is quick
     if push_to is not None:
         check_repo_id(push_to)
     folder = weights[0]
@@ -96,7 +96,7 @@ def _print_usage(folder: Path) -> None:
         lines = [
             "from transformers import Sam3Model, Sam3Processor",
             f'model = Sam3Model.from_pretrained("{folder}", dtype="float32").eval()',
-            f'processor = Sam3Processor.from_pretrained("{folder}")  # README.md there goes on',
+            f'processor = Sam3Processor.from_pretrained("{folder}")  # see README.md there',
         ]
     else:
         metadata = read_metadata(folder)

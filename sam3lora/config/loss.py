@@ -1,4 +1,4 @@
-"""Weights and options of SAM 3's training loss."""
+"""Settings of SAM 3's training loss: weights of the terms, resolution of the masks."""
 
 from __future__ import annotations
 
