@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Sam3Model
 
 from jobs.pretrain.bank import SceneBank
-from jobs.pretrain.prompting import Question, ask
+from jobs.pretrain.prompting import ScenePrompt, ask
 from jobs.pretrain.snapshot import Snapshot
 from jobs.pretrain.vision_stage import (
     FINE,
@@ -48,7 +48,7 @@ class TokenHead(nn.Module):
         return F.binary_cross_entropy_with_logits(logits, share_BS, pos_weight=torch.tensor(3.0))
 
 
-def scene_targets(labels_IHW: np.ndarray, questions: list[list[Question]]) -> tuple[Targets, Tensor, Tensor, Tensor]:
+def scene_targets(labels_IHW: np.ndarray, questions: list[list[ScenePrompt]]) -> tuple[Targets, Tensor, Tensor, Tensor]:
     """Targets of all questions, the share of each patch they cover (B, 256), exemplar boxes and labels (B, 1, ...)."""
     size = labels_IHW.shape[1]
     steps = (np.arange(FINE) * size // FINE) + 1
