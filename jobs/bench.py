@@ -19,6 +19,7 @@ Each prints the ratio of the times; `--json PATH` keeps what was found. With not
 from __future__ import annotations
 
 import json
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -33,6 +34,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 if TYPE_CHECKING:
     from jobs.bench.report import Comparison
     from jobs.bench.serving_report import ServingReport
+
+NUMBER = re.compile(r"^\d+$")
+LIST_OPTIONS = {"--clients": NUMBER, "--adapters": NUMBER}
 
 app = typer.Typer(help="Benchmarks beside the plain way.", no_args_is_help=True, add_completion=False)
 JsonPath = Annotated[Path | None, typer.Option("--json", metavar="PATH", help="Write what was found as JSON.")]
@@ -262,24 +266,12 @@ def _tell(reports: Sequence[Comparison | ServingReport], json_path: Path | None)
         json_path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
-def _one_word_each(argv: Sequence[str]) -> list[str]:
-    """`--clients 1 8` as `--clients 1 --clients 8`, which the parser wants."""
-    words: list[str] = []
-    option = ""
-    for word in argv:
-        if word.startswith("-"):
-            option = word
-        elif option in ("--clients", "--adapters") and words[-1] != option:
-            words.append(option)
-        words.append(word)
-    return words
-
-
 def run() -> int:
+    from sam3lora.cli.argv import normalize_argv
     from sam3lora.errors import UserError
 
     try:
-        app(args=_one_word_each(sys.argv[1:]), prog_name="jobs/bench.py")
+        app(args=normalize_argv(sys.argv[1:], LIST_OPTIONS), prog_name="jobs/bench.py")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

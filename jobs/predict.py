@@ -10,7 +10,6 @@ The exit status is 0 on success (also with bad images, which are listed), 2 on a
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -20,8 +19,9 @@ import typer
 # The working directory of a job holds the source, but Python looks only beside this file.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from sam3lora.cli import post_processing_options as options
 from sam3lora.cli.argv import normalize_argv
-from sam3lora.cli.train import gpu_indices
+from sam3lora.cli.gpus import choose_gpus, gpu_indices
 from sam3lora.errors import RunFailed, UserError
 
 
@@ -33,11 +33,12 @@ def main(
     model: Annotated[str | None, typer.Option(help="Base model; that of the adapter without it.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")] = None,
     resolution: Annotated[int | None, typer.Option(help="Side of the model's input in pixels.")] = None,
-    threshold: Annotated[float, typer.Option(help="Lowest score.")] = 0.5,
-    nms_iou: Annotated[float, typer.Option(help="Of two detections with a larger box IoU one stays.")] = 0.5,
-    merge: Annotated[bool, typer.Option("--merge", help="Join overlapping detections into one.")] = False,
-    merge_iou: Annotated[float, typer.Option(help="Mask IoU from which they are joined.")] = 0.15,
-    max_detections: Annotated[int, typer.Option(help="Most detections of a prompt in an image.")] = 100,
+    threshold: options.ThresholdOption = None,
+    nms: options.NmsOption = None,
+    nms_iou: options.NmsIouOption = None,
+    merge: options.MergeOption = None,
+    merge_iou: options.MergeIouOption = None,
+    max_detections: options.MaxDetectionsOption = None,
     num_workers: Annotated[int | None, typer.Option(min=1, help="Model replicas; one for each GPU without it.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images of one vision pass.")] = 4,
     device: Annotated[list[str] | None, typer.Option(metavar="0 1 ...", help="GPUs of this machine, or cpu.")] = None,
@@ -49,14 +50,11 @@ def main(
     """Ask prompts of every image of a folder, a list or a COCO file; go on where an earlier start stopped."""
     use_gpu = None
     if device:
-        gpus = gpu_indices(device)
-        use_gpu = bool(gpus)
-        if gpus and (address or os.environ.get("RAY_ADDRESS", "local") != "local"):
-            raise UserError("--device chooses GPUs of this machine, not of a cluster: give --num-workers instead")
-        if gpus:
-            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
+        use_gpu = bool(gpu_indices(device))
+        if use_gpu:
+            choose_gpus(device, address)
 
-    from sam3lora.inference.batch.job import ModelChoice, PostProcessing, predict_batch
+    from sam3lora.inference.batch.job import ModelChoice, predict_batch
 
     try:
         summary = predict_batch(
@@ -64,9 +62,14 @@ def main(
             output,
             prompt,
             choice=ModelChoice(model, weights, revision, resolution),
-            post=PostProcessing(
-                threshold, nms_iou=nms_iou, merge=merge, merge_iou=merge_iou, max_detections=max_detections
-            ),
+            post={
+                "threshold": threshold,
+                "nms": nms,
+                "nms_iou": nms_iou,
+                "merge": merge,
+                "merge_iou": merge_iou,
+                "max_detections": max_detections,
+            },
             num_workers=num_workers,
             batch_size=batch_size,
             use_gpu=use_gpu,

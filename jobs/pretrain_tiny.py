@@ -9,12 +9,16 @@ sam3lora/model/assets/tiny) and OUTPUT_DIR/report.json. A run that was cut goes 
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
+
+# A script finds only the modules beside it; `jobs` and `sam3lora` are one folder up.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from jobs.pretrain.run import PretrainSettings, pretrain
 

@@ -8,6 +8,7 @@ import math
 import os
 import socket
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from sam3lora.errors import UserError
@@ -53,6 +54,19 @@ def ray_session(address: str | None, *, num_cpus: float, dashboard: bool = False
         yield address == "local"
     finally:
         ray.shutdown()
+
+
+def check_job_path(path: str | Path, option: str) -> None:
+    """Refuse a relative path in a submitted job: its working directory is a temporary copy.
+
+    Raises:
+        UserError: This is such a job, and the path is relative; names the option.
+    """
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not Path(path).expanduser().is_absolute():
+        raise UserError(
+            f"{option} is {path}, but a submitted job runs in a temporary copy of the working directory: give {option} "
+            "an absolute path on storage that all hosts see"
+        )
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The Ray Serve application: an HTTP ingress in front of segmenter replicas.
+"""The Ray Serve application: an HTTP ingress in front of model replicas.
 
 `serve run serve_app/config.yaml` calls `build` with the `args` of that file.
 """
@@ -6,29 +6,49 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
-from serve_app.deployments import Ingress, Segmenter
 from serve_app.settings import ServeSettings
+
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
 
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 QUIET = {"enable_access_log": False, "log_level": logging.WARNING}
+MODEL_REPLICA = "serve_app.replica.replica.ModelReplica"
+"""By name: only the replicas import torch, not the process that builds the application."""
+
+
+@serve.ingress()
+class Ingress:
+    """The HTTP deployment; its routes are in `serve_app.http.ingress`."""
+
+    def __init__(self, settings: ServeSettings, segmenter: DeploymentHandle) -> None:
+        self._settings = settings
+        self._segmenter = segmenter
+
+    def __serve_build_asgi_app__(self) -> Any:
+        from serve_app.http.backend import ServeBackend
+        from serve_app.http.ingress import create_api
+
+        backend = ServeBackend(self._segmenter, self._settings)
+        return create_api(self._settings, backend, sends_request_id=False)
 
 
 def build(args: ServeSettings) -> Application:
     """The application of these settings; must be called where Ray runs.
 
-    Calls of equal affinity go to the same segmenter replica (consistent hashing), so that an adapter is loaded on few
-    replicas and an uploaded image is found again; a replica that is full hands over to the next on the ring.
+    Calls of equal affinity go to the same model replica (consistent hashing), so that an adapter is loaded on few
+    replicas and an uploaded image is found again. A full replica passes the call to the next one on the ring.
     """
     settings = ServeSettings.model_validate(args)
     limits, batching = settings.limits, settings.batching
-    # The replica's own queue refuses what is too much, at once and in words: Serve must let calls through to it.
+    # The replica's own queue refuses a surplus at once and with a message: Serve must let those calls through to it.
     most_ongoing = limits.max_queued + 4 * batching.max_rows
     segmenter = serve.deployment(
         name="Segmenter",
@@ -43,13 +63,13 @@ def build(args: ServeSettings) -> Application:
         graceful_shutdown_timeout_s=limits.timeout_s,
         logging_config=QUIET,
         **_scale(settings, most_ongoing),
-    )(Segmenter)
+    )(MODEL_REPLICA)  # type: ignore[arg-type]
     ingress = serve.deployment(
         name="Ingress",
         num_replicas=settings.ingress_replicas,
         max_ongoing_requests=2 * limits.max_in_flight,
         ray_actor_options={"num_cpus": 0.1},
-        max_surge_percent=100,  # it needs next to nothing: a new one answers before the old one goes
+        max_surge_percent=100,  # it needs few resources: a new one answers before the old one ends
         graceful_shutdown_timeout_s=limits.timeout_s,
         logging_config=QUIET,
     )(Ingress)

@@ -1,11 +1,11 @@
-"""What Ray Serve reads from the environment: it must be set before Ray starts, on every node."""
+"""Environment variables of Ray Serve; they must be set before Ray starts, on every node."""
 
 from __future__ import annotations
 
 import os
 
 FAST_CALLS = {
-    # A call between ingress and replica costs about half: our code never blocks the loop it shares with Serve.
+    # These halve the cost of a call to a replica: our code never blocks the loop that it shares with Serve.
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
@@ -14,12 +14,12 @@ FAST_CALLS = {
 
 HAPROXY = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
-    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",  # of 30: a stop would take a minute
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",  # 30 by default, which makes a stop take a minute
 }
 """HAProxy in front instead of Serve's own Python proxy."""
 
 
 def prepare_environment(*, haproxy: bool = False) -> None:
-    """Set what is not set yet; before `ray.serve` is imported."""
+    """Set the variables that are not set; call it before `ray.serve` is imported."""
     for name, value in (FAST_CALLS | (HAPROXY if haproxy else {})).items():
         os.environ.setdefault(name, value)

@@ -1,6 +1,6 @@
-"""Prometheus metrics: what an ingress and a segmenter replica count, and one text out of several processes' texts.
+"""Prometheus metrics of the ingress and of a model replica, and the merge of several processes' metrics.
 
-Labels never hold what a client sends: prompts, adapter ids and keys would grow without bound and tell too much.
+Labels never hold what a client sends: prompts, adapter ids and keys would grow without bound and leak.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ _ROWS = (1, 2, 4, 8, 16, 32, 64)
 STAGES = ("decode", "adapter", "queue", "forward", "masks")
 
 _ENGINE_COUNTERS = {
-    "image_cache_hits": "Images whose features were there.",
-    "image_cache_misses": "Images that had to pass the vision encoder.",
-    "image_cache_evictions": "Images dropped from the cache to make room.",
-    "text_cache_hits": "Prompts whose features were there.",
-    "text_cache_misses": "Prompts that had to pass the text encoder.",
+    "image_cache_hits": "Images whose features were cached.",
+    "image_cache_misses": "Images whose features were not cached.",
+    "image_cache_evictions": "Images evicted from the cache.",
+    "text_cache_hits": "Prompts whose features were cached.",
+    "text_cache_misses": "Prompts whose features were not cached.",
     "forwards": "Detector passes.",
     "rows": "(image, prompt) pairs that passed the detector.",
     "images_encoded": "Images that passed the vision encoder.",
 }
-_ENGINE_GAUGES = {"image_cache_bytes": "Memory that cached images take."}
+_ENGINE_GAUGES = {"image_cache_bytes": "Memory of cached images."}
 
 
 class IngressMetrics:
-    """What the HTTP side counts."""
+    """Metrics of the HTTP ingress."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -47,13 +47,13 @@ class IngressMetrics:
         )
         self._latency = Histogram(
             "sam3lora_request_duration_seconds",
-            "From a request's arrival to its answer.",
+            "Time from a request's arrival to its response.",
             ("route",),
             buckets=_SECONDS,
             registry=self.registry,
         )
         self.in_flight = Gauge(
-            "sam3lora_requests_in_flight", "Requests that wait for their answer.", registry=self.registry
+            "sam3lora_requests_in_flight", "Requests that wait for their response.", registry=self.registry
         )
 
     def finished(self, route: str, outcome: str, seconds: float) -> None:
@@ -74,10 +74,10 @@ class IngressMetrics:
 
 
 class ReplicaMetrics:
-    """What a segmenter replica counts; the `BatchObserver` of its batcher.
+    """Metrics of a model replica; the `BatchObserver` of its batcher and the `LoadObserver` of its adapters.
 
     Args:
-        engine_counters: Counters of the model side, read at every scrape.
+        engine_counters: Counters of the engine, read at every scrape.
         queue_length: Requests that wait for the model.
         resident_adapters: Adapters in memory.
     """
@@ -111,14 +111,14 @@ class ReplicaMetrics:
         )
         self._stages = {stage: stage_seconds.labels(stage) for stage in STAGES}
         self._out_of_memory = Counter(
-            "sam3lora_out_of_memory", "Batches for which memory ran out and that were tried again.", registry=registry
+            "sam3lora_out_of_memory", "Batches that ran out of memory and were tried again.", registry=registry
         )
-        self._adapter_loads = Counter("sam3lora_adapter_loads", "Adapters brought to memory.", registry=registry)
+        self._adapter_loads = Counter("sam3lora_adapter_loads", "Adapters loaded into memory.", registry=registry)
         self._adapter_failures = Counter(
             "sam3lora_adapter_load_failures", "Adapter folders that could not be used.", registry=registry
         )
         self._adapter_evictions = Counter(
-            "sam3lora_adapter_evictions", "Adapters that made room for others.", registry=registry
+            "sam3lora_adapter_evictions", "Adapters evicted for others.", registry=registry
         )
         registry.register(_EngineCollector(engine_counters))
 
@@ -153,26 +153,35 @@ class ReplicaMetrics:
 
 
 class StageClock:
-    """Milliseconds of one request by stage."""
+    """Milliseconds of one request by stage.
 
-    def __init__(self) -> None:
-        self._last = time.perf_counter()
+    Args:
+        started_s: When the request arrived, by `time.monotonic`; now if not given.
+    """
+
+    def __init__(self, started_s: float | None = None) -> None:
+        self._started_s = self._last_s = time.monotonic() if started_s is None else started_s
         self.timing_ms: dict[str, float] = {}
 
     def lap(self, stage: str) -> None:
-        """The stage took the time since the one before it."""
-        now = time.perf_counter()
-        self.timing_ms[stage] = round((now - self._last) * 1000, 3)
-        self._last = now
+        """The stage took the time since the end of the previous one."""
+        now_s = time.monotonic()
+        self.timing_ms[stage] = round((now_s - self._last_s) * 1000, 3)
+        self._last_s = now_s
 
     def set(self, stage: str, seconds: float) -> None:
-        """The stage was timed elsewhere and is over."""
+        """The stage was timed elsewhere and ends now."""
         self.timing_ms[stage] = round(seconds * 1000, 3)
-        self._last = time.perf_counter()
+        self._last_s = time.monotonic()
+
+    def with_total(self, inner_ms: Mapping[str, float]) -> dict[str, float]:
+        """The stages, those of an inner clock, and the `total` so far."""
+        total_ms = round((time.monotonic() - self._started_s) * 1000, 3)
+        return {**self.timing_ms, **inner_ms, "total": total_ms}
 
 
 class _EngineCollector(Collector):
-    """The model side counts in plain integers, without Prometheus; this reads them."""
+    """Reads the plain integers that the engine counts."""
 
     def __init__(self, read: Callable[[], Mapping[str, int]]) -> None:
         self._read = read

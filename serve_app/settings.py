@@ -1,4 +1,4 @@
-"""Settings of the service: what `serve run serve_app/config.yaml` reads under `args`, and `sam3lora serve` fills in."""
+"""Settings of the service: the `args` of `serve_app/config.yaml`, and what `sam3lora serve` fills in."""
 
 from __future__ import annotations
 
@@ -16,18 +16,22 @@ class _Settings(BaseModel):
 
 
 class Limits(_Settings):
-    """What one request may ask for, and how long."""
+    """Limits of one request: size, content, time, and the number that may wait."""
 
     max_body_bytes: int = Field(default=32 * 2**20, gt=0, description="Largest request body.")
     max_megapixels: float = Field(
-        default=50.0, gt=0, description="Largest image, told from its header before it is decoded."
+        default=50.0, gt=0, description="Largest image; checked in its header before it is decoded."
     )
-    image_formats: tuple[str, ...] = Field(default=IMAGE_FORMATS, description="Formats taken, told from the content.")
+    image_formats: tuple[str, ...] = Field(default=IMAGE_FORMATS, description="Accepted formats, by content.")
     max_prompts: int = Field(default=32, gt=0)
     max_prompt_chars: int = Field(default=200, gt=0)
     max_boxes: int = Field(default=32, gt=0)
-    max_detections: int = Field(default=200, gt=0, description="Most that a request may ask for, of each prompt.")
-    timeout_s: float = Field(default=30.0, gt=0, description="From the request's arrival to its answer.")
+    max_detections: int = Field(
+        default=200,
+        gt=0,
+        description="Most detections of a prompt; also limits the adapters' own values.",
+    )
+    timeout_s: float = Field(default=30.0, gt=0, description="From the request's arrival to its response.")
     max_queued: int = Field(
         default=64,
         gt=0,
@@ -40,21 +44,21 @@ class Limits(_Settings):
 
 
 class Batching(_Settings):
-    """How much goes into one forward pass."""
+    """Limits of one forward pass."""
 
     max_rows: int = Field(default=16, gt=0, description="(image, prompt) pairs.")
     max_images: int = Field(default=8, gt=0, description="Images that pass the vision tower together.")
 
 
 class Caches(_Settings):
-    """What a replica keeps."""
+    """Cache sizes of a replica."""
 
-    images_mb: int = Field(default=1024, gt=0, description="Embeddings of images, least recently used go first.")
+    images_mb: int = Field(default=1024, gt=0, description="Image features; the least recently used are evicted first.")
     prompts: int = Field(default=4096, gt=0, description="Text features.")
 
 
 class Autoscaling(_Settings):
-    """Replicas by load."""
+    """Number of replicas by load."""
 
     min_replicas: int = Field(default=1, ge=0)
     max_replicas: int = Field(default=1, gt=0)
@@ -68,9 +72,9 @@ class Autoscaling(_Settings):
 
 
 class AdapterSettings(_Settings):
-    """What may change while the service runs: the `user_config` of the segmenter.
+    """Settings that may change while the service runs: the `user_config` of the deployment `Segmenter`.
 
-    A folder that appears in the root is served without any change here.
+    A new folder in the root is served without any change here.
     """
 
     root: Path | None = Field(
@@ -94,16 +98,16 @@ class ServeSettings(_Settings):
     adapters: AdapterSettings = AdapterSettings()
     max_resident_adapters: int = Field(default=16, gt=0, description="Adapters in a replica's memory.")
     max_adapter_rank: int = Field(default=256, gt=0)
-    replicas: int = Field(default=1, gt=0, description="Of the segmenter; ignored with autoscaling.")
+    replicas: int = Field(default=1, gt=0, description="Model replicas; ignored with autoscaling.")
     autoscaling: Autoscaling | None = None
     num_gpus: float | None = Field(
-        default=None, ge=0, description="Of each replica; 1 if the cluster has GPUs, else 0."
+        default=None, ge=0, description="GPUs of each replica; 1 if the cluster has GPUs, else 0."
     )
-    num_cpus: float = Field(default=1.0, ge=0, description="Of each replica.")
+    num_cpus: float = Field(default=1.0, ge=0, description="CPUs of each replica.")
     torch_threads: int | None = Field(default=None, gt=0, description="Of each replica; torch decides if not given.")
     ingress_replicas: int = Field(default=1, gt=0)
     api_keys_variable: str = Field(
-        default="SAM3LORA_API_KEYS", description="Environment variable of keys, split by commas."
+        default="SAM3LORA_API_KEYS", description="Environment variable with the API keys, separated by commas."
     )
     batching: Batching = Batching()
     caches: Caches = Caches()
@@ -111,6 +115,6 @@ class ServeSettings(_Settings):
 
     @property
     def most_in_flight(self) -> int:
-        """Requests that all replicas together have room for, with some on the way: more need not be read."""
+        """Requests that all replicas together can queue, and some in transit: the ingress reads no more bodies."""
         replicas = self.autoscaling.max_replicas if self.autoscaling else self.replicas
         return replicas * (self.limits.max_queued + 2 * self.batching.max_rows)

@@ -16,10 +16,10 @@ import uvicorn
 from fastapi.testclient import TestClient
 
 from sam3lora.engine.features import COUNTED
-from serve_app.calls import SegmentCall, SegmentReply
 from serve_app.http.errors import STATUS_OF, ServeError
 from serve_app.http.ingress import create_api
-from serve_app.http.schemas import AdapterList, ErrorResponse, ImageResponse, SegmentResponse
+from serve_app.http.schemas import AdaptersResponse, ErrorResponse, ImageResponse, SegmentResponse
+from serve_app.messages import SegmentCall, SegmentReply
 from serve_app.metrics import ReplicaMetrics
 from serve_app.settings import AdapterSettings, Batching, Caches, Limits, ServeSettings
 
@@ -30,7 +30,7 @@ URL = "http://127.0.0.1:8000"
 SAMPLES = ROOT / "serve_app" / "samples"
 API_PAGE = (ROOT / "docs" / "http_api.md").read_text()
 SERVING_PAGE = (ROOT / "docs" / "serving.md").read_text()
-ANSWERS = (SegmentResponse, ImageResponse, AdapterList, ErrorResponse)
+ANSWERS = (SegmentResponse, ImageResponse, AdaptersResponse, ErrorResponse)
 STRICT_CURL = 'set -o pipefail; curl() { command curl -sS --fail-with-body --max-time 20 --noproxy "*" "$@"; }\n'
 
 

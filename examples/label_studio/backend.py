@@ -1,4 +1,4 @@
-"""A Label Studio ML backend that asks a running sam3lora service.
+"""A Label Studio ML backend that uses a running sam3lora service.
 
     python examples/label_studio/backend.py --server http://127.0.0.1:8000 --label-studio-url http://localhost:8080
 
@@ -40,13 +40,13 @@ class PredictRequest(BaseModel):
 
 
 class Backend:
-    """Answers tasks.
+    """Predicts the regions of tasks.
 
     Args:
-        client: Of the sam3lora service.
-        images: Where images of tasks come from.
-        adapter: Asked instead of the base model.
-        threshold: Least score of a region.
+        client: Client of the sam3lora service.
+        images: Reads the images of tasks.
+        adapter: Id of an adapter; None asks the base model.
+        threshold: Lowest score of a region; None takes the adapter's recorded post-processing.
         all_alike: With a smart tool, return everything that looks like what was drawn, not only the object under it.
     """
 
@@ -56,7 +56,7 @@ class Backend:
         images: TaskImages,
         *,
         adapter: str | None = None,
-        threshold: float = 0.5,
+        threshold: float | None = None,
         all_alike: bool = False,
     ) -> None:
         self.model_version = f"sam3lora-{adapter or 'base'}"
@@ -66,14 +66,14 @@ class Backend:
         self._all_alike = all_alike
 
     def predict(self, request: PredictRequest) -> list[dict[str, Any]]:
-        """One prediction a task, in their order.
+        """One prediction for each task, in their order.
 
-        A task whose image cannot be had or read gets an empty one, so that the others are not lost with it.
+        A task whose image cannot be read gets an empty one, so that the other predictions are not lost.
 
         Raises:
-            ConfigFault: The project has no control that can be filled in.
-            ImageFault: There is a single task, and its image cannot be had.
-            SegmentationError: The service does not answer, or does not take the request.
+            ConfigFault: The project has no control that this backend can fill.
+            ImageFault: There is a single task, and its image cannot be read.
+            SegmentationError: The service does not respond, or refuses the request.
         """
         config = read_label_config(request.label_config)
         drawn = read_drawn((request.params or {}).get("context"))
@@ -114,7 +114,7 @@ class Backend:
 
 
 def create_app(backend: Backend) -> FastAPI:
-    """The HTTP side, as Label Studio expects it."""
+    """The HTTP application that Label Studio expects."""
     app = FastAPI(title="sam3lora for Label Studio")
 
     @app.post("/predict")
@@ -139,7 +139,7 @@ def create_app(backend: Backend) -> FastAPI:
 
     @app.post("/webhook")
     def webhook() -> dict[str, str]:
-        """Label Studio tells what annotators do; nothing is learnt from it here."""
+        """Label Studio reports what annotators do; this backend ignores it."""
         return {"status": "ignored"}
 
     return app
@@ -149,13 +149,15 @@ def main(
     server: Annotated[str, typer.Option(help="The sam3lora service.")] = "http://127.0.0.1:8000",
     label_studio_url: Annotated[str | None, typer.Option(help="Label Studio, for the images of tasks.")] = None,
     local_root: Annotated[Path | None, typer.Option(help="Folder of Label Studio's local storage.")] = None,
-    adapter: Annotated[str | None, typer.Option(help="Adapter to ask; the base model if not given.")] = None,
-    threshold: Annotated[float, typer.Option(help="Least score of a region.")] = 0.5,
+    adapter: Annotated[str | None, typer.Option(help="Id of an adapter (default: the base model).")] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Lowest score of a region (default: as recorded with the adapter).")
+    ] = None,
     all_alike: Annotated[bool, typer.Option(help="Smart tools return everything alike, not one object.")] = False,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 9090,
 ) -> None:
-    """Serve; SAM3LORA_API_KEY and LABEL_STUDIO_API_KEY are read from the environment."""
+    """Start the backend. SAM3LORA_API_KEY and LABEL_STUDIO_API_KEY are read from the environment."""
     logging.basicConfig(level=logging.INFO)
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs addresses
     images = TaskImages(label_studio_url, os.environ.get("LABEL_STUDIO_API_KEY"), local_root)

@@ -1,4 +1,4 @@
-"""What a project's labelling configuration asks for."""
+"""The labelling configuration of a project: its control tag, and its labels as prompts."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ CONTROLS = ("brushlabels", "polygonlabels", "rectanglelabels")  # the first that
 
 
 class ConfigFault(Exception):
-    """The project's configuration has nothing that this backend can fill in."""
+    """The project's configuration has no control that this backend can fill."""
 
 
 @dataclass(frozen=True)
 class LabelConfig:
-    """Where predictions go, and what to look for.
+    """The control that gets the predictions, and the prompts.
 
     Attributes:
         control: Type of the regions, one of `CONTROLS`.

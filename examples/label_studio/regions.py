@@ -1,4 +1,4 @@
-"""Between Label Studio's regions, in percent of the image, and ours, in pixels."""
+"""Conversion between Label Studio's regions, in percent of the image, and the service's detections, in pixels."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ XYXY = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Drawn:
-    """What the annotator drew with a smart tool: boxes with 1 (this) or 0 (not this), and the label chosen."""
+    """The boxes that the annotator drew with a smart tool, with 1 (this) or 0 (not this), and the chosen label."""
 
     label: str
     boxes: list[tuple[XYXY, int]]
@@ -47,7 +47,7 @@ def read_drawn(context: Mapping[str, Any] | None) -> Drawn | None:
 
 
 def mask_format(config: LabelConfig) -> str:
-    """What to ask the service for."""
+    """The form of masks that the control needs."""
     return {"brushlabels": "rle", "polygonlabels": "polygon", "rectanglelabels": "none"}[config.control]
 
 

@@ -1,7 +1,7 @@
-"""The image of a task: from Label Studio itself, from a folder, or out of the task. From nowhere else.
+"""Images of tasks, read from Label Studio, from a local folder, or from a `data:` URI in the task.
 
-Whoever can write tasks chooses what is fetched here, with Label Studio's token in hand; so only its own host is asked,
-only below the paths that serve files, and redirects are not followed.
+Anyone who can write tasks chooses the addresses, and requests carry Label Studio's token. Therefore only Label Studio's
+own host is asked, only below the paths that serve files, and redirects are not followed.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ MAX_IMAGE_BYTES = 32 * 2**20
 
 
 class ImageFault(Exception):
-    """A task's image cannot be had; the message says why, without the address."""
+    """A task's image cannot be read; the message gives the reason, but not the address."""
 
 
 class LabelStudioToken(httpx.Auth):
-    """Both kinds of access token: a legacy one is sent as it is, a personal one buys tokens of a few minutes."""
+    """Both kinds of access token: a legacy one is sent as it is, a personal one is exchanged for short-lived tokens."""
 
     def __init__(self, url: str, token: str) -> None:
         self._refresh_url = f"{url.rstrip('/')}/api/token/refresh"
@@ -51,12 +51,13 @@ class LabelStudioToken(httpx.Auth):
 
 
 class TaskImages:
-    """
+    """Reads the images of tasks.
+
     Args:
-        label_studio_url: Where Label Studio is; without it nothing is fetched.
-        token: Of a Label Studio account that may see the project.
-        local_root: Folder that holds the files of local storage (`/data/local-files/?d=...`), if they are at hand.
-        transport: Another way to send requests.
+        label_studio_url: Address of Label Studio; without it nothing is fetched.
+        token: Access token of a Label Studio account that may see the project.
+        local_root: Folder that holds the files of local storage (`/data/local-files/?d=...`), if it is on this machine.
+        transport: Sends the requests, for tests.
     """
 
     def __init__(

@@ -15,8 +15,8 @@ from transformers.utils.logging import disable_progress_bar
 from jobs.bench.processes import Measured, Round, Work, measure_in_turns
 from jobs.bench.prompts import KEPT, SIZE_HW
 from jobs.bench.report import Comparison, Way
+from sam3lora.config.post_processing import PostProcessing
 from sam3lora.data.synth.scenes import draw_scene
-from sam3lora.engine.detections import PostProcessing
 from sam3lora.engine.feature_cache import PreparedImage
 from sam3lora.engine.pixels import to_pixel_values
 from sam3lora.errors import UserError
@@ -176,22 +176,20 @@ def _thresholds(requests: Requests) -> tuple[float, ...]:
 
 
 def make_mixed(requests: Requests) -> Round:
-    """All requests in one batch of `MixedBatchSegmenter`."""
-    from sam3lora.engine.engine import MixedBatchSegmenter, Question
+    """All requests in one batch of the engine."""
+    from sam3lora.engine.engine import Engine, PromptedImage
 
-    segmenter = MixedBatchSegmenter(
+    engine = Engine.load(
         requests.model, num_slots=len(requests.adapters), max_rows=requests.num_requests, local_files_only=True
     )
     for slot, adapter in enumerate(requests.adapters):
-        segmenter.place_adapter(slot, segmenter.read_adapter(adapter))
+        engine.place_adapter(slot, engine.read_adapter(adapter))
     # None keeps every object query, with no masks: what thresholds are chosen from.
-    posts = [PostProcessing(threshold, nms="none") for threshold in requests.thresholds]
-    everything = PostProcessing(0.0, nms="none", max_detections=10_000)
+    posts = [PostProcessing(threshold=threshold, nms="none") for threshold in requests.thresholds]
+    everything = PostProcessing(threshold=0.0, nms="none", max_detections=10_000)
     questions = [
-        Question(
-            PreparedImage(
-                f"image {number % requests.num_images}", requests.pixels(number, segmenter.resolution), SIZE_HW
-            ),
+        PromptedImage(
+            PreparedImage(f"image {number % requests.num_images}", requests.pixels(number, engine.resolution), SIZE_HW),
             (requests.prompt(number),),
             slot=requests.adapter(number),
             post=posts[number] if posts else everything,
@@ -199,17 +197,17 @@ def make_mixed(requests: Requests) -> Round:
         )
         for number in range(requests.num_requests)
     ]
-    segmenter.answer(questions[:1])
+    engine.detect_small(questions[:1])
 
     def answer() -> Found:
         if not requests.kept:
-            segmenter.drop_features()
-        answers = segmenter.answer(questions)
+            engine.drop_features()
+        answers = engine.detect_small(questions)
         found = []
         for one in answers:
             if isinstance(one, Exception):
                 raise one
-            found += [instances.scores.tolist() for instances in segmenter.finish(one)]
+            found += [small.at_full_size().scores.tolist() for small in one]
         return found
 
     if requests.kept:

@@ -27,23 +27,19 @@ def time_bare_calls(model: str, adapter: Path, question: Question, *, seconds: f
 
 
 def _measure(model: str, adapter: Path, question: Question, seconds: float) -> tuple[float, float]:
-    from sam3lora.engine.detections import PostProcessing
-    from sam3lora.engine.engine import MixedBatchSegmenter
-    from sam3lora.engine.engine import Question as MixedQuestion
+    from sam3lora.config.post_processing import PostProcessing
+    from sam3lora.engine.engine import Engine, PromptedImage
 
-    segmenter = MixedBatchSegmenter(model, local_files_only=True)
-    segmenter.place_adapter(0, segmenter.read_adapter(adapter))
-    segmenter.warm_up()
+    engine = Engine.load(model, local_files_only=True)
+    engine.place_adapter(0, engine.read_adapter(adapter))
+    engine.warm_up()
     picture = question.picture
-    post = PostProcessing(threshold=question.threshold, nms_iou=1.0)
+    post = PostProcessing(threshold=question.threshold, nms="none")
 
     def ask(jpeg: bytes) -> None:
         key = hashlib.sha256(jpeg).hexdigest()
-        image = segmenter.cached_image(key) or segmenter.prepare_image(jpeg, key)
-        (answer,) = segmenter.answer([MixedQuestion(image, (picture.prompt,), slot=0, post=post)])
-        if isinstance(answer, Exception):
-            raise answer
-        segmenter.finish(answer)
+        image = engine.cached_image(key) or engine.prepare_image(jpeg, key)
+        engine.detect([PromptedImage(image, (picture.prompt,), slot=0, post=post)])
 
     def median_ms(all_different: bool) -> float:
         found: list[float] = []

@@ -22,11 +22,11 @@ from jobs.bench.processes import Measured, Round, Work, measure_in_turns
 from jobs.bench.report import Comparison, Way
 from sam3lora.data.coco import CocoIndex
 from sam3lora.data.synth.dataset import write_dataset
-from sam3lora.engine.detections import PostProcessing
-from sam3lora.evaluation.ask.split_results import Answers
 from sam3lora.evaluation.ask.worker import BASE, EvaluationWorker, Models
 from sam3lora.evaluation.metrics.coco_map import MAX_DETECTIONS, coco_map
 from sam3lora.evaluation.metrics.ground_truth import PromptedCategory, build_ground_truth, prompted_categories
+from sam3lora.evaluation.settings import EvaluationSettings
+from sam3lora.evaluation.split_results import SplitResults
 from sam3lora.model.base_folder import find_base
 
 Result = dict[str, Any]
@@ -71,13 +71,15 @@ def compare_evaluation(
 def make_ours(model: str, split_dir: Path, num_prompts: int) -> Round:
     """What `sam3lora validate` does with each batch of images, without the geometry CLS token that stock has not."""
     index, categories = _asked(split_dir, num_prompts)
-    models = Models(segmenter={"model": model, "geometry_cls": False, "device": "cpu", "local_files_only": True})
-    worker = EvaluationWorker(models, categories, PostProcessing(0.0, nms="none", max_detections=MAX_DETECTIONS))
+    models = Models(options={"model": model, "geometry_cls": False, "device": "cpu", "local_files_only": True})
+    worker = EvaluationWorker(models, categories, EvaluationSettings({"nms": "none", "max_detections": MAX_DETECTIONS}))
     records = [index.record(row) for row in range(len(index))]
     truth = build_ground_truth(index, categories).coco
 
     def evaluate() -> Result:
-        answers = Answers.join([worker.ask([record])[BASE] for record in records], [one["image_id"] for one in records])
+        answers = SplitResults.join(
+            [worker.ask([record])[BASE] for record in records], [one["image_id"] for one in records]
+        )
         return _result(answers.predictions, coco_map(truth, answers.predictions, bbox=False).map)
 
     return evaluate

@@ -22,6 +22,7 @@ import transformers
 
 from jobs.bench.gpu_inference import check_attention, measure_adapters, measure_inference
 from jobs.bench.gpu_timing import Row
+from jobs.bench.gpu_training import PRESETS
 from jobs.bench.gpu_training_rows import measure_training
 from jobs.bench.models import CONFIGS
 from sam3lora.errors import UserError
@@ -171,8 +172,7 @@ def _cell(value: Any) -> str:
 
 def preset_files() -> list[str]:
     """Names of the shipped presets, without the packages that a configuration needs."""
-    folder = Path(__file__).resolve().parents[1] / "config" / "presets"
-    return sorted(path.stem for path in folder.glob("*.yaml"))
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,14 +36,17 @@ FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.
 class Inference:
     """One image and its prompts, asked under bfloat16 autocast; random weights, pixels and token ids.
 
-    `encode` stands for the vision encoder, and may be a compiled one.
+    Attributes:
+        encode: The vision encoder, or a compiled one.
+        drawn_KHW: Mask logits for post-processing; None leaves it out. Masks of random weights are noise, which takes
+            seconds to encode, so discs stand in for them.
     """
 
     staged: StagedSam3
     pixels_1CHW: Tensor
     ids_PT: Tensor
     encode: Callable[[Tensor], VisionFeatures]
-    post_processing: bool
+    drawn_KHW: Tensor | None
 
     @classmethod
     def of(cls, model: Sam3Model, num_prompts: int, device: torch.device) -> Inference:
@@ -53,7 +55,7 @@ class Inference:
         staged = StagedSam3(model)
         ids_PT = torch.randint(3, config.text_config.vocab_size, (num_prompts, 32), device=device)
         pixels = torch.rand(1, 3, config.image_size, config.image_size, device=device) * 2 - 1
-        return cls(staged, pixels, ids_PT, staged.encode_images, _can_encode_masks())
+        return cls(staged, pixels, ids_PT, staged.encode_images, _draw_masks(config))
 
     @torch.no_grad()
     def first_call(self, watch: Stopwatch) -> VisionFeatures:
@@ -79,10 +81,10 @@ class Inference:
         with watch.part("masks"), self._autocast():
             head = self.staged.mask_head(found, torch.arange(num_prompts))
             query_M = torch.arange(num_prompts).repeat_interleave(best_BK.shape[1])
-            logits = head.instance_logits(query_M, best_BK.flatten())
-        if self.post_processing:
+            head.instance_logits(query_M, best_BK.flatten())
+        if self.drawn_KHW is not None:
             with watch.part("post-processing"):
-                _post_process(found, logits.unflatten(0, best_BK.shape), best_BK)
+                _post_process(found, self.drawn_KHW[: best_BK.shape[1]], best_BK)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.pixels_1CHW.device.type, dtype=torch.bfloat16)
@@ -129,7 +131,7 @@ def _timed(way: str, asked: Inference, device: torch.device, repeats: int) -> Ro
         "again / first": again / whole,
         **{f"{name} ms": taken for name, taken in medians(rounds).items()},
         "peak GB": peak_gb(device),
-        **({} if asked.post_processing else {"note": "post-processing needs pycocotools"}),
+        **({"note": "post-processing needs pycocotools"} if asked.drawn_KHW is None else {}),
     }
 
 
@@ -141,7 +143,7 @@ def measure_adapters(
     for preset in presets:
         model = base_model(model_name, device)
         asked = Inference.of(model, 1, device)
-        asked.post_processing = False
+        asked.drawn_KHW = None
 
         def call(asked: Inference = asked) -> float:
             return median_ms(lambda: asked.first_call(Stopwatch(device)), device, repeats=repeats)
@@ -170,7 +172,7 @@ def check_attention(model_name: str, device: torch.device) -> Row:
     found: Row = {}
     model = base_model(model_name, device)
     asked = Inference.of(model, 2, device)
-    asked.post_processing = False
+    asked.drawn_KHW = None
     found["inference"] = _runs_fused(lambda: asked.first_call(Stopwatch(device)))
     case = Case("maximum", prompts=2, objects=1)
     model = random_model(model_name, device=device)
@@ -213,24 +215,25 @@ def _randomise(model: nn.Module) -> None:
             nn.init.normal_(parameter, std=0.02)
 
 
-def _can_encode_masks() -> bool:
-    with contextlib.suppress(ImportError):
-        import pycocotools  # noqa: F401
+def _draw_masks(config: Any) -> Tensor | None:
+    """Logits of `KEPT` discs in the size of the model's masks; None without the packages that encode masks."""
+    try:
+        from jobs.bench.postprocess import Workload
+    except ImportError:
+        return None
+    return Workload("blobs", num_masks=KEPT, mask_side=config.image_size // 14 * 4).draw()[1]
 
-        return True
-    return False
 
-
-def _post_process(found: DetectorOutput, logits_BKHW: Tensor, best_BK: Tensor) -> None:
-    """Suppression and run-length codes of the masks that were made."""
-    from sam3lora.engine.detections import PostProcessing
+def _post_process(found: DetectorOutput, drawn_KHW: Tensor, best_BK: Tensor) -> None:
+    """Suppression and run-length codes of masks of each prompt."""
+    from sam3lora.config.post_processing import PostProcessing
     from sam3lora.engine.mask_codes import encode_logits
     from sam3lora.engine.postprocess import select
 
     post = PostProcessing(threshold=0.0, nms="box", nms_iou=1.0)
     scores_BQ, boxes_BQ4 = found.scores_BQ().cpu(), found.boxes_cxcywh_LBQ4[-1].float().cpu()
-    for row, (best_K, logits_KHW) in enumerate(zip(best_BK, logits_BKHW.cpu(), strict=True)):
-        kept = select(scores_BQ[row, best_K], boxes_BQ4[row, best_K], logits_KHW, post)
+    for row, best_K in enumerate(best_BK):
+        kept = select(scores_BQ[row, best_K], boxes_BQ4[row, best_K], drawn_KHW, post)
         assert kept.mask_logits_NHW is not None
-        for mask in kept.mask_logits_NHW.float().numpy():
+        for mask in kept.mask_logits_NHW.numpy():
             encode_logits(mask, SIZE_HW)

@@ -27,6 +27,8 @@ from sam3lora.model.staged.forward import DetectorOutput, MaskHead, StagedSam3, 
 Part = Callable[[str], AbstractContextManager[Any]]
 """Entered with the name of what comes next: "vision", "detector", "loss", "backward" or "optimizer"."""
 
+PRESETS = Path(sam3lora.__file__).parent / "config" / "presets"
+
 MAX_PROMPTS = 8
 """Find queries at a time, as `training.max_prompts_per_forward` has it unless told otherwise."""
 
@@ -42,8 +44,7 @@ class Preset:
     @classmethod
     def read(cls, name: str) -> Preset:
         """Straight from its YAML file, as the configuration needs more packages than this."""
-        path = Path(sam3lora.__file__).parent / "config" / "presets" / f"{name}.yaml"
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.safe_load((PRESETS / f"{name}.yaml").read_text(encoding="utf-8"))
         training = values["training"]
         wanted = training.get("gradient_checkpointing", False)
         checkpointing = COMPONENTS if wanted is True else tuple(wanted or ())
@@ -131,23 +132,18 @@ class Inputs:
         )
 
 
-ChunkLoss = Callable[[DetectorOutput, MaskHead, Inputs, slice], Tensor]
-"""The loss of a run of find queries, from what the detector and the mask head give."""
-
-
 class Training:
     """A model with the adapter of a case, trained as `sam3lora train` does.
 
     Args:
         model: Frozen, without adapter; it is changed in place.
         case: What is trained.
-        loss: None takes SAM 3's.
     """
 
-    def __init__(self, model: Sam3Model, case: Case, loss: ChunkLoss | None = None) -> None:
+    def __init__(self, model: Sam3Model, case: Case) -> None:
         preset = Preset.read(case.preset)
         components = preset.checkpointing if case.checkpointing is None else case.checkpointing
-        self.case, self.preset, self._loss = case, preset, loss or sam3_loss(Criterion(touch_unused=False))
+        self.case, self.preset, self._criterion = case, preset, Criterion(touch_unused=False)
         self.peft = apply_lora(model, preset.lora)
         store_matrices_in(model, torch.bfloat16)
         enable_checkpointing(model, components)
@@ -181,11 +177,12 @@ class Training:
                 found = self.staged.detect(leaf, inputs.text, image_B[rows], text_B[rows], one_to_many=True)
                 head = self.staged.mask_head(found, torch.arange(rows.stop - rows.start))
             with part("loss"):
-                loss = self._loss(found, head, inputs, rows)
+                predictions = predictions_of(found, head)
+                loss = self._criterion(predictions, inputs.targets(rows), inputs.normalizer()).total
             with part("backward"):
                 loss.backward()
             total += loss.detach()
-            del found, head, loss
+            del found, head, predictions, loss
         if shared:
             pairs = [(made, kept.grad) for made, kept in zip(vision.tensors(), leaf.tensors(), strict=True)]
             pairs = [(made, grad) for made, grad in pairs if made.requires_grad and grad is not None]
@@ -200,22 +197,17 @@ class Training:
             return self.staged.encode_images(inputs.pixels_ICHW)
 
 
-def sam3_loss(criterion: Criterion) -> ChunkLoss:
-    """SAM 3's training loss of what was found."""
-
-    def loss(found: DetectorOutput, head: MaskHead, inputs: Inputs, rows: slice) -> Tensor:
-        predictions = Predictions(
-            logits_LBQ=found.logits_LBQ,
-            boxes_cxcywh_LBQ4=found.boxes_cxcywh_LBQ4,
-            presence_logits_LB=found.presence_logits_LB,
-            logits_o2m_LBQ=found.logits_o2m_LBQ,
-            boxes_o2m_LBQ4=found.boxes_o2m_LBQ4,
-            mask_logits=head.branch_logits,
-            semantic_logits=head.semantic_logits,
-        )
-        return criterion(predictions, inputs.targets(rows), inputs.normalizer()).total
-
-    return loss
+def predictions_of(found: DetectorOutput, head: MaskHead) -> Predictions:
+    """All that SAM 3's training loss judges."""
+    return Predictions(
+        logits_LBQ=found.logits_LBQ,
+        boxes_cxcywh_LBQ4=found.boxes_cxcywh_LBQ4,
+        presence_logits_LB=found.presence_logits_LB,
+        logits_o2m_LBQ=found.logits_o2m_LBQ,
+        boxes_o2m_LBQ4=found.boxes_o2m_LBQ4,
+        mask_logits=head.branch_logits,
+        semantic_logits=head.semantic_logits,
+    )
 
 
 def train_adapter_alone(model: nn.Module) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from jobs.bench.processes import Round, Work, measure_in_turns
 from jobs.bench.report import Comparison, Way
-from sam3lora.engine.detections import PostProcessing
+from sam3lora.config.post_processing import PostProcessing
 from sam3lora.engine.mask_codes import Rle, encode_logits
 from sam3lora.engine.postprocess import select
 from sam3lora.errors import UserError

@@ -14,8 +14,11 @@ from transformers import AutoTokenizer, Sam3ImageProcessor, Sam3Model
 
 from jobs.bench.models import random_model
 from jobs.bench.report import Comparison, Way, time_in_turns
-from sam3lora.engine.detect import detect_prompts
-from sam3lora.engine.detections import Instances, PostProcessing
+from sam3lora.config.post_processing import PostProcessing
+from sam3lora.engine.detections import Detections
+from sam3lora.engine.forward import MixedForward, Row
+from sam3lora.engine.selection import Wanted
+from sam3lora.model.adapter.bank import AdapterBank
 from sam3lora.model.staged.forward import StagedSam3, VisionFeatures
 from sam3lora.model.tiny import TINY_FOLDER
 from sam3lora.model.tokenization import tokenize
@@ -150,10 +153,18 @@ def _ours(
     prompts: Sequence[str],
     *,
     vision: VisionFeatures | None = None,
-) -> list[Instances]:
-    staged = StagedSam3(model, geometry_cls=False)
+) -> list[Detections]:
+    forward = MixedForward(StagedSam3(model), AdapterBank(model, num_slots=1))
     post = PostProcessing(threshold=threshold, nms="none")
-    return detect_prompts(staged, tokenizer, pixel_values, prompts, sizes_hw=[SIZE_HW], post=post, vision=vision)[0]
+    with torch.inference_mode():
+        image = vision or forward.encode_images(pixel_values, [None])[0]
+        ids, masks = (one.to(pixel_values.device) for one in tokenize(tokenizer, prompts))
+        text = forward.encode_text(ids, masks, [None] * len(prompts))
+        rows = [
+            Row(image, of_prompt, Wanted(prompt, SIZE_HW, post), geometry_cls=False)
+            for prompt, of_prompt in zip(prompts, text, strict=True)
+        ]
+        return [small.at_full_size() for small in forward.detect(rows, max_rows=8)]
 
 
 def _threshold(model: Sam3Model, tokenizer: Any, pixel_values: Tensor, prompts: Sequence[str]) -> float:
@@ -163,10 +174,10 @@ def _threshold(model: Sam3Model, tokenizer: Any, pixel_values: Tensor, prompts: 
     return float(scores.quantile(1 - KEPT))
 
 
-def _agreement(ours: Sequence[Instances], plain: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
+def _agreement(ours: Sequence[Detections], plain: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
     """Detections of both ways, and the share of pixels on which their masks differ."""
     differing = [
-        float((coco_mask.decode(found.masks).transpose(2, 0, 1) != expected["masks"].numpy()).mean())
+        float((coco_mask.decode(found.rles).transpose(2, 0, 1) != expected["masks"].numpy()).mean())
         for found, expected in zip(ours, (_by_score(found) for found in plain), strict=True)
         if 0 < len(found) == len(expected["scores"])
     ]

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from sam3lora.errors import UserError
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 240.0
 STOP_TIMEOUT_S = 60.0
 
@@ -63,6 +64,7 @@ def _running(command: Sequence[str], log: Path) -> Iterator[Server]:
         # A session of its own: an interrupt at the keyboard reaches this process alone, which then stops the server.
         process = subprocess.Popen(
             [*command, "--port", str(port)],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])},
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,

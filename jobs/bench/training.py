@@ -11,11 +11,11 @@ from typing import Literal
 import psutil
 import torch
 
-from jobs.bench.counting import OperationCounter
 from jobs.bench.our_training import OurSettings, make_runner, our_step, step_of, wanted_checkpointing
 from jobs.bench.plain_training import PlainTraining
 from jobs.bench.processes import Measured, Work, measure_in_turns
 from jobs.bench.report import Comparison, Way
+from jobs.bench.tensor_memory import TensorMemory
 from jobs.bench.training_work import TrainingWork, criterion, gradients, normalizer, tokenizer
 from sam3lora.data.batch import Batch
 from sam3lora.model.components import COMPONENTS
@@ -131,9 +131,9 @@ def _rounds(work: TrainingWork, step: Callable[[Batch], float], imported_mib: fl
         if found:
             step(batch)
         else:  # the warm-up
-            with OperationCounter() as counter:
+            with TensorMemory() as memory:
                 step(batch)
-            found.append(_Memory(imported_mib, set_up_mib, counter.peak_bytes / 2**20))
+            found.append(_Memory(imported_mib, set_up_mib, memory.peak_bytes / 2**20))
         return found[0]
 
     return run

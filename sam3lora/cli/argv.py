@@ -1,9 +1,9 @@
-"""What people type, made into what the parser reads."""
+"""Arguments as people type them, brought into the form that the parser reads."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 _DEVICE = re.compile(r"^(\d+(,\d+)*|cpu)$")
 _ANY = re.compile(r"^(?!-)")
@@ -19,16 +19,16 @@ LIST_OPTIONS = {
     "--names": _ANY,
     "--fractions": _SHARE,
 }
-"""Options that take several words, and what such a word looks like."""
+"""Option that takes several words -> what such a word looks like."""
 
 SWITCHES = {"--boundingbox": "--no-boundingbox"}
-"""Options that may be followed by True or False, and their opposites."""
+"""Option that may be followed by True or False -> its opposite."""
 
 
-def normalize_argv(argv: Sequence[str]) -> list[str]:
-    """Both spellings of an option, and several words after one.
+def normalize_argv(argv: Sequence[str], list_options: Mapping[str, re.Pattern[str]] = LIST_OPTIONS) -> list[str]:
+    """Arguments with dashes in option names, and a list option repeated before each of its words.
 
-    The parser knows dashes only, and an option once per word. Nothing after a bare `--` is touched.
+    Nothing after a bare `--` is changed.
 
     >>> normalize_argv(["validate", "--val_data_dir=my_data", "--device", "0", "1", "lora.rank=8"])
     ['validate', '--val-data-dir=my_data', '--device', '0', '--device', '1', 'lora.rank=8']
@@ -52,11 +52,11 @@ def normalize_argv(argv: Sequence[str]) -> list[str]:
                 position += 1
             out.append(SWITCHES[name] if value.lower() == "false" else name)
             continue
-        if name not in LIST_OPTIONS or equals:
+        if name not in list_options or equals:
             out.append(name + equals + value)
             continue
         start = position
-        while position < len(words) and LIST_OPTIONS[name].match(words[position]):
+        while position < len(words) and list_options[name].match(words[position]):
             out += [name, words[position]]
             position += 1
         if position == start:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from sam3lora.cli import evaluation_options as options
-from sam3lora.cli.job_paths import check_output_folder
+from sam3lora.cli import post_processing_options as post_options
+from sam3lora.cli.output_paths import check_output_folder
 from sam3lora.errors import UserError
 
 
@@ -14,11 +15,12 @@ def compare(
     val_data_dir: options.DataOption = None,
     config: options.ConfigOption = None,
     split: options.SplitOption = "valid",
-    prob_threshold: options.ThresholdOption = None,
-    nms_iou: options.NmsOption = None,
-    merge: options.MergeOption = None,
-    merge_iou: options.MergeIouOption = None,
-    max_detections: options.MaxDetectionsOption = None,
+    threshold: post_options.ThresholdOption = None,
+    nms: post_options.NmsOption = None,
+    nms_iou: post_options.NmsIouOption = None,
+    merge: post_options.MergeOption = None,
+    merge_iou: post_options.MergeIouOption = None,
+    max_detections: post_options.MaxDetectionsOption = None,
     num_samples: options.SamplesOption = None,
     model: options.ModelOption = None,
     resolution: options.ResolutionOption = None,
@@ -41,11 +43,14 @@ def compare(
     settings = options.settings_of(
         adapters,
         settings_file,
-        threshold=prob_threshold,
-        nms_iou=nms_iou,
-        merge=merge,
-        merge_iou=merge_iou,
-        max_detections=max_detections,
+        {
+            "threshold": threshold,
+            "nms": nms,
+            "nms_iou": nms_iou,
+            "merge": merge,
+            "merge_iou": merge_iou,
+            "max_detections": max_detections,
+        },
         num_samples=num_samples,
         batch_size=batch_size,
     )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,12 +21,6 @@ Json = Annotated[
 ]
 
 
-class _Report(Protocol):
-    def to_dict(self) -> dict[str, Any]: ...
-
-    def render(self, console: Console | None = None) -> None: ...
-
-
 @app.command()
 def check(
     folder: Annotated[Path, typer.Argument(help="Folder that holds train/ and valid/.", show_default=False)],
@@ -35,9 +30,10 @@ def check(
 
     Example:  sam3lora data check datasets/potholes --json report.json
     """
-    from sam3lora.data.check.report import check_folder
+    from sam3lora.data.check import check_folder
+    from sam3lora.data.report_tables import print_check
 
-    _show(check_folder(folder), json_path)
+    _show(check_folder(folder), print_check, json_path)
 
 
 @app.command()
@@ -65,6 +61,7 @@ def convert(
     Example:  sam3lora data convert exports/cracks datasets/cracks --from masks --names crack
     """
     from sam3lora.data.convert import convert_folder
+    from sam3lora.data.report_tables import print_conversion
 
     report = convert_folder(
         source,
@@ -75,7 +72,7 @@ def convert(
         instances=instances,
         components=components,
     )
-    _show(report, json_path)
+    _show(report, print_conversion, json_path)
 
 
 @app.command()
@@ -97,9 +94,11 @@ def split(
 
     Example:  sam3lora data split datasets/all datasets/potholes --fractions 0.8 0.1 0.1 --group-by "^(GX[0-9]+)_"
     """
+    from sam3lora.data.report_tables import print_splitting
     from sam3lora.data.split.splitting import split_folder
 
-    _show(split_folder(source, target, fractions=fractions or (0.8, 0.1, 0.1), seed=seed, group_by=group_by), json_path)
+    report = split_folder(source, target, fractions=fractions or (0.8, 0.1, 0.1), seed=seed, group_by=group_by)
+    _show(report, print_splitting, json_path)
 
 
 @app.command()
@@ -129,11 +128,12 @@ def synth(
     )
 
 
-def _show(report: _Report, json_path: str | None) -> None:
+def _show(report: Any, print_report: Callable[[Any, Console], None], json_path: str | None) -> None:
+    """Print the report as tables, and write it as JSON if asked; to standard output ("-") JSON alone."""
     from rich.console import Console
 
     if json_path != "-":
-        report.render(Console())
+        print_report(report, Console())
     if json_path is None:
         return
     text = json.dumps(report.to_dict(), indent=2)

@@ -1,4 +1,4 @@
-"""What `validate` and `compare` are told in the same words."""
+"""The options that `validate` and `compare` share, and what they mean."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sam3lora.cli.post_processing_options import check_merge_iou
+from sam3lora.config.post_processing import PostProcessing
 from sam3lora.errors import UserError
 
 if TYPE_CHECKING:
     from sam3lora.config import Config
-    from sam3lora.evaluation.ask.run import EvaluationSettings
     from sam3lora.evaluation.ask.worker import Models
+    from sam3lora.evaluation.settings import EvaluationSettings
 
 ConfigOption = Annotated[
     str | None, typer.Option("--config", help="Preset or YAML file: model, data and thresholds, where no option says.")
@@ -24,24 +26,6 @@ DataOption = Annotated[
     str | None, typer.Option("--val-data-dir", metavar="DIR", help="A COCO split, or the folder that holds it.")
 ]
 SplitOption = Annotated[str, typer.Option(help="Split to take when DIR holds several.")]
-ThresholdOption = Annotated[
-    float | None,
-    typer.Option(
-        "--prob-threshold", help="Lowest score of a detection (mAP has no cut) (default: the adapter's, or 0.3)."
-    ),
-]
-NmsOption = Annotated[
-    float | None,
-    typer.Option(
-        "--nms-iou",
-        help="Of two masks of a prompt that overlap more, the better stays (default: the adapter's, or 0.7).",
-    ),
-]
-MergeOption = Annotated[bool | None, typer.Option("--merge/--no-merge", help="Join overlapping masks instead.")]
-MergeIouOption = Annotated[
-    float | None, typer.Option("--merge-iou", help="Overlap from which masks are joined (default: 0.15).")
-]
-MaxDetectionsOption = Annotated[int | None, typer.Option(help="Most detections of a prompt in an image.")]
 SamplesOption = Annotated[int | None, typer.Option("--num-samples", help="The first so many images only.")]
 ModelOption = Annotated[str | None, typer.Option(help='Base model: "tiny", a hub id or a folder.')]
 ResolutionOption = Annotated[int | None, typer.Option(help="Side of the model's input in pixels.")]
@@ -102,30 +86,51 @@ def models_of(
     from sam3lora.evaluation.ask.worker import Models
     from sam3lora.model.adapter.folder import read_metadata
 
-    segmenter: dict[str, Any] = {"model": model, "resolution": resolution, "device": device}
+    options: dict[str, Any] = {"model": model, "resolution": resolution, "device": device}
     says_nothing = all(read_metadata(folder) is None for folder in adapters.values())
     if config is not None:
-        segmenter["local_files_only"] = config.model.local_files_only
-        segmenter["resolution"] = config.model.resolution if resolution is None else resolution
+        options["local_files_only"] = config.model.local_files_only
+        options["resolution"] = config.model.resolution if resolution is None else resolution
         if model is None and says_nothing:
-            segmenter |= {"model": config.model.name, "revision": config.model.revision}
+            options |= {"model": config.model.name, "revision": config.model.revision}
         if says_nothing:
-            segmenter["geometry_cls"] = config.model.geometry_cls
-    return Models(adapters, with_base=with_base, segmenter=segmenter)
+            options["geometry_cls"] = config.model.geometry_cls
+    return Models(adapters, with_base=with_base, options=options)
 
 
-def settings_of(adapters: dict[str, str], config: Config | None, **options: Any) -> EvaluationSettings:
-    """How to measure: options win over the configuration, and that over what the adapters say."""
-    from sam3lora.evaluation.ask.run import EvaluationSettings
-    from sam3lora.evaluation.ask.run import settings_of as adapter_settings
+def settings_of(
+    adapters: dict[str, str], config: Config | None, post: dict[str, Any], **given: Any
+) -> EvaluationSettings:
+    """How to measure: options win over what a configuration file says, and that over what the adapters record.
+
+    Args:
+        adapters: Label -> folder.
+        config: Of `--config`.
+        post: Options of post-processing; None where an option was not given.
+        given: Other options; None where an option was not given.
+    """
+    from sam3lora.evaluation.ask.run import recorded_prompts
+    from sam3lora.evaluation.settings import EvaluationSettings
 
     if config is None:
-        values = adapter_settings(adapters)
+        settings = EvaluationSettings(prompts=recorded_prompts(adapters))
     else:
         from sam3lora.training.validator import evaluation_settings
 
-        values = dict(vars(evaluation_settings(config)))
-    values |= {name: value for name, value in options.items() if value is not None}
-    if options.get("merge_iou") is not None and not values.get("merge"):
-        raise UserError("--merge-iou has no effect: add --merge")
-    return EvaluationSettings(**values)
+        settings = evaluation_settings(config).replaced_post(written_post(config))
+    settings = settings.changed(**{name: value for name, value in (given | post).items() if value is not None})
+    check_merge_iou(post.get("merge_iou"), _merges(settings, adapters))
+    return settings
+
+
+def written_post(config: Config) -> dict[str, Any]:
+    """The settings of post-processing that a configuration file states, without those at their default."""
+    names = config.evaluation.model_fields_set & set(PostProcessing.model_fields)
+    return {name: getattr(config.evaluation, name) for name in names}
+
+
+def _merges(settings: EvaluationSettings, adapters: dict[str, str]) -> bool:
+    from sam3lora.model.adapter.metadata import read_metadata, recorded_post_processing
+
+    recorded = [recorded_post_processing(read_metadata(folder)) for folder in adapters.values()]
+    return any(settings.post_processing(post).merge for post in (*recorded, PostProcessing()))

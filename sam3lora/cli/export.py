@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sam3lora.cli.job_paths import check_output_path
+from sam3lora.cluster import check_job_path
 from sam3lora.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,13 +22,9 @@ def export(
     ] = False,
     output: Annotated[Path | None, typer.Option(help="Folder to write; --merge needs one.")] = None,
     model: Annotated[str | None, typer.Option(help="Base model (default: the adapter's own).")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Type of merged weights: float32 (default) or bfloat16.")
-    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Type of merged weights: float32 (default) or bfloat16.")] = None,
     push_to: Annotated[str | None, typer.Option(metavar="USER/NAME", help="Upload to the Hugging Face hub.")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what --push-to would upload; no network.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what --push-to would upload; no network.")] = False,
     public: Annotated[bool, typer.Option("--public", help="Let everybody see the uploaded files.")] = False,
 ) -> None:
     """Check an adapter, then merge it, copy it or upload it (private unless --public).
@@ -44,7 +40,7 @@ def export(
     if push_to is None and (dry_run or public):
         raise UserError("--dry-run and --public are options of an upload: add --push-to USER/NAME or leave them out")
     if output is not None:
-        check_output_path(output, "--output")
+        check_job_path(output, "--output")
 
     from transformers.utils.logging import disable_progress_bar
 

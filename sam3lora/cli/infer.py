@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sam3lora.cli.job_paths import check_output_path, nearest_existing
+from sam3lora.cli import post_processing_options as options
+from sam3lora.cli.output_paths import nearest_existing
+from sam3lora.cluster import check_job_path
 from sam3lora.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,13 +20,6 @@ if TYPE_CHECKING:
 
 Show = dict[str, bool]
 _SHOWN = 10
-_EVALUATION_KEYS = {
-    "prob_threshold": "detection_threshold",
-    "nms_iou": "nms_iou",
-    "merge": "merge",
-    "merge_iou": "merge_iou",
-    "max_detections": "max_detections",
-}
 
 
 def infer(
@@ -37,13 +32,12 @@ def infer(
     json: Annotated[
         Path | None, typer.Option(help="Detections as JSON (default for a folder: results.json in --output).")
     ] = None,
-    threshold: Annotated[float | None, typer.Option(help="Lowest score kept (default: 0.5).")] = None,
-    nms_iou: Annotated[
-        float | None, typer.Option(help="Of two boxes that overlap more, the better stays (default: 0.5).")
-    ] = None,
-    max_detections: Annotated[int | None, typer.Option(help="Most of a prompt in an image (default: 100).")] = None,
-    merge: Annotated[bool, typer.Option("--merge", help="Join overlapping masks: cracks and the like.")] = False,
-    merge_iou: Annotated[float | None, typer.Option(help="Overlap that --merge joins (default: 0.15).")] = None,
+    threshold: options.ThresholdOption = None,
+    nms: options.NmsOption = None,
+    nms_iou: options.NmsIouOption = None,
+    merge: options.MergeOption = None,
+    merge_iou: options.MergeIouOption = None,
+    max_detections: options.MaxDetectionsOption = None,
     boundingbox: Annotated[
         bool | None,
         typer.Option("--boundingbox/--no-boundingbox", help="Draw boxes (default: only with --no-masks)."),
@@ -67,26 +61,24 @@ def infer(
     boxes, not_meant = _read_boxes("--box", box), _read_boxes("--negative-box", negative_box)
     if not prompt and not boxes:
         raise UserError("nothing to look for: add --prompt crack, or --box x0 y0 x1 y1 around an example")
-    if merge and no_masks:
-        raise UserError("--merge joins masks: leave out --no-masks")
-    options = {
+    given = {
         "adapter": _only(weights, "--weights"),
         "model": model,
         "resolution": resolution,
-        "detection_threshold": threshold,
+        "threshold": threshold,
+        "nms": nms,
         "nms_iou": nms_iou,
-        "max_detections": max_detections,
-        "merge": merge or None,
+        "merge": merge,
         "merge_iou": merge_iou,
+        "max_detections": max_detections,
     }
-    options = {name: value for name, value in options.items() if value is not None}
-    settings = _from_config(config, options) | options
-    if merge_iou is not None and not settings.get("merge"):
-        raise UserError("--merge-iou has no effect: add --merge")
+    given = {name: value for name, value in given.items() if value is not None}
+    settings = _from_config(config, given) | given
+    options.check_merge_iou(merge_iou, _merges(settings))
     settings["device"] = _device(_only(device, "--device"))
     for option, path in {"--output": output or "output", "--json": json}.items():
         if path is not None:
-            check_output_path(path, option)
+            check_job_path(path, option)
     show = {"show_masks": not no_masks, "show_boxes": no_masks if boundingbox is None else boundingbox}
     if not image.is_dir():
         labels = [1] * len(boxes) + [0] * len(not_meant)
@@ -111,7 +103,7 @@ def _infer_image(
     from sam3lora.data.images import read_size
     from sam3lora.inference.image_folder import Predictions
     from sam3lora.inference.predictor import Predictor
-    from sam3lora.inference.results import check_picture_path
+    from sam3lora.inference.result_pictures import check_picture_path
 
     read_size(image)  # no image: said before the model is loaded
     check_picture_path(output)
@@ -197,23 +189,38 @@ def _print_table(predictions: Predictions) -> None:
         typer.echo(f"nothing scored {settings['threshold']:g} or more: try a lower --threshold")
 
 
-def _from_config(source: str | None, options: dict[str, Any]) -> dict[str, Any]:
-    """What a run's configuration says; an adapter that knows its base model is used with that one."""
+def _merges(settings: dict[str, Any]) -> bool:
+    if settings.get("merge") is not None or settings.get("adapter") is None:
+        return bool(settings.get("merge"))
+    from sam3lora.model.adapter.metadata import read_metadata, recorded_post_processing
+
+    return recorded_post_processing(read_metadata(settings["adapter"])).merge
+
+
+def _from_config(source: str | None, given: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run's configuration; an adapter that records its base model is used with that one."""
     if source is None:
         return {}
     from sam3lora.config import load_config
     from sam3lora.model.adapter.metadata import read_metadata
 
     config = load_config(source)
-    written = config.evaluation.model_fields_set
-    values = {ours: getattr(config.evaluation, key) for key, ours in _EVALUATION_KEYS.items() if key in written}
+    written = config.evaluation.model_fields_set & {
+        "threshold",
+        "nms",
+        "nms_iou",
+        "merge",
+        "merge_iou",
+        "max_detections",
+    }
+    values: dict[str, Any] = {name: getattr(config.evaluation, name) for name in written}
     best = Path(config.output.output_dir) / "best"
-    if "adapter" not in options and best.is_dir():
+    if "adapter" not in given and best.is_dir():
         values["adapter"] = best
-    adapter = options.get("adapter") or values.get("adapter")
+    adapter = given.get("adapter") or values.get("adapter")
     if adapter is None or read_metadata(adapter) is None:
         values["geometry_cls"] = config.model.geometry_cls
-        if "model" not in options:
+        if "model" not in given:
             values |= {"model": config.model.name, "revision": config.model.revision}
     return values | {"resolution": config.model.resolution, "local_files_only": config.model.local_files_only}
 

@@ -40,9 +40,9 @@ def serve(
         float | None, typer.Option("--num-gpus", min=0, help="GPUs of each copy (default: 1 if there are any).")
     ] = None,
     haproxy: Annotated[bool, typer.Option("--haproxy", help="HAProxy in front: faster, see docs/serving.md.")] = False,
-    address: Annotated[str | None, typer.Option(help="Of a Ray cluster (default: a local Ray).")] = None,
+    address: Annotated[str | None, typer.Option(help="Address of a Ray cluster (default: a local Ray).")] = None,
 ) -> None:
-    """Answer prompts over HTTP: many adapters over one base model.
+    """Serve segmentation over HTTP: many adapters over one base model.
 
     Example:  sam3lora serve --adapters outputs/adapters --port 8000
     """
@@ -55,11 +55,11 @@ def serve(
     has_keys = bool(keys_from_environment(settings.api_keys_variable))
     if host not in LOCAL_HOSTS and not has_keys:
         _warn(
-            f"listening on {host} without an API key: everyone who reaches this machine can use the service. "
-            f"Set {settings.api_keys_variable}=KEY to ask for one"
+            f"listening on {host} without an API key: anyone who can reach this machine can use the service. "
+            f"Set {settings.api_keys_variable}=KEY to require one"
         )
     if os.environ.get("RAY_AUTH_MODE") == "disabled":
-        _warn("RAY_AUTH_MODE=disabled: whoever reaches Ray's own ports on this machine can run programs. Unset it")
+        _warn("RAY_AUTH_MODE=disabled: anyone who can reach Ray's ports on this machine can run programs. Unset it")
     _run(settings, host, port, address)
 
 
@@ -71,7 +71,7 @@ def _run(settings: ServeSettings, host: str, port: int, address: str | None) -> 
     replicas = settings.autoscaling.max_replicas if settings.autoscaling else settings.replicas
     num_cpus = replicas * settings.num_cpus + settings.ingress_replicas + 1
     with ray_session(address, num_cpus=num_cpus) as is_local:
-        _stop_by_signal(stop)  # Ray has put a handler of its own in place, which aborts
+        _stop_by_signal(stop)  # again: Ray has replaced the handlers by its own, which abort
         from ray import serve as ray_serve
 
         from serve_app.builder import QUIET, build
@@ -82,9 +82,9 @@ def _run(settings: ServeSettings, host: str, port: int, address: str | None) -> 
         try:
             _deploy(ray_serve, build(settings), stop)
             if not stop.is_set():
-                _tell(settings, host, port)
+                _print_addresses(settings, host, port)
                 stop.wait()
-                typer.echo("stopping: requests in flight are finished", err=True)
+                typer.echo("stopping after the requests in progress", err=True)
         finally:
             _finish(ray_serve, is_local=is_local)
 
@@ -113,7 +113,7 @@ def _deploy(ray_serve: Any, application: Any, stop: threading.Event) -> None:
 
 
 def _finish(ray_serve: Any, *, is_local: bool) -> None:
-    """Let requests in flight end; on a cluster of others only our application goes."""
+    """Let the requests in progress end; on a shared cluster only our application is deleted."""
     with contextlib.suppress(TimeoutError, RuntimeError):  # after a minute; or nothing was deployed
         ray_serve.delete(APPLICATION)  # Serve's shutdown alone would cut their connections
     if is_local:
@@ -159,7 +159,7 @@ def _settings(
 
 
 def _application(values: dict[str, Any], config: Path | None) -> dict[str, Any]:
-    """The settings in a file for `serve run`."""
+    """The settings within a file for `serve run`."""
     try:
         application = values["applications"][0]
         deployments = application.get("deployments") or []
@@ -186,7 +186,7 @@ def _check_port(host: str, port: int) -> None:
         raise UserError(f"cannot listen on {host}:{port}: {reason}. Choose another --port") from None
 
 
-def _tell(settings: ServeSettings, host: str, port: int) -> None:
+def _print_addresses(settings: ServeSettings, host: str, port: int) -> None:
     from rich.console import Console
 
     url = f"http://{'localhost' if host in (*LOCAL_HOSTS, '0.0.0.0', '::') else host}:{port}"

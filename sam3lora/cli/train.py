@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from sam3lora.cli.gpus import choose_gpus, gpu_indices
+from sam3lora.cluster import check_job_path
 from sam3lora.errors import UserError
 
 
@@ -37,7 +37,7 @@ def train(
     options = option_overrides(data_dir, output_dir, device, num_workers, address)
     settings = load_config(config, [*(overrides or []), *options])
     settings.training.required_data_dir()
-    _check_output_dir(settings.output.output_dir)
+    check_job_path(settings.output.output_dir, "--output-dir")
     if device:
         choose_gpus(device, settings.scaling.address)
 
@@ -70,57 +70,8 @@ def option_overrides(
     return [f"{key}={_quoted(value)}" for key, value in values.items() if value is not None]
 
 
-def gpu_indices(device: Sequence[str]) -> list[int]:
-    """GPU numbers of `--device 0 1`, `--device 0,1` or `--device cpu` (none).
-
-    Raises:
-        UserError: another word, a number twice, or cpu beside numbers.
-    """
-    words = [word for part in device for word in part.split(",")]
-    if words == ["cpu"]:
-        return []
-    if not all(word.isdecimal() for word in words):
-        raise UserError(f"--device takes GPU numbers such as 0 1, or cpu; got {' '.join(device)}")
-    gpus = [int(word) for word in words]
-    if len(set(gpus)) < len(gpus):
-        raise UserError(f"--device names a GPU twice: {' '.join(device)}")
-    return gpus
-
-
 def _quoted(value: str | int | bool) -> str:
     """A value as YAML that reads back as itself; paths may hold colons, hashes and quotes."""
     if isinstance(value, str):
         return "'" + value.replace("'", "''") + "'"
     return str(value).lower()
-
-
-def choose_gpus(device: Sequence[str], address: str | None) -> None:
-    """Show only the chosen GPUs to Ray and torch; numbers count among those this process may see."""
-    cluster = address or os.environ.get("RAY_ADDRESS")
-    if cluster and cluster != "local":
-        raise UserError(
-            f"--device chooses GPUs of this machine, but training runs on the cluster {cluster}: "
-            "give --num-workers instead"
-        )
-    gpus = gpu_indices(device)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        chosen = [str(gpu) for gpu in gpus]
-    else:
-        allowed = [name for name in visible.split(",") if name]
-        if any(gpu >= len(allowed) for gpu in gpus):
-            raise UserError(
-                f"--device {' '.join(device)}: this process may see {len(allowed)} GPUs "
-                f"(CUDA_VISIBLE_DEVICES={visible}), count from 0"
-            )
-        chosen = [allowed[gpu] for gpu in gpus]
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(chosen)
-
-
-def _check_output_dir(output_dir: str) -> None:
-    """A submitted job runs in a temporary copy of the working directory, which goes away with its results."""
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not Path(output_dir).expanduser().is_absolute():
-        raise UserError(
-            f"output.output_dir is {output_dir}, which a submitted job would write into its temporary working "
-            "directory: give --output-dir an absolute path on storage that all hosts see"
-        )

@@ -1,15 +1,16 @@
-"""`sam3lora tune`: from a search space to the best adapter and a report, or to what that would take."""
+"""`sam3lora tune`: search for the best settings, or explain what a sweep would try and cost."""
 
 from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sam3lora.cli.job_paths import check_output_folder
-from sam3lora.cli.train import choose_gpus, option_overrides
+from sam3lora.cli.gpus import choose_gpus
+from sam3lora.cli.output_paths import check_output_folder
+from sam3lora.cli.train import option_overrides
 from sam3lora.errors import UserError
 
 if TYPE_CHECKING:
@@ -92,37 +93,26 @@ def tune(
     from sam3lora.tune.run.sweep import run_sweep
 
     result = run_sweep(search_space, Path(folder), resume=resume, retry_failed=retry_failed, address=address)
-    _tell(result, search_space.search.metric)
+    _print_result(result, search_space.search.metric)
 
 
 def _trial_options(
     data_dir: str | None, device: list[str] | None, num_workers: int | None, address: str | None
 ) -> list[str]:
-    """Options as overrides of the base configuration. The GPUs of `--device 0 1` are the sweep's: how many workers each
-    trial has is left to the configuration and `--num-workers`."""
+    """Options as overrides of the base configuration.
+
+    All trials share the GPUs of `--device 0 1`, so that option does not set the number of workers of each trial.
+    """
     options = option_overrides(data_dir, None, device, num_workers, address)
     if num_workers is None:
         options = [option for option in options if not option.startswith("scaling.num_workers=")]
     return options
 
 
-def _held_out(found: dict[str, Any] | None) -> str:
-    """How the best trial does on images that had no part in choosing it."""
-    if found is None:
-        return "held out  no such split: the value was chosen on the validation images and is optimistic"
-    if found["difference"] is None:
-        return f"held out  {found['note']}"
-    interval = ""
-    if found["low"] is not None and found["high"] is not None:
-        interval = f", 95 % interval {found['low']:+.3f} to {found['high']:+.3f}"
-    return (
-        f"held out  {found['split']}/, {found['num_images']} images: {found['metric']} {found['best']:.4g}, "
-        f"{found['compared_with']} {found['base']:.4g} ({found['difference']:+.3f}{interval})"
-    )
-
-
-def _tell(result: SweepResult, metric: str) -> None:
+def _print_result(result: SweepResult, metric: str) -> None:
     from rich.console import Console
+
+    from sam3lora.tune.report.sentences import held_out_sentence
 
     console = Console(markup=False, soft_wrap=True, highlight=False)
     best, base = result.best, result.base
@@ -133,7 +123,7 @@ def _tell(result: SweepResult, metric: str) -> None:
             against = f", the base configuration {base.value:.4g}"
         what = "the base configuration" if best.is_base else f"trial {best.number}"
         console.print(f"best: {what} with {metric} {best.value:.4g}{against}")
-        console.print(_held_out(result.summary.get("held_out")))
+        console.print(f"held out  {held_out_sentence(result.summary.get('held_out'))}")
         console.print(f"adapter   {folder}/best")
         console.print(f"again     sam3lora train {folder}/best/config.yaml --output-dir DIR")
     console.print(f"report    {_short(result.report)}")

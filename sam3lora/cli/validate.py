@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from sam3lora.cli import evaluation_options as options
-from sam3lora.cli.job_paths import check_output_folder
+from sam3lora.cli import post_processing_options as post_options
+from sam3lora.cli.output_paths import check_output_folder
 from sam3lora.errors import UserError
 
 MOST = 10**6
@@ -22,11 +23,12 @@ def validate(
     ] = False,
     config: options.ConfigOption = None,
     split: options.SplitOption = "valid",
-    prob_threshold: options.ThresholdOption = None,
-    nms_iou: options.NmsOption = None,
-    merge: options.MergeOption = None,
-    merge_iou: options.MergeIouOption = None,
-    max_detections: options.MaxDetectionsOption = None,
+    threshold: post_options.ThresholdOption = None,
+    nms: post_options.NmsOption = None,
+    nms_iou: post_options.NmsIouOption = None,
+    merge: post_options.MergeOption = None,
+    merge_iou: post_options.MergeIouOption = None,
+    max_detections: post_options.MaxDetectionsOption = None,
     num_samples: options.SamplesOption = None,
     model: options.ModelOption = None,
     resolution: options.ResolutionOption = None,
@@ -41,6 +43,10 @@ def validate(
         list[Path] | None,
         typer.Option("--saco", metavar="FILE ...", help="Ground truth in SA-Co layout, a file for each annotator."),
     ] = None,
+    save_threshold: Annotated[
+        Literal["overall", "per-prompt"] | None,
+        typer.Option(help="Write the threshold of the best cgF1 into the adapters, which use it from then on."),
+    ] = None,
     output: options.OutputOption = Path("outputs/validate"),
 ) -> None:
     """Measure adapters or the base model: metrics.json, predictions.json and report.html.
@@ -54,10 +60,12 @@ def validate(
             "--use-base-model": use_base_model,
             "--model": model,
             "--resolution": resolution,
+            "--nms": nms,
             "--nms-iou": nms_iou,
             "--merge": merge,
             "--merge-iou": merge_iou,
             "--max-detections": max_detections,
+            "--save-threshold": save_threshold,
         }
         if idle := [option for option, value in what_makes_them.items() if value]:
             raise UserError(
@@ -70,6 +78,8 @@ def validate(
 
         save_saco({predictions.stem: predictions}, saco, output)
         return
+    if save_threshold and (saco or (use_base_model and not weights)):
+        raise UserError("--save-threshold writes into adapters: name them with --weights DIR, without --saco")
     if saco and val_data_dir is None:
         raise UserError(
             "--saco needs results to judge (--predictions FILE), or the folder of its images to ask a model of "
@@ -80,17 +90,20 @@ def validate(
     adapters = options.adapter_folders(weights, settings_file) if ask_adapters else {}
     if not adapters and not use_base_model and predictions is None:
         raise UserError("nothing to measure: name adapters with --weights DIR, or add --use-base-model")
-    if saco:  # the benchmark's own way keeps overlapping detections, and all of them
-        nms_iou = 1.0 if nms_iou is None else nms_iou
+    if saco:  # the benchmark keeps overlapping detections, and all of them
+        nms = "none" if nms is None and nms_iou is None else nms
         max_detections = MOST if max_detections is None else max_detections
     settings = options.settings_of(
         adapters,
         settings_file,
-        threshold=prob_threshold,
-        nms_iou=nms_iou,
-        merge=merge,
-        merge_iou=merge_iou,
-        max_detections=max_detections,
+        {
+            "threshold": threshold,
+            "nms": nms,
+            "nms_iou": nms_iou,
+            "merge": merge,
+            "merge_iou": merge_iou,
+            "max_detections": max_detections,
+        },
         num_samples=num_samples,
         batch_size=batch_size,
     )
@@ -115,3 +128,11 @@ def validate(
         return
     results = evaluate_models(folder, models, settings, num_workers=num_workers, address=address, progress=True)
     save_validation(results, output)
+    if save_threshold:
+        from sam3lora.evaluation.best_threshold import record_best_threshold
+
+        for metrics in results:
+            if metrics.label in adapters:
+                typer.echo(
+                    record_best_threshold(metrics, adapters[metrics.label], per_prompt=save_threshold == "per-prompt")
+                )

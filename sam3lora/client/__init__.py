@@ -1,4 +1,4 @@
-"""Asking a running service from Python: `Client`, and `AsyncClient` for programs with an event loop.
+"""Client of the HTTP service: `Client`, and `AsyncClient` for programs with an event loop.
 
 Light on purpose: it needs httpx2, numpy, pycocotools and Pillow, and loads neither torch nor Ray.
 """
@@ -14,8 +14,8 @@ from sam3lora.client.errors import (
     Timeout,
     Unauthorized,
 )
-from sam3lora.client.images import UploadedImage
-from sam3lora.client.results import AdapterInfo, PromptResult, SegmentResults
+from sam3lora.client.image_files import UploadedImage
+from sam3lora.client.segment_results import AdapterInfo, PromptResult, SegmentResults
 
 __all__ = [
     "AdapterInfo",

@@ -1,4 +1,4 @@
-"""The calls of the service: what is sent, and what is read from the answer."""
+"""The calls of the HTTP API: the request of each, and its parsed response."""
 
 from __future__ import annotations
 
@@ -8,34 +8,36 @@ from typing import Any, Literal, TypedDict
 
 from sam3lora.client.errors import NotFound, Overloaded
 from sam3lora.client.exchange import Budget, Call, Steps, exchange, read_answer
-from sam3lora.client.images import UploadedImage
-from sam3lora.client.results import AdapterInfo, SegmentResults
+from sam3lora.client.image_files import UploadedImage
+from sam3lora.client.segment_results import AdapterInfo, SegmentResults
 
 LabelledBox = tuple[Iterable[float], int]
-"""`((x0, y0, x1, y1), label)` in pixels: label 1 shows what is meant, 0 what is not."""
+"""`((x0, y0, x1, y1), label)` in pixels; label 1: find such things, 0: not these."""
 
 
 class SegmentOptions(TypedDict, total=False):
-    """What may be given beside image and prompts; the service's default holds for what is not.
+    """Options of `segment`. The adapter's recorded values hold for post-processing that is missing or None.
 
     Attributes:
         boxes: Examples for every prompt; without prompts the boxes alone say what is meant.
         adapter: Id of an adapter; None asks the base model.
-        threshold: Least score in [0, 1].
-        nms_iou: Of two boxes that overlap by more, the one of the lower score goes.
-        merge: Join overlapping masks instead; needs masks.
-        merge_iou: Overlap from which masks are joined; needs `merge`.
-        max_detections: Most of each prompt.
-        masks: How masks come: "rle", "polygon", "png", or "none" for boxes only.
+        threshold: Lowest score in [0, 1], for all prompts.
+        nms: Overlap of masks ("mask") or boxes ("box") that makes two detections one object; "none" keeps both.
+        nms_iou: Of two detections that overlap more only the better one stays.
+        merge: Join overlapping detections into one instead.
+        merge_iou: Mask IoU from which detections are joined; needs `merge`.
+        max_detections: Most detections of a prompt.
+        masks: Form of the masks: "rle", "polygon", "png", or "none" for boxes only.
     """
 
     boxes: Iterable[LabelledBox]
     adapter: str | None
-    threshold: float
-    nms_iou: float
-    merge: bool
-    merge_iou: float
-    max_detections: int
+    threshold: float | None
+    nms: Literal["mask", "box", "none"] | None
+    nms_iou: float | None
+    merge: bool | None
+    merge_iou: float | None
+    max_detections: int | None
     masks: Literal["rle", "polygon", "png", "none"]
 
 
@@ -88,7 +90,7 @@ def segment_request(prompts: str | Iterable[str], options: SegmentOptions) -> di
     """The JSON of a request.
 
     Raises:
-        TypeError: An option that there is not.
+        TypeError: An unknown option.
         ValueError: A box is not four numbers and a label.
     """
     unknown = options.keys() - SegmentOptions.__annotations__.keys()

@@ -1,4 +1,4 @@
-"""The two clients: the same calls, sent by a thread or by an event loop."""
+"""The two clients, blocking and asynchronous, with the same calls."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from sam3lora.client import calls
 from sam3lora.client.calls import SegmentOptions
 from sam3lora.client.errors import ConnectionFailed, Timeout
 from sam3lora.client.exchange import Attempt, Budget, Outcome, Reply, Steps, Wait
-from sam3lora.client.images import ImageSource, UploadedImage, image_bytes
-from sam3lora.client.results import AdapterInfo, SegmentResults
+from sam3lora.client.image_files import ImageSource, UploadedImage, image_bytes
+from sam3lora.client.segment_results import AdapterInfo, SegmentResults
 
 T = TypeVar("T")
 READY_TIMEOUT_S = 5.0
 
 
-class _Settings:
-    """What both clients are made of, but for the connection."""
+class _CallSettings:
+    """Arguments that both clients share."""
 
     def __init__(self, url: str, api_key: str | None, timeout_s: float, max_retries: int, clock: Callable[[], float]):
         if not url.startswith(("http://", "https://")):
@@ -29,7 +29,7 @@ class _Settings:
         if timeout_s <= 0 or max_retries < 0:
             raise ValueError(f"timeout_s must be positive and max_retries not negative, got {timeout_s}, {max_retries}")
         if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
-            raise ValueError("the API key holds characters that a header cannot: was a line break read with it?")
+            raise ValueError("the API key has characters that a header cannot hold: does it end with a line break?")
         self.headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self.clock = clock
         self._timeout_s = timeout_s
@@ -42,12 +42,12 @@ class _Settings:
         return Budget(min(READY_TIMEOUT_S, self._timeout_s), 0, self.clock)
 
     def read_limit(self, attempt: Attempt) -> Callable[[], None]:
-        """To be called at each piece of an answer: the timeout of httpx is one between two pieces."""
+        """A function to call at each piece of a response: the timeout of httpx holds between two pieces only."""
         deadline = self.clock() + attempt.timeout_s
 
         def check() -> None:
             if self.clock() > deadline:
-                raise httpx.ReadTimeout("the answer takes too long")
+                raise httpx.ReadTimeout("the response takes too long")
 
         return check
 
@@ -59,24 +59,24 @@ def _arguments(attempt: Attempt) -> dict[str, Any]:
 
 
 class Client:
-    """A running service; may be shared by threads.
+    """Client of a running service; threads may share it.
 
         with Client("http://127.0.0.1:8000") as client:
             results = client.segment("photo.jpg", ["crack"], adapter="cracks")
 
     Args:
-        url: Where the service is, with the path that it is served under, if any.
+        url: Address of the service, with its path prefix, if any.
         api_key: Sent with every call.
-        timeout_s: For a call with all its repetitions.
-        max_retries: Repetitions after 503, 429 and broken connections.
-        transport: Another way to send requests, such as `httpx2.MockTransport`.
+        timeout_s: Limit of a call with all its retries.
+        max_retries: Retries after 503, 429 and broken connections.
+        transport: Sends the requests, for example `httpx2.MockTransport`.
         sleep: Waits that many seconds.
-        clock: Seconds, from anywhere.
+        clock: Seconds from any starting point.
 
     Raises:
-        ValueError: The URL is none, a number is out of range, or the key cannot be sent.
+        ValueError: The URL is invalid, a number is out of range, or the key cannot be sent.
 
-    Every method raises a subclass of `SegmentationError` if it gets no answer.
+    Every method raises a subclass of `SegmentationError` if the call fails.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Client:
         sleep: Callable[[float], object] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._settings = _Settings(url, api_key, timeout_s, max_retries, clock)
+        self._settings = _CallSettings(url, api_key, timeout_s, max_retries, clock)
         self._sleep = sleep
         self._http = httpx.Client(base_url=url, headers=self._settings.headers, transport=transport)
 
@@ -100,33 +100,32 @@ class Client:
         prompts: str | Iterable[str] = (),
         **options: Unpack[SegmentOptions],
     ) -> SegmentResults:
-        """Find what prompts name, or what boxes show.
+        """Segment what prompts name or boxes show.
 
         Args:
             image: A path, the bytes of an image file, a PIL image, uint8 (H, W, 3) RGB, or what `upload` returned;
-                an uploaded image that the service no longer keeps is sent again.
+                an uploaded image that the service has evicted is sent again.
             prompts: Short noun phrases.
-            **options: `boxes`, `adapter`, `threshold`, `nms_iou`, `merge`, `merge_iou`, `max_detections`, `masks`:
-                see `SegmentOptions`.
+            **options: See `SegmentOptions`.
 
         Raises:
             OSError: The image's file cannot be read.
-            TypeError: `image` is none of these, or there is no such option.
-            ValueError: The array or a box has another form.
+            TypeError: `image` has another type, or an option is unknown.
+            ValueError: The array or a box has the wrong form.
         """
         source = image if isinstance(image, UploadedImage) else image_bytes(image)
         return self._run(calls.segment(source, prompts, options, self._settings.budget()))
 
     def upload(self, image: ImageSource) -> UploadedImage:
-        """Have the service keep an image, for several questions about it; `image` as for `segment`."""
+        """Upload an image for several calls about it; `image` as for `segment`."""
         return self._run(calls.upload(image_bytes(image), self._settings.budget()))
 
     def adapters(self) -> list[AdapterInfo]:
-        """The adapters that the service knows."""
+        """The adapters of the service."""
         return self._run(calls.adapters(self._settings.budget()))
 
     def ready(self) -> bool:
-        """Whether the service answers calls at this moment: one attempt of at most 5 s."""
+        """Whether the service is ready now: one attempt of at most 5 s."""
         try:
             return self._run(calls.ready(self._settings.single_attempt()))
         except (ConnectionFailed, Timeout):
@@ -173,7 +172,7 @@ class AsyncClient:
         async with AsyncClient("http://127.0.0.1:8000") as client:
             results = await client.segment("photo.jpg", ["crack"])
 
-    It belongs to the event loop that it is first used in.
+    An instance belongs to the event loop that first uses it.
     """
 
     def __init__(
@@ -187,7 +186,7 @@ class AsyncClient:
         sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._settings = _Settings(url, api_key, timeout_s, max_retries, clock)
+        self._settings = _CallSettings(url, api_key, timeout_s, max_retries, clock)
         self._sleep = sleep
         self._http = httpx.AsyncClient(base_url=url, headers=self._settings.headers, transport=transport)
 

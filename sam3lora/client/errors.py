@@ -1,17 +1,17 @@
-"""What a call raises: one class for each thing a program may do about it."""
+"""Exceptions of the client: one class for each reaction that a program may have."""
 
 from __future__ import annotations
 
 
 class SegmentationError(Exception):
-    """A call without an answer.
+    """A call failed.
 
     Attributes:
-        type: The service's word for the fault, such as "adapter_not_found"; "connection_failed" or "timeout" where no
-            answer came, "http_502" and the like where something else answered in the service's place.
+        type: The service's error type, such as "adapter_not_found"; "connection_failed" or "timeout" without any;
+            "http_502" and the like if something else responded in the service's place.
         message: What was expected, what came and what to do.
-        status: HTTP status; None if no answer came.
-        request_id: What the service logged the call under.
+        status: HTTP status; None without a response.
+        request_id: Id of the call in the service's log.
         retry_after_s: When another attempt may succeed, if the service said so.
     """
 
@@ -45,27 +45,27 @@ class NotFound(SegmentationError):
 
 
 class InvalidRequest(SegmentationError):
-    """Another 4xx: the image or the request cannot be taken; the same call will fail again."""
+    """Another 4xx: the image or the request is invalid; the same call will fail again."""
 
 
 class Overloaded(SegmentationError):
-    """503, 429: too much to do, starting, or short of memory, also after all retries."""
+    """503, 429: overloaded, starting, or out of memory, also after all retries."""
 
 
 class ServerError(SegmentationError):
-    """Another 5xx, or an answer that is not the service's."""
+    """Another 5xx, or a response that is not the service's."""
 
 
 class Timeout(SegmentationError):
-    """504, or no answer within `timeout_s`."""
+    """504, or no response within `timeout_s`."""
 
 
 class ConnectionFailed(SegmentationError):
-    """Nothing answers at the URL, or the connection broke, also after all retries."""
+    """Nothing responds at the URL, or the connection broke, also after all retries."""
 
 
 def class_of_status(status: int) -> type[SegmentationError]:
-    """The class that stands for an HTTP status other than 2xx."""
+    """The class for an HTTP status other than 2xx."""
     by_status: dict[int, type[SegmentationError]] = {
         401: Unauthorized,
         403: Unauthorized,

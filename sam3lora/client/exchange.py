@@ -1,4 +1,4 @@
-"""From a call to its answer, without input or output: what to send, when to wait, when to give up.
+"""The retry protocol of a call, without I/O: what to send, when to wait, when to give up.
 
 `exchange` is a generator that both clients drive: it yields an `Attempt` and is sent its `Outcome`, or yields a `Wait`.
 """
@@ -49,10 +49,10 @@ class Reply:
     content: bytes = field(repr=False)
 
     def json(self) -> dict[str, Any]:
-        """The object that it holds.
+        """The JSON object in the content.
 
         Raises:
-            ValueError: It holds none.
+            ValueError: The content is no JSON object.
         """
         value = json.loads(self.content)
         if not isinstance(value, dict):
@@ -62,7 +62,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Attempt:
-    """Send `call`, and be done within `timeout_s`."""
+    """Send `call` and finish within `timeout_s`."""
 
     call: Call
     headers: Mapping[str, str]
@@ -79,7 +79,7 @@ Steps = Generator[Attempt | Wait, Outcome | None, T]
 
 
 class Budget:
-    """What one call of the user may spend, on however many requests: time and repetitions."""
+    """Time and retries that are left for one call of the user."""
 
     def __init__(self, timeout_s: float, max_retries: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.request_id = uuid.uuid4().hex
@@ -94,7 +94,7 @@ class Budget:
         return self._deadline - self._clock()
 
     def next_wait_s(self, error: SegmentationError) -> float | None:
-        """Seconds before the next attempt; None if there shall be none."""
+        """Seconds before the next attempt; None to give up."""
         if not isinstance(error, (Overloaded, ConnectionFailed)) or not self._retries_left:
             return None
         if error.retry_after_s is not None:
@@ -108,15 +108,15 @@ class Budget:
         return wait_s
 
     def out_of_time(self) -> Timeout:
-        message = f"no answer within {self._timeout_s:g} s: give a longer timeout_s, or see what keeps the service"
+        message = f"no response within {self._timeout_s:g} s: use a longer timeout_s, or check the load of the service"
         return Timeout("timeout", message, request_id=self.request_id)
 
 
 def exchange(call: Call, budget: Budget) -> Steps[Reply]:
-    """Send until there is an answer, a fault that no repetition mends, or nothing left to spend.
+    """Send until there is a response, a failure that a retry cannot help, or an empty budget.
 
-    Repeated are 503, 429 (after `Retry-After`) and broken connections (after a growing, random time): no call changes
-    anything on the service that a second one would change again.
+    Retries follow 503 and 429 (after `Retry-After`) and broken connections (after a growing, random time). They are
+    safe: calls change nothing but caches.
 
     Raises:
         SegmentationError: One of its subclasses, that of the last attempt.
@@ -142,10 +142,10 @@ def exchange(call: Call, budget: Budget) -> Steps[Reply]:
 
 
 def read_answer(reply: Reply, parse: Callable[[dict[str, Any]], T], request_id: str) -> T:
-    """What `parse` makes of the JSON of a reply.
+    """Parse the JSON of a reply.
 
     Raises:
-        ServerError: It is not what the service answers.
+        ServerError: It has another form than the service's.
     """
     try:
         return parse(reply.json())

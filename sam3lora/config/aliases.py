@@ -1,4 +1,4 @@
-"""Names that people's files contain, and what they mean here."""
+"""Other names in people's files: module aliases, renamed keys, and keys that are refused with advice."""
 
 from __future__ import annotations
 
@@ -36,6 +36,12 @@ def resolve_target_modules(names: Iterable[str]) -> tuple[str, ...]:
     """
     return tuple(dict.fromkeys(module for name in names for module in resolve_alias(name)))
 
+
+RENAMED_KEYS: dict[str, str] = {
+    "evaluation.prob_threshold": "evaluation.threshold",
+    "evaluation.detection_threshold": "evaluation.threshold",
+}
+"""Old key -> the key that has its meaning now. Old keys load everywhere a key is read."""
 
 _SCALING = "write scaling.use_gpu (auto, true or false); sam3lora train --device 0 1 picks GPUs"
 _METRICS = "write evaluation.every_epochs: 1 for metrics while training, or run sam3lora validate afterwards"
@@ -81,11 +87,11 @@ REFUSED_KEYS: dict[str, str] = {
     "hardware.gradient_checkpointing": "write training.gradient_checkpointing",
     "hardware.dataloader_pin_memory": "remove it; memory is pinned when a GPU is used",
     "hardware.pin_memory": "remove it; memory is pinned when a GPU is used",
-    "hardware.use_compile": "remove it; the model runs uncompiled",
+    "hardware.use_compile": "write training.compile",
 }
-"""Keys of other trainers that have no effect here, with what to write instead."""
+"""Key of another trainer without effect here -> what to write instead."""
 
 REFUSED_SECTIONS: dict[str, str] = {
     "hardware": "remove it; scaling (workers, GPUs) and training (precision, checkpointing) have these settings",
 }
-"""Sections that do not exist here; their known keys are in `REFUSED_KEYS`."""
+"""Section that does not exist here -> what to write instead; single keys of it are in `REFUSED_KEYS`."""

@@ -1,4 +1,4 @@
-"""How detections are made from scores and masks, and when they are measured."""
+"""Post-processing and metrics of a run."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from ._section import Section
+from .post_processing import PostProcessing, PostProcessingFields
 
 
-class EvaluationSection(Section):
-    """Post-processing and metrics."""
+class EvaluationSection(PostProcessingFields):
+    """Post-processing, which is recorded with the adapter, and when the adapter is measured."""
 
     every_epochs: int = Field(
         default=0,
@@ -22,16 +22,12 @@ class EvaluationSection(Section):
         description="What chooses best/ and early stopping watches; auto = map where it is measured, else valid_loss.",
     )
     base_loss: bool = Field(default=True, description="Validation loss of the base before the first step.")
-    prob_threshold: float = Field(
-        default=0.3, ge=0, le=1, description="Lowest score (object x presence) that counts as a detection."
-    )
-    nms_iou: float = Field(
-        default=0.7, gt=0, le=1, description="Of two masks of a prompt that overlap more, only the better one stays."
-    )
-    merge: bool = Field(default=False, description="Join overlapping masks instead of dropping them.")
-    merge_iou: float = Field(default=0.15, gt=0, le=1, description="Overlap from which masks are joined.")
-    max_detections: int = Field(default=100, ge=1, description="Most detections of a prompt in an image.")
     num_samples: int | None = Field(default=None, ge=1, description="Measure on so many images only; None = all.")
+
+    @property
+    def post_processing(self) -> PostProcessing:
+        """The post-processing settings alone."""
+        return PostProcessing(**{name: getattr(self, name) for name in PostProcessing.model_fields})
 
     @property
     def chosen_best_metric(self) -> Literal["valid_loss", "map", "cgf1"]:

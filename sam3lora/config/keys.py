@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from .aliases import REFUSED_KEYS, REFUSED_SECTIONS
+from .aliases import REFUSED_KEYS, REFUSED_SECTIONS, RENAMED_KEYS
 from .root import Config
 
 RawConfig = dict[str, Any]
@@ -91,6 +91,28 @@ def _refused(key: str, value: Any) -> list[str] | None:
     return [f"{key} has no effect here: {REFUSED_SECTIONS[section]}"]
 
 
+def rename_old_keys(raw: RawConfig) -> list[str]:
+    """Replace old keys by their new names, in place.
+
+    Returns:
+        One line for each setting that is given under two names; the first of them stays.
+    """
+    problems = []
+    given: dict[str, str] = {}
+    for old, new in RENAMED_KEYS.items():
+        section, _, name = old.rpartition(".")
+        values = raw.get(section)
+        if not isinstance(values, dict) or name not in values:
+            continue
+        value = values.pop(name)
+        if _leaf(new) in values:
+            problems.append(f"{given.get(new, new)} and {old} are two names of one setting: keep {new}")
+        else:
+            values[_leaf(new)] = value
+            given[new] = old
+    return problems
+
+
 def split_known(raw: RawConfig, model: type[BaseModel] = Config, prefix: str = "") -> tuple[RawConfig, list[str]]:
     """Part what a configuration says into known keys and complaints about the others.
 
@@ -123,13 +145,15 @@ def split_known(raw: RawConfig, model: type[BaseModel] = Config, prefix: str = "
 
 
 def set_key(raw: RawConfig, key: str, value: Any) -> None:
-    """Set a dotted key in nested mappings, in place; what follows a key that takes a mapping is one name.
+    """Set a dotted key, or the one that an old key became, in nested mappings, in place.
+
+    What follows a key that takes a mapping is one name:
 
     `data.prompts.Type 0.5 mm=crack` sets the prompt of the category "Type 0.5 mm".
     """
     model: type[BaseModel] | None = Config
     here = raw
-    rest = key
+    rest = RENAMED_KEYS.get(key, key)
     while True:
         name, dot, below = rest.partition(".")
         section = _section_of(model, name) if model is not None else None

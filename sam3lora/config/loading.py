@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..errors import UserError
-from .keys import RawConfig, set_key, split_known
+from .keys import RawConfig, rename_old_keys, set_key, split_known
 from .root import Config
 from .yaml_text import parse_yaml
 
@@ -38,7 +38,9 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
             values are listed together.
     """
     raw, where, stem = _read_source(source)
-    problems = _apply_overrides(raw, overrides)
+    problems = rename_old_keys(raw)
+    problems += _apply_overrides(raw, overrides)
+    problems += rename_old_keys(raw)  # in an override of a whole section
     known, unknown = split_known(raw)
     problems += unknown
     known.setdefault("lora", {})

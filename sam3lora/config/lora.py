@@ -49,7 +49,7 @@ class LoraSection(Section):
     use_rslora: bool = Field(default=False, description="Scale by alpha / sqrt(rank): steadier at high ranks.")
     use_dora: bool = Field(
         default=False,
-        description="Learn magnitude and direction apart (DoRA): slower, and not servable in mixed batches.",
+        description="Learn the magnitude and the direction of each update apart (DoRA): slower to train.",
     )
 
     @property

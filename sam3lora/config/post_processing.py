@@ -82,8 +82,9 @@ class PostProcessing(PostProcessingFields):
         return PostProcessing(**{**dict(self), **given}) if given else self
 
     def threshold_of(self, prompt: str) -> float:
-        """The lowest score that is kept for a prompt."""
-        return self.prompt_thresholds.get(prompt, self.threshold)
+        """The lowest score that is kept for a prompt; case and outer space do not count, as for the model."""
+        own = {name.strip().lower(): value for name, value in self.prompt_thresholds.items()}
+        return own.get(prompt.strip().lower(), self.threshold)
 
     @property
     def needs_masks(self) -> bool:

@@ -1,4 +1,4 @@
-"""COCO folders to batches: index, checks, queries, decoding, plans and the Ray Data pipeline.
+"""Data sets: COCO folders, checks, conversion, splits, prompts, decoding, and the pipeline of training batches.
 
 Nothing here imports torch except `sam3lora.data.batch`, so that data workers stay light.
 """

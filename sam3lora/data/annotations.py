@@ -1,4 +1,4 @@
-"""One COCO annotation: what is kept of it, what is repaired, what is dropped and counted."""
+"""Cleaning one COCO annotation: repairs what can be repaired, drops the rest, and counts both."""
 
 from __future__ import annotations
 
@@ -9,27 +9,29 @@ from typing import Any
 
 from pycocotools import mask as coco_mask
 
-from sam3lora.data.faults import IssueLog
+from sam3lora.data.faults import FaultLog
 from sam3lora.data.rle import read_rle
 
-# normalised; SAM 3's recipe drops smaller targets, which would break IoU and tell nothing
+# As a share of the image. SAM 3's recipe drops smaller targets: their IoU is not stable.
 MIN_BOX_AREA = 1e-6
 
-_SLACK_PX = 1.0  # rounding of labelling tools is not reported as out of bounds
+_SLACK_PX = 1.0  # labelling tools round coordinates: a smaller excess is not reported as out of bounds
 
 Box = tuple[float, float, float, float]
 
 
-def clean_annotation(raw: dict[str, Any], size_hw: tuple[int, int], log: IssueLog, where: str) -> dict[str, Any] | None:
+def clean_annotation(raw: dict[str, Any], size_hw: tuple[int, int], log: FaultLog, where: str) -> dict[str, Any] | None:
     """Turn a raw annotation into a light record, counting every repair.
 
-    The file's `area` is never used: many exports write the area of the box.
+    The file's `area` is ignored: many exports write the area of the box there. The segmentation becomes JSON text:
+    polygons and an RLE differ in type, and most stages list whole tables of records without looking at a mask, where
+    a text takes a fifth of the memory of Python lists of numbers. `sam3lora.data.masks` parses it.
 
     Args:
         raw: Annotation as in the file.
-        size_hw: Height and width that its coordinates refer to.
-        log: Where faults are counted.
-        where: How messages name the annotation.
+        size_hw: Height and width of the image that its coordinates refer to.
+        log: Counts the faults.
+        where: Name of the annotation in fault examples.
 
     Returns:
         `{"bbox_xywh": [4 floats within the image], "segmentation": JSON text or None, "iscrowd": bool}`, or None when
@@ -64,8 +66,9 @@ def clean_annotation(raw: dict[str, Any], size_hw: tuple[int, int], log: IssueLo
 
 
 def _clean_segmentation(
-    raw: Any, size_hw: tuple[int, int], log: IssueLog, where: str
+    raw: Any, size_hw: tuple[int, int], log: FaultLog, where: str
 ) -> tuple[list | dict | None, Box | None]:
+    """The usable polygons or RLE, and their box xyxy before clipping; (None, None) without a usable mask."""
     if isinstance(raw, dict):
         return _clean_rle(raw, size_hw, log, where)
     if not isinstance(raw, list) or not raw:
@@ -89,7 +92,7 @@ def _clean_segmentation(
 
 
 def _clean_rle(
-    raw: dict[str, Any], size_hw: tuple[int, int], log: IssueLog, where: str
+    raw: dict[str, Any], size_hw: tuple[int, int], log: FaultLog, where: str
 ) -> tuple[dict | None, Box | None]:
     try:
         rle = read_rle(raw)
@@ -108,7 +111,7 @@ def _clean_rle(
 
 
 def _read_box(raw: Any) -> Box | None:
-    """xywh of the file -> xyxy, or None when it is no box."""
+    """The file's xywh as xyxy; None if it is not a box with a positive width and height."""
     if not isinstance(raw, Sequence) or isinstance(raw, str) or len(raw) != 4 or not all(_is_finite(v) for v in raw):
         return None
     x, y, w, h = (float(v) for v in raw)

@@ -1,7 +1,7 @@
 """A COCO instance-segmentation folder as an index of light records.
 
-The index names images and holds their cleaned annotations; no pixel is read. Every fault met on the way is counted in
-`CocoIndex.issues`, with what was done about it.
+The index holds image paths and cleaned annotations, no pixels. `CocoIndex.faults` counts every fault found while
+reading, with what was done about it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from sam3lora.data.annotations import clean_annotation
-from sam3lora.data.faults import IssueLog
+from sam3lora.data.faults import FaultLog
 from sam3lora.data.images import ImageError, read_size
 from sam3lora.data.prompts import prompt_key
 from sam3lora.errors import UserError
@@ -48,18 +48,18 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class CocoIndex:
-    """Light records of one split.
+    """Images and annotations of one split.
 
     Args:
-        table: One row per image, `SCHEMA`; boxes and polygons in pixels of `width` x `height`.
-        category_names: Category id -> name, ids that annotations use only.
-        issues: Faults found while reading.
+        table: One row per image, with `SCHEMA`; boxes and polygons are in pixels of `width` x `height`.
+        category_names: Category id -> name, for the ids that annotations use.
+        faults: Faults found while reading.
         source: The annotation file.
     """
 
     table: pa.Table
     category_names: dict[int, str]
-    issues: IssueLog = field(default_factory=IssueLog)
+    faults: FaultLog = field(default_factory=FaultLog)
     source: str = ""
 
     @classmethod
@@ -75,7 +75,8 @@ class CocoIndex:
         Args:
             split_dir: Folder with the annotation file; file names in it are relative to this folder.
             annotation_file: Name of the annotation file.
-            on_bad_image: Listed images that do not exist: "stop" raises, "skip" leaves them out and counts them.
+            on_bad_image: What to do about listed images that do not exist: "stop" raises, "skip" counts them and leaves
+                them out.
 
         Raises:
             UserError: No such folder or file, truncated JSON, not COCO, or no usable image.
@@ -83,7 +84,7 @@ class CocoIndex:
         """
         source = Path(split_dir) / annotation_file
         raw = load_coco_json(source)
-        log = IssueLog()
+        log = FaultLog()
         images = _read_images(raw["images"], source.parent, log)
         _stop_on_missing(log, source, on_bad_image)
         if not images:
@@ -101,18 +102,17 @@ class CocoIndex:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Used category names without repetition, by ascending id."""
+        """Distinct names of the categories in use, by ascending id."""
         return tuple(dict.fromkeys(self.category_names.values()))
 
     def record(self, row: int) -> dict[str, Any]:
-        """One row as plain Python values."""
         return read_record(self.table, row)
 
     def select_categories(self, names: Sequence[str]) -> CocoIndex:
-        """Keep only these categories (by name); images stay, so that those without the categories become negatives.
+        """Keep only these categories, by name. All images stay: those without the categories become negatives.
 
         Raises:
-            UserError: A name that no annotation has; the message gives the nearest one.
+            UserError: No annotation has one of the names; the message suggests the nearest one.
         """
         by_key = {prompt_key(name): name for name in self.names}
         for name in names:
@@ -128,7 +128,7 @@ class CocoIndex:
         return dataclasses.replace(self, table=pa.Table.from_pylist(records, schema=SCHEMA), category_names=ids)
 
     def select_rows(self, rows: Sequence[int]) -> CocoIndex:
-        """Keep only these images, in this order."""
+        """Keep only the images of these rows, in this order."""
         return dataclasses.replace(self, table=self.table.take(pa.array(rows, type=pa.int64())))
 
 
@@ -150,7 +150,7 @@ def load_coco_json(source: Path) -> dict[str, Any]:
     """Parse an annotation file.
 
     Raises:
-        UserError: Missing (naming what lies in the folder), truncated, or not COCO.
+        UserError: The file is missing, truncated or not COCO. If missing, the message lists the JSON files there.
     """
     if not source.parent.is_dir():
         raise UserError(f"no folder {source.parent}; expected a split folder that holds {source.name} and its images")
@@ -169,7 +169,7 @@ def load_coco_json(source: Path) -> dict[str, Any]:
     return raw
 
 
-def _read_images(entries: list[Any], folder: Path, log: IssueLog) -> dict[int, dict[str, Any]]:
+def _read_images(entries: list[Any], folder: Path, log: FaultLog) -> dict[int, dict[str, Any]]:
     images: dict[int, dict[str, Any]] = {}
     seen_names: set[str] = set()
     for position, entry in enumerate(entries):
@@ -216,7 +216,7 @@ def _find_image(folder: Path, file_name: str) -> Path | None:
     return None
 
 
-def _stop_on_missing(log: IssueLog, source: Path, on_bad_image: str) -> None:
+def _stop_on_missing(log: FaultLog, source: Path, on_bad_image: str) -> None:
     missing = log.count("missing_image")
     if missing and on_bad_image == "stop":
         raise ImageError(
@@ -239,9 +239,12 @@ def _read_categories(entries: list[Any], source: Path) -> dict[int, str]:
 
 
 def _attach_annotations(
-    entries: list[Any], images: dict[int, dict[str, Any]], listed: set[int | None], names: dict[int, str], log: IssueLog
+    entries: list[Any], images: dict[int, dict[str, Any]], listed: set[int | None], names: dict[int, str], log: FaultLog
 ) -> set[int]:
-    """Add cleaned annotations to their images; returns the category ids in use."""
+    """Add cleaned annotations to their images; returns the category ids in use.
+
+    `listed` holds the ids of all image entries, `images` only those of usable images.
+    """
     used: set[int] = set()
     seen: dict[int, Any] = {}
     largest_id = max((_integer(e.get("id")) or 0 for e in entries if isinstance(e, dict)), default=0)
@@ -254,18 +257,18 @@ def _attach_annotations(
         annotation_id = _integer(raw.get("id"))
         where = f"annotation {raw.get('id', f'at position {position}')} of image {image_id}"
         if image_id not in images:
-            if image_id not in listed:  # a listed one that was left out has been counted
+            if image_id not in listed:  # a listed image that was left out is already counted
                 log.add("unknown_image", where)
             continue
         if category_id not in names:
             log.add("unknown_category", f"{where}: category {category_id}")
             continue
+        if annotation_id in seen and seen[annotation_id] == raw:
+            log.add("duplicate_annotation", where)
+            continue
+        if annotation_id in seen:
+            log.add("duplicate_annotation_id", where)
         if annotation_id is None or annotation_id in seen:
-            if annotation_id is not None and seen[annotation_id] == raw:
-                log.add("duplicate_annotation", where)
-                continue
-            if annotation_id is not None:
-                log.add("duplicate_annotation_id", where)
             largest_id += 1
             annotation_id = largest_id
         seen[annotation_id] = raw
@@ -280,7 +283,7 @@ def _attach_annotations(
     return used
 
 
-def _report_categories(entries: list[Any], names: dict[int, str], used: set[int], log: IssueLog) -> None:
+def _report_categories(entries: list[Any], names: dict[int, str], used: set[int], log: FaultLog) -> None:
     ids_by_name: dict[str, list[int]] = {}
     for category_id, name in names.items():
         ids_by_name.setdefault(name, []).append(category_id)
@@ -291,12 +294,12 @@ def _report_categories(entries: list[Any], names: dict[int, str], used: set[int]
             log.add("duplicate_category_name", f"{name!r}: ids {', '.join(map(str, ids))}")
 
 
-def _summary(log: IssueLog) -> str:
-    return "; ".join(str(issue) for issue in log) or "the list is empty"
+def _summary(log: FaultLog) -> str:
+    return "; ".join(str(fault) for fault in log) or "the list is empty"
 
 
 def _integer(value: Any) -> int | None:
-    """An id or a size as int; whole floats and digit strings are taken, anything else is None."""
+    """An id or a size as int. Whole floats and strings of digits are accepted; anything else becomes None."""
     if isinstance(value, bool):
         return None
     if isinstance(value, int):

@@ -1,14 +1,14 @@
-"""Faults of a data set: what they are called, what is done about them, how often they occur."""
+"""Faults of data sets: every kind with what is done about it, and a log that counts them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 MAX_EXAMPLES = 3
 
 # kind -> (what it is, what is done about it)
-KINDS: dict[str, tuple[str, str]] = {
+_COCO_KINDS = {
     "missing_image": ("image listed in the annotation file but not found", "left out"),
     "unreadable_image": ("image that cannot be decoded", "left out (training.on_bad_image: skip) or stops the run"),
     "duplicate_image_id": ("image id used twice", "the first image keeps the id, the other is left out"),
@@ -38,10 +38,38 @@ KINDS: dict[str, tuple[str, str]] = {
     "crowd": ("crowd region (iscrowd)", "not a target; its category is not asked as a negative on that image"),
     "many_objects": ("image with more objects of one category than the model has queries", "kept; recall is limited"),
 }
+_CONVERSION_KINDS = {
+    "broken_source_image": ("image that cannot be read", "left out"),
+    "unlabelled_image": ("image without a label file", "left out: it may show objects"),
+    "unlabelled_negative": ("image without a label file", "kept as an image without objects"),
+    "unlabelled_split": ("split without any label file", "left out"),
+    "label_without_image": ("label file without an image", "left out"),
+    "turned_image": ("image that its EXIF data mirrors or turns upside down", "labels are taken for the stored pixels"),
+    "renamed_image": ("image with the same name as another one of its split", "renamed"),
+    "repeated_label": ("label listed twice", "the copy is dropped"),
+    "label_size_mismatch": (
+        "label file with another image size than its image",
+        "coordinates refer to the label's size",
+    ),
+    "difficult": ("object marked as difficult", "kept as an ordinary object"),
+    "skipped_shape": ("shape that encloses nothing (point, line) or is of an unknown type", "dropped"),
+    "mask_resized": ("mask of another size than its image", "scaled to the image, nearest pixel"),
+    "grey_mask": ("mask of one category with values between black and white", "cut at one half"),
+    "colour_mask": ("mask in colours", "read as grey"),
+    "void_pixels": ("mask with pixels of value 255 (void)", "taken as background"),
+    "parent_category": ("unused row that only names a group of categories", "not a category"),
+    "dropped_crowd": ("crowd region (iscrowd), which the format cannot express", "left out"),
+    "hole": ("hole in a mask, which a YOLO polygon cannot express", "filled"),
+    "box_as_mask": ("object with a box and no mask, in a format of masks", "written as a rectangle"),
+    "covered": ("object of which smaller ones cover more than a tenth in a mask image", "that part is theirs"),
+    "hidden": ("object that smaller ones cover completely in a mask image", "lost"),
+    "unmatched_name": ("image name in which --group-by finds nothing", "grouped by its content alone"),
+}
+KINDS = _COCO_KINDS | _CONVERSION_KINDS
 
 
 @dataclass
-class Issue:
+class Fault:
     """One kind of fault with its count, a few examples and what is done about it."""
 
     kind: str
@@ -69,27 +97,31 @@ class Issue:
         return f"{self.count} x {self.description}: {self.action} (e.g. {'; '.join(self.examples)})"
 
 
-class IssueLog:
+class FaultLog:
     """Counts faults by kind and keeps the first few examples of each."""
 
     def __init__(self) -> None:
-        self._issues: dict[str, Issue] = {}
+        self._faults: dict[str, Fault] = {}
 
-    def add(self, kind: str, example: str) -> None:
+    def add(self, kind: str, *examples: str, count: int = 1) -> None:
         assert kind in KINDS, kind
-        issue = self._issues.setdefault(kind, Issue(kind))
-        issue.count += 1
-        if len(issue.examples) < MAX_EXAMPLES:
-            issue.examples.append(example)
+        fault = self._faults.setdefault(kind, Fault(kind))
+        fault.count += count
+        fault.examples = [*fault.examples, *examples][:MAX_EXAMPLES]
+
+    def include(self, faults: Iterable[Fault]) -> None:
+        """Add faults that another log has counted."""
+        for fault in faults:
+            self.add(fault.kind, *fault.examples, count=fault.count)
 
     def count(self, kind: str) -> int:
-        return self._issues[kind].count if kind in self._issues else 0
+        return self._faults[kind].count if kind in self._faults else 0
 
     def examples(self, kind: str) -> list[str]:
-        return list(self._issues[kind].examples) if kind in self._issues else []
+        return list(self._faults[kind].examples) if kind in self._faults else []
 
-    def __iter__(self) -> Iterator[Issue]:
-        return iter(self._issues.values())
+    def __iter__(self) -> Iterator[Fault]:
+        return iter(self._faults.values())
 
     def __len__(self) -> int:
-        return len(self._issues)
+        return len(self._faults)

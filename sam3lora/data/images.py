@@ -1,4 +1,4 @@
-"""Image files to RGB arrays, and resizing as SAM 3's image processor does it."""
+"""Reading image files into RGB arrays, and resizing them as SAM 3's image processor does."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 import struct
 import warnings
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -15,20 +15,20 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from sam3lora.errors import UserError
 
 MAX_MEGAPIXELS = 178
-"""Largest image that is read unless told otherwise; Pillow refuses larger ones as well."""
+"""Default limit on the size of an image; Pillow refuses larger ones as well."""
 
 IMAGE_SUFFIXES = frozenset(
     (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 )
-"""Endings, in small letters, by which images are told from other files of a folder."""
+"""Lower-case suffixes of the files in a folder that count as images."""
 
-cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # what it warns of, our errors say
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # its warnings repeat our errors
 
 _DECODE_FLAGS = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
 _TURNED_BY_THE_DECODER = ("TIFF",)
-_MANY_FRAMES = ("GIF", "WEBP", "PNG", "TIFF", "AVIF")  # in a phone's JPEG further frames are previews and depth
+_FORMATS_WITH_FRAMES = ("GIF", "WEBP", "PNG", "TIFF", "AVIF")  # further frames of a phone's JPEG are previews
 
-# Pillow warns from half of MAX_MEGAPIXELS on.
+# Pillow warns above half of MAX_MEGAPIXELS.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
@@ -45,45 +45,53 @@ def read_image(
 ) -> np.ndarray:
     """Decode an image to RGB.
 
-    - The content decides the format, not the file's extension.
-    - Grey and palette images become RGB, an alpha channel is dropped (as PIL's `convert("RGB")`), CMYK is converted.
+    - The content decides the format, not the file's suffix.
+    - Grey and palette images become RGB, an alpha channel is dropped (as in PIL's `convert("RGB")`), CMYK is converted.
     - 16-bit values are scaled by 255 / 65535 over their whole range, without stretching.
-    - Of several frames or pages the first is read; see `has_more_frames`.
-    - The size is taken from the header and refused before anything is decoded.
-    - EXIF orientation is ignored, because annotations refer to the stored pixels. The exception: the expected size is
-      the rotated one and not the stored one, so the annotations were made on the rotated picture.
+    - The first frame or page is read; `read_first_frame` also says whether there are more.
+    - The size is checked in the header, before anything is decoded.
+    - EXIF orientation is ignored, because annotations refer to the stored pixels. The exception: if the expected size
+      is that of the rotated picture, the annotations were made on it, and the picture is rotated.
 
     Args:
         source: Path, or the bytes of a file.
         expected_size_hw: Height and width that the annotations refer to, if known.
-        orientation: "exif" turns the picture as people see it, for images without annotations.
+        orientation: "exif" turns the picture upright, for images without annotations.
         max_megapixels: Larger images are refused. Above 178, raise `PIL.Image.MAX_IMAGE_PIXELS` as well.
 
     Returns:
         uint8 (H, W, 3), RGB.
 
     Raises:
-        ImageError: Missing, empty, too large, truncated, floating point, or no known image format.
+        ImageError: The file is missing, empty, too large, truncated, in floating point or in no known image format.
     """
-    name = _name(source)
-    data = _read_bytes(source)
-    (height, width), _ = _read_header(data, name)
-    if height * width > max_megapixels * 1e6:
-        raise ImageError(
-            f"cannot read image {name}: it has {width} x {height} pixels, expected at most {max_megapixels:g} million: "
-            "cut it into tiles or make it smaller"
-        )
-    image = _decode(data, name)
+    name, data = _name(source), _read_bytes(source)
+    image, _ = _decode_first_frame(data, name, max_megapixels)
     if orientation == "exif":
         return _turn(image, _orientation(data))
-    if expected_size_hw is not None and image.shape[:2] != tuple(expected_size_hw):
-        turned = _turn(image, _orientation(data)) if image.shape[:2] == tuple(expected_size_hw)[::-1] else image
-        return turned if turned.shape[:2] == tuple(expected_size_hw) else image
+    expected = image.shape[:2] if expected_size_hw is None else tuple(expected_size_hw)
+    if image.shape[:2] != expected and image.shape[1::-1] == expected:
+        turned = _turn(image, _orientation(data))
+        return turned if turned.shape[:2] == expected else image
     return image
 
 
+def read_first_frame(source: str | Path | bytes, *, max_megapixels: float = MAX_MEGAPIXELS) -> tuple[np.ndarray, bool]:
+    """Decode the first frame of an image, an animation or a file of several pages, upright; the file is read once.
+
+    Returns:
+        uint8 (H, W, 3), RGB, turned as the EXIF orientation says, and whether the file holds more frames.
+
+    Raises:
+        ImageError: See `read_image`.
+    """
+    data = _read_bytes(source)
+    image, has_more = _decode_first_frame(data, _name(source), max_megapixels)
+    return _turn(image, _orientation(data)), has_more
+
+
 def rgb_from_pil(image: Image.Image, name: str = "image") -> np.ndarray:
-    """uint8 (H, W, 3) of a PIL image, turned as its EXIF orientation says.
+    """A PIL image as uint8 (H, W, 3), turned as its EXIF orientation says.
 
     Raises:
         ImageError: Its pixels are floating point or 32-bit, or its file is truncated.
@@ -95,19 +103,19 @@ def rgb_from_pil(image: Image.Image, name: str = "image") -> np.ndarray:
 
 
 def has_more_frames(source: str | Path | bytes) -> bool:
-    """Whether an animation or a file of several pages holds more than the frame that `read_image` gives.
+    """Whether an animation or a file of several pages holds more than one frame.
 
     Raises:
-        ImageError: Missing or no known image format.
+        ImageError: The file is missing or in no known image format.
     """
-    return _read_header(_read_bytes(source), _name(source)).has_more_frames
+    return _read_header(_read_bytes(source), _name(source))[1]
 
 
 def read_size(path: str | Path) -> tuple[int, int]:
     """Stored (height, width) from the file's header, without decoding.
 
     Raises:
-        ImageError: Missing or no known image format.
+        ImageError: The file is missing or in no known image format.
     """
     try:
         with Image.open(path) as image:
@@ -117,32 +125,32 @@ def read_size(path: str | Path) -> tuple[int, int]:
 
 
 def exif_orientation(image: Image.Image, data: bytes) -> int:
-    """EXIF orientation, 1 to 8, that OpenCV has left to do; from 5 on height and width change places.
+    """EXIF orientation, 1 to 8, that OpenCV's decoder does not apply itself; 5 to 8 swap height and width.
 
     Args:
-        image: Opened from the data; it is not decoded.
-        data: The file.
+        image: Opened from `data`; it is not decoded.
+        data: Content of the file.
     """
     if image.format in _TURNED_BY_THE_DECODER:
         return 1
     try:
         if image.format == "PNG":
-            exif = png_exif(data)
+            exif = _png_exif(data)
             if exif is not None:
                 image.info["exif"] = exif
             elif "Raw profile type exif" not in image.info:
                 return 1
-            found = Image.Image.getexif(image)  # PNG's own decodes the picture to look behind it
+            found = Image.Image.getexif(image)  # PngImageFile.getexif would decode the whole picture
         else:
             found = image.getexif()
         orientation = found.get(ExifTags.Base.Orientation, 1)
         return orientation if orientation in range(1, 9) else 1
-    except Exception:  # damaged EXIF data, which ends in errors of many kinds, says nothing
+    except Exception:  # damaged EXIF data raises errors of many kinds, and counts as none
         return 1
 
 
-def png_exif(data: bytes) -> bytes | None:
-    """EXIF data of a PNG file, which may stand before or behind the pixels; None if there is none."""
+def _png_exif(data: bytes) -> bytes | None:
+    """EXIF data of a PNG file, which may come before or after the pixels; None if there is none."""
     start = 8
     while start + 8 <= len(data):
         num_bytes, kind = struct.unpack_from(">I4s", data, start)
@@ -155,7 +163,7 @@ def png_exif(data: bytes) -> bytes | None:
 
 
 def resize_image(image: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
-    """Resize to what `Sam3ImageProcessor` gives: antialiased bilinear on uint8 (torchvision v2).
+    """Resize as `Sam3ImageProcessor` does: antialiased bilinear on uint8 (torchvision v2).
 
     Mean absolute difference to it in grey levels (worst of 23 photographs), and milliseconds from 640 x 640:
 
@@ -165,7 +173,7 @@ def resize_image(image: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
         Gaussian blur + LINEAR    0.78  1.5   0.57  0.9   2.49
         PIL BILINEAR              0.01  2.0   0.00  2.4   0.00  3.4   0.02  8.3   0.00  25.3
 
-    So OpenCV enlarges (never more than one level off) and PIL shrinks.
+    So OpenCV enlarges (at most one level off) and PIL shrinks.
 
     Args:
         image: uint8 (H, W, 3).
@@ -184,6 +192,16 @@ def resize_image(image: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
     return np.asarray(resized)
 
 
+def _decode_first_frame(data: bytes, name: str, max_megapixels: float) -> tuple[np.ndarray, bool]:
+    (height, width), has_more = _read_header(data, name)
+    if height * width > max_megapixels * 1e6:
+        raise ImageError(
+            f"cannot read image {name}: it has {width} x {height} pixels, expected at most {max_megapixels:g} million: "
+            "cut it into tiles or make it smaller"
+        )
+    return _decode(data, name), has_more
+
+
 def _decode(data: bytes, name: str) -> np.ndarray:
     try:
         image = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), _DECODE_FLAGS)
@@ -199,7 +217,7 @@ def _decode(data: bytes, name: str) -> np.ndarray:
 
 
 def _decode_with_pil(data: bytes, name: str) -> np.ndarray:
-    """Formats that this build of OpenCV lacks; also the judge of what is broken."""
+    """For formats that this build of OpenCV lacks, and for the error message of a broken file."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             return _convert(image, name)
@@ -217,7 +235,7 @@ def _convert(image: Image.Image, name: str) -> np.ndarray:
 
 def _to_8_bit(image: np.ndarray) -> np.ndarray:
     out = np.empty(image.shape, np.uint8)
-    for start in range(0, len(image), 256):  # the wider numbers of a whole large image would take gigabytes
+    for start in range(0, len(image), 256):  # in strips: uint32 of a whole large image would take gigabytes
         rows = slice(start, start + 256)
         out[rows] = (image[rows].astype(np.uint32) + 128) // 257
     return out
@@ -231,18 +249,12 @@ def _turn(image: np.ndarray, orientation: int) -> np.ndarray:
     return np.array(ImageOps.exif_transpose(turned))
 
 
-class _Header(NamedTuple):
-    """What is known before decoding."""
-
-    size_hw: tuple[int, int]
-    has_more_frames: bool
-
-
-def _read_header(data: bytes, name: str) -> _Header:
+def _read_header(data: bytes, name: str) -> tuple[tuple[int, int], bool]:
+    """Stored (height, width), and whether there are several frames."""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            more = image.format in _MANY_FRAMES and getattr(image, "is_animated", False)
-            return _Header((image.height, image.width), more)
+            has_more = image.format in _FORMATS_WITH_FRAMES and getattr(image, "is_animated", False)
+            return (image.height, image.width), has_more
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise _image_error(error, name) from None
 

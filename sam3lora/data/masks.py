@@ -1,7 +1,7 @@
-"""Polygons and run-length masks to pixels, areas and boxes.
+"""Pixels, areas and boxes of COCO segmentations.
 
-A segmentation is what a cleaned record holds: a list of polygons `[[x0, y0, x1, y1, ...], ...]` in pixels of the
-annotated image, an RLE `{"size": [height, width], "counts": ...}`, either of them as JSON text, or None.
+A segmentation is a list of polygons `[[x0, y0, x1, y1, ...], ...]` in pixels of the annotated image, an RLE
+`{"size": [height, width], "counts": ...}`, one of these as JSON text (in the records of an index), or None.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ Segmentation = str | list | dict | None
 
 
 def parse_segmentation(segmentation: Segmentation) -> list | dict | None:
-    """JSON text -> object; None for an empty one."""
+    """Polygons or RLE of a segmentation; None if it is empty."""
     if isinstance(segmentation, str):
         return json.loads(segmentation) or None
     return segmentation or None
 
 
 def encode_segmentation(segmentation: Segmentation, size_hw: tuple[int, int]) -> dict[str, Any] | None:
-    """One COCO RLE of all parts at the annotated size: for areas and for evaluation at original resolution.
+    """One COCO RLE of all parts, at the annotated size.
 
     Args:
         segmentation: See the module.
-        size_hw: Height and width of the annotated image (polygons; an RLE has its own).
+        size_hw: Height and width of the annotated image, for polygons; an RLE has its own size.
 
     Returns:
         `{"size": [height, width], "counts": bytes}`, or None without a mask.
@@ -58,7 +58,7 @@ def decode_mask(segmentation: Segmentation, size_hw: tuple[int, int]) -> np.ndar
 
 
 def mask_area(segmentation: Segmentation, size_hw: tuple[int, int]) -> int:
-    """Pixels of the mask at the annotated size (0 without a mask).
+    """Number of pixels of the mask at the annotated size; 0 without a mask.
 
     >>> mask_area([[1, 1, 4, 1, 4, 3, 1, 3]], (8, 8))
     6
@@ -68,7 +68,7 @@ def mask_area(segmentation: Segmentation, size_hw: tuple[int, int]) -> int:
 
 
 def mask_box(segmentation: Segmentation, size_hw: tuple[int, int]) -> tuple[float, float, float, float] | None:
-    """Tight box (x, y, width, height) of the mask's pixels, in pixels; None when no pixel is set."""
+    """Tight box (x, y, width, height) around the mask's pixels; None if it has none."""
     rle = encode_segmentation(segmentation, size_hw)
     if rle is None or coco_mask.area(rle) == 0:
         return None
@@ -79,15 +79,15 @@ def mask_box(segmentation: Segmentation, size_hw: tuple[int, int]) -> tuple[floa
 def place_mask(
     segmentation: Segmentation, size_hw: tuple[int, int], placement: Placement, mask_size: int
 ) -> np.ndarray | None:
-    """Draw a mask straight into the model's frame.
+    """Draw a mask in the model's frame.
 
-    Polygons are scaled and then drawn, which keeps thin shapes that drawing first and shrinking after would lose;
-    run-length masks are shrunk by area, moved with sub-pixel accuracy and cut at one half.
+    Polygons are scaled first and then drawn: thin shapes would vanish if they were drawn first and shrunk afterwards.
+    Run-length masks are shrunk by area, moved with sub-pixel accuracy and thresholded at one half.
 
     Args:
         segmentation: See the module.
         size_hw: Height and width of the annotated image.
-        placement: Where the image lies in the model's frame.
+        placement: Position of the image in the model's frame.
         mask_size: Side M of the mask, which covers the whole frame.
 
     Returns:
@@ -104,7 +104,7 @@ def place_mask(
 def _place_polygons(
     polygons: list[list[float]], size_hw: tuple[int, int], placement: Placement, mask_size: int
 ) -> np.ndarray:
-    """Draw in a window around the object only: most objects are small against the frame."""
+    """Draw in a window around the object: most objects are much smaller than the frame."""
     parts = [_place_points(part, size_hw, placement, mask_size) for part in polygons]
     left, right = _window([part[0::2] for part in parts], mask_size)
     top, bottom = _window([part[1::2] for part in parts], mask_size)
@@ -118,7 +118,7 @@ def _place_polygons(
 
 
 def _place_points(points: list[float], size_hw: tuple[int, int], placement: Placement, mask_size: int) -> np.ndarray:
-    """`x0, y0, x1, y1, ...` in pixels of the mask: `Placement.map_points` without its copies."""
+    """`x0, y0, x1, y1, ...` in pixels of the mask; as `Placement.map_points`, without its copies."""
     found = np.array(points, dtype=np.float64)
     found[0::2] /= size_hw[1]
     found[1::2] /= size_hw[0]
@@ -132,7 +132,7 @@ def _place_points(points: list[float], size_hw: tuple[int, int], placement: Plac
 
 
 def _window(coordinates: list[np.ndarray], mask_size: int) -> tuple[int, int]:
-    """First pixel and the one behind the last that may be drawn, with a pixel to spare, at least one pixel wide."""
+    """Half-open range of the pixels to draw in: the object and a pixel on each side, at least one pixel wide."""
     low = min(float(part.min()) for part in coordinates)
     high = max(float(part.max()) for part in coordinates)
     first = min(max(math.floor(low) - 1, 0), mask_size - 1)
@@ -156,7 +156,7 @@ def _place_bitmap(mask: np.ndarray, placement: Placement, mask_size: int) -> np.
 
 
 def _resize_coverage(mask: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
-    """Share of each new pixel that the mask covers, float32 in [0, 1]."""
+    """Share of each new pixel that the mask covers, as float32 in [0, 1]."""
     shrinks = size_hw[0] < mask.shape[0] or size_hw[1] < mask.shape[1]
     interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
     return cv2.resize(mask.astype(np.float32), size_hw[::-1], interpolation=interpolation)

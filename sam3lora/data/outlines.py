@@ -1,24 +1,23 @@
-"""Masks to polygons along the edges of their pixels, and several polygons to one."""
+"""Outlines of masks along their pixel edges, and joining several outlines into one polygon."""
 
 from __future__ import annotations
 
 import cv2
 import numpy as np
-from scipy.spatial import cKDTree
 
 
 def trace_outlines(mask_HW: np.ndarray) -> tuple[list[np.ndarray], int]:
     """Outer outlines of a mask.
 
-    OpenCV traces pixel centres. On the mask enlarged four times these are 4x on a left or upper edge and 4x - 1 on a
-    right or lower one, which tells the edge they belong to.
+    OpenCV traces pixel centres. In the mask enlarged four times, these have coordinate 4x on a left or upper edge and
+    4x - 1 on a right or lower one, so `(coordinate + 1) // 4` is the edge.
 
     Args:
         mask_HW: Boolean mask.
 
     Returns:
-        Corners (N, 2) as x, y in pixels of every connected part, and the number of holes, which they leave out, with
-        what lies within.
+        Corners (N, 2) as x, y in pixels of each connected part, and the number of holes. Holes are not outlined, nor
+        are parts inside them.
 
     >>> trace_outlines(np.ones((2, 3), dtype=bool))[0][0].tolist()
     [[0, 0], [0, 2], [3, 2], [3, 0]]
@@ -40,7 +39,9 @@ def trace_outlines(mask_HW: np.ndarray) -> tuple[list[np.ndarray], int]:
 
 
 def join_outlines(outlines: list[np.ndarray]) -> np.ndarray:
-    """One closed line (M, 2) around all parts: each is reached and left over one and the same bridge, without area."""
+    """One closed line (M, 2) around all parts, connected by bridges: lines without area, there and back."""
+    from scipy.spatial import cKDTree  # slow to import, and tracing does without
+
     ring, *rest = sorted(outlines, key=len, reverse=True)
     for part in rest:
         distances, nearest = cKDTree(ring).query(part)

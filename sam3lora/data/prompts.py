@@ -1,4 +1,4 @@
-"""What is asked of an image: its categories as positive queries, and prompts that are truly absent as negatives."""
+"""The prompts that training asks of an image: its categories as positives, and truly absent prompts as negatives."""
 
 from __future__ import annotations
 
@@ -13,25 +13,23 @@ ALL_NEGATIVES = -1
 
 @dataclass(frozen=True)
 class Query:
-    """One question to one image.
+    """One prompt asked of one image.
 
     Args:
         prompt: The text that the model reads.
         category: Category name, or None for a prompt of the user's own negative list.
-        category_ids: The file's ids behind it (several when names repeat); empty for negatives.
-        annotation_rows: Positions in the record's `annotations` of the objects to find; empty for negatives.
+        annotation_rows: Positions of the objects to find in the record's `annotations`; empty for negatives.
         is_positive: Whether there is anything to find.
     """
 
     prompt: str
     category: str | None
-    category_ids: tuple[int, ...] = ()
     annotation_rows: tuple[int, ...] = ()
     is_positive: bool = False
 
 
 def prompt_key(text: str) -> str:
-    """Prompts with one key are one prompt to the model, whose tokenizer lower-cases and collapses white space.
+    """Lower-case text with single spaces. Prompts with equal keys are the same to the model's tokenizer.
 
     >>> prompt_key("  Road   Crack ")
     'road crack'
@@ -40,9 +38,9 @@ def prompt_key(text: str) -> str:
 
 
 def sample_rng(seed: int, epoch: int, image_id: int, stream: int = 0) -> np.random.Generator:
-    """Randomness of one image in one epoch: the same whichever worker, batch or order it comes in.
+    """Random numbers of one image in one epoch, independent of the worker, the batch and the order.
 
-    `stream` separates uses (queries, placement), so that switching one on does not change the other.
+    Each use (queries, placement) has a `stream` of its own, so that switching one on does not change another.
     """
     return np.random.default_rng([seed % 2**63, epoch, image_id % 2**63, stream])
 
@@ -57,24 +55,24 @@ def build_queries(
     num_negatives: int | None = None,
     exhaustive: bool = True,
 ) -> list[Query]:
-    """The queries of one image: positives in category order, then sampled negatives, then the user's own.
+    """The queries of one image: positives in category order, then sampled negatives, then the user's own negatives.
 
-    A category of which the image shows only crowd regions is not asked at all: it is there, so it is no negative, and
-    there is nothing to match, so it is no positive. An image without any object is always asked at least one category
-    when `exhaustive`, whatever `num_negatives` says: it is in the data set to teach absence.
+    A category with only crowd regions in the image is not asked at all. It is present, so it cannot be a negative, and
+    it has no object to match, so it cannot be a positive. If `exhaustive`, an image without objects is asked at least
+    one category, even with `num_negatives` 0: it is in the data set to teach absence.
 
     Args:
         record: A row of the index.
-        names: Category names of the data set, without repetition: the pool of negatives.
+        names: Distinct category names of the data set; negatives are sampled from them.
         rng: From `sample_rng`.
         prompts_map: Category name -> prompt text; a category without an entry is asked by its name.
-        negative_prompts: The user's own list: prompts that are nowhere in the data; asked of every image unless they
-            equal a prompt that the image does contain.
-        num_negatives: How many absent categories to sample, without replacement; None or -1 for all of them.
+        negative_prompts: The user's list of prompts that occur nowhere in the data. They are asked of every image,
+            except one that does contain an equal prompt.
+        num_negatives: Number of absent categories to sample, without replacement; None or -1 for all of them.
         exhaustive: Whether everything is annotated, so that a missing annotation means absence.
 
     Returns:
-        Queries with pairwise different prompts; empty when nothing can be asked truthfully.
+        Queries with different prompts; empty if nothing can be asked truthfully.
     """
     prompts = {prompt_key(k): v for k, v in (prompts_map or {}).items()}
     prompt_of = {name: prompts.get(prompt_key(name), name) for name in names}
@@ -101,7 +99,7 @@ def build_queries(
 def _positive_queries(
     record: Mapping[str, Any], prompt_of: Mapping[str, str], prompts: Mapping[str, str]
 ) -> tuple[list[Query], set[str]]:
-    """Positive queries in the order of `prompt_of`, and the keys of all prompts that the image contains."""
+    """Positive queries in the order of `prompt_of`, and the keys of all prompts present in the image."""
     groups: dict[str, list[int]] = {}
     texts: dict[str, tuple[str, str]] = {}
     present: set[str] = set()
@@ -117,6 +115,5 @@ def _positive_queries(
     queries = []
     for key in sorted(groups, key=lambda k: (order.get(k, len(order)), k)):
         rows = tuple(groups[key])
-        ids = tuple(sorted({record["annotations"][row]["category_id"] for row in rows}))
-        queries.append(Query(*texts[key], category_ids=ids, annotation_rows=rows, is_positive=True))
+        queries.append(Query(*texts[key], annotation_rows=rows, is_positive=True))
     return queries, present

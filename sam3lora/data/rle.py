@@ -1,20 +1,21 @@
-"""COCO run-length masks: strict reading of both spellings."""
+"""COCO run-length masks (RLE): strict reading of compressed and uncompressed ones, and writing."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from pycocotools import mask as coco_mask
 
 
 def decode_counts(text: str) -> list[int]:
-    """Run lengths of a compressed COCO RLE string (5 bits a character, differences from the last but one run).
+    """Run lengths of a compressed COCO RLE string (5 bits per character, as differences from the run before the last).
 
-    pycocotools reads malformed strings without complaint, so data that was not written by it is read here.
+    pycocotools reads malformed strings without an error, so strings from other sources are checked here.
 
     Raises:
-        ValueError: The string ends inside a number or holds characters outside the code.
+        ValueError: The string ends inside a number, or has a character that the code does not use.
 
     >>> decode_counts("52203")
     [5, 2, 2, 2, 5]
@@ -41,7 +42,7 @@ def decode_counts(text: str) -> list[int]:
 
 
 def read_rle(segmentation: Mapping[str, Any]) -> dict[str, Any]:
-    """Check a COCO RLE (compressed or not) and return it as pycocotools wants it.
+    """Check a COCO RLE, compressed or not, and return it in the form that pycocotools expects.
 
     Returns:
         `{"size": [height, width], "counts": bytes}`.
@@ -63,3 +64,13 @@ def read_rle(segmentation: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(counts, str):
         return {"size": [height, width], "counts": counts.encode("ascii")}
     return coco_mask.frPyObjects({"size": [height, width], "counts": list(runs)}, height, width)
+
+
+def encode_rle(mask_HW: np.ndarray) -> dict[str, Any]:
+    """COCO RLE of a boolean mask, ready for JSON.
+
+    >>> encode_rle(np.array([[True, False]]))
+    {'size': [1, 2], 'counts': '011'}
+    """
+    rle = coco_mask.encode(np.asfortranarray(mask_HW, dtype=np.uint8))
+    return {"size": [int(n) for n in rle["size"]], "counts": rle["counts"].decode("ascii")}

@@ -1,104 +1,161 @@
-"""Questions about any images under any adapters, answered together: what a serving replica runs.
+"""The inference engine: one base model, adapters in slots, and prompts of many images answered together.
 
-The vision tower runs once for an image and the text tower once for a prompt, for all adapters that leave them as they
-are, and not at all for those seen before. Everything else runs once for a batch, whichever adapters its rows are under.
+Evaluation, `Predictor`, batch jobs and serving all ask it. The vision tower runs once for an image and the text tower
+once for a prompt, for all adapters that leave the tower unchanged, and not at all while the caches hold the features.
+Everything else runs once for a batch, in which every row may have an adapter of its own.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from sam3lora.config.post_processing import PostProcessing
 from sam3lora.data.images import MAX_MEGAPIXELS, ImageError, read_image, resize_image
-from sam3lora.engine.detect import to_instances
-from sam3lora.engine.detections import BoxPrompt, Instances, PostProcessing
-from sam3lora.engine.device_errors import is_device_error, is_out_of_memory
+from sam3lora.engine.detections import BoxPrompt, Detections
+from sam3lora.engine.device import find_device, find_precision, is_device_error, is_out_of_memory
 from sam3lora.engine.feature_cache import PreparedImage
-from sam3lora.engine.features import BASE, FeatureSource, Resident
+from sam3lora.engine.features import BASE, FeatureSource, SlotAdapter
 from sam3lora.engine.forward import MixedForward, Row
-from sam3lora.engine.questions import Answer, Question
-from sam3lora.engine.segmenter import find_device, find_precision, relative_cxcywh
+from sam3lora.engine.selection import SmallDetections, Wanted
 from sam3lora.errors import UserError
-from sam3lora.inference.predictor import BOXES_ALONE_PROMPT
 from sam3lora.model.adapter.bank import AdapterBank
 from sam3lora.model.adapter.weights import AdapterWeights, read_adapter_weights
 from sam3lora.model.loading import LoadedBase, load_base
 from sam3lora.model.precision import store_matrices_in
-from sam3lora.model.staged.forward import StagedSam3
+from sam3lora.model.staged.forward import StagedSam3, TextFeatures
 
-__all__ = ["Answer", "MixedBatchSegmenter", "PreparedImage", "Question", "is_out_of_memory"]
+BOXES_ALONE_PROMPT = "visual"
+"""SAM 3 was trained to read this text beside boxes that have no text of their own."""
 
 WARM_UP_KEY = "warm-up"
 
 
-class MixedBatchSegmenter:
+@dataclass(frozen=True)
+class PromptedImage:
+    """One image and what is wanted of it.
+
+    Attributes:
+        image: From `Engine.prepare_image`.
+        prompts: Texts of at most 32 tokens; may be empty if there are boxes.
+        boxes: Exemplars that go with every prompt.
+        slot: Of the adapter; None asks the base.
+        post: Threshold, suppression or merging, and limit.
+        masks: Whether the result shall have masks.
+        lowest_score: See `selection.Wanted`.
+    """
+
+    image: PreparedImage
+    prompts: tuple[str, ...]
+    boxes: tuple[BoxPrompt, ...] = ()
+    slot: int | None = None
+    post: PostProcessing = field(default_factory=PostProcessing)
+    masks: bool = True
+    lowest_score: float | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """Find queries that it takes."""
+        return max(1, len(self.prompts))
+
+
+class Engine:
     """One base model, adapters in numbered slots, and batches that mix them.
 
-    One thread, the model thread, may call what runs or changes the model; methods that say so may be called from any.
+    One thread, the model thread, may call the methods that run or change the model; the first group of methods may be
+    called from any thread.
 
     Args:
-        model: "tiny", a hub id or a folder.
-        revision: Branch, tag or commit of a hub id.
-        resolution: Side of the model's input in pixels; None is the model's own.
-        device: None takes a GPU if there is one.
+        base: The base model.
         precision: "float32", or "bfloat16" to compute by autocast; None is bfloat16 on a GPU that has it.
         num_slots: Adapters in memory.
         max_rank: Adapters of a larger rank are refused.
-        image_cache_bytes: Images and their features that are kept.
-        max_cached_prompts: Text features that are kept, at 32 KB each.
-        max_rows: (image, prompt) pairs in one forward.
+        image_cache_bytes: Limit of the cached images and their features.
+        max_cached_prompts: Limit of the cached text features, at 32 KB each.
+        max_rows: (image, prompt) pairs in one forward pass.
         max_images: Images that pass the vision tower together.
-        compile_vision: ``torch.compile`` of the vision encoder, used while no adapter in a slot changes it.
-        local_files_only: Do not ask the hub.
-
-    Raises:
-        UserError: The model cannot be loaded, or an argument is out of range.
+        geometry_cls: Whether the geometry CLS token follows text prompts; None does as each adapter was trained, and
+            True for the base.
+        compile_vision: `torch.compile` of the vision encoder, used while no adapter in a slot changes it.
+        in_training: The model is being trained, with PEFT layers in it that slot None then includes. Weights stay as
+            they are, and nothing is made that autograd could not use later.
     """
 
     def __init__(
         self,
-        model: str = "tiny",
+        base: LoadedBase,
         *,
-        revision: str | None = None,
-        resolution: int | None = None,
-        device: torch.device | str | None = None,
         precision: str | None = None,
         num_slots: int = 16,
-        max_rank: int = 256,
+        max_rank: int | None = 256,
         image_cache_bytes: int = 2**30,
         max_cached_prompts: int = 4096,
         max_rows: int = 16,
         max_images: int = 8,
+        geometry_cls: bool | None = None,
         compile_vision: bool = False,
-        local_files_only: bool = False,
+        in_training: bool = False,
     ) -> None:
-        self.device = find_device(device)
+        self.base = base
+        self.device = next(base.model.parameters()).device
         self.precision = find_precision(precision, self.device)
-        self.base: LoadedBase = load_base(
-            model, revision=revision, device=self.device, resolution=resolution, local_files_only=local_files_only
-        )
-        if self.precision == "bfloat16":
-            store_matrices_in(self.base.model, torch.bfloat16, text_tower=True)
-        self._bank = AdapterBank(self.base.model, num_slots)
-        self._forward = MixedForward(StagedSam3(self.base.model), self._bank, compile_vision=compile_vision)
+        if self.precision == "bfloat16" and not in_training:
+            store_matrices_in(base.model, torch.bfloat16, text_tower=True)
+        self._bank = AdapterBank(base.model, num_slots)
+        self._forward = MixedForward(StagedSam3(base.model), self._bank, compile_vision=compile_vision)
         self._features = FeatureSource(
-            self.base,
+            base,
             self._forward,
             image_cache_bytes=image_cache_bytes,
             max_cached_prompts=max_cached_prompts,
             max_images=max_images,
         )
-        self._residents: dict[int | None, Resident] = {None: BASE}
+        self._geometry_cls = geometry_cls
+        self._adapters: dict[int | None, SlotAdapter] = {None: BASE._replace(geometry_cls=geometry_cls is not False)}
         # A compiled encoder makes one graph for one image and another for all larger batches.
         self._warm_up_images = max_images if compile_vision or self.device.type == "cuda" else 0
         self._counts: Counter[str] = Counter()
         self._max_rank = max_rank
         self._max_rows = max_rows
+        self._no_gradients = torch.no_grad if in_training else torch.inference_mode
+
+    @classmethod
+    def load(
+        cls,
+        model: str = "tiny",
+        *,
+        revision: str | None = None,
+        resolution: int | None = None,
+        device: torch.device | str | None = None,
+        local_files_only: bool = False,
+        **options,
+    ) -> Engine:
+        """Load a base model and start an engine on it.
+
+        Args:
+            model: "tiny", a hub id or a folder.
+            revision: Branch, tag or commit of a hub id.
+            resolution: Side of the model's input in pixels; None is the model's own.
+            device: None takes a GPU if there is one.
+            local_files_only: Do not ask the hub.
+            options: Arguments of `Engine`.
+
+        Raises:
+            UserError: The model cannot be loaded, or an argument is out of range.
+        """
+        found = find_device(device)
+        find_precision(options.get("precision"), found)  # before the model is loaded, which may take long
+        base = load_base(
+            model, revision=revision, device=found, resolution=resolution, local_files_only=local_files_only
+        )
+        return cls(base, **options)
 
     @property
     def resolution(self) -> int:
@@ -107,7 +164,7 @@ class MixedBatchSegmenter:
 
     @property
     def counters(self) -> dict[str, int]:
-        """Since the start, warm-up included; `image_cache_bytes` is what is kept. From any thread."""
+        """Counts since the start, without the warm-up; `image_cache_bytes` is the cache's size. From any thread."""
         return self._features.counters | {name: self._counts[name] for name in ("forwards", "rows")}
 
     # ---- from any thread ------------------------------------------------------------------------------------------
@@ -133,7 +190,7 @@ class MixedBatchSegmenter:
         return PreparedImage(key, resize_image(data, (self.resolution, self.resolution)), (height, width))
 
     def cached_image(self, key: str) -> PreparedImage | None:
-        """An image that was asked about or kept, unless others have taken its place since."""
+        """A cached image; None if it was never kept or has been evicted."""
         return self._features.images.image(key)
 
     def check_prompts(self, prompts: Iterable[str]) -> None:
@@ -152,39 +209,42 @@ class MixedBatchSegmenter:
         """
         return read_adapter_weights(folder, self.base.model, max_rank=self._max_rank)
 
-    def finish(self, answer: Answer) -> list[Instances]:
-        """For each prompt what was found, with masks as RLE at the size of the image."""
-        return [
-            to_instances(prompt, answer.size_hw, kept) for prompt, kept in zip(answer.prompts, answer.kept, strict=True)
-        ]
-
     # ---- from the model thread only -------------------------------------------------------------------------------
 
     def place_adapter(self, slot: int, weights: AdapterWeights) -> None:
-        """Put an adapter into a slot, in place of what is there."""
-        self._residents.pop(slot, None)
+        """Put an adapter into a slot; an adapter that is there is replaced."""
+        self._adapters.pop(slot, None)
         self._bank.put(slot, weights)
-        self._residents[slot] = Resident(slot, weights.version, weights.components, weights.geometry_cls)
+        geometry_cls = weights.geometry_cls if self._geometry_cls is None else self._geometry_cls
+        self._adapters[slot] = SlotAdapter(slot, weights.version, weights.components, geometry_cls)
 
     def clear_adapter(self, slot: int) -> None:
         """Empty a slot."""
-        self._residents.pop(slot, None)
+        self._adapters.pop(slot, None)
         self._bank.clear(slot)
 
+    def geometry_cls(self, slot: int | None) -> bool:
+        """Whether the geometry CLS token follows text prompts."""
+        return self._adapters[slot].geometry_cls
+
     def keep_image(self, image: PreparedImage) -> None:
-        """Embed an image with the base, and keep it."""
+        """Embed an image with the base, and cache it."""
         self._features.images.keep_image(image)
         with self._inference():
             self._features.vision([(image, BASE)])
 
+    def keep_text(self, features: Mapping[str, TextFeatures]) -> None:
+        """Cache text features (P = 1 each) that the caller has made with slot None's text tower."""
+        self._features.keep_text(features)
+
     def drop_features(self) -> None:
-        """Give back the memory of cached features; images stay known."""
+        """Free the memory of cached image features; images stay cached."""
         self._features.images.drop_features()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def warm_up(self) -> None:
-        """Run what the first requests will need, so that they do not wait for it."""
+        """Run the shapes that the first requests will have, so that they do not wait for compilation."""
         noise = np.random.default_rng(0).integers(0, 256, (self.resolution, self.resolution, 3), dtype=np.uint8)
         image = PreparedImage(WARM_UP_KEY, noise, noise.shape[:2])
         everything = PostProcessing(threshold=0.0)
@@ -193,96 +253,116 @@ class MixedBatchSegmenter:
         for num_rows in sorted({1, self._max_rows}):
             prompts = tuple(f"object {number}" for number in range(num_rows))
             for boxes in ((), (box,)):
-                self._check_warm([Question(image, prompts, boxes, post=everything)])
-        self._check_warm([Question(other, ("object",), post=everything) for other in others])
+                self.detect([PromptedImage(image, prompts, boxes, post=everything)])
+        self.detect([PromptedImage(other, ("object",), post=everything) for other in others])
         for used in (image, *others):
             self._features.images.forget(used.key)
         self._features.reset_counters()
         self._counts.clear()
 
-    def answer(self, questions: Sequence[Question]) -> list[Answer | Exception]:
-        """Answer all questions together, each as if it were alone.
+    def detect(self, images: Sequence[PromptedImage]) -> list[list[Detections]]:
+        """For each image, for each of its prompts, its detections at the image's size.
 
-        A question that cannot be answered gives its exception: `UserError` for a prompt that is empty or too long or a
-        box outside its image, `LookupError` for an empty slot, whatever else breaks only this one.
+        Masks are encoded as they are made, so memory does not grow with the number of prompts.
+
+        Raises:
+            UserError: A prompt is empty or too long, or a box is outside its image.
+            LookupError: A slot is empty.
+        """
+        for image in images:
+            if problem := self._problem(image):
+                raise problem
+        with self._inference():
+            found = (small.at_full_size() for small in self._run(images))
+            return [list(islice(found, image.num_rows)) for image in images]
+
+    def detect_small(self, images: Sequence[PromptedImage]) -> list[list[SmallDetections] | Exception]:
+        """As `detect`, for a service: masks stay small, and a mistake in one image leaves the others alone.
+
+        An image that cannot be answered gives its exception: `UserError` for a prompt that is empty or too long or a
+        box outside its image, `LookupError` for an empty slot, or whatever else fails only with this image.
 
         Raises:
             torch.OutOfMemoryError, MemoryError: Together they take too much memory: ask fewer at a time.
-            RuntimeError: The device failed (`is_device_error`): no question can be answered any more.
+            RuntimeError: The device failed (`is_device_error`): nothing can be answered any more.
         """
-        answers: list[Answer | Exception | None] = [self._problem(question) for question in questions]
-        possible = [number for number, problem in enumerate(answers) if problem is None]
+        results: list[list[SmallDetections] | Exception | None] = [self._problem(image) for image in images]
+        possible = [number for number, problem in enumerate(results) if problem is None]
+        chosen = [images[number] for number in possible]
+        found: Sequence[list[SmallDetections] | Exception]
         try:
-            found: Sequence[Answer | Exception] = self._answer([questions[number] for number in possible])
+            with self._inference():
+                rows = self._run(chosen)
+                found = [list(islice(rows, image.num_rows)) for image in chosen]
         except Exception as error:
             if is_out_of_memory(error) or is_device_error(error):
                 raise
             if len(possible) == 1:
                 found = [error]
-            else:
-                found = [one for number in possible for one in self.answer([questions[number]])]
-        for number, answer in zip(possible, found, strict=True):
-            answers[number] = answer
-        return [answer for answer in answers if answer is not None]
-
-    def _check_warm(self, questions: Sequence[Question]) -> None:
-        for answer in self.answer(questions):
-            if isinstance(answer, Exception):
-                raise answer
+            else:  # find the image that fails
+                found = [one for image in chosen for one in self.detect_small([image])]
+        for number, result in zip(possible, found, strict=True):
+            results[number] = result
+        return [result for result in results if result is not None]
 
     # ---- steps ----------------------------------------------------------------------------------------------------
 
-    def _problem(self, question: Question) -> Exception | None:
-        if question.slot not in self._residents:
-            return LookupError(f"slot {question.slot} holds no adapter")
-        if not question.prompts and not question.boxes:
-            return UserError("a question needs a prompt or a box")
+    def _problem(self, image: PromptedImage) -> Exception | None:
+        if image.slot not in self._adapters:
+            return LookupError(f"slot {image.slot} holds no adapter")
+        if not image.prompts and not image.boxes:
+            return UserError("no prompts: name what to look for, for example prompts=['crack'], or give boxes")
         try:
-            self.check_prompts(question.prompts)
-            for box in question.boxes:
-                relative_cxcywh(box, question.image.size_hw)
+            self.check_prompts(image.prompts)
+            for box in image.boxes:
+                relative_cxcywh(box, image.image.size_hw)
         except UserError as error:
             return error
         return None
 
-    def _answer(self, questions: Sequence[Question]) -> list[Answer]:
-        if not questions:
-            return []
-        prompts_of = [question.prompts or (BOXES_ALONE_PROMPT,) for question in questions]
-        residents = [self._residents[question.slot] for question in questions]
-        for question in questions:
-            self._features.images.keep_image(question.image)
-        with self._inference():
-            vision = self._features.vision(
-                [(question.image, resident) for question, resident in zip(questions, residents, strict=True)]
-            )
-            text = self._features.text(
-                [
-                    (prompt, resident)
-                    for prompts, resident in zip(prompts_of, residents, strict=True)
-                    for prompt in prompts
-                ]
-            )
-            rows = []
-            for question, prompts, resident in zip(questions, prompts_of, residents, strict=True):
-                boxes = tuple((relative_cxcywh(box, question.image.size_hw), box.label) for box in question.boxes)
-                of_image = vision[question.image.key, resident.of("vision_encoder").version]
-                how = (question.slot, boxes, resident.geometry_cls, question.post, question.masks)
-                version = resident.of("text_encoder").version
-                rows += [Row(of_image, text[prompt, version], *how) for prompt in prompts]
-            kept = []
-            for start in range(0, len(rows), self._max_rows):
-                kept += self._forward.detect(rows[start : start + self._max_rows])
-                self._counts["forwards"] += 1
-            self._counts["rows"] += len(rows)
-        answers = []
-        for question, prompts in zip(questions, prompts_of, strict=True):
-            answers.append(Answer(prompts, question.image.size_hw, kept[: len(prompts)]))
-            kept = kept[len(prompts) :]
-        return answers
+    def _run(self, images: Sequence[PromptedImage]) -> Iterator[SmallDetections]:
+        """The detections of all prompts of all images, one after the other."""
+        asked = [image if image.prompts else replace(image, prompts=(BOXES_ALONE_PROMPT,)) for image in images]
+        adapters = [self._adapters[image.slot] for image in asked]
+        for image in asked:
+            if image.image.features is None:
+                self._features.images.keep_image(image.image)
+        vision = self._features.vision([(image.image, adapter) for image, adapter in zip(asked, adapters, strict=True)])
+        text = self._features.text(
+            [(prompt, adapter) for image, adapter in zip(asked, adapters, strict=True) for prompt in image.prompts]
+        )
+        rows = []
+        for image, adapter in zip(asked, adapters, strict=True):
+            size_hw = image.image.size_hw
+            boxes = tuple((relative_cxcywh(box, size_hw), box.label) for box in image.boxes)
+            of_image = vision[image.image.key, adapter.of("vision_encoder").version]
+            maker = adapter.of("text_encoder").version
+            for prompt in image.prompts:
+                wanted = Wanted(prompt, size_hw, image.post, image.masks, image.lowest_score)
+                rows.append(Row(of_image, text[prompt, maker], wanted, image.slot, boxes, adapter.geometry_cls))
+        self._counts["forwards"] += -(-len(rows) // self._max_rows)
+        self._counts["rows"] += len(rows)
+        return self._forward.detect(rows, self._max_rows)
 
     @contextlib.contextmanager
     def _inference(self) -> Iterator[None]:
         half = self.precision == "bfloat16"
-        with torch.inference_mode(), torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half):
+        with self._no_gradients(), torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half):
             yield
+
+
+def relative_cxcywh(box: BoxPrompt, size_hw: tuple[int, int]) -> tuple[float, float, float, float]:
+    """Centre and size of a box in [0, 1] of the image's sides.
+
+    Raises:
+        UserError: It is not within the image, has no area, or its label is neither 0 nor 1.
+    """
+    height, width = size_hw
+    x0, y0, x1, y1 = box.xyxy
+    if box.label not in (0, 1):
+        raise UserError(f"a box has label 1 (this is meant) or 0 (this is not), got {box.label}")
+    if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
+        raise UserError(
+            f"box {list(box.xyxy)} must be x0 y0 x1 y1 in pixels with x0 < x1 <= {width}, y0 < y1 <= {height}"
+        )
+    return (x0 + x1) / 2 / width, (y0 + y1) / 2 / height, (x1 - x0) / width, (y1 - y0) / height

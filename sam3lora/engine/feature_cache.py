@@ -1,4 +1,4 @@
-"""What is kept between batches: images, their vision features, text features; the least recently used go first."""
+"""Caches of the engine: images, vision features and text features, least recently used out first."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ class PreparedImage:
         key: Equal keys are equal images, for example the SHA-256 of the file.
         pixels_RR3: uint8 RGB (resolution, resolution, 3).
         size_hw: Height and width of the original in pixels, turned as its EXIF orientation says.
+        features: Of the vision tower (I = 1), if the caller has them: no tower then runs, and the pixels are not read.
     """
 
     key: str
     pixels_RR3: np.ndarray = field(repr=False)
     size_hw: tuple[int, int]
+    features: VisionFeatures | None = field(default=None, repr=False)
 
 
 class LruCache(Generic[K, V]):
@@ -49,7 +51,7 @@ class LruCache(Generic[K, V]):
         return len(self._entries)
 
     def get(self, key: K) -> V | None:
-        """The value, from here on the most recently used."""
+        """The value, which becomes the most recently used; None if it is not kept."""
         with self._lock:
             if key not in self._entries:
                 return None
@@ -85,8 +87,8 @@ class LruCache(Generic[K, V]):
 class ImageCache:
     """Images and their vision features within one limit; any thread may use it.
 
-    Features go by the image and by the version of the adapter whose vision tower made them (None: the base's), so those
-    of an adapter that was replaced are never found again.
+    The key of features is the image and the version of the adapter whose vision tower made them (None: the base), so
+    features of an adapter that was replaced are never found again.
 
     Args:
         limit_bytes: Of pixels and features together.
@@ -124,7 +126,7 @@ class ImageCache:
                 self._kept.remove(kept)
 
     def drop_features(self) -> None:
-        """Make room on the device; images stay."""
+        """Free the memory of all features; images stay."""
         for key in self._kept.list_keys():
             if key[0] == "features":
                 self._kept.remove(key)

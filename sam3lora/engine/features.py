@@ -1,10 +1,10 @@
-"""Features of images and prompts under the adapters of a batch: each is computed once, if it is not known already."""
+"""Features of images and prompts under the adapters of a batch, computed once and cached."""
 
 from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from sam3lora.model.tokenization import tokenize
 COUNTED = ("image_cache_hits", "image_cache_misses", "text_cache_hits", "text_cache_misses", "images_encoded")
 
 
-class Resident(NamedTuple):
+class SlotAdapter(NamedTuple):
     """The adapter of a slot, or the base (slot None)."""
 
     slot: int | None = None
@@ -28,23 +28,21 @@ class Resident(NamedTuple):
     components: frozenset[str] = frozenset()
     geometry_cls: bool = True
 
-    def of(self, component: str) -> Resident:
-        """Who makes a component's features: the base, if the adapter leaves it as it is."""
+    def of(self, component: str) -> SlotAdapter:
+        """Itself if it changes the component, else the base: features of unchanged components are shared."""
         return self if component in self.components else BASE
 
 
-BASE = Resident()
+BASE = SlotAdapter()
 
 
 class FeatureSource:
-    """The towers behind caches.
-
-    Features go by the version of what made them, so those of an adapter that was replaced are never found again.
+    """The vision tower and the text tower behind their caches.
 
     Args:
-        base: Gives the tokenizer, and how pixels become the model's input.
+        base: Has the tokenizer and the normalisation of pixels.
         forward: Runs the towers.
-        image_cache_bytes, max_cached_prompts: What is kept.
+        image_cache_bytes, max_cached_prompts: Limits of the caches.
         max_images: Images that pass the vision tower together.
     """
 
@@ -63,7 +61,7 @@ class FeatureSource:
         self._max_images = max_images
         self._text: LruCache[tuple[str, str | None], TextFeatures] = LruCache(max_cached_prompts)
         self._tokens: LruCache[str, tuple[Tensor, Tensor]] = LruCache(max_cached_prompts)
-        self._tokenizer_lock = threading.Lock()  # padding in one thread breaks what another is doing
+        self._tokenizer_lock = threading.Lock()  # tokenizers are not safe to share between threads
         self._counts: Counter[str] = Counter()
 
     @property
@@ -87,16 +85,18 @@ class FeatureSource:
             self._tokens.put(prompt, found)
         return found
 
-    def vision(self, wanted: Sequence[tuple[PreparedImage, Resident]]) -> dict[tuple[str, str | None], VisionFeatures]:
-        """Features of images (I = 1) by the image's key and the version of who made them."""
+    def vision(
+        self, wanted: Sequence[tuple[PreparedImage, SlotAdapter]]
+    ) -> dict[tuple[str, str | None], VisionFeatures]:
+        """Features of images (I = 1) by the image's key and the version of the adapter that made them."""
         found: dict[tuple[str, str | None], VisionFeatures] = {}
         missing: dict[tuple[str, str | None], tuple[PreparedImage, int | None]] = {}
-        for image, resident in wanted:
-            maker = resident.of("vision_encoder")
+        for image, adapter in wanted:
+            maker = adapter.of("vision_encoder")
             key = (image.key, maker.version)
             if key in found or key in missing:
                 continue
-            if (features := self.images.features(*key)) is not None:
+            if (features := image.features or self.images.features(*key)) is not None:
                 found[key] = features
             else:
                 missing[key] = (image, maker.slot)
@@ -121,12 +121,17 @@ class FeatureSource:
                 self.images.keep_features(*key, features)
         return found
 
-    def text(self, wanted: Sequence[tuple[str, Resident]]) -> dict[tuple[str, str | None], TextFeatures]:
-        """Features of prompts (P = 1) by the prompt and the version of who made them."""
+    def keep_text(self, features: Mapping[str, TextFeatures]) -> None:
+        """Cache text features (P = 1 each) of the base's text tower."""
+        for prompt, of_prompt in features.items():
+            self._text.put((prompt, None), of_prompt)
+
+    def text(self, wanted: Sequence[tuple[str, SlotAdapter]]) -> dict[tuple[str, str | None], TextFeatures]:
+        """Features of prompts (P = 1) by the prompt and the version of the adapter that made them."""
         found: dict[tuple[str, str | None], TextFeatures] = {}
         missing: dict[tuple[str, str | None], int | None] = {}
-        for prompt, resident in wanted:
-            maker = resident.of("text_encoder")
+        for prompt, adapter in wanted:
+            maker = adapter.of("text_encoder")
             key = (prompt, maker.version)
             if key in found or key in missing:
                 continue

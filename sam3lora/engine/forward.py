@@ -1,23 +1,25 @@
 """One forward of rows that differ in image, prompt, boxes and adapter.
 
 Shapes: ``I`` images, ``P`` prompts, ``B`` rows (find queries), ``K`` rows with masks, ``N`` boxes, ``T`` prompt tokens,
-``U`` distinct geometry prompts, ``C`` channels.
+``U`` distinct (image, adapter) pairs or geometry prompts, ``S`` image tokens, ``C`` channels.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from sam3lora.engine.detect import PADDING_LABEL, Kept, MaskLogits, keep
-from sam3lora.engine.detections import PostProcessing
+from sam3lora.engine.selection import MaskLogits, SmallDetections, Wanted, select_detections
 from sam3lora.model.adapter.bank import AdapterBank
 from sam3lora.model.staged.forward import StagedSam3, TextFeatures, VisionFeatures, rows_of
+
+PADDING_LABEL = -10
+"""Of a box that only fills up a row of boxes."""
 
 RelativeBox = tuple[tuple[float, float, float, float], int]
 """Centre x, centre y, width and height in [0, 1], and label 1 or 0."""
@@ -29,19 +31,18 @@ class Row:
 
     Attributes:
         vision, text: Features (I = 1, P = 1) made under the row's adapter, or shared if it leaves the tower as it is.
+        wanted: How detections are selected.
         slot: Of the adapter; None is the base.
         boxes: Exemplars.
         geometry_cls: Whether the geometry CLS token follows the text if there are no boxes; with boxes it always does.
-        post, masks: How detections are kept.
     """
 
     vision: VisionFeatures = field(repr=False)
     text: TextFeatures = field(repr=False)
+    wanted: Wanted
     slot: int | None = None
     boxes: tuple[RelativeBox, ...] = ()
     geometry_cls: bool = True
-    post: PostProcessing = field(default_factory=PostProcessing)
-    masks: bool = True
 
 
 class FeaturesOfImages(VisionFeatures):
@@ -100,40 +101,65 @@ class MixedForward:
             for p in range(len(slots_P))
         ]
 
-    def detect(self, rows: Sequence[Row]) -> list[Kept]:
-        """What each row finds, as if it were alone."""
+    def detect(self, rows: Sequence[Row], max_rows: int) -> Iterator[SmallDetections]:
+        """The detections of each row, as if it were alone, in the order of the rows.
+
+        Args:
+            rows: Those of one image best stand together.
+            max_rows: Rows in one forward pass.
+        """
+        begun: dict[tuple, Tensor] = {}
+        for start in range(0, len(rows), max_rows):
+            chunk = rows[start : start + max_rows]
+            self._begin_fusion(chunk, begun)
+            yield from self._detect_together(chunk, begun)
+
+    def _detect_together(self, rows: Sequence[Row], begun: dict[tuple, Tensor]) -> Iterator[SmallDetections]:
         position = {id(row.vision): row.vision for row in rows}
         vision = FeaturesOfImages(list(position.values()))
         order = {identity: index for index, identity in enumerate(position)}
         image_index_B = torch.tensor([order[id(row.vision)] for row in rows])
         slots_B = [row.slot for row in rows]
         prompt_BTC, prompt_mask_BT = self._prompts(rows, vision, image_index_B)
-        begun_BSC = self._begin_fusion(vision, image_index_B.tolist(), slots_B)
+        keys_B = [self._fusion_key(row) for row in rows]
+        used = {key: index for index, key in enumerate(dict.fromkeys(keys_B))}
+        begun_BSC = rows_of(
+            torch.cat([begun[key] for key in used]), torch.tensor([used[key] for key in keys_B]).to(prompt_BTC.device)
+        )
         with self._rows(slots_B):
-            detections = self._staged.detect_prompted(
+            output = self._staged.detect_prompted(
                 vision, prompt_BTC, prompt_mask_BT, image_index_B, begun_BSC=begun_BSC
             )
 
         def mask_head(rows_K: list[int]) -> MaskLogits:
             with self._rows([slots_B[row] for row in rows_K]):
-                head = self._staged.mask_head(detections, torch.tensor(rows_K))
+                head = self._staged.mask_head(output, torch.tensor(rows_K))
                 head.prepare()
             return head.instance_logits
 
-        return list(keep(detections, [row.post for row in rows], [row.masks for row in rows], mask_head))
+        return select_detections(output, [row.wanted for row in rows], mask_head)
 
-    def _begin_fusion(self, vision: VisionFeatures, image_B: list[int], slots_B: Sequence[int | None]) -> Tensor:
-        """What no prompt changes, made once for each image and each adapter that changes it; (B, S, C) by row."""
-        keys_B = [
-            (image, slot if "detr_encoder" in self._bank.components(slot) else None)
-            for image, slot in zip(image_B, slots_B, strict=True)
-        ]
-        position = {key: index for index, key in enumerate(dict.fromkeys(keys_B))}
-        with self._rows([slot for _, slot in position]):
+    def _fusion_key(self, row: Row) -> tuple:
+        return id(row.vision), row.slot if "detr_encoder" in self._bank.components(row.slot) else None
+
+    def _begin_fusion(self, rows: Sequence[Row], begun: dict[tuple, Tensor]) -> None:
+        """Fill `begun` with the first part of the DETR encoder, which comes before any prompt: (1, S, C) for each image
+        and each adapter that changes it. Those of the chunk before stay only if this one needs them too.
+        """
+        needed = {self._fusion_key(row): row for row in rows}
+        for key in begun.keys() - needed.keys():
+            del begun[key]
+        missing = {key: row for key, row in needed.items() if key not in begun}
+        if not missing:
+            return
+        images = {key[0]: row.vision for key, row in missing.items()}
+        order = {identity: index for index, identity in enumerate(images)}
+        vision = FeaturesOfImages(list(images.values()))
+        with self._rows([slot for _, slot in missing]):
             begun_USC = self._staged.begin_fusion(
-                vision, torch.tensor([image for image, _ in position], device=vision.maps_ICHW[-1].device)
+                vision, torch.tensor([order[image] for image, _ in missing], device=vision.maps_ICHW[-1].device)
             )
-        return rows_of(begun_USC, torch.tensor([position[key] for key in keys_B]).to(begun_USC.device))
+        begun |= zip(missing, begun_USC.split(1), strict=True)
 
     def _prompts(self, rows: Sequence[Row], vision: VisionFeatures, image_index_B: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens of text and geometry (B, T, C) and their mask."""
@@ -142,7 +168,7 @@ class MixedForward:
         has_geometry_B = [row.geometry_cls or bool(row.boxes) for row in rows]
         if not any(has_geometry_B):
             return prompt_BTC, prompt_mask_BT
-        # Geometry does not depend on the prompt: what rows have in common is made once.
+        # Geometry tokens do not depend on the text, so rows with the same image, boxes and adapter share them.
         distinct: dict[tuple, int] = {}
         index_B: list[int] = []
         first_U: list[int] = []
@@ -172,6 +198,6 @@ class MixedForward:
         return torch.cat([prompt_BTC, tokens_BTC], 1), torch.cat([prompt_mask_BT, mask_BT], 1)
 
     def _rows(self, slots: Sequence[int | None]) -> AbstractContextManager[None]:
-        if all(slot is None for slot in slots):  # outside of `rows` modules are the base's
+        if all(slot is None for slot in slots):  # outside of `rows` the modules compute what the base does
             return contextlib.nullcontext()
         return self._bank.rows(slots)

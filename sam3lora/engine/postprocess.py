@@ -1,4 +1,4 @@
-"""From scored masks and boxes of one prompt in one image to the detections that count: one place for everyone.
+"""Post-processing of one prompt in one image: merging, suppression of overlaps, and the limit.
 
 Overlaps are measured on the masks as the model makes them (288 x 288 at 1008): enlarging both masks of a pair changes
 their intersection and union alike.
@@ -15,14 +15,14 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from sam3lora.engine.detections import PostProcessing
+from sam3lora.config.post_processing import PostProcessing
 
 
 class Selection(NamedTuple):
-    """What is left, by descending score.
+    """The detections that stay, by descending score.
 
-    ``index_N`` are positions in what came in. ``mask_logits_NHW`` is None if there were none. Where ``is_merged_N``,
-    the mask is a union and the box of that detection no longer encloses it.
+    `index_N` are their positions in the input. `mask_logits_NHW` is None if the input had none. Where `is_merged_N` is
+    true, the mask is a union and the box of that detection no longer encloses it.
     """
 
     index_N: Tensor
@@ -31,24 +31,30 @@ class Selection(NamedTuple):
 
 
 def select(
-    scores_N: Tensor, boxes_xyxy_N4: Tensor, mask_logits_NHW: Tensor | None, settings: PostProcessing
+    scores_N: Tensor,
+    boxes_xyxy_N4: Tensor,
+    mask_logits_NHW: Tensor | None,
+    settings: PostProcessing,
+    *,
+    merge_threshold: float = 0.0,
 ) -> Selection:
     """Merge or suppress overlapping detections, then keep the best `max_detections`.
 
     Args:
         scores_N: Scores by descending order, all at or above the threshold.
         boxes_xyxy_N4: Boxes in any unit.
-        mask_logits_NHW: Mask logits (N, h, w); None if masks are not wanted.
+        mask_logits_NHW: Mask logits (N, h, w); None where neither merging nor suppression needs them.
         settings: See `PostProcessing`.
+        merge_threshold: Detections with a lower score are not merged; suppression still applies to them.
     """
     if len(scores_N) and settings.needs_masks and mask_logits_NHW is None:
-        raise ValueError(f"nms={settings.nms!r}, merge={settings.merge} need masks: use nms='box' without merge")
+        raise ValueError(f"nms={settings.nms!r}, merge={settings.merge} need masks")
     index = np.arange(len(scores_N))
     is_merged = np.zeros(len(index), dtype=bool)
     if settings.merge and len(index) > 1:
         assert mask_logits_NHW is not None
-        lowest = settings.merge_threshold or 0.0
-        mask_logits_NHW, index, is_merged = _merge(mask_logits_NHW, int((scores_N >= lowest).sum()), settings.merge_iou)
+        num_mergeable = int((scores_N >= merge_threshold).sum())
+        mask_logits_NHW, index, is_merged = _merge(mask_logits_NHW, num_mergeable, settings.merge_iou)
     if settings.nms != "none" and settings.nms_iou < 1 and len(index) > 1:
         rows = torch.from_numpy(index).to(scores_N.device)
         if settings.nms == "mask" or settings.merge:  # the boxes of unions are not known yet
@@ -96,7 +102,7 @@ def suppress(overlaps_NN: np.ndarray, iou_threshold: float) -> np.ndarray:
 
 
 def _merge(logits_NHW: Tensor, num_mergeable: int, merge_iou: float) -> tuple[Tensor, np.ndarray, np.ndarray]:
-    """Unions of the first detections that overlap; the best of each union stands for it.
+    """Join those of the first `num_mergeable` detections that overlap; the best of each union stands for it.
 
     The union of masks is the maximum of their logits.
     """

@@ -1,25 +1,23 @@
-"""What an evaluation depends on beside the model and the data."""
+"""The settings of an evaluation, beside the models and the data."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
+from sam3lora.config.post_processing import PostProcessing
 from sam3lora.data.coco import ANNOTATION_FILE
-from sam3lora.engine.detections import PostProcessing
 from sam3lora.errors import UserError
 
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """The same for all models that are to be compared.
+    """The same for all models that are compared.
 
     Args:
-        threshold: Lowest score of what counts as a detection in counts, false alarms and pictures; mAP has no cut.
-        nms_iou: Of two masks of a prompt that overlap more, only the better one stays; 1 keeps all.
-        merge: Join overlapping masks instead, among detections at or above the threshold.
-        merge_iou: Overlap from which masks are joined.
-        max_detections: Most detections of a prompt in an image.
+        post: Fields of `PostProcessing` that hold for all models. The others are as each adapter records them, so that
+            it is measured as it is served.
         num_samples: Measure the first so many images; None takes all.
         annotation_file: Name of the annotation file.
         categories: Names to ask for; None takes those of the split.
@@ -27,17 +25,13 @@ class EvaluationSettings:
         negative_prompts: Further prompts, which no image shows.
         exhaustive: Whether a missing annotation means absence.
         batch_size: Images at a time.
-        max_prompts_per_forward: (image, prompt) pairs at a time.
+        max_prompts_per_forward: (image, prompt) pairs in one forward pass.
 
     Raises:
-        UserError: A value out of range.
+        UserError: A value is out of range.
     """
 
-    threshold: float = 0.3
-    nms_iou: float = 0.7
-    merge: bool = False
-    merge_iou: float = 0.15
-    max_detections: int = 100
+    post: Mapping[str, Any] = field(default_factory=dict)
     num_samples: int | None = None
     annotation_file: str = ANNOTATION_FILE
     categories: tuple[str, ...] | None = None
@@ -48,28 +42,28 @@ class EvaluationSettings:
     max_prompts_per_forward: int = 8
 
     def __post_init__(self) -> None:
-        self.post_processing()
+        self.post_processing(PostProcessing())
         for name in ("num_samples", "batch_size", "max_prompts_per_forward"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} must be positive, got {value}")
 
-    def post_processing(self, lowest_score: float = 0.0) -> PostProcessing:
-        """Without a score cut, which mAP needs: detections below the threshold stay, but are never merged."""
-        if not 0 <= self.threshold <= 1:
-            raise UserError(f"the threshold must be between 0 and 1, got {self.threshold}")
-        return PostProcessing(
-            threshold=lowest_score,
-            nms="mask",
-            nms_iou=self.nms_iou,
-            merge=self.merge,
-            merge_iou=self.merge_iou,
-            merge_threshold=self.threshold,
-            max_detections=self.max_detections,
-        )
+    def changed(self, **changes: Any) -> EvaluationSettings:
+        """A copy with other values; fields of `PostProcessing` may be among them."""
+        given = {name: value for name, value in changes.items() if name in PostProcessing.model_fields}
+        others = {name: value for name, value in changes.items() if name not in given}
+        return replace(self, **others, post={**self.post, **given})
 
-    def to_dict(self) -> dict:
-        """For reports; what is at its default and says nothing is left out."""
+    def replaced_post(self, post: Mapping[str, Any]) -> EvaluationSettings:
+        """A copy with these fields of `PostProcessing` and no others."""
+        return replace(self, post=post)
+
+    def post_processing(self, recorded: PostProcessing) -> PostProcessing:
+        """The post-processing of a model that records its own."""
+        return recorded.changed(**self.post)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For reports, without what is at its default and says nothing, and without post-processing."""
         shown = asdict(self) | {"prompts": dict(self.prompts)}
         quiet = ("prompts", "negative_prompts", "categories", "num_samples")
-        return {name: value for name, value in shown.items() if value or name not in quiet}
+        return {name: value for name, value in shown.items() if name != "post" and (value or name not in quiet)}

@@ -1,12 +1,11 @@
-"""All images of a folder, one after the other: a picture of each, and one JSON file.
+"""Prompts on all images of a folder in one process: a picture of each, and one JSON file.
 
-Tens of thousands of images, and several GPUs, are for the batch job.
+For tens of thousands of images or several GPUs use the batch job (`inference.batch`).
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,20 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from sam3lora.data.images import IMAGE_SUFFIXES, ImageError
+from sam3lora.engine.detections import Detections
 from sam3lora.errors import UserError
+from sam3lora.files import write_whole
 from sam3lora.inference.predictor import Predictor
-from sam3lora.inference.results import PromptResult
 
 
 @dataclass
 class Predictions:
-    """What was found in some images, as it is written to JSON.
+    """The JSON file of some images' detections.
 
     Attributes:
-        settings: What the results depend on.
-        images: For each image `file_name`, `width`, `height` and `results`, see `PromptResult.to_dict`.
+        settings: `Predictor.settings` and the prompts.
+        images: For each image `file_name`, `width`, `height` and `results`, see `Detections.to_dict`.
         skipped: For each image that could not be read `file_name` and `reason`.
-        interrupted: Whether someone stopped it before the last image.
+        interrupted: Whether Ctrl-C stopped it before the last image.
     """
 
     settings: dict[str, Any]
@@ -35,7 +35,7 @@ class Predictions:
     skipped: list[dict[str, str]] = field(default_factory=list)
     interrupted: bool = False
 
-    def add(self, file_name: str, results: Sequence[PromptResult]) -> None:
+    def add(self, file_name: str, results: Sequence[Detections]) -> None:
         height, width = results[0].size_hw
         found = [result.to_dict() for result in results]
         self.images.append({"file_name": file_name, "width": width, "height": height, "results": found})
@@ -47,11 +47,9 @@ class Predictions:
             UserError: It cannot be written.
         """
         path = Path(path)
-        scratch = path.with_name(f".{path.name}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            scratch.write_text(json.dumps(vars(self), ensure_ascii=False) + "\n", encoding="utf-8")
-            os.replace(scratch, path)
+            write_whole(path, json.dumps(vars(self), ensure_ascii=False) + "\n")
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 
@@ -96,13 +94,13 @@ def predict_folder(
     show_masks: bool = True,
     on_done: Callable[[], None] = lambda: None,
 ) -> Predictions:
-    """Ask every image for the prompts, draw what was found, and write all of it to one JSON file.
+    """Ask every image for the prompts, draw the detections, and write them all to one JSON file.
 
-    An image that cannot be read is passed over. Whatever stops it, the JSON file holds what was done until then; an
-    interrupt (Ctrl-C) ends it like the last image.
+    An image that cannot be read is listed as skipped. If anything stops the run, the JSON file still holds the images
+    done so far; Ctrl-C ends the run normally.
 
     Args:
-        predictor: Whom to ask.
+        predictor: Model, adapter and post-processing.
         paths: From `list_images`.
         prompts: Short noun phrases.
         pictures_dir: Folder of the pictures (JPEG).

@@ -1,10 +1,9 @@
-"""Prompts in, detections out: SAM 3 with or without an adapter, in one object."""
+"""`Predictor`: a base model with or without an adapter, asked for prompts in Python."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,25 +12,23 @@ import torch
 from numpy.typing import ArrayLike
 from PIL import Image
 
+from sam3lora.config.post_processing import PostProcessing
 from sam3lora.data.images import has_more_frames, read_image, rgb_from_pil
-from sam3lora.engine.detections import BoxPrompt, PostProcessing
-from sam3lora.engine.segmenter import Segmenter
+from sam3lora.engine.adapter_pool import AdapterPool
+from sam3lora.engine.detections import BoxPrompt, Detections
 from sam3lora.errors import UserError
-from sam3lora.inference.results import PromptResult, draw_results, write_picture
+from sam3lora.inference.result_pictures import draw_results, write_picture
 
 logger = logging.getLogger(__name__)
 
 ImageSource = str | Path | bytes | Image.Image | np.ndarray
 """Path, bytes of a file, PIL image, or uint8 (H, W, 3) RGB."""
 
-BOXES_ALONE_PROMPT = "visual"
-"""What SAM 3 was trained to read beside boxes without a text."""
-
 _ADAPTER = "adapter"
 
 
 class Predictor:
-    """Segments what prompts name.
+    """Finds the objects that prompts name.
 
         predictor = Predictor("tiny", adapter="outputs/run/best")
         results = predictor.predict("image.jpg", prompts=["crack", "pothole"])
@@ -40,12 +37,14 @@ class Predictor:
     Args:
         model: "tiny", a hub id or a folder; None takes the adapter's base, or "tiny".
         adapter: Adapter folder; None asks the base model.
-        detection_threshold: Lowest score kept.
+        threshold: Lowest score kept. This and the other settings of post-processing: None takes what the adapter
+            records, or the defaults of `PostProcessing`.
+        nms: Overlap of masks ("mask") or boxes ("box") that makes two detections one object; "none" keeps both.
         nms_iou: Of two detections of a prompt that overlap more only the better one stays.
-        nms: Overlap of "box" or "mask", or "none" to keep both.
         merge: Join overlapping detections into one instead, for things without countable parts.
         merge_iou: Mask IoU from which detections are joined.
         max_detections: Most detections of a prompt in an image.
+        detection_threshold: Earlier name of `threshold`.
         revision: Branch, tag or commit of a hub id.
         resolution: Side of the model's input in pixels; None takes the adapter's, or the model's own.
         geometry_cls: Whether text prompts are followed by the geometry CLS token; None does as the adapter was
@@ -63,12 +62,13 @@ class Predictor:
         model: str | None = None,
         *,
         adapter: str | Path | None = None,
-        detection_threshold: float = 0.5,
-        nms_iou: float = 0.5,
-        nms: Literal["box", "mask", "none"] = "box",
-        merge: bool = False,
-        merge_iou: float = 0.15,
-        max_detections: int = 100,
+        threshold: float | None = None,
+        nms: Literal["mask", "box", "none"] | None = None,
+        nms_iou: float | None = None,
+        merge: bool | None = None,
+        merge_iou: float | None = None,
+        max_detections: int | None = None,
+        detection_threshold: float | None = None,
         revision: str | None = None,
         resolution: int | None = None,
         geometry_cls: bool | None = None,
@@ -76,16 +76,19 @@ class Predictor:
         precision: str | None = None,
         local_files_only: bool = False,
     ) -> None:
-        self.post = PostProcessing(
-            threshold=detection_threshold,
-            nms=nms,
-            nms_iou=nms_iou,
-            merge=merge,
-            merge_iou=merge_iou,
-            max_detections=max_detections,
-        )
+        if threshold is not None and detection_threshold is not None:
+            raise UserError("detection_threshold is the earlier name of threshold: give one of the two")
+        given = {
+            "threshold": detection_threshold if threshold is None else threshold,
+            "nms": nms,
+            "nms_iou": nms_iou,
+            "merge": merge,
+            "merge_iou": merge_iou,
+            "max_detections": max_detections,
+        }
+        PostProcessing().changed(**given)  # a value out of range: before the model is loaded, which may take long
         self.adapter = None if adapter is None else Path(adapter).expanduser()
-        self.segmenter = Segmenter(
+        self._pool = AdapterPool(
             model,
             adapters={} if self.adapter is None else {_ADAPTER: self.adapter},
             revision=revision,
@@ -95,17 +98,19 @@ class Predictor:
             precision=precision,
             local_files_only=local_files_only,
         )
+        self._label = None if self.adapter is None else _ADAPTER
+        self.post = self._pool.recorded(self._label).changed(**given)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the results depend on, ready for JSON."""
-        base = self.segmenter.base
+        """Model and post-processing, as JSON values."""
+        base = self._pool.base
         return {
             "model": base.name,
             "revision": base.revision,
             "adapter": None if self.adapter is None else str(self.adapter),
             "resolution": base.resolution,
-            **asdict(self.post),
+            **self.post.model_dump(mode="json"),
         }
 
     def predict(
@@ -116,7 +121,7 @@ class Predictor:
         box_labels: Sequence[int] | None = None,
         *,
         masks: bool = True,
-    ) -> list[PromptResult]:
+    ) -> list[Detections]:
         """Ask an image for prompts; the vision tower runs once.
 
         A file is turned as its EXIF orientation says, and all pixels are those of the turned image; of an animation or
@@ -127,7 +132,7 @@ class Predictor:
             prompts: Short noun phrases of at most 32 tokens; may be left out if there are boxes.
             boxes: (N, 4) x0 y0 x1 y1 in pixels: examples that go with every prompt.
             box_labels: For each box 1 (this is meant) or 0 (this is not); None is 1 for all.
-            masks: Whether masks are wanted; without them nothing can be merged.
+            masks: Whether the results shall have masks. Suppression by masks and merging make them in any case.
 
         Returns:
             For each prompt, in the given order, its result.
@@ -140,7 +145,7 @@ class Predictor:
 
     def predict_many(
         self, images: Sequence[ImageSource], prompts: str | Sequence[str], *, masks: bool = True, batch_size: int = 4
-    ) -> list[list[PromptResult]]:
+    ) -> list[list[Detections]]:
         """Ask several images for the same prompts, `batch_size` images at a time.
 
         Returns:
@@ -152,7 +157,7 @@ class Predictor:
         """
         if batch_size < 1:
             raise UserError(f"batch_size must be positive, got {batch_size}")
-        results: list[list[PromptResult]] = []
+        results: list[list[Detections]] = []
         for start in range(0, len(images), batch_size):
             batch = [_load(image) for image in images[start : start + batch_size]]
             results += self._ask(batch, prompts, None, None, masks)
@@ -160,7 +165,7 @@ class Predictor:
 
     def draw(
         self,
-        results: Sequence[PromptResult],
+        results: Sequence[Detections],
         path: str | Path | None = None,
         *,
         show_boxes: bool = False,
@@ -184,25 +189,18 @@ class Predictor:
         boxes: ArrayLike | None,
         box_labels: Sequence[int] | None,
         masks: bool,
-    ) -> list[list[PromptResult]]:
-        if self.post.merge and not masks:
-            raise UserError("merging needs masks: leave out masks=False or merge=True")
+    ) -> list[list[Detections]]:
         exemplars = _exemplars(boxes, box_labels)
         asked = [prompts] if isinstance(prompts, str) else list(prompts or ())
         if not asked and not exemplars:
             raise UserError("no prompts: name what to look for, for example prompts=['crack'], or give boxes")
-        found = self.segmenter.detect(
-            self.segmenter.encode(images),
-            asked or [BOXES_ALONE_PROMPT],
-            adapter=None if self.adapter is None else _ADAPTER,
-            post=self.post,
-            masks=masks,
-            boxes=[exemplars] * len(images) if exemplars else None,
+        found = self._pool.detect(
+            images, asked, adapter=self._label, post=self.post, boxes=[exemplars] * len(images), masks=masks
         )
-        return [
-            [PromptResult.from_instances(instances, image, masks=masks) for instances in of_image]
-            for image, of_image in zip(images, found, strict=True)
-        ]
+        for image_HW3, of_image in zip(images, found, strict=True):
+            for detections in of_image:
+                detections.image_HW3 = image_HW3
+        return found
 
 
 def _load(image: ImageSource) -> np.ndarray:

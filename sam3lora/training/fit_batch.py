@@ -19,7 +19,7 @@ from sam3lora.config import Config
 from sam3lora.config.training import images_per_step
 from sam3lora.data.batch import Batch, to_pixel_values
 from sam3lora.data.sample import record_queries
-from sam3lora.engine.device_errors import is_out_of_memory
+from sam3lora.engine.device import is_out_of_memory
 from sam3lora.errors import OutOfMemory
 from sam3lora.model.staged.forward import VisionFeatures
 from sam3lora.training import distributed

@@ -12,7 +12,6 @@ from peft import PeftModel
 from transformers import Sam3Model
 
 from sam3lora.config import Config
-from sam3lora.config.post_processing import PostProcessing
 from sam3lora.errors import UserError
 from sam3lora.losses import Criterion, LossWeights
 from sam3lora.model.adapter.folder import AdapterMetadata
@@ -154,7 +153,7 @@ def set_up(config: Config, output_dir: Path, *, use_ray: bool) -> Worker:
         prompts=list(data.prompts),
         resolution=base.resolution,
         geometry_cls=config.model.geometry_cls,
-        post_processing=_post_processing(config),
+        post_processing=config.evaluation.post_processing,
         data=data.summary(),
         lora=lora.to_dict(),
     )
@@ -224,17 +223,4 @@ def _criterion(config: Config) -> Criterion:
         pos_weight=loss.pos_weight,
         mask_points=loss.num_points if loss.mask_resolution == "points" else None,
         touch_unused=False,  # gradients are averaged by hand: unused parameters hold nobody up
-    )
-
-
-def _post_processing(config: Config) -> PostProcessing:
-    """The post-processing settings that are the defaults wherever the adapter is used."""
-    evaluation = config.evaluation
-    return PostProcessing(
-        threshold=evaluation.prob_threshold,
-        nms="mask",
-        nms_iou=evaluation.nms_iou,
-        merge=evaluation.merge,
-        merge_iou=evaluation.merge_iou,
-        max_detections=evaluation.max_detections,
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 from sam3lora.config import Config, load_config
 from sam3lora.data.batch import Batch
-from sam3lora.engine.device_errors import is_out_of_memory
+from sam3lora.engine.device import is_out_of_memory
 from sam3lora.errors import OutOfMemory
 from sam3lora.model.adapter.folder import save_adapter
 from sam3lora.training import distributed

@@ -1,1 +1,1 @@
-"""The HTTP side of the service: requests, answers, errors, and the ingress."""
+"""The HTTP ingress: routes, request checks, response bodies, errors, and calls to the model replicas."""

@@ -1,4 +1,4 @@
-"""API keys."""
+"""API keys of the service."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ OPEN_PREFIX = "/static/"
 
 
 def keys_from_environment(variable: str) -> tuple[bytes, ...]:
-    """Keys of an environment variable, split by commas; none if it is unset or empty.
+    """The keys in an environment variable, separated by commas; none if it is unset or empty.
 
     Raises:
-        UserError: It is set but holds no key, which would leave the door open.
+        UserError: It is set but holds no key: the service would be open by mistake.
     """
     text = os.environ.get(variable, "")
     keys = tuple(key.strip().encode() for key in text.split(",") if key.strip())
     if text and not keys:
-        raise UserError(f"{variable} holds no key: expected keys split by commas, or unset it to let everyone in")
+        raise UserError(f"{variable} holds no key: expected keys separated by commas; unset it to serve without keys")
     return keys
 
 
 def is_open(route_path: str) -> bool:
-    """Whether a path wants no key even if there are some; every other one does.
+    """Whether a path needs no key where the service has keys.
 
     Args:
         route_path: Without the prefix under which the service is mounted, as routes see it.
@@ -39,7 +39,7 @@ def is_open(route_path: str) -> bool:
 def is_allowed(headers: Headers, keys: Sequence[bytes]) -> bool:
     """Whether `Authorization: Bearer KEY` or `X-API-Key: KEY` holds one of the keys, or there are no keys.
 
-    The time it takes tells nothing of the keys.
+    Runs in constant time.
     """
     if not keys:
         return True

@@ -1,4 +1,4 @@
-"""The ingress's side of the segmenter replicas: affinity, time limits, cancellation, and one more try when one dies."""
+"""Calls from the ingress to the model replicas: affinity, time limits, cancellation, one retry when a replica dies."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from ray.serve.exceptions import (
 )
 from ray.serve.handle import DeploymentHandle
 
-from serve_app.calls import AdapterInfo, ImageFile, ImageReply, SegmentCall, SegmentReply
 from serve_app.http.errors import ServeError
+from serve_app.http.schemas import AdapterResponse
+from serve_app.messages import ImageFile, ImageReply, SegmentCall, SegmentReply
 from serve_app.settings import ServeSettings
 
-SURVEY_TIMEOUT_S = 5.0  # for questions that every replica answers from memory
-PATIENCE_S = 3.0  # until such a question finds a replica
+BROADCAST_TIMEOUT_S = 5.0  # for calls that every replica answers from memory
+NO_REPLICA_TIMEOUT_S = 3.0  # until such a call finds a replica
 RETRY_AFTER_S = 2.0
 _NO_REPLICA = (DeploymentUnavailableError, ReplicaUnavailableError)
 _REPLICA_FAILED = (
@@ -38,13 +39,13 @@ T = TypeVar("T")
 
 
 class Backend(Protocol):
-    """Who answers the ingress's questions. Failures that clients may see are returned; what is raised is a bug."""
+    """Answers the calls of the ingress. Errors for the client are returned; an exception is a bug."""
 
     async def segment(self, call: SegmentCall) -> SegmentReply | ServeError: ...
 
     async def keep_image(self, image: ImageFile, timeout_s: float) -> ImageReply | ServeError: ...
 
-    async def list_adapters(self) -> list[AdapterInfo] | ServeError: ...
+    async def list_adapters(self) -> list[AdapterResponse] | ServeError: ...
 
     async def metrics(self) -> dict[str, str]:
         """Replica -> its metrics in the Prometheus text format."""
@@ -59,10 +60,8 @@ class ServeBackend:
     """A `Backend` of Serve replicas.
 
     Args:
-        handle: Of the segmenter deployment. Its router should send equal `session_id`s to the same replica. Its class
-            has `segment(call)`, `keep_image(image, timeout_s)`, `list_adapters()`, `ready()` and `named_metrics()`,
-            which gives the replica's name and its metrics.
-        settings: Of the service.
+        handle: Handle of the deployment of `ModelReplica`s. Its router should send equal `session_id`s to the same one.
+        settings: Settings of the service.
     """
 
     def __init__(self, handle: DeploymentHandle, settings: ServeSettings) -> None:
@@ -81,8 +80,8 @@ class ServeBackend:
 
         return await self._ask(send, image.key, timeout_s)
 
-    async def list_adapters(self) -> list[AdapterInfo] | ServeError:
-        answers = await self._survey("list_adapters")
+    async def list_adapters(self) -> list[AdapterResponse] | ServeError:
+        answers = await self._ask_all("list_adapters")
         lists = [answer for answer in answers if isinstance(answer, list)]
         if not lists:
             failures = (answer for answer in answers if isinstance(answer, ServeError))
@@ -90,13 +89,13 @@ class ServeBackend:
         return _joined(lists)
 
     async def metrics(self) -> dict[str, str]:
-        return dict(answer for answer in await self._survey("named_metrics") if isinstance(answer, tuple))
+        return dict(answer for answer in await self._ask_all("named_metrics") if isinstance(answer, tuple))
 
     async def ready(self) -> bool:
-        return any(answer is True for answer in await self._survey("ready"))
+        return any(answer is True for answer in await self._ask_all("ready"))
 
     async def _ask(self, send: Callable[[str, float], Any], affinity: str, timeout_s: float) -> Any:
-        """The reply of one replica, or of another if the first dies meanwhile."""
+        """The reply of one replica, or of another one if the first dies meanwhile."""
         deadline = time.monotonic() + timeout_s
         failed = False
         try:
@@ -105,7 +104,7 @@ class ServeBackend:
                     return await _answer(send(affinity, timeout_s))
                 except _ReplicaFailed:
                     failed = True
-                # The router may not have noticed yet: another key leads elsewhere.
+                # The router may not know yet that the replica died: another key leads to another one.
                 return await _answer(send(f"{affinity} again", max(0.0, deadline - time.monotonic())))
         except _ReplicaFailed:
             return _replica_failed()
@@ -120,20 +119,20 @@ class ServeBackend:
         except _NO_REPLICA:
             return _not_ready()
 
-    async def _survey(self, method: str) -> list[Any]:
-        """The answers of all replicas; of those that fail or are late, none."""
-        patience = time.monotonic() + PATIENCE_S
+    async def _ask_all(self, method: str) -> list[Any]:
+        """The answers of all replicas; those that fail or are late are left out."""
+        give_up_at = time.monotonic() + NO_REPLICA_TIMEOUT_S
         while True:
             try:
                 answers = await self._handle.broadcast(method).results_async(
-                    timeout_s=SURVEY_TIMEOUT_S, return_exceptions=True
+                    timeout_s=BROADCAST_TIMEOUT_S, return_exceptions=True
                 )
                 break
             except (TimeoutError, *_REPLICA_FAILED):
                 return []
             except _NO_REPLICA:
-                # Serve takes a replica out of its list while it takes over a new user_config.
-                if time.monotonic() > patience:
+                # Serve takes a replica off its list while the replica applies a new user_config.
+                if time.monotonic() > give_up_at:
                     return []
                 await asyncio.sleep(0.05)
         return [answer for answer in answers if not isinstance(answer, BaseException) or isinstance(answer, ServeError)]
@@ -144,17 +143,17 @@ class _ReplicaFailed(Exception):
 
 
 async def _answer(response: Awaitable[T]) -> T:
-    """Await a `DeploymentResponse`; the replica stops working on it when nobody waits any more.
+    """Await a `DeploymentResponse`; if the caller is cancelled, so is the work on the replica.
 
     Raises:
-        _ReplicaFailed: The replica died, or it left the call undone.
+        _ReplicaFailed: The replica died or did not finish the call.
     """
     try:
         return await response
     except _REPLICA_FAILED as error:
         raise _ReplicaFailed from error
     except RuntimeError as error:
-        if str(error).startswith("Unexpected error (StatusCode."):  # Serve's words for a gRPC call without an answer
+        if str(error).startswith("Unexpected error (StatusCode."):  # Serve's message for a gRPC call without an answer
             raise _ReplicaFailed from error
         raise
     except asyncio.CancelledError as error:
@@ -165,9 +164,9 @@ async def _answer(response: Awaitable[T]) -> T:
         raise _ReplicaFailed from error  # Serve cancelled it, as it does when a replica shuts down
 
 
-def _joined(lists: list[list[AdapterInfo]]) -> list[AdapterInfo]:
-    """What the replicas know of each adapter; it is resident if some replica holds it."""
-    joined: dict[str, AdapterInfo] = {}
+def _joined(lists: list[list[AdapterResponse]]) -> list[AdapterResponse]:
+    """One entry for each adapter; it is resident if some replica holds it."""
+    joined: dict[str, AdapterResponse] = {}
     for info in (info for infos in lists for info in infos):
         known = joined.get(info.id)
         if known is None or (info.resident and not known.resident):
@@ -176,7 +175,7 @@ def _joined(lists: list[list[AdapterInfo]]) -> list[AdapterInfo]:
 
 
 def _replica_failed() -> ServeError:
-    return ServeError("replica_failed", "the replica that worked on the request died: try again", RETRY_AFTER_S)
+    return ServeError("replica_failed", "the replica died while it worked on the request: try again", RETRY_AFTER_S)
 
 
 def _not_ready() -> ServeError:

@@ -1,4 +1,4 @@
-"""Reading request bodies within limits: multipart, JSON, or an image with its request in the address."""
+"""Request bodies, read within limits: multipart, JSON, or an image with its request in the query parameters."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from starlette.requests import Request
 
 from serve_app.http.errors import ServeError
 
-_MAX_FIELDS = 8  # parts or parameters that are looked at before they are refused by name
+_MAX_FIELDS = 8  # parts that are parsed; an unknown one among them is refused by name
 MAX_JSON_BYTES = 1 << 18  # of a request, without its image
 _BIG_JSON = 1 << 14  # bytes from which parsing goes to a thread
 _IMAGE_BASE64 = re.compile(rb'"image_base64"\s*+:\s*+"((?:[^"\\]++|\\.)*+)', re.DOTALL)
 _LISTS = ("prompts", "boxes")
-_WAYS = (
+_ACCEPTED_BODIES = (
     "multipart/form-data with a file `image` and a field `request`, application/json with image_base64 or image_id, or "
     "the image itself as image/* with the request in query parameters"
 )
@@ -31,8 +31,9 @@ class Received:
     """A request before its fields are checked.
 
     Attributes:
-        fields: By name; `is_text` says that numbers are still text.
-        image: The image file, if it came outside of the fields.
+        fields: Values by field name.
+        image: The image file, if it is not among the fields.
+        is_text: Numbers in the fields are still text.
     """
 
     fields: dict[str, Any]
@@ -41,18 +42,18 @@ class Received:
 
 
 async def read_request(request: Request, max_bytes: int) -> Received:
-    """Whatever form the request has.
+    """Read a request of any accepted form.
 
     Raises:
-        ServeError: The body is too large, is not what its header says, or is of a kind that is not taken.
-        ClientDisconnect: The client went away.
+        ServeError: The body is too large, is not what its header says, or has an unsupported content type.
+        ClientDisconnect: The client disconnected.
     """
     _check_headers(request, max_bytes)
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     is_raw = kind.startswith("image/") or kind == "application/octet-stream"
     if not is_raw and request.query_params:
         raise ServeError(
-            "invalid_request", "query parameters are read with a raw image as the body only: put them into the request"
+            "invalid_request", "query parameters are read only if the body is a raw image: put them into the request"
         )
     if kind == "multipart/form-data":
         return await _read_multipart(request, max_bytes)
@@ -62,7 +63,7 @@ async def read_request(request: Request, max_bytes: int) -> Received:
         fields = _query_fields(request)
         return Received(fields, image=await _read_all(request, max_bytes), is_text=True)
     found = f"got {kind}" if kind.isascii() and 0 < len(kind) < 60 else "its content-type is missing"
-    raise ServeError("unsupported_media_type", f"expected {_WAYS}; {found}")
+    raise ServeError("unsupported_media_type", f"expected {_ACCEPTED_BODIES}; {found}")
 
 
 def parse_json(body: bytes | str) -> dict[str, Any]:
@@ -92,7 +93,7 @@ async def _parse(body: bytes | str) -> dict[str, Any]:
 
 
 def _check_json_size(body: bytes) -> None:
-    """Texts are cheap to parse, but millions of small values are not: all but the image must be short."""
+    """Limit the JSON besides the image: a long text is cheap to parse, but millions of small values are not."""
     if len(body) > MAX_JSON_BYTES:
         image = _IMAGE_BASE64.search(body)
         if len(body) - (len(image[1]) if image else 0) > MAX_JSON_BYTES:
@@ -122,7 +123,7 @@ async def _read_all(request: Request, max_bytes: int) -> bytes:
 
 
 class _MultiPart(MultiPartParser):
-    """Starlette's parser; files stay in memory, and a body that breaks off is told from a whole one."""
+    """Starlette's parser. Files stay in memory, and `is_whole` says whether the body was complete."""
 
     def __init__(self, headers: Headers, stream: AsyncGenerator[bytes, None], max_bytes: int) -> None:
         limits = {"max_files": _MAX_FIELDS, "max_fields": _MAX_FIELDS, "max_part_size": MAX_JSON_BYTES}
@@ -145,7 +146,7 @@ async def _read_multipart(request: Request, max_bytes: int) -> Received:
         for name, part in form.multi_items():
             if name not in ("image", "request"):
                 raise ServeError(
-                    "invalid_request", "expected the parts `image` (file) and `request` (JSON) alone, got another"
+                    "invalid_request", "expected only the parts `image` (file) and `request` (JSON), got another one"
                 )
             if name in parts:
                 raise ServeError("invalid_request", f"the part {name} came twice")
@@ -167,7 +168,7 @@ async def _read_multipart(request: Request, max_bytes: int) -> Received:
 
 
 def _query_fields(request: Request) -> dict[str, Any]:
-    """Parameters that may be repeated become lists; `boxes=x0,y0,x1,y1,label` becomes an object."""
+    """Fields of the query parameters: repeatable ones as lists, `boxes=x0,y0,x1,y1,label` as an object."""
     fields: dict[str, Any] = {}
     for name, text in request.query_params.multi_items():
         if "\ufffd" in text:

@@ -1,9 +1,8 @@
-"""Around every request: its id, its key, its errors, its headers and its place in the metrics."""
+"""Middleware around every request: request id, API key, errors as JSON, security headers and metrics."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import math
 import re
@@ -21,12 +20,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.http.auth import is_allowed, is_open
 from serve_app.http.errors import ServeError
+from serve_app.http.schemas import ErrorDetail, ErrorResponse
 from serve_app.metrics import IngressMetrics
 
 logger = logging.getLogger(__name__)
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_SENT_BY_SERVE = re.compile(r"[ -~]{1,200}")  # of what Serve sends back, which is whatever came
+_SENT_BY_SERVE = re.compile(r"[ -~]{1,200}")  # Serve returns any header; the body repeats only such a one
 SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -39,12 +39,12 @@ class Envelope:
     """ASGI middleware. `request.state` gets `request_id` and `started_s` (of `time.monotonic`).
 
     Args:
-        app: What is inside.
-        keys: API keys; none lets everyone in.
-        metrics: Where requests are counted.
+        app: The application behind it.
+        keys: API keys; without any, every request is allowed.
+        metrics: Counts the requests.
         routes: Paths that are counted by name.
-        sends_request_id: Whether to send the header `X-Request-ID`. Ray Serve does so by itself, with the client's
-            header as it came; then that is the request's id.
+        sends_request_id: Whether to send the header `X-Request-ID`. Ray Serve sends it itself, with the client's
+            header unchanged; that is then the request's id.
     """
 
     def __init__(
@@ -104,10 +104,10 @@ class Envelope:
                 raise
             except Exception as error:
                 log_bug(request_id, error)
-                if has_started:  # too late for another answer: the connection breaks off
+                if has_started:  # too late for another response: close the connection
                     state["outcome"] = "internal"
                     raise ConnectionAbortedError from None
-                hidden = ServeError("internal", "the service failed; its log tells why under the request's id")
+                hidden = ServeError("internal", "the service failed: its log has the reason under the request id")
                 await _answer(hidden, Request(scope), receive, send_with_headers)
         except ClientDisconnect:
             pass
@@ -122,7 +122,7 @@ class Envelope:
 
 
 async def on_http_exception(request: Request, error: Exception) -> Response:
-    """Starlette's own errors (no such path, no such method) in our form."""
+    """Starlette's own errors (unknown path or method) as our JSON."""
     assert isinstance(error, HTTPException)
     if error.status_code == 405:
         allowed = [method.strip() for method in (error.headers or {}).get("Allow", "GET").split(",")]
@@ -132,15 +132,16 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
         response.headers["Allow"] = methods
         return response
     if error.status_code == 404:
-        return error_response(request, ServeError("not_found", "no such path: GET /docs lists what there is"))
+        return error_response(request, ServeError("not_found", "no such path: GET /docs lists all paths"))
     raise error
 
 
 def error_response(request: Request, error: ServeError) -> Response:
-    """The answer to a request that failed."""
+    """The response to a request that failed."""
     request.state.outcome = error.type
-    detail = {"type": error.type, "message": error.message, "request_id": request.state.request_id}
-    response = Response(json.dumps({"error": detail}), error.status, media_type="application/json")
+    detail = ErrorDetail(type=error.type, message=error.message, request_id=request.state.request_id)
+    body = ErrorResponse(error=detail).model_dump_json()
+    response = Response(body, error.status, media_type="application/json")
     if error.status in (503, 429):
         response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s or 1)))
     if error.status == 401:
@@ -149,7 +150,7 @@ def error_response(request: Request, error: ServeError) -> Response:
 
 
 def log_bug(request_id: str, error: BaseException) -> None:
-    """Where it happened, but not the exception's words, which may hold a part of the request."""
+    """Log where it happened, without the exception's message, which may hold a part of the request."""
     frames = "".join(traceback.format_tb(error.__traceback__))
     logger.error("request %s failed: %s\n%s", request_id, type(error).__qualname__, frames)
 

@@ -1,26 +1,31 @@
-"""What the service answers when it cannot answer: a type that programs can tell apart, and a message for people."""
+"""Errors of the service: a type that programs can tell apart, its HTTP status, and a message for people."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+
+from sam3lora.errors import UserError
 
 STATUS_OF = {
-    "malformed_body": 400,  # no JSON, no multipart, no base64
+    "malformed_body": 400,  # no JSON, no multipart or no base64
     "unauthorized": 401,
     "not_found": 404,
     "adapter_not_found": 404,
-    "image_not_found": 404,  # an image_id that was never given out or is no longer kept
+    "image_not_found": 404,  # an image_id that was never given out, or whose image was evicted
     "method_not_allowed": 405,
     "body_too_large": 413,
     "image_too_large": 413,  # too many pixels
     "unsupported_media_type": 415,  # of the body
-    "unsupported_image": 415,  # a format that is not taken
+    "unsupported_image": 415,  # the image's format is not accepted
     "invalid_request": 422,  # a field that is missing, unknown, of the wrong type or out of range
     "invalid_prompt": 422,
     "invalid_box": 422,
     "invalid_image": 422,  # cannot be decoded
     "invalid_adapter": 422,  # the id breaks the pattern, or its folder cannot be served
-    "too_many_requests": 429,  # as `overloaded`, where the settings ask for 429
+    "too_many_requests": 429,  # replaces `overloaded` where the settings ask for 429
     "internal": 500,
     "overloaded": 503,
     "out_of_memory": 503,
@@ -28,16 +33,18 @@ STATUS_OF = {
     "not_ready": 503,
     "timeout": 504,
 }
-"""Error type -> HTTP status. 400: the body is not what its header says; 422: it is, but asks for what cannot be."""
+"""Error type -> HTTP status. 400: the body is not what its header says. 422: it is, but the request is impossible."""
 
 
 @dataclass(eq=False)
 class ServeError(Exception):
-    """An answer other than 200.
+    """A response other than 200.
+
+    Replicas return it as a value: Ray would log a raised one together with the arguments of the call.
 
     Attributes:
         type: One of `STATUS_OF`.
-        message: What was expected, what came and what to do; never holds more of the request than names and numbers.
+        message: What was expected, what came and what to do; holds no more of the request than names and numbers.
         retry_after_s: When another attempt may succeed; becomes the header `Retry-After`, rounded up.
     """
 
@@ -51,3 +58,27 @@ class ServeError(Exception):
     @property
     def status(self) -> int:
         return STATUS_OF[self.type]
+
+
+@contextmanager
+def refuse_as(type: str, folder: Path | None = None) -> Iterator[None]:
+    """Turn a `UserError` into a `ServeError` of this type, with the same message.
+
+    Args:
+        type: One of `STATUS_OF`.
+        folder: Clients see only the last part of this path where the message names it.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise ServeError(type, _without_paths(str(error), folder)) from None
+
+
+def _without_paths(message: str, folder: Path | None) -> str:
+    if folder is None:
+        return message
+    for path in (folder, folder.resolve()):
+        message = message.replace(f"{path}/", "").replace(str(path), folder.name)
+    for parent in (folder.parent, folder.parent.resolve()):
+        message = message.replace(f"{parent}/", "")
+    return message

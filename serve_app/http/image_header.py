@@ -1,4 +1,4 @@
-"""What an image file says of itself before anything is decoded: format and size."""
+"""Format and size of an image file, read from its header before anything is decoded."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ _TURNED = frozenset((5, 6, 7, 8))  # EXIF orientations that exchange width and h
 _SAME_FORMAT = {"MPO": "JPEG"}  # a phone's JPEG with previews behind it
 
 Image.init()
-warnings.filterwarnings("ignore", module=r"PIL\.")  # what it warns of, our errors say
+warnings.filterwarnings("ignore", module=r"PIL\.")  # our errors say the same
 
 
 class ImageHeader(NamedTuple):
-    """`size_hw` is the size as people see the picture, with its EXIF orientation applied."""
+    """`size_hw` is the size after the EXIF orientation is applied."""
 
     format: str
     size_hw: tuple[int, int]
 
 
 def read_header(data: bytes, *, formats: Sequence[str], max_megapixels: float) -> ImageHeader:
-    """Format and size; only the decoders of these formats see the data. Takes up to milliseconds: for a thread.
+    """Read format and size. Only the decoders of the given formats see the data. Takes milliseconds: use a thread.
 
     Args:
         data: An image file.
-        formats: Pillow's names of what is taken.
+        formats: Pillow's names of the accepted formats.
         max_megapixels: Most pixels, in millions.
 
     Raises:
@@ -52,7 +52,7 @@ def read_header(data: bytes, *, formats: Sequence[str], max_megapixels: float) -
         raise _too_large("has too many pixels", max_megapixels) from None
     except ServeError:
         raise
-    except Exception:  # broken headers end in errors of many kinds
+    except Exception:  # broken headers raise errors of many kinds
         if claimed in formats:
             message = f"the image begins like {claimed} but its header cannot be read: is the file whole?"
             raise ServeError("invalid_image", message) from None
@@ -68,7 +68,7 @@ def _claimed_format(data: bytes) -> str | None:
         try:
             if accept is not None and accept(prefix) is True:
                 return name
-        except Exception:  # some want a longer prefix
+        except Exception:  # some need a longer prefix
             continue
     return None
 

@@ -1,17 +1,15 @@
-"""The HTTP side of the service: every route, from a request to its answer. It knows nothing of Ray."""
+"""The HTTP routes of the service, from a request to its response, independent of Ray."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -21,23 +19,23 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from sam3lora import __version__
-from sam3lora.engine.detections import Instances
+from sam3lora.config.post_processing import PostProcessing
 from serve_app.http.auth import keys_from_environment
 from serve_app.http.body import read_request
 from serve_app.http.envelope import Envelope, on_http_exception
 from serve_app.http.errors import ServeError
-from serve_app.http.formats import encode_results, is_costly, is_quick
+from serve_app.http.formats import is_costly, is_quick, prompt_response
 from serve_app.http.openapi import TITLE, describe, operation
 from serve_app.http.requests import IMAGE_ID_PREFIX, check_segment, check_upload, to_call
-from serve_app.http.schemas import MaskFormat
+from serve_app.http.schemas import AdaptersResponse, ImageResponse, ImageSize, SegmentResponse, StatusResponse
 from serve_app.http.web import add_pages
-from serve_app.metrics import CONTENT_TYPE, IngressMetrics, merge
+from serve_app.metrics import CONTENT_TYPE, IngressMetrics, StageClock, merge
 from serve_app.settings import ServeSettings
 
 if TYPE_CHECKING:
-    from serve_app.http.backend import Backend  # imports Ray
+    from serve_app.http.backend import Backend  # its module imports Ray
 
-GRACE_S = 0.5  # for a backend to tell of its own what became of a request whose time is over
+GRACE_S = 0.5  # for the backend to say itself what happened to a request whose time is over
 
 T = TypeVar("T")
 
@@ -47,8 +45,8 @@ def create_api(settings: ServeSettings, backend: Backend, *, sends_request_id: b
 
     Args:
         settings: Of the service. API keys are read from the environment variable that it names.
-        backend: Who answers.
-        sends_request_id: Whether to send the header `X-Request-ID`; Ray Serve does so by itself.
+        backend: Answers the calls.
+        sends_request_id: Whether to send the header `X-Request-ID`; Ray Serve sends it itself.
 
     Raises:
         UserError: The variable of API keys is set but holds none.
@@ -79,83 +77,95 @@ class _Routes:
         self._name = f"ingress-{uuid.uuid4().hex[:8]}"
         self._num_in_flight = 0
         self._max_in_flight = min(settings.limits.max_in_flight, settings.most_in_flight)
-        # Apart from the threads that check requests, so that masks of large images do not hold up everyone.
+        # A pool of its own: masks of large images must not delay the checks of other requests.
         self._mask_threads = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="masks")
 
     async def segment(self, request: Request) -> Response:
         limits = self._limits
-        stages = _Stages(request)
+        clock = StageClock(request.state.started_s)
         async with self._admitted(request) as deadline_s:
             received = await read_request(request, limits.max_body_bytes)
-            stages.end("body")
+            clock.lap("body")
             asked, image = await asyncio.to_thread(check_segment, received, limits)
-            stages.end("check")
+            clock.lap("check")
             call = to_call(asked, image, _left(deadline_s))
             reply = _value(await _while_connected(request, self._backend.segment(call)))
-            stages.end("segmenter")
-            results = await self._format(request, reply.results, asked.masks, deadline_s + GRACE_S)
-            stages.end("format")
-        height, width = reply.size_hw
-        head = {
-            "request_id": request.state.request_id,
-            "image": {"width": width, "height": height},
-            "adapter": asked.adapter,
-        }
-        timing = json.dumps(stages.timing_ms(reply.timing_ms))
-        return _json(f'{json.dumps(head)[:-1]}, "results": {results}, "timing_ms": {timing}}}')
+            clock.lap("segmenter")
+
+            def to_json(is_over: Callable[[], bool]) -> str:
+                results = [prompt_response(found, asked.masks, is_over=is_over) for found in reply.results]
+                clock.lap("format")
+                height, width = reply.size_hw
+                response = SegmentResponse.model_construct(
+                    request_id=request.state.request_id,
+                    image=ImageSize(width=width, height=height),
+                    adapter=asked.adapter,
+                    results=results,
+                    timing_ms=clock.with_total(reply.timing_ms),
+                )
+                return response.model_dump_json(
+                    exclude_unset=True
+                )  # without masks there is neither `mask` nor `area_px`
+
+            if is_quick(reply.results, asked.masks):
+                return _json(to_json(lambda: False))
+            threads = self._mask_threads if is_costly(asked.masks) else None
+            return _json(await self._in_thread(request, threads, to_json, deadline_s + GRACE_S))
 
     async def images(self, request: Request) -> Response:
         limits = self._limits
-        stages = _Stages(request)
+        clock = StageClock(request.state.started_s)
         async with self._admitted(request) as deadline_s:
             received = await read_request(request, limits.max_body_bytes)
-            stages.end("body")
+            clock.lap("body")
             image = await asyncio.to_thread(check_upload, received, limits)
-            stages.end("check")
+            clock.lap("check")
             reply = _value(await _while_connected(request, self._backend.keep_image(image.file, _left(deadline_s))))
-            stages.end("segmenter")
+            clock.lap("segmenter")
         height, width = reply.size_hw
-        answer = {
-            "request_id": request.state.request_id,
-            "image_id": IMAGE_ID_PREFIX + reply.key,
-            "width": width,
-            "height": height,
-            "timing_ms": stages.timing_ms({}),
-        }
-        return _json(json.dumps(answer))
+        response = ImageResponse(
+            request_id=request.state.request_id,
+            image_id=IMAGE_ID_PREFIX + reply.key,
+            width=width,
+            height=height,
+            timing_ms=clock.with_total({}),
+        )
+        return _json(response.model_dump_json())
 
     async def adapters(self) -> Response:
-        infos = _value(await self._backend.list_adapters())
-        return _json(json.dumps({"adapters": [asdict(info) for info in infos]}))
+        known = _value(await self._backend.list_adapters())
+        return _json(AdaptersResponse(adapters=known, base_post_processing=PostProcessing()).model_dump_json())
 
     async def healthz(self) -> Response:
-        return _json('{"status": "ok"}')
+        return _json(StatusResponse(status="ok").model_dump_json())
 
     async def readyz(self) -> Response:
         if not await self._backend.ready():
-            raise ServeError("not_ready", "no segmenter is ready yet: try again in a few seconds", 2.0)
-        return _json('{"status": "ready"}')
+            raise ServeError("not_ready", "no replica is ready yet: try again in a few seconds", 2.0)
+        return _json(StatusResponse(status="ready").model_dump_json())
 
     async def metrics(self) -> Response:
         texts = {self._name: self._metrics.text(), **await self._backend.metrics()}
         return Response(await asyncio.to_thread(merge, texts), media_type=CONTENT_TYPE)
 
-    async def _format(
-        self, request: Request, results: Sequence[Instances], masks: MaskFormat, deadline_s: float
+    async def _in_thread(
+        self,
+        request: Request,
+        threads: ThreadPoolExecutor | None,
+        work: Callable[[Callable[[], bool]], str],
+        deadline_s: float,
     ) -> str:
-        if is_quick(results, masks):
-            return encode_results(results, masks)
+        """Run `work` in a thread. It gets a function that says whether the client left or the time is over."""
         gone = threading.Event()
-        encode = partial(encode_results, results, masks, is_over=lambda: gone.is_set() or time.monotonic() > deadline_s)
-        threads = self._mask_threads if is_costly(masks) else None
+        run = partial(work, lambda: gone.is_set() or time.monotonic() > deadline_s)
         try:
-            return await _while_connected(request, asyncio.get_running_loop().run_in_executor(threads, encode))
+            return await _while_connected(request, asyncio.get_running_loop().run_in_executor(threads, run))
         finally:
             gone.set()
 
     @contextlib.asynccontextmanager
     async def _admitted(self, request: Request) -> AsyncIterator[float]:
-        """Bounds how many requests are worked on, and for how long; gives the time by which to answer.
+        """Limit how many requests are in progress, and for how long. Yields the deadline of this one.
 
         Raises:
             ServeError: There are too many, or the time is over.
@@ -176,29 +186,11 @@ class _Routes:
             self._num_in_flight -= 1
 
 
-class _Stages:
-    """Where the time of a request goes."""
-
-    def __init__(self, request: Request) -> None:
-        self._started_s = self._last_s = request.state.started_s
-        self._ended: dict[str, float] = {}
-
-    def end(self, stage: str) -> None:
-        now_s = time.monotonic()
-        self._ended[stage] = 1000 * (now_s - self._last_s)
-        self._last_s = now_s
-
-    def timing_ms(self, inner_ms: dict[str, float]) -> dict[str, float]:
-        """With the stages within the segmenter, and the total so far."""
-        total_ms = 1000 * (time.monotonic() - self._started_s)
-        return {stage: round(ms, 3) for stage, ms in (self._ended | inner_ms | {"total": total_ms}).items()}
-
-
 async def _while_connected(request: Request, answer: Awaitable[T]) -> T:
-    """Await an answer; cancel it when the client goes away.
+    """Await an answer; cancel it when the client disconnects.
 
     Raises:
-        ClientDisconnect: It did.
+        ClientDisconnect: The client disconnected.
     """
     working, gone = asyncio.ensure_future(answer), asyncio.ensure_future(_disconnected(request))
     try:

@@ -1,4 +1,4 @@
-"""The API's description: every body, answer and error, with examples that work when they are sent."""
+"""The OpenAPI description: every body, response and error, with examples that work when they are sent."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from serve_app.http.auth import is_open
 from serve_app.http.body import MAX_JSON_BYTES
 from serve_app.http.errors import STATUS_OF
 from serve_app.http.schemas import (
-    AdapterList,
+    AdaptersResponse,
     ErrorResponse,
     ImageResponse,
     ImageUpload,
     SegmentRequest,
     SegmentResponse,
-    Status,
+    StatusResponse,
 )
 from serve_app.settings import Limits
 
 TITLE = "sam3lora"
 _ABOUT = (
-    "SAM 3 with many LoRA adapters over one base model: name what to find, get masks. "
-    "Errors are JSON with a `type` for programs and a `message` for people; every answer carries `X-Request-ID`."
+    "SAM 3 with many LoRA adapters over one base model: send an image and short phrases, get masks. "
+    "Errors are JSON with a `type` for programs and a `message` for people; every response carries `X-Request-ID`."
 )
 _REF = "#/components/schemas/{}"
 _COMMON = ("unauthorized", "internal")
@@ -60,7 +60,7 @@ def operation(name: str) -> dict[str, Any]:
 
 
 def describe(api: FastAPI, limits: Limits) -> None:
-    """Have `/openapi.json` tell the request models, the limits in force and how to give a key."""
+    """Add the request models, the limits in force and the API key schemes to `/openapi.json`."""
 
     @cache
     def openapi() -> dict[str, Any]:
@@ -93,15 +93,15 @@ def sample_png() -> bytes:
 def _operations() -> dict[str, dict[str, Any]]:
     return {
         "segment": {
-            "summary": "Find what prompts or boxes name",
-            "description": "Multipart is the fastest for files; an uploaded image (`image_id`) costs the least.",
+            "summary": "Segment what prompts or boxes describe",
+            "description": "Multipart is the fastest form for files; an uploaded image (`image_id`) is cheaper still.",
             "responses": _responses(_SEGMENT, SegmentResponse, _segment_example()),
             "openapi_extra": {"parameters": [_request_id_parameter()], "requestBody": _segment_body()},
         },
         "images": {
-            "summary": "Keep an image ready",
-            "description": "For several questions about one image: it is sent and encoded once. Replicas keep the "
-            "images that are asked most recently; one that is forgotten answers 404 `image_not_found`.",
+            "summary": "Upload an image",
+            "description": "For several requests about one image: it is sent and encoded once. Replicas keep the most "
+            "recently used images; a request for an evicted one gets 404 `image_not_found`.",
             "responses": _responses(
                 _BODY,
                 ImageResponse,
@@ -115,11 +115,14 @@ def _operations() -> dict[str, dict[str, Any]]:
             ),
             "openapi_extra": {"parameters": [_request_id_parameter()], "requestBody": _image_body()},
         },
-        "adapters": {"summary": "Adapters that can be asked", "responses": _responses(("not_ready",), AdapterList)},
-        "healthz": {"summary": "Whether the process answers", "responses": _responses((), Status, {"status": "ok"})},
+        "adapters": {"summary": "List the adapters", "responses": _responses(("not_ready",), AdaptersResponse)},
+        "healthz": {
+            "summary": "Liveness",
+            "responses": _responses((), StatusResponse, {"status": "ok"}),
+        },
         "readyz": {
-            "summary": "Whether a segmenter can answer",
-            "responses": _responses(("not_ready",), Status, {"status": "ready"}),
+            "summary": "Readiness",
+            "responses": _responses(("not_ready",), StatusResponse, {"status": "ready"}),
         },
         "metrics": {
             "summary": "Prometheus metrics of all replicas",
@@ -130,7 +133,7 @@ def _operations() -> dict[str, dict[str, Any]]:
 
 
 def _responses(types: tuple[str, ...], model: type[BaseModel] | None = None, example: Any = None) -> dict[Any, Any]:
-    headers = {"X-Request-ID": {"schema": {"type": "string"}, "description": "The client's, or one that was made."}}
+    headers = {"X-Request-ID": {"schema": {"type": "string"}, "description": "The client's, or a generated one."}}
     good: dict[str, Any] = {"description": "Done", "headers": headers}
     if model is not None:
         good["model"] = model
@@ -216,7 +219,7 @@ def _request_id_parameter() -> dict[str, Any]:
         "in": "header",
         "required": False,
         "schema": {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,64}$"},
-        "description": "Returned with the answer; one is made if it is missing or of another form.",
+        "description": "Returned with the response; generated if it is missing or of another form.",
     }
 
 
@@ -236,4 +239,4 @@ def _write_limits(properties: dict[str, Any], limits: Limits) -> None:
     properties["prompts"]["maxItems"] = limits.max_prompts
     properties["prompts"]["items"] |= {"minLength": 1, "maxLength": limits.max_prompt_chars}
     properties["boxes"]["maxItems"] = limits.max_boxes
-    properties["max_detections"]["maximum"] = limits.max_detections
+    properties["max_detections"]["anyOf"][0]["maximum"] = limits.max_detections

@@ -1,4 +1,4 @@
-"""From what came to a checked question."""
+"""Checks of a request as a whole: its fields together, its image, and the call that a replica gets."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import binascii
 import hashlib
 from dataclasses import dataclass
 
-from sam3lora.engine.detections import BoxPrompt, PostProcessing
-from serve_app.calls import ImageFile, SegmentCall
+from sam3lora.engine.detections import BoxPrompt
 from serve_app.http.body import Received
 from serve_app.http.errors import ServeError
 from serve_app.http.image_header import ImageHeader, read_header
 from serve_app.http.schemas import ImageUpload, SegmentRequest, check, check_boxes, check_prompts
+from serve_app.messages import ImageFile, SegmentCall
 from serve_app.settings import Limits
 
 IMAGE_ID_PREFIX = "img_"
@@ -20,29 +20,28 @@ IMAGE_ID_PREFIX = "img_"
 
 @dataclass(frozen=True)
 class CheckedImage:
-    """An image whose header was read."""
+    """An image file and its header."""
 
     file: ImageFile
     header: ImageHeader
 
 
 def check_segment(received: Received, limits: Limits) -> tuple[SegmentRequest, ImageFile]:
-    """The request and its image; reads image headers and hashes images, which takes milliseconds: for a thread.
+    """The request and its image. Reads the image's header and hashes the file, which takes milliseconds: use a thread.
+
+    Boxes in an uploaded image are checked by the replica, which knows its size.
 
     Raises:
-        ServeError: The first thing that is wrong.
+        ServeError: The first fault.
     """
     request: SegmentRequest = check(SegmentRequest, received.fields, strict=not received.is_text)
     check_prompts(request.prompts, max_prompts=limits.max_prompts, max_chars=limits.max_prompt_chars)
-    check_boxes(request.boxes, max_boxes=limits.max_boxes, size_hw=None)
+    if len(request.boxes) > limits.max_boxes:
+        raise ServeError("invalid_box", f"expected at most {limits.max_boxes} boxes, got {len(request.boxes)}")
     if not request.prompts and not any(box.label for box in request.boxes):
         raise ServeError("invalid_request", "nothing to look for: expected prompts, or a box with label 1")
-    if request.max_detections > limits.max_detections:
+    if request.max_detections is not None and request.max_detections > limits.max_detections:
         raise ServeError("invalid_request", f"max_detections must be at most {limits.max_detections}")
-    if not request.merge and "merge_iou" in request.model_fields_set:
-        raise ServeError("invalid_request", "merge_iou acts with merge true only")
-    if request.merge and request.masks == "none":
-        raise ServeError("invalid_request", 'merge needs masks: expected masks other than "none", or merge false')
 
     sources = [received.image, request.image_base64, request.image_id]
     if sum(source is not None for source in sources) != 1:
@@ -53,7 +52,7 @@ def check_segment(received: Received, limits: Limits) -> tuple[SegmentRequest, I
         return request, ImageFile(request.image_id.removeprefix(IMAGE_ID_PREFIX))
     data = received.image if received.image is not None else decode_base64(request.image_base64 or "")
     image = check_image(data, limits)
-    check_boxes(request.boxes, max_boxes=limits.max_boxes, size_hw=image.header.size_hw)
+    check_boxes(_boxes(request), image.header.size_hw)
     return request, image.file
 
 
@@ -61,7 +60,7 @@ def check_upload(received: Received, limits: Limits) -> CheckedImage:
     """The image of an upload.
 
     Raises:
-        ServeError: There is none, or it is not taken.
+        ServeError: There is none, or it is refused.
     """
     if received.image is not None:
         if received.fields:
@@ -72,7 +71,7 @@ def check_upload(received: Received, limits: Limits) -> CheckedImage:
 
 
 def check_image(data: bytes, limits: Limits) -> CheckedImage:
-    """An image file by its header."""
+    """Read the header of an image file and hash the file."""
     header = read_header(data, formats=limits.image_formats, max_megapixels=limits.max_megapixels)
     return CheckedImage(ImageFile(hashlib.sha256(data).hexdigest(), data), header)
 
@@ -95,21 +94,17 @@ def decode_base64(text: str) -> bytes:
 
 
 def to_call(request: SegmentRequest, image: ImageFile, timeout_s: float) -> SegmentCall:
-    """What the segmenter is asked."""
+    """The call to a replica."""
     return SegmentCall(
         image=image,
         prompts=tuple(request.prompts),
-        boxes=tuple(
-            BoxPrompt((box.xyxy[0], box.xyxy[1], box.xyxy[2], box.xyxy[3]), box.label) for box in request.boxes
-        ),
+        boxes=_boxes(request),
         adapter=request.adapter,
-        post=PostProcessing(
-            threshold=request.threshold,
-            nms_iou=request.nms_iou,
-            merge=request.merge,
-            merge_iou=request.merge_iou,
-            max_detections=request.max_detections,
-        ),
+        post_processing=request.post_processing(),
         masks=request.masks != "none",
         timeout_s=timeout_s,
     )
+
+
+def _boxes(request: SegmentRequest) -> tuple[BoxPrompt, ...]:
+    return tuple(BoxPrompt((box.xyxy[0], box.xyxy[1], box.xyxy[2], box.xyxy[3]), box.label) for box in request.boxes)

@@ -1,4 +1,7 @@
-"""What clients send and get as JSON: the models that requests are checked with and the API's description shows."""
+"""Request and response bodies of the HTTP API, and the checks of requests that need nothing else.
+
+Requests are checked with these models, responses are made from them, and the API's description shows them.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,28 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, StringConstraints, ValidationError
 
+from sam3lora.config.post_processing import PostProcessing
+from sam3lora.engine.detections import BoxPrompt
 from serve_app.http.errors import ServeError
 from serve_app.settings import ADAPTER_ID_PATTERN
 
 IMAGE_ID_PATTERN = r"^img_[0-9a-f]{64}$"
 MaskFormat = Literal["rle", "polygon", "png", "none"]
-Fraction = Annotated[float, Field(ge=0, le=1)]
 
 _TYPE_OF_FIELD = {"prompts": "invalid_prompt", "boxes": "invalid_box", "adapter": "invalid_adapter"}
 _ADDRESS_FIELDS = frozenset(("image_url", "image_uri", "url", "uri", "image_path", "path"))
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,60}")
 _UNPRINTABLE = frozenset(("Cc", "Cs", "Zl", "Zp"))  # control characters, half surrogate pairs, line separators
+
+
+def _post_processing_field(name: str) -> Any:
+    """An optional field with the description and the bounds that `PostProcessing` declares."""
+    declared = PostProcessing.model_fields[name]
+    bounds = {key: getattr(one, key) for one in declared.metadata for key in ("ge", "le") if hasattr(one, key)}
+    return Field(None, description=f"{declared.description} Default: the adapter's own value.", **bounds)
+
+
+# ---- requests -------------------------------------------------------------------------------------------------------
 
 
 class _Request(BaseModel):
@@ -29,7 +43,7 @@ class _Request(BaseModel):
 
 
 class Box(_Request):
-    """A box that shows what is meant, or what is not."""
+    """An example of what is meant, or of what is not."""
 
     xyxy: Annotated[list[float], Field(min_length=4, max_length=4)] = Field(
         description="Left, top, right, bottom in pixels of the image as people see it (EXIF orientation applied).",
@@ -39,7 +53,10 @@ class Box(_Request):
 
 
 class SegmentRequest(_Request):
-    """What to find, and how to answer. Prompts or a positive box are needed."""
+    """What to find, and how to answer. Prompts or a positive box are needed.
+
+    Post-processing fields that are left out take the values recorded with the adapter.
+    """
 
     prompts: Annotated[list[str], FailFast()] = Field(
         default_factory=list,
@@ -52,11 +69,12 @@ class SegmentRequest(_Request):
     adapter: Annotated[str, StringConstraints(pattern=ADAPTER_ID_PATTERN)] | None = Field(
         None, description="Id of an adapter of GET /v1/adapters; null asks the base model."
     )
-    threshold: Fraction = Field(0.5, description="Lowest score of a detection.")
-    nms_iou: Fraction = Field(0.5, description="Of two detections whose boxes overlap by more, the better one stays.")
-    merge: bool = Field(False, description="Join overlapping masks: for cracks and other things without parts.")
-    merge_iou: Fraction = Field(0.15, description="Mask IoU from which detections are joined; needs merge.")
-    max_detections: Annotated[int, Field(ge=1)] = Field(100, description="Most detections of a prompt; the best stay.")
+    threshold: float | None = _post_processing_field("threshold")
+    nms: Literal["mask", "box", "none"] | None = _post_processing_field("nms")
+    nms_iou: float | None = _post_processing_field("nms_iou")
+    merge: bool | None = _post_processing_field("merge")
+    merge_iou: float | None = _post_processing_field("merge_iou")
+    max_detections: int | None = _post_processing_field("max_detections")
     masks: MaskFormat = Field(
         "rle",
         description="Compressed COCO run-length code, outlines, base64 of a PNG with one bit a pixel, or no masks.",
@@ -68,6 +86,10 @@ class SegmentRequest(_Request):
         None, description="An image of POST /v1/images."
     )
 
+    def post_processing(self) -> dict[str, Any]:
+        """The post-processing settings that the request gives."""
+        return self.model_dump(include=set(PostProcessing.model_fields), exclude_none=True)
+
 
 class ImageUpload(_Request):
     """An image as JSON."""
@@ -75,8 +97,18 @@ class ImageUpload(_Request):
     image_base64: str = Field(description="The image file in base64.")
 
 
-class Detection(BaseModel):
-    """One thing that was found."""
+# ---- responses ------------------------------------------------------------------------------------------------------
+
+
+class RleMask(BaseModel):
+    """Compressed COCO run-length code."""
+
+    size: list[int] = Field(description="Height and width.")
+    counts: str
+
+
+class DetectionResponse(BaseModel):
+    """One detection."""
 
     score: float = Field(description="In [0, 1].")
     box_xyxy: list[float] = Field(description="Left, top, right, bottom in pixels.")
@@ -88,20 +120,13 @@ class Detection(BaseModel):
     )
 
 
-class RleMask(BaseModel):
-    """Compressed COCO run-length code."""
-
-    size: list[int] = Field(description="Height and width.")
-    counts: str
-
-
-class PromptResult(BaseModel):
-    """What was found for one prompt, best first."""
+class PromptResponse(BaseModel):
+    """Detections of one prompt, best first."""
 
     prompt: str = Field(description='"visual" for boxes without prompts.')
     presence: float = Field(description="Probability that the image shows the prompt at all.")
     num_detections: int
-    detections: list[Detection]
+    detections: list[DetectionResponse]
 
 
 class ImageSize(BaseModel):
@@ -113,7 +138,7 @@ class SegmentResponse(BaseModel):
     request_id: str
     image: ImageSize
     adapter: str | None
-    results: list[PromptResult] = Field(description="In the order of the prompts.")
+    results: list[PromptResponse] = Field(description="In the order of the prompts.")
     timing_ms: dict[str, float] = Field(description='Milliseconds by stage, and "total".')
 
 
@@ -125,21 +150,29 @@ class ImageResponse(BaseModel):
     timing_ms: dict[str, float]
 
 
-class Adapter(BaseModel):
+class AdapterResponse(BaseModel):
+    """What the service knows of an adapter without loading it."""
+
+    model_config = ConfigDict(frozen=True)
+
     id: str
-    prompts: list[str] = Field(description="What it was trained on.")
-    rank: int | None
-    size_bytes: int | None
-    adapts: list[str] = Field(description="Parts of the model that it changes.")
-    resident: bool = Field(description="In some replica's memory, ready to answer.")
-    error: str | None = Field(description="Why it cannot be used, if so.")
+    prompts: list[str] = Field(default_factory=list, description="Prompts it was trained on.")
+    rank: int | None = Field(default=None, description="Largest rank of its LoRA matrices.")
+    size_bytes: int | None = Field(default=None, description="Size of its weights.")
+    adapts: list[str] = Field(default_factory=list, description="Parts of the model that it changes.")
+    post_processing: PostProcessing | None = Field(
+        default=None, description="Settings that hold where a request gives none; null if the adapter cannot be read."
+    )
+    resident: bool = Field(default=False, description="Some replica has it in memory.")
+    error: str | None = Field(default=None, description="Why it cannot be used; null if it can.")
 
 
-class AdapterList(BaseModel):
-    adapters: list[Adapter]
+class AdaptersResponse(BaseModel):
+    adapters: list[AdapterResponse]
+    base_post_processing: PostProcessing = Field(description="Settings of the base model where a request gives none.")
 
 
-class Status(BaseModel):
+class StatusResponse(BaseModel):
     status: str
 
 
@@ -153,16 +186,19 @@ class ErrorResponse(BaseModel):
     error: ErrorDetail
 
 
+# ---- checks ---------------------------------------------------------------------------------------------------------
+
+
 def check(model: type[BaseModel], fields: Mapping[str, Any], *, strict: bool = True) -> Any:
-    """Fields to a model.
+    """Validate the fields of a request.
 
     Args:
-        model: What they should be.
-        fields: As they came.
-        strict: False reads numbers and truth values from text.
+        model: The expected body.
+        fields: As the client sent them.
+        strict: False also reads numbers and truth values from text.
 
     Raises:
-        ServeError: The first thing wrong with them, by field.
+        ServeError: The first fault, with the name of its field.
     """
     unknown = [name for name in fields if name not in model.model_fields]
     if unknown:
@@ -181,7 +217,7 @@ def check(model: type[BaseModel], fields: Mapping[str, Any], *, strict: bool = T
 
 
 def check_prompts(prompts: Sequence[str], *, max_prompts: int, max_chars: int) -> None:
-    """What can be told of prompts without the tokenizer.
+    """Check what needs no tokenizer.
 
     Raises:
         ServeError: `invalid_prompt`.
@@ -201,25 +237,21 @@ def check_prompts(prompts: Sequence[str], *, max_prompts: int, max_chars: int) -
             raise ServeError("invalid_prompt", f"{name} is empty: name what to look for")
 
 
-def check_boxes(boxes: Sequence[Box], *, max_boxes: int, size_hw: tuple[int, int] | None) -> None:
-    """Boxes must have an area and lie inside the image (if its size is known).
+def check_boxes(boxes: Sequence[BoxPrompt], size_hw: tuple[int, int]) -> None:
+    """Boxes must have an area and lie inside the image.
 
     Raises:
         ServeError: `invalid_box`.
     """
-    if len(boxes) > max_boxes:
-        raise ServeError("invalid_box", f"expected at most {max_boxes} boxes, got {len(boxes)}")
+    height, width = size_hw
     for number, box in enumerate(boxes):
         x0, y0, x1, y1 = box.xyxy
         if not (x0 < x1 and y0 < y1):
             raise ServeError("invalid_box", f"boxes[{number}] has no area: expected xyxy with x0 < x1 and y0 < y1")
-        if x0 < 0 or y0 < 0:
-            raise ServeError("invalid_box", f"boxes[{number}] begins outside the image: expected x0 and y0 from 0 on")
-        if size_hw is not None and (x1 > size_hw[1] or y1 > size_hw[0]):
+        if x0 < 0 or y0 < 0 or x1 > width or y1 > height:
             raise ServeError(
                 "invalid_box",
-                f"boxes[{number}] ends outside the image of {size_hw[1]} x {size_hw[0]} pixels: expected x1 and y1 in "
-                "pixels, within it",
+                f"boxes[{number}] does not lie inside the image of {width} x {height} pixels: expected xyxy in pixels",
             )
 
 
@@ -228,7 +260,7 @@ def _type_of(location: Sequence[str | int]) -> str:
 
 
 def _path(location: Sequence[str | int]) -> str:
-    """`boxes[0].xyxy[2]`; names that came from outside are shown if they are names."""
+    """`boxes[0].xyxy[2]`; a name that the client made up is shown only if it has the form of a name."""
     text = ""
     for part in location:
         if isinstance(part, int):

@@ -1,4 +1,4 @@
-"""The web page, the API's description as a page, and their files."""
+"""The web page, the documentation page of the API, and their static files."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from starlette.responses import FileResponse, Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
-STATIC = Path(__file__).parent / "static"
-_CHECK_ALWAYS = {"Cache-Control": "no-cache"}  # a file that did not change is not sent again
+STATIC = Path(__file__).parent.parent / "static"
+_CHECK_ALWAYS = {"Cache-Control": "no-cache"}  # browsers ask each time, and get 304 for an unchanged file
 
 
 class _Files(StaticFiles):

@@ -1,1 +1,1 @@
-"""The model side of the service: batches, adapters in slots, masks."""
+"""The model replica: batching, adapters in slots, mask encoding."""

@@ -1,6 +1,6 @@
-"""Adapter folders on disk: from an id to a folder that may be served, and what a folder says about itself.
+"""Adapter folders on disk: the folder of an id, and the description of a folder.
 
-Everything here waits for the disk and belongs in a thread.
+All functions wait for the disk: call them in a thread.
 """
 
 from __future__ import annotations
@@ -17,27 +17,30 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from sam3lora.errors import UserError
-from sam3lora.model.adapter.folder import CONFIG_FILE, WEIGHTS_FILE, is_adapter_folder, read_metadata
-from sam3lora.model.adapter.metadata import METADATA_FILE
+from sam3lora.model.adapter.folder import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    FolderSignature,
+    folder_signature,
+    is_adapter_folder,
+    read_metadata,
+)
+from sam3lora.model.adapter.metadata import METADATA_FILE, recorded_post_processing
 from sam3lora.model.components import COMPONENTS, component_of
-from serve_app.calls import AdapterInfo
-from serve_app.http.errors import ServeError
-from serve_app.http.refusals import refuse_as
+from serve_app.http.errors import ServeError, refuse_as
+from serve_app.http.schemas import AdapterResponse
 from serve_app.settings import ADAPTER_ID_PATTERN, AdapterSettings
 
 FILES = (CONFIG_FILE, WEIGHTS_FILE, METADATA_FILE)
 
-Signature = tuple[Any, ...]
-"""Equal for an adapter folder that has not changed."""
-
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """A folder that exists within the root, as it was when it was looked at."""
+    """A folder that exists within the root, and its signature at the time of the look-up."""
 
     id: str
     path: Path
-    signature: Signature
+    signature: FolderSignature
 
 
 class AdapterFolders:
@@ -46,18 +49,18 @@ class AdapterFolders:
     def __init__(self, settings: AdapterSettings) -> None:
         self._root = settings.root
         self._allowed = None if settings.allowed is None else frozenset(settings.allowed)
-        self._known: dict[str, tuple[Signature, AdapterInfo]] = {}
+        self._known: dict[str, tuple[FolderSignature, AdapterResponse]] = {}
         self._lock = threading.Lock()
 
     def allows(self, adapter_id: str) -> bool:
-        """Whether the settings let this id be served; says nothing about its folder."""
+        """Whether the settings allow this id; its folder may be missing or broken."""
         return self._allowed is None or adapter_id in self._allowed
 
     def find(self, adapter_id: str) -> AdapterFolder:
         """The folder of an id.
 
         Raises:
-            ServeError: The id breaks the pattern, nothing is there or allowed under it, or it leads out of the root.
+            ServeError: The id breaks the pattern, the folder is missing or not allowed, or a link leaves the root.
         """
         if not re.fullmatch(ADAPTER_ID_PATTERN, adapter_id):
             raise ServeError(
@@ -73,19 +76,19 @@ class AdapterFolders:
             folder = _stat_within(root, path)
             if folder is None or not stat.S_ISDIR(folder.st_mode):
                 raise _not_found(adapter_id)
-            files = [_stat_within(root, os.path.join(path, name)) for name in FILES]
+            for name in FILES:
+                _stat_within(root, os.path.join(path, name))
         except _OutsideError:
             raise ServeError(
                 "invalid_adapter",
-                f"adapter {adapter_id!r} is linked to a place outside the root: copy the folder into the root",
+                f"adapter {adapter_id!r} links to a place outside the root: copy the folder into the root",
             ) from None
         except OSError as error:
             raise ServeError("invalid_adapter", f"adapter {adapter_id!r} cannot be read: {error.strerror}") from None
-        versions = [file and (file.st_mtime_ns, file.st_ctime_ns, file.st_size, file.st_ino) for file in files]
-        return AdapterFolder(adapter_id, self._root / adapter_id, (folder.st_dev, folder.st_ino, *versions))
+        return AdapterFolder(adapter_id, self._root / adapter_id, folder_signature(path))
 
-    def describe_all(self) -> list[tuple[Signature, AdapterInfo]]:
-        """All that may be served, sorted by id; broken ones carry their error. Unchanged folders are not read again."""
+    def describe_all(self) -> list[tuple[FolderSignature, AdapterResponse]]:
+        """All adapters that may be served, by id, broken ones with their error. Only changed folders are read again."""
         described = (self._describe(adapter_id) for adapter_id in self._names())
         found = [one for one in described if one is not None]
         with self._lock:
@@ -93,7 +96,7 @@ class AdapterFolders:
         return found
 
     def _names(self) -> list[str]:
-        """Of what has the files of an adapter, links included."""
+        """Names of the folders, links included, that have a file of an adapter."""
         if self._root is None:
             return []
         try:
@@ -108,9 +111,9 @@ class AdapterFolders:
             and any(os.path.isfile(os.path.join(self._root, name, file)) for file in wanted)
         ]
 
-    def _describe(self, adapter_id: str) -> tuple[Signature, AdapterInfo] | None:
-        """None for what may not be served, or is gone."""
-        signature: Signature = ()
+    def _describe(self, adapter_id: str) -> tuple[FolderSignature, AdapterResponse] | None:
+        """None for an adapter that may not be served or no longer exists."""
+        signature: FolderSignature = ()
         try:
             folder = self.find(adapter_id)
             signature = folder.signature
@@ -119,14 +122,14 @@ class AdapterFolders:
             if known is not None and known[0] == signature:
                 return known
             with refuse_as("invalid_adapter", folder.path):
-                return signature, _read_info(folder)
+                return signature, _describe_folder(folder)
         except ServeError as error:
             if error.type == "adapter_not_found":
                 return None
             message = error.message
-        except Exception as error:  # whatever a damaged file provokes must not hide the others
+        except Exception as error:  # a damaged file may raise anything, and must not hide the other adapters
             message = f"{adapter_id} cannot be read: {type(error).__name__}"
-        return signature, AdapterInfo(adapter_id, error=message)
+        return signature, AdapterResponse(id=adapter_id, error=message)
 
 
 def _not_found(adapter_id: str) -> ServeError:
@@ -138,7 +141,10 @@ class _OutsideError(Exception):
 
 
 def _stat_within(root: str, path: str) -> os.stat_result | None:
-    """What a path leads to; None if that is nothing. `root` holds no links, and the path's parent is within it."""
+    """The stat of the file or folder, links followed; None if there is none.
+
+    `root` holds no links, and the path's parent is within it.
+    """
     try:
         found = os.lstat(path)
         if stat.S_ISLNK(found.st_mode):
@@ -150,8 +156,8 @@ def _stat_within(root: str, path: str) -> os.stat_result | None:
         return None
 
 
-def _read_info(folder: AdapterFolder) -> AdapterInfo:
-    """From headers and JSON; weights are not read."""
+def _describe_folder(folder: AdapterFolder) -> AdapterResponse:
+    """Reads headers and JSON only, no weights."""
     if not is_adapter_folder(folder.path):
         raise UserError(f"{folder.path} lacks {CONFIG_FILE} or {WEIGHTS_FILE}")
     try:
@@ -164,12 +170,13 @@ def _read_info(folder: AdapterFolder) -> AdapterInfo:
         raise UserError(f"{folder.path} cannot be read: {error}") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise UserError(f"{folder.path / CONFIG_FILE} is no configuration of a LoRA adapter")
-    return AdapterInfo(
+    return AdapterResponse(
         id=folder.id,
-        prompts=tuple(str(prompt) for prompt in metadata.prompts) if metadata else (),
+        prompts=[str(prompt) for prompt in metadata.prompts] if metadata else [],
         rank=_rank(config),
         size_bytes=size_bytes,
-        adapts=tuple(name for name in COMPONENTS if name in components),
+        adapts=[name for name in COMPONENTS if name in components],
+        post_processing=recorded_post_processing(metadata),
     )
 
 

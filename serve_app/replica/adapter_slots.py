@@ -1,4 +1,4 @@
-"""Who is in which slot, who uses it, and who has to make room."""
+"""The table of adapter slots: which adapter each slot holds, its users, and eviction of the least recently used one."""
 
 from __future__ import annotations
 
@@ -7,41 +7,55 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from sam3lora.config.post_processing import PostProcessing
 from serve_app.replica.adapter_folders import AdapterFolder
 
 
 @dataclass(eq=False)
-class Resident:
-    """An adapter in a slot. `retired`: nobody new may use it, and its slot is emptied after the last user."""
+class LoadedAdapter:
+    """An adapter in a slot.
+
+    Attributes:
+        folder: The folder that it was read from.
+        slot: Its slot in the engine.
+        post_processing: The settings recorded with it.
+        users: Requests that use it.
+        retired: It takes no new users; its slot is emptied after the last one.
+    """
 
     folder: AdapterFolder
     slot: int
+    post_processing: PostProcessing
     users: int = 0
     retired: bool = False
 
 
 @dataclass(eq=False)
 class Load:
-    """A load in progress, and how many requests wait for it: each of them becomes a user of the resident.
+    """A load in progress.
 
-    `waits_for_others`: for its turn, or for a slot.
+    Attributes:
+        folder: The folder that is read.
+        waiters: Requests that wait for it: each becomes a user of the loaded adapter.
+        waits_for_others: It waits for its turn or for a slot.
+        finished: Set at the end, with either `loaded` or `error`.
     """
 
     folder: AdapterFolder
     waiters: int = 0
     waits_for_others: bool = False
     finished: asyncio.Event = field(default_factory=asyncio.Event)
-    resident: Resident | None = None
+    loaded: LoadedAdapter | None = None
     error: Exception | None = None
 
 
 class SlotTable:
-    """At most one resident that may be used of each id; the least recently used one goes first.
+    """The slots; of each id at most one adapter takes new users.
 
     Args:
-        num_slots: How many there are.
-        empty: Starts to clear the slot of a retired resident and calls `give_back` when that is done.
-        evicted: Called when a resident makes room for another.
+        num_slots: Number of slots.
+        empty: Starts to clear the slot of a retired adapter and calls `give_back` when that is done.
+        evicted: Called when an adapter is evicted for another one.
     """
 
     def __init__(self, num_slots: int, empty: Callable[[int], None], evicted: Callable[[], None]) -> None:
@@ -49,69 +63,68 @@ class SlotTable:
         self._empty = empty
         self._evicted = evicted
         self._free = list(range(num_slots))
-        self._residents: OrderedDict[str, Resident] = OrderedDict()
+        self._usable: OrderedDict[str, LoadedAdapter] = OrderedDict()
         self._may_be_free = asyncio.Event()
 
     def __len__(self) -> int:
-        return len(self._residents)
+        return len(self._usable)
 
     def __contains__(self, adapter_id: str) -> bool:
-        return adapter_id in self._residents
+        return adapter_id in self._usable
 
-    def get(self, adapter_id: str) -> Resident | None:
-        """The resident of an id that may be used."""
-        return self._residents.get(adapter_id)
+    def get(self, adapter_id: str) -> LoadedAdapter | None:
+        """The adapter of an id that takes new users."""
+        return self._usable.get(adapter_id)
 
     def ids(self) -> list[str]:
-        """From the least to the most recently used."""
-        return list(self._residents)
+        """Ids of usable adapters, from the least to the most recently used."""
+        return list(self._usable)
 
-    def use(self, resident: Resident) -> Resident:
-        """One more user."""
-        resident.users += 1
-        self._residents.move_to_end(resident.folder.id)
-        return resident
+    def use(self, adapter: LoadedAdapter) -> LoadedAdapter:
+        """Add a user."""
+        adapter.users += 1
+        self._usable.move_to_end(adapter.folder.id)
+        return adapter
 
-    def release(self, resident: Resident) -> None:
-        """One user less."""
-        resident.users -= 1
-        if not resident.users:
-            if resident.retired:
-                self._empty(resident.slot)
+    def release(self, adapter: LoadedAdapter) -> None:
+        """Remove a user."""
+        adapter.users -= 1
+        if not adapter.users:
+            if adapter.retired:
+                self._empty(adapter.slot)
             else:
                 self._may_be_free.set()
 
-    def retire(self, resident: Resident) -> None:
-        """Nobody new; those who use it finish."""
-        if self._residents.get(resident.folder.id) is resident:
-            del self._residents[resident.folder.id]
-        resident.retired = True
-        if not resident.users:
-            self._empty(resident.slot)
+    def retire(self, adapter: LoadedAdapter) -> None:
+        """Take no new users; empty the slot after the last one."""
+        if self._usable.get(adapter.folder.id) is adapter:
+            del self._usable[adapter.folder.id]
+        adapter.retired = True
+        if not adapter.users:
+            self._empty(adapter.slot)
 
     async def take(self) -> int:
-        """A free slot, or that of the least recently used resident without users; waits until there is one."""
+        """A free slot, or that of the least recently used adapter without users; waits until there is one."""
         while True:
             if self._free:
                 return self._free.pop()
-            for resident in self._residents.values():
-                if not resident.users:
-                    del self._residents[resident.folder.id]
+            for adapter in self._usable.values():
+                if not adapter.users:
+                    del self._usable[adapter.folder.id]
                     self._evicted()
-                    return resident.slot
+                    return adapter.slot
             self._may_be_free.clear()
             await self._may_be_free.wait()
 
     def give_back(self, slot: int) -> None:
-        """A taken slot in which nothing is."""
+        """Return a taken slot, which is empty again."""
         self._free.append(slot)
         self._may_be_free.set()
 
-    def settle(self, folder: AdapterFolder, slot: int, users: int) -> Resident:
-        """An adapter that was placed in a taken slot; an earlier version of it is retired."""
-        if old := self._residents.get(folder.id):
+    def add(self, adapter: LoadedAdapter) -> None:
+        """Enter an adapter that was placed in a taken slot; an earlier version of it is retired."""
+        if old := self._usable.get(adapter.folder.id):
             self.retire(old)
-        resident = self._residents[folder.id] = Resident(folder, slot, users)
-        if not users:
+        self._usable[adapter.folder.id] = adapter
+        if not adapter.users:
             self._may_be_free.set()
-        return resident

@@ -1,4 +1,4 @@
-"""Adapters in the model's slots: loaded when asked for, never taken away while in use."""
+"""The store that loads adapters into slots of the engine on request and never evicts one in use."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
-from serve_app.calls import AdapterInfo
-from serve_app.http.errors import ServeError
-from serve_app.http.refusals import refuse_as
-from serve_app.replica.adapter_folders import AdapterFolder, AdapterFolders, Signature
-from serve_app.replica.adapter_slots import Load, Resident, SlotTable
+from sam3lora.config.post_processing import PostProcessing
+from sam3lora.model.adapter.folder import FolderSignature
+from sam3lora.model.adapter.metadata import recorded_post_processing
+from sam3lora.model.adapter.weights import AdapterWeights
+from serve_app.http.errors import ServeError, refuse_as
+from serve_app.http.schemas import AdapterResponse
+from serve_app.replica.adapter_folders import AdapterFolder, AdapterFolders
+from serve_app.replica.adapter_slots import Load, LoadedAdapter, SlotTable
 from serve_app.replica.shared_calls import SharedCalls
 from serve_app.settings import AdapterSettings
 
@@ -25,24 +28,23 @@ logger = logging.getLogger(__name__)
 
 MAX_LOADS = 4  # at a time; bounds the weights that are in memory and in no slot
 FAILURE_KEPT_S = 2.0
-_ATTEMPTS_TO_READ = 3
 
 T = TypeVar("T")
-Described = list[tuple[Signature, AdapterInfo]]
+Described = list[tuple[FolderSignature, AdapterResponse]]
 
 
-class AdapterModel(Protocol):
-    """The model side; `read_adapter` works in any thread, the others in the model thread."""
+class AdapterEngine(Protocol):
+    """The engine's side of adapters. Any thread may call `read_adapter`, only the model thread the others."""
 
-    def read_adapter(self, folder: Path) -> Any: ...
+    def read_adapter(self, folder: Path) -> AdapterWeights: ...
 
-    def place_adapter(self, slot: int, weights: Any) -> None: ...
+    def place_adapter(self, slot: int, weights: AdapterWeights) -> None: ...
 
     def clear_adapter(self, slot: int) -> None: ...
 
 
 class LoadObserver(Protocol):
-    """Who wants to know about loads."""
+    """Hears about loads."""
 
     def adapter_loaded(self) -> None: ...
 
@@ -51,37 +53,44 @@ class LoadObserver(Protocol):
     def adapter_evicted(self) -> None: ...
 
 
+class HeldAdapter(NamedTuple):
+    """What a request needs of its adapter; `slot` is None for the base."""
+
+    slot: int | None
+    post_processing: PostProcessing
+
+
 @dataclass(frozen=True)
 class _Failure:
-    signature: Signature
+    signature: FolderSignature
     until: float
     message: str
 
 
 class AdapterStore:
-    """Ids to slots. Belongs to one event loop.
+    """Maps adapter ids to slots of the engine. Belongs to one event loop.
 
-    The folder is looked at for every request: a replaced one is loaded beside the old version, which its users keep
-    until they are done. While the new version cannot be read, the old one is served.
+    Every request looks at its adapter's folder. If the folder was replaced, the new version is loaded beside the old
+    one, which keeps its users until they finish. While the new version cannot be read, the old one is served.
 
     Args:
-        model: The model side.
+        engine: Reads adapters and places them in slots.
         run_in_model_thread: Runs a function between two batches.
         settings: Where the folders are and which may be served.
         num_slots: Adapters in memory at a time.
-        observer: Told about loads.
+        observer: Hears about loads.
     """
 
     def __init__(
         self,
-        model: AdapterModel,
+        engine: AdapterEngine,
         run_in_model_thread: Callable[[Callable[[], Any]], Awaitable[Any]],
         settings: AdapterSettings,
         *,
         num_slots: int,
         observer: LoadObserver,
     ) -> None:
-        self._model = model
+        self._engine = engine
         self._run_in_model_thread = run_in_model_thread
         self._observer = observer
         self._listers = ThreadPoolExecutor(1, thread_name_prefix="adapter-list")
@@ -91,7 +100,7 @@ class AdapterStore:
         self._load_turns = asyncio.Semaphore(MAX_LOADS)
         self._failures: dict[str, _Failure] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        # A slow read must not keep a request whose adapter is in memory from looking at its folder.
+        # Separate pools: a slow read must not delay a request that only looks at its loaded adapter's folder.
         self._readers = ThreadPoolExecutor(MAX_LOADS, thread_name_prefix="adapter-read")
         self._lookers = ThreadPoolExecutor(2, thread_name_prefix="adapter-look")
 
@@ -101,35 +110,35 @@ class AdapterStore:
         return len(self._table)
 
     @asynccontextmanager
-    async def hold(self, adapter_id: str | None, timeout_s: float = 30.0) -> AsyncIterator[int | None]:
-        """The slot of an adapter, which stays its own inside; None for the base.
+    async def hold(self, adapter_id: str | None, timeout_s: float = 30.0) -> AsyncIterator[HeldAdapter]:
+        """The adapter in its slot; it keeps the slot within the block. An id of None is the base.
 
         Raises:
-            ServeError: The adapter is unknown or unusable, or the time is up: `overloaded` when all slots were in use.
+            ServeError: The adapter is unknown or unusable, or the time is up: `overloaded` if all slots were in use.
         """
         if adapter_id is None:
-            yield None
+            yield HeldAdapter(None, PostProcessing())
             return
-        resident = await self._acquire(adapter_id, time.monotonic() + timeout_s)
+        adapter = await self._acquire(adapter_id, time.monotonic() + timeout_s)
         try:
-            yield resident.slot
+            yield HeldAdapter(adapter.slot, adapter.post_processing)
         finally:
-            self._table.release(resident)
+            self._table.release(adapter)
 
-    async def list(self) -> list[AdapterInfo]:
+    async def list(self) -> list[AdapterResponse]:
         """All adapters that may be served, sorted by id."""
         return [self._with_state(*known) for known in await self._listing.run("all", self._folders.describe_all)]
 
     def reconfigure(self, settings: AdapterSettings) -> None:
-        """Other folders from the next request on."""
+        """Use other folders from the next request on."""
         self._look_into(settings)
         self._failures.clear()
         for adapter_id in self._table.ids():
-            if not self._folders.allows(adapter_id) and (resident := self._table.get(adapter_id)):
-                self._table.retire(resident)
+            if not self._folders.allows(adapter_id) and (adapter := self._table.get(adapter_id)):
+                self._table.retire(adapter)
 
     async def preload(self, ids: Iterable[str], timeout_s: float = 300.0) -> None:
-        """Load before somebody asks; one that cannot be loaded is logged and does not hinder the others."""
+        """Load adapters before the first request; one that fails is logged, and the others are still loaded."""
         for adapter_id in ids:
             try:
                 async with self.hold(adapter_id, timeout_s):
@@ -147,20 +156,20 @@ class AdapterStore:
         self._folders = AdapterFolders(settings)
         self._listing: SharedCalls[Described] = SharedCalls(self._listers)
 
-    async def _acquire(self, adapter_id: str, deadline: float) -> Resident:
+    async def _acquire(self, adapter_id: str, deadline: float) -> LoadedAdapter:
         folder = await self._find(adapter_id)
         load = self._loads.get(adapter_id)
         try:
-            resident = await self._resident(folder, deadline)
+            adapter = await self._use(folder, deadline)
         except ServeError:
             if load is None or load.folder.signature == folder.signature or not load.finished.is_set():
                 raise
         else:
-            if load is None or resident.folder.signature == folder.signature:
-                return resident
-            self._table.release(resident)
-        # A load that was under way may have read an earlier version; one that begins after it has not.
-        return await self._resident(await self._find(adapter_id), deadline)
+            if load is None or adapter.folder.signature == folder.signature:
+                return adapter
+            self._table.release(adapter)
+        # The load that was in progress may have read an earlier version. One that begins now reads the present one.
+        return await self._use(await self._find(adapter_id), deadline)
 
     async def _find(self, adapter_id: str) -> AdapterFolder:
         try:
@@ -172,13 +181,13 @@ class AdapterStore:
                     self._table.retire(gone)
             raise
 
-    async def _resident(self, folder: AdapterFolder, deadline: float) -> Resident:
-        """One more user of what is in a slot, or of what is loaded; an earlier version if this one is unusable."""
-        resident = self._table.get(folder.id)
-        if resident is not None and resident.folder.signature == folder.signature:
-            return self._table.use(resident)
+    async def _use(self, folder: AdapterFolder, deadline: float) -> LoadedAdapter:
+        """Add a user to the loaded adapter, or load it first; to an earlier version if this one is unusable."""
+        adapter = self._table.get(folder.id)
+        if adapter is not None and adapter.folder.signature == folder.signature:
+            return self._table.use(adapter)
         try:
-            # A broken folder that many ask for is not read for each of them.
+            # Many requests for a broken folder must not read it each time.
             failure = self._failures.get(folder.id)
             if failure and failure.signature == folder.signature and time.monotonic() < failure.until:
                 raise ServeError("invalid_adapter", failure.message, 1.0)
@@ -189,7 +198,7 @@ class AdapterStore:
                 raise
             return self._table.use(earlier)
 
-    async def _join_load(self, folder: AdapterFolder, deadline: float) -> Resident:
+    async def _join_load(self, folder: AdapterFolder, deadline: float) -> LoadedAdapter:
         load = self._loads.get(folder.id)
         if load is None:
             load = self._loads[folder.id] = Load(folder)
@@ -204,15 +213,15 @@ class AdapterStore:
         except asyncio.CancelledError:
             self._leave(load)
             raise
-        if load.resident is None:
+        if load.loaded is None:
             assert load.error is not None
             raise load.error.with_traceback(None)
-        return load.resident
+        return load.loaded
 
     def _leave(self, load: Load) -> None:
-        """Of a request that waits no longer; the load goes on, or has finished in this moment."""
-        if load.resident is not None:
-            self._table.release(load.resident)
+        """A request stops waiting; the load continues, or has finished at this moment."""
+        if load.loaded is not None:
+            self._table.release(load.loaded)
         else:
             load.waiters -= 1
 
@@ -223,7 +232,7 @@ class AdapterStore:
         return ServeError("timeout", f"adapter {load.folder.id!r} was not loaded in time: try again", 1.0)
 
     async def _load(self, load: Load) -> None:
-        """From disk to a slot; outlives the requests that wanted it."""
+        """Load from disk into a slot; continues when the requests that wait for it leave."""
         try:
             load.waits_for_others = True
             async with self._load_turns:
@@ -233,15 +242,17 @@ class AdapterStore:
                 slot = await self._table.take()
                 load.waits_for_others = False
                 try:
-                    await self._run_in_model_thread(partial(self._model.place_adapter, slot, weights))
+                    await self._run_in_model_thread(partial(self._engine.place_adapter, slot, weights))
                 except Exception:
                     self._spawn(self._empty(slot))
                     raise
             self._failures.pop(load.folder.id, None)
             self._observer.adapter_loaded()
-            load.resident = self._table.settle(load.folder, slot, load.waiters)
+            recorded = recorded_post_processing(weights.metadata)
+            load.loaded = LoadedAdapter(load.folder, slot, recorded, users=load.waiters)
+            self._table.add(load.loaded)
             if not self._folders.allows(load.folder.id):
-                self._table.retire(load.resident)
+                self._table.retire(load.loaded)
         except Exception as error:
             self._observer.adapter_failed()
             self._remember(load.folder, error)
@@ -250,22 +261,23 @@ class AdapterStore:
             self._loads.pop(load.folder.id, None)
             load.finished.set()
 
-    def _read(self, adapter_id: str) -> tuple[AdapterFolder, Any]:
-        """In a thread. A folder that changes while it is read is read again."""
+    def _read(self, adapter_id: str) -> tuple[AdapterFolder, AdapterWeights]:
+        """Read an adapter, in a thread. `read_adapter` guards against a folder that changes meanwhile."""
         folder = self._folders.find(adapter_id)
-        for _ in range(_ATTEMPTS_TO_READ):
-            try:
-                with refuse_as("invalid_adapter", folder.path):
-                    weights = self._model.read_adapter(folder.path)
-            except (ServeError, MemoryError):
-                raise
-            except Exception as error:  # whatever a damaged file provokes
-                logger.exception("adapter %s cannot be read", adapter_id)
-                raise ServeError("invalid_adapter", f"{adapter_id} cannot be read: {type(error).__name__}") from None
-            before, folder = folder, self._folders.find(adapter_id)
-            if before.signature == folder.signature:
-                return folder, weights
-        raise ServeError("invalid_adapter", f"adapter {adapter_id!r} is being written: try again later", 1.0)
+        try:
+            with refuse_as("invalid_adapter", folder.path):
+                weights = self._engine.read_adapter(folder.path)
+        except (ServeError, MemoryError):
+            raise
+        except Exception as error:  # a damaged file may raise anything
+            logger.exception("adapter %s cannot be read", adapter_id)
+            raise ServeError("invalid_adapter", f"{adapter_id} cannot be read: {type(error).__name__}") from None
+        if weights.signature != folder.signature:
+            # It was replaced just before it was read: this version, too, must lie within the root.
+            folder = self._folders.find(adapter_id)
+        if weights.signature != folder.signature:
+            raise ServeError("invalid_adapter", f"adapter {adapter_id!r} is being written: try again later", 1.0)
+        return folder, weights
 
     def _remember(self, folder: AdapterFolder, error: Exception) -> None:
         if not isinstance(error, ServeError) or error.type != "invalid_adapter":
@@ -278,16 +290,16 @@ class AdapterStore:
 
     async def _empty(self, slot: int) -> None:
         try:
-            await self._run_in_model_thread(partial(self._model.clear_adapter, slot))
+            await self._run_in_model_thread(partial(self._engine.clear_adapter, slot))
         except Exception:
             logger.exception("adapter slot %d was not cleared", slot)
         finally:
             self._table.give_back(slot)
 
-    def _with_state(self, signature: Signature, info: AdapterInfo) -> AdapterInfo:
-        failure = self._failures.get(info.id)
-        error = failure.message if failure is not None and failure.signature == signature else info.error
-        return replace(info, resident=info.id in self._table, error=error)
+    def _with_state(self, signature: FolderSignature, described: AdapterResponse) -> AdapterResponse:
+        failure = self._failures.get(described.id)
+        error = failure.message if failure is not None and failure.signature == signature else described.error
+        return described.model_copy(update={"resident": described.id in self._table, "error": error})
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

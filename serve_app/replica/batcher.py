@@ -1,4 +1,4 @@
-"""Batches without timers: what arrives while the model is busy goes into its next forward pass together."""
+"""Request batching without timers: requests that arrive while the model is busy share its next forward pass."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
-from sam3lora.engine.device_errors import is_out_of_memory
+from sam3lora.engine.device import is_out_of_memory
 from serve_app.http.errors import ServeError
 from serve_app.replica.model_thread import ModelThread
 
@@ -19,11 +19,11 @@ logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_RECENT = 0.2  # weight of the newest batch in the running mean of seconds per item
+_NEWEST = 0.2  # weight of the newest batch in the running mean of seconds per item
 
 
 class BatchObserver(Protocol):
-    """Who wants to know how batches go."""
+    """Hears about batches."""
 
     def batch_started(self, rows: int, waited_s: Sequence[float]) -> None: ...
 
@@ -33,7 +33,7 @@ class BatchObserver(Protocol):
 
 
 class Outcome(NamedTuple, Generic[Result]):
-    """The result of one item, how long it waited and how long the batch that it was in ran."""
+    """The result of one item, its waiting time, and the time that its batch ran."""
 
     result: Result
     waited_s: float
@@ -56,17 +56,17 @@ class _Job:
 
 
 class Batcher(Generic[Item, Result]):
-    """A queue before the one thread that may touch the model. Belongs to one event loop.
+    """A queue in front of the model thread. Belongs to one event loop.
 
     Args:
-        run: Computes a batch in the model thread: a result or an exception for each item. What it raises goes to every
-            item, except when memory runs out: then the batch is tried again in halves. An error of the device must be
-            raised: nothing is run after it.
+        run: Computes a batch in the model thread and returns a result or an exception for each item. If it raises, all
+            items get the exception; if it runs out of memory, the batch is tried again in halves. It must raise a
+            device error, after which nothing runs any more.
         max_rows: Most rows of a batch; a larger item is a batch of its own.
         max_queued: Items that may wait.
-        overload_type: Type of the `ServeError` for one item more.
-        free_memory: Called in the model thread before an attempt after memory ran out.
-        observer: Told about batches.
+        overload_type: Type of the `ServeError` for an item beyond that.
+        free_memory: Called in the model thread before a further attempt after memory ran out.
+        observer: Hears about batches.
     """
 
     def __init__(
@@ -100,26 +100,26 @@ class Batcher(Generic[Item, Result]):
 
     @property
     def busy_s(self) -> float:
-        """Seconds since the model thread began what it is doing; 0 when it is idle."""
+        """Seconds that the model thread's current work has taken; 0 when it is idle."""
         return self._thread.busy_s
 
     @property
     def device_error(self) -> Exception | None:
-        """What made the device useless for this process, such as a failed CUDA kernel."""
+        """The error that made the device unusable for this process, such as a failed CUDA kernel."""
         return self._thread.device_error
 
     def pause(self) -> None:
-        """Begin no batch until `resume`; other work in the model thread goes on."""
+        """Start no batch until `resume`; other work in the model thread continues."""
         self._paused = True
 
     def resume(self) -> None:
-        """Go on with what waits."""
+        """Continue with the waiting items."""
         self._paused = False
         if self._waiting:
             self._start_draining()
 
     def check_room(self, coming: int = 0) -> None:
-        """Whether one more item may wait, when `coming` others are about to.
+        """Check that one more item may wait while `coming` others are being prepared.
 
         Raises:
             ServeError: The queue is full or closed, or the device failed.
@@ -129,17 +129,17 @@ class Batcher(Generic[Item, Result]):
         if waiting >= self._max_queued:
             raise ServeError(
                 self._overload_type,
-                f"{waiting} requests wait for the model, which is the most that may: try again later",
+                f"{waiting} requests wait for the model, the most allowed: try again later",
                 self._retry_after_s(waiting),
             )
 
     async def submit(self, item: Item, *, rows: int, timeout_s: float) -> Outcome[Result]:
-        """Wait for the item's turn and its result; an item whose caller is cancelled is not computed.
+        """Queue an item and wait for its result; an item whose caller is cancelled is not computed.
 
         Raises:
             ServeError: The queue is full or closed, the time is up, the device failed, or memory ran out for this item
                 alone.
-            Exception: What `run` gave for the item.
+            Exception: The one that `run` returned for the item.
         """
         self.check_room()
         future: asyncio.Future[Outcome[Result]] = asyncio.get_running_loop().create_future()
@@ -158,7 +158,7 @@ class Batcher(Generic[Item, Result]):
                 self._waiting.remove(waiting)
 
     async def run_in_model_thread(self, fn: Callable[[], Any]) -> Any:
-        """Run `fn` between two batches, ahead of those that wait; once more if memory runs out."""
+        """Run `fn` between two batches, before the waiting ones; once more if memory runs out."""
         self._check_alive(closing=self._draining is None)
         job = _Job(fn, asyncio.get_running_loop().create_future())
         self._jobs.append(job)
@@ -170,7 +170,7 @@ class Batcher(Generic[Item, Result]):
         return self._thread.run_at_start(fn)
 
     async def close(self) -> None:
-        """Refuse what comes, finish what waits."""
+        """Refuse new items and finish the waiting ones."""
         self._closed = True
         self.resume()
         while self._draining is not None:
@@ -178,7 +178,7 @@ class Batcher(Generic[Item, Result]):
         self.stop()
 
     def stop(self) -> None:
-        """Let the model thread end after what it is doing."""
+        """Let the model thread end after its current work."""
         self._closed = True
         self._thread.stop()
 
@@ -196,13 +196,16 @@ class Batcher(Generic[Item, Result]):
             self._draining = asyncio.create_task(self._drain())
 
     async def _drain(self) -> None:
+        """Run until nothing waits. It is the only task that uses the model thread, so nothing runs beside a batch."""
         try:
             while self._jobs or (self._waiting and not self._paused):
                 if self._jobs:
                     await self._do(self._jobs.popleft())
                 elif batch := self._next_batch():
                     await self._compute(batch)
-                    await asyncio.sleep(0)  # who has its result now may pause the next batch
+                    # Let the callers of this batch run before the next one starts: one whose masks take too much memory
+                    # calls `pause`, and has to do so in time.
+                    await asyncio.sleep(0)
         finally:
             self._draining = None
 
@@ -219,12 +222,12 @@ class Batcher(Generic[Item, Result]):
                 job.future.set_result(result)
 
     def _next_batch(self) -> list[_Waiting[Item, Result]]:
-        """From the front of the queue, in order, as many as fit."""
+        """As many items from the front of the queue as fit, in order."""
         batch: list[_Waiting[Item, Result]] = []
         rows = 0
         while self._waiting and (not batch or rows + self._waiting[0].rows <= self._max_rows):
             waiting = self._waiting.popleft()
-            if waiting.future.done():
+            if waiting.future.done():  # its caller left
                 continue
             if waiting.deadline <= time.monotonic():
                 waiting.future.set_exception(_too_late())
@@ -244,12 +247,13 @@ class Batcher(Generic[Item, Result]):
         except Exception as error:
             results = [error] * len(batch)
         ran_s = time.monotonic() - started
+        # A running mean predicts how long the queue takes: it becomes `Retry-After`. The first batch sets it.
         per_item = ran_s / len(batch)
-        self._seconds_per_item += (per_item - self._seconds_per_item) * (_RECENT if self._seconds_per_item else 1.0)
+        self._seconds_per_item += (per_item - self._seconds_per_item) * (_NEWEST if self._seconds_per_item else 1.0)
         if self._observer is not None:
             self._observer.batch_finished(ran_s)
         for waiting, result, seconds in zip(batch, results, waited_s, strict=True):
-            if waiting.future.done():
+            if waiting.future.done():  # its caller left while the batch ran
                 continue
             if isinstance(result, Exception):
                 waiting.future.set_exception(result)
@@ -257,27 +261,27 @@ class Batcher(Generic[Item, Result]):
                 waiting.future.set_result(Outcome(result, seconds, ran_s))
 
     def _run_or_free(self, fn: Callable[[], Any]) -> Any:
-        """In the model thread. A second attempt if memory runs out, with all that can be had."""
+        """In the model thread. One further attempt, with all free memory, if memory runs out."""
         try:
             return fn()
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-        self._make_room("work beside the batches")
+        self._free("work between batches")
         return fn()
 
-    def _make_room(self, wanted_for: str) -> None:
+    def _free(self, work: str) -> None:
         if self._observer is not None:
             self._observer.out_of_memory()
-        logger.warning("out of memory with %s: caches are emptied", wanted_for)
+        logger.warning("out of memory during %s: caches are emptied", work)
         self._free_memory()
 
     def _run_or_halve(self, items: list[Item]) -> Sequence[Result | Exception]:
-        """In the model thread. A single item gets a second attempt, with all the memory that can be had."""
+        """In the model thread. Halves a batch that runs out of memory; a single item gets one further attempt."""
         results = self._attempt(items)
         if results is not None:
             return results
-        self._make_room(f"{len(items)} requests in a batch")
+        self._free(f"a batch of {len(items)} requests")
         if len(items) > 1:
             half = len(items) // 2
             return [*self._run_or_halve(items[:half]), *self._run_or_halve(items[half:])]
@@ -288,7 +292,10 @@ class Batcher(Generic[Item, Result]):
         return [ServeError("out_of_memory", message, self._retry_after_s(len(self._waiting)))]
 
     def _attempt(self, items: list[Item]) -> Sequence[Result | Exception] | None:
-        """None when memory ran out; the exception, whose traceback holds tensors, is gone by then."""
+        """The results, or None if memory ran out.
+
+        It does not return the exception: its traceback would keep the batch's tensors alive during the next attempt.
+        """
         if self.device_error is not None:
             return [self.device_error] * len(items)
         try:
@@ -304,4 +311,4 @@ class Batcher(Generic[Item, Result]):
 
 
 def _too_late() -> ServeError:
-    return ServeError("timeout", "the time for this request is up: try again, or ask for less at once", 1.0)
+    return ServeError("timeout", "the time for this request is up: try again, or send a smaller request", 1.0)

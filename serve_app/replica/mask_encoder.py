@@ -1,80 +1,73 @@
-"""Answers of the model to masks at the size of the image, in threads, with a limit to time and to memory."""
+"""Encoding of the model's masks at the size of the image, in threads, limited in time and memory."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from typing import Any
 
-import numpy as np
-
-from sam3lora.engine.detect import Kept
-from sam3lora.engine.detections import Instances
-from sam3lora.engine.engine import Answer
+from sam3lora.engine.detections import Detections
+from sam3lora.engine.selection import SmallDetections
 from serve_app.http.errors import ServeError
 
 MAX_WAITING_BYTES = 2**30
-"""Mask logits: the model pauses while answers with more wait here, so there is at most one batch beyond that."""
+"""Mask logits that may wait here before the model pauses; one batch more may arrive while it pauses."""
 
 
 class MaskEncoder:
-    """Belongs to one event loop.
+    """Encodes masks for one event loop.
 
     Args:
-        finish: `MixedBatchSegmenter.finish`.
-        threads: Answers that are encoded at a time; others wait in the order they come.
-        pause: Called when answers hold too much memory.
-        resume: Called when they do so no longer.
+        threads: Requests whose masks are encoded at a time; others wait in order of arrival.
+        pause: Called when the waiting masks hold too much memory.
+        resume: Called when they hold less again.
     """
 
     def __init__(
         self,
-        finish: Callable[[Answer], list[Instances]],
-        *,
         threads: int,
+        *,
         pause: Callable[[], None],
         resume: Callable[[], None],
     ) -> None:
-        self._finish = finish
         self._pause = pause
         self._resume = resume
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="encode")
         self._turns = asyncio.Semaphore(threads)
         self._bytes = 0
-        self._num_answers = 0
+        self._num_waiting = 0
 
     @property
-    def num_answers(self) -> int:
-        """Answers that wait or are being encoded."""
-        return self._num_answers
+    def num_waiting(self) -> int:
+        """Requests whose masks wait or are being encoded."""
+        return self._num_waiting
 
-    async def encode(self, answer: Answer, deadline: float) -> list[Instances]:
-        """For each prompt what was found. Ends between two masks when the time is up or the caller is cancelled.
+    async def encode(self, found: Sequence[SmallDetections], deadline: float) -> list[Detections]:
+        """The detections of each prompt. Stops between two masks when the time is up or the caller is cancelled.
 
         Args:
-            answer: Of the model.
+            found: From the engine.
             deadline: By `time.monotonic`.
 
         Raises:
             ServeError: The time is up.
         """
 
-        def finished(work: asyncio.Future[list[Instances]]) -> None:
-            work.cancelled() or work.exception()  # nobody else looks at it
+        def finished(work: asyncio.Future[list[Detections]]) -> None:
+            work.cancelled() or work.exception()  # or asyncio would log an exception that nobody retrieved
             self._let_go(num_bytes)
 
         stop = threading.Event()
-        work: asyncio.Future[list[Instances]] | None = None
-        num_bytes = _num_bytes(answer)
+        work: asyncio.Future[list[Detections]] | None = None
+        num_bytes = _num_bytes(found)
+        if not num_bytes:  # nothing to encode
+            return _encode(found, stop)
         self._hold(num_bytes)
         try:
             async with asyncio.timeout(deadline - time.monotonic()) as limit, self._turns:
-                checked = replace(answer, kept=[_checked(kept, stop) for kept in answer.kept])
-                work = asyncio.get_running_loop().run_in_executor(self._pool, self._finish, checked)
+                work = asyncio.get_running_loop().run_in_executor(self._pool, _encode, found, stop)
                 return await asyncio.shield(work)
         except TimeoutError:
             if not limit.expired():
@@ -85,7 +78,7 @@ class MaskEncoder:
             stop.set()
             if work is None or work.done():
                 self._let_go(num_bytes)
-            else:  # the thread still has the mask in hand
+            else:  # the thread still encodes a mask: its memory is free only after that
                 work.add_done_callback(finished)
 
     def close(self) -> None:
@@ -93,36 +86,36 @@ class MaskEncoder:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _hold(self, num_bytes: int) -> None:
-        self._num_answers += 1
+        self._num_waiting += 1
         self._bytes += num_bytes
         if self._bytes > MAX_WAITING_BYTES:
             self._pause()
 
     def _let_go(self, num_bytes: int) -> None:
-        self._num_answers -= 1
+        self._num_waiting -= 1
         self._bytes -= num_bytes
         if self._bytes <= MAX_WAITING_BYTES:
             self._resume()
 
 
 class _StoppedError(Exception):
-    """Nobody waits for the masks any more."""
+    """The caller no longer waits for the masks."""
 
 
-def _num_bytes(answer: Answer) -> int:
-    return sum(kept.mask_logits_NHW.nbytes for kept in answer.kept if kept.mask_logits_NHW is not None)
+def _encode(found: Sequence[SmallDetections], stop: threading.Event) -> list[Detections]:
+    """In a thread; can stop between two masks."""
+    results = []
+    for small in found:
+        rles: list[dict] | None = None
+        if small.mask_logits_NHW is not None and small.wanted.masks:
+            rles = []
+            for row in range(len(small.scores_N)):
+                if stop.is_set():
+                    raise _StoppedError
+                rles.append(small.encode(row))
+        results.append(small.at_full_size(rles))
+    return results
 
 
-def _checked(kept: Kept, stop: threading.Event) -> Kept:
-    """With masks that can be taken one after the other, until it is to stop."""
-    if kept.mask_logits_NHW is None:
-        return kept
-    masks: Any = _until(stop, kept.mask_logits_NHW)
-    return kept._replace(mask_logits_NHW=masks)
-
-
-def _until(stop: threading.Event, logits_NHW: np.ndarray) -> Iterator[np.ndarray]:
-    for logits_HW in logits_NHW:
-        if stop.is_set():
-            raise _StoppedError
-        yield logits_HW
+def _num_bytes(found: Sequence[SmallDetections]) -> int:
+    return sum(small.mask_logits_NHW.nbytes for small in found if small.mask_logits_NHW is not None)

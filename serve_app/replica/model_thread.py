@@ -1,4 +1,4 @@
-"""The one thread that may touch the model, and what became of the device."""
+"""The one thread that may use the model, and the error after which the device is unusable."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from sam3lora.engine.device_errors import is_device_error
+from sam3lora.engine.device import is_device_error
 
 logger = logging.getLogger(__name__)
 
 
 class ModelThread:
-    """Runs one function at a time, and remembers the error that made the device useless for this process."""
+    """Runs one function at a time, and keeps the error that made the device unusable for this process."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
@@ -24,12 +24,12 @@ class ModelThread:
 
     @property
     def busy_s(self) -> float:
-        """Seconds since the thread began what it is doing; 0 when it is idle."""
+        """Seconds that the current work has taken; 0 when the thread is idle."""
         since = self._busy_since
         return 0.0 if since is None else time.monotonic() - since
 
     async def run(self, fn: Callable[[], Any]) -> Any:
-        """What `fn` returns or raises."""
+        """Return or raise what `fn` does."""
         self._busy_since = time.monotonic()
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, fn)
@@ -40,15 +40,15 @@ class ModelThread:
             self._busy_since = None
 
     def run_at_start(self, fn: Callable[[], Any]) -> Any:
-        """Block until `fn` is done."""
+        """Run `fn` and block until it is done."""
         return self._thread.submit(fn).result()
 
     def note(self, error: Exception) -> None:
-        """Of an error that is not raised to `run`. From any thread."""
+        """Report an error that `run` does not see. From any thread."""
         if self.device_error is None and is_device_error(error):
             logger.error("the device failed with %s: %s", type(error).__name__, error)
             self.device_error = error
 
     def stop(self) -> None:
-        """Let the thread end after what it is doing."""
+        """Let the thread end after its current work."""
         self._thread.shutdown(wait=False)

@@ -1,4 +1,4 @@
-"""A replica of the model: a call goes through decoding, the adapter's slot, the queue, a forward pass and encoding."""
+"""The model replica: a call passes image decoding, the adapter's slot, the queue, a forward pass and mask encoding."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, contextmanager
 from typing import Any, TypeVar
@@ -16,14 +16,15 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from sam3lora.engine.device_errors import is_device_error, is_out_of_memory
-from sam3lora.engine.engine import Answer, MixedBatchSegmenter, Question
+from sam3lora.config.post_processing import PostProcessing
+from sam3lora.engine.device import is_device_error, is_out_of_memory
+from sam3lora.engine.engine import Engine, PromptedImage
 from sam3lora.engine.feature_cache import PreparedImage
-from sam3lora.engine.segmenter import relative_cxcywh
+from sam3lora.engine.selection import SmallDetections
 from sam3lora.errors import UserError
-from serve_app.calls import AdapterInfo, ImageFile, ImageReply, SegmentCall, SegmentReply
-from serve_app.http.errors import ServeError
-from serve_app.http.refusals import refuse_as
+from serve_app.http.errors import ServeError, refuse_as
+from serve_app.http.schemas import AdapterResponse, check_boxes
+from serve_app.messages import ImageFile, ImageReply, SegmentCall, SegmentReply
 from serve_app.metrics import ReplicaMetrics, StageClock
 from serve_app.replica.adapter_store import AdapterStore
 from serve_app.replica.batcher import Batcher
@@ -38,17 +39,17 @@ STUCK_AFTER_S = 120.0
 T = TypeVar("T")
 
 
-class Segmenter:
-    """The deployment's class: `__init__` returns when the model is warm, all else runs on one event loop.
+class ModelReplica:
+    """The deployment with the model. `__init__` returns when the model is warm; the methods run on one event loop.
 
-    What a user should hear of comes back as a `ServeError` and is never raised: Ray would log it with its arguments.
+    Errors for the client are returned as `ServeError`s and never raised.
 
     Args:
-        settings: Of the service.
-        engine: The model side; made from the settings unless given.
+        settings: Settings of the service.
+        engine: Built from the settings if not given.
     """
 
-    def __init__(self, settings: ServeSettings, *, engine: MixedBatchSegmenter | None = None) -> None:
+    def __init__(self, settings: ServeSettings, *, engine: Engine | None = None) -> None:
         limits = settings.limits
         self._limits = limits
         self._ongoing = 0
@@ -60,7 +61,7 @@ class Segmenter:
             queue_length=lambda: self._batcher.queue_length + self._preparing,
             resident_adapters=lambda: self._store.num_resident,
         )
-        self._batcher: Batcher[Question | PreparedImage, Answer | PreparedImage] = Batcher(
+        self._batcher: Batcher[PromptedImage | PreparedImage, list[SmallDetections] | PreparedImage] = Batcher(
             self._run_batch,
             max_rows=settings.batching.max_rows,
             max_queued=limits.max_queued,
@@ -73,9 +74,7 @@ class Segmenter:
         self._decoding: SharedCalls[PreparedImage] = SharedCalls(self._decoders)
         self._prepared: WeakValueDictionary[str, PreparedImage] = WeakValueDictionary()
         self._engine = engine or self._batcher.run_at_start(lambda: _build_engine(settings))
-        self._encoder = MaskEncoder(
-            self._engine.finish, threads=threads, pause=self._batcher.pause, resume=self._batcher.resume
-        )
+        self._encoder = MaskEncoder(threads, pause=self._batcher.pause, resume=self._batcher.resume)
         self._store = AdapterStore(
             self._engine,
             self._batcher.run_in_model_thread,
@@ -85,7 +84,7 @@ class Segmenter:
         )
         self._batcher.run_at_start(self._engine.warm_up)
         logger.info(
-            "segmenter is ready: model %s on %s, %s, %d pixels",
+            "replica is ready: model %s on %s, %s, %d pixels",
             settings.model,
             self._engine.device,
             self._engine.precision,
@@ -97,42 +96,38 @@ class Segmenter:
         return await self._answered(self._segment(call))
 
     async def keep_image(self, image: ImageFile, timeout_s: float = 30.0) -> ImageReply | ServeError:
-        """Embed an image, so that later calls may name it by its key alone."""
+        """Encode an image and keep it, so that later calls may send its key alone."""
         return await self._answered(self._keep(image, timeout_s))
 
-    async def list_adapters(self) -> list[AdapterInfo]:
-        """All adapters that may be asked for, sorted by id; `resident` is meant of this replica."""
+    async def list_adapters(self) -> list[AdapterResponse]:
+        """All adapters that may be served, sorted by id; `resident` says whether this replica holds the adapter."""
         return await self._store.list()
 
-    async def metrics_text(self) -> str:
-        """Prometheus exposition text of this replica."""
-        return self._metrics.text()
-
     async def named_metrics(self) -> tuple[str, str]:
-        """A name that no other replica has, and `metrics_text`."""
+        """A name that no other replica has, and the metrics in Prometheus' text format."""
         return f"{socket.gethostname()}-{os.getpid()}", self._metrics.text()
 
     async def ready(self) -> bool:
-        """Whether calls are taken."""
+        """Whether the replica accepts calls."""
         return not self._closing
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Serve calls it with the fields of `AdapterSettings`, before the first request and at each change.
+        """Apply the fields of `AdapterSettings`. Serve calls it before the first request and at each change.
 
-        Returns when what is to be preloaded is loaded.
+        Returns when the adapters to preload are loaded.
 
         Raises:
-            pydantic.ValidationError: These are no such settings; the earlier ones stay.
+            pydantic.ValidationError: The settings are invalid; the earlier ones stay in force.
         """
         settings = AdapterSettings.model_validate(user_config)
         self._store.reconfigure(settings)
         await self._store.preload(settings.preload)
 
     def check_health(self) -> None:
-        """Serve calls it from time to time, and replaces a replica that raises.
+        """Serve calls it periodically, and replaces a replica that raises.
 
         Raises:
-            RuntimeError: The device failed, or the model thread has not come back for very long.
+            RuntimeError: The device failed, or the model thread has been stuck for very long.
         """
         if self._batcher.device_error is not None:
             raise RuntimeError(f"the device failed: {type(self._batcher.device_error).__name__}")
@@ -141,7 +136,7 @@ class Segmenter:
             raise RuntimeError(f"the model has been busy with one batch for more than {stuck_after_s:.0f} s")
 
     async def close(self) -> None:
-        """Finish what came and refuse what comes."""
+        """Finish the calls in progress and refuse new ones."""
         self._closing = True
         while self._ongoing:
             self._idle.clear()
@@ -150,7 +145,7 @@ class Segmenter:
         self._stop()
 
     def __del__(self) -> None:
-        """Serve calls it when the last request is answered."""
+        """Serve deletes the replica after the last response."""
         if hasattr(self, "_store"):
             self._batcher.stop()
             self._stop()
@@ -161,13 +156,13 @@ class Segmenter:
         self._encoder.close()
 
     async def _answered(self, work: Awaitable[T]) -> T | ServeError:
-        """The only place where an exception becomes an answer."""
+        """The only place where an exception becomes a reply."""
         self._ongoing += 1
         try:
             return await work
         except ServeError as error:
-            return error.with_traceback(None)  # a value; its frames hold the call
-        except UserError as error:  # of the model side; boxes, images and adapters were checked before
+            return error.with_traceback(None)  # its frames would keep the call alive
+        except UserError as error:  # from the engine: boxes, images and adapters were checked before
             return ServeError("invalid_prompt", str(error))
         except Exception as error:
             if is_out_of_memory(error):
@@ -175,7 +170,7 @@ class Segmenter:
             _log(error)
             if is_device_error(error):
                 return ServeError("replica_failed", "the device of this replica failed: send the request again", 2.0)
-            return ServeError("internal", "this request failed for a reason that is not its own; it was logged")
+            return ServeError("internal", "the service failed on this request: its log has the reason")
         finally:
             self._ongoing -= 1
             if not self._ongoing:
@@ -187,23 +182,18 @@ class Segmenter:
         async with AsyncExitStack() as held:
             with self._place_in_queue():
                 image = await self._image(call.image, deadline)
-                with refuse_as("invalid_box"):
-                    for box in call.boxes:
-                        relative_cxcywh(box, image.size_hw)
+                if call.image.data is None:  # the ingress could not know the size
+                    check_boxes(call.boxes, image.size_hw)
                 clock.lap("decode")
-                slot = await held.enter_async_context(self._store.hold(call.adapter, deadline - time.monotonic()))
+                adapter = await held.enter_async_context(self._store.hold(call.adapter, deadline - time.monotonic()))
                 clock.lap("adapter")
-            question = Question(image, call.prompts, call.boxes, slot, call.post, call.masks)
-            outcome = await self._batcher.submit(
-                question, rows=question.num_rows, timeout_s=deadline - time.monotonic()
-            )
+            post = _post_processing(adapter.post_processing, call.post_processing, self._limits.max_detections)
+            asked = PromptedImage(image, call.prompts, call.boxes, adapter.slot, post, call.masks)
+            outcome = await self._batcher.submit(asked, rows=asked.num_rows, timeout_s=deadline - time.monotonic())
         clock.set("queue", outcome.waited_s)
         clock.set("forward", outcome.ran_s)
-        assert isinstance(outcome.result, Answer)
-        if call.masks:
-            results = await self._encoder.encode(outcome.result, deadline)
-        else:
-            results = self._engine.finish(outcome.result)
+        assert isinstance(outcome.result, list)
+        results = await self._encoder.encode(outcome.result, deadline)
         clock.lap("masks")
         self._metrics.stages(clock.timing_ms)
         return SegmentReply(image.size_hw, results, clock.timing_ms)
@@ -219,14 +209,16 @@ class Segmenter:
 
     @contextmanager
     def _place_in_queue(self) -> Iterator[None]:
-        """Who gets ready or has masks to be encoded counts as waiting: too many are refused before anything is done.
+        """Count a call as waiting while it is prepared, so that a surplus is refused before any work is done on it.
+
+        Answers whose masks are being encoded count as well.
 
         Raises:
             ServeError: There is no room.
         """
         if self._closing:
             raise ServeError("not_ready", "this replica is shutting down: send the request again", 1.0)
-        self._batcher.check_room(coming=self._preparing + self._encoder.num_answers)
+        self._batcher.check_room(coming=self._preparing + self._encoder.num_waiting)
         self._preparing += 1
         try:
             yield
@@ -234,13 +226,13 @@ class Segmenter:
             self._preparing -= 1
 
     async def _image(self, file: ImageFile, deadline: float) -> PreparedImage:
-        """Decoded once, for all requests that come with it while one of them is waiting or it is in the cache."""
+        """The decoded image. Concurrent requests with the same image decode it once, and so does the engine's cache."""
         known = self._engine.cached_image(file.key) or self._prepared.get(file.key)
         if known is not None:
             return known
         data = file.data
         if data is None:
-            raise ServeError("image_not_found", "this image is not kept here: upload it again with POST /v1/images")
+            raise ServeError("image_not_found", "this image is not in the cache: upload it again with POST /v1/images")
         try:
             async with asyncio.timeout(deadline - time.monotonic()) as limit:
                 image = await self._decoding.run(file.key, lambda: self._decode(data, file.key))
@@ -254,13 +246,13 @@ class Segmenter:
         with refuse_as("invalid_image"):
             return self._engine.prepare_image(data, key, max_megapixels=self._limits.max_megapixels)
 
-    def _run_batch(self, items: list[Question | PreparedImage]) -> list[Answer | PreparedImage | Exception]:
-        """In the model thread."""
-        results: list[Answer | PreparedImage | Exception | None] = [
-            self._keep_now(item) if isinstance(item, PreparedImage) else None for item in items
-        ]
-        answers = iter(self._engine.answer([item for item in items if isinstance(item, Question)]))
-        return [next(answers) if result is None else result for result in results]
+    def _run_batch(
+        self, items: list[PromptedImage | PreparedImage]
+    ) -> list[list[SmallDetections] | PreparedImage | Exception]:
+        """In the model thread: uploaded images are encoded, prompted ones answered together."""
+        kept = [self._keep_now(item) if isinstance(item, PreparedImage) else None for item in items]
+        found = iter(self._engine.detect_small([item for item in items if isinstance(item, PromptedImage)]))
+        return [next(found) if result is None else result for result in kept]
 
     def _keep_now(self, image: PreparedImage) -> PreparedImage | Exception:
         try:
@@ -272,10 +264,24 @@ class Segmenter:
         return image
 
 
-def _build_engine(settings: ServeSettings) -> MixedBatchSegmenter:
+def _post_processing(recorded: PostProcessing, requested: Mapping[str, Any], most_detections: int) -> PostProcessing:
+    """The adapter's settings, changed by those of the request, within the limit of the service.
+
+    Raises:
+        ServeError: A field of the request would have no effect.
+    """
+    post = recorded.changed(**requested)
+    if "merge_iou" in requested and not post.merge:
+        raise ServeError("invalid_request", "merge_iou has an effect with merge true only: set merge, or leave it out")
+    if "nms_iou" in requested and post.nms == "none":
+        raise ServeError("invalid_request", 'nms_iou has no effect with nms "none": leave it out, or set nms')
+    return post.changed(max_detections=min(post.max_detections, most_detections))
+
+
+def _build_engine(settings: ServeSettings) -> Engine:
     if settings.torch_threads is not None:
         torch.set_num_threads(settings.torch_threads)
-    return MixedBatchSegmenter(
+    return Engine.load(
         settings.model,
         revision=settings.revision,
         resolution=settings.resolution,
@@ -292,9 +298,9 @@ def _build_engine(settings: ServeSettings) -> MixedBatchSegmenter:
 
 
 def _log(error: Exception) -> None:
-    """With the lines of code it passed, without its message, which may hold what a client sent.
+    """Log the traceback without the message, which may hold what a client sent.
 
-    Those of torch name shapes and devices and are kept.
+    Messages of torch name shapes and devices and are kept.
     """
     message = f": {error}" if isinstance(error, RuntimeError) else ""
     frames = "".join(traceback.format_tb(error.__traceback__))

@@ -1,4 +1,4 @@
-"""Work in threads that several requests want at the same time is done once."""
+"""Sharing of work in threads: several requests for the same result wait for one computation."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class _Call(Generic[T]):
 
 
 class SharedCalls(Generic[T]):
-    """Belongs to one event loop.
+    """Runs work once for all concurrent callers of a key. Belongs to one event loop.
 
     Args:
-        pool: Where the work is done.
+        pool: Threads for the work.
     """
 
     def __init__(self, pool: Executor) -> None:
@@ -29,9 +29,9 @@ class SharedCalls(Generic[T]):
         self._calls: dict[str, _Call[T]] = {}
 
     async def run(self, key: str, work: Callable[[], T]) -> T:
-        """The result of `work`, or of the work under this key that is under way.
+        """The result of `work`, or of the work in progress under the same key.
 
-        Work that nobody waits for any more is not begun.
+        Work that is not begun is dropped when its last caller leaves.
         """
         call = self._calls.get(key)
         if call is None:

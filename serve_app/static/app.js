@@ -1,4 +1,4 @@
-// The page: what is asked, when, and where the answers go.
+// The page: builds requests, sends them, and shows the responses in panels.
 
 import { apiKey, call, isAbort, ServiceError } from "./api.js";
 import { byId, debounce, make } from "./elements.js";
@@ -7,8 +7,9 @@ import { Picture } from "./picture.js";
 import { PromptField } from "./prompts.js";
 import { Viewport } from "./viewport.js";
 
-// Asked for generously, so that the sliders act on what is here.
-const LOOSEST = { threshold: 0.05, nms_iou: 1, max_detections: 100, masks: "rle" };
+// Requests ask for nearly everything: the page post-processes, so that the sliders act without another request.
+const LOOSEST = { threshold: 0.05, nms: "none", merge: false, max_detections: 100, masks: "rle" };
+const SLIDERS = { threshold: "threshold", "nms-iou": "nms_iou" }; // element -> field
 const SAMPLE = { url: "static/sample.jpg", name: "sample.jpg", prompts: ["gear", "arrow", "capsule"] };
 const BASE = ""; // value of the base model in the lists of adapters
 const NONE = "-";
@@ -23,6 +24,8 @@ const scene = {
 const callbacks = { onView: drawAll, onBox: addBox, onFail: showError };
 const prompts = new PromptField(askSoon);
 let adapters = [];
+let basePostProcessing = null; // of the base model; known when the adapters are
+let changed = {}; // post-processing fields that the person set; the adapter's own values hold for the others
 let panels = [];
 let running = new AbortController();
 
@@ -44,6 +47,10 @@ async function ask() {
   running = new AbortController();
   const { signal } = running;
   hideError();
+  if (!basePostProcessing) {
+    await loadAdapters(); // asks again
+    return;
+  }
   if (!isAskable()) {
     for (const panel of panels) panel.setAnswer(null);
     setBusy(false);
@@ -80,14 +87,35 @@ const speakCounts = debounce(400, () => (byId("spoken").textContent = sentences.
 let sentences = [];
 
 function refineAll() {
-  const settings = {
-    threshold: byId("threshold").valueAsNumber,
-    nmsIou: byId("nms-iou").valueAsNumber,
-    merge: byId("merge").checked,
-  };
-  for (const name of ["threshold", "nms-iou"]) byId(`${name}-value`).textContent = byId(name).valueAsNumber.toFixed(2);
-  sentences = panels.map((panel) => panel.refine(settings)).filter(Boolean);
+  if (!basePostProcessing) return;
+  showSettings();
+  sentences = panels.map((panel) => panel.refine(settingsOf(panel.adapter))).filter(Boolean);
   if (sentences.length) speakCounts();
+}
+
+/** The settings recorded with an adapter, with those that the person changed. */
+function settingsOf(id) {
+  const recorded = adapters.find((adapter) => adapter.id === id)?.post_processing ?? basePostProcessing;
+  const forAllPrompts = "threshold" in changed ? { prompt_thresholds: {} } : {};
+  return { ...recorded, ...changed, ...forAllPrompts };
+}
+
+/** Show the settings of the first panel. */
+function showSettings() {
+  const shown = settingsOf(panels[0].adapter);
+  for (const [id, field] of Object.entries(SLIDERS)) {
+    byId(id).value = shown[field];
+    byId(`${id}-value`).textContent = shown[field].toFixed(2);
+  }
+  if (Object.keys(shown.prompt_thresholds).length) byId("threshold-value").textContent += ", some prompts differ";
+  byId("nms").value = shown.nms;
+  byId("merge").checked = shown.merge;
+  byId("recorded").hidden = !Object.keys(changed).length;
+}
+
+function change(field, value) {
+  changed = { ...changed, [field]: value };
+  refineAll();
 }
 
 function drawAll() {
@@ -194,7 +222,7 @@ function drawBoxList() {
 
 async function loadAdapters() {
   try {
-    ({ adapters } = await call("v1/adapters"));
+    ({ adapters, base_post_processing: basePostProcessing } = await call("v1/adapters"));
   } catch (error) {
     showError(error);
     return;
@@ -226,6 +254,7 @@ function chooseAdapters() {
   byId("panels").classList.toggle("is-pair", panels.length > 1);
   prompts.suggest(ids.flatMap((id) => adapters.find((adapter) => adapter.id === id)?.prompts ?? []));
   drawAll();
+  refineAll();
   askSoon();
 }
 
@@ -259,9 +288,17 @@ document.addEventListener("keydown", (event) => {
 });
 
 byId("ask").addEventListener("click", ask);
-byId("retry").addEventListener("click", () => (adapters.length || scene.picture ? ask() : loadAdapters()));
+byId("retry").addEventListener("click", ask);
 for (const id of ["adapter", "compare"]) byId(id).addEventListener("change", chooseAdapters);
-for (const id of ["threshold", "nms-iou", "merge"]) byId(id).addEventListener("input", refineAll);
+for (const [id, field] of Object.entries(SLIDERS)) {
+  byId(id).addEventListener("input", (event) => change(field, event.target.valueAsNumber));
+}
+byId("nms").addEventListener("input", (event) => change("nms", event.target.value));
+byId("merge").addEventListener("input", (event) => change("merge", event.target.checked));
+byId("recorded").addEventListener("click", () => {
+  changed = {};
+  refineAll();
+});
 for (const name of ["masks", "boxes", "labels"]) {
   byId(`show-${name}`).addEventListener("change", (event) => {
     scene.show[name] = event.target.checked;

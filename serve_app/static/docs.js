@@ -33,7 +33,10 @@ function table(head, rows) {
 
 function fieldTable(schema) {
   const rows = Object.entries(resolve(schema).properties ?? {}).map(([name, field]) => {
-    const bounds = ["minimum", "maximum", "maxItems", "pattern"].filter((key) => key in field).map((key) => `${key} ${field[key]}`);
+    const schemas = [field, ...(field.anyOf ?? [])];
+    const bounds = ["minimum", "maximum", "maxItems", "pattern"].flatMap((key) =>
+      schemas.filter((schema) => key in schema).map((schema) => `${key} ${schema[key]}`),
+    );
     const fallback = "default" in field ? `default ${JSON.stringify(field.default)}` : "";
     return [element("code", name), typeName(field), [field.description, fallback, ...bounds].filter(Boolean).join("; ")];
   });

@@ -1,17 +1,14 @@
 // What is on screen as files: JSON as the service answers it, the picture, COCO annotations.
 
 import { drawDetections, drawExamples } from "./drawing.js";
-import { MERGE_IOU } from "./postprocess.js";
 
-/** The answer with the detections that `select` left by its settings `chosenBy`, as the service would have sent it. */
-export function toJson(answer, chosen, chosenBy) {
+/** The answer with the detections that `select` left under `settings`, in the form of a response. */
+export function toJson(answer, chosen, settings) {
   const results = answer.results.map(({ prompt, presence }, index) => {
     const detections = chosen[index].map(({ score, box_xyxy, area_px, mask }) => ({ score, box_xyxy, area_px, mask }));
     return { prompt, presence, num_detections: detections.length, detections };
   });
   const { request_id, image, adapter, timing_ms } = answer;
-  const { threshold, nmsIou: nms_iou, merge } = chosenBy;
-  const settings = { threshold, nms_iou, merge, merge_iou: MERGE_IOU };
   return JSON.stringify({ request_id, image, adapter, settings, results, timing_ms }, null, 1);
 }
 

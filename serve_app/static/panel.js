@@ -61,12 +61,12 @@ export class Panel {
     );
   }
 
-  /** Choose anew what is left of the answer; `settings` as of `select`. Returns a sentence that says how many. */
+  /** Select from the answer again; `settings` are the post-processing fields. Returns a sentence with the counts. */
   refine(settings) {
     if (!this.#answer) return "";
     this.#settings = settings;
     const { results } = this.#answer;
-    this.#chosen = results.map(({ detections }) => select(detections, settings));
+    this.#chosen = results.map(({ prompt, detections }) => select(prompt, detections, settings));
     this.stage.items = this.#chosen
       .flatMap((detections, index) => {
         const { prompt } = results[index];

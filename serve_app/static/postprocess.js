@@ -1,8 +1,6 @@
-// From every returned detection to those that count, as the service would do it, at the speed of a slider.
+// Post-processing as the service does it, on detections that the browser already has.
 
 import { areaPx, boundsOf, decodeSpans, encodeSpans, intersectionPx, union } from "./rle.js";
-
-export const MERGE_IOU = 0.15;
 
 /** Mask of a detection as spans, read when it is first needed. */
 export function spansOf(detection) {
@@ -10,13 +8,18 @@ export function spansOf(detection) {
 }
 
 /**
- * The detections of one prompt that are left.
- * `detections` come by descending score, as they do in a response; settings are { threshold, nmsIou, merge }.
+ * The detections of one prompt that are left, by descending score, as in a response.
+ * `post` has the service's post-processing fields. Masks decide after merging in any case.
  */
-export function select(detections, { threshold, nmsIou, merge }) {
+export function select(prompt, detections, post) {
+  const own = post.prompt_thresholds;
+  const threshold = Object.hasOwn(own, prompt) ? own[prompt] : post.threshold;
   let kept = detections.filter((detection) => detection.score >= threshold);
-  if (merge) kept = mergeOverlapping(kept);
-  return nmsIou < 1 ? suppress(kept, nmsIou, merge ? maskIou : boxIou) : kept;
+  if (post.merge) kept = mergeOverlapping(kept, post.merge_iou);
+  if (post.nms !== "none" && post.nms_iou < 1) {
+    kept = suppress(kept, post.nms_iou, post.merge || post.nms === "mask" ? maskIou : boxIou);
+  }
+  return kept.slice(0, post.max_detections);
 }
 
 export function boxIou({ box_xyxy: a }, { box_xyxy: b }) {
@@ -48,8 +51,8 @@ function suppress(detections, iou, overlap) {
   return kept;
 }
 
-/** Detections that overlap, also by way of others, become one under the best one's score. */
-function mergeOverlapping(detections) {
+/** Detections whose masks overlap by `mergeIou`, transitively, become one under the best one's score. */
+function mergeOverlapping(detections, mergeIou) {
   const left = new Set(detections);
   const merged = [];
   for (const best of detections) {
@@ -57,7 +60,7 @@ function mergeOverlapping(detections) {
     const group = [best];
     for (const member of group) {
       for (const other of left) {
-        if (maskIou(member, other) >= MERGE_IOU) {
+        if (maskIou(member, other) >= mergeIou) {
           left.delete(other);
           group.push(other);
         }

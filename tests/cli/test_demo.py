@@ -1,4 +1,4 @@
-"""The demo from nothing to a report, small; and that it never replaces what is not its own."""
+"""The demo from nothing to a report, at a small size; it never replaces the content of other folders."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from transformers import CLIPTokenizer, Sam3Model
 
 from jobs.pretrain.tiny_model import initialise, tiny_config, write_tokenizer
-from sam3lora.cli.demo_run import MARKER, next_steps, run_demo
+from sam3lora.cli.demo import MARKER, next_steps, run_demo
 from sam3lora.errors import UserError
 
 
@@ -30,7 +29,7 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_refuses_a_folder_of_another_kind(tmp_path: Path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "mine.txt").write_text("keep")
-    with pytest.raises(UserError, match="no folder of a demo"):
+    with pytest.raises(UserError, match="--output"):
         run_demo(tmp_path)
     assert (tmp_path / "data" / "mine.txt").read_text() == "keep"
 
@@ -59,20 +58,17 @@ def test_next_steps_are_commands_that_exist():
 def test_whole_demo_and_again_in_the_same_folder(tmp_path: Path, base_folder: Path, capsys):
     overrides = [f"model.name={base_folder}", "training.num_epochs=2", "scaling.num_workers=0"]
     for number in (6, 5):
-        result = run_demo(
-            tmp_path / "a b's", num_train=number, num_valid=3, overrides=overrides, console=Console(width=100)
-        )
-    folder = result.report.parent
-    # the second run replaced the first
+        report = run_demo(tmp_path / "a b's", num_train=number, num_valid=3, overrides=overrides)
+    folder = report.parent
+    # The second run replaced the first.
     assert len(list((folder / "data" / "train").glob("*.jpg"))) == 5
-    assert sorted(path.name for path in folder.iterdir()) == [MARKER, "data", "metrics.json", "report.html", "run"]
-    metrics = json.loads((folder / "metrics.json").read_text())
-    assert {label: found["num_images"] for label, found in metrics["models"].items()} == {"base": 3, "adapter": 3}
-    assert set(metrics["models"]["adapter"]["per_category"]) == {"gear", "arrow", "bolt", "capsule"}
-    page = result.report.read_text()
-    # labels, base and adapter of each image
-    assert page.count("data:image/jpeg;base64,") == 3 * 3
-    assert "<polyline" in page
+    left = {MARKER, "data", "run", "base", "adapter", "comparison.json", "report.html"}
+    assert {path.name for path in folder.iterdir()} == left
+    metrics = json.loads((folder / "adapter" / "metrics.json").read_text())
+    assert metrics["num_images"] == 3
+    assert set(metrics["per_category"]) == {"gear", "arrow", "bolt", "capsule"}
+    assert "data:image/jpeg;base64," in report.read_text()
+    assert (folder / "run" / "plots" / "loss.png").exists()
     printed = capsys.readouterr().out
     assert "presence accuracy" in printed
     assert "What to do next" in printed

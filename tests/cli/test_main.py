@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import types
 
 import pytest
 
@@ -116,14 +115,3 @@ def test_package_says_what_it_has():
     with pytest.raises(AttributeError, match="Predictor"):
         sam3lora.predictor  # noqa: B018
     assert sam3lora.load_config("light").lora.rank == 16
-
-
-def test_package_of_the_same_name_as_its_function_can_be_called():
-    # `train` is a function to users and a package to its modules, whatever was imported first:
-    # the import system binds a package to its parent just as the assignment below does.
-    parent = type(sam3lora)("sam3lora")
-    package = types.ModuleType("sam3lora.training")
-    package.train = lambda value: value + 1
-    parent.train = package
-    assert parent.train(1) == 2
-    assert parent.train.train(1) == 2

@@ -21,9 +21,9 @@ REPOSITORY = Path(sam3lora.__file__).parents[1]
 def calls(monkeypatch):
     """Stands in for the trainer and records what it is given."""
     seen = []
-    package = types.ModuleType("sam3lora.training")
-    package.train = lambda config, *, resume=False: seen.append((config, resume))
-    monkeypatch.setitem(sys.modules, "sam3lora.training", package)
+    launch = types.ModuleType("sam3lora.training.launch")
+    launch.train = lambda config, *, resume=False: seen.append((config, resume))
+    monkeypatch.setitem(sys.modules, "sam3lora.training.launch", launch)
     for name in ("RAY_ADDRESS", "CUDA_VISIBLE_DEVICES", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
         monkeypatch.delenv(name, raising=False)
     return seen

@@ -13,7 +13,6 @@ import yaml
 
 import sam3lora
 from sam3lora.cli import main
-from sam3lora.cli.tune import _held_out
 from sam3lora.errors import RunFailed, UserError
 from sam3lora.tune.run.ledger import TrialRecord
 
@@ -77,6 +76,7 @@ def test_options_reach_the_sweep(calls, space_file, data, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "best: trial 3 with cgf1 0.5, the base configuration 0.25" in printed
     assert "sam3lora train 'my sweep'/best/config.yaml" in printed
+    assert "held out  This value is optimistic" in printed
     assert os.path.join("my sweep", "sweep.html") in printed
 
 
@@ -182,25 +182,3 @@ def test_job_takes_the_same_words():
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert '"nothing" is neither a search space nor a YAML file' in done.stderr
-
-
-HELD_OUT = {"split": "test", "num_images": 80, "metric": "map", "compared_with": "base configuration", "note": "a note"}
-
-
-@pytest.mark.parametrize(
-    ("found", "words"),
-    [
-        (None, "no such split: the value was chosen on the validation images"),
-        (
-            HELD_OUT | {"best": 0.585, "base": 0.549, "difference": 0.036, "low": 0.002, "high": 0.067},
-            "test/, 80 images: map 0.585, base configuration 0.549 (+0.036, 95 % interval +0.002 to +0.067)",
-        ),
-        (
-            HELD_OUT | {"best": 0.5, "base": 0.6, "difference": -0.1, "low": None, "high": None},
-            "test/, 80 images: map 0.5, base configuration 0.6 (-0.100)",
-        ),
-        (HELD_OUT | {"best": None, "base": None, "difference": None, "low": None, "high": None}, "a note"),
-    ],
-)
-def test_what_is_said_of_held_out_images(found, words):
-    assert words in _held_out(found)

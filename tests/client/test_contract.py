@@ -38,9 +38,11 @@ def ask(backend: FakeBackend, question: Callable[[AsyncClient], Awaitable[Any]],
     return asyncio.run(run())
 
 
+POST = {"threshold": 0.4, "nms": "box", "nms_iou": 0.6, "merge": True, "merge_iou": 0.2, "max_detections": 7}
+
+
 def test_every_option_and_form_of_masks():
     backend = FakeBackend()
-    merging = {"merge": True, "merge_iou": 0.2}  # needs masks
     results = {
         masks: ask(
             backend,
@@ -49,11 +51,8 @@ def test_every_option_and_form_of_masks():
                 ["red thing", "crack"],
                 boxes=[((1, 2, 6, 7), 0), ((2, 2, 5, 5), 1)],
                 adapter="cracks",
-                threshold=0.4,
-                nms_iou=0.6,
-                max_detections=7,
+                **POST,
                 masks=masks,
-                **(merging if masks != "none" else {}),
             ),
         )
         for masks in ("rle", "png", "polygon", "none")
@@ -69,7 +68,7 @@ def test_every_option_and_form_of_masks():
     call = backend.calls[0]
     assert call.prompts == ("red thing", "crack")
     assert [(box.xyxy, box.label) for box in call.boxes] == [((1, 2, 6, 7), 0), ((2, 2, 5, 5), 1)]
-    assert (call.post.threshold, call.post.max_detections) == (0.4, 7)
+    assert call.post_processing == POST
     assert [call.masks for call in backend.calls] == [True, True, True, False]
 
 
@@ -94,7 +93,8 @@ def test_adapters_and_readiness():
     backend = FakeBackend()
     first, second = ask(backend, lambda client: client.adapters())
     assert (first.id, first.prompts, first.rank, first.resident, first.error) == ("cracks", ("crack",), 8, True, None)
-    assert second.error == "trained on another base model"
+    assert first.post_processing["prompt_thresholds"] == {"crack": 0.2}
+    assert (second.post_processing, second.error) == (None, "trained on another base model")
     assert ask(backend, lambda client: client.ready()) is True
     backend.is_ready = False
     assert ask(backend, lambda client: client.ready()) is False

@@ -65,6 +65,15 @@ def test_all_mistakes_are_listed_together():
 
 
 @pytest.mark.parametrize(
+    "names",
+    [("prob_threshold", "threshold"), ("prob_threshold", "detection_threshold"), ("threshold", "detection_threshold")],
+)
+def test_setting_under_two_names_is_an_error_that_names_both(names):
+    text = message({"lora": {"apply_to_scoring": True}, "evaluation": dict.fromkeys(names, 0.3)})
+    assert all(f"evaluation.{name}" in text for name in names)
+
+
+@pytest.mark.parametrize(
     ("override", "part"),
     [
         ("lora.rank=true", "lora.rank should be a number, got True"),  # not rank 1

@@ -8,7 +8,9 @@ import pytest
 from pydantic import ValidationError
 
 from sam3lora.config import aliases, load_config
+from sam3lora.config.post_processing import PostProcessing
 from sam3lora.errors import UserError
+from sam3lora.tune.space.reader import load_space
 
 
 def test_override_wins_over_the_file_and_the_later_over_the_earlier():
@@ -80,6 +82,38 @@ def test_data_dir_is_required_only_where_it_is_used(tmp_path):
     with pytest.raises(UserError, match="no folder"):
         missing.training.required_data_dir()
     assert load_config("light", [f"training.data_dir={tmp_path}"]).training.required_data_dir() == tmp_path
+
+
+ADAPTED = {"lora": {"apply_to_scoring": True}}
+RANKS = {"lora.rank": {"choice": [4, 8]}}
+
+
+@pytest.mark.parametrize("old", sorted(aliases.RENAMED_KEYS))
+def test_renamed_key_keeps_its_meaning(old, tmp_path):
+    section, _, name = old.partition(".")
+    path = tmp_path / "old.yaml"
+    path.write_text(f"lora: {{apply_to_scoring: true}}\n{section}: {{{name}: 0.2}}\n")
+    loaded = {
+        "file": load_config(path),
+        "override": load_config("light", [f"{old}=0.2"]),
+        "override of the section": load_config("light", [f"{section}={{{name}: 0.2}}"]),
+        "override of an old key in the file": load_config({**ADAPTED, section: {name: 0.9}}, [f"{old}=0.2"]),
+        "set of a sweep": load_space({"base": "light", "set": {old: 0.2}, "parameters": RANKS}).base,
+        "changed": load_config("light").changed({old: 0.2}),
+    }
+    assert {where: config.evaluation.threshold for where, config in loaded.items()} == dict.fromkeys(loaded, 0.2)
+
+
+def test_new_name_as_an_override_replaces_the_old_name_of_the_file():
+    old = {**ADAPTED, "evaluation": {"prob_threshold": 0.9}}
+    assert load_config(old, ["evaluation.threshold=0.2"]).evaluation.threshold == 0.2
+    assert old["evaluation"] == {"prob_threshold": 0.9}
+
+
+def test_post_processing_is_that_of_the_evaluation_section():
+    given = {"threshold": 0.2, "nms": "box", "nms_iou": 0.5, "prompt_thresholds": {"crack": 0.4}}
+    config = load_config({**ADAPTED, "evaluation": {**given, "num_samples": 3}})
+    assert config.evaluation.post_processing == PostProcessing(**given)
 
 
 @pytest.mark.parametrize(

@@ -16,14 +16,14 @@ from .coco_builder import annotation, square
 
 
 def faults(index: CocoIndex) -> dict[str, int]:
-    return {issue.kind: issue.count for issue in index.issues}
+    return {fault.kind: fault.count for fault in index.faults}
 
 
 def objects(index: CocoIndex, row: int = 0) -> list[dict]:
     return index.record(row)["annotations"]
 
 
-def test_clean_file_has_no_issue(folder):
+def test_clean_file_has_no_fault(folder):
     index = CocoIndex.from_folder(folder.write([annotation(0)]))
     assert faults(index) == {}
     assert (len(index), index.names, index.record(0)["image_id"], objects(index)[0]["id"]) == (1, ("crack",), 0, 0)
@@ -32,7 +32,7 @@ def test_clean_file_has_no_issue(folder):
 @pytest.mark.parametrize(
     ("changes", "kind", "kept"),
     [
-        # a two-point part goes, the object stays with its box
+        # a part of two points is dropped, the object stays with its box
         ({"segmentation": [[1, 1, 5, 5]]}, "short_polygon", 1),
         # an odd number of values cannot be points
         ({"segmentation": [[1, 1, 5, 5, 9, 9, 3]]}, "bad_polygon", 1),
@@ -66,9 +66,9 @@ def test_clean_file_has_no_issue(folder):
 def test_annotation_fault_is_counted_with_an_example_and_an_action(folder, changes, kind, kept):
     index = CocoIndex.from_folder(folder.write([annotation(5, **changes)]))
     assert faults(index)[kind] == 1
-    issue = next(i for i in index.issues if i.kind == kind)
-    assert "5" in issue.examples[0] or kind == "bad_annotation"
-    assert issue.action
+    fault = next(fault for fault in index.faults if fault.kind == kind)
+    assert "5" in fault.examples[0] or kind == "bad_annotation"
+    assert fault.action in str(fault)
     assert len(objects(index)) == kept
 
 
@@ -82,7 +82,7 @@ def test_boxes_are_clipped_and_taken_from_masks(folder):
     assert [o["bbox_xywh"] for o in objects(CocoIndex.from_folder(path))] == [[0, 10, 10, 20], [70, 40, 10, 20]]
 
 
-def test_all_spellings_of_a_mask_have_the_same_area(folder):
+def test_all_forms_of_a_mask_have_the_same_area(folder):
     rle = coco_mask.merge(coco_mask.frPyObjects([square(10, 10, 20)], 60, 80))
     text = {"size": [60, 80], "counts": rle["counts"].decode()}
     column = [610] + [20, 40] * 19 + [20]
@@ -110,7 +110,7 @@ def test_duplicate_ids(folder):
     first = annotation(0)
     moved = annotation(0, bbox=[40, 10, 20, 20], segmentation=[square(40, 10, 20)])
     index = CocoIndex.from_folder(folder.write([first, first, moved, annotation(7)]))
-    # the exact copy goes, the other object gets an id that nobody has
+    # the exact copy is dropped, the other object gets an unused id
     assert [o["id"] for o in objects(index)] == [0, 8, 7]
     assert faults(index) == {"duplicate_annotation": 1, "duplicate_annotation_id": 1}
 
@@ -131,7 +131,7 @@ def test_image_entries(folder):
 def test_missing_image_stops_or_is_left_out_with_its_annotations(folder):
     path = folder.write([annotation(0), annotation(1, image_id=1)], num_images=2)
     (path / "1.png").unlink()
-    with pytest.raises(ImageError, match=r"1 listed image.* 1\.png"):
+    with pytest.raises(ImageError, match=r"1 listed .*1\.png"):
         CocoIndex.from_folder(path)
     index = CocoIndex.from_folder(path, on_bad_image="skip")
     assert (len(index), faults(index)) == (1, {"missing_image": 1})
@@ -140,22 +140,22 @@ def test_missing_image_stops_or_is_left_out_with_its_annotations(folder):
 def test_nothing_left_is_an_error(folder):
     path = folder.write([])
     (path / "0.png").unlink()
-    with pytest.raises(UserError, match="none of its 1 images can be used"):
+    with pytest.raises(UserError, match=r"none of its 1 images.*1 x"):
         CocoIndex.from_folder(path, on_bad_image="skip")
 
 
 def test_unusable_files_say_what_was_expected(folder, tmp_path):
-    with pytest.raises(UserError, match=r"no folder .*nowhere"):
+    with pytest.raises(UserError, match="nowhere"):
         CocoIndex.from_folder(tmp_path / "nowhere")
     path = folder.write([annotation(0)])
-    with pytest.raises(UserError, match=r"no annotation file .*other\.json; found _annotations\.coco\.json"):
+    with pytest.raises(UserError, match=r"other\.json.*_annotations\.coco\.json"):
         CocoIndex.from_folder(path, "other.json")
     text = (path / "_annotations.coco.json").read_text()
     (path / "_annotations.coco.json").write_text(text[:-40])
     with pytest.raises(UserError, match="truncated"):
         CocoIndex.from_folder(path)
     (path / "_annotations.coco.json").write_text('{"images": []}')
-    with pytest.raises(UserError, match=r"not a COCO file.*without annotations, categories"):
+    with pytest.raises(UserError, match="annotations, categories"):
         CocoIndex.from_folder(path)
 
 
@@ -173,7 +173,7 @@ def test_select_categories_keeps_images_and_names_the_nearest(folder):
     index = CocoIndex.from_folder(path)
     only = index.select_categories(["Root"])
     assert (len(only), only.names, [len(objects(only, i)) for i in (0, 1)]) == (2, ("root",), [0, 1])
-    with pytest.raises(UserError, match="did you mean 'crack'"):
+    with pytest.raises(UserError, match=r"'crak'.*'crack'"):
         index.select_categories(["crak"])
     assert merge_names([only, index]) == ("root", "crack")
     assert index.select_rows([1]).record(0)["image_id"] == 1

@@ -1,4 +1,4 @@
-"""Converting as a whole: formats told from files, whole folders or none, images untouched, COCO as written."""
+"""Converting folders: format detection, all-or-nothing output, untouched images, COCO as it is written."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ import os
 
 import numpy as np
 import pytest
-from PIL import Image
 from scipy.ndimage import binary_fill_holes
 
-from sam3lora.data import outlines
+from sam3lora.data import outlines, rle
 from sam3lora.data.coco import CocoIndex
 from sam3lora.data.convert import convert_folder, layout
-from sam3lora.data.convert.faults import FaultLog
-from sam3lora.data.convert.read_coco import read_coco
+from sam3lora.data.convert.coco_folders import read_coco
+from sam3lora.data.convert.run import guess_format
+from sam3lora.data.faults import FaultLog
 from sam3lora.data.masks import decode_mask
 from sam3lora.errors import UserError
 
 from .coco_builder import annotation, square
+from .convert_cases import write_image
 
 
 def test_examples_in_docstrings():
-    for module in (layout, outlines):
+    for module in (layout, outlines, rle):
         result = doctest.testmod(module)
         assert result.attempted
         assert not result.failed
@@ -33,33 +34,28 @@ def test_nothing_to_convert(tmp_path):
     with pytest.raises(UserError, match="no folder"):
         convert_folder(tmp_path / "none", tmp_path / "out")
     (tmp_path / "in").mkdir()
-    with pytest.raises(UserError, match="no labels found"):
+    with pytest.raises(UserError, match="no labels"):
         convert_folder(tmp_path / "in", tmp_path / "out")
-    # Named, but not there.
-    with pytest.raises(UserError, match="found 0 images and no labelled object as voc"):
+    # a format is named, but there are no such files
+    with pytest.raises(UserError, match=r"0 images.*voc"):
         convert_folder(tmp_path / "in", tmp_path / "out", source_format="voc")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
-@pytest.mark.parametrize("options", [{"source_format": "xml"}, {"target_format": "voc"}])
-def test_unknown_format(folder, tmp_path, options):
-    folder.write([annotation(1)])
-    with pytest.raises(UserError, match="unknown format"):
-        convert_folder(tmp_path, tmp_path / "out", **options)
-
-
 @pytest.mark.parametrize(
-    "options",
+    ("options", "option"),
     [
-        {"instances": True},  # no mask image on either side
-        {"components": True},
-        {"source_format": "masks", "target_format": "masks", "instances": True},  # on which side?
-        {"source_format": "masks", "instances": True, "components": True},
+        ({"source_format": "xml"}, "xml"),
+        ({"target_format": "voc"}, "voc"),
+        ({"instances": True}, "--instances"),  # no mask image on either side
+        ({"source_format": "masks", "target_format": "masks", "instances": True}, "--instances"),  # on which side?
+        ({"components": True}, "--components"),
+        ({"source_format": "masks", "instances": True, "components": True}, "--components"),
     ],
 )
-def test_options_that_could_not_act(folder, tmp_path, options):
+def test_invalid_options(folder, tmp_path, options, option):
     folder.write([annotation(1)])
-    with pytest.raises(UserError, match=r"--instances|--components"):
+    with pytest.raises(UserError, match=option):
         convert_folder(tmp_path, tmp_path / "out", **options)
 
 
@@ -67,24 +63,34 @@ def test_ambiguous_format(folder, tmp_path):
     path = folder.write([annotation(1)])
     (path / "images").mkdir()
     (path / "masks").mkdir()
-    with pytest.raises(UserError, match="as coco and as masks: choose one with --from"):
+    with pytest.raises(UserError, match=r"coco and as masks.*--from"):
         convert_folder(tmp_path, tmp_path / "out")
 
 
-@pytest.mark.parametrize(("name", "content"), [("a.xml", "<annotation/>"), ("a.json", '{"shapes": []}')])
-def test_format_is_told_from_the_files(tmp_path, name, content):
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / name).write_text(content)
-    with pytest.raises(UserError, match="labelled object as " + {"a.xml": "voc", "a.json": "labelme"}[name]):
-        convert_folder(tmp_path / "in", tmp_path / "out")
+@pytest.mark.parametrize(
+    ("path", "content", "kind"),
+    [
+        ("a.xml", "<annotation/>", "voc"),
+        ("valid/a.xml", "<annotation/>", "voc"),
+        ("Annotations/a.xml", "<annotation/>", "voc"),
+        ("train/a.json", '{"shapes": []}', "labelme"),
+        ("train/labels/a.txt", "", "yolo"),
+        ("masks/a.png", "", "masks"),
+    ],
+)
+def test_format_is_detected(tmp_path, path, content, kind):
+    for name in ("images/a.jpg", "train/images/a.jpg", path):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    assert guess_format(tmp_path) == kind
 
 
-def test_target_that_holds_something_stays(folder, tmp_path):
+def test_target_that_is_not_empty_stays(folder, tmp_path):
     folder.write([annotation(1)])
     target = tmp_path / "out"
     target.mkdir()
     (target / "mine").write_text("")
-    with pytest.raises(UserError, match="not empty"):
+    with pytest.raises(UserError, match="out is not empty"):
         convert_folder(tmp_path / "train", target)
     assert [path.name for path in target.iterdir()] == ["mine"]
 
@@ -97,43 +103,39 @@ def test_failure_leaves_nothing(folder, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    # By then images and labels are written.
-    monkeypatch.setattr("sam3lora.data.convert.write_yolo._write_description", fail)
+    # images and labels are written by then
+    monkeypatch.setattr("sam3lora.data.convert.yolo._write_description", fail)
     with pytest.raises(OSError, match="disk full"):
         convert_folder(tmp_path / "train", target, target_format="yolo")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "train"]
     assert not any(target.iterdir())
 
 
-def test_images_are_linked_and_not_encoded_again(folder, tmp_path):
+def test_images_are_linked_or_copied_across_file_systems(folder, tmp_path, monkeypatch):
     path = folder.write([annotation(1)])
-    convert_folder(path, tmp_path / "out", target_format="yolo")
-    assert os.path.samefile(path / "0.png", tmp_path / "out" / "images" / "0.png")
-
-
-def test_images_are_copied_across_file_systems(folder, tmp_path, monkeypatch):
-    path = folder.write([annotation(1)])
+    convert_folder(path, tmp_path / "linked", target_format="yolo")
+    assert os.path.samefile(path / "0.png", tmp_path / "linked" / "images" / "0.png")
 
     def refuse(*_):
         raise OSError(18, "Invalid cross-device link")
 
     monkeypatch.setattr(os, "link", refuse)
-    convert_folder(path, tmp_path / "out")
-    assert (tmp_path / "out" / "0.png").read_bytes() == (path / "0.png").read_bytes()
+    convert_folder(path, tmp_path / "copied")
+    assert (tmp_path / "copied" / "0.png").read_bytes() == (path / "0.png").read_bytes()
 
 
-def test_equal_names_in_one_split_are_told_apart(folder, tmp_path):
-    # Label files are named after the image's stem.
+def test_images_with_equal_stems_in_one_split_are_renamed(folder, tmp_path):
+    # label files are named after the image's stem
     images = [{"id": i, "file_name": name, "width": 80, "height": 60} for i, name in enumerate(("a.png", "a.jpg"))]
     path = folder.write([annotation(1, 0), annotation(2, 1), annotation(3, 1)], images=images)
     report = convert_folder(path, tmp_path / "out", target_format="yolo")
     assert {p.name for p in (tmp_path / "out" / "images").iterdir()} == {"a.png", "a_2.jpg"}
     assert len((tmp_path / "out" / "labels" / "a_2.txt").read_text().splitlines()) == 2
-    assert [fault.count for fault in report.faults if fault.action == "renamed"] == [1]
+    assert {fault.kind: fault.count for fault in report.faults} == {"renamed_image": 1}
 
 
-def test_coco_as_written_is_clean(folder, tmp_path, tmp_path_factory):
-    # Roboflow's parent row and double names go, ids begin at 1, areas are those of masks, crowds and negatives stay.
+def test_written_coco_folder_is_clean(folder, tmp_path, tmp_path_factory):
+    # Roboflow's parent row and double names go, ids begin at 1, areas are those of masks, crowds and negatives stay
     categories = (("road", 0), ("crack", 1), ("Crack", 2), ("rare", 5))
     path = folder.write(
         [annotation(7, 0, 1), annotation(8, 0, 2, segmentation=[square(10, 10, 20), square(40, 10, 5)], iscrowd=1)],
@@ -156,11 +158,11 @@ def test_coco_as_written_is_clean(folder, tmp_path, tmp_path_factory):
         convert_folder(tmp_path, tmp_path / "out")
 
 
-def test_crowds_are_left_out_where_they_cannot_be_told(folder, tmp_path):
+def test_formats_without_crowd_regions_leave_them_out(folder, tmp_path):
     path = folder.write([annotation(1), annotation(2, iscrowd=1)])
     report = convert_folder(path, tmp_path / "out", target_format="yolo")
     assert report.splits["."]["num_objects"] == 1
-    assert [fault.count for fault in report.faults] == [1]
+    assert {fault.kind: fault.count for fault in report.faults} == {"dropped_crowd": 1}
 
 
 def test_two_folders_for_one_split(folder, tmp_path):
@@ -172,17 +174,13 @@ def test_two_folders_for_one_split(folder, tmp_path):
         convert_folder(tmp_path, tmp_path / "out")
 
 
-def test_outline_of_nothing():
-    assert outlines.trace_outlines(np.zeros((4, 5), dtype=bool)) == ([], 0)
-
-
 def test_joined_outlines_draw_the_mask_with_its_holes_filled():
     rng = np.random.default_rng(0)
     masks = rng.random((200, 9, 11)) < rng.uniform(0.1, 0.9, (200, 1, 1))
     masks[0] = False
     masks[0, 1:8, 1:8] = True
     masks[0, 2:7, 2:7] = False
-    masks[0, 4, 4] = True  # an island in the hole, which must not become a hole itself
+    masks[0, 4, 4] = True  # an island in the hole, which must not count as a hole
     num_holes = 0
     for mask in masks:
         parts, holes = outlines.trace_outlines(mask)
@@ -193,13 +191,17 @@ def test_joined_outlines_draw_the_mask_with_its_holes_filled():
         num_holes += holes
     assert num_holes > 100
     assert outlines.trace_outlines(masks[0])[1] == 1
+    assert outlines.trace_outlines(np.zeros((4, 5), dtype=bool)) == ([], 0)
 
 
 @pytest.mark.parametrize("name", ["strawberry", "coco_tiny_permissive"])
-def test_real_sets_survive_the_way_to_yolo_and_back(shared_data, tmp_path, name):
+def test_real_sets_survive_conversion_to_yolo_and_back(shared_data, tmp_path, name):
     log = FaultLog()
-    before = read_coco(shared_data / name, None, log)
-    convert_folder(shared_data / name, tmp_path / "yolo", target_format="yolo")
+    source = tmp_path / "in"
+    source.mkdir()
+    (source / "valid").symlink_to(shared_data / name / "valid")
+    before = read_coco(source, None, log)
+    convert_folder(source, tmp_path / "yolo", target_format="yolo")
     convert_folder(tmp_path / "yolo", tmp_path / "coco")
     after = read_coco(tmp_path / "coco", None, log)
     before.drop_crowds(log)
@@ -215,7 +217,7 @@ def test_real_sets_survive_the_way_to_yolo_and_back(shared_data, tmp_path, name)
             for a, b in zip(source.objects, image.objects, strict=True):
                 one, two = a.decode(image.size_hw), b.decode(image.size_hw)
                 ious.append((one & two).sum() / max((one | two).sum(), 1))
-    # What is lost are nine filled holes, and objects smaller than a pixel's centre.
+    # only holes are lost, and objects that contain no pixel's centre
     assert np.mean(ious) > 0.999
     assert np.quantile(ious, 0.01) > 0.99
 
@@ -224,10 +226,13 @@ def test_source_with_an_unreadable_image(tmp_path):
     (tmp_path / "in" / "images").mkdir(parents=True)
     (tmp_path / "in" / "labels").mkdir()
     for stem in "ab":
-        Image.new("RGB", (8, 6)).save(tmp_path / "in" / "images" / f"{stem}.png")
+        write_image(tmp_path / "in" / "images" / f"{stem}.png")
         (tmp_path / "in" / "labels" / f"{stem}.txt").write_text("0 .5 .5 .5 .5")
     (tmp_path / "in" / "images" / "b.png").write_bytes(b"")
     report = convert_folder(tmp_path / "in", tmp_path / "out", names=["crack"])
     assert report.splits["."]["num_images"] == 1
-    assert "image that cannot be read" in [fault.description for fault in report.faults]
-    assert json.loads(json.dumps(report.to_dict()))["target_format"] == "coco"
+    found = json.loads(json.dumps(report.to_dict()))
+    assert found["target_format"] == "coco"
+    [fault] = found["faults"]
+    assert (fault["kind"], fault["count"], fault["action"]) == ("broken_source_image", 1, "left out")
+    assert "b.png" in fault["examples"][0]

@@ -1,4 +1,4 @@
-"""Reading every kind of image, and resizing as the model's own processor does."""
+"""Reading all kinds of images, and resizing as the model's own processor does."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sam3lora.data.images import ImageError, read_image, read_size, resize_image
+from sam3lora.data.images import ImageError, read_first_frame, read_image, read_size, resize_image
 
 RAMP = np.stack(np.meshgrid(np.arange(0, 240, 6), np.arange(0, 240, 8)), axis=-1).astype(np.uint8)
 RGB = np.concatenate([RAMP, 255 - RAMP[..., :1]], axis=-1)  # (30, 40, 3)
@@ -39,17 +39,14 @@ def test_alpha_is_dropped():
     assert np.array_equal(read_image(encode(Image.fromarray(np.concatenate([RGB, alpha], 2)), "PNG")), RGB)
 
 
-def test_sixteen_bit_is_scaled_over_its_range():
-    data = encode(Image.fromarray(RGB[..., 0].astype(np.uint16) * 257), "PNG")
-    assert np.array_equal(read_image(data), np.repeat(RGB[..., :1], 3, axis=2))
+def test_sixteen_bit_values_are_scaled_over_their_range():
+    grey = encode(Image.fromarray(RGB[..., 0].astype(np.uint16) * 257), "PNG")
+    assert np.array_equal(read_image(grey), np.repeat(RGB[..., :1], 3, axis=2))
+    colour = cv2.imencode(".tiff", RGB[..., ::-1].astype(np.uint16) * 257)[1].tobytes()
+    assert np.array_equal(read_image(colour), RGB)
 
 
-def test_sixteen_bit_colour_of_a_tiff():
-    data = cv2.imencode(".tiff", RGB[..., ::-1].astype(np.uint16) * 257)[1].tobytes()
-    assert np.array_equal(read_image(data), RGB)
-
-
-def test_a_wrong_extension_does_not_matter(tmp_path):
+def test_a_wrong_suffix_does_not_matter(tmp_path):
     (tmp_path / "photo.png").write_bytes(encode(Image.fromarray(RGB), "JPEG"))
     assert read_image(tmp_path / "photo.png").shape == (30, 40, 3)
     assert read_size(tmp_path / "photo.png") == (30, 40)
@@ -63,20 +60,40 @@ def test_orientation_is_ignored_unless_the_annotations_use_it():
     assert np.array_equal(read_image(data, expected_size_hw=(30, 40)), RGB)
     # orientation 6: turned a quarter clockwise
     assert np.array_equal(read_image(data, expected_size_hw=(40, 30)), np.rot90(RGB, -1))
-    # without the tag a transposed size is just a wrong size
+    assert np.array_equal(read_image(data, orientation="exif"), np.rot90(RGB, -1))
+    # a size that is wrong in another way, and a transposed size without the tag
+    assert np.array_equal(read_image(data, expected_size_hw=(20, 30)), RGB)
     assert np.array_equal(read_image(encode(Image.fromarray(RGB), "PNG"), expected_size_hw=(40, 30)), RGB)
+
+
+@pytest.mark.parametrize(("kind", "num_frames"), [("PNG", 1), ("GIF", 1), ("GIF", 3), ("TIFF", 2)])
+def test_first_frame_and_whether_there_are_more(kind, num_frames, tmp_path, monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    frames = [Image.fromarray(np.roll(RGB, 5 * number, axis=0)) for number in range(num_frames)]
+    path = tmp_path / "image"
+    path.write_bytes(encode(frames[0], kind, save_all=True, append_images=frames[1:], exif=exif))
+    expected = read_image(path, orientation="exif")
+    reads = []
+    original = type(path).read_bytes
+    monkeypatch.setattr(type(path), "read_bytes", lambda self: reads.append(1) or original(self))
+    pixels, has_more = read_first_frame(path)
+    assert (has_more, len(reads)) == (num_frames > 1, 1)
+    assert np.array_equal(pixels, expected)
+    with pytest.raises(ImageError, match="40 x 30 pixels"):
+        read_first_frame(path, max_megapixels=0.001)
 
 
 def test_unreadable_images_name_the_file(tmp_path):
     noise = np.random.default_rng(0).integers(0, 255, (200, 200, 3), dtype=np.uint8)
     jpeg, png = (encode(Image.fromarray(noise), kind) for kind in ("JPEG", "PNG"))
     floats = encode(Image.fromarray(np.ones((4, 4), dtype=np.float32)), "TIFF")
-    # cut off in the middle, no image at all, empty, floating point
+    # cut off in the middle, not an image, empty, floating point
     for name, data in {"a.jpg": jpeg[:9000], "b.png": png[:9000], "c.jpg": b"text", "d": b"", "e.tif": floats}.items():
         (tmp_path / name).write_bytes(data)
-        with pytest.raises(ImageError, match=f"cannot read image .*{name}: "):
+        with pytest.raises(ImageError, match=name):
             read_image(tmp_path / name)
-    with pytest.raises(ImageError, match=r"missing\.jpg: No such file"):
+    with pytest.raises(ImageError, match=r"missing\.jpg"):
         read_image(tmp_path / "missing.jpg")
     with pytest.raises(ImageError, match="image bytes"):
         read_image(b"text")
@@ -89,6 +106,7 @@ def test_resize_agrees_with_the_models_processor_on_photographs(shared_data):
         image = read_image(path)
         # decoding is PIL's
         assert np.abs(image - np.asarray(Image.open(path).convert("RGB")).astype(int)).mean() < 1
+        image = image[:300, :400]
         for scale in (0.3, 0.5, 0.75, 1.0, 1.575, 3.0):
             # also with one side enlarged and the other shrunk
             for ratio in (1.0, 1.5):
@@ -100,12 +118,3 @@ def test_resize_agrees_with_the_models_processor_on_photographs(shared_data):
                 resized = resize_image(image, size)
                 assert resized.dtype == np.uint8
                 assert np.abs(resized - expected.astype(float)).mean() < 0.3, (path.name, scale, ratio)
-
-
-def test_plain_opencv_shrinking_would_fail_the_comparison(shared_data):
-    # the measure above tells a resize without antialiasing apart
-    import cv2
-
-    image = read_image(sorted((shared_data / "facade" / "valid").glob("*.jpg"))[1])
-    plain = cv2.resize(image, (400, 400), interpolation=cv2.INTER_LINEAR)
-    assert np.abs(plain.astype(float) - resize_image(image, (400, 400))).mean() > 1

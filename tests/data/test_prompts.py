@@ -1,4 +1,4 @@
-"""Queries: nothing is asked as absent that is there."""
+"""Queries of an image: its categories as positives, and only absent prompts as negatives."""
 
 from __future__ import annotations
 
@@ -74,10 +74,8 @@ def test_without_exhaustive_annotation_only_the_users_list_is_negative():
 def test_prompt_map_merges_categories_with_one_prompt():
     mapping = {"crack": "road damage", "Pothole": "Road  damage", "weed": "plant"}
     queries = ask(record("pothole", "crack"), prompts_map=mapping)
-    assert [(q.prompt, q.annotation_rows, q.category_ids) for q in queries if q.is_positive] == [
-        ("Road  damage", (0, 1), (0, 1))
-    ]
-    # the other spelling is the same prompt, so it is no negative
+    assert [(q.prompt, q.annotation_rows) for q in queries if q.is_positive] == [("Road  damage", (0, 1))]
+    # the other spelling is the same prompt, so it is not a negative
     assert sorted(prompts(queries, False)) == ["plant", "root"]
     only_crack = ask(record("crack"), prompts_map=mapping)
     assert sorted(prompts(only_crack, False)) == ["plant", "root"]

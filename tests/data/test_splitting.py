@@ -1,16 +1,20 @@
-"""Splits without shared pictures, categories near the fractions, and the same ones for the same seed."""
+"""Splitting: related images stay together, categories come near the fractions, equal seeds give equal splits."""
 
 from __future__ import annotations
 
+import io
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from rich.console import Console
 
-from sam3lora.data.check.report import check_folder
+from sam3lora.data.check import check_folder
+from sam3lora.data.report_tables import print_splitting
 from sam3lora.data.split.grouping import Fingerprint, difference_hash, group_images
 from sam3lora.data.split.splitting import assign_groups, split_folder
 from sam3lora.errors import UserError
@@ -54,7 +58,7 @@ def test_groups_by_content_by_source_and_over_several_steps():
     export = "x_jpg.rf.0123456789abcdef0123456789abcdef.jpg"
     other = "x_jpg.rf.fedcba9876543210fedcba9876543210.jpg"
     names = ["a.jpg", export, "b.jpg", other, "c.jpg", "c.jpg"]
-    # a = first export by content, exports by source; equal plain names of joined splits say nothing.
+    # a = first export by content, exports by source; equal plain names of joined splits mean nothing
     groups, _ = group_images(names, fingerprints("1", "1", "2", "3", "4", "5"))
     assert groups.tolist() == [0, 0, 1, 0, 2, 3]
 
@@ -65,13 +69,12 @@ def test_groups_by_pattern():
     assert groups.tolist() == [0, 1, 0, 2]
     assert unmatched == ["other.jpg"]
     assert group_images(names, fingerprints(*"abcd"), r"GX\d+")[0].tolist() == [0, 1, 0, 2]
-    with pytest.raises(UserError, match="is no regular expression"):
-        group_images(names, fingerprints(*"abcd"), "(")
-    with pytest.raises(UserError, match="matches no image name"):
-        group_images(names, fingerprints(*"abcd"), "^IMG")
+    for pattern in ("(", "^IMG"):  # invalid, and without a match
+        with pytest.raises(UserError, match=rf"--group-by '{re.escape(pattern)}'"):
+            group_images(names, fingerprints(*"abcd"), pattern)
 
 
-def test_difference_hash_sees_the_same_picture_and_not_another():
+def test_difference_hash_finds_the_same_picture_and_no_other():
     picture = texture(0)
     brighter = cv2.convertScaleAbs(picture, alpha=0.8, beta=30)
     smaller = cv2.resize(picture, (40, 30), interpolation=cv2.INTER_AREA)
@@ -81,7 +84,7 @@ def test_difference_hash_sees_the_same_picture_and_not_another():
 
     assert max(bits(brighter), bits(smaller)) <= 4
     assert min(bits(texture(seed)) for seed in range(1, 30)) > 8
-    # Plain pictures all look alike: they are not compared.
+    # plain pictures all look alike, so they are not compared
     assert difference_hash(np.full((60, 80, 3), 90, dtype=np.uint8)) is None
 
 
@@ -102,11 +105,27 @@ def test_near_duplicates_and_copies_stay_together(tmp_path):
         assert check_folder(tmp_path / f"out{seed}").leaks == []
 
 
-def test_plain_pictures_are_not_taken_for_one(tmp_path):
+def test_plain_pictures_are_not_grouped(tmp_path):
     pictures = {f"{level}.png": np.full((60, 80, 3), level, dtype=np.uint8) for level in range(10, 100, 10)}
     report = split_folder(write_pictures(tmp_path / "in", pictures), tmp_path / "out", fractions=(0.7, 0.3))
     assert report.largest_group == 1
     assert list(report.splits) == ["train", "valid"]
+    assert json.loads(json.dumps(report.to_dict()))["splits"]["train"]["num_images"] == 6
+
+
+def test_printed_report_names_what_needs_attention(tmp_path):
+    # two large groups cannot be divided 9 to 1, and the pattern does not match the names of one of them
+    pictures = {f"clip1_{number}.png": texture(number // 2) for number in range(8)}
+    pictures |= {f"copy{number}.png": texture(100) for number in range(6)}
+    report = split_folder(
+        write_pictures(tmp_path / "in", pictures), tmp_path / "out", fractions=(0.9, 0.1), group_by="clip1"
+    )
+    stream = io.StringIO()
+    print_splitting(report, Console(file=stream, width=200))
+    printed = " ".join(stream.getvalue().split())
+    assert f"the largest of {report.largest_group}" in printed
+    assert f"valid has {report.splits['valid']['num_images'] / 14:.0%} of the images, not 10%" in printed
+    assert "in which --group-by finds nothing" in printed
 
 
 def test_same_seed_same_split(tmp_path):
@@ -116,7 +135,7 @@ def test_same_seed_same_split(tmp_path):
     assert split_of(tmp_path / "a") == split_of(tmp_path / "b") != split_of(tmp_path / "c")
 
 
-def test_splits_that_exist_are_joined(tmp_path):
+def test_existing_splits_are_joined(tmp_path):
     write_pictures(tmp_path / "in" / "train", {f"{seed}.png": texture(seed) for seed in range(6)})
     write_pictures(tmp_path / "in" / "valid", {f"{seed}.png": texture(seed + 50) for seed in range(4)}, ("hole",))
     report = split_folder(tmp_path / "in", tmp_path / "out", fractions=(0.5, 0.5))
@@ -128,7 +147,7 @@ def test_splits_that_exist_are_joined(tmp_path):
 
 
 def test_categories_come_near_the_fractions():
-    # 200 images: a common category in all, a rare one in 20 of them, 40 negatives. The rare one is dealt first.
+    # 200 images: a common category in 160, a rare one in 20 of these, and 40 negatives
     rng = np.random.default_rng(0)
     counts = np.zeros((200, 4), dtype=int)
     counts[:160, 0] = rng.integers(1, 5, 160)
@@ -143,16 +162,16 @@ def test_categories_come_near_the_fractions():
 
 
 def test_every_split_gets_something():
-    # By its fraction the last split would get a tenth of an image.
+    # by its fraction the last split would get a tenth of an image
     assigned = assign_groups(np.array([[1, 1], [1, 1], [1, 1]]), (0.8, 0.15, 0.05), 0)
     assert sorted(assigned) == [0, 1, 2]
-    with pytest.raises(UserError, match=r"2 group\(s\).* cannot fill 3 splits"):
+    with pytest.raises(UserError, match=r"2 group.*3 splits"):
         assign_groups(np.array([[1, 1], [1, 1]]), (0.8, 0.1, 0.1), 0)
 
 
 @pytest.mark.parametrize("fractions", [(1.0,), (0.8, 0.1), (1.1, -0.1), (0.25,) * 4, (0.8, 0.2, 0.0)])
-def test_fractions_that_are_none(tmp_path, fractions):
-    with pytest.raises(UserError, match="--fractions takes two or three"):
+def test_invalid_fractions(tmp_path, fractions):
+    with pytest.raises(UserError, match="--fractions"):
         split_folder(tmp_path, tmp_path / "out", fractions=fractions)
 
 
@@ -160,7 +179,7 @@ def test_folder_without_coco_and_failure_leaves_nothing(tmp_path):
     with pytest.raises(UserError, match="data convert"):
         split_folder(tmp_path, tmp_path / "out")
     source = write_pictures(tmp_path / "in", {f"{seed}.png": texture(seed) for seed in range(3)})
-    with pytest.raises(UserError, match="matches no image name"):
+    with pytest.raises(UserError, match="--group-by"):
         split_folder(source, tmp_path / "out", group_by="^IMG")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 

@@ -1,4 +1,4 @@
-"""A mixed batch answers each question as if it were alone, and as PEFT would with one adapter."""
+"""A mixed batch gives each prompted image the result that it has alone, and that PEFT gives with one adapter."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ import pytest
 import torch
 from pycocotools import mask as coco_mask
 
+from sam3lora.config.post_processing import PostProcessing
 from sam3lora.data.images import ImageError
-from sam3lora.engine.detections import BoxPrompt, PostProcessing
-from sam3lora.engine.engine import Answer, MixedBatchSegmenter, Question, is_out_of_memory
+from sam3lora.engine.detections import BoxPrompt
+from sam3lora.engine.device import is_out_of_memory
+from sam3lora.engine.engine import Engine, PromptedImage
 from sam3lora.engine.forward import MixedForward
-from sam3lora.engine.segmenter import Segmenter
+from sam3lora.engine.selection import SmallDetections, Wanted
 from sam3lora.errors import UserError
 
-from .mixed_cases import (
+from .engine_cases import (
     EVERY,
+    PeftReference,
+    make_engine,
     make_images,
-    make_segmenter,
-    random_questions,
+    random_prompted_images,
     write_adapter,
     write_adapters,
     write_base,
@@ -49,11 +52,11 @@ def adapters(base_path, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def _placed(base_path, adapters):
-    return make_segmenter(base_path, adapters, max_rows=6, max_images=3)
+    return make_engine(base_path, adapters, max_rows=6, max_images=3)
 
 
 @pytest.fixture
-def segmenter(_placed) -> MixedBatchSegmenter:
+def engine(_placed) -> Engine:
     """With every adapter, and nothing in its caches of images."""
     forget(_placed[0])
     return _placed[0]
@@ -65,109 +68,104 @@ def slots(_placed) -> dict[str | None, int | None]:
 
 
 @pytest.fixture(scope="module")
-def peft(adapters) -> Segmenter:
-    return Segmenter(adapters=adapters, device="cpu")
+def peft(adapters, base_path) -> PeftReference:
+    return PeftReference(adapters, base_path)
 
 
-def forget(segmenter: MixedBatchSegmenter) -> None:
+def forget(engine: Engine) -> None:
     for number in range(10):
-        segmenter._features.images.forget(f"image {number}")
+        engine._features.images.forget(f"image {number}")
 
 
-def ask(segmenter: MixedBatchSegmenter, questions: list[Question]) -> list[Answer]:
-    answers = segmenter.answer(questions)
-    for answer in answers:
-        if isinstance(answer, Exception):
-            raise answer
-    return answers
+def ask(engine: Engine, asked: list[PromptedImage]) -> list[list[SmallDetections]]:
+    results = engine.detect_small(asked)
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return results
 
 
-def assert_same(first: list[Answer], second: list[Answer], atol: float = 1e-5) -> None:
-    for one, other in zip(first, second, strict=True):
-        assert (one.prompts, one.size_hw) == (other.prompts, other.size_hw)
-        for of_one, of_other in zip(one.kept, other.kept, strict=True):
-            np.testing.assert_allclose(of_one.presence, of_other.presence, atol=atol)
-            np.testing.assert_allclose(of_one.scores_N, of_other.scores_N, atol=atol)
-            np.testing.assert_allclose(of_one.boxes_cxcywh_N4, of_other.boxes_cxcywh_N4, atol=atol)
-            if of_other.mask_logits_NHW is None:
-                assert of_one.mask_logits_NHW is None
-            else:
-                largest = np.abs(of_other.mask_logits_NHW).max(initial=1)
-                np.testing.assert_allclose(of_one.mask_logits_NHW, of_other.mask_logits_NHW, atol=atol * largest)
+def assert_same(first: list[list[SmallDetections]], second: list[list[SmallDetections]], atol: float = 1e-5) -> None:
+    for one, other in zip([d for r in first for d in r], [d for r in second for d in r], strict=True):
+        assert (one.wanted.prompt, one.wanted.size_hw) == (other.wanted.prompt, other.wanted.size_hw)
+        np.testing.assert_allclose(one.presence, other.presence, atol=atol)
+        np.testing.assert_allclose(one.scores_N, other.scores_N, atol=atol)
+        np.testing.assert_allclose(one.boxes_cxcywh_N4, other.boxes_cxcywh_N4, atol=atol)
+        if other.mask_logits_NHW is None:
+            assert one.mask_logits_NHW is None
+        else:
+            largest = np.abs(other.mask_logits_NHW).max(initial=1)
+            np.testing.assert_allclose(one.mask_logits_NHW, other.mask_logits_NHW, atol=atol * largest)
 
 
-def assert_as_peft(segmenter, peft: Segmenter, slots, images, questions: list[Question], answers: list[Answer]) -> None:
-    """The same as the segmenter with PEFT's layers, one adapter at a time."""
+def assert_as_peft(peft: PeftReference, slots, images, asked: list[PromptedImage], results) -> None:
     label = {slot: name for name, slot in slots.items()}
-    for question, answer in zip(questions, answers, strict=True):
-        image = images[int(question.image.key.split()[-1])]
-        expected = peft.detect(
-            peft.encode([image]),
-            answer.prompts,
-            adapter=label[question.slot],
-            post=question.post,
-            masks=question.masks,
-            boxes=[question.boxes],
-        )
-        for one, other in zip(segmenter.finish(answer), expected[0], strict=True):
+    for prompted, result in zip(asked, results, strict=True):
+        image = images[int(prompted.image.key.split()[-1])]
+        for small in result:
+            wanted = Wanted(small.wanted.prompt, image.shape[:2], prompted.post, prompted.masks)
+            other, one = peft.detect(image, label[prompted.slot], wanted, prompted.boxes), small.at_full_size()
             assert (one.prompt, one.size_hw, len(one)) == (other.prompt, other.size_hw, len(other))
             np.testing.assert_allclose(one.presence, other.presence, atol=1e-5)
             np.testing.assert_allclose(one.scores, other.scores, atol=1e-5)
             np.testing.assert_allclose(one.boxes_xyxy, other.boxes_xyxy, atol=2e-3)
-            if other.masks:
-                assert (coco_mask.decode(one.masks) != coco_mask.decode(other.masks)).mean() < 1e-3
+            assert (one.rles is None) == (other.rles is None) == (not prompted.masks)
+            if other.rles:
+                assert (coco_mask.decode(one.rles) != coco_mask.decode(other.rles)).mean() < 1e-3
 
 
-def differ(first: Answer, second: Answer) -> bool:
-    return not np.allclose(first.kept[0].scores_N, second.kept[0].scores_N, atol=1e-4)
+def differ(first: list[SmallDetections], second: list[SmallDetections]) -> bool:
+    return not np.allclose(first[0].scores_N, second[0].scores_N, atol=1e-4)
 
 
-def questions_of_all(segmenter, images, slots) -> list[Question]:
+def prompted_by_all(engine, images, slots) -> list[PromptedImage]:
     """Every adapter and the base, with and without boxes, about two images, in no order of anything."""
-    prepared = [segmenter.prepare_image(image, f"image {number}") for number, image in enumerate(images)]
+    prepared = [engine.prepare_image(image, f"image {number}") for number, image in enumerate(images)]
     questions = []
     for number, slot in enumerate(slots.values()):
-        questions.append(Question(prepared[number % 2], ("crack",), (), slot, EVERY))
-        questions.append(Question(prepared[1 - number % 2], ("hole", "crack"), BOXES[: 1 + number % 2], slot, EVERY))
+        questions.append(PromptedImage(prepared[number % 2], ("crack",), (), slot, EVERY))
+        questions.append(
+            PromptedImage(prepared[1 - number % 2], ("hole", "crack"), BOXES[: 1 + number % 2], slot, EVERY)
+        )
     return questions
 
 
-def test_no_questions(segmenter):
-    assert segmenter.answer([]) == []
+def test_no_questions(engine):
+    assert engine.detect_small([]) == []
 
 
-def test_a_mixed_batch_is_each_alone_and_each_with_peft(segmenter, peft, slots, images):
-    questions = questions_of_all(segmenter, images, slots)
-    together = ask(segmenter, questions)
-    forget(segmenter)
-    assert_same(together, [ask(segmenter, [question])[0] for question in questions])
+def test_a_mixed_batch_is_each_alone_and_each_with_peft(engine, peft, slots, images):
+    questions = prompted_by_all(engine, images, slots)
+    together = ask(engine, questions)
+    forget(engine)
+    assert_same(together, [ask(engine, [question])[0] for question in questions])
     # and from features that are there already
-    assert_same(together, ask(segmenter, questions))
-    assert_as_peft(segmenter, peft, slots, images, questions, together)
+    assert_same(together, ask(engine, questions))
+    assert_as_peft(peft, slots, images, questions, together)
     # no adapter is without effect, so none could have been mistaken for another
     plain = [replace(question, slot=None) for question in questions]
-    for answer, of_base, question in zip(together, ask(segmenter, plain), questions, strict=True):
+    for answer, of_base, question in zip(together, ask(engine, plain), questions, strict=True):
         assert differ(answer, of_base) == (question.slot is not None)
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_random_batches(segmenter, slots, images, seed):
+def test_random_batches(engine, slots, images, seed):
     generator = np.random.default_rng(seed)
-    questions = random_questions(generator, segmenter, images, slots, int(generator.integers(2, 9)))
-    together = ask(segmenter, questions)
-    forget(segmenter)
+    questions = random_prompted_images(generator, engine, images, slots, int(generator.integers(2, 9)))
+    together = ask(engine, questions)
+    forget(engine)
     for question, answer in zip(questions, together, strict=True):
-        assert_same([answer], ask(segmenter, [question]))
+        assert_same([answer], ask(engine, [question]))
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 3])
-def test_as_many_rows_as_decoder_layers(segmenter, peft, slots, images, num_rows):
+def test_as_many_rows_as_decoder_layers(engine, peft, slots, images, num_rows):
     # the model has 2: layers and rows can be mistaken for each other
-    assert len(segmenter.base.model.detr_decoder.layers) == 2
-    image = segmenter.prepare_image(images[0], "image 0")
+    assert len(engine.base.model.detr_decoder.layers) == 2
+    image = engine.prepare_image(images[0], "image 0")
     names = ("detector", None, "vision")[:num_rows]
-    questions = [Question(image, ("crack",), (), slots[name], EVERY) for name in names]
-    assert_as_peft(segmenter, peft, slots, images, questions, ask(segmenter, questions))
+    questions = [PromptedImage(image, ("crack",), (), slots[name], EVERY) for name in names]
+    assert_as_peft(peft, slots, images, questions, ask(engine, questions))
 
 
 def test_windows_that_do_not_divide_the_image(tmp_path, images):
@@ -175,28 +173,28 @@ def test_windows_that_do_not_divide_the_image(tmp_path, images):
     base_path = write_base(tmp_path / "base", window=3)
     names = ("vision", "no cls vision")
     adapters = {name: write_adapter(tmp_path / name, base_path, name, seed) for seed, name in enumerate(names)}
-    segmenter, slots = make_segmenter(base_path, adapters)
-    questions = questions_of_all(segmenter, images, slots)
-    peft = Segmenter(adapters=adapters, device="cpu")
-    assert_as_peft(segmenter, peft, slots, images, questions, ask(segmenter, questions))
+    engine, slots = make_engine(base_path, adapters)
+    questions = prompted_by_all(engine, images, slots)
+    peft = PeftReference(adapters, base_path)
+    assert_as_peft(peft, slots, images, questions, ask(engine, questions))
 
 
-def test_boxes_alone(segmenter, peft, slots, images):
-    image = segmenter.prepare_image(images[1], "image 1")
+def test_boxes_alone(engine, peft, slots, images):
+    image = engine.prepare_image(images[1], "image 1")
     questions = [
-        Question(image, (), BOXES[:1], None, EVERY),
-        Question(image, ("crack",), (), slots["no cls"], EVERY),  # neither boxes nor the CLS token
-        Question(image, (), BOXES, slots["no cls"], EVERY),
+        PromptedImage(image, (), BOXES[:1], None, EVERY),
+        PromptedImage(image, ("crack",), (), slots["no cls"], EVERY),  # neither boxes nor the CLS token
+        PromptedImage(image, (), BOXES, slots["no cls"], EVERY),
     ]
-    answers = ask(segmenter, questions)
-    assert [answer.prompts for answer in answers] == [("visual",), ("crack",), ("visual",)]
+    answers = ask(engine, questions)
+    assert [small.wanted.prompt for result in answers for small in result] == ["visual", "crack", "visual"]
     assert [question.num_rows for question in questions] == [1, 1, 1]
-    assert_as_peft(segmenter, peft, slots, images, questions, answers)
+    assert_as_peft(peft, slots, images, questions, answers)
 
 
-def test_post_processing_of_each(segmenter, peft, slots, images):
-    image = segmenter.prepare_image(images[0], "image 0")
-    whole = ask(segmenter, [Question(image, ("crack",), post=EVERY)])[0].kept[0].scores_N
+def test_post_processing_of_each(engine, peft, slots, images):
+    image = engine.prepare_image(images[0], "image 0")
+    whole = ask(engine, [PromptedImage(image, ("crack",), post=EVERY)])[0][0].scores_N
     posts = [
         PostProcessing(threshold=float(np.median(whole)), nms="none"),
         PostProcessing(threshold=0.0, nms="mask", nms_iou=0.3),
@@ -205,170 +203,173 @@ def test_post_processing_of_each(segmenter, peft, slots, images):
         PostProcessing(threshold=1.0),
     ]
     questions = [
-        Question(image, ("crack", "hole"), (), slots[name], post, masks)
+        PromptedImage(image, ("crack", "hole"), (), slots[name], post, masks)
         for post in posts
         for name, masks in ((None, True), ("vision", False), ("no cls", True))
     ]
-    answers = ask(segmenter, questions)
-    assert_as_peft(segmenter, peft, slots, images, questions, answers)
-    assert {len(kept.scores_N) for answer in answers for kept in answer.kept} >= {0, 1, 2}
-    for question, answer in zip(questions, answers, strict=True):
-        if not question.masks:
-            assert all(found.masks == [] for found in segmenter.finish(answer))
+    answers = ask(engine, questions)
+    assert_as_peft(peft, slots, images, questions, answers)
+    assert {len(small.scores_N) for result in answers for small in result} >= {0, 1, 2}
 
 
-def test_masks_are_made_a_few_rows_at_a_time(segmenter, slots, images, monkeypatch):
-    image = segmenter.prepare_image(images[0], "image 0")
-    questions = [Question(image, ("crack", "hole"), (), slot, EVERY) for slot in slots.values()]
-    together = ask(segmenter, questions)
-    monkeypatch.setattr("sam3lora.engine.detect.MASKS_AT_ONCE", 17)  # two rows of 8 queries
-    assert_same(together, ask(segmenter, questions), atol=1e-7)
+def test_masks_are_made_a_few_rows_at_a_time(engine, slots, images, monkeypatch):
+    image = engine.prepare_image(images[0], "image 0")
+    questions = [PromptedImage(image, ("crack", "hole"), (), slot, EVERY) for slot in slots.values()]
+    together = ask(engine, questions)
+    monkeypatch.setattr("sam3lora.engine.selection.MASKS_AT_ONCE", 17)  # two rows of 8 queries
+    assert_same(together, ask(engine, questions), atol=1e-7)
 
 
 @pytest.fixture
-def encoded(segmenter, monkeypatch) -> list[int]:
+def encoded(engine, monkeypatch) -> list[int]:
     """Images of each pass of the vision tower."""
     passes: list[int] = []
-    handle = segmenter.base.model.vision_encoder.register_forward_pre_hook(
+    handle = engine.base.model.vision_encoder.register_forward_pre_hook(
         lambda _, arguments: passes.append(len(arguments[0]))
     )
     yield passes
     handle.remove()
 
 
-def test_an_image_is_encoded_once_for_all_who_share_it(segmenter, slots, images, encoded):
-    image = segmenter.prepare_image(images[0], "image 0")
-    assert segmenter.cached_image("image 0") is None
-    shared = [Question(image, ("crack",), (), slots[name]) for name in ("text", None, "detector", "no cls")]
-    ask(segmenter, shared)
+def test_an_image_is_encoded_once_for_all_who_share_it(engine, slots, images, encoded):
+    image = engine.prepare_image(images[0], "image 0")
+    assert engine.cached_image("image 0") is None
+    shared = [PromptedImage(image, ("crack",), (), slots[name]) for name in ("text", None, "detector", "no cls")]
+    ask(engine, shared)
     assert encoded == [1]
-    assert segmenter.cached_image("image 0") is image
+    assert engine.cached_image("image 0") is image
     # again: not at all
-    ask(segmenter, shared[::-1])
+    ask(engine, shared[::-1])
     assert encoded == [1]
     # two adapters with towers of their own, in one pass, once
     for _ in range(2):
-        ask(segmenter, [replace(shared[0], slot=slots[name]) for name in ("vision", None, "no cls vision", "vision")])
+        ask(engine, [replace(shared[0], slot=slots[name]) for name in ("vision", None, "no cls vision", "vision")])
         assert encoded == [1, 2]
     # others, at most three at a time
-    more = [segmenter.prepare_image(images[number % 4], f"image {number}") for number in range(1, 6)]
-    ask(segmenter, [replace(shared[0], image=one) for one in [image, *more]])
+    more = [engine.prepare_image(images[number % 4], f"image {number}") for number in range(1, 6)]
+    ask(engine, [replace(shared[0], image=one) for one in [image, *more]])
     assert encoded == [1, 2, 3, 2]
 
 
-def test_a_kept_image_is_not_encoded_again(segmenter, slots, images, encoded):
-    image = segmenter.prepare_image(images[0], "image 0")
-    segmenter.keep_image(image)
-    assert segmenter.cached_image("image 0") is image
-    ask(segmenter, [Question(image, ("crack",), (), slots["detector"])])
+def test_a_kept_image_is_not_encoded_again(engine, slots, images, encoded):
+    image = engine.prepare_image(images[0], "image 0")
+    engine.keep_image(image)
+    assert engine.cached_image("image 0") is image
+    ask(engine, [PromptedImage(image, ("crack",), (), slots["detector"])])
     assert encoded == [1]
     # without room for features it is known, and encoded again
-    segmenter.drop_features()
-    assert segmenter.cached_image("image 0") is image
-    ask(segmenter, [Question(image, ("crack",))])
+    engine.drop_features()
+    assert engine.cached_image("image 0") is image
+    ask(engine, [PromptedImage(image, ("crack",))])
     assert encoded == [1, 1]
 
 
 def test_text_is_encoded_once_for_all_who_share_it(base_path, adapters, images):
-    segmenter, slots = make_segmenter(base_path, adapters, max_cached_prompts=3)
+    engine, slots = make_engine(base_path, adapters, max_cached_prompts=3)
     rows = []
-    tower = segmenter.base.model.text_encoder
+    tower = engine.base.model.text_encoder
     tower.register_forward_pre_hook(lambda _, arguments, named: rows.append(len(named["input_ids"])), with_kwargs=True)
-    image = segmenter.prepare_image(images[0], "image 0")
-    ask(segmenter, [Question(image, ("crack", "hole"), (), slots[name]) for name in (None, "vision", "text", "no cls")])
+    image = engine.prepare_image(images[0], "image 0")
+    ask(
+        engine,
+        [PromptedImage(image, ("crack", "hole"), (), slots[name]) for name in (None, "vision", "text", "no cls")],
+    )
     assert rows == [4]  # two prompts, and the same two under the adapter of the text tower
-    ask(segmenter, [Question(image, ("hole",), (), slots[name]) for name in ("text", None)])
+    ask(engine, [PromptedImage(image, ("hole",), (), slots[name]) for name in ("text", None)])
     assert rows == [4]
-    assert (segmenter.counters["text_cache_hits"], segmenter.counters["text_cache_misses"]) == (2, 4)
+    assert (engine.counters["text_cache_hits"], engine.counters["text_cache_misses"]) == (2, 4)
     # three are kept: what was used least recently is made again, with the same answer
-    question = Question(image, ("leaf",), (), None, EVERY)
-    first = ask(segmenter, [question])
-    assert_same(first, ask(segmenter, [question]), atol=0)
+    question = PromptedImage(image, ("leaf",), (), None, EVERY)
+    first = ask(engine, [question])
+    assert_same(first, ask(engine, [question]), atol=0)
     assert rows == [4, 1]
-    ask(segmenter, [replace(question, prompts=("crack", "hole", "a long prompt"))])
-    assert_same(first, ask(segmenter, [question]))
+    ask(engine, [replace(question, prompts=("crack", "hole", "a long prompt"))])
+    assert_same(first, ask(engine, [question]))
     assert rows == [4, 1, 2, 1]
 
 
 def test_an_adapter_that_is_replaced_leaves_nothing_behind(base_path, tmp_path, images):
     folders = [write_adapter(tmp_path / str(seed), base_path, "vision", seed) for seed in (1, 2)]
-    segmenter, _ = make_segmenter(base_path, {}, num_slots=2)
-    weights = [segmenter.read_adapter(folder) for folder in folders]
-    question = Question(segmenter.prepare_image(images[0], "image 0"), ("crack",), (), 0, EVERY)
+    engine, _ = make_engine(base_path, {}, num_slots=2)
+    weights = [engine.read_adapter(folder) for folder in folders]
+    question = PromptedImage(engine.prepare_image(images[0], "image 0"), ("crack",), (), 0, EVERY)
     answers = []
     for one in (weights[0], weights[1], weights[0]):
-        segmenter.place_adapter(0, one)
-        answers += ask(segmenter, [question])
-    alone = [ask(make_segmenter(base_path, {"it": folder})[0], [question])[0] for folder in folders]
+        engine.place_adapter(0, one)
+        answers += ask(engine, [question])
+    alone = [ask(make_engine(base_path, {"it": folder})[0], [question])[0] for folder in folders]
     assert_same(answers, [alone[0], alone[1], alone[0]])
     assert differ(*alone)
     # both at once, in the other order
-    segmenter.place_adapter(1, weights[0])
-    segmenter.place_adapter(0, weights[1])
-    assert_same(ask(segmenter, [replace(question, slot=1), question]), alone)
+    engine.place_adapter(1, weights[0])
+    engine.place_adapter(0, weights[1])
+    assert_same(ask(engine, [replace(question, slot=1), question]), alone)
     # a cleared slot answers nothing, and the base is the base
-    segmenter.clear_adapter(0)
-    segmenter.clear_adapter(1)
-    of_none, of_base = segmenter.answer([question, replace(question, slot=None)])
+    engine.clear_adapter(0)
+    engine.clear_adapter(1)
+    of_none, of_base = engine.detect_small([question, replace(question, slot=None)])
     assert isinstance(of_none, LookupError)
-    assert_same([of_base], ask(make_segmenter(base_path, {})[0], [replace(question, slot=None)]), atol=1e-7)
+    assert_same([of_base], ask(make_engine(base_path, {})[0], [replace(question, slot=None)]), atol=1e-7)
 
 
 def test_the_cache_stays_within_its_limit(base_path, adapters, images):
-    plain, slots = make_segmenter(base_path, {"vision": adapters["vision"]})
+    plain, slots = make_engine(base_path, {"vision": adapters["vision"]})
     image = plain.prepare_image(images[0], "image 0")
-    ask(plain, [Question(image, ("crack",))])
+    ask(plain, [PromptedImage(image, ("crack",))])
     one = plain.counters["image_cache_bytes"]
     for limit, most in ((0, 0), (one - 1, one - 1), (2 * one + 1, 2 * one)):
-        segmenter, slots = make_segmenter(base_path, {"vision": adapters["vision"]}, image_cache_bytes=limit)
+        engine, slots = make_engine(base_path, {"vision": adapters["vision"]}, image_cache_bytes=limit)
         for _ in range(2):
             questions = [
-                Question(segmenter.prepare_image(picture, f"image {number}"), ("crack",), (), slot, EVERY)
+                PromptedImage(engine.prepare_image(picture, f"image {number}"), ("crack",), (), slot, EVERY)
                 for number, picture in enumerate(images)
                 for slot in slots.values()
             ]
             # more than fits, and yet each is answered from its own features
-            together = ask(segmenter, questions)
-            assert segmenter.counters["image_cache_bytes"] <= most
+            together = ask(engine, questions)
+            assert engine.counters["image_cache_bytes"] <= most
         assert_same(together, ask(plain, questions))
-        assert (segmenter.counters["image_cache_evictions"] > 0) == (limit >= one - 1)
+        assert (engine.counters["image_cache_evictions"] > 0) == (limit >= one - 1)
 
 
-def test_bad_questions_leave_the_others_alone(segmenter, slots, images):
-    image = segmenter.prepare_image(images[0], "image 0")
+def test_bad_questions_leave_the_others_alone(engine, slots, images):
+    image = engine.prepare_image(images[0], "image 0")
     width = image.size_hw[1]
-    good = [Question(image, ("crack",), (), slots["text"], EVERY), Question(image, ("hole",), BOXES, None, EVERY)]
+    good = [
+        PromptedImage(image, ("crack",), (), slots["text"], EVERY),
+        PromptedImage(image, ("hole",), BOXES, None, EVERY),
+    ]
     bad = [
         (replace(good[0], prompts=("",)), UserError, "empty"),
         (replace(good[0], prompts=("crack", "x" * 40)), UserError, "42 tokens"),
-        (replace(good[0], prompts=()), UserError, "a prompt or a box"),
+        (replace(good[0], prompts=()), UserError, "or give boxes"),
         (replace(good[0], boxes=(BoxPrompt((0, 0, width + 1, 5)),)), UserError, f"x1 <= {width}"),
         (replace(good[0], boxes=(BoxPrompt((0, 0, 5, 5), 3),)), UserError, "label 1"),
         (replace(good[0], slot=15), LookupError, "slot 15 holds no adapter"),
     ]
     questions = [bad[0][0], good[0], *(question for question, *_ in bad[1:4]), good[1], *(one for one, *_ in bad[4:])]
-    answers = segmenter.answer(questions)
-    assert_same([answers[1], answers[5]], ask(segmenter, good))
+    answers = engine.detect_small(questions)
+    assert_same([answers[1], answers[5]], ask(engine, good))
     failures = [answer for answer in answers if isinstance(answer, Exception)]
     for failure, (_, kind, words) in zip(failures, bad, strict=True):
         assert isinstance(failure, kind)
         assert words in str(failure)
 
 
-def test_only_the_culprit_of_a_broken_batch_fails(segmenter, slots, images, monkeypatch):
-    image = segmenter.prepare_image(images[0], "image 0")
-    questions = [Question(image, (prompt,), (), slots["text"], EVERY) for prompt in ("crack", "hole", "leaf")]
-    expected = ask(segmenter, questions)
+def test_only_the_culprit_of_a_broken_batch_fails(engine, slots, images, monkeypatch):
+    image = engine.prepare_image(images[0], "image 0")
+    questions = [PromptedImage(image, (prompt,), (), slots["text"], EVERY) for prompt in ("crack", "hole", "leaf")]
+    expected = ask(engine, questions)
     detect = MixedForward.detect
-    cursed = segmenter._features.text([("hole", segmenter._residents[slots["text"]])]).popitem()[1]
+    cursed = engine._features.text([("hole", engine._adapters[slots["text"]])]).popitem()[1]
 
-    def break_on_hole(self, rows):
+    def break_on_hole(self, rows, max_rows):
         if any(row.text is cursed for row in rows):
             raise ZeroDivisionError("broken")
-        return detect(self, rows)
+        return detect(self, rows, max_rows)
 
     monkeypatch.setattr(MixedForward, "detect", break_on_hole)
-    answers = segmenter.answer(questions)
+    answers = engine.detect_small(questions)
     assert isinstance(answers[1], ZeroDivisionError)
     assert_same([answers[0], answers[2]], [expected[0], expected[2]])
 
@@ -376,68 +377,68 @@ def test_only_the_culprit_of_a_broken_batch_fails(segmenter, slots, images, monk
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA"), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 )
-def test_a_lack_of_memory_is_everyones(segmenter, images, monkeypatch, error):
-    def fail(self, rows):
+def test_a_lack_of_memory_is_everyones(engine, images, monkeypatch, error):
+    def fail(self, rows, max_rows):
         raise error
 
-    question = Question(segmenter.prepare_image(images[0], "image 0"), ("crack",), (), None, EVERY)
+    question = PromptedImage(engine.prepare_image(images[0], "image 0"), ("crack",), (), None, EVERY)
     with monkeypatch.context() as patched:
         patched.setattr(MixedForward, "detect", fail)
         with pytest.raises(type(error)):
-            segmenter.answer([question, question])
+            engine.detect_small([question, question])
     # what comes after is well
-    assert isinstance(segmenter.answer([question])[0], Answer)
+    assert isinstance(engine.detect_small([question])[0], list)
     assert is_out_of_memory(error)
     assert not is_out_of_memory(RuntimeError("shapes"))
 
 
-def test_a_failed_device_is_everyones_and_asked_once(segmenter, images, monkeypatch):
+def test_a_failed_device_is_everyones_and_asked_once(engine, images, monkeypatch):
     asked = []
 
-    def fail(self, rows):
+    def fail(self, rows, max_rows):
         asked.append(len(rows))
         raise torch.AcceleratorError("CUDA error: device-side assert triggered")
 
-    question = Question(segmenter.prepare_image(images[0], "image 0"), ("crack",), (), None, EVERY)
+    question = PromptedImage(engine.prepare_image(images[0], "image 0"), ("crack",), (), None, EVERY)
     monkeypatch.setattr(MixedForward, "detect", fail)
     with pytest.raises(torch.AcceleratorError):
-        segmenter.answer([question, question])
+        engine.detect_small([question, question])
     assert asked == [2]
 
 
-def test_bad_images(segmenter):
+def test_bad_images(engine):
     for data, words in ((b"", "empty"), (b"GIF89a", "format"), (np.zeros((4, 4), np.uint8), "expected an image")):
         with pytest.raises(ImageError, match=words):
-            segmenter.prepare_image(data, "bad")
+            engine.prepare_image(data, "bad")
     with pytest.raises(ImageError, match="at most 1e-05 million"):
-        segmenter.prepare_image(encoded_png(np.zeros((4, 4, 3), np.uint8)), "bad", max_megapixels=1e-5)
+        engine.prepare_image(encoded_png(np.zeros((4, 4, 3), np.uint8)), "bad", max_megapixels=1e-5)
 
 
 def encoded_png(image: np.ndarray) -> bytes:
     return cv2.imencode(".png", image[..., ::-1])[1].tobytes()
 
 
-def test_an_image_file_is_its_pixels(segmenter, images):
-    prepared = segmenter.prepare_image(encoded_png(images[0]), "image 0")
-    same = segmenter.prepare_image(images[0], "image 0")
+def test_an_image_file_is_its_pixels(engine, images):
+    prepared = engine.prepare_image(encoded_png(images[0]), "image 0")
+    same = engine.prepare_image(images[0], "image 0")
     assert prepared.size_hw == same.size_hw == images[0].shape[:2]
     assert prepared.pixels_RR3.shape == (112, 112, 3)
     np.testing.assert_array_equal(prepared.pixels_RR3, same.pixels_RR3)
 
 
 def test_prompts_are_checked_from_many_threads(base_path):
-    segmenter, _ = make_segmenter(base_path, {}, max_cached_prompts=2)
+    engine, _ = make_engine(base_path, {}, max_cached_prompts=2)
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda number: segmenter.check_prompts([f"prompt {number}"]), range(200)))
+        list(pool.map(lambda number: engine.check_prompts([f"prompt {number}"]), range(200)))
     for prompts in ([" "], ["fine", "x" * 31]):
         with pytest.raises(UserError):
-            segmenter.check_prompts(prompts)
+            engine.check_prompts(prompts)
 
 
 def test_warm_up_leaves_no_trace(base_path):
-    segmenter, _ = make_segmenter(base_path, {}, max_rows=3)
-    segmenter.warm_up()
-    assert set(segmenter.counters.values()) == {0}
+    engine, _ = make_engine(base_path, {}, max_rows=3)
+    engine.warm_up()
+    assert set(engine.counters.values()) == {0}
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -445,41 +446,44 @@ def test_adapters_come_and_go_between_forwards(base_path, adapters, images, prec
     # What a forward has cast is written to again when an adapter of the same modules is placed; it must then count.
     adapters = {"text": adapters["text"], "other text": write_adapter(tmp_path / "other", base_path, "text", seed=9)}
     names = ["text", "other text", "other text", "text", "text"]
-    told = {name: make_segmenter(base_path, {name: adapters[name]}, precision=precision)[0] for name in adapters}
-    shared = MixedBatchSegmenter(str(base_path), device="cpu", precision=precision, num_slots=2)
+    told = {name: make_engine(base_path, {name: adapters[name]}, precision=precision)[0] for name in adapters}
+    shared = Engine.load(str(base_path), device="cpu", precision=precision, num_slots=2)
     for turn, name in enumerate(names):
         slot = turn % 2
         shared.clear_adapter(slot)
         shared.place_adapter(slot, shared.read_adapter(adapters[name]))
         image = shared.prepare_image(images[0], "image 0")
-        questions = [Question(image, ("crack",), post=EVERY), Question(image, ("crack",), slot=slot, post=EVERY)]
+        questions = [
+            PromptedImage(image, ("crack",), post=EVERY),
+            PromptedImage(image, ("crack",), slot=slot, post=EVERY),
+        ]
         alone = ask(told[name], [replace(questions[1], slot=0)])
         assert_same(ask(shared, questions)[1:], alone, atol=1e-5 if precision == "float32" else 0.03)
 
 
 @pytest.mark.parametrize("name", [None, "vision", "geometry", "no cls"])
-def test_bfloat16_is_close(base_path, adapters, segmenter, slots, images, name):
-    half, _ = make_segmenter(base_path, adapters, precision="bfloat16")
-    image = segmenter.prepare_image(images[0], "image 0")
-    questions = [Question(image, ("crack",), boxes, slots[name], EVERY) for boxes in ((), BOXES)]
+def test_bfloat16_is_close(base_path, adapters, engine, slots, images, name):
+    half, _ = make_engine(base_path, adapters, precision="bfloat16")
+    image = engine.prepare_image(images[0], "image 0")
+    questions = [PromptedImage(image, ("crack",), boxes, slots[name], EVERY) for boxes in ((), BOXES)]
     questions.append(replace(questions[0], slot=slots["detector"]))
-    for one, other in zip(ask(segmenter, questions), ask(half, questions), strict=True):
-        assert np.abs(one.kept[0].scores_N - other.kept[0].scores_N).max() < 0.03
-        assert other.kept[0].mask_logits_NHW.dtype == np.float32
+    for one, other in zip(ask(engine, questions), ask(half, questions), strict=True):
+        assert np.abs(one[0].scores_N - other[0].scores_N).max() < 0.03
+        assert other[0].mask_logits_NHW.dtype == np.float32
 
 
 def test_swapping_adapters_keeps_memory_flat(base_path, adapters, images):
-    segmenter, _ = make_segmenter(base_path, {})
-    weights = [segmenter.read_adapter(adapters[name]) for name in ("vision", "detector", "no cls")]
-    question = Question(segmenter.prepare_image(images[0], "image 0"), ("crack",))
+    engine, _ = make_engine(base_path, {})
+    weights = [engine.read_adapter(adapters[name]) for name in ("vision", "detector", "no cls")]
+    question = PromptedImage(engine.prepare_image(images[0], "image 0"), ("crack",))
 
     def swap(times: int) -> int:
         for number in range(times):
-            segmenter.place_adapter(number % 2, weights[number % 3])
+            engine.place_adapter(number % 2, weights[number % 3])
         for slot in (0, 1):
-            segmenter.clear_adapter(slot)
-        return segmenter._bank.size_bytes
+            engine.clear_adapter(slot)
+        return engine._bank.size_bytes
 
-    plain = ask(segmenter, [question])
+    plain = ask(engine, [question])
     assert swap(1000) == 0
-    assert_same(plain, ask(segmenter, [question]), atol=0)
+    assert_same(plain, ask(engine, [question]), atol=0)

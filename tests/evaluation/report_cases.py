@@ -6,10 +6,11 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+from sam3lora.config.post_processing import PostProcessing
 from sam3lora.data.coco import CocoIndex
-from sam3lora.evaluation.ask.split_results import Answers
 from sam3lora.evaluation.metrics.ground_truth import build_ground_truth, prompted_categories
 from sam3lora.evaluation.metrics.measure import SplitMetrics, measure_split
+from sam3lora.evaluation.split_results import SplitResults
 
 CRACK, HOLE = 1, 2
 NAMES = {CRACK: "crack", HOLE: "hole"}
@@ -22,7 +23,8 @@ def measured(folder: Path, predictions: list[dict], label: str = "base", names=N
     pairs = [(image["id"], category["id"]) for image in truth.coco["images"] for category in truth.coco["categories"]]
     presence = {pair: 0.9 if pair in truth.presence else 0.1 for pair in pairs}
     options = {"split_dir": folder, "settings": {"model": "tiny", "versions": {"torch": "2.8"}}} | options
-    return measure_split(truth, Answers(predictions, presence, len(predictions)), label=label, **options)
+    options = {"post": PostProcessing(threshold=0.3)} | options
+    return measure_split(truth, SplitResults(predictions, presence, len(predictions)), label=label, **options)
 
 
 class _Balance(HTMLParser):

@@ -7,10 +7,10 @@ import json
 import pytest
 
 from sam3lora.data.coco import CocoIndex
-from sam3lora.evaluation.ask.split_results import Answers
 from sam3lora.evaluation.metrics.comparison import compare
 from sam3lora.evaluation.metrics.ground_truth import build_ground_truth, prompted_categories
 from sam3lora.evaluation.metrics.measure import measure_split
+from sam3lora.evaluation.split_results import SplitResults
 
 from .splits import result, write_split
 
@@ -26,7 +26,7 @@ def truth(tmp_path_factory):
 
 
 def measured(truth, label, predictions):
-    return measure_split(truth, Answers(predictions), label=label)
+    return measure_split(truth, SplitResults(predictions), label=label)
 
 
 def test_equal_models_do_not_differ(truth):

@@ -32,7 +32,7 @@ def models(split):
 
 def test_numbers_and_differences_are_those_of_the_metrics(models):
     base, adapter = models
-    page = render_comparison_report(base, [adapter], {"mine": {"map": CLEAR, "cgf1": UNCLEAR}}, threshold=0.3)
+    page = render_comparison_report(base, [adapter], {"mine": {"map": CLEAR, "cgf1": UNCLEAR}})
     text = check_page(page)
     rows = table(page, "Summary")
     for measure in MEASURES:
@@ -93,7 +93,7 @@ def test_verdict_on_false_alarms(models):
 def test_nothing_to_find_cannot_be_compared(tmp_path):
     folder = write_split(tmp_path / "s", [], NAMES)
     base, adapter = measured(folder, []), measured(folder, [], "mine")
-    text = check_page(render_comparison_report(base, [adapter], {"mine": {}}, threshold=0.3))
+    text = check_page(render_comparison_report(base, [adapter], {"mine": {}}))
     assert "mine cannot be compared" in text
     assert "No picture" not in text
 
@@ -105,7 +105,7 @@ def test_categories_gained_and_lost_are_named(models):
 
 
 def test_every_category_has_its_pictures(split, models):
-    page = render_comparison_report(models[0], [models[1]], {}, threshold=0.3)
+    page = render_comparison_report(models[0], [models[1]], {})
     pictures = page.split("<h2>Pictures by category</h2>")[1]
     crack, hole = pictures.split("<h3>crack</h3>")[1].split("<h3>hole</h3>")
     assert "0.png" in crack
@@ -125,11 +125,11 @@ def test_many_categories_share_the_room(tmp_path):
     base, adapter = (
         measured(folder, found, label, names=names) for label, found in (("base", []), ("mine", [result(1, 1, 5, 0.9)]))
     )
-    page = render_comparison_report(base, [adapter], {}, threshold=0.3)
+    page = render_comparison_report(base, [adapter], {})
     text = check_page(page)
     assert page.count("data:image/jpeg") == 3 * 79
     assert "No picture of: category 80:" in text
-    short = render_comparison_report(base, [adapter], {}, threshold=0.3, max_pictures=3)
+    short = render_comparison_report(base, [adapter], {}, max_pictures=3)
     # those with the most objects
     assert [name for name in names.values() if f"<h3>{name}</h3>" in short] == [
         "category 1",
@@ -140,7 +140,7 @@ def test_many_categories_share_the_room(tmp_path):
 
 def test_several_adapters(split, models):
     other = measured(split, [], "other")
-    page = render_comparison_report(models[0], [models[1], other], {"mine": {"map": CLEAR}}, threshold=0.3)
+    page = render_comparison_report(models[0], [models[1], other], {"mine": {"map": CLEAR}})
     text = check_page(page)
     assert "mine is better" in text
     assert "other reaches mAP 0.000" in text
@@ -155,7 +155,7 @@ def test_names_are_escaped(tmp_path):
         measured(folder, found, label, names=names)
         for label, found in (("base", []), ("<i>mine</i>", [result(0, HOLE, 5, 0.9)]))
     )
-    page = render_comparison_report(base, [adapter], {"<i>mine</i>": {"map": CLEAR}}, threshold=0.3)
+    page = render_comparison_report(base, [adapter], {"<i>mine</i>": {"map": CLEAR}})
     check_page(page)
     for raw in ("<script", "<b>", "<i>mine"):
         assert raw not in page

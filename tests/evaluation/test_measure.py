@@ -6,11 +6,12 @@ import json
 
 import pytest
 
+from sam3lora.config.post_processing import PostProcessing
 from sam3lora.data.coco import CocoIndex
 from sam3lora.errors import UserError
-from sam3lora.evaluation.ask.split_results import Answers
 from sam3lora.evaluation.metrics.ground_truth import build_ground_truth, prompted_categories
 from sam3lora.evaluation.metrics.measure import measure_split
+from sam3lora.evaluation.split_results import SplitResults
 
 from .splits import result, write_split
 
@@ -34,7 +35,7 @@ def presence(**above):
 
 
 def test_nothing_found(truth):
-    found = measure_split(truth, Answers(presence=presence()))
+    found = measure_split(truth, SplitResults(presence=presence()))
     assert (found.map, found.mar_100, found.num_predictions, found.num_detections) == (0, 0, 0, 0)
     assert (found.cgf1, found.il_mcc, found.positive_micro_f1) == (0, 0, 0)
     # nothing is ever claimed: right about the four absent pairs, wrong about the two present ones
@@ -51,9 +52,8 @@ def test_by_hand(truth):
         result(2, CRACK, 10, 0.35),  # a false alarm at 0.3, none at 0.5
         result(2, HOLE, 10, 0.1),
     ]
-    found = measure_split(
-        truth, Answers(predictions, presence(p01=0.9, p12=0.9, p21=0.6), num_before_nms=9), threshold=0.3
-    )
+    results = SplitResults(predictions, presence(p01=0.9, p12=0.9, p21=0.6), num_before_nms=9)
+    found = measure_split(truth, results, post=PostProcessing(threshold=0.3))
     assert (found.num_predictions, found.num_predictions_before_nms, found.num_detections) == (5, 9, 4)
     assert found.per_category["crack"].map == pytest.approx(1)
     assert found.per_category["hole"].map == 0
@@ -72,7 +72,7 @@ def test_by_hand(truth):
 
 def test_the_threshold_moves_counts_and_not_map(truth):
     predictions = [result(0, CRACK, 10, 0.9), result(2, CRACK, 10, 0.35)]
-    low, high = (measure_split(truth, Answers(predictions), threshold=t) for t in (0.3, 0.5))
+    low, high = (measure_split(truth, SplitResults(predictions), post=PostProcessing(threshold=t)) for t in (0.3, 0.5))
     assert low.map == high.map > 0
     assert (low.off_prompt_fpr, high.off_prompt_fpr) == (0.25, 0)
     assert (low.num_detections, high.num_detections) == (2, 1)
@@ -80,7 +80,7 @@ def test_the_threshold_moves_counts_and_not_map(truth):
 
 def test_absence_that_is_not_annotated_is_not_judged(truth):
     predictions = [result(0, CRACK, 10, 0.9), result(0, CRACK, 40, 0.8), result(2, CRACK, 10, 0.99)]
-    found = measure_split(truth, Answers(predictions, presence()), exhaustive=False)
+    found = measure_split(truth, SplitResults(predictions, presence()), exhaustive=False)
     # the detection in image 2 may be right for all that is known
     assert found.per_category["crack"].map == pytest.approx(1)
     assert found.off_prompt_fpr is found.cgf1 is found.il_mcc is found.presence_accuracy_absent is found.sweep is None
@@ -90,7 +90,7 @@ def test_absence_that_is_not_annotated_is_not_judged(truth):
 
 def test_every_category_in_every_image_has_no_cgf1(tmp_path):
     truth = truth_of(tmp_path / "s", [(0, CRACK, 10), (0, HOLE, 40)], num_images=1)
-    found = measure_split(truth, Answers([result(0, CRACK, 10, 0.9)]))
+    found = measure_split(truth, SplitResults([result(0, CRACK, 10, 0.9)]))
     assert found.cgf1 is None
     assert found.positive_micro_f1 == pytest.approx(2 * 1 * 0.5 / 1.5, abs=1e-3)
     assert any("cgf1 and il_mcc are null" in note for note in found.notes)
@@ -99,15 +99,15 @@ def test_every_category_in_every_image_has_no_cgf1(tmp_path):
 
 def test_answers_to_other_images_are_refused(truth):
     with pytest.raises(UserError, match="another split"):
-        measure_split(truth, Answers([result(7, CRACK, 10, 0.9)]))
+        measure_split(truth, SplitResults([result(7, CRACK, 10, 0.9)]))
 
 
 def test_parts_join_in_the_order_of_the_images():
     parts = [
-        Answers([result(1, HOLE, 1, 0.9)], {(1, HOLE): 0.9}, 3),
-        Answers([result(0, CRACK, 1, 0.5)], {(0, CRACK): 0.5}, 2),
+        SplitResults([result(1, HOLE, 1, 0.9)], {(1, HOLE): 0.9}, 3),
+        SplitResults([result(0, CRACK, 1, 0.5)], {(0, CRACK): 0.5}, 2),
     ]
-    joined = Answers.join(parts, [0, 1])
+    joined = SplitResults.join(parts, [0, 1])
     assert [p["image_id"] for p in joined.predictions] == [0, 1]
     assert joined.num_before_nms == 5
     assert set(joined.presence) == {(0, CRACK), (1, HOLE)}
@@ -123,17 +123,17 @@ def test_objects_without_mask_leave_their_image_out_of_cgf1(tmp_path):
     index = CocoIndex.from_folder(folder)
     truth = build_ground_truth(index, prompted_categories(index, ["crack"]))
     found = measure_split(
-        truth, Answers([result(0, CRACK, 10, 0.9), result(0, CRACK, 40, 0.9), result(1, CRACK, 10, 0.9)])
+        truth, SplitResults([result(0, CRACK, 10, 0.9), result(0, CRACK, 40, 0.9), result(1, CRACK, 10, 0.9)])
     )
     assert found.map == pytest.approx(1)
     assert found.positive_micro_f1 == pytest.approx(1, abs=1e-3)
     assert (found.num_ground_truth, found.bbox_map) == (2, pytest.approx(1))
     # its box alone is enough for box mAP
-    missed = measure_split(truth, Answers([result(0, CRACK, 10, 0.9), result(1, CRACK, 10, 0.9)]))
+    missed = measure_split(truth, SplitResults([result(0, CRACK, 10, 0.9), result(1, CRACK, 10, 0.9)]))
     assert missed.bbox_map < 1
 
 
 def test_thresholds_below_the_usual_floor_count_everything(truth):
-    found = measure_split(truth, Answers([result(2, CRACK, 10, 0.02)]), threshold=0.01)
+    found = measure_split(truth, SplitResults([result(2, CRACK, 10, 0.02)]), post=PostProcessing(threshold=0.01))
     assert found.off_prompt_fpr == 0.25
     assert len(found.units[2, CRACK].scores_D) == 1

@@ -19,7 +19,7 @@ from .adapters import write_adapter
 from .splits import write_split
 
 NUM_CPUS = 2
-SETTINGS = EvaluationSettings(threshold=0.2, nms_iou=1, batch_size=1)
+SETTINGS = EvaluationSettings({"threshold": 0.2, "nms": "none"}, batch_size=1)
 BATCHES = [[{"image_id": image}] for image in range(4)]
 
 
@@ -45,7 +45,7 @@ def split(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def models(small_base, tmp_path_factory) -> Models:
     adapter = write_adapter(tmp_path_factory.mktemp("run") / "best", small_base, components=("vision_encoder",))
-    return Models({"mine": str(adapter)}, segmenter={"model": str(small_base), "device": "cpu"})
+    return Models({"mine": str(adapter)}, options={"model": str(small_base), "device": "cpu"})
 
 
 def ask_two_workers(make_worker, batches):

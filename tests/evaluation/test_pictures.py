@@ -9,7 +9,6 @@ import pytest
 from sam3lora.evaluation.metrics.ranking import Tally
 from sam3lora.evaluation.report.pictures import (
     Gallery,
-    comparison_pictures,
     describe,
     draw_panel,
     encode_within,
@@ -46,11 +45,10 @@ def entry(mask_HW: np.ndarray) -> dict:
 def test_only_detections_above_the_threshold_are_drawn(split):
     base = measured(split, [result(0, CRACK, 5, 0.29)])
     adapter = measured(split, [result(0, CRACK, 5, 0.3)], "mine")
-    first, second = comparison_pictures(base, adapter, count=5, threshold=0.3)
-    assert [first.title, second.title] == ["0.png", "1.png"]
-    labels, of_base, of_adapter = first.panels
-    assert of_adapter.caption == "adapter: 1 right, 1 missed"
-    assert [panel.kind for panel in first.panels] == ["labels", "base", "adapter"]
+    picture = Gallery([base, adapter], num_panels=6).picture(0)
+    labels, of_base, of_adapter = picture.panels
+    assert of_adapter.caption == "mine: 1 right, 1 missed"
+    assert [panel.kind for panel in picture.panels] == ["labels", "base", "adapter"]
     assert share(labels, GROUND_TRUTH_RGB) > 0.01
     assert share(of_adapter, ADAPTER_RGB) > 0.01
     assert share(of_base, BASE_RGB) == 0
@@ -58,7 +56,7 @@ def test_only_detections_above_the_threshold_are_drawn(split):
 
 def test_captions_count(split):
     predictions = [result(0, CRACK, 5, 0.9), result(0, CRACK, 40, 0.8), result(1, CRACK, 5, 0.1)]
-    gallery = Gallery([measured(split, predictions, "mine")], 0.3, num_panels=4)
+    gallery = Gallery([measured(split, predictions, "mine")], num_panels=4)
     assert [panel.caption for panel in gallery.picture(0).panels] == ["labels: 2", "mine: 1 right, 1 wrong, 1 missed"]
     # of one category the others do not count
     assert [panel.caption for panel in gallery.picture(0, HOLE).panels] == ["labels: 1", "mine: 1 missed"]
@@ -66,7 +64,7 @@ def test_captions_count(split):
 
 
 def test_a_picture_of_a_category_shows_no_other(split):
-    gallery = Gallery([measured(split, [result(0, HOLE, 50, 0.9)], "mine")], 0.3, num_panels=4)
+    gallery = Gallery([measured(split, [result(0, HOLE, 50, 0.9)], "mine")], num_panels=4)
     right_half = slice(160, None)
     one, both = (gallery.picture(0, category).panels[0] for category in (CRACK, None))
     assert share(one, GROUND_TRUTH_RGB) > 0.01

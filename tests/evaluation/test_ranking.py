@@ -16,6 +16,7 @@ from sam3lora.evaluation.metrics.ranking import (
 )
 
 CRACK, HOLE = 1, 2
+AT_03 = {CRACK: 0.3, HOLE: 0.3}
 
 
 def unit(ious: list[list[float]], scores: list[float], num_targets: int) -> Unit:
@@ -24,14 +25,14 @@ def unit(ious: list[list[float]], scores: list[float], num_targets: int) -> Unit
 
 def test_nothing_to_find_and_nothing_found_is_right():
     assert Tally().quality == 1
-    assert tally_pairs({(0, CRACK): unit([], [], 0)}, 0.3) == {(0, CRACK): Tally()}
+    assert tally_pairs({(0, CRACK): unit([], [], 0)}, AT_03) == {(0, CRACK): Tally()}
     assert worst_images({}, 3) == best_images({}, 3) == []
 
 
 def test_tally_by_hand():
     # a good one, one that overlaps too little, one on the threshold, one below it; three objects
     found = unit([[0.8, 0, 0], [0, 0.49, 0], [0, 0, 0.5], [0, 0.9, 0]], [0.9, 0.8, 0.3, 0.29], 3)
-    tally = tally_pairs({(0, CRACK): found}, 0.3)[0, CRACK]
+    tally = tally_pairs({(0, CRACK): found}, AT_03)[0, CRACK]
     assert tally == Tally(num_right=2, num_wrong=1, num_missed=1)
     assert tally.quality == 4 / 6
 
@@ -65,7 +66,7 @@ def test_false_alarms_are_the_best_scores_of_absent_categories():
     }
     scores = {(0, CRACK): [0.9], (1, CRACK): [0.9], (0, HOLE): [0.4, 0.6], (1, HOLE): [0.7], (2, HOLE): [0.29]}
     predictions = [{"image_id": i, "category_id": c, "score": s} for (i, c), of in scores.items() for s in of]
-    assert list(false_alarms(truth, predictions, 0.3).items()) == [((1, HOLE), 0.7), ((0, HOLE), 0.6)]
+    assert list(false_alarms(truth, predictions, AT_03).items()) == [((1, HOLE), 0.7), ((0, HOLE), 0.6)]
 
 
 def test_telling_images_show_differences_and_false_alarms_in_turn():

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
-from sam3lora.engine.segmenter import Segmenter
+from sam3lora.engine.engine import Engine
 from sam3lora.errors import UserError
 from sam3lora.evaluation.ask.saco_phrases import ask_saco
 from sam3lora.evaluation.ask.worker import Models
@@ -41,16 +41,17 @@ def ground_truth(tmp_path):
 
 
 def ask(file, base_folder, **changes):
-    models = Models(segmenter={"model": str(base_folder), "device": "cpu"})
-    return ask_saco(file, file.parent, models, EvaluationSettings(threshold=0.0, nms_iou=1, **changes)).by_label["base"]
+    models = Models(options={"model": str(base_folder), "device": "cpu"})
+    settings = EvaluationSettings({"threshold": 0.0, "nms": "none"}, **changes)
+    return ask_saco(file, file.parent, models, settings).by_label["base"]
 
 
 def test_phrases_of_an_image_share_a_vision_pass_and_come_back_by_entry(ground_truth, base_folder, monkeypatch):
-    encoded = []
-    encode = Segmenter.encode
-    monkeypatch.setattr(Segmenter, "encode", lambda self, images: encoded.append(len(images)) or encode(self, images))
+    prepared = []
+    prepare = Engine.prepare_image
+    monkeypatch.setattr(Engine, "prepare_image", lambda self, *args: prepared.append(1) or prepare(self, *args))
     results = ask(ground_truth, base_folder)
-    assert encoded == [1, 1]
+    assert len(prepared) == 2
     assert {entry["image_id"] for entry in results} == {0, 3, 7}
     for entry in results:
         name = next(name for id_, name, _ in ENTRIES if id_ == entry["image_id"])

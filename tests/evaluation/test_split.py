@@ -12,17 +12,16 @@ import pytest
 from pycocotools import mask as coco_mask
 
 import sam3lora
-import sam3lora.evaluation.ask.split as split_module
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.data.coco import ANNOTATION_FILE, CocoIndex
-from sam3lora.engine.detect import EVERYTHING
-from sam3lora.engine.detections import Instances
-from sam3lora.evaluation.ask.split import evaluate_split
+from sam3lora.engine.detections import Detections
 from sam3lora.evaluation.metrics.ground_truth import build_ground_truth, prompted_categories
+from sam3lora.evaluation.metrics.measure import SplitMetrics, measure_split
+from sam3lora.evaluation.settings import EvaluationSettings
+from sam3lora.evaluation.split_results import SplitResults
 from sam3lora.model.adapter.folder import save_adapter
 from sam3lora.model.adapter.lora_layers import LoraSettings, apply_lora
 from sam3lora.model.adapter.metadata import AdapterMetadata
-from sam3lora.model.staged.forward import StagedSam3
 
 SQUARE = [[10, 10, 30, 10, 30, 30, 10, 30]]
 
@@ -82,26 +81,23 @@ def test_objects_without_mask_and_crowds_are_not_to_be_found(tmp_path):
 # ---- metrics --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def oracle(monkeypatch):
-    """Stands in for the detector: per image and prompt (presence, masks), in the order asked."""
-    answers: dict[str, tuple[float, list[np.ndarray]]] = {}
-
-    def detect(staged, tokenizer, pixel_values, prompts, *, sizes_hw, **options):
-        found = []
-        for size_hw in sizes_hw:
-            row = []
-            for prompt in prompts:
-                presence, masks = answers.get(prompt, (0.1, []))
-                rles = [coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8)) for mask in masks]
-                rles = [{"size": list(size_hw), "counts": rle["counts"].decode()} for rle in rles]
-                boxes = np.tile(np.array([[10, 10, 30, 30]], np.float32), (len(rles), 1))
-                row.append(Instances(prompt, presence, size_hw, np.full(len(rles), 0.9, np.float32), boxes, rles))
-            found.append(row)
-        return found
-
-    monkeypatch.setattr(split_module, "detect_prompts", detect)
-    return answers
+def measure(index: CocoIndex, answers: dict[str, tuple[float, list[np.ndarray]]], names=None) -> SplitMetrics:
+    """Metrics of a model that gives each prompt the same presence and masks in every image, at a score of 0.9."""
+    categories = prompted_categories(index, names)
+    records = [index.record(row) for row in range(len(index))]
+    found = []
+    for record in records:
+        size_hw = (record["height"], record["width"])
+        found.append([])
+        for category in categories:
+            presence, masks = answers.get(category.prompt, (0.1, []))
+            rles = [coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8)) for mask in masks]
+            rles = [{"size": list(size_hw), "counts": rle["counts"].decode()} for rle in rles]
+            boxes = np.tile(np.array([[10, 10, 30, 30]], np.float32), (len(rles), 1))
+            scores = np.full(len(rles), 0.9, np.float32)
+            found[-1].append(Detections(category.prompt, presence, size_hw, scores, boxes, rles))
+    results = SplitResults.collect(records, categories, found)
+    return measure_split(build_ground_truth(index, categories), results)
 
 
 def square() -> np.ndarray:
@@ -110,11 +106,10 @@ def square() -> np.ndarray:
     return mask
 
 
-def test_metrics_by_hand(tmp_path, base, oracle):
+def test_metrics_by_hand(tmp_path):
     # crack in image 0 only, found in both images at equal scores; hole in image 1 only, never found
     index = write_split(tmp_path / "s", [thing(0, 1), thing(1, 2)], {1: "crack", 2: "hole"})
-    oracle["crack"] = (0.8, [square()])
-    metrics = evaluate_split(StagedSam3(base.model), base.tokenizer, index, resolution=224, batch_size=1)
+    metrics = measure(index, {"crack": (0.8, [square()])})
     assert metrics.per_category["crack"].map_50 == pytest.approx(1)  # equal scores: the earlier image comes first
     assert metrics.per_category["hole"].map == 0
     assert metrics.map_50 == pytest.approx(0.5)
@@ -126,33 +121,29 @@ def test_metrics_by_hand(tmp_path, base, oracle):
     json.dumps([metrics.to_dict(), metrics.predictions, metrics.ground_truth])
 
 
-def test_names_only_seen_in_training_count_for_presence(tmp_path, base, oracle):
+def test_names_only_seen_in_training_count_for_presence(tmp_path):
     index = write_split(tmp_path / "s", [thing(0, 1), thing(1, 1)], {1: "crack"})
-    oracle["crack"], oracle["leaf"] = (0.9, [square()]), (0.7, [])
-    metrics = evaluate_split(
-        StagedSam3(base.model), base.tokenizer, index, resolution=224, names=["crack", "leaf"], batch_size=3
-    )
+    metrics = measure(index, {"crack": (0.9, [square()]), "leaf": (0.7, [])}, names=["crack", "leaf"])
     assert metrics.map == pytest.approx(1)
     assert metrics.per_category["leaf"].map is None
     assert metrics.presence_accuracy == 0.5
 
 
-def test_presence_is_not_judged_where_only_a_crowd_is(tmp_path, base, oracle):
+def test_presence_is_not_judged_where_only_a_crowd_is(tmp_path):
     crowd = thing(0, 1, segmentation={"size": [60, 80], "counts": [0, 600, 4200]}, iscrowd=1, bbox=[0, 0, 10, 60])
     index = write_split(tmp_path / "s", [crowd], {1: "crack"})
     # absent from image 1, which the model says too; image 0 is not counted although the model says absent there
-    metrics = evaluate_split(StagedSam3(base.model), base.tokenizer, index, resolution=224)
+    metrics = measure(index, {})
     assert metrics.presence_accuracy == 1
     only = index.select_rows([0])
-    metrics = evaluate_split(StagedSam3(base.model), base.tokenizer, only, resolution=224)
+    metrics = measure(only, {})
     assert metrics.presence_accuracy is None
     assert any("presence_accuracy is null" in note for note in metrics.notes)
 
 
-def test_nothing_to_find_is_none_with_a_reason(tmp_path, base, oracle):
+def test_nothing_to_find_is_none_with_a_reason(tmp_path):
     index = write_split(tmp_path / "s", [thing(0, 1, segmentation=[])], {1: "crack"}, num_images=1)
-    oracle["crack"] = (0.9, [square()])
-    metrics = evaluate_split(StagedSam3(base.model), base.tokenizer, index, resolution=224)
+    metrics = measure(index, {"crack": (0.9, [square()])})
     assert metrics.map is None
     assert metrics.presence_accuracy == 1
     assert any("map is null" in note for note in metrics.notes)
@@ -162,25 +153,18 @@ def test_nothing_to_find_is_none_with_a_reason(tmp_path, base, oracle):
 # ---- with a model ---------------------------------------------------------------------------------------------------
 
 
-def test_batch_size_does_not_matter_and_training_mode_returns(base, shapes):
-    index = CocoIndex.from_folder(shapes / "valid")
-    model = copy.deepcopy(base.model).train()
-    model.detr_decoder.eval()
+def test_batch_size_does_not_matter(base_folder, shapes):
     one, four = (
-        evaluate_split(
-            StagedSam3(model),
-            base.tokenizer,
-            index,
-            resolution=224,
-            post=EVERYTHING,
-            batch_size=size,
-            max_prompts_per_forward=prompts,
+        sam3lora.evaluate(
+            shapes,
+            model=str(base_folder),
+            device="cpu",
+            nms="none",
+            settings=EvaluationSettings(batch_size=size, max_prompts_per_forward=prompts),
         )
         for size, prompts in ((1, 2), (4, 16))
     )
-    assert model.training
-    assert not model.detr_decoder.training
-    assert len(one.predictions) == len(four.predictions) == 4 * len(index.names) * 32
+    assert len(one.predictions) == len(four.predictions) == 4 * len(one.per_category) * 32
     np.testing.assert_allclose([p["score"] for p in one.predictions], [p["score"] for p in four.predictions], atol=1e-5)
     assert one.presence_accuracy == four.presence_accuracy
 
@@ -191,9 +175,9 @@ def test_evaluate_takes_settings_from_the_adapter(base, base_folder, shapes, tmp
         base_model=str(base_folder), base_fingerprint=base.fingerprint, resolution=224, geometry_cls=False
     )
     save_adapter(peft_model, tmp_path / "adapter", metadata)
-    adapter = sam3lora.evaluation(shapes, adapter=tmp_path / "adapter", device="cpu", nms_iou=1)
+    adapter = sam3lora.evaluate(shapes, adapter=tmp_path / "adapter", device="cpu", nms="none")
     plain, with_cls = (
-        sam3lora.evaluation(shapes, model=str(base_folder), geometry_cls=cls, device="cpu", nms_iou=1)
+        sam3lora.evaluate(shapes, model=str(base_folder), geometry_cls=cls, device="cpu", nms="none")
         for cls in (False, True)
     )
     # a new adapter changes nothing, so what differs is the setting that came from its metadata
@@ -211,7 +195,7 @@ def test_evaluate_asks_and_counts_as_the_adapter_was_trained(base, base_folder, 
         data={"prompt_of_category": {"crk": "crack in a wall"}},
     )
     save_adapter(peft_model, tmp_path / "adapter", metadata)
-    found = sam3lora.evaluation(Path(split.source).parent, adapter=tmp_path / "adapter", device="cpu")
+    found = sam3lora.evaluate(Path(split.source).parent, adapter=tmp_path / "adapter", device="cpu")
     assert (found.settings["threshold"], found.settings["nms_iou"]) == (0.45, 0.6)
     assert found.settings["prompts"] == {"crk": "crack in a wall"}
     assert found.num_predictions <= 2 * 3

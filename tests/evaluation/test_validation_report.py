@@ -30,7 +30,7 @@ def shown(value: float | int | None) -> str:
 
 def test_every_number_is_that_of_the_metrics(split):
     metrics = measured(split, SOME, "mine")
-    page = render_validation_report([metrics], threshold=0.3)
+    page = render_validation_report([metrics])
     text = check_page(page)
     assert table(page, "Summary") == {m.label: [shown(getattr(metrics, m.name))] for m in MEASURES}
     for name, entry in metrics.per_category.items():
@@ -45,7 +45,7 @@ def test_every_number_is_that_of_the_metrics(split):
 
 
 def test_pictures_are_the_worst_the_best_and_the_false_alarms(split):
-    page = render_validation_report([measured(split, SOME, "mine")], threshold=0.3)
+    page = render_validation_report([measured(split, SOME, "mine")])
     worst, best = page.split("<h2>Worst images</h2>")[1].split("<h2>Best images</h2>")[0], "<h2>Best images</h2>"
     # of equal quality, the one with more errors; what is among the worst is not repeated among the best
     assert [name in worst for name in ("0.png", "1.png", "2.png")] == [True, True, True]
@@ -53,13 +53,13 @@ def test_pictures_are_the_worst_the_best_and_the_false_alarms(split):
     assert best not in page
     assert "asked for “crack” in 2.png" in page
     assert "asked for “hole”" not in page
-    few = render_validation_report([measured(split, SOME)], threshold=0.3, num_worst=1, num_false_alarms=0)
+    few = render_validation_report([measured(split, SOME)], num_worst=1, num_false_alarms=0)
     assert few.count("data:image/jpeg") == 2 + 2
 
 
 def test_several_results_stand_side_by_side(split):
     results = [measured(split, []), measured(split, SOME, "mine"), measured(split, SOME[:1], "other")]
-    page = render_validation_report(results, threshold=0.3)
+    page = render_validation_report(results)
     text = check_page(page)
     assert table(page, "Summary")["mAP"] == [f"{r.map:.3f}" for r in results]
     for label in ("the base model finds none", "mine finds 1 of 3", "other finds 1 of 3"):
@@ -68,7 +68,7 @@ def test_several_results_stand_side_by_side(split):
 
 
 def test_no_predictions(split):
-    text = check_page(render_validation_report([measured(split, [])], threshold=0.3))
+    text = check_page(render_validation_report([measured(split, [])]))
     assert "the base model finds none of the 3 labelled objects" in text
     assert "it answers 0 of 4 times (0 %)" in text
     assert "False alarms" not in text
@@ -77,23 +77,23 @@ def test_no_predictions(split):
 def test_no_ground_truth(tmp_path):
     folder = write_split(tmp_path / "s", [], NAMES)
     metrics = measured(folder, [result(0, CRACK, 5, 0.9)])
-    page = render_validation_report([metrics], threshold=0.3)
+    page = render_validation_report([metrics])
     text = check_page(page)
     assert "nothing to find in these images and the base model gives 1 wrong detection." in text
     assert table(page, "Summary")["mAP"] == ["n/a"]
     assert table(page, "Categories")["crack"][:2] == ["0", "n/a"]
     assert any(note in text for note in metrics.notes)
-    quiet = check_page(render_validation_report([measured(folder, [])], threshold=0.3))
+    quiet = check_page(render_validation_report([measured(folder, [])]))
     assert "gives no detection, rightly" in quiet
 
 
 def test_absence_that_is_not_annotated_is_said(split):
-    text = check_page(render_validation_report([measured(split, SOME, exhaustive=False)], threshold=0.3))
+    text = check_page(render_validation_report([measured(split, SOME, exhaustive=False)]))
     assert "How often it answers a prompt for something absent could not be measured" in text
 
 
 def test_without_the_images_there_are_numbers(split):
-    page = render_validation_report([measured(split, SOME, split_dir=None)], threshold=0.3)
+    page = render_validation_report([measured(split, SOME, split_dir=None)])
     check_page(page)
     assert "data:image" not in page
     assert "Worst images" not in page
@@ -103,7 +103,7 @@ def test_eighty_categories(tmp_path):
     names = {number: f"category {number}" for number in range(1, 81)}
     objects = [(number % 4, number, 5) for number in names] + [(0, 33, 50)]
     metrics = measured(write_split(tmp_path / "s", objects, names, 4), [result(1, 1, 5, 0.9)], names=names)
-    page = render_validation_report([metrics], threshold=0.3)
+    page = render_validation_report([metrics])
     check_page(page)
     rows = table(page, "Categories")
     assert rows.keys() == set(names.values())
@@ -115,9 +115,7 @@ def test_names_are_escaped(tmp_path):
     names = {CRACK: "<script>alert(1)</script>", HOLE: "a & “b” $x$"}
     folder = write_split(tmp_path / "s", [(0, CRACK, 5), (1, HOLE, 5)], names)
     predictions = [result(0, CRACK, 5, 0.9), result(1, CRACK, 5, 0.8)]
-    page = render_validation_report(
-        [measured(folder, predictions, "<i>mine</i>", names=names)], title="<u>", threshold=0.3
-    )
+    page = render_validation_report([measured(folder, predictions, "<i>mine</i>", names=names)], title="<u>")
     check_page(page)
     for raw in ("<script", "<i>mine", "<u>"):
         assert raw not in page
@@ -133,7 +131,7 @@ def test_a_better_threshold_is_offered_with_what_it_brings(split):
     best = f"{metrics.sweep.best_threshold:.2f} would give cgF1 {metrics.sweep.best_cgf1:.3f}"
     expected = f"{best} instead of {metrics.cgf1:.3f} at 0.50"
     assert expected in threshold_offer(metrics)
-    assert expected in check_page(render_validation_report([metrics], threshold=0.3))
+    assert expected in check_page(render_validation_report([metrics]))
 
 
 def test_no_threshold_is_offered_where_none_helps(split):

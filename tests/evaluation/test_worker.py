@@ -7,9 +7,8 @@ import pytest
 
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.data.coco import CocoIndex
-from sam3lora.engine.segmenter import Segmenter
 from sam3lora.errors import UserError
-from sam3lora.evaluation.ask.run import settings_of
+from sam3lora.evaluation.ask.run import recorded_prompts
 from sam3lora.evaluation.ask.worker import EvaluationWorker, Models
 from sam3lora.evaluation.metrics.ground_truth import prompted_categories
 from sam3lora.evaluation.settings import EvaluationSettings
@@ -17,6 +16,8 @@ from sam3lora.model.staged.forward import StagedSam3
 
 from .adapters import write_adapter
 from .splits import write_split
+
+EVERY = EvaluationSettings({"threshold": 0.0, "nms": "none"})
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +39,9 @@ def index(tmp_path_factory):
 
 @pytest.fixture
 def make_worker(index, small_base):
-    def make(adapters, *, with_base=True) -> EvaluationWorker:
-        models = Models(adapters, with_base=with_base, segmenter={"model": str(small_base), "device": "cpu"})
-        return EvaluationWorker(models, prompted_categories(index), EvaluationSettings().post_processing())
+    def make(adapters, *, with_base=True, settings=EVERY) -> EvaluationWorker:
+        models = Models(adapters, with_base=with_base, options={"model": str(small_base), "device": "cpu"})
+        return EvaluationWorker(models, prompted_categories(index), settings)
 
     return make
 
@@ -78,7 +79,7 @@ def test_images_are_seen_once_by_all_models_that_share_a_vision_tower(make_worke
     # an adapter of the vision tower sees for itself, and only once
     num_seen.clear()
     make_worker(adapters).ask(records)
-    assert num_seen == [2, 2]
+    assert sum(num_seen) == 4
 
 
 def test_labels_are_in_the_order_of_the_models(make_worker, adapters, records):
@@ -112,12 +113,12 @@ def test_facts_are_those_of_the_model(make_worker, adapters, small_base):
 def test_paths_become_absolute_for_workers_in_other_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
-    models = Models({"a": "run/best"}, segmenter={"model": "mine"}).with_absolute_paths()
-    assert (models.adapters, models.segmenter["model"]) == ({"a": f"{tmp_path}/run/best"}, f"{tmp_path}/mine")
+    models = Models({"a": "run/best"}, options={"model": "mine"}).with_absolute_paths()
+    assert (models.adapters, models.options["model"]) == ({"a": f"{tmp_path}/run/best"}, f"{tmp_path}/mine")
     # a name is no path, even beside a folder of that name
     (tmp_path / "tiny").mkdir()
     for name in ("tiny", "facebook/sam3", None):
-        assert Models(segmenter={"model": name}).with_absolute_paths().segmenter["model"] == name
+        assert Models(options={"model": name}).with_absolute_paths().options["model"] == name
 
 
 def test_adapter_of_another_base_is_refused(make_worker, tmp_path, small_base):
@@ -127,24 +128,20 @@ def test_adapter_of_another_base_is_refused(make_worker, tmp_path, small_base):
         make_worker({"other": str(folder)})
 
 
-def test_thresholds_and_prompts_of_several_adapters(small_base, tmp_path):
-    # what they agree in holds, a threshold in which they differ does not; prompts must be the same
+def test_each_adapter_is_measured_as_it_is_served(make_worker, small_base, tmp_path):
     def write(label, threshold, prompts):
         post = PostProcessing(threshold=threshold, nms_iou=0.6)
         data = {"prompt_of_category": prompts}
         return str(write_adapter(tmp_path / label, small_base, post_processing=post, data=data))
 
     a, b, c = (write(*of) for of in (("a", 0.3, {"D40": "pothole"}), ("b", 0.5, {"D40": "pothole"}), ("c", 0.3, {})))
-    both = {"nms_iou": 0.6, "merge": False, "merge_iou": 0.15, "max_detections": 100, "prompts": {"D40": "pothole"}}
-    assert settings_of({"a": a}) == {"threshold": 0.3} | both
-    assert settings_of({"a": a, "b": b}) == both
+    # post-processing is each model's own, except where it is given for all
+    posts = make_worker({"a": a, "b": b}, settings=EvaluationSettings()).facts()["post"]
+    own = {"base": PostProcessing(), "a": PostProcessing(threshold=0.3, nms_iou=0.6), "b": PostProcessing(nms_iou=0.6)}
+    assert posts == own
+    posts = make_worker({"a": a, "b": b}, settings=EvaluationSettings({"threshold": 0.4})).facts()["post"]
+    assert posts == {label: post.changed(threshold=0.4) for label, post in own.items()}
+    # prompts must be the same
+    assert recorded_prompts({"a": a, "b": b}) == {"D40": "pothole"}
     with pytest.raises(UserError, match="a, c were trained with different prompts"):
-        settings_of({"a": a, "c": c})
-
-
-def test_features_that_no_other_model_can_use_are_dropped(make_worker, adapters, records, monkeypatch):
-    kept = []
-    encode = Segmenter.encode
-    monkeypatch.setattr(Segmenter, "encode", lambda self, images: kept.append(encode(self, images)) or kept[-1])
-    make_worker(adapters).ask(records)
-    assert set(kept[0].features) == {None}
+        recorded_prompts({"a": a, "c": c})

@@ -7,12 +7,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from sam3lora.engine.detections import PostProcessing
+from sam3lora.config.post_processing import PostProcessing
 from sam3lora.inference.batch.output_folder import open_output
 
 REPOSITORY = Path(__file__).parents[2]
 PROMPTS = {"gear": 1, "red bolt": 2}
-POST = PostProcessing(threshold=0.0, nms_iou=1.0, max_detections=3)  # random weights are sure of nothing
+POST = PostProcessing(threshold=0.0, nms="none", max_detections=3)  # random weights are sure of nothing
 BROKEN = {"empty.jpg": "the file is empty", "sub/cut.jpg": "truncated", "text.png": "no known image format"}
 
 

@@ -18,11 +18,10 @@ import psutil
 import pytest
 from PIL import Image
 
-from sam3lora.data.check.report import check_folder
+from sam3lora.data.check import check_folder
 from sam3lora.data.coco import ANNOTATION_FILE, CocoIndex
 from sam3lora.data.images import read_image
-from sam3lora.engine.detections import PostProcessing
-from sam3lora.engine.segmenter import Segmenter
+from sam3lora.engine.adapter_pool import AdapterPool
 from sam3lora.errors import UserError
 from sam3lora.inference.batch.image_list import ImageSource, list_images
 from sam3lora.inference.batch.job import predict_batch
@@ -59,7 +58,7 @@ def row(sources: list[ImageSource]) -> dict:
     return {"number": 0, "images": json.dumps(sources)}
 
 
-def test_worker_equals_the_segmenter_and_draws(make_settings, small_base, tmp_path):
+def test_worker_finds_what_the_engine_finds_and_draws_it(make_settings, small_base, tmp_path):
     paths = [draw_image(tmp_path / name, seed, (40, 40 + 20 * seed)) for seed, name in enumerate(["a.png", "b/a.png"])]
     broken = tmp_path / "broken.png"
     broken.touch()
@@ -73,10 +72,10 @@ def test_worker_equals_the_segmenter_and_draws(make_settings, small_base, tmp_pa
     records = {record["path"]: record for record in read_part(part_path(tmp_path / "out", "run", 0))}
     assert records[str(broken)]["error"] == "the file is empty"
 
-    segmenter = Segmenter(str(small_base), device="cpu")
+    pool = AdapterPool(str(small_base), device="cpu")
     for path in paths:
         image = read_image(path)
-        [found] = segmenter.detect(segmenter.encode([image]), list(PROMPTS), post=POST)
+        [found] = pool.detect([image], list(PROMPTS), post=POST)
         entries = records[str(path)]["detections"]
         assert [entry["category_id"] for entry in entries] == [1] * 3 + [2] * 3
         np.testing.assert_allclose([e["score"] for e in entries], np.concatenate([f.scores for f in found]), atol=1e-5)
@@ -208,7 +207,13 @@ def test_killed_half_way_and_started_again_it_finishes(ray_address, small_base, 
     assert not (output / "predictions.json").exists()
 
     summary = predict_batch(
-        images, output, list(PROMPTS), choice=ModelChoice(str(small_base)), post=POST, batch_size=2, progress=False
+        images,
+        output,
+        list(PROMPTS),
+        choice=ModelChoice(str(small_base)),
+        post=dict(POST),
+        batch_size=2,
+        progress=False,
     )
     # 197 results, three named; no image was asked twice, and none that was finished was asked again.
     assert (summary.num_images, summary.num_before) == (200, before)
@@ -227,7 +232,7 @@ def test_killed_half_way_and_started_again_it_finishes(ray_address, small_base, 
     assert len(index) == 197
     assert len(list((output / "dataset" / "train").rglob("*.png"))) == 197
     report = check_folder(output / "dataset")
-    assert not [issue.kind for issue in report.splits[0].issues if issue.kind != "box_mask_disagree"]
+    assert not [fault.kind for fault in report.splits[0].faults if fault.kind != "box_mask_disagree"]
     labels = json.loads((output / "dataset" / "train" / ANNOTATION_FILE).read_text())
     assert {entry["name"]: entry["id"] for entry in labels["categories"]} == PROMPTS
     assert all(0 <= entry["score"] <= 1 and entry["area"] > 0 for entry in labels["annotations"])
@@ -247,7 +252,7 @@ def test_worker_that_is_killed_is_replaced(ray_address, small_base, tmp_path):
     killer = threading.Thread(target=kill_one)
     killer.start()
     choice = ModelChoice(str(small_base))
-    summary = predict_batch(images, output, list(PROMPTS), choice=choice, post=POST, batch_size=1, progress=False)
+    summary = predict_batch(images, output, list(PROMPTS), choice=choice, post=dict(POST), batch_size=1, progress=False)
     killer.join()
     assert killed
     assert len(summary.bad_images) == 3
@@ -262,7 +267,7 @@ def test_finished_run_is_merged_again_without_ray(make_settings, small_base, tmp
     choice, output = ModelChoice(str(small_base)), tmp_path / "labels"
     monkeypatch.setattr("sam3lora.inference.batch.job.ray_session", None)
     with pytest.raises(TypeError):
-        predict_batch(images, output, ["gear"], choice=choice, post=POST)  # would need Ray
+        predict_batch(images, output, ["gear"], choice=choice, post=dict(POST))  # would need Ray
     settings = make_settings(output=output, categories={"gear": 1})
     ShardWorker(settings)(row(list_images(images, leave_out=output)[0]))
 
@@ -272,11 +277,11 @@ def test_finished_run_is_merged_again_without_ray(make_settings, small_base, tmp
         return write_bad_images(*args)
 
     monkeypatch.setattr("sam3lora.inference.batch.job.write_bad_images", merge_last)
-    summary = predict_batch(images, output, ["gear"], choice=choice, post=POST, dataset=False)
+    summary = predict_batch(images, output, ["gear"], choice=choice, post=dict(POST), dataset=False)
     assert (summary.num_images, summary.num_before, summary.num_detections) == (2, 2, 6)
     assert not (output / "dataset").exists()
     with pytest.raises(UserError, match="max_detections was 3, now 100"):
-        predict_batch(images, output, ["gear"], choice=choice, post=PostProcessing(threshold=0.0, nms_iou=1.0))
+        predict_batch(images, output, ["gear"], choice=choice, post={"threshold": 0.0, "nms": "none"})
 
 
 def test_relative_paths_of_a_submitted_job_are_refused(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from sam3lora.inference.image_folder import list_images, picture_names, predict_
 
 @pytest.fixture(scope="module")
 def predictor(small_base) -> Predictor:
-    return Predictor(str(small_base), device="cpu", detection_threshold=0.0, nms="none")
+    return Predictor(str(small_base), device="cpu", threshold=0.0, nms="none")
 
 
 @pytest.fixture

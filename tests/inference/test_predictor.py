@@ -16,17 +16,18 @@ from PIL import Image
 from sam3lora import Predictor
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.data.masks import decode_mask
+from sam3lora.engine.detections import Detections
 from sam3lora.errors import UserError
-from sam3lora.inference import results as results_module
-from sam3lora.inference.results import PromptResult
+from sam3lora.inference import result_pictures
 from sam3lora.model.adapter.folder import save_adapter
 from sam3lora.model.adapter.lora_layers import LoraSettings, apply_lora
 from sam3lora.model.adapter.metadata import AdapterMetadata
 from sam3lora.model.loading import load_base
+from sam3lora.model.staged.forward import StagedSam3
 
 from ..model.conftest import make_sam3, randomise_adapter, save_base
 
-EVERYTHING = {"detection_threshold": 0.0, "nms": "none"}
+EVERYTHING = {"threshold": 0.0, "nms": "none"}
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def pixels() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
 
 
-def same(first: PromptResult, second: PromptResult, atol: float = 1e-6) -> bool:
+def same(first: Detections, second: Detections, atol: float = 1e-6) -> bool:
     """Boxes move with the sixth digit of what batches are computed in."""
     return (
         first.prompt == second.prompt
@@ -72,7 +73,7 @@ def same(first: PromptResult, second: PromptResult, atol: float = 1e-6) -> bool:
 
 def test_nothing_found(base_path, pixels):
     # the empty case has the shapes and the JSON of the others
-    predictor = Predictor(str(base_path), detection_threshold=1.0, device="cpu")
+    predictor = Predictor(str(base_path), threshold=1.0, device="cpu")
     (result,) = predictor.predict(pixels, "crack")
     assert result.num_detections == 0
     assert (result.boxes_xyxy.shape, result.scores.shape, result.masks.shape) == ((0, 4), (0,), (0, 60, 90))
@@ -85,9 +86,8 @@ def test_nothing_found(base_path, pixels):
 
 def test_one_vision_pass_for_all_prompts(predictor, pixels, monkeypatch):
     calls = []
-    staged = predictor.segmenter._staged
-    encode = staged.encode_images
-    monkeypatch.setattr(staged, "encode_images", lambda *args: calls.append(1) or encode(*args))
+    encode = StagedSam3.encode_images
+    monkeypatch.setattr(StagedSam3, "encode_images", lambda *args: calls.append(1) or encode(*args))
     results = predictor.predict(pixels, ["crack", "hole", "crack"])
     assert [result.prompt for result in results] == ["crack", "hole", "crack"]
     assert len(calls) == 1
@@ -162,13 +162,16 @@ def test_many_images_equal_one_by_one(predictor, pixels):
             assert same(result, alone, atol=1e-5)
 
 
-def test_threshold_cuts_and_comes_from_the_caller(adapter, pixels):
-    # the adapter was measured at 0.99, which is its maker's choice and not the default
-    predictor = Predictor(adapter=adapter, device="cpu")
-    assert (predictor.post.threshold, predictor.post.nms, predictor.post.nms_iou) == (0.5, "box", 0.5)
+def test_the_adapter_records_the_defaults_and_the_caller_overrules_them(adapter, base_path, pixels):
+    assert Predictor(adapter=adapter, device="cpu").post == PostProcessing(threshold=0.99)
+    changed = Predictor(adapter=adapter, device="cpu", nms="box", detection_threshold=0.2)
+    assert changed.post == PostProcessing(threshold=0.2, nms="box")
+    assert Predictor(str(base_path), device="cpu").post == PostProcessing()
+    with pytest.raises(UserError, match="threshold"):
+        Predictor(str(base_path), threshold=0.1, detection_threshold=0.2)
     (everything,) = Predictor(adapter=adapter, device="cpu", **EVERYTHING).predict(pixels, "crack")
     middle = float(np.sort(everything.scores)[4])
-    (upper,) = Predictor(adapter=adapter, device="cpu", detection_threshold=middle, nms="none").predict(pixels, "crack")
+    (upper,) = Predictor(adapter=adapter, device="cpu", threshold=middle, nms="none").predict(pixels, "crack")
     assert np.array_equal(upper.scores, everything.scores[everything.scores >= middle])
     assert 0 < upper.num_detections < 8
 
@@ -200,13 +203,14 @@ def test_boxes_alone_ask_for_what_they_show(predictor, pixels):
 
 def test_merging_joins_masks(base_path, pixels):
     # IoU 0 joins all masks of the image into one, whose box is drawn around it
-    merging = Predictor(str(base_path), device="cpu", detection_threshold=0.0, merge=True, merge_iou=0.0)
+    merging = Predictor(str(base_path), device="cpu", threshold=0.0, merge=True, merge_iou=0.0)
     (result,) = merging.predict(pixels, "crack")
     (parts,) = Predictor(str(base_path), device="cpu", **EVERYTHING).predict(pixels, "crack")
     assert result.num_detections == 1
     assert (result.masks[0] >= parts.masks.any(0)).all()
-    with pytest.raises(UserError, match="merging needs masks"):
-        merging.predict(pixels, "crack", masks=False)
+    # without masks in the result the same is found
+    (boxes_only,) = merging.predict(pixels, "crack", masks=False)
+    assert np.array_equal(boxes_only.boxes_xyxy, result.boxes_xyxy)
 
 
 def test_drawing_shows_what_is_asked_for(predictor, pixels, tmp_path):
@@ -225,8 +229,8 @@ def test_drawing_shows_what_is_asked_for(predictor, pixels, tmp_path):
 def test_labels_leave_room_for_what_they_name(predictor, pixels, monkeypatch):
     # of many detections the best of each prompt are labelled
     drawn = []
-    monkeypatch.setattr(results_module, "draw_instances", lambda image, marked, **options: drawn.extend(marked))
-    monkeypatch.setattr(results_module, "MAX_LABELS", 6)
+    monkeypatch.setattr(result_pictures, "draw_instances", lambda image, marked, **options: drawn.extend(marked))
+    monkeypatch.setattr(result_pictures, "MAX_LABELS", 6)
     results = predictor.predict(pixels, ["crack", "hole"])
     predictor.draw(results)
     labels = [marked.label for marked in drawn if marked.label]

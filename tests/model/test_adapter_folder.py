@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sam3lora.config.post_processing import PostProcessing
-from sam3lora.engine.segmenter import Segmenter
+from sam3lora.engine.adapter_pool import AdapterPool
 from sam3lora.errors import UserError
 from sam3lora.model.adapter.folder import (
     list_adapters,
@@ -32,6 +32,7 @@ from sam3lora.model.publish.model_card import render_model_card
 
 from .conftest import RESOLUTION, largest_difference, make_inputs, make_sam3, outputs_of, randomise_adapter, save_base
 
+EVERY = PostProcessing(threshold=0.0, nms="none")
 SETTINGS = LoraSettings(
     rank=2, components=COMPONENTS, target_modules=("q_proj", "fc1", "query_proj", "text_projection")
 )
@@ -363,14 +364,14 @@ def test_adapters_with_modules_to_save_load_in_any_order(random_sam3, tmp_path, 
     folders = {"plain": save_adapter(plain, tmp_path / "plain", metadata)}
     folders["whole"] = save_adapter(whole, tmp_path / "whole", metadata)
 
-    def scores(segmenter, label):
+    def scores(pool, label):
         image = np.arange(60 * 80 * 3, dtype=np.uint8).reshape(60, 80, 3)
-        return segmenter.detect(segmenter.encode([image]), ["crack"], adapter=label, masks=False)[0][0].scores
+        return pool.detect([image], ["crack"], adapter=label, post=EVERY, masks=False)[0][0].scores
 
-    shared = Segmenter(adapters={label: folders[label] for label in order}, device="cpu")
-    expected = {None: scores(Segmenter(base_path, device="cpu"), None)}
+    shared = AdapterPool(adapters={label: folders[label] for label in order}, device="cpu")
+    expected = {None: scores(AdapterPool(base_path, device="cpu"), None)}
     for label, folder in folders.items():
-        expected[label] = scores(Segmenter(adapters={label: folder}, device="cpu"), label)
+        expected[label] = scores(AdapterPool(adapters={label: folder}, device="cpu"), label)
         assert not np.allclose(expected[label], expected[None], atol=1e-3)
     for label in ("whole", None, "plain", "whole", "plain", None):
         np.testing.assert_allclose(scores(shared, label), expected[label], atol=1e-6)

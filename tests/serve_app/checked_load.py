@@ -16,7 +16,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 
-from sam3lora.engine.detections import Instances
+from sam3lora.engine.detections import Detections
 from serve_app.http.errors import STATUS_OF
 
 from .ray_service import wait_until
@@ -30,7 +30,7 @@ class Case:
 
     image: bytes = field(repr=False)
     fields: dict[str, Any]
-    expected: tuple[Sequence[Instances], ...] = field(default=(), repr=False)
+    expected: tuple[Sequence[Detections], ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ async def ask(session: aiohttp.ClientSession, url: str, case: Case, number: int 
     return sample(kind, retry_after=headers.get("Retry-After"), detail=reply["error"]["message"])
 
 
-def is_same(results: Sequence[Any], expected: Sequence[Instances]) -> bool:
+def is_same(results: Sequence[Any], expected: Sequence[Detections]) -> bool:
     """Whether a reply says what the model finds; batches differ in the last digits."""
     if [one["prompt"] for one in results] != [one.prompt for one in expected]:
         return False
@@ -137,7 +137,7 @@ def is_same(results: Sequence[Any], expected: Sequence[Instances]) -> bool:
             return False
         boxes = np.reshape([each["box_xyxy"] for each in found], (-1, 4))
         areas = [each["area_px"] for each in found]
-        if not np.allclose(boxes, known.boxes_xyxy, atol=0.1) or not np.allclose(areas, known.areas_px(), atol=9):
+        if not np.allclose(boxes, known.boxes_xyxy, atol=0.1) or not np.allclose(areas, known.areas_px, atol=9):
             return False
     return True
 

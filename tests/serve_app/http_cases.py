@@ -16,10 +16,12 @@ from fastapi.testclient import TestClient
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from sam3lora.engine.detections import Instances
-from serve_app.calls import AdapterInfo, ImageFile, ImageReply, SegmentCall, SegmentReply
+from sam3lora.config.post_processing import PostProcessing
+from sam3lora.engine.detections import Detections
 from serve_app.http.errors import ServeError
 from serve_app.http.ingress import create_api
+from serve_app.http.schemas import AdapterResponse
+from serve_app.messages import ImageFile, ImageReply, SegmentCall, SegmentReply
 from serve_app.settings import Limits, ServeSettings
 
 SIZE_HW = (48, 64)
@@ -48,16 +50,16 @@ def rectangle(x0: int, y0: int, x1: int, y1: int, size_hw: tuple[int, int] = SIZ
     return {"size": list(size_hw), "counts": rle["counts"].decode()}
 
 
-def found(prompt: str, num: int = 2, size_hw: tuple[int, int] = SIZE_HW, *, masks: bool = True) -> Instances:
+def found(prompt: str, num: int = 2, size_hw: tuple[int, int] = SIZE_HW, *, masks: bool = True) -> Detections:
     """Rectangles of falling score."""
     boxes = [(2 + row % 7, 3, 12 + row % 7, 9) for row in range(num)]
-    return Instances(
+    return Detections(
         prompt=prompt,
         presence=0.75,
         size_hw=size_hw,
         scores=np.linspace(0.9, 0.6, num, dtype=np.float32),
         boxes_xyxy=np.array(boxes, np.float32).reshape(num, 4),
-        masks=[rectangle(*box, size_hw) for box in boxes] if masks else [],
+        rles=[rectangle(*box, size_hw) for box in boxes] if masks else None,
     )
 
 
@@ -94,9 +96,17 @@ class FakeBackend:
         self.kept.append(image)
         return ImageReply(image.key, SIZE_HW, cached)
 
-    async def list_adapters(self) -> list[AdapterInfo] | ServeError:
-        broken = AdapterInfo("old", error="trained on another base model")
-        return [AdapterInfo("cracks", ("crack",), 8, 2048, ("detr_decoder",), resident=True), broken]
+    async def list_adapters(self) -> list[AdapterResponse] | ServeError:
+        cracks = AdapterResponse(
+            id="cracks",
+            prompts=["crack"],
+            rank=8,
+            size_bytes=2048,
+            adapts=["detr_decoder"],
+            post_processing=PostProcessing(threshold=0.3, prompt_thresholds={"crack": 0.2}),
+            resident=True,
+        )
+        return [cracks, AdapterResponse(id="old", error="trained on another base model")]
 
     async def metrics(self) -> dict[str, str]:
         return {"first": METRICS}

@@ -26,15 +26,17 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import serve_app
+from sam3lora.config.post_processing import PostProcessing
 from serve_app.http.envelope import SECURITY_HEADERS
 
 from .browser import wait_until
 
 STATIC = Path(serve_app.__file__).parent / "static"
+POST = PostProcessing(nms_iou=0.5, max_detections=200)
 ADAPTERS = [
-    {"id": "shapes", "prompts": ["gear", "arrow"], "rank": 8, "size_bytes": 1, "adapts": [], "resident": True},
-    {"id": "road", "prompts": ["pothole"], "rank": 8, "size_bytes": 1, "adapts": [], "resident": False},
-    {"id": "torn", "prompts": [], "resident": False, "error": "adapter_config.json is missing"},
+    {"id": "shapes", "prompts": ["gear", "arrow"], "post_processing": POST.model_dump()},
+    {"id": "road", "prompts": ["pothole"], "post_processing": POST.changed(threshold=0.2, nms="none").model_dump()},
+    {"id": "torn", "prompts": [], "post_processing": None, "error": "adapter_config.json is missing"},
 ]
 Answer = Callable[[np.ndarray, dict[str, Any]], list[dict[str, Any]]]
 
@@ -99,7 +101,7 @@ class PageServer:
         def list_adapters(request: Request) -> Any:
             if api_key and request.headers.get("X-API-Key") != api_key:
                 return _error(401, "unauthorized", "expected an API key")
-            return {"adapters": adapters}
+            return {"adapters": adapters, "base_post_processing": POST.model_dump()}
 
         @app.post("/v1/images")
         async def keep(image: UploadFile = File()) -> dict[str, Any]:  # noqa: B008

@@ -10,10 +10,11 @@ from typing import Any
 import cv2
 import numpy as np
 
-from sam3lora.engine.detections import Instances, PostProcessing
-from sam3lora.engine.segmenter import Segmenter
+from sam3lora.config.post_processing import PostProcessing
+from sam3lora.engine.detections import Detections
+from sam3lora.engine.selection import Wanted
 
-from ..engine.mixed_cases import write_adapter, write_base
+from ..engine.engine_cases import PeftReference, write_adapter, write_base
 from .checked_load import Case
 from .http_cases import picture
 
@@ -47,12 +48,18 @@ class SmallService:
         }
         return json.loads(json.dumps(values | changes))
 
-    def answers(self, adapters: Sequence[str | None], images: Sequence[bytes] = IMAGES) -> list[list[list[Instances]]]:
+    def answers(self, adapters: Sequence[str | None], images: Sequence[bytes] = IMAGES) -> list[list[list[Detections]]]:
         """One by one through PEFT: for each adapter, for each image, what is found for each prompt."""
         found = {name: self.root / name for name in adapters if name is not None}
-        segmenter = Segmenter(str(self.base), adapters=found, device="cpu")
+        peft = PeftReference(found, self.base)
         pixels = [cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB) for data in images]
-        return [segmenter.detect(segmenter.encode(pixels), PROMPTS, adapter=name, post=POST) for name in adapters]
+        return [
+            [
+                [peft.detect(image, name, Wanted(prompt, image.shape[:2], POST)) for prompt in PROMPTS]
+                for image in pixels
+            ]
+            for name in adapters
+        ]
 
     def cases(self, adapters: Sequence[str | None] = (None, *ADAPTERS)) -> list[Case]:
         """Every image with every adapter; no two have the same answer."""

@@ -9,13 +9,14 @@ from collections import Counter
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from safetensors.numpy import load_file
 
 from sam3lora.errors import UserError
+from sam3lora.model.adapter.folder import FolderSignature, read_unchanged
 from serve_app.http.errors import ServeError
 from serve_app.replica import adapter_store
 from serve_app.replica.adapter_store import AdapterStore
@@ -25,6 +26,14 @@ from serve_app.settings import AdapterSettings
 from .adapter_folders import write_adapter
 
 LONG_S = 60.0
+
+
+class Weights(NamedTuple):
+    """What the store looks at of `AdapterWeights`, and the number."""
+
+    value: float
+    signature: FolderSignature
+    metadata: None = None
 
 
 class Model:
@@ -38,22 +47,25 @@ class Model:
         self.threads: set[int] = set()
         self.place_error: Exception | None = None
 
-    def read_adapter(self, folder: Path) -> float:
-        self.reads[folder.name] += 1
-        self.reading.release()
-        if event := self.slow.get(folder.name):
-            assert event.wait(LONG_S)
-        try:
-            (tensor,) = load_file(folder / "adapter_model.safetensors").values()
-        except Exception as error:
-            raise UserError(f"{folder / 'adapter_model.safetensors'} is damaged: {error}") from error
-        return float(tensor[0, 0])
+    def read_adapter(self, folder: Path) -> Weights:
+        def read(signature: FolderSignature) -> Weights:
+            self.reads[folder.name] += 1
+            self.reading.release()
+            if event := self.slow.get(folder.name):
+                assert event.wait(LONG_S)
+            try:
+                (tensor,) = load_file(folder / "adapter_model.safetensors").values()
+            except Exception as error:
+                raise UserError(f"{folder / 'adapter_model.safetensors'} is damaged: {error}") from error
+            return Weights(float(tensor[0, 0]), signature)
 
-    def place_adapter(self, slot: int, weights: float) -> None:
+        return read_unchanged(folder, read)
+
+    def place_adapter(self, slot: int, weights: Weights) -> None:
         self.threads.add(threading.get_ident())
         if self.place_error is not None:
             raise self.place_error
-        self.slots[slot] = weights
+        self.slots[slot] = weights.value
 
     def clear_adapter(self, slot: int) -> None:
         self.threads.add(threading.get_ident())
@@ -91,7 +103,7 @@ class Stage:
 
     async def value(self, adapter_id: str, timeout_s: float = LONG_S) -> float:
         """What a request under this adapter would compute with."""
-        async with self.store.hold(adapter_id, timeout_s) as slot:
+        async with self.store.hold(adapter_id, timeout_s) as (slot, _):
             assert slot is not None
             return self.model.slots[slot]
 
@@ -134,7 +146,7 @@ async def refused(work: Coroutine[Any, Any, Any]) -> ServeError:
 
 def test_the_base_needs_no_slot(root: Path):
     async def scene(stage: Stage) -> None:
-        async with stage.store.hold(None) as slot:
+        async with stage.store.hold(None) as (slot, _):
             assert slot is None
 
     assert not play(root, scene).model.reads
@@ -165,7 +177,7 @@ def test_the_least_recently_used_makes_room(root: Path):
 
 def test_an_adapter_in_use_is_never_evicted(root: Path):
     async def scene(stage: Stage) -> None:
-        async with stage.store.hold("a") as slot:
+        async with stage.store.hold("a") as (slot, _):
             assert slot is not None
             for adapter_id in "bcdebcde":  # all of them have to share the other slot
                 assert await stage.value(adapter_id) == "abcde".index(adapter_id) + 1
@@ -231,7 +243,7 @@ def test_twenty_at_once_hold_it_until_the_last_one_is_done(root: Path):
 
     async def scene(stage: Stage) -> None:
         async def use(event: asyncio.Event) -> None:
-            async with stage.store.hold("a") as slot:
+            async with stage.store.hold("a") as (slot, _):
                 assert slot is not None
                 await event.wait()
                 assert stage.model.slots[slot] == 1
@@ -302,7 +314,7 @@ def test_a_cancelled_holder_gives_its_slot_back(root: Path):
 
 def test_a_replaced_folder_is_loaded_beside_the_version_in_use(root: Path):
     async def scene(stage: Stage) -> None:
-        async with stage.store.hold("a") as old:
+        async with stage.store.hold("a") as (old, _):
             assert old is not None
             write_adapter(root, "a", 10)
             assert await stage.value("a") == 10
@@ -322,7 +334,7 @@ def test_updates_under_load_never_mix_versions(root: Path):
 
         async def client() -> None:
             while not stop:
-                async with stage.store.hold("a") as slot:
+                async with stage.store.hold("a") as (slot, _):
                     assert slot is not None
                     value = stage.model.slots[slot]
                     seen.add(value)
@@ -357,7 +369,7 @@ def test_a_new_version_that_cannot_be_read_leaves_the_old_one_in_service(root: P
 
 def test_a_deleted_folder_is_not_found_and_comes_back(root: Path):
     async def scene(stage: Stage) -> None:
-        async with stage.store.hold("a") as slot:
+        async with stage.store.hold("a") as (slot, _):
             assert slot is not None
             shutil.rmtree(root / "a")
             error = await refused(stage.value("a"))
@@ -562,7 +574,7 @@ def test_a_thousand_swaps_lose_no_slot_and_mix_nothing(root: Path):
         assert len(stage.model.slots) <= 2
         assert stage.store.num_resident == 2
         assert not stage.store._loads
-        async with stage.store.hold("a") as one, stage.store.hold("b") as two:
+        async with stage.store.hold("a") as (one, _), stage.store.hold("b") as (two, _):
             assert {one, two} == {0, 1}
 
     stage = play(root, scene, num_slots=2)

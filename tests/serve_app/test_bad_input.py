@@ -1,8 +1,7 @@
-"""What is refused, one row each: exact status and type; nothing of it reaches the segmenter."""
+"""Refused requests, one row for each rule: exact status and type; none of them reaches a replica."""
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import struct
@@ -65,28 +64,17 @@ def fill(name: str, value: str) -> dict[str, Any]:
 BODIES = {
     "no body": ({}, 415, "unsupported_media_type"),
     "text": ({"content": "x", "headers": {"content-type": "text/plain"}}, 415, "unsupported_media_type"),
-    "form of a web page": ({"data": {"prompts": "crack"}}, 415, "unsupported_media_type"),
     "compressed": (text("{}", **{"content-encoding": "gzip"}), 415, "unsupported_media_type"),
-    "json: empty": (text(""), 400, "malformed_body"),
     "json: cut off": (text('{"prompts": ["a"'), 400, "malformed_body"),
-    "json: comma at the end": (text('{"prompts": ["a"],}'), 400, "malformed_body"),
-    "json: two values": (text("{} {}"), 400, "malformed_body"),
     "json: latin-1": (text(b'{"prompts": ["\xe9"]}'), 400, "malformed_body"),
     "json: very deep": (text("[" * 50_000), 400, "malformed_body"),
     "json: very long number": (text('{"threshold": ' + "9" * 6000 + "}"), 400, "malformed_body"),
     "json: a list": (text("[]"), 422, "invalid_request"),
-    "json: null": (text("null"), 422, "invalid_request"),
     "json: repeated name": (fill("prompts", '["b"]'), 422, "invalid_request"),
     "json: repeated name within": (fill("boxes", '[{"label": 1, "label": 0}]'), 422, "invalid_request"),
     "json: with query": (as_json() | {"params": "threshold=0.4"}, 422, "invalid_request"),
     "multipart: no boundary": (text("x", **{"content-type": "multipart/form-data"}), 400, "malformed_body"),
-    "multipart: no multipart": (text("x", **BOUNDARY), 400, "malformed_body"),
     "multipart: cut off": (text(part("request", "{}"), **BOUNDARY), 400, "malformed_body"),
-    "multipart: cut off in the image": (
-        {"content": (part("request", "{}") + part("image", "x", filename="a.png")[:-4]).encode(), "headers": BOUNDARY},
-        400,
-        "malformed_body",
-    ),
     "multipart: no image": ({"files": {"request": (None, '{"prompts": ["a"]}')}}, 422, "invalid_request"),
     "multipart: image is no file": (
         text(part("image", "x") + "--b--\r\n", **BOUNDARY),
@@ -103,7 +91,6 @@ BODIES = {
     "multipart: many parts": ({"files": [(f"p{n}", (None, "x")) for n in range(50)]}, 400, "malformed_body"),
     "multipart: large request": (multipart('{"prompts": ["' + "a" * 300_000 + '"]}'), 413, "body_too_large"),
     "multipart: request is no json": (multipart("prompts=crack"), 400, "malformed_body"),
-    "multipart: request is a list": (multipart("[]"), 422, "invalid_request"),
     "too large by its header": (raw(image=PNG + bytes(200_000)), 413, "body_too_large"),
     "too large of unknown length": (
         {"content": events([PNG] + [bytes(50_000)] * 5), "headers": {"content-type": "image/png"}},
@@ -114,39 +101,24 @@ BODIES = {
 IMAGES = {
     "none": (without("image_base64"), 422, "invalid_request"),
     "empty file": (image(b""), 422, "invalid_image"),
-    "raw and empty": (raw(image=b""), 422, "invalid_image"),
     "text": (image(b"hello world, this is no image"), 415, "unsupported_image"),
-    "svg": (image(b"<svg xmlns='http://www.w3.org/2000/svg'/>"), 415, "unsupported_image"),
-    "pdf": (image(b"%PDF-1.7 ....."), 415, "unsupported_image"),
-    "heic": (image(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"), 415, "unsupported_image"),
     "icon": (image(icon()), 415, "unsupported_image"),
     "postscript": (image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), 415, "unsupported_image"),
     "png: signature alone": (image(PNG[:8]), 422, "invalid_image"),
     "png: header broken": (image(PNG[:12] + b"XXXX" + PNG[16:]), 422, "invalid_image"),
-    "jpeg: signature alone": (image(b"\xff\xd8\xff"), 422, "invalid_image"),
     "too many pixels": (image(picture((101, 100))), 413, "image_too_large"),
     "forty thousand million pixels": (image(huge_png()), 413, "image_too_large"),
     "base64: no base64": (as_json(image_base64="not base64!"), 400, "malformed_body"),
-    "base64: bad padding": (as_json(image_base64="AAAAA"), 400, "malformed_body"),
-    "base64: of addresses": (
-        as_json(image_base64=base64.urlsafe_b64encode(b"\xfb\xff" * 9).decode()),
-        400,
-        "malformed_body",
-    ),
     "base64: letters beyond ASCII": (as_json(image_base64="é" * 8), 400, "malformed_body"),
     "base64: empty": (as_json(image_base64=""), 422, "invalid_image"),
     "base64: data address in percents": (as_json(image_base64="data:image/png,%89PNG"), 400, "malformed_body"),
-    "base64: a number": (as_json(image_base64=5), 422, "invalid_request"),
     "address": (
         without("image_base64") | {"json": {"prompts": ["a"], "image_url": "http://x/a.png"}},
         422,
         "invalid_request",
     ),
-    "address as base64": (as_json(image_base64="http://example.org/a.png"), 400, "malformed_body"),
     "file and base64": (multipart({"prompts": ["a"], "image_base64": PNG_BASE64}), 422, "invalid_request"),
     "file and id": (multipart({"prompts": ["a"], "image_id": "img_" + "0" * 64}), 422, "invalid_request"),
-    "raw and id": (raw("prompts=a&image_id=img_" + "0" * 64), 422, "invalid_request"),
-    "id: short": ({"json": {"prompts": ["a"], "image_id": "img_0"}}, 422, "invalid_request"),
     "id: path": ({"json": {"prompts": ["a"], "image_id": "../../etc/passwd"}}, 422, "invalid_request"),
     "id: line break at its end": (
         {"json": {"prompts": ["a"], "image_id": "img_" + "0" * 64 + "\n"}},
@@ -157,23 +129,16 @@ IMAGES = {
 PROMPTS = {
     "missing": (without("prompts"), 422, "invalid_request"),
     "none": (as_json(prompts=[]), 422, "invalid_request"),
-    "null": (as_json(prompts=None), 422, "invalid_prompt"),
     "text instead of a list": (as_json(prompts="crack"), 422, "invalid_prompt"),
     "a number": (as_json(prompts=[3]), 422, "invalid_prompt"),
-    "null within": (as_json(prompts=["a", None]), 422, "invalid_prompt"),
-    "list within": (as_json(prompts=[["a"]]), 422, "invalid_prompt"),
     "empty": (as_json(prompts=[""]), 422, "invalid_prompt"),
     "spaces": (as_json(prompts=["  \u00a0"]), 422, "invalid_prompt"),
     "invisible": (as_json(prompts=["\u200b\u200d"]), 422, "invalid_prompt"),
     "line break": (as_json(prompts=["a\nb"]), 422, "invalid_prompt"),
-    "NUL": (as_json(prompts=["a\0"]), 422, "invalid_prompt"),
     "half a character": (text('{"prompts": ["\\ud800"]}'), 422, "invalid_prompt"),
-    "one empty of two": (as_json(prompts=["crack", " "]), 422, "invalid_prompt"),
     "long": (as_json(prompts=["a" * 41]), 422, "invalid_prompt"),
     "many": (as_json(prompts=["a"] * 5), 422, "invalid_prompt"),
     "raw: no UTF-8": (raw("prompts=%FF"), 422, "invalid_request"),
-    "raw: empty": (raw("prompts="), 422, "invalid_prompt"),
-    "raw: none": (raw(""), 422, "invalid_request"),
 }
 BOXES = {
     "negative alone": (as_json(prompts=[], boxes=[{"xyxy": [0, 0, 9, 9], "label": 0}]), 422, "invalid_request"),
@@ -181,16 +146,12 @@ BOXES = {
     "five numbers": (box(1, 2, 3, 4, 5), 422, "invalid_box"),
     "text": (box(1, 2, "3", 4), 422, "invalid_box"),
     "truth value": (box(True, 2, 3, 4), 422, "invalid_box"),
-    "null": (box(1, 2, None, 4), 422, "invalid_box"),
     "no corners": (as_json(boxes=[{"label": 1}]), 422, "invalid_box"),
     "list instead of object": (as_json(boxes=[[1, 2, 3, 4]]), 422, "invalid_box"),
-    "object instead of list": (as_json(boxes={"xyxy": [1, 2, 3, 4]}), 422, "invalid_box"),
     "unknown name": (box(1, 2, 3, 4, lable=1), 422, "invalid_box"),
     "label 2": (box(1, 2, 3, 4, label=2), 422, "invalid_box"),
     "label true": (box(1, 2, 3, 4, label=True), 422, "invalid_box"),
-    "label as text": (box(1, 2, 3, 4, label="1"), 422, "invalid_box"),
     "no width": (box(5, 2, 5, 9), 422, "invalid_box"),
-    "corners exchanged": (box(9, 9, 2, 2), 422, "invalid_box"),
     "left of the image": (box(-1, 2, 5, 9), 422, "invalid_box"),
     "below the image": (box(1, 2, 5, 49), 422, "invalid_box"),
     "right of the image": (box(1, 2, 64.5, 9), 422, "invalid_box"),
@@ -198,47 +159,35 @@ BOXES = {
     "NaN": (fill("boxes", '[{"xyxy": [NaN, 2, 3, 4]}]'), 422, "invalid_request"),
     "many": (as_json(boxes=[{"xyxy": [1, 2, 3, 4]}] * 4), 422, "invalid_box"),
     "raw: three numbers": (raw("boxes=1,2,3"), 422, "invalid_box"),
-    "raw: words": (raw("boxes=a,b,c,d,1"), 422, "invalid_box"),
     "raw: nan": (raw("boxes=nan,2,3,4,1"), 422, "invalid_box"),
 }
 PARAMETERS = {
     "unknown": (as_json(treshold=0.5), 422, "invalid_request"),
     "threshold as text": (as_json(threshold="0.5"), 422, "invalid_request"),
     "threshold true": (as_json(threshold=True), 422, "invalid_request"),
-    "threshold null": (as_json(threshold=None), 422, "invalid_request"),
     "threshold 1.01": (as_json(threshold=1.01), 422, "invalid_request"),
     "threshold below 0": (as_json(threshold=-0.1), 422, "invalid_request"),
     "threshold NaN": (fill("threshold", "NaN"), 422, "invalid_request"),
-    "threshold Infinity": (fill("threshold", "Infinity"), 422, "invalid_request"),
     "nms_iou 2": (as_json(nms_iou=2), 422, "invalid_request"),
     "merge as number": (as_json(merge=1), 422, "invalid_request"),
-    "merge as text": (as_json(merge="true"), 422, "invalid_request"),
-    "merge_iou without merge": (as_json(merge_iou=0.2), 422, "invalid_request"),
-    "merge without masks": (as_json(merge=True, masks="none"), 422, "invalid_request"),
+    "nms unknown": (as_json(nms="soft"), 422, "invalid_request"),
+    "threshold of a prompt": (as_json(prompt_thresholds={"crack": 0.5}), 422, "invalid_request"),
     "max_detections 0": (as_json(max_detections=0), 422, "invalid_request"),
     "max_detections 201": (as_json(max_detections=201), 422, "invalid_request"),
     "max_detections 1.5": (as_json(max_detections=1.5), 422, "invalid_request"),
-    "max_detections huge": (as_json(max_detections=10**40), 422, "invalid_request"),
     "masks unknown": (as_json(masks="svg"), 422, "invalid_request"),
-    "masks null": (as_json(masks=None), 422, "invalid_request"),
     "raw: unknown": (raw("prompts=a&foo=1"), 422, "invalid_request"),
     "raw: twice": (raw("prompts=a&threshold=0.1&threshold=0.2"), 422, "invalid_request"),
     "raw: no number": (raw("prompts=a&threshold=high"), 422, "invalid_request"),
     "raw: nan": (raw("prompts=a&threshold=nan"), 422, "invalid_request"),
-    "raw: no truth value": (raw("prompts=a&merge=perhaps"), 422, "invalid_request"),
 }
 ADAPTERS = {
     "unknown": (as_json(adapter="nope"), 404, "adapter_not_found"),
     "empty": (as_json(adapter=""), 422, "invalid_adapter"),
     "a number": (as_json(adapter=1), 422, "invalid_adapter"),
     "parent folder": (as_json(adapter="../cracks"), 422, "invalid_adapter"),
-    "absolute": (as_json(adapter="/etc"), 422, "invalid_adapter"),
-    "hidden": (as_json(adapter=".git"), 422, "invalid_adapter"),
-    "NUL": (as_json(adapter="a\0b"), 422, "invalid_adapter"),
     "line break at its end": (as_json(adapter="cracks\n"), 422, "invalid_adapter"),
-    "letters beyond ASCII": (as_json(adapter="rißse"), 422, "invalid_adapter"),
     "long": (as_json(adapter="a" * 101), 422, "invalid_adapter"),
-    "raw: parent folder": (raw("prompts=a&adapter=..%2Fcracks"), 422, "invalid_adapter"),
     "unknown image": ({"json": {"prompts": ["a"], "image_id": "img_" + "0" * 64}}, 404, "image_not_found"),
 }
 TABLE = {"bodies": BODIES, "images": IMAGES, "prompts": PROMPTS, "boxes": BOXES, "parameters": PARAMETERS}
@@ -246,7 +195,7 @@ REFUSED = [pytest.param(*row, id=f"{table}-{name}") for table, rows in TABLE.ite
 
 
 @pytest.mark.parametrize(("body", "status", "type"), REFUSED)
-def test_refused_before_the_segmenter(body: dict[str, Any], status: int, type: str):
+def test_refused_before_a_replica_is_called(body: dict[str, Any], status: int, type: str):
     backend = FakeBackend()
     with make_client(backend) as client:
         response = client.post("/v1/segment", **body)
@@ -261,16 +210,12 @@ def test_unknown_or_impossible_names(body: dict[str, Any], status: int, type: st
 
 
 UPLOADS = {
-    "no body": ({}, 415, "unsupported_media_type"),
     "no image": ({"json": {}}, 422, "invalid_request"),
     "with prompts": (multipart({"prompts": ["a"]}), 422, "invalid_request"),
     "with prompts in json": ({"json": {"image_base64": PNG_BASE64, "prompts": ["a"]}}, 422, "invalid_request"),
     "raw with a query": (raw("prompts=a"), 422, "invalid_request"),
-    "address": ({"json": {"image_url": "http://x"}}, 422, "invalid_request"),
-    "id": ({"json": {"image_id": "img_" + "0" * 64}}, 422, "invalid_request"),
     "no image file": ({"files": {"image": ("a", b"no image at all")}}, 415, "unsupported_image"),
     "too many pixels": (raw("", picture((101, 100))), 413, "image_too_large"),
-    "too large": (raw("", bytes(200_001)), 413, "body_too_large"),
 }
 
 
@@ -300,7 +245,7 @@ def test_messages_name_the_field_and_what_to_do(body: dict[str, Any], words: lis
 
 
 @pytest.mark.parametrize("secret", ["my secret words", "<script>alert(1)</script>"])
-def test_messages_do_not_repeat_what_came(secret: str):
+def test_messages_do_not_repeat_the_request(secret: str):
     bodies = [as_json(**{secret: 1}), as_json(prompts=[secret + "\n"]), as_json(adapter=secret), as_json(masks=secret)]
     bodies += [text(json.dumps({"prompts": secret})), text(secret), raw(f"prompts=a&threshold={secret}")]
     for body in bodies:

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 
 import numpy as np
 import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from sam3lora.engine.detections import Instances
-from serve_app.http.formats import encode_results, is_quick, rle_to_png
+from sam3lora.engine.detections import Detections
+from serve_app.http.formats import is_quick, prompt_response, rle_to_png
 
 from .http_cases import SIZE_HW, found, rectangle
 
 
-def decoded(masks: str, results: list[Instances]) -> list[dict]:
-    return json.loads(encode_results(results, masks))
+def decoded(masks: str, results: list[Detections]) -> list[dict]:
+    return [prompt_response(found, masks).model_dump(exclude_unset=True) for found in results]
 
 
 def test_no_detections():
@@ -47,7 +46,7 @@ def test_polygon_and_png_give_the_mask_back():
     ring[5:40, 5:30] = 1
     ring[3:9, 40:60] = 1  # a second part
     rle = coco_mask.encode(np.asfortranarray(ring))
-    both = Instances(
+    both = Detections(
         "a",
         1.0,
         SIZE_HW,
@@ -67,30 +66,25 @@ def test_polygon_and_png_give_the_mask_back():
 
 def test_empty_mask():
     empty = found("a", 1)
-    empty.masks[0] = rectangle(0, 0, 0, 0)
+    empty.rles[0] = rectangle(0, 0, 0, 0)
     assert decoded("polygon", [empty])[0]["detections"][0] | {"score": 0} == {
         "score": 0,
         "box_xyxy": [2.0, 3.0, 12.0, 9.0],
         "area_px": 0,
         "mask": [],
     }
-    assert not np.asarray(Image.open(io.BytesIO(base64.b64decode(rle_to_png(empty.masks[0]))))).any()
-
-
-def test_text_of_a_prompt_is_safe_json():
-    prompt = 'a "quoted" \\ </script> ü 🙂'
-    assert decoded("none", [found(prompt, 0)])[0]["prompt"] == prompt
+    assert not np.asarray(Image.open(io.BytesIO(base64.b64decode(rle_to_png(empty.rles[0]))))).any()
 
 
 def test_no_work_for_those_who_are_gone():
     with pytest.raises(TimeoutError):
-        encode_results([found("a", 3)], "png", is_over=lambda: True)
+        prompt_response(found("a", 3), "png", is_over=lambda: True)
 
 
 def test_work_stops_between_masks():
     answers = iter([False, False, True])
     with pytest.raises(TimeoutError):
-        encode_results([found("a", 5)], "png", is_over=lambda: next(answers))
+        prompt_response(found("a", 5), "png", is_over=lambda: next(answers))
 
 
 def test_much_or_costly_work_goes_to_a_thread():

@@ -10,6 +10,9 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from sam3lora.config.post_processing import PostProcessing
+from serve_app.http.schemas import SegmentRequest
+
 from .http_cases import (
     PNG,
     PNG_BASE64,
@@ -27,6 +30,7 @@ ASK = {
     "boxes": [{"xyxy": [1.5, 2, 30, 40], "label": 1}, {"xyxy": [0, 0, 64, 48], "label": 0}],
     "adapter": "cracks",
     "threshold": 0.25,
+    "nms": "box",
     "nms_iou": 0.75,
     "merge": True,
     "merge_iou": 0.5,
@@ -35,7 +39,7 @@ ASK = {
 }
 QUERY = (
     "prompts=crack&prompts=pot%20hole&boxes=1.5,2,30,40,1&boxes=0,0,64,48,0&adapter=cracks&threshold=0.25"
-    "&nms_iou=0.75&merge=true&merge_iou=0.5&max_detections=7&masks=rle"
+    "&nms=box&nms_iou=0.75&merge=true&merge_iou=0.5&max_detections=7&masks=rle"
 )
 WAYS: dict[str, dict[str, Any]] = {
     "multipart": multipart(ASK),
@@ -58,11 +62,13 @@ def test_all_ways_ask_the_same():
         (call,) = backend.calls
         assert call.image.data == PNG
         assert 0 < call.timeout_s <= 30
-        calls.append((call.image, call.prompts, call.boxes, call.adapter, call.post, call.masks))
+        calls.append((call.image, call.prompts, call.boxes, call.adapter, call.post_processing, call.masks))
     assert all(call == calls[0] for call in calls)
     assert calls[0][0].key == PNG_KEY
     assert calls[0][2][0].xyxy == (1.5, 2.0, 30.0, 40.0)
-    assert (calls[0][4].threshold, calls[0][4].merge_iou, calls[0][4].max_detections) == (0.25, 0.5, 7)
+    assert calls[0][4] == {
+        name: ASK[name] for name in ("threshold", "nms", "nms_iou", "merge", "merge_iou", "max_detections")
+    }
 
 
 def test_answer():
@@ -80,18 +86,20 @@ def test_answer():
     assert response.headers["content-type"] == "application/json"
 
 
-def test_defaults():
+@pytest.mark.parametrize("fields", [{}, {"threshold": None, "nms": None, "merge": None}], ids=["missing", "null"])
+def test_post_processing_that_is_not_given_is_left_to_the_adapter(fields: dict[str, Any]):
     backend = FakeBackend()
-    make_client(backend).post("/v1/segment", **as_json())
-    post = backend.calls[0].post
-    assert (post.threshold, post.nms_iou, post.merge, post.merge_iou, post.max_detections) == (
-        0.5,
-        0.5,
-        False,
-        0.15,
-        100,
-    )
+    make_client(backend).post("/v1/segment", **as_json(**fields))
+    assert backend.calls[0].post_processing == {}
     assert backend.calls[0].adapter is None
+
+
+def test_the_request_has_every_setting_of_post_processing_but_those_of_single_prompts():
+    names = set(PostProcessing.model_fields) - {"prompt_thresholds"}
+    assert names == set(PostProcessing.model_fields) & set(SegmentRequest.model_fields)
+    for name in names:
+        value = getattr(PostProcessing(), name)
+        assert getattr(SegmentRequest.model_validate({name: value}), name) == value
 
 
 def test_without_masks_the_segmenter_makes_none():
@@ -139,17 +147,20 @@ def test_prompts_are_kept_as_given():
 
 
 def test_adapters():
-    adapters = make_client().get("/v1/adapters").json()["adapters"]
+    answer = make_client().get("/v1/adapters").json()
+    assert answer["base_post_processing"] == PostProcessing().model_dump()
+    adapters = answer["adapters"]
     assert adapters[0] == {
         "id": "cracks",
         "prompts": ["crack"],
         "rank": 8,
         "size_bytes": 2048,
         "adapts": ["detr_decoder"],
+        "post_processing": PostProcessing(threshold=0.3, prompt_thresholds={"crack": 0.2}).model_dump(),
         "resident": True,
         "error": None,
     }
-    assert adapters[1]["error"] == "trained on another base model"
+    assert (adapters[1]["error"], adapters[1]["post_processing"]) == ("trained on another base model", None)
 
 
 def test_health_and_readiness():

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 import serve_app.http.ingress
-from serve_app.calls import SegmentReply
 from serve_app.http.ingress import create_api
+from serve_app.messages import SegmentReply
 from serve_app.settings import Batching
 
 from .http_cases import PNG, SIZE_HW, FakeBackend, found, make_settings
@@ -203,7 +203,7 @@ def test_the_loop_is_free_while_masks_are_encoded(monkeypatch: pytest.MonkeyPatc
         assert release.wait(20)
         return "[]"
 
-    monkeypatch.setattr("serve_app.http.ingress.encode_results", slow)
+    monkeypatch.setattr("serve_app.http.ingress.prompt_response", slow)
 
     async def scenario() -> None:
         api = create_api(make_settings(), FakeBackend())
@@ -222,13 +222,13 @@ def test_the_loop_is_free_while_masks_are_encoded(monkeypatch: pytest.MonkeyPatc
 def test_drawing_masks_holds_up_nobody_else(monkeypatch: pytest.MonkeyPatch):
     """With more drawing to do than there are threads, requests are still checked, and answered without drawing."""
     release = threading.Event()
-    encode = serve_app.http.ingress.encode_results
+    encode = serve_app.http.ingress.prompt_response
 
-    def slow(results: Any, masks: str, **options: Any) -> str:
+    def slow(found: Any, masks: str, **options: Any) -> Any:
         assert masks != "png" or release.wait(20)
-        return encode(results, masks, **options)
+        return encode(found, masks, **options)
 
-    monkeypatch.setattr("serve_app.http.ingress.encode_results", slow)
+    monkeypatch.setattr("serve_app.http.ingress.prompt_response", slow)
 
     async def scenario() -> None:
         backend = FakeBackend(answer=lambda call: SegmentReply(SIZE_HW, [found("a", 20)], {}))
@@ -262,7 +262,7 @@ def test_a_client_that_leaves_stops_the_drawing(monkeypatch: pytest.MonkeyPatch)
         begun.clear()
         raise TimeoutError
 
-    monkeypatch.setattr("serve_app.http.ingress.encode_results", slow)
+    monkeypatch.setattr("serve_app.http.ingress.prompt_response", slow)
 
     async def scenario() -> None:
         api = create_api(make_settings(timeout_s=60.0), FakeBackend())

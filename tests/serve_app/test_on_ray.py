@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import os
 import signal
 import time
@@ -15,7 +16,7 @@ import pytest
 
 from .checked_load import Case, Load, Sample, ask, is_same, running_load, send_all
 from .ray_service import RayService, get, start_service, wait_until
-from .small_service import IMAGES, SmallService, fields
+from .small_service import ADAPTERS, IMAGES, SmallService, fields
 
 pytestmark = pytest.mark.slow
 PORT = 18810
@@ -48,7 +49,7 @@ def _as_reply(case: Case) -> list[dict]:
             "prompt": one.prompt,
             "detections": [
                 {"score": score, "box_xyxy": box, "area_px": area}
-                for score, box, area in zip(one.scores, one.boxes_xyxy, one.areas_px(), strict=True)
+                for score, box, area in zip(one.scores, one.boxes_xyxy, one.areas_px, strict=True)
             ],
         }
         for one in case.expected[0]
@@ -76,6 +77,14 @@ def kill_under_load(service: RayService, cases: list[Case], deployment: str, num
         load.wait_ok(60, since=recovered)
     print(deployment, num_replicas, load.kinds(), {s.detail for s in load.failures()})
     return load, recovered
+
+
+def test_equal_images_go_to_the_same_replica(service: RayService, small: SmallService) -> None:
+    service.deploy(small.settings(replicas=2))
+    service.wait_running(Segmenter=2, Ingress=1)
+    assert set(send_all(service.url, small.cases([None]) * 3).kinds()) == {"ok"}
+    assert metric(service, "sam3lora_images_encoded_total") == len(IMAGES)
+    assert [json.loads(get(f"{service.url}/v1/adapters")[1])["adapters"][n]["id"] for n in range(3)] == sorted(ADAPTERS)
 
 
 def test_one_of_two_segmenters_is_killed(service: RayService, small: SmallService, cases: list[Case]) -> None:

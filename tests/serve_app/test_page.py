@@ -13,7 +13,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from .browser import Browser, find_chromium, wait_until
-from .page_server import PageServer, canned, detection
+from .page_server import POST, PageServer, canned, detection
 
 pytestmark = [
     pytest.mark.slow,
@@ -87,7 +87,8 @@ def test_an_image_is_asked_with_little_so_that_sliders_act_at_once(page: Browser
         "boxes": [],
         "adapter": None,
         "threshold": 0.05,
-        "nms_iou": 1,
+        "nms": "none",
+        "merge": False,
         "max_detections": 100,
         "masks": "rle",
     }
@@ -242,7 +243,7 @@ def test_downloads_hold_what_is_on_screen(page: Browser, image: Path):
     answer = json.loads(page.downloaded("road 7_base.json").read_text())
     assert [result["num_detections"] for result in answer["results"]] == [2, 0]
     assert [found["score"] for found in answer["results"][0]["detections"]] == [0.9, 0.3]
-    assert answer["settings"] == {"threshold": 0.2, "nms_iou": 0.5, "merge": False, "merge_iou": 0.15}
+    assert answer["settings"] == POST.changed(threshold=0.2).model_dump()
 
     coco = COCO(str(page.downloaded("road 7_base.coco.json")))
     assert coco.loadImgs([1])[0] == {"id": 1, "file_name": "road 7.png", "width": 240, "height": 180}
@@ -257,6 +258,19 @@ def test_downloads_hold_what_is_on_screen(page: Browser, image: Path):
         changed = (np.asarray(drawn.convert("RGB")) != np.asarray(original)).any(-1)
     assert changed[12:78, 12:78].mean() > 0.95  # under the mask of 0.9
     assert not changed[:, 200:].any()  # nothing is there
+
+
+def test_an_adapter_is_shown_with_its_own_settings_until_they_are_changed(page: Browser, image: Path):
+    page.choose("#adapter", "road")
+    page.choose("#compare", "")
+    ask(page, image, "gear")
+    answered(page, panels=2)
+    assert [page.text("#threshold-value"), page.value("document.querySelector('#nms').value")] == ["0.20", "none"]
+    assert counts(page) == [[4], [1]]
+    page.set_range("#threshold", 0.5)
+    assert counts(page) == [[3], [1]]
+    page.click("#recorded")
+    assert counts(page) == [[4], [1]]
 
 
 def test_overlaps_are_joined_on_their_masks(page: Browser, image: Path):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import gc
 import hashlib
 import io
 import logging
+import re
 import threading
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
@@ -17,37 +19,39 @@ import numpy as np
 import pydantic
 import pytest
 import torch
+from fastapi.testclient import TestClient
 from PIL import Image
 
-from sam3lora.engine import detect
-from sam3lora.engine.detections import BoxPrompt, Instances, PostProcessing
-from sam3lora.engine.engine import Answer, MixedBatchSegmenter, Question
-from serve_app.calls import ImageFile, ImageReply, SegmentCall, SegmentReply
+from sam3lora.config.post_processing import PostProcessing
+from sam3lora.engine import selection
+from sam3lora.engine.detections import BoxPrompt, Detections
+from sam3lora.engine.engine import Engine, PromptedImage
+from sam3lora.engine.selection import SmallDetections
+from sam3lora.inference.predictor import Predictor
+from sam3lora.model.loading import LoadedBase
 from serve_app.http.errors import ServeError
+from serve_app.http.ingress import create_api
+from serve_app.messages import ImageFile, ImageReply, SegmentCall, SegmentReply
 from serve_app.metrics import STAGES
-from serve_app.replica import mask_encoder, replica
-from serve_app.replica.replica import Segmenter
+from serve_app.replica import adapter_store, mask_encoder, replica
+from serve_app.replica.replica import ModelReplica
 from serve_app.settings import AdapterSettings, Batching, Limits, ServeSettings
 
-from ..engine.mixed_cases import write_adapter, write_base
+from ..engine.engine_cases import write_adapter
 
 LONG_S = 60.0
-POST = PostProcessing(threshold=0.0, max_detections=3)
+SAMPLE = Path(__file__).parents[2] / "serve_app" / "static" / "sample.jpg"
+POST = {"threshold": 0.0, "max_detections": 3}
 BOX = BoxPrompt((4.0, 5.0, 40.0, 44.0))
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_base(tmp_path_factory.mktemp("base") / "sam3")
-
-
-@pytest.fixture(scope="module")
-def root(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(spread_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two adapters and a broken one."""
     root = tmp_path_factory.mktemp("adapters")
-    write_adapter(root / "towers", base, "vision", 1)
-    write_adapter(root / "heads", base, "no cls", 2)
-    write_adapter(root / "broken", base, "text", 3)
+    write_adapter(root / "towers", spread_base, "vision", 1)
+    write_adapter(root / "heads", spread_base, "no cls", 2)
+    write_adapter(root / "broken", spread_base, "text", 3)
     (root / "broken" / "adapter_model.safetensors").write_bytes(b"junk")
     return root
 
@@ -62,40 +66,44 @@ def image(seed: int = 0, size_hw: tuple[int, int] = (60, 90), orientation: int =
 
 
 def call(seed: int = 0, prompts: tuple[str, ...] = ("crack",), **options: Any) -> SegmentCall:
-    return SegmentCall(image(seed), prompts, **({"post": POST, "timeout_s": LONG_S} | options))
+    return SegmentCall(image(seed), prompts, **({"post_processing": POST, "timeout_s": LONG_S} | options))
 
 
-Scene = Callable[[Segmenter], Coroutine[Any, Any, None]]
+Scene = Callable[[ModelReplica], Coroutine[Any, Any, None]]
 
 
 @pytest.fixture
-def play(base: Path, root: Path) -> Callable[..., Segmenter]:
-    def play(scene: Scene, *, engine: Any = None, **settings: Any) -> Segmenter:
-        found = {"model": str(base), "adapters": AdapterSettings(root=root), "max_resident_adapters": 2} | settings
-        segmenter = Segmenter(ServeSettings(**found), engine=engine)
+def play(spread_base: Path, root: Path) -> Callable[..., ModelReplica]:
+    def play(scene: Scene, *, engine: Any = None, **settings: Any) -> ModelReplica:
+        found = {
+            "model": str(spread_base),
+            "adapters": AdapterSettings(root=root),
+            "max_resident_adapters": 2,
+        } | settings
+        service = ModelReplica(ServeSettings(**found), engine=engine)
 
         async def run() -> None:
             async with asyncio.timeout(LONG_S):
-                await scene(segmenter)
-                await segmenter.close()
+                await scene(service)
+                await service.close()
 
         asyncio.run(run())
-        return segmenter
+        return service
 
     return play
 
 
-class Gate(MixedBatchSegmenter):
-    """The real model; while closed, `answer` waits with the batch in hand."""
+class Gate(Engine):
+    """The real model; while closed, `detect_small` waits with the batch in hand."""
 
-    def __init__(self, base: Path, **options: Any) -> None:
+    def __init__(self, base: LoadedBase, **options: Any) -> None:
         self.open = threading.Event()
         self.open.set()
         self.entered = threading.Semaphore(0)
-        self.batches: list[list[Question]] = []
+        self.batches: list[list[PromptedImage]] = []
         self.decoded: list[str] = []
-        self.error: Callable[[list[Question]], Exception | None] = lambda questions: None
-        super().__init__(str(base), device="cpu", **({"num_slots": 2} | options))
+        self.error: Callable[[list[PromptedImage]], Exception | None] = lambda images: None
+        super().__init__(base, **options)
 
     def warm_up(self) -> None:
         pass
@@ -104,34 +112,45 @@ class Gate(MixedBatchSegmenter):
         self.decoded.append(key)
         return super().prepare_image(data, key, **options)
 
-    def answer(self, questions: Any) -> list[Answer | Exception]:
-        if questions:
-            self.batches.append(list(questions))
+    def detect_small(self, images: Any) -> list[list[SmallDetections] | Exception]:
+        if images:
+            self.batches.append(list(images))
             self.entered.release()
             assert self.open.wait(LONG_S)
-            if error := self.error(questions):
+            if error := self.error(images):
                 raise error
-        return super().answer(questions)
+        return super().detect_small(images)
 
     async def busy(self) -> None:
         assert await asyncio.to_thread(self.entered.acquire, timeout=LONG_S)
 
 
 @pytest.fixture
-def gate(base: Path) -> Gate:
-    return Gate(base)
+def gate(spread_base: Path) -> Gate:
+    return Gate.load(str(spread_base), device="cpu", num_slots=2)
 
 
-async def answered(segmenter: Segmenter, one: SegmentCall) -> SegmentReply:
-    reply = await segmenter.segment(one)
+async def answered(service: ModelReplica, one: SegmentCall) -> SegmentReply:
+    reply = await service.segment(one)
     assert isinstance(reply, SegmentReply), reply
     return reply
 
 
-async def refused(segmenter: Segmenter, one: SegmentCall) -> ServeError:
-    reply = await segmenter.segment(one)
+async def refused(service: ModelReplica, one: SegmentCall) -> ServeError:
+    reply = await service.segment(one)
     assert isinstance(reply, ServeError), reply
     return reply
+
+
+async def metric(service: ModelReplica, name: str) -> int:
+    found = re.search(rf"^sam3lora_{name} (.+)$", (await service.named_metrics())[1], re.MULTILINE)
+    assert found, name
+    return int(float(found[1]))
+
+
+async def until_waiting(service: ModelReplica, num: int) -> None:
+    while await metric(service, "queue_length") != num:
+        await asyncio.sleep(0.001)
 
 
 async def until(condition: Callable[[], Any]) -> None:
@@ -139,17 +158,18 @@ async def until(condition: Callable[[], Any]) -> None:
         await asyncio.sleep(0.001)
 
 
-def assert_same(found: Any, expected: list[Instances]) -> None:
+def assert_same(found: Any, expected: list[Detections]) -> None:
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
         assert (one.prompt, one.size_hw, len(one)) == (other.prompt, other.size_hw, len(other))
         np.testing.assert_allclose(one.scores, other.scores, atol=1e-5)
         np.testing.assert_allclose(one.boxes_xyxy, other.boxes_xyxy, atol=1e-3)
-        assert [mask["size"] for mask in one.masks] == [mask["size"] for mask in other.masks]
-        np.testing.assert_allclose(one.areas_px(), other.areas_px(), atol=5)
+        assert (one.rles is None) == (other.rles is None)
+        if one.rles is not None:
+            np.testing.assert_allclose(one.areas_px, other.areas_px, atol=5)
 
 
-def test_answers_are_those_of_the_model_asked_alone(play: Callable, base: Path, root: Path):
+def test_answers_are_those_of_the_model_asked_alone(play: Callable, spread_base: Path, root: Path):
     calls = [
         call(0, ("crack", "hole")),
         call(0, ("crack",), adapter="towers"),
@@ -159,7 +179,7 @@ def test_answers_are_those_of_the_model_asked_alone(play: Callable, base: Path, 
         call(2, ("crack",), masks=False),
         call(0, ("crack", "hole", "rust"), adapter="towers", boxes=(BOX,)),
     ]
-    alone = MixedBatchSegmenter(str(base), device="cpu", num_slots=2)
+    alone = Engine.load(str(spread_base), device="cpu", num_slots=2)
     slots = {None: None, "towers": 0, "heads": 1}
     for adapter_id, slot in slots.items():
         if adapter_id is not None:
@@ -167,20 +187,20 @@ def test_answers_are_those_of_the_model_asked_alone(play: Callable, base: Path, 
     expected = []
     for one in calls:
         prepared = alone.prepare_image(one.image.data, one.image.key)
-        question = Question(prepared, one.prompts, one.boxes, slots[one.adapter], one.post, one.masks)
-        (answer,) = alone.answer([question])
-        expected.append(alone.finish(answer))
+        post = PostProcessing(**POST)
+        asked = PromptedImage(prepared, one.prompts, one.boxes, slots[one.adapter], post, one.masks)
+        expected += alone.detect([asked])
 
-    async def scene(segmenter: Segmenter) -> None:
+    async def scene(service: ModelReplica) -> None:
         for replies in (
-            [await answered(segmenter, one) for one in calls],
-            await asyncio.gather(*(answered(segmenter, one) for one in calls)),
+            [await answered(service, one) for one in calls],
+            await asyncio.gather(*(answered(service, one) for one in calls)),
         ):
             for one, reply, wanted in zip(calls, replies, expected, strict=True):
                 assert reply.size_hw == (60, 90)
                 assert set(reply.timing_ms) == set(STAGES)
                 assert all(len(result) for result in reply.results)
-                assert all(bool(result.masks) == one.masks for result in reply.results)
+                assert all((result.rles is not None) == one.masks for result in reply.results)
                 assert_same(reply.results, wanted)
 
     play(scene)
@@ -189,15 +209,15 @@ def test_answers_are_those_of_the_model_asked_alone(play: Callable, base: Path, 
 
 
 def test_calls_that_wait_together_are_computed_together(play: Callable, gate: Gate):
-    async def scene(segmenter: Segmenter) -> None:
+    async def scene(service: ModelReplica) -> None:
         gate.open.clear()
-        first = asyncio.create_task(answered(segmenter, call(0)))
+        first = asyncio.create_task(answered(service, call(0)))
         await gate.busy()
         rest = [
-            asyncio.create_task(answered(segmenter, call(seed, adapter=adapter)))
+            asyncio.create_task(answered(service, call(seed, adapter=adapter)))
             for seed, adapter in enumerate((None, "towers", "heads"))
         ]
-        await until(lambda: segmenter._batcher.queue_length + len(segmenter._batcher._jobs) == 3)
+        await until_waiting(service, 3)
         gate.open.set()
         await asyncio.gather(first, *rest)
 
@@ -214,8 +234,8 @@ FAILURES = {
     "long prompt": (lambda: call(prompts=("word " * 40,)), "invalid_prompt"),
     "empty prompt": (lambda: call(prompts=("crack", "")), "invalid_prompt"),
     "nothing asked": (lambda: call(prompts=()), "invalid_prompt"),
-    "box outside": (lambda: call(boxes=(BoxPrompt((0, 0, 91, 10)),)), "invalid_box"),
-    "box label": (lambda: call(boxes=(BoxPrompt((0, 0, 9, 9), 2),)), "invalid_box"),
+    "merge_iou without merge": (lambda: call(post_processing={"merge_iou": 0.3}), "invalid_request"),
+    "nms_iou without nms": (lambda: call(post_processing={"nms": "none", "nms_iou": 0.3}), "invalid_request"),
     "no image": (lambda: replace(call(), image=ImageFile("0" * 64, b"no image")), "invalid_image"),
     "empty image": (lambda: replace(call(), image=ImageFile("1" * 64, b"")), "invalid_image"),
     "half an image": (
@@ -228,14 +248,14 @@ FAILURES = {
 
 
 def test_failures_are_typed_values_and_the_replica_goes_on(play: Callable, root: Path, caplog: Any):
-    async def scene(segmenter: Segmenter) -> None:
+    async def scene(service: ModelReplica) -> None:
         for name, (make, type) in FAILURES.items():
-            error = await refused(segmenter, make())
+            error = await refused(service, make())
             assert error.type == type, name
             assert str(root) not in error.message, name
         good = [call(0), call(1)]
         mixed = await asyncio.gather(
-            *(segmenter.segment(one) for one in [good[0], *(make() for make, _ in FAILURES.values()), good[1]])
+            *(service.segment(one) for one in [good[0], *(make() for make, _ in FAILURES.values()), good[1]])
         )
         assert [reply.type for reply in mixed[1:-1]] == [type for _, type in FAILURES.values()]
         assert isinstance(mixed[0], SegmentReply)
@@ -245,46 +265,87 @@ def test_failures_are_typed_values_and_the_replica_goes_on(play: Callable, root:
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
+def test_settings_recorded_with_an_adapter_hold_where_the_request_gives_none(
+    play: Callable, gate: Gate, monkeypatch: pytest.MonkeyPatch
+):
+    recorded = PostProcessing(threshold=0.0, nms="none", max_detections=2)
+    monkeypatch.setattr(adapter_store, "recorded_post_processing", lambda metadata: recorded)
+    requested: list[dict[str, Any]] = [{}, {"nms": "box", "max_detections": 9}, {"threshold": 0.4}]
+
+    async def scene(service: ModelReplica) -> None:
+        for fields in requested:
+            await answered(service, call(adapter="heads", post_processing=fields))
+        await answered(service, call(post_processing={}))
+
+    play(scene, engine=gate, limits=Limits(max_detections=5))
+    asked = [image.post for batch in gate.batches for image in batch]
+    assert [(post.threshold, post.nms, post.max_detections) for post in asked] == [
+        (0.0, "none", 2),
+        (0.0, "box", 5),  # no more than the service allows
+        (0.4, "none", 2),
+        (0.5, "mask", 5),  # the base: the documented defaults
+    ]
+
+
+@pytest.mark.parametrize("fields", [{"nms": "mask", "nms_iou": 0.2}, {"merge": True}, {"nms": "box"}], ids=str)
+def test_without_masks_the_same_detections_are_found(play: Callable, gate: Gate, fields: dict[str, Any]):
+    """Masks decide what is one object, whether or not the client wants to see them."""
+    asked = call(post_processing={"threshold": 0.0, **fields})
+
+    async def scene(service: ModelReplica) -> None:
+        (with_masks,) = (await answered(service, asked)).results
+        (without,) = (await answered(service, replace(asked, masks=False))).results
+        assert len(with_masks.rles) == len(with_masks) > 0
+        assert without.rles is None
+        np.testing.assert_array_equal(without.scores, with_masks.scores)
+        np.testing.assert_array_equal(without.boxes_xyxy, with_masks.boxes_xyxy)
+
+    play(scene, engine=gate)
+
+
 def test_an_image_too_large_is_refused(play: Callable):
-    async def scene(segmenter: Segmenter) -> None:
-        assert (await refused(segmenter, call())).type == "invalid_image"
+    async def scene(service: ModelReplica) -> None:
+        assert (await refused(service, call())).type == "invalid_image"
 
     play(scene, limits=Limits(max_megapixels=0.001))
 
 
-def test_boxes_are_meant_on_the_turned_image(play: Callable):
-    async def scene(segmenter: Segmenter) -> None:
-        tall = replace(call(boxes=(BoxPrompt((0, 61, 59, 89)),)), image=image(orientation=6))
-        assert (await answered(segmenter, tall)).size_hw == (90, 60)
-        assert (await refused(segmenter, call(boxes=tall.boxes))).type == "invalid_box"  # as it is stored: 60 high
+def test_boxes_in_an_uploaded_image_are_checked_against_its_upright_size(play: Callable):
+    async def scene(service: ModelReplica) -> None:
+        boxes = (BoxPrompt((0, 61, 59, 89)),)
+        tall, wide = image(orientation=6), image(orientation=1)
+        for file in (tall, wide):
+            await service.keep_image(file)
+        assert (await answered(service, replace(call(boxes=boxes), image=ImageFile(tall.key)))).size_hw == (90, 60)
+        assert (await refused(service, replace(call(boxes=boxes), image=ImageFile(wide.key)))).type == "invalid_box"
 
     play(scene)
 
 
 def test_an_uploaded_image_is_asked_by_its_key_without_another_vision_pass(play: Callable):
-    async def scene(segmenter: Segmenter) -> None:
+    async def scene(service: ModelReplica) -> None:
         file = image(5)
-        expected = await answered(segmenter, replace(call(5), image=image(5)))
+        expected = await answered(service, replace(call(5), image=image(5)))
         other = image(6)
-        kept = await segmenter.keep_image(other)
+        kept = await service.keep_image(other)
         assert kept == ImageReply(other.key, (60, 90), cached=False)
-        again = await segmenter.keep_image(other)
+        again = await service.keep_image(other)
         assert again == ImageReply(other.key, (60, 90), cached=True)
-        encoded = segmenter._engine.counters["images_encoded"]
-        by_key = await answered(segmenter, replace(call(), image=ImageFile(file.key)))
+        encoded = await metric(service, "images_encoded_total")
+        by_key = await answered(service, replace(call(), image=ImageFile(file.key)))
         assert_same(by_key.results, list(expected.results))
-        await answered(segmenter, replace(call(), image=ImageFile(other.key)))
-        assert segmenter._engine.counters["images_encoded"] == encoded
+        await answered(service, replace(call(), image=ImageFile(other.key)))
+        assert await metric(service, "images_encoded_total") == encoded
 
     play(scene)
 
 
 def test_an_upload_that_is_no_image_is_refused(play: Callable):
-    async def scene(segmenter: Segmenter) -> None:
-        error = await segmenter.keep_image(ImageFile("4" * 64, b"no image"))
+    async def scene(service: ModelReplica) -> None:
+        error = await service.keep_image(ImageFile("4" * 64, b"no image"))
         assert isinstance(error, ServeError)
         assert error.type == "invalid_image"
-        missing = await segmenter.keep_image(ImageFile("4" * 64))
+        missing = await service.keep_image(ImageFile("4" * 64))
         assert isinstance(missing, ServeError)
         assert missing.type == "image_not_found"
 
@@ -292,17 +353,17 @@ def test_an_upload_that_is_no_image_is_refused(play: Callable):
 
 
 def test_equal_images_at_the_same_time_are_decoded_once(play: Callable, gate: Gate):
-    async def scene(segmenter: Segmenter) -> None:
+    async def scene(service: ModelReplica) -> None:
         gate.open.clear()
-        first = asyncio.create_task(answered(segmenter, call(0)))
+        first = asyncio.create_task(answered(service, call(0)))
         await gate.busy()
-        same = [asyncio.create_task(answered(segmenter, call(7))) for _ in range(10)]
-        await until(lambda: segmenter._batcher.queue_length == 10)
-        same.append(asyncio.create_task(answered(segmenter, call(7))))  # decoded, but not yet known to the model
-        await until(lambda: segmenter._batcher.queue_length == 11)
+        same = [asyncio.create_task(answered(service, call(7))) for _ in range(10)]
+        await until_waiting(service, 10)
+        same.append(asyncio.create_task(answered(service, call(7))))  # decoded, but not yet known to the model
+        await until_waiting(service, 11)
         gate.open.set()
         await asyncio.gather(first, *same)
-        await answered(segmenter, call(7))  # in the cache
+        await answered(service, call(7))  # in the cache
 
     play(scene, engine=gate)
     assert gate.decoded.count(image(7).key) == 1
@@ -317,9 +378,9 @@ def test_one_of_many_that_wait_for_a_decoder_may_leave(play: Callable, gate: Gat
         assert go.wait(LONG_S)
         return decode(*args, **options)
 
-    async def scene(segmenter: Segmenter) -> None:
+    async def scene(service: ModelReplica) -> None:
         monkeypatch.setattr(gate, "prepare_image", slow)
-        leaving, staying = (asyncio.create_task(segmenter.segment(call())) for _ in range(2))
+        leaving, staying = (asyncio.create_task(service.segment(call())) for _ in range(2))
         assert await asyncio.to_thread(begun.wait, LONG_S)
         leaving.cancel()
         await asyncio.wait([leaving])
@@ -331,19 +392,17 @@ def test_one_of_many_that_wait_for_a_decoder_may_leave(play: Callable, gate: Gat
 
 
 def test_a_client_that_leaves_frees_its_place_and_its_adapter(play: Callable, gate: Gate):
-    async def scene(segmenter: Segmenter) -> None:
-        await answered(segmenter, call(adapter="towers"))
+    async def scene(service: ModelReplica) -> None:
+        await answered(service, call(adapter="towers"))
         gate.open.clear()
         await until(lambda: gate.entered.acquire(blocking=False))
-        first = asyncio.create_task(answered(segmenter, call(0)))
+        first = asyncio.create_task(answered(service, call(0)))
         await gate.busy()
-        leaving = asyncio.create_task(segmenter.segment(call(1, adapter="towers")))
-        await until(lambda: segmenter._batcher.queue_length == 1)
-        assert segmenter._store._table.get("towers").users == 1
+        leaving = asyncio.create_task(service.segment(call(1, adapter="towers")))
+        await until_waiting(service, 1)
         leaving.cancel()
         await asyncio.wait([leaving])
-        assert segmenter._batcher.queue_length == 0
-        assert segmenter._store._table.get("towers").users == 0
+        assert await metric(service, "queue_length") == 0
         gate.open.set()
         await first
 
@@ -353,11 +412,11 @@ def test_a_client_that_leaves_frees_its_place_and_its_adapter(play: Callable, ga
 
 @pytest.mark.parametrize(("status", "type"), [(503, "overloaded"), (429, "too_many_requests")])
 def test_one_request_too_many_is_refused_before_it_is_decoded(play: Callable, gate: Gate, status: int, type: str):
-    async def scene(segmenter: Segmenter) -> None:
+    async def scene(service: ModelReplica) -> None:
         gate.open.clear()
-        first = asyncio.create_task(answered(segmenter, call(0)))
+        first = asyncio.create_task(answered(service, call(0)))
         await gate.busy()
-        waiting = [asyncio.create_task(segmenter.segment(call(seed))) for seed in (1, 2, 3, 4)]
+        waiting = [asyncio.create_task(service.segment(call(seed))) for seed in (1, 2, 3, 4)]
         await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         await until(lambda: sum(task.done() for task in waiting) == 2)
         gate.open.set()
@@ -371,13 +430,13 @@ def test_one_request_too_many_is_refused_before_it_is_decoded(play: Callable, ga
 
 
 def test_a_request_that_waits_too_long_is_told_so(play: Callable, gate: Gate):
-    async def scene(segmenter: Segmenter) -> None:
-        await answered(segmenter, call(1))
+    async def scene(service: ModelReplica) -> None:
+        await answered(service, call(1))
         await gate.busy()
         gate.open.clear()
-        first = asyncio.create_task(answered(segmenter, call(0)))
+        first = asyncio.create_task(answered(service, call(0)))
         await gate.busy()
-        assert (await refused(segmenter, call(1, timeout_s=0.05))).type == "timeout"
+        assert (await refused(service, call(1, timeout_s=0.05))).type == "timeout"
         gate.open.set()
         await first
 
@@ -386,29 +445,29 @@ def test_a_request_that_waits_too_long_is_told_so(play: Callable, gate: Gate):
 
 
 def test_when_memory_runs_out_features_are_dropped_and_batches_halved(play: Callable, gate: Gate):
-    async def scene(segmenter: Segmenter) -> None:
-        gate.error = lambda questions: torch.OutOfMemoryError("CUDA out of memory") if len(questions) > 1 else None
+    async def scene(service: ModelReplica) -> None:
+        gate.error = lambda images: torch.OutOfMemoryError("CUDA out of memory") if len(images) > 1 else None
         gate.open.clear()
-        first = asyncio.create_task(answered(segmenter, call(0)))
+        first = asyncio.create_task(answered(service, call(0)))
         await gate.busy()
-        rest = [asyncio.create_task(answered(segmenter, call(seed))) for seed in (1, 2)]
-        await until(lambda: segmenter._batcher.queue_length == 2)
+        rest = [asyncio.create_task(answered(service, call(seed))) for seed in (1, 2)]
+        await until_waiting(service, 2)
         gate.open.set()
         await asyncio.gather(first, *rest)
-        gate.error = lambda questions: torch.OutOfMemoryError("CUDA out of memory")
-        error = await refused(segmenter, call(3))
+        gate.error = lambda images: torch.OutOfMemoryError("CUDA out of memory")
+        error = await refused(service, call(3))
         assert error.type == "out_of_memory"
         assert error.retry_after_s is not None
-        assert "sam3lora_out_of_memory_total 2.0" in await segmenter.metrics_text()
+        assert "sam3lora_out_of_memory_total 2.0" in (await service.named_metrics())[1]
 
     play(scene, engine=gate)
     assert [len(batch) for batch in gate.batches] == [1, 2, 1, 1, 1, 1]
 
 
 def test_a_fault_of_our_own_is_logged_without_what_the_client_sent(play: Callable, gate: Gate, caplog: Any):
-    async def scene(segmenter: Segmenter) -> None:
-        gate.error = lambda questions: KeyError(questions[0].prompts[0])
-        error = await refused(segmenter, call(prompts=("secret prompt",)))
+    async def scene(service: ModelReplica) -> None:
+        gate.error = lambda images: KeyError(images[0].prompts[0])
+        error = await refused(service, call(prompts=("secret prompt",)))
         assert (error.type, "secret" in error.message) == ("internal", False)
 
     play(scene, engine=gate)
@@ -420,11 +479,11 @@ def test_a_fault_of_our_own_is_logged_without_what_the_client_sent(play: Callabl
 def test_failures_keep_no_images_alive(play: Callable, gate: Gate):
     """A remembered failure must not hold the request that met it."""
 
-    async def scene(segmenter: Segmenter) -> None:
+    async def scene(service: ModelReplica) -> None:
         calls = [call(adapter="broken", prompts=("crack", f"number {number}")) for number in range(3)]
         prompts = {one.prompts for one in calls}
         for one in calls:
-            assert (await refused(segmenter, one)).type == "invalid_adapter"
+            assert (await refused(service, one)).type == "invalid_adapter"
         del calls, one
         gc.collect()
         alive = [found for found in gc.get_objects() if type(found) is SegmentCall and found.prompts in prompts]
@@ -434,38 +493,38 @@ def test_failures_keep_no_images_alive(play: Callable, gate: Gate):
 
 
 def test_settings_of_adapters_change_while_it_runs(play: Callable, root: Path):
-    async def scene(segmenter: Segmenter) -> None:
-        await segmenter.reconfigure(AdapterSettings(root=root, preload=("towers",)).model_dump(mode="json"))
-        listed = {info.id: info for info in await segmenter.list_adapters()}
+    async def scene(service: ModelReplica) -> None:
+        await service.reconfigure(AdapterSettings(root=root, preload=("towers",)).model_dump(mode="json"))
+        listed = {info.id: info for info in await service.list_adapters()}
         assert [(id, info.resident) for id, info in listed.items()] == [
             ("broken", False),
             ("heads", False),
             ("towers", True),
         ]
-        assert listed["towers"].adapts == ("vision_encoder", "detr_decoder")
+        assert listed["towers"].adapts == ["vision_encoder", "detr_decoder"]
         assert listed["broken"].error
-        await segmenter.reconfigure({"root": str(root), "allowed": ["heads"]})
-        assert [info.id for info in await segmenter.list_adapters()] == ["heads"]
-        assert (await refused(segmenter, call(adapter="towers"))).type == "adapter_not_found"
+        await service.reconfigure({"root": str(root), "allowed": ["heads"]})
+        assert [info.id for info in await service.list_adapters()] == ["heads"]
+        assert (await refused(service, call(adapter="towers"))).type == "adapter_not_found"
         with pytest.raises(pydantic.ValidationError):
-            await segmenter.reconfigure({"roots": "typo"})
-        await answered(segmenter, call(adapter="heads"))
+            await service.reconfigure({"roots": "typo"})
+        await answered(service, call(adapter="heads"))
 
     play(scene)
 
 
 def test_a_closing_replica_answers_what_it_has_and_refuses_what_comes(play: Callable, gate: Gate):
-    async def scene(segmenter: Segmenter) -> None:
-        assert await segmenter.ready()
+    async def scene(service: ModelReplica) -> None:
+        assert await service.ready()
         gate.open.clear()
-        first = asyncio.create_task(answered(segmenter, call(0)))
+        first = asyncio.create_task(answered(service, call(0)))
         await gate.busy()
-        second = asyncio.create_task(answered(segmenter, call(1, adapter="heads")))
-        await until(lambda: segmenter._ongoing == 2)
-        closing = asyncio.create_task(segmenter.close())
+        second = asyncio.create_task(answered(service, call(1, adapter="heads")))
+        await until_waiting(service, 1)
+        closing = asyncio.create_task(service.close())
         await asyncio.sleep(0)
-        assert not await segmenter.ready()
-        assert (await refused(segmenter, call(2))).type == "not_ready"
+        assert not await service.ready()
+        assert (await refused(service, call(2))).type == "not_ready"
         assert not closing.done()
         gate.open.set()
         await asyncio.gather(first, second, closing)
@@ -474,20 +533,20 @@ def test_a_closing_replica_answers_what_it_has_and_refuses_what_comes(play: Call
 
 
 def test_health_tells_a_stuck_model_and_a_failed_device(play: Callable, gate: Gate, monkeypatch: pytest.MonkeyPatch):
-    async def scene(segmenter: Segmenter) -> None:
-        segmenter.check_health()
+    async def scene(service: ModelReplica) -> None:
+        service.check_health()
         gate.open.clear()
-        first = asyncio.create_task(segmenter.segment(call(0)))
+        first = asyncio.create_task(service.segment(call(0)))
         await gate.busy()
-        segmenter.check_health()  # busy, but not for long
+        service.check_health()  # busy, but not for long
         monkeypatch.setattr(replica, "STUCK_AFTER_S", 0.0)
-        monkeypatch.setattr(segmenter, "_limits", Limits(timeout_s=1e-9))
+        monkeypatch.setattr(service, "_limits", Limits(timeout_s=1e-9))
         with pytest.raises(RuntimeError, match="busy"):
-            segmenter.check_health()
+            service.check_health()
         gate.open.set()
         await first
-        await until(lambda: not segmenter._batcher.busy_s)
-        segmenter.check_health()
+        await answered(service, call(1))
+        service.check_health()
 
     play(scene, engine=gate)
 
@@ -495,53 +554,53 @@ def test_health_tells_a_stuck_model_and_a_failed_device(play: Callable, gate: Ga
 def test_a_device_that_fails_is_told_and_asked_no_more(play: Callable, gate: Gate, monkeypatch: pytest.MonkeyPatch):
     asked: list[int] = []
 
-    def fail(questions: list[Question]) -> Any:
-        asked.append(len(questions))
+    def fail(images: list[PromptedImage]) -> Any:
+        asked.append(len(images))
         raise torch.AcceleratorError("CUDA error: device-side assert triggered")
 
-    async def scene(segmenter: Segmenter) -> None:
+    async def scene(service: ModelReplica) -> None:
         gate.open.clear()
-        first = asyncio.create_task(answered(segmenter, call(0)))
+        first = asyncio.create_task(answered(service, call(0)))
         await gate.busy()
-        segmenter.check_health()
-        rest = [asyncio.create_task(refused(segmenter, call(seed))) for seed in (1, 2)]
-        await until(lambda: segmenter._batcher.queue_length == 2)
-        gate.error = lambda questions: monkeypatch.setattr(gate, "_answer", fail) if len(questions) > 1 else None
+        service.check_health()
+        rest = [asyncio.create_task(refused(service, call(seed))) for seed in (1, 2)]
+        await until_waiting(service, 2)
+        gate.error = lambda images: monkeypatch.setattr(gate, "_run", fail) if len(images) > 1 else None
         gate.open.set()
         await first
         assert [(await error).type for error in rest] == ["replica_failed"] * 2
         with pytest.raises(RuntimeError, match="device"):
-            segmenter.check_health()
+            service.check_health()
         for one in (call(3), call(3, adapter="towers")):
-            assert (await refused(segmenter, one)).type == "replica_failed"
+            assert (await refused(service, one)).type == "replica_failed"
 
     play(scene, engine=gate)
     assert asked == [2]  # neither one by one nor for those that came later
 
 
 def test_a_device_that_fails_at_an_upload_or_a_slot_is_told(
-    play: Callable, base: Path, monkeypatch: pytest.MonkeyPatch
+    play: Callable, spread_base: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def fail(*args: Any) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    async def upload(segmenter: Segmenter) -> None:
-        reply = await segmenter.keep_image(image(1))
+    async def upload(service: ModelReplica) -> None:
+        reply = await service.keep_image(image(1))
         assert isinstance(reply, ServeError)
         assert reply.type == "replica_failed"
 
-    async def place(segmenter: Segmenter) -> None:
-        assert (await refused(segmenter, call(adapter="towers"))).type == "replica_failed"
+    async def place(service: ModelReplica) -> None:
+        assert (await refused(service, call(adapter="towers"))).type == "replica_failed"
 
     for name, act in (("keep_image", upload), ("place_adapter", place)):
-        engine = Gate(base)
+        engine = Gate.load(str(spread_base), device="cpu", num_slots=2)
         monkeypatch.setattr(engine, name, fail)
 
-        async def scene(segmenter: Segmenter, act: Scene = act) -> None:
-            segmenter.check_health()
-            await act(segmenter)
+        async def scene(service: ModelReplica, act: Scene = act) -> None:
+            service.check_health()
+            await act(service)
             with pytest.raises(RuntimeError, match="device"):
-                segmenter.check_health()
+                service.check_health()
 
         play(scene, engine=engine)
 
@@ -553,8 +612,8 @@ class SlowMasks:
         self.open = threading.Event()
         self.entered = threading.Semaphore(0)
         self.num = 0
-        self._encode = detect.encode_logits
-        monkeypatch.setattr(detect, "encode_logits", self)
+        self._encode = selection.encode_logits
+        monkeypatch.setattr(selection, "encode_logits", self)
 
     def __call__(self, *args: Any) -> Any:
         self.num += 1
@@ -569,13 +628,14 @@ class SlowMasks:
 def test_answers_that_wait_for_their_masks_take_places(play: Callable, gate: Gate, monkeypatch: pytest.MonkeyPatch):
     masks = SlowMasks(monkeypatch)
 
-    async def scene(segmenter: Segmenter) -> None:
-        first = [asyncio.create_task(answered(segmenter, call(seed))) for seed in (0, 1)]
-        await until(lambda: segmenter._encoder.num_answers == 2)
-        assert (await refused(segmenter, call(2))).type == "overloaded"
+    async def scene(service: ModelReplica) -> None:
+        first = [asyncio.create_task(answered(service, call(seed))) for seed in (0, 1)]
+        await masks.busy()
+        await masks.busy()
+        assert (await refused(service, call(2))).type == "overloaded"
         masks.open.set()
         await asyncio.gather(*first)
-        await answered(segmenter, call(2))
+        await answered(service, call(2))
 
     play(scene, engine=gate, limits=Limits(max_queued=2))
 
@@ -586,8 +646,8 @@ def test_masks_that_nobody_waits_for_any_more_are_not_made(
 ):
     masks = SlowMasks(monkeypatch)
 
-    async def scene(segmenter: Segmenter) -> None:
-        task = asyncio.create_task(segmenter.segment(call(timeout_s=1.0 if how == "timeout" else LONG_S)))
+    async def scene(service: ModelReplica) -> None:
+        task = asyncio.create_task(service.segment(call(timeout_s=1.0 if how == "timeout" else LONG_S)))
         await masks.busy()
         if how == "cancel":
             task.cancel()
@@ -596,32 +656,31 @@ def test_masks_that_nobody_waits_for_any_more_are_not_made(
             reply = await task
             assert isinstance(reply, ServeError)
             assert (reply.type, "masks" in reply.message) == ("timeout", True)
-        assert segmenter._encoder.num_answers == 1  # a mask is in hand
-        masks.open.set()
-        await until(lambda: not segmenter._encoder.num_answers)
-        assert masks.num == 1
-        assert all(map(len, (await answered(segmenter, call())).results))
+        masks.open.set()  # one mask is being encoded
+        reply = await answered(service, call())
+        assert masks.num == 1 + sum(map(len, reply.results))
 
     play(scene, engine=gate)
 
 
 def test_the_model_pauses_while_answers_hold_too_much_memory(
-    play: Callable, gate: Gate, monkeypatch: pytest.MonkeyPatch
+    play: Callable, gate: Gate, root: Path, monkeypatch: pytest.MonkeyPatch
 ):
     masks = SlowMasks(monkeypatch)
     monkeypatch.setattr(mask_encoder, "MAX_WAITING_BYTES", 1)
 
-    async def scene(segmenter: Segmenter) -> None:
+    async def scene(service: ModelReplica) -> None:
         gate.open.clear()
-        first = asyncio.create_task(answered(segmenter, call(0)))
+        first = asyncio.create_task(answered(service, call(0)))
         await gate.busy()
-        rest = [asyncio.create_task(answered(segmenter, call(seed))) for seed in (1, 2)]
-        late = asyncio.create_task(refused(segmenter, call(3, timeout_s=2.0)))
-        await until(lambda: segmenter._batcher.queue_length == 3)
+        rest = [asyncio.create_task(answered(service, call(seed))) for seed in (1, 2)]
+        late = asyncio.create_task(refused(service, call(3, timeout_s=2.0)))
+        await until_waiting(service, 3)
         gate.open.set()
         await masks.busy()
         assert (await late).type == "timeout"
-        await segmenter._batcher.run_in_model_thread(lambda: None)  # work beside the batches goes on
+        await service.reconfigure({"root": str(root), "preload": ["towers"]})  # other work in the model thread goes on
+        assert await metric(service, "adapters_resident") == 1
         assert len(gate.batches) == 1
         masks.open.set()
         await asyncio.gather(first, *rest)
@@ -630,17 +689,17 @@ def test_the_model_pauses_while_answers_hold_too_much_memory(
     assert [len(batch) for batch in gate.batches] == [1, 2]
 
 
-def test_a_replica_says_what_it_did(play: Callable):
-    async def scene(segmenter: Segmenter) -> None:
-        await asyncio.gather(*(answered(segmenter, call(seed, adapter="heads")) for seed in range(3)))
-        name, text = await segmenter.named_metrics()
+def test_the_metrics_of_a_replica(play: Callable):
+    async def scene(service: ModelReplica) -> None:
+        await asyncio.gather(*(answered(service, call(seed, adapter="heads")) for seed in range(3)))
+        name, text = await service.named_metrics()
         assert name
-        assert name == (await segmenter.named_metrics())[0]
+        assert name == (await service.named_metrics())[0]
         for line in (
             "sam3lora_adapter_loads_total 1.0",
             "sam3lora_adapters_resident 1.0",
             "sam3lora_queue_length 0.0",
-            f"sam3lora_images_encoded_total {float(segmenter._engine.counters['images_encoded'])}",
+            "sam3lora_images_encoded_total 3.0",
             'sam3lora_stage_duration_seconds_count{stage="masks"} 3.0',
         ):
             assert line in text
@@ -650,4 +709,45 @@ def test_a_replica_says_what_it_did(play: Callable):
 
 def test_a_model_that_does_not_exist_is_told_at_once(tmp_path: Path):
     with pytest.raises(ValueError, match="missing"):
-        Segmenter(ServeSettings(model=str(tmp_path / "missing"), local_files_only=True))
+        ModelReplica(ServeSettings(model=str(tmp_path / "missing"), local_files_only=True))
+
+
+class LocalBackend:
+    """A `Backend` of one replica in this process."""
+
+    def __init__(self, replica: ModelReplica) -> None:
+        self.segment, self.keep_image = replica.segment, replica.keep_image
+        self.list_adapters, self.ready = replica.list_adapters, replica.ready
+        self.named_metrics = replica.named_metrics
+
+    async def metrics(self) -> dict[str, str]:
+        return dict([await self.named_metrics()])
+
+
+def test_http_responses_are_those_of_the_library(spread_base: Path):
+    settings = ServeSettings(model=str(spread_base))
+    expected = Predictor(str(spread_base), threshold=0.1, device="cpu").predict(SAMPLE, ["ring", "star"])
+    replica = ModelReplica(settings)
+    with TestClient(create_api(settings, LocalBackend(replica))) as client:  # one event loop for all requests
+
+        def found(**image: Any) -> dict[str, Any]:
+            request = {"prompts": ["ring", "star"], "threshold": 0.1, **image}
+            response = client.post("/v1/segment", json=request)
+            assert response.status_code == 200, response.text
+            return response.json()
+
+        by_file = found(image_base64=base64.b64encode(SAMPLE.read_bytes()).decode())
+        uploaded = client.post("/v1/images", files={"image": ("a.jpg", SAMPLE.read_bytes())}).json()
+        by_id = found(image_id=uploaded["image_id"])
+        assert client.portal is not None
+        client.portal.call(replica.close)
+    assert by_file["image"] == by_id["image"] == {name: uploaded[name] for name in ("width", "height")}
+    for answer in (by_file, by_id):
+        for result, wanted in zip(answer["results"], expected, strict=True):
+            assert (result["prompt"], result["num_detections"]) == (wanted.prompt, len(wanted))
+            assert result["presence"] == pytest.approx(wanted.presence, abs=1e-3)
+            scores = [one["score"] for one in result["detections"]]
+            np.testing.assert_allclose(scores, wanted.scores, atol=1e-3)
+            areas = [one["area_px"] for one in result["detections"]]
+            np.testing.assert_allclose(areas, wanted.areas_px, atol=9)
+    assert sum(result["num_detections"] for result in by_file["results"]) > 0

@@ -27,9 +27,9 @@ def asked(monkeypatch) -> list[tuple[int, list[str]]]:
     calls = []
     ask_split = module.ask_split
 
-    def spy(staged, tokenizer, index, categories, **options):
+    def spy(engine, index, categories, **options):
         calls.append((len(index), [category.prompt for category in categories]))
-        return ask_split(staged, tokenizer, index, categories, **options)
+        return ask_split(engine, index, categories, **options)
 
     monkeypatch.setattr(module, "ask_split", spy)
     return calls

@@ -1,15 +1,19 @@
-"""Rungs, and what Ray Tune's scheduler decides with what an earlier session has shown."""
+"""Rungs, the rule of successive halving, and the scheduler's decisions with the results of an earlier session."""
 
+import doctest
+import random
 import threading
 import uuid
 from types import SimpleNamespace
 
 import pytest
+from ray.tune.schedulers import ASHAScheduler
 
 from sam3lora.tune.run.decisions import StoppedEarly, await_decision, write_decision
 from sam3lora.tune.run.ledger import TrialRecord
-from sam3lora.tune.search.early_stopping import rungs
-from sam3lora.tune.search.ray_scheduler import build_scheduler
+from sam3lora.tune.search import early_stopping
+from sam3lora.tune.search.early_stopping import SuccessiveHalving, rungs
+from sam3lora.tune.search.ray_tune import build_scheduler
 
 
 def space(epochs=9, *, scheduler="asha", grace=1, factor=3, metric="valid_loss", every=0):
@@ -55,6 +59,57 @@ def test_rungs_lie_where_training_gets_to(max_steps, images, expected):
     settings = space(9)
     settings.base.training.max_steps = max_steps
     assert rungs(settings, images) == expected
+
+
+def epochs_trained(scores, num_epochs, rungs, factor):
+    """Epochs of each trial of a sweep, one after the other, with one score at all rungs."""
+    halving = SuccessiveHalving(rungs, factor)
+    return [
+        next((rung for rung in rungs if halving.falls_behind(number, rung, score)), num_epochs)
+        for number, score in enumerate(scores)
+    ]
+
+
+def test_examples_in_docstrings():
+    result = doctest.testmod(early_stopping)
+    assert result.attempted
+    assert not result.failed
+
+
+@pytest.mark.parametrize(
+    ("scores", "trained"),
+    [
+        (range(10), [9] * 10),  # each better than the one before
+        (range(10, 0, -1), [9] + [1] * 9),  # each worse
+        # The two thirds quantile of 4, 1, 2 is 2.67, so the 3 passes the first rung; the second has seen only the 4.
+        # That of 4, 1, 2, 3 is 3 and that of 3, 4 is 3.67: the 3.5 fares alike.
+        ([4, 1, 2, 3, 3.5], [9, 1, 1, 3, 3]),
+        ([float("nan"), 1, None, 2], [9, 9, 9, 9]),  # what is not measured stops nothing
+    ],
+)
+def test_the_rule_by_hand(scores, trained):
+    assert epochs_trained(scores, 9, [1, 3], 3) == trained
+
+
+@pytest.mark.parametrize(("num_epochs", "rungs", "factor"), [(20, [1, 3, 9], 3), (9, [2, 4, 8], 2), (16, [4], 4)])
+def test_the_rule_is_that_of_ray_tune(num_epochs, rungs, factor):
+    draw = random.Random(3)
+    scores = [draw.random() for _ in range(30)]
+    scheduler = ASHAScheduler(
+        "epoch", "value", "max", max_t=rungs[-1], grace_period=rungs[0], reduction_factor=factor, stop_last_trials=False
+    )
+
+    def train(name, score):
+        trial = SimpleNamespace(trial_id=name)
+        scheduler.on_trial_add(None, trial)
+        for epoch in range(1, num_epochs + 1):
+            if scheduler.on_trial_result(None, trial, {"epoch": epoch, "value": score}) == "STOP":
+                return epoch
+        return num_epochs
+
+    trained = [train(str(number), score) for number, score in enumerate(scores)]
+    assert epochs_trained(scores, num_epochs, rungs, factor) == trained
+    assert len(set(trained)) > 1
 
 
 class Trial:

@@ -1,4 +1,4 @@
-"""`--explain`: what a sweep would try and cost, and that saying so leaves nothing behind."""
+"""`--explain` shows what a sweep would try and cost, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from sam3lora.config import load_config
 from sam3lora.data.synth.dataset import write_dataset
 from sam3lora.errors import OutOfMemory, UserError
 from sam3lora.tune.estimate import probe as probe_module
-from sam3lora.tune.estimate.asha_cost import expected_share
-from sam3lora.tune.estimate.explain import explain_sweep, propose_all
+from sam3lora.tune.estimate.explain import explain_sweep
 from sam3lora.tune.estimate.feature_cache_size import feature_bytes, why_not_kept
 from sam3lora.tune.estimate.probe import ImageCost, Probe
+from sam3lora.tune.estimate.sweep_time import expected_share
 from sam3lora.tune.run import capacity
+from sam3lora.tune.search.proposals import propose_all
 from sam3lora.tune.space.reader import SearchSpace, load_space
 
 PROBE = Probe(
@@ -95,7 +96,7 @@ def test_grid(make_space, monkeypatch):
         early_stopping="{grace_epochs: 1, reduction_factor: 2}",
     )
     text = explained(space)
-    samples = propose_all(space)
+    proposals, rejections = propose_all(space)
     assert rows_under(text, "parameter ") == [
         ["lora.rank", "choice", "2; 4; 8", "4"],
         ["lora.alpha", "tied", "= 2 * lora.rank", "8"],
@@ -112,17 +113,17 @@ def test_grid(make_space, monkeypatch):
             *(space.label(key, value) for key, value in found.values.items()),
             f"{found.trainable_parameters:,}",
         ]
-        for found in samples.proposals
+        for found in proposals
     ]
     assert [row for row in rows if row[0][0].isdigit()] == shown
-    counts = sorted(proposal.trainable_parameters for proposal in samples.proposals)
+    counts = sorted(proposal.trainable_parameters for proposal in proposals)
     assert f"Trainable   {counts[0]:,} to {counts[-1]:,} parameters, median" in text
     assert counts[-1] <= 4000
-    over = [item for item in samples.rejections if item.kind == "over budget"]
+    over = [item for item in rejections if item.kind == "over budget"]
     assert over
     assert f"{len(over)} over budget" in text
     assert over[0].reason in text
-    num_vision = sum(proposal.values["components"] == "vision" for proposal in samples.proposals)
+    num_vision = sum(proposal.values["components"] == "vision" for proposal in proposals)
     assert num_vision
     assert f"kept for {len(counts) - num_vision} of {len(counts)} trials; {num_vision} not: the adapter changes" in text
     assert "2 trials on this machine (2 CPUs)" in text
@@ -173,23 +174,20 @@ def test_features_that_do_not_fit(make_space, images, cache_gb, is_told):
     assert (told in text) == is_told
 
 
-def test_long_random_search(make_space):
-    space = make_space("training.learning_rate: {loguniform: [1.0e-5, 1.0e-3]}", search="{num_trials: 30}")
-    text = explained(space)
+def test_long_search_with_labels(make_space):
+    labels = "lora.target_modules: {choice: {few: [v_proj], many: [q_proj, v_proj, fc1]}}"
+    rates = "training.learning_rate: {loguniform: [1.0e-5, 1.0e-3]}"
+    text = explained(make_space(f"{labels}\n{rates}", search="{num_trials: 30}"))
     assert "... and 18 more" in text
     assert "1e-5 to 0.001, logarithmic" in text
+    assert "  many = q_proj, v_proj, fc1" in text
     assert "depend on results" not in text
-    assert re.search(r"Trainable   [\d,]+ parameters\n", text)  # one number where all are alike
+    assert re.search(r"Trainable   [\d,]+ parameters\n", explained(make_space(rates)))  # one number if all are alike
 
 
 def test_optuna_says_that_later_samples_depend_on_results(make_space):
     pytest.importorskip("optuna")
     assert "later ones depend on results" in explained(make_space(RANKS, search="{algorithm: optuna, num_trials: 3}"))
-
-
-def test_labels_are_spelled_out(make_space):
-    text = explained(make_space("lora.target_modules: {choice: {few: [v_proj], many: [q_proj, v_proj, fc1]}}"))
-    assert "  many = q_proj, v_proj, fc1" in text
 
 
 def test_no_ray_is_started(make_space, monkeypatch):

@@ -36,14 +36,14 @@ def test_parted_by_the_parameter_alone():
     assert found.chance == pytest.approx(1 / 5)
     # Of the 20 ways to choose who has rank 4, two part the values like this.
     assert found.p_value == pytest.approx(2 / 20)
-    assert found.verdict == "not told apart from chance"
+    assert found.effect == "not told apart from chance"
     assert [(level.label, level.num_trials, level.median) for level in found.levels] == [("4", 3, 0.2), ("8", 3, 0.5)]
 
 
 def test_no_difference_is_no_effect():
     found = one(ranks_4_and_8([0.1, 0.4, 0.5], [0.2, 0.3, 0.6]), RANK)
     assert found.epsilon_squared == pytest.approx(1 / 105)
-    assert found.verdict == "not told apart from chance"
+    assert found.effect == "not told apart from chance"
 
 
 def test_many_trials_use_the_distribution_of_scipy():
@@ -52,14 +52,14 @@ def test_many_trials_use_the_distribution_of_scipy():
     assert found.p_value == pytest.approx(scipy.stats.kruskal(low, high).pvalue)
 
 
-@pytest.mark.parametrize(("num_parameters", "verdict"), [(1, "clear"), (4, "maybe")])
-def test_clear_is_judged_by_how_many_were_looked_at(num_parameters, verdict):
+@pytest.mark.parametrize(("num_parameters", "effect"), [(1, "clear"), (4, "maybe")])
+def test_clear_is_judged_by_how_many_were_looked_at(num_parameters, effect):
     records = ranks_4_and_8([0.1, 0.2, 0.3, 0.4], [0.5, 0.6, 0.7, 0.8])  # p = 2 / 70
     for record in records:
         record.values["lora.dropout"] = (3 * record.number % 8) / 10
     found = importances(records, [RANK] + [DROPOUT] * (num_parameters - 1))
     assert found[0].parameter == "lora.rank"
-    assert found[0].verdict == verdict
+    assert found[0].effect == effect
 
 
 def test_numbers_of_many_values_are_parted_in_thirds():
@@ -67,7 +67,7 @@ def test_numbers_of_many_values_are_parted_in_thirds():
     found = one(records, DROPOUT)
     assert [level.num_trials for level in found.levels] == [4, 4, 4]
     assert found.levels[0].label == "0 to 0.03"
-    assert found.verdict == "clear"
+    assert found.effect == "clear"
 
 
 def test_a_third_that_is_one_value():
@@ -101,7 +101,7 @@ def test_the_direction_of_the_metric_and_one_diverged_trial_do_not_matter():
 def test_too_little_is_said_to_be_so(records, reason):
     found = one(records, RANK)
     assert found.epsilon_squared is None
-    assert found.verdict is None
+    assert found.effect is None
     assert reason in found.reason
 
 
@@ -120,7 +120,7 @@ def test_chance_is_seldom_called_an_effect():
             trial(number, rng.random(), **{f"training__p{n}": rng.choice([1, 2, 3]) for n in range(6)})
             for number in range(15)
         ]
-        alarms += any(found.verdict == "clear" for found in importances(records, parameters))
+        alarms += any(found.effect == "clear" for found in importances(records, parameters))
     assert alarms <= 6
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from sam3lora.tune.report.pareto import pareto_front
+from sam3lora.tune.report.charts import pareto_front
 from sam3lora.tune.run.ledger import better
 
 from .made_sweeps import trial

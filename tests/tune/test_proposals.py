@@ -6,7 +6,7 @@ import pytest
 
 from sam3lora.config import load_config
 from sam3lora.errors import UserError
-from sam3lora.tune.estimate.parameter_budget import ParameterCounter
+from sam3lora.tune.estimate.parameter_budget import count_trainable
 from sam3lora.tune.run.ledger import TrialRecord
 from sam3lora.tune.search.proposals import Proposer
 
@@ -23,8 +23,7 @@ def as_record(proposal, status="finished"):
 
 
 def parameters_at(rank: int) -> int:
-    config = load_config("quick_test", [f"lora.rank={rank}"])
-    return ParameterCounter(config).count(config)
+    return count_trainable(load_config("quick_test", [f"lora.rank={rank}"]))
 
 
 def test_the_first_trial_is_the_base_unchanged(space_of):

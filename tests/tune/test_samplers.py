@@ -11,7 +11,8 @@ import pytest
 
 from sam3lora.errors import UserError
 from sam3lora.tune.run.ledger import TrialRecord
-from sam3lora.tune.search.samplers import GridCycle, build_sampler
+from sam3lora.tune.search.proposals import build_sampler
+from sam3lora.tune.search.samplers import GridCycle
 
 MIXED = {
     "training.learning_rate": {"loguniform": [1e-5, 1e-1]},
@@ -33,7 +34,7 @@ def test_a_random_trial_depends_on_its_number_alone(space_of):
     all_at_once = proposals(build_sampler(space), range(1, 9))
     resumed = build_sampler(space)
     resumed.observe(TrialRecord(1, all_at_once[1], status="finished", value=0.5))
-    resumed.reject(2, all_at_once[2])
+    resumed.reject(2)
     assert proposals(resumed, [7, 3, 5]) == {number: all_at_once[number] for number in (7, 3, 5)}
     assert len({str(values) for values in all_at_once.values()}) == 8
     assert resumed.propose(3, 1) != resumed.propose(3, 0)
@@ -97,10 +98,7 @@ def mean_quality(records) -> float:
 
 
 def searched(space, trials=40, *, first=1, known=(), ending=lambda number: "finished"):
-    sampler = build_sampler(space)
-    records = list(known)
-    for record in records:
-        sampler.observe(record)
+    sampler, records = build_sampler(space, known), list(known)
     for number in range(first, first + trials):
         values = sampler.propose(number, 0)
         status = ending(number)
@@ -142,7 +140,7 @@ def test_rejected_samples_are_failures_for_optuna_and_random_ones_follow(space_o
     random = build_sampler(space_of(MIXED))
     for attempt in range(25):
         values = sampler.propose(1, attempt)
-        sampler.reject(1, values)
+        sampler.reject(1)
     assert {trial.state.name for trial in sampler._study.trials} == {"FAIL"}
     assert values == random.propose(1, 24)
 

@@ -177,8 +177,8 @@ def test_kinds_of_failure(error, kind):
 )
 def test_half_a_batch_keeps_the_images_of_a_step(data_dir, batch, accumulation, halved):
     settings = space(data_dir).config_of({"lora.rank": 4})
-    training = settings.training.model_copy(update={"batch_size": batch, "gradient_accumulation_steps": accumulation})
-    changed = trial_run._half_the_batch(settings.model_copy(update={"training": training}))
+    changes = {"training.batch_size": batch, "training.gradient_accumulation_steps": accumulation}
+    changed = trial_run._half_the_batch(settings.changed(changes))
     assert (changed["batch_size"], changed["gradient_accumulation_steps"]) == halved
 
 

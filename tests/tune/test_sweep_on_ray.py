@@ -1,4 +1,4 @@
-"""Sweeps in real processes: faults of trials, a driver that is killed, folders that hold something else."""
+"""Sweeps in real processes: trials that fail or are stopped, a killed driver, more trials later."""
 
 import contextlib
 import json
@@ -126,17 +126,6 @@ def test_resources_that_no_host_has_are_named_at_once(faulty_ray, data_dir, tmp_
             run_sweep(space(data_dir, set=wanted), tmp_path / f"sweep_{workers}")
 
 
-def test_impossible_settings_cost_nothing(faulty_ray, data_dir, tmp_path):
-    targets = {"lora.target_modules": {"choice": {"none": ["no_such_layer"], "some": ["q_proj", "v_proj"]}}}
-    search = {"algorithm": "grid", "metric": "valid_loss", "max_concurrent": 2}
-    result = run_sweep(space(data_dir, parameters=targets, search=search), tmp_path / "sweep")
-    assert [record.status for record in result.records] == ["finished", "finished"]
-    [rejection] = Ledger(tmp_path / "sweep").rejections()
-    assert rejection.kind == "impossible settings"
-    assert "no_such_layer" in rejection.reason
-    assert "no_such_layer" in result.report.read_text()
-
-
 def test_a_sweep_of_failures_ends_with_their_reason_and_a_report(faulty_ray, data_dir, tmp_path):
     changes = seeds(faults.EXCEPTION)
     changes["search"] |= {"include_base": False}
@@ -178,30 +167,27 @@ def test_a_killed_driver_leaves_a_sweep_that_goes_on(data_dir, tmp_path):
     )
 
 
-def test_more_trials_can_be_added_to_a_sweep_that_is_over(faulty_ray, data_dir, tmp_path):
-    search = SPACE["search"] | {"num_trials": 2}
-    first = run_sweep(space(data_dir, search=search), tmp_path / "sweep")
-    more = run_sweep(space(data_dir, search=search | {"num_trials": 3}), tmp_path / "sweep", resume=True)
-    assert [record.number for record in more.records] == [0, 1, 2]
-    assert more.records[:2] == first.records
-    assert len(json.loads((tmp_path / "sweep" / "sweep.json").read_text())["sessions"]) == 2
-
-
-@pytest.mark.parametrize("metric", ["valid_loss", "map"])
-def test_images_pass_the_frozen_vision_encoder_once_in_a_whole_sweep(faulty_ray, data_dir, tmp_path, metric):
-    """Two trials at a time start with the same images; training, validation loss and metrics all ask for them."""
+def test_a_sweep_that_is_over_takes_more_trials_and_computes_frozen_features_once(faulty_ray, data_dir, tmp_path):
+    """Trials that start together share images; training, validation loss and metrics all read their features."""
     frozen = {
         "training.cache_dir": str(tmp_path / "cache"),
         "training.feature_cache": True,
         "lora.apply_to_vision_encoder": False,
     }
-    search = SPACE["search"] | {"metric": metric, "num_trials": 3}
-    result = run_sweep(space(data_dir, set=SPACE["set"] | frozen, search=search), tmp_path / "sweep")
-    assert [record.status for record in result.records] == ["finished"] * 3
+    targets = {"lora.target_modules": {"choice": {"none": ["no_such_layer"], "some": ["q_proj", "v_proj"]}}}
+    search = {"metric": "map", "num_trials": 2, "max_concurrent": 2}
+    changes = {"set": SPACE["set"] | frozen, "parameters": SPACE["parameters"] | targets}
+    first = run_sweep(space(data_dir, search=search, **changes), tmp_path / "sweep")
+    result = run_sweep(space(data_dir, search=search | {"num_trials": 3}, **changes), tmp_path / "sweep", resume=True)
+    assert [(record.number, record.status) for record in result.records] == [(n, "finished") for n in range(3)]
+    assert result.records[:2] == first.records
+    assert len(json.loads((tmp_path / "sweep" / "sweep.json").read_text())["sessions"]) == 2
     passes = [record.vision_passes for record in result.records]
     assert sum(passes) == result.summary["vision"]["images"] == 6
-    looks = 2 * (4 + 2) + (2 * 2 if metric == "map" else 0)  # two epochs of training and validation, and metrics
+    looks = 2 * (4 + 2) + 2 * 2  # two epochs of training and validation, and metrics
     assert [record.vision_passes + record.features_loaded for record in result.records] == [looks] * 3
+    rejections = Ledger(tmp_path / "sweep").rejections()
+    assert {rejection.kind for rejection in rejections} <= {"impossible settings"}  # they cost no trial
 
 
 def _ended(ledger):

@@ -1,4 +1,4 @@
-"""A labelled data set in memory: what every format is read into and written from."""
+"""A labelled data set in memory, with its category names: every format is read into it and written from it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pycocotools import mask as coco_mask
 
-from sam3lora.data.convert.faults import FaultLog
+from sam3lora.data.faults import FaultLog
 from sam3lora.data.masks import decode_mask, mask_box
 from sam3lora.data.prompts import prompt_key
+from sam3lora.errors import UserError
 
 Box = tuple[float, float, float, float]
 
@@ -25,7 +25,7 @@ class LabelledObject:
 
     Args:
         category: One of the set's category names.
-        segmentation: Polygons `[[x0, y0, ...], ...]` in pixels, a COCO RLE, or None for a box alone.
+        segmentation: Polygons `[[x0, y0, ...], ...]` in pixels, a COCO RLE, or None for an object with only a box.
         bbox_xywh: Box in pixels, within the image.
         iscrowd: Whether it stands for an uncounted crowd.
     """
@@ -36,7 +36,7 @@ class LabelledObject:
     iscrowd: bool = False
 
     def decode(self, size_hw: tuple[int, int]) -> np.ndarray:
-        """Boolean mask (H, W); the box's rectangle without a mask."""
+        """Boolean mask (H, W); the rectangle of the box if there is no mask."""
         if self.segmentation is None:
             x, y, w, h = self.bbox_xywh
             return decode_mask([[x, y, x + w, y, x + w, y + h, x, y + h]], size_hw)
@@ -45,20 +45,27 @@ class LabelledObject:
 
 @dataclass
 class LabelledImage:
-    """An image file with its objects; `size_hw` is the size in pixels that their coordinates refer to."""
+    """An image file with its objects, whose coordinates refer to a size of `size_hw` pixels."""
 
     path: Path
     size_hw: tuple[int, int]
     objects: list[LabelledObject] = field(default_factory=list)
 
+    def use_label_size(self, size_hw: tuple[int, int], log: FaultLog, where: str) -> None:
+        """Let coordinates refer to the size that the label file gives; another one than the image's is counted."""
+        if size_hw != self.size_hw:
+            (height, width), (own_height, own_width) = size_hw, self.size_hw
+            log.add("label_size_mismatch", f"{where}: {width} x {height}, image {own_width} x {own_height}")
+            self.size_hw = size_hw
+
     def add_mask(self, category: str, segmentation: list | dict, log: FaultLog, where: str) -> None:
-        """Append an object with a mask; polygons are clipped to the image, one without any area is counted and dropped.
+        """Append an object with a mask. Polygons are clipped to the image; an object without area is dropped.
 
         Args:
             category: Its name.
             segmentation: Polygons in pixels, or a COCO RLE of the image's size.
-            log: Where faults are counted.
-            where: How messages name the label.
+            log: Counts the faults.
+            where: Name of the label in fault examples.
         """
         extent = None
         if isinstance(segmentation, list):
@@ -67,7 +74,7 @@ class LabelledImage:
         self._append(category, segmentation, mask_box(segmentation, self.size_hw) or extent, log, where)
 
     def add_box(self, category: str, box_xyxy: Sequence[float], log: FaultLog, where: str) -> None:
-        """Append an object with a box alone; as `add_mask`, the box in pixels."""
+        """Append an object without a mask; the box is in pixels. Otherwise as `add_mask`."""
         self._append(category, None, _extent([self._clip(box_xyxy, log, where)]), log, where)
 
     def _append(
@@ -83,16 +90,16 @@ class LabelledImage:
         height, width = self.size_hw
         points = np.reshape(np.asarray(coordinates, dtype=float), (-1, 2))
         clipped = np.clip(points, 0, (width, height))
-        if np.abs(points - clipped).max() > 1:  # less is rounding
-            log.add("outside", where)
+        if np.abs(points - clipped).max() > 1:  # a smaller excess is rounding
+            log.add("out_of_bounds", where)
         return np.round(clipped.ravel(), 3).tolist()
 
 
 @dataclass
 class LabelledSet:
-    """Images by split (`.` where a folder has no splits) and all category names in their order.
+    """Images by split (`.` for a folder without splits), and all category names in order.
 
-    Names that are one prompt become one category, in the first one's spelling.
+    Names that are the same prompt become one category, in the spelling of the first.
     """
 
     categories: list[str]
@@ -108,15 +115,15 @@ class LabelledSet:
                 thing.category = spelling[prompt_key(thing.category)]
 
     def images(self) -> Iterator[LabelledImage]:
-        """Those of all splits."""
+        """The images of all splits."""
         return chain.from_iterable(self.splits.values())
 
     def drop_crowds(self, log: FaultLog) -> None:
-        """Leave out crowd regions, for a format that cannot tell them from objects."""
+        """Leave out crowd regions, for a format that cannot mark them."""
         for image in self.images():
             for thing in image.objects:
                 if thing.iscrowd:
-                    log.add("crowd", f"{image.path.name}, {thing.category}")
+                    log.add("dropped_crowd", f"{image.path.name}, {thing.category}")
             image.objects = [thing for thing in image.objects if not thing.iscrowd]
 
     def summary(self) -> dict[str, dict[str, Any]]:
@@ -124,10 +131,39 @@ class LabelledSet:
         return {name: _summarise(images, self.categories) for name, images in self.splits.items()}
 
 
-def encode_bitmap(mask_HW: np.ndarray) -> dict[str, Any]:
-    """COCO RLE of a mask, ready for JSON."""
-    rle = coco_mask.encode(np.asfortranarray(mask_HW, dtype=np.uint8))
-    return {"size": [int(n) for n in rle["size"]], "counts": rle["counts"].decode("ascii")}
+def checked_names(names: Sequence[Any], source: str) -> list[str]:
+    """Category names without surrounding white space.
+
+    Raises:
+        UserError: There is no name, or one that is not text.
+    """
+    if not names or not all(isinstance(name, str) and name.strip() for name in names):
+        raise UserError(f"{source}: expected category names, got {list(names)!r}")
+    return [name.strip() for name in names]
+
+
+def read_names(path: Path) -> list[str]:
+    """Category names from a file with one per line; empty lines at the end are ignored.
+
+    Raises:
+        UserError: There is no name, or an empty line between names.
+    """
+    return checked_names(path.read_text(encoding="utf-8-sig").rstrip().splitlines(), str(path))
+
+
+def order_names(found: Sequence[str], names: Sequence[str] | None, source: Path) -> list[str]:
+    """Category names in the order of `names`; as found, if `names` is None.
+
+    Raises:
+        UserError: `names` lacks one that was found.
+    """
+    if names is None:
+        return list(found)
+    known = {prompt_key(name) for name in names}
+    missing = [name for name in found if prompt_key(name) not in known]
+    if missing:
+        raise UserError(f"{source} has objects named {', '.join(missing)}, which --names lacks: {', '.join(names)}")
+    return list(names)
 
 
 def _extent(polygons: list[list[float]]) -> Box | None:

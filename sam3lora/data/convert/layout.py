@@ -1,10 +1,9 @@
-"""Where data sets keep their images and label files, and how a new folder is written."""
+"""Folder layouts of data sets: finding images and label files, and writing a new folder."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -12,18 +11,18 @@ from pathlib import Path
 
 from PIL import ExifTags, Image
 
-from sam3lora.data.convert.faults import FaultLog
 from sam3lora.data.convert.labelled_set import LabelledImage
-from sam3lora.data.images import ImageError, read_size
+from sam3lora.data.faults import FaultLog
+from sam3lora.data.images import IMAGE_SUFFIXES, ImageError, read_size
 from sam3lora.errors import UserError
+from sam3lora.files import whole_folder
 
-WHOLE = "."  # a data set without splits
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
+WHOLE = "."  # name of the only split of a data set without splits
 _ORDER = ("train", "valid", "test")
 
 
 def split_name(folder: str) -> str:
-    """What a split is called here.
+    """Our name of a split.
 
     >>> split_name("Val"), split_name("train"), split_name("night")
     ('valid', 'train', 'night')
@@ -34,10 +33,10 @@ def split_name(folder: str) -> str:
 
 
 def subfolders(folder: Path) -> list[Path]:
-    """Folders within, train, valid and test first.
+    """Subfolders, with train, valid and test first.
 
     Raises:
-        UserError: Two of them are the same split.
+        UserError: Two of them are the same split, as `val` and `valid` are.
     """
     found = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
     order = {name: rank for rank, name in enumerate(_ORDER)}
@@ -48,7 +47,13 @@ def subfolders(folder: Path) -> list[Path]:
     return found
 
 
-def list_images(folder: Path) -> list[Path]:
+def split_folders(source: Path, pattern: str) -> dict[str, Path]:
+    """Split -> folder with files of this pattern, among `source` itself and its subfolders."""
+    folders = {WHOLE: source} | {split_name(folder.name): folder for folder in subfolders(source)}
+    return {split: folder for split, folder in folders.items() if any(folder.glob(pattern))}
+
+
+def image_files(folder: Path) -> list[Path]:
     """Image files directly in a folder."""
     return sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
 
@@ -56,13 +61,13 @@ def list_images(folder: Path) -> list[Path]:
 def find_pairs(root: Path, labels: str) -> dict[str, tuple[Path, Path]]:
     """Split -> (folder of images, folder of labels, which may be missing).
 
-    Known are `images/<split>` with `<labels>/<split>`, `<split>/images` with `<split>/<labels>`, and `images` with
-    `<labels>` without splits.
+    Three layouts are known: `images/<split>` with `<labels>/<split>`, `<split>/images` with `<split>/<labels>`, and
+    `images` with `<labels>` for a data set without splits.
     """
     pairs: dict[str, tuple[Path, Path]] = {}
     images = root / "images"
     if images.is_dir() and (root / labels).is_dir():
-        if list_images(images):
+        if image_files(images):
             pairs[WHOLE] = (images, root / labels)
         for folder in subfolders(images):
             pairs[split_name(folder.name)] = (folder, root / labels / folder.name)
@@ -73,13 +78,13 @@ def find_pairs(root: Path, labels: str) -> dict[str, tuple[Path, Path]]:
 
 
 def open_image(path: Path, log: FaultLog) -> LabelledImage | None:
-    """An image without objects yet, in the size at which labelling tools show it; None (counted) if unreadable."""
+    """An image without objects, in the size at which labelling tools show it; None (and counted) if unreadable."""
     try:
         height, width = read_size(path)
         with Image.open(path) as image:
             orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except (ImageError, OSError, ValueError, SyntaxError) as error:
-        log.add("unreadable_image", str(error))
+        log.add("broken_source_image", str(error))
         return None
     if orientation in (2, 3, 4):
         log.add("turned_image", str(path))
@@ -88,33 +93,25 @@ def open_image(path: Path, log: FaultLog) -> LabelledImage | None:
 
 @contextmanager
 def new_folder(target: Path, source: Path) -> Iterator[Path]:
-    """A folder to write into, which takes its name at the end, whole, or not at all.
+    """A scratch folder that becomes `target` when the block ends without an error; see `whole_folder`.
 
     Raises:
-        UserError: `target` exists and holds something, or lies within `source`, which would then be read again.
+        UserError: `target` exists and is not empty, or lies within `source`, where it would be read as input.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} is not empty: name a new folder, or remove this one first")
     if target.resolve().is_relative_to(source.resolve()):
         raise UserError(f"{target} lies within {source}, which is read: name a folder beside it")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        scratch.mkdir()
-        yield scratch
-        if target.exists():
-            target.rmdir()
-        os.replace(scratch, target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with whole_folder(target) as folder:
+        yield folder
 
 
 def place_images(images: list[LabelledImage], folder: Path, log: FaultLog) -> list[Path]:
     """Put the image files of a split into one folder, unchanged: as hard links, or as copies across file systems.
 
     Returns:
-        The new files, in order; their names differ by more than suffix and case, so that label files can be named
-        after them.
+        The new files, in order. Their names differ by more than suffix and case, so that label files can be named after
+        them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     taken: set[str] = set()

@@ -1,23 +1,21 @@
-"""From a folder in one format to a new folder in another."""
+"""Converting a labelled data set from a folder in one format to a new folder in another."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from sam3lora.data.convert.faults import FaultLog
-from sam3lora.data.convert.labelled_set import LabelledSet
-from sam3lora.data.convert.layout import find_pairs, new_folder, subfolders
-from sam3lora.data.convert.names import checked_names
-from sam3lora.data.convert.read_coco import find_coco_folders, read_coco
-from sam3lora.data.convert.read_labelme import read_labelme
-from sam3lora.data.convert.read_masks import read_masks
-from sam3lora.data.convert.read_voc import read_voc
-from sam3lora.data.convert.read_yolo import read_yolo
-from sam3lora.data.convert.report import ConversionReport
-from sam3lora.data.convert.write_coco import write_coco
-from sam3lora.data.convert.write_masks import write_masks
-from sam3lora.data.convert.write_yolo import write_yolo
+from sam3lora.data.coco import ANNOTATION_FILE
+from sam3lora.data.convert.coco_folders import read_coco, write_coco
+from sam3lora.data.convert.labelled_set import LabelledSet, checked_names
+from sam3lora.data.convert.labelme import read_labelme
+from sam3lora.data.convert.layout import find_pairs, new_folder, split_folders
+from sam3lora.data.convert.mask_images import read_masks, write_masks
+from sam3lora.data.convert.voc import read_voc
+from sam3lora.data.convert.yolo import read_yolo, write_yolo
+from sam3lora.data.faults import Fault, FaultLog
 from sam3lora.errors import UserError
 
 SOURCE_FORMATS = {
@@ -28,6 +26,29 @@ SOURCE_FORMATS = {
     "labelme": "JSON files with shapes beside the images",
 }
 TARGET_FORMATS = ("coco", "yolo", "yolo-boxes", "masks")
+
+
+@dataclass
+class ConversionReport:
+    """What `convert_folder` wrote.
+
+    Args:
+        target: The new folder.
+        source_format: One of `SOURCE_FORMATS`.
+        target_format: One of `TARGET_FORMATS`.
+        splits: Split -> `num_images`, `num_negatives`, `num_objects`, `categories` (name -> objects).
+        faults: What was repaired, left out or cannot be expressed.
+    """
+
+    target: str
+    source_format: str
+    target_format: str
+    splits: dict[str, dict[str, Any]]
+    faults: list[Fault] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {**vars(self), "faults": [fault.to_dict() for fault in self.faults]}
 
 
 def convert_folder(
@@ -43,18 +64,17 @@ def convert_folder(
     """Convert a labelled data set; image files are hard-linked or copied, never encoded again.
 
     Args:
-        source: Its folder.
-        target: Folder to write, new or empty; it appears whole at the end or not at all.
-        source_format: One of `SOURCE_FORMATS`; None tells it from the files.
+        source: Folder of the data set.
+        target: Folder to write, new or empty; after an error nothing is left in it.
+        source_format: One of `SOURCE_FORMATS`; None detects it from the files.
         target_format: One of `TARGET_FORMATS`.
-        names: Category names in order, where the source does not say them (YOLO by class index, masks from value 1) or
-            in place of those it says.
-        instances: Mask images (read or written) number objects and not categories.
+        names: Category names in order (YOLO by class index, masks from value 1); None takes those of the source.
+        instances: Mask images (read or written) number objects instead of categories.
         components: Every connected part of a category in a mask image is an object.
 
     Raises:
-        UserError: An unknown or ambiguous format, no label at all, a label file that cannot be right, or a target that
-            holds something.
+        UserError: The format is unknown or ambiguous, there is no label, a label file is invalid, or the target is not
+            empty.
     """
     source, target = Path(source), Path(target)
     if not source.is_dir():
@@ -67,7 +87,7 @@ def convert_folder(
     if instances and (source_format == "masks") == (target_format == "masks"):
         raise UserError("--instances says how mask images are numbered: exactly one of --from and --to must be masks")
     if components and (source_format != "masks" or instances):
-        raise UserError("--components takes semantic masks apart: it needs --from masks, without --instances")
+        raise UserError("--components splits semantic masks: it needs --from masks, without --instances")
     log = FaultLog()
     with new_folder(target, source) as folder:
         names = checked_names(names, "--names") if names else None
@@ -84,19 +104,18 @@ def convert_folder(
 
 
 def guess_format(source: Path) -> str:
-    """The one format whose files lie in a folder.
+    """The format of the labels in a folder.
 
     Raises:
-        UserError: None, or several.
+        UserError: There are no labels, or labels in several formats.
     """
-    folders = [source, *subfolders(source)]
     labels = [path for _, path in find_pairs(source, "labels").values()]
     masks = [path for _, path in find_pairs(source, "masks").values()]
-    json_files = (path for folder in folders for path in folder.glob("*.json"))
+    json_files = (path for folder in split_folders(source, "*.json").values() for path in folder.glob("*.json"))
     found = {
-        "coco": bool(find_coco_folders(source)),
+        "coco": bool(split_folders(source, ANNOTATION_FILE)),
         "yolo": any(any(folder.glob("*.txt")) for folder in labels),
-        "voc": any(any(folder.glob("*.xml")) for folder in [*folders, source / "Annotations"]),
+        "voc": bool(split_folders(source, "*.xml")) or any((source / "Annotations").glob("*.xml")),
         "masks": any(folder.is_dir() for folder in masks),
         "labelme": any(b'"shapes"' in path.read_bytes() for path in json_files),
     }

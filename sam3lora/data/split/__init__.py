@@ -1,1 +1,1 @@
-"""Splitting a COCO data set without leakage."""
+"""Splitting a COCO data set without leaks between the splits."""

@@ -1,4 +1,4 @@
-"""Images that show the same thing, and so have to stay in one split."""
+"""Grouping images that show the same picture or recording, which must stay in one split."""
 
 from __future__ import annotations
 
@@ -20,18 +20,17 @@ from sam3lora.data.images import ImageError, read_image
 from sam3lora.data.split.leakage import source_name
 from sam3lora.errors import UserError
 
-NEAR_DUPLICATE_BITS = 4  # of 64; independent photographs rarely come closer than 8
-_MIN_CONTRAST = 8  # grey levels; the differences within a flatter picture are noise
+NEAR_DUPLICATE_BITS = 4  # of 64; independent photographs rarely differ in fewer than 8
+_MIN_CONTRAST = 8  # grey levels; with less contrast, the differences within a picture are noise
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What tells images apart by content.
+    """Hashes of an image's content.
 
     Args:
         digest: SHA-256 of the file.
-        difference_hash: 64-bit dHash (which of two horizontal neighbours is brighter, on a 9 x 8 thumbnail), see
-            `difference_hash`; None for an image that is broken or has no contrast.
+        difference_hash: See `difference_hash`; None for an image that is broken or has hardly any contrast.
     """
 
     digest: str
@@ -39,9 +38,9 @@ class Fingerprint:
 
 
 def difference_hash(image_HW3: np.ndarray) -> int | None:
-    """64-bit dHash of an RGB image; None when it has hardly any contrast.
+    """64-bit dHash of an RGB image: which of two horizontal neighbours is brighter, on a 9 x 8 thumbnail.
 
-    Source: N. Krawetz, "Kind of Like That", The Hacker Factor Blog, 2013.
+    None if the image has hardly any contrast. Source: N. Krawetz, "Kind of Like That", The Hacker Factor Blog, 2013.
     """
     grey = cv2.cvtColor(image_HW3, cv2.COLOR_RGB2GRAY).astype(np.float32)
     thumbnail = cv2.resize(grey, (9, 8), interpolation=cv2.INTER_AREA)
@@ -52,7 +51,6 @@ def difference_hash(image_HW3: np.ndarray) -> int | None:
 
 
 def read_fingerprints(paths: Sequence[Path]) -> list[Fingerprint]:
-    """Fingerprint of every image file."""
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(_read_fingerprint, paths))
 
@@ -62,20 +60,20 @@ def group_images(
     fingerprints: Sequence[Fingerprint],
     group_by: str | None = None,
 ) -> tuple[np.ndarray, list[str]]:
-    """Join images of one content, exports of one picture (`name_jpg.rf.<hash>`), near-duplicates and, where asked,
-    images whose names agree on a pattern; also over several steps (a like b, b like c).
+    """Group images with the same content, exports of one picture (`name_jpg.rf.<hash>`), near-duplicates and, with
+    `group_by`, images whose names agree on a pattern. Grouping is transitive.
 
     Args:
         file_names: Name of each image.
-        fingerprints: Its fingerprint.
-        group_by: Regular expression searched in the names; images with equal groups of it (or an equal match, if it has
-            none) belong together, as the frames of a video do under `^(GX\\d+)_`.
+        fingerprints: Fingerprint of each image.
+        group_by: Regular expression to search in the names. Images belong together if its groups match the same text
+            (or the whole match, if it has no groups): `^(GX\\d+)_` joins the frames of a video.
 
     Returns:
-        Group number (0, 1, ... by first appearance) of each image, and the names that the pattern does not match.
+        Group number of each image (0, 1, ... by first appearance), and the names that the pattern does not match.
 
     Raises:
-        UserError: A bad pattern, or one that matches no name.
+        UserError: The pattern is invalid or matches no name.
     """
     pairs = _pairs_of_equal([fingerprint.digest for fingerprint in fingerprints])
     sources = [source_name(name) for name in file_names]
@@ -103,7 +101,7 @@ def _read_fingerprint(path: Path) -> Fingerprint:
 
 
 def _pairs_of_equal(keys: Iterable[Hashable]) -> list[tuple[int, int]]:
-    """(first, other) of every two positions with one key; None is no key."""
+    """(first, other) for each position with the same key as an earlier first one; None is not a key."""
     positions: dict[Hashable, list[int]] = defaultdict(list)
     for position, key in enumerate(keys):
         if key is not None:
@@ -125,7 +123,7 @@ def _match_names(file_names: Sequence[str], pattern: str) -> list[Hashable]:
     try:
         matches = [re.search(pattern, name) for name in file_names]
     except re.error as error:
-        raise UserError(f"--group-by {pattern!r} is no regular expression: {error}") from None
+        raise UserError(f"--group-by {pattern!r} is not a regular expression: {error}") from None
     if not any(matches):
         raise UserError(f"--group-by {pattern!r} matches no image name, for example {file_names[0]!r}")
     return [match and (match.groups() or match.group()) for match in matches]

@@ -1,4 +1,4 @@
-"""Images of one split that a model has, in effect, already seen in another."""
+"""Leaks between splits: images of one split whose picture is also in another."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _FRAME = re.compile(r"^(?P<prefix>.*\d.*[_-])(?P<number>\d+)$")
 
 @dataclass
 class Leak:
-    """Images shared by two splits, by one way of telling.
+    """Images shared by two splits, detected in one way.
 
     Args:
-        kind: "same_content" (identical files), "same_source" (exports of one picture under other names) or
-            "neighbouring_frames" (numbered names at most two apart: frames or tiles of one recording; a hint).
+        kind: "same_content" (identical files), "same_source" (exports of one picture under different names) or
+            "neighbouring_frames" (numbered names at most two apart: probably frames or tiles of one recording).
         splits: The two splits.
-        count: Images of the second split that are concerned.
+        count: Number of such images in the second split.
         examples: A few pairs of names.
     """
 
@@ -49,7 +49,7 @@ def source_name(file_name: str) -> str:
 
 
 def count_augmented_copies(file_names: Iterable[str]) -> int:
-    """Files beyond the first of each exported picture, within one split."""
+    """Number of files beyond the first of each exported picture, within one split."""
     names = [name for name in file_names if _is_export(name)]
     return len(names) - len({source_name(name) for name in names})
 
@@ -61,7 +61,7 @@ def find_leaks(splits: Mapping[str, Mapping[str, str]]) -> list[Leak]:
         splits: Split name -> {file name: hash of the file's content}.
 
     Returns:
-        Leaks that occur, an image counted under the surest kind only.
+        The leaks found; an image counts only under the most certain kind.
     """
     return [leak for a, b in combinations(splits, 2) for leak in _compare(a, splits[a], b, splits[b]) if leak.count]
 
@@ -80,7 +80,7 @@ def _compare(name_a: str, a: Mapping[str, str], name_b: str, b: Mapping[str, str
         if other is None:
             kind, other = "same_source", by_source.get(source_name(name))
             if other is not None and not (_is_export(name) or _is_export(other)):
-                other = None  # every split may number its own pictures from 0: an equal name alone says nothing
+                other = None  # splits may each number their pictures from 0, so an equal name alone proves nothing
         frame = _frame(name)
         if other is None and frame:
             numbers = by_prefix.get(frame[0], {})

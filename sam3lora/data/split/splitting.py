@@ -1,4 +1,4 @@
-"""A COCO folder into training, validation and test splits that share no picture and have all categories."""
+"""Splitting a COCO folder into training, validation and test sets that share no picture and have all categories."""
 
 from __future__ import annotations
 
@@ -6,25 +6,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from sam3lora.data.convert.faults import Fault, FaultLog
+from sam3lora.data.coco import ANNOTATION_FILE
+from sam3lora.data.convert.coco_folders import read_coco, write_coco
 from sam3lora.data.convert.labelled_set import LabelledImage, LabelledSet
-from sam3lora.data.convert.layout import new_folder
-from sam3lora.data.convert.read_coco import find_coco_folders, read_coco
-from sam3lora.data.convert.report import render_faults, render_splits
-from sam3lora.data.convert.write_coco import write_coco
+from sam3lora.data.convert.layout import new_folder, split_folders
+from sam3lora.data.faults import Fault, FaultLog
 from sam3lora.data.split.grouping import group_images, read_fingerprints
 from sam3lora.data.split.leakage import Leak, find_leaks
 from sam3lora.errors import UserError
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
 SPLITS = ("train", "valid", "test")
-TOLERANCE = 0.05  # a share of the images further from its fraction is worth a word
 
 
 @dataclass
@@ -35,8 +30,8 @@ class SplittingReport:
         target: The new folder.
         fractions: Share of the images that each split should have.
         splits: Split -> `num_images`, `num_groups`, `num_negatives`, `num_objects`, `categories` (name -> objects).
-        largest_group: Images that had to stay together.
-        leaks: Hints that splits still share something: numbered names that look like frames of one recording.
+        largest_group: Number of images in the largest group that stays together.
+        leaks: Remaining leaks: names in two splits that look like neighbouring frames of one recording.
         faults: What was repaired or left out while reading.
     """
 
@@ -52,27 +47,6 @@ class SplittingReport:
         leaks = [leak.to_dict() for leak in self.leaks]
         return {**vars(self), "leaks": leaks, "faults": [fault.to_dict() for fault in self.faults]}
 
-    def render(self, console: Console | None = None) -> None:
-        """Print tables."""
-        from rich.console import Console
-        from rich.markup import escape
-
-        console = console or Console()
-        render_splits(self.splits, console)
-        groups = sum(split["num_groups"] for split in self.splits.values())
-        console.print(f"{groups} groups of images that belong together, the largest of {self.largest_group}")
-        num_images = sum(split["num_images"] for split in self.splits.values())
-        for name, fraction in self.fractions.items():
-            share = self.splits[name]["num_images"] / num_images
-            if abs(share - fraction) > TOLERANCE:
-                console.print(f"[yellow]{name} has {share:.0%} of the images, not {fraction:.0%}[/yellow]")
-        if self.leaks:
-            console.print(
-                f"[yellow]{sum(leak.count for leak in self.leaks)} names look like neighbouring frames or tiles of one "
-                f"recording in two splits, e.g. {escape(self.leaks[0].examples[0])}: --group-by keeps them together[/]"
-            )
-        render_faults(self.faults, console)
-
 
 def split_folder(
     source: str | Path,
@@ -82,26 +56,27 @@ def split_folder(
     seed: int = 0,
     group_by: str | None = None,
 ) -> SplittingReport:
-    """Split a data set by chance, each category near the fractions, without a picture in two splits.
+    """Split a data set at random so that each category is near the fractions and no picture is in two splits.
 
     Copies and near-duplicates stay together (`sam3lora.data.split.grouping`). Equal arguments give equal splits.
 
     Args:
-        source: COCO folder; splits that it has are joined first.
-        target: Folder to write, new or empty; it appears whole at the end or not at all.
-        fractions: Shares of train, valid and, if there are three, test; they add up to 1.
-        seed: Of the order in which equal choices are made.
+        source: COCO folder; existing splits are joined first.
+        target: Folder to write, new or empty; after an error nothing is left in it.
+        fractions: Shares of train, valid and optionally test; they add up to 1.
+        seed: Seed of the order in which equal choices are made.
         group_by: Regular expression; images whose names agree on it stay together.
 
     Raises:
-        UserError: Fractions that are none, fewer groups than splits, no COCO folder, or a target that holds something.
+        UserError: The fractions are invalid, there are fewer groups than splits, the source is not a COCO folder, or
+            the target is not empty.
     """
     source, target = Path(source), Path(target)
     names = SPLITS[: len(fractions)]
     if not 2 <= len(fractions) <= 3 or min(fractions) <= 0 or not math.isclose(sum(fractions), 1, abs_tol=1e-6):
         given = " ".join(f"{share:g}" for share in fractions)
         raise UserError(f"--fractions takes two or three positive numbers that add up to 1 (0.8 0.1 0.1), got {given}")
-    if not source.is_dir() or not find_coco_folders(source):
+    if not source.is_dir() or not split_folders(source, ANNOTATION_FILE):
         raise UserError(f"no COCO data set in {source}; convert it first: sam3lora data convert {source} NEW_FOLDER")
     log = FaultLog()
     with new_folder(target, source) as folder:
@@ -137,26 +112,26 @@ def split_folder(
 
 
 def assign_groups(counts_GK: np.ndarray, fractions: Sequence[float], seed: int) -> np.ndarray:
-    """Deal groups to splits so that each label comes near its fractions: iterative stratification.
+    """Assign groups to splits so that each label comes near its fractions: iterative stratification.
 
-    The label of which least is left is dealt first, a group at a time, to the split that lacks most of it. Groups of
-    many images go first, so that the small ones even out what is left; otherwise the order is random, so that no split
-    gets the crowded images.
+    The rarest remaining label is assigned first: each of its groups goes to the split that lacks most of that label.
+    Large groups go first, so that small groups can even out the rest. Groups of equal size are in random order, so that
+    no split gets all the crowded images.
 
     Source: Sechidis, Tsoumakas and Vlahavas, "On the Stratification of Multi-Label Data", ECML PKDD 2011, algorithm 1,
-    with counts in place of 0 and 1.
+    with counts instead of 0 and 1.
 
     Args:
-        counts_GK: How much of each label (a category, say) each group has. The last column is the number of its images:
-            it decides between splits that lack as much of a label. Each group has some label.
+        counts_GK: Count of each label (a category, for example) in each group; every group has at least one label. The
+            last column is the number of images, which decides between splits that lack equally much of a label.
         fractions: Share of each split.
-        seed: Of the order among equals.
+        seed: Seed of the random order.
 
     Returns:
         Split number of each group.
 
     Raises:
-        UserError: Fewer groups than splits.
+        UserError: There are fewer groups than splits.
     """
     num_groups, num_splits = len(counts_GK), len(fractions)
     if num_groups < num_splits:
@@ -177,7 +152,7 @@ def assign_groups(counts_GK: np.ndarray, fractions: Sequence[float], seed: int) 
 
 
 def _fill_empty(assigned: np.ndarray, sizes_G: np.ndarray, wanted_S: np.ndarray) -> None:
-    """Give each split without images the smallest group of the split that has most above its share."""
+    """Give each empty split the smallest group of the split that exceeds its share most."""
     for split in range(len(wanted_S)):
         if not (assigned == split).any():
             num_groups_S = np.bincount(assigned, minlength=len(wanted_S))
@@ -189,7 +164,7 @@ def _fill_empty(assigned: np.ndarray, sizes_G: np.ndarray, wanted_S: np.ndarray)
 
 
 def _count_labels(images: Sequence[LabelledImage], groups: np.ndarray, categories: Sequence[str]) -> np.ndarray:
-    """Per group: objects of each category, images without objects, images."""
+    """For each group: number of objects of each category, of images without objects, and of images."""
     columns = {name: column for column, name in enumerate(categories)}
     counts_GK = np.zeros((int(groups.max()) + 1, len(categories) + 2), dtype=int)
     for image, group in zip(images, groups, strict=True):

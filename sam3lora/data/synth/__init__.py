@@ -1,1 +1,1 @@
-"""Drawn data sets with exact labels."""
+"""Generated data sets with exact labels."""

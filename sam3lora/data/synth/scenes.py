@@ -1,9 +1,9 @@
-"""Procedural scenes with named objects: the images that the built-in tiny SAM 3 learned from, and the demo's data.
+"""Generated scenes with named objects: the training images of the built-in tiny SAM 3, and the demo's data.
 
-A scene is a background with a few objects, each with an exact mask and its words: a geometric object has a colour, a
-shape and perhaps a texture ("red star", "striped thing"); a natural one has a look of its own ("crack", "leaf"). The
-``shift`` domain has objects and backgrounds that the tiny model never saw; it is what adapters are taught in the demo.
-Everything is drawn from one ``numpy.random.Generator``, so a seed gives the same scenes everywhere.
+A scene is a background with a few objects. Each object has an exact mask and its words. A geometric object has a
+colour, a shape and sometimes a texture ("red star", "striped thing"); a natural one has its own look ("crack", "leaf").
+The `shift` domain has objects and backgrounds that the tiny model never saw: the demo trains an adapter on them.
+All random numbers come from one `numpy.random.Generator`, so equal seeds give equal scenes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TEXTURES = ("striped", "dotted", "checkered")
 SHAPES = tuple(shapes.GEOMETRIC)
 NATURAL = tuple(shapes.NATURAL)
 SHIFTED = tuple(shapes.SHIFTED)
-# Colours that a natural object may be said to have: prompts for them are not asked where such an object stands.
+# Colours that a natural object may appear to have: a scene with such an object is not asked for them.
 NATURAL_COLOURS = {
     "crack": ("black",),
     "hole": ("black",),
@@ -69,7 +69,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Concept:
-    """What a prompt asks for; ``kind`` is one of natural, shape, colour, texture, colour+shape."""
+    """What a prompt asks for; `kind` is one of natural, shape, colour, texture, colour+shape."""
 
     kind: str
     noun: str | None = None
@@ -88,7 +88,7 @@ class Concept:
         )
 
     def is_ambiguous_in(self, objects: list[SceneObject]) -> bool:
-        """A colour is not asked for where a natural object might be said to have it, nor a texture beside any."""
+        """Whether a natural object might count: as one of this colour, or as one with a texture."""
         nouns = {thing.noun for thing in objects}
         if self.kind == "colour":
             return any(self.colour in NATURAL_COLOURS.get(noun, ()) for noun in nouns)
@@ -96,7 +96,7 @@ class Concept:
 
 
 def concepts_of(thing: SceneObject) -> list[Concept]:
-    """Every concept that names the object."""
+    """All concepts that the object matches."""
     if thing.colour is None:
         return [Concept("natural", noun=thing.noun)]
     named = [
@@ -126,10 +126,11 @@ def draw_scene(
     """Draw one scene.
 
     Args:
-        size: side of the square image in pixels.
-        domain: ``base``, or ``shift`` for unseen objects on unseen backgrounds.
-        max_objects: at most this many objects (at least one).
-        dense: fill the image; used to show a model as many objects per image as possible.
+        rng: Source of all random choices.
+        size: Side of the square image in pixels.
+        domain: "base", or "shift" for objects and backgrounds unknown to the tiny model.
+        max_objects: Draw at most this many objects, and at least one.
+        dense: Fill the image with objects, to train a model on as many per image as possible.
     """
     image = (_shifted_background if domain == "shift" else _background)(rng, size).astype(np.float32)
     wanted = max_objects if dense else 1 + min(int(rng.poisson(2.8)), max_objects - 1)
@@ -150,20 +151,20 @@ def draw_scene(
             taken |= drawn.mask
             objects.append(SceneObject(noun, colour, texture, drawn.mask))
             break
-    objects = [thing for thing in objects if thing.mask_HW.sum() > 0.0008 * size * size]  # the others are hidden
+    objects = [thing for thing in objects if thing.mask_HW.sum() > 0.0008 * size * size]  # drop almost hidden ones
     if not objects:
         return draw_scene(rng, size=size, domain=domain, max_objects=max_objects, dense=dense)
     return Scene(_camera(rng, image), objects)
 
 
 def draw_empty(rng: np.random.Generator, *, size: int = 224, domain: str = "base") -> Scene:
-    """Draw a background without any object: every prompt is absent there."""
+    """Draw a background without objects, where every prompt is absent."""
     image = (_shifted_background if domain == "shift" else _background)(rng, size)
     return Scene(_camera(rng, image), [])
 
 
 def _scene_palette(rng: np.random.Generator, wanted: int, domain: str) -> list[tuple[str, str | None, str | None]]:
-    """Nouns and attributes of the objects: a few concepts, with repeats and look-alikes that share an attribute."""
+    """(noun, colour, texture) of the objects: a few concepts, with repeats and others that share an attribute."""
     chosen: list[tuple[str, str | None, str | None]] = []
     while len(chosen) < wanted:
         roll = rng.random()
@@ -203,7 +204,7 @@ def _paint(rng: np.random.Generator, image: np.ndarray, drawn: shapes.Drawn, col
     window = (slice(max(y - 2, 0), y + h + 2), slice(max(x - 2, 0), x + w + 2))
     alpha = drawn.alpha[window].astype(np.float32)
     if colour is None:
-        assert drawn.paint is not None  # only natural objects have no colour, and they bring their paint
+        assert drawn.paint is not None  # natural objects have no colour, but paint of their own
         paint = drawn.paint[window].astype(np.float32)
     else:
         paint = _coloured(rng, alpha.shape, colour, texture)
@@ -235,7 +236,7 @@ def _coloured(rng: np.random.Generator, shape_hw: tuple[int, int], colour: str, 
 
 
 def _background(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Muted noise of several scales, sometimes with a gradient, waves or a grid."""
+    """Muted noise at several scales, sometimes with a gradient, waves or a grid."""
     base = np.full((size, size, 3), rng.uniform(70, 190), np.float32) + rng.normal(0, 14, 3)
     for cells, strength in ((3, 18), (9, 12), (30, 8)):
         coarse = rng.normal(0, rng.uniform(0.2, 1) * strength, (cells, cells, 1 if rng.random() < 0.6 else 3))
@@ -256,7 +257,7 @@ def _background(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def _shifted_background(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Weave, wood or speckle: backgrounds that the tiny model never saw."""
+    """Weave, wood or speckle, which the tiny model never saw."""
     yy, xx = np.mgrid[:size, :size].astype(np.float32)
     kind = rng.integers(3)
     if kind == 0:

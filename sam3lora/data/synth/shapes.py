@@ -1,4 +1,4 @@
-"""The outlines and looks of the objects in procedural scenes (``scenes.py`` places and paints them)."""
+"""Drawing single objects of generated scenes: their outlines and surfaces (`scenes` places and paints them)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Rng = np.random.Generator
 
 @dataclass
 class Drawn:
-    """An object on its canvas: ``mask`` bool (H, W), ``alpha`` float (H, W), ``paint`` (H, W, 3) of natural objects."""
+    """An object on its canvas: `mask` bool (H, W), `alpha` float (H, W), and `paint` (H, W, 3) for natural objects."""
 
     mask: np.ndarray
     alpha: np.ndarray
@@ -21,7 +21,7 @@ class Drawn:
 
 
 def draw(rng: Rng, noun: str, size: int, centre_xy: np.ndarray, extent: float) -> Drawn:
-    """Draw the object called ``noun``, about ``extent`` pixels across, on a canvas of ``size`` pixels a side."""
+    """Draw the object called `noun`, about `extent` pixels wide, on a square canvas with sides of `size` pixels."""
     if noun in NATURAL:
         return NATURAL[noun](rng, size, centre_xy, extent)
     parts = (GEOMETRIC | SHIFTED)[noun](rng)

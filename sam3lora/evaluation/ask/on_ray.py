@@ -8,8 +8,8 @@ from typing import Any
 
 from sam3lora import cluster
 from sam3lora.errors import RunFailed, UserError
-from sam3lora.evaluation.ask.split_results import Answers
 from sam3lora.evaluation.ask.worker import EvaluationWorker
+from sam3lora.evaluation.split_results import SplitResults
 
 MAX_RESTARTS = 2
 
@@ -21,8 +21,8 @@ def ask_on_ray(
     num_workers: int | None = None,
     use_gpu: bool | None = None,
     address: str | None = None,
-) -> Iterator[tuple[dict[str, Answers], dict[str, Any]]]:
-    """Answers to each batch as they come, in any order, with the worker's facts.
+) -> Iterator[tuple[dict[str, SplitResults], dict[str, Any]]]:
+    """The results of each batch as they come, in any order, with the worker's facts.
 
     A worker that dies is started again, and its batch with it.
 

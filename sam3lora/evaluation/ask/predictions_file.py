@@ -9,16 +9,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sam3lora.config.post_processing import PostProcessing
 from sam3lora.data.coco import CocoIndex
 from sam3lora.data.masks import encode_segmentation
 from sam3lora.data.prompts import prompt_key
 from sam3lora.data.rle import read_rle
 from sam3lora.errors import UserError
 from sam3lora.evaluation.ask.run import asked_categories
-from sam3lora.evaluation.ask.split_results import Answers
 from sam3lora.evaluation.metrics.ground_truth import build_ground_truth
 from sam3lora.evaluation.metrics.measure import SplitMetrics, measure_split
 from sam3lora.evaluation.settings import EvaluationSettings
+from sam3lora.evaluation.split_results import SplitResults
 
 
 def evaluate_predictions(file: str | Path, split_dir: Path, settings: EvaluationSettings) -> SplitMetrics:
@@ -49,7 +50,7 @@ def evaluate_predictions(file: str | Path, split_dir: Path, settings: Evaluation
         ids |= {
             id_: category.id for id_, name in index.category_names.items() if prompt_key(name) in category.name_keys
         }
-    answers = Answers()
+    results = SplitResults()
     for position, entry in enumerate(_read_list(source)):
         where = f"{source}: entry {position}"
         _check_entry(entry, where)
@@ -60,13 +61,13 @@ def evaluate_predictions(file: str | Path, split_dir: Path, settings: Evaluation
                 "split or data set"
             )
         if entry["image_id"] in sizes_hw and ids[entry["category_id"]] in asked:
-            answers.predictions.append(_clean(entry, ids[entry["category_id"]], sizes_hw[entry["image_id"]], where))
-    answers.num_before_nms = len(answers.predictions)
+            results.predictions.append(_clean(entry, ids[entry["category_id"]], sizes_hw[entry["image_id"]], where))
+    results.num_before_nms = len(results.predictions)
     return measure_split(
         truth,
-        answers,
+        results,
         label=source.stem,
-        threshold=settings.threshold,
+        post=settings.post_processing(PostProcessing()),
         exhaustive=settings.exhaustive,
         settings={"data": str(split_dir), "predictions": str(source)},
         split_dir=split_dir,

@@ -1,4 +1,4 @@
-"""From a data folder and adapter folders to metrics."""
+"""`evaluate`: from a data folder and adapter folders to metrics."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import functools
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from sam3lora.config.post_processing import PostProcessing
 from sam3lora.data.coco import ANNOTATION_FILE, CocoIndex
 from sam3lora.errors import UserError
-from sam3lora.evaluation.ask.split_results import Answers
 from sam3lora.evaluation.ask.worker import BASE, EvaluationWorker, Models
 from sam3lora.evaluation.metrics.ground_truth import PromptedCategory, build_ground_truth, prompted_categories
 from sam3lora.evaluation.metrics.measure import SplitMetrics, measure_split
 from sam3lora.evaluation.settings import EvaluationSettings
+from sam3lora.evaluation.split_results import SplitResults
 from sam3lora.model.adapter.folder import read_metadata
 from sam3lora.model.adapter.metadata import current_versions
 
@@ -51,20 +51,20 @@ def evaluate(
         model: Base model: "tiny", a hub id or a folder. Without an adapter, None is the built-in tiny model.
         revision: Branch, tag or commit of a hub id.
         split: Folder of the images and annotations.
-        settings: Threshold, suppression, categories and so on; None takes what the adapter's metadata say.
+        settings: Post-processing, categories and so on; None takes what the adapter records.
         resolution: Side of the model's input in pixels.
         geometry_cls: Whether text prompts are followed by the geometry CLS token; without an adapter, None is True.
         device: None takes a GPU if there is one.
-        precision: See `Segmenter`.
+        precision: See `AdapterPool`.
         num_workers: Ray workers; 0 measures in this process, None takes one for each GPU.
         address: Of a Ray cluster.
         progress: Show a progress bar on stderr.
-        changes: Fields of `settings` to change.
+        changes: Fields of `settings` or of `PostProcessing` to change, such as `threshold`.
 
     Raises:
         UserError: No such folder, a damaged file, or an adapter of another base model.
     """
-    segmenter = {
+    options = {
         "model": model,
         "revision": revision,
         "resolution": resolution,
@@ -73,8 +73,8 @@ def evaluate(
         "precision": precision,
     }
     adapters = {} if adapter is None else {label_of(adapter): str(adapter)}
-    settings = replace(settings or EvaluationSettings(**settings_of(adapters)), **changes)
-    models = Models(adapters, with_base=adapter is None, segmenter=segmenter)
+    settings = (settings or EvaluationSettings(prompts=recorded_prompts(adapters))).changed(**changes)
+    models = Models(adapters, with_base=adapter is None, options=options)
     (metrics,) = evaluate_models(
         find_split(data_dir, split, settings.annotation_file),
         models,
@@ -119,37 +119,37 @@ def evaluate_models(
             f"{index.source}: no category has an object, so there is nothing to ask: name some as "
             "data.categories of a configuration (--config)"
         )
-    make_worker = functools.partial(
-        EvaluationWorker, models, categories, settings.post_processing(), settings.max_prompts_per_forward
-    )
+    make_worker = functools.partial(EvaluationWorker, models, categories, settings)
     records = [index.record(row) for row in range(len(index))]
     size = settings.batch_size
     batches = [records[start : start + size] for start in range(0, len(records), size)]
-    parts: dict[str, list[Answers]] = {label: [] for label in models.labels}
+    parts: dict[str, list[SplitResults]] = {label: [] for label in models.labels}
     facts: dict[str, Any] = {}
     with progress_bar(progress) as bar:
         task = bar.add_task(f"asking {len(categories)} prompts", total=len(records))
-        for answers, of_worker in ask_batches(make_worker, batches, num_workers, models, address):
+        for results, of_worker in ask_batches(make_worker, batches, num_workers, models, address):
             facts = of_worker
-            for label, part in answers.items():
+            for label, part in results.items():
                 parts[label].append(part)
-            bar.advance(task, _num_images(answers))
+            bar.advance(task, _num_images(results))
     truth = build_ground_truth(index, categories)
     seconds = time.perf_counter() - started
     image_ids = [record["image_id"] for record in records]
-    shown = settings.to_dict() | {name: value for name, value in facts.items() if name != "num_queries"}
+    posts: dict[str, PostProcessing] = facts["post"]
+    shown = settings.to_dict() | {name: value for name, value in facts.items() if name not in ("num_queries", "post")}
     return [
         measure_split(
             truth,
-            Answers.join(parts[label], image_ids),
+            SplitResults.join(parts[label], image_ids),
             label=label,
-            threshold=settings.threshold,
+            post=posts[label],
             exhaustive=settings.exhaustive,
             num_queries=facts["num_queries"],
             settings={
                 "data": str(split_dir),
                 "adapter": models.adapters.get(label),
                 **shown,
+                **posts[label].model_dump(mode="json"),
                 "geometry_cls": facts["geometry_cls"][label],
                 "versions": current_versions(),
             },
@@ -190,36 +190,27 @@ def label_of(adapter: str | Path, taken: Mapping[str, str] | Sequence[str] = ())
     return unique
 
 
-def settings_of(adapters: Mapping[str, str]) -> dict[str, Any]:
-    """Fields of `EvaluationSettings` as the adapters' metadata say: post-processing, and prompts that are no names.
-
-    A threshold in which they differ is left out: all are to be measured in the same way.
+def recorded_prompts(adapters: Mapping[str, str]) -> dict[str, str]:
+    """Category name -> prompt, where it is not the name, as the adapters were trained.
 
     Raises:
         UserError: They were trained with different prompts for the categories.
     """
-    names = ("threshold", "nms_iou", "merge", "merge_iou", "max_detections")
     known = {label: metadata for label, folder in adapters.items() if (metadata := read_metadata(folder)) is not None}
-    found: dict[str, Any] = {}
-    for name in names:
-        values = {getattr(metadata.post_processing, name, None) for metadata in known.values()}
-        if len(values) == 1 and None not in values:
-            found[name] = values.pop()
     prompts = {label: metadata.data.get("prompt_of_category") or {} for label, metadata in known.items()}
     if any(other != next(iter(prompts.values())) for other in prompts.values()):
         raise UserError(
             f"the adapters {', '.join(prompts)} were trained with different prompts for the categories: measure them "
             "one at a time, or give data.prompts for all in a --config"
         )
-    of_any = next(iter(prompts.values()), {})
-    return found | ({"prompts": of_any} if of_any else {})
+    return next(iter(prompts.values()), {})
 
 
 def ask_batches(
     make_worker: Any, batches: list, num_workers: int | None, models: Models, address: str | None
-) -> Iterator[tuple[dict[str, Answers], dict[str, Any]]]:
-    """What the worker answers to each batch, with its facts: here, or from Ray workers and then in any order."""
-    device = models.segmenter.get("device")
+) -> Iterator[tuple[dict[str, SplitResults], dict[str, Any]]]:
+    """The results of each batch with the worker's facts: from this process, or from Ray workers in any order."""
+    device = models.options.get("device")
     kind, _, number = (f"cuda:{device}" if str(device).isdecimal() else str(device)).partition(":")
     use_gpu = None if device is None else kind != "cpu"
     is_cluster = bool(address or os.environ.get("RAY_ADDRESS"))
@@ -245,8 +236,8 @@ def _num_gpus_here() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def _num_images(answers: Mapping[str, Answers]) -> int:
-    return max((len({image for image, _ in part.presence}) for part in answers.values()), default=0)
+def _num_images(results: Mapping[str, SplitResults]) -> int:
+    return max((len({image for image, _ in part.presence}) for part in results.values()), default=0)
 
 
 def progress_bar(visible: bool) -> Progress:

@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sam3lora.config.post_processing import PostProcessing
 from sam3lora.data.coco import load_coco_json
-from sam3lora.engine.detections import PostProcessing
 from sam3lora.errors import UserError
 from sam3lora.evaluation.ask.run import ask_batches, progress_bar
-from sam3lora.evaluation.ask.split_results import Answers, read_images
-from sam3lora.evaluation.ask.worker import EvaluationWorker, Models
+from sam3lora.evaluation.ask.worker import EvaluationWorker, Models, adapter_of
 from sam3lora.evaluation.metrics.cgf1 import SCORE_THRESHOLD
 from sam3lora.evaluation.settings import EvaluationSettings
+from sam3lora.evaluation.split_results import SplitResults
 
 CATEGORY_ID = 1  # SA-Co has one for everything: the phrase is the image entry's
 
@@ -27,21 +27,17 @@ class SacoResults(NamedTuple):
 
 
 class SacoWorker(EvaluationWorker):
-    """Answers records of an image file with the phrases that are asked of it."""
+    """Asks the images of an SA-Co file for the phrases that belong to each."""
 
-    def __init__(self, models: Models, post: PostProcessing, max_prompts_per_forward: int = 8) -> None:
-        super().__init__(models, [], post, max_prompts_per_forward)
-
-    def ask(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Answers]:
-        """Label -> answers, by the ids of the phrases' image entries; one vision pass an image for all its phrases."""
-        found = {label: Answers() for label in self.labels}
-        for record, image in zip(records, read_images(records), strict=True):
-            images = self.segmenter.encode([image])
-            for label, answers in found.items():
-                (of_image,) = self.detect(label, images, [phrase for _, phrase in record["phrases"]])
-                for (entry_id, _), instances in zip(record["phrases"], of_image, strict=True):
-                    answers.add(entry_id, CATEGORY_ID, instances)
-        return found
+    def ask(self, records: Sequence[Mapping[str, Any]]) -> dict[str, SplitResults]:
+        """Label -> results, by the ids of the phrases' image entries."""
+        found = self.detect(records, [[phrase for _, phrase in record["phrases"]] for record in records])
+        results = {label: SplitResults() for label in self.labels}
+        for label, of_model in results.items():
+            for record, of_image in zip(records, found[adapter_of(label)], strict=True):
+                for (entry_id, _), detections in zip(record["phrases"], of_image, strict=True):
+                    of_model.add(entry_id, CATEGORY_ID, detections)
+        return results
 
 
 def ask_saco(
@@ -70,8 +66,8 @@ def ask_saco(
     """
     models = models.with_absolute_paths()
     records = _read_records(Path(ground_truth_file), Path(image_dir).absolute())[: settings.num_samples]
-    post = settings.post_processing(min(settings.threshold, SCORE_THRESHOLD))
-    make_worker = functools.partial(SacoWorker, models, post, settings.max_prompts_per_forward)
+    lowest_score = min(settings.post_processing(PostProcessing()).threshold, SCORE_THRESHOLD)
+    make_worker = functools.partial(SacoWorker, models, [], settings, lowest_score)
     size = settings.batch_size
     batches = [records[start : start + size] for start in range(0, len(records), size)]
     results: dict[str, list[dict[str, Any]]] = {label: [] for label in models.labels}

@@ -7,95 +7,113 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sam3lora.engine.detections import Instances, PostProcessing
-from sam3lora.engine.segmenter import EncodedImages, Segmenter
-from sam3lora.evaluation.ask.split_results import Answers, read_images
+import numpy as np
+
+from sam3lora.data.images import read_image
+from sam3lora.engine.adapter_pool import AdapterPool
+from sam3lora.engine.detections import Detections
 from sam3lora.evaluation.metrics.ground_truth import PromptedCategory
+from sam3lora.evaluation.settings import EvaluationSettings
+from sam3lora.evaluation.split_results import SplitResults
 
 BASE = "base"
 
 
 @dataclass(frozen=True)
 class Models:
-    """What is asked: adapters over one base, and the base itself; plain values, so that it travels to workers.
+    """The models of an evaluation: adapters over one base, and the base itself; plain values, so that they travel.
 
     Args:
         adapters: Label -> adapter folder.
         with_base: Ask the base model too.
-        segmenter: Arguments of `Segmenter` but the adapters.
+        options: Arguments of `AdapterPool` but the adapters.
     """
 
     adapters: Mapping[str, str] = field(default_factory=dict)
     with_base: bool = True
-    segmenter: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def labels(self) -> list[str]:
         return [BASE] * self.with_base + list(self.adapters)
 
     def with_absolute_paths(self) -> Models:
-        """As Ray workers need them, which run in other folders."""
+        """For Ray workers, which run in other folders."""
         adapters = {label: str(Path(folder).expanduser().absolute()) for label, folder in self.adapters.items()}
-        model = self.segmenter.get("model")
+        model = self.options.get("model")
         if model not in (None, "tiny") and Path(model).expanduser().is_dir():
             model = str(Path(model).expanduser().absolute())
-        return replace(self, adapters=adapters, segmenter={**self.segmenter, "model": model})
+        return replace(self, adapters=adapters, options={**self.options, "model": model})
 
 
 class EvaluationWorker:
-    """Loads once, then answers batch after batch."""
+    """Loads the models once, then asks them for the images of one batch after the other.
+
+    Args:
+        models: What to ask.
+        categories: Asked of every image.
+        settings: Post-processing and batch sizes.
+        lowest_score: Detections down to this score are kept; mAP needs all of them.
+    """
 
     def __init__(
         self,
         models: Models,
         categories: Sequence[PromptedCategory],
-        post: PostProcessing,
-        max_prompts_per_forward: int = 8,
+        settings: EvaluationSettings,
+        lowest_score: float = 0.0,
     ) -> None:
         self.labels = models.labels
-        self.segmenter = Segmenter(adapters=models.adapters, **models.segmenter)
+        self._pool = AdapterPool(adapters=models.adapters, max_rows=settings.max_prompts_per_forward, **models.options)
         self._categories = categories
-        self._post = post
-        self._max_prompts_per_forward = max_prompts_per_forward
+        self._lowest_score = lowest_score
+        self._posts = {
+            adapter_of(label): settings.post_processing(self._pool.recorded(adapter_of(label))) for label in self.labels
+        }
 
     def facts(self) -> dict[str, Any]:
-        """What the numbers depend on beside the settings."""
-        base = self.segmenter.base
+        """The facts that the numbers depend on beside the settings."""
+        base = self._pool.base
         return {
             "base_model": base.name,
             "base_revision": base.revision,
             "base_fingerprint": base.fingerprint[:12],
             "resolution": base.resolution,
-            "geometry_cls": {label: self.segmenter.geometry_cls(_adapter(label)) for label in self.labels},
-            "precision": self.segmenter.precision,
-            "device": str(self.segmenter.device),
+            "geometry_cls": {label: self._pool.geometry_cls(adapter_of(label)) for label in self.labels},
+            "post": {label: self._posts[adapter_of(label)] for label in self.labels},
+            "precision": self._pool.engine.precision,
+            "device": str(self._pool.engine.device),
             "num_queries": base.model.detr_decoder.query_embed.num_embeddings,
         }
 
-    def ask(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Answers]:
-        """Label -> answers; the images are read once, and seen once by all models that share a vision tower.
+    def ask(self, records: Sequence[Mapping[str, Any]]) -> dict[str, SplitResults]:
+        """Label -> results; all models are asked in one pass.
 
         Raises:
             ImageError: An image cannot be read.
         """
-        images = self.segmenter.encode(read_images(records))
         prompts = [category.prompt for category in self._categories]
-        found = {}
-        for label in self.labels:
-            found[label] = Answers.collect(records, self._categories, self.detect(label, images, prompts))
-            images.forget(label)
-        return found
+        found = self.detect(records, [prompts] * len(records))
+        return {
+            label: SplitResults.collect(records, self._categories, found[adapter_of(label)]) for label in self.labels
+        }
 
-    def detect(self, label: str, images: EncodedImages, prompts: Sequence[str]) -> list[list[Instances]]:
-        """One model's detections of every prompt in every image."""
-        return self.segmenter.detect(
-            images,
-            prompts,
-            adapter=_adapter(label),
-            post=self._post,
-            max_prompts_per_forward=self._max_prompts_per_forward,
-        )
+    def detect(
+        self, records: Sequence[Mapping[str, Any]], prompts: Sequence[Sequence[str]]
+    ) -> dict[str | None, list[list[Detections]]]:
+        """Every model's detections of each image's prompts."""
+        return self._pool.detect_each(read_images(records), prompts, self._posts, lowest_score=self._lowest_score)
 
 
-def _adapter(label: str) -> str | None:
+def adapter_of(label: str) -> str | None:
+    """The adapter of a model's label; None is the base."""
     return None if label == BASE else label
+
+
+def read_images(records: Sequence[Mapping[str, Any]]) -> list[np.ndarray]:
+    """The records' images, at the size that the annotations refer to.
+
+    Raises:
+        ImageError: An image cannot be read.
+    """
+    return [read_image(record["path"], expected_size_hw=(record["height"], record["width"])) for record in records]

@@ -113,7 +113,7 @@ def build_ground_truth(index: CocoIndex, categories: Sequence[PromptedCategory])
                     "is_box_only": int(not annotation["iscrowd"] and not has_mask),
                 }
             )
-    listed = [{"id": category.id, "name": category.name} for category in categories]
+    listed = [{"id": category.id, "name": category.name, "prompt": category.prompt} for category in categories]
     coco = {"images": images, "annotations": annotations, "categories": listed}
     return SplitTruth(coco, presence, num_without_mask)
 

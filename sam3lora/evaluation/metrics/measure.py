@@ -1,4 +1,4 @@
-"""From the answers of a model to its numbers."""
+"""`SplitMetrics`: all numbers of one model on one split."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from typing import Any
 
 from pycocotools.cocoeval import COCOeval
 
-from sam3lora.evaluation.ask.split_results import Answers, Pair
+from sam3lora.config.post_processing import PostProcessing
 from sam3lora.evaluation.metrics.cgf1 import SCORE_THRESHOLD, UnitCounts, accumulate
 from sam3lora.evaluation.metrics.cgf1_units import SCORE_FLOOR, Units, count_units, split_units
 from sam3lora.evaluation.metrics.coco_map import MapResult, coco_map
 from sam3lora.evaluation.metrics.curves import Curves, evaluation_curves
 from sam3lora.evaluation.metrics.ground_truth import PresenceTable, SplitTruth
 from sam3lora.evaluation.metrics.threshold_sweep import ThresholdSweep, sweep_thresholds
+from sam3lora.evaluation.split_results import Pair, SplitResults
 
 PRESENCE_THRESHOLD = 0.5
 
@@ -34,6 +35,11 @@ class CategoryMetrics:
     cgf1: float | None
     off_prompt_fpr: float | None
     best_threshold: float | None
+
+
+_NOT_NUMBERS = frozenset(
+    ("thresholds", "predictions", "presence", "ground_truth", "units", "evaluation", "curves", "sweep", "split_dir")
+)
 
 
 @dataclass
@@ -59,10 +65,11 @@ class SplitMetrics:
         settings: What the numbers depend on.
         notes: What the numbers do not say by themselves.
         seconds: Wall clock of asking and measuring.
+        thresholds: Category id -> lowest score of what counts as a detection.
         sweep: cgF1 by threshold, overall and by category.
         curves: Precision by recall, and scores of right and wrong detections.
         units, evaluation: What cgF1 and mAP were counted from, for intervals.
-        predictions, presence: The answers.
+        predictions, presence: The results.
         ground_truth: COCO dict that the predictions refer to, masks as compressed RLE.
         split_dir: Folder that the file names in the ground truth are relative to.
     """
@@ -94,6 +101,7 @@ class SplitMetrics:
     num_absent_prompts: int
     settings: dict[str, Any]
     notes: list[str]
+    thresholds: dict[int, float] = field(repr=False)
     sweep: ThresholdSweep | None = field(repr=False)
     curves: Curves = field(repr=False)
     units: Units = field(repr=False)
@@ -104,9 +112,27 @@ class SplitMetrics:
     split_dir: Path | None = None
     seconds: float = 0.0
 
+    @property
+    def threshold_text(self) -> str:
+        """The thresholds in words, such as "0.50" or "0.50 (crack: 0.30)"."""
+        common = self.settings["threshold"]
+        names = {category["id"]: category["name"] for category in self.ground_truth["categories"]}
+        others = [f"{names[id_]}: {value:.2f}" for id_, value in self.thresholds.items() if value != common]
+        return f"{common:.2f}" + (f" ({', '.join(others)})" if others else "")
+
     def to_dict(self) -> dict[str, Any]:
         """The numbers alone, as JSON values."""
-        left_out = ("predictions", "presence", "ground_truth", "units", "evaluation", "curves", "sweep", "split_dir")
+        left_out = (
+            "thresholds",
+            "predictions",
+            "presence",
+            "ground_truth",
+            "units",
+            "evaluation",
+            "curves",
+            "sweep",
+            "split_dir",
+        )
         values = {name: value for name, value in vars(self).items() if name not in left_out}
         values["per_category"] = {name: asdict(entry) for name, entry in self.per_category.items()}
         values["threshold_sweep"] = None if self.sweep is None else self.sweep.to_dict()
@@ -115,10 +141,10 @@ class SplitMetrics:
 
 def measure_split(
     truth: SplitTruth,
-    answers: Answers,
+    results: SplitResults,
     *,
     label: str = "base",
-    threshold: float = 0.3,
+    post: PostProcessing | None = None,
     exhaustive: bool = True,
     num_queries: int | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -129,10 +155,10 @@ def measure_split(
 
     Args:
         truth: What there is to find.
-        answers: Answers to all of its images.
+        results: Of the model on all of its images.
         label: Name of the model in tables.
-        threshold: Lowest score of what counts as a detection for `off_prompt_fpr`, tables and pictures; mAP has no such
-            cut, and cgF1 its own (0.5).
+        post: The post-processing that made the results. Its thresholds decide what counts as a detection for
+            `off_prompt_fpr`, tables and pictures; mAP has no such cut, and cgF1 its own (0.5). None is the default.
         exhaustive: Whether a missing annotation means absence. Otherwise only pairs with annotations are judged, and
             what needs absence is None.
         num_queries: Object queries of the model, to warn of images that hold more objects.
@@ -141,20 +167,24 @@ def measure_split(
         seconds: To be carried along.
 
     Raises:
-        UserError: The answers are to other images or categories.
+        UserError: The results are to other images or categories.
     """
     coco, presence = truth.coco, truth.presence
+    post = post or PostProcessing()
+    thresholds = {
+        category["id"]: post.threshold_of(category.get("prompt", category["name"])) for category in coco["categories"]
+    }
     if not exhaustive:
         known = {pair for pair, is_there in presence.items() if is_there}
-        answers = dataclasses.replace(
-            answers,
-            predictions=[p for p in answers.predictions if (p["image_id"], p["category_id"]) in known],
-            presence={pair: value for pair, value in answers.presence.items() if pair in known},
+        results = dataclasses.replace(
+            results,
+            predictions=[p for p in results.predictions if (p["image_id"], p["category_id"]) in known],
+            presence={pair: value for pair, value in results.presence.items() if pair in known},
         )
-    units = split_units(coco, answers.predictions, presence, lowest_score=min(SCORE_FLOOR, threshold))
-    found = coco_map(coco, answers.predictions, num_queries=num_queries)
-    alarms, absent = _false_alarms(coco, presence, answers, threshold)
-    verdicts = {pair: value > PRESENCE_THRESHOLD for pair, value in answers.presence.items()}
+    units = split_units(coco, results.predictions, presence, lowest_score=min([SCORE_FLOOR, *thresholds.values()]))
+    found = coco_map(coco, results.predictions, num_queries=num_queries)
+    alarms, absent = _false_alarms(coco, presence, results, thresholds)
+    verdicts = {pair: value > PRESENCE_THRESHOLD for pair, value in results.presence.items()}
     right = [
         says == bool(presence.get(pair)) for pair, says in verdicts.items() if presence.get(pair, False) is not None
     ]
@@ -189,15 +219,17 @@ def measure_split(
         no_such := [size for size in ("small", "medium", "large") if _by_size(found, size) is None]
     ):
         notes.append(f"{', '.join(f'map_{size}' for size in no_such)} null: the split has no object of that size")
-    num_detections = sum(prediction["score"] >= threshold for prediction in answers.predictions)
+    num_detections = sum(p["score"] >= thresholds[p["category_id"]] for p in results.predictions)
     if not num_detections:
-        notes.append(f"{label}: no detection reaches {threshold:g}; that nothing fires on absent prompts is no merit")
+        notes.append(
+            f"{label}: no detection reaches {post.threshold:g}; that nothing fires on absent prompts is no merit"
+        )
     return SplitMetrics(
         label=label,
         num_images=len(coco["images"]),
         num_ground_truth=num_ground_truth,
-        num_predictions=len(answers.predictions),
-        num_predictions_before_nms=answers.num_before_nms,
+        num_predictions=len(results.predictions),
+        num_predictions_before_nms=results.num_before_nms,
         num_detections=num_detections,
         map=found.map,
         map_50=found.map_50,
@@ -218,14 +250,15 @@ def measure_split(
         presence_accuracy=_share(right),
         presence_accuracy_absent=_share(right_absent) if exhaustive else None,
         num_absent_prompts=len(absent) if exhaustive else 0,
-        settings={"threshold": threshold, "cgf1_threshold": SCORE_THRESHOLD, **(settings or {})},
+        settings={**post.model_dump(mode="json"), "cgf1_threshold": SCORE_THRESHOLD, **(settings or {})},
         notes=notes,
+        thresholds=thresholds,
         sweep=sweep,
         curves=evaluation_curves(found.evaluation),
         units=units,
         evaluation=found.evaluation,
-        predictions=answers.predictions,
-        presence=answers.presence,
+        predictions=results.predictions,
+        presence=results.presence,
         ground_truth=coco,
         split_dir=split_dir,
         seconds=seconds,
@@ -233,10 +266,12 @@ def measure_split(
 
 
 def _false_alarms(
-    coco: Mapping[str, Any], presence: PresenceTable, answers: Answers, threshold: float
+    coco: Mapping[str, Any], presence: PresenceTable, results: SplitResults, thresholds: Mapping[int, float]
 ) -> tuple[set[Pair], list[Pair]]:
     """(image, category) pairs with a detection, and those whose category the image truly lacks."""
-    alarms = {(p["image_id"], p["category_id"]) for p in answers.predictions if p["score"] >= threshold}
+    alarms = {
+        (p["image_id"], p["category_id"]) for p in results.predictions if p["score"] >= thresholds[p["category_id"]]
+    }
     pairs = [(image["id"], category["id"]) for image in coco["images"] for category in coco["categories"]]
     return alarms, [pair for pair in pairs if pair not in presence]
 
@@ -254,7 +289,7 @@ def _notes(truth: SplitTruth, num_ground_truth: int, right: Sequence[bool], abse
     if num_ground_truth == 0:
         notes.append("map is null: the split has no object with a mask")
     if not right:
-        notes.append("presence_accuracy is null: nothing could be asked, or the answers carry no presence")
+        notes.append("presence_accuracy is null: nothing could be asked, or the results carry no presence")
     if absent is None:
         notes.append("off_prompt_fpr is null: absence is not annotated (data.exhaustive is false)")
     elif not absent:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
-from sam3lora.evaluation.ask.split_results import Pair
 from sam3lora.evaluation.metrics.cgf1 import UnitCounts, count_unit
 from sam3lora.evaluation.metrics.cgf1_units import Units
+from sam3lora.evaluation.split_results import Pair
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,14 @@ class Tally:
         return 2 * self.num_right / (2 * self.num_right + self.num_errors) if self.num_right + self.num_errors else 1.0
 
 
-def tally_pairs(units: Units, threshold: float) -> dict[Pair, Tally]:
+def tally_pairs(units: Units, thresholds: Mapping[int, float]) -> dict[Pair, Tally]:
     """Right, wrong and missed of every category in every image, matched as cgF1 does.
 
     Args:
         units: Of `split_units`.
-        threshold: Lowest score that counts.
+        thresholds: Category id -> lowest score that counts.
     """
-    return {pair: Tally.from_counts(count_unit(unit, threshold)) for pair, unit in units.items()}
+    return {pair: Tally.from_counts(count_unit(unit, thresholds[pair[1]])) for pair, unit in units.items()}
 
 
 def tally_images(tallies: Mapping[Pair, Tally]) -> dict[int, Tally]:
@@ -72,7 +72,7 @@ def best_images(totals: Mapping[int, Tally], count: int) -> list[int]:
 
 
 def false_alarms(
-    ground_truth: Mapping[str, Any], predictions: Iterable[Mapping[str, Any]], threshold: float
+    ground_truth: Mapping[str, Any], predictions: Iterable[Mapping[str, Any]], thresholds: Mapping[int, float]
 ) -> dict[Pair, float]:
     """Absent categories with a detection at the threshold -> best score, by falling score.
 
@@ -82,7 +82,7 @@ def false_alarms(
     alarms: dict[Pair, float] = {}
     for prediction in sorted(predictions, key=lambda entry: -entry["score"]):
         pair = (prediction["image_id"], prediction["category_id"])
-        if prediction["score"] >= threshold and pair not in present:
+        if prediction["score"] >= thresholds[pair[1]] and pair not in present:
             alarms.setdefault(pair, prediction["score"])
     return alarms
 

@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from sam3lora.evaluation.metrics.bootstrap import Interval
+from sam3lora.evaluation.metrics.comparison import NOTICEABLE
 from sam3lora.evaluation.metrics.measure import CategoryMetrics, SplitMetrics
 from sam3lora.evaluation.metrics.ranking import telling_images
 from sam3lora.evaluation.report.charts import interval_chart
 from sam3lora.evaluation.report.glossary import MEASURES, Measure
 from sam3lora.evaluation.report.html_page import change, render_page, score, setting_rows
-from sam3lora.evaluation.report.pictures import Gallery, Picture
+from sam3lora.evaluation.report.pictures import Gallery, Picture, threshold_texts
 
 Intervals = Mapping[str, Mapping[str, Interval]]
 """Adapter label -> field of `SplitMetrics` -> adapter minus base."""
 
 FEW_IMAGES = 30  # a bootstrap of fewer is mostly too narrow
-NOTICEABLE = 0.01  # mAP; less is hardly a difference, however sure
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,6 @@ def render_comparison_report(
     intervals: Intervals,
     *,
     title: str | None = None,
-    threshold: float,
     pictures_per_category: int = 2,
     max_pictures: int = 80,
 ) -> str:
@@ -57,7 +56,6 @@ def render_comparison_report(
         adapters: Metrics of adapters on the same split with the same settings, one at least.
         intervals: Adapter label -> field of `SplitMetrics` -> difference to the base, where it was computed.
         title: Heading; None names the models.
-        threshold: Lowest score of what is drawn and counted.
         pictures_per_category: Images shown of each category; one alone where `max_pictures` would be exceeded.
         max_pictures: Most images shown; of more categories, those with the most objects.
 
@@ -66,11 +64,11 @@ def render_comparison_report(
     """
     results = [base, *adapters]
     labels = [result.label for result in results]
-    pictures, without = _category_pictures(results, threshold, pictures_per_category, max_pictures)
+    pictures, without = _category_pictures(results, pictures_per_category, max_pictures)
     return render_page(
         "comparison_report.html.j2",
         title=title or f"{', '.join(labels[1:])} against the base",
-        threshold=threshold,
+        thresholds=threshold_texts(results),
         base=base,
         adapters=adapters,
         labels=labels,
@@ -171,7 +169,7 @@ def _category_rows(base: SplitMetrics, adapters: Sequence[SplitMetrics]) -> list
 
 
 def _category_pictures(
-    results: Sequence[SplitMetrics], threshold: float, per_category: int, max_pictures: int
+    results: Sequence[SplitMetrics], per_category: int, max_pictures: int
 ) -> tuple[list[tuple[str, list[Picture]]], list[str]]:
     """Category -> its pictures, by falling number of objects; names of categories without any."""
     base = results[0]
@@ -180,7 +178,7 @@ def _category_pictures(
     ids = {category["name"]: category["id"] for category in base.ground_truth["categories"]}
     names = sorted(ids, key=lambda name: -base.per_category[name].num_ground_truth)
     per_category = per_category if len(names) * per_category <= max_pictures else 1
-    gallery = Gallery(results, threshold, (1 + len(results)) * min(max_pictures, len(names) * per_category))
+    gallery = Gallery(results, (1 + len(results)) * min(max_pictures, len(names) * per_category))
     chosen = {name: telling_images(ids[name], gallery.tallies, per_category) for name in names}
     shown = [name for name in names if chosen[name]][:max_pictures]
     pictures = [(name, [gallery.picture(image, ids[name]) for image in chosen[name]]) for name in shown]

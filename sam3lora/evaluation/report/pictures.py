@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,9 +13,9 @@ import cv2
 import numpy as np
 
 from sam3lora.data.images import read_image
-from sam3lora.evaluation.ask.split_results import Pair
 from sam3lora.evaluation.metrics.measure import SplitMetrics
 from sam3lora.evaluation.metrics.ranking import Tally, tally_images, tally_pairs
+from sam3lora.evaluation.split_results import Pair
 from sam3lora.inference.drawing import (
     ADAPTER_RGB,
     BASE_RGB,
@@ -59,16 +58,14 @@ class Picture:
 
 @dataclass
 class Gallery:
-    """Draws images of one split with the answers of one model or several at a score threshold.
+    """Draws images of one split with the detections of one model or several, at the thresholds of each.
 
     Attributes:
         results: Metrics on the same split, with its folder.
-        threshold: Lowest score drawn and counted.
         num_panels: How many panels the report will hold, for their size.
     """
 
     results: Sequence[SplitMetrics]
-    threshold: float
     num_panels: int
 
     def __post_init__(self) -> None:
@@ -76,12 +73,15 @@ class Gallery:
         self.images = {image["id"]: image for image in truth["images"]}
         self.names = {category["id"]: category["name"] for category in truth["categories"]}
         self._labels = _by_image(truth["annotations"])
-        self._found = [_by_image(p for p in r.predictions if p["score"] >= self.threshold) for r in self.results]
+        self._found = [
+            _by_image(p for p in result.predictions if p["score"] >= result.thresholds[p["category_id"]])
+            for result in self.results
+        ]
 
     @cached_property
     def tallies(self) -> list[dict[Pair, Tally]]:
         """Of each model: (image id, category id) -> right, wrong and missed."""
-        return [tally_pairs(result.units, self.threshold) for result in self.results]
+        return [tally_pairs(result.units, result.thresholds) for result in self.results]
 
     @cached_property
     def totals(self) -> list[dict[int, Tally]]:
@@ -129,20 +129,12 @@ class Gallery:
         return describe(self.tallies[model].get((image_id, category_id), Tally()))
 
 
-def comparison_pictures(
-    base: SplitMetrics, adapter: SplitMetrics, *, count: int = 12, threshold: float = 0.3
-) -> list[Picture]:
-    """The first images of a split, none chosen: labels, base and adapter.
-
-    Args:
-        base: Metrics of the base model.
-        adapter: Metrics of the adapter on the same split.
-        count: At most so many pictures.
-        threshold: Lowest score drawn.
-    """
-    models = [dataclasses.replace(base, label="base"), dataclasses.replace(adapter, label="adapter")]
-    gallery = Gallery(models, threshold, num_panels=3 * count)
-    return [gallery.picture(image_id) for image_id in list(gallery.images)[:count]]
+def threshold_texts(results: Sequence[SplitMetrics]) -> str:
+    """The models' thresholds in words: one text if they are the same, else one for each label."""
+    texts = {result.label: result.threshold_text for result in results}
+    if len(set(texts.values())) == 1:
+        return next(iter(texts.values()))
+    return ", ".join(f"{text} ({label})" for label, text in texts.items())
 
 
 def describe(tally: Tally) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,8 @@ from rich.table import Table
 from sam3lora.errors import UserError
 from sam3lora.evaluation.metrics.comparison import compare
 from sam3lora.evaluation.metrics.measure import SplitMetrics
+from sam3lora.evaluation.report.pictures import threshold_texts
+from sam3lora.files import write_whole
 
 _SHOWN = {
     "mAP": "map",
@@ -45,7 +45,7 @@ def save_validation(results: Sequence[SplitMetrics], output: str | Path, console
             _write_model(metrics, _make_folder(folder / _file_name(metrics.label)))
         _write_json(folder / "metrics.json", {"models": {metrics.label: metrics.to_dict() for metrics in results}})
     report = folder / "report.html"
-    _write(report, render_validation_report(results, threshold=results[0].settings["threshold"]))
+    _write(report, render_validation_report(results))
     _print(results, report, console)
     return report
 
@@ -70,15 +70,7 @@ def compare_and_save(
     comparison = compare(base, adapters)
     _write_json(folder / "comparison.json", comparison.to_dict())
     report = folder / "report.html"
-    _write(
-        report,
-        render_comparison_report(
-            base,
-            adapters,
-            comparison.intervals,
-            threshold=base.settings["threshold"],
-        ),
-    )
+    _write(report, render_comparison_report(base, adapters, comparison.intervals))
     _print(results, report, console)
     console = console or Console(soft_wrap=True, markup=False, emoji=False)
     for adapter in comparison.adapters:
@@ -155,13 +147,9 @@ def _write_json(path: Path, values: Any, indent: int | None = 2) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        scratch.write_text(text, encoding="utf-8")
-        os.replace(scratch, path)
+        write_whole(path, text)
     except OSError as error:
-        scratch.unlink(missing_ok=True)
         raise UserError(f"cannot write {path} ({error.strerror}): choose another --output") from None
 
 
@@ -180,9 +168,7 @@ def _print(results: Sequence[SplitMetrics], report: Path, console: Console | Non
     first = results[0]
     table.add_row("detections", *(str(metrics.num_detections) for metrics in results))
     console.print(table)
-    console.print(
-        f"{first.num_images} images, {first.num_ground_truth} objects, threshold {first.settings['threshold']}"
-    )
+    console.print(f"{first.num_images} images, {first.num_ground_truth} objects, threshold {threshold_texts(results)}")
     for note in dict.fromkeys(note for metrics in results for note in metrics.notes):
         console.print(f"Note: {note}")
     console.print(f"Report: {report}")

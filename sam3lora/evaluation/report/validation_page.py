@@ -14,7 +14,7 @@ from sam3lora.evaluation.metrics.ranking import Tally, best_images, false_alarms
 from sam3lora.evaluation.report.charts import Line, histogram_chart, line_chart
 from sam3lora.evaluation.report.glossary import MEASURES
 from sam3lora.evaluation.report.html_page import render_page, setting_rows, share
-from sam3lora.evaluation.report.pictures import Gallery, Picture
+from sam3lora.evaluation.report.pictures import Gallery, Picture, threshold_texts
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,6 @@ def render_validation_report(
     results: Sequence[SplitMetrics],
     *,
     title: str | None = None,
-    threshold: float,
     num_worst: int = 6,
     num_best: int = 6,
     num_false_alarms: int = 6,
@@ -43,7 +42,6 @@ def render_validation_report(
         results: One result, or several of the same split to set side by side; the one with the highest mAP chooses the
             pictures, since a model that finds nothing has no telling mistakes.
         title: Heading; None names the models.
-        threshold: Lowest score of what is drawn and counted.
         num_worst: Pictures of images with errors, the worst first.
         num_best: Pictures of images with the best answers.
         num_false_alarms: Pictures of answers to prompts for something absent.
@@ -51,17 +49,17 @@ def render_validation_report(
     Returns:
         HTML without any reference outside itself.
     """
-    gallery = Gallery(results, threshold, (num_worst + num_best) * (1 + len(results)) + num_false_alarms)
+    gallery = Gallery(results, (num_worst + num_best) * (1 + len(results)) + num_false_alarms)
     labels = [result.label for result in results]
     chooser = max(range(len(results)), key=lambda model: results[model].map or 0.0)
     totals = gallery.totals[chooser]
     worst, best = worst_images(totals, num_worst), best_images(totals, num_best)
-    alarms = false_alarms(results[chooser].ground_truth, results[chooser].predictions, threshold)
+    alarms = false_alarms(results[chooser].ground_truth, results[chooser].predictions, results[chooser].thresholds)
     has_images = results[0].split_dir is not None
     return render_page(
         "validation_report.html.j2",
         title=title or f"Validation of {', '.join(labels)}",
-        threshold=threshold,
+        thresholds=threshold_texts(results),
         results=results,
         labels=labels,
         chooser=labels[chooser],
@@ -78,17 +76,16 @@ def render_validation_report(
     )
 
 
-def verdict(result: SplitMetrics, total: Tally, threshold: float) -> str:
+def verdict(result: SplitMetrics, total: Tally) -> str:
     """What is found, what is missed, how often the model answers a prompt for something absent: in plain words.
 
     Args:
         result: The metrics.
-        total: Sum over all images at the threshold.
-        threshold: Lowest score that counts.
+        total: Sum over all images at the model's thresholds.
     """
     name = "the base model" if result.label == "base" else result.label
     num_objects, num_detections = total.num_right + total.num_missed, total.num_right + total.num_wrong
-    said = f"At a score of {threshold:.2f} or more, "
+    said = f"At a score of {result.threshold_text} or more, "
     if not num_objects:
         plural = "" if num_detections == 1 else "s"
         gives = f"{num_detections} wrong detection{plural}" if num_detections else "no detection, rightly"
@@ -127,11 +124,11 @@ def threshold_offer(result: SplitMetrics) -> str:
 def _section(result: SplitMetrics, gallery: Gallery, model: int) -> Section:
     charts = []
     if result.sweep is not None:
-        charts.append(_threshold_chart(result, gallery.threshold))
+        charts.append(_threshold_chart(result, result.settings["threshold"]))
     charts += _histograms(result)
     total = sum(gallery.totals[model].values(), Tally())
     categories = sorted(result.per_category.items(), key=lambda item: -item[1].num_ground_truth)
-    return Section(result.label, verdict(result, total, gallery.threshold), threshold_offer(result), charts, categories)
+    return Section(result.label, verdict(result, total), threshold_offer(result), charts, categories)
 
 
 def _alarm(gallery: Gallery, model: int, image_id: int, category_id: int) -> Picture:

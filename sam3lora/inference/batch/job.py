@@ -12,13 +12,13 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-from sam3lora.cluster import ray_session
-from sam3lora.engine.detections import PostProcessing
+from sam3lora.cluster import check_job_path, ray_session
+from sam3lora.config.post_processing import PostProcessing
 from sam3lora.errors import RunFailed, UserError
 from sam3lora.inference.batch.image_list import ImageSource, choose_categories, common_folder, list_images
 from sam3lora.inference.batch.merge import write_bad_images, write_dataset, write_predictions
@@ -26,6 +26,7 @@ from sam3lora.inference.batch.output_folder import BAD_IMAGES, DATASET, PREDICTI
 from sam3lora.inference.batch.progress import BatchProgress
 from sam3lora.inference.batch.worker import ModelChoice, ShardWorker, WorkerSettings
 from sam3lora.model.adapter.folder import CONFIG_FILE, WEIGHTS_FILE, is_adapter_folder, read_metadata
+from sam3lora.model.adapter.metadata import recorded_post_processing
 
 _BATCHES_PER_SHARD = 4  # what is done again after a crash, against the number of files
 _MOST_CPUS = 4  # of a worker: so that reading images keeps up with the model
@@ -67,7 +68,7 @@ def predict_batch(
     prompts: Sequence[str],
     *,
     choice: ModelChoice | None = None,
-    post: PostProcessing | None = None,
+    post: Mapping[str, Any] | None = None,
     num_workers: int | None = None,
     batch_size: int = 4,
     use_gpu: bool | None = None,
@@ -87,7 +88,7 @@ def predict_batch(
         output: Folder of the results.
         prompts: The categories of the results, in this order.
         choice: Model and adapter; None takes the built-in tiny model.
-        post: Threshold, suppression or merging, and limit; None takes the defaults.
+        post: Fields of `PostProcessing`; the others are as the adapter records them, or the defaults.
         num_workers: Model replicas; None takes one for each GPU, or one for every 4 CPUs.
         batch_size: Images of one vision pass.
         use_gpu: None takes GPUs if the cluster has any.
@@ -106,10 +107,11 @@ def predict_batch(
     if batch_size < 1 or (num_workers is not None and num_workers < 1):
         raise UserError(f"batch_size and num_workers must be positive, got {batch_size} and {num_workers}")
     source, output, choice = _absolute(source, output, choice or ModelChoice())
-    post = post or PostProcessing()
+    identity, settled = _identity(choice, post or {})
     images, known = list_images(source, leave_out=output)
     categories = choose_categories(prompts, known)
-    with open_output(output, _identity(choice, categories, post, overlays), overwrite=overwrite):
+    identity |= {"categories": categories, "overlays": overlays}
+    with open_output(output, identity, overwrite=overwrite):
         before = read_parts(output)
         pending = [image for image in images if image.path not in before.places or image.path in before.errors]
         pending = list({image.path: image for image in pending}.values())
@@ -121,7 +123,7 @@ def predict_batch(
                 run=uuid.uuid4().hex[:8],
                 choice=choice,
                 categories=categories,
-                post=post,
+                post=settled,
                 batch_size=batch_size,
                 overlays=overlays,
                 base_fingerprint=before.base_fingerprint,
@@ -212,19 +214,17 @@ def _absolute(source: str | Path, output: str | Path, choice: ModelChoice) -> tu
     """Paths as workers need them, which run in other folders."""
     given = {"--input": source, "--output": output, "--weights": choice.adapter}
     for option, path in given.items():
-        if path and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not Path(path).expanduser().is_absolute():
-            raise UserError(
-                f"{option} is {path}, which a submitted job would look for in its temporary working directory: give an "
-                "absolute path on storage that all hosts see"
-            )
+        if path:
+            check_job_path(path, option)
     adapter = choice.adapter and os.path.abspath(Path(choice.adapter).expanduser())
     model = os.path.abspath(choice.model) if choice.model and os.path.isdir(choice.model) else choice.model
     resolved = [Path(os.path.abspath(Path(path).expanduser())) for path in (source, output)]
     return resolved[0], resolved[1], replace(choice, adapter=adapter, model=model)
 
 
-def _identity(choice: ModelChoice, categories: dict[str, int], post: PostProcessing, overlays: bool) -> dict[str, Any]:
-    """What decides the results: parts of runs that differ in it do not go together."""
+def _identity(choice: ModelChoice, post: Mapping[str, Any]) -> tuple[dict[str, Any], PostProcessing]:
+    """The settings that decide the results, as JSON values (parts of runs that differ in them do not go together), and
+    the post-processing among them."""
     metadata = digest = None
     if choice.adapter:
         folder = Path(choice.adapter)
@@ -233,15 +233,14 @@ def _identity(choice: ModelChoice, categories: dict[str, int], post: PostProcess
         metadata = read_metadata(folder)
         files = (folder / name for name in (CONFIG_FILE, WEIGHTS_FILE))
         digest = hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()[:16]
+    settled = recorded_post_processing(metadata).changed(**post)
     return {
-        "categories": categories,
         "model": choice.model or (metadata and metadata.base_model) or "tiny",
         "revision": choice.revision,
         "resolution": choice.resolution,
         "adapter": digest,
-        **asdict(post),
-        "overlays": overlays,
-    }
+        **settled.model_dump(mode="json"),
+    }, settled
 
 
 @contextlib.contextmanager

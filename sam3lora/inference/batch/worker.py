@@ -14,9 +14,10 @@ import cv2
 import numpy as np
 import torch
 
+from sam3lora.config.post_processing import PostProcessing
 from sam3lora.data.images import ImageError, read_image
-from sam3lora.engine.detections import Instances, PostProcessing
-from sam3lora.engine.segmenter import Segmenter
+from sam3lora.engine.adapter_pool import AdapterPool
+from sam3lora.engine.detections import Detections
 from sam3lora.errors import UserError
 from sam3lora.inference.batch.image_list import ImageSource
 from sam3lora.inference.batch.output_folder import MANIFEST, OVERLAYS, count_tries, part_path, read_part, write_part
@@ -29,7 +30,7 @@ _TRIES = 3  # of a shard: one that kills its worker would be tried without end
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """What a worker loads: arguments of `Segmenter`, with at most one adapter."""
+    """What a worker loads: arguments of `AdapterPool`, with at most one adapter."""
 
     model: str | None = None
     adapter: str | None = None
@@ -79,7 +80,7 @@ class ShardWorker:
         self._readers = ThreadPoolExecutor(settings.num_threads)
         try:
             self._check_folders()
-            self._segmenter = _load(settings)
+            self._pool = _load(settings)
         except UserError as error:
             self._mistake = str(error)
 
@@ -102,7 +103,7 @@ class ShardWorker:
             return counts | {"failure": f"{_TRIES} workers died while they were busy with one of {names}"}
         else:
             records = list(self._records(sources))
-            write_part(path, self._segmenter.base.fingerprint, records)
+            write_part(path, self._pool.base.fingerprint, records)
         return counts | {"num_images": len(records), "num_bad": sum("error" in record for record in records)}
 
     def _check_folders(self) -> None:
@@ -119,8 +120,7 @@ class ShardWorker:
         for batch in self._batches(sources):
             good = [(source, image) for source, image in batch if isinstance(image, np.ndarray)]
             yield from ({"path": source.path, "error": error} for source, error in batch if isinstance(error, str))
-            encoded = self._segmenter.encode([image for _, image in good])
-            found = self._segmenter.detect(encoded, prompts, adapter=adapter, post=settings.post)
+            found = self._pool.detect([image for _, image in good], prompts, adapter=adapter, post=settings.post)
             for (source, image), of_image in zip(good, found, strict=True):
                 detections = [entry for one in of_image for entry in _results(one, settings.categories[one.prompt])]
                 if settings.overlays:
@@ -146,23 +146,23 @@ class ShardWorker:
         path.write_bytes(encode_image(draw_instances(image, mark_coco(detections, names, image.shape[:2]))))
 
 
-def _load(settings: WorkerSettings) -> Segmenter:
+def _load(settings: WorkerSettings) -> AdapterPool:
     choice, expected = settings.choice, settings.base_fingerprint
-    segmenter = Segmenter(
+    pool = AdapterPool(
         choice.model,
         adapters={_ADAPTER: choice.adapter} if choice.adapter else None,
         revision=choice.revision,
         resolution=choice.resolution,
         device=settings.device,
     )
-    tokenize(segmenter.base.tokenizer, list(settings.categories))  # a prompt that is too long: before any work
-    found = segmenter.base.fingerprint
+    tokenize(pool.base.tokenizer, list(settings.categories))  # a prompt that is too long: before any work
+    found = pool.base.fingerprint
     if expected is not None and expected != found:
         raise UserError(
             f"{settings.output} holds results of another base model (fingerprint {expected[:12]}) than this "
-            f"{segmenter.base.name} ({found[:12]}): choose another --output, or start anew with --overwrite"
+            f"{pool.base.name} ({found[:12]}): choose another --output, or start anew with --overwrite"
         )
-    return segmenter
+    return pool
 
 
 def _read(source: ImageSource) -> np.ndarray | str:
@@ -176,13 +176,10 @@ def _read(source: ImageSource) -> np.ndarray | str:
         return f"{type(error).__name__}: {error}"
 
 
-def _results(instances: Instances, category_id: int) -> list[dict[str, Any]]:
-    """COCO results without their image id; boxes xywh in pixels."""
-    boxes = instances.boxes_xyxy.astype(float)
-    boxes[:, 2:] -= boxes[:, :2]
+def _results(found: Detections, category_id: int) -> list[dict[str, Any]]:
+    """COCO results without the image id, which is known at the end of the run."""
+    results = found.to_coco(0, category_id)
     return [
-        {"category_id": category_id, "segmentation": mask, "bbox": box, "score": score}
-        for mask, box, score in zip(
-            instances.masks, boxes.round(2).tolist(), instances.scores.astype(float).round(6).tolist(), strict=True
-        )
+        {name: value for name, value in result.items() if name != "image_id"} | {"score": round(result["score"], 6)}
+        for result in results
     ]

@@ -134,3 +134,8 @@ def read_metadata_values(folder: str | Path) -> dict[str, Any] | None:
     if not isinstance(values, dict):
         raise UserError(f"{file} must hold a JSON object, got {type(values).__name__}")
     return values
+
+
+def recorded_post_processing(metadata: AdapterMetadata | None) -> PostProcessing:
+    """The settings that an adapter records; the defaults for the base (None) and for an adapter without any."""
+    return (metadata and metadata.post_processing) or PostProcessing()

@@ -38,6 +38,10 @@ _UNSUPPORTED = ("modules_to_save", "lora_bias", "target_parameters", "use_qalora
 _MERGE_HINT = "it cannot share a batch with other adapters: merge it into its base with `sam3lora export --merge`"
 
 
+class NotLowRankError(UserError):
+    """The adapter does more than LoRA or DoRA on Linear and Conv2d modules, so the bank cannot hold it."""
+
+
 @dataclass(frozen=True)
 class LoraWeights:
     """The LoRA or DoRA update of one Linear or Conv2d module, its scaling and magnitude included.
@@ -110,8 +114,8 @@ def read_adapter_weights(
         max_rank: Refuse larger ranks before anything of their size is read.
 
     Raises:
-        UserError: The folder is incomplete, damaged or for another base, or the adapter does more than LoRA or DoRA on
-            Linear and Conv2d modules; or the folder changed each time it was read.
+        NotLowRankError: The adapter does more than LoRA or DoRA on Linear and Conv2d modules.
+        UserError: The folder is incomplete, damaged or for another base, or changed each time it was read.
     """
     folder = Path(folder)
     return read_unchanged(folder, lambda signature: _read(folder, signature, model, check_base, max_rank))
@@ -163,7 +167,7 @@ def _check_supported(config: LoraConfig, folder: Path) -> None:
     variants = [field.name for field in fields(LoraConfig) if field.metadata.get("is_lora_variant")]
     for field in (*_UNSUPPORTED, *variants):
         if field != "use_dora" and getattr(config, field, None):
-            raise UserError(f"{folder}: {CONFIG_FILE} sets {field}; {_MERGE_HINT}")
+            raise NotLowRankError(f"{folder}: {CONFIG_FILE} sets {field}; {_MERGE_HINT}")
 
 
 def _find_targets(config: LoraConfig, base: nn.Module, folder: Path) -> dict[str, _Target]:
@@ -184,11 +188,15 @@ def _find_targets(config: LoraConfig, base: nn.Module, folder: Path) -> dict[str
 
 def _target(config: LoraConfig, name: str, module: nn.Module, folder: Path) -> _Target:
     if not isinstance(module, nn.Linear | nn.Conv2d):
-        raise UserError(f"{folder} adapts {name}, a {type(module).__name__} and no Linear or Conv2d; {_MERGE_HINT}")
+        raise NotLowRankError(
+            f"{folder} adapts {name}, a {type(module).__name__} and no Linear or Conv2d; {_MERGE_HINT}"
+        )
     if isinstance(module, nn.Conv2d) and (
         module.groups != 1 or module.dilation != (1, 1) or module.padding_mode != "zeros"
     ):  # PEFT's own layers leave the last two out
-        raise UserError(f"{folder} adapts {name}, a grouped, dilated or specially padded convolution; {_MERGE_HINT}")
+        raise NotLowRankError(
+            f"{folder} adapts {name}, a grouped, dilated or specially padded convolution; {_MERGE_HINT}"
+        )
     ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
     rank = ranks.get(get_pattern_key(list(ranks), name), config.r)
     alpha = alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha)

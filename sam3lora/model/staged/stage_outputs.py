@@ -33,6 +33,13 @@ class VisionFeatures:
     def select(self, image_index_B: Tensor) -> list[Tensor]:
         return [rows_of(maps, image_index_B) for maps in self.maps_ICHW]
 
+    def split(self) -> list[VisionFeatures]:
+        """The features of each image alone (I = 1), as views."""
+        return [
+            VisionFeatures([maps[i : i + 1] for maps in self.maps_ICHW], self.positions_1CHW)
+            for i in range(len(self.maps_ICHW[0]))
+        ]
+
     def tensors(self) -> list[Tensor]:
         """All tensors that depend on the images."""
         return [*self.maps_ICHW, *(one for one in (self.begun_ISC, self.cls_I1C) if one is not None)]

@@ -1,48 +1,27 @@
-"""What a sweep would try and what it would cost, before anything is started or written."""
+"""`--explain`: the trials that a sweep would train and what they cost. Nothing is started or written."""
 
 from __future__ import annotations
 
 import os
 import statistics
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from sam3lora.errors import UserError
+from sam3lora.cluster import ray_session
 from sam3lora.tune.estimate.sweep_cost import print_cost, print_vision
+from sam3lora.tune.run.capacity import Concurrency, choose_concurrency, local_concurrency
 from sam3lora.tune.run.checks import checked_data_dir
 from sam3lora.tune.run.ledger import Rejection
 from sam3lora.tune.search.early_stopping import rungs
-from sam3lora.tune.search.proposals import Proposal, Proposer
+from sam3lora.tune.search.proposals import Proposal, propose_all
 from sam3lora.tune.space.component_sets import COMPONENTS_KEY
 from sam3lora.tune.space.parameters import Choice, value_text
 from sam3lora.tune.space.search_space import SearchSpace
 
-if TYPE_CHECKING:
-    from sam3lora.tune.run.capacity import Concurrency
-
 _MOST_ROWS, _MOST_REASONS = 12, 3
-
-
-@dataclass(frozen=True)
-class Samples:
-    """What a sweep would train, and what it would refuse to.
-
-    Attributes:
-        proposals: In the order of the trials.
-        rejections: Samples that cost nothing.
-    """
-
-    proposals: list[Proposal]
-    rejections: list[Rejection]
-
-    @property
-    def largest(self) -> Proposal:
-        return max(self.proposals, key=lambda proposal: proposal.trainable_parameters)
 
 
 def explain_sweep(
@@ -52,8 +31,8 @@ def explain_sweep(
 
     Args:
         space: From `load_space`.
-        probe: Measure time and memory with two steps of the base configuration and two of the largest sample; without a
-            data folder it is left out.
+        probe: Measure time and memory with two steps of the base configuration and two of the largest sample. It needs
+            a data folder.
         address: Ray cluster that the sweep would run on; without one no Ray is started.
         console: Where to print; None is standard output.
 
@@ -62,21 +41,22 @@ def explain_sweep(
     """
     console = console or _console()
     data_dir = None if space.base.training.data_dir is None else checked_data_dir(space)
-    samples = propose_all(space)
+    proposals, rejections = propose_all(space)
     concurrency, where = _concurrency(space, address)
     _print_subject(space, data_dir, console)
     _print_parameters(space, console)
     _print_search(space, console)
-    _print_samples(space, samples, console)
-    print_vision(space, samples, data_dir, console)
-    at_a_time = _count(min(concurrency.trials, len(samples.proposals)), "trial")
+    _print_samples(space, proposals, console)
+    _print_rejections(rejections, console)
+    print_vision(space, proposals, data_dir, console)
+    at_a_time = _count(min(concurrency.trials, len(proposals)), "trial")
     console.print(f"\nAt a time   {at_a_time} {where} ({concurrency.reason})")
     if data_dir is None:
         console.print("Cost        not measured: name the images with --data-dir DIR")
     elif not probe:
         console.print("Cost        not measured: leave out --no-probe")
     else:
-        print_cost(space, samples, concurrency, console)
+        print_cost(space, proposals, concurrency, console)
 
 
 def _console() -> Console:
@@ -84,27 +64,8 @@ def _console() -> Console:
     return Console(markup=False, highlight=False, soft_wrap=True, width=width)
 
 
-def propose_all(space: SearchSpace) -> Samples:
-    """All samples of a random or grid search; those of Optuna as far as they do not depend on results.
-
-    Raises:
-        UserError: None can be trained.
-    """
-    rejections: list[Rejection] = []
-    proposer = Proposer(space, taken=[], on_reject=rejections.append)
-    proposals: list[Proposal] = []
-    while len(proposals) < space.num_trials and (found := proposer.next(len(proposals))) is not None:
-        proposals.append(found)
-    if not proposals:
-        raise UserError(f"{space.name}: no sample can be trained: widen the parameters or the constraints")
-    return Samples(proposals, rejections)
-
-
 def _concurrency(space: SearchSpace, address: str | None) -> tuple[Concurrency, str]:
     """Trials at a time, and where."""
-    from sam3lora.cluster import ray_session
-    from sam3lora.tune.run.capacity import choose_concurrency, local_concurrency
-
     asked = space.search.max_concurrent
     address = address or space.base.scaling.address or os.environ.get("RAY_ADDRESS")
     if not address or address == "local":
@@ -175,8 +136,7 @@ def _print_search(space: SearchSpace, console: Console) -> None:
         console.print("Stopping    none: every trial is trained whole")
 
 
-def _print_samples(space: SearchSpace, samples: Samples, console: Console) -> None:
-    proposals = samples.proposals
+def _print_samples(space: SearchSpace, proposals: list[Proposal], console: Console) -> None:
     title = "the first samples; later ones depend on results" if space.search.algorithm == "optuna" else "the samples"
     keys = list(space.parameters)
     table = Table("trial", *(key.rpartition(".")[2] for key in keys), "parameters", box=None, pad_edge=False)
@@ -193,7 +153,6 @@ def _print_samples(space: SearchSpace, samples: Samples, console: Console) -> No
     counts = [proposal.trainable_parameters for proposal in proposals]
     between = f"{min(counts):,} to {max(counts):,} parameters, median {round(statistics.median(counts)):,}"
     console.print(f"\nTrainable   {between if min(counts) < max(counts) else f'{counts[0]:,} parameters'}")
-    _print_rejections(samples.rejections, console)
 
 
 def _print_rejections(rejections: list[Rejection], console: Console) -> None:

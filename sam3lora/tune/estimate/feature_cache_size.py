@@ -1,27 +1,24 @@
-"""What the cache of vision features would do for the trials of a sweep, told from the shape of the model."""
+"""The size of cached vision features of a sweep's trials, computed from the shape of the model."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from sam3lora.config import Config
-from sam3lora.model.adapter.lora_layers import LoraSettings
-from sam3lora.model.adapter.targets import select_modules
 from sam3lora.model.staged.trunk import unchanged_layers
 from sam3lora.training.features.codec import FeatureForm
 from sam3lora.training.features.trunk_cache import kept_type, what_changes_the_trunk
-from sam3lora.tune.estimate.parameter_budget import meta_model
+from sam3lora.tune.estimate.parameter_budget import adapted_modules, meta_model
 
 
 def why_not_kept(config: Config) -> str | None:
-    """Why every epoch has to see the training images anew; None if their vision features are kept."""
+    """Why every epoch computes the vision features anew; None if they are kept."""
     if config.training.feature_cache is False:
         return "training.feature_cache is false"
-    reason = what_changes_the_trunk(config, _adapted(config), _trunk_config(config))
+    reason = what_changes_the_trunk(config, adapted_modules(config), _trunk_config(config))
     if reason is not None:
         return reason.partition(" (")[0]
     if config.data.augmentation != "none" or config.data.horizontal_flip:
@@ -30,13 +27,13 @@ def why_not_kept(config: Config) -> str | None:
 
 
 def feature_bytes(configs: Iterable[Config]) -> int:
-    """Bytes that the features of an image take for trials that keep them: once for all that share them."""
+    """Bytes per image of the features of trials that keep them; trials that share features count once."""
     sizes: dict[tuple[Any, ...], int] = {}
     for config in configs:
         model, bf16 = config.model, config.training.mixed_precision == "bf16"
         trunk = _trunk_config(config)
         tokens = ((model.resolution or _side(trunk.image_size)) // _side(trunk.patch_size)) ** 2
-        adapted, weights = _adapted(config), getattr(torch, model.dtype)
+        adapted, weights = adapted_modules(config), getattr(torch, model.dtype)
         num_layers = unchanged_layers(adapted, trunk.num_hidden_layers)
         if num_layers == trunk.num_hidden_layers:
             kind = kept_type(adapted, bf16=bf16, weights=weights)
@@ -51,31 +48,6 @@ def feature_bytes(configs: Iterable[Config]) -> int:
 def _trunk_config(config: Config) -> Any:
     vision: Any = meta_model(config.model.name, config.model.revision, config.model.local_files_only).vision_encoder
     return vision.backbone.config
-
-
-def _adapted(config: Config) -> tuple[str, ...]:
-    lora, model = LoraSettings.from_mapping(config.lora.model_dump()), config.model
-    where = (model.name, model.revision, model.local_files_only, model.geometry_cls)
-    return _selected(lora.target_modules, lora.components, lora.vision_last_layers, *where)
-
-
-@functools.lru_cache(maxsize=256)
-def _selected(
-    targets: tuple[str, ...],
-    components: tuple[str, ...] | None,
-    vision_last_layers: int | None,
-    name: str,
-    revision: str | None,
-    local_files_only: bool,
-    geometry_cls: bool,
-) -> tuple[str, ...]:
-    return select_modules(
-        meta_model(name, revision, local_files_only),
-        targets,
-        components=components,
-        vision_last_layers=vision_last_layers,
-        geometry_cls=geometry_cls,
-    )
 
 
 def _side(size: Any) -> int:

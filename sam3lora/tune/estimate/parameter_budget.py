@@ -1,9 +1,10 @@
-"""How many parameters an adapter would train, computed from the shapes of the layers it would sit on."""
+"""The number of trainable parameters of an adapter, computed from the shapes of the layers that it adapts."""
 
 from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,45 +20,48 @@ from sam3lora.model.loading import build_model_config
 SAM3 = "facebook/sam3"
 
 
-class ParameterCounter:
-    """Counts for the base model of one configuration, whose shape is read once and whose weights never are."""
+def count_trainable(config: Config) -> int:
+    """Trainable parameters of the adapter that `apply_lora` would make.
 
-    def __init__(self, config: Config) -> None:
-        """Raises UserError when the base model is not found."""
-        self._model = meta_model(config.model.name, config.model.revision, config.model.local_files_only)
-        self._selected = functools.cache(self._select)
+    A layer of shape out x in (a convolution counts its kernel into in) gets A (rank x in) and B (out x rank); DoRA adds
+    a magnitude for each of out.
 
-    def count(self, config: Config) -> int:
-        """Trainable parameters of the adapter that a configuration asks for: `apply_lora`, but nothing is changed.
+    Raises:
+        UserError: The base model is not found, or target modules, components and layers do not go together, see
+            `select_modules`.
+    """
+    _, widths, outputs = _adapted_layers(*_selection(config))
+    return config.lora.rank * widths + (outputs if config.lora.use_dora else 0)
 
-        A layer of shape out x in (a convolution counts its kernel into in) gets A (rank x in) and B (out x rank);
-        DoRA adds a magnitude for each of out.
 
-        Raises:
-            UserError: its target modules, components and layers do not go together, see `select_modules`.
-        """
-        lora = config.lora
-        settings = LoraSettings.from_mapping(lora.model_dump())
-        assert settings.components is not None
-        widths, outputs = self._selected(
-            settings.target_modules, settings.components, settings.vision_last_layers, config.model.geometry_cls
-        )
-        return lora.rank * widths + (outputs if lora.use_dora else 0)
+def adapted_modules(config: Config) -> tuple[str, ...]:
+    """Names of the layers that get an adapter; the errors are those of `count_trainable`."""
+    return _adapted_layers(*_selection(config))[0]
 
-    def _select(
-        self, targets: tuple[str, ...], components: tuple[str, ...], last_layers: int | None, geometry_cls: bool
-    ) -> tuple[int, int]:
-        """Sums over the selected layers: of in + out, and of out."""
-        modules = dict(self._model.named_modules())
-        names = select_modules(
-            self._model,
-            targets,
-            components=components,
-            vision_last_layers=last_layers,
-            geometry_cls=geometry_cls,
-        )
-        shapes = [_in_and_out(modules[name]) for name in names]
-        return sum(a + b for a, b in shapes), sum(b for _, b in shapes)
+
+def _selection(config: Config) -> tuple[Any, ...]:
+    """What decides which layers get an adapter."""
+    lora, model = LoraSettings.from_mapping(config.lora.model_dump()), config.model
+    layers = (lora.target_modules, lora.components, lora.vision_last_layers)
+    return (*layers, model.geometry_cls, model.name, model.revision, model.local_files_only)
+
+
+@functools.lru_cache(maxsize=256)
+def _adapted_layers(
+    targets: tuple[str, ...],
+    components: tuple[str, ...] | None,
+    last_layers: int | None,
+    geometry_cls: bool,
+    *base_model: Any,
+) -> tuple[tuple[str, ...], int, int]:
+    """Names of the adapted layers, and two sums over them: of in + out, and of out."""
+    model = meta_model(*base_model)
+    modules = dict(model.named_modules())
+    names = select_modules(
+        model, targets, components=components, vision_last_layers=last_layers, geometry_cls=geometry_cls
+    )
+    shapes = [_in_and_out(modules[name]) for name in names]
+    return tuple(names), sum(a + b for a, b in shapes), sum(b for _, b in shapes)
 
 
 def _in_and_out(layer: nn.Module) -> tuple[int, int]:
@@ -74,14 +78,14 @@ def _in_and_out(layer: nn.Module) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=4)
 def meta_model(name: str, revision: str | None, local_files_only: bool) -> Sam3Model:
-    """The base model without weights: on the meta device it takes no memory."""
+    """The base model on the meta device, where it has no weights and takes no memory."""
     config = _shape_of(name, revision, local_files_only)
     with torch.device("meta"):
         return Sam3Model(config)
 
 
 def _shape_of(name: str, revision: str | None, local_files_only: bool) -> Sam3Config:
-    """The model's configuration, for which no weights are downloaded; SAM 3's own size is known without asking."""
+    """The model's configuration, read without downloading weights; that of SAM 3 itself is known offline."""
     if name == TINY or Path(name).expanduser().is_dir():
         return build_model_config(find_base(name))
     from huggingface_hub import errors, hf_hub_download

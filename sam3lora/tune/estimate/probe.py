@@ -1,4 +1,4 @@
-"""What a trial costs in time, memory and disk, from two real optimizer steps."""
+"""A probe of a trial: time, memory and disk, measured with two real optimizer steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import torch
 from sam3lora.config import Config
 from sam3lora.data.batch import Batch
 from sam3lora.data.images import ImageError
-from sam3lora.engine.device_errors import is_out_of_memory
+from sam3lora.engine.device import is_out_of_memory
 from sam3lora.errors import OutOfMemory, RunFailed
 from sam3lora.training.metrics_log import memory_mb
 from sam3lora.training.setup import Worker, set_up
@@ -32,30 +32,30 @@ _STEPS, _BATCHES = 2, 2
 
 @dataclass(frozen=True)
 class ImageCost:
-    """Seconds an image: to read and decode it on one CPU, and to compute with it on the device."""
+    """Seconds per image: to read and decode it on one CPU, and to compute with it on the device."""
 
     decode_s: float = 0.0
     compute_s: float = 0.0
 
     def seconds(self, data_workers: int) -> float:
-        """With so many CPUs that decode ahead of a training worker; 0 = the worker decodes by itself."""
+        """Seconds with this number of data tasks that decode ahead of a worker; 0 = the worker decodes itself."""
         return max(self.decode_s / data_workers, self.compute_s) if data_workers else self.decode_s + self.compute_s
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What was measured with a configuration.
+    """Measurements with one configuration.
 
     Attributes:
-        device: Where, in words.
-        num_train, num_valid: Images of the splits that are trained on, and that the validation loss is taken of.
-        start_s: Seconds until the first step, of a trial on its own: imports, model and data.
-        train, valid: An image seen again, as in all epochs but the first: whatever is cached is cached.
-        first_train, first_valid: An image seen for the first time.
-        metrics_s: Seconds an image to measure mAP and cgF1; None if they are not measured.
+        device: In words.
+        num_train, num_valid: Images of the training and validation splits.
+        start_s: Seconds until the first step: imports, model and data.
+        train, valid: Cost of an image seen again, as in all epochs but the first: the caches are filled.
+        first_train, first_valid: Cost of an image seen for the first time.
+        metrics_s: Seconds per image to measure mAP and cgF1; None if they are not measured.
         num_measured: Images that they are measured on.
-        memory_mb: Peak, on a GPU of its allocator, else of this whole process.
-        cache_bytes: An image's share of the caches on disk.
+        memory_mb: Peak memory: of the GPU's allocator, else of this whole process.
+        cache_bytes: Bytes per image of the caches on disk.
         uses_features: Whether images seen again came from cached vision features.
     """
 
@@ -74,6 +74,11 @@ class Probe:
     uses_features: bool
 
 
+def data_workers(config: Config) -> int:
+    """Data tasks that decode ahead of each worker; 0 if the worker decodes itself, as it does without Ray."""
+    return config.training.num_workers if config.scaling.num_workers else 0
+
+
 def run_probe(config: Config) -> Probe:
     """Train two steps of one batch each and validate two batches, then the same images once more.
 
@@ -87,9 +92,16 @@ def run_probe(config: Config) -> Probe:
     """
     try:
         with tempfile.TemporaryDirectory(prefix="sam3lora-probe-") as folder, _threads_of_a_worker(config):
-            return _measure(_probe_config(config, Path(folder)), Path(folder))
+            changes = {
+                "training.cache_dir": f"{folder}/cache",
+                "training.gradient_accumulation_steps": 1,
+                "training.num_epochs": _STEPS,
+                "output.output_dir": f"{folder}/run",
+                "logging.tensorboard": False,
+            }
+            return _measure(config.changed(changes), Path(folder))
     except ImageError as error:
-        raise RunFailed(f"{error}. Mend or remove it, or set training.on_bad_image=skip") from error
+        raise RunFailed(f"{error}. Repair or remove it, or set training.on_bad_image=skip") from error
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -135,19 +147,8 @@ def _measure(config: Config, folder: Path) -> Probe:
     )
 
 
-def _probe_config(config: Config, folder: Path) -> Config:
-    training = {"cache_dir": str(folder / "cache"), "gradient_accumulation_steps": 1, "num_epochs": _STEPS}
-    return config.model_copy(
-        update={
-            "training": config.training.model_copy(update=training),
-            "output": config.output.model_copy(update={"output_dir": str(folder / "run")}),
-            "logging": config.logging.model_copy(update={"tensorboard": False}),
-        }
-    )
-
-
 def _train(worker: Worker) -> ImageCost:
-    """The cost of the last of two steps: the first one also warms up."""
+    """The cost of an image in the last of two steps, as the first one also warms up."""
     with contextlib.closing(worker.batches.training_batches(0, 0)) as batches:
         return _cost(worker, islice(batches, _STEPS), lambda batch: optimizer_step(worker, [batch]))
 
@@ -165,7 +166,7 @@ def _validate(worker: Worker) -> ImageCost:
 
 
 def _cost(worker: Worker, batches: Iterator[Batch], compute: Callable[[Batch], Any]) -> ImageCost:
-    """Of the last batch that has anything to compute."""
+    """The cost of an image in the last batch that is not empty."""
     cost = ImageCost()
     decode_s, batch = _timed(worker, lambda: next(batches, None))
     while batch is not None:
@@ -177,16 +178,15 @@ def _cost(worker: Worker, batches: Iterator[Batch], compute: Callable[[Batch], A
 
 
 def _metrics(worker: Worker) -> tuple[float | None, int]:
-    """Seconds an image of mAP and cgF1, and how many images they are measured on."""
-    evaluation = worker.config.evaluation
-    if not evaluation.every_epochs or worker.data.valid_complete is None:
+    """Seconds per image to measure mAP and cgF1, and the number of images that a trial measures them on."""
+    evaluation, data = worker.config.evaluation, worker.data.valid_complete
+    if not evaluation.every_epochs or data is None:
         return None, 0
     from sam3lora.training.validator import validation_metrics
 
-    num_images = min(evaluation.num_samples or 10**9, len(worker.data.valid_complete))
+    num_images = min(evaluation.num_samples or len(data), len(data))
     num_probed = min(num_images, worker.config.training.images_per_forward)
-    few = evaluation.model_copy(update={"num_samples": num_probed})
-    worker.config = worker.config.model_copy(update={"evaluation": few})
+    worker.config = worker.config.changed({"evaluation.num_samples": num_probed})
     seconds, _ = _timed(worker, lambda: validation_metrics(worker))
     return seconds / num_probed, num_images
 
@@ -201,10 +201,10 @@ def _timed(worker: Worker, call: Callable[[], Any]) -> tuple[float, Any]:
 
 @contextlib.contextmanager
 def _threads_of_a_worker(config: Config) -> Iterator[None]:
-    """As many CPU threads as a process that trains gets from Ray: the CPUs it reserves but those of its data tasks."""
+    """The CPU threads of a worker under Ray: the CPUs that it reserves, less those of its data tasks."""
     before = torch.get_num_threads()
     own = trial_needs(config, use_gpu=False)[0].get("CPU", 1.0)
-    own -= config.training.num_workers if config.scaling.num_workers else 0
+    own -= data_workers(config)
     torch.set_num_threads(max(1, min(int(own), before)))
     try:
         yield
@@ -214,7 +214,7 @@ def _threads_of_a_worker(config: Config) -> Iterator[None]:
 
 @lru_cache(maxsize=1)
 def _import_seconds() -> float:
-    """Seconds until a fresh process has the libraries of training."""
+    """Seconds that a new process needs to import the libraries of training."""
     started = time.perf_counter()
     subprocess.run([sys.executable, "-c", "import sam3lora.training.worker"], check=False, capture_output=True)
     return time.perf_counter() - started

@@ -1,35 +1,33 @@
-"""What a sweep would cost in time, memory and disk."""
+"""The cost part of `--explain`: vision features, time, memory and disk."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
+from sam3lora.config import Config
+from sam3lora.data.coco import load_coco_json
 from sam3lora.errors import RunFailed
-from sam3lora.tune.estimate.asha_cost import duration, sweep_time
+from sam3lora.tune.estimate import probe as probing
+from sam3lora.tune.estimate.feature_cache_size import feature_bytes, why_not_kept
+from sam3lora.tune.estimate.probe import Probe
+from sam3lora.tune.estimate.sweep_time import duration, sweep_time
+from sam3lora.tune.run.capacity import Concurrency
 from sam3lora.tune.search.early_stopping import rungs
-from sam3lora.tune.space.search_space import BYTES_A_PARAMETER, SearchSpace
-
-if TYPE_CHECKING:
-    from sam3lora.config import Config
-    from sam3lora.tune.estimate.explain import Samples
-    from sam3lora.tune.estimate.probe import Probe
-    from sam3lora.tune.run.capacity import Concurrency
+from sam3lora.tune.search.proposals import Proposal
+from sam3lora.tune.space.search_space import SearchSpace, adapter_mb
 
 _COPIES_ON_DISK = 5
-"""Of a trial's adapter: best/, last/, and a checkpoint with the two moments of AdamW."""
+"""Copies of a trial's adapter: best/, last/, and a checkpoint with the two moments of AdamW."""
 
 
-def print_vision(space: SearchSpace, samples: Samples, data_dir: Path | None, console: Console) -> None:
-    """How many trials keep their vision features, and whether these fit into the cache."""
-    from sam3lora.tune.estimate.feature_cache_size import feature_bytes, why_not_kept
-
-    reasons = [(proposal.config, why_not_kept(proposal.config)) for proposal in samples.proposals]
+def print_vision(space: SearchSpace, proposals: list[Proposal], data_dir: Path | None, console: Console) -> None:
+    """Print how many trials keep their vision features, and whether these fit into the cache."""
+    reasons = [(proposal.config, why_not_kept(proposal.config)) for proposal in proposals]
     kept = [config for config, why in reasons if why is None]
     kept_back = Counter(why for _, why in reasons if why is not None)
     others = "".join(f"; {count} not: {why}" for why, count in kept_back.items())
@@ -46,18 +44,14 @@ def print_vision(space: SearchSpace, samples: Samples, data_dir: Path | None, co
 
 
 def _num_images(space: SearchSpace, data_dir: Path) -> int:
-    from sam3lora.data.coco import load_coco_json
-
     data = space.base.data
     files = {data_dir / split / data.annotation_file for split in (data.train_split, data.valid_split)}
     return sum(len(load_coco_json(file)["images"]) for file in files)
 
 
-def print_cost(space: SearchSpace, samples: Samples, concurrency: Concurrency, console: Console) -> None:
-    """What two steps of the base configuration and of the largest sample took, and what follows for the sweep."""
-    from sam3lora.tune.estimate.probe import run_probe
-
-    largest = samples.largest
+def print_cost(space: SearchSpace, proposals: list[Proposal], concurrency: Concurrency, console: Console) -> None:
+    """Probe the base configuration and the largest sample, and print an estimate for the sweep."""
+    largest = max(proposals, key=lambda proposal: proposal.trainable_parameters)
     base_values = space.base_values()
     subjects = {"base configuration": space.trial_config(base_values, "probe")}
     if largest.values != base_values:
@@ -65,15 +59,15 @@ def print_cost(space: SearchSpace, samples: Samples, concurrency: Concurrency, c
     probes: dict[str, tuple[Config, Probe]] = {}
     try:
         for name, config in subjects.items():
-            found = run_probe(config)
-            # The first one alone loads libraries, as every trial does.
+            found = probing.run_probe(config)
+            # Only the first probe loads the libraries, but every trial does.
             start_s = max(found.start_s, *(probe.start_s for _, probe in probes.values()), 0.0)
             probes[name] = (config, replace(found, start_s=start_s))
     except RunFailed as error:
-        console.print(f"Cost        cannot be told: the probe of the {name} failed: {error}")
+        console.print(f"Cost        not known: the probe of the {name} failed: {error}")
         return
     _print_probes(probes, console)
-    _print_estimate(space, samples, concurrency, list(probes.values()), console)
+    _print_estimate(space, proposals, concurrency, list(probes.values()), console)
 
 
 def _print_probes(probes: dict[str, tuple[Config, Probe]], console: Console) -> None:
@@ -81,13 +75,13 @@ def _print_probes(probes: dict[str, tuple[Config, Probe]], console: Console) -> 
     columns = ("start", "training", "validation", "metrics", "peak memory")
     table = Table("", *columns, "vision", box=None, pad_edge=False, header_style="bold")
     for name, (config, probe) in probes.items():
-        workers = config.training.num_workers if config.scaling.num_workers else 0
+        workers = probing.data_workers(config)
         table.add_row(
             name,
             f"{probe.start_s:.1f} s",
-            f"{probe.train.seconds(workers):.3f} s an image",
-            f"{probe.valid.seconds(workers):.3f} s an image",
-            "-" if probe.metrics_s is None else f"{probe.metrics_s:.3f} s an image",
+            f"{probe.train.seconds(workers):.3f} s per image",
+            f"{probe.valid.seconds(workers):.3f} s per image",
+            "-" if probe.metrics_s is None else f"{probe.metrics_s:.3f} s per image",
             f"{probe.memory_mb:,.0f} MB",
             "from the cache" if probe.uses_features else "computed",
         )
@@ -99,20 +93,20 @@ def _print_probes(probes: dict[str, tuple[Config, Probe]], console: Console) -> 
 
 def _print_estimate(
     space: SearchSpace,
-    samples: Samples,
+    proposals: list[Proposal],
     concurrency: Concurrency,
     probes: list[tuple[Config, Probe]],
     console: Console,
 ) -> None:
-    number, stops, factor = len(samples.proposals), rungs(space), space.early_stopping.reduction_factor
+    number, stops, factor = len(proposals), rungs(space), space.early_stopping.reduction_factor
     at_a_time = min(concurrency.trials, number)
     found = sweep_time(probes, num_trials=number, at_a_time=at_a_time, rungs=stops, reduction_factor=factor)
     low, high = map(duration, found.trial_s)
     console.print(f"\nA trial     {low if low == high else f'{low} to {high}'}")
     early = f"; about {duration(found.about_s)} with early stopping ({found.share:.0%} of the epochs)" if stops else ""
     console.print(f"The sweep   at most {duration(found.at_most_s)}, {at_a_time} at a time{early}")
-    parameters = sum(proposal.trainable_parameters for proposal in samples.proposals)
-    adapters_mb = parameters * BYTES_A_PARAMETER * _COPIES_ON_DISK / 1e6
+    parameters = sum(proposal.trainable_parameters for proposal in proposals)
+    adapters_mb = _COPIES_ON_DISK * adapter_mb(parameters)
     images = probes[0][1].num_train + probes[0][1].num_valid
     cache_mb = max(probe.cache_bytes for _, probe in probes) * images / 1e6
     console.print(

@@ -1,6 +1,6 @@
-"""The trials of a sweep as its charts show them: what is drawn, within which bounds, and how each looks.
+"""What all charts of a sweep share: the trials, the limits of the metric's axis, colours and marks.
 
-In all of them the best trial is vermilion, the base configuration blue and dashed, the others grey; trials that were
+In all charts the best trial is vermilion, the base configuration blue and dashed, the others grey; trials that were
 stopped early are pale.
 """
 
@@ -14,7 +14,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 
 from sam3lora.evaluation.report.charts import COLOURS, GREY, finish_chart
-from sam3lora.tune.run.ledger import TrialRecord
+from sam3lora.tune.run.ledger import TrialRecord, has_value
 
 BASE, BEST, FRONT = COLOURS[0], COLOURS[1], COLOURS[2]
 _PALE = 0.35
@@ -23,12 +23,12 @@ _FAR_OFF = 6.0  # times the distance from best to median
 
 @dataclass(frozen=True)
 class ChartedTrials:
-    """What the charts show.
+    """The trials and what the charts need to know of the sweep.
 
     Attributes:
         records: The trials of the sweep.
-        metric: The key of its metric in `TrialRecord.history`.
-        metric_label: What to call it.
+        metric: The key of the sweep's metric in `TrialRecord.history`.
+        metric_label: Its name in the report.
         mode: "min" or "max": which values are better.
         best: Number of the best trial.
         base: Number of the base configuration's trial.
@@ -44,11 +44,11 @@ class ChartedTrials:
     @property
     def measured(self) -> list[tuple[TrialRecord, float]]:
         """Trials that have a value, with it: the best last, so that it is drawn on top."""
-        known = [(r, r.value) for r in self.records if r.value is not None and r.status != "failed"]
+        known = [(r, r.value) for r in self.records if has_value(r) and r.value is not None]
         return sorted(known, key=lambda entry: (entry[0].number == self.best, entry[0].number == self.base))
 
     def limits(self) -> tuple[float, float]:
-        """Ends of the metric's axis. A loss has no bound: one that is far off is left at the edge."""
+        """Ends of the metric's axis. A loss has no bound, so values far off are drawn at the edge."""
         values = sorted(value for _, value in self.measured)
         low, high = values[0], values[-1]
         median = values[len(values) // 2]
@@ -90,12 +90,12 @@ def draw_base_line(axes: Axes, trials: ChartedTrials) -> None:
 
 
 def inside(value: float | None, low: float, high: float) -> float:
-    """A value, or the end of the axis that it lies beyond; without a value the lower one."""
+    """A value, cut to the ends of the axis; without a value the lower end."""
     return min(max(low if value is None else value, low), high)
 
 
 def cut(text: str, letters: int) -> str:
-    """A text of so many letters at most."""
+    """A text, cut to a number of letters."""
     return text if len(text) <= letters else text[: letters - 1] + "…"
 
 

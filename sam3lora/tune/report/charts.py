@@ -1,9 +1,9 @@
-"""The charts of a sweep's report, but that of the settings; each is None where there is nothing to draw."""
+"""The charts of a sweep's report, except that of the settings; each is None if there is nothing to draw."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from markupsafe import Markup
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -21,14 +21,13 @@ from sam3lora.tune.report.charted_trials import (
     line_look,
 )
 from sam3lora.tune.report.importance import Importance
-from sam3lora.tune.report.pareto import pareto_front
-from sam3lora.tune.run.ledger import TrialRecord, better, seconds_in_sessions
+from sam3lora.tune.run.ledger import TrialRecord, better, has_value, seconds_in_sessions
 
 _MANY = 20
 
 
 def progress_chart(trials: ChartedTrials, sessions: Sequence[Mapping[str, float]]) -> Markup | None:
-    """Each trial at the time it ended and the best value until then, over the time that the sweep ran.
+    """Each trial at the time it ended, and the best value so far, over the time that the sweep ran.
 
     Args:
         trials: The trials.
@@ -60,7 +59,7 @@ def progress_chart(trials: ChartedTrials, sessions: Sequence[Mapping[str, float]
 
 
 def learning_curves(trials: ChartedTrials) -> Markup | None:
-    """The metric by epoch, of every trial; a cross ends those that were stopped."""
+    """The metric of every trial by epoch; a cross marks the end of stopped ones."""
     drawn = sorted(trials.records, key=lambda r: (r.number == trials.best, r.number == trials.base))
     curves = [(record, points) for record in drawn if (points := _curve(record, trials.metric))]
     if not curves or not trials.measured:
@@ -88,7 +87,7 @@ def learning_curves(trials: ChartedTrials) -> Markup | None:
 
 
 def size_chart(trials: ChartedTrials) -> Markup | None:
-    """Value against trainable parameters, with the trials that no other beats in both."""
+    """Value against trainable parameters, with the Pareto front."""
     shown = [(record, value) for record, value in trials.measured if record.trainable_parameters > 0]
     if not shown:
         return None
@@ -113,11 +112,11 @@ def size_chart(trials: ChartedTrials) -> Markup | None:
 
 
 def importance_chart(importances: Sequence[Importance], short: Mapping[str, str]) -> Markup | None:
-    """How much each parameter mattered, and how much a parameter without effect would seem to.
+    """How much each parameter mattered, and how much a parameter without effect would by chance.
 
     Args:
         importances: Those without a value are left out.
-        short: Parameter -> what to call it.
+        short: Parameter -> its name in the chart.
     """
     shown = [(entry, entry.chance) for entry in importances if entry.chance is not None]
     if not shown:
@@ -126,14 +125,35 @@ def importance_chart(importances: Sequence[Importance], short: Mapping[str, str]
     with chart_axes(description, height=1.0 + 0.32 * len(shown)) as axes:
         colours = {"clear": BEST, "maybe": COLOURS[4]}
         for row, (entry, chance) in enumerate(shown):
-            verdict = entry.verdict or ""
-            axes.barh(row, entry.epsilon_squared or 0, 0.62, color=colours.get(verdict, "#9ca3af"), label=verdict)
+            effect = entry.effect or ""
+            axes.barh(row, entry.epsilon_squared or 0, 0.62, color=colours.get(effect, "#9ca3af"), label=effect)
             axes.plot([chance, chance], [row - 0.42, row + 0.42], color=GREY, linewidth=2, label="chance level")
         axes.set(xlim=(0, 1), xlabel="share of the ranking that goes with it (ε²)", yticks=range(len(shown)))
         axes.set_yticklabels([cut(short[entry.parameter], 24) for entry, _ in shown])
         axes.set_ylim(len(shown) - 0.45, -0.55)
         axes.grid(axis="y", visible=False)
         return finished(axes, description)
+
+
+def pareto_front(records: Iterable[TrialRecord], mode: str) -> list[TrialRecord]:
+    """The trials that no other beats in both value and trainable parameters, by rising size and so rising quality.
+
+    A trial is left out if another is as good and smaller, or as small and better, or if it has no value. Trials that
+    are equal in both are all kept.
+
+    Args:
+        records: The trials.
+        mode: "min" or "max": which values are better.
+    """
+    measured = [record for record in records if has_value(record)]
+
+    def beats(other: TrialRecord, record: TrialRecord) -> bool:
+        if other.trainable_parameters > record.trainable_parameters or better(record.value, other.value, mode):
+            return False
+        return other.trainable_parameters < record.trainable_parameters or better(other.value, record.value, mode)
+
+    front = [record for record in measured if not any(beats(other, record) for other in measured)]
+    return sorted(front, key=lambda record: (record.trainable_parameters, record.number))
 
 
 def short_count(value: float) -> str:
@@ -154,7 +174,7 @@ def _time_unit(seconds: float) -> tuple[float, str]:
 
 
 def _spread(sizes: Sequence[int], low: float, high: float) -> list[int]:
-    """Of these places on a logarithmic axis those whose texts do not meet."""
+    """Those of these places on a logarithmic axis whose labels do not overlap."""
     chosen: list[int] = []
     for size in sizes:
         if not chosen or math.log(size / chosen[-1]) > 0.14 * math.log(high / low):

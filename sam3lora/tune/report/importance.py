@@ -1,4 +1,4 @@
-"""How much each parameter of a sweep mattered, said no louder than a dozen trials allow."""
+"""How much each parameter of a sweep mattered, with a test against chance."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from typing import Any, Literal
 import numpy as np
 import scipy.stats
 
-from sam3lora.tune.run.ledger import TrialRecord
-from sam3lora.tune.space.parameters import Parameter, is_number
+from sam3lora.tune.run.ledger import TrialRecord, has_value
+from sam3lora.tune.space.expressions import is_number
+from sam3lora.tune.space.parameters import FreeParameter
 
 FEWEST_TRIALS = 6
-MOST_LEVELS = 4  # of a numeric parameter; with more, its trials are parted into thirds
+MOST_LEVELS = 4  # of a numeric parameter; with more, its trials are divided into thirds
 LARGE_GROUP = 5  # from here the chi-squared distribution is a good approximation
 SIGNIFICANT = 0.05
 _PERMUTATIONS = 9999
 
-Verdict = Literal["clear", "maybe", "not told apart from chance"]
+Effect = Literal["clear", "maybe", "not told apart from chance"]
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class Level:
 
     Attributes:
         label: The value, or the ends of the third.
-        num_trials: How many.
-        median: Of the trials' values.
+        num_trials: Their number.
+        median: Median of their values.
     """
 
     label: str
@@ -46,23 +47,23 @@ class Importance:
         epsilon_squared: Share of the variation of the values' ranks that goes with the parameter, in [0, 1]; None with
             a `reason`.
         chance: What it would be on average if the parameter did not matter.
-        p_value: How often chance alone gives as much or more.
-        verdict: In words; None with a `reason`.
-        levels: What was compared, in the order of the values.
-        reason: Why it could not be said.
+        p_value: Probability that chance alone gives as much or more.
+        effect: In words; None with a `reason`.
+        levels: The groups that were compared, in the order of the values.
+        reason: Why the importance is not known.
     """
 
     parameter: str
     epsilon_squared: float | None = None
     chance: float | None = None
     p_value: float | None = None
-    verdict: Verdict | None = None
+    effect: Effect | None = None
     levels: tuple[Level, ...] = ()
     reason: str | None = None
 
 
-def importances(records: Sequence[TrialRecord], parameters: Sequence[Parameter]) -> list[Importance]:
-    """The importance of each parameter, by falling epsilon-squared; those it cannot be said of come last.
+def importances(records: Sequence[TrialRecord], parameters: Sequence[FreeParameter]) -> list[Importance]:
+    """The importance of each parameter, by falling epsilon-squared; unknown ones come last.
 
     The trials are grouped by the parameter's value: a numeric parameter of more than four values by thirds. The test
     of Kruskal and Wallis (1952) asks whether the ranks of the trials' values differ between the groups; the effect
@@ -72,21 +73,20 @@ def importances(records: Sequence[TrialRecord], parameters: Sequence[Parameter])
     values where a group has fewer than five trials.
 
     "Clear" is a p-value of at most 0.05 after Bonferroni's correction for the number of parameters, "maybe" one of at
-    most 0.05 before it. Ranks make the result the same for losses and for scores, and one diverged trial does not
-    decide it. Each parameter is looked at alone: what two do together is not seen. A searcher that learns from trials
-    draws more where results are good: its trials are not independent and the p-values a hint.
+    most 0.05 before it. Ranks give the same result for losses and for scores, and limit the weight of a diverged trial.
+    Each parameter is tested alone, so interactions are not seen. A sampler that learns from trials draws more where
+    results are good: its trials are not independent and the p-values only a hint.
 
     Args:
-        records: The trials. Those that were stopped early count with the value they had, which may have become better;
-            those that failed do not count.
-        parameters: The parameters; tied ones say nothing beyond those they are tied to.
+        records: The trials. Those that were stopped early count with the value that they had; failed ones do not count.
+        parameters: The parameters that were drawn.
     """
-    measured = [record for record in records if record.value is not None and record.status != "failed"]
+    measured = [record for record in records if has_value(record)]
     found = [_importance(measured, parameter, len(parameters)) for parameter in parameters]
     return sorted(found, key=lambda entry: 1.0 if entry.epsilon_squared is None else -entry.epsilon_squared)
 
 
-def _importance(records: Sequence[TrialRecord], parameter: Parameter, num_parameters: int) -> Importance:
+def _importance(records: Sequence[TrialRecord], parameter: FreeParameter, num_parameters: int) -> Importance:
     name = parameter.key
     records = [record for record in records if name in record.values]
     if len(records) < FEWEST_TRIALS:
@@ -105,16 +105,16 @@ def _importance(records: Sequence[TrialRecord], parameter: Parameter, num_parame
     test = scipy.stats.kruskal(*members)
     few = min(map(len, members)) < LARGE_GROUP
     p_value = _permutation_p_value(scipy.stats.rankdata(values), groups) if few else float(test.pvalue)
-    verdict: Verdict = "not told apart from chance"
+    effect: Effect = "not told apart from chance"
     if p_value <= SIGNIFICANT:
-        verdict = "clear" if p_value * num_parameters <= SIGNIFICANT else "maybe"
+        effect = "clear" if p_value * num_parameters <= SIGNIFICANT else "maybe"
     degrees = len(values) - 1
     return Importance(
-        name, float(test.statistic) / degrees, (len(labels) - 1) / degrees, p_value, verdict, levels=levels
+        name, float(test.statistic) / degrees, (len(labels) - 1) / degrees, p_value, effect, levels=levels
     )
 
 
-def _groups(settings: Sequence[Any], parameter: Parameter) -> tuple[np.ndarray, list[str]]:
+def _groups(settings: Sequence[Any], parameter: FreeParameter) -> tuple[np.ndarray, list[str]]:
     """The group of each trial, (n,) from 0, and the groups' labels."""
     label = parameter.label
     numeric = parameter.is_numeric and all(is_number(value) for value in settings)
@@ -136,12 +136,12 @@ def _groups(settings: Sequence[Any], parameter: Parameter) -> tuple[np.ndarray, 
 
 
 def _permutation_p_value(ranks: np.ndarray, groups: np.ndarray) -> float:
-    """How often shuffled ranks, (n,), differ as much between the groups, (n,): all orders of few, a sample of many."""
+    """Share of the orders of the ranks, (n,), in which the groups, (n,), differ as much: all orders, or a sample."""
     weights = np.equal.outer(np.unique(groups), groups).astype(float)  # (k, n)
     sizes = weights.sum(axis=1)
 
     def spread(shuffled: np.ndarray, axis: int = -1) -> np.ndarray:
-        """Rises with H, whose other terms no order changes."""
+        """The part of H that depends on the order; it rises with H."""
         sums = np.moveaxis(shuffled, axis, -1) @ weights.T
         return np.round((sums**2 / sizes).sum(axis=-1), 9)
 

@@ -1,4 +1,4 @@
-"""The chart of all settings of a sweep: an axis a parameter, a line a trial."""
+"""The chart of a sweep's settings: an axis for each parameter, a line for each trial."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from matplotlib.colors import LinearSegmentedColormap
 
 from sam3lora.evaluation.report.charts import GREY, chart_axes
 from sam3lora.tune.report.charted_trials import FRONT, ChartedTrials, cut, finished, inside, line_look
-from sam3lora.tune.space.parameters import Choice, Parameter, is_number, value_text
+from sam3lora.tune.space.expressions import is_number
+from sam3lora.tune.space.parameters import Choice, FreeParameter, value_text
 
 _MOST_CATEGORIES = 8
 _LINE_LETTERS = 62  # of the smallest text across a chart
 
 
 def parallel_coordinates(
-    trials: ChartedTrials, parameters: Sequence[Parameter], short: Mapping[str, str]
+    trials: ChartedTrials, parameters: Sequence[FreeParameter], short: Mapping[str, str]
 ) -> Markup | None:
-    """One axis a parameter, from top to bottom, the metric last; a line a trial, the greener the better.
+    """Axes from top to bottom, the metric last; the greener a trial's line, the better the trial.
 
     Args:
         trials: The trials.
-        parameters: The axes. A numeric one of few values has a place for each.
-        short: Parameter -> what to call it.
+        parameters: The axes. On that of a number with few values, each has a place of its own.
+        short: Parameter -> its name in the chart.
     """
     keys = [parameter.key for parameter in parameters]
     shown = [(r, value) for r, value in trials.measured if all(key in r.values for key in keys)]
@@ -64,13 +65,13 @@ def parallel_coordinates(
 
 @dataclass(frozen=True)
 class _Places:
-    """Where a parameter's values stand on its axis, in [0, 1]: `at` takes a value and what sets equal values apart."""
+    """Places of a parameter's values on its axis, in [0, 1]: `at` takes a value and an offset for equal ones."""
 
     ticks: list[tuple[float, str]]
     at: Callable[[Any, float], float]
 
 
-def _places(parameter: Parameter, values: Sequence[Any]) -> _Places:
+def _places(parameter: FreeParameter, values: Sequence[Any]) -> _Places:
     numeric = parameter.is_numeric and all(map(is_number, values))
     low, high = (min(values), max(values)) if numeric else (0, 1)
     if numeric and len(set(values)) > _MOST_CATEGORIES - 2:

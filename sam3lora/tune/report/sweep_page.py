@@ -1,4 +1,4 @@
-"""The report of a sweep: which settings came out best, what searching gained, and how sure that is."""
+"""The HTML report of a sweep: the best settings, what searching gained, and how certain that is."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from sam3lora.evaluation.report.html_page import render_page, setting_rows
+from sam3lora.tune.estimate.sweep_time import duration
 from sam3lora.tune.report import charts as sweep_charts
 from sam3lora.tune.report.charted_trials import ChartedTrials
 from sam3lora.tune.report.charts import short_count
 from sam3lora.tune.report.importance import importances
 from sam3lora.tune.report.parallel_coordinates import parallel_coordinates
-from sam3lora.tune.report.tables import adapter_mb
-from sam3lora.tune.report.verdict import METRIC_LABELS, answer, held_out_sentence, short_names, vision_sentence
-from sam3lora.tune.run.ledger import Rejection, TrialRecord, seconds_in_sessions
-from sam3lora.tune.space.parameters import Parameter, Tied
-from sam3lora.tune.space.search_space import SearchSpace
+from sam3lora.tune.report.sentences import METRIC_LABELS, answer, held_out_sentence, short_names, vision_sentence
+from sam3lora.tune.run.ledger import Rejection, TrialRecord, has_value, seconds_in_sessions
+from sam3lora.tune.space.search_space import SearchSpace, adapter_mb
 
 _MOST_REJECTED = 30
 _STATUS_WORDS = {"stopped": "stopped early", "pending": "waiting"}
@@ -42,7 +41,7 @@ class TrialRow:
 def render_sweep(
     space: SearchSpace, records: Sequence[TrialRecord], rejections: Sequence[Rejection], summary: Mapping[str, Any]
 ) -> str:
-    """Write the page.
+    """The report as one HTML page.
 
     Args:
         space: The search space.
@@ -50,7 +49,7 @@ def render_sweep(
         rejections: Samples that were never trained.
         summary: `name`, `sweep_dir`, `metric`, `mode`, `algorithm`, `num_trials`, `sessions` (`started_at` and
             `ended_at` of each, seconds since 1970), `best` and `base` (numbers or None), `max_concurrent`, `versions`,
-            `held_out` (what `measure_held_out` gives, or None), `vision` (`passes` through the vision trunk, `images`
+            `held_out` (from `measure_held_out`, or None), `vision` (`passes` through the vision trunk, `images`
             of the data, or None).
 
     Returns:
@@ -62,7 +61,8 @@ def render_sweep(
     metric = METRIC_LABELS.get(summary["metric"], summary["metric"])
     trials = ChartedTrials(records, summary["metric"], metric, summary["mode"], summary["best"], summary["base"])
     short = short_names(list(space.parameters))
-    importance = importances(records, _free(space))
+    free = list(space.free.values())
+    importance = importances(records, free)
     return render_page(
         "sweep_report.html.j2",
         title=f"Sweep {summary['name']}",
@@ -80,7 +80,7 @@ def render_sweep(
         charts={
             "progress": sweep_charts.progress_chart(trials, summary["sessions"]),
             "curves": sweep_charts.learning_curves(trials),
-            "settings": parallel_coordinates(trials, _free(space), short),
+            "settings": parallel_coordinates(trials, free, short),
             "importance": sweep_charts.importance_chart(importance, short),
             "size": sweep_charts.size_chart(trials),
         },
@@ -97,16 +97,6 @@ def render_sweep(
         settings=setting_rows([_settings(space, summary)]),
         labels=[],
     )
-
-
-def duration(seconds: float | None) -> str:
-    """ "2 h 05 min", "3 min 20 s" or "12 s"."""
-    if seconds is None:
-        return "n/a"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 def _unfinished(records: Sequence[TrialRecord], summary: Mapping[str, Any]) -> str:
@@ -128,18 +118,13 @@ def _best_against_base(
     return [(name, before, after, before != after) for name, before, after in texts]
 
 
-def _free(space: SearchSpace) -> list[Parameter]:
-    """Without the tied ones, which say nothing new."""
-    return [parameter for parameter in space.parameters.values() if not isinstance(parameter, Tied)]
-
-
 def _rows(space: SearchSpace, records: Sequence[TrialRecord], base: TrialRecord | None, mode: str) -> list[TrialRow]:
     """The best first, then those without a value by number."""
     sign = 1 if mode == "min" else -1
 
     def order(record: TrialRecord) -> tuple[bool, float, int]:
-        has_value = record.value is not None and record.status != "failed"
-        return not has_value, sign * (record.value or 0.0) if has_value else 0.0, record.number
+        is_known = has_value(record)
+        return not is_known, sign * (record.value or 0.0) if is_known else 0.0, record.number
 
     return [_row(space, record, base) for record in sorted(records, key=order)]
 
@@ -168,7 +153,7 @@ def _labels(space: SearchSpace, values: Mapping[str, Any]) -> list[str]:
 
 
 def _difference(record: TrialRecord, base: TrialRecord) -> float | None:
-    if record.value is None or base.value is None or "failed" in (record.status, base.status):
+    if record.value is None or base.value is None or not has_value(record) or not has_value(base):
         return None
     return record.value - base.value
 

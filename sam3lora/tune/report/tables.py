@@ -1,29 +1,26 @@
-"""What a sweep leaves for programs and for the next run: the tables of its trials, and the best adapter."""
+"""The tables of a sweep's trials, and the copy of its best adapter."""
 
 from __future__ import annotations
 
-import os
 import shutil
-import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
+from sam3lora.config import Config
 from sam3lora.errors import UserError
-from sam3lora.files import replace_folder, sync_files
+from sam3lora.files import whole_file, whole_folder, write_whole
+from sam3lora.model.adapter.folder import is_adapter_folder
 from sam3lora.tune.run.ledger import Ledger, Rejection, TrialRecord
-from sam3lora.tune.space.parameters import is_number, value_text
+from sam3lora.tune.space.expressions import is_number
+from sam3lora.tune.space.parameters import value_text
+from sam3lora.tune.space.search_space import adapter_mb
 
-if TYPE_CHECKING:
-    from sam3lora.config import Config
-
-CSV_FILE, PARQUET_FILE, BEST_FOLDER, CONFIG_FILE = "trials.csv", "trials.parquet", "best", "config.yaml"
-REJECTED = "rejected"
-_BYTES_PER_PARAMETER = 4
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 _BEFORE = {"number": pa.int64(), "status": pa.string(), "is_base": pa.bool_(), "value": pa.float64()}
 _AFTER = {
@@ -45,33 +42,35 @@ _AFTER = {
 def write_tables(
     sweep_dir: Path, records: Sequence[TrialRecord], parameters: Iterable[str], rejections: Sequence[Rejection]
 ) -> tuple[Path, Path]:
-    """Write ``trials.csv`` and ``trials.parquet``, each whole or not at all: a row for each trial, then the rejected.
+    """Write `trials.csv` and `trials.parquet`, each whole or not at all: a row for each trial, then the rejected.
 
     Columns: number, status ("rejected" for samples that were never trained), is_base, value, each parameter under its
-    own name, ``metrics.NAME``, trainable_parameters, adapter_mb (10^6 bytes), epochs, best_epoch, seconds,
+    own name, `metrics.NAME`, trainable_parameters, adapter_mb (10^6 bytes), epochs, best_epoch, seconds,
     images_per_second, memory_mb, vision_passes, features_loaded, failure (kind of failure or of rejection), reason,
     retries (how many). Numbers are numbers; a parameter that also has other values is text, and a list its entries
-    with commas. What is not known is empty. In the CSV file, text that a spreadsheet would run as a formula has an
-    apostrophe in front.
+    with commas. Unknown values are empty. In the CSV file an apostrophe precedes text that a spreadsheet would run as
+    a formula.
 
     Returns:
         Both files.
     """
     table = _table(records, list(parameters), rejections)
-    csv, parquet = sweep_dir / CSV_FILE, sweep_dir / PARQUET_FILE
-    _replace(csv, lambda path: pa.csv.write_csv(_without_formulas(table), path))
-    _replace(parquet, lambda path: pa.parquet.write_table(table, path))
+    csv, parquet = sweep_dir / "trials.csv", sweep_dir / "trials.parquet"
+    with whole_file(csv) as scratch:
+        pa.csv.write_csv(_without_formulas(table), scratch)
+    with whole_file(parquet) as scratch:
+        pa.parquet.write_table(table, scratch)
     return csv, parquet
 
 
 def copy_best(sweep_dir: Path, record: TrialRecord | None, config: Config) -> Path | None:
-    """Make ``best/`` of a trial's adapter, with the ``config.yaml`` to train it again; an older one is replaced whole.
+    """Make `best/` of a trial's adapter and the `config.yaml` to train it again; an older `best/` is replaced whole.
 
     Args:
         sweep_dir: The sweep's folder.
-        record: The best trial. None, or one without a value: an older ``best/`` stays.
-        config: The trial's settings in all else as the base has them (`SearchSpace.config_of`). A batch that was made
-            smaller for want of memory goes into ``config.yaml`` as it was trained.
+        record: The best trial. None, or one without a value: an older `best/` stays.
+        config: The trial's settings in all else as the base has them (`SearchSpace.config_of`). `config.yaml` has the
+            batch of the last retry, if memory ran out.
 
     Returns:
         The folder; None if nothing was copied.
@@ -79,46 +78,24 @@ def copy_best(sweep_dir: Path, record: TrialRecord | None, config: Config) -> Pa
     Raises:
         UserError: The trial's adapter is not there.
     """
-    from sam3lora.model.adapter.folder import is_adapter_folder
-
     if record is None or record.value is None:
         return None
-    adapter, target = Ledger(sweep_dir).folder(record.number) / "best", sweep_dir / BEST_FOLDER
+    adapter, target = Ledger(sweep_dir).folder(record.number) / "best", sweep_dir / "best"
     if not is_adapter_folder(adapter):
         raise UserError(f"{adapter} holds no adapter, though trial {record.number} is recorded as the best: remove the "
                         f"folder {adapter.parent} and resume the sweep to have the trial done again")  # fmt: skip
-    scratch = sweep_dir / f".{BEST_FOLDER}.{uuid.uuid4().hex}.tmp"
-    scratch.mkdir()
-    try:
+    changes: dict[str, Any] = {"output.output_dir": str((sweep_dir / "retrained").absolute())}
+    if record.retries:
+        names = ("batch_size", "gradient_accumulation_steps")
+        changes |= {f"training.{name}": record.retries[-1][name] for name in names}
+    if config.training.data_dir is not None:
+        changes["training.data_dir"] = str(Path(config.training.data_dir).expanduser().absolute())
+    with whole_folder(target) as scratch:
         for file in adapter.iterdir():
             if file.is_file():
                 shutil.copy(file, scratch)
-        (scratch / CONFIG_FILE).write_text(_to_train_again(sweep_dir, record, config).to_yaml(), encoding="utf-8")
-        sync_files(scratch)
-        replace_folder(scratch, target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        write_whole(scratch / "config.yaml", config.changed(changes).to_yaml())
     return target
-
-
-def adapter_mb(trainable_parameters: int) -> float:
-    """Size of an adapter's weights in 10^6 bytes: 32 bits a parameter."""
-    return _BYTES_PER_PARAMETER * trainable_parameters / 1e6
-
-
-def _to_train_again(sweep_dir: Path, record: TrialRecord, config: Config) -> Config:
-    training: dict[str, Any] = {}
-    for retry in record.retries:
-        training |= {name: retry[name] for name in ("batch_size", "gradient_accumulation_steps") if name in retry}
-    if config.training.data_dir is not None:
-        training["data_dir"] = str(Path(config.training.data_dir).expanduser().absolute())
-    output = {"output_dir": str((sweep_dir / "retrained").absolute())}
-    return config.model_copy(
-        update={
-            "training": config.training.model_copy(update=training),
-            "output": config.output.model_copy(update=output),
-        }
-    )
 
 
 def _table(records: Sequence[TrialRecord], parameters: list[str], rejections: Sequence[Rejection]) -> pa.Table:
@@ -144,7 +121,7 @@ def _rejected_row(rejection: Rejection) -> dict[str, Any]:
     size = rejection.trainable_parameters
     return {
         "number": rejection.number,
-        "status": REJECTED,
+        "status": "rejected",
         "is_base": False,
         "trainable_parameters": size,
         "adapter_mb": None if size is None else adapter_mb(size),
@@ -163,7 +140,7 @@ def _parameter_column(values: list[Any]) -> pa.Array:
 
 
 def _without_formulas(table: pa.Table) -> pa.Table:
-    """Text that begins as a formula does, quoted (https://owasp.org/www-community/attacks/CSV_Injection)."""
+    """Put an apostrophe before text that begins like a formula (https://owasp.org/www-community/attacks/CSV_Injection)."""
     for place, field in enumerate(table.schema):
         if pa.types.is_string(field.type):
             quoted = [_quoted(text) for text in table.column(place).to_pylist()]
@@ -172,19 +149,10 @@ def _without_formulas(table: pa.Table) -> pa.Table:
 
 
 def _quoted(text: str | None) -> str | None:
-    if text is None or not text.startswith(("=", "+", "-", "@", "\t", "\r")):
+    if text is None or not text.startswith(_FORMULA_STARTS):
         return text
     try:
         float(text)
     except ValueError:
         return f"'{text}"
     return text
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        write(scratch)
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""How many trials run at a time: as many as the cluster has room for, so that none waits for what another holds."""
+"""How many trials run at a time: as many as the cluster has room for, so that none waits for another's resources."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from sam3lora.training.ray_resources import check_room, choose_gpu, in_words, mo
 _MOST_TRIALS = 1000
 
 DRIVER_RESOURCES = {"memory": 1.0}
-"""What the process of a trial reserves beside its workers: next to nothing, but Ray Tune takes no empty request. A
-share of a CPU would leave too little for the last worker of a cluster whose CPUs are all to be used."""
+"""Resources of a trial's own process, beside its workers: next to none, but Ray Tune refuses an empty request. A share
+of a CPU would leave too little for the last worker of a cluster whose CPUs are all in use."""
 
 
 @dataclass(frozen=True)
 class Concurrency:
-    """Trials at a time, and why so many."""
+    """The number of trials at a time, and its reason."""
 
     trials: int
     reason: str
@@ -39,25 +39,26 @@ def local_cpus(config: Config, concurrent: int) -> float:
 
 def local_concurrency(config: Config, asked: int | None) -> Concurrency:
     """Trials at a time on this machine alone, before any Ray is started."""
-    use_gpu, gpus = _gpus_here(config)
-    needs = trial_needs(config, use_gpu=use_gpu)
-    if use_gpu:
-        room = int(gpus / max(sum(need.get("GPU", 0.0) for need in needs), 1e-9) + 1e-9)
-        return _limited(room, asked, f"{gpus} GPU{'s' * (gpus != 1)}", at_most=max(room, 1))
-    cpus = os.cpu_count() or 1
-    room = int(cpus / max(sum(need.get("CPU", 0.0) for need in needs), 1e-9) + 1e-9)
-    return _limited(room, asked, f"{cpus} CPUs", at_most=None)
+    import torch
+
+    gpus, cpus, wanted = torch.cuda.device_count(), os.cpu_count() or 1, config.scaling.use_gpu
+    use_gpu = gpus > 0 if wanted == "auto" else bool(wanted)
+    name, number = ("GPU", gpus) if use_gpu else ("CPU", cpus)
+    each = sum(need.get(name, 0.0) for need in trial_needs(config, use_gpu=use_gpu))
+    room = int(number / max(each, 1e-9) + 1e-9)
+    # More trials may share the CPUs than there are, but not the GPUs.
+    return _limited(room, asked, f"{number} {name}{'s' * (number != 1)}", at_most=max(room, 1) if use_gpu else None)
 
 
 def choose_concurrency(config: Config, asked: int | None) -> Concurrency:
     """Trials at a time on the Ray that is running.
 
     Args:
-        config: of a trial.
-        asked: wished for; None takes all there is room for.
+        config: Of a trial.
+        asked: `--max-concurrent`; None for as many as there is room for.
 
     Raises:
-        UserError: the cluster cannot hold a single trial.
+        UserError: The cluster cannot hold a single trial.
     """
     import ray
 
@@ -79,12 +80,12 @@ def choose_concurrency(config: Config, asked: int | None) -> Concurrency:
 def trials_that_fit(
     nodes: list[dict[str, float]], needs: list[dict[str, float]], placement_strategy: str = "PACK"
 ) -> int:
-    """How many whole trials empty nodes hold, workers placed one after the other where there is room first.
+    """How many whole trials empty nodes hold; each worker is placed on the first node with room.
 
     Args:
-        nodes: resources of each.
-        needs: resources of each worker of a trial.
-        placement_strategy: of Ray; "STRICT_PACK" wants all workers of a trial on one node, "STRICT_SPREAD" each on
+        nodes: Resources of each.
+        needs: Resources of each worker of a trial.
+        placement_strategy: Ray's; "STRICT_PACK" puts all workers of a trial on one node, "STRICT_SPREAD" each on
             another.
     """
     free = [dict(node) for node in nodes]
@@ -93,8 +94,7 @@ def trials_that_fit(
         if places is None:
             return fitting
         for need, place in zip(needs, places):
-            for name, amount in need.items():
-                free[place][name] = free[place].get(name, 0.0) - amount
+            _take(need, free[place])
     return _MOST_TRIALS
 
 
@@ -113,10 +113,14 @@ def _places(free: list[dict[str, float]], needs: list[dict[str, float]], strateg
         place = next((n for n, node in enumerate(left) if n not in used and _fits(need, node)), None)
         if place is None:
             return None
-        for name, amount in need.items():
-            left[place][name] = left[place].get(name, 0.0) - amount
+        _take(need, left[place])
         places.append(place)
     return places
+
+
+def _take(need: dict[str, float], node: dict[str, float]) -> None:
+    for name, amount in need.items():
+        node[name] = node.get(name, 0.0) - amount
 
 
 def _fits(need: dict[str, float], node: dict[str, float]) -> bool:
@@ -129,11 +133,3 @@ def _limited(room: int, asked: int | None, there: str, *, at_most: int | None) -
     if at_most is not None and asked > at_most:
         return Concurrency(at_most, f"{there}, fewer than the {asked} asked for")
     return Concurrency(asked, "as asked")
-
-
-def _gpus_here(config: Config) -> tuple[bool, int]:
-    import torch
-
-    gpus = torch.cuda.device_count()
-    wanted = config.scaling.use_gpu
-    return (gpus > 0 if wanted == "auto" else bool(wanted)), gpus

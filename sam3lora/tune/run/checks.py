@@ -1,4 +1,4 @@
-"""What must hold before the first trial: a mistake in the data would fail every one of them."""
+"""Checks of the data before the first trial: a mistake there would fail all of them."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from sam3lora.config import Config
 from sam3lora.data.coco import CocoIndex
 from sam3lora.errors import UserError
 from sam3lora.evaluation.ask.run import asked_categories
-from sam3lora.evaluation.ask.split_results import Answers
 from sam3lora.evaluation.metrics.ground_truth import build_ground_truth
 from sam3lora.evaluation.metrics.measure import measure_split
+from sam3lora.evaluation.split_results import SplitResults
 from sam3lora.training.datasets import load_run_data
 from sam3lora.training.validator import evaluation_settings
-from sam3lora.tune.space.reader import SearchSpace
+from sam3lora.tune.space.search_space import SearchSpace
 
 _ANY_RESOLUTION = 1008
 
 
 def check_data(space: SearchSpace) -> int:
-    """Index both splits of the base configuration and make sure that trials can be compared on them.
+    """Index both splits of the base configuration and check that trials can be compared on them.
 
     Returns:
         The number of training images.
 
     Raises:
-        UserError: a split is missing or damaged, or the metric is not defined on the validation images.
+        UserError: A split is missing or damaged, or the metric is not defined on the validation images.
     """
     config, root = space.base, checked_data_dir(space)
     data = load_run_data(config, config.model.resolution or _ANY_RESOLUTION)
     metric = space.search.metric
     if metric != "valid_loss" and data.valid_complete is not None:
         reason = why_undefined(metric, data.valid_complete, config)
-        if reason is not None:
+        if reason:
             raise UserError(
                 f"search.metric {metric} cannot be measured on {root / config.data.valid_split}: {reason}. Choose "
                 "another metric, or other validation images"
@@ -53,12 +53,12 @@ def checked_data_dir(space: SearchSpace) -> Path:
 
 
 def why_undefined(metric: str, index: CocoIndex, config: Config) -> str | None:
-    """Why a metric has no value on a split, whatever a model answers; None if it has one."""
+    """Why a metric has no value on a split, whatever a model predicts; None if it has one."""
     settings = evaluation_settings(config)
     index = index.select_rows(range(len(index))[: settings.num_samples])
     categories = asked_categories(index, settings)
     image_ids = index.table.column("image_id").to_pylist()
-    silent = Answers(presence={(image, category.id): 0.0 for image in image_ids for category in categories})
+    silent = SplitResults(presence={(image, category.id): 0.0 for image in image_ids for category in categories})
     found = measure_split(build_ground_truth(index, categories), silent, exhaustive=config.data.exhaustive)
     if getattr(found, metric) is not None:
         return None

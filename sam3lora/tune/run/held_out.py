@@ -1,13 +1,12 @@
-"""The best trial on images that had no part in choosing it.
+"""Measuring the best trial on a held-out split.
 
-The best of many trials looks better on the validation images than it is: they chose it. A held-out split is measured
-once, at the end.
+The validation images chose the best of many trials, which therefore looks better on them than it is. A held-out split
+has no part in the choice and is measured once, at the end.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from sam3lora.evaluation.ask.run import evaluate_models
 from sam3lora.evaluation.ask.worker import BASE, Models
 from sam3lora.evaluation.metrics.comparison import compare
 from sam3lora.evaluation.metrics.measure import SplitMetrics
-from sam3lora.model.adapter.folder import read_metadata
+from sam3lora.model.adapter.metadata import read_metadata
 from sam3lora.training.validator import evaluation_settings
 
 SHOWN = ("map", "map_50", "cgf1", "off_prompt_fpr")
@@ -32,7 +31,6 @@ def measure_held_out(
     metric: str = "map",
     num_workers: int | None = 0,
     address: str | None = None,
-    progress: bool = False,
     **changes: Any,
 ) -> dict[str, Any] | None:
     """Measure the plain model, the adapter of the base configuration and the best one on a split.
@@ -43,18 +41,16 @@ def measure_held_out(
         best_adapter: Adapter folder of the best trial; it may be the same one.
         config: The base configuration, for thresholds, prompts and categories. All images are measured, whatever its
             `evaluation.num_samples` says.
-        metric: That the sweep chose by; for valid_loss, mAP is compared.
+        metric: The sweep's metric; for valid_loss, mAP is compared.
         num_workers: Ray workers; 0 measures in this process.
         address: Of a Ray cluster.
-        progress: Show a progress bar on stderr.
         changes: Fields of `EvaluationSettings` to change.
 
     Returns:
         None if there is no such split. Otherwise JSON values: `split` (its name), `num_images`, `metric` (map or cgf1),
         `compared_with` ("base configuration" or "plain model"), the metric of that one as `base` and of the best trial
         as `best`, their `difference` with its 95 % paired bootstrap interval `low` to `high` (None where it cannot be
-        measured), `note` in words, and under `models` what each of the two or three reached: map, map_50, cgf1,
-        off_prompt_fpr.
+        measured), `note` for a special case in words, and under `models` the metrics `SHOWN` of each.
 
     Raises:
         UserError: The split is damaged, or an adapter does not belong to the model.
@@ -64,12 +60,12 @@ def measure_held_out(
     folders = {BEST_TRIAL: best_adapter}
     if base_adapter is not None and base_adapter.resolve() != best_adapter.resolve():
         folders = {BASE_CONFIGURATION: base_adapter, **folders}
-    settings = replace(evaluation_settings(config), **({"num_samples": None} | changes))
+    settings = evaluation_settings(config).changed(**({"num_samples": None} | changes))
     device = {"auto": None, True: "cuda", False: "cpu"}[config.scaling.use_gpu]
     found: dict[str, SplitMetrics] = {}
     for models in _models(folders, config, device):
         of_models = evaluate_models(
-            split_dir, models, settings, num_workers=num_workers, address=address, progress=progress
+            split_dir, models, settings, num_workers=num_workers, address=address, progress=False
         )
         found |= zip(models.labels, of_models, strict=True)
     found = {PLAIN_MODEL: found.pop(BASE), **found}
@@ -109,21 +105,14 @@ def _models(folders: dict[str, Path], config: Config, device: str | None) -> lis
     }
     groups = by_resolution.items()
     return [
-        Models(adapters, with_base=number == 0, segmenter={**options, "resolution": resolution})
+        Models(adapters, with_base=number == 0, options={**options, "resolution": resolution})
         for number, (resolution, adapters) in enumerate(groups)
     ]
 
 
 def _note(result: dict[str, Any], *, is_same: bool) -> str:
-    number = result["num_images"]
-    seen = f"{number} image{'s' * (number != 1)} of {result['split']}/, which had no part in choosing the trial"
     if is_same:
-        return f"{seen}. The base configuration is itself the best trial."
+        return "The base configuration is itself the best trial."
     if result["difference"] is None:
-        return f"{seen}. {result['metric']} cannot be measured on them."
-    if result["low"] is None:
-        return f"{seen}: too few for an interval."
-    against = f"the {result['compared_with']}"
-    if result["low"] <= 0 <= result["high"]:
-        return f"{seen}. The interval includes zero: they do not tell the best trial and {against} apart."
-    return f"{seen}. The best trial is {'better' if result['difference'] > 0 else 'worse'} than {against} on them."
+        return f"{result['metric']} cannot be measured on them."
+    return "They are too few for an interval." if result["low"] is None else ""

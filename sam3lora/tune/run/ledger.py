@@ -1,21 +1,20 @@
-"""What is known of each trial of a sweep, on disk: the one record that a killed sweep goes on from.
+"""The records of a sweep's trials on disk, from which a killed sweep goes on.
 
-Ray Tune's own state is not kept. A trial's folder has its number, so a sweep that starts again reads which trials have
-ended, which had begun and what their settings were.
+Ray Tune's own state is not kept. A trial's folder is named by its number, so a resumed sweep reads there which trials
+have ended, which had begun and what their settings were.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import time
-import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from sam3lora.errors import UserError
+from sam3lora.files import write_whole
 
 SPACE_FILE, TRIAL_FILE, REJECTED_FILE = "space.yaml", "trial.json", "rejected.jsonl"
 
@@ -36,21 +35,21 @@ class TrialRecord:
         values: Parameter -> value, as in the search space; tied values and labels of component sets included.
         is_base: Whether it is the base configuration as it was.
         trainable_parameters: Of the adapter.
-        status: "finished" trained to its end, "stopped" was given up early, "failed" has a ``reason``.
-        value: The metric at the adapter in ``best/``; None if nothing was measured.
-        metrics: What else was measured there: valid_loss, map, cgf1, off_prompt_fpr, ...
-        best_epoch: Where, from 1.
+        status: "finished" trained to its end, "stopped" ended early, "failed" has a `reason`.
+        value: The metric of the adapter in `best/`; None if nothing was measured.
+        metrics: Its other metrics: valid_loss, map, cgf1, off_prompt_fpr, ...
+        best_epoch: Its epoch, from 1.
         epochs: Epochs trained.
         history: One entry a validation: epoch (from 1), time (seconds since 1970), train_loss, valid_loss, and metrics.
         failure: Kind of failure.
         reason: Its message.
-        retries: What was changed to try again after running out of memory: reason, batch_size,
+        retries: Changed settings of each new attempt after running out of memory: reason, batch_size,
             gradient_accumulation_steps.
         started_at: Seconds since 1970, of the first attempt.
         ended_at: The same.
         seconds: Spent training, without pauses between sessions and without an attempt that ran out of memory.
         images_per_second: In training, over the last epoch.
-        memory_mb: Peak of the first worker.
+        memory_mb: Peak memory of the first worker.
         vision_passes: Images that went through the vision trunk.
         features_loaded: Images whose trunk output came from the cache.
     """
@@ -83,14 +82,13 @@ class TrialRecord:
 
 @dataclass(frozen=True)
 class Rejection:
-    """A sample that was never trained: it cost nothing.
+    """A sample that was never trained.
 
     Attributes:
         number: The trial it was proposed for.
         values: As in `TrialRecord`.
-        kind: "over budget", "impossible settings" or "already tried".
         reason: In words, with the bound and the value.
-        trainable_parameters: Where they could be counted.
+        trainable_parameters: None if they could not be counted.
     """
 
     number: int
@@ -112,15 +110,17 @@ class Ledger:
         return self._trials / f"{number:04d}"
 
     def read(self, number: int) -> TrialRecord:
-        """Raises UserError for a record that is missing or damaged."""
-        return read_record(self.folder(number))
+        return read_trial_record(self.folder(number))
 
     def records(self) -> list[TrialRecord]:
         """All trials that have a record, by number."""
-        return [read_record(file.parent) for file in sorted(self._trials.glob(f"*/{TRIAL_FILE}"))]
+        return [read_trial_record(file.parent) for file in sorted(self._trials.glob(f"*/{TRIAL_FILE}"))]
 
     def write(self, record: TrialRecord) -> None:
-        write_record(self.folder(record.number), record)
+        """Replace a trial's record; its folder is made if need be."""
+        folder = self.folder(record.number)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / TRIAL_FILE, json.dumps(asdict(record), indent=1, allow_nan=False))
 
     def reject(self, rejection: Rejection) -> None:
         with (self.sweep_dir / REJECTED_FILE).open("a", encoding="utf-8") as file:
@@ -134,16 +134,16 @@ class Ledger:
         for line in file.read_text(encoding="utf-8").splitlines():
             try:
                 found.append(Rejection(**json.loads(line)))
-            except (ValueError, TypeError):  # a line that a kill cut off
+            except (ValueError, TypeError):  # a killed process may leave half a line
                 continue
         return found
 
 
-def read_record(folder: Path) -> TrialRecord:
+def read_trial_record(folder: Path) -> TrialRecord:
     """The record in a trial's folder.
 
     Raises:
-        UserError: it is missing or damaged.
+        UserError: It is missing or damaged.
     """
     try:
         return TrialRecord(**json.loads((folder / TRIAL_FILE).read_text(encoding="utf-8")))
@@ -153,35 +153,29 @@ def read_record(folder: Path) -> TrialRecord:
         ) from error
 
 
-def write_record(folder: Path, record: TrialRecord) -> None:
-    """Replace the record in a trial's folder, which is made if need be."""
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = folder / f".{uuid.uuid4().hex}.json"
-    with scratch.open("w", encoding="utf-8") as file:
-        json.dump(asdict(record), file, indent=1, allow_nan=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, folder / TRIAL_FILE)
-
-
 def better(value: float | None, than: float | None, mode: str) -> bool:
-    """Whether a metric's value beats another; None is beaten by everything."""
+    """Whether a metric's value is better than another; every value is better than None."""
     if value is None:
         return False
     return than is None or (value < than if mode == "min" else value > than)
 
 
+def has_value(record: TrialRecord) -> bool:
+    """Whether a trial counts in comparisons: it has not failed and something was measured."""
+    return record.value is not None and record.status != "failed"
+
+
 def best_record(records: list[TrialRecord], mode: str) -> TrialRecord | None:
-    """The trial with the best value; of equals the smaller adapter, then the earlier trial. Failed trials count not."""
+    """The trial with the best value, failed trials left out. Ties go to the smaller adapter, then the earlier trial."""
     found: TrialRecord | None = None
     for record in sorted(records, key=lambda entry: (entry.trainable_parameters, entry.number)):
-        if record.status != "failed" and better(record.value, found.value if found else None, mode):
+        if has_value(record) and better(record.value, found.value if found else None, mode):
             found = record
     return found
 
 
 def seconds_in_sessions(timestamp: float, sessions: list[Mapping[str, float]]) -> float:
-    """Seconds that the sweep had run at a time, without the pauses between a kill and the next start."""
+    """Seconds that the sweep had run at a point in time, without the pauses between sessions."""
     total = 0.0
     for session in sessions:
         end = session.get("ended_at") or time.time()

@@ -1,21 +1,22 @@
-"""What a sweep leaves when its trials are over: tables, the best adapter, the held-out measurement, the report."""
+"""The outcome of a sweep when its trials are over: tables, the best adapter, the held-out measurement, the report."""
 
 from __future__ import annotations
 
 import logging
 import os
-from pathlib import Path
 from typing import Any
 
-from sam3lora.config import Config
 from sam3lora.errors import UserError
+from sam3lora.files import write_whole
 from sam3lora.model.adapter.metadata import current_versions
 from sam3lora.tune.report.sweep_page import render_sweep
 from sam3lora.tune.report.tables import copy_best, write_tables
 from sam3lora.tune.run.held_out import measure_held_out
 from sam3lora.tune.run.ledger import Ledger, TrialRecord
 from sam3lora.tune.run.trial_summary import num_images
-from sam3lora.tune.space.reader import SearchSpace
+from sam3lora.tune.space.search_space import SearchSpace
+
+REPORT_FILE = "sweep.html"
 
 logger = logging.getLogger(__name__)
 
@@ -58,33 +59,20 @@ def write_outcome(
     }
     write_tables(sweep_dir, records, list(space.parameters), rejections)
     if best is not None:
-        copy_best(sweep_dir, best, _config_to_train_again(space, best))
-    _write_page(sweep_dir, render_sweep(space, records, rejections, summary))
+        copy_best(sweep_dir, best, space.config_of(best.values, space.best_adapter_keys()))
+    write_whole(sweep_dir / REPORT_FILE, render_sweep(space, records, rejections, summary))
     if best is not None:
         summary["held_out"] = _held_out(space, ledger, best, base, address)
-        _write_page(sweep_dir, render_sweep(space, records, rejections, summary))
+        write_whole(sweep_dir / REPORT_FILE, render_sweep(space, records, rejections, summary))
     return summary
-
-
-def _write_page(sweep_dir: Path, page: str) -> None:
-    scratch = sweep_dir / ".sweep.html.tmp"
-    scratch.write_text(page, encoding="utf-8")
-    os.replace(scratch, sweep_dir / "sweep.html")
-
-
-def _config_to_train_again(space: SearchSpace, best: TrialRecord) -> Config:
-    """The configuration of the best trial, which chooses its adapter as the trial did."""
-    config, trial = space.config_of(best.values), space.trial_config(best.values, "unused").evaluation
-    chosen = {"every_epochs": trial.every_epochs, "best_metric": trial.best_metric}
-    return config.model_copy(update={"evaluation": config.evaluation.model_copy(update=chosen)})
 
 
 def _held_out(
     space: SearchSpace, ledger: Ledger, best: TrialRecord, base: TrialRecord | None, address: str | None
 ) -> dict[str, Any] | None:
-    """The best adapter on images that no trial was chosen by, if there are any.
+    """The measurement of the best adapter on the held-out split; None without one.
 
-    On a cluster a Ray worker measures it: the driver's host may have no GPU.
+    On a cluster a Ray worker measures it, as the driver's host may have no GPU.
     """
     on_cluster = bool(address or os.environ.get("RAY_ADDRESS"))
     split = space.search.held_out_split
@@ -101,6 +89,6 @@ def _held_out(
             num_workers=1 if on_cluster else 0,
             address=address,
         )
-    except (UserError, RuntimeError) as error:  # what the sweep found is not lost to a fault in the test images
+    except (UserError, RuntimeError) as error:  # a fault in these images must not cost the results of the sweep
         logger.warning("the held-out split %s was not measured: %s", folder, error)
         return None

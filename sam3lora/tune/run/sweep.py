@@ -1,4 +1,4 @@
-"""A sweep from its search space to the best adapter and the report."""
+"""Running a sweep, from its search space to the best adapter and the report."""
 
 from __future__ import annotations
 
@@ -24,29 +24,26 @@ from sam3lora.tune.run.checks import check_data, checked_data_dir
 from sam3lora.tune.run.ledger import Ledger, TrialRecord, best_record
 from sam3lora.tune.run.progress import show_progress
 from sam3lora.tune.run.sweep_folder import earlier_sessions, only_driver, prepare, tidy, write_summary
-from sam3lora.tune.run.trial_summary import summarise
+from sam3lora.tune.run.trial_summary import current_record
 from sam3lora.tune.search.early_stopping import rungs
 from sam3lora.tune.search.proposals import Proposer
-from sam3lora.tune.search.samplers import build_sampler
-from sam3lora.tune.space.reader import SearchSpace
+from sam3lora.tune.space.search_space import SearchSpace
 
-REPORT_FILE = "sweep.html"
 _ENVIRONMENT = {
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # mAP is not measured every epoch
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",
-    "TUNE_GLOBAL_CHECKPOINT_S": "86400",  # its state is not used
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the ledger and the run folders hold everything
+    "TUNE_GLOBAL_CHECKPOINT_S": "86400",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # an interrupt ends the sweep at once
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_worker_maximum_startup_concurrency": "64",  # a trial is ten processes: no reason for a warning
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_worker_maximum_startup_concurrency": "64",  # a trial has ten processes, of which Ray would warn
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths stay valid
 }
-"""What Ray Tune reads from the environment."""
+"""Settings of Ray Tune that it reads only from the environment."""
 
 
 @dataclass
 class SweepResult:
-    """What a sweep left. ``best`` and ``base`` are trials with a value, or None."""
+    """The result of a sweep. `best` and `base` are trials with a value, or None."""
 
     sweep_dir: Path
     records: list[TrialRecord]
@@ -65,24 +62,26 @@ def run_sweep(
     retry_failed: bool = False,
     address: str | None = None,
 ) -> SweepResult:
-    """Try what a search space proposes and keep the best adapter.
+    """Train the trials of a search space and keep the best adapter.
 
     Args:
-        space: from ``load_space``.
-        output_dir: folder of the sweep.
-        resume: go on with the sweep in the folder. Trials that have ended are left as they are, begun ones go on from
-            their checkpoints; ``num_trials`` may be larger than before.
-        retry_failed: when resuming, do failed trials again as well.
+        space: From `load_space`.
+        output_dir: Folder of the sweep.
+        resume: Go on with the sweep in the folder. Trials that have ended stay as they are, begun ones go on from their
+            checkpoints; `num_trials` may be larger than before.
+        retry_failed: When resuming, do failed trials again as well.
         address: Ray cluster to run on; a local Ray otherwise.
 
     Raises:
-        UserError: a mistake in the space, the data, the folder or the cluster.
-        RunFailed: no trial produced an adapter. The report says why.
+        UserError: A mistake in the space, the data, the folder or the cluster.
+        RunFailed: No trial produced an adapter. The report says why.
     """
     started = time.time()
     address = address or space.base.scaling.address
     sweep_dir = Path(output_dir).expanduser().absolute()
-    space = _with_data_dir(space, checked_data_dir(space))
+    # Trials run in other processes, perhaps with other working directories.
+    data_dir = {"training.data_dir": str(checked_data_dir(space))}
+    space = dataclasses.replace(space, base=space.base.changed(data_dir))
     num_train_images = check_data(space)
     Proposer(space)  # raises what is wrong with the base or with all samples, before anything is written
     with only_driver(sweep_dir, resume):
@@ -91,19 +90,13 @@ def run_sweep(
         summary: dict[str, Any] = {"sessions": sessions, "max_concurrent": None, "ran_out": False}
         write_summary(sweep_dir, summary)
         try:
-            if _has_work(space, ledger):
+            if any(_open_numbers(space, ledger.records())):
                 summary |= _run_trials(space, ledger, num_train_images, address)
         finally:
             tidy(ledger)
             sessions[-1]["ended_at"] = time.time()
             write_summary(sweep_dir, summary)
         return _finish(space, ledger, summary, address, started)
-
-
-def _with_data_dir(space: SearchSpace, data_dir: Path) -> SearchSpace:
-    """Trials run in other processes, perhaps with other working directories."""
-    training = space.base.training.model_copy(update={"data_dir": str(data_dir)})
-    return dataclasses.replace(space, base=space.base.model_copy(update={"training": training}))
 
 
 def _open_numbers(space: SearchSpace, records: list[TrialRecord]) -> tuple[list[int], list[int]]:
@@ -113,51 +106,41 @@ def _open_numbers(space: SearchSpace, records: list[TrialRecord]) -> tuple[list[
     return begun, [number for number in range(space.num_trials) if number not in known]
 
 
-def _has_work(space: SearchSpace, ledger: Ledger) -> bool:
-    return any(_open_numbers(space, ledger.records()))
-
-
-def _say(config: Config, text: str) -> None:
+def _print_step(config: Config, text: str) -> None:
     if config.logging.progress != "off":
         print(text, flush=True)
 
 
 def _run_trials(space: SearchSpace, ledger: Ledger, num_train_images: int, address: str | None) -> dict[str, Any]:
-    """Train all trials that are left; returns what the summary should say about it."""
+    """Train all trials that are left; returns entries of the summary."""
     config = space.base
-    _say(config, "joining Ray" if address or os.environ.get("RAY_ADDRESS") else "starting Ray")
+    _print_step(config, "joining Ray" if address or os.environ.get("RAY_ADDRESS") else "starting Ray")
     local = local_concurrency(config, space.search.max_concurrent)
     cpus, dashboard = local_cpus(config, local.trials), config.scaling.num_workers != 0
     with environment(_ENVIRONMENT), ray_session(address, num_cpus=cpus, dashboard=dashboard) as is_local:
         on_cluster = choose_concurrency(config, space.search.max_concurrent)
         room = local if is_local else on_cluster
         begun, new = _open_numbers(space, ledger.records())
-        _say(config, f"{len(begun) + len(new)} trials to train, {room.trials} at a time ({room.reason})")
+        _print_step(config, f"{len(begun) + len(new)} trials to train, {room.trials} at a time ({room.reason})")
         with show_progress(space, ledger, config.logging.progress):
             ran_out = _tune(space, ledger, room, rungs(space, num_train_images))
     return {"max_concurrent": room.trials, "max_concurrent_reason": room.reason, "ran_out": ran_out}
 
 
 def _tune(space: SearchSpace, ledger: Ledger, room: Concurrency, milestones: list[int]) -> bool:
-    """Hand the trials to Ray Tune; True if the space had fewer configurations than trials were asked for."""
+    """Let Ray Tune run the trials; True if the space has fewer configurations than trials were asked for."""
     from ray import tune
 
     from sam3lora.training.ray_resources import choose_gpu
     from sam3lora.tune.run.capacity import DRIVER_RESOURCES, trial_needs
     from sam3lora.tune.run.trial import run_trial
-    from sam3lora.tune.search.ray_scheduler import build_scheduler
-    from sam3lora.tune.search.ray_searcher import LedgerSearcher
+    from sam3lora.tune.search.ray_tune import LedgerSearcher, build_scheduler
 
-    records = ledger.records()
+    records = [current_record(ledger.folder(record.number), space.search) for record in ledger.records()]
     begun, new = _open_numbers(space, records)
-    sampler = build_sampler(space)
-    ended = [record for record in records if record.has_ended]
-    for record in ended:
-        sampler.observe(record)
     searcher = LedgerSearcher(
         ledger,
-        Proposer(space, taken=records, on_reject=ledger.reject, sampler=sampler, rejected=ledger.rejections()),
-        sampler,
+        Proposer(space, taken=records, rejected=ledger.rejections(), on_reject=ledger.reject),
         begun=begun,
         new=new,
         may_stop=bool(milestones),
@@ -166,16 +149,17 @@ def _tune(space: SearchSpace, ledger: Ledger, room: Concurrency, milestones: lis
     in_process = space.base.scaling.num_workers == 0
     needs = trial_needs(space.base, use_gpu=choose_gpu(space.base))[0] if in_process else DRIVER_RESOURCES
     scratch = ledger.sweep_dir / ".ray"
+    trial = tune.with_parameters(run_trial, space=space, sweep_dir=ledger.sweep_dir)
     tuner = tune.Tuner(
-        tune.with_resources(run_trial, needs),
+        tune.with_resources(trial, needs),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             scheduler=build_scheduler(space, milestones, records),
             num_samples=len(begun) + len(new),
             max_concurrent_trials=room.trials,
-            reuse_actors=False,  # what a trial leaves in memory goes with its process
+            reuse_actors=False,  # a new process for each trial frees its memory
         ),
-        # A name used twice would bring Ray's own bookkeeping back.
+        # With a name that it knows Ray would resume its own state.
         run_config=tune.RunConfig(name=f"sweep_{uuid.uuid4().hex[:8]}", storage_path=str(scratch), verbose=0),
     )
     try:
@@ -187,15 +171,13 @@ def _tune(space: SearchSpace, ledger: Ledger, room: Concurrency, milestones: lis
 
 
 def _settle(space: SearchSpace, ledger: Ledger, number: int) -> TrialRecord:
-    """The record of a trial whose process has ended: the trial's own, unless it was killed."""
-    record = ledger.read(number)
-    if record.has_ended:
-        return record
-    summarise(record, ledger.folder(number), metric=space.search.metric, mode=space.search.mode)
-    record.ended_at = time.time()
-    record.status, record.failure = "failed", "process lost"
-    record.reason = "the process of the trial ended without a word: killed, or its host is gone"
-    ledger.write(record)
+    """The final record of a trial whose process has ended. A killed process wrote none."""
+    record = current_record(ledger.folder(number), space.search)
+    if not record.has_ended:
+        record.ended_at = time.time()
+        record.status, record.failure = "failed", "process lost"
+        record.reason = "the process of the trial ended without a record: it was killed, or its host is gone"
+        ledger.write(record)
     return record
 
 
@@ -203,12 +185,12 @@ def _finish(
     space: SearchSpace, ledger: Ledger, summary: dict[str, Any], address: str | None, started: float
 ) -> SweepResult:
     """Tables, the best adapter, the held-out measurement, and the report."""
-    from sam3lora.tune.run.outcome import write_outcome
+    from sam3lora.tune.run.outcome import REPORT_FILE, write_outcome
 
     records = ledger.records()
     best = best_record(records, space.search.mode)
     base = next((record for record in records if record.is_base and record.value is not None), None)
-    _say(space.base, "writing the results")
+    _print_step(space.base, "writing the results")
     summary |= write_outcome(space, ledger, best=best, base=base, summary=summary, address=address)
     write_summary(ledger.sweep_dir, summary)
     report = ledger.sweep_dir / REPORT_FILE
@@ -223,7 +205,7 @@ def _finish(
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """A polite end (SIGTERM, as a stopped job gets) closes the books as an interrupt does."""
+    """Treat SIGTERM, which stops a job, like an interrupt, so that the sweep closes its records."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

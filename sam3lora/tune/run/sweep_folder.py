@@ -1,10 +1,9 @@
-"""The folder of a sweep: who may use it, what it holds before and after, and when the sweep ran."""
+"""The folder of a sweep: locking it, preparing it, removing leftovers, and when the sweep ran."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,16 +12,18 @@ from typing import Any
 import filelock
 
 from sam3lora.errors import UserError
+from sam3lora.files import write_whole
 from sam3lora.tune.run.decisions import DECISION_FILE
 from sam3lora.tune.run.ledger import REJECTED_FILE, SPACE_FILE, TRIAL_FILE, Ledger, TrialRecord
-from sam3lora.tune.space.reader import SearchSpace, load_space
+from sam3lora.tune.space.reader import load_space
+from sam3lora.tune.space.search_space import SearchSpace
 
 SUMMARY_FILE = "sweep.json"
 
 
 @contextlib.contextmanager
 def only_driver(sweep_dir: Path, resume: bool) -> Iterator[None]:
-    """Two sweeps in one folder would overwrite each other's trials."""
+    """Lock the folder: two sweeps in it would overwrite each other's trials."""
     if resume and not (sweep_dir / SPACE_FILE).is_file():
         raise UserError(f"nothing to resume: {sweep_dir} holds no sweep; start one without --resume")
     try:
@@ -40,17 +41,11 @@ def only_driver(sweep_dir: Path, resume: bool) -> Iterator[None]:
 
 
 def prepare(space: SearchSpace, sweep_dir: Path, *, resume: bool, retry_failed: bool) -> Ledger:
-    """Refuse what could be lost or mixed up, then write the space.
+    """Write the space, unless that would lose or mix up trials.
 
-    A start that failed before its first trial leaves nothing of value: it may be repeated.
+    A start that failed before its first trial leaves nothing of value and may be repeated.
     """
     space_file, ledger = sweep_dir / SPACE_FILE, Ledger(sweep_dir)
-    if not resume and ledger.records():
-        raise UserError(
-            f"{sweep_dir} already holds a sweep: give --resume to go on with it, or another --output-dir for a new one"
-        )
-    if not resume:
-        (sweep_dir / REJECTED_FILE).unlink(missing_ok=True)
     if resume:
         changed = load_space(space_file).differences(space)
         if changed:
@@ -62,51 +57,57 @@ def prepare(space: SearchSpace, sweep_dir: Path, *, resume: bool, retry_failed: 
         for record in ledger.records():
             if retry_failed and record.status == "failed":
                 _begin_again(ledger, record)
-    scratch = space_file.with_suffix(".tmp")
-    scratch.write_text(space.to_yaml(), encoding="utf-8")
-    os.replace(scratch, space_file)
+    elif ledger.records():
+        raise UserError(
+            f"{sweep_dir} already holds a sweep: give --resume to go on with it, or another --output-dir for a new one"
+        )
+    else:
+        (sweep_dir / REJECTED_FILE).unlink(missing_ok=True)
+    write_whole(space_file, space.to_yaml())
     return ledger
 
 
 def _begin_again(ledger: Ledger, failed: TrialRecord) -> None:
-    """A trial's settings alone, as if it had not been tried; at no moment is there no record of it."""
-    fresh = TrialRecord(
-        number=failed.number,
-        values=failed.values,
-        is_base=failed.is_base,
-        trainable_parameters=failed.trainable_parameters,
+    """Keep a trial's settings alone. The new record is written before the files go, so that there always is one."""
+    ledger.write(
+        TrialRecord(
+            number=failed.number,
+            values=failed.values,
+            is_base=failed.is_base,
+            trainable_parameters=failed.trainable_parameters,
+        )
     )
-    ledger.write(fresh)
     for path in ledger.folder(failed.number).iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != TRIAL_FILE:
-            path.unlink()
+        if path.name != TRIAL_FILE:
+            _remove(path)
 
 
 def tidy(ledger: Ledger) -> None:
-    """Leave no more than is needed of any trial that has ended."""
+    """Remove what is no longer needed of trials that have ended."""
     _remove_scratch(ledger)
     for record in ledger.records():
         if record.has_ended:
-            for name in ("checkpoints", "last"):
-                shutil.rmtree(ledger.folder(record.number) / name, ignore_errors=True)
-            (ledger.folder(record.number) / DECISION_FILE).unlink(missing_ok=True)
+            for name in ("checkpoints", "last", DECISION_FILE):
+                _remove(ledger.folder(record.number) / name)
 
 
 def _remove_scratch(ledger: Ledger) -> None:
-    """What killed processes left under hidden names."""
+    """Remove the half-written files and folders of killed processes, which have hidden names."""
     for folder in (ledger.sweep_dir, *(ledger.sweep_dir / "trials").glob("*")):
-        for pattern in (".ray", ".*.tmp", ".*.old", ".*.json"):
+        for pattern in (".ray", ".*.part*", ".*.tmp", ".*.old"):
             for leftover in folder.glob(pattern):
-                if leftover.is_dir():
-                    shutil.rmtree(leftover, ignore_errors=True)
-                else:
-                    leftover.unlink(missing_ok=True)
+                _remove(leftover)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def earlier_sessions(sweep_dir: Path) -> list[dict[str, float]]:
-    """When the sweep ran before. A killed driver wrote no end: the last sign of life of a trial stands for it."""
+    """When the sweep ran before. A killed driver wrote no end: the time of its trials' last log lines stands for it."""
     file = sweep_dir / SUMMARY_FILE
     try:
         sessions = json.loads(file.read_text(encoding="utf-8"))["sessions"]
@@ -114,12 +115,10 @@ def earlier_sessions(sweep_dir: Path) -> list[dict[str, float]]:
         return []
     for session in sessions:
         if "ended_at" not in session:
-            signs = [log.stat().st_mtime for log in sweep_dir.glob("trials/*/metrics.jsonl")]
-            session["ended_at"] = max([session["started_at"], *signs])
+            logs = [log.stat().st_mtime for log in sweep_dir.glob("trials/*/metrics.jsonl")]
+            session["ended_at"] = max([session["started_at"], *logs])
     return sessions
 
 
 def write_summary(sweep_dir: Path, summary: dict[str, Any]) -> None:
-    scratch = sweep_dir / ".summary.tmp"
-    scratch.write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(scratch, sweep_dir / SUMMARY_FILE)
+    write_whole(sweep_dir / SUMMARY_FILE, json.dumps(summary, indent=1, allow_nan=False) + "\n")

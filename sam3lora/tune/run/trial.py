@@ -1,6 +1,6 @@
-"""One trial, as Ray Tune runs it: train, try again with smaller batches if memory ran out, and say what came of it.
+"""One trial of a sweep: train, try again with smaller batches if memory ran out, and write the record.
 
-Nothing that goes wrong in a trial is raised: its record says why it failed, and the sweep goes on.
+No error of a trial is raised: its record says why it failed, and the sweep goes on.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from sam3lora.training.checkpoints import list_checkpoints
 from sam3lora.training.launch import train
 from sam3lora.training.update import NonFiniteLoss
 from sam3lora.tune.run.decisions import EndWhenDecided, StoppedEarly, await_decision
-from sam3lora.tune.run.ledger import SPACE_FILE, FailureKind, Ledger, TrialRecord
+from sam3lora.tune.run.ledger import FailureKind, Ledger, TrialRecord
 from sam3lora.tune.run.trial_summary import summarise
-from sam3lora.tune.space.reader import SearchSpace, load_space
+from sam3lora.tune.space.search_space import SearchSpace
 
+RETRY_KEYS = ("batch_size", "gradient_accumulation_steps")
 _REASON_LENGTH = 2000
 
 Report = Callable[[dict[str, Any]], None]
 
 
-def run_trial(params: dict[str, Any]) -> None:
+def run_trial(params: dict[str, Any], space: SearchSpace, sweep_dir: Path) -> None:
     """The function that Ray Tune calls.
 
     Args:
-        params: ``sweep_dir``; ``number`` of a trial with a record; ``may_stop``, whether trials are given up early.
+        params: From `LedgerSearcher`: `number` of a trial with a record; `may_stop`, whether there is early stopping.
     """
     from ray import tune
 
-    sweep_dir = Path(params["sweep_dir"])
-    space, ledger = load_space(sweep_dir / SPACE_FILE), Ledger(sweep_dir)
+    ledger = Ledger(sweep_dir)
     folder, may_stop = ledger.folder(params["number"]), params["may_stop"]
 
     def report(entry: dict[str, Any]) -> None:
@@ -54,21 +54,19 @@ def complete_trial(
     """Train a trial from where it stands to its end, and write its record.
 
     Args:
-        space: of the sweep.
-        ledger: holds the trial's record.
-        number: of the trial.
-        report: gets epoch (from 1) and the metrics of every validation, where the trial trains in this process.
-        may_stop: whether a decision to stop is to be looked for.
+        space: Search space of the sweep.
+        ledger: Holds the trial's record.
+        number: Of the trial.
+        report: Receives epoch (from 1) and the metrics of every validation, if the trial trains in this process.
+        may_stop: Whether there is early stopping.
     """
     record, folder = ledger.read(number), ledger.folder(number)
-    metric, mode = space.search.metric, space.search.mode
     record.started_at = record.started_at or time.time()
     record.status = "running"
-    summarise(record, folder, metric=metric, mode=mode)
     ledger.write(record)
     try:
         if may_stop:
-            await_decision(folder, 0)  # made before a break
+            await_decision(folder, 0)  # one that an earlier session has made
         _train(space, ledger, record, report, may_stop=may_stop)
         record.status = "finished"
     except StoppedEarly:
@@ -78,22 +76,12 @@ def complete_trial(
             raise
         record.status, record.failure, record.reason = "failed", failure_kind(error), _reason(error)
     record.ended_at = time.time()
-    summarise(record, folder, metric=metric, mode=mode)
+    summarise(record, folder, space.search)
     if record.status == "finished" and record.value is None:
         record.status, record.failure = "failed", "bad data"
-        record.reason = f"no {metric} could be measured: the validation images have nothing to measure it on"
+        record.reason = f"no {space.search.metric} was measured: the validation images have nothing to measure it on"
     ledger.write(record)
     return record
-
-
-def trial_config(space: SearchSpace, record: TrialRecord, folder: Path) -> Config:
-    """The configuration that a trial is trained with, retries included."""
-    config = space.trial_config(record.values, str(folder))
-    if not record.retries:
-        return config
-    changed = ("batch_size", "gradient_accumulation_steps")
-    training = config.training.model_copy(update={name: record.retries[-1][name] for name in changed})
-    return config.model_copy(update={"training": training})
 
 
 def failure_kind(error: BaseException) -> FailureKind:
@@ -110,7 +98,9 @@ def failure_kind(error: BaseException) -> FailureKind:
 
 def _train(space: SearchSpace, ledger: Ledger, record: TrialRecord, report: Report, *, may_stop: bool) -> None:
     while True:
-        config = trial_config(space, record, ledger.folder(record.number))
+        config = space.trial_config(record.values, str(ledger.folder(record.number)))
+        if record.retries:
+            config = config.changed({f"training.{name}": record.retries[-1][name] for name in RETRY_KEYS})
         try:
             _start(config, report, may_stop=may_stop)
             return
@@ -123,7 +113,7 @@ def _train(space: SearchSpace, ledger: Ledger, record: TrialRecord, report: Repo
 
 
 def _half_the_batch(config: Config) -> dict[str, int]:
-    """A step of as many images, or nearly, in smaller batches."""
+    """Settings of a step of as many images, or nearly, in smaller batches."""
     batch_size = config.training.images_per_forward // 2
     return {"batch_size": batch_size, "gradient_accumulation_steps": -(-images_per_step(config.training) // batch_size)}
 
@@ -132,7 +122,7 @@ def _start(config: Config, report: Report, *, may_stop: bool) -> None:
     """Train, from the last checkpoint if there is one."""
     folder = Path(config.output.output_dir)
     resume = bool(list_checkpoints(folder / "checkpoints"))
-    if not resume:  # an adapter that was saved before the first checkpoint could be
+    if not resume:  # a killed attempt may have saved an adapter before its first checkpoint
         for name in ("best", "last"):
             shutil.rmtree(folder / name, ignore_errors=True)
     if config.scaling.num_workers == 0:
@@ -145,7 +135,7 @@ def _start(config: Config, report: Report, *, may_stop: bool) -> None:
 
 
 def _free_memory() -> None:
-    """Give back what a failed attempt in this process held."""
+    """Free the memory of a failed attempt in this process."""
     import gc
 
     import torch
@@ -156,7 +146,7 @@ def _free_memory() -> None:
 
 
 def _is_going_down(error: BaseException) -> bool:
-    """Whether processes of the sweep itself are gone, as when its driver was killed: that is no fault of the trial."""
+    """Whether processes of the sweep itself are gone, for example a killed driver: not a failure of the trial."""
     from ray.exceptions import ActorDiedError, ActorUnavailableError, RaySystemError
 
     seen: BaseException | None = error

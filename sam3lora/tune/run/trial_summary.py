@@ -1,4 +1,4 @@
-"""What a trial's run folder says about it: a trial may be stopped from outside at any moment."""
+"""Completing a trial's record from its run folder, where all is that a killed trial has measured."""
 
 from __future__ import annotations
 
@@ -8,24 +8,37 @@ from typing import Any
 from sam3lora.errors import UserError
 from sam3lora.model.adapter.metadata import read_metadata
 from sam3lora.training.metrics_log import METRICS_FILE, read_metrics
-from sam3lora.tune.run.ledger import TrialRecord, better
+from sam3lora.tune.run.ledger import TrialRecord, better, read_trial_record
+from sam3lora.tune.space.search_space import Search
 
 MEASURED = ("valid_loss", "map", "map_50", "map_75", "cgf1", "off_prompt_fpr", "presence_accuracy")
 
 
-def summarise(record: TrialRecord, folder: Path, *, metric: str, mode: str) -> None:
-    """Fill in what ``metrics.jsonl`` of a run tells: history, the value of ``best/``, time, speed and memory.
+def current_record(folder: Path, search: Search) -> TrialRecord:
+    """The record in a trial's folder; that of a trial which has not ended includes the latest lines of its run.
+
+    Raises:
+        UserError: The record is missing or damaged.
+    """
+    record = read_trial_record(folder)
+    if not record.has_ended:
+        summarise(record, folder, search)
+    return record
+
+
+def summarise(record: TrialRecord, folder: Path, search: Search) -> None:
+    """Take over what a run has logged: history, the value of `best/`, time, speed and memory.
 
     Args:
-        record: changed in place; its status stays.
-        folder: the run folder of the trial.
-        metric: that chooses ``best/``: valid_loss, map or cgf1.
-        mode: min or max.
+        record: Changed in place; its status stays.
+        folder: The run folder of the trial.
+        search: Names the metric that chooses `best/`.
     """
+    metric = search.metric
     lines = read_metrics(folder / METRICS_FILE)
     record.history = [_entry(line) for line in lines if line["kind"] == "epoch"]
     record.epochs = max((entry["epoch"] for entry in record.history), default=0)
-    best = _of_saved_adapter(folder) or _best_entry(record.history, metric, mode)
+    best = _of_saved_adapter(folder) or _best_entry(record.history, metric, search.mode)
     record.value, record.best_epoch = best.get(metric), best.get("epoch")
     record.metrics = {name: best[name] for name in MEASURED if best.get(name) is not None}
     record.seconds = _seconds(lines)
@@ -39,8 +52,8 @@ def summarise(record: TrialRecord, folder: Path, *, metric: str, mode: str) -> N
 
 
 def _of_saved_adapter(folder: Path) -> dict[str, Any]:
-    """What was measured of the adapter in ``best/``: a trial that is cut short may have saved a better one before it
-    wrote the line, or the other way round."""
+    """The metrics of the adapter in `best/`. They can differ from the log: a killed trial may have saved a better
+    adapter before it wrote the line, or the other way round."""
     try:
         saved = read_metadata(folder / "best")
     except UserError:
@@ -57,7 +70,7 @@ def _best_entry(history: list[dict[str, Any]], metric: str, mode: str) -> dict[s
 
 
 def num_images(folder: Path) -> int | None:
-    """Training and validation images of a run; None if it did not get that far."""
+    """Training and validation images of a run; None if it has not started."""
     starts = [line for line in read_metrics(folder / METRICS_FILE) if line["kind"] == "start"]
     return starts[0]["num_train_images"] + starts[0]["num_valid_images"] if starts else None
 
@@ -68,7 +81,7 @@ def _entry(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def _attempts(lines: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """The lines of each start of the run: an interrupted trial has several."""
+    """The lines of each start of the run; an interrupted trial has several starts."""
     attempts: list[list[dict[str, Any]]] = []
     for line in lines:
         if line["kind"] == "start" or not attempts:
@@ -78,7 +91,7 @@ def _attempts(lines: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 
 def _seconds(lines: list[dict[str, Any]]) -> float:
-    """Time at work: from each start to the last line before the next one."""
+    """Time spent training: from each start to the last line before the next one."""
     spans = [attempt[-1]["unix_time"] - attempt[0]["unix_time"] for attempt in _attempts(lines)]
     return round(sum(spans), 3)
 

@@ -1,20 +1,21 @@
-"""From samples to trials: what a sample would train is checked before it costs anything."""
+"""From samples to trials: each sample is checked before it costs anything."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
 from typing import Any
 
 from sam3lora.config import Config
 from sam3lora.errors import UserError
-from sam3lora.tune.estimate.parameter_budget import ParameterCounter
+from sam3lora.tune.estimate.parameter_budget import count_trainable, meta_model
 from sam3lora.tune.run.ledger import Rejection, TrialRecord
-from sam3lora.tune.search.samplers import RandomSampler, Sampler, build_sampler, grid_points
+from sam3lora.tune.search.optuna_sampler import OptunaSampler
+from sam3lora.tune.search.samplers import GridSampler, RandomSampler, Sampler, grid_points
 from sam3lora.tune.space.parameters import value_text
-from sam3lora.tune.space.search_space import BYTES_A_PARAMETER, SearchSpace
+from sam3lora.tune.space.search_space import SearchSpace, adapter_mb
 
 MAX_ATTEMPTS = 500
 _SAMPLES_AT_START = 200
@@ -26,7 +27,7 @@ class Proposal:
 
     Attributes:
         values: Of every parameter.
-        config: What they make of the base configuration, see `SearchSpace.config_of`.
+        config: The base configuration with these values, see `SearchSpace.config_of`.
         trainable_parameters: Of the adapter.
         is_base: Whether it is the base configuration, unchanged.
     """
@@ -39,114 +40,112 @@ class Proposal:
 
 
 class Proposer:
-    """Turns samples into trials: over the budget, impossible or tried before, a sample gives way to another one."""
+    """Turns samples into trials. A sample that is over the budget, impossible or tried before is replaced."""
 
     def __init__(
         self,
         space: SearchSpace,
         *,
         taken: Iterable[TrialRecord] = (),
-        on_reject: Callable[[Rejection], None] = lambda rejection: None,
-        sampler: Sampler | None = None,
         rejected: Iterable[Rejection] = (),
+        on_reject: Callable[[Rejection], None] = lambda rejection: None,
     ) -> None:
         """Check the base and that some sample is possible.
 
         Args:
-            taken: trials that exist, ended or not.
-            on_reject: gets each rejected sample, once.
-            sampler: has observed the trials in ``taken`` that have ended; None makes one that does.
-            rejected: known from an earlier session, not reported again.
+            taken: Trials that exist, ended or not.
+            rejected: Rejections of an earlier session, which are not reported again.
+            on_reject: Receives each rejected sample, once.
 
         Raises:
-            UserError: the base model is not found, the base configuration is impossible or over the budget, or no
-                sample is within it.
+            UserError: The base model is not found, the base configuration is impossible or over the budget, no sample
+                is within it, or Optuna is asked for and not installed.
         """
         self._space, self._on_reject = space, on_reject
-        self._counter = ParameterCounter(space.base)
         self._limit = space.constraints.parameter_limit
+        model = space.base.model
+        meta_model(model.name, model.revision, model.local_files_only)  # raises UserError if it is not found
         taken = list(taken)
-        self._sampler = sampler or build_sampler(space)
-        if sampler is None:
-            for record in taken:
-                if record.has_ended:
-                    self._sampler.observe(record)
-        self._tried = {_fingerprint(self._config_of(record)) for record in taken}
-        self._seen = {_canonical(record.values) for record in taken if not record.is_base}
-        self._seen |= {_canonical(rejection.values) for rejection in rejected}
+        self._sampler = build_sampler(space, [record for record in taken if record.has_ended])
         self._base_trained = any(record.is_base for record in taken)
+        self._tried: set[str] = set()  # configurations
+        self._seen = {_canonical(rejection.values) for rejection in rejected}  # samples
         if space.search.include_base:
             self._check_base()
         self._check_samples()
+        self._tried |= {
+            _fingerprint(space.base if record.is_base else space.config_of(record.values)) for record in taken
+        }
+        self._seen |= {_canonical(record.values) for record in taken if not record.is_base}
+
+    def observe(self, record: TrialRecord) -> None:
+        """Let the sampler learn from a trial that has ended."""
+        self._sampler.observe(record)
 
     def next(self, number: int) -> Proposal | None:
-        """The next trial to train; None when nothing new is left or `MAX_ATTEMPTS` samples in a row were rejected."""
+        """The next trial to train; None if nothing new is left or `MAX_ATTEMPTS` samples in a row were rejected."""
         if number == 0 and self._space.search.include_base and not self._base_trained:
             self._base_trained = True
             base = self._space.base
-            return self._accept(number, self._space.base_values(), base, self._counter.count(base), is_base=True)
+            self._tried.add(_fingerprint(base))
+            return Proposal(number, self._space.base_values(), base, count_trainable(base), is_base=True)
         for attempt in range(MAX_ATTEMPTS):
             if self._space.size is not None and len(self._seen) >= self._space.size:
                 return None
             values = self._sampler.propose(number, attempt)
             if values is None:
                 return None
-            known = _canonical(values) in self._seen
+            is_new = _canonical(values) not in self._seen
             self._seen.add(_canonical(values))
             checked = self._check(number, values)
-            if not isinstance(checked, Rejection):
-                return self._accept(number, values, *checked)
-            self._sampler.reject(number, values)
-            # The base is a point of many a grid, and its result stands for both.
+            if isinstance(checked, Proposal):
+                self._tried.add(_fingerprint(checked.config))
+                return checked
+            self._sampler.reject(number)
+            # A grid often holds the base, whose result stands for both: that is not worth a report.
             is_loss = checked.kind != "already tried" or self._space.search.algorithm != "grid"
-            if is_loss and not known:
+            if is_loss and is_new:
                 self._on_reject(checked)
         return None
 
-    def _accept(
-        self, number: int, values: dict[str, Any], config: Config, parameters: int, *, is_base: bool = False
-    ) -> Proposal:
-        self._tried.add(_fingerprint(config))
-        return Proposal(number, values, config, parameters, is_base)
-
-    def _config_of(self, record: TrialRecord) -> Config:
-        return self._space.base if record.is_base else self._space.config_of(record.values)
-
-    def _check(self, number: int, values: dict[str, Any]) -> tuple[Config, int] | Rejection:
-        """What a sample would train, or why it is not trained."""
+    def _check(self, number: int, values: dict[str, Any]) -> Proposal | Rejection:
         try:
             config = self._space.config_of(values)
-            parameters = self._counter.count(config)
+            parameters = count_trainable(config)
         except UserError as error:
             return Rejection(number, values, "impossible settings", str(error))
         if _fingerprint(config) in self._tried:
             return Rejection(number, values, "already tried", "a trial has these settings", parameters)
         if self._limit is not None and parameters > self._limit:
-            reason = f"{parameters_text(parameters)}, over the bound of {parameters_text(self._limit)}"
+            reason = f"{_parameters_text(parameters)}, over the bound of {_parameters_text(self._limit)}"
             return Rejection(number, values, "over budget", reason, parameters)
-        return config, parameters
+        return Proposal(number, values, config, parameters, is_base=False)
 
     def _check_base(self) -> None:
-        parameters = self._counter.count(self._space.base)
+        parameters = count_trainable(self._space.base)
         if self._limit is not None and parameters > self._limit:
             raise UserError(
                 f"the base configuration {self._space.base_name} is over the budget: it has "
-                f"{parameters_text(parameters)}, allowed are {parameters_text(self._limit)}. Raise the bound under "
+                f"{_parameters_text(parameters)}, allowed are {_parameters_text(self._limit)}. Raise the bound under "
                 "constraints, make the base smaller under set, or leave it out with search.include_base: false"
             )
 
     def _check_samples(self) -> None:
         """Look for one sample that may be trained, so that a sweep without any does not start."""
-        rejections = []
-        tried, self._tried = self._tried, set()
+        rejections: list[Rejection] = []
         for values in islice(self._some_samples(), _SAMPLES_AT_START):
             checked = self._check(0, values)
-            if not isinstance(checked, Rejection):
-                break
+            if isinstance(checked, Proposal):
+                return
             rejections.append(checked)
-        else:
-            raise UserError(_why_none(rejections, self._limit))
-        self._tried = tried
+        over = [found.trainable_parameters for found in rejections if found.trainable_parameters is not None]
+        if not over or self._limit is None:
+            raise UserError(f"none of {len(rejections)} samples is possible; the first: {rejections[0].reason}")
+        raise UserError(
+            f"none of {len(rejections)} samples is within {_parameters_text(self._limit)}; the smallest has "
+            f"{_parameters_text(min(over))}: raise the bound under constraints, or let the parameters make smaller "
+            "adapters"
+        )
 
     def _some_samples(self) -> Iterator[dict[str, Any]]:
         if self._space.search.algorithm == "grid":
@@ -155,19 +154,40 @@ class Proposer:
         return (sampler.propose(number, attempt=0) for number in count(1))
 
 
-def _why_none(rejections: list[Rejection], limit: int | None) -> str:
-    over = [found.trainable_parameters for found in rejections if found.trainable_parameters is not None]
-    if not over or limit is None:
-        return f"none of {len(rejections)} samples is possible; the first: {rejections[0].reason}"
-    return (
-        f"none of {len(rejections)} samples is within {parameters_text(limit)}; the smallest has "
-        f"{parameters_text(min(over))}: raise the bound under constraints, or let the parameters make smaller adapters"
-    )
+def propose_all(space: SearchSpace) -> tuple[list[Proposal], list[Rejection]]:
+    """The trials of a sweep, and the samples that it would reject; those of Optuna as if no trial had a result.
+
+    Raises:
+        UserError: No sample can be trained.
+    """
+    rejections: list[Rejection] = []
+    proposer = Proposer(space, on_reject=rejections.append)
+    proposals: list[Proposal] = []
+    while len(proposals) < space.num_trials and (found := proposer.next(len(proposals))) is not None:
+        proposals.append(found)
+    if not proposals:
+        raise UserError(f"{space.name}: no sample can be trained: widen the parameters or the constraints")
+    return proposals, rejections
 
 
-def parameters_text(parameters: int) -> str:
-    """A number of trainable parameters with the size of its adapter: 1,024 trainable parameters (0.004 MB)."""
-    return f"{parameters:,} trainable parameters ({value_text(parameters * BYTES_A_PARAMETER / 1e6)} MB)"
+def build_sampler(space: SearchSpace, ended: Sequence[TrialRecord] = ()) -> Sampler:
+    """The sampler that `search.algorithm` names.
+
+    Args:
+        space: The search space.
+        ended: Trials of earlier sessions, from which Optuna learns.
+
+    Raises:
+        UserError: Optuna is asked for and not installed.
+    """
+    if space.search.algorithm == "optuna":
+        return OptunaSampler(space, ended)
+    return GridSampler(space) if space.search.algorithm == "grid" else RandomSampler(space)
+
+
+def _parameters_text(parameters: int) -> str:
+    """A number of trainable parameters with the size of the adapter: 1,024 trainable parameters (0.004 MB)."""
+    return f"{parameters:,} trainable parameters ({value_text(adapter_mb(parameters))} MB)"
 
 
 def _canonical(values: dict[str, Any]) -> str:

@@ -1,71 +1,57 @@
-"""Where the settings of the next trial come from."""
+"""Samplers: random and grid search over the parameters of a space."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from sam3lora.errors import UserError
 from sam3lora.tune.run.ledger import TrialRecord
-from sam3lora.tune.space.parameters import Choice, Grid
-from sam3lora.tune.space.rules import MOST_TRIALS
-from sam3lora.tune.space.search_space import SearchSpace
+from sam3lora.tune.space.parameters import Choice
+from sam3lora.tune.space.search_space import MOST_TRIALS, SearchSpace
 
 _ATTEMPTS_AT_A_GRID_POINT = 10
 
 
-class Sampler(Protocol):
-    """Proposes values. Which of them are trained, and how often one is asked again, is decided by `Proposer`."""
+class Sampler:
+    """Proposes values. `Proposer` decides which of them are trained, and how often to ask again."""
 
     def propose(self, number: int, attempt: int) -> dict[str, Any] | None:
-        """Values of all parameters for a trial, tied ones too; None if nothing is left to try.
+        """Values of all parameters for a trial, tied ones included; None if nothing is left to try.
 
         Args:
             number: Of the trial.
-            attempt: From 0; how many proposals for it were rejected.
+            attempt: How many proposals for this trial were rejected.
         """
+        raise NotImplementedError
 
     def observe(self, record: TrialRecord) -> None:
-        """Learn from a trial that has ended, also from those of an earlier session before the first proposal."""
+        """Learn from a trial that has ended."""
 
-    def reject(self, number: int, values: dict[str, Any]) -> None:
+    def reject(self, number: int) -> None:
         """The values proposed last for a trial are not trained."""
 
 
-def build_sampler(space: SearchSpace) -> Sampler:
-    """The sampler that ``search.algorithm`` names.
-
-    Raises:
-        UserError: optuna is asked for and not installed.
-    """
-    if space.search.algorithm == "grid":
-        return GridSampler(space)
-    if space.search.algorithm == "optuna":
-        from sam3lora.tune.search.optuna_sampler import OptunaSampler
-
-        return OptunaSampler(space)
-    return RandomSampler(space)
-
-
 class GridCycle:
-    """The combinations of the `Grid` parameters, in a shuffled order that is gone through again and again.
+    """The combinations of the `grid` parameters, in a shuffled order that is repeated without end.
 
-    Trials in a row get different ones, so that after any number of trials each was visited equally often, give or
-    take one. Of more combinations than a sweep has trials, so many are chosen by chance, each once.
+    Successive trials get different ones, so that after any number of trials each was visited equally often, give or
+    take one. If there are more combinations than a sweep may have trials, a random subset of them is used.
     """
 
     def __init__(self, space: SearchSpace) -> None:
-        self._values = {key: item.values for key, item in space.parameters.items() if isinstance(item, Grid)}
+        grids = {key: item for key, item in space.free.items() if isinstance(item, Choice) and item.kind == "grid"}
+        self._values = {key: item.values for key, item in grids.items()}
         size = math.prod(map(len, self._values.values()))
         self._order = np.random.default_rng(space.search.seed).choice(size, min(size, MOST_TRIALS), replace=False)
         self._first = 1 if space.search.include_base else 0
 
     def point(self, number: int, attempt: int) -> dict[str, Any]:
-        """The combination for a trial; one that is rejected again and again gives way to the next."""
+        """The combination for a trial; after several rejections the next one."""
         place = number - self._first + attempt // _ATTEMPTS_AT_A_GRID_POINT
         index = int(self._order[place % len(self._order)])
         point = {}
@@ -75,26 +61,20 @@ class GridCycle:
         return point
 
 
-class RandomSampler:
-    """Independent draws. A trial's values depend on its number alone, so a resumed sweep goes on as it began."""
+class RandomSampler(Sampler):
+    """Independent draws. The seed, the trial's number and the attempt determine the values, so that a resumed sweep
+    draws the same ones."""
 
     def __init__(self, space: SearchSpace) -> None:
-        self._space = space
-        self._cycle = GridCycle(space)
+        self._space, self._cycle = space, GridCycle(space)
 
     def propose(self, number: int, attempt: int) -> dict[str, Any]:
         rng = np.random.default_rng([self._space.search.seed, number, attempt])
-        drawn = {key: item.draw(rng) for key, item in self._space.free.items() if not isinstance(item, Grid)}
+        drawn = {key: item.draw(rng) for key, item in self._space.free.items() if item.kind != "grid"}
         return self._space.complete(drawn | self._cycle.point(number, attempt))
 
-    def observe(self, record: TrialRecord) -> None:
-        pass
 
-    def reject(self, number: int, values: dict[str, Any]) -> None:
-        pass
-
-
-class GridSampler:
+class GridSampler(Sampler):
     """Every combination once, in the order of the file; the last parameter changes fastest."""
 
     def __init__(self, space: SearchSpace) -> None:
@@ -103,18 +83,12 @@ class GridSampler:
     def propose(self, number: int, attempt: int) -> dict[str, Any] | None:
         return next(self._points, None)
 
-    def observe(self, record: TrialRecord) -> None:
-        pass
-
-    def reject(self, number: int, values: dict[str, Any]) -> None:
-        pass
-
 
 def grid_points(space: SearchSpace) -> Iterator[dict[str, Any]]:
     """The values of every combination of choices.
 
     Raises:
-        UserError: a parameter is a range.
+        UserError: A parameter is a range.
     """
     choices = {}
     for key, item in space.free.items():

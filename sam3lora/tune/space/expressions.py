@@ -1,4 +1,4 @@
-"""Arithmetic that ties one parameter to others, such as ``2 * lora.rank``."""
+"""Arithmetic that ties one parameter to others, such as `2 * lora.rank`."""
 
 from __future__ import annotations
 
@@ -6,20 +6,17 @@ import ast
 import operator
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-_BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.Pow: operator.pow,
-}
-_UNARY: dict[type[ast.unaryop], Callable[[Any], Any]] = {ast.USub: operator.neg, ast.UAdd: operator.pos}
 _LONGEST = 200  # characters
-_LARGEST_EXPONENT = _MOST_DIGITS = 64
+_LARGEST_EXPONENT = _MOST_DIGITS = 64  # larger ones would take forever
+
+
+def _power(base: Any, exponent: Any) -> Any:
+    if abs(exponent) > _LARGEST_EXPONENT:
+        raise ValueError(f"the exponent {exponent:g} is too large, expected at most {_LARGEST_EXPONENT}")
+    return base**exponent
 
 
 def _round(value: Any, digits: Any = None) -> Any:
@@ -28,6 +25,16 @@ def _round(value: Any, digits: Any = None) -> Any:
     return round(value, digits)
 
 
+_OPERATORS: dict[type[ast.operator] | type[ast.unaryop], Callable[..., Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Pow: _power,
+    ast.USub: operator.neg,
+    ast.UAdd: operator.pos,
+}
 _FUNCTIONS: dict[str, Callable[..., Any]] = {"min": min, "max": max, "round": _round, "int": int}
 
 ALLOWED = f"numbers, dotted keys, + - * / // **, brackets and {', '.join(_FUNCTIONS)}"
@@ -35,7 +42,7 @@ ALLOWED = f"numbers, dotted keys, + - * / // **, brackets and {', '.join(_FUNCTI
 
 @dataclass(frozen=True)
 class Expression:
-    """Parsed arithmetic over dotted keys.
+    """Arithmetic over dotted keys.
 
     Attributes:
         text: As it was written.
@@ -43,31 +50,33 @@ class Expression:
     """
 
     text: str
-    keys: tuple[str, ...] = field(default=())
+    keys: tuple[str, ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> Expression:
-        """Read an expression without evaluating it.
+        """Read an expression without computing it.
 
         Raises:
-            ValueError: it is not an expression, is too long, or holds anything but `ALLOWED`.
+            ValueError: It is not an expression, is too long, or holds anything but `ALLOWED`.
         """
         if len(text) > _LONGEST:
             raise ValueError(f"an expression of {len(text)} characters is too long, expected at most {_LONGEST}")
-        keys: dict[str, None] = {}
-        _check(_tree(text), keys)
-        return cls(text, tuple(keys))
+        return cls(text, tuple(dict.fromkeys(_keys(_tree(text)))))
 
     def evaluate(self, values: Mapping[str, Any]) -> int | float:
         """The value with these values of its keys.
 
         Raises:
-            ValueError: a key's value is not a number, or the result of a step is not a finite number.
+            ValueError: A key's value is not a number, or the result of a step is not a finite number.
         """
         try:
             return _evaluate(_tree(self.text), values)
         except (ArithmeticError, TypeError) as error:
             raise ValueError(f"{self.text!r} cannot be computed: {error}") from None
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _tree(text: str) -> ast.expr:
@@ -78,7 +87,7 @@ def _tree(text: str) -> ast.expr:
 
 
 def _dotted(node: ast.expr) -> str | None:
-    """``training.loss.mask`` for nested attributes of a name."""
+    """`training.loss.mask` for nested attributes of a name."""
     if isinstance(node, ast.Name):
         return node.id
     if isinstance(node, ast.Attribute) and (front := _dotted(node.value)):
@@ -86,56 +95,34 @@ def _dotted(node: ast.expr) -> str | None:
     return None
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _step(node: ast.expr) -> tuple[Callable[..., Any], list[ast.expr]]:
+    """The operation that a node stands for, and its operands; ValueError for anything but arithmetic."""
+    match node:
+        case ast.Constant(value) if is_number(value):
+            return lambda: value, []
+        case ast.BinOp(left, op, right) if type(op) in _OPERATORS:
+            return _OPERATORS[type(op)], [left, right]
+        case ast.UnaryOp(op, operand) if type(op) in _OPERATORS:
+            return _OPERATORS[type(op)], [operand]
+        case ast.Call(ast.Name(name), arguments, []) if name in _FUNCTIONS and arguments:
+            return _FUNCTIONS[name], arguments
+    raise ValueError(f"{ast.unparse(node)!r} is not allowed: use {ALLOWED}")
 
 
-def _check(node: ast.expr, keys: dict[str, None]) -> None:
-    if isinstance(node, ast.Constant) and _is_number(node.value):
-        return
-    if (key := _dotted(node)) is not None:
-        keys[key] = None
-    elif isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
-        _check(node.left, keys)
-        _check(node.right, keys)
-    elif isinstance(node, ast.UnaryOp) and type(node.op) in _UNARY:
-        _check(node.operand, keys)
-    elif (
-        isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Name)
-        and node.func.id in _FUNCTIONS
-        and node.args
-        and not node.keywords
-    ):
-        for argument in node.args:
-            _check(argument, keys)
-    else:
-        raise ValueError(f"{ast.unparse(node)!r} is not allowed: use {ALLOWED}")
+def _keys(node: ast.expr) -> list[str]:
+    key = _dotted(node)
+    return [key] if key else [key for operand in _step(node)[1] for key in _keys(operand)]
 
 
 def _evaluate(node: ast.expr, values: Mapping[str, Any]) -> int | float:
-    """The value of a node, in the range of a float: whole numbers that grow without bound would take forever."""
-    result = _compute(node, values)
+    if key := _dotted(node):
+        result = values[key]
+        if not is_number(result):
+            raise ValueError(f"{key} is {result!r:.80}, expected a number")
+    else:
+        operation, operands = _step(node)
+        result = operation(*(_evaluate(operand, values) for operand in operands))
+    # Whole numbers that grow without bound would take forever, so each step has to fit into a float.
     if isinstance(result, complex) or not abs(result) <= sys.float_info.max:
         raise OverflowError("expected a finite number at every step")
     return result
-
-
-def _compute(node: ast.expr, values: Mapping[str, Any]) -> Any:
-    if isinstance(node, ast.Constant):
-        return node.value
-    if (key := _dotted(node)) is not None:
-        value = values[key]
-        if not _is_number(value):
-            raise ValueError(f"{key} is {value!r:.80}, expected a number")
-        return value
-    if isinstance(node, ast.BinOp):
-        left, right = _evaluate(node.left, values), _evaluate(node.right, values)
-        if isinstance(node.op, ast.Pow) and abs(right) > _LARGEST_EXPONENT:
-            raise ValueError(f"the exponent {right:g} is too large, expected at most {_LARGEST_EXPONENT}")
-        return _BINARY[type(node.op)](left, right)
-    if isinstance(node, ast.UnaryOp):
-        return _UNARY[type(node.op)](_evaluate(node.operand, values))
-    assert isinstance(node, ast.Call)
-    assert isinstance(node.func, ast.Name)
-    return _FUNCTIONS[node.func.id](*(_evaluate(argument, values) for argument in node.args))

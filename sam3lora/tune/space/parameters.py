@@ -1,4 +1,4 @@
-"""What a sweep varies: the kinds of parameters, how they are written and how they are drawn."""
+"""The kinds of parameters that a sweep varies: how they are written, and how values are drawn."""
 
 from __future__ import annotations
 
@@ -8,72 +8,36 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from sam3lora.tune.space.expressions import Expression
+from sam3lora.tune.space.expressions import Expression, is_number
 
 if TYPE_CHECKING:
     import numpy as np
 
-LARGEST_WHOLE = 2**53  # a float has every whole number up to it
-_LARGEST_END = 1e300  # of a range: the distance between two ends is a finite number
-_DIGITS = 5  # significant digits of drawn numbers: more would only be hard to read
+KINDS = ("choice", "uniform", "loguniform", "randint", "grid", "tied")
+LARGEST_WHOLE = 2**53  # a float can hold every whole number up to it
+LARGEST_NUMBER = 1e300  # the distance between two such ends of a range is finite
+_MOST_VALUES = 500
+_DIGITS = 5  # significant digits of drawn numbers
+_EXAMPLE = "{choice: [4, 8, 16]}"
 
 
 @dataclass(frozen=True)
-class Parameter:
-    """One line under ``parameters``.
+class Choice:
+    """One of some values of any type.
 
     Attributes:
-        key: Dotted key of the configuration, or ``components``.
-        kind: choice, uniform, loguniform, randint, grid or tied.
-        is_log: Whether its values are spread over orders of magnitude.
+        key: Dotted key of the configuration, or `components`.
+        kind: "choice", drawn with equal chances; or "grid", all visited equally often, whichever way the other
+            parameters are searched.
+        values: The values.
+        labels: Their names in tables; None where none were given.
     """
 
     key: str
-    kind: ClassVar[str]
-    is_log: ClassVar[bool] = False
-
-    @property
-    def is_numeric(self) -> bool:
-        """Whether every value is a number."""
-        return True
-
-    @property
-    def count(self) -> int | None:
-        """How many values it has; None without end."""
-        return None
-
-    def draw(self, rng: np.random.Generator) -> Any:
-        """A random value."""
-        raise NotImplementedError
-
-    def has(self, value: Any) -> bool:
-        """Whether a value is one of its own."""
-        raise NotImplementedError
-
-    def extremes(self) -> tuple[Any, ...]:
-        """The values that a configuration must accept if it is to accept all: both ends, or every choice."""
-        raise NotImplementedError
-
-    def label(self, value: Any) -> str:
-        """A short text for tables."""
-        return value_text(value)
-
-    def written(self) -> dict[str, Any]:
-        """As it stands in a search space file: ``{kind: ...}``."""
-        raise NotImplementedError
-
-    def describe(self) -> str:
-        """Its values in words."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class Choice(Parameter):
-    """One of some values of any type, drawn with equal chances; ``labels`` are None where none were given."""
-
-    kind: ClassVar[str] = "choice"
+    kind: str
     values: tuple[Any, ...]
     labels: tuple[str, ...] | None = None
+    is_log: ClassVar[bool] = False
 
     @property
     def is_numeric(self) -> bool:
@@ -90,6 +54,7 @@ class Choice(Parameter):
         return self.values[int(rng.integers(len(self.values)))]
 
     def extremes(self) -> tuple[Any, ...]:
+        """The values that must be valid if all are to be: here every one."""
         return self.values
 
     def label(self, value: Any) -> str:
@@ -98,96 +63,76 @@ class Choice(Parameter):
         return value_text(value)
 
     def written(self) -> dict[str, Any]:
-        values = list(self.values) if self.labels is None else dict(zip(self.labels, self.values))
-        return {self.kind: values}
+        """As in a search space file."""
+        return {self.kind: list(self.values) if self.labels is None else dict(zip(self.labels, self.values))}
 
     def describe(self) -> str:
         return "; ".join(self.label(value) for value in self.values)
 
 
 @dataclass(frozen=True)
-class Grid(Choice):
-    """Values that are all visited, equally often, whichever way the other parameters are searched."""
+class Range:
+    """A number between two ends, both included.
 
-    kind: ClassVar[str] = "grid"
+    Attributes:
+        key: Dotted key of the configuration.
+        kind: "uniform" = any number, "loguniform" = the same with each order of magnitude equally likely, "randint" =
+            whole numbers.
+    """
 
-
-@dataclass(frozen=True)
-class Range(Parameter):
-    """Numbers between two ends."""
-
+    key: str
+    kind: str
     low: float
     high: float
+    is_numeric: ClassVar[bool] = True
+
+    @property
+    def is_log(self) -> bool:
+        return self.kind == "loguniform"
+
+    @property
+    def count(self) -> int | None:
+        """How many values there are; None for any number of them."""
+        return int(self.high - self.low) + 1 if self.kind == "randint" else None
 
     def has(self, value: Any) -> bool:
         return is_number(value) and self.low <= value <= self.high
 
+    def draw(self, rng: np.random.Generator) -> float:
+        if self.kind == "randint":
+            return int(rng.integers(int(self.low), int(self.high), endpoint=True))
+        if self.is_log:
+            return self.rounded(math.exp(rng.uniform(math.log(self.low), math.log(self.high))))
+        return self.rounded(rng.uniform(self.low, self.high))
+
+    def rounded(self, value: float) -> float:
+        """With few digits, and still between the ends."""
+        return min(max(float(f"{value:.{_DIGITS}g}"), self.low), self.high)
+
     def extremes(self) -> tuple[Any, ...]:
         return (self.low, self.high)
+
+    def label(self, value: Any) -> str:
+        return value_text(value)
 
     def written(self) -> dict[str, Any]:
         return {self.kind: [self.low, self.high]}
 
     def describe(self) -> str:
-        return f"{value_text(self.low)} to {value_text(self.high)}"
-
-    def rounded(self, value: float) -> float:
-        """With few digits, and still inside."""
-        return min(max(float(f"{value:.{_DIGITS}g}"), self.low), self.high)
+        note = {"loguniform": ", logarithmic", "randint": ", whole numbers"}.get(self.kind, "")
+        return f"{value_text(self.low)} to {value_text(self.high)}{note}"
 
 
 @dataclass(frozen=True)
-class Uniform(Range):
-    """Any number between the ends, each as likely."""
+class Tied:
+    """Computed from other parameters or keys of the base; never drawn."""
 
-    kind: ClassVar[str] = "uniform"
-
-    def draw(self, rng: np.random.Generator) -> float:
-        return self.rounded(rng.uniform(self.low, self.high))
-
-
-@dataclass(frozen=True)
-class LogUniform(Range):
-    """Any number between two positive ends, each order of magnitude as likely: for learning rates."""
-
-    kind: ClassVar[str] = "loguniform"
-    is_log: ClassVar[bool] = True
-
-    def draw(self, rng: np.random.Generator) -> float:
-        return self.rounded(math.exp(rng.uniform(math.log(self.low), math.log(self.high))))
-
-    def describe(self) -> str:
-        return f"{super().describe()}, logarithmic"
-
-
-@dataclass(frozen=True)
-class RandInt(Range):
-    """Whole numbers from the lower to the upper end, both included."""
-
-    kind: ClassVar[str] = "randint"
-    low: int
-    high: int
-
-    @property
-    def count(self) -> int:
-        return self.high - self.low + 1
-
-    def draw(self, rng: np.random.Generator) -> int:
-        return int(rng.integers(self.low, self.high, endpoint=True))
-
-    def describe(self) -> str:
-        return f"{super().describe()}, whole numbers"
-
-
-@dataclass(frozen=True)
-class Tied(Parameter):
-    """Follows from other parameters or keys of the base; never drawn."""
-
-    kind: ClassVar[str] = "tied"
+    key: str
     expression: Expression
+    kind: ClassVar[str] = "tied"
 
-    def extremes(self) -> tuple[Any, ...]:
-        return ()
+    def label(self, value: Any) -> str:
+        return value_text(value)
 
     def written(self) -> dict[str, Any]:
         return {self.kind: self.expression.text}
@@ -196,15 +141,15 @@ class Tied(Parameter):
         return f"= {self.expression.text}"
 
 
-KINDS: tuple[str, ...] = ("choice", "uniform", "loguniform", "randint", "grid", "tied")
-_EXAMPLE = "{choice: [4, 8, 16]}"
+FreeParameter = Choice | Range
+Parameter = Choice | Range | Tied
 
 
 def parse_parameter(key: str, written: Any) -> Parameter:
-    """Read what stands after ``key:`` under ``parameters``.
+    """Read what stands after `key:` under `parameters`.
 
     Raises:
-        ValueError: it is no parameter; says what to write.
+        ValueError: It is not a parameter; the message says what to write.
     """
     if not isinstance(written, Mapping) or not written:
         raise ValueError(f"expected a kind such as {_EXAMPLE}, got {_got(written)}; a fixed value goes under set")
@@ -214,14 +159,12 @@ def parse_parameter(key: str, written: Any) -> Parameter:
     if kind not in KINDS:
         close = difflib.get_close_matches(str(kind), KINDS, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
-        raise ValueError(f'"{kind}" is no kind of parameter; {hint}kinds are {", ".join(KINDS)}')
+        raise ValueError(f'"{kind}" is not a kind of parameter; {hint}kinds are {", ".join(KINDS)}')
     if kind == "tied":
-        if not isinstance(content, str | int | float) or isinstance(content, bool):
+        if not isinstance(content, str) and not is_number(content):
             raise ValueError(f"tied expects an expression such as 2 * lora.rank, got {_got(content)}")
         return Tied(key, Expression.parse(str(content)))
-    if kind in ("choice", "grid"):
-        return _parse_choice(key, kind, content)
-    return _parse_range(key, kind, content)
+    return _parse_choice(key, kind, content) if kind in ("choice", "grid") else _parse_range(key, kind, content)
 
 
 def _parse_choice(key: str, kind: str, content: Any) -> Choice:
@@ -233,19 +176,19 @@ def _parse_choice(key: str, kind: str, content: Any) -> Choice:
         raise ValueError(f"{kind} expects a list of values or labels with values, got {_got(content)}")
     if not values:
         raise ValueError(f"{kind} is empty: list the values to try")
-    if len(values) > 500:
-        raise ValueError(f"{kind} has {len(values)} values, expected at most 500: leave some out")
+    if len(values) > _MOST_VALUES:
+        raise ValueError(f"{kind} has {len(values)} values, expected at most {_MOST_VALUES}: leave some out")
     if labels and len(set(labels)) < len(labels):
-        raise ValueError(f"{kind} has two labels that read the same: {short(', '.join(labels))}")
+        raise ValueError(f"{kind} has the same label twice: {short(', '.join(labels))}")
     for place, value in enumerate(values):
         if value in values[:place]:
             raise ValueError(f"{kind} holds {short(value_text(value))} twice: remove one")
-    return (Grid if kind == "grid" else Choice)(key, values, labels)
+    return Choice(key, kind, values, labels)
 
 
 def _parse_range(key: str, kind: str, content: Any) -> Range:
     is_pair = isinstance(content, list | tuple) and len(content) == 2
-    largest = LARGEST_WHOLE if kind == "randint" else _LARGEST_END
+    largest = LARGEST_WHOLE if kind == "randint" else LARGEST_NUMBER
     if not is_pair or not all(is_number(end) and abs(end) <= largest for end in content):
         raise ValueError(f"{kind} expects two numbers [low, high] of at most {largest:.0e}, got {_got(content)}")
     low, high = content
@@ -254,18 +197,14 @@ def _parse_range(key: str, kind: str, content: Any) -> Range:
     if kind == "randint":
         if not isinstance(low, int) or not isinstance(high, int):
             raise ValueError(f"randint expects two whole numbers, got {_got(content)}; uniform draws any number")
-        return RandInt(key, low, high)
+        return Range(key, kind, low, high)
     if kind == "loguniform" and low <= 0:
         raise ValueError(f"loguniform needs low > 0, got {value_text(low)}: raise it, or write uniform")
-    return (LogUniform if kind == "loguniform" else Uniform)(key, float(low), float(high))
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return Range(key, kind, float(low), float(high))
 
 
 def short(text: str) -> str:
-    """A text for a message: on one line, cut where it is long."""
+    """A text for a message: on one line, cut after 80 characters."""
     line = " ".join(text.split())
     return line if len(line) <= 80 else f"{line[:80]}..."
 
@@ -275,7 +214,7 @@ def _got(value: Any) -> str:
 
 
 def value_text(value: Any) -> str:
-    """A value as a table shows it: 2e-4, true, none, q_proj, v_proj.
+    """A value as a table shows it.
 
     >>> [value_text(value) for value in (0.0002, 16.0, 0.05, None, True, ["q_proj", "v_proj"])]
     ['2e-4', '16', '0.05', 'none', 'true', 'q_proj, v_proj']

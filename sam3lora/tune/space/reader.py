@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -18,24 +19,20 @@ from sam3lora.config.loading import describe_validation
 from sam3lora.config.yaml_text import parse_yaml
 from sam3lora.errors import UserError
 from sam3lora.tune.space.component_sets import COMPONENTS_KEY, read_own_sets
-from sam3lora.tune.space.parameters import Parameter, parse_parameter, short, value_text
-from sam3lora.tune.space.rules import (
-    check_key,
-    check_kind,
-    names_folder,
-    not_plain,
-    refused_values,
-    search_problems,
-    split_in_use,
-    tied_problems,
+from sam3lora.tune.space.parameters import (
+    LARGEST_NUMBER,
+    LARGEST_WHOLE,
+    Parameter,
+    parse_parameter,
+    short,
+    value_text,
 )
+from sam3lora.tune.space.rules import check_key, check_kind, refused_values, search_problems, tied_problems
 from sam3lora.tune.space.search_space import Constraints, EarlyStopping, Failures, Search, SearchSpace
 
-__all__ = ["SearchSpace", "load_space", "space_names"]
-
-_KEYS = ("name", "base", "base_name", "set", "parameters", "component_sets", "constraints", "search", "early_stopping")
-_FILE_KEYS = (*_KEYS, "failures")
+_FILE_KEYS = ("name", "base", "base_name", "set", "parameters", "component_sets")
 _MOST_PROBLEMS = 20  # that are listed
+_LONGEST_NAME, _LONGEST_KEY, _DEEPEST, _MOST_VALUES = 100, 200, 20, 100_000
 
 
 class _Sections(Section):
@@ -66,18 +63,18 @@ def load_space(
     """Read, complete and check a search space.
 
     Args:
-        source: the name of a shipped space, the path of a YAML file, or its content. A relative `base` is looked for
+        source: The name of a shipped space, the path of a YAML file, or its content. A relative `base` is looked for
             beside the file first, then in the working directory.
-        config: a preset's name or a YAML file that replaces the file's base.
-        overrides: texts `a.b=c` that change the base, after the file's `set`.
-        num_trials, algorithm, metric, max_concurrent: replace the file's keys of `search`.
+        config: A preset's name or a YAML file that replaces the file's base.
+        overrides: Texts `a.b=c` that change the base, after the file's `set`.
+        num_trials, algorithm, metric, max_concurrent: Replace the file's keys of `search`.
 
     Raises:
-        UserError: there is no such space, it is not YAML, or keys, values, parameters or the base are wrong; all
+        UserError: There is no such space, it is not YAML, or keys, values, parameters or the base are wrong; all
             problems are listed together.
     """
     raw, where, folder = _read_source(source)
-    _stop_at(where, not_plain(raw))
+    _raise_problems(where, _not_plain(raw))
     if not isinstance(raw, Mapping):
         raise UserError(f"{where}: expected keys such as base: and parameters:, got {short(value_text(raw))}")
     changes = {"num_trials": num_trials, "algorithm": algorithm, "metric": metric, "max_concurrent": max_concurrent}
@@ -85,12 +82,12 @@ def load_space(
     space = reader.read(Path(where).stem)
     if space is not None and not reader.problems:
         reader.problems += refused_values(space)
-    _stop_at(where, reader.problems)
+    _raise_problems(where, reader.problems)
     assert space is not None
     return space
 
 
-def _stop_at(where: str, problems: list[str]) -> None:
+def _raise_problems(where: str, problems: list[str]) -> None:
     if len(problems) == 1:
         raise UserError(f"{where}: {problems[0]}")
     if problems:
@@ -100,11 +97,10 @@ def _stop_at(where: str, problems: list[str]) -> None:
 
 
 def _read_source(source: str | Path | Mapping[str, Any]) -> tuple[Any, str, Path]:
-    """The content, what to call it in an error, and the folder that it is in."""
+    """The content, its name for error messages, and the folder that it is in."""
     if isinstance(source, Mapping):
         return source, "search space", Path()
-    path = _file_at(Path(), source)
-    names = space_names()
+    path, names = _file_at(Path(), source), space_names()
     if str(source) in names:
         text, folder = resources.files("tune_spaces").joinpath(f"{source}.yaml").read_text(encoding="utf-8"), Path()
     elif path is None:
@@ -126,8 +122,66 @@ def _file_at(folder: Path, source: str | Path) -> Path | None:
     try:
         path = folder / Path(source).expanduser()
         return path if path.is_file() else None
-    except (OSError, RuntimeError):  # too long a name, the home of nobody
+    except (OSError, RuntimeError):  # the name is too long, or ~user does not exist
         return None
+
+
+def _not_plain(raw: Any) -> list[str]:
+    """Values that neither a configuration nor the record of a trial can hold, a line each.
+
+    The limits also stop YAML anchors (&) that hold themselves, or that multiply when they are written out.
+    """
+    problems: list[str] = []
+    for number, problem in enumerate(_walk(raw, "", 0)):
+        if number == _MOST_VALUES:
+            return [*problems, f"more than {_MOST_VALUES:,} values: write fewer"]
+        if problem is not None:
+            problems.append(problem)
+    return problems
+
+
+def _walk(value: Any, where: str, depth: int) -> Iterator[str | None]:
+    """A problem or None for each value in a value."""
+    problem = None
+    if isinstance(value, Mapping | list | tuple):
+        if depth < _DEEPEST:
+            for name, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+                place = f"{where}.{name}" if where else str(name)
+                is_key = name is None or isinstance(name, str | int | float)
+                if is_key and len(str(name)) <= _LONGEST_KEY and str(name).isprintable():
+                    yield from _walk(item, place, depth + 1)
+                else:
+                    yield f"{short(place)}: a key is a text or number on one line of at most {_LONGEST_KEY} characters"
+        else:
+            problem = f"is nested more than {_DEEPEST} deep: write it flatter"
+    elif isinstance(value, int | float):
+        if not abs(value) <= (LARGEST_WHOLE if isinstance(value, int) else LARGEST_NUMBER):
+            problem = "is too large for any setting, or not a finite number"
+    elif value is not None and not isinstance(value, str) and not (where == "base" and isinstance(value, Path)):
+        problem = (
+            f"is a {type(value).__name__}, expected a number, a text, true, false, null, a list or keys and values"
+        )
+    yield problem and f"{short(where) or 'the file'} {problem}"
+
+
+def _names_folder(text: str) -> bool:
+    """Whether a text is one plain component of a path."""
+    is_plain = text.isprintable() and text == text.strip() and not set(text) & set("/\\")
+    return is_plain and text not in ("", ".", "..") and len(text) <= _LONGEST_NAME
+
+
+def _split_in_use(split: str, base: Config) -> str | None:
+    """`data.train_split` or `data.valid_split` if that is the folder of a split, even under another path."""
+    for key, used in (("data.train_split", base.data.train_split), ("data.valid_split", base.data.valid_split)):
+        if os.path.normpath(split) == os.path.normpath(used):
+            return key
+        try:
+            root = Path(base.training.data_dir or ".").expanduser()
+            if base.training.data_dir and (root / split).samefile(root / used):
+                return key
+        except (OSError, RuntimeError, ValueError):  # the folder is not there yet
+            continue
+    return None
 
 
 class _Reader:
@@ -146,45 +200,39 @@ class _Reader:
         self.problems: list[str] = []
 
     def read(self, stem: str) -> SearchSpace | None:
-        """The space, or None where it cannot be made; what is wrong is in ``problems``."""
-        self.check_keys(self.raw, _FILE_KEYS, "")
-        own_sets = self.component_sets()
+        """The space, or None if it cannot be made; `problems` then says why."""
+        self.check_keys(self.raw, (*_FILE_KEYS, *_Sections.model_fields), "")
+        own_sets, problems = read_own_sets(self.mapping("component_sets"))
+        self.problems += problems
         parameters = self.parameters(own_sets)
-        fixed = self.fixed(parameters)
-        base, base_name = self.base(fixed)
+        base, base_name = self.base(self.fixed(parameters))
         sections = self.sections()
-        name = self.name("sweep" if stem == "search space" else stem)
+        name = self.raw.get("name")
+        name = ("sweep" if stem == "search space" else stem) if name is None else name
+        if not isinstance(name, str | int | float) or not _names_folder(str(name)):
+            self.problems.append(f"name should be a text that can name a folder, got {short(repr(name))}")
         if base is None or sections is None:
             return None
         self.problems += tied_problems(parameters) + search_problems(parameters, sections.search)
         parts = {field: getattr(sections, field) for field in _Sections.model_fields}
         parts["search"] = self.held_out(base, sections.search)
-        return SearchSpace(name, base, base_name, parameters, own_sets, **parts)
-
-    def name(self, default: str) -> str:
-        """The sweep's name, which its folder gets by default."""
-        written = self.raw.get("name")
-        name = default if written is None else written
-        if not isinstance(name, str | int | float) or not names_folder(str(name)):
-            self.problems.append(f"name should be a text that can name a folder, got {short(repr(name))}")
-        return str(name)
+        return SearchSpace(str(name), base, base_name, parameters, own_sets, **parts)
 
     def held_out(self, base: Config, search: Search) -> Search:
         """`search`, with a held-out split only if it is another folder than those of training and validation."""
         split = search.held_out_split
         if split is None:
             return search
-        if not names_folder(split):
+        if not _names_folder(split):
             self.problems.append(
                 f"search.held_out_split should be the name of a folder in training.data_dir, got {short(split)}"
             )
-            return search
-        if key := split_in_use(split, base):
+        elif key := _split_in_use(split, base):
             if "held_out_split" not in search.model_fields_set:
                 return search.model_copy(update={"held_out_split": None})
             self.problems.append(
-                f"search.held_out_split {split} is the folder of {key}, so it says nothing about other images: name "
-                "another split, or write null"
+                f"search.held_out_split {split} is the folder of {key}, which the trials see: name another split, or "
+                "write null"
             )
         return search
 
@@ -203,11 +251,6 @@ class _Reader:
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
             hint = f"did you mean {prefix}{close[0]}?" if close else f"keys are {', '.join(known)}"
             self.problems.append(f"{prefix}{name}: unknown key; {hint}")
-
-    def component_sets(self) -> dict[str, tuple[str, ...]]:
-        sets, problems = read_own_sets(self.mapping("component_sets"))
-        self.problems += problems
-        return sets
 
     def parameters(self, own_sets: dict[str, tuple[str, ...]]) -> dict[str, Parameter]:
         found: dict[str, Parameter] = {}

@@ -1,4 +1,4 @@
-"""What a sweep tries: parameters around a base configuration, with bounds and a way to search."""
+"""A search space: parameters around a base configuration, with bounds and settings of the search."""
 
 from __future__ import annotations
 
@@ -9,22 +9,30 @@ from functools import cached_property
 from graphlib import TopologicalSorter
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationError, field_validator
 
-from sam3lora.config import COMPONENTS, Config, load_config
+from sam3lora.config import COMPONENTS, Config
 from sam3lora.config._section import Section
-from sam3lora.config.keys import RawConfig, set_key
+from sam3lora.config.keys import RawConfig
+from sam3lora.config.loading import describe_validation
+from sam3lora.config.yaml_text import dump_yaml
 from sam3lora.errors import UserError
 from sam3lora.tune.space.component_sets import COMPONENTS_KEY, components_of, name_of
-from sam3lora.tune.space.parameters import Choice, Parameter, Tied, value_text
-from sam3lora.tune.space.rules import MOST_TRIALS, is_under, number_type
+from sam3lora.tune.space.keys import is_under, number_type, value_at
+from sam3lora.tune.space.parameters import Choice, FreeParameter, Parameter, Tied, value_text
 
+MOST_TRIALS = 10_000  # of a sweep; also the most combinations that the algorithm grid goes through
 DEFAULT_NUM_TRIALS = 12
-BYTES_A_PARAMETER = 4  # adapters are saved in float32
+_BYTES_A_PARAMETER = 4  # adapters are saved in float32
+
+
+def adapter_mb(trainable_parameters: int) -> float:
+    """Size of an adapter's weights in MB (10^6 bytes)."""
+    return trainable_parameters * _BYTES_A_PARAMETER / 1e6
 
 
 class Constraints(Section):
-    """Samples beyond these are never trained."""
+    """Bounds of an adapter; larger samples are never trained."""
 
     max_trainable_parameters: int | None = Field(default=None, ge=1, description="Of the adapter.")
     max_adapter_mb: float | None = Field(default=None, gt=0, le=1e9, description="The same in MB (10^6 bytes).")
@@ -32,13 +40,13 @@ class Constraints(Section):
     @property
     def parameter_limit(self) -> int | None:
         """Most trainable parameters that both bounds allow."""
-        by_size = None if self.max_adapter_mb is None else int(self.max_adapter_mb * 1e6 / BYTES_A_PARAMETER)
+        by_size = None if self.max_adapter_mb is None else int(self.max_adapter_mb * 1e6 / _BYTES_A_PARAMETER)
         bounds = [bound for bound in (self.max_trainable_parameters, by_size) if bound is not None]
         return min(bounds, default=None)
 
 
 class Search(Section):
-    """How samples are chosen and judged."""
+    """How samples are chosen and compared."""
 
     algorithm: Literal["random", "grid", "optuna"] = Field(
         default="random", description='"grid" = every combination; "optuna" = learn from the trials before (TPE).'
@@ -63,13 +71,13 @@ class Search(Section):
 
 
 class EarlyStopping(Section):
-    """Which trials are given up before their end."""
+    """Which trials are stopped before their last epoch."""
 
     scheduler: Literal["asha", "none"] = Field(
-        default="asha", description='"asha" = asynchronous successive halving; "none" = every trial is trained whole.'
+        default="asha", description='"asha" = asynchronous successive halving; "none" = every trial trains to its end.'
     )
     grace_epochs: int | None = Field(default=None, ge=1, description="No trial ends earlier; None = from num_epochs.")
-    reduction_factor: int = Field(default=3, ge=2, description="At each rung one of so many trials goes on.")
+    reduction_factor: int = Field(default=3, ge=2, description="At each rung about one trial of so many goes on.")
 
     @field_validator("scheduler", mode="before")
     @classmethod
@@ -87,11 +95,11 @@ class Failures(Section):
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """A search space, checked; made by `load_space`.
+    """A checked search space; made by `load_space`.
 
     Attributes:
         name: Of the sweep.
-        base: What every trial starts from.
+        base: The configuration that every trial changes.
         base_name: A preset's name, or the name of its file.
         parameters: By key, in the order of the file.
         component_sets: Those of the file; the built-in ones are in `component_sets.BUILT_IN`.
@@ -113,42 +121,41 @@ class SearchSpace:
         return self.base.model_dump(mode="json")
 
     @cached_property
+    def free(self) -> dict[str, FreeParameter]:
+        """The parameters that are drawn: all but the tied ones."""
+        return {key: item for key, item in self.parameters.items() if not isinstance(item, Tied)}
+
+    @cached_property
     def _tied(self) -> list[Tied]:
-        """Tied parameters, each after those that it is tied to."""
+        """Tied parameters, each after those that it depends on."""
         tied = {key: item for key, item in self.parameters.items() if isinstance(item, Tied)}
         order = TopologicalSorter({key: item.expression.keys for key, item in tied.items()}).static_order()
         return [tied[key] for key in order if key in tied]
 
     @property
     def size(self) -> int | None:
-        """How many combinations there are; None if there is no end to them."""
+        """The number of combinations; None if it is not finite."""
         counts = [item.count for item in self.free.values()]
         return None if None in counts else math.prod(count for count in counts if count is not None)
 
     @property
     def num_trials(self) -> int:
         """Trials in all, the base among them; not more than there are combinations."""
-        default = None if self.search.algorithm == "grid" else DEFAULT_NUM_TRIALS
-        asked = self.search.num_trials or default
-        there_are = self.size
-        if there_are is not None and self.search.include_base and not self._base_is_a_combination():
-            there_are += 1
-        return min(number for number in (asked, there_are) if number is not None)
-
-    @property
-    def free(self) -> dict[str, Parameter]:
-        """The parameters that are drawn: all but the tied ones."""
-        return {key: item for key, item in self.parameters.items() if not isinstance(item, Tied)}
+        asked = self.search.num_trials or (None if self.search.algorithm == "grid" else DEFAULT_NUM_TRIALS)
+        size = self.size
+        if size is not None and self.search.include_base and not self._base_is_a_combination():
+            size += 1
+        return min(number for number in (asked, size) if number is not None)
 
     def _base_is_a_combination(self) -> bool:
         values = self.base_values()
         return all(item.has(values[key]) for key, item in self.free.items()) and self.complete(values) == values
 
     def complete(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Values with the tied ones computed, in the order of the parameters; what is missing counts as in the base.
+        """Values with the tied ones computed, in the order of the parameters; missing values are those of the base.
 
         Raises:
-            UserError: an expression cannot be computed with these values.
+            UserError: An expression cannot be computed with these values.
         """
         known = dict(values)
         for item in self._tied:
@@ -161,25 +168,32 @@ class SearchSpace:
         return {key: known[key] for key in self.parameters if key in known}
 
     def components_of(self, name: str) -> tuple[str, ...]:
-        """The components that a value of the parameter ``components`` stands for."""
+        """The components that a value of the parameter `components` stands for."""
         return components_of(name, self.component_sets)
 
-    def config_of(self, values: Mapping[str, Any]) -> Config:
-        """The base configuration with these values; tied ones must be among them (see `complete`).
+    def config_of(self, values: Mapping[str, Any], more: Mapping[str, Any] | None = None) -> Config:
+        """The base configuration with these values, tied ones included (see `complete`), and more keys changed.
 
         Raises:
-            UserError: a configuration refuses the combination.
+            UserError: The configuration refuses the combination.
         """
-        return self._checked(self._raw_of(values))
+        changes: dict[str, Any] = {}
+        for key, value in values.items():
+            if key == COMPONENTS_KEY:
+                chosen = self.components_of(value)
+                changes |= {f"lora.apply_to_{component}": component in chosen for component in COMPONENTS}
+            elif value != value_at(self.base_raw, key):
+                changes[key] = value
+        try:
+            return self.base.changed(changes | dict(more or {}))
+        except ValidationError as error:
+            raise UserError("; ".join(describe_validation(error))) from None
 
     def trial_config(self, values: Mapping[str, Any], output_dir: str) -> Config:
-        """`config_of`, with what every trial gets: a folder, the metric that chooses best/, and little to look at."""
-        search, raw = self.search, self._raw_of(values)
-        by_loss = search.metric == "valid_loss"
-        for key, value in {
+        """`config_of`, with what every trial gets: a folder, the metric that chooses best/, no plots and progress."""
+        common = {
             "output.output_dir": output_dir,
-            "evaluation.every_epochs": 0 if by_loss else search.every_epochs,
-            "evaluation.best_metric": search.metric,
+            **self.best_adapter_keys(),
             "evaluation.base_loss": False,
             "training.frame_cache": True,
             "training.eval_steps": None,
@@ -187,30 +201,16 @@ class SearchSpace:
             "training.save_total_limit": 1,
             "logging.progress": "off",
             "logging.plots": False,
-        }.items():
-            set_key(raw, key, value)
-        return self._checked(raw)
+        }
+        return self.config_of(values, common)
 
-    def _raw_of(self, values: Mapping[str, Any]) -> RawConfig:
-        raw = dict(self.base_raw)
-        for key, value in values.items():
-            if key == COMPONENTS_KEY:
-                chosen = self.components_of(value)
-                for component in COMPONENTS:
-                    set_key(raw, f"lora.apply_to_{component}", component in chosen)
-            elif value != value_at(raw, key):
-                set_key(raw, key, value)
-        return raw
-
-    @staticmethod
-    def _checked(raw: RawConfig) -> Config:
-        try:
-            return load_config(raw)
-        except UserError as error:
-            raise UserError(str(error).removeprefix("configuration: ")) from None
+    def best_adapter_keys(self) -> dict[str, Any]:
+        """The keys of a configuration by which a run chooses its best/, as this sweep has them."""
+        every = 0 if self.search.metric == "valid_loss" else self.search.every_epochs
+        return {"evaluation.every_epochs": every, "evaluation.best_metric": self.search.metric}
 
     def label(self, key: str, value: Any) -> str:
-        """A short text for a parameter's value: its label in the file, or 2e-4."""
+        """A short text for a parameter's value: its label in the file, or such as 2e-4."""
         return self.parameters[key].label(value) if key in self.parameters else value_text(value)
 
     def base_values(self) -> dict[str, Any]:
@@ -225,7 +225,7 @@ class SearchSpace:
         return values
 
     def to_dict(self) -> dict[str, Any]:
-        """As a search space file that stands alone: the base is written whole."""
+        """The content of a search space file that needs no other file: the base is written whole."""
         return {
             "name": self.name,
             "base_name": self.base_name,
@@ -240,15 +240,13 @@ class SearchSpace:
 
     def to_yaml(self) -> str:
         """`load_space` of a file with this text gives an equal space."""
-        from sam3lora.config.yaml_text import dump_yaml
-
         return dump_yaml(self.to_dict())
 
     def differences(self, other: SearchSpace) -> list[str]:
-        """What would make trials of the two incomparable, a line each.
+        """Differences that make trials of the two spaces incomparable, a line each.
 
-        The number of trials, how many run at a time, where they run, names, output folders, caches and whatever else
-        changes no result may differ; how many workers a trial has may not, as it decides how many images make a step.
+        Settings that change no result may differ: the number of trials, how many run at a time and where, names, output
+        folders, caches. The number of workers of a trial may not, as it decides how many images make a step.
         """
         mine, others = _leaves(self.to_dict()), _leaves(other.to_dict())
         return [
@@ -275,15 +273,6 @@ _MAY_DIFFER = (
     *(f"base.scaling.{key}" for key in _WHERE),
     *(f"base.training.{key}" for key in (*_COST, *_BOOKKEEPING)),
 )
-
-
-def value_at(raw: Mapping[str, Any], key: str) -> Any:
-    """The value of a dotted key in nested mappings; None where there is none."""
-    if key in raw:
-        return raw[key]
-    name, _, below = key.partition(".")
-    inner = raw.get(name)
-    return value_at(inner, below) if isinstance(inner, Mapping) and below else None
 
 
 def _leaves(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from sam3lora.config import load_config
-from sam3lora.engine.detections import PostProcessing
+from sam3lora.config.post_processing import PostProcessing
 from sam3lora.errors import UserError
 from sam3lora.training import validator as validation_metrics
 from sam3lora.training import worker
@@ -89,22 +89,26 @@ def measured(run, monkeypatch):
 
 @acts("evaluation.num_samples")
 def test_num_samples_limits_the_measured_images(measured):
-    sizes = [len(measured(*overrides)["ask_split"][0][2]) for overrides in ((), ("evaluation.num_samples=1",))]
+    sizes = [len(measured(*overrides)["ask_split"][0][1]) for overrides in ((), ("evaluation.num_samples=1",))]
     assert sizes == [2, 1]
 
 
 def test_validation_while_training_detects_as_configured(measured):
     # mAP has no score cut: the threshold counts false alarms, and says what may be merged
-    changes = {"prob_threshold": 0.6, "nms_iou": 0.4, "merge": True, "merge_iou": 0.5, "max_detections": 7}
+    changes = {"threshold": 0.6, "nms_iou": 0.4, "merge": True, "merge_iou": 0.5, "max_detections": 7}
     calls = measured(*(f"evaluation.{key}={json.dumps(value)}" for key, value in changes.items()))
-    assert calls["ask_split"][1]["post"] == PostProcessing(
-        threshold=0.0, nms="mask", nms_iou=0.4, merge=True, merge_iou=0.5, merge_threshold=0.6, max_detections=7
-    )
-    assert calls["measure_split"][1]["threshold"] == 0.6
+    assert calls["ask_split"][1]["post"] == calls["measure_split"][1]["post"] == PostProcessing(**changes)
+
+
+@acts("evaluation.nms", "evaluation.prompt_thresholds")
+@pytest.mark.parametrize(("key", "value"), [("nms", "box"), ("prompt_thresholds", {"crack": 0.4})])
+def test_post_processing_has_the_configured_value(key, value):
+    config = load_config("light", [f"evaluation.{key}={json.dumps(value)}"])
+    assert getattr(config.evaluation.post_processing, key) == value
 
 
 @acts(
-    "evaluation.prob_threshold",
+    "evaluation.threshold",
     "evaluation.nms_iou",
     "evaluation.merge",
     "evaluation.merge_iou",
@@ -113,7 +117,7 @@ def test_validation_while_training_detects_as_configured(measured):
 @pytest.mark.parametrize(
     ("key", "name", "default", "changed"),
     [
-        ("prob_threshold", "threshold", 0.3, 0.6),
+        ("threshold", "threshold", 0.5, 0.6),
         ("nms_iou", "nms_iou", 0.7, 0.4),
         ("merge", "merge", False, True),
         ("merge_iou", "merge_iou", 0.15, 0.5),

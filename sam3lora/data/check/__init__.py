@@ -1,1 +1,0 @@
-"""Checking a COCO data set: the report and its tables."""

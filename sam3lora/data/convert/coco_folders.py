@@ -1,0 +1,93 @@
+"""Reading and writing COCO folders: `_annotations.coco.json` beside the images, in one folder or one per split."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sam3lora.data.coco import ANNOTATION_FILE, CocoIndex, load_coco_json
+from sam3lora.data.convert.labelled_set import LabelledImage, LabelledObject, LabelledSet, order_names
+from sam3lora.data.convert.layout import place_images, split_folders
+from sam3lora.data.faults import FaultLog
+from sam3lora.data.masks import mask_area, parse_segmentation
+from sam3lora.data.prompts import prompt_key
+
+_NOT_FAULTS_HERE = ("unused_category", "crowd")  # kept, or counted by the writer of a format that cannot express them
+
+
+def read_coco(source: Path, names: Sequence[str] | None, log: FaultLog) -> LabelledSet:
+    """Read all splits, with the repairs that training makes (`sam3lora.data.coco`).
+
+    Args:
+        source: See the module.
+        names: Category names in order; None keeps the order of ids.
+        log: Counts the faults.
+
+    Raises:
+        UserError: An annotation file is broken, or a split has no usable image.
+    """
+    splits: dict[str, list[LabelledImage]] = {}
+    categories: list[str] = []
+    for split, folder in split_folders(source, ANNOTATION_FILE).items():
+        index = CocoIndex.from_folder(folder, on_bad_image="skip")
+        log.include(fault for fault in index.faults if fault.kind not in _NOT_FAULTS_HERE)
+        splits[split] = [_labelled_image(record) for record in index.table.to_pylist()]
+        categories += _category_names(load_coco_json(folder / ANNOTATION_FILE)["categories"], index.names, log)
+    return LabelledSet(order_names(categories, names, source), splits)
+
+
+def _category_names(rows: list[dict[str, Any]], used: Sequence[str], log: FaultLog) -> list[str]:
+    """Names by ascending id, without unused rows that name a group of categories, as Roboflow exports have."""
+    spelling = {prompt_key(name): name for name in used}
+    names = []
+    for row in sorted(rows, key=lambda row: int(row["id"])):
+        key = prompt_key(row["name"])
+        parent = any(row is not other and prompt_key(str(other.get("supercategory"))) == key for other in rows)
+        if key not in spelling and parent:
+            log.add("parent_category", f"id {row['id']} {row['name']!r}")
+        else:
+            names.append(spelling.get(key, row["name"].strip()))
+    return names
+
+
+def _labelled_image(record: dict[str, Any]) -> LabelledImage:
+    objects = []
+    for annotation in record["annotations"]:
+        segmentation = parse_segmentation(annotation["segmentation"])
+        x, y, w, h = annotation["bbox_xywh"]
+        objects.append(LabelledObject(annotation["category"], segmentation, (x, y, w, h), annotation["iscrowd"]))
+    return LabelledImage(Path(record["path"]), (record["height"], record["width"]), objects)
+
+
+def write_coco(labelled: LabelledSet, folder: Path, log: FaultLog) -> None:
+    """Write every split. Ids count from 1, in order; areas are those of the masks, or of the boxes without a mask."""
+    ids = {name: number for number, name in enumerate(labelled.categories, 1)}
+    for split, images in labelled.splits.items():
+        files = place_images(images, folder / split, log)
+        content = _coco_content(images, [path.name for path in files], ids)
+        (folder / split / ANNOTATION_FILE).write_text(json.dumps(content), encoding="utf-8")
+
+
+def _coco_content(images: list[LabelledImage], file_names: list[str], ids: dict[str, int]) -> dict[str, list]:
+    entries: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for image_id, (image, file_name) in enumerate(zip(images, file_names, strict=True), 1):
+        height, width = image.size_hw
+        entries.append({"id": image_id, "file_name": file_name, "width": width, "height": height})
+        for thing in image.objects:
+            annotation = {"id": len(annotations) + 1, "image_id": image_id, "category_id": ids[thing.category]}
+            annotations.append(annotation | _annotation_of(thing, image.size_hw))
+    categories = [{"id": number, "name": name} for name, number in ids.items()]
+    return {"images": entries, "annotations": annotations, "categories": categories}
+
+
+def _annotation_of(thing: LabelledObject, size_hw: tuple[int, int]) -> dict[str, Any]:
+    box_area = thing.bbox_xywh[2] * thing.bbox_xywh[3]
+    return {
+        "bbox": list(thing.bbox_xywh),
+        "area": mask_area(thing.segmentation, size_hw) or box_area,
+        "segmentation": thing.segmentation or [],
+        "iscrowd": int(thing.iscrowd),
+    }

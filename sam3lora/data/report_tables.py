@@ -1,0 +1,108 @@
+"""Terminal tables for the reports of `sam3lora data check`, `convert` and `split`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from sam3lora.data.check import MAX_DETECTIONS, NUM_OBJECT_QUERIES
+
+if TYPE_CHECKING:
+    from sam3lora.data.check import CheckedSplit, CheckReport
+    from sam3lora.data.convert import ConversionReport
+    from sam3lora.data.faults import Fault
+    from sam3lora.data.split.splitting import SplittingReport
+
+TOLERANCE = 0.05  # a split whose share of the images is further from its fraction is reported
+
+_LEAKS = {
+    "same_content": "identical files in both splits: validation is not independent",
+    "same_source": "copies of one picture in both splits: validation is not independent",
+    "neighbouring_frames": "names look like frames or tiles of one recording in both splits: validation is optimistic",
+}
+
+
+def print_check(report: CheckReport, console: Console) -> None:
+    """One block per split, then the leaks between splits."""
+    for split in report.splits:
+        _print_checked_split(split, console)
+    for leak in report.leaks:
+        console.print(f"[yellow]{' / '.join(leak.splits)}: {leak.count} x {_LEAKS[leak.kind]}[/yellow]")
+        console.print(f"  e.g. {escape('; '.join(leak.examples))}", highlight=False)
+    if not report.num_faults:
+        console.print("No faults found.")
+
+
+def print_conversion(report: ConversionReport, console: Console) -> None:
+    """Images and objects of each split, then the faults."""
+    console.print(f"{report.source_format} -> {report.target_format}: {report.target}", markup=False)
+    _print_splits(report.splits, console)
+    _print_faults(report.faults, "what was done", console)
+
+
+def print_splitting(report: SplittingReport, console: Console) -> None:
+    """Images and objects of each split, deviations from the fractions, leaks and faults."""
+    _print_splits(report.splits, console)
+    groups = sum(split["num_groups"] for split in report.splits.values())
+    console.print(f"{groups} groups of images that belong together, the largest of {report.largest_group}")
+    num_images = sum(split["num_images"] for split in report.splits.values())
+    for name, fraction in report.fractions.items():
+        share = report.splits[name]["num_images"] / num_images
+        if abs(share - fraction) > TOLERANCE:
+            console.print(f"[yellow]{name} has {share:.0%} of the images, not {fraction:.0%}[/yellow]")
+    if report.leaks:
+        console.print(
+            f"[yellow]{sum(leak.count for leak in report.leaks)} names look like neighbouring frames or tiles of one "
+            f"recording in two splits, e.g. {escape(report.leaks[0].examples[0])}: --group-by keeps them together[/]"
+        )
+    _print_faults(report.faults, "what was done", console)
+
+
+def _print_checked_split(split: CheckedSplit, console: Console) -> None:
+    console.print(
+        f"[bold]{escape(split.name)}[/bold]: {split.num_images} images ({split.num_negatives} without objects, "
+        f"{split.num_augmented_copies} augmented copies), {split.num_objects} objects "
+        f"({split.sizes['small']} small, {split.sizes['medium']} medium, {split.sizes['large']} large), "
+        f"{split.num_crowd} crowd regions"
+    )
+    console.print(
+        f"  most objects: {split.max_objects_per_image} in an image, {split.max_objects_per_query} of one category "
+        f"(the model has {NUM_OBJECT_QUERIES} queries); "
+        f"{split.num_images_above_max_detections} images above COCO's {MAX_DETECTIONS} detections"
+    )
+    categories = Table("category", "images", "objects")
+    for name, counts in split.categories.items():
+        categories.add_row(escape(name), str(counts["images"]), str(counts["objects"]))
+    console.print(categories)
+    _print_faults(split.faults, "what is done", console)
+
+
+def _print_splits(splits: dict[str, dict[str, Any]], console: Console) -> None:
+    """Images and objects, with one column per split."""
+    table = Table("", *(escape(name) for name in splits))
+    table.add_row("images", *(str(split["num_images"]) for split in splits.values()))
+    table.add_row("without objects", *(str(split["num_negatives"]) for split in splits.values()))
+    table.add_row("objects", *(str(split["num_objects"]) for split in splits.values()), end_section=True)
+    num_unused = 0
+    for category in next(iter(splits.values()))["categories"]:
+        counts = [split["categories"][category] for split in splits.values()]
+        if any(counts):
+            table.add_row(escape(category), *map(str, counts))
+        else:
+            num_unused += 1
+    console.print(table)
+    if num_unused:
+        console.print(f"{num_unused} categories without objects")
+
+
+def _print_faults(faults: Iterable[Fault], action: str, console: Console) -> None:
+    """One row per kind, the actions under the heading `action`; nothing if there are no faults."""
+    table = Table("count", "fault", action, "for example")
+    for fault in faults:
+        table.add_row(str(fault.count), fault.description, fault.action, escape("; ".join(fault.examples)))
+    if table.row_count:
+        console.print(table)

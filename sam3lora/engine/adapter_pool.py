@@ -1,0 +1,220 @@
+"""Adapters by label over one base model, on the engine: what evaluation, `Predictor` and batch jobs use."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from transformers import Sam3Model
+
+from sam3lora.config.post_processing import PostProcessing
+from sam3lora.engine.detections import BoxPrompt, Detections
+from sam3lora.engine.engine import Engine, PromptedImage
+from sam3lora.errors import UserError
+from sam3lora.model.adapter.folder import is_adapter_folder, load_adapter, read_metadata
+from sam3lora.model.adapter.metadata import AdapterMetadata, recorded_post_processing
+from sam3lora.model.adapter.weights import NotLowRankError
+from sam3lora.model.loading import LoadedBase, load_base
+
+logger = logging.getLogger(__name__)
+
+
+class AdapterPool:
+    """One base model in memory and any number of adapters over it.
+
+    An adapter that PEFT loads but the bank cannot hold (`modules_to_save`, `lora_bias`, `target_parameters`, LoRA
+    variants other than DoRA, modules other than Linear and plain Conv2d) is merged into a copy of the base of its own.
+
+    Args:
+        model: "tiny", a hub id or a folder; None takes the base of the adapters, or "tiny".
+        adapters: Label -> adapter folder.
+        revision: Branch, tag or commit of a hub id; None takes that of the adapters.
+        resolution: Side of the model's input in pixels; None takes that of the adapters, or the model's own.
+        geometry_cls: Whether the geometry CLS token follows text prompts; None does as each adapter was trained, and
+            True for the base.
+        device: None takes a GPU if there is one.
+        precision: "float32", or "bfloat16" to compute by autocast; None is bfloat16 on a GPU that has it.
+        local_files_only: Do not ask the hub.
+        max_rows: (image, prompt) pairs in one forward pass.
+
+    Raises:
+        UserError: A model or adapter cannot be loaded, or the adapters do not go together.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        adapters: Mapping[str, str | Path] | None = None,
+        revision: str | None = None,
+        resolution: int | None = None,
+        geometry_cls: bool | None = None,
+        device: torch.device | str | None = None,
+        precision: str | None = None,
+        local_files_only: bool = False,
+        max_rows: int = 8,
+    ) -> None:
+        folders = {label: Path(folder) for label, folder in (adapters or {}).items()}
+        for folder in folders.values():
+            _check_folder(folder)
+        self.adapters: dict[str, AdapterMetadata | None] = {
+            label: read_metadata(folder) for label, folder in folders.items()
+        }
+        self._options: dict[str, Any] = {
+            "precision": precision,
+            "max_rank": None,
+            "image_cache_bytes": 0,  # each image is asked once, for all its prompts and adapters together
+            "max_rows": max_rows,
+            "geometry_cls": geometry_cls,
+        }
+        name = (_agreed(self.adapters, "base_model") or "tiny") if model is None else model
+        self._base_options: dict[str, Any] = {
+            "revision": revision or (_agreed(self.adapters, "base_revision") if model is None else None),
+            "resolution": _agreed(self.adapters, "resolution") if resolution is None else resolution,
+            "local_files_only": local_files_only,
+        }
+        self.engine = Engine.load(
+            name, device=device, num_slots=max(1, len(folders)), **self._base_options, **self._options
+        )
+        self._place: dict[str | None, tuple[Engine, int | None]] = {None: (self.engine, None)}
+        self._numbers = count()
+        for slot, (label, folder) in enumerate(folders.items()):
+            try:
+                self.engine.place_adapter(slot, self.engine.read_adapter(folder))
+                self._place[label] = (self.engine, slot)
+            except NotLowRankError as error:
+                logger.warning("%s; it is merged into a copy of the base for this run", error)
+                self._place[label] = (self._merged(folder), None)
+
+    @property
+    def base(self) -> LoadedBase:
+        return self.engine.base
+
+    def recorded(self, adapter: str | None) -> PostProcessing:
+        """The post-processing that an adapter records; the defaults for the base and for an adapter without any.
+
+        Raises:
+            UserError: There is no such adapter.
+        """
+        self._check(adapter)
+        return recorded_post_processing(None if adapter is None else self.adapters[adapter])
+
+    def geometry_cls(self, adapter: str | None) -> bool:
+        """Whether the geometry CLS token follows text prompts."""
+        engine, slot = self._check(adapter)
+        return engine.geometry_cls(slot)
+
+    def detect(
+        self,
+        images: Sequence[np.ndarray],
+        prompts: Sequence[str],
+        *,
+        adapter: str | None = None,
+        post: PostProcessing | None = None,
+        boxes: Sequence[Sequence[BoxPrompt]] | None = None,
+        masks: bool = True,
+    ) -> list[list[Detections]]:
+        """Ask every prompt of every image: for each image, for each prompt, its detections.
+
+        Args:
+            images: uint8 (H, W, 3) RGB of any sizes.
+            prompts: Texts of at most 32 tokens; may be empty if every image has boxes.
+            adapter: Label of the adapter; None asks the base.
+            post: None takes what the adapter records.
+            boxes: For each image boxes that go with every prompt.
+            masks: Whether the results shall have masks.
+
+        Raises:
+            UserError: A prompt is empty or too long, a box is outside its image, or there is no such adapter.
+        """
+        posts = {adapter: self.recorded(adapter) if post is None else post}
+        return self.detect_each(images, [prompts] * len(images), posts, boxes=boxes, masks=masks)[adapter]
+
+    def detect_each(
+        self,
+        images: Sequence[np.ndarray],
+        prompts: Sequence[Sequence[str]],
+        posts: Mapping[str | None, PostProcessing],
+        *,
+        boxes: Sequence[Sequence[BoxPrompt]] | None = None,
+        masks: bool = True,
+        lowest_score: float | None = None,
+    ) -> dict[str | None, list[list[Detections]]]:
+        """Ask several adapters together: for each adapter, for each image, for each of its prompts, its detections.
+
+        Args:
+            images: uint8 (H, W, 3) RGB of any sizes.
+            prompts: For each image its prompts.
+            posts: Adapter (None is the base) -> its post-processing.
+            boxes: For each image boxes that go with every prompt.
+            masks: Whether the results shall have masks.
+            lowest_score: See `selection.Wanted`.
+
+        Raises:
+            UserError: As `detect`.
+        """
+        boxes = [()] * len(images) if boxes is None else boxes
+        keys = [str(next(self._numbers)) for _ in images]
+        prepared = [self.engine.prepare_image(image, key) for image, key in zip(images, keys, strict=True)]
+        together: dict[Engine, list[tuple[str | None, PromptedImage]]] = {}
+        for image, of_image, shown in zip(prepared, prompts, boxes, strict=True):
+            for adapter, post in posts.items():
+                engine, slot = self._check(adapter)
+                asked = PromptedImage(image, tuple(of_image), tuple(shown), slot, post, masks, lowest_score)
+                if asked.prompts or asked.boxes:
+                    together.setdefault(engine, []).append((adapter, asked))
+        found: dict[str | None, list[list[Detections]]] = {adapter: [[] for _ in images] for adapter in posts}
+        position = {key: number for number, key in enumerate(keys)}
+        for engine, questions in together.items():
+            answers = engine.detect([asked for _, asked in questions])
+            for (adapter, asked), detections in zip(questions, answers, strict=True):
+                found[adapter][position[asked.image.key]] = detections
+        return found
+
+    def _check(self, adapter: str | None) -> tuple[Engine, int | None]:
+        if adapter not in self._place:
+            known = ", ".join(self.adapters) or "none"
+            raise UserError(f"there is no adapter {adapter!r}; loaded: {known}")
+        return self._place[adapter]
+
+    def _merged(self, folder: Path) -> Engine:
+        base = load_base(self.base.name, device=self.engine.device, **self._base_options)
+        peft_model, metadata = load_adapter(base.model, folder)
+        merged = cast(Sam3Model, peft_model.merge_and_unload())
+        wanted = self._options["geometry_cls"]
+        if wanted is None and metadata is not None:
+            wanted = metadata.geometry_cls
+        return Engine(replace(base, model=merged), num_slots=1, **(self._options | {"geometry_cls": wanted}))
+
+
+def _check_folder(folder: Path) -> None:
+    """Before the base model is loaded, which may take long."""
+    if is_adapter_folder(folder):
+        return
+    if is_adapter_folder(folder / "best"):
+        raise UserError(f"{folder} is the folder of a run: its adapter is {folder / 'best'}")
+    if (folder / "config.json").is_file():
+        raise UserError(f"{folder} is a model of its own, not an adapter: name it as the model (--model {folder})")
+    if not folder.is_dir():
+        kind = "is a file, not an adapter folder" if folder.exists() else "does not exist"
+        raise UserError(
+            f"adapter folder {folder} {kind}: expected one written by `sam3lora train`, such as best/ of a run"
+        )
+
+
+def _agreed(known: Mapping[str, AdapterMetadata | None], name: str) -> Any:
+    """The value of a metadata field that all adapters agree on; None if none has it."""
+    values = {label: getattr(metadata, name) for label, metadata in known.items() if metadata is not None}
+    given = {label: value for label, value in values.items() if value is not None}
+    if len(set(given.values())) > 1:
+        listed = ", ".join(f"{label}: {value}" for label, value in given.items())
+        raise UserError(
+            f"these adapters differ in {name} ({listed}): use them one at a time, or set it for all of them"
+        )
+    return next(iter(given.values()), None)

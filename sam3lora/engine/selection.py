@@ -1,0 +1,203 @@
+"""From the detector's object queries to the detections of each find query, as small masks, then at the image's size.
+
+Shapes: `B` find queries (an image with a prompt), `Q` object queries, `N` detections of one find query, `M` selected
+(find query, object query) pairs, `h` `w` the size of the masks that the model makes (288 at 1008).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sam3lora.config.post_processing import PostProcessing
+from sam3lora.engine.detections import Detections
+from sam3lora.engine.mask_codes import encode_logits, rle_box_xyxy
+from sam3lora.engine.postprocess import Selection, select
+from sam3lora.model.staged.stage_outputs import DetectorOutput
+
+MASKS_AT_ONCE = 256  # 85 MB of logits at 1008
+
+MaskLogits = Callable[[Tensor, Tensor], Tensor]
+"""Indices (M,) of find queries and of their object queries -> mask logits (M, h, w)."""
+
+
+class Wanted(NamedTuple):
+    """What is wanted of one find query.
+
+    Attributes:
+        prompt: Chooses among `post.prompt_thresholds`.
+        size_hw: Height and width of the image in pixels.
+        post: Threshold, suppression or merging, and limit.
+        masks: Whether the result shall have masks. Suppression by masks makes them in any case.
+        lowest_score: Keep detections down to this score (mAP needs all of them), but merge only those at or above the
+            threshold; None keeps those at or above the threshold.
+    """
+
+    prompt: str
+    size_hw: tuple[int, int]
+    post: PostProcessing
+    masks: bool = True
+    lowest_score: float | None = None
+
+    @property
+    def threshold(self) -> float:
+        return self.post.threshold_of(self.prompt)
+
+    @property
+    def score_cut(self) -> float:
+        return self.threshold if self.lowest_score is None else self.lowest_score
+
+
+@dataclass(frozen=True)
+class SmallDetections:
+    """Detections of one find query, by descending score, on the CPU, with masks at the size that the model makes.
+
+    Attributes:
+        wanted: Of this find query.
+        presence: Probability in [0, 1] that the image shows the prompt.
+        scores_N: float32 (N,).
+        boxes_cxcywh_N4: float32 (N, 4), relative to the model's input, which the whole image fills.
+        mask_logits_NHW: float32 (N, h, w); None if no masks were made.
+        is_merged_N: Where true, the mask is a union, and the box does not enclose it.
+        num_before_nms: How many there were before merging, suppression and the limit.
+    """
+
+    wanted: Wanted
+    presence: float
+    scores_N: np.ndarray = field(repr=False)
+    boxes_cxcywh_N4: np.ndarray = field(repr=False)
+    mask_logits_NHW: np.ndarray | None = field(repr=False)
+    is_merged_N: np.ndarray = field(repr=False)
+    num_before_nms: int = 0
+
+    def encode(self, row: int) -> dict:
+        """The RLE of one mask at the image's size."""
+        assert self.mask_logits_NHW is not None
+        return encode_logits(self.mask_logits_NHW[row], self.wanted.size_hw)
+
+    def at_full_size(self, rles: list[dict] | None = None) -> Detections:
+        """Boxes in pixels of the image, and masks as RLE.
+
+        Args:
+            rles: From `encode`, one for each row, if the caller has made them.
+        """
+        if rles is None and self.mask_logits_NHW is not None and self.wanted.masks:
+            rles = [self.encode(row) for row in range(len(self.scores_N))]
+        boxes_xyxy = _to_pixels(self.boxes_cxcywh_N4, self.wanted.size_hw)
+        for row in np.flatnonzero(self.is_merged_N):
+            boxes_xyxy[row] = rle_box_xyxy(self.encode(int(row)) if rles is None else rles[row])
+        if rles is None and self.wanted.masks:
+            rles = []
+        return Detections(
+            self.wanted.prompt,
+            self.presence,
+            self.wanted.size_hw,
+            self.scores_N,
+            boxes_xyxy,
+            rles if self.wanted.masks else None,
+            self.num_before_nms,
+        )
+
+
+class _Candidates(NamedTuple):
+    """Detections of one find query above the cut; `selection` is None while their masks are needed to select."""
+
+    scores_N: Tensor
+    boxes_cxcywh_N4: Tensor
+    query_N: Tensor
+    selection: Selection | None
+
+
+def select_detections(
+    output: DetectorOutput, wanted_B: Sequence[Wanted], mask_head: Callable[[list[int]], MaskLogits]
+) -> Iterator[SmallDetections]:
+    """Post-process each find query by its own settings; few masks are in memory at a time.
+
+    Args:
+        output: Of the detector, for all find queries.
+        wanted_B: What is wanted of each.
+        mask_head: Called once with the find queries that need masks; returns the function that makes them. Indices are
+            on the CPU.
+    """
+    scores_BQ, query_BQ = output.scores_BQ().sort(dim=1, descending=True, stable=True)
+    boxes_BQ4 = output.boxes_cxcywh_LBQ4[-1].float().gather(1, query_BQ[:, :, None].expand(-1, -1, 4)).cpu()
+    scores_BQ, query_BQ = scores_BQ.cpu(), query_BQ.cpu()
+    presence_B = output.presence_logits_LB[-1].float().sigmoid().tolist()
+    found_B = []
+    for scores_Q, boxes_Q4, query_Q, wanted in zip(scores_BQ, boxes_BQ4, query_BQ, wanted_B, strict=True):
+        num = int((scores_Q >= wanted.score_cut).sum())
+        scores_N, boxes_N4 = scores_Q[:num], boxes_Q4[:num]
+        # Boxes alone can decide now, and masks are then made for the selected detections only.
+        selection = None if wanted.post.needs_masks and num else select(scores_N, _xyxy(boxes_N4), None, wanted.post)
+        found_B.append(_Candidates(scores_N, boxes_N4, query_Q[:num], selection))
+    logits_B = _mask_logits(found_B, wanted_B, mask_head)
+    for wanted, found, logits_NHW, presence in zip(wanted_B, found_B, logits_B, presence_B, strict=True):
+        selection = found.selection
+        if selection is None:
+            boxes_xyxy_N4 = _xyxy(found.boxes_cxcywh_N4)
+            selection = select(found.scores_N, boxes_xyxy_N4, logits_NHW, wanted.post, merge_threshold=wanted.threshold)
+            logits_NHW = selection.mask_logits_NHW
+        if not wanted.masks and not selection.is_merged_N.any():
+            logits_NHW = None
+        yield SmallDetections(
+            wanted,
+            presence,
+            found.scores_N[selection.index_N].numpy(),
+            found.boxes_cxcywh_N4[selection.index_N].numpy(),
+            None if logits_NHW is None else logits_NHW.cpu().float().numpy(),
+            selection.is_merged_N,
+            len(found.scores_N),
+        )
+
+
+def _mask_logits(
+    found_B: Sequence[_Candidates], wanted_B: Sequence[Wanted], mask_head: Callable[[list[int]], MaskLogits]
+) -> Iterator[Tensor | None]:
+    """Mask logits (N, h, w) of the selected detections, or of all candidates where masks select; None for no masks."""
+    query_of = {
+        b: found.query_N if found.selection is None else found.query_N[found.selection.index_N]
+        for b, (found, wanted) in enumerate(zip(found_B, wanted_B, strict=True))
+        if (wanted.masks or found.selection is None) and len(found.query_N)
+    }
+    logits_of = mask_head(list(query_of)) if query_of else None
+    made: dict[int, Tensor] = {}
+    for b in range(len(found_B)):
+        if logits_of and b in query_of and b not in made:
+            group = _group_from(query_of, b)
+            b_index_M = torch.tensor([row for row in group for _ in query_of[row]])
+            logits_MHW = logits_of(b_index_M, torch.cat([query_of[row] for row in group]))
+            if all(found_B[row].selection for row in group):
+                logits_MHW = logits_MHW.cpu()
+            made = dict(zip(group, logits_MHW.split([len(query_of[row]) for row in group]), strict=True))
+        yield made.get(b)
+
+
+def _group_from(query_of: dict[int, Tensor], first: int) -> list[int]:
+    """Find queries from `first` on, as many as have at most `MASKS_AT_ONCE` masks together, and at least one."""
+    group: list[int] = []
+    num = 0
+    for b, query_N in query_of.items():
+        if b >= first:
+            num += len(query_N)
+            if group and num > MASKS_AT_ONCE:
+                break
+            group.append(b)
+    return group
+
+
+def _xyxy(boxes_cxcywh: Tensor) -> Tensor:
+    centre, half = boxes_cxcywh[..., :2], boxes_cxcywh[..., 2:] / 2
+    return torch.cat([centre - half, centre + half], dim=-1)
+
+
+def _to_pixels(boxes_cxcywh: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
+    """Boxes (N, 4) relative to the model's input, which the whole image fills -> xyxy pixels within the image."""
+    height, width = size_hw
+    centre, half = boxes_cxcywh[:, :2], boxes_cxcywh[:, 2:] / 2
+    xyxy = np.concatenate([centre - half, centre + half], axis=1).clip(0, 1)
+    return (xyxy * (width, height, width, height)).astype(np.float32)

@@ -1,0 +1,110 @@
+"""Detections of the whole path, from pixels to results, against the stock model and against asking one by one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from pycocotools import mask as coco_mask
+
+from sam3lora.config.post_processing import PostProcessing
+from sam3lora.engine.detections import Detections
+from sam3lora.engine.engine import Engine, PromptedImage
+from sam3lora.engine.pixels import to_pixel_values
+from sam3lora.model.tokenization import tokenize
+
+EVERY = PostProcessing(threshold=0.0, nms="none")
+SIZE = (60, 90)
+
+
+@pytest.fixture(scope="module")
+def image() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (*SIZE, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def engine(base) -> Engine:
+    return Engine(base, max_rows=4)
+
+
+@pytest.fixture
+def ask(engine, image):
+    def ask(prompt="gear", pixels=image, **options) -> Detections:
+        prepared = engine.prepare_image(pixels, str(hash(pixels.tobytes())))
+        return engine.detect([PromptedImage(prepared, (prompt,), **{"post": EVERY} | options)])[0][0]
+
+    return ask
+
+
+def test_detections_are_those_of_the_stock_model(base, image, ask):
+    # scores, boxes and masks of every object query, against Sam3Model.forward with one padding box for the CLS token
+    input_ids, attention_mask = tokenize(base.tokenizer, ["bolt"])
+    with torch.no_grad():
+        stock = base.model(
+            pixel_values=to_pixel_values([image], base.resolution),
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            input_boxes=torch.full((1, 1, 4), -10.0),
+            input_boxes_labels=torch.full((1, 1), -10),
+        )
+    found = ask("bolt")
+    scores = stock.pred_logits[0].sigmoid() * stock.presence_logits[0].sigmoid()
+    order = scores.argsort(descending=True)
+    np.testing.assert_allclose(found.scores, scores[order], atol=1e-5)
+    boxes = stock.pred_boxes[0][order].clamp(0, 1) * torch.tensor([90, 60, 90, 60])
+    np.testing.assert_allclose(found.boxes_xyxy, boxes, atol=1e-2)
+    resized = torch.nn.functional.interpolate(stock.pred_masks[:, order], SIZE, mode="bilinear")[0] > 0
+    assert (coco_mask.decode(found.rles) != resized.permute(1, 2, 0).numpy()).mean() < 1e-3
+
+
+def test_threshold_and_limit(ask):
+    everything = ask()
+    assert len(everything) == 32
+    assert (np.diff(everything.scores) <= 0).all()
+    fifth = float(everything.scores[4])
+    cut = ask(post=EVERY.changed(threshold=fifth))
+    assert len(cut) == len(cut.rles) == len(cut.boxes_xyxy) == 5
+    best = ask(post=EVERY.changed(max_detections=3))
+    np.testing.assert_allclose(best.scores, everything.scores[:3])
+    assert best.rles == everything.rles[:3]
+    assert (cut.num_before_nms, best.num_before_nms) == (5, 32)
+    # nothing reaches 1: an empty result that still tells presence
+    none = ask(post=EVERY.changed(threshold=1.0))
+    assert (len(none), none.boxes_xyxy.shape, none.rles) == (0, (0, 4), [])
+    assert none.presence == pytest.approx(everything.presence)
+    # a threshold of its own for this prompt, however it is written; another prompt's leaves it alone
+    own = EVERY.changed(threshold=1.0, prompt_thresholds={"Gear": fifth})
+    assert (len(ask(post=own)), len(ask("bolt", post=own))) == (5, 0)
+
+
+def test_masks_suppress_even_if_they_are_not_wanted(ask):
+    post = PostProcessing(threshold=0.0, nms="mask", nms_iou=0.3)
+    seen, unseen = ask(post=post), ask(post=post, masks=False)
+    assert 0 < len(seen) < seen.num_before_nms
+    np.testing.assert_array_equal(seen.scores, unseen.scores)
+    assert unseen.rles is None
+    with pytest.raises(ValueError, match="masks"):
+        _ = unseen.masks
+    # unions have the box of their mask
+    merging = post.changed(merge=True)
+    np.testing.assert_array_equal(ask(post=merging).boxes_xyxy, ask(post=merging, masks=False).boxes_xyxy)
+
+
+def test_a_lowest_score_keeps_more_and_merges_no_more(ask):
+    post = PostProcessing(threshold=float(ask().scores[5]), nms="none", merge=True, merge_iou=0.2)
+    served, measured = ask(post=post), ask(post=post, lowest_score=0.0)
+    # at the threshold both are the same detections
+    above = measured.scores >= post.threshold
+    np.testing.assert_array_equal(measured.scores[above], served.scores)
+    np.testing.assert_array_equal(measured.boxes_xyxy[above], served.boxes_xyxy)
+    assert (~above).sum() == 26
+
+
+def test_boxes_are_pixels_of_the_original(ask, image):
+    # twice as high, three times as wide, the same picture to the model
+    large = image.repeat(2, axis=0).repeat(3, axis=1)
+    found, of_large = ask(), ask(pixels=large)
+    assert of_large.rles[0]["size"] == [120, 270]
+    assert (of_large.boxes_xyxy >= 0).all()
+    assert (of_large.boxes_xyxy <= [270, 120, 270, 120]).all()
+    np.testing.assert_allclose(found.boxes_xyxy * [3, 2, 3, 2], of_large.boxes_xyxy, atol=8)
