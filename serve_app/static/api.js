@@ -1,9 +1,9 @@
-// The service's HTTP interface: keys, errors in words, one more attempt when it is busy.
+// Client of the service's HTTP API: keys, readable errors, one retry when the service is busy.
 
 const KEY = "sam3lora-api-key";
 const LONGEST_WAIT_S = 60;
 
-/** What the service, or the way to it, answered instead of a result. */
+/** An error of the service, or of the connection to it. */
 export class ServiceError extends Error {
   constructor(type, message, { status = 0, requestId = null } = {}) {
     super(message);
@@ -20,7 +20,7 @@ export const isAbort = (error) => error?.name === "AbortError";
 
 /**
  * Call the service and read its JSON.
- * Where it is busy and says when to come back, `onWait(seconds)` is told and one more attempt is made.
+ * If the service is busy and sends Retry-After, `onWait(seconds)` is called and the call is retried once.
  * Throws ServiceError, or AbortError when `signal` fires.
  */
 export async function call(path, { body, json, signal, onWait } = {}) {

@@ -1,4 +1,4 @@
-// The OpenAPI document as a page: fields, answers, and examples that can be sent. Works without any other host.
+// The OpenAPI document as a page: fields, responses, and examples that can be sent. Loads nothing from other hosts.
 
 const api = await (await fetch("openapi.json")).json();
 

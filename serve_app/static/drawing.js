@@ -3,7 +3,7 @@
 import { outlinePath } from "./outline.js";
 import { spansOf } from "./postprocess.js";
 
-/** One colour a prompt, in turn; white text on each of them can be read. */
+/** One colour for each prompt, in turn; white text is readable on all of them. */
 export const PALETTE = ["#dc2626", "#2563eb", "#15803d", "#b45309", "#9333ea", "#0e7490", "#be185d", "#65543c"];
 export const colourOf = (promptIndex) => PALETTE[promptIndex % PALETTE.length];
 
@@ -13,7 +13,7 @@ const TRACED_SIDE = 2048; // masks of larger images are outlined more coarsely o
 /** Coarseness of outlines on screen for an image of this size. */
 export const screenStep = ({ width, height }) => Math.ceil(Math.max(width, height) / TRACED_SIDE);
 
-/** Path of a detection's mask, made once for each coarseness. */
+/** Path of a detection's mask, cached for each coarseness. */
 export function pathOf(detection, step) {
   detection.paths ??= new Map();
   if (!detection.paths.has(step)) {
@@ -93,7 +93,7 @@ function drawLabel(context, { detection, prompt, colour }, pixel, imageWidth, ta
   context.fillText(text, left + pad, top + height / 2);
 }
 
-/** Example boxes: what is meant with a plus, what is not with a minus. */
+/** Example boxes: positive ones with a plus, negative ones with a minus. */
 export function drawExamples(context, boxes, pixel) {
   for (const { xyxy, label } of boxes) {
     const [x0, y0, x1, y1] = xyxy;
@@ -117,7 +117,7 @@ export function drawExamples(context, boxes, pixel) {
   }
 }
 
-/** The cursor of those who draw boxes with the keyboard. */
+/** The cursor for drawing boxes with the keyboard. */
 export function drawCrosshair(context, [x, y], pixel) {
   const arm = 12 * pixel;
   strokeTwice(context, "#111827", pixel, 1.5, () => {

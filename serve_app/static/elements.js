@@ -1,4 +1,4 @@
-// Small words for the DOM.
+// Small functions for the DOM.
 
 export const byId = (id) => document.getElementById(id);
 
@@ -10,7 +10,7 @@ export function make(tag, { colour, ...properties } = {}, ...children) {
   return element;
 }
 
-/** Hand a file to the person. */
+/** Download a file in the browser. */
 export function download(name, content, type) {
   const blob = content instanceof Blob ? content : new Blob([content], { type });
   const url = URL.createObjectURL(blob);

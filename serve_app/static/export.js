@@ -1,4 +1,4 @@
-// What is on screen as files: JSON as the service answers it, the picture, COCO annotations.
+// Downloads of what is on screen: JSON in the form of a response, the picture, COCO annotations.
 
 import { drawDetections, drawExamples } from "./drawing.js";
 
@@ -32,7 +32,7 @@ export function toCoco(answer, chosen, fileName) {
   return JSON.stringify({ images, categories, annotations: numbered });
 }
 
-/** The picture with all that is drawn on it, as a PNG of the image's own size. */
+/** The image with everything that is drawn on it, as a PNG of the image's own size. */
 export async function toPng(picture, items, boxes, show) {
   const { width, height } = picture;
   const canvas = Object.assign(document.createElement("canvas"), { width, height });

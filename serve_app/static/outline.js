@@ -1,4 +1,4 @@
-// Outlines of masks as vector paths: sharp at any zoom, quick to fill, and they answer what lies under the pointer.
+// Outlines of masks as vector paths: sharp at any zoom, quick to fill, and usable for hit tests.
 
 import { cropOf } from "./rle.js";
 
@@ -45,7 +45,7 @@ export function outlinePath(spans, size, step = 1) {
     path.closePath();
   }
 
-  /** 1 to turn right, 3 to turn left, 0 to go on; pixels that only share a corner are apart. */
+  /** 1 to turn right, 3 to turn left, 0 to go straight; pixels that only share a corner are separate. */
   function turnAt(x, y, direction) {
     const right = (direction + 1) & 3;
     const ahead = (side) => {

@@ -1,4 +1,4 @@
-// One side of the comparison: what one adapter, or the base, found in the image.
+// One panel of the comparison: the detections of one adapter, or of the base.
 
 import { colourOf } from "./drawing.js";
 import { byId, download, make } from "./elements.js";
@@ -45,7 +45,7 @@ export class Panel {
     this.element.setAttribute("aria-busy", String(isBusy));
   }
 
-  /** Show an answer of the service; null clears. `roundTripMs` is what the browser waited. */
+  /** Show a response of the service; null clears. `roundTripMs` is how long the browser waited. */
   setAnswer(answer, roundTripMs) {
     this.#answer = answer;
     this.#part("results").hidden = !answer;
@@ -81,7 +81,7 @@ export class Panel {
     return `${this.adapter ?? "Base model"}: ${counts}`;
   }
 
-  /** Set one detection apart, in the image and in the list; null sets none apart. */
+  /** Highlight one detection in the image and in the list; null highlights none. */
   highlight(detection) {
     if (this.stage.highlight === detection) return;
     this.#rows.get(this.stage.highlight)?.classList.remove("is-highlit");
@@ -123,7 +123,7 @@ export class Panel {
     this.#part("list").replaceChildren(...groups);
   }
 
-  /** One tab stop a list; arrow keys walk on. */
+  /** One tab stop for each list; arrow keys move within it. */
   #row(detection, number) {
     const score = make("span", { className: "score", textContent: detection.score.toFixed(2) });
     const bar = make("span", { className: "bar" });

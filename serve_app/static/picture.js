@@ -1,4 +1,4 @@
-// The image in hand: decoded for the screen, uploaded once, asked many times.
+// The chosen image: decoded for the screen, uploaded once for all requests.
 
 import { call, isAbort, ServiceError } from "./api.js";
 
@@ -9,7 +9,7 @@ export class Picture {
   #upload = null; // promise of the image's id
   #life = new AbortController();
 
-  /** Read an image file. Throws ServiceError if the browser cannot. */
+  /** Read an image file. Throws ServiceError if the browser cannot read it. */
   static async open(file, name = file.name) {
     let full;
     try {

@@ -1,6 +1,6 @@
 // COCO run-length masks as spans: ascending [start, end, start, end, ...] positions of ones in column-major order.
 
-/** Spans of a compressed RLE string (5 bits a character, differences from the last but one run). */
+/** Spans of a compressed RLE string (5 bits a character, differences from the run before the last). */
 export function decodeSpans(counts) {
   const runs = [];
   let value = 0;
@@ -50,7 +50,7 @@ export function areaPx(spans) {
   return area;
 }
 
-/** Number of pixels that both have. */
+/** Number of pixels in both masks. */
 export function intersectionPx(a, b) {
   let area = 0;
   for (let i = 0, j = 0; i < a.length && j < b.length; ) {
@@ -63,7 +63,7 @@ export function intersectionPx(a, b) {
   return area;
 }
 
-/** Pixels that either has. */
+/** Spans of the pixels in either mask. */
 export function union(a, b) {
   const spans = [];
   for (let i = 0, j = 0; i < a.length || j < b.length; ) {

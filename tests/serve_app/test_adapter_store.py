@@ -399,6 +399,28 @@ async def test_a_folder_that_changes_while_it_is_read_is_read_again(root: Path):
     assert stage.model.reads["a"] == 2
 
 
+async def test_an_adapter_moved_out_of_the_root_before_it_is_read_is_refused(root: Path, tmp_path: Path):
+    async with open_stage(root) as stage:
+        outside = write_adapter(tmp_path.parent / f"{tmp_path.name} outside", "secret", 66)
+        read = stage.model.read_adapter
+
+        def move_and_read(folder: Path) -> Weights:
+            shutil.rmtree(folder)
+            folder.symlink_to(outside)
+            return read(folder)
+
+        stage.model.read_adapter = move_and_read  # type: ignore[method-assign]
+        error = await refused(stage.value("a"))
+        assert (error.type, str(outside) in error.message) == ("invalid_adapter", False)
+
+
+async def test_an_adapter_that_changes_after_every_look_is_refused(root: Path):
+    async with open_stage(root) as stage:
+        stage.model.read_adapter = lambda folder: Weights(1.0, ())  # type: ignore[method-assign]
+        error = await refused(stage.value("a"))
+        assert (error.type, error.retry_after_s) == ("invalid_adapter", 1.0)
+
+
 async def test_a_request_after_a_replacement_gets_the_new_version(root: Path):
     async with open_stage(root, num_slots=1) as stage:
         async with stage.store.hold("b"):

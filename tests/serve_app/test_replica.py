@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import gc
 import hashlib
 import io
@@ -20,7 +19,6 @@ import numpy as np
 import pydantic
 import pytest
 import torch
-from fastapi.testclient import TestClient
 from PIL import Image
 
 from sam3lora.config.post_processing import PostProcessing
@@ -28,10 +26,8 @@ from sam3lora.engine import selection
 from sam3lora.engine.detections import BoxPrompt, Detections
 from sam3lora.engine.engine import Engine, PromptedImage
 from sam3lora.engine.selection import SmallDetections
-from sam3lora.inference.predictor import Predictor
 from sam3lora.model.loading import LoadedBase
 from serve_app.http.errors import ServeError
-from serve_app.http.ingress import create_api
 from serve_app.messages import ImageFile, ImageReply, SegmentCall, SegmentReply
 from serve_app.metrics import STAGES
 from serve_app.replica import adapter_store, mask_encoder, replica
@@ -42,7 +38,6 @@ from ..engine.engine_cases import write_adapter
 
 pytestmark = pytest.mark.anyio
 LONG_S = 60.0
-SAMPLE = Path(__file__).parents[2] / "serve_app" / "static" / "sample.jpg"
 POST = {"threshold": 0.0, "max_detections": 3}
 BOX = BoxPrompt((4.0, 5.0, 40.0, 44.0))
 
@@ -648,44 +643,3 @@ async def test_the_metrics_of_a_replica(play: Callable):
 def test_a_missing_model_fails_at_the_start(tmp_path: Path):
     with pytest.raises(ValueError, match="missing"):
         ModelReplica(ServeSettings(model=str(tmp_path / "missing"), local_files_only=True))
-
-
-class LocalBackend:
-    """A `Backend` of one replica in this process."""
-
-    def __init__(self, replica: ModelReplica) -> None:
-        self.segment, self.keep_image = replica.segment, replica.keep_image
-        self.list_adapters, self.ready = replica.list_adapters, replica.ready
-        self.named_metrics = replica.named_metrics
-
-    async def metrics(self) -> dict[str, str]:
-        return dict([await self.named_metrics()])
-
-
-def test_http_responses_are_those_of_the_library(spread_base: Path):
-    settings = ServeSettings(model=str(spread_base))
-    expected = Predictor(str(spread_base), threshold=0.1, device="cpu").predict(SAMPLE, ["ring", "star"])
-    replica = ModelReplica(settings)
-    with TestClient(create_api(settings, LocalBackend(replica))) as client:  # one event loop for all requests
-
-        def found(**image: Any) -> dict[str, Any]:
-            request = {"prompts": ["ring", "star"], "threshold": 0.1, **image}
-            response = client.post("/v1/segment", json=request)
-            assert response.status_code == 200, response.text
-            return response.json()
-
-        by_file = found(image_base64=base64.b64encode(SAMPLE.read_bytes()).decode())
-        uploaded = client.post("/v1/images", files={"image": ("a.jpg", SAMPLE.read_bytes())}).json()
-        by_id = found(image_id=uploaded["image_id"])
-        assert client.portal is not None
-        client.portal.call(replica.close)
-    assert by_file["image"] == by_id["image"] == {name: uploaded[name] for name in ("width", "height")}
-    for answer in (by_file, by_id):
-        for result, wanted in zip(answer["results"], expected, strict=True):
-            assert (result["prompt"], result["num_detections"]) == (wanted.prompt, len(wanted))
-            assert result["presence"] == pytest.approx(wanted.presence, abs=1e-3)
-            scores = [one["score"] for one in result["detections"]]
-            np.testing.assert_allclose(scores, wanted.scores, atol=1e-3)
-            areas = [one["area_px"] for one in result["detections"]]
-            np.testing.assert_allclose(areas, wanted.areas_px, atol=9)
-    assert sum(result["num_detections"] for result in by_file["results"]) > 0
