@@ -1,4 +1,4 @@
-"""Joining the Ray that is there, or starting one for a while."""
+"""Ray clusters: joining one or starting a local one, and whether it has room for the workers of a run."""
 
 from __future__ import annotations
 
@@ -9,24 +9,29 @@ import os
 import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sam3lora.errors import UserError
+
+if TYPE_CHECKING:
+    from sam3lora.config import Config
+
+logger = logging.getLogger(__name__)
 
 _CONNECT_TIMEOUT_S = 5.0
 
 
 @contextlib.contextmanager
 def ray_session(address: str | None, *, num_cpus: float, dashboard: bool = False) -> Iterator[bool]:
-    """The Ray that is running or named, or a local one, for the duration of the block.
+    """Connect to the Ray cluster that is running or named, or to a new local one, for the duration of the block.
 
     Args:
         address: of a cluster; None takes `RAY_ADDRESS`, or starts a local Ray if that is not set.
-        num_cpus: logical CPUs of a local Ray: a small machine takes as many workers as it is asked for.
-        dashboard: start one with a local Ray; Ray Train needs it to free what a killed run had reserved.
+        num_cpus: logical CPUs of a local Ray, however many the machine has.
+        dashboard: start one with a local Ray. Ray Train needs it to free the reservations of a killed run.
 
     Yields:
-        Whether it is a local one, for this block alone.
+        Whether it is a local one that ends with the block.
 
     Raises:
         UserError: no cluster answers at the address.
@@ -71,7 +76,7 @@ def check_job_path(path: str | Path, option: str) -> None:
 
 @contextlib.contextmanager
 def environment(names: Mapping[str, str]) -> Iterator[None]:
-    """What Ray reads from the environment, for the duration of the block."""
+    """Environment variables that Ray reads, set for the duration of the block."""
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(names)
     try:
@@ -84,6 +89,93 @@ def environment(names: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
+def worker_resources(config: Config, *, use_gpu: bool) -> dict[str, float]:
+    """The resources that one worker reserves: a CPU of its own, one for each of its data tasks, and its GPU."""
+    resources = {"CPU": 1.0 + config.training.num_workers}
+    if use_gpu:
+        resources["GPU"] = 1.0
+    return resources | config.scaling.resources_per_worker
+
+
+def choose_gpu(config: Config) -> bool:
+    """Whether workers train on GPUs.
+
+    Raises:
+        UserError: `scaling.use_gpu` and `scaling.resources_per_worker` contradict each other.
+    """
+    import ray
+
+    wanted, asked = config.scaling.use_gpu, config.scaling.resources_per_worker.get("GPU")
+    use_gpu = ray.cluster_resources().get("GPU", 0) > 0 or bool(asked) if wanted == "auto" else bool(wanted)
+    if asked is not None and use_gpu != (asked > 0):
+        raise UserError(
+            f"scaling.resources_per_worker asks for {asked:g} GPUs, but scaling.use_gpu={str(wanted).lower()} trains "
+            f"{'with' if use_gpu else 'without'} them: change one of the two"
+        )
+    return use_gpu
+
+
+def check_room(config: Config, resources: dict[str, float]) -> None:
+    """Refuse workers that no cluster node can hold; Ray itself would wait for them forever.
+
+    Args:
+        config: of the run.
+        resources: of one worker, from `worker_resources`.
+
+    Raises:
+        UserError: the nodes of the cluster cannot hold the workers, whatever else runs on them.
+    """
+    import ray
+
+    least, strategy = _least_workers(config), config.scaling.placement_strategy
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    places = [_places(node, resources) for node in nodes]
+    room = {"STRICT_PACK": max(places, default=0), "STRICT_SPREAD": sum(map(bool, places))}.get(strategy, sum(places))
+    if room < least:
+        raise UserError(
+            f"scaling.num_workers={least} with {in_words(resources)} for each worker: the cluster has room for {room} "
+            f"(placement {strategy}, nodes with {'; '.join(map(in_words, nodes)) or 'nothing'}). Ask for fewer "
+            f"workers{_cheaper(config, resources)}, or add to the cluster"
+        )
+    free = ray.available_resources()
+    short = [name for name, amount in resources.items() if free.get(name, 0) < least * amount]
+    if short:
+        logger.warning("waiting for other work on the cluster to free %s for %d workers", ", ".join(short), least)
+
+
+def most_workers(config: Config) -> int:
+    """Number of workers of a run, the largest one if it is elastic."""
+    workers = config.scaling.num_workers
+    return workers if isinstance(workers, int) else workers[1]
+
+
+def _least_workers(config: Config) -> int:
+    workers = config.scaling.num_workers
+    return workers if isinstance(workers, int) else workers[0]
+
+
+def _places(node: dict[str, float], resources: dict[str, float]) -> int:
+    """How many workers fit on an empty node."""
+    return min((int(node.get(name, 0) / amount + 1e-9) for name, amount in resources.items() if amount), default=10**6)
+
+
+def _cheaper(config: Config, resources: dict[str, float]) -> str:
+    """Further advice to the user: ", or ..." for each that applies."""
+    hints = []
+    if resources.get("GPU"):
+        hints.append("set scaling.use_gpu=false")
+    if "CPU" not in config.scaling.resources_per_worker:
+        hints.append("let each share CPUs with its data tasks by scaling.resources_per_worker={CPU: 1}")
+    return "".join(f", {hint}" for hint in hints)
+
+
+def in_words(resources: dict[str, float]) -> str:
+    """CPUs, GPUs and custom resources, without Ray's internal ones."""
+    own = ("memory", "object_store_memory", "node:", "accelerator_type:")
+    shown = {name: amount for name, amount in resources.items() if not name.startswith(own)}
+    return " and ".join(f"{amount:g} {name}" for name, amount in sorted(shown.items())) or "nothing"
+
+
 def _join(address: str, quiet: dict[str, Any]) -> None:
     import ray
 
@@ -94,7 +186,7 @@ def _join(address: str, quiet: dict[str, Any]) -> None:
         )
     host, _, port = address.rpartition(":")
     if host and port.isdecimal():
-        try:  # Ray itself would try for many minutes, deaf to interrupts
+        try:  # Ray itself would try for many minutes and ignore interrupts
             socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
         except (OSError, OverflowError) as error:
             raise UserError(
@@ -108,6 +200,6 @@ def _join(address: str, quiet: dict[str, Any]) -> None:
 
 
 def _store_bytes() -> int:
-    """Bytes of a local object store: images in flight are all it holds."""
+    """Bytes of a local object store, which holds only images in flight."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return int(min(4e9, max(3e8, 0.15 * total)))

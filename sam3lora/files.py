@@ -95,9 +95,3 @@ def _exchange(first: Path, second: Path) -> bool:
     except (AttributeError, OSError):
         return False
     return renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0
-
-
-def sync_files(folder: Path) -> None:
-    """Force the files of a folder to the disk."""
-    for path in [*folder.iterdir(), folder]:
-        _sync(path)

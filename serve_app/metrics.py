@@ -74,7 +74,7 @@ class IngressMetrics:
 
 
 class ReplicaMetrics:
-    """Metrics of a model replica; the `BatchObserver` of its batcher and the `LoadObserver` of its adapters.
+    """Metrics of a model replica.
 
     Args:
         engine_counters: Counters of the engine, read at every scrape.

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers import Sam3Model
 
 import sam3lora
+from sam3lora.config.lora import LoraSection, LoraSettings
 from sam3lora.losses import Criterion, Normalizer, Predictions, Targets
-from sam3lora.model.adapter.lora_layers import LoraSettings, apply_lora
+from sam3lora.model.adapter.lora_layers import apply_lora
 from sam3lora.model.checkpointing import enable_checkpointing
 from sam3lora.model.components import COMPONENTS
 from sam3lora.model.precision import store_matrices_in
@@ -43,13 +44,13 @@ class Preset:
 
     @classmethod
     def read(cls, name: str) -> Preset:
-        """Straight from its YAML file, as the configuration needs more packages than this."""
+        """Straight from its YAML file: reading a whole configuration needs more packages."""
         values = yaml.safe_load((PRESETS / f"{name}.yaml").read_text(encoding="utf-8"))
         training = values["training"]
         wanted = training.get("gradient_checkpointing", False)
         checkpointing = COMPONENTS if wanted is True else tuple(wanted or ())
         max_prompts = training.get("max_prompts_per_forward", MAX_PROMPTS)
-        return cls(LoraSettings.from_mapping(values["lora"]), checkpointing, max_prompts)
+        return cls(LoraSection(**values["lora"]).settings, checkpointing, max_prompts)
 
     @property
     def adapts_vision(self) -> bool:

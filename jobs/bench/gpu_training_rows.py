@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -41,11 +40,11 @@ def measure_training(
     rows = []
     for preset in presets:
         for images in batches:
-            ways: list[tuple[str, type[Training | PlainTraining], bool]] = [("sam3lora", Training, False)]
+            ways: list[tuple[str, type[Training | StockTraining], bool]] = [("sam3lora", Training, False)]
             if preset == "light":
                 ways.append(("sam3lora, trunk cached", Training, True))
             if preset in ("light", "full"):
-                ways.append(("transformers + PEFT", PlainTraining, False))
+                ways.append(("transformers + PEFT", StockTraining, False))
             for name, make, cached in ways:
                 case = Case(preset, images, prompts, cached=cached)
                 rows.append(
@@ -60,7 +59,7 @@ def measure_training(
 
 
 def _measure(
-    make: type[Training | PlainTraining], case: Case, model_name: str, device: torch.device, repeats: int
+    make: type[Training | StockTraining], case: Case, model_name: str, device: torch.device, repeats: int
 ) -> Row:
     forget_peak(device)
     try:
@@ -70,7 +69,7 @@ def _measure(
 
 
 def _steps(
-    make: type[Training | PlainTraining], case: Case, model_name: str, device: torch.device, repeats: int
+    make: type[Training | StockTraining], case: Case, model_name: str, device: torch.device, repeats: int
 ) -> Row:
     model = random_model(model_name, device=device)
     cast(nn.Module, model.text_encoder).to("cpu")  # frozen: its features of the prompts are kept, and it is sent away
@@ -92,7 +91,7 @@ def _steps(
     }
 
 
-class PlainTraining:
+class StockTraining:
     """As a careful user of transformers and PEFT writes it: a forward and a backward per (image, prompt).
 
     The loss is ours, of what the stock forward returns: the last decoder layer, and no one-to-many branch. Text
@@ -104,7 +103,7 @@ class PlainTraining:
         # Without boxes the stock forward leaves the geometry encoder out.
         components = tuple(name for name in lora.components or () if name != "geometry_encoder")
         self.case = case
-        self.peft = apply_lora(model, replace(lora, components=components), geometry_cls=False)
+        self.peft = apply_lora(model, lora.model_copy(update={"components": components}), geometry_cls=False)
         train_adapter_alone(self.peft)
         self.parameters = [parameter for parameter in self.peft.parameters() if parameter.requires_grad]
         self._optimizer = make_optimizer(self.parameters)

@@ -1,4 +1,4 @@
-"""A training step of this package, set up as `train.setup` does, and what a step is for every way of training."""
+"""A training step of this package, set up as `training.setup` does, and the optimizer step that all ways share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from jobs.bench.training_work import TrainingWork, criterion, normalizer, sam3_of, tokenizer
+from jobs.bench.training_work import PIXEL_MEAN_STD, TrainingWork, criterion, normalizer, sam3_of, tokenizer
 from sam3lora.data.batch import Batch
 from sam3lora.data.sample import DecodeSettings
 from sam3lora.losses import Criterion, LossOutput, Normalizer, Predictions, Targets
@@ -95,7 +95,7 @@ def make_runner(
     return LossRunner(
         staged=staged,
         criterion=criterion(work, LastLayerCriterion if settings.same_loss else Criterion),
-        images=ImageEncoder(staged, device, lora.apply_to_vision_encoder, frames, trunk),
+        images=ImageEncoder(staged, device, lora.apply_to_vision_encoder, frames, *PIXEL_MEAN_STD, trunk),
         text=TextBank(
             staged, lambda asked: tokenize(words, asked), trainable=lora.apply_to_text_encoder, device=device
         ),

@@ -14,6 +14,7 @@ from peft import PeftModel
 from torch import Tensor
 from torchvision.ops import box_convert
 
+from jobs.bench.training_work import PIXEL_MEAN_STD
 from sam3lora.data.batch import Batch, to_pixel_values
 from sam3lora.losses import Criterion, Normalizer, Predictions, Targets
 from sam3lora.model.tokenization import tokenize
@@ -42,7 +43,7 @@ class PlainTraining:
         targets = batch.targets()
         first_target = [0, *targets.num_B.cumsum(0).tolist()]
         for rows in self._forwards(batch):
-            pixel_values = to_pixel_values(batch.images_NHWC[batch.query_image_B[rows[0]], None])
+            pixel_values = to_pixel_values(batch.images_NHWC[batch.query_image_B[rows[0]]][None], *PIXEL_MEAN_STD)
             input_ids, attention_mask = tokenize(self.tokenizer, [batch.prompts_B[row] for row in rows])
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bf16):
                 output = self.model(

@@ -1,8 +1,8 @@
-"""What the training benchmarks train: a model with random weights, a preset's adapter, drawn images with targets."""
+"""The work of the training benchmarks: a model with random weights, a preset's adapter, drawn images with targets."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, cast
 
@@ -14,16 +14,18 @@ from transformers import AutoTokenizer, Sam3Model
 
 from jobs.bench.models import CONFIGS, random_model
 from sam3lora.config import Config, load_config
+from sam3lora.config.lora import LoraSettings
 from sam3lora.data.batch import Batch
 from sam3lora.data.synth.scenes import NATURAL, SHAPES, Scene, draw_scene
 from sam3lora.errors import UserError
 from sam3lora.losses import Criterion, Normalizer
-from sam3lora.model.adapter.lora_layers import LoraSettings, apply_lora
+from sam3lora.model.adapter.lora_layers import apply_lora
 from sam3lora.model.tiny import TINY_FOLDER
 from sam3lora.training.optimization import set_training_mode
 from sam3lora.training.step import StepCounts
 
 PATCH_SIZE = 14
+PIXEL_MEAN_STD = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,11 @@ class TrainingWork:
     @property
     def lora(self) -> LoraSettings:
         """Without the geometry CLS token nothing reaches the geometry encoder: it gets no adapter then."""
-        settings = LoraSettings.from_mapping(self.config.lora.model_dump())
+        settings = self.config.lora.settings
         if not self.geometry_cls:
             components = tuple(name for name in settings.components or () if name != "geometry_encoder")
-            settings = replace(settings, components=components)
-        return settings if self.dropout is None else replace(settings, dropout=self.dropout)
+            settings = settings.model_copy(update={"components": components})
+        return settings if self.dropout is None else settings.model_copy(update={"dropout": self.dropout})
 
     @property
     def bf16(self) -> bool:
@@ -109,9 +111,7 @@ def tokenizer() -> Any:
 
 def criterion(work: TrainingWork, kind: type[Criterion] = Criterion) -> Criterion:
     """The loss of the preset; where a prompt has no target, masks are left out."""
-    loss = work.config.training.loss
-    points = loss.num_points if loss.mask_resolution == "points" else None
-    return kind(mask_points=points, touch_unused=False)
+    return kind(work.config.training.loss, touch_unused=False)
 
 
 def normalizer(batch: Batch) -> Normalizer:
@@ -146,33 +146,25 @@ class _Sample:
 
 def _as_batch(samples: list[_Sample], mask_size: int) -> Batch:
     masks_THW = np.stack([mask for sample in samples for masks in sample.masks for mask in masks])
-    num_B = torch.tensor([len(masks) for sample in samples for masks in sample.masks])
-    boxes = [_box_cxcywh(mask) for mask in masks_THW]
+    num_B = np.array([len(masks) for sample in samples for masks in sample.masks])
     step = masks_THW.shape[1] / mask_size
     rows = ((np.arange(mask_size) + 0.5) * step).astype(int)
-    packed = np.packbits(masks_THW[:, rows[:, None], rows].reshape(len(masks_THW), -1), axis=1)
-    prompts = [prompt for sample in samples for prompt in sample.prompts]
     side = samples[0].scene.image_HW3.shape[0]
     return Batch(
-        images_NHWC=torch.from_numpy(np.stack([sample.scene.image_HW3 for sample in samples])),
-        image_rows_N=torch.arange(len(samples)),
+        images_NHWC=np.stack([sample.scene.image_HW3 for sample in samples]),
+        image_rows_N=np.arange(len(samples)),
         feature_keys_I=[None] * len(samples),
-        image_ids=torch.tensor([sample.number for sample in samples]),
-        query_image_B=torch.arange(len(samples)).repeat_interleave(len(samples[0].prompts)),
-        prompts_B=prompts,
-        categories_B=[*prompts],
-        is_positive_B=num_B > 0,
-        num_B=num_B,
-        boxes_cxcywh_T4=torch.tensor(np.stack(boxes), dtype=torch.float32),
-        masks_packed=torch.from_numpy(packed),
-        mask_size=mask_size,
-        mask_valid_T=torch.ones(len(masks_THW), dtype=torch.bool),
-        annotation_ids_T=torch.arange(len(masks_THW)),
-        original_sizes_hw=torch.full((len(samples), 2), side),
+        image_ids=np.array([sample.number for sample in samples]),
         paths=[f"scene {sample.number}" for sample in samples],
+        original_sizes_hw=np.full((len(samples), 2), side),
+        query_image_B=np.repeat(np.arange(len(samples)), len(samples[0].prompts)),
+        prompts_B=[prompt for sample in samples for prompt in sample.prompts],
+        num_B=num_B,
+        boxes_cxcywh_T4=np.stack([_box_cxcywh(mask) for mask in masks_THW]).astype(np.float32),
+        masks_packed=np.packbits(masks_THW[:, rows[:, None], rows].reshape(len(masks_THW), -1), axis=1),
+        mask_size=mask_size,
+        mask_valid_T=np.ones(len(masks_THW), dtype=bool),
         skipped=[],
-        epoch=0,
-        step=0,
     )
 
 

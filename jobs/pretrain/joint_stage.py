@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Sam3Model
 
 from jobs.pretrain.bank import SceneBank
-from jobs.pretrain.prompting import Question, ask
+from jobs.pretrain.prompting import ScenePrompt, ask
 from jobs.pretrain.snapshot import Snapshot
 from jobs.pretrain.vision_stage import (
     FINE,
@@ -25,7 +25,7 @@ from jobs.pretrain.vision_stage import (
     dense_targets,
     to_pixel_values,
 )
-from sam3lora.losses import Criterion, LossWeights, Normalizer, Predictions, Targets, count_semantic
+from sam3lora.losses import Criterion, LossSection, Normalizer, Predictions, Targets
 from sam3lora.model.staged.forward import StagedSam3, VisionFeatures
 
 LOCATING_SHARE = 0.3
@@ -48,7 +48,7 @@ class TokenHead(nn.Module):
         return F.binary_cross_entropy_with_logits(logits, share_BS, pos_weight=torch.tensor(3.0))
 
 
-def scene_targets(labels_IHW: np.ndarray, questions: list[list[Question]]) -> tuple[Targets, Tensor, Tensor, Tensor]:
+def scene_targets(labels_IHW: np.ndarray, questions: list[list[ScenePrompt]]) -> tuple[Targets, Tensor, Tensor, Tensor]:
     """Targets of all questions, the share of each patch they cover (B, 256), exemplar boxes and labels (B, 1, ...)."""
     size = labels_IHW.shape[1]
     steps = (np.arange(FINE) * size // FINE) + 1
@@ -98,8 +98,8 @@ def train_joint(
 
     ``heads`` and ``token_head`` are temporary; ``banks`` are scenes with the probability to draw from each.
     """
-    weights = LossWeights(bbox=5, giou=2, ce=20, presence=10, mask=100, dice=5, semantic=10, semantic_dice=5, o2m=1)
-    criterion = Criterion(weights, pad_n_queries=None, touch_unused=False)
+    loss = LossSection(bbox=5, giou=2, ce=20, presence=10, mask=100, dice=5, semantic=10, semantic_dice=5, o2m=1)
+    criterion = Criterion(loss, pad_n_queries=None, touch_unused=False)
     staged = StagedSam3(model)
     slow = [p for n, p in model.named_parameters() if n.startswith("vision_encoder.backbone")]
     slow_ids = {id(p) for p in slow}
@@ -173,7 +173,7 @@ def train_joint(
         normalizer = Normalizer(
             num_queries=len(prompts),
             num_boxes=max(1, len(targets.boxes_cxcywh_T4)),
-            num_semantic=max(1, count_semantic(targets)),
+            num_semantic=max(1, len(targets.query_index()[targets.has_mask_pixels()].unique())),
             scale=1.0,
         )
         output = criterion(predictions, targets, normalizer)

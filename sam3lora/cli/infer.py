@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from sam3lora.cluster import check_job_path
 from sam3lora.errors import UserError
 
 if TYPE_CHECKING:
-    from sam3lora.inference.image_folder import Predictions
+    from sam3lora.inference.image_folder import FolderDetections
 
 Show = dict[str, bool]
 _SHOWN = 10
@@ -101,7 +102,7 @@ def _infer_image(
     settings: dict[str, Any],
 ) -> None:
     from sam3lora.data.images import read_size
-    from sam3lora.inference.image_folder import Predictions
+    from sam3lora.inference.image_folder import FolderDetections
     from sam3lora.inference.predictor import Predictor
     from sam3lora.inference.result_pictures import check_picture_path
 
@@ -115,7 +116,7 @@ def _infer_image(
     results = predictor.predict(image, prompts, boxes, labels, masks=show["show_masks"])
     seconds = time.perf_counter() - started
     predictor.draw(results, output, **show)
-    predictions = Predictions({**predictor.settings, "prompts": [result.prompt for result in results]})
+    predictions = FolderDetections({**predictor.settings, "prompts": [result.prompt for result in results]})
     predictions.add(image.name, results)
     if json is not None:
         predictions.write(json)
@@ -126,11 +127,9 @@ def _infer_image(
 def _infer_folder(
     folder: Path, prompts: Sequence[str], output: Path, json: Path, show: Show, settings: dict[str, Any]
 ) -> None:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from sam3lora.inference.image_folder import list_images, predict_folder
     from sam3lora.inference.predictor import Predictor
+    from sam3lora.progress import Progress
 
     paths = list_images(folder)
     if output.suffix and not output.is_dir():
@@ -140,13 +139,11 @@ def _infer_folder(
     for path in (output / paths[0].name, json):
         _check_writable(path)
     predictor = Predictor(**settings)
-    console = Console(stderr=True)
-    columns = (TextColumn("asking"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     started = time.perf_counter()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("asking", total=len(paths))
+    style = "bar" if sys.stderr.isatty() else "off"
+    with Progress(len(paths), style=style, stderr=True, transient=True) as bar:
         predictions = predict_folder(
-            predictor, paths, prompts, pictures_dir=output, json_path=json, on_done=lambda: bar.advance(task), **show
+            predictor, paths, prompts, pictures_dir=output, json_path=json, on_done=bar.advance, **show
         )
     seconds = time.perf_counter() - started
     for item in predictions.skipped[:_SHOWN]:
@@ -164,7 +161,7 @@ def _infer_folder(
         raise KeyboardInterrupt
 
 
-def _print_table(predictions: Predictions) -> None:
+def _print_table(predictions: FolderDetections) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

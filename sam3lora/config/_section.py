@@ -1,10 +1,12 @@
-"""What every section of a configuration shares."""
+"""The base class of all sections of a configuration."""
 
 from __future__ import annotations
 
 from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+
+from ..errors import UserError
 
 
 class Section(BaseModel):
@@ -22,3 +24,20 @@ class Section(BaseModel):
             if bool not in types and types & {int, float}:
                 raise ValueError("should be a number")
         return value
+
+
+class Settings(Section):
+    """A group of settings that Python code builds directly, without a configuration file.
+
+    Raises:
+        UserError: A value is out of range; the message names the first one.
+    """
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(str(part) for part in first["loc"]) or type(self).__name__
+            reason = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+            raise UserError(f"{name} {reason}, got {first['input']!r}") from None

@@ -1,4 +1,4 @@
-"""Weights and options of SAM 3's training loss."""
+"""Weights and options of SAM 3's training loss: the one declaration, which the criterion reads too."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from pydantic import Field, model_validator
 
 from ._section import Section
 
-DEFAULT_NUM_POINTS = 12544
-
 
 class LossSection(Section):
-    """Term weights; 0 switches a term off. The defaults are the ones SAM 3 was trained with."""
+    """Term weights and options; a weight of 0 switches its term off. The defaults are those SAM 3 was trained with."""
 
     bbox: float = Field(default=5.0, ge=0, description="L1 distance of the boxes.")
     giou: float = Field(default=2.0, ge=0, description="1 - generalised IoU of the boxes.")
@@ -29,13 +27,33 @@ class LossSection(Section):
         description='Where masks are compared: "full" = at the model input size as SAM 3 does, "low" = at the size of '
         'the predicted masks (less memory), "points" = at sampled points (least memory).',
     )
-    num_points: int = Field(
-        default=DEFAULT_NUM_POINTS, ge=16, description='Points per mask for mask_resolution "points".'
-    )
+    num_points: int = Field(default=12544, ge=16, description='Points per mask for mask_resolution "points".')
+
+    @property
+    def mask_points(self) -> int | None:
+        """Points at which masks are compared; None compares all pixels."""
+        return self.num_points if self.mask_resolution == "points" else None
+
+    def by_term(self) -> dict[str, float]:
+        """The factor of each entry of `sam3lora.losses.LossOutput.terms`."""
+        o2o = {
+            "loss_bbox": self.bbox,
+            "loss_giou": self.giou,
+            "loss_ce": self.ce,
+            "loss_mask": self.mask,
+            "loss_dice": self.dice,
+        }
+        return {
+            **o2o,
+            **{f"{name}_o2m": self.o2m * weight for name, weight in o2o.items()},
+            "presence_loss": self.presence,
+            "loss_semantic_seg": self.semantic,
+            "loss_semantic_dice": self.semantic_dice,
+        }
 
     @model_validator(mode="after")
     def _check_effect(self) -> LossSection:
-        if self.num_points != DEFAULT_NUM_POINTS and self.mask_resolution != "points":
+        if self.num_points != type(self).model_fields["num_points"].default and self.mask_resolution != "points":
             raise ValueError(
                 f'num_points has no effect with mask_resolution "{self.mask_resolution}": set it to "points"'
             )

@@ -1,4 +1,4 @@
-"""Where an image lies in the model's square frame, and how it gets there.
+"""The position of an image in the model's square frame, and the image placed there.
 
 SAM 3 is trained on images resized to a random square (the aspect ratio is not kept) and put at a random place on black;
 it is evaluated on the full frame.
@@ -22,7 +22,7 @@ SAM3_FRAME = 1008
 
 @dataclass(frozen=True)
 class Placement:
-    """The image's square in the frame, all in units of the frame's side: `x' = offset + scale * x`, mirrored first.
+    """The image's square in the frame, in units of the frame's side: `x' = offset + scale * x`, after mirroring.
 
     Args:
         scale: Side of the image's square.

@@ -1,4 +1,4 @@
-"""Which images make which batch, in which order, for which worker: decided before anything is read."""
+"""The plan of a run: which images form which batch, in which order, on which worker."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def plan_epoch(
 ) -> list[list[int]]:
     """A rank's batches of one epoch.
 
-    All ranks draw the same permutation and take turns in it, batch by batch. It is padded by starting over, so that
-    every rank has the same number of equally large batches; the images seen twice are the first of the permutation.
+    All ranks draw the same permutation and take batches from it in turn. The permutation is padded with its own first
+    images, so that every rank has the same number of equally large batches.
 
     Args:
         num_images: Number of images of the split.
@@ -66,7 +66,7 @@ def plan_run(
     start_epoch: int = 0,
     start_step: int = 0,
 ) -> Iterator[BatchPlan]:
-    """A rank's batches of all epochs, from a step on: a run that resumes gets exactly the batches it had left."""
+    """A rank's batches of all epochs from a step on. A resumed run gets exactly the batches that were left."""
     for epoch in range(start_epoch, num_epochs):
         batches = plan_epoch(
             num_images,
@@ -83,9 +83,9 @@ def plan_run(
 
 
 def plan_validation(num_images: int, *, batch_size: int, world_size: int = 1, rank: int = 0) -> list[BatchPlan]:
-    """A rank's share of a split, in order, every image once over all ranks.
+    """A rank's share of a split, in order; each image belongs to one rank.
 
-    Ranks may get different numbers of batches, also none: no collective call belongs inside a loop over them.
+    Ranks may get different numbers of batches, also none, so a loop over them must make no collective call.
     """
     assert batch_size > 0
     assert 0 <= rank < world_size

@@ -1,4 +1,4 @@
-"""One record to a decoded sample: pixels in the model's frame, queries, packed targets. NumPy only."""
+"""Decoding of one record: pixels in the model's frame, queries and packed targets. NumPy only."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ import pyarrow as pa
 from sam3lora.data.annotations import MIN_BOX_AREA
 from sam3lora.data.array_store import ArrayStore, digest, image_digest
 from sam3lora.data.augment import Augmentation, Placement, choose_placement, place_image
+from sam3lora.data.batch import Batch
 from sam3lora.data.images import ImageError, read_image
 from sam3lora.data.masks import place_mask
 from sam3lora.data.prompts import Query, build_queries, sample_rng
 
 _QUERY_STREAM, _PLACEMENT_STREAM, _SUBSET_STREAM = range(3)
-_FRAME_VERSION = 1  # of decoding and resizing: another number where they give other pixels
+_FRAME_VERSION = 1  # raise it when decoding or resizing gives other pixels
 
 
 @dataclass(frozen=True)
 class DecodeSettings:
-    """Everything that decides how records become samples; plain values, so that it travels to data workers.
+    """Everything that decides how records are decoded; plain values, so that it can be sent to data tasks.
 
     Args:
         names: Category names of the data set (`CocoIndex.names`, or `merge_names` of its splits).
@@ -38,8 +39,8 @@ class DecodeSettings:
         on_bad_image: "stop" raises, "skip" leaves the image out and lists it.
         seed: Seed of negatives, placement and subsets.
         store: Where features and frames are kept; None for nowhere.
-        features: What makes the features of a frame; an image whose features the store has is not decoded. None where
-            features are not kept.
+        features: Identity of the features that are kept (`TrunkCache.identity`); None where none are. An image whose
+            features the store has is not decoded.
         keep_frames: Keep decoded frames in the store. Both need frames that no augmentation changes.
     """
 
@@ -78,27 +79,23 @@ def record_queries(record: Mapping[str, Any], settings: DecodeSettings, epoch: i
 
 
 def rows_with_queries(table: pa.Table, settings: DecodeSettings) -> list[int]:
-    """Positions of the images that anything can be asked of: what to plan over.
+    """Positions of the images with at least one query; only these are trained on.
 
-    The others show only crowd regions of the only category, say, or lack objects while absence is not known
-    (`exhaustive` False and no list of negatives). The answer is the same in every epoch.
+    The others show, for example, only crowd regions of the only category, or no objects while absence is not known
+    (`exhaustive` False and no list of negatives). The result is the same in every epoch.
     """
     return [row for row, record in enumerate(table.to_pylist()) if record_queries(record, settings)]
 
 
-def decode_record(record: Mapping[str, Any], settings: DecodeSettings, epoch: int = 0) -> dict[str, Any] | ImageError:
-    """Queries, placement and pixels of one record in one epoch, reproducible from (seed, epoch, image id).
+def decode_record(record: Mapping[str, Any], settings: DecodeSettings, epoch: int = 0) -> Batch:
+    """A batch of one record: its pixels, queries and targets in an epoch, reproducible from (seed, epoch, image id).
 
-    Returns:
-        `image` uint8 (S, S, 3), or None where the store has the features; `feature_key`, under which it has them or is
-        to get them, or None; `image_id`, `path`, `original_size_hw` (of the decoded image, as annotated without
-        pixels), `placement`; and the targets of `place_targets`. Or, with `on_bad_image` "skip", the error that a bad
-        image raised.
+    The batch carries no pixels where the store has the image's features. A bad image gives a batch of no image that
+    lists it as skipped, with `on_bad_image` "skip".
 
     Raises:
         ImageError: The image cannot be read and `on_bad_image` is "stop".
     """
-    queries = record_queries(record, settings, epoch)
     placement = Placement()
     if settings.is_augmented:
         placement = choose_placement(
@@ -107,31 +104,40 @@ def decode_record(record: Mapping[str, Any], settings: DecodeSettings, epoch: in
             augmentation=settings.augmentation,
             horizontal_flip=settings.horizontal_flip,
         )
+    side, size_hw = settings.resolution, _size_hw(record)
+    images = np.zeros((0, side, side, 3), dtype=np.uint8)
+    skipped = []
     key = feature_key(record, settings)
-    image, original_size_hw = None, (record["height"], record["width"])
     if key is None or settings.store is None or key not in settings.store:
         try:
-            image, original_size_hw = read_frame(record, settings, placement)
+            frame, size_hw = read_frame(record, settings, placement)
+            images = frame[None]
         except ImageError as error:
             if settings.on_bad_image == "stop":
                 raise
-            return error
-    return {
-        "image": image,
-        "feature_key": key,
-        "image_id": record["image_id"],
-        "path": record["path"],
-        "original_size_hw": original_size_hw,
-        "placement": placement,
-        **place_targets(
-            record,
-            queries,
-            mask_size=settings.mask_size,
-            placement=placement,
-            max_objects=settings.max_objects,
-            rng=sample_rng(settings.seed, epoch, record["image_id"], _SUBSET_STREAM),
-        ),
-    }
+            skipped = [(record["image_id"], record["path"], str(error))]
+    kept = 1 - len(skipped)  # images of the batch: 1 or 0
+    queries = record_queries(record, settings, epoch) if kept else []
+    subset_rng = sample_rng(settings.seed, epoch, record["image_id"], _SUBSET_STREAM)
+    asked = matched_objects(record, queries, settings.max_objects, subset_rng)
+    objects = [record["annotations"][row] for _, rows in asked for row in rows]
+    masks_packed, mask_valid_T = _draw_masks(objects, _size_hw(record), placement, settings.mask_size)
+    return Batch(
+        images_NHWC=images,
+        image_rows_N=np.arange(len(images)),
+        feature_keys_I=[key] * kept,
+        image_ids=np.array([record["image_id"]] * kept, dtype=np.int64),
+        paths=[record["path"]] * kept,
+        original_sizes_hw=np.array([size_hw] * kept, dtype=np.int64).reshape(-1, 2),
+        query_image_B=np.zeros(len(asked), dtype=np.int64),
+        prompts_B=[query.prompt for query, _ in asked],
+        num_B=np.array([len(rows) for _, rows in asked], dtype=np.int64),
+        boxes_cxcywh_T4=_place_boxes([item["bbox_xywh"] for item in objects], _size_hw(record), placement),
+        masks_packed=masks_packed,
+        mask_size=settings.mask_size,
+        mask_valid_T=mask_valid_T,
+        skipped=skipped,
+    )
 
 
 def feature_key(record: Mapping[str, Any], settings: DecodeSettings) -> str | None:
@@ -150,8 +156,7 @@ def read_frame(
     Raises:
         ImageError: The image cannot be read.
     """
-    size_hw = (record["height"], record["width"])
-    side = settings.resolution
+    size_hw, side = _size_hw(record), settings.resolution
     key = _frame_key(record, settings) if settings.keep_frames else None
     if key is not None and settings.store is not None:
         kept = settings.store.get(key)
@@ -165,66 +170,39 @@ def read_frame(
 
 
 def _frame_key(record: Mapping[str, Any], settings: DecodeSettings) -> str | None:
-    """Of the file's content and what decides how it is decoded and resized; None if it cannot be read."""
+    """Key of the decoded frame, from the file's content and the decoding settings; None if it cannot be read."""
     if settings.store is None or settings.is_augmented:
         return None
     try:
         content = image_digest(settings.store, record["path"])
-    except OSError:  # what is wrong with it, decoding says
+    except OSError:  # decoding reports the reason
         return None
     return digest("frame", content, record["height"], record["width"], settings.resolution, _FRAME_VERSION)
 
 
-def place_targets(
-    record: Mapping[str, Any],
-    queries: Sequence[Query],
-    *,
-    mask_size: int | None,
-    placement: Placement,
-    max_objects: int | None,
-    rng: np.random.Generator,
-) -> dict[str, Any]:
-    """The targets of an image's queries; needs no pixels.
+def matched_objects(
+    record: Mapping[str, Any], queries: Sequence[Query], max_objects: int | None, rng: np.random.Generator
+) -> list[tuple[Query, list[int]]]:
+    """The queries that have a loss, each with the positions of its objects among the record's annotations.
 
-    Args:
-        record: A row of the index.
-        queries: From `build_queries`.
-        mask_size: Side M of the masks, or None.
-        placement: Where the image lies in the frame.
-        max_objects: Largest number of objects of a query; None for no limit.
-        rng: Chooses the subset when `max_objects` bites.
-
-    Returns:
-        Per query `prompts`, `categories`, `is_positive`, `num_targets`; per target, packed in query order,
-        `boxes_cxcywh` float32 (T, 4) relative to the frame, `masks_packed` uint8 (T, ceil(M * M / 8)) bits of (M, M)
-        or None, `mask_valid` bool (T,), `annotation_ids` int64 (T,); `num_limited`, the objects left out by
-        `max_objects`.
+    A present category whose objects all lack area is left out: nothing of it can be matched, so it is neither positive
+    nor negative. Of a query with more than `max_objects` objects `rng` draws a subset.
     """
-    size_hw = (record["height"], record["width"])
-    annotations = record["annotations"]
-    kept_queries, rows, num_limited = [], [], 0
+    annotations, size_hw = record["annotations"], _size_hw(record)
+    found = []
     for query in queries:
-        query_rows = [row for row in query.annotation_rows if _has_area(annotations[row]["bbox_xywh"], size_hw)]
-        if query.is_positive and not query_rows:
-            continue  # the category is there, but nothing of it can be matched: neither positive nor negative
-        if max_objects is not None and len(query_rows) > max_objects:
-            num_limited += len(query_rows) - max_objects
-            chosen = rng.choice(len(query_rows), size=max_objects, replace=False)
-            query_rows = [query_rows[i] for i in sorted(chosen)]
-        kept_queries.append((query, len(query_rows)))
-        rows += query_rows
-    masks_packed, mask_valid = _draw_masks([annotations[row] for row in rows], size_hw, placement, mask_size)
-    return {
-        "prompts": [query.prompt for query, _ in kept_queries],
-        "categories": [query.category for query, _ in kept_queries],
-        "is_positive": np.array([query.is_positive for query, _ in kept_queries], dtype=bool),
-        "num_targets": np.array([count for _, count in kept_queries], dtype=np.int64),
-        "boxes_cxcywh": _place_boxes([annotations[row]["bbox_xywh"] for row in rows], size_hw, placement),
-        "masks_packed": masks_packed,
-        "mask_valid": mask_valid,
-        "annotation_ids": np.array([annotations[row]["id"] for row in rows], dtype=np.int64),
-        "num_limited": num_limited,
-    }
+        rows = [row for row in query.annotation_rows if _has_area(annotations[row]["bbox_xywh"], size_hw)]
+        if query.is_positive and not rows:
+            continue
+        if max_objects is not None and len(rows) > max_objects:
+            chosen = rng.choice(len(rows), size=max_objects, replace=False)
+            rows = [rows[i] for i in sorted(chosen)]
+        found.append((query, rows))
+    return found
+
+
+def _size_hw(record: Mapping[str, Any]) -> tuple[int, int]:
+    return record["height"], record["width"]
 
 
 def _has_area(box_xywh: Sequence[float], size_hw: tuple[int, int]) -> bool:

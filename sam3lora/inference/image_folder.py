@@ -20,7 +20,7 @@ from sam3lora.inference.predictor import Predictor
 
 
 @dataclass
-class Predictions:
+class FolderDetections:
     """The JSON file of some images' detections.
 
     Attributes:
@@ -93,7 +93,7 @@ def predict_folder(
     show_boxes: bool = False,
     show_masks: bool = True,
     on_done: Callable[[], None] = lambda: None,
-) -> Predictions:
+) -> FolderDetections:
     """Ask every image for the prompts, draw the detections, and write them all to one JSON file.
 
     An image that cannot be read is listed as skipped. If anything stops the run, the JSON file still holds the images
@@ -104,7 +104,7 @@ def predict_folder(
         paths: From `list_images`.
         prompts: Short noun phrases.
         pictures_dir: Folder of the pictures (JPEG).
-        json_path: Where to write `Predictions`.
+        json_path: Where to write `FolderDetections`.
         show_boxes: Draw boxes.
         show_masks: Draw masks and write them.
         on_done: Called after each image.
@@ -112,7 +112,7 @@ def predict_folder(
     Raises:
         UserError: An empty or too long prompt, or a file that cannot be written.
     """
-    predictions = Predictions({**predictor.settings, "prompts": list(prompts)})
+    predictions = FolderDetections({**predictor.settings, "prompts": list(prompts)})
     try:
         for path, picture in zip(paths, picture_names(paths), strict=True):
             try:

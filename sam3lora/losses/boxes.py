@@ -22,12 +22,6 @@ def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
     return torch.cat([centre - half_size, centre + half_size], dim=-1)
 
 
-def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
-    """Corners to centre and size, (..., 4) to (..., 4)."""
-    low, high = boxes[..., :2], boxes[..., 2:]
-    return torch.cat([(low + high) * 0.5, high - low], dim=-1)
-
-
 def box_area(boxes_xyxy: Tensor) -> Tensor:
     """Area of (..., 4) boxes, (...)."""
     return (boxes_xyxy[..., 2] - boxes_xyxy[..., 0]) * (boxes_xyxy[..., 3] - boxes_xyxy[..., 1])

@@ -1,11 +1,11 @@
-"""SAM 3's training loss of one forward: match, compute the terms, weigh and add them up.
+"""SAM 3's training loss of one forward: matching, terms and their weighted sum.
 
     total = sqrt(queries) { sum over layers [5 bbox + 2 giou + 20 ce + 20 presence](o2o)
                             + 2 sum over layers [5 bbox + 2 giou + 20 ce](o2m)
                             + [200 mask + 10 dice](o2o) + 2 [200 mask + 10 dice](o2m)
                             + 20 semantic_seg + 30 semantic_dice }
 
-Every term is a sum divided by a count of the whole optimizer step, so that chunks, micro-batches and workers add up.
+Every term is a sum divided by a count of the whole optimizer step. So chunks, micro-batches and workers add up.
 Shapes as in `targets.py`.
 """
 
@@ -18,11 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sam3lora.config.loss import LossSection
+
 from .masks import PointSampling, mask_loss_sums, semantic_loss_sums, union_of_masks
 from .matching import HungarianCost, Matches, OneToManyRule, Pairs, PendingMatches, begin_match
+from .normalizer import Normalizer
 from .targets import Predictions, Targets
 from .terms import box_terms, iabce_term, presence_term, visible_queries
-from .weights import LossWeights, Normalizer
 
 
 @dataclass
@@ -51,53 +53,38 @@ class Criterion:
     """SAM 3's loss for one-to-one and one-to-many branches, boxes, presence, masks and semantic masks.
 
     Args:
-        weights: factor of each term.
-        pos_weight, alpha, gamma: of the classification term (`terms.iabce_elements`).
+        settings: term weights and options; None takes the defaults, which are SAM 3's.
+        hungarian: cost of the one-to-one matcher.
+        one_to_many: rule of the final layer of the one-to-many branch.
         pad_n_queries: smallest number of object queries that the classification term divides by; None divides by Q.
-        cost_class, cost_bbox, cost_giou: of the Hungarian matcher.
-        o2m_alpha, o2m_threshold, o2m_topk: of the one-to-many rule of the final layer.
-        mask_points: points a mask is compared at; None compares all pixels.
-        mask_points_oversample, mask_points_importance: how the points are chosen.
-        mask_chunk: masks resized and compared at a time, the bound on memory.
-        touch_unused: where no pair has a mask and gradients are on, still ask `mask_logits` and `semantic_logits` for
-            their first entry and multiply it by zero, so that every parameter has a gradient (DistributedDataParallel
-            waits for it). False saves that forward.
+        mask_chunk: masks resized and compared at a time; bounds the memory.
+        touch_unused: where no pair has a mask and gradients are on, ask `mask_logits` and `semantic_logits` for their
+            first entry all the same and multiply it by zero. Then every parameter has a gradient, as
+            DistributedDataParallel needs. False saves that forward.
+
+    Attributes:
+        weights: factor of each entry of `LossOutput.terms`.
     """
 
     def __init__(
         self,
-        weights: LossWeights | None = None,
+        settings: LossSection | None = None,
         *,
-        pos_weight: float = 10.0,
-        alpha: float = 0.25,
-        gamma: float = 2.0,
+        hungarian: HungarianCost | None = None,
+        one_to_many: OneToManyRule | None = None,
         pad_n_queries: int | None = 200,
-        cost_class: float = 2.0,
-        cost_bbox: float = 5.0,
-        cost_giou: float = 2.0,
-        o2m_alpha: float = 0.3,
-        o2m_threshold: float = 0.4,
-        o2m_topk: int = 4,
-        mask_points: int | None = None,
-        mask_points_oversample: float = 3.0,
-        mask_points_importance: float = 0.75,
         mask_chunk: int = 16,
         touch_unused: bool = True,
     ) -> None:
-        self.weights = weights or LossWeights()
-        self.classify = partial(
-            iabce_term, pos_weight=pos_weight, alpha=alpha, gamma=gamma, pad_n_queries=pad_n_queries
-        )
-        self.hungarian = HungarianCost(cost_class, cost_bbox, cost_giou)
-        self.one_to_many = OneToManyRule(o2m_alpha, o2m_threshold, o2m_topk)
-        self.sampling = None
-        if mask_points is not None:
-            self.sampling = PointSampling(mask_points, mask_points_oversample, mask_points_importance)
-        self.mask_chunk = mask_chunk
-        self.touch_unused = touch_unused
+        settings = settings or LossSection()
+        self.weights = settings.by_term()
+        self.hungarian, self.one_to_many = hungarian or HungarianCost(), one_to_many or OneToManyRule()
+        self._classify = partial(iabce_term, pad_n_queries=pad_n_queries, pos_weight=settings.pos_weight)
+        self._sampling = None if settings.mask_points is None else PointSampling(settings.mask_points)
+        self._mask_chunk, self._touch_unused = mask_chunk, touch_unused
 
     def begin(self, predictions: Predictions, targets: Targets) -> PendingMatches:
-        """Begin to match, which needs logits and boxes: masks can be made while the host assigns."""
+        """Start matching, which needs only logits and boxes, so that masks can be made while the host assigns."""
         return begin_match(predictions, targets, self.hungarian, self.one_to_many)
 
     def __call__(
@@ -111,7 +98,7 @@ class Criterion:
 
         Args:
             normalizer: counts of the whole optimizer step; None takes them from this batch alone.
-            pending: what `begin` gave for the same predictions and targets.
+            pending: the result of `begin` for the same predictions and targets.
 
         Raises:
             FloatingPointError: a matching cost is not finite; the message names the query.
@@ -131,10 +118,9 @@ class Criterion:
             **self._semantic_terms(semantic_queries, predictions, targets, matches, normalizer),
         }
         terms = {name: values.sum() for name, values in per_layer.items()} | scalars
-        weight = self.weights.by_term()
         total = torch.zeros((), device=device)
         for name, value in terms.items():
-            total = total + weight[name] * value
+            total = total + self.weights[name] * value
         return LossOutput(
             total=normalizer.scale * total,
             terms={name: value.detach() for name, value in terms.items()},
@@ -152,7 +138,7 @@ class Criterion:
 
         def branch_terms(logits: Tensor, boxes: Tensor, pairs: Pairs, suffix: str) -> tuple[dict[str, Tensor], Tensor]:
             bbox, giou = box_terms(boxes, target_boxes, pairs, normalizer.num_boxes)
-            ce, matched = self.classify(logits, boxes, target_boxes, pairs, present_B, normalizer.num_queries)
+            ce, matched = self._classify(logits, boxes, target_boxes, pairs, present_B, normalizer.num_queries)
             return {f"loss_bbox{suffix}": bbox, f"loss_giou{suffix}": giou, f"loss_ce{suffix}": ce}, matched
 
         per_layer, matched = branch_terms(predictions.logits_LBQ, predictions.boxes_cxcywh_LBQ4, matches.o2o, "")
@@ -188,7 +174,7 @@ class Criterion:
             _, query, object_query, target = torch.from_numpy(np.ascontiguousarray(rows.T))
             logits = predictions.mask_logits(branch, query, object_query)
             target = target.to(targets.masks_THW.device, non_blocking=True)
-            focal, dice = mask_loss_sums(logits, targets.masks_THW, target, self.sampling, self.mask_chunk)
+            focal, dice = mask_loss_sums(logits, targets.masks_THW, target, self._sampling, self._mask_chunk)
         elif self._must_touch(targets):
             first = torch.zeros(1, dtype=torch.long)
             focal = 0.0 * predictions.mask_logits(branch, first, first).float().sum()
@@ -213,7 +199,7 @@ class Criterion:
             valid = targets.mask_valid_T.to(masks.device)
             logits = predictions.semantic_logits(torch.from_numpy(queries))
             focal, dice = semantic_loss_sums(
-                logits, lambda start, end: union_of_masks(masks, valid, ranges[start:end]), chunk_size=self.mask_chunk
+                logits, lambda start, end: union_of_masks(masks, valid, ranges[start:end]), chunk_size=self._mask_chunk
             )
         elif self._must_touch(targets):
             first = torch.zeros(1, dtype=torch.long)
@@ -224,7 +210,7 @@ class Criterion:
         }
 
     def _must_touch(self, targets: Targets) -> bool:
-        return self.touch_unused and torch.is_grad_enabled() and len(targets.num_B) > 0
+        return self._touch_unused and torch.is_grad_enabled() and len(targets.num_B) > 0
 
 
 def _semantic_queries(matches: Matches) -> np.ndarray:

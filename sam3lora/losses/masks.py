@@ -1,4 +1,4 @@
-"""Mask terms of matched pairs and the semantic term, in chunks so that full-resolution buffers stay few.
+"""Mask terms of matched pairs and the semantic term. They work in chunks to limit full-resolution buffers.
 
 Shapes: `M` matched pairs with a valid mask, `K` queries with a semantic target, `P` sampled points, `T` packed targets,
 `H` `W` target pixels, `h` `w` predicted pixels.
@@ -25,7 +25,7 @@ class PointSampling:
     |logit|) are taken, and the rest of `num_points` uniformly.
     """
 
-    num_points: int = 12544
+    num_points: int
     oversample_ratio: float = 3.0
     importance_ratio: float = 0.75
 
@@ -44,7 +44,7 @@ def mask_loss_sums(
         masks_THW: (T, H, W) bool target masks, on any device.
         target_index_M: (M,) long, the target of each pair, on the masks' device.
         sampling: None compares all pixels.
-        chunk_size: pairs compared at a time; the backward pass recomputes a chunk in place of keeping its buffers.
+        chunk_size: pairs compared at a time; the backward pass recomputes a chunk instead of keeping its buffers.
     """
 
     def compare(logits: Tensor, target_index: Tensor) -> Tensor:
@@ -64,30 +64,20 @@ def mask_loss_sums(
     return sums[0], sums[1]
 
 
-def mask_point_loss(point_logits_MP: Tensor, point_targets_MP: Tensor) -> tuple[Tensor, Tensor]:
-    """As `mask_loss_sums`, for (M, P) logits and (possibly soft) targets already sampled at points."""
-    focal, dice = _focal_and_dice(point_logits_MP, point_targets_MP, alpha=0.25)
-    return focal, dice
-
-
 def semantic_loss_sums(
-    logits_Khw: Tensor, target_of: Callable[[int, int], Tensor], downsample_target: bool = False, chunk_size: int = 16
+    logits_Khw: Tensor, target_of: Callable[[int, int], Tensor], chunk_size: int = 16
 ) -> tuple[Tensor, Tensor]:
     """Sum over queries of the mean focal loss (alpha 0.6, gamma 2) and of the dice loss; divide by the number of such
     queries.
 
     Args:
         logits_Khw: (K, h, w) semantic logits of the queries whose target is not empty.
-        target_of: `(start, end) -> (end - start, H, W)` bool, the targets of these rows (so that not all exist at
-            once).
-        downsample_target: bring the target to (h, w), every non-zero interpolated value being foreground, in place of
-            resizing the prediction to (H, W).
+        target_of: `(start, end) -> (end - start, H, W)` bool, the targets of these rows. A function, so that not all
+            targets exist at once.
     """
 
     def compare(logits: Tensor, start: int, end: int) -> Tensor:
         masks = target_of(start, end).to(logits.device)
-        if downsample_target:
-            masks = resize(masks, logits.shape[1:]) > 0
         return _focal_and_dice(resize(logits, masks.shape[1:]), masks, alpha=0.6)
 
     sums = logits_Khw.new_zeros(2, dtype=torch.float32)

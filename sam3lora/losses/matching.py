@@ -24,8 +24,7 @@ from .targets import Predictions, Targets
 class HungarianCost:
     """Cost of a one-to-one match: class (focal) + L1 of cxcywh - GIoU, weighted; presence is not part of it.
 
-    class = alpha (1-p)^gamma softplus(-x) - (1-alpha) p^gamma softplus(x), p = sigmoid(x). With `stable`, p is
-    multiplied by (GIoU + 1) / 2 first (Stable-DINO, https://arxiv.org/abs/2304.04742).
+    class = alpha (1-p)^gamma softplus(-x) - (1-alpha) p^gamma softplus(x), p = sigmoid(x).
     """
 
     cost_class: float = 2.0
@@ -33,7 +32,6 @@ class HungarianCost:
     cost_giou: float = 2.0
     alpha: float = 0.25
     gamma: float = 2.0
-    stable: bool = False
 
     @torch.no_grad()
     def __call__(self, logits_LBQ: Tensor, boxes_cxcywh_LBQ4: Tensor, targets: Targets) -> Tensor:
@@ -42,13 +40,8 @@ class HungarianCost:
         l1 = (boxes_LTQ4 - target_T14).abs().sum(-1)
         giou = box_giou(cxcywh_to_xyxy(boxes_LTQ4), cxcywh_to_xyxy(target_T14))
         probability = logits_LTQ.sigmoid()
-        if self.stable:
-            probability = probability * (giou + 1) / 2
-            minus_log_p, minus_log_not_p = -probability.log(), -(1 - probability).log()
-        else:
-            minus_log_p, minus_log_not_p = F.softplus(-logits_LTQ), F.softplus(logits_LTQ)
-        positive = self.alpha * (1 - probability) ** self.gamma * minus_log_p
-        negative = (1 - self.alpha) * probability**self.gamma * minus_log_not_p
+        positive = self.alpha * (1 - probability) ** self.gamma * F.softplus(-logits_LTQ)
+        negative = (1 - self.alpha) * probability**self.gamma * F.softplus(logits_LTQ)
         return self.cost_bbox * l1 + self.cost_class * (positive - negative) - self.cost_giou * giou
 
 
@@ -115,14 +108,10 @@ class Pairs:
         counts = np.bincount(rows_M4[:, 0], minlength=num_layers).tolist()
         return cls(columns[0], columns[1], columns[2], columns[3], counts, rows_M4)
 
-    def per_layer(self) -> list[Tensor]:
-        """One (m, 3) tensor of (query, object query, packed target) for each layer."""
-        return list(torch.stack([self.query_M, self.object_query_M, self.target_M], dim=1).split(self.num_per_layer))
-
 
 @dataclass(frozen=True)
 class Matches:
-    """Matches of a batch, and what the host learnt about the targets on the way.
+    """Matches of a batch, and facts about its targets on the host.
 
     Attributes:
         o2o: Hungarian matches of all layers.
@@ -136,16 +125,6 @@ class Matches:
     num_targets_B: np.ndarray
     mask_valid_T: np.ndarray
     has_mask_pixels_T: np.ndarray
-
-    @property
-    def o2o_indices(self) -> list[Tensor]:
-        """One (m, 3) tensor (query, object query, packed target) a layer, ordered by target."""
-        return self.o2o.per_layer()
-
-    @property
-    def o2m_indices(self) -> list[Tensor]:
-        """As `o2o_indices`, for the one-to-many branch; the final layer is ordered by (query, object query, target)."""
-        return [] if self.o2m is None else self.o2m.per_layer()
 
 
 def match(

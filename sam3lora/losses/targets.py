@@ -1,4 +1,4 @@
-"""What the criterion is given: packed targets and the predictions of one forward.
+"""The criterion's input: packed targets and the predictions of one forward.
 
 Shapes: `B` find queries (image, prompt pairs), `Q` object queries, `L` decoder layers (the last is the final one),
 `T` targets of all queries packed in order, `M` matched pairs, `K` selected queries, `H` `W` target pixels, `h` `w`
@@ -22,15 +22,15 @@ class Targets:
     """Targets of B queries, packed: query b owns `num_B[b]` consecutive rows, in the order of the queries.
 
     Attributes:
-        num_B: (B,) long, targets of each query; 0 says that the prompt is absent from the image.
+        num_B: (B,) long, targets of each query; 0 means that the prompt is absent from the image.
         boxes_cxcywh_T4: (T, 4) float, normalised to the model input.
         masks_THW: (T, H, W) bool at any resolution, covering the whole model input; None trains without masks.
             May stay on another device than the predictions.
         mask_valid_T: (T,) bool, False where a target has a box but no mask.
 
     Raises:
-        ValueError: the parts disagree in the number of targets (`num_B` is checked while it is on the CPU, so that no
-            device has to be waited for).
+        ValueError: the parts disagree in the number of targets (`num_B` is checked only on the CPU, where that
+            waits for no device).
     """
 
     num_B: Tensor
@@ -48,11 +48,6 @@ class Targets:
             raise ValueError(f"mask_valid_T must be ({num_targets},), got {tuple(self.mask_valid_T.shape)}")
         if self.masks_THW is not None and (self.masks_THW.ndim != 3 or self.masks_THW.shape[0] != num_targets):
             raise ValueError(f"masks_THW must be ({num_targets}, H, W), got {tuple(self.masks_THW.shape)}")
-
-    def to(self, device: torch.device | str) -> Targets:
-        """The same targets on another device."""
-        masks = None if self.masks_THW is None else self.masks_THW.to(device)
-        return Targets(self.num_B.to(device), self.boxes_cxcywh_T4.to(device), masks, self.mask_valid_T.to(device))
 
     def query_index(self) -> Tensor:
         """(T,) long: which query each target belongs to."""
@@ -87,8 +82,3 @@ class Predictions:
     boxes_o2m_LBQ4: Tensor | None = None
     mask_logits: MaskLogits | None = None
     semantic_logits: SemanticLogits | None = None
-
-
-def count_semantic(targets: Targets) -> int:
-    """Number of queries whose semantic target, the union of their valid masks, is not empty."""
-    return int(targets.query_index()[targets.has_mask_pixels()].unique().numel())

@@ -82,16 +82,16 @@ def iabce_elements(
     boxes_cxcywh_LBQ4: Tensor,
     target_boxes_T4: Tensor,
     pairs: Pairs,
-    pos_weight: float = 10.0,
+    *,
+    pos_weight: float,
     alpha: float = 0.25,
     gamma: float = 2.0,
-    pos_focal: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """IoU-aware binary cross-entropy of every prediction, before masking and averaging.
 
-    Matched: pos_weight BCE(x, t), t = max(p^alpha IoU^(1-alpha), 0.01) without gradient (`pos_focal`: focal with
-    alpha 0.5 in place of BCE). Unmatched: p^gamma BCE(x, 0), gradient also through p^gamma. A prediction matched with
-    several targets takes the t of its last pair. Source: Align-DETR, https://arxiv.org/abs/2304.07527.
+    Matched: pos_weight BCE(x, t), t = max(p^alpha IoU^(1-alpha), 0.01) without gradient. Unmatched: p^gamma BCE(x, 0),
+    gradient also through p^gamma. A prediction matched with several targets takes the t of its last pair. Source:
+    Align-DETR, https://arxiv.org/abs/2304.07527.
 
     Returns:
         (L, B, Q) losses and (L, B, Q) bool, which predictions are matched.
@@ -102,15 +102,11 @@ def iabce_elements(
         predicted_M4 = boxes_cxcywh_LBQ4.float()[index]
         iou_M = box_iou(cxcywh_to_xyxy(predicted_M4), cxcywh_to_xyxy(target_boxes_T4.float()[pairs.target_M]))
         quality_M = (logits_LBQ[index].sigmoid() ** alpha * iou_M ** (1 - alpha)).clamp(min=0.01)
-        # "The last pair wins" by its number: writing quality_M with repeated indices would be in no defined order on
-        # a GPU.
+        # The pair with the highest number wins: on a GPU, writing quality_M to repeated indices has no defined order.
         last_pair = _last_pair_of_each_prediction(pairs, logits_LBQ.shape)
         matched = last_pair >= 0
         quality = torch.cat([quality_M, quality_M.new_zeros(1)])[last_pair]
-    if pos_focal:
-        positive = sigmoid_focal(logits_LBQ, quality, alpha=0.5, gamma=gamma)
-    else:
-        positive = binary_cross_entropy(logits_LBQ, quality)
+    positive = binary_cross_entropy(logits_LBQ, quality)
     negative = logits_LBQ.sigmoid() ** gamma * F.softplus(logits_LBQ)
     return torch.where(matched, pos_weight * positive, negative), matched
 
@@ -130,38 +126,24 @@ def iabce_term(
     pairs: Pairs,
     present_B: Tensor,
     num_queries: float,
-    pad_n_queries: int | None = 200,
-    pad_scale_pos: float = 1.0,
-    use_presence: bool = True,
-    exhaustive_B: Tensor | None = None,
-    pos_weight: float = 10.0,
-    alpha: float = 0.25,
-    gamma: float = 2.0,
-    pos_focal: bool = False,
+    *,
+    pad_n_queries: int | None,
+    pos_weight: float,
+    **focal: float,
 ) -> tuple[Tensor, Tensor]:
     """Classification term per layer: sum over all predictions / (num_queries max(Q, pad_n_queries)).
 
     Args:
-        present_B: (B,) 1 where the query has a visible target; other queries get no loss while `use_presence` is on.
+        present_B: (B,) 1 where the query has a visible target; other queries get no loss.
         pad_n_queries: smallest number of object queries to divide by; None divides by Q.
-        pad_scale_pos: factor of the matched predictions' loss where Q is below `pad_n_queries`.
-        exhaustive_B: (B,) bool; given, the "weak" variant: unmatched predictions of queries that are not exhaustively
-            annotated are left out, and the sum is divided by the number of entries kept + 1e-6 (those of absent
-            queries count).
+        pos_weight, focal: for `iabce_elements`.
 
     Returns:
         (L,) losses and (L, B, Q) bool, which predictions are matched.
     """
     loss, matched = iabce_elements(
-        logits_LBQ, boxes_cxcywh_LBQ4, target_boxes_T4, pairs, pos_weight, alpha, gamma, pos_focal
+        logits_LBQ, boxes_cxcywh_LBQ4, target_boxes_T4, pairs, pos_weight=pos_weight, **focal
     )
-    if use_presence:
-        loss = loss * present_B[:, None]
-    num_object_queries = logits_LBQ.shape[2]
-    if exhaustive_B is not None:
-        kept = (matched | exhaustive_B[:, None]).float()
-        return (loss * kept).sum(dim=(1, 2)) / (kept.sum(dim=(1, 2)) + 1e-6), matched
-    if pad_n_queries is not None and num_object_queries < pad_n_queries:
-        loss = torch.where(matched, loss * pad_scale_pos, loss)
-        num_object_queries = pad_n_queries
+    loss = loss * present_B[:, None]
+    num_object_queries = max(logits_LBQ.shape[2], pad_n_queries or 0)
     return loss.sum(dim=(1, 2)) / (num_queries * num_object_queries), matched

@@ -10,18 +10,9 @@ from typing import cast
 
 from torch import nn
 
-# Component -> its children of Sam3Model. The top-level `text_projection`, which maps text features to the detector's
-# width, is used; the CLIP tower's own `text_encoder.text_projection` is not.
-COMPONENT_ROOTS: dict[str, tuple[str, ...]] = {
-    "vision_encoder": ("vision_encoder",),
-    "text_encoder": ("text_encoder", "text_projection"),
-    "geometry_encoder": ("geometry_encoder",),
-    "detr_encoder": ("detr_encoder",),
-    "detr_decoder": ("detr_decoder",),
-    "mask_decoder": ("mask_decoder",),
-    "scoring": ("dot_product_scoring",),
-}
-COMPONENTS = tuple(COMPONENT_ROOTS)
+from sam3lora.config.components import COMPONENT_ROOTS
+from sam3lora.config.components import COMPONENTS as COMPONENTS
+
 _COMPONENT_OF_ROOT = {root: component for component, roots in COMPONENT_ROOTS.items() for root in roots}
 
 # Prefixes of DDP, torch.compile, PEFT and Sam3VideoModel before a Sam3Model's own names.

@@ -122,12 +122,11 @@ def render_markdown(tables: Mapping[str, ParameterTable], settings: Mapping[str,
 
 def main() -> None:
     from sam3lora.config import load_config, preset_names
-    from sam3lora.model.adapter.lora_layers import LoraSettings
     from sam3lora.model.tiny import TINY
 
     configs = {preset: load_config(preset) for preset in preset_names()}
     configs = {preset: config for preset, config in configs.items() if config.model.name != TINY}
-    settings = {preset: LoraSettings.from_mapping(config.lora.model_dump()) for preset, config in configs.items()}
+    settings = {preset: config.lora.settings for preset, config in configs.items()}
     tables = {
         preset: count_on_full_size(settings[preset], geometry_cls=config.model.geometry_cls)
         for preset, config in configs.items()

@@ -1,17 +1,16 @@
-"""What a run needs to go on exactly where it stopped: ``checkpoints/step_00000042/``, written whole or not at all.
+"""Checkpoints, from which a run resumes exactly where it stopped: ``checkpoints/step_00000042/``, written whole.
 
     adapter.safetensors    the adapter's weights          optimizer.safetensors  AdamW's moments, by parameter name
     state.json             step, epoch, best value, partial epoch sums, and the settings the run was made with
 
-No pickle is written or read. Randomness needs no state: dropout is seeded by (seed, step, rank), order, negatives and
-augmentation by (seed, epoch), so a step does the same whether or not the run was interrupted before it.
+No pickle is written or read. Random numbers need no state: dropout is seeded by (seed, step, rank); order, negatives
+and augmentation by (seed, epoch). So a step is the same whether or not the run was interrupted before it.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import uuid
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,16 +23,16 @@ from safetensors.torch import load_file, save_file
 
 from sam3lora.config import Config
 from sam3lora.errors import UserError
-from sam3lora.files import replace_folder, sync_files
+from sam3lora.files import whole_folder
 
 ADAPTER, OPTIMIZER, STATE = FILES = "adapter.safetensors", "optimizer.safetensors", "state.json"
-# Sections that decide what a step computes: a run cannot go on under other ones.
+# Sections that decide what a step computes: a run cannot resume with other values of them.
 FIXED_SECTIONS = ("model", "lora", "data")
 
 
 @dataclass
 class RunState:
-    """Where a run stands. ``step`` counts finished optimizer steps, ``step_in_epoch`` those of ``epoch``."""
+    """Position of a run. ``step`` counts finished optimizer steps, ``step_in_epoch`` those of ``epoch``."""
 
     step: int = 0
     epoch: int = 0
@@ -58,18 +57,11 @@ def save_checkpoint(
     keep: int,
 ) -> Path:
     """Write ``root/step_<step>`` and remove all but the newest ``keep``."""
-    root.mkdir(parents=True, exist_ok=True)
-    scratch = root / f".{uuid.uuid4().hex}.tmp"
-    scratch.mkdir()
-    try:
+    target = root / f"step_{state.step:08d}"
+    with whole_folder(target) as scratch:
         save_file(_cpu(get_peft_model_state_dict(model, save_embedding_layers=False)), scratch / ADAPTER)
         save_file(_cpu(_moments(model, optimizer)), scratch / OPTIMIZER)
         (scratch / STATE).write_text(json.dumps({"state": asdict(state), "settings": settings}, indent=1))
-        sync_files(scratch)
-        target = root / f"step_{state.step:08d}"
-        replace_folder(scratch, target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     for old in list_checkpoints(root)[:-keep]:
         shutil.rmtree(old)
     return target
@@ -85,7 +77,7 @@ def list_checkpoints(root: Path) -> list[Path]:
 def load_checkpoint(
     folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer, settings: dict[str, Any]
 ) -> RunState:
-    """Restore adapter and optimizer in place and return where the run stood.
+    """Restore adapter and optimizer in place and return the position of the run.
 
     Raises:
         UserError: the checkpoint is damaged, or the run had other settings for the model, the adapter or the data.
@@ -102,16 +94,14 @@ def load_checkpoint(
 
 
 def check_settings(folder: Path, saved: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Refuse settings under which a run cannot go on.
+    """Refuse settings with which the run cannot be resumed.
 
     Raises:
         UserError: naming the settings and both values.
     """
     for section in FIXED_SECTIONS:
         now = settings.get(section) or {}
-        was = _defaults(section) | (
-            saved.get(section) or {}
-        )  # a setting that is newer than the run had no effect on it
+        was = _defaults(section) | (saved.get(section) or {})  # a setting that is newer than the run had its default
         if was != _defaults(section) | now:
             changed = sorted(key for key in {*was, *now} if was.get(key) != now.get(key))
             names = ", ".join(f"{section}.{key} (was {was.get(key)!r}, is {now.get(key)!r})" for key in changed)
@@ -129,7 +119,7 @@ def _defaults(section: str) -> dict[str, Any]:
 
 
 def read_state(folder: Path) -> tuple[dict[str, Any], RunState]:
-    """The settings the run was made with, and where it stood."""
+    """The settings of the run, and its position."""
     try:
         content = json.loads((folder / STATE).read_text(encoding="utf-8"))
         return content["settings"], RunState(**content["state"])

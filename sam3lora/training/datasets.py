@@ -1,4 +1,4 @@
-"""The splits of a run and the batches that each worker gets of them."""
+"""The splits of a run, and the batches of each worker."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import torch
 
 from sam3lora.config import Config
 from sam3lora.config.training import images_per_step
-from sam3lora.data.batch import Batch, collate
+from sam3lora.data.batch import Batch
 from sam3lora.data.coco import CocoIndex, merge_names
-from sam3lora.data.pipeline import BatchDict, iterate_batches, stream_batches
+from sam3lora.data.pipeline import iterate_batches, stream_batches
 from sam3lora.data.plan import BatchPlan, plan_run, plan_validation
 from sam3lora.data.prompts import prompt_key
 from sam3lora.data.sample import DecodeSettings, rows_with_queries
@@ -29,9 +29,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class RunData:
-    """The training split, the validation split if there is one, and how their records become samples.
+    """The training split, the validation split if there is one, and how their records are decoded.
 
-    ``train`` and ``valid`` hold the images that have a loss, ``valid_complete`` all that metrics are measured on.
+    ``train`` and ``valid`` hold the images that have a loss; ``valid_complete`` holds all that metrics are measured on.
     """
 
     train: CocoIndex
@@ -56,7 +56,7 @@ class RunData:
 
 
 def load_run_data(config: Config, resolution: int) -> RunData:
-    """Index both splits. Images of which nothing can be asked have no loss."""
+    """Index both splits and leave out the images without a query, which have no loss."""
     data, training = config.data, config.training
     root = training.required_data_dir()
     train = _index(config, root / data.train_split)
@@ -83,13 +83,13 @@ def load_run_data(config: Config, resolution: int) -> RunData:
         on_bad_image=training.on_bad_image,
         seed=training.seed,
     )
-    # A seed of its own: losses of runs with different seeds are means over the same queries.
+    # A fixed seed, so that the validation losses of runs with different seeds are means over the same queries.
     valid_settings = replace(settings, augmentation="none", horizontal_flip=0.0, max_objects=None, seed=0)
     prompt_of = {prompt_key(name): prompt for name, prompt in data.prompts.items()}
     asked = [prompt_of.get(prompt_key(name), name) for name in names]
     return RunData(
-        train=_askable(train, settings),
-        valid=_askable(valid, valid_settings) if valid else None,
+        train=_with_queries(train, settings),
+        valid=_with_queries(valid, valid_settings) if valid else None,
         valid_complete=valid,
         train_settings=settings,
         valid_settings=valid_settings,
@@ -98,14 +98,14 @@ def load_run_data(config: Config, resolution: int) -> RunData:
 
 
 class BatchSource:
-    """Batches of this worker, decoded ahead of use: by Ray Data, or without Ray by a thread of this process.
+    """Batches of this worker, decoded ahead of use by Ray Data, or without Ray by a thread of this process.
 
     Args:
         data: The splits.
         config: Of the run.
         use_ray: Decode on Ray Data.
-        device: Of the model; for a GPU the batches come in page-locked memory.
-        load_ahead: Called with each batch before it is asked for, on the thread that prepares the batches.
+        device: Of the model. For a GPU the batches are in page-locked memory.
+        load_ahead: Called with each batch before its use, on the thread that prepares the batches.
     """
 
     def __init__(
@@ -161,20 +161,19 @@ class BatchSource:
             batches = stream_batches(index.table, plans, settings, num_cpus=self._training.num_workers)
             yield from prefetch(batches, self._prepare)
             return
-        # A store of its own, of the same folder and run: a store is no object for two threads.
+        # A copy for the decoding thread: two threads cannot share a store.
         settings = replace(settings, store=copy.copy(settings.store))
-        # Where features are kept, an epoch's images need no decoding once those of the epoch before are through.
-        turns = [b for b in range(1, len(plans)) if plans[b].epoch > plans[b - 1].epoch]
-        ends = turns if settings.features is not None else []
+        # Where features are cached, decoding of an epoch waits for the features of the epoch before.
+        epoch_starts = [row for row in range(1, len(plans)) if plans[row].epoch > plans[row - 1].epoch]
+        ends = epoch_starts if settings.features is not None else []
         for start, end in pairwise([0, *ends, len(plans)]):
             yield from prefetch(iterate_batches(index.table, plans[start:end], settings), self._prepare)
 
-    def _prepare(self, decoded: BatchDict) -> Batch:
-        batch = collate(decoded)
+    def _prepare(self, batch: Batch) -> Batch:
         if self._gpu is not None:
-            torch.cuda.set_device(self._gpu)  # of this thread; else memory is locked by way of the first GPU
+            torch.cuda.set_device(self._gpu)  # for this thread; otherwise the first GPU would lock the memory
             batch = batch.pin_memory()
-        if self._load_ahead is not None:  # held as long as the batch is
+        if self._load_ahead is not None:
             self._load_ahead(batch)
         return batch
 
@@ -188,16 +187,16 @@ def _index(config: Config, folder: Path) -> CocoIndex:
     return index.select_categories(wanted or config.data.categories)
 
 
-def _askable(index: CocoIndex, settings: DecodeSettings) -> CocoIndex:
+def _with_queries(index: CocoIndex, settings: DecodeSettings) -> CocoIndex:
     rows = rows_with_queries(index.table, settings)
     if not rows:
         raise UserError(
-            f"{index.source}: no image has anything to ask: no object of the chosen categories and no negative prompt. "
+            f"{index.source}: no image has a query: no object of the chosen categories and no negative prompt. "
             "Check data.categories, or list data.negative_prompts"
         )
     if len(rows) < len(index):
         logger.warning(
-            "%s: left out %d of %d images: nothing can be asked of them",
+            "%s: left out %d of %d images, which have no query",
             index.source,
             len(index) - len(rows),
             len(index),

@@ -1,8 +1,8 @@
-"""The few collective calls that training needs; without a process group they do nothing.
+"""The collective calls of training; without a process group they do nothing.
 
-Gradients of an adapter are a few megabytes, so they travel in one buffer after the last backward pass of a step. That
-allows several backward passes a step (chunks of prompts, accumulation) and parameters without a gradient, neither of
-which ``DistributedDataParallel`` takes without further measures.
+The gradients of an adapter take a few megabytes, so workers exchange them in one buffer after the last backward pass of
+a step. This allows several backward passes a step (chunks of prompts, accumulation) and parameters without a gradient,
+which ``DistributedDataParallel`` supports only with extra settings.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils.weak import WeakTensorKeyDictionary
 
-_BUFFERS = WeakTensorKeyDictionary()  # by the first of the parameters, with which a buffer goes
+_BUFFERS = WeakTensorKeyDictionary()  # key: the first of the parameters
 
 
 def world_size() -> int:
@@ -45,8 +45,8 @@ def gather_objects(value: object) -> list:
 def average_gradients(parameters: Iterable[Parameter], extra: Tensor) -> Tensor:
     """Replace each gradient by its mean over workers, and return the mean of ``extra`` (any 1D float tensor).
 
-    A parameter without a gradient counts as zero, so that all workers step alike. Gradients of float32 parameters are
-    views of one buffer afterwards, which the next call fills anew.
+    A parameter without a gradient counts as zero, so that all workers take the same step. Afterwards the gradients of
+    float32 parameters are views of one buffer, which the next call overwrites.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return extra
@@ -70,15 +70,10 @@ def average_gradients(parameters: Iterable[Parameter], extra: Tensor) -> Tensor:
 
 
 def _buffer_of(parameters: Sequence[Parameter], num_extra: int) -> Tensor:
-    """The same memory in every step: to be given 40 MB anew takes the system longer than to send them."""
+    """The same memory in every step: allocating 40 MB takes longer than sending them."""
     size = num_extra + sum(p.numel() for p in parameters)
     first = parameters[0]
     buffer = _BUFFERS.get(first)
     if buffer is None or buffer.numel() != size or buffer.device != first.device:
         buffer = _BUFFERS[first] = torch.zeros(size, device=first.device)
     return buffer
-
-
-def same_on_all_workers(values: Sequence[float]) -> bool:
-    """Whether every worker passed the same numbers."""
-    return all(other == list(values) for other in gather_objects(list(values)))

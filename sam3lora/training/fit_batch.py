@@ -1,4 +1,4 @@
-"""How many images fit in one forward: measured on the run's own model, settings and hardware before it starts."""
+"""`training.batch_size: auto`: how many images fit in one forward, measured on the run's own model and hardware."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor
 
 from sam3lora.config import Config
 from sam3lora.config.training import images_per_step
-from sam3lora.data.batch import Batch, to_pixel_values
+from sam3lora.data.batch import Batch
 from sam3lora.data.sample import record_queries
 from sam3lora.engine.device import is_out_of_memory
 from sam3lora.errors import OutOfMemory
@@ -32,13 +33,13 @@ logger = logging.getLogger(__name__)
 
 _OWN_STATUS, _FORGET_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 GPU_SHARE, CPU_SHARE = 0.9, 0.7
-"""Of the memory that is free: a CPU's is shared with what decodes images."""
+"""Shares of the free memory that a run may take. On a CPU, decoding of images needs the rest."""
 
 
 def resolve_batch_size(config: Config, model: PeftModel, runner: LossRunner, data: RunData) -> Config:
     """The configuration with a number in place of `training.batch_size: auto`, the same on all workers.
 
-    The step stays `training.images_per_step` images, whatever fits. So a run that goes on measures anew.
+    The step stays `training.images_per_step` images, whatever fits, so a resumed run may measure again.
 
     Raises:
         OutOfMemory: One image does not fit on some worker.
@@ -59,14 +60,20 @@ def resolve_batch_size(config: Config, model: PeftModel, runner: LossRunner, dat
             "out of memory with one image at a time: lower training.max_prompts_per_forward or model.resolution, or "
             "set training.gradient_checkpointing to true"
         )
-    return config.model_copy(update={"training": training.with_images_per_forward(size)})
+    return config.changed(
+        {
+            "training.batch_size": size,
+            "training.images_per_step": None,
+            "training.gradient_accumulation_steps": images_per_step(training) // size,
+        }
+    )
 
 
 @dataclass
 class _Backward:
-    """`backward(n)`: the gradients of n images of the costliest kind, and nothing of it left behind.
+    """`backward(n)` computes the gradients of n images of the costliest kind and discards them.
 
-    Random pixels; each image is asked as often, and shows as many objects, as any image of the split.
+    The pixels are random. Each image has as many queries and objects as the image of the split that has most of them.
     """
 
     model: PeftModel
@@ -95,64 +102,54 @@ class _Backward:
         """Objects are spread evenly over the queries of their image."""
         settings, queries, objects = self.data.train_settings, self._num_queries, self._num_objects
         num_of_query = [objects // queries + (query < objects % queries) for query in range(queries)]
-        num_B = torch.tensor(num_of_query * num_images)
-        num_targets, mask_size = int(num_B.sum()), settings.mask_size
-        generator = torch.Generator().manual_seed(0)
-        side = settings.resolution
-        pixels = torch.randint(0, 256, (num_images, side, side, 3), dtype=torch.uint8, generator=generator)
-        boxes = torch.rand(num_targets, 4, generator=generator) * 0.25 + 0.25
+        num_B = np.array(num_of_query * num_images, dtype=np.int64)
+        num_targets, mask_size, side = int(num_B.sum()), settings.mask_size, settings.resolution
+        rng = np.random.default_rng(0)
         packed = None
         if mask_size is not None:
-            num_bytes = -(-mask_size * mask_size // 8)
-            packed = torch.randint(0, 256, (num_targets, num_bytes), dtype=torch.uint8, generator=generator)
+            packed = rng.integers(0, 256, (num_targets, -(-mask_size * mask_size // 8)), dtype=np.uint8)
         return Batch(
-            images_NHWC=pixels,
-            image_rows_N=torch.arange(num_images),
+            images_NHWC=rng.integers(0, 256, (num_images, side, side, 3), dtype=np.uint8),
+            image_rows_N=np.arange(num_images),
             feature_keys_I=[None] * num_images,
-            image_ids=torch.arange(num_images),
-            query_image_B=torch.arange(num_images).repeat_interleave(queries),
-            # Other prompts on every image, as far as there are any: an adapted text tower sees each once.
+            image_ids=np.arange(num_images),
+            paths=[""] * num_images,
+            original_sizes_hw=np.full((num_images, 2), side),
+            query_image_B=np.repeat(np.arange(num_images), queries),
+            # Different prompts on every image, as far as there are any: an adapted text tower encodes each one once.
             prompts_B=[self.data.prompts[row % len(self.data.prompts)] for row in range(queries * num_images)],
-            categories_B=[None] * (queries * num_images),
-            is_positive_B=num_B > 0,
             num_B=num_B,
-            boxes_cxcywh_T4=boxes,
+            boxes_cxcywh_T4=rng.uniform(0.25, 0.5, (num_targets, 4)).astype(np.float32),
             masks_packed=packed,
             mask_size=mask_size,
-            mask_valid_T=torch.full((num_targets,), packed is not None),
-            annotation_ids_T=torch.arange(num_targets),
-            original_sizes_hw=torch.full((num_images, 2), side),
-            paths=[""] * num_images,
+            mask_valid_T=np.full(num_targets, packed is not None),
             skipped=[],
-            epoch=0,
-            step=0,
         )
 
 
 @dataclass
 class _NoiseEncoder:
-    """Does with a batch's images what training does with images it has seen before, and keeps nothing of them."""
+    """Encodes a batch's images as `ImageEncoder` does for images it has seen before, without writing to its cache."""
 
     encoder: ImageEncoder
     from_cache: bool
 
     def of_batch(self, batch: Batch) -> VisionFeatures:
         encoder = self.encoder
-        dtype = next(encoder.staged.model.vision_encoder.parameters()).dtype
 
-        def pixel_values(rows: slice) -> Tensor:
-            return to_pixel_values(batch.images_NHWC[rows], encoder.device, dtype)
+        def pixel_values(row: int) -> Tensor:
+            return encoder.pixel_values(batch.images_NHWC[row : row + 1])
 
         if not self.from_cache or encoder.trunk is None:
             with torch.set_grad_enabled(encoder.trainable):
-                return encoder.staged.encode_images(pixel_values(slice(None)))
-        tokens_ISC = encoder.trunk.fetch([None] * batch.num_images, lambda row: pixel_values(slice(row, row + 1)))
+                return encoder.staged.encode_images(encoder.pixel_values(batch.images_NHWC))
+        tokens_ISC = encoder.trunk.fetch([None] * batch.num_images, pixel_values)
         with torch.set_grad_enabled(encoder.trainable):
             return encoder.trunk.features(tokens_ISC)
 
 
 def _most_queries_and_objects(data: RunData) -> tuple[int, int]:
-    """Of any image of the training split, in its first epoch."""
+    """The largest numbers of any image of the training split, in its first epoch."""
     most_queries = most_objects = 1
     limit = data.train_settings.max_objects or 10**9
     for record in data.train.table.to_pylist():
@@ -173,24 +170,36 @@ def _workers_on(device: torch.device) -> int:
 
 
 def _fitting_on_gpu(backward: Callable[[int], None], sizes: list[int], share: float) -> int:
-    """The largest size, tried from the smallest up, that takes no more than a share of the memory; 0 for none."""
+    """The largest size that takes no more than a share of the free memory; 0 for none."""
     torch.cuda.empty_cache()
-    before = torch.cuda.memory_reserved()
-    allowed = before + share * torch.cuda.mem_get_info()[0]
+    allowed = torch.cuda.memory_reserved() + share * torch.cuda.mem_get_info()[0]
+
+    def peak_bytes(size: int) -> int:
+        torch.cuda.reset_peak_memory_stats()
+        backward(size)
+        return torch.cuda.max_memory_reserved()
+
+    fits = largest_that_fits(sizes, peak_bytes, allowed)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return fits
+
+
+def largest_that_fits(sizes: list[int], peak_bytes: Callable[[int], int], allowed: float) -> int:
+    """The largest size of which no more than `allowed` bytes are measured; 0 for none.
+
+    Sizes are tried in their order up to the first that takes too much or runs out of memory.
+    """
     fits = 0
     for size in sizes:
-        torch.cuda.reset_peak_memory_stats()
         try:
-            backward(size)
+            if peak_bytes(size) > allowed:
+                break
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             break
-        if torch.cuda.max_memory_reserved() > allowed:
-            break
         fits = size
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
     return fits
 
 
@@ -200,14 +209,14 @@ def _fitting_on_gpu(backward: Callable[[int], None], sizes: list[int], share: fl
 def _fitting_on_cpu(backward: Callable[[int], None], sizes: list[int], share: float) -> int:
     """The largest size within a share of the memory, judged by the peaks of one and of two images; at least 1.
 
-    A CPU's memory has no bound that fails cleanly, so no more is tried.
+    Running out of memory on a CPU may end the process, so no larger size is tried.
     """
     available = available_bytes()
     if available is None or not _can_measure_peaks():
-        logger.warning("training.batch_size is auto, but this system does not tell its memory: 1 image at a time")
+        logger.warning("training.batch_size is auto, but the free memory of this system is unknown: 1 image at a time")
         return 1
     allowed = _status(_OWN_STATUS)["VmRSS"] + share * available
-    backward(1)  # what the first pass alone allocates
+    backward(1)  # the first pass makes allocations of its own
     one, two = (_peak_bytes(backward, num_images) for num_images in (1, 2))
     return fitting(sizes, one, max(two - one, 0), allowed)
 
@@ -218,19 +227,19 @@ def fitting(sizes: list[int], one: float, more: float, allowed: float) -> int:
 
 
 def available_bytes() -> int | None:
-    """Memory that this process may still take, of the machine and of its control group; None if nothing tells."""
+    """Memory that the machine and the control group still allow this process; None if unknown."""
     found = [_status(Path("/proc/meminfo")).get("MemAvailable")]
     group = Path("/sys/fs/cgroup")
     with contextlib.suppress(OSError, ValueError):  # no such group, or its limit is "max"
         limit, used = (int((group / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))
         pages = (group / "memory.stat").read_text(encoding="ascii").split("inactive_file ")[1].split()[0]
-        found.append(limit - used + int(pages))  # cached files make way
+        found.append(limit - used + int(pages))  # the memory of cached files can be reclaimed
     known = [value for value in found if value is not None]
     return max(min(known), 0) if known else None
 
 
 def _peak_bytes(backward: Callable[[int], None], num_images: int) -> int:
-    """The most that was resident meanwhile."""
+    """The largest resident memory during a backward pass."""
     _FORGET_PEAK.write_text("5", encoding="ascii")
     backward(num_images)
     return _status(_OWN_STATUS)["VmHWM"]

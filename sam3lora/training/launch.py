@@ -1,4 +1,4 @@
-"""Starting a run: its folder before, the workers, and what remains when it is over."""
+"""`train`: prepares the run folder, starts the workers and collects the result."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from typing import Any
 
 from sam3lora.config import Config
 from sam3lora.errors import UserError
+from sam3lora.files import write_whole
 from sam3lora.training.checkpoints import check_settings, list_checkpoints, read_state
+from sam3lora.training.follow import follow
 from sam3lora.training.metrics_log import METRICS_FILE, read_metrics
 from sam3lora.training.plots import write_plots
-from sam3lora.training.progress import follow
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class TrainResult:
-    """What a run left: ``history`` has one entry per validation with epoch, train_loss, valid_loss and metrics."""
+    """Result of a run. ``history`` has one entry per validation with epoch, train_loss, valid_loss and metrics."""
 
     output_dir: Path
     best_adapter: Path
@@ -44,10 +45,10 @@ def train(
 
     Args:
         config: from ``load_config``.
-        resume: go on from the last checkpoint in the run folder; without it the folder must not hold a run.
+        resume: continue from the last checkpoint in the run folder; without it the folder must not hold a run.
         report: called after each validation with step, epoch (from 1), loss and metrics, where training happens in
             this process (``scaling.num_workers`` 0).
-        callbacks: of Ray Train (``ray.train.UserCallback``), which see the same where it happens in workers.
+        callbacks: of Ray Train (``ray.train.UserCallback``), for the same values where workers train.
 
     Raises:
         UserError: a mistake in data, settings or cluster.
@@ -58,12 +59,7 @@ def train(
     logging.getLogger("sam3lora").setLevel(config.logging.level)
     output_dir = Path(config.output.output_dir).expanduser().absolute()
     data_dir = config.training.required_data_dir().absolute()
-    config = config.model_copy(
-        update={
-            "output": config.output.model_copy(update={"output_dir": str(output_dir)}),
-            "training": config.training.model_copy(update={"data_dir": str(data_dir)}),
-        }
-    )
+    config = config.changed({"output.output_dir": str(output_dir), "training.data_dir": str(data_dir)})
     _prepare_folder(config, output_dir, resume)
     payload = {"config": config.model_dump(mode="json"), "use_ray": config.scaling.num_workers != 0}
     try:
@@ -86,9 +82,9 @@ def train(
 
 
 def _prepare_folder(config: Config, output_dir: Path, resume: bool) -> None:
-    """Refuse what could be lost or mixed up, then write the configuration.
+    """Refuse a folder whose content could be lost or mixed up, then write the configuration.
 
-    A start that failed before its first checkpoint or adapter leaves nothing of value: it may be repeated.
+    A start that failed before its first checkpoint or adapter left nothing of value, so it may be repeated.
     """
     checkpoints = output_dir / "checkpoints"
     saved = list_checkpoints(checkpoints)
@@ -107,17 +103,20 @@ def _prepare_folder(config: Config, output_dir: Path, resume: bool) -> None:
     except OSError as error:
         raise UserError(f"cannot write to output.output_dir {output_dir}: {error.strerror}") from error
     _remove_leftovers(output_dir)
-    (output_dir / "config.yaml").write_text(config.to_yaml())
+    write_whole(output_dir / "config.yaml", config.to_yaml())
     if not resume:
         (output_dir / METRICS_FILE).write_text("")
 
 
 def _remove_leftovers(output_dir: Path) -> None:
-    """What a writer leaves that was killed: half-written folders under hidden names."""
+    """Remove half-written files and folders of a killed process; they have hidden names."""
     for folder in (output_dir, output_dir / "checkpoints"):
-        for pattern in (".*.tmp", ".*.old", ".ray"):
+        for pattern in (".*.tmp", ".*.part*", ".*.old", ".ray"):
             for leftover in folder.glob(pattern):
-                shutil.rmtree(leftover, ignore_errors=True)
+                if leftover.is_dir():
+                    shutil.rmtree(leftover, ignore_errors=True)
+                else:
+                    leftover.unlink(missing_ok=True)
 
 
 def _run(
@@ -130,6 +129,6 @@ def _run(
         from sam3lora.training.on_ray import run_on_ray  # seconds of imports
 
         return run_on_ray(config, payload, callbacks)
-    from sam3lora.training.worker import run_worker
+    from sam3lora.training.trainer import run_worker
 
     return run_worker(payload, report=report)

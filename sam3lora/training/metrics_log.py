@@ -1,11 +1,10 @@
-"""``metrics.jsonl``: one line a logged step, an epoch, an event; and TensorBoard beside it where asked for."""
+"""``metrics.jsonl``: a line for each logged step, epoch and event; and the same values for TensorBoard if asked for."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
-import os
 import resource
 import time
 from pathlib import Path
@@ -13,11 +12,13 @@ from typing import Any
 
 import torch
 
+from sam3lora.files import write_whole
+
 METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsLog:
-    """Appends lines, each flushed at once, so that a progress display in another process can follow."""
+    """Appends lines and flushes each one, so that a progress display in another process can follow."""
 
     def __init__(self, output_dir: Path, *, after_step: int = 0, tensorboard: bool = False) -> None:
         self._file = output_dir / METRICS_FILE
@@ -40,13 +41,11 @@ class MetricsLog:
     def _drop_after(self, step: int) -> None:
         """Remove the lines of steps that a resumed run will do again."""
         lines = [line for line in read_metrics(self._file) if line.get("step", 0) <= step] if step else []
-        scratch = self._file.with_suffix(".tmp")
-        scratch.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        os.replace(scratch, self._file)
+        write_whole(self._file, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 class WarningsToMetrics(logging.Handler):
-    """Takes this package's warnings to ``metrics.jsonl``: what a worker process prints, nobody sees."""
+    """Copies this package's warnings to ``metrics.jsonl``, because nobody sees the output of a worker process."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -55,7 +54,7 @@ class WarningsToMetrics(logging.Handler):
         logging.getLogger("sam3lora").addHandler(self)
 
     def write_to(self, log: MetricsLog) -> None:
-        """From now on, and what has been collected before."""
+        """Write later warnings to the log, and those collected so far."""
         self._log = log
         for message in self._early:
             log.write("warning", message=message)
@@ -96,7 +95,7 @@ def _flat(values: dict[str, Any], prefix: str = ""):
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN: None says that a value could not be computed."""
+    """JSON has no NaN, so None stands for a value that could not be computed."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, float):

@@ -1,4 +1,4 @@
-"""A run as a Ray Train job: the trainer, its environment, and what its errors mean to the user."""
+"""A run as a Ray Train job: its workers, its environment, and its errors in the user's terms."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from sam3lora.cluster import environment
+from sam3lora.cluster import check_room, choose_gpu, environment, most_workers, ray_session, worker_resources
 from sam3lora.config import Config
 from sam3lora.errors import RunFailed, UserError, WorkerLost
-from sam3lora.training.ray_resources import check_room, choose_gpu, ray_session, worker_resources
 
 
 def run_on_ray(config: Config, payload: dict[str, Any], callbacks: Sequence[UserCallback] = ()) -> dict[str, Any]:
@@ -30,7 +29,7 @@ def run_on_ray(config: Config, payload: dict[str, Any], callbacks: Sequence[User
     Args:
         config: of the run.
         payload: for `run_worker`.
-        callbacks: run in Ray Train's controller, after those that a run has anyway.
+        callbacks: run in Ray Train's controller, after the run's own.
 
     Raises:
         UserError: a mistake that a worker met, or no room for the workers.
@@ -39,13 +38,15 @@ def run_on_ray(config: Config, payload: dict[str, Any], callbacks: Sequence[User
         KeyboardInterrupt: interrupted; the workers are gone.
     """
     storage = Path(config.output.output_dir) / ".ray"
-    with ray_session(config) as is_local, _environment(config, is_local):
+    cpus = most_workers(config) * worker_resources(config, use_gpu=False)["CPU"]
+    session = ray_session(config.scaling.address, num_cpus=cpus)
+    with session as is_local, _environment(config, is_local):
         trainer = _trainer(config, payload, storage, callbacks)
         try:
             with _interruptible():
                 result: Any = trainer.fit()
         except ray.train.TrainingFailedError as error:
-            raise _meaning(error, config) from error
+            raise as_user_error(error, config) from error
         finally:
             shutil.rmtree(storage, ignore_errors=True)
     if result.return_value is None:
@@ -54,9 +55,9 @@ def run_on_ray(config: Config, payload: dict[str, Any], callbacks: Sequence[User
 
 
 class EndOnMistake(UserCallback):
-    """A mistake in data or settings comes back at every attempt: the first one ends the run.
+    """Ends the run at the first mistake in data or settings, which every further attempt would meet again.
 
-    Runs in Ray Train's controller, where an exception is final, while those of workers are tried again.
+    It runs in Ray Train's controller, where an exception is final; Ray Train retries those of workers.
     """
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
@@ -74,7 +75,7 @@ def _trainer(config: Config, payload: dict[str, Any], storage: Path, callbacks: 
     # As keywords: to type checkers ray.train shows the classes of its first version.
     workers: dict[str, Any] = {"num_workers": scaling.num_workers, "resources_per_worker": resources}
     run: dict[str, Any] = {
-        # A name used twice would silently resume Ray's own bookkeeping; ours is in checkpoints/.
+        # Under a name used before, Ray would silently resume from its own records; our checkpoints are in checkpoints/.
         "name": f"run_{uuid.uuid4().hex[:8]}",
         "storage_path": str(storage),
         "failure_config": FailureConfig(max_failures=scaling.max_failures),
@@ -86,24 +87,24 @@ def _trainer(config: Config, payload: dict[str, Any], storage: Path, callbacks: 
         "torch_config": TorchConfig(backend="cpu:gloo,cuda:nccl" if whole_gpus else "gloo"),
         "run_config": RunConfig(**run),
     }
-    entry: Any = _worker_entry
+    entry: Any = worker_entry
     return TorchTrainer(entry, **options)
 
 
-def _worker_entry(payload: dict[str, Any]) -> dict[str, Any]:
+def worker_entry(payload: dict[str, Any]) -> dict[str, Any]:
     output_dir = Path(payload["config"]["output"]["output_dir"])
     if not (output_dir / "config.yaml").is_file():
         raise UserError(
             f"the worker on host {socket.gethostname()} does not see the run folder {output_dir}: give an "
             "--output-dir on storage that all hosts of the cluster share"
         )
-    from sam3lora.training.worker import run_worker
+    from sam3lora.training.trainer import run_worker
 
     return run_worker(payload)
 
 
-def _meaning(error: ray.train.TrainingFailedError, config: Config) -> Exception:
-    """What a failed training is to the user."""
+def as_user_error(error: ray.train.TrainingFailedError, config: Config) -> Exception:
+    """The exception to raise for a failed training: the user's own mistake where there is one, else what happened."""
     cause: Any = error
     while isinstance(cause, ray.train.ControllerError):
         cause = cause.controller_failure
@@ -112,7 +113,7 @@ def _meaning(error: ray.train.TrainingFailedError, config: Config) -> Exception:
     kept = "Everything up to the last checkpoint is kept: train again with --resume"
     if not isinstance(cause, ray.train.WorkerGroupError):
         return RuntimeError(f"Ray Train failed: {_last_line(cause)}. {kept}")
-    # Ray Train's own exceptions say that a worker is gone; all others were raised by the training function.
+    # Ray Train's own exceptions mean that a worker is gone; the training function raised all others.
     failures = cause.worker_failures
     lost = {rank: failure for rank, failure in failures.items() if type(failure).__module__.startswith("ray.train.")}
     if not lost:
@@ -135,14 +136,17 @@ def _environment(config: Config, is_local: bool) -> AbstractContextManager[None]
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(config.scaling.worker_start_timeout_s),
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": os.environ.get("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5"),
     }
-    if is_local:  # nobody takes the machine away from under the run
+    if is_local:  # nobody preempts this machine
         names["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
     return environment(names)
 
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Ray Train's handler of Ctrl-C stops the workers and exits with success; it also stays in place afterwards."""
+    """Make Ctrl-C a KeyboardInterrupt again.
+
+    Ray Train's handler stops the workers, exits with success, and stays in place afterwards.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return

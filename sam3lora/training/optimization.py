@@ -1,4 +1,4 @@
-"""Optimizer groups and the course of the learning rate."""
+"""The optimizer with its parameter groups, the learning rate schedules, and the training mode of the model."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import torch
 from torch import nn
 
 from sam3lora.model.components import component_of
-
-SCHEDULES = ("cosine", "constant", "inverse_sqrt")
 
 
 def build_optimizer(
@@ -24,8 +22,8 @@ def build_optimizer(
 ) -> torch.optim.AdamW:
     """AdamW over the trainable parameters, one group per component and kind.
 
-    Matrices and kernels decay; vectors (biases, DoRA magnitudes) do not. Each group's ``peak_lr`` is what the schedule
-    multiplies.
+    Matrices and kernels decay; vectors (biases, DoRA magnitudes) do not. The schedule multiplies each group's
+    ``peak_lr``.
     """
     rates = component_learning_rates or {}
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
@@ -46,7 +44,7 @@ def build_optimizer(
 
 
 def learning_rate_factor(schedule: str, step: int, *, total_steps: int, warmup_steps: int) -> float:
-    """What the peak learning rate is multiplied by at ``step`` (0-based); always above 0.
+    """The factor on the peak learning rate at ``step`` (0-based); always above 0.
 
     All schedules rise linearly over ``warmup_steps`` (at most half of the run). Then: ``constant`` stays,
     ``cosine`` falls to 1 % at the last step, ``inverse_sqrt`` falls with 1 / sqrt(1 + t / warm-up) and cools down
@@ -73,8 +71,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
 def set_training_mode(model: nn.Module, *, model_dropout: bool) -> None:
     """Training mode; unless ``model_dropout``, only the adapters' own dropout is active.
 
-    SAM 3 puts dropout of 0.1 into its DETR, geometry and scoring layers, also where they are frozen; for an adapter
-    that is noise on the targets of matching.
+    SAM 3 has dropout of 0.1 in its DETR, geometry and scoring layers. In frozen layers it only adds noise to the
+    predictions that are matched with targets.
     """
     model.train()
     if not model_dropout:
@@ -84,9 +82,9 @@ def set_training_mode(model: nn.Module, *, model_dropout: bool) -> None:
 
 
 def idle_adapters(model: nn.Module) -> list[str]:
-    """Adapted modules whose gradient is zero after a first backward pass, by name: they cannot learn.
+    """Names of adapted modules whose gradient is zero after a first backward pass, so that they cannot learn.
 
-    Looks at LoRA's B matrices; A has no gradient as long as B is zero.
+    Only LoRA's B matrices count: A has no gradient as long as B is zero.
     """
     idle = []
     for name, parameter in model.named_parameters():

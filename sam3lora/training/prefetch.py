@@ -1,4 +1,4 @@
-"""The next items of an iterator are made on a thread while the caller uses this one."""
+"""`prefetch`: prepares the next items of an iterator on a thread while the caller uses the current one."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import TypeVar
 Source = TypeVar("Source")
 Item = TypeVar("Item")
 
-_STOP_S = 30.0  # longest wait for an item that is being made when nobody wants it any more
+_STOP_S = 30.0  # longest wait for the item in preparation when the iterator is closed
 _END = object()
 
 
 def prefetch(source: Iterable[Source], prepare: Callable[[Source], Item], *, ahead: int = 2) -> Iterator[Item]:
     """``prepare(item)`` of each item of the source, in its order.
 
-    The thread starts when the first item is asked for. An error of the source or of ``prepare`` is raised in place of
-    the item, after all that come before it. Closing the iterator, or dropping it, stops the thread, which closes the
-    source if that can be closed.
+    The thread starts with the first ``next``. An error of the source or of ``prepare`` is raised in place of the item,
+    after all items before it. Closing or dropping the iterator stops the thread, which closes the source if it has a
+    ``close`` method.
 
     Args:
         source: Iterated by the thread only.
         prepare: Called by the thread.
-        ahead: Items made and not yet asked for, at most.
+        ahead: Most items that are prepared and not yet used.
 
     Raises:
         ValueError: ``ahead`` is not positive.
@@ -54,7 +54,7 @@ def _prefetched(source: Iterable[Source], prepare: Callable[[Source], Item], ahe
     finally:
         stopped.set()
         room.release()
-        if thread is not threading.current_thread():  # the garbage collector may close this anywhere
+        if thread is not threading.current_thread():  # the garbage collector may close this on any thread
             thread.join(_STOP_S)
 
 
@@ -74,11 +74,11 @@ def _make(
                 except StopIteration:
                     break
                 made.put((prepare(item), None))
-                del item  # it may be large, and there may be no room for the next one for long
+                del item  # it may be large, and the wait for room may be long
         finally:
             close = getattr(items, "close", None)
             if close is not None:
                 close()
         made.put((_END, None))
-    except BaseException as error:  # whatever it is, the caller is waiting for it
+    except BaseException as error:  # the caller waits for an item and must get any error
         made.put((None, error))

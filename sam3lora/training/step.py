@@ -1,27 +1,30 @@
-"""The loss of one batch and its gradients, in chunks of prompts that share one vision pass.
+"""The loss of one batch and its gradients, computed in chunks of prompts that share one vision pass.
 
-The counts that normalise the loss are those of the whole optimizer step: all chunks, accumulated batches and workers.
-So the gradient does not depend on how a step is divided.
+The loss is normalised by the counts of the whole optimizer step: all chunks, accumulated batches and workers. So the
+gradient does not depend on how a step is divided.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sam3lora.data.batch import Batch
-from sam3lora.losses import Criterion, LossOutput, LossWeights, Normalizer, Predictions, Targets
+from sam3lora.losses import Criterion, LossOutput, Normalizer, Predictions, Targets
 from sam3lora.model.staged.forward import StagedSam3, TextFeatures, VisionFeatures
 from sam3lora.training.features.encoder import ImageEncoder
 from sam3lora.training.text_features import TextBank
 
+_MASK_TERMS = ("loss_mask", "loss_dice", "loss_semantic_seg", "loss_semantic_dice")
+
 
 @dataclass(frozen=True)
 class StepCounts:
-    """What the loss terms of a step are divided by: find queries, target boxes, queries with a semantic target."""
+    """Divisors of a step's loss terms: find queries, target boxes, queries with a semantic target."""
 
     num_queries: float = 0
     num_boxes: float = 0
@@ -29,11 +32,10 @@ class StepCounts:
 
     @classmethod
     def of(cls, batches: Sequence[Batch]) -> StepCounts:
-        asked = [batch for batch in batches if batch.num_queries]
         return cls(
-            sum(batch.num_queries for batch in asked),
-            sum(len(batch.boxes_cxcywh_T4) for batch in asked),
-            sum(_count_semantic(batch) for batch in asked),
+            sum(batch.num_queries for batch in batches),
+            sum(len(batch.boxes_cxcywh_T4) for batch in batches),
+            sum(batch.num_semantic for batch in batches),
         )
 
     @classmethod
@@ -57,13 +59,16 @@ class StepCounts:
 
 @dataclass
 class TermSums:
-    """Loss terms summed before division, and their counts: means over any number of steps.
+    """Loss terms summed before division, and their counts, for means over any number of steps.
 
-    ``loss`` is the weighted sum of the means, without the square root of the batch size that scales gradients; so
-    it is the same quantity for training and validation, whatever the batch size and the number of workers.
+    ``loss`` is the weighted sum of the means, without the square root of the number of queries that scales gradients.
+    So it is the same quantity for training and validation, whatever the batch size and the number of workers.
+
+    Args:
+        weights: factor of each term.
     """
 
-    weights: LossWeights
+    weights: Mapping[str, float]
     sums: dict[str, float] = field(default_factory=dict)
     counts: StepCounts = field(default_factory=StepCounts)
 
@@ -80,14 +85,15 @@ class TermSums:
         return weighted_loss(self.means(), self.weights)
 
 
-def weighted_loss(terms: dict[str, float], weights: LossWeights) -> float:
-    factors = weights.by_term()
-    return sum(factors[name] * value for name, value in terms.items())
+def weighted_loss(terms: Mapping[str, float], weights: Mapping[str, float]) -> float:
+    return sum(weights[name] * value for name, value in terms.items())
 
 
 @dataclass
 class LossRunner:
-    """Computes the loss of batches with or without gradients.
+    """Computes the loss of batches, with or without gradients.
+
+    A loss is NaN where the matcher meets a cost that is not finite.
 
     Args:
         staged: the model.
@@ -109,12 +115,38 @@ class LossRunner:
     max_prompts: int = 8
     one_to_many: bool = True
 
+    @property
+    def term_names(self) -> list[str]:
+        return [name for name in self.criterion.weights if self.one_to_many or not name.endswith("_o2m")]
+
     def backward(self, batch: Batch, normalizer: Normalizer) -> tuple[Tensor, dict[str, Tensor]]:
         """Add the gradients of the batch to the parameters; return the detached total and the terms."""
+        try:
+            return self._backward(batch, normalizer)
+        except FloatingPointError:
+            return torch.tensor(torch.nan, device=self.device), {}
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch, normalizer: Normalizer) -> dict[str, Tensor]:
+        """The terms of the batch, the same ones as in training."""
+        terms: dict[str, Tensor] = {}
+        with self._autocast():
+            vision = self.staged.prepare(self.images.of_batch(batch))
+            text, text_index = self.text.features(batch.prompts_B)
+        try:
+            for chunk in _chunks(batch, self.max_prompts, self.device):
+                _add_terms(terms, self._loss(vision, text, text_index, chunk, normalizer).terms)
+        except FloatingPointError:
+            return dict.fromkeys(self.term_names, torch.tensor(torch.nan))
+        return terms
+
+    def _backward(self, batch: Batch, normalizer: Normalizer) -> tuple[Tensor, dict[str, Tensor]]:
         with self._autocast():
             vision = self.staged.prepare(self.images.of_batch(batch))
             text, text_index = self.text.features(batch.prompts_B)
         chunks = list(_chunks(batch, self.max_prompts, self.device))
+        # Each chunk's backward pass ends at detached copies of the shared features, where the gradients of all chunks
+        # add up. Then one backward pass goes through the encoders.
         shared = len(chunks) > 1
         vision_leaf, text_leaf = (vision.detached(), text.detached()) if shared else (vision, text)
         total = torch.zeros((), device=self.device)
@@ -134,17 +166,6 @@ class LossRunner:
             )
         return total, terms
 
-    @torch.no_grad()
-    def evaluate(self, batch: Batch, normalizer: Normalizer) -> dict[str, Tensor]:
-        """The terms of the batch, the same ones as in training."""
-        terms: dict[str, Tensor] = {}
-        with self._autocast():
-            vision = self.staged.prepare(self.images.of_batch(batch))
-            text, text_index = self.text.features(batch.prompts_B)
-        for chunk in _chunks(batch, self.max_prompts, self.device):
-            _add_terms(terms, self._loss(vision, text, text_index, chunk, normalizer).terms)
-        return terms
-
     def _loss(
         self,
         vision: VisionFeatures,
@@ -154,9 +175,7 @@ class LossRunner:
         normalizer: Normalizer,
     ) -> LossOutput:
         weights = self.criterion.weights
-        wants_masks = len(chunk.masked_K) > 0 and any(
-            (weights.mask, weights.dice, weights.semantic, weights.semantic_dice)
-        )
+        wants_masks = len(chunk.masked_K) > 0 and any(weights[term] for term in _MASK_TERMS)
         with self._autocast():
             found = self.staged.detect(
                 vision, text, chunk.image_index_B, text_index[chunk.rows], one_to_many=self.one_to_many
@@ -169,7 +188,7 @@ class LossRunner:
             boxes_o2m_LBQ4=found.boxes_o2m_LBQ4,
         )
         pending = self.criterion.begin(predictions, chunk.targets)
-        if wants_masks:  # made by the device while the host matches
+        if wants_masks:  # the device makes masks while the host matches
             with self._autocast():
                 head = self.staged.mask_head(found, chunk.masked_K)
             predictions.mask_logits, predictions.semantic_logits = head.branch_logits, head.semantic_logits
@@ -181,7 +200,7 @@ class LossRunner:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """A run of find queries: their images and packed targets on the device, those with masks (K,) on the CPU."""
+    """Consecutive find queries: their images and packed targets on the device, and which have masks (K,) on the CPU."""
 
     rows: slice
     image_index_B: Tensor
@@ -190,13 +209,14 @@ class _Chunk:
 
 
 def _chunks(batch: Batch, size: int, device: torch.device) -> Iterator[_Chunk]:
-    """Runs of at most ``size`` find queries."""
-    targets, image_index_B = batch.targets(device), batch.query_image_B.to(device, non_blocking=True)
-    ends = torch.cat([torch.zeros(1, dtype=torch.long), batch.num_B.cumsum(0)]).tolist()
+    """Chunks of at most ``size`` find queries."""
+    targets = batch.targets(device)
+    image_index_B = torch.from_numpy(batch.query_image_B).to(device, non_blocking=True)
+    ends = [0, *np.cumsum(batch.num_B).tolist()]
     for start in range(0, batch.num_queries, size):
         rows = slice(start, min(start + size, batch.num_queries))
         packed = slice(ends[rows.start], ends[rows.stop])
-        query_T = torch.arange(rows.stop - rows.start).repeat_interleave(batch.num_B[rows])
+        masked = np.unique(batch.query_T[packed][batch.mask_valid_T[packed]]) - rows.start
         yield _Chunk(
             rows,
             image_index_B[rows],
@@ -206,16 +226,8 @@ def _chunks(batch: Batch, size: int, device: torch.device) -> Iterator[_Chunk]:
                 None if targets.masks_THW is None else targets.masks_THW[packed],
                 targets.mask_valid_T[packed],
             ),
-            query_T[batch.mask_valid_T[packed]].unique(),
+            torch.from_numpy(masked),
         )
-
-
-def _count_semantic(batch: Batch) -> int:
-    """Find queries whose semantic target, the union of their valid masks, is not empty."""
-    if batch.masks_packed is None:
-        return 0
-    query_T = torch.arange(batch.num_queries).repeat_interleave(batch.num_B)
-    return len(query_T[(batch.masks_packed != 0).any(dim=1) & batch.mask_valid_T].unique())
 
 
 def _add_terms(total: dict[str, Tensor], terms: dict[str, Tensor]) -> None:
@@ -224,7 +236,7 @@ def _add_terms(total: dict[str, Tensor], terms: dict[str, Tensor]) -> None:
 
 
 def _backward_into(pairs) -> None:
-    """Send the gradients that the chunks left on shared leaves into the encoder that made them, in one pass."""
+    """Propagate the gradients on the detached copies into the encoders, in one pass."""
     pairs = [(made, leaf) for made, leaf in pairs if made.requires_grad and leaf.grad is not None]
     if pairs:
         torch.autograd.backward([made for made, _ in pairs], [leaf.grad for _, leaf in pairs])

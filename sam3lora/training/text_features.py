@@ -1,4 +1,4 @@
-"""Text features of prompts: computed once per run while the text tower is frozen, once per batch while it learns."""
+"""`TextBank`: text features of prompts, computed once per run if the text tower is frozen, else once per batch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class TextBank:
     Args:
         staged: the model.
         tokenize: prompts -> token ids and attention mask, both (P, 32).
-        trainable: whether the text tower carries an adapter that is being trained; then nothing is kept.
+        trainable: whether the text tower carries an adapter; then no features are kept.
     """
 
     def __init__(self, staged: StagedSam3, tokenize: Tokenize, *, trainable: bool, device: torch.device) -> None:
@@ -26,7 +26,7 @@ class TextBank:
         self._kept: dict[str, tuple[Tensor, Tensor]] = {}
 
     def add(self, prompts: Sequence[str]) -> None:
-        """Encode the prompts that are not kept yet, in one pass, at the precision of the weights."""
+        """Encode the new prompts in one pass, at the precision of the weights."""
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._kept]
         if missing and not self._trainable:
             with torch.no_grad(), torch.autocast(self._device.type, enabled=False):

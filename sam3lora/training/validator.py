@@ -1,15 +1,18 @@
-"""Metrics of the adapter on the validation split while it trains; each worker asks its own share of the images."""
+"""The validation loss and the metrics of the adapter while it trains."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, cast
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
-from transformers import Sam3Model
 
+from sam3lora.config import Config
 from sam3lora.engine.engine import Engine
 from sam3lora.evaluation.ask.run import asked_categories
 from sam3lora.evaluation.ask.split import ask_split
@@ -19,10 +22,8 @@ from sam3lora.evaluation.settings import EvaluationSettings
 from sam3lora.evaluation.split_results import SplitResults
 from sam3lora.model.loading import LoadedBase
 from sam3lora.training import distributed
-
-if TYPE_CHECKING:
-    from sam3lora.config import Config
-    from sam3lora.training.setup import Worker
+from sam3lora.training.datasets import BatchSource, RunData
+from sam3lora.training.step import LossRunner, StepCounts, TermSums
 
 LOGGED = ("map", "map_50", "map_75", "cgf1", "off_prompt_fpr", "presence_accuracy")
 
@@ -43,20 +44,69 @@ def evaluation_settings(config: Config) -> EvaluationSettings:
     )
 
 
-def validation_metrics(worker: Worker) -> dict[str, Any]:
+@dataclass
+class Validator:
+    """Measures the adapter on the validation split. Each worker takes its own share of the images.
+
+    Args:
+        config: of the run.
+        base: whose model carries the adapter.
+        model: the same model as PEFT wraps it.
+        runner: computes the loss.
+        data: the splits.
+        batches: of this worker.
+        skipped: (image id, path, reason) of the bad images that the last `loss_terms` left out, of all workers.
+    """
+
+    config: Config
+    base: LoadedBase
+    model: PeftModel
+    runner: LossRunner
+    data: RunData
+    batches: BatchSource
+    skipped: list[tuple[int, str, str]] = field(default_factory=list)
+
+    def loss_terms(self) -> TermSums | None:
+        """The loss terms over the split, the same ones as in training but without dropout; None without a split."""
+        self.skipped = []
+        if self.data.valid is None:
+            return None
+        self.model.eval()
+        sums, skipped = TermSums(self.runner.criterion.weights), []
+        with closing(self.batches.validation_batches()) as batches:
+            for batch in batches:
+                skipped += batch.skipped
+                if batch.num_queries:
+                    counts = StepCounts.of([batch])
+                    terms = self.runner.evaluate(batch, counts.normalizer())
+                    sums.add({name: value.item() for name, value in terms.items()}, counts)
+        merged = TermSums(sums.weights)
+        for other_sums, other_counts, other_skipped in distributed.gather_objects((sums.sums, sums.counts, skipped)):
+            for name, value in other_sums.items():
+                merged.sums[name] = merged.sums.get(name, 0.0) + value
+            merged.counts = StepCounts.from_tensor(merged.counts.tensor() + other_counts.tensor())
+            self.skipped += other_skipped
+        return merged
+
+    def metrics(self) -> dict[str, Any]:
+        """The `LOGGED` metrics over the split, or over its first ``evaluation.num_samples`` images."""
+        return validation_metrics(self)
+
+
+def validation_metrics(validator: Validator) -> dict[str, Any]:
     """`LOGGED` metrics over the split, or its first `evaluation.num_samples` images, as `validate` measures them."""
-    data, runner, settings = worker.data, worker.runner, evaluation_settings(worker.config)
-    post = worker.config.evaluation.post_processing
+    data, runner, settings = validator.data, validator.runner, evaluation_settings(validator.config)
+    post = validator.config.evaluation.post_processing
     index = data.valid_complete
     assert index is not None
     rows = range(len(index))[: settings.num_samples]
     index = index.select_rows(rows)
     categories = asked_categories(index, settings) or prompted_categories(index, data.prompts)
     runner.text.add([category.prompt for category in categories])
-    with _evaluation_mode(worker.model), torch.no_grad():
-        engine = _engine(worker, settings.max_prompts_per_forward)
+    with _evaluation_mode(validator.model), torch.no_grad():
+        engine = _engine(validator, settings.max_prompts_per_forward)
         engine.keep_text(runner.text.kept())
-        with torch.autocast(worker.device.type, dtype=torch.bfloat16, enabled=runner.bf16):
+        with torch.autocast(runner.device.type, dtype=torch.bfloat16, enabled=runner.bf16):
             mine = ask_split(
                 engine,
                 index.select_rows(rows[distributed.rank() :: distributed.world_size()]),
@@ -70,27 +120,16 @@ def validation_metrics(worker: Worker) -> dict[str, Any]:
     return {name: getattr(found, name) for name in LOGGED}
 
 
-def _engine(worker: Worker, max_rows: int) -> Engine:
+def _engine(validator: Validator, max_rows: int) -> Engine:
     """An engine on the model that is being trained, whose PEFT layers stay in it."""
-    metadata, settings = worker.metadata, worker.data.valid_settings
-    base = LoadedBase(
-        model=cast(Sam3Model, worker.model.get_base_model()),
-        tokenizer=worker.tokenizer,
-        name=metadata.base_model or "",
-        revision=metadata.base_revision,
-        fingerprint=metadata.base_fingerprint or "",
-        resolution=settings.resolution,
-        image_mean=(0.5, 0.5, 0.5),  # not read: the features of the images come from training
-        image_std=(0.5, 0.5, 0.5),
-    )
     return Engine(
-        base,
-        precision="bfloat16" if worker.runner.bf16 else "float32",
+        validator.base,
+        precision="bfloat16" if validator.runner.bf16 else "float32",
         num_slots=1,
         image_cache_bytes=0,
         max_cached_prompts=10**6,
         max_rows=max_rows,
-        geometry_cls=metadata.geometry_cls,
+        geometry_cls=validator.config.model.geometry_cls,
         in_training=True,
     )
 

@@ -120,7 +120,7 @@ class _Routes:
             clock.lap("body")
             image = await asyncio.to_thread(check_upload, received, limits)
             clock.lap("check")
-            reply = _value(await _while_connected(request, self._backend.keep_image(image.file, _left(deadline_s))))
+            reply = _value(await _while_connected(request, self._backend.keep_image(image, _left(deadline_s))))
             clock.lap("segmenter")
         height, width = reply.size_hw
         response = ImageResponse(

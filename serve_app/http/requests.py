@@ -5,25 +5,16 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-from dataclasses import dataclass
 
 from sam3lora.engine.detections import BoxPrompt
 from serve_app.http.body import Received
 from serve_app.http.errors import ServeError
-from serve_app.http.image_header import ImageHeader, read_header
+from serve_app.http.image_header import read_header
 from serve_app.http.schemas import ImageUpload, SegmentRequest, check, check_boxes, check_prompts
 from serve_app.messages import ImageFile, SegmentCall
 from serve_app.settings import Limits
 
 IMAGE_ID_PREFIX = "img_"
-
-
-@dataclass(frozen=True)
-class CheckedImage:
-    """An image file and its header."""
-
-    file: ImageFile
-    header: ImageHeader
 
 
 def check_segment(received: Received, limits: Limits) -> tuple[SegmentRequest, ImageFile]:
@@ -51,12 +42,12 @@ def check_segment(received: Received, limits: Limits) -> tuple[SegmentRequest, I
     if request.image_id is not None:
         return request, ImageFile(request.image_id.removeprefix(IMAGE_ID_PREFIX))
     data = received.image if received.image is not None else decode_base64(request.image_base64 or "")
-    image = check_image(data, limits)
-    check_boxes(_boxes(request), image.header.size_hw)
-    return request, image.file
+    image, size_hw = check_image(data, limits)
+    check_boxes(_boxes(request), size_hw)
+    return request, image
 
 
-def check_upload(received: Received, limits: Limits) -> CheckedImage:
+def check_upload(received: Received, limits: Limits) -> ImageFile:
     """The image of an upload.
 
     Raises:
@@ -65,15 +56,15 @@ def check_upload(received: Received, limits: Limits) -> CheckedImage:
     if received.image is not None:
         if received.fields:
             raise ServeError("invalid_request", "expected an image alone: prompts are asked with POST /v1/segment")
-        return check_image(received.image, limits)
+        return check_image(received.image, limits)[0]
     upload: ImageUpload = check(ImageUpload, received.fields)
-    return check_image(decode_base64(upload.image_base64), limits)
+    return check_image(decode_base64(upload.image_base64), limits)[0]
 
 
-def check_image(data: bytes, limits: Limits) -> CheckedImage:
-    """Read the header of an image file and hash the file."""
+def check_image(data: bytes, limits: Limits) -> tuple[ImageFile, tuple[int, int]]:
+    """Read the header of an image file and hash the file; returns it with its size (height, width)."""
     header = read_header(data, formats=limits.image_formats, max_megapixels=limits.max_megapixels)
-    return CheckedImage(ImageFile(hashlib.sha256(data).hexdigest(), data), header)
+    return ImageFile(hashlib.sha256(data).hexdigest(), data), header.size_hw
 
 
 def decode_base64(text: str) -> bytes:

@@ -10,15 +10,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from sam3lora.config.post_processing import PostProcessing
+from sam3lora.engine.engine import Engine
 from sam3lora.model.adapter.folder import FolderSignature
 from sam3lora.model.adapter.metadata import recorded_post_processing
 from sam3lora.model.adapter.weights import AdapterWeights
 from serve_app.http.errors import ServeError, refuse_as
 from serve_app.http.schemas import AdapterResponse
+from serve_app.metrics import ReplicaMetrics
 from serve_app.replica.adapter_folders import AdapterFolder, AdapterFolders
 from serve_app.replica.adapter_slots import Load, LoadedAdapter, SlotTable
 from serve_app.replica.shared_calls import SharedCalls
@@ -31,26 +32,6 @@ FAILURE_KEPT_S = 2.0
 
 T = TypeVar("T")
 Described = list[tuple[FolderSignature, AdapterResponse]]
-
-
-class AdapterEngine(Protocol):
-    """The engine's side of adapters. Any thread may call `read_adapter`, only the model thread the others."""
-
-    def read_adapter(self, folder: Path) -> AdapterWeights: ...
-
-    def place_adapter(self, slot: int, weights: AdapterWeights) -> None: ...
-
-    def clear_adapter(self, slot: int) -> None: ...
-
-
-class LoadObserver(Protocol):
-    """Hears about loads."""
-
-    def adapter_loaded(self) -> None: ...
-
-    def adapter_failed(self) -> None: ...
-
-    def adapter_evicted(self) -> None: ...
 
 
 class HeldAdapter(NamedTuple):
@@ -78,24 +59,24 @@ class AdapterStore:
         run_in_model_thread: Runs a function between two batches.
         settings: Where the folders are and which may be served.
         num_slots: Adapters in memory at a time.
-        observer: Hears about loads.
+        metrics: Counts the loads.
     """
 
     def __init__(
         self,
-        engine: AdapterEngine,
+        engine: Engine,
         run_in_model_thread: Callable[[Callable[[], Any]], Awaitable[Any]],
         settings: AdapterSettings,
         *,
         num_slots: int,
-        observer: LoadObserver,
+        metrics: ReplicaMetrics,
     ) -> None:
         self._engine = engine
         self._run_in_model_thread = run_in_model_thread
-        self._observer = observer
+        self._metrics = metrics
         self._listers = ThreadPoolExecutor(1, thread_name_prefix="adapter-list")
         self._look_into(settings)
-        self._table = SlotTable(num_slots, lambda slot: self._spawn(self._empty(slot)), observer.adapter_evicted)
+        self._table = SlotTable(num_slots, lambda slot: self._spawn(self._empty(slot)), metrics.adapter_evicted)
         self._loads: dict[str, Load] = {}
         self._load_turns = asyncio.Semaphore(MAX_LOADS)
         self._failures: dict[str, _Failure] = {}
@@ -247,14 +228,14 @@ class AdapterStore:
                     self._spawn(self._empty(slot))
                     raise
             self._failures.pop(load.folder.id, None)
-            self._observer.adapter_loaded()
+            self._metrics.adapter_loaded()
             recorded = recorded_post_processing(weights.metadata)
             load.loaded = LoadedAdapter(load.folder, slot, recorded, users=load.waiters)
             self._table.add(load.loaded)
             if not self._folders.allows(load.folder.id):
                 self._table.retire(load.loaded)
         except Exception as error:
-            self._observer.adapter_failed()
+            self._metrics.adapter_failed()
             self._remember(load.folder, error)
             load.error = error
         finally:

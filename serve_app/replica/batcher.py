@@ -8,10 +8,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from sam3lora.engine.device import is_out_of_memory
 from serve_app.http.errors import ServeError
+from serve_app.metrics import ReplicaMetrics
 from serve_app.replica.model_thread import ModelThread
 
 logger = logging.getLogger(__name__)
@@ -20,16 +21,6 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _NEWEST = 0.2  # weight of the newest batch in the running mean of seconds per item
-
-
-class BatchObserver(Protocol):
-    """Hears about batches."""
-
-    def batch_started(self, rows: int, waited_s: Sequence[float]) -> None: ...
-
-    def batch_finished(self, seconds: float) -> None: ...
-
-    def out_of_memory(self) -> None: ...
 
 
 class Outcome(NamedTuple, Generic[Result]):
@@ -66,7 +57,7 @@ class Batcher(Generic[Item, Result]):
         max_queued: Items that may wait.
         overload_type: Type of the `ServeError` for an item beyond that.
         free_memory: Called in the model thread before a further attempt after memory ran out.
-        observer: Hears about batches.
+        metrics: Counts the batches.
     """
 
     def __init__(
@@ -77,14 +68,14 @@ class Batcher(Generic[Item, Result]):
         max_queued: int,
         overload_type: str = "overloaded",
         free_memory: Callable[[], None] = lambda: None,
-        observer: BatchObserver | None = None,
+        metrics: ReplicaMetrics | None = None,
     ) -> None:
         self._run = run
         self._max_rows = max_rows
         self._max_queued = max_queued
         self._overload_type = overload_type
         self._free_memory = free_memory
-        self._observer = observer
+        self._metrics = metrics
         self._thread = ModelThread()
         self._waiting: deque[_Waiting[Item, Result]] = deque()
         self._jobs: deque[_Job] = deque()
@@ -239,8 +230,8 @@ class Batcher(Generic[Item, Result]):
     async def _compute(self, batch: list[_Waiting[Item, Result]]) -> None:
         started = time.monotonic()
         waited_s = [started - waiting.since for waiting in batch]
-        if self._observer is not None:
-            self._observer.batch_started(sum(waiting.rows for waiting in batch), waited_s)
+        if self._metrics is not None:
+            self._metrics.batch_started(sum(waiting.rows for waiting in batch), waited_s)
         results: Sequence[Result | Exception]
         try:
             results = await self._thread.run(lambda: self._run_or_halve([waiting.item for waiting in batch]))
@@ -250,8 +241,8 @@ class Batcher(Generic[Item, Result]):
         # A running mean predicts how long the queue takes: it becomes `Retry-After`. The first batch sets it.
         per_item = ran_s / len(batch)
         self._seconds_per_item += (per_item - self._seconds_per_item) * (_NEWEST if self._seconds_per_item else 1.0)
-        if self._observer is not None:
-            self._observer.batch_finished(ran_s)
+        if self._metrics is not None:
+            self._metrics.batch_finished(ran_s)
         for waiting, result, seconds in zip(batch, results, waited_s, strict=True):
             if waiting.future.done():  # its caller left while the batch ran
                 continue
@@ -271,8 +262,8 @@ class Batcher(Generic[Item, Result]):
         return fn()
 
     def _free(self, work: str) -> None:
-        if self._observer is not None:
-            self._observer.out_of_memory()
+        if self._metrics is not None:
+            self._metrics.out_of_memory()
         logger.warning("out of memory during %s: caches are emptied", work)
         self._free_memory()
 

@@ -67,7 +67,7 @@ class ModelReplica:
             max_queued=limits.max_queued,
             overload_type="too_many_requests" if limits.overload_status == 429 else "overloaded",
             free_memory=lambda: self._engine.drop_features(),
-            observer=self._metrics,
+            metrics=self._metrics,
         )
         threads = min(8, max(2, os.cpu_count() or 2))
         self._decoders = ThreadPoolExecutor(threads, thread_name_prefix="decode")
@@ -80,7 +80,7 @@ class ModelReplica:
             self._batcher.run_in_model_thread,
             settings.adapters,
             num_slots=settings.max_resident_adapters,
-            observer=self._metrics,
+            metrics=self._metrics,
         )
         self._batcher.run_at_start(self._engine.warm_up)
         logger.info(

@@ -17,7 +17,7 @@ from sam3lora.client import Client, NotFound, UploadedImage
 from .scripted import MASK_HW, MASKS, URL, Script, answer, fault, parts_of, segmented
 
 
-def test_a_call_as_the_contract_has_it(kind):
+def test_the_request_of_a_call(kind):
     script = Script(segmented)
     results = script.client(kind, api_key="secret").segment(
         b"image", ["red thing", "čára"], adapter="cracks", threshold=0.4, boxes=[((0, 1, 2, 3), 1)], masks="rle"
@@ -51,7 +51,7 @@ def test_a_call_as_the_contract_has_it(kind):
     assert (none.scores.shape, none.boxes_xyxy.shape, none.masks.shape) == ((0,), (0, 4), (0, 4, 6))
 
 
-def test_the_services_defaults_hold_for_what_is_not_given():
+def test_missing_options_are_not_sent():
     script = Script(segmented)
     script.client(Client).segment(b"x", "crack")
     assert json.loads(parts_of(script.requests[0])["request"]) == {"prompts": ["crack"]}
@@ -72,7 +72,7 @@ def test_masks_in_every_form():
         _ = client.segment(b"x", ["a"], masks="png")[0].rles
 
 
-def test_a_mask_of_another_size_is_not_taken():
+def test_a_mask_of_another_size_is_refused():
     script = Script(lambda request: httpx.Response(200, json=answer({"prompts": ["a"]}, size_hw=(8, 8))))
     with pytest.raises(ValueError, match=r"expected a mask of \(8, 8\), got \(4, 6\)"):
         _ = script.client(Client).segment(b"x", ["a"])[0].masks
@@ -130,7 +130,7 @@ def test_pil_modes_that_png_lacks(mode):
         (7, "got int"),
     ],
 )
-def test_what_is_no_image_is_not_sent(image, complaint):
+def test_invalid_images_are_not_sent(image, complaint):
     script = Script(segmented)
     with pytest.raises((TypeError, ValueError), match=re.escape(complaint)):
         script.client(Client).segment(image, ["a"])
@@ -151,7 +151,7 @@ def test_wrong_arguments_are_not_sent():
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://x", ""])
-def test_what_is_no_url(url):
+def test_invalid_urls(url):
     with pytest.raises(ValueError, match="expected a URL"):
         Client(url)
 
@@ -199,7 +199,7 @@ def test_an_uploaded_image_is_not_sent_again(kind):
     assert json.loads(script.requests[1].content) == {"image_id": image.image_id, "prompts": ["a"]}
 
 
-def test_a_forgotten_image_is_uploaded_again(kind):
+def test_an_evicted_image_is_sent_again(kind):
     script = Script(kept, fault(404, "image_not_found"), kept, segmented_by_id)
     client = script.client(kind)
     assert client.segment(client.upload(b"image"), ["a"])[0].num_detections == 1
@@ -208,7 +208,7 @@ def test_a_forgotten_image_is_uploaded_again(kind):
 
 
 @pytest.mark.parametrize("kind_of_fault", ["image_not_found", "adapter_not_found"])
-def test_what_uploading_does_not_mend(kind_of_fault):
+def test_errors_that_another_upload_does_not_help(kind_of_fault):
     # Bytes are not at hand; something else is missing.
     data = None if kind_of_fault == "image_not_found" else b"image"
     script = Script(fault(404, kind_of_fault))
@@ -217,7 +217,7 @@ def test_what_uploading_does_not_mend(kind_of_fault):
     assert len(script.requests) == 1
 
 
-def test_a_service_that_keeps_nothing_is_not_asked_for_ever():
+def test_a_service_that_keeps_no_images_is_not_retried_forever():
     script = Script(fault(404, "image_not_found"), kept, fault(404, "image_not_found"))
     with pytest.raises(NotFound):
         script.client(Client).segment(UploadedImage("img_1", data=b"image"), ["a"])

@@ -101,7 +101,7 @@ def test_a_closed_port():
             client.adapters()
 
 
-def test_it_stays_light():
+def test_imports_stay_light():
     code = "import sys, sam3lora.client; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "httpx2" in loaded

@@ -72,7 +72,7 @@ def test_every_option_and_form_of_masks():
     assert [call.masks for call in backend.calls] == [True, True, True, False]
 
 
-def test_an_uploaded_image_survives_being_forgotten():
+def test_an_evicted_upload_is_sent_again():
     backend = FakeBackend()
 
     async def question(client: AsyncClient) -> list[int]:
@@ -118,7 +118,7 @@ def test_refusals_are_typed(question, error_class, kind):
     assert caught.value.status == STATUS_OF[kind]
 
 
-def test_an_overloaded_service_says_when_to_come_back():
+def test_an_overloaded_service_sends_retry_after():
     backend = FakeBackend(answer=lambda call: ServeError("overloaded", "full", 1.2))
     with pytest.raises(Overloaded) as caught:
         ask(backend, lambda client: client.segment(PIXELS_HW3, ["a"]))

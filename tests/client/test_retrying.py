@@ -24,7 +24,7 @@ from sam3lora.client.exchange import retry_after_s
 from .scripted import Script, fault, segmented
 
 
-def test_an_overloaded_service_is_asked_again_when_it_says_so(kind):
+def test_retries_wait_as_long_as_retry_after(kind):
     headers = {"Retry-After": "3"}
     script = Script(fault(503, "overloaded", **headers), fault(429, "too_many_requests", **headers), segmented)
     script.client(kind).segment(b"x", ["a"])
@@ -36,7 +36,7 @@ def test_an_overloaded_service_is_asked_again_when_it_says_so(kind):
 
 
 @pytest.mark.parametrize(("status", "kind_of_error"), [(503, Overloaded), (429, Overloaded)])
-def test_repetitions_end(kind, status, kind_of_error):
+def test_retries_are_limited(kind, status, kind_of_error):
     script = Script(fault(status, "overloaded", **{"Retry-After": "1"}))
     with pytest.raises(kind_of_error) as caught:
         script.client(kind, max_retries=2).segment(b"x", ["a"])
@@ -44,7 +44,7 @@ def test_repetitions_end(kind, status, kind_of_error):
     assert caught.value.retry_after_s == 1.0
 
 
-def test_broken_connections_are_tried_again_with_growing_waits(kind):
+def test_broken_connections_are_retried_with_growing_waits(kind):
     script = Script(
         httpx.ConnectError("refused"), httpx.ReadError("reset"), httpx.RemoteProtocolError("gone"), segmented
     )
@@ -62,7 +62,7 @@ def test_a_service_that_is_not_there(kind):
     assert caught.value.request_id == script.requests[0].headers["x-request-id"]
 
 
-def test_nobody_waits_beyond_the_timeout(kind):
+def test_no_wait_goes_beyond_the_timeout(kind):
     # Sleeping for 30 s and failing then would help nobody: the answer is given at once.
     script = Script(fault(503, "overloaded", **{"Retry-After": "30"}))
     with pytest.raises(Overloaded):
@@ -76,7 +76,7 @@ def test_nobody_waits_beyond_the_timeout(kind):
     assert len(script.requests) == 3
 
 
-def test_each_attempt_gets_the_time_that_is_left():
+def test_each_attempt_gets_the_remaining_time():
     script = Script(fault(503, **{"Retry-After": "5"}), segmented)
     script.client(Client, timeout_s=20).segment(b"x", ["a"])
     first, second = (request.extensions["timeout"]["read"] for request in script.requests)
@@ -122,7 +122,7 @@ def test_an_answer_that_trickles_is_given_up(kind):
         (504, Timeout),
     ],
 )
-def test_faults_are_told_apart_and_not_repeated(kind, status, error_class):
+def test_errors_have_their_class_and_are_not_retried(kind, status, error_class):
     script = Script(fault(status, "the_type"))
     with pytest.raises(SegmentationError) as caught:
         script.client(kind).segment(b"x", ["a"])
@@ -133,7 +133,7 @@ def test_faults_are_told_apart_and_not_repeated(kind, status, error_class):
     assert len(script.requests) == 1
 
 
-def test_answers_of_others_are_named_as_such():
+def test_responses_of_other_servers_are_recognised():
     # A proxy's page, a redirect, a page instead of JSON, and JSON of something else.
     for response, error_class, kind_of_fault in [
         (httpx.Response(502, html="<h1>Bad gateway</h1>"), ServerError, "http_502"),

@@ -1,4 +1,4 @@
-"""Tensors of a batch: the same numbers as the decoded arrays."""
+"""Batches as arrays, and their tensors."""
 
 from __future__ import annotations
 
@@ -6,52 +6,65 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 import torch
 
-from sam3lora.data.batch import collate
+from sam3lora.data.batch import Batch, to_pixel_values
 from sam3lora.data.coco import CocoIndex
-from sam3lora.data.pipeline import iterate_batches
+from sam3lora.data.pipeline import decode_batch
 from sam3lora.data.plan import BatchPlan
 from sam3lora.data.sample import DecodeSettings
+from sam3lora.engine import pixels
 
 from .coco_builder import annotation
 
-
-def make(folder, rows, **changes):
-    path = folder.write([annotation(0), annotation(1), annotation(2, image_id=1)], num_images=3)
-    index = CocoIndex.from_folder(path)
-    settings = DecodeSettings(**{"names": index.names, "resolution": 32, "mask_size": 21, **changes})
-    return next(iterate_batches(index.table, [BatchPlan(4, 7, rows)], settings))
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.5, 0.7)
 
 
-def test_batch_has_the_arrays_of_the_samples(folder):
-    raw = make(folder, [0, 1, 2])
-    batch = collate(raw)
+@pytest.fixture
+def make(folder):
+    """`make([0, 1])` -> a batch of these rows: image 0 has two objects, image 1 has one, image 2 none."""
+
+    def decode(rows, **changes) -> Batch:
+        path = folder.write([annotation(0), annotation(1), annotation(2, image_id=1)], num_images=3)
+        index = CocoIndex.from_folder(path)
+        settings = DecodeSettings(**{"names": index.names, "resolution": 32, "mask_size": 21, **changes})
+        return decode_batch(index.table, BatchPlan(4, 7, rows), settings)
+
+    return decode
+
+
+def test_queries_and_targets_of_several_images(make):
+    batch = make([0, 1, 2])
     assert (batch.num_images, batch.num_queries, batch.epoch, batch.step) == (3, 3, 4, 7)
-    assert batch.query_image_B.tolist() == [0, 1, 2]
+    assert batch.images_NHWC.shape == (3, 32, 32, 3)
+    assert batch.image_rows_N.tolist() == batch.query_image_B.tolist() == [0, 1, 2]
     assert batch.num_B.tolist() == [2, 1, 0]
-    assert batch.is_positive_B.tolist() == [True, True, False]
-    # a side of 21 does not fill the last byte
-    bits = np.unpackbits(raw["masks_packed"], axis=1)[:, : 21 * 21].reshape(-1, 21, 21)
-    assert torch.equal(batch.masks(), torch.from_numpy(bits.astype(bool)))
+    assert batch.query_T.tolist() == [0, 0, 1]
+    assert batch.num_semantic == 2
+    batch.mask_valid_T[2] = False
+    assert batch.num_semantic == 1
+    assert make([0], mask_size=None).num_semantic == 0
 
 
-def test_pixels_are_normalised_as_the_processor_does(folder):
-    raw = make(folder, [0])
-    expected = (torch.from_numpy(raw["images"]).permute(0, 3, 1, 2) / 255 - 0.5) / 0.5
-    pixels = collate(raw).pixel_values()
-    torch.testing.assert_close(pixels, expected, atol=1e-6, rtol=0)
-    assert pixels.is_contiguous()
-    assert collate(raw).pixel_values(dtype=torch.bfloat16).dtype == torch.bfloat16
+def test_pixels_are_normalised_as_in_inference():
+    # Equal bits for every pixel value and any mean and standard deviation.
+    images = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
+    for mean, std in ((MEAN, STD), ((0.5,) * 3, (0.5,) * 3)):
+        expected = pixels.to_pixel_values(list(images), 16, image_mean=mean, image_std=std)
+        found = to_pixel_values(images, mean, std)
+        assert torch.equal(found, expected)
+        assert found.is_contiguous()
+    assert to_pixel_values(images, MEAN, STD, dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
-def test_targets_fit_the_criterion(folder):
-    targets = collate(make(folder, [0, 1])).targets()
+def test_targets_fit_the_criterion(make):
+    targets = make([0, 1]).targets()
     assert targets.num_B.tolist() == [2, 1]
     assert targets.boxes_cxcywh_T4.shape == (3, 4)
     assert (targets.masks_THW.shape, targets.masks_THW.dtype) == ((3, 21, 21), torch.bool)
     assert targets.mask_valid_T.all()
-    assert collate(make(folder, [0], mask_size=None)).targets().masks_THW is None
+    assert make([0], mask_size=None).targets().masks_THW is None
 
 
 def test_empty_batch(folder):
@@ -59,36 +72,37 @@ def test_empty_batch(folder):
     (path / "0.png").write_bytes(b"")
     index = CocoIndex.from_folder(path)
     settings = DecodeSettings(names=index.names, resolution=32, mask_size=16, on_bad_image="skip")
-    batch = collate(next(iterate_batches(index.table, [BatchPlan(0, 0, [0])], settings)))
-    assert batch.pixel_values().shape == (0, 3, 32, 32)
+    batch = decode_batch(index.table, BatchPlan(0, 0, [0]), settings)
+    assert to_pixel_values(batch.images_NHWC, MEAN, STD).shape == (0, 3, 32, 32)
     assert batch.masks().shape == (0, 16, 16)
-    assert (batch.num_queries, len(batch.skipped)) == (0, 1)
+    assert (batch.num_images, batch.num_queries, batch.num_semantic, len(batch.skipped)) == (0, 0, 0, 1)
 
 
 def test_decoding_imports_no_torch():
-    # data workers stay light
-    modules = "check, coco, pipeline, plan, sample"
+    # Data workers stay light.
+    modules = "batch, check, coco, pipeline, plan, sample"
     code = f"import sys; from sam3lora.data import {modules}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_pinned_batch_has_every_tensor_pinned_and_the_rest_as_it_was(folder, monkeypatch):
-    # Without a GPU no memory can be pinned: copies stand for it.
+def test_pinning_copies_every_array_and_keeps_the_rest(make, monkeypatch):
+    # Without a GPU no memory can be pinned, so copies stand for it.
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.clone())
-    batch = collate(make(folder, [0, 1, 2]))
+    batch = make([0, 1, 2])
     pinned = batch.pin_memory()
     for name, value in vars(batch).items():
         other = getattr(pinned, name)
-        if isinstance(value, torch.Tensor):
-            assert torch.equal(other, value), name
-            assert other.data_ptr() != value.data_ptr(), name
+        if isinstance(value, np.ndarray):
+            assert np.array_equal(other, value), name
+            assert not np.shares_memory(other, value), name
         else:
             assert other is value, name
 
 
-def test_masks_are_unpacked_alike_on_every_device(folder):
-    batch = collate(make(folder, [0, 1, 2]))
+def test_masks_are_unpacked_alike_on_every_device(make):
+    # A side of 21 does not fill the last byte.
+    batch = make([0, 1, 2])
+    bits = np.unpackbits(batch.masks_packed, axis=1)[:, : 21 * 21].reshape(-1, 21, 21)
+    assert torch.equal(batch.masks(), torch.from_numpy(bits.astype(bool)))
     there = batch.masks("meta")
     assert (there.shape, there.dtype) == (batch.masks().shape, torch.bool)
-    bits = batch.masks_packed.unsqueeze(-1) >> torch.arange(7, -1, -1, dtype=torch.uint8) & 1
-    assert torch.equal(batch.masks().flatten(1), bits.flatten(1)[:, : 21 * 21].bool())

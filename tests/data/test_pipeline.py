@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from sam3lora.data import pipeline
+from sam3lora.data.batch import Batch
 from sam3lora.data.coco import CocoIndex
 from sam3lora.data.images import ImageError
 from sam3lora.data.pipeline import iterate_batches, stream_batches
@@ -15,14 +16,10 @@ from sam3lora.data.sample import DecodeSettings
 from .coco_builder import SHARED_FOLDERS, annotation
 
 
-def assert_same(a: dict, b: dict) -> None:
-    assert a.keys() == b.keys()
-    for key in a:
-        if isinstance(a[key], np.ndarray):
-            assert a[key].dtype == b[key].dtype
-            np.testing.assert_array_equal(a[key], b[key])
-        else:
-            assert a[key] == b[key], key
+def assert_same(a: Batch, b: Batch) -> None:
+    for name, value in vars(a).items():
+        assert np.array_equal(value, getattr(b, name)), name
+        assert getattr(value, "dtype", None) == getattr(getattr(b, name), "dtype", None), name
 
 
 def test_stream_equals_iterate_over_epochs(folder, ray_session, monkeypatch):
@@ -34,12 +31,12 @@ def test_stream_equals_iterate_over_epochs(folder, ray_session, monkeypatch):
     plans = list(plan_run(len(index), batch_size=2, num_epochs=3, seed=5))
     expected = list(iterate_batches(index.table, plans, settings))
     streamed = list(stream_batches(index.table, plans, settings, num_cpus=2))
-    assert [(b["epoch"], b["step"]) for b in streamed] == [(p.epoch, p.step) for p in plans]
+    assert [(b.epoch, b.step) for b in streamed] == [(p.epoch, p.step) for p in plans]
     for a, b in zip(expected, streamed, strict=True):
         assert_same(a, b)
     # the epochs place the same image differently
-    first_image = [[p for b in expected if b["epoch"] == e for p in b["placements"]] for e in range(2)]
-    assert first_image[0] != first_image[1]
+    boxes = [np.concatenate([b.boxes_cxcywh_T4 for b in expected if b.epoch == epoch]) for epoch in range(2)]
+    assert sorted(boxes[0].ravel()) != sorted(boxes[1].ravel())
 
 
 def test_broken_image_stops_the_stream_with_its_name_or_is_listed(folder, ray_session):
@@ -49,11 +46,11 @@ def test_broken_image_stops_the_stream_with_its_name_or_is_listed(folder, ray_se
     plans = list(plan_run(4, batch_size=1, num_epochs=1, shuffle=False))
     settings = {"names": index.names, "resolution": 32, "mask_size": 32}
     batches = stream_batches(index.table, plans, DecodeSettings(**settings))
-    assert [next(batches)["image_ids"].tolist() for _ in range(2)] == [[0], [1]]
+    assert [next(batches).image_ids.tolist() for _ in range(2)] == [[0], [1]]
     with pytest.raises(ImageError, match=r"cannot read image .*2\.png"):
         next(batches)
     skipping = stream_batches(index.table, plans, DecodeSettings(**settings, on_bad_image="skip"))
-    assert [[skip[0] for skip in batch["skipped"]] for batch in skipping] == [[], [], [2], []]
+    assert [[skip[0] for skip in batch.skipped] for batch in skipping] == [[], [], [2], []]
 
 
 def test_stream_needs_no_free_cpu(folder, ray_session):
@@ -64,7 +61,7 @@ def test_stream_needs_no_free_cpu(folder, ray_session):
     def read() -> list[int]:
         settings = DecodeSettings(names=index.names, resolution=32, mask_size=32)
         [batch] = stream_batches(index.table, [(0, 0, [0])], settings)
-        return batch["image_ids"].tolist()
+        return batch.image_ids.tolist()
 
     assert ray_session.get(read.remote(), timeout=120) == [0]
 
@@ -82,15 +79,15 @@ def test_real_data_sets_load(shared_data, ray_session, name):
         rows = list(range(min(len(index), 6)))
         plans = [(0, step, [row]) for step, row in enumerate(rows)]
         batches = list(stream_batches(index.table, plans, settings))
-        assert [b["image_ids"][0] for b in batches] == [index.record(row)["image_id"] for row in rows]
+        assert [b.image_ids[0] for b in batches] == [index.record(row)["image_id"] for row in rows]
         for batch, row in zip(batches, rows, strict=True):
             record = index.record(row)
             present = {a["category"] for a in record["annotations"]}
-            negatives = [c for c, p in zip(batch["categories"], batch["is_positive"], strict=True) if not p]
-            assert not present & set(negatives)
-            assert batch["num_targets"].sum() == sum(not a["iscrowd"] for a in record["annotations"])
-            assert batch["boxes_cxcywh"].min(initial=0) >= 0
-            assert batch["boxes_cxcywh"].max(initial=0) <= 1
+            absent = [prompt for prompt, num in zip(batch.prompts_B, batch.num_B, strict=True) if num == 0]
+            assert not present & set(absent)
+            assert batch.num_B.sum() == sum(not a["iscrowd"] for a in record["annotations"])
+            assert batch.boxes_cxcywh_T4.min(initial=0) >= 0
+            assert batch.boxes_cxcywh_T4.max(initial=0) <= 1
 
 
 def test_traps_of_the_real_data_sets(shared_data):

@@ -1,4 +1,4 @@
-"""One record to pixels and packed targets, and batches of them."""
+"""Decoding of single records: pixels, queries and packed targets."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ def decode(path, **changes):
 
 
 def masks(sample, size=64):
-    bits = np.unpackbits(sample["masks_packed"], axis=1)[:, : size * size]
+    bits = np.unpackbits(sample.masks_packed, axis=1)[:, : size * size]
     return bits.reshape(-1, size, size).astype(bool)
 
 
 def test_boxes_and_masks_are_relative_to_the_frame(folder):
     # 80 x 60 pixels -> 64 x 64: a square of 20 at (10, 10) becomes 16 wide and 21.3 high
     sample = decode(folder.write([annotation(0)]))
-    assert sample["image"].shape == (64, 64, 3)
-    assert sample["original_size_hw"] == (60, 80)
-    np.testing.assert_allclose(sample["boxes_cxcywh"], [[20 / 80, 20 / 60, 20 / 80, 20 / 60]], rtol=1e-6)
-    assert sample["boxes_cxcywh"].dtype == np.float32
+    assert sample.images_NHWC.shape == (1, 64, 64, 3)
+    assert sample.original_sizes_hw.tolist() == [[60, 80]]
+    np.testing.assert_allclose(sample.boxes_cxcywh_T4, [[20 / 80, 20 / 60, 20 / 80, 20 / 60]], rtol=1e-6)
+    assert sample.boxes_cxcywh_T4.dtype == np.float32
     rows, columns = np.nonzero(masks(sample)[0])
     assert (columns.min(), columns.max() + 1) == (8, 24)
     assert (rows.min(), rows.max() + 1) == (11, 32)
@@ -39,15 +39,18 @@ def test_boxes_and_masks_are_relative_to_the_frame(folder):
 
 def test_targets_are_packed_in_query_order(folder):
     path = folder.write(
-        [annotation(0, category_id=2), annotation(1, category_id=1), annotation(2, category_id=2)],
+        [
+            annotation(0, category_id=2, bbox=[10, 10, 10, 20]),
+            annotation(1, category_id=1),
+            annotation(2, category_id=2, bbox=[10, 10, 40, 20]),
+        ],
         categories=(("crack", 1), ("root", 2), ("weed", 3)),
     )
     sample = decode(path, names=("crack", "root", "weed"))
-    assert sample["prompts"] == ["crack", "root", "weed"]
-    assert sample["is_positive"].tolist() == [True, True, False]
-    assert sample["num_targets"].tolist() == [1, 2, 0]
-    # every object keeps its own class
-    assert sample["annotation_ids"].tolist() == [1, 0, 2]
+    assert sample.prompts_B == ["crack", "root", "weed"]
+    assert sample.num_B.tolist() == [1, 2, 0]
+    # every object keeps its own class: the boxes of objects 1, 0 and 2
+    assert sample.boxes_cxcywh_T4[:, 2].tolist() == [0.25, 0.125, 0.5]
 
 
 def test_objects_without_a_usable_mask_keep_their_box(folder):
@@ -60,24 +63,24 @@ def test_objects_without_a_usable_mask_keep_their_box(folder):
         ]
     )
     sample = decode(path)
-    assert len(sample["boxes_cxcywh"]) == 3
-    assert sample["mask_valid"].tolist() == [False, False, True]
+    assert len(sample.boxes_cxcywh_T4) == 3
+    assert sample.mask_valid_T.tolist() == [False, False, True]
     assert masks(sample).any(axis=(1, 2)).tolist() == [False, False, True]
 
 
 def test_boxes_only(folder):
     sample = decode(folder.write([annotation(0)]), mask_size=None)
-    assert sample["masks_packed"] is None
-    assert not sample["mask_valid"].any()
+    assert sample.masks_packed is None
+    assert not sample.mask_valid_T.any()
 
 
 def test_max_objects_keeps_a_reproducible_subset(folder):
-    path = folder.write([annotation(i) for i in range(9)])
-    assert decode(path)["num_targets"].tolist() == [9]
+    path = folder.write([annotation(i, bbox=[10, 10, 20 + i, 20]) for i in range(9)])
+    assert decode(path).num_B.tolist() == [9]
     first, second = decode(path, max_objects=4), decode(path, max_objects=4)
-    assert (first["num_targets"].tolist(), first["num_limited"]) == ([4], 5)
-    assert first["annotation_ids"].tolist() == second["annotation_ids"].tolist()
-    assert first["annotation_ids"].tolist() != decode(path, max_objects=4, seed=1)["annotation_ids"].tolist()
+    assert first.num_B.tolist() == [4]
+    assert first.boxes_cxcywh_T4.tolist() == second.boxes_cxcywh_T4.tolist()
+    assert first.boxes_cxcywh_T4.tolist() != decode(path, max_objects=4, seed=1).boxes_cxcywh_T4.tolist()
 
 
 def test_the_real_size_wins_and_coordinates_stay_relative(folder):
@@ -85,16 +88,16 @@ def test_the_real_size_wins_and_coordinates_stay_relative(folder):
     images = [{"id": 0, "file_name": "0.png", "width": 160, "height": 120}]
     big = decode(folder.write([annotation(0, bbox=[20, 20, 40, 40], segmentation=[square(20, 20, 40)])], images=images))
     small = decode(folder.write([annotation(0)]))
-    assert big["original_size_hw"] == (60, 80)
-    assert np.array_equal(big["boxes_cxcywh"], small["boxes_cxcywh"])
-    assert np.array_equal(big["masks_packed"], small["masks_packed"])
+    assert big.original_sizes_hw.tolist() == [[60, 80]]
+    assert np.array_equal(big.boxes_cxcywh_T4, small.boxes_cxcywh_T4)
+    assert np.array_equal(big.masks_packed, small.masks_packed)
 
 
 def test_flip_mirrors_boxes_and_masks(folder):
     path = folder.write([annotation(0)])
     plain, flipped = decode(path), decode(path, horizontal_flip=1.0)
-    assert np.array_equal(flipped["image"], plain["image"][:, ::-1])
-    assert flipped["boxes_cxcywh"][0, 0] == pytest.approx(1 - plain["boxes_cxcywh"][0, 0])
+    assert np.array_equal(flipped.images_NHWC, plain.images_NHWC[:, :, ::-1])
+    assert flipped.boxes_cxcywh_T4[0, 0] == pytest.approx(1 - plain.boxes_cxcywh_T4[0, 0])
     assert np.array_equal(masks(flipped)[0], masks(plain)[0][:, ::-1])
 
 
@@ -108,14 +111,14 @@ def test_a_broken_image_in_the_middle(folder):
         list(iterate_batches(index.table, plans, stop))
     skip = DecodeSettings(names=index.names, resolution=32, mask_size=32, on_bad_image="skip")
     first, second = iterate_batches(index.table, plans, skip)
-    assert first["skipped"] == []
-    assert second["image_ids"].tolist() == [3]
-    [(image_id, name, reason)] = second["skipped"]
+    assert first.skipped == []
+    assert second.image_ids.tolist() == [3]
+    [(image_id, name, reason)] = second.skipped
     assert (image_id, name) == (2, str(path / "2.png"))
     assert "cannot read image" in reason
     # a batch of nothing but broken images is empty, not an error
     [empty] = iterate_batches(index.table, [BatchPlan(0, 0, [2])], skip)
-    assert (empty["images"].shape, empty["masks_packed"].shape, empty["prompts"]) == ((0, 32, 32, 3), (0, 128), [])
+    assert (empty.images_NHWC.shape, empty.masks_packed.shape, empty.prompts_B) == ((0, 32, 32, 3), (0, 128), [])
 
 
 def test_rows_with_queries_leaves_out_what_cannot_be_asked(folder):

@@ -136,7 +136,7 @@ def test_a_project_is_set_up(service):
 @pytest.mark.parametrize(
     ("control", "masks"), [("BrushLabels", "rle"), ("PolygonLabels", "polygon"), ("RectangleLabels", "none")]
 )
-def test_tasks_are_asked_for_their_labels(service, control, masks):
+def test_labels_become_prompts(service, control, masks):
     app = open_backend(service, adapter="cracks", threshold=0.3)
     answer = app.post("/predict", json=predict_body(config(control), DATA_URI, DATA_URI)).json()
 
@@ -173,7 +173,7 @@ def test_rectangles_are_in_percent(service):
     }
 
 
-def test_polygons_are_in_percent_and_without_needless_corners(service):
+def test_polygons_are_in_percent_and_simplified(service):
     value = first_value(service, "PolygonLabels")
     assert value["closed"] is True
     assert sorted(value["points"]) == [[10, 10], [10, 50], [30, 10], [30, 50]]
@@ -186,7 +186,7 @@ def test_brushes_cover_the_mask(service):
     np.testing.assert_array_equal(rgba[..., 3] == 255, mask_of(service.boxes[0]))
 
 
-def test_brush_is_preferred_and_a_smart_tool_is_not_the_output(service):
+def test_brushes_are_preferred_and_smart_tools_get_no_output(service):
     xml = config("KeyPointLabels", "RectangleLabels", "PolygonLabels", "BrushLabels")
     assert read_label_config(xml).from_name == "BrushLabels-tag"
     assert read_label_config(xml).prompts == {"Crack": "hairline crack", "Moss": "Moss"}
@@ -203,7 +203,7 @@ def test_brush_is_preferred_and_a_smart_tool_is_not_the_output(service):
         "<!DOCTYPE v [<!ENTITY a 'b'>]><View/>",
     ],
 )
-def test_configurations_that_cannot_be_filled_in(service, xml):
+def test_unusable_configurations(service, xml):
     with pytest.raises(ConfigFault):
         read_label_config(xml)
     response = open_backend(service).post("/predict", json=predict_body(xml, DATA_URI))
@@ -227,7 +227,7 @@ def rectangle(x: float, y: float, width: float, height: float) -> dict[str, Any]
     return {**frame, "value": value, "id": "g", "from_name": "r", "type": "rectanglelabels"}
 
 
-def test_a_drawn_rectangle_is_the_example_and_its_object_the_answer(service):
+def test_a_drawn_rectangle_returns_the_object_in_it(service):
     context = {"result": [rectangle(50, 25, 25, 50)]}
     body = predict_body(config("BrushLabels"), DATA_URI, context=context)
     answer = open_backend(service).post("/predict", json=body).json()
@@ -254,7 +254,7 @@ def test_key_points_are_small_boxes_inside_the_image(service):
     assert len(drawn.wanted_xyxy) == 1
 
 
-def test_drawn_boxes_end_at_the_image():
+def test_drawn_boxes_are_cut_at_the_image():
     # Percents do not add up to 100 exactly, and a click leaves a rectangle without an area: the service takes neither.
     drawn = read_drawn({"result": [rectangle(70, -1, 30.00000001, 101.5), rectangle(10, 10, 0, 5)]})
     assert drawn is not None
@@ -266,7 +266,7 @@ def test_drawn_boxes_end_at_the_image():
 
 
 @pytest.mark.parametrize("context", [None, {}, {"result": []}, {"result": [{"type": "brushlabels", "value": {}}]}])
-def test_no_drawing_is_no_interaction(context):
+def test_a_context_without_drawing_is_ignored(context):
     assert read_drawn(context) is None
 
 
@@ -281,7 +281,7 @@ def test_objects_under_boxes():
 # --- faults ---
 
 
-def test_one_bad_image_does_not_cost_the_others(service, caplog):
+def test_a_bad_image_leaves_the_other_predictions(service, caplog):
     other = "data:image/png;base64," + base64.b64encode(b"broken").decode()
     service.faults[b"broken"] = (422, "invalid_image")
     body = predict_body(config("RectangleLabels"), DATA_URI, other, "s3://bucket/secret-name.png", DATA_URI)
@@ -291,13 +291,13 @@ def test_one_bad_image_does_not_cost_the_others(service, caplog):
     assert "secret-name" not in caplog.text
 
 
-def test_a_single_bad_image_is_told(service):
+def test_a_single_bad_image_is_an_error(service):
     body = predict_body(config("RectangleLabels"), "s3://bucket/a.png")
     response = open_backend(service).post("/predict", json=body)
     assert (response.status_code, service.requests) == (422, [])
 
 
-def test_a_task_without_the_image_is_told(service):
+def test_a_task_without_an_image_is_an_error(service):
     body = predict_body(config("RectangleLabels"), DATA_URI)
     body["tasks"][0]["data"] = {"other": DATA_URI}
     response = open_backend(service).post("/predict", json=body)
@@ -306,7 +306,7 @@ def test_a_task_without_the_image_is_told(service):
 
 
 @pytest.mark.parametrize(("status", "kind"), [(401, "unauthorized"), (404, "adapter_not_found"), (503, "overloaded")])
-def test_a_service_that_refuses_makes_no_empty_predictions(service, status, kind):
+def test_an_error_of_the_service_is_passed_on(service, status, kind):
     service.faults[b"*"] = (status, kind)
     response = open_backend(service).post("/predict", json=predict_body(config("BrushLabels"), DATA_URI, DATA_URI))
     assert response.status_code == 502

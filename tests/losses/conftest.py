@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from sam3lora.losses import Criterion, Predictions, Targets
+from sam3lora.losses import Criterion, LossSection, Pairs, Predictions, Targets
 
 PADDINGS = {"pad200": 200, "padnone": None}
 INPUTS = [
@@ -25,6 +25,12 @@ INPUTS = [
 ]
 PER_LAYER = ["loss_bbox", "loss_giou", "loss_ce", "loss_bbox_o2m", "loss_giou_o2m", "loss_ce_o2m", "presence_loss"]
 FINAL = ["loss_mask", "loss_dice", "loss_mask_o2m", "loss_dice_o2m", "loss_semantic_seg", "loss_semantic_dice"]
+
+
+def indices_of(pairs: Pairs) -> list[torch.Tensor]:
+    """One (m, 3) tensor of (query, object query, packed target) for each layer."""
+    columns = torch.stack([pairs.query_M, pairs.object_query_M, pairs.target_M], dim=1)
+    return list(columns.split(pairs.num_per_layer))
 
 
 @pytest.fixture(scope="session")
@@ -82,10 +88,10 @@ def make_predictions():
 def compute(make_predictions):
     """Case to the criterion's results under the names of the reference's expected arrays."""
 
-    def run(case, padding: str, masks: bool = True, **settings) -> dict[str, torch.Tensor]:
+    def run(case, padding: str, masks: bool = True, settings: LossSection | None = None) -> dict[str, torch.Tensor]:
         for leaf in case.leaves.values():
             leaf.grad = None
-        criterion = Criterion(pad_n_queries=PADDINGS[padding], **settings)
+        criterion = Criterion(settings, pad_n_queries=PADDINGS[padding])
         output = criterion(make_predictions(case.leaves, masks=masks), case.targets)
         output.total.backward()
         padded = {"loss_ce", "loss_ce_o2m", "grad_logits", "grad_logits_o2m"}
@@ -98,9 +104,9 @@ def compute(make_predictions):
             total_name: output.total.detach(),
             "ce_f1": output.diagnostics["ce_f1"],
             "presence_dec_acc": output.diagnostics["presence_accuracy"],
-            "o2o_indices": torch.stack(output.matches.o2o_indices),
-            "o2m_indices_aux": torch.stack(output.matches.o2m_indices[:-1]),
-            "o2m_indices_final": output.matches.o2m_indices[-1],
+            "o2o_indices": torch.stack(indices_of(output.matches.o2o)),
+            "o2m_indices_aux": torch.stack(indices_of(output.matches.o2m)[:-1]),
+            "o2m_indices_final": indices_of(output.matches.o2m)[-1],
         }
         padded |= {total_name}
         return {f"exp_{name}{f'__{padding}' if name in padded else ''}": value for name, value in results.items()}

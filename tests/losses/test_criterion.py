@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from sam3lora.losses import Criterion, HungarianCost, LossWeights, OneToManyRule, Predictions, Targets
+from sam3lora.losses import Criterion, HungarianCost, LossSection, OneToManyRule, Predictions, Targets
+
+from .conftest import indices_of
 
 
 def small_predictions(num_queries=2, num_object_queries=3, num_layers=2, seed=0) -> Predictions:
@@ -40,7 +42,7 @@ def test_fewer_object_queries_than_targets(num_object_queries):
     output = Criterion()(predictions, small_targets([5, 1]))
     output.total.backward()
     assert output.total.isfinite()
-    for indices in output.matches.o2o_indices:
+    for indices in indices_of(output.matches.o2o):
         assert len(indices) == num_object_queries + 1
         assert len(set(map(tuple, indices[:, :2].tolist()))) == len(indices)
     assert predictions.logits_LBQ.grad.isfinite().all()
@@ -91,10 +93,10 @@ def test_callables_are_asked_only_for_what_is_needed(grad, load_case):
     predictions = small_predictions(num_queries=3, num_object_queries=6)
     predictions.mask_logits, predictions.semantic_logits = mask_logits, semantic_logits
     with torch.set_grad_enabled(grad):
-        output = Criterion(o2m_threshold=0.0)(predictions, targets)
-        kept = [row for row in output.matches.o2o_indices[-1].tolist() if row[2] != 0]
+        output = Criterion(one_to_many=OneToManyRule(threshold=0.0))(predictions, targets)
+        kept = [row for row in indices_of(output.matches.o2o)[-1].tolist() if row[2] != 0]
         assert calls[0] == ("o2o", [row[0] for row in kept], [row[1] for row in kept])
-        kept = [row for row in output.matches.o2m_indices[-1].tolist() if row[2] != 0]
+        kept = [row for row in indices_of(output.matches.o2m)[-1].tolist() if row[2] != 0]
         assert calls[1] == ("o2m", [row[0] for row in kept], [row[1] for row in kept])
         assert calls[2:] == [("semantic", [0, 2])]
         calls.clear()
@@ -108,11 +110,11 @@ def test_callables_are_asked_only_for_what_is_needed(grad, load_case):
 def test_without_the_one_to_many_branch():
     # Evaluation and light training leave the branch out: its terms are absent and the total is the rest.
     predictions, targets = small_predictions(), small_targets([1, 1])
-    both = Criterion(LossWeights(o2m=0))(predictions, targets)
+    both = Criterion(LossSection(o2m=0))(predictions, targets)
     predictions.logits_o2m_LBQ = predictions.boxes_o2m_LBQ4 = None
     output = Criterion()(predictions, targets)
     assert not any(name.endswith("_o2m") for name in output.terms)
-    assert output.matches.o2m_indices == []
+    assert output.matches.o2m is None
     torch.testing.assert_close(output.total, both.total)
 
 
@@ -156,10 +158,10 @@ def test_shared_prediction_takes_its_last_target():
     far = torch.tensor([0.1, 0.1, 0.1, 0.1])
     boxes = torch.stack([box, far, far, far, far, far])[None, None]
     logits = torch.tensor([[[2.0, -2.0, -2.1, -2.2, -2.3, -2.4]]])
-    output = Criterion(o2m_topk=1, pad_n_queries=None)(
+    output = Criterion(one_to_many=OneToManyRule(topk=1), pad_n_queries=None)(
         Predictions(logits, boxes, torch.zeros(1, 1), logits, boxes), targets
     )
-    assert output.matches.o2m_indices[0].tolist() == [[0, 0, 0], [0, 0, 1]]
+    assert indices_of(output.matches.o2m)[0].tolist() == [[0, 0, 0], [0, 0, 1]]
     x, p = torch.tensor(2.0), torch.sigmoid(torch.tensor(2.0))
     quality = p**0.25 * 0.8**0.75
     bce = torch.nn.functional.binary_cross_entropy_with_logits(x, quality)

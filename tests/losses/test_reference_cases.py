@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sam3lora.losses import LossWeights
+from sam3lora.losses import LossSection
 
 CASES = ["mixed", "all_negative", "crowded_invalid_mask", "single_positive", "q200"]
 TERMS = [
@@ -65,7 +65,7 @@ def test_comparison_rejects_a_term_off_by_a_thousandth(term, load_case, compute,
 def test_comparison_rejects_a_weight_off_by_a_thousandth(weight, load_case, compute, assert_matches_reference):
     # Gradients and totals depend on every weight: a wrong one fails at least one of their comparisons.
     case = load_case("mixed")
-    results = compute(case, "pad200", weights=LossWeights(**{weight: getattr(LossWeights(), weight) * 1.001}))
+    results = compute(case, "pad200", settings=LossSection(**{weight: getattr(LossSection(), weight) * 1.001}))
     failed = []
     for key in [key for key in results if "grad" in key or "core_loss" in key]:
         try:

@@ -7,7 +7,6 @@ import pytest
 from sam3lora.config import load_config, preset_names
 from sam3lora.model.adapter.lora_layers import LoraSettings
 from sam3lora.model.adapter.targets import select_modules
-from sam3lora.model.components import COMPONENTS
 from sam3lora.model.parameter_counts import ParameterTable, count_on_full_size, main, render_markdown
 
 
@@ -35,19 +34,8 @@ def test_markdown_shows_the_counts(vision_qv):
 @pytest.mark.parametrize("preset", preset_names())
 def test_every_target_and_flag_of_a_preset_acts(preset, random_sam3):
     # select_modules refuses a target or a flag that matches nothing.
-    section = load_config(preset).lora
-    settings = LoraSettings.from_mapping(section.model_dump())
-    names = select_modules(random_sam3, settings.target_modules, components=settings.components)
-    assert names
-    assert settings.components == section.components
-    assert (settings.rank, settings.alpha, settings.dropout) == (section.rank, section.alpha, section.dropout)
-
-
-def test_components_are_those_of_the_configuration():
-    # The two lists are kept apart so that reading a configuration needs no torch.
-    from sam3lora import config
-
-    assert config.COMPONENTS == COMPONENTS
+    lora = load_config(preset).lora
+    assert select_modules(random_sam3, lora.target_modules, components=lora.components)
 
 
 @pytest.mark.slow

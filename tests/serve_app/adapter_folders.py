@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+from sam3lora.config.post_processing import PostProcessing
 from sam3lora.model.adapter.metadata import AdapterMetadata, write_metadata
 
 
@@ -19,7 +20,7 @@ def write_adapter(
     folder = root / adapter_id
     folder.mkdir(parents=True, exist_ok=True)
     config = {"peft_type": "LORA", "r": rank, "target_modules": ["layer1"]}
-    metadata = AdapterMetadata(prompts=[f"what {adapter_id} finds"])
+    metadata = AdapterMetadata(prompts=[f"what {adapter_id} finds"], post_processing=PostProcessing(threshold=0.3))
     tensors = {f"base_model.model.{module}.lora_A.weight": np.full((rank, 4), value, np.float32)}
     scratch = folder / "scratch"
     save_file(tensors, scratch)

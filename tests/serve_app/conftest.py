@@ -1,4 +1,4 @@
-"""A small base model for the whole session."""
+"""Fixtures of the service's tests."""
 
 from __future__ import annotations
 
@@ -13,3 +13,9 @@ def spread_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from ..engine.engine_cases import write_base
 
     return write_base(tmp_path_factory.mktemp("spread") / "sam3")
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """Runs `async def` tests with the mark `anyio`."""
+    return "asyncio"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from sam3lora.config.post_processing import PostProcessing
 from serve_app.http.errors import ServeError
 from serve_app.replica import adapter_folders
 from serve_app.replica.adapter_folders import AdapterFolders
@@ -51,7 +52,7 @@ def test_an_id_is_the_name_of_a_folder_in_the_root(root: Path):
         "a" * 101,
     ],
 )
-def test_an_id_that_is_no_name_is_refused(root: Path, adapter_id: str):
+def test_an_invalid_id_is_refused(root: Path, adapter_id: str):
     with pytest.raises(ServeError) as refused:
         find(root, adapter_id)
     assert refused.value.type == "invalid_adapter"
@@ -59,7 +60,7 @@ def test_an_id_that_is_no_name_is_refused(root: Path, adapter_id: str):
 
 
 @pytest.mark.parametrize("adapter_id", ["unknown", "secret", "elsewhere", "cracks.", "cracks..", "CRACKS", "a" * 100])
-def test_a_name_under_which_nothing_is_is_not_found(root: Path, adapter_id: str):
+def test_an_unknown_id_is_not_found(root: Path, adapter_id: str):
     with pytest.raises(ServeError) as refused:
         find(root, adapter_id)
     assert refused.value.type == "adapter_not_found"
@@ -118,12 +119,12 @@ def test_a_link_within_the_root_is_an_adapter(root: Path):
     assert find(root, "current").signature != before.signature
 
 
-def test_a_root_that_is_a_link_itself_is_fine(root: Path):
+def test_the_root_itself_may_be_a_link(root: Path):
     (root.parent / "linked").symlink_to(root)
     assert find(root.parent / "linked", "cracks").id == "cracks"
 
 
-def test_the_signature_tells_versions_apart(root: Path):
+def test_signatures_differ_between_versions(root: Path):
     first = find(root, "cracks").signature
     assert find(root, "cracks").signature == first
     seen = {first}
@@ -136,7 +137,7 @@ def test_the_signature_tells_versions_apart(root: Path):
     assert len(seen) == 5
 
 
-def test_the_signature_tells_a_file_that_was_written_and_dated_back(root: Path):
+def test_the_signature_changes_when_a_file_is_rewritten_and_dated_back(root: Path):
     first = find(root, "cracks").signature
     file = root / "cracks" / "adapter_model.safetensors"
     before = file.stat()
@@ -146,30 +147,34 @@ def test_the_signature_tells_a_file_that_was_written_and_dated_back(root: Path):
     assert find(root, "cracks").signature != first
 
 
-def test_the_list_tells_what_files_say_and_what_is_wrong(root: Path):
+def test_the_list_describes_adapters_and_their_faults(root: Path):
     write_adapter(root, "broken")
     (root / "broken" / "adapter_model.safetensors").write_bytes(b"not safetensors")
     write_adapter(root, "half")
     (root / "half" / "adapter_model.safetensors").unlink()
     write_adapter(root, "odd")
     (root / "odd" / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    write_adapter(root, "plain")
+    (root / "plain" / "sam3lora.json").unlink()
     write_adapter(root, ".hidden")
     (root / "no_adapter").mkdir()
     (root / "nowhere").symlink_to("../nothing")
 
     listed = [info for _, info in AdapterFolders(AdapterSettings(root=root)).describe_all()]
-    assert [info.id for info in listed] == ["broken", "cracks", "half", "odd"]
-    broken, cracks, half, odd = listed
+    assert [info.id for info in listed] == ["broken", "cracks", "half", "odd", "plain"]
+    broken, cracks, half, odd, plain = listed
     assert (cracks.prompts, cracks.rank, cracks.adapts) == (["what cracks finds"], 2, ["detr_decoder"])
     assert cracks.size_bytes == (root / "cracks" / "adapter_model.safetensors").stat().st_size
-    assert cracks.error is None
+    assert (cracks.error, cracks.post_processing) == (None, PostProcessing(threshold=0.3))
+    assert broken.post_processing is None
     assert "cannot be read" in str(broken.error)
     assert "lacks" in str(half.error)
     assert "LoRA" in str(odd.error)
+    assert (plain.error, plain.post_processing) == (None, PostProcessing())
     assert not any(str(root.parent) in str(info.error) for info in listed)
 
 
-def test_the_list_says_why_a_link_out_of_the_root_is_not_served(root: Path):
+def test_the_list_explains_a_link_out_of_the_root(root: Path):
     (root / "best").symlink_to("../elsewhere/secret")
     (root / "parent").symlink_to("..")  # no adapter
     folders = AdapterFolders(AdapterSettings(root=root))
@@ -180,7 +185,7 @@ def test_the_list_says_why_a_link_out_of_the_root_is_not_served(root: Path):
     assert not AdapterFolders(AdapterSettings(root=root, allowed=("other",))).describe_all()
 
 
-def test_whatever_a_damaged_folder_provokes_hides_no_other(root: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_damaged_folder_does_not_hide_the_others(root: Path, monkeypatch: pytest.MonkeyPatch):
     write_adapter(root, "nested")
     (root / "nested" / "adapter_config.json").write_text("[" * 100_000)
     write_adapter(root, "odd")

@@ -6,8 +6,8 @@ import asyncio
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Callable, Coroutine
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from serve_app.settings import AdapterSettings
 
 from .adapter_folders import write_adapter
 
+pytestmark = pytest.mark.anyio
 LONG_S = 60.0
 
 
@@ -73,7 +74,7 @@ class Model:
 
 
 class Counts(Counter):
-    """A `LoadObserver`."""
+    """In place of `ReplicaMetrics`."""
 
     def adapter_loaded(self) -> None:
         self["loaded"] += 1
@@ -98,7 +99,7 @@ class Stage:
             self.batcher.run_in_model_thread,
             AdapterSettings(root=root, **settings),
             num_slots=num_slots,
-            observer=self.counts,
+            metrics=self.counts,
         )
 
     async def value(self, adapter_id: str, timeout_s: float = LONG_S) -> float:
@@ -115,20 +116,17 @@ class Stage:
         assert await asyncio.to_thread(self.model.reading.acquire, timeout=LONG_S)
 
 
-def play(root: Path, scene: Callable[[Stage], Coroutine[Any, Any, None]], num_slots: int = 4, **settings: Any) -> Stage:
-    async def run() -> Stage:
-        stage = Stage(root, num_slots, **settings)
-        try:
-            async with asyncio.timeout(LONG_S):
-                await scene(stage)
-        finally:
-            for event in stage.model.slow.values():
-                event.set()
-            await stage.batcher.close()
-            stage.store.close()
-        return stage
-
-    return asyncio.run(run())
+@asynccontextmanager
+async def open_stage(root: Path, num_slots: int = 4, **settings: Any) -> AsyncIterator[Stage]:
+    stage = Stage(root, num_slots, **settings)
+    try:
+        async with asyncio.timeout(LONG_S):
+            yield stage
+    finally:
+        for event in stage.model.slow.values():
+            event.set()
+        await stage.batcher.close()
+        stage.store.close()
 
 
 @pytest.fixture
@@ -144,66 +142,55 @@ async def refused(work: Coroutine[Any, Any, Any]) -> ServeError:
     return found.value
 
 
-def test_the_base_needs_no_slot(root: Path):
-    async def scene(stage: Stage) -> None:
-        async with stage.store.hold(None) as (slot, _):
-            assert slot is None
-
-    assert not play(root, scene).model.reads
+async def test_the_base_needs_no_slot(root: Path):
+    async with open_stage(root) as stage, stage.store.hold(None) as (slot, _):
+        assert slot is None
+    assert not stage.model.reads
 
 
-def test_an_adapter_is_loaded_once_and_stays(root: Path):
-    async def scene(stage: Stage) -> None:
+async def test_an_adapter_is_loaded_once_and_stays(root: Path):
+    async with open_stage(root) as stage:
         assert [await stage.value(id) for id in "abaab"] == [1, 2, 1, 1, 2]
         assert await stage.resident() == ["a", "b"]
         assert stage.store.num_resident == 2
-
-    stage = play(root, scene)
     assert stage.model.reads == {"a": 1, "b": 1}
     assert len(stage.model.threads) == 1  # nothing but the model thread touches slots
     assert stage.counts == {"loaded": 2}
 
 
-def test_the_least_recently_used_makes_room(root: Path):
-    async def scene(stage: Stage) -> None:
+async def test_the_least_recently_used_adapter_is_evicted(root: Path):
+    async with open_stage(root, num_slots=2) as stage:
         for adapter_id in "abac":  # b is the oldest when c comes
             await stage.value(adapter_id)
         assert await stage.resident() == ["a", "c"]
         assert await stage.value("a") == 1
         assert stage.model.reads["a"] == 1
-
-    assert play(root, scene, num_slots=2).counts["evicted"] == 1
-
-
-def test_an_adapter_in_use_is_never_evicted(root: Path):
-    async def scene(stage: Stage) -> None:
-        async with stage.store.hold("a") as (slot, _):
-            assert slot is not None
-            for adapter_id in "bcdebcde":  # all of them have to share the other slot
-                assert await stage.value(adapter_id) == "abcde".index(adapter_id) + 1
-                assert stage.model.slots[slot] == 1
-
-    play(root, scene, num_slots=2)
+    assert stage.counts["evicted"] == 1
 
 
-def test_a_newcomer_waits_for_a_slot(root: Path):
-    async def scene(stage: Stage) -> None:
-        async with AsyncExitStack() as held:
-            await held.enter_async_context(stage.store.hold("a"))
-            async with stage.store.hold("b"):
-                waiting = asyncio.create_task(stage.value("c"))
-                await stage.reading()
-                await stage.reading()
-                await stage.reading()
-                assert not waiting.done()
-            assert await waiting == 3  # b went, a is still there
-            assert await stage.resident() == ["a", "c"]
-
-    play(root, scene, num_slots=2)
+async def test_an_adapter_in_use_is_never_evicted(root: Path):
+    async with open_stage(root, num_slots=2) as stage, stage.store.hold("a") as (slot, _):
+        assert slot is not None
+        for adapter_id in "bcdebcde":  # all of them have to share the other slot
+            assert await stage.value(adapter_id) == "abcde".index(adapter_id) + 1
+            assert stage.model.slots[slot] == 1
 
 
-def test_a_newcomer_that_finds_no_slot_in_its_time_is_told_so(root: Path):
-    async def scene(stage: Stage) -> None:
+async def test_a_load_waits_for_a_slot(root: Path):
+    async with open_stage(root, num_slots=2) as stage, AsyncExitStack() as held:
+        await held.enter_async_context(stage.store.hold("a"))
+        async with stage.store.hold("b"):
+            waiting = asyncio.create_task(stage.value("c"))
+            await stage.reading()
+            await stage.reading()
+            await stage.reading()
+            assert not waiting.done()
+        assert await waiting == 3  # b went, a is still there
+        assert await stage.resident() == ["a", "c"]
+
+
+async def test_waiting_too_long_for_a_slot_is_an_overload(root: Path):
+    async with open_stage(root, num_slots=1) as stage:
         async with stage.store.hold("a"):
             patient = asyncio.create_task(stage.value("b"))
             while not (stage.model.reads["b"] and stage.store._loads["b"].waits_for_others):
@@ -212,36 +199,31 @@ def test_a_newcomer_that_finds_no_slot_in_its_time_is_told_so(root: Path):
             assert (error.type, error.retry_after_s) == ("overloaded", 1.0)
         assert await patient == 2
 
-    play(root, scene, num_slots=1)
 
-
-def test_a_read_that_takes_too_long_is_a_timeout_and_goes_on(root: Path):
-    async def scene(stage: Stage) -> None:
+async def test_a_slow_read_times_out_and_continues(root: Path):
+    async with open_stage(root) as stage:
         stage.model.slow["a"] = threading.Event()
         assert (await refused(stage.value("a", timeout_s=0.5))).type == "timeout"
         stage.model.slow["a"].set()
         assert await stage.value("a") == 1
+    assert stage.model.reads["a"] == 1
 
-    assert play(root, scene).model.reads["a"] == 1
 
-
-def test_twenty_at_once_load_once(root: Path):
-    async def scene(stage: Stage) -> None:
+async def test_twenty_concurrent_requests_load_once(root: Path):
+    async with open_stage(root, num_slots=1) as stage:
         stage.model.slow["a"] = threading.Event()
         asked = [asyncio.create_task(stage.value("a")) for _ in range(20)]
         await stage.reading()
         stage.model.slow["a"].set()
         assert await asyncio.gather(*asked) == [1] * 20
-
-    stage = play(root, scene, num_slots=1)
     assert stage.model.reads["a"] == 1
     assert stage.counts["loaded"] == 1
 
 
-def test_twenty_at_once_hold_it_until_the_last_one_is_done(root: Path):
+async def test_twenty_concurrent_requests_hold_the_slot_until_the_last_one_ends(root: Path):
     """All users that waited for the load are counted: the slot is not given away between load and use."""
+    async with open_stage(root, num_slots=1) as stage:
 
-    async def scene(stage: Stage) -> None:
         async def use(event: asyncio.Event) -> None:
             async with stage.store.hold("a") as (slot, _):
                 assert slot is not None
@@ -259,11 +241,9 @@ def test_twenty_at_once_hold_it_until_the_last_one_is_done(root: Path):
         assert newcomer is not None
         assert await newcomer == 2
 
-    play(root, scene, num_slots=1)
 
-
-def test_a_slow_load_delays_no_other_adapter(root: Path):
-    async def scene(stage: Stage) -> None:
+async def test_a_slow_load_delays_no_other_adapter(root: Path):
+    async with open_stage(root) as stage:
         await stage.value("b")
         stage.model.slow["a"] = threading.Event()
         slow = asyncio.create_task(stage.value("a"))
@@ -275,11 +255,9 @@ def test_a_slow_load_delays_no_other_adapter(root: Path):
         stage.model.slow["a"].set()
         assert await slow == 1
 
-    play(root, scene)
 
-
-def test_a_load_whose_requests_all_left_is_finished_and_can_be_evicted(root: Path):
-    async def scene(stage: Stage) -> None:
+async def test_an_abandoned_load_finishes_and_can_be_evicted(root: Path):
+    async with open_stage(root, num_slots=1) as stage:
         stage.model.slow["a"] = threading.Event()
         asked = [asyncio.create_task(stage.value("a")) for _ in range(3)]
         await stage.reading()
@@ -292,11 +270,10 @@ def test_a_load_whose_requests_all_left_is_finished_and_can_be_evicted(root: Pat
             while stage.counts["loaded"] < 2:
                 await asyncio.sleep(0.001)
 
-    play(root, scene, num_slots=1)
 
+async def test_a_cancelled_holder_gives_its_slot_back(root: Path):
+    async with open_stage(root, num_slots=1) as stage:
 
-def test_a_cancelled_holder_gives_its_slot_back(root: Path):
-    async def scene(stage: Stage) -> None:
         async def use(held: asyncio.Event) -> None:
             async with stage.store.hold("a"):
                 held.set()
@@ -309,11 +286,9 @@ def test_a_cancelled_holder_gives_its_slot_back(root: Path):
         await asyncio.wait([user])
         assert await stage.value("b") == 2
 
-    play(root, scene, num_slots=1)
 
-
-def test_a_replaced_folder_is_loaded_beside_the_version_in_use(root: Path):
-    async def scene(stage: Stage) -> None:
+async def test_a_replaced_folder_is_loaded_beside_the_version_in_use(root: Path):
+    async with open_stage(root) as stage:
         async with stage.store.hold("a") as (old, _):
             assert old is not None
             write_adapter(root, "a", 10)
@@ -323,12 +298,11 @@ def test_a_replaced_folder_is_loaded_beside_the_version_in_use(root: Path):
         while old in stage.model.slots:  # the last user left: it goes
             await asyncio.sleep(0.001)
         assert await stage.value("a") == 10
+    assert stage.model.reads["a"] == 2
 
-    assert play(root, scene).model.reads["a"] == 2
 
-
-def test_updates_under_load_never_mix_versions(root: Path):
-    async def scene(stage: Stage) -> None:
+async def test_updates_under_load_never_mix_versions(root: Path):
+    async with open_stage(root, num_slots=3) as stage:
         stop = False
         seen: set[float] = set()
 
@@ -350,25 +324,21 @@ def test_updates_under_load_never_mix_versions(root: Path):
         await asyncio.gather(*clients)
         assert seen <= {1.0, *map(float, range(10, 30))}
 
-    play(root, scene, num_slots=3)
 
-
-def test_a_new_version_that_cannot_be_read_leaves_the_old_one_in_service(root: Path, caplog: pytest.LogCaptureFixture):
-    async def scene(stage: Stage) -> None:
+async def test_an_unreadable_new_version_leaves_the_old_one_in_service(root: Path, caplog: pytest.LogCaptureFixture):
+    async with open_stage(root) as stage:
         await stage.value("a")
         (root / "a" / "adapter_model.safetensors").write_bytes(b"half a fi")
         assert [await stage.value("a") for _ in range(50)] == [1] * 50
         (info,) = [info for info in await stage.store.list() if info.id == "a"]
         assert info.resident
         assert "damaged" in str(info.error)
-
-    stage = play(root, scene)
     assert stage.model.reads["a"] == 2
     assert [record.levelname for record in caplog.records].count("WARNING") == 1
 
 
-def test_a_deleted_folder_is_not_found_and_comes_back(root: Path):
-    async def scene(stage: Stage) -> None:
+async def test_a_deleted_folder_is_not_found_and_comes_back(root: Path):
+    async with open_stage(root) as stage:
         async with stage.store.hold("a") as (slot, _):
             assert slot is not None
             shutil.rmtree(root / "a")
@@ -378,24 +348,19 @@ def test_a_deleted_folder_is_not_found_and_comes_back(root: Path):
         write_adapter(root, "a", 11)
         assert await stage.value("a") == 11
 
-    play(root, scene)
 
-
-def test_a_folder_that_appears_is_served(root: Path):
-    async def scene(stage: Stage) -> None:
+async def test_a_folder_that_appears_is_served(root: Path):
+    async with open_stage(root) as stage:
         assert (await refused(stage.value("late"))).type == "adapter_not_found"
         write_adapter(root, "late", 8)
         assert await stage.value("late") == 8
 
-    play(root, scene)
 
-
-def test_a_broken_folder_is_refused_without_paths_and_not_read_for_everyone(
+async def test_a_broken_folder_is_refused_without_paths_and_not_read_for_everyone(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(adapter_store, "FAILURE_KEPT_S", LONG_S)
-
-    async def scene(stage: Stage) -> None:
+    async with open_stage(root) as stage:
         (root / "a" / "adapter_model.safetensors").write_bytes(b"junk")
         for _ in range(50):
             error = await refused(stage.value("a"))
@@ -403,46 +368,39 @@ def test_a_broken_folder_is_refused_without_paths_and_not_read_for_everyone(
             assert "adapter_model.safetensors is damaged" in error.message
             assert str(root) not in error.message
         assert await stage.value("b") == 2
+    assert stage.model.reads["a"] == 1
 
-    assert play(root, scene).model.reads["a"] == 1
 
-
-def test_a_repaired_folder_is_read_again_soon(root: Path, monkeypatch: pytest.MonkeyPatch):
+async def test_a_repaired_folder_is_read_again_soon(root: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(adapter_store, "FAILURE_KEPT_S", 0.0)
-
-    async def scene(stage: Stage) -> None:
+    async with open_stage(root) as stage:
         (root / "a" / "adapter_model.safetensors").write_bytes(b"junk")
         assert (await refused(stage.value("a"))).type == "invalid_adapter"
         write_adapter(root, "a", 12)
         assert await stage.value("a") == 12
         assert [info.error for info in await stage.store.list()] == [None] * 5
 
-    play(root, scene)
 
-
-def test_whatever_reading_raises_is_the_adapters_fault(root: Path, monkeypatch: pytest.MonkeyPatch):
-    async def scene(stage: Stage) -> None:
+async def test_any_exception_while_reading_makes_the_adapter_invalid(root: Path, monkeypatch: pytest.MonkeyPatch):
+    async with open_stage(root) as stage:
         monkeypatch.setattr(stage.model, "read_adapter", lambda folder: 1 / 0)
         error = await refused(stage.value("a"))
         assert (error.type, "ZeroDivisionError" in error.message) == ("invalid_adapter", True)
 
-    play(root, scene)
 
-
-def test_a_folder_that_changes_while_it_is_read_is_read_again(root: Path):
-    async def scene(stage: Stage) -> None:
+async def test_a_folder_that_changes_while_it_is_read_is_read_again(root: Path):
+    async with open_stage(root) as stage:
         stage.model.slow["a"] = threading.Event()
         asked = asyncio.create_task(stage.value("a"))
         await stage.reading()
         write_adapter(root, "a", 13)
         stage.model.slow["a"].set()
         assert await asked == 13
+    assert stage.model.reads["a"] == 2
 
-    assert play(root, scene).model.reads["a"] == 2
 
-
-def test_who_comes_after_a_replacement_is_not_given_what_was_read_before(root: Path):
-    async def scene(stage: Stage) -> None:
+async def test_a_request_after_a_replacement_gets_the_new_version(root: Path):
+    async with open_stage(root, num_slots=1) as stage:
         async with stage.store.hold("b"):
             first = asyncio.create_task(stage.value("a"))
             while not (stage.model.reads["a"] and stage.store._loads["a"].waits_for_others):
@@ -454,12 +412,11 @@ def test_who_comes_after_a_replacement_is_not_given_what_was_read_before(root: P
         assert await second == 20
         assert await first == 1
         assert stage.store._table.get("a").users == 0  # type: ignore[union-attr]
+    assert stage.model.reads["a"] == 2
 
-    assert play(root, scene, num_slots=1).model.reads["a"] == 2
 
-
-def test_who_comes_after_a_repair_is_not_refused_for_what_was_read_before(root: Path):
-    async def scene(stage: Stage) -> None:
+async def test_a_request_after_a_repair_is_not_refused_for_the_old_version(root: Path):
+    async with open_stage(root) as stage:
         read, has_read, go = stage.model.read_adapter, threading.Event(), threading.Event()
 
         def read_and_wait(folder: Path) -> float:
@@ -481,20 +438,16 @@ def test_who_comes_after_a_repair_is_not_refused_for_what_was_read_before(root: 
         assert await second == 20
         assert (await refused(first)).type == "invalid_adapter"
 
-    play(root, scene)
 
-
-def test_memory_for_a_slot_is_made(root: Path):
-    async def scene(stage: Stage) -> None:
+async def test_caches_are_emptied_to_place_an_adapter(root: Path):
+    async with open_stage(root) as stage:
         stage.model.place_error = torch.OutOfMemoryError("CUDA out of memory")
         stage.batcher._free_memory = lambda: setattr(stage.model, "place_error", None)
         assert await stage.value("a") == 1
 
-    play(root, scene)
 
-
-def test_many_lists_at_once_are_one_and_hinder_no_request(root: Path):
-    async def scene(stage: Stage) -> None:
+async def test_concurrent_lists_are_one_and_delay_no_request(root: Path):
+    async with open_stage(root) as stage:
         describe, go, calls = stage.store._folders.describe_all, threading.Event(), []
 
         def slow() -> Any:
@@ -514,11 +467,9 @@ def test_many_lists_at_once_are_one_and_hinder_no_request(root: Path):
         stage.store.reconfigure(AdapterSettings(root=root, allowed=("b",)))
         assert [info.id for info in await stage.store.list()] == ["b"]
 
-    play(root, scene)
 
-
-def test_a_slot_that_could_not_be_filled_is_not_lost(root: Path):
-    async def scene(stage: Stage) -> None:
+async def test_a_slot_that_could_not_be_filled_is_not_lost(root: Path):
+    async with open_stage(root, num_slots=2) as stage:
         for _ in range(5):
             stage.model.place_error = MemoryError()
             with pytest.raises(MemoryError):
@@ -526,45 +477,38 @@ def test_a_slot_that_could_not_be_filled_is_not_lost(root: Path):
         stage.model.place_error = None
         assert [await stage.value(id) for id in "abcd"] == [1, 2, 3, 4]
 
-    play(root, scene, num_slots=2)
 
-
-def test_settings_that_change_retire_what_is_no_longer_allowed(root: Path):
-    async def scene(stage: Stage) -> None:
+async def test_new_settings_retire_adapters_that_are_no_longer_allowed(root: Path):
+    async with open_stage(root) as stage:
         await stage.value("a")
         await stage.value("b")
         stage.store.reconfigure(AdapterSettings(root=root, allowed=("b", "c")))
         assert await stage.resident() == ["b"]
         assert (await refused(stage.value("a"))).type == "adapter_not_found"
         assert await stage.value("c") == 3
+    assert stage.model.reads["b"] == 1
 
-    assert play(root, scene).model.reads["b"] == 1
 
-
-def test_another_root_has_other_adapters_under_the_same_ids(root: Path, tmp_path_factory: pytest.TempPathFactory):
+async def test_another_root_has_other_adapters_under_the_same_ids(root: Path, tmp_path_factory: pytest.TempPathFactory):
     other = tmp_path_factory.mktemp("other")
     write_adapter(other, "a", 100)
-
-    async def scene(stage: Stage) -> None:
+    async with open_stage(root) as stage:
         assert await stage.value("a") == 1
         stage.store.reconfigure(AdapterSettings(root=other))
         assert await stage.value("a") == 100
         assert (await refused(stage.value("b"))).type == "adapter_not_found"
 
-    play(root, scene)
 
-
-def test_preloading_goes_on_after_one_that_fails(root: Path, caplog: pytest.LogCaptureFixture):
-    async def scene(stage: Stage) -> None:
+async def test_preloading_continues_after_a_failure(root: Path, caplog: pytest.LogCaptureFixture):
+    async with open_stage(root) as stage:
         await stage.store.preload(("a", "unknown", "b"))
         assert await stage.resident() == ["a", "b"]
-
-    play(root, scene)
     assert "unknown was not preloaded" in caplog.text
 
 
-def test_a_thousand_swaps_lose_no_slot_and_mix_nothing(root: Path):
-    async def scene(stage: Stage) -> None:
+async def test_a_thousand_swaps_lose_no_slot_and_mix_nothing(root: Path):
+    async with open_stage(root, num_slots=2) as stage:
+
         async def client(start: int) -> None:
             for step in range(125):
                 adapter_id = "abcde"[(start + step) % 5]
@@ -576,7 +520,5 @@ def test_a_thousand_swaps_lose_no_slot_and_mix_nothing(root: Path):
         assert not stage.store._loads
         async with stage.store.hold("a") as (one, _), stage.store.hold("b") as (two, _):
             assert {one, two} == {0, 1}
-
-    stage = play(root, scene, num_slots=2)
     assert stage.counts["loaded"] == stage.counts["evicted"] + 2
     assert stage.counts["evicted"] > 100

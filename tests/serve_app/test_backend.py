@@ -18,12 +18,9 @@ from serve_app.http.schemas import AdapterResponse
 from serve_app.messages import ImageFile, SegmentCall, SegmentReply
 from serve_app.settings import Limits, ServeSettings
 
-PORT = 18410
+pytestmark = pytest.mark.anyio
 REPLY = SegmentReply((4, 4), [], {})
 CALL = SegmentCall(ImageFile("key", b"image"), ("crack",), timeout_s=5.0)
-
-
-# --- with a handle that answers as it is told ---
 
 
 class FakeResponse:
@@ -100,7 +97,7 @@ def no_answer() -> Exception:
 FAILURES = [died, unavailable, transport, no_answer, asyncio.CancelledError]
 
 
-def test_an_answer_and_a_refusal_come_back_as_they_are():
+def test_replies_and_errors_are_passed_on():
     refusal = ServeError("invalid_prompt", "too long")
     assert ask(FakeHandle(REPLY)) is REPLY
     assert ask(FakeHandle(refusal)) is refusal
@@ -115,7 +112,7 @@ def test_equal_images_and_equal_adapters_go_to_the_same_replica():
 
 
 @pytest.mark.parametrize("failure", FAILURES)
-def test_one_more_try_elsewhere(failure: Callable[[], BaseException]):
+def test_a_failed_replica_is_retried_elsewhere(failure: Callable[[], BaseException]):
     handle = FakeHandle(failure(), REPLY)
     assert ask(handle) is REPLY
     assert handle.keys[0] != handle.keys[1]
@@ -124,7 +121,7 @@ def test_one_more_try_elsewhere(failure: Callable[[], BaseException]):
 
 
 @pytest.mark.parametrize("failure", FAILURES)
-def test_two_failures_are_told(failure: Callable[[], BaseException]):
+def test_two_failures_are_an_error(failure: Callable[[], BaseException]):
     answer = ask(FakeHandle(failure(), failure(), REPLY))
     assert (answer.type, answer.retry_after_s) == ("replica_failed", 2.0)
 
@@ -151,7 +148,7 @@ def test_full_queues(status: int, type: str):
     assert (answer.type, answer.retry_after_s) == (type, 2.0)
 
 
-def test_replicas_are_asked_all():
+async def test_broadcasts_join_all_replicas():
     backend = ServeBackend(
         FakeHandle(
             [[AdapterResponse(id="b"), AdapterResponse(id="a")], died(), [AdapterResponse(id="b", resident=True)]],
@@ -163,28 +160,20 @@ def test_replicas_are_asked_all():
         ),
         ServeSettings(),
     )
-
-    async def scenario() -> None:
-        assert await backend.list_adapters() == [AdapterResponse(id="a"), AdapterResponse(id="b", resident=True)]
-        assert await backend.metrics() == {"one": "text"}
-        assert await backend.ready()
-        assert not await backend.ready()
-        none = await backend.list_adapters()
-        assert isinstance(none, ServeError)
-        assert none.type == "not_ready"
-        assert not await backend.ready()
-
-    asyncio.run(scenario())
+    assert await backend.list_adapters() == [AdapterResponse(id="a"), AdapterResponse(id="b", resident=True)]
+    assert await backend.metrics() == {"one": "text"}
+    assert await backend.ready()
+    assert not await backend.ready()
+    none = await backend.list_adapters()
+    assert isinstance(none, ServeError)
+    assert none.type == "not_ready"
+    assert not await backend.ready()
 
 
-def test_a_question_to_all_waits_for_a_replica():
+async def test_a_broadcast_waits_for_a_replica():
     """Serve has none in its list while the only one takes over a new user_config."""
     gone = DeploymentUnavailableError(DeploymentID("Segmenter"))
     adapter = AdapterResponse(id="a")
     backend = ServeBackend(FakeHandle(gone, gone, [[adapter]], gone, [("one", "text")]), ServeSettings())
-
-    async def scenario() -> None:
-        assert await backend.list_adapters() == [adapter]
-        assert await backend.metrics() == {"one": "text"}
-
-    asyncio.run(scenario())
+    assert await backend.list_adapters() == [adapter]
+    assert await backend.metrics() == {"one": "text"}

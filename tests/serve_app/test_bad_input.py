@@ -204,7 +204,7 @@ def test_refused_before_a_replica_is_called(body: dict[str, Any], status: int, t
 
 
 @pytest.mark.parametrize(("body", "status", "type"), [pytest.param(*row, id=name) for name, row in ADAPTERS.items()])
-def test_unknown_or_impossible_names(body: dict[str, Any], status: int, type: str):
+def test_unknown_and_invalid_ids(body: dict[str, Any], status: int, type: str):
     response = make_client().post("/v1/segment", **body)
     assert (response.status_code, response.json()["error"]["type"]) == (status, type), response.text
 
@@ -220,7 +220,7 @@ UPLOADS = {
 
 
 @pytest.mark.parametrize(("body", "status", "type"), [pytest.param(*row, id=name) for name, row in UPLOADS.items()])
-def test_uploads_that_are_refused(body: dict[str, Any], status: int, type: str):
+def test_refused_uploads(body: dict[str, Any], status: int, type: str):
     backend = FakeBackend()
     response = make_client(backend).post("/v1/images", **body)
     assert (response.status_code, response.json()["error"]["type"]) == (status, type), response.text
@@ -239,7 +239,7 @@ def test_uploads_that_are_refused(body: dict[str, Any], status: int, type: str):
         (image(icon()), ["ICO", "JPEG"]),
     ],
 )
-def test_messages_name_the_field_and_what_to_do(body: dict[str, Any], words: list[str]):
+def test_messages_name_the_field_and_the_remedy(body: dict[str, Any], words: list[str]):
     message = make_client().post("/v1/segment", **body).json()["error"]["message"]
     assert all(word in message for word in words), message
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from serve_app.http.errors import ServeError
 from serve_app.replica.batcher import Batcher
 
+pytestmark = pytest.mark.anyio
 LONG_S = 60.0
 
 
@@ -43,21 +45,17 @@ class Model:
         return [ValueError(f"bad {item}") if item < 0 else 2 * item for item in items]
 
 
-def play(scene: Callable[[Model, Batcher[int, int]], Coroutine[Any, Any, None]], **settings: Any) -> Model:
-    """Run a scene with a model and a batcher before it, in which nothing may take longer than `LONG_S`."""
+@asynccontextmanager
+async def open_batcher(**settings: Any) -> AsyncIterator[tuple[Model, Batcher[int, int]]]:
+    """A model and a batcher before it; nothing in the block may take longer than `LONG_S`."""
     model = Model()
-
-    async def run() -> None:
-        batcher: Batcher[int, int] = Batcher(model, **({"max_rows": 4, "max_queued": 100} | settings))
-        try:
-            async with asyncio.timeout(LONG_S):
-                await scene(model, batcher)
-        finally:
-            model.let_go()
-            await batcher.close()
-
-    asyncio.run(run())
-    return model
+    batcher: Batcher[int, int] = Batcher(model, **({"max_rows": 4, "max_queued": 100} | settings))
+    try:
+        async with asyncio.timeout(LONG_S):
+            yield model, batcher
+    finally:
+        model.let_go()
+        await batcher.close()
 
 
 async def begun(model: Model) -> None:
@@ -90,29 +88,26 @@ async def occupy(model: Model, batcher: Batcher[int, int]) -> asyncio.Task[int]:
     return task
 
 
-def test_an_idle_model_is_asked_at_once():
-    async def scene(model: Model, batcher: Batcher[int, int]) -> None:
+async def test_an_idle_model_runs_at_once():
+    async with open_batcher() as (model, batcher):
         assert await ask(batcher, 1) == 2
         assert await ask(batcher, 2) == 4
+    assert model.batches == [[1], [2]]
 
-    assert play(scene).batches == [[1], [2]]
 
-
-def test_what_arrives_while_the_model_is_busy_goes_together_in_order():
-    async def scene(model: Model, batcher: Batcher[int, int]) -> None:
+async def test_items_that_arrive_while_the_model_is_busy_share_a_batch_in_order():
+    async with open_batcher() as (model, batcher):
         first = await occupy(model, batcher)
         rest = await queue(batcher, 1, 2, 3, 4, 5, 6)
         assert batcher.queue_length == 6
         model.let_go()
         assert await asyncio.gather(first, *rest) == [0, 2, 4, 6, 8, 10, 12]
-
-    model = play(scene)
     assert model.batches == [[0], [1, 2, 3, 4], [5, 6]]
     assert len(model.threads) == 1
 
 
-def test_rows_are_counted_not_items_and_order_is_kept():
-    async def scene(model: Model, batcher: Batcher[int, int]) -> None:
+async def test_a_batch_is_limited_by_rows_and_keeps_the_order():
+    async with open_batcher() as (model, batcher):
         first = await occupy(model, batcher)
         tasks = [
             *await queue(batcher, 1, rows=3),
@@ -123,12 +118,11 @@ def test_rows_are_counted_not_items_and_order_is_kept():
         ]
         model.let_go()
         await asyncio.gather(first, *tasks)
+    assert model.batches == [[0], [1], [2, 3], [4], [5]]
 
-    assert play(scene).batches == [[0], [1], [2, 3], [4], [5]]
 
-
-def test_waiting_and_running_times_are_told():
-    async def scene(model: Model, batcher: Batcher[int, int]) -> None:
+async def test_outcomes_hold_waiting_and_running_times():
+    async with open_batcher() as (model, batcher):
         first = await occupy(model, batcher)
         second = asyncio.create_task(batcher.submit(1, rows=1, timeout_s=LONG_S))
         while not batcher.queue_length:
@@ -142,11 +136,9 @@ def test_waiting_and_running_times_are_told():
         while batcher.busy_s:
             await asyncio.sleep(0)
 
-    play(scene)
 
-
-def test_a_cancelled_item_is_not_computed():
-    async def scene(model: Model, batcher: Batcher[int, int]) -> None:
+async def test_a_cancelled_item_is_not_computed():
+    async with open_batcher() as (model, batcher):
         first = await occupy(model, batcher)
         kept, dropped = await queue(batcher, 1, 2)
         dropped.cancel()
@@ -155,23 +147,21 @@ def test_a_cancelled_item_is_not_computed():
         assert batcher.queue_length == 1
         model.let_go()
         await asyncio.gather(first, kept)
+    assert model.batches == [[0], [1]]
 
-    assert play(scene).batches == [[0], [1]]
 
-
-def test_a_caller_that_leaves_during_the_batch_harms_nobody():
-    async def scene(model: Model, batcher: Batcher[int, int]) -> None:
+async def test_a_caller_that_leaves_during_the_batch_does_no_harm():
+    async with open_batcher() as (model, batcher):
         first = await occupy(model, batcher)
         first.cancel()
         (second,) = await queue(batcher, 1)
         model.let_go()
         assert await second == 2
+    assert model.batches == [[0], [1]]
 
-    assert play(scene).batches == [[0], [1]]
 
-
-def test_an_item_whose_time_is_up_is_refused_and_not_computed():
-    async def scene(model: Model, batcher: Batcher[int, int]) -> None:
+async def test_an_item_past_its_deadline_is_refused_and_not_computed():
+    async with open_batcher() as (model, batcher):
         first = await occupy(model, batcher)
         (late,) = await queue(batcher, 1, timeout_s=0.01)
         with pytest.raises(ServeError) as refused:
@@ -180,21 +170,19 @@ def test_an_item_whose_time_is_up_is_refused_and_not_computed():
         assert batcher.queue_length == 0
         model.let_go()
         assert await first == 0
+    assert model.batches == [[0]]
 
-    assert play(scene).batches == [[0]]
 
-
-def test_an_item_without_time_left_is_refused_by_an_idle_model_as_well():
-    async def scene(model: Model, batcher: Batcher[int, int]) -> None:
+async def test_an_item_without_time_left_is_refused_even_by_an_idle_model():
+    async with open_batcher() as (model, batcher):
         with pytest.raises(ServeError, match="timeout"):
             await ask(batcher, 1, timeout_s=-1)
-
-    assert play(scene).batches == []
+    assert model.batches == []
 
 
 @pytest.mark.parametrize("type", ["overloaded", "too_many_requests"])
-def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(type: str):
-    async def scene(model: Model, batcher: Batcher[int, int]) -> None:
+async def test_a_full_queue_refuses_at_once_with_retry_after(type: str):
+    async with open_batcher(max_queued=2, overload_type=type) as (model, batcher):
         first = await occupy(model, batcher)
         tasks = await queue(batcher, 1, 2)
         with pytest.raises(ServeError) as refused:
@@ -205,31 +193,26 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(type: str):
         model.let_go()
         assert await asyncio.gather(first, *tasks) == [0, 2, 4]
         assert await ask(batcher, 4) == 8  # there is room again
+    assert model.batches == [[0], [1, 2], [4]]
 
-    assert play(scene, max_queued=2, overload_type=type).batches == [[0], [1, 2], [4]]
 
-
-def test_those_that_prepare_count_as_waiting():
-    async def scene(model: Model, batcher: Batcher[int, int]) -> None:
+async def test_items_in_preparation_count_as_waiting():
+    async with open_batcher(max_queued=2) as (_, batcher):
         batcher.check_room(coming=1)
         with pytest.raises(ServeError, match="overloaded"):
             batcher.check_room(coming=2)
 
-    play(scene, max_queued=2)
 
-
-def test_retry_after_grows_with_the_queue_and_the_time_of_an_item():
-    async def scene(model: Model, batcher: Batcher[int, int]) -> None:
+async def test_retry_after_grows_with_the_queue_and_the_time_of_an_item():
+    async with open_batcher(max_queued=30) as (_, batcher):
         batcher._seconds_per_item = 2.0
         with pytest.raises(ServeError) as refused:
             batcher.check_room(coming=30)
         assert refused.value.retry_after_s == pytest.approx(60)
 
-    play(scene, max_queued=30)
 
-
-def test_a_bad_item_fails_alone():
-    async def scene(model: Model, batcher: Batcher[int, int]) -> None:
+async def test_a_bad_item_fails_alone():
+    async with open_batcher() as (model, batcher):
         first = await occupy(model, batcher)
         good, bad = await queue(batcher, 1, -1)
         model.let_go()
@@ -237,8 +220,7 @@ def test_a_bad_item_fails_alone():
         with pytest.raises(ValueError, match="bad -1"):
             await bad
         await first
-
-    assert play(scene).batches == [[0], [1, -1]]
+    assert model.batches == [[0], [1, -1]]
 
 
 @pytest.mark.parametrize(
@@ -248,48 +230,32 @@ def test_a_bad_item_fails_alone():
         (lambda items: [], RuntimeError),  # not a result for each item
     ],
 )
-def test_a_batch_that_fails_as_a_whole_does_not_end_the_batcher(broken: Callable, error: type[Exception]):
-    async def scene() -> None:
-        runs = [broken, lambda items: items]
-        batcher: Batcher[int, int] = Batcher(lambda items: runs.pop(0)(items), max_rows=4, max_queued=4)
-        failed = await asyncio.gather(ask(batcher, 1), ask(batcher, 2), return_exceptions=True)
-        assert [type(found) for found in failed] == [error, error]
-        assert await ask(batcher, 3) == 3
-        await batcher.close()
-
-    asyncio.run(scene())
+async def test_a_batch_that_fails_as_a_whole_does_not_end_the_batcher(broken: Callable, error: type[Exception]):
+    runs = [broken, lambda items: items]
+    batcher: Batcher[int, int] = Batcher(lambda items: runs.pop(0)(items), max_rows=4, max_queued=4)
+    failed = await asyncio.gather(ask(batcher, 1), ask(batcher, 2), return_exceptions=True)
+    assert [type(found) for found in failed] == [error, error]
+    assert await ask(batcher, 3) == 3
+    await batcher.close()
 
 
-def test_out_of_memory_halves_the_batch_until_it_fits():
+async def test_out_of_memory_halves_the_batch_until_it_fits():
     freed: list[int] = []
-
-    async def scene(model: Model, batcher: Batcher[int, int]) -> None:
+    async with open_batcher(free_memory=lambda: freed.append(1)) as (model, batcher):
         model.most_that_fit = 1
         first = await occupy(model, batcher)
         tasks = await queue(batcher, 1, 2, 3, 4)
         model.let_go()
         assert await asyncio.gather(first, *tasks) == [0, 2, 4, 6, 8]
-
-    model = play(scene, free_memory=lambda: freed.append(1))
     assert model.batches == [[0], [1, 2, 3, 4], [1, 2], [1], [2], [3, 4], [3], [4]]
     assert len(freed) == 3  # before each of the smaller attempts
 
 
-def test_an_item_alone_gets_a_second_attempt_with_all_memory():
-    async def scene(model: Model, batcher: Batcher[int, int]) -> None:
+async def test_a_single_item_that_runs_out_of_memory_gets_a_second_attempt():
+    async with open_batcher(free_memory=lambda: setattr(model, "most_that_fit", 1)) as (model, batcher):
         model.most_that_fit = 0
         assert await ask(batcher, 1) == 2
-
-    def free() -> None:
-        models[0].most_that_fit = 1
-
-    models: list[Model] = []
-
-    async def remember(model: Model, batcher: Batcher[int, int]) -> None:
-        models.append(model)
-        await scene(model, batcher)
-
-    assert play(remember, free_memory=free).batches == [[1], [1]]
+    assert model.batches == [[1], [1]]
 
 
 @pytest.mark.parametrize(
@@ -301,29 +267,25 @@ def test_an_item_alone_gets_a_second_attempt_with_all_memory():
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_an_item_that_never_fits_is_refused_and_the_others_are_answered(error: Exception):
+async def test_an_item_that_never_fits_is_refused_and_the_others_are_answered(error: Exception):
     def run(items: list[int]) -> list[int]:
         if 7 in items:
             raise error
         return items
 
-    async def scene() -> None:
-        batcher: Batcher[int, int] = Batcher(run, max_rows=4, max_queued=4)
-        asked = [asyncio.create_task(ask(batcher, item)) for item in (6, 7, 8)]
-        good, bad, other = await asyncio.gather(*asked, return_exceptions=True)
-        assert (good, other) == (6, 8)
-        assert isinstance(bad, ServeError)
-        assert bad.type == "out_of_memory"
-        assert bad.retry_after_s is not None
-        await batcher.close()
-
-    asyncio.run(scene())
+    batcher: Batcher[int, int] = Batcher(run, max_rows=4, max_queued=4)
+    asked = [asyncio.create_task(ask(batcher, item)) for item in (6, 7, 8)]
+    good, bad, other = await asyncio.gather(*asked, return_exceptions=True)
+    assert (good, other) == (6, 8)
+    assert isinstance(bad, ServeError)
+    assert bad.type == "out_of_memory"
+    assert bad.retry_after_s is not None
+    await batcher.close()
 
 
-def test_work_in_the_model_thread_goes_ahead_of_waiting_batches():
+async def test_other_work_in_the_model_thread_runs_before_waiting_batches():
     order: list[str] = []
-
-    async def scene(model: Model, batcher: Batcher[int, int]) -> None:
+    async with open_batcher() as (model, batcher):
         first = await occupy(model, batcher)
         tasks = await queue(batcher, 1)
         placed = asyncio.create_task(
@@ -334,25 +296,27 @@ def test_work_in_the_model_thread_goes_ahead_of_waiting_batches():
         model.let_go()
         assert await placed in model.threads
         await asyncio.gather(first, *tasks)
-
-    model = play(scene)
     assert model.batches == [[0], [1]]
     assert order == ["after 1"]
 
 
-def test_work_in_the_model_thread_that_fails_raises_to_its_caller_only():
-    async def scene(model: Model, batcher: Batcher[int, int]) -> None:
+async def test_other_work_that_fails_raises_to_its_caller_only():
+    async with open_batcher() as (_, batcher):
         with pytest.raises(ZeroDivisionError):
             await batcher.run_in_model_thread(lambda: 1 / 0)
         assert await ask(batcher, 1) == 2
 
-    play(scene)
 
-
-def test_work_for_which_memory_runs_out_gets_a_second_attempt_with_all_memory():
+async def test_other_work_that_runs_out_of_memory_gets_a_second_attempt():
     happened: list[str] = []
 
-    async def scene(model: Model, batcher: Batcher[int, int]) -> None:
+    def free() -> None:
+        happened.append("free")
+        freed.append(threading.get_ident())
+
+    freed: list[int] = []
+    async with open_batcher(free_memory=free) as (_, batcher):
+
         def work(fails: int) -> int:
             happened.append("work")
             if happened.count("work") <= fails:
@@ -365,16 +329,9 @@ def test_work_for_which_memory_runs_out_gets_a_second_attempt_with_all_memory():
             await batcher.run_in_model_thread(lambda: work(100))
         assert happened == ["work", "free", "work"] * 2
 
-    def free() -> None:
-        happened.append("free")
-        freed.append(threading.get_ident())
 
-    freed: list[int] = []
-    play(scene, free_memory=free)
-
-
-def test_a_paused_model_begins_no_batch_until_it_goes_on():
-    async def scene(model: Model, batcher: Batcher[int, int]) -> None:
+async def test_a_paused_batcher_starts_no_batch_until_it_resumes():
+    async with open_batcher() as (model, batcher):
         batcher.pause()
         tasks = await queue(batcher, 1, 2)
         (late,) = await queue(batcher, 3, timeout_s=0.01)
@@ -384,12 +341,11 @@ def test_a_paused_model_begins_no_batch_until_it_goes_on():
         assert model.batches == []
         batcher.resume()
         assert await asyncio.gather(*tasks) == [2, 4]
+    assert model.batches == [[1, 2]]
 
-    assert play(scene).batches == [[1, 2]]
 
-
-def test_closing_answers_what_waits_and_refuses_what_comes():
-    async def scene(model: Model, batcher: Batcher[int, int]) -> None:
+async def test_closing_finishes_waiting_items_and_refuses_new_ones():
+    async with open_batcher() as (model, batcher):
         first = await occupy(model, batcher)
         tasks = await queue(batcher, 1, 2)
         closing = asyncio.create_task(batcher.close())
@@ -402,8 +358,7 @@ def test_closing_answers_what_waits_and_refuses_what_comes():
         await closing
         with pytest.raises(ServeError, match="not_ready"):
             await batcher.run_in_model_thread(lambda: 1)
-
-    assert play(scene).batches == [[0], [1, 2]]
+    assert model.batches == [[0], [1, 2]]
 
 
 DEVICE_ERROR = torch.AcceleratorError("CUDA error: device-side assert triggered")
@@ -413,7 +368,7 @@ def fail(*args: Any) -> Any:
     raise DEVICE_ERROR
 
 
-def test_a_device_that_fails_in_a_batch_runs_nothing_more():
+async def test_a_device_that_fails_in_a_batch_runs_nothing_more():
     batches: list[list[int]] = []
 
     def run(items: list[int]) -> list[int]:
@@ -422,32 +377,25 @@ def test_a_device_that_fails_in_a_batch_runs_nothing_more():
             raise torch.OutOfMemoryError("CUDA out of memory")
         raise DEVICE_ERROR
 
-    async def scene() -> None:
-        batcher: Batcher[int, int] = Batcher(run, max_rows=4, max_queued=9)
-        assert batcher.device_error is None
-        failed = await asyncio.gather(*(ask(batcher, item) for item in range(6)), return_exceptions=True)
-        assert failed == [DEVICE_ERROR] * 6
-        assert batcher.device_error is DEVICE_ERROR
-        for late in (ask(batcher, 1), batcher.run_in_model_thread(lambda: 1)):
-            with pytest.raises(ServeError, match="replica_failed"):
-                await late
-        await batcher.close()
-
-    asyncio.run(scene())
+    batcher: Batcher[int, int] = Batcher(run, max_rows=4, max_queued=9)
+    assert batcher.device_error is None
+    failed = await asyncio.gather(*(ask(batcher, item) for item in range(6)), return_exceptions=True)
+    assert failed == [DEVICE_ERROR] * 6
+    assert batcher.device_error is DEVICE_ERROR
+    for late in (ask(batcher, 1), batcher.run_in_model_thread(lambda: 1)):
+        with pytest.raises(ServeError, match="replica_failed"):
+            await late
+    await batcher.close()
     assert batches == [[0, 1, 2, 3], [0, 1]]
 
 
-def test_a_device_that_fails_elsewhere_in_the_model_thread_is_remembered():
-    async def job(model: Model, batcher: Batcher[int, int]) -> None:
+async def test_a_device_that_fails_elsewhere_in_the_model_thread_is_remembered():
+    async with open_batcher() as (_, batcher):
         with pytest.raises(torch.AcceleratorError):
             await batcher.run_in_model_thread(fail)
         assert batcher.device_error is DEVICE_ERROR
-
-    async def freeing(model: Model, batcher: Batcher[int, int]) -> None:
+    async with open_batcher(free_memory=fail) as (model, batcher):
         model.most_that_fit = 0
         with pytest.raises(torch.AcceleratorError):
             await ask(batcher, 1)
         assert batcher.device_error is DEVICE_ERROR
-
-    play(job)
-    play(freeing, free_memory=fail)

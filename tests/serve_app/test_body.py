@@ -33,7 +33,7 @@ JSON = {"content-type": "application/json"}
     ],
 )
 @pytest.mark.parametrize("path", ["/v1/segment", "/v1/images"])
-def test_json_is_short_but_for_the_image(monkeypatch: pytest.MonkeyPatch, text: str, path: str):
+def test_json_besides_the_image_must_be_short(monkeypatch: pytest.MonkeyPatch, text: str, path: str):
     with monkeypatch.context() as patch:
         patch.setattr(body.json, "loads", lambda *_, **__: pytest.fail("parsed"))
         response = make_client(max_body_bytes=10**7).post(path, content=text, headers=JSON)
@@ -42,7 +42,7 @@ def test_json_is_short_but_for_the_image(monkeypatch: pytest.MonkeyPatch, text: 
 
 @pytest.mark.parametrize("slash", ["/", r"\/"], ids=["plain", "escaped, as PHP writes it"])
 @pytest.mark.parametrize("space", ["", " \n"])
-def test_images_are_large(slash: str, space: str):
+def test_base64_images_may_be_large(slash: str, space: str):
     image = f"AAA{slash}" * 100_000
     parsed = body.parse_json(f'{{"prompts": ["a"], "image_base64"{space}:{space}"{image}", "masks": "rle"}}'.encode())
     assert parsed == {"prompts": ["a"], "image_base64": "AAA/" * 100_000, "masks": "rle"}
@@ -94,7 +94,7 @@ def test_long_json_is_parsed_in_a_thread(monkeypatch: pytest.MonkeyPatch, as_mul
 @pytest.mark.parametrize(
     "fields", [{"prompts": [1] * 1000}, {"boxes": [1] * 1000}, {"boxes": [{"xyxy": ["a"] * 1000}]}]
 )
-def test_one_error_is_enough(fields: dict[str, Any]):
+def test_validation_stops_at_the_first_error(fields: dict[str, Any]):
     with pytest.raises(ValidationError) as caught:
         SegmentRequest.model_validate(fields)
     assert caught.value.error_count() == 1

@@ -35,7 +35,7 @@ def test_boxes_scores_and_order():
     ]
 
 
-def test_rle_goes_through_as_it_is():
+def test_rle_is_unchanged():
     (detection,) = decoded("rle", [found("a", 1)])[0]["detections"]
     assert detection["mask"] == rectangle(2, 3, 12, 9)
     assert detection["area_px"] == 60
@@ -76,7 +76,7 @@ def test_empty_mask():
     assert not np.asarray(Image.open(io.BytesIO(base64.b64decode(rle_to_png(empty.rles[0]))))).any()
 
 
-def test_no_work_for_those_who_are_gone():
+def test_no_work_after_the_client_left():
     with pytest.raises(TimeoutError):
         prompt_response(found("a", 3), "png", is_over=lambda: True)
 
@@ -87,7 +87,7 @@ def test_work_stops_between_masks():
         prompt_response(found("a", 5), "png", is_over=lambda: next(answers))
 
 
-def test_much_or_costly_work_goes_to_a_thread():
+def test_only_quick_work_runs_on_the_loop():
     assert is_quick([found("a", 2)], "rle")
     assert not is_quick([found("a", 100)], "rle")
     assert not is_quick([found("a", 1)], "png")

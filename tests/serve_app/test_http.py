@@ -53,7 +53,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def test_all_ways_ask_the_same():
+def test_all_forms_of_a_request_are_equal():
     calls = []
     for body in WAYS.values():
         backend = FakeBackend()
@@ -87,14 +87,14 @@ def test_answer():
 
 
 @pytest.mark.parametrize("fields", [{}, {"threshold": None, "nms": None, "merge": None}], ids=["missing", "null"])
-def test_post_processing_that_is_not_given_is_left_to_the_adapter(fields: dict[str, Any]):
+def test_missing_post_processing_is_left_to_the_adapter(fields: dict[str, Any]):
     backend = FakeBackend()
     make_client(backend).post("/v1/segment", **as_json(**fields))
     assert backend.calls[0].post_processing == {}
     assert backend.calls[0].adapter is None
 
 
-def test_the_request_has_every_setting_of_post_processing_but_those_of_single_prompts():
+def test_a_request_has_every_post_processing_setting_but_prompt_thresholds():
     names = set(PostProcessing.model_fields) - {"prompt_thresholds"}
     assert names == set(PostProcessing.model_fields) & set(SegmentRequest.model_fields)
     for name in names:
@@ -102,7 +102,7 @@ def test_the_request_has_every_setting_of_post_processing_but_those_of_single_pr
         assert getattr(SegmentRequest.model_validate({name: value}), name) == value
 
 
-def test_without_masks_the_segmenter_makes_none():
+def test_masks_none_reaches_the_replica():
     backend = FakeBackend()
     answer = make_client(backend).post("/v1/segment", **as_json(masks="none")).json()
     assert not backend.calls[0].masks
@@ -114,7 +114,7 @@ def test_boxes_alone():
     assert make_client().post("/v1/segment", **body).json()["results"][0]["prompt"] == "visual"
 
 
-def test_boxes_refer_to_the_picture_as_people_see_it():
+def test_boxes_refer_to_the_image_after_exif_orientation():
     """Stored 64 x 48 and turned by EXIF: 48 wide, 64 high."""
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -139,7 +139,7 @@ def test_upload_then_ask(body: dict[str, Any]):
     assert backend.calls[0].image.data is None
 
 
-def test_prompts_are_kept_as_given():
+def test_prompts_are_passed_on_unchanged():
     backend = FakeBackend()
     prompts = [" crack ", "crack", "crack", "Ähre 👩‍🌾"]
     answer = make_client(backend).post("/v1/segment", **as_json(prompts=prompts)).json()
@@ -174,7 +174,7 @@ def test_health_and_readiness():
     assert client.get("/readyz").status_code == 200
 
 
-def test_metrics_of_all_replicas_and_no_words_of_clients():
+def test_metrics_of_all_replicas_without_client_text():
     client = make_client()
     client.post("/v1/segment", **as_json(prompts=["secret words"]))
     client.post("/v1/segment", **as_json(adapter="secret"))

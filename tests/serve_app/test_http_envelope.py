@@ -35,7 +35,7 @@ def test_request_id(sent: str, kept: bool):
     ("sent", "kept"),
     [("<b> 'x' / 1", True), ("x" * 200, True), ("x" * 201, False), ("a\tb", False), (b"\xff", False), ("", False)],
 )
-def test_where_ray_serve_sends_the_header_the_body_agrees_with_it(sent: str | bytes, kept: bool):
+def test_the_body_agrees_with_the_header_that_ray_serve_sends(sent: str | bytes, kept: bool):
     client = TestClient(create_api(make_settings(), FakeBackend(), sends_request_id=False))
     response = client.get("/v1/segment", headers={"x-request-id": sent})
     assert "x-request-id" not in response.headers
@@ -87,7 +87,7 @@ def test_security_headers_on_every_answer():
 
 
 @pytest.mark.parametrize("path", ["/", "/docs"])
-def test_pages_need_nothing_from_elsewhere(path: str):
+def test_pages_load_nothing_from_elsewhere(path: str):
     response = make_client().get(path)
     assert response.status_code == 200
     assert response.headers["content-type"].startswith("text/html")
@@ -142,7 +142,7 @@ def test_open_paths(guarded: Any):
         assert guarded.get(path).status_code == 200, path
 
 
-def test_a_prefix_is_no_way_around_the_key(guarded: Any):
+def test_a_prefix_does_not_bypass_the_key(guarded: Any):
     """Ray Serve's `route_prefix` stands in the path and in `root_path`."""
     client = TestClient(guarded.app, root_path="/seg")
     key = {"x-api-key": "first-key"}
@@ -159,7 +159,7 @@ def test_a_prefix_is_no_way_around_the_key(guarded: Any):
     assert 'route="/static"' in text
 
 
-def test_a_variable_without_a_key_is_no_open_door(monkeypatch: pytest.MonkeyPatch):
+def test_a_variable_without_a_key_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(KEY_VARIABLE, " , ")
     with pytest.raises(UserError, match=KEY_VARIABLE):
         make_client()
@@ -169,7 +169,7 @@ def test_a_variable_without_a_key_is_no_open_door(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("type", sorted(STATUS_OF))
-def test_failures_of_the_segmenter_are_passed_on(type: str):
+def test_errors_of_replicas_are_passed_on(type: str):
     client = make_client(FakeBackend(answer=lambda call: ServeError(type, "words", 2.2)))
     response = client.post("/v1/segment", **as_json())
     assert response.status_code == STATUS_OF[type]
@@ -181,7 +181,7 @@ def test_failures_of_the_segmenter_are_passed_on(type: str):
     assert response.headers.get("retry-after") == ("3" if response.status_code in (429, 503) else None)
 
 
-def test_our_own_bug_is_logged_without_the_payload(caplog: pytest.LogCaptureFixture):
+def test_a_bug_is_logged_without_the_payload(caplog: pytest.LogCaptureFixture):
     def fail(call: Any) -> None:
         raise KeyError(call.prompts[0])
 
@@ -196,7 +196,7 @@ def test_our_own_bug_is_logged_without_the_payload(caplog: pytest.LogCaptureFixt
     assert "secret" not in caplog.text
 
 
-def test_nothing_is_logged_of_good_and_bad_requests(caplog: pytest.LogCaptureFixture):
+def test_valid_and_invalid_requests_are_not_logged(caplog: pytest.LogCaptureFixture):
     client = make_client()
     with caplog.at_level(logging.INFO, logger="serve_app"):
         client.post("/v1/segment", **as_json())

@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 
 import serve_app.http.ingress
+from serve_app.http.formats import prompt_response
 from serve_app.http.ingress import create_api
 from serve_app.messages import SegmentReply
 from serve_app.settings import Batching
 
 from .http_cases import PNG, SIZE_HW, FakeBackend, found, make_settings
 
+pytestmark = pytest.mark.anyio
 IMAGE = {"content-type": "image/png"}
 QUESTION = "prompts=crack"
 
@@ -75,151 +77,122 @@ async def outcomes(api: Any) -> str:
     return client.sent[1]["body"].decode()
 
 
-def test_a_client_that_leaves_stops_the_work():
-    async def scenario() -> None:
-        backend = FakeBackend(block=asyncio.Event())
-        api = create_api(make_settings(), backend)
-        client = Client(api, "/v1/segment", IMAGE)
-        client.body(PNG)
-        await until(lambda: bool(backend.calls))
-        client.leave()
-        await asyncio.wait_for(client.task, 20)
-        await until(lambda: backend.num_cancelled == 1)
-        assert client.sent == []
-        text = await outcomes(api)
-        assert 'outcome="cancelled"' in text
-        assert 'route="/v1/segment"' in text
-
-    asyncio.run(scenario())
+async def test_a_client_that_disconnects_stops_the_work():
+    backend = FakeBackend(block=asyncio.Event())
+    api = create_api(make_settings(), backend)
+    client = Client(api, "/v1/segment", IMAGE)
+    client.body(PNG)
+    await until(lambda: bool(backend.calls))
+    client.leave()
+    await asyncio.wait_for(client.task, 20)
+    await until(lambda: backend.num_cancelled == 1)
+    assert client.sent == []
+    text = await outcomes(api)
+    assert 'outcome="cancelled"' in text
+    assert 'route="/v1/segment"' in text
 
 
-def test_a_client_that_leaves_while_it_sends():
-    async def scenario() -> None:
-        api = create_api(make_settings(), FakeBackend())
-        client = Client(api, "/v1/segment", IMAGE)
-        client.body(PNG[:100], more=True)
-        client.leave()
-        await asyncio.wait_for(client.task, 20)
-        assert client.sent == []
-        assert 'outcome="cancelled"' in await outcomes(api)
-
-    asyncio.run(scenario())
+async def test_a_client_that_disconnects_while_it_sends():
+    api = create_api(make_settings(), FakeBackend())
+    client = Client(api, "/v1/segment", IMAGE)
+    client.body(PNG[:100], more=True)
+    client.leave()
+    await asyncio.wait_for(client.task, 20)
+    assert client.sent == []
+    assert 'outcome="cancelled"' in await outcomes(api)
 
 
-def test_a_task_that_is_cancelled_stops_the_work():
+async def test_a_task_that_is_cancelled_stops_the_work():
     """Serve cancels the task when its proxy loses the client."""
-
-    async def scenario() -> None:
-        backend = FakeBackend(block=asyncio.Event())
-        client = Client(create_api(make_settings(), backend), "/v1/segment", IMAGE)
-        client.body(PNG)
-        await until(lambda: bool(backend.calls))
-        client.task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await client.task
-        await until(lambda: backend.num_cancelled == 1)
-
-    asyncio.run(scenario())
+    backend = FakeBackend(block=asyncio.Event())
+    client = Client(create_api(make_settings(), backend), "/v1/segment", IMAGE)
+    client.body(PNG)
+    await until(lambda: bool(backend.calls))
+    client.task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await client.task
+    await until(lambda: backend.num_cancelled == 1)
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["the segmenter is slow", "the body never ends"])
-def test_time_limit(whole: bool):
-    async def scenario() -> None:
-        backend = FakeBackend(block=asyncio.Event())
-        client = Client(create_api(make_settings(timeout_s=0.05), backend), "/v1/segment", IMAGE)
-        client.body(PNG, more=not whole)
-        status, answer = await client.answer()
-        assert (status, answer["error"]["type"]) == (504, "timeout")
-        assert len(backend.calls) == whole
-        await until(lambda: backend.num_cancelled == whole)
-
-    asyncio.run(scenario())
+async def test_time_limit(whole: bool):
+    backend = FakeBackend(block=asyncio.Event())
+    client = Client(create_api(make_settings(timeout_s=0.05), backend), "/v1/segment", IMAGE)
+    client.body(PNG, more=not whole)
+    status, answer = await client.answer()
+    assert (status, answer["error"]["type"]) == (504, "timeout")
+    assert len(backend.calls) == whole
+    await until(lambda: backend.num_cancelled == whole)
 
 
 @pytest.mark.parametrize(("status", "type"), [(503, "overloaded"), (429, "too_many_requests")])
-def test_more_requests_than_the_ingress_holds(status: int, type: str):
-    async def scenario() -> None:
-        backend = FakeBackend(block=asyncio.Event())
-        api = create_api(make_settings(max_in_flight=2, overload_status=status), backend)
-        held = [Client(api, "/v1/segment", IMAGE) for _ in range(2)]
-        for client in held:
-            client.body(PNG)
-        await until(lambda: len(backend.calls) == 2)
-        refused = Client(api, "/v1/segment", IMAGE)
-        refused.body(PNG)
-        got, answer = await refused.answer()
-        assert (got, answer["error"]["type"]) == (status, type)
-        assert (b"retry-after", b"1") in refused.sent[0]["headers"]
-        backend.block.set()
-        for client in held:
-            assert (await client.answer())[0] == 200
-        again = Client(api, "/v1/segment", IMAGE)
-        again.body(PNG)
-        assert (await again.answer())[0] == 200
-
-    asyncio.run(scenario())
+async def test_more_requests_than_the_ingress_holds(status: int, type: str):
+    backend = FakeBackend(block=asyncio.Event())
+    api = create_api(make_settings(max_in_flight=2, overload_status=status), backend)
+    held = [Client(api, "/v1/segment", IMAGE) for _ in range(2)]
+    for client in held:
+        client.body(PNG)
+    await until(lambda: len(backend.calls) == 2)
+    refused = Client(api, "/v1/segment", IMAGE)
+    refused.body(PNG)
+    got, answer = await refused.answer()
+    assert (got, answer["error"]["type"]) == (status, type)
+    assert (b"retry-after", b"1") in refused.sent[0]["headers"]
+    backend.block.set()
+    for client in held:
+        assert (await client.answer())[0] == 200
+    again = Client(api, "/v1/segment", IMAGE)
+    again.body(PNG)
+    assert (await again.answer())[0] == 200
 
 
-def test_more_requests_than_replicas_have_room_for_are_refused_unread():
-    async def scenario() -> None:
-        backend = FakeBackend(block=asyncio.Event())
-        settings = make_settings(max_queued=1).model_copy(update={"replicas": 2, "batching": Batching(max_rows=1)})
-        api = create_api(settings, backend)
-        for _ in range(2 * (1 + 2)):
-            Client(api, "/v1/segment", IMAGE).body(PNG)
-        await until(lambda: len(backend.calls) == 6)
-        status, answer = await Client(api, "/v1/segment", IMAGE).answer()  # no byte of the body was sent
-        assert (status, answer["error"]["type"]) == (503, "overloaded")
-
-    asyncio.run(scenario())
+async def test_requests_beyond_the_replicas_room_are_refused_unread():
+    backend = FakeBackend(block=asyncio.Event())
+    settings = make_settings(max_queued=1).model_copy(update={"replicas": 2, "batching": Batching(max_rows=1)})
+    api = create_api(settings, backend)
+    for _ in range(2 * (1 + 2)):
+        Client(api, "/v1/segment", IMAGE).body(PNG)
+    await until(lambda: len(backend.calls) == 6)
+    status, answer = await Client(api, "/v1/segment", IMAGE).answer()  # no byte of the body was sent
+    assert (status, answer["error"]["type"]) == (503, "overloaded")
 
 
-def test_a_header_that_promises_too_much_is_refused_before_the_body():
-    async def scenario() -> None:
-        client = Client(create_api(make_settings(), FakeBackend()), "/v1/segment", IMAGE | {"content-length": "200001"})
-        status, answer = await client.answer()  # no byte of the body was sent
-        assert (status, answer["error"]["type"]) == (413, "body_too_large")
-
-    asyncio.run(scenario())
+async def test_a_too_large_content_length_is_refused_before_the_body():
+    client = Client(create_api(make_settings(), FakeBackend()), "/v1/segment", IMAGE | {"content-length": "200001"})
+    status, answer = await client.answer()  # no byte of the body was sent
+    assert (status, answer["error"]["type"]) == (413, "body_too_large")
 
 
-def test_a_header_that_lies_does_not_help():
-    async def scenario() -> None:
-        client = Client(create_api(make_settings(), FakeBackend()), "/v1/segment", IMAGE | {"content-length": "10"})
-        for _ in range(5):
-            client.body(bytes(50_000), more=True)
-        status, answer = await client.answer()
-        assert (status, answer["error"]["type"]) == (413, "body_too_large")
-
-    asyncio.run(scenario())
+async def test_a_false_content_length_does_not_help():
+    client = Client(create_api(make_settings(), FakeBackend()), "/v1/segment", IMAGE | {"content-length": "10"})
+    for _ in range(5):
+        client.body(bytes(50_000), more=True)
+    status, answer = await client.answer()
+    assert (status, answer["error"]["type"]) == (413, "body_too_large")
 
 
-def test_the_loop_is_free_while_masks_are_encoded(monkeypatch: pytest.MonkeyPatch):
+async def test_the_loop_is_free_while_masks_are_encoded(monkeypatch: pytest.MonkeyPatch):
     """Costly formats leave the event loop: another request is answered while one is being encoded."""
     encoding, release = threading.Event(), threading.Event()
 
     def slow(*args: Any, **options: Any) -> str:
         encoding.set()
         assert release.wait(20)
-        return "[]"
+        return prompt_response(*args, **options)
 
     monkeypatch.setattr("serve_app.http.ingress.prompt_response", slow)
-
-    async def scenario() -> None:
-        api = create_api(make_settings(), FakeBackend())
-        client = Client(api, "/v1/segment", IMAGE, query="prompts=a&masks=png")
-        client.body(PNG)
-        await until(encoding.is_set)
-        health = Client(api, "/healthz", {}, "GET")
-        health.body(b"")
-        assert (await health.answer())[0] == 200
-        release.set()
-        await client.task
-
-    asyncio.run(scenario())
+    api = create_api(make_settings(), FakeBackend())
+    client = Client(api, "/v1/segment", IMAGE, query="prompts=a&masks=png")
+    client.body(PNG)
+    await until(encoding.is_set)
+    health = Client(api, "/healthz", {}, "GET")
+    health.body(b"")
+    assert (await health.answer())[0] == 200
+    release.set()
+    await client.task
 
 
-def test_drawing_masks_holds_up_nobody_else(monkeypatch: pytest.MonkeyPatch):
+async def test_drawing_masks_does_not_delay_other_requests(monkeypatch: pytest.MonkeyPatch):
     """With more drawing to do than there are threads, requests are still checked, and answered without drawing."""
     release = threading.Event()
     encode = serve_app.http.ingress.prompt_response
@@ -229,28 +202,24 @@ def test_drawing_masks_holds_up_nobody_else(monkeypatch: pytest.MonkeyPatch):
         return encode(found, masks, **options)
 
     monkeypatch.setattr("serve_app.http.ingress.prompt_response", slow)
-
-    async def scenario() -> None:
-        backend = FakeBackend(answer=lambda call: SegmentReply(SIZE_HW, [found("a", 20)], {}))
-        api = create_api(make_settings(), backend)
-        num_held = (os.cpu_count() or 1) + 8  # more than asyncio's default threads
-        held = [Client(api, "/v1/segment", IMAGE, query="prompts=a&masks=png") for _ in range(num_held)]
-        for client in held:
-            client.body(PNG)
-        await until(lambda: len(backend.calls) == len(held))
-        other = Client(api, "/v1/segment", IMAGE, query="prompts=a&masks=rle")
-        other.body(PNG)
-        try:
-            assert (await other.answer())[0] == 200
-        finally:
-            release.set()
-        for client in held:
-            assert (await client.answer())[0] == 200
-
-    asyncio.run(scenario())
+    backend = FakeBackend(answer=lambda call: SegmentReply(SIZE_HW, [found("a", 20)], {}))
+    api = create_api(make_settings(), backend)
+    num_held = (os.cpu_count() or 1) + 8  # more than asyncio's default threads
+    held = [Client(api, "/v1/segment", IMAGE, query="prompts=a&masks=png") for _ in range(num_held)]
+    for client in held:
+        client.body(PNG)
+    await until(lambda: len(backend.calls) == len(held))
+    other = Client(api, "/v1/segment", IMAGE, query="prompts=a&masks=rle")
+    other.body(PNG)
+    try:
+        assert (await other.answer())[0] == 200
+    finally:
+        release.set()
+    for client in held:
+        assert (await client.answer())[0] == 200
 
 
-def test_a_client_that_leaves_stops_the_drawing(monkeypatch: pytest.MonkeyPatch):
+async def test_a_client_that_disconnects_stops_the_drawing(monkeypatch: pytest.MonkeyPatch):
     begun: list[Callable[[], bool]] = []
 
     def slow(*args: Any, is_over: Callable[[], bool]) -> str:
@@ -263,16 +232,12 @@ def test_a_client_that_leaves_stops_the_drawing(monkeypatch: pytest.MonkeyPatch)
         raise TimeoutError
 
     monkeypatch.setattr("serve_app.http.ingress.prompt_response", slow)
-
-    async def scenario() -> None:
-        api = create_api(make_settings(timeout_s=60.0), FakeBackend())
-        client = Client(api, "/v1/segment", IMAGE, query="prompts=a&masks=png")
-        client.body(PNG)
-        await until(lambda: len(begun) == 1)
-        client.leave()
-        await asyncio.wait_for(client.task, 20)
-        await until(lambda: not begun)
-        assert client.sent == []
-        assert 'outcome="cancelled"' in await outcomes(api)
-
-    asyncio.run(scenario())
+    api = create_api(make_settings(timeout_s=60.0), FakeBackend())
+    client = Client(api, "/v1/segment", IMAGE, query="prompts=a&masks=png")
+    client.body(PNG)
+    await until(lambda: len(begun) == 1)
+    client.leave()
+    await asyncio.wait_for(client.task, 20)
+    await until(lambda: not begun)
+    assert client.sent == []
+    assert 'outcome="cancelled"' in await outcomes(api)

@@ -33,13 +33,13 @@ def with_orientation(format: str, orientation: int) -> bytes:
 
 
 @pytest.mark.parametrize("format", IMAGE_FORMATS)
-def test_every_format_that_is_taken(format: str):
+def test_every_accepted_format(format: str):
     assert header(picture((20, 30), format)) == (format, (20, 30))
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_size_is_that_of_the_picture_as_it_is_decoded(format: str, orientation: int):
+def test_the_size_is_that_of_the_decoded_image(format: str, orientation: int):
     data = with_orientation(format, orientation)
     assert header(data).size_hw == read_image(data, orientation="exif").shape[:2]
 
@@ -55,7 +55,7 @@ def test_orientation_behind_the_pixels_of_a_png():
 
 
 @pytest.mark.parametrize("place", ["text", "behind the pixels", "behind the end"])
-def test_a_png_that_speaks_of_exif_is_not_decoded(monkeypatch: pytest.MonkeyPatch, place: str):
+def test_a_png_that_mentions_exif_is_not_decoded(monkeypatch: pytest.MonkeyPatch, place: str):
     data = picture((20, 30))
     text = b"a\0eXIf and Raw profile type"
     chunk = struct.pack(">I", len(text)) + b"tEXt" + text + struct.pack(">I", zlib.crc32(b"tEXt" + text))
@@ -82,7 +82,7 @@ def test_nothing_is_decoded(monkeypatch: pytest.MonkeyPatch):
         header(data)
 
 
-def test_pixels_are_refused_before_orientation_is_looked_for():
+def test_too_many_pixels_are_refused_before_the_orientation_is_read():
     """Looking for it may decode."""
     data = with_orientation("PNG", 6)
     with pytest.raises(ServeError) as caught:
@@ -107,7 +107,7 @@ def test_a_phones_jpeg_with_a_preview_is_a_jpeg():
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("format", IMAGE_FORMATS)
-def test_no_cut_or_flipped_header_escapes(format: str):
+def test_every_damaged_header_is_read_or_refused(format: str):
     """Whatever the bytes, the answer is a header or a `ServeError`."""
     data = picture((8, 8), format)
     rng = np.random.default_rng(0)

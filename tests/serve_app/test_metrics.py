@@ -36,7 +36,7 @@ def test_requests_are_counted_by_route_and_outcome():
     assert samples(metrics.text())["sam3lora_requests_in_flight", ()] == 0
 
 
-def test_an_outcome_that_is_no_error_type_is_our_mistake():
+def test_an_unknown_outcome_is_a_bug():
     with pytest.raises(AssertionError):
         IngressMetrics().finished("/v1/segment", "whatever a client sent", 0.1)
 
@@ -63,7 +63,7 @@ def test_a_replica_counts_batches_stages_and_adapters():
     assert found["sam3lora_adapters_resident", ()] == 2
 
 
-def test_the_model_sides_counters_are_read_at_each_scrape():
+def test_engine_counters_are_read_at_each_scrape():
     counters = {"image_cache_hits": 7, "image_cache_bytes": 1000, "unknown": 1}
     metrics = replica_metrics(counters)
     assert samples(metrics.text())["sam3lora_image_cache_hits_total", ()] == 7
@@ -74,7 +74,7 @@ def test_the_model_sides_counters_are_read_at_each_scrape():
     assert not any("unknown" in name for name, _ in found)
 
 
-def test_two_of_a_kind_live_in_one_process():
+def test_two_instances_in_one_process_are_independent():
     first, second = replica_metrics(), replica_metrics()
     first.adapter_loaded()
     assert samples(second.text())["sam3lora_adapter_loads_total", ()] == 0
@@ -106,7 +106,7 @@ def test_merging_keeps_every_sample_once_under_its_replica():
     assert len(described) == len(set(described)) == len([line for line in merged.splitlines() if line[:6] == "# HELP"])
 
 
-def test_merging_families_that_only_one_has():
+def test_merging_families_of_single_replicas():
     merged = merge({"ingress": IngressMetrics().text(), "replica": replica_metrics().text()})
     found = samples(merged)
     assert found["sam3lora_queue_length", (("replica", "replica"),)] == 3

@@ -114,7 +114,7 @@ def test_one_of_two_ingresses_is_killed(service: RayService, small: SmallService
     assert set(load.kinds(since=recovered)) == {"ok"}
 
 
-def test_too_much_load_is_refused_at_once_and_the_rest_is_answered(service: RayService, small: SmallService) -> None:
+def test_overload_is_refused_at_once_and_the_rest_is_answered(service: RayService, small: SmallService) -> None:
     limits = {"max_queued": 8, "timeout_s": 20}
     service.deploy(small.settings(limits=limits, batching={"max_rows": 8, "max_images": 1}))
     service.wait_running(Segmenter=1, Ingress=1)
@@ -132,7 +132,7 @@ def test_too_much_load_is_refused_at_once_and_the_rest_is_answered(service: RayS
     assert set(send_all(service.url, small.cases([None])).kinds()) == {"ok"}
 
 
-def test_who_leaves_is_not_computed_and_holds_nothing(service: RayService, small: SmallService) -> None:
+def test_a_request_of_a_disconnected_client_is_not_computed(service: RayService, small: SmallService) -> None:
     limits = {"max_prompts": 64, "timeout_s": 60}
     service.deploy(small.settings(limits=limits, batching={"max_rows": 64}, max_resident_adapters=1))
     service.wait_running(Segmenter=1, Ingress=1)
@@ -163,7 +163,7 @@ def test_who_leaves_is_not_computed_and_holds_nothing(service: RayService, small
     assert set(send_all(service.url, small.cases(["heads"])).kinds()) == {"ok"}
 
 
-def test_a_request_that_takes_too_long_is_told_so(service: RayService, small: SmallService) -> None:
+def test_a_slow_request_times_out(service: RayService, small: SmallService) -> None:
     service.deploy(small.settings(limits={"timeout_s": 0.02}))
     service.wait_running(Segmenter=1, Ingress=1)
     load = send_all(service.url, [Case(IMAGES[0], fields("towers", prompts=WORDS))] * 5)

@@ -35,7 +35,7 @@ def test_every_route_is_described(document: dict[str, Any]):
     ]
 
 
-def test_every_reference_leads_somewhere(document: dict[str, Any]):
+def test_every_reference_resolves(document: dict[str, Any]):
     text = json.dumps(document)
     names = {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}
     assert names
@@ -69,7 +69,7 @@ def test_examples_work_when_they_are_sent(document: dict[str, Any]):
             assert raw.status_code == 200, raw.text
 
 
-def test_limits_in_force_are_told():
+def test_limits_in_force_are_described():
     properties = (
         make_client(max_prompts=3).get("/openapi.json").json()["components"]["schemas"]["SegmentRequest"]["properties"]
     )

@@ -77,7 +77,7 @@ def counts(page: Browser) -> list[list[int]]:
     )
 
 
-def test_an_image_is_asked_with_little_so_that_sliders_act_at_once(page: Browser, server: PageServer, image: Path):
+def test_sliders_act_without_another_request(page: Browser, server: PageServer, image: Path):
     ask(page, image, "gear", "nothing")
     assert server.num_uploads == 1
     question = server.questions[-1]
@@ -347,7 +347,7 @@ def test_many_detections_and_a_large_image(page: Browser, tmp_path: Path):
     assert page.value("document.documentElement.scrollWidth <= innerWidth")
 
 
-def test_an_image_that_the_service_forgot_goes_up_again(page: Browser, server: PageServer, image: Path):
+def test_an_evicted_image_is_uploaded_again(page: Browser, server: PageServer, image: Path):
     ask(page, image, "gear")
     server.forget_images()
     page.type("#prompt-input", "arrow", key="Enter")
@@ -356,7 +356,7 @@ def test_an_image_that_the_service_forgot_goes_up_again(page: Browser, server: P
     assert page.value("document.querySelector('#error').hidden")
 
 
-def test_a_busy_service_is_asked_once_more_with_a_note(page: Browser, server: PageServer, image: Path):
+def test_a_busy_service_is_retried_with_a_note(page: Browser, server: PageServer, image: Path):
     page.value(
         "window.notes = []; new MutationObserver(() => notes.push(document.querySelector('#status').textContent))"
         ".observe(document.querySelector('#status'), {childList: true}); 0"
@@ -367,7 +367,7 @@ def test_a_busy_service_is_asked_once_more_with_a_note(page: Browser, server: Pa
     assert counts(page) == [[1]]
 
 
-def test_an_error_is_shown_in_words_with_the_request(page: Browser, image: Path):
+def test_an_error_is_shown_with_its_request_id(page: Browser, image: Path):
     page.choose_file("#file", image)
     page.type("#prompt-input", "broken", key="Enter")
     page.wait("!document.querySelector('#error').hidden")
@@ -380,7 +380,7 @@ def test_an_error_is_shown_in_words_with_the_request(page: Browser, image: Path)
     assert page.value("document.querySelector('#error').hidden")
 
 
-def test_a_new_question_ends_the_running_one(page: Browser, server: PageServer, image: Path):
+def test_a_new_request_cancels_the_running_one(page: Browser, server: PageServer, image: Path):
     page.choose_file("#file", image)
     page.type("#prompt-input", "slow", key="Enter")
     wait_until(lambda: bool(server.questions), "the slow question")

@@ -10,7 +10,8 @@ import io
 import logging
 import re
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from serve_app.settings import AdapterSettings, Batching, Limits, ServeSettings
 
 from ..engine.engine_cases import write_adapter
 
+pytestmark = pytest.mark.anyio
 LONG_S = 60.0
 SAMPLE = Path(__file__).parents[2] / "serve_app" / "static" / "sample.jpg"
 POST = {"threshold": 0.0, "max_detections": 3}
@@ -69,26 +71,17 @@ def call(seed: int = 0, prompts: tuple[str, ...] = ("crack",), **options: Any) -
     return SegmentCall(image(seed), prompts, **({"post_processing": POST, "timeout_s": LONG_S} | options))
 
 
-Scene = Callable[[ModelReplica], Coroutine[Any, Any, None]]
-
-
 @pytest.fixture
-def play(spread_base: Path, root: Path) -> Callable[..., ModelReplica]:
-    def play(scene: Scene, *, engine: Any = None, **settings: Any) -> ModelReplica:
-        found = {
-            "model": str(spread_base),
-            "adapters": AdapterSettings(root=root),
-            "max_resident_adapters": 2,
-        } | settings
-        service = ModelReplica(ServeSettings(**found), engine=engine)
+def play(spread_base: Path, root: Path) -> Callable[..., AbstractAsyncContextManager[ModelReplica]]:
+    """Opens a replica, which is closed at the end of the block."""
 
-        async def run() -> None:
-            async with asyncio.timeout(LONG_S):
-                await scene(service)
-                await service.close()
-
-        asyncio.run(run())
-        return service
+    @asynccontextmanager
+    async def play(engine: Any = None, **settings: Any) -> AsyncIterator[ModelReplica]:
+        values = {"model": str(spread_base), "adapters": AdapterSettings(root=root), "max_resident_adapters": 2}
+        service = ModelReplica(ServeSettings(**values | settings), engine=engine)
+        async with asyncio.timeout(LONG_S):
+            yield service
+            await service.close()
 
     return play
 
@@ -169,7 +162,7 @@ def assert_same(found: Any, expected: list[Detections]) -> None:
             np.testing.assert_allclose(one.areas_px, other.areas_px, atol=5)
 
 
-def test_answers_are_those_of_the_model_asked_alone(play: Callable, spread_base: Path, root: Path):
+async def test_mixed_batches_equal_single_requests(play: Callable, spread_base: Path, root: Path):
     calls = [
         call(0, ("crack", "hole")),
         call(0, ("crack",), adapter="towers"),
@@ -190,8 +183,7 @@ def test_answers_are_those_of_the_model_asked_alone(play: Callable, spread_base:
         post = PostProcessing(**POST)
         asked = PromptedImage(prepared, one.prompts, one.boxes, slots[one.adapter], post, one.masks)
         expected += alone.detect([asked])
-
-    async def scene(service: ModelReplica) -> None:
+    async with play() as service:
         for replies in (
             [await answered(service, one) for one in calls],
             await asyncio.gather(*(answered(service, one) for one in calls)),
@@ -202,14 +194,12 @@ def test_answers_are_those_of_the_model_asked_alone(play: Callable, spread_base:
                 assert all(len(result) for result in reply.results)
                 assert all((result.rles is not None) == one.masks for result in reply.results)
                 assert_same(reply.results, wanted)
-
-    play(scene)
     adapted = [expected[0][0].scores, expected[1][0].scores]
     assert not np.allclose(*adapted, atol=1e-3)  # or the comparison would prove little
 
 
-def test_calls_that_wait_together_are_computed_together(play: Callable, gate: Gate):
-    async def scene(service: ModelReplica) -> None:
+async def test_waiting_calls_share_a_batch(play: Callable, gate: Gate):
+    async with play(engine=gate) as service:
         gate.open.clear()
         first = asyncio.create_task(answered(service, call(0)))
         await gate.busy()
@@ -220,8 +210,6 @@ def test_calls_that_wait_together_are_computed_together(play: Callable, gate: Ga
         await until_waiting(service, 3)
         gate.open.set()
         await asyncio.gather(first, *rest)
-
-    play(scene, engine=gate)
     # Adapters are placed ahead of the batch that waits, and then join what waits.
     assert sum(map(len, gate.batches)) == 4
     assert len(gate.batches) <= 3
@@ -247,8 +235,8 @@ FAILURES = {
 }
 
 
-def test_failures_are_typed_values_and_the_replica_goes_on(play: Callable, root: Path, caplog: Any):
-    async def scene(service: ModelReplica) -> None:
+async def test_errors_are_typed_values_and_the_replica_continues(play: Callable, root: Path, caplog: Any):
+    async with play() as service:
         for name, (make, type) in FAILURES.items():
             error = await refused(service, make())
             assert error.type == type, name
@@ -260,24 +248,19 @@ def test_failures_are_typed_values_and_the_replica_goes_on(play: Callable, root:
         assert [reply.type for reply in mixed[1:-1]] == [type for _, type in FAILURES.values()]
         assert isinstance(mixed[0], SegmentReply)
         assert isinstance(mixed[-1], SegmentReply)
-
-    play(scene)
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
-def test_settings_recorded_with_an_adapter_hold_where_the_request_gives_none(
+async def test_recorded_settings_hold_where_the_request_gives_none(
     play: Callable, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ):
     recorded = PostProcessing(threshold=0.0, nms="none", max_detections=2)
     monkeypatch.setattr(adapter_store, "recorded_post_processing", lambda metadata: recorded)
     requested: list[dict[str, Any]] = [{}, {"nms": "box", "max_detections": 9}, {"threshold": 0.4}]
-
-    async def scene(service: ModelReplica) -> None:
+    async with play(engine=gate, limits=Limits(max_detections=5)) as service:
         for fields in requested:
             await answered(service, call(adapter="heads", post_processing=fields))
         await answered(service, call(post_processing={}))
-
-    play(scene, engine=gate, limits=Limits(max_detections=5))
     asked = [image.post for batch in gate.batches for image in batch]
     assert [(post.threshold, post.nms, post.max_detections) for post in asked] == [
         (0.0, "none", 2),
@@ -288,11 +271,10 @@ def test_settings_recorded_with_an_adapter_hold_where_the_request_gives_none(
 
 
 @pytest.mark.parametrize("fields", [{"nms": "mask", "nms_iou": 0.2}, {"merge": True}, {"nms": "box"}], ids=str)
-def test_without_masks_the_same_detections_are_found(play: Callable, gate: Gate, fields: dict[str, Any]):
+async def test_without_masks_the_same_detections_are_found(play: Callable, gate: Gate, fields: dict[str, Any]):
     """Masks decide what is one object, whether or not the client wants to see them."""
     asked = call(post_processing={"threshold": 0.0, **fields})
-
-    async def scene(service: ModelReplica) -> None:
+    async with play(engine=gate) as service:
         (with_masks,) = (await answered(service, asked)).results
         (without,) = (await answered(service, replace(asked, masks=False))).results
         assert len(with_masks.rles) == len(with_masks) > 0
@@ -300,18 +282,14 @@ def test_without_masks_the_same_detections_are_found(play: Callable, gate: Gate,
         np.testing.assert_array_equal(without.scores, with_masks.scores)
         np.testing.assert_array_equal(without.boxes_xyxy, with_masks.boxes_xyxy)
 
-    play(scene, engine=gate)
 
-
-def test_an_image_too_large_is_refused(play: Callable):
-    async def scene(service: ModelReplica) -> None:
+async def test_an_image_too_large_is_refused(play: Callable):
+    async with play(limits=Limits(max_megapixels=0.001)) as service:
         assert (await refused(service, call())).type == "invalid_image"
 
-    play(scene, limits=Limits(max_megapixels=0.001))
 
-
-def test_boxes_in_an_uploaded_image_are_checked_against_its_upright_size(play: Callable):
-    async def scene(service: ModelReplica) -> None:
+async def test_boxes_in_an_uploaded_image_are_checked_against_its_upright_size(play: Callable):
+    async with play() as service:
         boxes = (BoxPrompt((0, 61, 59, 89)),)
         tall, wide = image(orientation=6), image(orientation=1)
         for file in (tall, wide):
@@ -319,11 +297,9 @@ def test_boxes_in_an_uploaded_image_are_checked_against_its_upright_size(play: C
         assert (await answered(service, replace(call(boxes=boxes), image=ImageFile(tall.key)))).size_hw == (90, 60)
         assert (await refused(service, replace(call(boxes=boxes), image=ImageFile(wide.key)))).type == "invalid_box"
 
-    play(scene)
 
-
-def test_an_uploaded_image_is_asked_by_its_key_without_another_vision_pass(play: Callable):
-    async def scene(service: ModelReplica) -> None:
+async def test_an_uploaded_image_needs_no_second_vision_pass(play: Callable):
+    async with play() as service:
         file = image(5)
         expected = await answered(service, replace(call(5), image=image(5)))
         other = image(6)
@@ -337,11 +313,9 @@ def test_an_uploaded_image_is_asked_by_its_key_without_another_vision_pass(play:
         await answered(service, replace(call(), image=ImageFile(other.key)))
         assert await metric(service, "images_encoded_total") == encoded
 
-    play(scene)
 
-
-def test_an_upload_that_is_no_image_is_refused(play: Callable):
-    async def scene(service: ModelReplica) -> None:
+async def test_an_upload_that_is_no_image_is_refused(play: Callable):
+    async with play() as service:
         error = await service.keep_image(ImageFile("4" * 64, b"no image"))
         assert isinstance(error, ServeError)
         assert error.type == "invalid_image"
@@ -349,11 +323,9 @@ def test_an_upload_that_is_no_image_is_refused(play: Callable):
         assert isinstance(missing, ServeError)
         assert missing.type == "image_not_found"
 
-    play(scene)
 
-
-def test_equal_images_at_the_same_time_are_decoded_once(play: Callable, gate: Gate):
-    async def scene(service: ModelReplica) -> None:
+async def test_concurrent_equal_images_are_decoded_once(play: Callable, gate: Gate):
+    async with play(engine=gate) as service:
         gate.open.clear()
         first = asyncio.create_task(answered(service, call(0)))
         await gate.busy()
@@ -364,12 +336,10 @@ def test_equal_images_at_the_same_time_are_decoded_once(play: Callable, gate: Ga
         gate.open.set()
         await asyncio.gather(first, *same)
         await answered(service, call(7))  # in the cache
-
-    play(scene, engine=gate)
     assert gate.decoded.count(image(7).key) == 1
 
 
-def test_one_of_many_that_wait_for_a_decoder_may_leave(play: Callable, gate: Gate, monkeypatch: pytest.MonkeyPatch):
+async def test_one_of_many_waiting_for_a_decoder_may_leave(play: Callable, gate: Gate, monkeypatch: pytest.MonkeyPatch):
     go, begun = threading.Event(), threading.Event()
     decode = gate.prepare_image
 
@@ -378,7 +348,7 @@ def test_one_of_many_that_wait_for_a_decoder_may_leave(play: Callable, gate: Gat
         assert go.wait(LONG_S)
         return decode(*args, **options)
 
-    async def scene(service: ModelReplica) -> None:
+    async with play(engine=gate) as service:
         monkeypatch.setattr(gate, "prepare_image", slow)
         leaving, staying = (asyncio.create_task(service.segment(call())) for _ in range(2))
         assert await asyncio.to_thread(begun.wait, LONG_S)
@@ -386,13 +356,11 @@ def test_one_of_many_that_wait_for_a_decoder_may_leave(play: Callable, gate: Gat
         await asyncio.wait([leaving])
         go.set()
         assert isinstance(await staying, SegmentReply)
-
-    play(scene, engine=gate)
     assert len(gate.decoded) == 1
 
 
-def test_a_client_that_leaves_frees_its_place_and_its_adapter(play: Callable, gate: Gate):
-    async def scene(service: ModelReplica) -> None:
+async def test_a_client_that_leaves_frees_its_place_and_its_adapter(play: Callable, gate: Gate):
+    async with play(engine=gate) as service:
         await answered(service, call(adapter="towers"))
         gate.open.clear()
         await until(lambda: gate.entered.acquire(blocking=False))
@@ -405,14 +373,12 @@ def test_a_client_that_leaves_frees_its_place_and_its_adapter(play: Callable, ga
         assert await metric(service, "queue_length") == 0
         gate.open.set()
         await first
-
-    play(scene, engine=gate)
     assert [len(batch) for batch in gate.batches] == [1, 1]
 
 
 @pytest.mark.parametrize(("status", "type"), [(503, "overloaded"), (429, "too_many_requests")])
-def test_one_request_too_many_is_refused_before_it_is_decoded(play: Callable, gate: Gate, status: int, type: str):
-    async def scene(service: ModelReplica) -> None:
+async def test_one_request_too_many_is_refused_before_it_is_decoded(play: Callable, gate: Gate, status: int, type: str):
+    async with play(engine=gate, limits=Limits(max_queued=2, overload_status=status)) as service:
         gate.open.clear()
         first = asyncio.create_task(answered(service, call(0)))
         await gate.busy()
@@ -424,13 +390,11 @@ def test_one_request_too_many_is_refused_before_it_is_decoded(play: Callable, ga
         replies = await asyncio.gather(*waiting)
         assert [isinstance(reply, SegmentReply) for reply in replies] == [True, True, False, False]
         assert [(reply.type, reply.retry_after_s >= 1) for reply in replies[2:]] == [(type, True)] * 2
-
-    play(scene, engine=gate, limits=Limits(max_queued=2, overload_status=status))
     assert set(gate.decoded) == {image(seed).key for seed in (0, 1, 2)}
 
 
-def test_a_request_that_waits_too_long_is_told_so(play: Callable, gate: Gate):
-    async def scene(service: ModelReplica) -> None:
+async def test_a_request_that_waits_too_long_times_out(play: Callable, gate: Gate):
+    async with play(engine=gate) as service:
         await answered(service, call(1))
         await gate.busy()
         gate.open.clear()
@@ -439,13 +403,11 @@ def test_a_request_that_waits_too_long_is_told_so(play: Callable, gate: Gate):
         assert (await refused(service, call(1, timeout_s=0.05))).type == "timeout"
         gate.open.set()
         await first
-
-    play(scene, engine=gate)
     assert len(gate.batches) == 2
 
 
-def test_when_memory_runs_out_features_are_dropped_and_batches_halved(play: Callable, gate: Gate):
-    async def scene(service: ModelReplica) -> None:
+async def test_when_memory_runs_out_features_are_dropped_and_batches_halved(play: Callable, gate: Gate):
+    async with play(engine=gate) as service:
         gate.error = lambda images: torch.OutOfMemoryError("CUDA out of memory") if len(images) > 1 else None
         gate.open.clear()
         first = asyncio.create_task(answered(service, call(0)))
@@ -459,27 +421,22 @@ def test_when_memory_runs_out_features_are_dropped_and_batches_halved(play: Call
         assert error.type == "out_of_memory"
         assert error.retry_after_s is not None
         assert "sam3lora_out_of_memory_total 2.0" in (await service.named_metrics())[1]
-
-    play(scene, engine=gate)
     assert [len(batch) for batch in gate.batches] == [1, 2, 1, 1, 1, 1]
 
 
-def test_a_fault_of_our_own_is_logged_without_what_the_client_sent(play: Callable, gate: Gate, caplog: Any):
-    async def scene(service: ModelReplica) -> None:
+async def test_a_bug_is_logged_without_client_text(play: Callable, gate: Gate, caplog: Any):
+    async with play(engine=gate) as service:
         gate.error = lambda images: KeyError(images[0].prompts[0])
         error = await refused(service, call(prompts=("secret prompt",)))
         assert (error.type, "secret" in error.message) == ("internal", False)
-
-    play(scene, engine=gate)
     assert "KeyError" in caplog.text
     assert "test_replica.py" in caplog.text  # where it came from
     assert "secret" not in caplog.text
 
 
-def test_failures_keep_no_images_alive(play: Callable, gate: Gate):
+async def test_failures_keep_no_images_alive(play: Callable, gate: Gate):
     """A remembered failure must not hold the request that met it."""
-
-    async def scene(service: ModelReplica) -> None:
+    async with play(engine=gate) as service:
         calls = [call(adapter="broken", prompts=("crack", f"number {number}")) for number in range(3)]
         prompts = {one.prompts for one in calls}
         for one in calls:
@@ -489,11 +446,9 @@ def test_failures_keep_no_images_alive(play: Callable, gate: Gate):
         alive = [found for found in gc.get_objects() if type(found) is SegmentCall and found.prompts in prompts]
         assert not alive
 
-    play(scene, engine=gate)
 
-
-def test_settings_of_adapters_change_while_it_runs(play: Callable, root: Path):
-    async def scene(service: ModelReplica) -> None:
+async def test_settings_of_adapters_change_while_it_runs(play: Callable, root: Path):
+    async with play() as service:
         await service.reconfigure(AdapterSettings(root=root, preload=("towers",)).model_dump(mode="json"))
         listed = {info.id: info for info in await service.list_adapters()}
         assert [(id, info.resident) for id, info in listed.items()] == [
@@ -510,11 +465,9 @@ def test_settings_of_adapters_change_while_it_runs(play: Callable, root: Path):
             await service.reconfigure({"roots": "typo"})
         await answered(service, call(adapter="heads"))
 
-    play(scene)
 
-
-def test_a_closing_replica_answers_what_it_has_and_refuses_what_comes(play: Callable, gate: Gate):
-    async def scene(service: ModelReplica) -> None:
+async def test_a_closing_replica_finishes_its_calls_and_refuses_new_ones(play: Callable, gate: Gate):
+    async with play(engine=gate) as service:
         assert await service.ready()
         gate.open.clear()
         first = asyncio.create_task(answered(service, call(0)))
@@ -529,11 +482,9 @@ def test_a_closing_replica_answers_what_it_has_and_refuses_what_comes(play: Call
         gate.open.set()
         await asyncio.gather(first, second, closing)
 
-    play(scene, engine=gate)
 
-
-def test_health_tells_a_stuck_model_and_a_failed_device(play: Callable, gate: Gate, monkeypatch: pytest.MonkeyPatch):
-    async def scene(service: ModelReplica) -> None:
+async def test_a_stuck_model_is_unhealthy(play: Callable, gate: Gate, monkeypatch: pytest.MonkeyPatch):
+    async with play(engine=gate) as service:
         service.check_health()
         gate.open.clear()
         first = asyncio.create_task(service.segment(call(0)))
@@ -548,17 +499,17 @@ def test_health_tells_a_stuck_model_and_a_failed_device(play: Callable, gate: Ga
         await answered(service, call(1))
         service.check_health()
 
-    play(scene, engine=gate)
 
-
-def test_a_device_that_fails_is_told_and_asked_no_more(play: Callable, gate: Gate, monkeypatch: pytest.MonkeyPatch):
+async def test_a_failed_device_is_unhealthy_and_runs_nothing_more(
+    play: Callable, gate: Gate, monkeypatch: pytest.MonkeyPatch
+):
     asked: list[int] = []
 
     def fail(images: list[PromptedImage]) -> Any:
         asked.append(len(images))
         raise torch.AcceleratorError("CUDA error: device-side assert triggered")
 
-    async def scene(service: ModelReplica) -> None:
+    async with play(engine=gate) as service:
         gate.open.clear()
         first = asyncio.create_task(answered(service, call(0)))
         await gate.busy()
@@ -573,12 +524,10 @@ def test_a_device_that_fails_is_told_and_asked_no_more(play: Callable, gate: Gat
             service.check_health()
         for one in (call(3), call(3, adapter="towers")):
             assert (await refused(service, one)).type == "replica_failed"
-
-    play(scene, engine=gate)
     assert asked == [2]  # neither one by one nor for those that came later
 
 
-def test_a_device_that_fails_at_an_upload_or_a_slot_is_told(
+async def test_a_device_that_fails_at_an_upload_or_a_slot_is_reported(
     play: Callable, spread_base: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def fail(*args: Any) -> None:
@@ -596,13 +545,11 @@ def test_a_device_that_fails_at_an_upload_or_a_slot_is_told(
         engine = Gate.load(str(spread_base), device="cpu", num_slots=2)
         monkeypatch.setattr(engine, name, fail)
 
-        async def scene(service: ModelReplica, act: Scene = act) -> None:
+        async with play(engine=engine) as service:
             service.check_health()
             await act(service)
             with pytest.raises(RuntimeError, match="device"):
                 service.check_health()
-
-        play(scene, engine=engine)
 
 
 class SlowMasks:
@@ -625,10 +572,11 @@ class SlowMasks:
         assert await asyncio.to_thread(self.entered.acquire, timeout=LONG_S)
 
 
-def test_answers_that_wait_for_their_masks_take_places(play: Callable, gate: Gate, monkeypatch: pytest.MonkeyPatch):
+async def test_requests_that_wait_for_masks_count_as_queued(
+    play: Callable, gate: Gate, monkeypatch: pytest.MonkeyPatch
+):
     masks = SlowMasks(monkeypatch)
-
-    async def scene(service: ModelReplica) -> None:
+    async with play(engine=gate, limits=Limits(max_queued=2)) as service:
         first = [asyncio.create_task(answered(service, call(seed))) for seed in (0, 1)]
         await masks.busy()
         await masks.busy()
@@ -637,16 +585,13 @@ def test_answers_that_wait_for_their_masks_take_places(play: Callable, gate: Gat
         await asyncio.gather(*first)
         await answered(service, call(2))
 
-    play(scene, engine=gate, limits=Limits(max_queued=2))
-
 
 @pytest.mark.parametrize("how", ["timeout", "cancel"])
-def test_masks_that_nobody_waits_for_any_more_are_not_made(
+async def test_masks_of_a_request_that_ended_are_not_encoded(
     play: Callable, gate: Gate, monkeypatch: pytest.MonkeyPatch, how: str
 ):
     masks = SlowMasks(monkeypatch)
-
-    async def scene(service: ModelReplica) -> None:
+    async with play(engine=gate) as service:
         task = asyncio.create_task(service.segment(call(timeout_s=1.0 if how == "timeout" else LONG_S)))
         await masks.busy()
         if how == "cancel":
@@ -660,16 +605,13 @@ def test_masks_that_nobody_waits_for_any_more_are_not_made(
         reply = await answered(service, call())
         assert masks.num == 1 + sum(map(len, reply.results))
 
-    play(scene, engine=gate)
 
-
-def test_the_model_pauses_while_answers_hold_too_much_memory(
+async def test_the_model_pauses_while_answers_hold_too_much_memory(
     play: Callable, gate: Gate, root: Path, monkeypatch: pytest.MonkeyPatch
 ):
     masks = SlowMasks(monkeypatch)
     monkeypatch.setattr(mask_encoder, "MAX_WAITING_BYTES", 1)
-
-    async def scene(service: ModelReplica) -> None:
+    async with play(engine=gate) as service:
         gate.open.clear()
         first = asyncio.create_task(answered(service, call(0)))
         await gate.busy()
@@ -684,13 +626,11 @@ def test_the_model_pauses_while_answers_hold_too_much_memory(
         assert len(gate.batches) == 1
         masks.open.set()
         await asyncio.gather(first, *rest)
-
-    play(scene, engine=gate)
     assert [len(batch) for batch in gate.batches] == [1, 2]
 
 
-def test_the_metrics_of_a_replica(play: Callable):
-    async def scene(service: ModelReplica) -> None:
+async def test_the_metrics_of_a_replica(play: Callable):
+    async with play(batching=Batching(max_rows=2)) as service:
         await asyncio.gather(*(answered(service, call(seed, adapter="heads")) for seed in range(3)))
         name, text = await service.named_metrics()
         assert name
@@ -704,10 +644,8 @@ def test_the_metrics_of_a_replica(play: Callable):
         ):
             assert line in text
 
-    play(scene, batching=Batching(max_rows=2))
 
-
-def test_a_model_that_does_not_exist_is_told_at_once(tmp_path: Path):
+def test_a_missing_model_fails_at_the_start(tmp_path: Path):
     with pytest.raises(ValueError, match="missing"):
         ModelReplica(ServeSettings(model=str(tmp_path / "missing"), local_files_only=True))
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from sam3lora.data import sample
 from sam3lora.training.optimization import set_training_mode
-from sam3lora.training.setup import Worker
 from sam3lora.training.step import StepCounts
+from sam3lora.training.trainer import Trainer
 
 NUM_TRAIN, NUM_VALID = 6, 3
 FROZEN = "lora.apply_to_vision_encoder=false"
@@ -28,14 +28,14 @@ ON_DISK = "training.cache_memory_gb=0"  # and not in memory too
 INT8 = "training.feature_cache_type=int8"
 
 
-def step_of(worker: Worker) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def step_of(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Gradients and loss terms of the first batch, in training mode."""
-    batch = next(worker.batches.training_batches(0, 0))
-    set_training_mode(worker.model, model_dropout=False)
-    worker.model.zero_grad(set_to_none=True)
+    batch = next(trainer.batches.training_batches(0, 0))
+    set_training_mode(trainer.model, model_dropout=False)
+    trainer.model.zero_grad(set_to_none=True)
     torch.manual_seed(0)
-    _, terms = worker.runner.backward(batch, StepCounts.of([batch]).normalizer())
-    gradients = {name: p.grad for name, p in worker.model.named_parameters() if p.grad is not None}
+    _, terms = trainer.runner.backward(batch, StepCounts.of([batch]).normalizer())
+    gradients = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
     return gradients, terms
 
 
@@ -45,8 +45,8 @@ def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None
         assert torch.equal(actual[name], value), name
 
 
-def counts_of(worker: Worker) -> tuple[int, int]:
-    return worker.runner.images.vision_passes, worker.runner.images.features_loaded
+def counts_of(trainer: Trainer) -> tuple[int, int]:
+    return trainer.runner.images.vision_passes, trainer.runner.images.features_loaded
 
 
 def arrays(folder: Path) -> list[np.ndarray]:

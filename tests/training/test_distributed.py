@@ -1,4 +1,4 @@
-"""Gradients averaged over workers, with the exchange itself replaced: every worker has what this one has."""
+"""Gradients averaged over workers. The exchange is replaced; `test_two_workers_equal_one` does it for real."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ from torch.nn import Parameter
 from sam3lora.training import distributed
 
 
-@pytest.fixture
-def two_workers(monkeypatch):
-    """Sums over two workers of which the other has nothing but zeros: the mean is half of what this one has."""
-    sent = []
+@pytest.fixture(autouse=True)
+def _another_worker_with_zeros(monkeypatch):
+    """Sums over two workers, of which the other has only zeros: the mean is half of what this one has."""
     monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(distributed.dist, "all_reduce", sent.append)
-    return sent
+    monkeypatch.setattr(distributed.dist, "all_reduce", lambda buffer: None)
 
 
 def parameters_of(*gradients):
@@ -26,49 +24,37 @@ def parameters_of(*gradients):
     return found
 
 
-def test_gradients_and_extra_values_travel_in_one_buffer(two_workers):
-    matrix = torch.arange(6.0).view(2, 3)
-    # a gradient in another order of memory, one in half precision, and none at all
-    turned, half = torch.arange(6.0).view(3, 2).T, torch.tensor([1.0, 3.0], dtype=torch.bfloat16)
-    parameters = parameters_of(matrix.clone(), turned, half)
-    idle = Parameter(torch.ones(4))
+def test_mean_of_gradients_and_extra_values():
+    # A plain matrix, one in another order of memory, one in half precision, and a parameter without a gradient.
+    gradients = [
+        torch.arange(6.0).view(2, 3),
+        torch.arange(6.0).view(3, 2).T,
+        torch.tensor([1.0, 3.0], dtype=torch.bfloat16),
+    ]
+    parameters, idle = parameters_of(*[gradient.clone() for gradient in gradients]), Parameter(torch.ones(4))
     mean = distributed.average_gradients([*parameters, idle], torch.tensor([4.0, 8.0]))
-    assert len(two_workers) == 1
-    assert two_workers[0].numel() == 2 + 6 + 6 + 2 + 4
     assert mean.tolist() == [2.0, 4.0]
-    assert torch.equal(parameters[0].grad, matrix / 2)
-    assert torch.equal(parameters[1].grad, turned / 2)
-    assert torch.equal(parameters[2].grad, half / 2)
-    assert parameters[2].grad.dtype == torch.bfloat16
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        assert torch.equal(parameter.grad, gradient / 2)
+        assert parameter.grad.dtype == gradient.dtype
     assert idle.grad.tolist() == [0.0] * 4
 
 
-def test_the_next_step_uses_the_same_memory_and_nothing_of_the_last(two_workers):
+def test_steps_do_not_mix():
+    # Each step begins anew: with a fresh gradient, without one, or adding to the mean of the step before.
     [parameter] = parameters_of(torch.tensor([2.0, 4.0]))
-    for gradient in ([2.0, 4.0], [8.0, 6.0]):
-        parameter.grad = torch.tensor(gradient)
-        mean = distributed.average_gradients([parameter], torch.ones(1))
-        assert parameter.grad.tolist() == [value / 2 for value in gradient]
-        assert mean.tolist() == [0.5]
-    parameter.grad = None
+    for gradient, mean in (([2.0, 4.0], [1.0, 2.0]), ([8.0, 6.0], [4.0, 3.0]), (None, [0.0, 0.0])):
+        parameter.grad = None if gradient is None else torch.tensor(gradient)
+        assert distributed.average_gradients([parameter], torch.ones(1)).tolist() == [0.5]
+        assert parameter.grad.tolist() == mean
+    parameter.grad += 1
     distributed.average_gradients([parameter], torch.ones(1))
-    assert parameter.grad.tolist() == [0.0, 0.0]
-    first, *others = two_workers
-    assert all(buffer.data_ptr() == first.data_ptr() for buffer in others)
+    assert parameter.grad.tolist() == [0.5, 0.5]
 
 
-def test_two_adapters_do_not_share_memory(two_workers):
+def test_two_adapters_do_not_share_memory():
     first, second = parameters_of(torch.ones(3)), parameters_of(torch.full((3,), 4.0))
     distributed.average_gradients(first, torch.ones(1))
     distributed.average_gradients(second, torch.ones(1))
     assert first[0].grad.tolist() == [0.5] * 3
     assert second[0].grad.tolist() == [2.0] * 3
-
-
-def test_gradients_that_were_not_cleared_go_on_from_the_mean(two_workers):
-    # they are views of the buffer that they are copied into
-    [parameter] = parameters_of(torch.tensor([2.0, 4.0]))
-    distributed.average_gradients([parameter], torch.ones(1))
-    parameter.grad += 1
-    distributed.average_gradients([parameter], torch.ones(1))
-    assert parameter.grad.tolist() == [1.0, 1.5]

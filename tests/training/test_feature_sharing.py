@@ -13,15 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from sam3lora.data import batch as collate
 from sam3lora.data.array_store import ArrayStore
-from sam3lora.engine import pixels
 from sam3lora.errors import UserError
 from sam3lora.training.launch import train
 from sam3lora.training.validator import validation_metrics
-from sam3lora.training.worker import validation_terms
 
 from .feature_cases import (
     FROZEN,
@@ -37,7 +33,7 @@ from .feature_cases import (
     record_decoding,
     step_of,
 )
-from .two_workers import make_worker
+from .two_workers import make_trainer
 
 # ---- frames ----------------------------------------------------------------------------------------------------------
 
@@ -46,10 +42,10 @@ def test_kept_frames_are_the_decoded_ones(make_config, cache_folder, monkeypatch
     # For runs that adapt the trunk: each image is decoded once for all of them.
     decoded = record_decoding(monkeypatch)
     on = "training.frame_cache=true"
-    expected, _ = step_of(make_worker(make_config()))
+    expected, _ = step_of(make_trainer(make_config()))
     decoded.clear()
     for more in ([], [], ["lora.rank=2"]):
-        gradients, _ = step_of(make_worker(make_config(on, *more)))
+        gradients, _ = step_of(make_trainer(make_config(on, *more)))
         if not more:
             assert_equal(gradients, expected)
         # Batches are decoded ahead of use, how many depends.
@@ -58,8 +54,8 @@ def test_kept_frames_are_the_decoded_ones(make_config, cache_folder, monkeypatch
     # Validation and its metrics share theirs, also where training is augmented.
     num_kept = len(arrays(cache_folder)) + NUM_VALID
     decoded.clear()
-    augmented = make_worker(make_config(on, "data.augmentation=sam3"))
-    validation_terms(augmented)
+    augmented = make_trainer(make_config(on, "data.augmentation=sam3"))
+    augmented.validator.loss_terms()
     validation_metrics(augmented)
     assert len(decoded) == NUM_VALID
     step_of(augmented)
@@ -69,7 +65,7 @@ def test_kept_frames_are_the_decoded_ones(make_config, cache_folder, monkeypatch
 
 
 def test_frames_are_not_kept_beside_features(make_config, cache_folder):
-    step_of(make_worker(make_config(FROZEN, "training.frame_cache=true")))
+    step_of(make_trainer(make_config(FROZEN, "training.frame_cache=true")))
     assert {array.shape for array in arrays(cache_folder)} == {(64, 32)}
 
 
@@ -86,7 +82,7 @@ def test_frames_are_not_kept_beside_features(make_config, cache_folder):
 )
 def test_asked_for_where_it_cannot_be(make_config, overrides, reason):
     with pytest.raises(UserError, match=rf"training\.feature_cache is true, but {reason}.*Write auto"):
-        make_worker(make_config("training.feature_cache=true", *overrides))
+        make_trainer(make_config("training.feature_cache=true", *overrides))
 
 
 def test_trunk_with_dropout(make_config, lively_base, tmp_path, cache_folder):
@@ -98,10 +94,10 @@ def test_trunk_with_dropout(make_config, lively_base, tmp_path, cache_folder):
     file.write_text(json.dumps(content))
     common = (FROZEN, f"model.name={folder}")
     with pytest.raises(UserError, match=r"training\.model_dropout is on"):
-        make_worker(make_config("training.feature_cache=true", "training.model_dropout=true", *common))
-    step_of(make_worker(make_config("training.model_dropout=true", *common)))
+        make_trainer(make_config("training.feature_cache=true", "training.model_dropout=true", *common))
+    step_of(make_trainer(make_config("training.model_dropout=true", *common)))
     assert not cache_folder.exists()
-    step_of(make_worker(make_config(*common)))
+    step_of(make_trainer(make_config(*common)))
     assert len(arrays(cache_folder)) == 2
 
 
@@ -113,7 +109,7 @@ def test_folder_that_cannot_be_written(make_config, tmp_path, caplog):
     assert caplog.text.count("cannot be written") == 1
     assert passes_of(config)[1] == 0
     with pytest.raises(UserError, match=r"cannot be written .* name another by training\.cache_dir"):
-        make_worker(make_config("training.feature_cache=true", FROZEN, there))
+        make_trainer(make_config("training.feature_cache=true", FROZEN, there))
 
 
 # ---- several at once -------------------------------------------------------------------------------------------------
@@ -122,15 +118,14 @@ SCRIPT = """
 import sys, time
 from pathlib import Path
 from sam3lora.config import load_config
-from sam3lora.training.worker import finish, set_up, train_epochs
+from sam3lora.training.trainer import Trainer
 
 config = load_config(sys.argv[1])
-worker = set_up(config, Path(sys.argv[1]).parent, use_ray=False)
+trainer = Trainer(config, Path(sys.argv[1]).parent, use_ray=False)
 (Path(sys.argv[1]).parent / "ready").touch()
 while not Path(sys.argv[2]).exists():
     time.sleep(0.01)
-train_epochs(worker)
-finish(worker)
+trainer.run()
 """
 
 
@@ -162,7 +157,7 @@ def test_two_runs_at_once_share_the_work(make_config, tmp_path, cache_folder):
 
 def test_waiting_for_another_runs_image(make_config, cache_folder, monkeypatch):
     # One of two images is being made elsewhere: the other is made first, then that one is read, not made.
-    worker = make_worker(make_config(FROZEN, ON_DISK))
+    worker = make_trainer(make_config(FROZEN, ON_DISK))
     step_of(worker)
     [first, second] = [file for file in cache_folder.glob("??/*.npy") if np.load(file).shape != (32,)]
     elsewhere = shutil.move(second, cache_folder / "elsewhere")
@@ -182,12 +177,6 @@ def test_waiting_for_another_runs_image(make_config, cache_folder, monkeypatch):
     assert sorted(claims[:2]) == [(False, False), (True, False)]
     assert claims[2:] == [(True, True)]
     assert counts_of(worker) == (3, 1)
-
-
-def test_pixels_are_those_of_inference():
-    # Bit for bit: what is kept while training is what `validate` would make.
-    images = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1).expand(-1, -1, -1, 3)
-    assert torch.equal(collate.to_pixel_values(images), pixels.to_pixel_values(list(images.numpy()), 16))
 
 
 @pytest.mark.slow

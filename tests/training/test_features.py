@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from sam3lora.data import sample
+from sam3lora.engine.pixels import to_pixel_values
 from sam3lora.errors import UserError
 from sam3lora.evaluation.ask.split import ask_split
+from sam3lora.model.loading import load_base
 from sam3lora.training import validator as metrics_module
 from sam3lora.training.features.memory import FeatureMemory
 from sam3lora.training.launch import train
 from sam3lora.training.validator import validation_metrics
-from sam3lora.training.worker import validation_terms
 
 from .feature_cases import (
     BF16,
@@ -36,7 +39,7 @@ from .feature_cases import (
     step_of,
     without_measures,
 )
-from .two_workers import make_worker
+from .two_workers import make_trainer
 
 # ---- the same numbers ------------------------------------------------------------------------------------------------
 
@@ -55,15 +58,15 @@ from .two_workers import make_worker
     ],
 )
 def test_kept_features_give_the_same_gradients(make_config, cache_folder, overrides, stored):
-    # To the last bit, when the features are made and when they are read; with dropout in the adapter, and with more
+    # Equal bits, when the features are made and when they are read; with dropout in the adapter, and with more
     # prompts than fit a forward. bfloat16 is kept only where nothing behind it sees the difference.
     common = [*overrides, "lora.dropout=0.3"]
-    plain = make_worker(make_config(OFF, *common, max_prompts_per_forward=2))
+    plain = make_trainer(make_config(OFF, *common, max_prompts_per_forward=2))
     expected, expected_terms = step_of(plain)
     assert any(".neck." in name for name in expected) == (NECK in overrides)
-    expected_valid = validation_terms(plain).means()
+    expected_valid = plain.validator.loss_terms().means()
     assert not cache_folder.exists()
-    worker = make_worker(make_config(*common, max_prompts_per_forward=2))
+    worker = make_trainer(make_config(*common, max_prompts_per_forward=2))
     for seen in (  # read from memory
         [(2, 0), (2 + NUM_VALID, 0)],
         [(2 + NUM_VALID, 2), (2 + NUM_VALID, 2 + NUM_VALID)],
@@ -72,7 +75,7 @@ def test_kept_features_give_the_same_gradients(make_config, cache_folder, overri
         assert_equal(gradients, expected)
         assert_equal(terms, expected_terms)
         assert counts_of(worker) == seen[0]
-        assert validation_terms(worker).means() == expected_valid
+        assert worker.validator.loss_terms().means() == expected_valid
         assert counts_of(worker) == seen[1]
     assert {(array.shape, array.dtype) for array in arrays(cache_folder)} == {((64, 32), np.dtype(stored))}
     assert len(arrays(cache_folder)) == 2 + NUM_VALID
@@ -112,8 +115,8 @@ def test_metrics_from_kept_features(make_config, monkeypatch):
     monkeypatch.setattr(
         metrics_module, "ask_split", lambda *args, **more: answers.append(ask_split(*args, **more)) or answers[-1]
     )
-    worker = make_worker(make_config(FROZEN))
-    for asked in (make_worker(make_config(FROZEN, OFF, output="plain")), worker, worker):
+    worker = make_trainer(make_config(FROZEN))
+    for asked in (make_trainer(make_config(FROZEN, OFF, output="plain")), worker, worker):
         validation_metrics(asked)
     plain, made, read = answers
     assert len(plain.predictions) > 10
@@ -144,7 +147,7 @@ def test_layers_before_the_first_adapted_one_run_once(make_config, cache_folder,
     plain, *others = ([without_measures(line) for line in lines_of(config, "step")] for config in configs)
     assert others == [plain, plain]
     # Another number of layers has its own.
-    step_of(make_worker(make_config(FROZEN)))
+    step_of(make_trainer(make_config(FROZEN)))
     assert len(arrays(cache_folder)) == NUM_TRAIN + NUM_VALID + 2
 
 
@@ -163,7 +166,7 @@ def test_augmented_training_keeps_the_features_of_validation(make_config, cache_
 def test_what_gives_other_features_has_its_own(make_config, small_base, cache_folder):
     # Other weights, input size or arithmetic share nothing; another adapter or learning rate everything.
     def passes(*overrides) -> int:
-        worker = make_worker(make_config(FROZEN, *overrides))
+        worker = make_trainer(make_config(FROZEN, *overrides))
         step_of(worker)
         return counts_of(worker)[0]
 
@@ -177,18 +180,35 @@ def test_what_gives_other_features_has_its_own(make_config, small_base, cache_fo
     assert len(arrays(cache_folder)) == 12
 
 
+def test_pixels_are_normalised_as_the_base_says(make_config, lively_base, tmp_path, cache_folder):
+    # Exactly as `validate` does it, whatever mean and standard deviation the processor has; features are not shared.
+    folder = shutil.copytree(lively_base, tmp_path / "other")
+    (folder / "processor_config.json").write_text(
+        json.dumps({"image_processor": {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.3, 0.4, 0.7]}})
+    )
+    frames = np.arange(112 * 112 * 3, dtype=np.uint8).reshape(1, 112, 112, 3)
+    for name, passes in ((lively_base, 2), (folder, 4)):
+        trainer = make_trainer(make_config(FROZEN, f"model.name={name}"))
+        base = load_base(str(name))
+        expected = to_pixel_values([frames[0]], 112, image_mean=base.image_mean, image_std=base.image_std)
+        assert torch.equal(trainer.runner.images.pixel_values(frames), expected)
+        step_of(trainer)
+        assert len(arrays(cache_folder)) == passes
+    assert base.image_std == (0.3, 0.4, 0.7)
+
+
 def test_changed_image_is_seen_anew(make_config, scenes, tmp_path, cache_folder):
     # The same path with another picture, and the same picture under another path.
     data = tmp_path / "data"
     shutil.copytree(scenes, data)
     config = make_config(FROZEN, data_dir=str(data), batch_size=NUM_TRAIN)
-    worker = make_worker(config)
+    worker = make_trainer(config)
     step_of(worker)
     first, second, *_ = sorted((data / "train").glob("*.jpg"))
     shutil.copy(second, first)
     gradients, _ = step_of(worker)
     assert counts_of(worker) == (NUM_TRAIN, NUM_TRAIN)  # the second picture's features are there
-    expected, _ = step_of(make_worker(make_config(FROZEN, OFF, data_dir=str(data), batch_size=NUM_TRAIN)))
+    expected, _ = step_of(make_trainer(make_config(FROZEN, OFF, data_dir=str(data), batch_size=NUM_TRAIN)))
     assert_equal(gradients, expected)
     image = sample.read_image(first)
     shutil.copy(sorted((data / "valid").glob("*.jpg"))[0], first)
@@ -200,7 +220,7 @@ def test_changed_image_is_seen_anew(make_config, scenes, tmp_path, cache_folder)
 @pytest.mark.parametrize("how", ["damaged", "removed", "another shape"])
 def test_features_that_are_gone_by_the_time_they_are_needed(make_config, cache_folder, how):
     # The batch came without pixels; the image is read once more, and what was made takes the place of the file.
-    worker = make_worker(make_config(FROZEN, ON_DISK))
+    worker = make_trainer(make_config(FROZEN, ON_DISK))
     expected, _ = step_of(worker)
     batch = next(worker.batches.training_batches(0, 0))
     assert (batch.num_images, len(batch.images_NHWC)) == (2, 0)

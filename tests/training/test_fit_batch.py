@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from itertools import count
-
 import pytest
 import torch
 
 from sam3lora.errors import OutOfMemory, UserError
 from sam3lora.training import distributed, fit_batch
-from sam3lora.training.fit_batch import fitting
+from sam3lora.training.fit_batch import fitting, largest_that_fits
 
-from .two_workers import make_worker, recorded_step
+from .two_workers import make_trainer, recorded_step
 
 GB = 2**30
 
@@ -24,41 +22,31 @@ def test_memory_is_extrapolated_from_one_and_two_images():
     ]
 
 
-def test_gpu_sizes_are_tried_until_one_does_not_fit(monkeypatch):
-    # An allocator of 10 GB, of which 1 GB is in use and 90 % of the rest may be taken; an image takes 2 GB.
-    peak, limit = 0, 10 * GB
+def test_sizes_are_tried_until_one_does_not_fit():
+    # 1 GB in use and 2 GB an image. The device has a limit beyond which it runs out of memory.
+    def fits(sizes, *, allowed, limit):
+        def peak_bytes(size):
+            tried.append(size)
+            if 1 + 2 * size > limit:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return (1 + 2 * size) * GB
 
-    def backward(num_images):
-        nonlocal peak
-        tried.append(num_images)
-        peak = 1 * GB + num_images * 2 * GB
-        if peak > limit:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+        tried = []
+        return largest_that_fits(sizes, peak_bytes, allowed * GB), tried
 
-    for name in ("empty_cache", "reset_peak_memory_stats"):
-        monkeypatch.setattr(torch.cuda, name, lambda: None)
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 1 * GB)
-    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: peak)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (9 * GB, 10 * GB))
-    for size_of_gpu, sizes, fits, wanted in (
-        (10 * GB, [1, 2, 4, 8], 4, [1, 2, 4, 8]),
-        (10 * GB, [1, 3], 3, [1, 3]),
-        (4 * GB, [1, 2, 4], 1, [1, 2]),
-        (2 * GB, [1, 2, 4], 0, [1]),
-    ):
-        limit, tried = size_of_gpu, []
-        assert fit_batch._fitting_on_gpu(backward, sizes, 0.9) == fits
-        assert tried == wanted
-    # Where others use the same GPU each gets its share: 1 + 0.5 x 0.9 x 9 GB are 2 images.
-    limit = 10 * GB
-    assert fit_batch._fitting_on_gpu(backward, [1, 2, 4], 0.45) == 2
+    assert fits([1, 2, 4, 8], allowed=9.1, limit=10) == (4, [1, 2, 4, 8])  # 8 runs out of memory
+    assert fits([1, 2, 4], allowed=5.05, limit=10) == (2, [1, 2, 4])  # 4 takes more than its share
+    assert fits([1, 3], allowed=9.1, limit=10) == (3, [1, 3])
+    assert fits([1, 2, 4], allowed=9.1, limit=2) == (0, [1])
+    with pytest.raises(RuntimeError, match="shape"):  # any other error is not about memory
+        largest_that_fits([1], lambda size: (_ for _ in ()).throw(RuntimeError("shape")), GB)
 
 
 @pytest.mark.parametrize("override", ["lora.apply_to_vision_encoder=true", "lora.apply_to_vision_encoder=false"])
 def test_measuring_leaves_nothing_behind(make_config, monkeypatch, override):
     # Weights, gradients, random state and the cache are as they were, with and without kept features.
     monkeypatch.setattr(fit_batch, "available_bytes", lambda: 100 * GB)
-    worker = make_worker(make_config(override))
+    worker = make_trainer(make_config(override))
     before = {name: parameter.clone() for name, parameter in worker.model.named_parameters()}
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -70,8 +58,7 @@ def test_measuring_leaves_nothing_behind(make_config, monkeypatch, override):
         "backward",
         lambda runner, batch, *rest: measured.append(batch) or backward(runner, batch, *rest),
     )
-    training = worker.config.training.model_copy(update={"batch_size": "auto", "images_per_step": 6})
-    config = worker.config.model_copy(update={"training": training})
+    config = worker.config.changed({"training.batch_size": "auto", "training.images_per_step": 6})
     found = fit_batch.resolve_batch_size(config, worker.model, worker.runner, worker.data).training
     assert (found.batch_size, found.gradient_accumulation_steps, found.images_per_step) == (6, 1, None)
     assert {batch.num_images for batch in measured} == {1, 2}
@@ -95,7 +82,7 @@ def test_the_step_is_the_same_whatever_fits(make_config, monkeypatch):
     steps = []
     for available in (100 * GB, 0):
         monkeypatch.setattr(fit_batch, "available_bytes", lambda available=available: available)
-        worker = make_worker(make_config("training.images_per_step=4", batch_size="auto", output=f"run_{available}"))
+        worker = make_trainer(make_config("training.images_per_step=4", batch_size="auto", output=f"run_{available}"))
         training = worker.config.training
         assert (training.batch_size, training.gradient_accumulation_steps) == ((4, 1) if available else (1, 4))
         steps.append(recorded_step(worker))
@@ -103,25 +90,21 @@ def test_the_step_is_the_same_whatever_fits(make_config, monkeypatch):
         assert torch.allclose(steps[1].gradients[name], gradient, rtol=1e-3, atol=1e-6), name
 
 
-def test_all_workers_take_the_smallest(make_config, monkeypatch):
-    # This worker could take 6 images, another one 2, a third not even one.
-    worker = make_worker(make_config())
-    training = worker.config.training.model_copy(update={"batch_size": "auto", "images_per_step": 6})
-    config = worker.config.model_copy(update={"training": training})
+@pytest.mark.parametrize(("others", "size"), [([6, 6], 6), ([2, 3], 2), ([6, 0], None)])
+def test_all_workers_take_the_smallest(make_config, monkeypatch, others, size):
+    # This worker could take 6 images; one of the others takes fewer, or not even one.
+    worker = make_trainer(make_config())
+    config = worker.config.changed({"training.batch_size": "auto", "training.images_per_step": 6})
     monkeypatch.setattr(fit_batch, "_fitting_on_cpu", lambda backward, sizes, share: sizes[-1])
-    for others, size in (([6, 6], 6), ([2, 3], 2)):
-        calls = count()
-        monkeypatch.setattr(
-            distributed,
-            "gather_objects",
-            lambda value: [value] + (others if next(calls) else []),  # noqa: B023
-        )
-        found = fit_batch.resolve_batch_size(config, worker.model, worker.runner, worker.data).training
-        assert (found.batch_size, found.gradient_accumulation_steps) == (size, 6 // size)
-    calls = count()
-    monkeypatch.setattr(distributed, "gather_objects", lambda value: [value] + ([0] if next(calls) else []))
-    with pytest.raises(OutOfMemory, match="one image at a time"):
-        fit_batch.resolve_batch_size(config, worker.model, worker.runner, worker.data)
+    monkeypatch.setattr(
+        distributed, "gather_objects", lambda value: [value, *others] if isinstance(value, int) else [value]
+    )
+    if size is None:
+        with pytest.raises(OutOfMemory):
+            fit_batch.resolve_batch_size(config, worker.model, worker.runner, worker.data)
+        return
+    found = fit_batch.resolve_batch_size(config, worker.model, worker.runner, worker.data).training
+    assert (found.batch_size, found.gradient_accumulation_steps) == (size, 6 // size)
 
 
 def test_an_unknown_size_is_refused(make_config):

@@ -35,15 +35,15 @@ def test_errors_say_what_they_are_to_the_user(make_config):
     config = make_config("scaling.max_failures=3")
     # A mistake arrives as the cause of a failed controller, or of one that wraps another.
     mistake = UserError("no prompts")
-    assert on_ray._meaning(ray.train.ControllerError(ray.train.ControllerError(mistake)), config) is mistake
+    assert on_ray.as_user_error(ray.train.ControllerError(ray.train.ControllerError(mistake)), config) is mistake
     # A lost worker explains the errors of the others: no traceback is needed.
     both = ray.train.WorkerGroupError("...", {0: RuntimeError("connection closed by peer"), 1: LOST})
-    lost = on_ray._meaning(both, config)
+    lost = on_ray.as_user_error(both, config)
     assert isinstance(lost, RunFailed)
     assert "worker 1 was lost and scaling.max_failures=3" in str(lost)
     assert "killed by SIGKILL" in str(lost)
     # Anything else is a fault in the program, to be shown with its traceback.
-    fault = on_ray._meaning(ray.train.WorkerGroupError("...", {0: KeyError("masks")}), config)
+    fault = on_ray.as_user_error(ray.train.WorkerGroupError("...", {0: KeyError("masks")}), config)
     assert type(fault) is RuntimeError
     assert "masks" in str(fault)
 
@@ -62,7 +62,7 @@ def test_worker_that_does_not_see_the_run_folder_says_where_it_runs(make_config,
     # Hosts that do not share the output would train and leave nothing.
     payload = {"config": make_config(output="elsewhere").model_dump(mode="json"), "use_ray": True}
     with pytest.raises(UserError, match=rf"worker on host {on_ray.socket.gethostname()} does not see .*elsewhere"):
-        on_ray._worker_entry(payload)
+        on_ray.worker_entry(payload)
 
 
 def test_warnings_of_a_worker_go_where_the_user_looks(tmp_path: Path):

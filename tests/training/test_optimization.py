@@ -14,7 +14,7 @@ from sam3lora.training.optimization import (
     set_training_mode,
 )
 
-from .two_workers import make_worker
+from .two_workers import make_trainer
 
 
 def factors(schedule: str, total: int, warmup: int) -> list[float]:
@@ -83,7 +83,7 @@ def test_schedule_multiplies_each_peak():
 def test_component_rates_of_an_adapter(make_config):
     # training.component_learning_rates finds the component behind PEFT's names.
     config = make_config("training.component_learning_rates={detr_decoder: 1e-5}", learning_rate=1e-3)
-    worker = make_worker(config)
+    worker = make_trainer(config)
     names = {id(parameter): name for name, parameter in worker.model.named_parameters()}
     rates = {names[id(p)]: group["peak_lr"] for group in worker.optimizer.param_groups for p in group["params"]}
     assert any(".detr_decoder." in name for name in rates)
@@ -94,7 +94,7 @@ def test_component_rates_of_an_adapter(make_config):
 @pytest.mark.parametrize("model_dropout", [False, True])
 def test_dropout_of_the_adapter_only(make_config, model_dropout):
     # Unless model_dropout, SAM 3's own dropout is off in training while the adapter's is on.
-    model = make_worker(make_config("lora.dropout=0.5")).model
+    model = make_trainer(make_config("lora.dropout=0.5")).model
     set_training_mode(model, model_dropout=model_dropout)
     modes = {
         kind: {m.training for name, m in model.named_modules() if isinstance(m, nn.Dropout) and (kind in name)}
@@ -105,7 +105,7 @@ def test_dropout_of_the_adapter_only(make_config, model_dropout):
 
 def test_idle_adapters_are_named(make_config):
     # A module is idle when its B has no gradient or a zero one.
-    model = make_worker(make_config()).model
+    model = make_trainer(make_config()).model
     parameters = {name: p for name, p in model.named_parameters() if ".lora_B." in name}
     for parameter in parameters.values():
         parameter.grad = torch.ones_like(parameter)

@@ -15,12 +15,11 @@ from torch import Tensor
 
 from sam3lora.model.staged.forward import StagedSam3
 from sam3lora.training.launch import train
-from sam3lora.training.setup import Worker
 from sam3lora.training.step import StepCounts, TermSums
+from sam3lora.training.trainer import Trainer
 from sam3lora.training.update import optimizer_step
-from sam3lora.training.worker import validation_terms
 
-from .two_workers import make_worker, recorded_step
+from .two_workers import make_trainer, recorded_step
 
 TEXT_TOO = "lora.apply_to_text_encoder=true"
 VISION_FROZEN = "lora.apply_to_vision_encoder=false"
@@ -36,18 +35,18 @@ def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]
         assert error <= 1e-5 * largest + rounding, f"{name} is off by {error:.3g} of {largest:.3g}"
 
 
-def first_batch(worker: Worker):
-    return next(worker.batches.training_batches(0, 0))
+def first_batch(trainer: Trainer):
+    return next(trainer.batches.training_batches(0, 0))
 
 
-def gradients_of(worker: Worker, max_prompts: int) -> tuple[dict[str, Tensor], dict[str, float]]:
-    batch = first_batch(worker)
-    worker.runner.max_prompts = max_prompts
-    worker.model.zero_grad(set_to_none=True)
-    total, terms = worker.runner.backward(batch, StepCounts.of([batch]).normalizer())
+def gradients_of(trainer: Trainer, max_prompts: int) -> tuple[dict[str, Tensor], dict[str, float]]:
+    batch = first_batch(trainer)
+    trainer.runner.max_prompts = max_prompts
+    trainer.model.zero_grad(set_to_none=True)
+    total, terms = trainer.runner.backward(batch, StepCounts.of([batch]).normalizer())
     gradients = {
         name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
-        for name, parameter in worker.model.named_parameters()
+        for name, parameter in trainer.model.named_parameters()
         if parameter.requires_grad
     }
     return gradients, {"total": total.item(), **{name: value.item() for name, value in terms.items()}}
@@ -56,7 +55,7 @@ def gradients_of(worker: Worker, max_prompts: int) -> tuple[dict[str, Tensor], d
 @pytest.mark.parametrize("override", ["lora.rank=4", TEXT_TOO, VISION_FROZEN], ids=["vision", "text", "frozen"])
 def test_chunks_of_prompts(make_config, override):
     # One, two, three or all prompts at a time: the towers that the chunks share get the sum of their gradients.
-    worker = make_worker(make_config(override, num_negatives=-1))
+    worker = make_trainer(make_config(override, num_negatives=-1))
     num_queries = first_batch(worker).num_queries
     assert num_queries >= 5
     expected, expected_terms = gradients_of(worker, num_queries)
@@ -67,8 +66,8 @@ def test_chunks_of_prompts(make_config, override):
 
 
 def test_chunks_with_boxes_only(make_config, monkeypatch):
-    # A chunk without any mask asks for none, and the rest is unaffected.
-    worker = make_worker(make_config())
+    # A chunk without masks computes no mask terms; the other terms are the same.
+    worker = make_trainer(make_config())
     decode = type(worker.batches).training_batches
 
     def without_masks(*arguments):
@@ -88,7 +87,7 @@ def test_accumulation_equals_the_large_batch(make_config):
     steps = []
     for batch_size, accumulation in ((4, 1), (2, 2), (1, 4)):
         config = make_config(NO_CLIPPING, batch_size=batch_size, gradient_accumulation_steps=accumulation)
-        steps.append(recorded_step(make_worker(config)))
+        steps.append(recorded_step(make_trainer(config)))
     for step in steps[1:]:
         assert step.image_ids == steps[0].image_ids
         assert_same_gradients(step.gradients, steps[0].gradients)
@@ -97,7 +96,7 @@ def test_accumulation_equals_the_large_batch(make_config):
 
 def test_gradients_are_clipped_to_the_limit(make_config):
     # max_grad_norm bounds the norm over all parameters together, without turning the gradient.
-    free, clipped = (recorded_step(make_worker(make_config(max_grad_norm=limit))).gradients for limit in (1e9, 0.01))
+    free, clipped = (recorded_step(make_trainer(make_config(max_grad_norm=limit))).gradients for limit in (1e9, 0.01))
     norm = torch.cat([gradient.flatten() for gradient in free.values()]).norm()
     assert norm > 0.1
     assert_same_gradients({name: gradient * (norm / 0.01) for name, gradient in clipped.items()}, free)
@@ -131,8 +130,8 @@ def test_two_workers_equal_one(make_config, two_workers):
     # Two workers of 2 images have the gradients, terms and validation loss of one worker of 4 images; and where one
     # of them meets a loss that is not finite, both stop before their weights part.
     reports, gradients = two_workers(make_config(NO_CLIPPING, output="two", batch_size=2))
-    alone = make_worker(make_config(NO_CLIPPING, output="one", batch_size=4))
-    step, valid = recorded_step(alone), validation_terms(alone)
+    alone = make_trainer(make_config(NO_CLIPPING, output="one", batch_size=4))
+    step, valid = recorded_step(alone), alone.validator.loss_terms()
     assert reports[0]["image_ids"] + reports[1]["image_ids"] == step.image_ids
     for rank in (0, 1):
         assert_same_gradients(gradients[rank], step.gradients)
@@ -166,7 +165,7 @@ def test_frozen_text_is_encoded_once_a_run(make_config, encoded):
 
 def test_learning_text_is_encoded_once_a_batch(make_config, encoded):
     # An adapted text tower is run for every batch, once for each distinct prompt in it.
-    worker = make_worker(make_config(TEXT_TOO, num_negatives=-1))
+    worker = make_trainer(make_config(TEXT_TOO, num_negatives=-1))
     batch = first_batch(worker)
     gradients_of(worker, 1)
     assert encoded["text_passes"] == 1
@@ -176,7 +175,7 @@ def test_learning_text_is_encoded_once_a_batch(make_config, encoded):
 @pytest.mark.parametrize("frozen", [True, False])
 def test_frozen_vision_keeps_no_graph(make_config, monkeypatch, frozen):
     # Without a vision adapter nothing of the tower is kept for the backward pass; with one, its graph is there.
-    worker = make_worker(make_config("training.feature_cache=false", *[VISION_FROZEN] * frozen))
+    worker = make_trainer(make_config("training.feature_cache=false", *[VISION_FROZEN] * frozen))
     maps = []
     original = StagedSam3.encode_images
 
@@ -191,7 +190,7 @@ def test_frozen_vision_keeps_no_graph(make_config, monkeypatch, frozen):
 
 def test_evaluation_has_the_terms_of_training(make_config):
     # The same batch gives the same terms with and without gradients, in any number of chunks.
-    worker = make_worker(make_config())
+    worker = make_trainer(make_config())
     batch = first_batch(worker)
     _, trained = gradients_of(worker, 100)
     worker.runner.max_prompts = 2
@@ -203,25 +202,25 @@ def test_evaluation_has_the_terms_of_training(make_config):
 
 def test_validation_is_without_dropout(make_config):
     # The same weights give the same validation loss, whatever the seed, also after a training step, where dropout acts.
-    worker = make_worker(make_config("lora.dropout=0.5"))
+    worker = make_trainer(make_config("lora.dropout=0.5"))
     worker.optimizer.step = lambda: None
-    first = validation_terms(worker).means()
+    first = worker.validator.loss_terms().means()
     terms = []
     for worker.state.step in (0, 1):  # the seed of dropout
         batch = first_batch(worker)
         terms.append(optimizer_step(worker, [batch])[0])
-        assert validation_terms(worker).means() == first
+        assert worker.validator.loss_terms().means() == first
     assert terms[0] != pytest.approx(terms[1], rel=1e-3)
 
 
 def test_checkpointing_and_bfloat16_reach_the_loss(make_config):
     # Both are on by one key each: checkpointing changes nothing, bfloat16 little.
-    plain, _ = gradients_of(make_worker(make_config()), 2)
-    worker = make_worker(make_config("training.gradient_checkpointing=true"))
+    plain, _ = gradients_of(make_trainer(make_config()), 2)
+    worker = make_trainer(make_config("training.gradient_checkpointing=true"))
     worker.model.train()
     recomputed, _ = gradients_of(worker, 2)
     assert_same_gradients(recomputed, plain)
-    half, _ = gradients_of(make_worker(make_config("training.mixed_precision=bf16")), 2)
+    half, _ = gradients_of(make_trainer(make_config("training.mixed_precision=bf16")), 2)
     ours, theirs = (torch.cat([gradient.flatten() for gradient in all_.values()]) for all_ in (half, plain))
     assert not torch.equal(ours, theirs)
     assert torch.cosine_similarity(ours, theirs, dim=0) > 0.95
@@ -229,9 +228,9 @@ def test_checkpointing_and_bfloat16_reach_the_loss(make_config):
 
 def test_term_sums_are_means_over_steps():
     # By hand: 10 boxes of loss 0.5 and 30 of 0.1 have the mean 0.2; presence counts queries, semantic its own.
-    from sam3lora.losses import LossWeights
+    from sam3lora.losses import LossSection
 
-    sums = TermSums(LossWeights())
+    sums = TermSums(LossSection().by_term())
     sums.add({"loss_bbox": 0.5, "presence_loss": 1.0, "loss_semantic_dice": 0.5}, StepCounts(2, 10, 1))
     sums.add({"loss_bbox": 0.1, "presence_loss": 0.0, "loss_semantic_dice": 0.0}, StepCounts(6, 30, 0))
     expected = {"loss_bbox": 0.2, "presence_loss": 0.25, "loss_semantic_dice": 0.5}

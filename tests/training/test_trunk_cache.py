@@ -14,7 +14,7 @@ from sam3lora.data import array_store
 from sam3lora.training.features import trunk_cache
 
 from .feature_cases import BF16, FROZEN, INT8, LAST_LAYER, OFF, ON_DISK, arrays, assert_equal, counts_of, step_of
-from .two_workers import make_worker
+from .two_workers import make_trainer
 
 
 def feature_files(folder: Path) -> list[Path]:
@@ -27,7 +27,7 @@ def batch_of(worker):
 
 @pytest.mark.parametrize("limit_gb", ["1.0", "0"])
 def test_features_in_memory_need_no_file(make_config, cache_folder, limit_gb):
-    worker = make_worker(make_config(FROZEN, f"training.cache_memory_gb={limit_gb}"))
+    worker = make_trainer(make_config(FROZEN, f"training.cache_memory_gb={limit_gb}"))
     expected, _ = step_of(worker)
     for file in feature_files(cache_folder):
         file.unlink()
@@ -37,17 +37,17 @@ def test_features_in_memory_need_no_file(make_config, cache_folder, limit_gb):
 
 
 def test_what_the_disk_has_no_room_for_stays_in_memory(make_config, cache_folder):
-    worker = make_worker(make_config(FROZEN, "training.cache_gb=1e-6"))
+    worker = make_trainer(make_config(FROZEN, "training.cache_gb=1e-6"))
     assert [step_of(worker) and counts_of(worker) for _ in range(2)] == [(2, 0), (2, 2)]
     assert arrays(cache_folder) == []
 
 
 def test_a_run_that_reads_no_file_still_counts_as_using_the_store(make_config, cache_folder, monkeypatch):
-    worker = make_worker(make_config(FROZEN))
+    worker = make_trainer(make_config(FROZEN))
     step_of(worker)
     batch = batch_of(worker)
     for module in (trunk_cache, array_store):
-        monkeypatch.setattr(module, "_SECONDS_BETWEEN_SIGNS", 0.0)
+        monkeypatch.setattr(module, "_SECONDS_BETWEEN_TOUCHES", 0.0)
     [*runs] = (cache_folder / "runs").iterdir()
     for run in runs:
         os.utime(run, (1, 1))
@@ -58,8 +58,8 @@ def test_a_run_that_reads_no_file_still_counts_as_using_the_store(make_config, c
 
 def test_read_ahead_of_use(make_config, cache_folder):
     # The files may go once they are read; what was read only for a batch goes with it.
-    step_of(make_worker(make_config(FROZEN)))
-    worker = make_worker(make_config(FROZEN, ON_DISK))
+    step_of(make_trainer(make_config(FROZEN)))
+    worker = make_trainer(make_config(FROZEN, ON_DISK))
     images, batch = worker.runner.images, batch_of(worker)
     images.load_ahead(batch)
     for file in feature_files(cache_folder):
@@ -67,7 +67,7 @@ def test_read_ahead_of_use(make_config, cache_folder):
     with torch.no_grad():
         first = images.of_batch(batch)
     assert counts_of(worker) == (0, 2)
-    plain = make_worker(make_config(FROZEN, OFF))
+    plain = make_trainer(make_config(FROZEN, OFF))
     with torch.no_grad():
         expected = plain.runner.images.of_batch(batch_of(plain))
     for one, other in zip(first.maps_ICHW, expected.maps_ICHW, strict=True):
@@ -84,8 +84,8 @@ def test_read_ahead_of_use(make_config, cache_folder):
 @pytest.mark.parametrize("overrides", [[FROZEN, BF16], [LAST_LAYER]], ids=["frozen-autocast", "last-layer"])
 def test_int8_is_close(make_config, cache_folder, overrides):
     # Losses within 1 %, gradients within an angle of 0.1; the same whether made or read.
-    exact, exact_terms = step_of(make_worker(make_config(*overrides, OFF)))
-    worker = make_worker(make_config(*overrides, INT8, ON_DISK))
+    exact, exact_terms = step_of(make_trainer(make_config(*overrides, OFF)))
+    worker = make_trainer(make_config(*overrides, INT8, ON_DISK))
     made, made_terms = step_of(worker)
     read, read_terms = step_of(worker)
     assert counts_of(worker) == (2, 2)

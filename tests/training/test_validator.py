@@ -14,9 +14,8 @@ from sam3lora.evaluation.ask.run import evaluate
 from sam3lora.model.staged.forward import StagedSam3
 from sam3lora.training import validator as module
 from sam3lora.training.validator import LOGGED, evaluation_settings, validation_metrics
-from sam3lora.training.worker import save
 
-from .two_workers import make_worker
+from .two_workers import make_trainer
 
 BF16 = "training.mixed_precision=bf16"
 
@@ -56,25 +55,16 @@ def without_objects_in_the_first_image(content: dict) -> None:
     content["annotations"] = [a for a in content["annotations"] if a["image_id"] != first]
 
 
-@pytest.fixture
-def sam3_pixels(lively_base, tmp_path) -> Path:
-    """`lively_base` with the pixel mean of SAM 3, which training takes for granted."""
-    folder = shutil.copytree(lively_base, tmp_path / "sam3")
-    file = folder / "processor_config.json"
-    file.write_text(file.read_text().replace("[0.4, 0.5, 0.6]", "[0.5, 0.5, 0.5]"))
-    return folder
-
-
-def test_numbers_are_those_of_validate(make_config, sam3_pixels, scenes, tmp_path):
-    # The adapter in memory and the one on disk, also with an image that has no loss, a negative prompt, and a prompt
-    # for a name in another case.
+def test_numbers_are_those_of_validate(make_config, scenes, tmp_path):
+    # The adapter in memory and the one on disk. The base has its own pixel mean, an image has no loss, one prompt is
+    # negative, and another is for a name in another case.
     data_dir = rewritten(scenes, tmp_path / "data", only_crowds_in_the_first_image)
     words = ("data.prompts={GEAR: cog wheel}", "data.negative_prompts=[zebra]")
-    config = make_config(f"model.name={sam3_pixels}", *words, data_dir=str(data_dir), num_negatives=0)
-    worker = make_worker(config)
-    ours = validation_metrics(worker)
-    save(worker)
-    theirs = evaluate(data_dir, adapter=worker.output_dir / "last", settings=evaluation_settings(config), device="cpu")
+    config = make_config(*words, data_dir=str(data_dir), num_negatives=0)
+    trainer = make_trainer(config)
+    ours = validation_metrics(trainer)
+    trainer.save()
+    theirs = evaluate(data_dir, adapter=trainer.output_dir / "last", settings=evaluation_settings(config), device="cpu")
     assert ours == pytest.approx({name: getattr(theirs, name) for name in LOGGED}, rel=1e-6)
     assert 0 < ours["presence_accuracy"] < 1
 
@@ -82,22 +72,22 @@ def test_numbers_are_those_of_validate(make_config, sam3_pixels, scenes, tmp_pat
 def test_images_without_a_loss_are_measured(make_config, scenes, tmp_path, asked):
     # Absence is not known and nothing is listed as absent: an image without objects has no loss, but can be wrong.
     data_dir = rewritten(scenes, tmp_path / "data", without_objects_in_the_first_image)
-    worker = make_worker(make_config("data.exhaustive=false", data_dir=str(data_dir), num_negatives=0))
-    assert len(worker.data.valid) == 2
-    validation_metrics(worker)
+    trainer = make_trainer(make_config("data.exhaustive=false", data_dir=str(data_dir), num_negatives=0))
+    assert len(trainer.data.valid) == 2
+    validation_metrics(trainer)
     assert [num_images for num_images, _ in asked] == [3]
 
 
 def test_negative_prompts_are_measured(make_config, asked):
     # What must not be found is asked after the split's categories; a category's name in another case is no new prompt.
-    validation_metrics(make_worker(make_config("data.negative_prompts=[zebra, Gear]")))
+    validation_metrics(make_trainer(make_config("data.negative_prompts=[zebra, Gear]")))
     assert asked == [(3, ["gear", "arrow", "capsule", "zebra"])]
 
 
 def test_split_without_objects_is_asked_what_training_asks(make_config, scenes, tmp_path, asked):
     # There are no names in it to ask for, but there are false alarms to count.
     data_dir = rewritten(scenes, tmp_path / "data", lambda content: content.update(annotations=[]))
-    found = validation_metrics(make_worker(make_config(data_dir=str(data_dir))))
+    found = validation_metrics(make_trainer(make_config(data_dir=str(data_dir))))
     assert asked == [(3, ["gear", "arrow", "bolt", "capsule"])]
     assert found["map"] is None
     assert found["presence_accuracy"] is not None
@@ -106,7 +96,7 @@ def test_split_without_objects_is_asked_what_training_asks(make_config, scenes, 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_precision_is_that_of_the_run(make_config, monkeypatch, bf16):
     # The detector sees images as in the run's forward; kept text features have the precision of the weights.
-    worker = make_worker(make_config(*[BF16] * bf16))
+    trainer = make_trainer(make_config(*[BF16] * bf16))
     seen = set()
     detect = StagedSam3.detect
 
@@ -115,23 +105,23 @@ def test_precision_is_that_of_the_run(make_config, monkeypatch, bf16):
         return detect(staged, vision, text, *others, **options)
 
     monkeypatch.setattr(StagedSam3, "detect", spy)
-    validation_metrics(worker)
+    validation_metrics(trainer)
     assert seen == {(torch.bfloat16 if bf16 else torch.float32, torch.float32)}
 
 
 def test_prompts_of_another_case_are_encoded_before_the_first_batch(make_config, monkeypatch):
     # The words for a category are found by whatever case its name is written in, so no batch waits for the text tower.
-    worker = make_worker(make_config("data.prompts={GEAR: cog wheel}", num_negatives=-1))
-    assert "cog wheel" in worker.data.prompts
-    assert "gear" not in map(prompt_key, worker.data.prompts)
-    assert worker.metadata.prompts == list(worker.data.prompts)
-    batch = next(worker.batches.training_batches(0, 0))
-    assert {*batch.prompts_B} == {*worker.runner.text.kept()}
+    trainer = make_trainer(make_config("data.prompts={GEAR: cog wheel}", num_negatives=-1))
+    assert "cog wheel" in trainer.data.prompts
+    assert "gear" not in map(prompt_key, trainer.data.prompts)
+    assert trainer.metadata.prompts == list(trainer.data.prompts)
+    batch = next(trainer.batches.training_batches(0, 0))
+    assert {*batch.prompts_B} == {*trainer.runner.text.kept()}
 
 
 def test_features_kept_under_autocast_have_the_precision_of_the_weights(make_config):
     # A prompt that is first seen in a bfloat16 forward is kept as one that was encoded before it.
-    bank = make_worker(make_config(BF16)).runner.text
+    bank = make_trainer(make_config(BF16)).runner.text
     with torch.autocast("cpu", dtype=torch.bfloat16):
         features, _ = bank.features(["zebra"])
     assert features.embeds_PTC.dtype == torch.float32

@@ -14,9 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sam3lora.config import Config, load_config
-from sam3lora.training.setup import Worker, set_up
+from sam3lora.training.trainer import Trainer
 from sam3lora.training.update import NonFiniteLoss, optimizer_step
-from sam3lora.training.worker import validation_terms
 
 
 @dataclass
@@ -28,45 +27,45 @@ class RecordedStep:
     image_ids: list[int]
 
 
-def make_worker(config: Config) -> Worker:
+def make_trainer(config: Config) -> Trainer:
     """A worker whose adapter has learned something: with B = 0 the gradient of A is zero."""
     folder = Path(config.output.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    worker = set_up(config, folder, use_ray=False)
+    trainer = Trainer(config, folder, use_ray=False)
     generator = torch.Generator().manual_seed(2)
-    for name, parameter in worker.model.named_parameters():
+    for name, parameter in trainer.model.named_parameters():
         if ".lora_B." in name:
             parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
-    return worker
+    return trainer
 
 
-def recorded_step(worker: Worker) -> RecordedStep:
+def recorded_step(trainer: Trainer) -> RecordedStep:
     """The first step of the run, recorded where the optimizer would move the weights."""
     gradients: dict[str, Tensor] = {}
 
     def record() -> None:
-        for name, parameter in worker.model.named_parameters():
+        for name, parameter in trainer.model.named_parameters():
             if parameter.requires_grad:
                 gradients[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
 
-    worker.optimizer.step = record
-    group = list(islice(worker.batches.training_batches(0, 0), worker.config.training.gradient_accumulation_steps))
-    terms, _, _ = optimizer_step(worker, group)
+    trainer.optimizer.step = record
+    group = list(islice(trainer.batches.training_batches(0, 0), trainer.config.training.gradient_accumulation_steps))
+    terms, _, _ = optimizer_step(trainer, group)
     return RecordedStep(gradients, terms, [number for batch in group for number in batch.image_ids.tolist()])
 
 
 def main(config_file: str, rank: int, scratch: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{scratch / 'rendezvous'}", rank=rank, world_size=2)
-    worker = make_worker(load_config(config_file))
-    step = recorded_step(worker)
+    trainer = make_trainer(load_config(config_file))
+    step = recorded_step(trainer)
     save_file(step.gradients, scratch / f"gradients_{rank}.safetensors")
-    valid = validation_terms(worker)
+    valid = trainer.validator.loss_terms()
     report = {"terms": step.terms, "image_ids": step.image_ids, "valid": valid.means(), "valid_loss": valid.loss()}
 
     # Only the second worker meets a loss that is not finite.
     if rank == 1:
-        criterion = worker.runner.criterion
+        criterion = trainer.runner.criterion
 
         def broken(*arguments):
             output = criterion(*arguments)
@@ -74,9 +73,9 @@ def main(config_file: str, rank: int, scratch: Path) -> None:
             return output
 
         broken.weights, broken.begin = criterion.weights, criterion.begin
-        worker.runner.criterion = broken
+        trainer.runner.criterion = broken
     try:
-        recorded_step(worker)
+        recorded_step(trainer)
     except NonFiniteLoss as error:
         report["failure"] = str(error)
     (scratch / f"report_{rank}.json").write_text(json.dumps(report))

@@ -6,14 +6,14 @@ import pytest
 
 from sam3lora.config import Config, load_config
 from sam3lora.errors import UserError
-from sam3lora.model.adapter.lora_layers import LoraSettings, apply_lora, count_parameters
+from sam3lora.model.adapter.lora_layers import apply_lora, count_parameters
 from sam3lora.model.parameter_counts import count_on_full_size
 from sam3lora.tune.estimate.parameter_budget import count_trainable, meta_model
 
 
 def as_peft_makes_it(config: Config) -> int:
     model = meta_model.__wrapped__(config.model.name, None, False)
-    settings = LoraSettings.from_mapping(config.lora.model_dump())
+    settings = config.lora.settings
     return count_parameters(apply_lora(model, settings, geometry_cls=config.model.geometry_cls)).trainable
 
 
@@ -37,7 +37,7 @@ def test_the_count_is_that_of_peft_on_the_tiny_model(overrides):
 @pytest.mark.parametrize("preset", ["light", "full"])
 def test_the_count_is_that_of_peft_on_the_full_size(preset):
     config = load_config(preset)
-    counted = count_on_full_size(LoraSettings.from_mapping(config.lora.model_dump()))
+    counted = count_on_full_size(config.lora.settings)
     assert count_trainable(config) == counted.trainable
 
 

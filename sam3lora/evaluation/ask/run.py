@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.data.coco import ANNOTATION_FILE, CocoIndex
@@ -22,6 +20,7 @@ from sam3lora.evaluation.settings import EvaluationSettings
 from sam3lora.evaluation.split_results import SplitResults
 from sam3lora.model.adapter.folder import read_metadata
 from sam3lora.model.adapter.metadata import current_versions
+from sam3lora.progress import Progress
 
 
 def evaluate(
@@ -125,13 +124,12 @@ def evaluate_models(
     batches = [records[start : start + size] for start in range(0, len(records), size)]
     parts: dict[str, list[SplitResults]] = {label: [] for label in models.labels}
     facts: dict[str, Any] = {}
-    with progress_bar(progress) as bar:
-        task = bar.add_task(f"asking {len(categories)} prompts", total=len(records))
+    with progress_of(progress, len(records), "images", f"{len(categories)} prompts each") as bar:
         for results, of_worker in ask_batches(make_worker, batches, num_workers, models, address):
             facts = of_worker
             for label, part in results.items():
                 parts[label].append(part)
-            bar.advance(task, _num_images(results))
+            bar.advance(_num_images(results))
     truth = build_ground_truth(index, categories)
     seconds = time.perf_counter() - started
     image_ids = [record["image_id"] for record in records]
@@ -240,8 +238,7 @@ def _num_images(results: Mapping[str, SplitResults]) -> int:
     return max((len({image for image, _ in part.presence}) for part in results.values()), default=0)
 
 
-def progress_bar(visible: bool) -> Progress:
-    """On stderr, where a person looks on."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    return Progress(*columns, console=console, transient=True, disable=not (visible and console.is_terminal))
+def progress_of(visible: bool, total: int, unit: str, note: str = "") -> Progress:
+    """A bar on standard error while the work goes on; nothing in a log."""
+    on_terminal = visible and sys.stderr.isatty()
+    return Progress(total, unit, style="bar" if on_terminal else "off", note=note, stderr=True, transient=True)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.data.coco import load_coco_json
 from sam3lora.errors import UserError
-from sam3lora.evaluation.ask.run import ask_batches, progress_bar
+from sam3lora.evaluation.ask.run import ask_batches, progress_of
 from sam3lora.evaluation.ask.worker import EvaluationWorker, Models, adapter_of
 from sam3lora.evaluation.metrics.cgf1 import SCORE_THRESHOLD
 from sam3lora.evaluation.settings import EvaluationSettings
@@ -72,12 +72,11 @@ def ask_saco(
     batches = [records[start : start + size] for start in range(0, len(records), size)]
     results: dict[str, list[dict[str, Any]]] = {label: [] for label in models.labels}
     sizes_hw = {id_: (record["height"], record["width"]) for record in records for id_, _ in record["phrases"]}
-    with progress_bar(progress) as bar:
-        task = bar.add_task("asking phrases", total=len(sizes_hw))
+    with progress_of(progress, len(sizes_hw), "phrases") as bar:
         for answers, _ in ask_batches(make_worker, batches, num_workers, models, address):
             for label, part in answers.items():
                 results[label] += [_relative(entry, sizes_hw[entry["image_id"]]) for entry in part.predictions]
-            bar.advance(task, max((len(part.presence) for part in answers.values()), default=0))
+            bar.advance(max((len(part.presence) for part in answers.values()), default=0))
     for entries in results.values():
         entries.sort(key=lambda entry: entry["image_id"])
     return SacoResults(results, set(sizes_hw))

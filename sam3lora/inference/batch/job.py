@@ -23,10 +23,10 @@ from sam3lora.errors import RunFailed, UserError
 from sam3lora.inference.batch.image_list import ImageSource, choose_categories, common_folder, list_images
 from sam3lora.inference.batch.merge import write_bad_images, write_dataset, write_predictions
 from sam3lora.inference.batch.output_folder import BAD_IMAGES, DATASET, PREDICTIONS, open_output, read_parts
-from sam3lora.inference.batch.progress import BatchProgress
 from sam3lora.inference.batch.worker import ModelChoice, ShardWorker, WorkerSettings
 from sam3lora.model.adapter.folder import CONFIG_FILE, WEIGHTS_FILE, is_adapter_folder, read_metadata
 from sam3lora.model.adapter.metadata import recorded_post_processing
+from sam3lora.progress import Progress
 
 _BATCHES_PER_SHARD = 4  # what is done again after a crash, against the number of files
 _MOST_CPUS = 4  # of a worker: so that reading images keeps up with the model
@@ -133,10 +133,14 @@ def predict_batch(
             cpus = max(os.cpu_count() or 1, num_workers or 1)
             with (
                 ray_session(address, num_cpus=cpus),
-                BatchProgress(len(images), len(images) - len(pending), progress) as bar,
+                Progress(
+                    len(images), done_before=len(images) - len(pending), style="auto" if progress else "off"
+                ) as bar,
             ):
+                num_bad = 0
                 for counts in _run(pending, settings, num_workers, use_gpu):
-                    bar.add(counts["num_images"], counts["num_bad"])
+                    num_bad += counts["num_bad"]
+                    bar.advance(counts["num_images"], note=f"{num_bad} bad" if num_bad else None)
 
         finished = read_parts(output)
         if lost := [image.path for image in images if image.path not in finished.places]:

@@ -7,17 +7,14 @@ DoRA: https://arxiv.org/abs/2402.09353.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from sam3lora.errors import UserError
+from sam3lora.config.lora import LoraSettings
 from sam3lora.model.adapter.folder import load_adapter, save_adapter
 from sam3lora.model.adapter.targets import select_modules
-from sam3lora.model.components import COMPONENTS, adapted_modules
+from sam3lora.model.components import adapted_modules
 from sam3lora.model.parameter_counts import ParameterTable, count_parameters
 
 __all__ = [
@@ -29,50 +26,6 @@ __all__ = [
     "load_adapter",
     "save_adapter",
 ]
-
-DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """What to adapt and how. The update is ``alpha / rank * B A x`` (``alpha / sqrt(rank)`` with rsLoRA).
-
-    ``components`` None means the whole model, whatever it is; ``target_modules`` and ``vision_last_layers`` are
-    explained in :func:`sam3lora.model.adapter.targets.select_modules`.
-    """
-
-    rank: int = 16
-    alpha: float = 32
-    dropout: float = 0.1
-    target_modules: tuple[str, ...] = DEFAULT_TARGETS
-    components: tuple[str, ...] | None = ("vision_encoder",)
-    vision_last_layers: int | None = None
-    use_rslora: bool = False
-    use_dora: bool = False
-
-    def __post_init__(self) -> None:
-        if isinstance(self.target_modules, str) or isinstance(self.components, str):
-            raise UserError("target_modules and components must be lists of names, got a single string")
-        object.__setattr__(self, "target_modules", tuple(self.target_modules))
-        if self.components is not None:
-            object.__setattr__(self, "components", tuple(self.components))
-        if self.rank < 1:
-            raise UserError(f"lora.rank must be at least 1, got {self.rank}")
-        if self.alpha <= 0:
-            raise UserError(f"lora.alpha must be positive, got {self.alpha}")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"lora.dropout must be at least 0 and below 1, got {self.dropout}")
-
-    @classmethod
-    def from_mapping(cls, lora: Mapping[str, Any]) -> LoraSettings:
-        """From the keys of a ``lora`` section, where each component has a flag ``apply_to_<component>``."""
-        names = {name for name in cls.__dataclass_fields__ if name != "components"}
-        components = tuple(component for component in COMPONENTS if lora.get(f"apply_to_{component}"))
-        return cls(components=components, **{name: lora[name] for name in names if lora.get(name) is not None})
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values; ``LoraSettings(**values)`` gives the settings back."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
 def apply_lora(model: nn.Module, settings: LoraSettings, *, geometry_cls: bool = True) -> PeftModel:

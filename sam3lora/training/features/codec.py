@@ -1,4 +1,4 @@
-"""How the tokens of an image are kept: as they are, or in 8 bits.
+"""`FeatureForm`: the form in which the tokens of an image are cached, exact or in 8 bits.
 
 Shapes: ``S`` tokens, ``C`` channels, ``G`` blocks of channels.
 """
@@ -16,11 +16,11 @@ _BLOCK = 64  # channels that share a scale
 
 @dataclass(frozen=True)
 class FeatureForm:
-    """Tokens (S, C) of a type to what is kept of them, and back.
+    """Converts tokens (S, C) to their cached form and back.
 
     ``int8`` keeps x as round(x / s) with s = max|x| / 127 over blocks of 64 channels of a token (over the whole token
-    where 64 does not divide them): a channel of much larger values, as ViTs have, makes only its own block coarse. A
-    row is the C numbers and then the bytes of its G float32 scales, C + C / 16 bytes.
+    where 64 does not divide them). So a channel with much larger values, as ViTs have, makes only its own block coarse.
+    A row is the C numbers and then the bytes of its G float32 scales, C + C / 16 bytes.
 
     Args:
         shape_SC: Of the tokens of an image.
@@ -43,12 +43,12 @@ class FeatureForm:
 
     @property
     def num_bytes(self) -> int:
-        """That are kept of an image."""
+        """Bytes kept for an image."""
         rows, columns = self.kept_shape
         return rows * columns * self.kept_dtype.itemsize
 
     def pack(self, tokens_SC: Tensor) -> Tensor:
-        """What is kept of tokens, on the CPU."""
+        """The cached form of tokens, on the CPU."""
         if not self.int8:
             return tokens_SC.to(self.dtype).cpu()
         blocks = tokens_SC.float().unflatten(1, (self._num_blocks, -1))
@@ -66,11 +66,11 @@ class FeatureForm:
         return values.float().mul_(scales_SG.unsqueeze(2)).flatten(1).to(self.dtype)
 
     def to_array(self, kept: Tensor) -> np.ndarray:
-        """For a store: NumPy has no bfloat16, so its bits go as uint16."""
+        """An array for a store. NumPy has no bfloat16, so its bits are stored as uint16."""
         return (kept.view(torch.uint16) if kept.dtype == torch.bfloat16 else kept).numpy()
 
     def from_array(self, array: np.ndarray) -> Tensor | None:
-        """What was kept; None if the array is of another shape or type."""
+        """The cached form from a stored array; None if its shape or type is wrong."""
         kept = torch.from_numpy(array)
         if kept.dtype == torch.uint16:
             kept = kept.view(torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Images to feature maps, from what is kept of them where the vision trunk, or the first part of it, is frozen."""
+"""`ImageEncoder`: feature maps of images, from the cache where the first layers of the vision trunk are frozen."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from sam3lora.config import Config
-from sam3lora.data.array_store import ArrayStore
+from sam3lora.data.array_store import ArrayStore, digest
 from sam3lora.data.batch import Batch, to_pixel_values
 from sam3lora.data.sample import DecodeSettings, feature_key, read_frame
 from sam3lora.errors import UserError
 from sam3lora.model.components import adapted_modules
+from sam3lora.model.loading import LoadedBase
 from sam3lora.model.staged.forward import StagedSam3, VisionFeatures
 from sam3lora.training.datasets import RunData
 from sam3lora.training.features.trunk_cache import TrunkCache, what_changes_the_trunk
@@ -28,43 +29,47 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ImageEncoder:
-    """Feature maps of a run's images, and what they took.
+    """Computes the feature maps of a run's images and counts how many came from the cache.
 
     Args:
         staged: The model.
         device: Its device.
         trainable: Whether the vision encoder carries an adapter; without one no graph is kept.
         settings: How single images are read, without augmentation.
-        trunk: What is kept of the trunk's frozen part, or None.
-        vision_passes: Images that went through the trunk, or its frozen part where that is kept.
-        features_loaded: Images that did not have to.
+        image_mean: Of the base, per channel, of pixels in [0, 1].
+        image_std: Of the base, per channel.
+        trunk: The cached outputs of the trunk's frozen part, or None.
+        vision_passes: Images that went through the trunk, or through its frozen part where that is cached.
+        features_loaded: Images whose cached features were used instead.
     """
 
     staged: StagedSam3
     device: torch.device
     trainable: bool
     settings: DecodeSettings
+    image_mean: Sequence[float]
+    image_std: Sequence[float]
     trunk: TrunkCache | None = None
     vision_passes: int = 0
     features_loaded: int = 0
 
     def of_batch(self, batch: Batch) -> VisionFeatures:
-        """Features of a batch's images; which of them are kept, the batch says."""
+        """Features of a batch's images; its keys tell which of them are cached."""
         if self.trunk is None or not any(batch.feature_keys_I):
-            return self._encode(batch.pixel_values(self.device, self._dtype))
+            return self._encode(self.pixel_values(batch.images_NHWC))
         row_of = {image: row for row, image in enumerate(batch.image_rows_N.tolist())}
 
         def frame(image: int) -> np.ndarray:
             if image in row_of:
-                return batch.images_NHWC[row_of[image]].numpy()
+                return batch.images_NHWC[row_of[image]]
             height, width = batch.original_sizes_hw[image].tolist()
             record = {"path": batch.paths[image], "height": height, "width": width}
-            return read_frame(record, self.settings)[0]  # kept when the batch was made, gone by now
+            return read_frame(record, self.settings)[0]  # cached when the batch was made, but removed since
 
         return self._from_trunk(self.trunk, batch.feature_keys_I, frame)
 
     def load_ahead(self, batch: Batch) -> None:
-        """Read what is kept of a batch's images, so that `of_batch` finds it in memory; for another thread to call."""
+        """Read the cached features of a batch's images into memory for `of_batch`; another thread may call this."""
         if self.trunk is not None:
             self.trunk.load_ahead(batch.feature_keys_I, batch)
 
@@ -76,9 +81,14 @@ class ImageEncoder:
         """
         if self.trunk is None or self.settings.features is None:
             frames = np.stack([read_frame(record, self.settings)[0] for record in records])
-            return self._encode(to_pixel_values(torch.from_numpy(frames), self.device, self._dtype))
+            return self._encode(self.pixel_values(frames))
         keys = [feature_key(record, self.settings) for record in records]
         return self._from_trunk(self.trunk, keys, lambda image: read_frame(records[image], self.settings)[0])
+
+    def pixel_values(self, frames_IHWC: np.ndarray) -> Tensor:
+        """uint8 frames (I, S, S, 3) as the model's input (I, 3, S, S), normalised as the base requires."""
+        dtype = next(self.staged.model.vision_encoder.parameters()).dtype
+        return to_pixel_values(frames_IHWC, self.image_mean, self.image_std, self.device, dtype)
 
     def _encode(self, pixel_values_ICHW: Tensor) -> VisionFeatures:
         self.vision_passes += len(pixel_values_ICHW)
@@ -88,25 +98,23 @@ class ImageEncoder:
     def _from_trunk(
         self, trunk: TrunkCache, keys: Sequence[str | None], frame: Callable[[int], np.ndarray]
     ) -> VisionFeatures:
-        def pixel_values(image: int) -> Tensor:
+        def pixel_values_1CHW(image: int) -> Tensor:
             self.vision_passes += 1
-            return to_pixel_values(torch.from_numpy(np.array(frame(image)))[None], self.device, self._dtype)
+            return self.pixel_values(np.array(frame(image))[None])
 
         before = self.vision_passes
-        tokens_ISC = trunk.fetch(keys, pixel_values)
+        tokens_ISC = trunk.fetch(keys, pixel_values_1CHW)
         self.features_loaded += len(keys) - (self.vision_passes - before)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trainable):
             return trunk.features(tokens_ISC)
 
-    @property
-    def _dtype(self) -> torch.dtype:
-        return next(self.staged.model.vision_encoder.parameters()).dtype
 
+def open_cache(
+    config: Config, base: LoadedBase, staged: StagedSam3, data: RunData, device: torch.device
+) -> TrunkCache | None:
+    """Open the cache that the configuration asks for and the adapter allows, and set it in the splits of ``data``.
 
-def open_cache(config: Config, staged: StagedSam3, data: RunData, device: torch.device) -> TrunkCache | None:
-    """Let a run's splits use the cache as its configuration says and its adapter allows.
-
-    ``data`` gets what its images are kept under. Returns what keeps the trunk's outputs, or None.
+    Returns the cache of the trunk's outputs; None where none are cached.
 
     Raises:
         UserError: `training.feature_cache` is true and it cannot be used.
@@ -138,7 +146,7 @@ def open_cache(config: Config, staged: StagedSam3, data: RunData, device: torch.
             compiled=training.compile and augmented,
             memory_bytes=int(training.cache_memory_gb * 1e9),
         )
-    features = trunk.identity if trunk else None
+    features = digest(trunk.identity, *base.image_mean, *base.image_std) if trunk else None
     keep_frames = keep_frames and trunk is None
 
     def kept(settings: DecodeSettings) -> DecodeSettings:

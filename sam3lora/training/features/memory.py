@@ -1,4 +1,4 @@
-"""What is kept of images in this process's memory, before the disk."""
+"""`FeatureMemory`: cached features in the memory of this process, in front of the disk."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 class FeatureMemory:
     """Tensors by key up to a bound, and beyond it those that were read ahead of use. Any thread may use it.
 
-    The first that fit stay. Images are read in turn: of a memory that drops the least recently used none would be
-    found again.
+    The first tensors that fit stay. Every epoch reads all images in turn, so a memory that evicts the least recently
+    used one would never hit.
 
     Args:
         limit_bytes: Most bytes that stay; 0 for none.
@@ -31,13 +31,13 @@ class FeatureMemory:
         return len(self._kept) + len(self._ahead)
 
     def get(self, key: str) -> Tensor | None:
-        """The tensor; one that was only read ahead is given once."""
+        """The tensor, or None. One that was only read ahead is returned once."""
         with self._lock:
             kept = self._kept.get(key)
             return self._ahead.pop(key, None) if kept is None else kept
 
     def keep(self, key: str, value: Tensor) -> bool:
-        """Let a tensor stay if there is room, in place of one with the same key; whether it does."""
+        """Keep a tensor, or replace the one with its key, if there is room; returns whether there was."""
         if self._size(value) > self._limit_bytes:
             return False
         with self._lock:
@@ -49,12 +49,12 @@ class FeatureMemory:
             return True
 
     def read_ahead(self, keys: Iterable[str], read: Callable[[str], Tensor | None], user: object) -> None:
-        """Have tensors here when they are needed.
+        """Read tensors before they are needed.
 
         Args:
-            keys: Of them.
-            read: Key -> tensor, called for those that are not here; None where there is none.
-            user: What they are for: once it is gone, nothing that was read only for it is held.
+            keys: Of the tensors.
+            read: Key -> tensor or None, called for keys that are not in memory.
+            user: The object they are for. Tensors read only for it are dropped when it is collected.
         """
         held: list[str] = []
         weakref.finalize(user, self._drop_ahead, held).atexit = False

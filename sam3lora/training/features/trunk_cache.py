@@ -1,7 +1,7 @@
-"""What the frozen part of the vision trunk gave for images: made once, kept in memory and on disk.
+"""`TrunkCache`: outputs of the frozen layers of the vision trunk, computed once and kept in memory and on disk.
 
-Kept are the tokens before the first layer that an adapter changes, or behind the whole trunk where none does:
-72 x 72 x 1024 values of an image at 1008 pixels, a fifth of the neck's feature maps, which serve an adapted neck too.
+It keeps the tokens before the first layer that an adapter changes, or the output of the whole trunk where none does:
+72 x 72 x 1024 values for an image at 1008 pixels, a fifth of the neck's feature maps. An adapted neck can use them too.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from sam3lora.training.features.codec import FeatureForm
 from sam3lora.training.features.memory import FeatureMemory
 
 _NECK = "vision_encoder.neck."
-_VERSION = 2  # of normalisation and of what is kept: another number where the same image gives other values
-_SECONDS_BETWEEN_SIGNS = 60.0
+_VERSION = 2  # raise it when the same image gives other values
+_SECONDS_BETWEEN_TOUCHES = 60.0
 
 
 class TrunkCache:
     """The tokens of images by key, in memory and in a store.
 
-    Images go through the trunk one by one, so that what is kept does not depend on which others they came with. What
-    was made is used as it is kept, so that no number depends on what was there before.
+    Images go through the trunk one by one, so that their features do not depend on the rest of the batch. New features
+    are used in the form in which they are kept, so that no number depends on what the cache held before.
 
     Args:
         staged: The model.
@@ -40,7 +40,7 @@ class TrunkCache:
         device: Of the model.
         bf16: Whether the forward runs under bfloat16 autocast.
         int8: Keep them in 8 bits.
-        compiled: Whether the layers before the first that learns are compiled, which rounds otherwise.
+        compiled: Whether the frozen layers are compiled, which rounds differently.
         memory_bytes: Most bytes in memory.
     """
 
@@ -58,7 +58,7 @@ class TrunkCache:
         vision: Any = staged.model.vision_encoder
         trunk = vision.backbone
         self._staged, self._store, self._device = staged, store, device
-        self._signed_s = time.monotonic()
+        self._touched_s = time.monotonic()
         self.memory = FeatureMemory(memory_bytes, pinned=device.type == "cuda")
         adapted = adapted_modules(staged.model)
         self.num_layers = unchanged_layers(adapted, len(trunk.layers))
@@ -84,13 +84,13 @@ class TrunkCache:
 
     @torch.no_grad()
     def fetch(self, keys: Sequence[str | None], pixel_values: Callable[[int], Tensor]) -> Tensor:
-        """Tokens (I, S, C) of images, from memory and the store as far as they have them. The others are made here.
+        """Tokens (I, S, C) of images, from memory or the store where they are there, else computed.
 
-        Of several processes that miss the same image one makes it, while the others make what else they miss.
+        Of several processes that miss the same image, one computes it while the others compute their other images.
 
         Args:
-            keys: Of the images; None for one that is not kept.
-            pixel_values: Position of an image -> its (1, 3, H, W), called for those that have to be made.
+            keys: Of the images; None for one that is not cached.
+            pixel_values: Position of an image -> its (1, 3, H, W), called for those that have to be computed.
         """
         found: dict[str, Tensor] = {}
         missing: dict[str, int] = {}
@@ -101,6 +101,7 @@ class TrunkCache:
                     missing[key] = image
                 else:
                     found[key] = tokens
+        # First the images that no other process is computing, then those that another one may have finished by now.
         with contextlib.ExitStack() as claims:
             mine = [key for key in missing if self._store.is_full or claims.enter_context(self._store.claim(key))]
             for key in mine:
@@ -114,15 +115,15 @@ class TrunkCache:
         )
 
     def features(self, tokens_ISC: Tensor) -> VisionFeatures:
-        """What the layers that were not run, and the neck, make of tokens."""
+        """Feature maps from tokens, through the remaining layers and the neck."""
         return self._staged.encode_rest(tokens_ISC, self.num_layers)
 
     def load_ahead(self, keys: Iterable[str | None], user: object) -> None:
-        """Read what the store has of images into memory, for `fetch` to find; any thread may do so.
+        """Read the stored tokens of images into memory for `fetch`; any thread may call this.
 
         Args:
             keys: Of the images.
-            user: What they are for: when it is gone, so is what had no room within the memory's bound.
+            user: The object they are for. Tokens beyond the memory's bound are dropped when it is collected.
         """
         self.memory.read_ahead((key for key in keys if key is not None), self._read, user)
 
@@ -144,7 +145,7 @@ class TrunkCache:
     def _load(self, key: str) -> Tensor | None:
         kept = self.memory.get(key)
         if kept is not None:
-            self._sign_now_and_then(key)
+            self._touch_store(key)
         elif (kept := self._read(key)) is not None:
             self.memory.keep(key, kept)
         return None if kept is None else self._form.unpack(kept, self._device)
@@ -153,15 +154,15 @@ class TrunkCache:
         array = self._store.get(key)
         return None if array is None else self._form.from_array(array)
 
-    def _sign_now_and_then(self, key: str) -> None:
-        """Let the store know that this run goes on, though it reads nothing: its arrays are not to make room."""
-        if time.monotonic() - self._signed_s > _SECONDS_BETWEEN_SIGNS:
-            self._signed_s = time.monotonic()
+    def _touch_store(self, key: str) -> None:
+        """Mark this run as active in the store now and then, so that its arrays are not evicted."""
+        if time.monotonic() - self._touched_s > _SECONDS_BETWEEN_TOUCHES:
+            self._touched_s = time.monotonic()
             _ = key in self._store
 
 
 def what_changes_the_trunk(config: Config, adapted: Iterable[str], trunk_config: Any) -> str | None:
-    """Why no part of the trunk gives the same for an image each time; None if one does.
+    """The reason why no layer of the trunk has constant output for an image; None if the first one has.
 
     Args:
         config: Of the run.
@@ -172,7 +173,7 @@ def what_changes_the_trunk(config: Config, adapted: Iterable[str], trunk_config:
     if not unchanged_layers(changed, trunk_config.num_hidden_layers):
         return (
             f"the adapter changes the vision trunk ({len(changed)} modules, first {changed[0]}; with "
-            "lora.vision_last_layers what the layers before them give could be kept)"
+            "lora.vision_last_layers the output of the layers before them could be kept)"
         )
     if config.training.model_dropout and (trunk_config.hidden_dropout or trunk_config.attention_dropout):
         return "training.model_dropout is on and the vision trunk has dropout"
@@ -180,7 +181,7 @@ def what_changes_the_trunk(config: Config, adapted: Iterable[str], trunk_config:
 
 
 def kept_type(adapted: Iterable[str], *, bf16: bool, weights: torch.dtype) -> torch.dtype:
-    """The type that the output of the whole trunk is kept in.
+    """The type in which the output of the whole trunk is kept.
 
     The neck begins with casting to the type of its weights. Under autocast its convolutions then cast to bfloat16, and
     the maximum it pools is the same before and after. Dropout of an adapter would differ.

@@ -12,7 +12,6 @@ from transformers import Sam3Config, Sam3Model
 
 from sam3lora.config import Config
 from sam3lora.errors import UserError
-from sam3lora.model.adapter.lora_layers import LoraSettings
 from sam3lora.model.adapter.targets import select_modules
 from sam3lora.model.base_folder import TINY, BaseFolder, find_base, read_model_config
 from sam3lora.model.loading import build_model_config
@@ -41,7 +40,7 @@ def adapted_modules(config: Config) -> tuple[str, ...]:
 
 def _selection(config: Config) -> tuple[Any, ...]:
     """What decides which layers get an adapter."""
-    lora, model = LoraSettings.from_mapping(config.lora.model_dump()), config.model
+    lora, model = config.lora, config.model
     layers = (lora.target_modules, lora.components, lora.vision_last_layers)
     return (*layers, model.geometry_cls, model.name, model.revision, model.local_files_only)
 

@@ -22,9 +22,9 @@ from sam3lora.data.images import ImageError
 from sam3lora.engine.device import is_out_of_memory
 from sam3lora.errors import OutOfMemory, RunFailed
 from sam3lora.training.metrics_log import memory_mb
-from sam3lora.training.setup import Worker, set_up
 from sam3lora.training.step import StepCounts
-from sam3lora.training.update import evaluate_batch, optimizer_step
+from sam3lora.training.trainer import Trainer
+from sam3lora.training.update import optimizer_step
 from sam3lora.tune.run.capacity import trial_needs
 
 _STEPS, _BATCHES = 2, 2
@@ -120,18 +120,18 @@ def _measure(config: Config, folder: Path) -> Probe:
     run_dir = Path(config.output.output_dir)
     run_dir.mkdir()
     started = time.perf_counter()
-    worker = set_up(config, run_dir, use_ray=False)
+    trainer = Trainer(config, run_dir, use_ray=False)
     start_s = _import_seconds() + time.perf_counter() - started
-    first_train, first_valid = _train(worker), _validate(worker)
-    loaded = worker.runner.images.features_loaded
-    train, valid = _train(worker), _validate(worker)
-    uses_features = worker.runner.images.features_loaded > loaded
-    metrics_s, num_measured = _metrics(worker)
-    num_train, num_valid = len(worker.data.train), len(worker.data.valid or ())
-    size = worker.config.training.images_per_forward
+    first_train, first_valid = _train(trainer), _validate(trainer)
+    loaded = trainer.runner.images.features_loaded
+    train, valid = _train(trainer), _validate(trainer)
+    uses_features = trainer.runner.images.features_loaded > loaded
+    metrics_s, num_measured = _metrics(trainer)
+    num_train, num_valid = len(trainer.data.train), len(trainer.data.valid or ())
+    size = trainer.config.training.images_per_forward
     num_visited = min(_STEPS * size, num_train) + min(_BATCHES * size, num_valid)
     return Probe(
-        device=_device_in_words(worker.device),
+        device=_device_in_words(trainer.device),
         num_train=num_train,
         num_valid=num_valid,
         start_s=start_s,
@@ -141,61 +141,59 @@ def _measure(config: Config, folder: Path) -> Probe:
         first_valid=first_valid,
         metrics_s=metrics_s,
         num_measured=num_measured,
-        memory_mb=memory_mb(worker.device),
+        memory_mb=memory_mb(trainer.device),
         cache_bytes=_bytes_in(folder / "cache") / num_visited,
         uses_features=uses_features,
     )
 
 
-def _train(worker: Worker) -> ImageCost:
+def _train(trainer: Trainer) -> ImageCost:
     """The cost of an image in the last of two steps, as the first one also warms up."""
-    with contextlib.closing(worker.batches.training_batches(0, 0)) as batches:
-        return _cost(worker, islice(batches, _STEPS), lambda batch: optimizer_step(worker, [batch]))
+    with contextlib.closing(trainer.batches.training_batches(0, 0)) as batches:
+        return _cost(trainer, islice(batches, _STEPS), lambda batch: optimizer_step(trainer, [batch]))
 
 
-def _validate(worker: Worker) -> ImageCost:
-    if worker.data.valid is None:
+def _validate(trainer: Trainer) -> ImageCost:
+    if trainer.data.valid is None:
         return ImageCost()
-    worker.model.eval()
-    with contextlib.closing(worker.batches.validation_batches()) as batches:
+    trainer.model.eval()
+    with contextlib.closing(trainer.batches.validation_batches()) as batches:
         return _cost(
-            worker,
+            trainer,
             islice(batches, _BATCHES),
-            lambda batch: evaluate_batch(worker.runner, batch, StepCounts.of([batch]).normalizer()),
+            lambda batch: trainer.runner.evaluate(batch, StepCounts.of([batch]).normalizer()),
         )
 
 
-def _cost(worker: Worker, batches: Iterator[Batch], compute: Callable[[Batch], Any]) -> ImageCost:
+def _cost(trainer: Trainer, batches: Iterator[Batch], compute: Callable[[Batch], Any]) -> ImageCost:
     """The cost of an image in the last batch that is not empty."""
     cost = ImageCost()
-    decode_s, batch = _timed(worker, lambda: next(batches, None))
+    decode_s, batch = _timed(trainer, lambda: next(batches, None))
     while batch is not None:
         if batch.num_images and batch.num_queries:
-            compute_s, _ = _timed(worker, lambda: compute(batch))  # noqa: B023
+            compute_s, _ = _timed(trainer, lambda: compute(batch))  # noqa: B023
             cost = ImageCost(decode_s / batch.num_images, compute_s / batch.num_images)
-        decode_s, batch = _timed(worker, lambda: next(batches, None))
+        decode_s, batch = _timed(trainer, lambda: next(batches, None))
     return cost
 
 
-def _metrics(worker: Worker) -> tuple[float | None, int]:
+def _metrics(trainer: Trainer) -> tuple[float | None, int]:
     """Seconds per image to measure mAP and cgF1, and the number of images that a trial measures them on."""
-    evaluation, data = worker.config.evaluation, worker.data.valid_complete
+    evaluation, data = trainer.config.evaluation, trainer.data.valid_complete
     if not evaluation.every_epochs or data is None:
         return None, 0
-    from sam3lora.training.validator import validation_metrics
-
     num_images = min(evaluation.num_samples or len(data), len(data))
-    num_probed = min(num_images, worker.config.training.images_per_forward)
-    worker.config = worker.config.changed({"evaluation.num_samples": num_probed})
-    seconds, _ = _timed(worker, lambda: validation_metrics(worker))
+    num_probed = min(num_images, trainer.config.training.images_per_forward)
+    trainer.validator.config = trainer.config.changed({"evaluation.num_samples": num_probed})
+    seconds, _ = _timed(trainer, trainer.validator.metrics)
     return seconds / num_probed, num_images
 
 
-def _timed(worker: Worker, call: Callable[[], Any]) -> tuple[float, Any]:
+def _timed(trainer: Trainer, call: Callable[[], Any]) -> tuple[float, Any]:
     started = time.perf_counter()
     result = call()
-    if worker.device.type == "cuda":
-        torch.cuda.synchronize(worker.device)
+    if trainer.device.type == "cuda":
+        torch.cuda.synchronize(trainer.device)
     return time.perf_counter() - started, result
 
 
@@ -216,7 +214,7 @@ def _threads_of_a_worker(config: Config) -> Iterator[None]:
 def _import_seconds() -> float:
     """Seconds that a new process needs to import the libraries of training."""
     started = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import sam3lora.training.worker"], check=False, capture_output=True)
+    subprocess.run([sys.executable, "-c", "import sam3lora.training.trainer"], check=False, capture_output=True)
     return time.perf_counter() - started
 
 

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from sam3lora.cluster import most_workers
 from sam3lora.config import Config
 from sam3lora.config.training import images_per_step
-from sam3lora.training.ray_resources import most_workers
 from sam3lora.tune.estimate.probe import Probe, data_workers
 from sam3lora.tune.search.early_stopping import SuccessiveHalving
 

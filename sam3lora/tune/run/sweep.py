@@ -131,7 +131,7 @@ def _tune(space: SearchSpace, ledger: Ledger, room: Concurrency, milestones: lis
     """Let Ray Tune run the trials; True if the space has fewer configurations than trials were asked for."""
     from ray import tune
 
-    from sam3lora.training.ray_resources import choose_gpu
+    from sam3lora.cluster import choose_gpu
     from sam3lora.tune.run.capacity import DRIVER_RESOURCES, trial_needs
     from sam3lora.tune.run.trial import run_trial
     from sam3lora.tune.search.ray_tune import LedgerSearcher, build_scheduler

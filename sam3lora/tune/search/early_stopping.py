@@ -9,8 +9,8 @@ import bisect
 import math
 from collections.abc import Sequence
 
+from sam3lora.cluster import most_workers
 from sam3lora.config.training import images_per_step
-from sam3lora.training.ray_resources import most_workers
 from sam3lora.tune.space.search_space import SearchSpace
 
 

@@ -1,11 +1,11 @@
-"""What a person sees while a run goes on, from the lines of ``metrics.jsonl``."""
+"""The progress of a run, from the lines of ``metrics.jsonl``."""
 
 from __future__ import annotations
 
 import pytest
 
+from sam3lora.training.follow import describe_line, follow
 from sam3lora.training.metrics_log import MetricsLog
-from sam3lora.training.progress import describe_line, follow
 
 START = {
     "step": 0,
