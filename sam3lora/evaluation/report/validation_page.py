@@ -18,7 +18,7 @@ from sam3lora.evaluation.report.pictures import Gallery, Picture, threshold_text
 
 
 @dataclass(frozen=True)
-class ModelSection:
+class ModelSummary:
     """The parts of the report that concern one model."""
 
     label: str
@@ -121,14 +121,14 @@ def threshold_advice(result: SplitMetrics) -> str:
     )
 
 
-def _section(result: SplitMetrics, gallery: Gallery, model: int) -> ModelSection:
+def _section(result: SplitMetrics, gallery: Gallery, model: int) -> ModelSummary:
     charts = []
     if result.sweep is not None:
         charts.append(_threshold_chart(result, result.settings["threshold"]))
     charts += _histograms(result)
     total = sum(gallery.totals[model].values(), MatchCounts())
     categories = sorted(result.per_category.items(), key=lambda item: -item[1].num_ground_truth)
-    return ModelSection(result.label, summary_sentence(result, total), threshold_advice(result), charts, categories)
+    return ModelSummary(result.label, summary_sentence(result, total), threshold_advice(result), charts, categories)
 
 
 def _alarm(gallery: Gallery, model: int, image_id: int, category_id: int) -> Picture:
