@@ -183,13 +183,13 @@ def train_joint(
         refused = found.logits_LBQ[:, absent].float()
         refusal = (refused.sigmoid().square() * F.softplus(refused)).mean(2).sum() / len(prompts)
         excess = (found.presence_logits_LB.float().abs() - PRESENCE_LIMIT).clamp(min=0).square().mean()
-        loss = output.total + 10 * refusal + 2.5 * token_loss + 0.7 * sum(dense.values()) + excess
+        total = output.total + 10 * refusal + 2.5 * token_loss + 0.7 * sum(dense.values()) + excess
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * group["scale"] * cosine(step, steps, 150)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"loss is {loss.item()} at step {step}")
+        if not torch.isfinite(total):
+            raise FloatingPointError(f"loss is {total.item()} at step {step}")
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        total.backward()
         nn.utils.clip_grad_norm_([*slow, *fast], 1.0)
         optimizer.step()
         helpers = {"token": token_loss, "refusal": refusal, "dense": sum(dense.values()), "noun": dense["noun"]}

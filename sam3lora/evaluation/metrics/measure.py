@@ -209,9 +209,7 @@ def measure_split(
         notes.append(f"{', '.join(f'map_{size}' for size in no_such)} null: the split has no object of that size")
     num_detections = sum(p["score"] >= thresholds[p["category_id"]] for p in results.predictions)
     if not num_detections:
-        notes.append(
-            f"{label}: no detection reaches {post.threshold:g}; the lack of false alarms is no merit then"
-        )
+        notes.append(f"{label}: no detection reaches {post.threshold:g}; the lack of false alarms is no merit then")
     return SplitMetrics(
         label=label,
         num_images=len(coco["images"]),
