@@ -6,7 +6,7 @@ import contextlib
 import io
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -33,8 +33,8 @@ class CategoryMap:
 
 
 @dataclass(frozen=True)
-class MapResult:
-    """Means over the categories that have objects, in [0, 1]; None if no category has any.
+class CocoAverages:
+    """COCO's means over the categories that have objects, in [0, 1]; None if no category has any.
 
     Attributes:
         map, map_50, map_75: Average precision over mask IoU 0.50:0.95, at 0.50 and at 0.75.
@@ -42,10 +42,6 @@ class MapResult:
             the annotated size; None without such objects.
         mar_100: Average recall over mask IoU 0.50:0.95 with at most 100 detections per image and category.
         bbox_map, bbox_map_50: `map` and `map_50` by box IoU; None also if boxes are not evaluated.
-        per_category: Category name -> its averages.
-        warnings: Reasons why the values cannot reach 1 on this ground truth.
-        evaluation: The accumulated mask evaluation, so that curves and intervals need not match again. Its arrays of
-            precision have the axes (IoU, recall, category, size, 1), with the sizes all, small, medium and large.
     """
 
     map: float | None
@@ -57,6 +53,23 @@ class MapResult:
     mar_100: float | None
     bbox_map: float | None
     bbox_map_50: float | None
+
+    def averages(self) -> dict[str, float | None]:
+        """The averages by name."""
+        return {entry.name: getattr(self, entry.name) for entry in fields(CocoAverages)}
+
+
+@dataclass(frozen=True)
+class MapResult(CocoAverages):
+    """COCO's averages with what they were computed from.
+
+    Attributes:
+        per_category: Category name -> its averages.
+        warnings: Reasons why the values cannot reach 1 on this ground truth.
+        evaluation: The accumulated mask evaluation, so that curves and intervals need not match again. Its arrays of
+            precision have the axes (IoU, recall, category, size, 1), with the sizes all, small, medium and large.
+    """
+
     per_category: dict[str, CategoryMap]
     warnings: list[str]
     evaluation: COCOeval = field(repr=False, compare=False)

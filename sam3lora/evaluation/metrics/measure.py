@@ -14,7 +14,7 @@ from pycocotools.cocoeval import COCOeval
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.evaluation.metrics.cgf1 import SCORE_THRESHOLD, UnitCounts, accumulate
 from sam3lora.evaluation.metrics.cgf1_units import SCORE_FLOOR, Units, count_units, split_units
-from sam3lora.evaluation.metrics.coco_map import coco_map
+from sam3lora.evaluation.metrics.coco_map import CocoAverages, coco_map
 from sam3lora.evaluation.metrics.curves import Curves, evaluation_curves
 from sam3lora.evaluation.metrics.ground_truth import PresenceTable, SplitTruth
 from sam3lora.evaluation.metrics.threshold_sweep import ThresholdSweep, sweep_thresholds
@@ -43,8 +43,8 @@ _NOT_NUMBERS = frozenset(
 )
 
 
-@dataclass
-class SplitMetrics:
+@dataclass(frozen=True)
+class SplitMetrics(CocoAverages):
     """Metrics of a model on a split: values in [0, 1], None where nothing can be measured (`notes` say why).
 
     Attributes:
@@ -52,9 +52,6 @@ class SplitMetrics:
         num_images, num_ground_truth: Number of evaluated images, and of objects in them.
         num_predictions, num_predictions_before_nms: Detections without a score cut, after and before suppression.
         num_detections: Detections at or above the threshold.
-        map, map_50, map_75, map_small, map_medium, map_large, mar_100: COCO's averages over categories, by masks and
-            mask areas, without a score cut.
-        bbox_map, bbox_map_50: The same for boxes.
         per_category: Category name -> its metrics.
         cgf1, cgf1_50, cgf1_75, positive_micro_f1, il_mcc: As in SAM 3's evaluator, at score 0.5; cgf1 and il_mcc are
             in [-1, 1].
@@ -81,15 +78,6 @@ class SplitMetrics:
     num_predictions: int
     num_predictions_before_nms: int
     num_detections: int
-    map: float | None
-    map_50: float | None
-    map_75: float | None
-    map_small: float | None
-    map_medium: float | None
-    map_large: float | None
-    mar_100: float | None
-    bbox_map: float | None
-    bbox_map_50: float | None
     per_category: dict[str, CategoryMetrics]
     cgf1: float | None
     cgf1_50: float | None
@@ -217,15 +205,7 @@ def measure_split(
         num_predictions=len(results.predictions),
         num_predictions_before_nms=results.num_before_nms,
         num_detections=num_detections,
-        map=found.map,
-        map_50=found.map_50,
-        map_75=found.map_75,
-        map_small=found.map_small,
-        map_medium=found.map_medium,
-        map_large=found.map_large,
-        mar_100=found.mar_100,
-        bbox_map=found.bbox_map,
-        bbox_map_50=found.bbox_map_50,
+        **found.averages(),
         per_category=per_category,
         cgf1=values.get("cgF1"),
         cgf1_50=values.get("cgF1@0.5"),
