@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Processes that share the tests, a file at a time.
+WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo serve test test-all quality
@@ -25,9 +27,9 @@ serve: $(STAMP)  ## answer prompts over HTTP on port 8000: a tiny SAM 3 with two
 	$(BIN)/sam3lora serve
 
 test: $(STAMP)  ## run the tests that are not marked slow
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
 
-test-all: $(STAMP)  ## run every test
+test-all: $(STAMP)  ## run every test, one after the other
 	$(BIN)/python -m pytest
 
 quality: $(STAMP)  ## lint, format check, types

@@ -32,7 +32,7 @@ import typer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 if TYPE_CHECKING:
-    from jobs.bench.report import Comparison
+    from jobs.bench.report import BenchReport
     from jobs.bench.serving_report import ServingReport
 
 NUMBER = re.compile(r"^\d+$")
@@ -71,7 +71,7 @@ def train_step(
         rounds=repeats,
         variants=variants,
     )
-    _tell([report], json_path)
+    _show([report], json_path)
 
 
 @app.command("feature-cache")
@@ -90,7 +90,7 @@ def feature_cache(
     reports = compare_feature_cache(
         preset=preset, model=model, num_images=images, num_prompts=num_prompts, epochs=epochs, precision=precision
     )
-    _tell(reports, json_path)
+    _show(reports, json_path)
 
 
 @app.command()
@@ -113,7 +113,7 @@ def prompts(
         compare(model, num_prompts=num_prompts, repeats=repeats, device=device)
         for compare in (compare_prompts, compare_repeated)
     ]
-    _tell(reports, json_path)
+    _show(reports, json_path)
 
 
 @app.command()
@@ -135,7 +135,7 @@ def postprocess(
         for num_kept in (kept, None)
         for kind in ("blobs", "large")
     ]
-    _tell([compare_postprocessing(workload, repeats=repeats) for workload in workloads], json_path)
+    _show([compare_postprocessing(workload, repeats=repeats) for workload in workloads], json_path)
 
 
 @app.command()
@@ -149,7 +149,7 @@ def adapters(
     """Requests over four adapters in one batch, against one adapter, and against PEFT one request at a time."""
     from jobs.bench.adapters import compare_adapters
 
-    _tell(compare_adapters(model, num_requests=requests, repeats=repeats, every_case=every_case), json_path)
+    _show(compare_adapters(model, num_requests=requests, repeats=repeats, every_case=every_case), json_path)
 
 
 @app.command()
@@ -162,7 +162,7 @@ def data(
     """Images to training batches, against a torch DataLoader, at 336 and 1008 pixels."""
     from jobs.bench.data import compare_data
 
-    _tell(compare_data(num_images=images, rounds=repeats, use_ray=ray), json_path)
+    _show(compare_data(num_images=images, rounds=repeats, use_ray=ray), json_path)
 
 
 @app.command("data-wait")
@@ -175,7 +175,7 @@ def data_wait(
     from jobs.bench.data_wait import WaitWork, compare_waiting
 
     reports = [compare_waiting(WaitWork(model, num_steps=steps), rounds=repeats) for model in ("tiny", "small")]
-    _tell(reports, json_path)
+    _show(reports, json_path)
 
 
 @app.command()
@@ -189,7 +189,7 @@ def evaluate(
     """Images and prompts to COCO results and mAP, against a stock forward for each pair."""
     from jobs.bench.evaluation import compare_evaluation
 
-    _tell([compare_evaluation(model, num_images=images, num_prompts=num_prompts, repeats=repeats)], json_path)
+    _show([compare_evaluation(model, num_images=images, num_prompts=num_prompts, repeats=repeats)], json_path)
 
 
 @app.command()
@@ -205,7 +205,7 @@ def scaling(
     from jobs.bench.scaling import ScalingWork, compare_scaling
 
     work = ScalingWork(preset, model, num_prompts, steps)
-    _tell([compare_scaling(work, rounds=repeats)], json_path)
+    _show([compare_scaling(work, rounds=repeats)], json_path)
 
 
 @app.command("cost-model")
@@ -221,7 +221,7 @@ def cost_model(
     from sam3lora.config import load_config
 
     load_config(preset)  # one that does not exist is told before any process starts
-    _tell([compare_prediction(preset, model=model, rounds=repeats, num_threads=threads)], json_path)
+    _show([compare_prediction(preset, model=model, rounds=repeats, num_threads=threads)], json_path)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
@@ -252,10 +252,10 @@ def serve(
     # The servers are stopped on the way out, which SIGTERM alone would not take.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     plan = ServingPlan(model, clients or (1, 8, 32), adapters or (1, 4, 16), seconds, images, repeated, haproxy)
-    _tell([compare_serving(plan)], json_path)
+    _show([compare_serving(plan)], json_path)
 
 
-def _tell(reports: Sequence[Comparison | ServingReport], json_path: Path | None) -> None:
+def _show(reports: Sequence[BenchReport | ServingReport], json_path: Path | None) -> None:
     from rich.console import Console
 
     for report in reports:

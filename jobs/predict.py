@@ -1,11 +1,11 @@
-"""Ask prompts of very many images, on a Ray cluster or on this machine.
+"""Find prompts in a large number of images, on a Ray cluster or on this machine.
 
     python jobs/predict.py --input images --prompt crack pothole --weights outputs/run/best --output outputs/labels
     ray job submit --working-dir . -- python jobs/predict.py --input /shared/images --prompt crack \
         --weights /shared/run/best --output /shared/labels
 
-The same command goes on where an interrupted one stopped. See docs/batch_inference.md for what it writes.
-The exit status is 0 on success (also with bad images, which are listed), 2 on a mistake, 1 on any other failure.
+The same command continues where an interrupted one stopped. docs/batch_inference.md describes the output.
+The exit status is 0 on success (bad images are listed), 2 on a mistake in the options, 1 on any other failure.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ def main(
     device: Annotated[list[str] | None, typer.Option(metavar="0 1 ...", help="GPUs of this machine, or cpu.")] = None,
     overlays: Annotated[bool, typer.Option("--overlays", help="Draw the results into OUTPUT/overlays.")] = False,
     dataset: Annotated[bool, typer.Option(help="Write OUTPUT/dataset, to train on.")] = True,
-    overwrite: Annotated[bool, typer.Option("--overwrite/--resume", help="Begin anew, or go on (default).")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite/--resume", help="Start again, or continue.")] = False,
     address: Annotated[str | None, typer.Option(help="Ray cluster; a local Ray otherwise.")] = None,
 ) -> None:
-    """Ask prompts of every image of a folder, a list or a COCO file; go on where an earlier start stopped."""
+    """Find prompts in every image of a folder, a list or a COCO file; continue where an earlier run stopped."""
     use_gpu = None
     if device:
         use_gpu = bool(gpu_indices(device))

@@ -4,7 +4,7 @@
 
 SPACE, overrides and options are those of `sam3lora tune`; see `sam3lora tune --help`. A job runs in a temporary copy of
 the working directory, so data and output need absolute paths on storage that every host sees. Submitted again with
---resume it goes on where it was: finished trials stay, begun ones go on from their checkpoints.
+--resume, it keeps finished trials and continues others from their checkpoints.
 The exit status is 0 on success, 2 on a mistake in the settings, 1 on any other failure.
 """
 

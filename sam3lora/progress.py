@@ -54,13 +54,13 @@ class Progress:
         stderr: bool = False,
         transient: bool = False,
     ) -> None:
-        self.console = Console(stderr=stderr, highlight=False, soft_wrap=True)
+        self.console = Console(stderr=stderr, highlight=False)
         if style == "auto":
             style = "bar" if self.console.is_terminal else "lines"
         self._total, self._unit, self._style = total, unit, style
         self._done_before = self._done = done_before
         self._note = note
-        self._first: tuple[float, int] | None = None  # when the first piece was done: the start-up does not count
+        self._first: tuple[float, int] | None = None  # time and count of the first update: the start does not count
         self._last_line_s, self._printed = float("-inf"), done_before  # when the last line was written, and its count
         self._bar: RichProgress | None = None
         if style == "bar":
@@ -106,7 +106,7 @@ class Progress:
     def print(self, text: str) -> None:
         """Write a line above the bar, or into the log."""
         if self._style != "off":
-            (self._bar.console if self._bar else self.console).print(Text(text))  # brackets are no markup
+            self.console.print(Text(text), soft_wrap=not self._bar)  # as Text: brackets are no markup
 
     @property
     def has_bar(self) -> bool:
@@ -116,8 +116,8 @@ class Progress:
         """For example "120/200 images, 3 bad, 4.2 images/s, 0:00:19 left"."""
         parts = [f"{self._done}/{'?' if self._total is None else self._total} {self._unit}"]
         parts += [self._note] if self._note else []
-        since, num_since = self._first or (0.0, 0)
-        if self._done > num_since:
+        if self._first and self._done > self._first[1]:
+            since, num_since = self._first
             speed = (self._done - num_since) / max(time.monotonic() - since, 1e-9)
             parts.append(f"{speed:.1f} {self._unit}/s")
             if self._total is not None:

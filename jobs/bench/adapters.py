@@ -14,7 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from jobs.bench.processes import Measured, Round, Work, measure_in_turns
 from jobs.bench.prompts import KEPT, SIZE_HW
-from jobs.bench.report import Comparison, Way
+from jobs.bench.report import BenchReport, Timing
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.data.synth.scenes import draw_scene
 from sam3lora.engine.feature_cache import PreparedImage
@@ -54,7 +54,7 @@ class Requests:
         return f"thing number {number}"
 
     def pixels(self, number: int, side: int) -> np.ndarray:
-        """The request's image at the size of the model's input, so that nobody has to resize it."""
+        """The request's image at the size of the model's input, so that neither way resizes it."""
         return draw_scene(np.random.default_rng(number % self.num_images), size=side).image_HW3
 
     def adapter(self, number: int) -> int:
@@ -72,7 +72,7 @@ def compare_adapters(
     num_requests: int = 8,
     repeats: int = 3,
     every_case: bool = True,
-) -> list[Comparison]:
+) -> list[BenchReport]:
     """Time `num_requests` requests over four adapters of rank 16, from the model's input to the kept detections.
 
     Ours answers them in one batch and goes on to run-length codes; the plain way is stock transformers and PEFT:
@@ -134,7 +134,7 @@ def _write(folder: Path, model_name: str) -> tuple[str, dict[str, tuple[Path, ..
     return model, adapters
 
 
-def _compare(title: str, requests: Requests, repeats: int) -> Comparison:
+def _compare(title: str, requests: Requests, repeats: int) -> BenchReport:
     mixed = replace(requests, thresholds=_thresholds(requests))
     alone = replace(requests, adapters=requests.adapters[:1])
     names = (
@@ -155,9 +155,9 @@ def _compare(title: str, requests: Requests, repeats: int) -> Comparison:
         )
     )
     found = measure_in_turns(ways, rounds=repeats, warm_ups=0)
-    return Comparison(
+    return BenchReport(
         title,
-        [Way(name, measured.median, measured.extra_mib) for name, measured in found.items()],
+        [Timing(name, measured.median, measured.extra_mib) for name, measured in found.items()],
         {
             "adapters": f"rank {RANK}",
             **_agreement(found[names[0]], found[names[2]]),

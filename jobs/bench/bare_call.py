@@ -1,4 +1,4 @@
-"""What a request costs without HTTP and Ray: the model's own calls, in a process that does nothing else."""
+"""The cost of a request without HTTP and Ray: the engine's own calls, in a process that does nothing else."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from jobs.bench.load import with_new_bytes
-from jobs.bench.serving_work import Question
+from jobs.bench.serving_work import PictureQuestion
 
 
-def time_bare_calls(model: str, adapter: Path, question: Question, *, seconds: float) -> tuple[float, float]:
+def time_bare_calls(model: str, adapter: Path, question: PictureQuestion, *, seconds: float) -> tuple[float, float]:
     """Median milliseconds of a question about an image that is kept, and about a new one: decoding, answer, masks.
 
     Args:
@@ -26,7 +26,7 @@ def time_bare_calls(model: str, adapter: Path, question: Question, *, seconds: f
         return pool.submit(_measure, model, adapter, question, seconds).result()
 
 
-def _measure(model: str, adapter: Path, question: Question, seconds: float) -> tuple[float, float]:
+def _measure(model: str, adapter: Path, question: PictureQuestion, seconds: float) -> tuple[float, float]:
     from sam3lora.config.post_processing import PostProcessing
     from sam3lora.engine.engine import Engine, PromptedImage
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jobs.bench.processes import Round, Work, measure_in_turns
-from jobs.bench.report import Comparison, Way
+from jobs.bench.report import BenchReport, Timing
 from jobs.bench.scaling import make_step
 from jobs.bench.training_work import TrainingWork
 from sam3lora.errors import UserError
@@ -63,7 +63,7 @@ def compare_prediction(
     rounds: int = 3,
     tried: Sequence[Setting] = TRIED,
     num_threads: int | None = None,
-) -> Comparison:
+) -> BenchReport:
     """Steps without kept features, in one process: those that the model is fitted to, and those that it predicts.
 
     Args:
@@ -87,9 +87,9 @@ def compare_prediction(
         for number, setting in enumerate(settings)
     }
     cost = StepCost.fit({setting: seconds[setting] for setting in FITTED})
-    return Comparison(
+    return BenchReport(
         title=f"Steps of the {preset} preset, {model} model: images x prompts on each",
-        ways=[Way(f"{setting}{' (fitted)' if setting in FITTED else ''}", seconds[setting]) for setting in settings],
+        ways=[Timing(f"{setting}{' (fitted)' if setting in FITTED else ''}", seconds[setting]) for setting in settings],
         facts={
             "a step, s": round(cost.fixed, 4),
             "vision, s an image": round(cost.vision, 4),

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from jobs.bench.plain_data import plain_loader
 from jobs.bench.processes import Measured, Round, Work, measure_in_turns
-from jobs.bench.report import Comparison, Way
+from jobs.bench.report import BenchReport, Timing
 from sam3lora.data.coco import CocoIndex
 from sam3lora.data.pipeline import iterate_batches, stream_batches
 from sam3lora.data.plan import BatchPlan
@@ -58,7 +58,7 @@ class DataWork:
 
 def compare_data(
     resolutions: Sequence[int] = (336, 1008), *, num_images: int = 64, rounds: int = 3, use_ray: bool = True
-) -> list[Comparison]:
+) -> list[BenchReport]:
     """Wall time and processor time from files to what a training step takes: pixels as bytes, boxes, masks as booleans.
 
     Each way has a process of its own, one decoding thread, and reads all images in each round. Processor time is that
@@ -81,7 +81,7 @@ def compare_data(
         return [_compare(Path(folder), work, rounds=rounds, use_ray=use_ray) for work in works]
 
 
-def _compare(folder: Path, work: DataWork, *, rounds: int, use_ray: bool) -> Comparison:
+def _compare(folder: Path, work: DataWork, *, rounds: int, use_ray: bool) -> BenchReport:
     arguments = {"folder": folder, "work": work}
     ways = {
         OURS: Work(make_ours, arguments | {"use_ray": False}),
@@ -97,10 +97,10 @@ def _compare(folder: Path, work: DataWork, *, rounds: int, use_ray: bool) -> Com
         return len({result["digest"] for name in names for result in found[name].results}) == 1
 
     side = work.resolution
-    return Comparison(
+    return BenchReport(
         title=f"{work.num_images} JPEGs of {SIZE_HW[1]} x {SIZE_HW[0]}, {work.num_objects} polygons each, "
         f"to pixels and masks of {side} x {side}",
-        ways=[Way(name, way.median) for name, way in found.items()],
+        ways=[Timing(name, way.median) for name, way in found.items()],
         facts={
             **{f"images/s, {name}": round(work.num_images / way.median, 1) for name, way in found.items()},
             **{f"images/s after the first batch, {name}": round(_rate(work, way), 1) for name, way in found.items()},

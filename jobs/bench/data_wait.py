@@ -1,4 +1,4 @@
-"""How long the trainer waits for its data: batches made ahead by a thread, beside batches made when they are needed."""
+"""The time that the trainer waits for data: batches read ahead by a thread, beside batches read when needed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import cv2
 
 from jobs.bench.data import ANNOTATIONS, DataWork, write_photographs
 from jobs.bench.processes import Round, Work, measure_in_turns
-from jobs.bench.report import Comparison, Way
+from jobs.bench.report import BenchReport, Timing
 from jobs.bench.training_work import TrainingWork
 from sam3lora.config import Config, load_config
 from sam3lora.errors import UserError
@@ -34,7 +34,7 @@ class WaitWork:
             raise UserError(f"num_steps must be positive, got {self.num_steps}")
 
 
-def compare_waiting(work: WaitWork | None = None, *, rounds: int = 3, num_threads: int = 1) -> Comparison:
+def compare_waiting(work: WaitWork | None = None, *, rounds: int = 3, num_threads: int = 1) -> BenchReport:
     """Seconds of a step and the share of them that the trainer waits; the first batch does not count.
 
     Args:
@@ -61,9 +61,11 @@ def compare_waiting(work: WaitWork | None = None, *, rounds: int = 3, num_thread
         found = measure_in_turns(ways, rounds=rounds, num_threads=num_threads)
     waited = {name: sorted(result["waited"] for result in way.results)[len(way.results) // 2]
               for name, way in found.items()}  # fmt: skip
-    return Comparison(
+    return BenchReport(
         title=f"{work.num_steps} steps of the {work.preset} preset, {work.model} model, a photograph of 960 x 720 each",
-        ways=[Way(name, statistics.median(result["seconds"] for result in way.results)) for name, way in found.items()],
+        ways=[
+            Timing(name, statistics.median(result["seconds"] for result in way.results)) for name, way in found.items()
+        ],
         facts={
             **{f"share of a step waited, {name}": round(share, 4) for name, share in waited.items()},
             "the same losses": len({tuple(way.results[0]["losses"]) for way in found.values()}) == 1,

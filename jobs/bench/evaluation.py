@@ -19,7 +19,7 @@ from transformers import Sam3Config, Sam3Model, Sam3Processor
 from transformers.utils.logging import disable_progress_bar
 
 from jobs.bench.processes import Measured, Round, Work, measure_in_turns
-from jobs.bench.report import Comparison, Way
+from jobs.bench.report import BenchReport, Timing
 from sam3lora.data.coco import CocoIndex
 from sam3lora.data.synth.dataset import write_dataset
 from sam3lora.evaluation.ask.worker import BASE, EvaluationWorker, Models
@@ -35,7 +35,7 @@ Result = dict[str, Any]
 
 def compare_evaluation(
     model_name: Literal["tiny", "small"] = "small", *, num_images: int = 2, num_prompts: int = 4, repeats: int = 2
-) -> Comparison:
+) -> BenchReport:
     """Time an evaluation: from JPEG files to masks as run-length codes at the size of the image, and mask mAP.
 
     Both take the 100 best of every (image, prompt) pair without a score cut, as mAP wants them, and suppress nothing.
@@ -61,9 +61,9 @@ def compare_evaluation(
         arguments = {"model": model, "split_dir": data / "valid", "num_prompts": num_prompts}
         ways = {"sam3lora": Work(make_ours, arguments), "transformers and pycocotools": Work(make_plain, arguments)}
         found = measure_in_turns(ways, rounds=repeats)
-    return Comparison(
+    return BenchReport(
         f"Evaluation of {num_images} images x {num_prompts} prompts, {model_name} at {side} pixels",
-        [Way(way, measured.median, measured.extra_mib) for way, measured in found.items()],
+        [Timing(way, measured.median, measured.extra_mib) for way, measured in found.items()],
         _agreement(*found.values()),
     )
 

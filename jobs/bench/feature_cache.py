@@ -15,7 +15,7 @@ import torch
 from jobs.bench.our_training import make_runner, our_step, step_of
 from jobs.bench.plain_training import PlainTraining
 from jobs.bench.processes import Measured, Work, measure_in_turns
-from jobs.bench.report import Comparison, Way
+from jobs.bench.report import BenchReport, Timing
 from jobs.bench.training_work import TrainingWork, criterion, tokenizer
 from sam3lora.data.array_store import ArrayStore
 from sam3lora.data.batch import Batch
@@ -37,7 +37,7 @@ def compare_feature_cache(
     epochs: int = 3,
     precision: Literal["fp32", "bf16"] = "fp32",
     num_threads: int | None = None,
-) -> list[Comparison]:
+) -> list[BenchReport]:
     """Time of the first epoch, which fills the cache, and of the later ones.
 
     The cache is a folder of its own and, within the preset's bound, memory. A step is a batch of the preset's size.
@@ -100,11 +100,11 @@ def compare_feature_cache(
 
 def _comparison(
     title: str, seconds: Mapping[str, float], found: Mapping[str, Measured], facts: Mapping[str, object]
-) -> Comparison:
+) -> BenchReport:
     num_images = found[PLAIN].results[0].num_images
-    return Comparison(
+    return BenchReport(
         title=title,
-        ways=[Way(name, value) for name, value in seconds.items()],
+        ways=[Timing(name, value) for name, value in seconds.items()],
         facts={
             **facts,
             "images/s": {name: round(num_images / value, 3) for name, value in seconds.items()},

@@ -40,11 +40,11 @@ def measure_training(
     rows = []
     for preset in presets:
         for images in batches:
-            ways: list[tuple[str, type[Training | PlainTraining], bool]] = [("sam3lora", Training, False)]
+            ways: list[tuple[str, type[Training | StockTraining], bool]] = [("sam3lora", Training, False)]
             if preset == "light":
                 ways.append(("sam3lora, trunk cached", Training, True))
             if preset in ("light", "full"):
-                ways.append(("transformers + PEFT", PlainTraining, False))
+                ways.append(("transformers + PEFT", StockTraining, False))
             for name, make, cached in ways:
                 case = Case(preset, images, prompts, cached=cached)
                 rows.append(
@@ -59,7 +59,7 @@ def measure_training(
 
 
 def _measure(
-    make: type[Training | PlainTraining], case: Case, model_name: str, device: torch.device, repeats: int
+    make: type[Training | StockTraining], case: Case, model_name: str, device: torch.device, repeats: int
 ) -> Row:
     forget_peak(device)
     try:
@@ -69,7 +69,7 @@ def _measure(
 
 
 def _steps(
-    make: type[Training | PlainTraining], case: Case, model_name: str, device: torch.device, repeats: int
+    make: type[Training | StockTraining], case: Case, model_name: str, device: torch.device, repeats: int
 ) -> Row:
     model = random_model(model_name, device=device)
     cast(nn.Module, model.text_encoder).to("cpu")  # frozen: its features of the prompts are kept, and it is sent away
@@ -91,7 +91,7 @@ def _steps(
     }
 
 
-class PlainTraining:
+class StockTraining:
     """As a careful user of transformers and PEFT writes it: a forward and a backward per (image, prompt).
 
     The loss is ours, of what the stock forward returns: the last decoder layer, and no one-to-many branch. Text

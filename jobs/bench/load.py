@@ -1,4 +1,4 @@
-"""Sends requests to a server and keeps what became of each: one after the other, closed loop, or open loop.
+"""A load generator for HTTP servers: requests one after the other, in a closed loop, or in an open loop.
 
 The generator has a process of its own (`LoadGenerator`), so that its work does not delay the reports of the caller.
 """
@@ -26,7 +26,7 @@ NO_ANSWER = 0
 
 
 @dataclass(frozen=True)
-class Request:
+class LoadRequest:
     """A POST of `body` to `path`, the query included."""
 
     path: str
@@ -34,8 +34,8 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """What became of a request; `reply` is kept only where it was asked for."""
+class LoadSample:
+    """Latency and status of a request; `reply` is kept only on demand."""
 
     latency_s: float
     status: int
@@ -50,7 +50,7 @@ class Sample:
 class LoadResult:
     """Requests that ended within a window of `seconds`."""
 
-    samples: Sequence[Sample]
+    samples: Sequence[LoadSample]
     seconds: float
 
     @property
@@ -83,13 +83,13 @@ class LoadGenerator:
     ) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def in_order(self, url: str, requests: Sequence[Request], *, keep_replies: bool = False) -> LoadResult:
+    def in_order(self, url: str, requests: Sequence[LoadRequest], *, keep_replies: bool = False) -> LoadResult:
         return self._pool.submit(_run, in_order, url, requests, keep_replies=keep_replies).result()
 
     def closed_loop(
         self,
         url: str,
-        requests: Sequence[Request],
+        requests: Sequence[LoadRequest],
         *,
         clients: int,
         seconds: float,
@@ -108,17 +108,17 @@ class LoadGenerator:
         ).result()
 
     def open_loop(
-        self, url: str, requests: Sequence[Request], *, per_second: float, seconds: float, seed: int = 0
+        self, url: str, requests: Sequence[LoadRequest], *, per_second: float, seconds: float, seed: int = 0
     ) -> LoadResult:
         return self._pool.submit(
             _run, open_loop, url, requests, per_second=per_second, seconds=seconds, seed=seed
         ).result()
 
 
-Send = Callable[[Request], Awaitable[Sample]]
+Send = Callable[[LoadRequest], Awaitable[LoadSample]]
 
 
-async def in_order(url: str, requests: Sequence[Request], *, keep_replies: bool = False) -> LoadResult:
+async def in_order(url: str, requests: Sequence[LoadRequest], *, keep_replies: bool = False) -> LoadResult:
     """Each request once, when the one before it is answered."""
     async with _session() as session:
         send = _sender(session, url, keep_replies=keep_replies)
@@ -129,7 +129,7 @@ async def in_order(url: str, requests: Sequence[Request], *, keep_replies: bool 
 
 async def closed_loop(
     url: str,
-    requests: Sequence[Request],
+    requests: Sequence[LoadRequest],
     *,
     clients: int,
     seconds: float,
@@ -146,7 +146,7 @@ async def closed_loop(
         warm_up_s: which begins after this one.
         all_different: Give the JPEG of every request bytes that were never sent before.
     """
-    samples: list[Sample] = []
+    samples: list[LoadSample] = []
     queue = _endless(requests, all_different)
     async with _session() as session:
         send = _sender(session, url)
@@ -164,7 +164,7 @@ async def closed_loop(
 
 
 async def open_loop(
-    url: str, requests: Sequence[Request], *, per_second: float, seconds: float, seed: int = 0
+    url: str, requests: Sequence[LoadRequest], *, per_second: float, seconds: float, seed: int = 0
 ) -> LoadResult:
     """Poisson arrivals that do not wait for answers; latencies count from the moment a request was due."""
     random_numbers = random.Random(seed)
@@ -200,13 +200,13 @@ def _session() -> aiohttp.ClientSession:
     )
 
 
-def _endless(requests: Sequence[Request], all_different: bool) -> Iterator[Request]:
+def _endless(requests: Sequence[LoadRequest], all_different: bool) -> Iterator[LoadRequest]:
     for request in itertools.cycle(requests):
-        yield Request(request.path, with_new_bytes(request.body)) if all_different else request
+        yield LoadRequest(request.path, with_new_bytes(request.body)) if all_different else request
 
 
 def _sender(session: aiohttp.ClientSession, url: str, *, keep_replies: bool = False) -> Send:
-    async def send(request: Request) -> Sample:
+    async def send(request: LoadRequest) -> LoadSample:
         start = time.perf_counter()
         try:
             async with session.post(
@@ -216,13 +216,13 @@ def _sender(session: aiohttp.ClientSession, url: str, *, keep_replies: bool = Fa
                 status = response.status
         except (aiohttp.ClientError, TimeoutError):
             reply, status = b"", NO_ANSWER
-        return Sample(time.perf_counter() - start, status, reply if keep_replies else b"")
+        return LoadSample(time.perf_counter() - start, status, reply if keep_replies else b"")
 
     return send
 
 
-async def _send_late(send: Send, request: Request, due: float) -> Sample:
+async def _send_late(send: Send, request: LoadRequest, due: float) -> LoadSample:
     """Latency with the time that the generator itself was late."""
     late = time.perf_counter() - due
     sample = await send(request)
-    return Sample(sample.latency_s + late, sample.status)
+    return LoadSample(sample.latency_s + late, sample.status)

@@ -1,4 +1,4 @@
-"""A training step of this package, set up as `train.setup` does, and what a step is for every way of training."""
+"""A training step of this package, set up as `training.setup` does, and the optimizer step that all ways share."""
 
 from __future__ import annotations
 

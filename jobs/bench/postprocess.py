@@ -12,7 +12,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from jobs.bench.processes import Round, Work, measure_in_turns
-from jobs.bench.report import Comparison, Way
+from jobs.bench.report import BenchReport, Timing
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.engine.mask_codes import Rle, encode_logits
 from sam3lora.engine.postprocess import select
@@ -74,16 +74,16 @@ class Workload:
 _SHARES = {"blobs": (0.001, 0.1), "large": (0.2, 0.6)}
 
 
-def compare_postprocessing(workload: Workload, *, repeats: int = 3) -> Comparison:
+def compare_postprocessing(workload: Workload, *, repeats: int = 3) -> BenchReport:
     """Time (the median of the rounds) and memory of both ways, each in a process of its own."""
     works = {name: Work(make_round, {"name": name, "workload": workload}) for name in WAYS}
     found = measure_in_turns(works, rounds=repeats, warm_ups=0)
     ours, plain = (found[name].results[-1] for name in WAYS)
     height, width = workload.size_hw
-    return Comparison(
+    return BenchReport(
         title=f"{workload.num_masks} {workload.kind} of which {workload.num_kept or 'all'} are kept, "
         f"{workload.mask_side} x {workload.mask_side} logits, to {width} x {height} pixels",
-        ways=[Way(name, measured.median, measured.extra_mib) for name, measured in found.items()],
+        ways=[Timing(name, measured.median, measured.extra_mib) for name, measured in found.items()],
         facts={
             "kept, sam3lora": len(ours),
             "kept, plain": len(plain),

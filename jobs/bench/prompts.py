@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, Sam3ImageProcessor, Sam3Model
 
 from jobs.bench.models import random_model
-from jobs.bench.report import Comparison, Way, time_in_turns
+from jobs.bench.report import BenchReport, Timing, time_in_turns
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.engine.detections import Detections
 from sam3lora.engine.forward import MixedForward, Row
@@ -33,7 +33,7 @@ KEPT = 0.1
 @torch.no_grad()
 def compare_prompts(
     model_name: str | None = None, *, num_prompts: int = 8, repeats: int = 3, device: torch.device | str | None = None
-) -> Comparison:
+) -> BenchReport:
     """Time `num_prompts` prompts on one image, from normalised pixels to masks at the size of the image.
 
     The plain way is the stock `Sam3Model.forward` and transformers' `post_process_instance_segmentation`, a prompt at a
@@ -71,9 +71,9 @@ def compare_prompts(
         }
         seconds = time_in_turns(ways, repeats, device)
     side = model.config.image_size
-    return Comparison(
+    return BenchReport(
         title=f"{num_prompts} prompts on one image, {model_name} with random weights at {side} pixels",
-        ways=[Way(name, value) for name, value in seconds.items()],
+        ways=[Timing(name, value) for name, value in seconds.items()],
         facts={
             "device": device.type,
             "precision": "bfloat16 autocast" if device.type == "cuda" else "float32",
@@ -86,7 +86,7 @@ def compare_prompts(
 @torch.no_grad()
 def compare_repeated(
     model_name: str | None = None, *, num_prompts: int = 8, repeats: int = 3, device: torch.device | str | None = None
-) -> Comparison:
+) -> BenchReport:
     """Time the same prompts on an image whose vision features are kept, beside the first time that it is asked about.
 
     Args and Raises: As `compare_prompts`.
@@ -100,9 +100,9 @@ def compare_repeated(
         again = partial(first, vision=kept)
         num_first, num_again = (sum(map(len, ask())) for ask in (first, again))
         seconds = time_in_turns({"image features kept": again, "first time": first}, repeats, device)
-    return Comparison(
+    return BenchReport(
         title=f"{num_prompts} prompts on an image asked about again, {model_name} with random weights",
-        ways=[Way(name, value) for name, value in seconds.items()],
+        ways=[Timing(name, value) for name, value in seconds.items()],
         facts={"detections, first time": num_first, "detections, features kept": num_again},
     )
 

@@ -1,4 +1,4 @@
-"""What a benchmark found: ways of doing the same work, side by side, and the machine they ran on."""
+"""The report of a benchmark: times of several ways of doing the same work, and the machine."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from rich.table import Table
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way of doing the work; `extra_mib` is the most memory it took beyond what was there before."""
+class Timing:
+    """Time and memory of one way of doing the work; `extra_mib` is its peak beyond what was in use before."""
 
     name: str
     seconds: float
@@ -25,14 +25,14 @@ class Way:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class BenchReport:
     """Ways of doing one piece of work, ours first. `facts` says what was done and that the results agree."""
 
     title: str
-    ways: Sequence[Way]
+    ways: Sequence[Timing]
     facts: Mapping[str, Any] = field(default_factory=dict)
 
-    def ratio(self, way: Way) -> float:
+    def ratio(self, way: Timing) -> float:
         """Our time divided by that of `way`: below 1 we are faster."""
         return self.ways[0].seconds / way.seconds
 

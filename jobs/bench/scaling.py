@@ -1,5 +1,5 @@
-"""What training on several workers costs: two workers beside two processes that do not know of each other, and the
-collective calls of a step among up to sixteen.
+"""The cost of training on several workers: two workers beside two independent processes, and the collective calls of a
+step among up to sixteen.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import nn
 
 from jobs.bench.collectives import time_collectives
 from jobs.bench.processes import Round, Work, measure_in_turns
-from jobs.bench.report import Comparison, Way
+from jobs.bench.report import BenchReport, Timing
 from jobs.bench.training_work import TrainingWork
 from sam3lora.data.batch import Batch
 from sam3lora.errors import UserError
@@ -49,7 +49,7 @@ class ScalingWork:
 
 def compare_scaling(
     work: ScalingWork | None = None, *, rounds: int = 3, simulated: Sequence[int] = (2, 4, 8, 16)
-) -> Comparison:
+) -> BenchReport:
     """Two one-thread workers beside two one-thread processes with the same work; then what larger numbers would cost.
 
     A worker's step is that of training: counts of all workers, forward and backward, gradients averaged, clipping,
@@ -94,10 +94,10 @@ def compare_scaling(
         }
         efficiency = step_s[APART] / (step_s[APART] + sum(calls_s.values()))
         facts[f"predicted: {count} workers / as many processes on their own"] = round(efficiency, 3)
-    return Comparison(
+    return BenchReport(
         title=f"A step of the {work.preset} preset, {work.model} model, an image with {work.num_prompts} prompts for "
         "each process of one thread",
-        ways=[Way(name, seconds) for name, seconds in step_s.items()],
+        ways=[Timing(name, seconds) for name, seconds in step_s.items()],
         facts=facts,
     )
 

@@ -1,4 +1,4 @@
-"""What the serving benchmark found: tables for people, the same rows as JSON."""
+"""The report of the serving benchmark: printed tables, and the same rows as JSON."""
 
 from __future__ import annotations
 

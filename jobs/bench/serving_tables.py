@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from jobs.bench.bare_call import time_bare_calls
-from jobs.bench.load import LoadGenerator, LoadResult, Request
+from jobs.bench.load import LoadGenerator, LoadRequest, LoadResult
 from jobs.bench.servers import Server, our_server, plain_server
 from jobs.bench.serving_report import Rows
-from jobs.bench.serving_work import Images, ServingPlan, Work, prepare_work
+from jobs.bench.serving_work import Images, ServingPlan, ServingWork, prepare_work
 from sam3lora.errors import UserError
 
 REFUSED = (503, 429)
@@ -26,7 +26,7 @@ class Bench:
     """Both servers, ready to be asked."""
 
     plan: ServingPlan
-    work: Work
+    work: ServingWork
     generator: LoadGenerator
     plain: Server
     ours: Server
@@ -190,7 +190,7 @@ def _p50(found: LoadResult) -> float:
     return value
 
 
-def _in_order_ms(generator: LoadGenerator, server: Server, requests: Sequence[Request]) -> list[float]:
+def _in_order_ms(generator: LoadGenerator, server: Server, requests: Sequence[LoadRequest]) -> list[float]:
     return [sample.latency_s * 1000 for sample in answered(generator.in_order(server.url, requests)).samples]
 
 

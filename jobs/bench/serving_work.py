@@ -1,4 +1,4 @@
-"""What the serving benchmark asks for: a model, adapters of several kinds, pictures and thresholds."""
+"""The work of the serving benchmark: a model, adapters of several kinds, pictures and thresholds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, Sam3ImageProcessor, Sam3Model, Sam3Processor
 from transformers.utils.logging import disable_progress_bar
 
-from jobs.bench.load import Request, with_new_bytes
+from jobs.bench.load import LoadRequest, with_new_bytes
 from jobs.bench.models import small_config
 from jobs.bench.prompts import KEPT
 from sam3lora.data.synth.scenes import draw_scene
@@ -88,14 +88,14 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Question:
+class PictureQuestion:
     """One prompt about one picture; about a tenth of the adapter's object queries reach the threshold."""
 
     picture: Picture
     adapter: str
     threshold: float
 
-    def request(self, *, as_new: bool = False) -> Request:
+    def request(self, *, as_new: bool = False) -> LoadRequest:
         """No suppression of overlaps (transformers has none); masks as run-length codes.
 
         Args:
@@ -109,11 +109,11 @@ class Question:
             "masks": "rle",
         }
         jpeg = self.picture.jpeg
-        return Request(f"/v1/segment?{urlencode(query)}", with_new_bytes(jpeg) if as_new else jpeg)
+        return LoadRequest(f"/v1/segment?{urlencode(query)}", with_new_bytes(jpeg) if as_new else jpeg)
 
 
 @dataclass(frozen=True)
-class Work:
+class ServingWork:
     """What the servers are started with, and what they are asked.
 
     Attributes:
@@ -124,9 +124,9 @@ class Work:
 
     model: str
     adapters: Path
-    questions: dict[str, list[Question]]
+    questions: dict[str, list[PictureQuestion]]
 
-    def requests(self, num_adapters: int, images: Images, *, seed: int = 0) -> list[Request]:
+    def requests(self, num_adapters: int, images: Images, *, seed: int = 0) -> list[LoadRequest]:
         """Every adapter with every picture, or with the first one, in random order."""
         num_pictures = 1 if images == "same" else None
         chosen = [self.questions[adapter][:num_pictures] for adapter in sorted(self.questions)[:num_adapters]]
@@ -135,7 +135,7 @@ class Work:
         return found
 
 
-def prepare_work(folder: Path, model: Literal["tiny", "small"], *, num_adapters: int, num_pictures: int) -> Work:
+def prepare_work(folder: Path, model: Literal["tiny", "small"], *, num_adapters: int, num_pictures: int) -> ServingWork:
     """Write the model (unless it is built in) and the adapters to `folder`, and choose the thresholds."""
     from jobs.bench.plain_server import PlainSegmenter
 
@@ -150,12 +150,12 @@ def prepare_work(folder: Path, model: Literal["tiny", "small"], *, num_adapters:
     plain = PlainSegmenter(find_base(name).path, adapters)
     questions = {
         adapter.name: [
-            Question(picture, adapter.name, _threshold(plain.scores(picture.jpeg, picture.prompt, adapter.name)))
+            PictureQuestion(picture, adapter.name, _threshold(plain.scores(picture.jpeg, picture.prompt, adapter.name)))
             for picture in pictures
         ]
         for adapter in sorted(adapters.iterdir())
     }
-    return Work(name, adapters, questions)
+    return ServingWork(name, adapters, questions)
 
 
 def draw_picture(seed: int) -> Picture:

@@ -14,7 +14,7 @@ import torch
 from jobs.bench.our_training import OurSettings, make_runner, our_step, step_of, wanted_checkpointing
 from jobs.bench.plain_training import PlainTraining
 from jobs.bench.processes import Measured, Work, measure_in_turns
-from jobs.bench.report import Comparison, Way
+from jobs.bench.report import BenchReport, Timing
 from jobs.bench.tensor_memory import TensorMemory
 from jobs.bench.training_work import TrainingWork, criterion, gradients, normalizer, tokenizer
 from sam3lora.data.batch import Batch
@@ -43,7 +43,7 @@ def compare_train_step(
     rounds: int = 3,
     variants: bool = False,
     num_threads: int | None = None,
-) -> Comparison:
+) -> BenchReport:
     """Time and memory of a step without kept features: forward, loss, backward, clipping, AdamW.
 
     Ours is the preset's training: losses of all decoder layers, the one-to-many branch, the geometry CLS token, its
@@ -78,10 +78,10 @@ def compare_train_step(
         ways[WHOLE_IMAGES] = Work(_make_plain, {"work": work, "whole_images": True})
         ways |= {name: Work(_make_ours, {"work": as_preset, "settings": chosen}) for name, chosen in VARIANTS.items()}
     found = measure_in_turns(ways, rounds=rounds, num_threads=num_threads)
-    return Comparison(
+    return BenchReport(
         title=f"A step of {num_images} image{'s' if num_images > 1 else ''} with {num_prompts} prompts each, preset "
         f"{preset}, {model} with random weights at {work.resolution} pixels",
-        ways=[Way(name, measured.median, _beyond(measured, "set_up_mib")) for name, measured in found.items()],
+        ways=[Timing(name, measured.median, _beyond(measured, "set_up_mib")) for name, measured in found.items()],
         facts={
             "precision": precision,
             "checkpointing of sam3lora": ", ".join(wanted_checkpointing(work, OurSettings())) or "none",

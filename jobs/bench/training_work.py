@@ -1,4 +1,4 @@
-"""What the training benchmarks train: a model with random weights, a preset's adapter, drawn images with targets."""
+"""The work of the training benchmarks: a model with random weights, a preset's adapter, drawn images with targets."""
 
 from __future__ import annotations
 

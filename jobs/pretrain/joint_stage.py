@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Sam3Model
 
 from jobs.pretrain.bank import SceneBank
-from jobs.pretrain.prompting import Question, ask
+from jobs.pretrain.prompting import ScenePrompt, ask
 from jobs.pretrain.snapshot import Snapshot
 from jobs.pretrain.vision_stage import (
     FINE,
@@ -48,7 +48,7 @@ class TokenHead(nn.Module):
         return F.binary_cross_entropy_with_logits(logits, share_BS, pos_weight=torch.tensor(3.0))
 
 
-def scene_targets(labels_IHW: np.ndarray, questions: list[list[Question]]) -> tuple[Targets, Tensor, Tensor, Tensor]:
+def scene_targets(labels_IHW: np.ndarray, questions: list[list[ScenePrompt]]) -> tuple[Targets, Tensor, Tensor, Tensor]:
     """Targets of all questions, the share of each patch they cover (B, 256), exemplar boxes and labels (B, 1, ...)."""
     size = labels_IHW.shape[1]
     steps = (np.arange(FINE) * size // FINE) + 1
@@ -183,13 +183,13 @@ def train_joint(
         refused = found.logits_LBQ[:, absent].float()
         refusal = (refused.sigmoid().square() * F.softplus(refused)).mean(2).sum() / len(prompts)
         excess = (found.presence_logits_LB.float().abs() - PRESENCE_LIMIT).clamp(min=0).square().mean()
-        loss = output.total + 10 * refusal + 2.5 * token_loss + 0.7 * sum(dense.values()) + excess
+        total = output.total + 10 * refusal + 2.5 * token_loss + 0.7 * sum(dense.values()) + excess
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * group["scale"] * cosine(step, steps, 150)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"loss is {loss.item()} at step {step}")
+        if not torch.isfinite(total):
+            raise FloatingPointError(f"loss is {total.item()} at step {step}")
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        total.backward()
         nn.utils.clip_grad_norm_([*slow, *fast], 1.0)
         optimizer.step()
         helpers = {"token": token_loss, "refusal": refusal, "dense": sum(dense.values()), "noun": dense["noun"]}

@@ -28,7 +28,7 @@ MASK_SIZE = 112
 
 
 @dataclass
-class Answer:
+class PromptDetections:
     """Detections of one prompt: scores (Q,), masks (Q, 112, 112) bool, presence in [0, 1]."""
 
     scores: np.ndarray
@@ -56,7 +56,7 @@ class TinyReport:
 @torch.no_grad()
 def answer(
     staged: StagedSam3, tokenize: Callable[[list[str]], tuple[Tensor, Tensor]], image: np.ndarray, prompts: list[str]
-) -> list[Answer]:
+) -> list[PromptDetections]:
     """All prompts of one image, with one vision pass."""
     text = staged.encode_text(*tokenize(prompts))
     vision = staged.encode_images(to_pixel_values(image[None]))
@@ -68,7 +68,7 @@ def answer(
     masks = F.interpolate(logits[:, None].float(), size=(MASK_SIZE, MASK_SIZE), mode="bilinear")[:, 0] > 0
     masks_PQHW = masks.view(len(prompts), queries, MASK_SIZE, MASK_SIZE).numpy()
     scores, presence = found.scores_BQ().numpy(), found.presence_logits_LB[-1].float().sigmoid().numpy()
-    return [Answer(scores[row], masks_PQHW[row], float(presence[row])) for row in range(len(prompts))]
+    return [PromptDetections(scores[row], masks_PQHW[row], float(presence[row])) for row in range(len(prompts))]
 
 
 def measure(
@@ -151,7 +151,7 @@ def _pair_shares(values: list[tuple[bool, bool]]) -> tuple[int, float, float]:
     return len(values), above, below
 
 
-def _score_of(reply: Answer, masks: list[np.ndarray]) -> float:
+def _score_of(reply: PromptDetections, masks: list[np.ndarray]) -> float:
     """The highest score of a detection that covers one of the objects (mask IoU of at least 0.5); 0 if none does."""
     best = 0.0
     flat = reply.masks.reshape(len(reply.masks), -1).astype(np.float32)

@@ -13,7 +13,7 @@ VISUAL = "visual"  # the text that SAM 3's processor uses when only boxes are gi
 
 
 @dataclass
-class Question:
+class ScenePrompt:
     """A prompt, the numbers of the objects it names (none: absent), and optional exemplar boxes (object, label)."""
 
     prompt: str
@@ -29,20 +29,20 @@ def ask(
     positives: int = 2,
     negatives: int = 2,
     exemplars: bool = False,
-) -> list[Question]:
+) -> list[ScenePrompt]:
     """Prompts of one scene: kinds are drawn evenly, negatives are mostly near misses."""
     named: dict[str, list[Concept]] = {}
     for concept in dict.fromkeys(concept for thing in objects for concept in concepts_of(thing)):
         if not concept.is_ambiguous_in(objects):
             named.setdefault(concept.kind, []).append(concept)
-    questions: list[Question] = []
+    questions: list[ScenePrompt] = []
     for _ in range(positives):
         # Textures can be asked of few scenes (see ``is_ambiguous_in``), so twice as often there.
         kinds = sorted([*named, *({"texture"} & set(named))])
         kind = kinds[rng.integers(len(kinds))]
         concept = named[kind][rng.integers(len(named[kind]))]
         wanted = [number for number, thing in enumerate(objects) if concept.matches(thing)]
-        question = Question(concept.prompt, kind, wanted)
+        question = ScenePrompt(concept.prompt, kind, wanted)
         if exemplars and rng.random() < 0.5:
             question = _with_exemplars(objects, question, rng)
         questions.append(question)
@@ -51,24 +51,24 @@ def ask(
     return questions
 
 
-def _with_exemplars(objects: list[SceneObject], question: Question, rng: np.random.Generator) -> Question:
+def _with_exemplars(objects: list[SceneObject], question: ScenePrompt, rng: np.random.Generator) -> ScenePrompt:
     """A box on one of the wanted objects, with its text or without any; then everything that looks alike is wanted."""
     pointed = question.wanted[rng.integers(len(question.wanted))]
     if rng.random() < 0.35:
-        return Question(question.prompt, question.kind, question.wanted, [(pointed, 1)])
+        return ScenePrompt(question.prompt, question.kind, question.wanted, [(pointed, 1)])
     example = objects[pointed]
     alike = [
         number for number, thing in enumerate(objects) if (thing.noun, thing.colour) == (example.noun, example.colour)
     ]
-    return Question(VISUAL, "exemplar", alike, [(pointed, 1)])
+    return ScenePrompt(VISUAL, "exemplar", alike, [(pointed, 1)])
 
 
-def _absent(objects: list[SceneObject], rng: np.random.Generator) -> Question:
+def _absent(objects: list[SceneObject], rng: np.random.Generator) -> ScenePrompt:
     """A prompt that names nothing in the scene: two times in three one that shares a word with something there."""
     for _ in range(20):
         roll = rng.random()
         if roll < 0.15:
-            return Question(absent_word(rng), "unknown", [])
+            return ScenePrompt(absent_word(rng), "unknown", [])
         near = objects[rng.integers(len(objects))]
         if roll < 0.3 and any(thing.texture for thing in objects):
             concept = Concept("texture", texture=TEXTURES[rng.integers(len(TEXTURES))])
@@ -89,5 +89,5 @@ def _absent(objects: list[SceneObject], rng: np.random.Generator) -> Question:
             pool = [c for c in ALL_CONCEPTS if c.kind == kind]
             concept = pool[rng.integers(len(pool))]
         if not concept.is_ambiguous_in(objects) and not any(concept.matches(thing) for thing in objects):
-            return Question(concept.prompt, concept.kind, [])
-    return Question(absent_word(rng), "unknown", [])
+            return ScenePrompt(concept.prompt, concept.kind, [])
+    return ScenePrompt(absent_word(rng), "unknown", [])

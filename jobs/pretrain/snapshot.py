@@ -1,4 +1,4 @@
-"""Where a stage of the pre-training stands, so that a run that was cut goes on."""
+"""Snapshots of a training stage, from which an interrupted run continues."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sam3lora.files import whole_file
+
 
 class Snapshot:
-    """Weights, temporary heads and optimizer of a stage in one safetensors file, so that a cut run goes on."""
+    """Weights, temporary heads and optimizer of a stage in one safetensors file."""
 
     def __init__(self, file: Path, modules: dict[str, nn.Module]) -> None:
         self._file, self._modules = file, modules
@@ -21,9 +23,8 @@ class Snapshot:
             tensors |= {f"{prefix}/{name}": tensor.contiguous() for name, tensor in module.state_dict().items()}
         for place, values in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{place}/{name}": torch.as_tensor(value) for name, value in values.items()}
-        scratch = self._file.with_suffix(".tmp")
-        save_file(tensors, scratch)
-        scratch.rename(self._file)
+        with whole_file(self._file) as scratch:
+            save_file(tensors, scratch)
 
     def load(self, optimizer: torch.optim.Optimizer | None = None) -> int:
         """Restore what there is; return the number of steps done."""

@@ -1,4 +1,4 @@
-"""The command line: one small file per verb, nothing heavy imported before a verb runs."""
+"""The command line: one module per verb; a verb imports heavy packages only when it runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        argv: the words after the program's name; None takes those of this process.
+        argv: The words after the program's name; None takes those of this process.
 
     Returns:
         The exit status: 0 success, 1 failure (with a traceback where it is a fault in the program), 2 a user's mistake

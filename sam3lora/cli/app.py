@@ -1,4 +1,4 @@
-"""The verbs, put together."""
+"""The typer application with all verbs."""
 
 from __future__ import annotations
 

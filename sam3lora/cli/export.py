@@ -96,7 +96,7 @@ def _print_usage(folder: Path) -> None:
         lines = [
             "from transformers import Sam3Model, Sam3Processor",
             f'model = Sam3Model.from_pretrained("{folder}", dtype="float32").eval()',
-            f'processor = Sam3Processor.from_pretrained("{folder}")  # README.md there goes on',
+            f'processor = Sam3Processor.from_pretrained("{folder}")  # see README.md there',
         ]
     else:
         metadata = read_metadata(folder)

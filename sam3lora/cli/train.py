@@ -1,4 +1,4 @@
-"""`sam3lora train`: from a configuration to an adapter folder."""
+"""`sam3lora train`: train an adapter with a configuration."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def train(
     num_workers: Annotated[
         int | None, typer.Option(min=0, help="Training workers; 0 = in this process, without Ray.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the run folder.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint.")] = False,
     address: Annotated[str | None, typer.Option(help="Ray cluster to train on; a local Ray otherwise.")] = None,
 ) -> None:
     """Train an adapter.
@@ -53,7 +53,7 @@ def option_overrides(
     num_workers: int | None,
     address: str | None,
 ) -> list[str]:
-    """Options of the command line as overrides `a.b=c`; they win over those typed out."""
+    """Options of the command line as overrides `a.b=c`; they follow, and so replace, those that were typed."""
     values: dict[str, str | int | bool | None] = {
         "training.data_dir": data_dir,
         "output.output_dir": output_dir,
@@ -71,7 +71,7 @@ def option_overrides(
 
 
 def _quoted(value: str | int | bool) -> str:
-    """A value as YAML that reads back as itself; paths may hold colons, hashes and quotes."""
+    """A value as YAML text; paths may hold colons, hashes and quotes."""
     if isinstance(value, str):
         return "'" + value.replace("'", "''") + "'"
     return str(value).lower()

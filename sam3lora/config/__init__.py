@@ -1,7 +1,7 @@
-"""What a run is: one pydantic model per subject, read from YAML, presets and overrides.
+"""The configuration of a run: one pydantic model per section, loaded from presets, YAML files and overrides.
 
-The package imports neither torch nor Ray, and pydantic when a configuration is first used: the names of components and
-modules are wanted where it is not installed.
+Imports neither torch nor Ray. pydantic is imported when a configuration is first used, because the names of components
+are needed where it is not installed.
 """
 
 from __future__ import annotations

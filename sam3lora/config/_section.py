@@ -1,4 +1,4 @@
-"""What every section of a configuration shares."""
+"""The base class of all sections of a configuration."""
 
 from __future__ import annotations
 

@@ -16,11 +16,11 @@ MODULE_ALIASES: dict[str, tuple[str, ...]] = {
     "c_proj": ("fc2",),
     "linear2": ("fc2",),
 }
-"""Spelling -> SAM 3's module names. Attention is unfused in SAM 3 (no qkv); the text tower alone says out_proj."""
+"""Spelling -> names of SAM 3's modules. SAM 3 has no fused qkv; only its text tower calls the output out_proj."""
 
 
 def resolve_alias(name: str) -> tuple[str, ...]:
-    """The module names that one entry of `lora.target_modules` stands for: at least one of them has to exist.
+    """The module names that one entry of `lora.target_modules` stands for. At least one of them has to exist.
 
     >>> resolve_alias("qkv"), resolve_alias("fc1")
     (('q_proj', 'k_proj', 'v_proj'), ('fc1',))

@@ -1,4 +1,4 @@
-"""Which images, which words, which changes to the pictures."""
+"""Settings of the data: splits, prompts, negatives, augmentation."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class DataSection(Section):
         default=None, min_length=1, description="Names of the categories to use; None = all that have objects."
     )
     prompts: dict[str, str] = Field(
-        default_factory=dict, description="Prompt text for a category whose name is not what one would ask for."
+        default_factory=dict, description="Category name -> prompt text, where the name is not a good prompt."
     )
     negative_prompts: tuple[str, ...] = Field(
-        default=(), description="Further prompts that no image of the data shows."
+        default=(), description="Further prompts, none of which any image of the data shows."
     )
     exhaustive: bool = Field(
         default=True,
@@ -34,11 +34,11 @@ class DataSection(Section):
         "false: only negative_prompts are used as negatives.",
     )
     augmentation: Literal["none", "sam3"] = Field(
-        default="none", description='"sam3" = random size and place on a padded square, as SAM 3 was trained.'
+        default="none", description='"sam3" = random size and position on a padded square, as in the training of SAM 3.'
     )
     horizontal_flip: float = Field(default=0.0, ge=0, le=1, description="Probability of mirroring an image.")
     max_objects_per_query: int | None = Field(
-        default=None, ge=1, description="Keep at most so many objects of a prompt, drawn at random; None = all."
+        default=None, ge=1, description="Most objects of a prompt that are kept, drawn at random; None = all."
     )
 
     @model_validator(mode="after")

@@ -15,14 +15,14 @@ class EvaluationSection(PostProcessingFields):
     every_epochs: int = Field(
         default=0,
         ge=0,
-        description="Measure mAP and cgF1 every so many epochs; 0 = the validation loss only.",
+        description="Epochs between measurements of mAP and cgF1; 0 = only the validation loss.",
     )
     best_metric: Literal["auto", "valid_loss", "map", "cgf1"] = Field(
         default="auto",
-        description="What chooses best/ and early stopping watches; auto = map where it is measured, else valid_loss.",
+        description="Metric that decides best/ and early stopping; auto = map where it is measured, else valid_loss.",
     )
-    base_loss: bool = Field(default=True, description="Validation loss of the base before the first step.")
-    num_samples: int | None = Field(default=None, ge=1, description="Measure on so many images only; None = all.")
+    base_loss: bool = Field(default=True, description="Measure the validation loss of the base before the first step.")
+    num_samples: int | None = Field(default=None, ge=1, description="Measure on the first so many images; None = all.")
 
     @property
     def post_processing(self) -> PostProcessing:
@@ -31,7 +31,7 @@ class EvaluationSection(PostProcessingFields):
 
     @property
     def chosen_best_metric(self) -> Literal["valid_loss", "map", "cgf1"]:
-        """`best_metric` with auto resolved."""
+        """`best_metric`, where auto is replaced by the metric it stands for."""
         if self.best_metric == "auto":
             return "map" if self.every_epochs else "valid_loss"
         return self.best_metric

@@ -1,4 +1,4 @@
-"""The dotted keys of a configuration: which exist, which are refused, and which one was probably meant."""
+"""Dotted keys of a configuration: lookup, old and refused names, suggestions for unknown ones."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[st
 
 
 def nearest_key(key: str) -> str | None:
-    """The known key that a wrong one most likely means, or None.
+    """The known key that is most similar to a wrong one, or None.
 
-    A right name in the wrong section comes first, then a similar name in the same section, then one anywhere.
+    The same name in another section comes first, then a similar name in the same section, then one anywhere.
     """
     section, _, leaf = key.rpartition(".")
     if leaf in _SHORT_NAMES:
@@ -80,7 +80,7 @@ def _unknown(key: str, *, is_section: bool) -> str:
 
 
 def _refused(key: str, value: Any) -> list[str] | None:
-    """Why a key of another trainer is refused, or None for a key that is not one; sections are listed key by key."""
+    """Reasons to refuse a key of another trainer, one for each key of a section; None for any other key."""
     if key in REFUSED_KEYS:
         return [f"{key} has no effect here: {REFUSED_KEYS[key]}"]
     section = key.partition(".")[0]
@@ -114,15 +114,15 @@ def rename_old_keys(raw: RawConfig) -> list[str]:
 
 
 def split_known(raw: RawConfig, model: type[BaseModel] = Config, prefix: str = "") -> tuple[RawConfig, list[str]]:
-    """Part what a configuration says into known keys and complaints about the others.
+    """Separate known keys from unknown and refused ones.
 
     Args:
-        raw: nested mappings as read from a file. A section that is None counts as empty.
-        model: the section that `raw` fills.
-        prefix: its dotted name with a dot, or "".
+        raw: Nested mappings as read from a file. A section that is None counts as empty.
+        model: The section that `raw` fills.
+        prefix: Its dotted name with a dot, or "".
 
     Returns:
-        The known part, and one line for each unknown or refused key.
+        The known keys with their values, and one line for each other key.
     """
     known: RawConfig = {}
     problems: list[str] = []

@@ -1,4 +1,4 @@
-"""From a preset's name, a file or a dict, and overrides, to a checked configuration."""
+"""Loading and checking a configuration from a preset, a file or mappings, with overrides."""
 
 from __future__ import annotations
 
@@ -27,15 +27,14 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
     """Read, complete and check a configuration.
 
     Args:
-        source: a preset's name, the path of a YAML file, or nested mappings.
-        overrides: texts `a.b=c`, applied in order; c is read as YAML: `lora.rank=8`, `lora.target_modules=[q_proj]`.
+        source: A preset's name, the path of a YAML file, or nested mappings.
+        overrides: Texts `a.b=c`, applied in order; c is YAML: `lora.rank=8`, `lora.target_modules=[q_proj]`.
 
     Returns:
         The configuration with all defaults filled in. Relative paths in it stay relative to the working directory.
 
     Raises:
-        UserError: there is no such preset or file, it is not YAML, or keys or values are wrong; all wrong keys and
-            values are listed together.
+        UserError: No such preset or file, not YAML, or wrong keys or values; all of them are listed together.
     """
     raw, where, stem = _read_source(source)
     problems = rename_old_keys(raw)
@@ -58,7 +57,7 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
 
 
 def _read_source(source: str | Path | Mapping[str, Any]) -> tuple[RawConfig, str, str]:
-    """The raw mappings, what to call them in an error, and the name of the default output folder."""
+    """The raw mappings, their name in error messages, and the name of the default output folder."""
     if isinstance(source, Mapping):
         return _copied(source), "configuration", "run"
     path = Path(source).expanduser()
@@ -79,7 +78,7 @@ def _read_source(source: str | Path | Mapping[str, Any]) -> tuple[RawConfig, str
 
 
 def _copied(value: Any) -> Any:
-    """Nested mappings as new dicts, so that overrides do not reach into the caller's."""
+    """Nested mappings as new dicts: overrides must not change those of the caller."""
     if isinstance(value, Mapping):
         return {key: _copied(item) for key, item in value.items()}
     return value
@@ -118,7 +117,7 @@ def _apply_overrides(raw: RawConfig, overrides: Iterable[str]) -> list[str]:
 
 
 def describe_validation(error: ValidationError) -> list[str]:
-    """One line for each wrong value: the key, what it should be, what it is."""
+    """One line for each wrong value: its key, the rule, the value."""
     lines = []
     for item in error.errors(include_url=False):
         key = ".".join(str(part) for part in item["loc"])

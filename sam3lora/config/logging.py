@@ -1,4 +1,4 @@
-"""What a run reports while it works."""
+"""Settings of messages, progress and plots."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class LoggingSection(Section):
     """Messages, progress and plots."""
 
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
-        default="INFO", description="Least severe message shown."
+        default="INFO", description="Lowest level of messages that are shown."
     )
     tensorboard: bool = Field(default=False, description="Write TensorBoard event files too.")
     plots: bool = Field(default=True, description="Draw loss curves into <output_dir>/plots.")

@@ -1,4 +1,4 @@
-"""Where the LoRA adapters sit and how large they are."""
+"""Settings of the LoRA adapter: rank, scale, adapted layers."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class LoraFields(Section):
     target_modules: tuple[str, ...] = Field(
         default=("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"),
         min_length=1,
-        description="Layers to adapt by the last part of their name; qkv, proj, out_proj, c_fc, c_proj, linear1 "
-        "and linear2 are understood too.",
+        description="Layers to adapt, by the last part of their name. The aliases qkv, proj, out_proj, c_fc, c_proj, "
+        "linear1 and linear2 work too.",
     )
     vision_last_layers: int | None = Field(
         default=None, ge=1, description="Adapt only the last k layers of the vision encoder; None = all."
@@ -60,7 +60,7 @@ class LoraSection(LoraFields):
 
     apply_to_vision_encoder: bool = Field(default=False, description="Adapt the ViT image encoder (454 M parameters).")
     apply_to_text_encoder: bool = Field(
-        default=False, description="Adapt the text encoder; it can blur the difference between prompts."
+        default=False, description="Adapt the text encoder; this can make prompts harder to tell apart."
     )
     apply_to_geometry_encoder: bool = Field(default=False, description="Adapt the encoder of box prompts and of CLS.")
     apply_to_detr_encoder: bool = Field(default=False, description="Adapt the fusion of image and prompt.")

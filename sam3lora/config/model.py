@@ -1,4 +1,4 @@
-"""Which SAM 3 is adapted and how it is loaded."""
+"""Settings of the frozen base model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a run writes."""
+"""Setting of the run folder."""
 
 from __future__ import annotations
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
 from sam3lora.errors import UserError
 
-from ._section import Section
+from ._section import Section, Settings
+
+EARLIER_NAMES = {"detection_threshold": "threshold", "prob_threshold": "threshold"}
+"""Names of settings in files, adapters and code of earlier versions."""
 
 
 class PostProcessingFields(Section):
@@ -52,31 +55,28 @@ class PostProcessingFields(Section):
         return thresholds
 
 
-class PostProcessing(PostProcessingFields):
+class PostProcessing(PostProcessingFields, Settings):
     """Post-processing settings: immutable, checked, the same defaults everywhere.
 
     An adapter records its own; they are the defaults wherever that adapter is used. `changed` applies what a user
     gave explicitly.
-
-    Raises:
-        UserError: A value is out of range.
     """
-
-    def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = ".".join(str(part) for part in first["loc"])
-            reason = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
-            raise UserError(f"{name} {reason}, got {first['input']!r}") from None
 
     def changed(self, **values: Any) -> PostProcessing:
         """A copy with other values; a value of None leaves the field as it is.
 
         A new `threshold` is for all prompts: it drops the recorded `prompt_thresholds`, unless they are given too.
+
+        Raises:
+            UserError: A value is out of range, or a setting is given under its earlier name as well.
         """
-        given = {name: value for name, value in values.items() if value is not None}
+        given: dict[str, Any] = {}
+        for key, value in values.items():
+            name = EARLIER_NAMES.get(key, key)
+            if value is not None and name in given:
+                raise UserError(f"{key} is another name of {name}: give one of them")
+            if value is not None:
+                given[name] = value
         if "threshold" in given:
             given.setdefault("prompt_thresholds", {})
         return PostProcessing(**{**dict(self), **given}) if given else self
@@ -90,3 +90,16 @@ class PostProcessing(PostProcessingFields):
     def needs_masks(self) -> bool:
         """Whether masks decide, also where nobody asked to see them."""
         return self.merge or self.nms == "mask"
+
+
+class PostProcessingOptions(TypedDict, total=False):
+    """Settings that a caller may give; those left out or None are as the adapter records them."""
+
+    threshold: float | None
+    prompt_thresholds: Mapping[str, float] | None
+    nms: Literal["mask", "box", "none"] | None
+    nms_iou: float | None
+    merge: bool | None
+    merge_iou: float | None
+    max_detections: int | None
+    detection_threshold: float | None  # earlier name of threshold

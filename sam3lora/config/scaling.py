@@ -1,4 +1,4 @@
-"""How many workers train, where, and what happens when one is lost."""
+"""Settings of the Ray workers that train."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ScalingSection(Section):
         default_factory=dict, description="Ray resources of one worker, such as {CPU: 4, GPU: 0.5}; empty = defaults."
     )
     max_failures: int = Field(
-        default=2, ge=-1, description="Restarts from the last checkpoint after a lost worker; -1 = without end."
+        default=2, ge=-1, description="Restarts from the last checkpoint after a worker is lost; -1 = no limit."
     )
     address: str | None = Field(
         default=None, description="Ray cluster to join; None = RAY_ADDRESS, else a local Ray for this run."

@@ -1,4 +1,4 @@
-"""How long, how fast and with what the adapter is trained."""
+"""Settings of training: batch, optimizer, schedule, checkpoints, caches."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BATCH_SIZE = 2
 
 
 class TrainingSection(Section):
-    """Data folder, batch, optimizer, schedule and bookkeeping. A step is one update of the weights."""
+    """Data folder, batch, optimizer, schedule, checkpoints and caches. A step is one update of the weights."""
 
     data_dir: str | None = Field(default=None, description="Folder that holds train/ and valid/ in COCO format.")
     batch_size: int | Literal["auto"] = Field(
@@ -39,11 +39,11 @@ class TrainingSection(Section):
     )
     num_epochs: int = Field(default=20, ge=1, description="Passes over the training images.")
     max_steps: int | None = Field(
-        default=None, ge=1, description="Stop after this many steps, whatever num_epochs says."
+        default=None, ge=1, description="Stop after this many steps, even if epochs are left."
     )
     learning_rate: float = Field(default=5e-5, gt=0, le=1, description="Peak learning rate of AdamW.")
     component_learning_rates: dict[str, float] = Field(
-        default_factory=dict, description="Peak learning rate of single components, such as {detr_decoder: 1e-4}."
+        default_factory=dict, description="Component -> peak learning rate, such as {detr_decoder: 1e-4}."
     )
     weight_decay: float = Field(default=0.01, ge=0, le=1, description="Weight decay of AdamW.")
     adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="Decay of the gradient's running mean.")
@@ -57,15 +57,15 @@ class TrainingSection(Section):
     gradient_accumulation_steps: int = Field(default=1, ge=1, description="Batches whose gradients make one step.")
     warmup_steps: int = Field(default=100, ge=0, description="Steps over which the learning rate rises from 0.")
     lr_scheduler: Literal["cosine", "constant", "inverse_sqrt"] = Field(
-        default="cosine", description="Course of the learning rate after the warm-up."
+        default="cosine", description="Shape of the learning rate after the warm-up."
     )
     max_grad_norm: float = Field(default=1.0, gt=0, description="Gradients are scaled down to at most this L2 norm.")
-    mixed_precision: Literal["no", "bf16"] = Field(default="bf16", description="Type of the arithmetic in the forward.")
+    mixed_precision: Literal["no", "bf16"] = Field(default="bf16", description="Number type in the forward pass.")
     seed: int = Field(default=42, ge=0, lt=2**32, description="Seed of order, augmentation, negatives and new weights.")
-    logging_steps: int = Field(default=10, ge=1, description="Write a line of metrics every so many steps.")
+    logging_steps: int = Field(default=10, ge=1, description="Steps between lines of metrics.")
     eval_steps: int | None = Field(default=None, ge=1, description="Steps between validations; None = every epoch.")
     save_steps: int | None = Field(default=None, ge=1, description="Steps between checkpoints; None = every epoch.")
-    save_total_limit: int = Field(default=3, ge=1, description="Checkpoints kept for --resume; the oldest go first.")
+    save_total_limit: int = Field(default=3, ge=1, description="Checkpoints kept for --resume; older ones are deleted.")
     num_workers: int = Field(default=2, ge=1, description="CPUs that read and decode images, for each worker.")
     max_prompts_per_forward: int = Field(
         default=8, ge=1, description="Most (image, prompt) pairs at a time: bounds memory when there are many classes."
@@ -83,28 +83,29 @@ class TrainingSection(Section):
         default=None, ge=1, description="Stop after so many validations without a better one; None = never."
     )
     on_bad_image: Literal["stop", "skip"] = Field(
-        default="stop", description="An unreadable image ends the run, or is left out and named in the log."
+        default="stop", description="What an unreadable image does: end the run, or be skipped and named in the log."
     )
     feature_cache: Literal["auto"] | bool = Field(
         default="auto",
-        description="Run each image through the frozen first layers of the vision trunk once and keep the result on "
-        "disk; auto = where the first layer is not adapted, for images without augmentation. true = stop where that "
-        "is not so.",
+        description="Cache the output of the frozen first layers of the vision trunk on disk. auto = where the first "
+        "layer is not adapted and images are not augmented; true = refuse to train elsewhere.",
     )
     feature_cache_type: Literal["auto", "int8"] = Field(
-        default="auto", description="What is kept: auto = values that change nothing; int8 = about half or a quarter."
+        default="auto",
+        description="Precision of cached features: auto = exact; int8 = a half or a quarter of the size.",
     )
     cache_memory_gb: float = Field(
-        default=1.0, ge=0, description="Most features that each worker keeps in memory too; 0 = none."
+        default=1.0, ge=0, description="Size of the features that each worker also keeps in memory; 0 = none."
     )
     frame_cache: bool = Field(
-        default=False, description="Keep decoded, resized images on disk where features are not kept: for many runs."
+        default=False,
+        description="Cache decoded, resized images on disk where features are not cached.",
     )
     cache_dir: str | None = Field(
         default=None, description="Folder of both caches; None = SAM3LORA_CACHE, else ~/.cache/sam3lora."
     )
     cache_gb: float = Field(
-        default=20.0, gt=0, description="Largest size of that folder; what was not used for longest goes first."
+        default=20.0, gt=0, description="Largest size of that folder; the least recently used files are deleted first."
     )
     loss: LossSection = Field(default_factory=LossSection, description="Weights and options of the loss.")
 
@@ -182,7 +183,7 @@ class TrainingSection(Section):
 
     @property
     def images_per_forward(self) -> int:
-        """`batch_size`, which is a number where a run has been set up."""
+        """`batch_size` as a number, which it is once a run has been set up."""
         if self.batch_size == "auto":
             raise ValueError("training.batch_size is auto: it is known when the run has been set up")
         return self.batch_size

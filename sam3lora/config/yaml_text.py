@@ -1,4 +1,4 @@
-"""YAML as people write it: 1e-4 is a number, a bare `no` is a word, and a key written twice is a mistake."""
+"""Reading and writing YAML 1.2: 1e-4 is a number, a bare `no` is a word, and a duplicate key is an error."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes every text that either YAML version would read as something else."""
+    """SafeDumper that quotes every text that YAML 1.1 or 1.2 would not read as a text."""
 
 
 def _without_bools(resolvers: dict[str, list[tuple[str, Any]]]) -> dict[str, list[tuple[str, Any]]]:
@@ -63,11 +63,11 @@ def parse_yaml(text: str, where: str) -> Any:
     """Read one YAML document.
 
     Args:
-        text: the document.
-        where: what to call it in an error, such as the file's path.
+        text: The document.
+        where: Its name in error messages, such as the path of the file.
 
     Raises:
-        UserError: the text is not YAML, or a mapping has a key twice; names line and column.
+        UserError: The text is not YAML, or a mapping has a key twice; names line and column.
     """
     try:
         return yaml.load(text, Loader=_Loader)
@@ -82,5 +82,5 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def dump_yaml(value: Any) -> str:
-    """Plain data as YAML text, keys in the order given; `parse_yaml` gives the same data back."""
+    """Plain data as YAML text, keys in the given order; `parse_yaml` restores the data."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

@@ -17,7 +17,7 @@ MIN_BOX_AREA = 1e-6
 
 _SLACK_PX = 1.0  # labelling tools round coordinates: a smaller excess is not reported as out of bounds
 
-Box = tuple[float, float, float, float]
+BoxXyxy = tuple[float, float, float, float]
 
 
 def clean_annotation(raw: dict[str, Any], size_hw: tuple[int, int], log: FaultLog, where: str) -> dict[str, Any] | None:
@@ -67,7 +67,7 @@ def clean_annotation(raw: dict[str, Any], size_hw: tuple[int, int], log: FaultLo
 
 def _clean_segmentation(
     raw: Any, size_hw: tuple[int, int], log: FaultLog, where: str
-) -> tuple[list | dict | None, Box | None]:
+) -> tuple[list | dict | None, BoxXyxy | None]:
     """The usable polygons or RLE, and their box xyxy before clipping; (None, None) without a usable mask."""
     if isinstance(raw, dict):
         return _clean_rle(raw, size_hw, log, where)
@@ -93,7 +93,7 @@ def _clean_segmentation(
 
 def _clean_rle(
     raw: dict[str, Any], size_hw: tuple[int, int], log: FaultLog, where: str
-) -> tuple[dict | None, Box | None]:
+) -> tuple[dict | None, BoxXyxy | None]:
     try:
         rle = read_rle(raw)
     except ValueError as error:
@@ -110,7 +110,7 @@ def _clean_rle(
     return {"size": [height, width], "counts": rle["counts"].decode("ascii")}, box
 
 
-def _read_box(raw: Any) -> Box | None:
+def _read_box(raw: Any) -> BoxXyxy | None:
     """The file's xywh as xyxy; None if it is not a box with a positive width and height."""
     if not isinstance(raw, Sequence) or isinstance(raw, str) or len(raw) != 4 or not all(_is_finite(v) for v in raw):
         return None
@@ -118,24 +118,24 @@ def _read_box(raw: Any) -> Box | None:
     return (x, y, x + w, y + h) if w > 0 and h > 0 else None
 
 
-def _clip(box: Box, size_hw: tuple[int, int]) -> Box:
+def _clip(box: BoxXyxy, size_hw: tuple[int, int]) -> BoxXyxy:
     height, width = size_hw
     x0, y0, x1, y1 = box
     return min(max(x0, 0.0), width), min(max(y0, 0.0), height), min(max(x1, 0.0), width), min(max(y1, 0.0), height)
 
 
-def _reaches_outside(box: Box | None, size_hw: tuple[int, int]) -> bool:
+def _reaches_outside(box: BoxXyxy | None, size_hw: tuple[int, int]) -> bool:
     if box is None:
         return False
     height, width = size_hw
     return min(box[0], box[1]) < -_SLACK_PX or box[2] > width + _SLACK_PX or box[3] > height + _SLACK_PX
 
 
-def _has_area(box: Box, size_hw: tuple[int, int]) -> bool:
+def _has_area(box: BoxXyxy, size_hw: tuple[int, int]) -> bool:
     return (box[2] - box[0]) * (box[3] - box[1]) >= MIN_BOX_AREA * size_hw[0] * size_hw[1]
 
 
-def _iou(a: Box, b: Box) -> float:
+def _iou(a: BoxXyxy, b: BoxXyxy) -> float:
     width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
     inter = max(width, 0.0) * max(height, 0.0)
     union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter

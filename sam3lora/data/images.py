@@ -102,15 +102,6 @@ def rgb_from_pil(image: Image.Image, name: str = "image") -> np.ndarray:
         raise _image_error(error, name) from None
 
 
-def has_more_frames(source: str | Path | bytes) -> bool:
-    """Whether an animation or a file of several pages holds more than one frame.
-
-    Raises:
-        ImageError: The file is missing or in no known image format.
-    """
-    return _read_header(_read_bytes(source), _name(source))[1]
-
-
 def read_size(path: str | Path) -> tuple[int, int]:
     """Stored (height, width) from the file's header, without decoding.
 

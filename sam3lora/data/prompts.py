@@ -89,7 +89,7 @@ def build_queries(
     if not present and not own:
         wanted = max(wanted, 1)
     pool = list(absent.values())
-    chosen = sorted(rng.choice(len(pool), size=min(wanted, len(pool)), replace=False)) if pool and wanted > 0 else []
+    chosen = sorted(rng.choice(len(pool), size=min(wanted, len(pool)), replace=False))
     negatives = {prompt_key(pool[i].prompt): pool[i] for i in chosen}
     for prompt in own:
         negatives.setdefault(prompt_key(prompt), Query(prompt, None))
@@ -105,7 +105,7 @@ def _positive_queries(
     present: set[str] = set()
     for row, annotation in enumerate(record["annotations"]):
         name = annotation["category"]
-        prompt = prompt_of.get(name) or prompts.get(prompt_key(name), name)
+        prompt = prompts.get(prompt_key(name), name)
         key = prompt_key(prompt)
         present.add(key)
         if not annotation["iscrowd"]:

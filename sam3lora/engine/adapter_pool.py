@@ -73,10 +73,10 @@ class AdapterPool:
             "max_rows": max_rows,
             "geometry_cls": geometry_cls,
         }
-        name = (_agreed(self.adapters, "base_model") or "tiny") if model is None else model
+        name = (_common_value(self.adapters, "base_model") or "tiny") if model is None else model
         self._base_options: dict[str, Any] = {
-            "revision": revision or (_agreed(self.adapters, "base_revision") if model is None else None),
-            "resolution": _agreed(self.adapters, "resolution") if resolution is None else resolution,
+            "revision": revision or (_common_value(self.adapters, "base_revision") if model is None else None),
+            "resolution": _common_value(self.adapters, "resolution") if resolution is None else resolution,
             "local_files_only": local_files_only,
         }
         self.engine = Engine.load(
@@ -208,7 +208,7 @@ def _check_folder(folder: Path) -> None:
         )
 
 
-def _agreed(known: Mapping[str, AdapterMetadata | None], name: str) -> Any:
+def _common_value(known: Mapping[str, AdapterMetadata | None], name: str) -> Any:
     """The value of a metadata field that all adapters agree on; None if none has it."""
     values = {label: getattr(metadata, name) for label, metadata in known.items() if metadata is not None}
     given = {label: value for label, value in values.items() if value is not None}

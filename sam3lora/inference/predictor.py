@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from PIL import Image
 
-from sam3lora.config.post_processing import PostProcessing
-from sam3lora.data.images import has_more_frames, read_image, rgb_from_pil
+from sam3lora.config.post_processing import PostProcessing, PostProcessingOptions
+from sam3lora.data.images import read_first_frame, rgb_from_pil
 from sam3lora.engine.adapter_pool import AdapterPool
 from sam3lora.engine.detections import BoxPrompt, Detections
 from sam3lora.errors import UserError
@@ -37,14 +37,6 @@ class Predictor:
     Args:
         model: "tiny", a hub id or a folder; None takes the adapter's base, or "tiny".
         adapter: Adapter folder; None asks the base model.
-        threshold: Lowest score kept. This and the other settings of post-processing: None takes what the adapter
-            records, or the defaults of `PostProcessing`.
-        nms: Overlap of masks ("mask") or boxes ("box") that makes two detections one object; "none" keeps both.
-        nms_iou: Of two detections of a prompt that overlap more only the better one stays.
-        merge: Join overlapping detections into one instead, for things without countable parts.
-        merge_iou: Mask IoU from which detections are joined.
-        max_detections: Most detections of a prompt in an image.
-        detection_threshold: Earlier name of `threshold`.
         revision: Branch, tag or commit of a hub id.
         resolution: Side of the model's input in pixels; None takes the adapter's, or the model's own.
         geometry_cls: Whether text prompts are followed by the geometry CLS token; None does as the adapter was
@@ -52,6 +44,8 @@ class Predictor:
         device: None takes a GPU if there is one.
         precision: "float32" or "bfloat16"; None is bfloat16 on a GPU that has it.
         local_files_only: Do not ask the hub.
+        post: Fields of `PostProcessing`, such as `threshold=0.3`; the others are as the adapter records them, or the
+            defaults.
 
     Raises:
         UserError: A model or adapter that cannot be loaded or do not belong together, or a value out of range.
@@ -62,31 +56,15 @@ class Predictor:
         model: str | None = None,
         *,
         adapter: str | Path | None = None,
-        threshold: float | None = None,
-        nms: Literal["mask", "box", "none"] | None = None,
-        nms_iou: float | None = None,
-        merge: bool | None = None,
-        merge_iou: float | None = None,
-        max_detections: int | None = None,
-        detection_threshold: float | None = None,
         revision: str | None = None,
         resolution: int | None = None,
         geometry_cls: bool | None = None,
         device: torch.device | str | None = None,
         precision: str | None = None,
         local_files_only: bool = False,
+        **post: Unpack[PostProcessingOptions],
     ) -> None:
-        if threshold is not None and detection_threshold is not None:
-            raise UserError("detection_threshold is the earlier name of threshold: give one of the two")
-        given = {
-            "threshold": detection_threshold if threshold is None else threshold,
-            "nms": nms,
-            "nms_iou": nms_iou,
-            "merge": merge,
-            "merge_iou": merge_iou,
-            "max_detections": max_detections,
-        }
-        PostProcessing().changed(**given)  # a value out of range: before the model is loaded, which may take long
+        PostProcessing().changed(**post)  # a value out of range: before the model is loaded, which may take long
         self.adapter = None if adapter is None else Path(adapter).expanduser()
         self._pool = AdapterPool(
             model,
@@ -99,7 +77,7 @@ class Predictor:
             local_files_only=local_files_only,
         )
         self._label = None if self.adapter is None else _ADAPTER
-        self.post = self._pool.recorded(self._label).changed(**given)
+        self.post = self._pool.recorded(self._label).changed(**post)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -212,10 +190,10 @@ def _load(image: ImageSource) -> np.ndarray:
         return rgb_from_pil(image)
     if not isinstance(image, str | Path | bytes):
         raise UserError(f"an image must be a path, bytes, a PIL image or an array, got {type(image).__name__}")
-    pixels_HW3 = read_image(image, orientation="exif")
-    if has_more_frames(image):
+    pixels_HW3, has_more = read_first_frame(image)
+    if has_more:
         name = "image bytes" if isinstance(image, bytes) else image
-        logger.warning("%s holds several frames or pages: only the first is looked at", name)
+        logger.warning("%s holds several frames or pages: only the first is used", name)
     return pixels_HW3
 
 

@@ -13,18 +13,9 @@ from sam3lora.cli import main
 @pytest.fixture(scope="module")
 def adapter(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter that does something; read only."""
-    from sam3lora.model.adapter.folder import save_adapter
-    from sam3lora.model.adapter.lora_layers import LoraSettings, apply_lora
-    from sam3lora.model.adapter.metadata import AdapterMetadata
-    from sam3lora.model.loading import load_base
+    from ..model.conftest import write_adapter
 
-    from ..model.conftest import randomise_adapter
-
-    base = load_base(str(small_base))
-    model = apply_lora(base.model, LoraSettings(rank=2, components=("detr_decoder",), target_modules=("q_proj",)))
-    randomise_adapter(model)
-    metadata = AdapterMetadata(base_model=str(small_base), base_fingerprint=base.fingerprint, prompts=["crack"])
-    return save_adapter(model, tmp_path_factory.mktemp("run") / "best", metadata)
+    return write_adapter(small_base, tmp_path_factory.mktemp("run") / "best", prompts=["crack"])
 
 
 def test_merge_prints_its_check_and_code_that_runs(adapter, tmp_path, capsys):

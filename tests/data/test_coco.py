@@ -24,7 +24,8 @@ def objects(index: CocoIndex, row: int = 0) -> list[dict]:
 
 
 def test_clean_file_has_no_fault(folder):
-    index = CocoIndex.from_folder(folder.write([annotation(0)]))
+    # a box 6 pixels beside its mask still overlaps it by more than a half
+    index = CocoIndex.from_folder(folder.write([annotation(0), annotation(1, bbox=[16, 10, 20, 20])]))
     assert faults(index) == {}
     assert (len(index), index.names, index.record(0)["image_id"], objects(index)[0]["id"]) == (1, ("crack",), 0, 0)
 
@@ -55,6 +56,8 @@ def test_clean_file_has_no_fault(folder):
         ({"bbox": [1, 1, 8, 0], "segmentation": [[1, 1, 5, 1, 9, 1]]}, "empty_object", 0),
         # box in xyxy instead of xywh
         ({"bbox": [10, 10, 60, 50], "segmentation": [square(10, 10, 20)]}, "box_mask_disagree", 1),
+        # box and mask of 20 x 20 that are 7 pixels apart overlap by 13 / 27
+        ({"bbox": [17, 10, 20, 20]}, "box_mask_disagree", 1),
         ({"iscrowd": 1}, "crowd", 1),
         ({"category_id": 9}, "unknown_category", 0),
         ({"image_id": 9}, "unknown_image", 0),

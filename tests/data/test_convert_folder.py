@@ -184,6 +184,7 @@ def test_joined_outlines_draw_the_mask_with_its_holes_filled():
     num_holes = 0
     for mask in masks:
         parts, holes = outlines.trace_outlines(mask)
+        assert all(np.any(part != np.roll(part, 1, axis=0), axis=1).all() for part in parts)  # no corner twice
         ring = outlines.join_outlines(parts)
         filled = binary_fill_holes(mask)
         np.testing.assert_array_equal(decode_mask([ring.ravel().astype(float).tolist()], mask.shape), filled)

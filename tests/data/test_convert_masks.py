@@ -58,11 +58,12 @@ def test_one_category_in_black_and_white(tmp_path, white):
 
 
 def test_grey_values_are_cut_at_one_half(tmp_path):
-    mask = values()
-    mask[0, :3] = (127, 128, 255)
-    image, faults = read(write_pair(tmp_path, mask))
-    assert image.objects[0].decode((6, 8))[0].tolist() == [False, True, True] + [False] * 5
-    assert faults == {"grey_mask": 1}
+    for name, row in (("bright", (127, 128, 255)), ("dark", (127, 128, 128))):
+        mask = values()
+        mask[0, :3] = row
+        image, faults = read(write_pair(tmp_path / name, mask))
+        assert image.objects[0].decode((6, 8))[0].tolist() == [False, True, True] + [False] * 5
+        assert faults == {"grey_mask": 1}
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])

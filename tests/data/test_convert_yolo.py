@@ -87,8 +87,11 @@ def test_missing_or_invalid_names(tmp_path):
     with pytest.raises(UserError, match="--names"):
         read(root)
     assert read(root, ["crack"])[0][0].objects[0].category == "crack"
-    (root / "classes.txt").write_text("hole\n\n")
-    assert read(root)[0][0].objects[0].category == "hole"
+    # the sources of names, by precedence
+    for file, text in (("classes.txt", "hole\n\n"), ("a.yaml", "names: [a]"), ("data.yaml", "names: [data]")):
+        (root / file).write_text(text)
+        expected = "hole" if file == "classes.txt" else file.removesuffix(".yaml")
+        assert read(root)[0][0].objects[0].category == expected
     for text in ("names: [a, b", "names: {a: crack}", "names: crack", "names: [1]"):
         (root / "data.yaml").write_text(text)
         with pytest.raises(UserError, match=r"data\.yaml"):

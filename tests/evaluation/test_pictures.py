@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from sam3lora.evaluation.metrics.ranking import Tally
+from sam3lora.evaluation.metrics.ranking import MatchCounts
 from sam3lora.evaluation.report.pictures import (
     Gallery,
     describe,
@@ -111,6 +111,6 @@ def test_many_panels_are_smaller():
     assert panel_side_px(10_000) == 320
 
 
-def test_a_tally_in_words():
-    assert describe(Tally(3, 0, 1)) == "3 right, 1 missed"
-    assert describe(Tally()) == "nothing, rightly"
+def test_counts_in_words():
+    assert describe(MatchCounts(3, 0, 1)) == "3 right, 1 missed"
+    assert describe(MatchCounts()) == "nothing, rightly"

@@ -10,7 +10,8 @@ from pycocotools import mask as coco_mask
 
 from sam3lora.data.coco import CocoIndex
 from sam3lora.errors import UserError
-from sam3lora.evaluation.metrics.cgf1_units import cgf1_of_split, split_units
+from sam3lora.evaluation.metrics.cgf1 import accumulate
+from sam3lora.evaluation.metrics.cgf1_units import count_units, split_units
 from sam3lora.evaluation.metrics.ground_truth import build_ground_truth, prompted_categories
 from sam3lora.evaluation.metrics.saco import evaluate_saco
 
@@ -153,12 +154,16 @@ def split(annotated=(), images=(1,), categories=(1, 2)) -> dict:
     }
 
 
+def cgf1_of(units, threshold=0.5):
+    return accumulate(count_units(units, threshold).values())
+
+
 def test_split_without_images_and_without_objects():
     assert split_units(split(images=()), [], {}) == {}
     # every category in every image is a unit
     units = split_units(split(images=(1, 2)), [], {})
     assert units.keys() == {(1, 1), (1, 2), (2, 1), (2, 2)}
-    assert cgf1_of_split(units).counts()["IL_TN"] == 4
+    assert cgf1_of(units).counts()["IL_TN"] == 4
 
 
 def test_split_units_hold_sorted_detections_above_the_floor():
@@ -167,10 +172,10 @@ def test_split_units_hold_sorted_detections_above_the_floor():
     units = split_units(ground_truth, hits, {(1, 1): True})
     assert units[1, 1].scores_D.tolist() == [0.7, 0.3]
     assert units[1, 1].iou_DT.tolist() == [[1, 0], [0, 1]]
-    assert cgf1_of_split(units).counts()["TPs"][0] == 1
-    assert cgf1_of_split(units, 0.3).counts()["TPs"][0] == 2
+    assert cgf1_of(units).counts()["TPs"][0] == 1
+    assert cgf1_of(units, 0.3).counts()["TPs"][0] == 2
     with pytest.raises(ValueError, match=r"at least 0\.05"):
-        cgf1_of_split(units, 0.01)
+        cgf1_of(units, 0.01)
 
 
 def test_split_crowds():
@@ -189,9 +194,8 @@ def test_split_categories_and_boxes():
     ground_truth = split([(1, 1, rle(2, 2, 10), 0)])
     hits = [hit(1, rle(2, 2, 10)) | {"bbox": [0, 0, 15, 15]}, hit(1, rle(2, 2, 10), category=2)]
     units = split_units(ground_truth, hits, {(1, 1): True}, "bbox")
-    assert cgf1_of_split(units, categories=[1]).counts()["IL_FP"] == 0
-    assert cgf1_of_split(units).counts()["IL_FP"] == 1
-    assert cgf1_of_split(units).counts()["TPs"] == [1] * 10
+    assert cgf1_of(units).counts()["IL_FP"] == 1
+    assert cgf1_of(units).counts()["TPs"] == [1] * 10
 
 
 def test_split_refuses_predictions_of_another_split():
@@ -207,7 +211,7 @@ def test_annotations_as_predictions_are_perfect(shapes):
     ground_truth, presence, _ = build_ground_truth(index, prompted_categories(index, [*index.names, "unicorn"]))
     perfect = [annotation | {"score": 1.0} for annotation in ground_truth["annotations"]]
     for iou_type in ("segm", "bbox"):
-        result = cgf1_of_split(split_units(ground_truth, perfect, presence, iou_type))
+        result = cgf1_of(split_units(ground_truth, perfect, presence, iou_type))
         counts = result.counts()
         assert counts["TPs"] == [len(perfect)] * 10
         assert (counts["FPs"], counts["FNs"], counts["IL_FP"], counts["IL_FN"]) == ([0] * 10, [0] * 10, 0, 0)

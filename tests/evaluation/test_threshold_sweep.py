@@ -8,8 +8,8 @@ import time
 import numpy as np
 import pytest
 
-from sam3lora.evaluation.metrics.cgf1 import Unit
-from sam3lora.evaluation.metrics.cgf1_units import cgf1_of_split
+from sam3lora.evaluation.metrics.cgf1 import Unit, accumulate
+from sam3lora.evaluation.metrics.cgf1_units import count_units
 from sam3lora.evaluation.metrics.threshold_sweep import THRESHOLDS, sweep_thresholds
 
 
@@ -80,9 +80,11 @@ def test_categories_have_their_own_best():
     sweep = sweep_thresholds(units)
     assert {id_: curve.best_threshold for id_, curve in sweep.per_category.items()} == {1: 0.3, 2: 0.85}
     for position, threshold in enumerate(THRESHOLDS):
-        assert sweep.cgf1[position] == cgf1_of_split(units, threshold).metrics()["cgF1"]
+        counts = count_units(units, threshold)
+        assert sweep.cgf1[position] == accumulate(counts.values()).metrics()["cgF1"]
         for id_, curve in sweep.per_category.items():
-            assert curve.cgf1[position] == cgf1_of_split(units, threshold, [id_]).metrics()["cgF1"]
+            of_category = accumulate(entry for (_, category), entry in counts.items() if category == id_)
+            assert curve.cgf1[position] == of_category.metrics()["cgF1"]
 
 
 def test_json():

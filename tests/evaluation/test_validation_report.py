@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from sam3lora.evaluation.metrics.ranking import Tally
+from sam3lora.evaluation.metrics.ranking import MatchCounts
 from sam3lora.evaluation.report.glossary import MEASURES
-from sam3lora.evaluation.report.validation_page import render_validation_report, threshold_offer, verdict
+from sam3lora.evaluation.report.validation_page import render_validation_report, summary_sentence, threshold_advice
 
 from .report_cases import CRACK, HOLE, NAMES, check_page, measured, table
 from .splits import result, write_split
@@ -39,7 +39,7 @@ def test_every_number_is_that_of_the_metrics(split):
         assert table(page, "Categories")[name] == [*map(shown, cells), shown(entry.off_prompt_fpr), best]
     assert "3 images, 3 labelled objects, 2 prompts" in text
     assert "mine finds 1 of 3 labelled objects (33 %) and misses 2; 2 of 3 detections (67 %) are wrong" in text
-    assert "it answers 1 of 4 times (25 %)" in text
+    assert "1 of 4 times (25 %)" in text
     assert "torch 2.8" in text
     assert "Validation of mine" in text
 
@@ -51,8 +51,8 @@ def test_pictures_are_the_worst_the_best_and_the_false_alarms(split):
     assert [name in worst for name in ("0.png", "1.png", "2.png")] == [True, True, True]
     assert worst.index("1.png") < worst.index("2.png") < worst.index("0.png")
     assert best not in page
-    assert "asked for “crack” in 2.png" in page
-    assert "asked for “hole”" not in page
+    assert "“crack” in 2.png" in page
+    assert "“hole” in" not in page
     few = render_validation_report([measured(split, SOME)], num_worst=1, num_false_alarms=0)
     assert few.count("data:image/jpeg") == 2 + 2
 
@@ -68,10 +68,11 @@ def test_several_results_stand_side_by_side(split):
 
 
 def test_no_predictions(split):
-    text = check_page(render_validation_report([measured(split, [])]))
+    page = render_validation_report([measured(split, [])])
+    text = check_page(page)
     assert "the base model finds none of the 3 labelled objects" in text
-    assert "it answers 0 of 4 times (0 %)" in text
-    assert "False alarms" not in text
+    assert "0 of 4 times (0 %)" in text
+    assert "<h2>False alarms</h2>" not in page
 
 
 def test_no_ground_truth(tmp_path):
@@ -79,17 +80,17 @@ def test_no_ground_truth(tmp_path):
     metrics = measured(folder, [result(0, CRACK, 5, 0.9)])
     page = render_validation_report([metrics])
     text = check_page(page)
-    assert "nothing to find in these images and the base model gives 1 wrong detection." in text
+    assert "nothing to find in these images and the base model makes 1 wrong detection." in text
     assert table(page, "Summary")["mAP"] == ["n/a"]
     assert table(page, "Categories")["crack"][:2] == ["0", "n/a"]
     assert any(note in text for note in metrics.notes)
     quiet = check_page(render_validation_report([measured(folder, [])]))
-    assert "gives no detection, rightly" in quiet
+    assert "makes no detection" in quiet
 
 
 def test_absence_that_is_not_annotated_is_said(split):
     text = check_page(render_validation_report([measured(split, SOME, exhaustive=False)]))
-    assert "How often it answers a prompt for something absent could not be measured" in text
+    assert "False alarms for absent prompts could not be measured" in text
 
 
 def test_without_the_images_there_are_numbers(split):
@@ -120,7 +121,7 @@ def test_names_are_escaped(tmp_path):
     for raw in ("<script", "<i>mine", "<u>"):
         assert raw not in page
     assert "&lt;script&gt;alert(1)" in page
-    assert "asked for “&lt;script&gt;" in page
+    assert "“&lt;script&gt;" in page
 
 
 def test_a_better_threshold_is_offered_with_what_it_brings(split):
@@ -130,26 +131,26 @@ def test_a_better_threshold_is_offered_with_what_it_brings(split):
     assert metrics.sweep.best_cgf1 > metrics.cgf1
     best = f"{metrics.sweep.best_threshold:.2f} would give cgF1 {metrics.sweep.best_cgf1:.3f}"
     expected = f"{best} instead of {metrics.cgf1:.3f} at 0.50"
-    assert expected in threshold_offer(metrics)
+    assert expected in threshold_advice(metrics)
     assert expected in check_page(render_validation_report([metrics]))
 
 
 def test_no_threshold_is_offered_where_none_helps(split):
-    assert threshold_offer(measured(split, [])) == ""
-    assert threshold_offer(measured(split, SOME, exhaustive=False)) == ""
+    assert threshold_advice(measured(split, [])) == ""
+    assert threshold_advice(measured(split, SOME, exhaustive=False)) == ""
     perfect = [result(0, CRACK, 5, 0.9), result(0, CRACK, 50, 0.9), result(1, HOLE, 10, 0.9)]
-    assert "0.50 gives the best cgF1: " in threshold_offer(measured(split, perfect))
+    assert "0.50 gives the best cgF1: " in threshold_advice(measured(split, perfect))
 
 
 def test_a_threshold_without_cgf1_gives_its_reason(tmp_path):
     # every image shows the only category: no negatives, no cgF1
     folder = write_split(tmp_path / "s", [(0, CRACK, 5), (1, CRACK, 5)], {CRACK: "crack"})
-    offer = threshold_offer(measured(folder, [result(0, CRACK, 5, 0.4)], names={CRACK: "crack"}))
-    assert "0.40 suits best" in offer
-    assert "negatives" in offer
+    advice = threshold_advice(measured(folder, [result(0, CRACK, 5, 0.4)], names={CRACK: "crack"}))
+    assert "0.40" in advice
+    assert "negatives" in advice
 
 
-def test_verdict_counts_false_alarms(split):
+def test_the_summary_counts_false_alarms(split):
     metrics = measured(split, [result(2, CRACK, 30, 0.4), result(2, CRACK, 50, 0.4), result(0, HOLE, 30, 0.9)])
     # two prompts answered, one of them twice
-    assert verdict(metrics, Tally(0, 3, 3), 0.3).endswith("it answers 2 of 4 times (50 %).")
+    assert summary_sentence(metrics, MatchCounts(0, 3, 3)).endswith("2 of 4 times (50 %).")

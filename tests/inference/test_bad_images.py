@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from sam3lora import Predictor
-from sam3lora.data.images import ImageError, has_more_frames, read_image
+from sam3lora.data.images import ImageError, read_first_frame, read_image
 
 RAMP = np.stack(np.meshgrid(np.arange(0, 240, 6), np.arange(0, 240, 8)), axis=-1).astype(np.uint8)
 RGB = np.concatenate([RAMP, 255 - RAMP[..., :1]], axis=-1)  # (30, 40, 3)
@@ -141,7 +141,7 @@ def test_first_of_several_frames(kind, predictor, caplog, tmp_path):
 
 def test_single_frames_are_passed_in_silence(predictor, caplog):
     for kind in ("GIF", "WEBP", "PNG", "TIFF", "JPEG"):
-        assert not has_more_frames(encode(RGB, kind))
+        assert not read_first_frame(encode(RGB, kind))[1]
         predictor.predict(encode(RGB, kind), "crack")
     assert caplog.text == ""
 
@@ -150,4 +150,4 @@ def test_previews_in_a_photograph_are_no_frames():
     # phones keep previews and depth maps in a JPEG; Pillow calls that MPO
     data = encode(RGB, "MPO", save_all=True, append_images=[Image.fromarray(RGB[::2, ::2])])
     assert Image.open(io.BytesIO(data)).n_frames == 2
-    assert not has_more_frames(data)
+    assert not read_first_frame(data)[1]

@@ -19,10 +19,10 @@ from jobs.bench import adapters, cost_model, data, data_wait, evaluation, featur
 from jobs.bench.collectives import time_collectives
 from jobs.bench.cost_model import FITTED, Setting, StepCost
 from jobs.bench.gpu import GpuReport
-from jobs.bench.load import NO_ANSWER, LoadResult, Sample
+from jobs.bench.load import NO_ANSWER, LoadResult, LoadSample
 from jobs.bench.models import CONFIGS
 from jobs.bench.processes import Measured
-from jobs.bench.report import Comparison, Way, time_in_turns
+from jobs.bench.report import BenchReport, Timing, time_in_turns
 from jobs.bench.scaling import ALONE, APART, TOGETHER, ScalingWork, compare_scaling
 from jobs.bench.serving_report import Rows, ServingReport
 from jobs.bench.tensor_memory import TensorMemory
@@ -221,7 +221,7 @@ def test_mistake_is_one_message(wrong):
 
 
 def test_ratio_and_table():
-    comparison = Comparison("work", [Way("ours", 1.0, 20.0), Way("plain", 4.0)], {"kept": 3})
+    comparison = BenchReport("work", [Timing("ours", 1.0, 20.0), Timing("plain", 4.0)], {"kept": 3})
     assert [way["ratio"] for way in comparison.to_dict()["ways"]] == [1.0, 0.25]
     console = Console(width=100, file=io.StringIO())
     comparison.print(console)
@@ -276,7 +276,9 @@ def test_gpu_goals_are_about_the_full_size_on_a_gpu():
 
 
 def test_latencies_are_those_of_one_status():
-    found = LoadResult([Sample(0.1, 200), Sample(0.3, 200), Sample(0.001, 503), Sample(5.0, NO_ANSWER)], seconds=2.0)
+    found = LoadResult(
+        [LoadSample(0.1, 200), LoadSample(0.3, 200), LoadSample(0.001, 503), LoadSample(5.0, NO_ANSWER)], seconds=2.0
+    )
     assert (found.per_second, found.num_errors, found.num_of(503)) == (1.0, 2, 1)
     assert found.latency_ms(50) == pytest.approx(200)
     assert found.latency_ms(50, 429) is None

@@ -14,8 +14,8 @@ import torch
 from jobs.pretrain import measure as measuring
 from jobs.pretrain.bank import COLOURS, NOUNS, build_bank
 from jobs.pretrain.joint_stage import scene_targets
-from jobs.pretrain.measure import Answer, measure
-from jobs.pretrain.prompting import Question, ask
+from jobs.pretrain.measure import PromptDetections, measure
+from jobs.pretrain.prompting import ScenePrompt, ask
 from jobs.pretrain.snapshot import Snapshot
 from jobs.pretrain.vision_stage import NONE, dense_targets
 from jobs.pretrain.words import HELD_OUT_ABSENT, KNOWN_ABSENT
@@ -49,7 +49,7 @@ def test_patches_take_the_object_that_covers_them(one_square):
 
 
 def test_targets_of_a_present_and_an_absent_prompt(one_square):
-    questions = [[Question("square", "shape", [0], [(0, 1)]), Question("star", "shape", [])]]
+    questions = [[ScenePrompt("square", "shape", [0], [(0, 1)]), ScenePrompt("star", "shape", [])]]
     targets, share, boxes, box_labels = scene_targets(one_square[0], questions)
     assert targets.num_B.tolist() == [1, 0]
     assert torch.allclose(targets.boxes_cxcywh_T4[0], torch.tensor([28.0, 28, 28, 28]) / 224)
@@ -90,7 +90,7 @@ def test_measures_tell_whether_a_model_listens_to_the_prompt(listens, tmp_path, 
             concept = CONCEPTS.get(prompt)
             named = np.array([bool(concept and concept.matches(thing)) for thing in objects])
             scores = np.where(named, 0.9, 0.1) if listens else np.full(len(objects), 0.8)
-            answers.append(Answer(scores, masks, 0.9 if named.any() or not listens else 0.1))
+            answers.append(PromptDetections(scores, masks, 0.9 if named.any() or not listens else 0.1))
         return answers
 
     monkeypatch.setattr(measuring, "answer", answer)

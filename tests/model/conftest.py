@@ -1,4 +1,4 @@
-"""Small random SAM 3 models, and a base folder of one, as transformers would save them."""
+"""Small random SAM 3 models, a base folder of one, as transformers would save it, and adapters on it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer, Sam3Config, Sam3Model
+
+from sam3lora.model.adapter.folder import save_adapter
+from sam3lora.model.adapter.lora_layers import LoraSettings, apply_lora
+from sam3lora.model.adapter.metadata import AdapterMetadata
+from sam3lora.model.loading import load_base
 
 RESOLUTION = 112
 WINDOW = 4
@@ -91,12 +96,29 @@ def largest_difference(first: dict[str, torch.Tensor], second: dict[str, torch.T
     return max((first[name] - second[name]).abs().max().item() for name in first)
 
 
+def noisy(model: torch.nn.Module) -> torch.nn.Module:
+    """Add noise to every weight: a freshly initialised model answers nearly the same to every prompt."""
+    generator = torch.Generator().manual_seed(3)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    return model
+
+
 def randomise_adapter(model: torch.nn.Module, seed: int = 2) -> None:
     """Make B non-zero, as after training."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if ".lora_B." in name:
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+
+
+def write_adapter(base: Path, folder: Path, *, targets=("q_proj",), components=("detr_decoder",), **metadata) -> Path:
+    """An adapter on a base folder that does something, as after training."""
+    loaded = load_base(str(base))
+    model = apply_lora(loaded.model, LoraSettings(rank=2, components=components, target_modules=targets))
+    randomise_adapter(model)
+    values = {"base_model": str(base), "base_fingerprint": loaded.fingerprint, "prompts": ["gear"]} | metadata
+    return save_adapter(model, folder, AdapterMetadata(**values))
 
 
 _MODEL = make_sam3()

@@ -110,35 +110,28 @@ def test_outside_rows_the_base_answers():
             assert base(x).tolist() == [[11, 27]]
 
 
-def test_inputs_that_do_not_divide_into_rows():
-    # A forgotten `rows` would otherwise give some rows the adapter of others.
+def test_misuse_is_an_assertion():
+    # Inputs that do not divide into rows would give some rows the adapter of others; an empty slot is not the base.
     base = identity()
-    bank = AdapterBank(base, 1)
+    bank = AdapterBank(base, 2)
     bank.put(0, adapter(l0=SWAP))
     with pytest.raises(AssertionError, match=r"0 got an input \(3, 2\) for 2 rows"), bank.rows([0, None]):
         base(torch.zeros(3, 2))
-
-
-def test_empty_slots_are_no_base():
-    # A row of an adapter that is gone must not be answered by the base.
-    bank = AdapterBank(identity(), 2)
-    bank.put(0, adapter(l0=SWAP))
     with pytest.raises(AssertionError, match=r"slots \[1\] are empty"), bank.rows([0, 1]):
         pass
     with pytest.raises(AssertionError, match="below 2, got 2"):
         bank.put(2, adapter(l0=SWAP))
 
 
-@pytest.mark.parametrize("shape", [(0, 2), (2, 0, 2)])
-def test_nothing_to_compute(shape):
+def test_nothing_to_compute():
     # No boxes, no detections: empty inputs pass.
     base = identity()
     bank = AdapterBank(base, 1)
     bank.put(0, adapter(l0=SWAP))
-    with torch.no_grad(), bank.rows([0, None]):
-        assert base(torch.zeros(shape)).shape == shape
-    with torch.no_grad(), bank.rows([]):
-        assert base(torch.zeros(shape)).shape == shape
+    for shape in ((0, 2), (2, 0, 2)):
+        for slots in ([0, None], []):
+            with torch.no_grad(), bank.rows(slots):
+                assert base(torch.zeros(shape)).shape == shape
 
 
 # ---- single modules against their merged weights --------------------------------------------------------------------
@@ -295,7 +288,7 @@ def test_a_put_that_fails_leaves_the_slot_empty(monkeypatch):
 
 
 def test_memory_stays_flat():
-    # A thousand adapters come and go, of changing rank: as many tensors and bytes as after the first.
+    # Many adapters come and go, of changing rank: as many tensors and bytes as after the first.
     base = nn.Sequential(nn.Linear(8, 8), nn.Conv2d(2, 2, 3))
     bank = AdapterBank(base, 3)
     bank.put(0, adapter(l0=random_update(base[0], 2)))
@@ -306,7 +299,7 @@ def test_memory_stays_flat():
         return len(found), sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found}.values())
 
     before, size = tensors(), bank.size_bytes
-    for turn in range(1000):
+    for turn in range(200):
         bank.put(
             1 + turn % 2, adapter(l0=random_update(base[0], 1 + turn % 8), l1=random_update(base[1], 3, dora=True))
         )

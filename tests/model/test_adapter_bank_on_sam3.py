@@ -13,7 +13,7 @@ from sam3lora.model.adapter.weights import read_adapter_weights
 from sam3lora.model.components import COMPONENTS
 from sam3lora.model.staged.forward import StagedSam3
 
-from .conftest import RESOLUTION, byte_tokenizer, hooked, make_sam3
+from .conftest import RESOLUTION, byte_tokenizer, hooked, make_sam3, noisy
 
 DECODER = [f"{head}.layer{n}" for head in ("box_head", "presence_head", "ref_point_head") for n in (1, 2)]
 ADAPTERS = {
@@ -64,13 +64,8 @@ def inject(model: nn.Module, name: str, seed: int) -> nn.Module:
 
 
 def noisy_sam3(num_layers: int, dtype: torch.dtype) -> nn.Module:
-    """A freshly initialised model says nearly the same about everything."""
     detr = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "dropout": 0.0}
-    model = make_sam3(detr_decoder_config=detr | {"num_layers": num_layers, "num_queries": 8}).to(dtype)
-    generator = torch.Generator().manual_seed(3)
-    for parameter in model.parameters():
-        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=dtype)
-    return model
+    return noisy(make_sam3(detr_decoder_config=detr | {"num_layers": num_layers, "num_queries": 8}).to(dtype))
 
 
 class Batch:

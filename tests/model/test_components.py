@@ -9,7 +9,7 @@ from sam3lora.model.components import (
     never_gets_gradient,
 )
 
-from .conftest import make_inputs
+from .conftest import make_inputs, noisy
 
 
 def test_every_parameter_belongs_to_a_component(random_sam3):
@@ -44,9 +44,7 @@ def _weights(model):
 
 def test_never_gets_gradient_is_exactly_what_stays_without_gradient(random_sam3):
     # Both ways: nothing trained is listed, nothing idle is forgotten.
-    generator = torch.Generator().manual_seed(0)
-    for parameter in random_sam3.parameters():
-        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    noisy(random_sam3)
     for geometry_cls in (True, False):
         random_sam3.zero_grad()
         idle = tuple(f"{name}." for name in never_gets_gradient(random_sam3, geometry_cls=geometry_cls))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -22,15 +23,14 @@ from transformers import Sam3Config, Sam3Model, Sam3Processor
 
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.errors import RunFailed, UserError
-from sam3lora.model.adapter.folder import read_metadata, save_adapter
-from sam3lora.model.adapter.lora_layers import LoraSettings, adapted_modules, apply_lora
-from sam3lora.model.adapter.metadata import AdapterMetadata
+from sam3lora.model.adapter.folder import read_metadata
+from sam3lora.model.adapter.lora_layers import adapted_modules
 from sam3lora.model.components import COMPONENTS
 from sam3lora.model.loading import load_base
 from sam3lora.model.publish.export import TOLERANCE, copy_adapter, merge_adapter
 from sam3lora.model.publish.hub import is_merged_folder, push_adapter
 
-from .conftest import RESOLUTION, make_sam3, randomise_adapter, save_base
+from .conftest import RESOLUTION, make_sam3, save_base, write_adapter
 
 TARGETS = ("q_proj", "fc1", "proj1", "proj2", "mask_embedder", "box_head", "query_proj", "text_projection")
 OUTPUTS = ("pred_logits", "presence_logits", "pred_boxes", "pred_masks")
@@ -54,26 +54,13 @@ np.savez(numbers, **inputs, **found)
 """
 
 
-def write_adapter(base: Path, folder: Path, *, targets=("q_proj",), components=("detr_decoder",), **metadata) -> Path:
-    """An adapter that does something, as after training."""
-    loaded = load_base(str(base))
-    model = apply_lora(loaded.model, LoraSettings(rank=2, components=components, target_modules=targets))
-    randomise_adapter(model)
-    values = {"base_model": str(base), "base_fingerprint": loaded.fingerprint, "prompts": ["gear"]} | metadata
-    return save_adapter(model, folder, AdapterMetadata(**values))
-
-
 @pytest.fixture(scope="module")
 def adapter(base_folder, tmp_path_factory) -> Path:
     """Linear and Conv2d layers of every component, at half of the base's resolution; read only."""
     folder = tmp_path_factory.mktemp("adapter") / "best"
+    post = PostProcessing(threshold=0)
     return write_adapter(
-        base_folder,
-        folder,
-        targets=TARGETS,
-        components=COMPONENTS,
-        resolution=112,
-        post_processing=PostProcessing(threshold=0),
+        base_folder, folder, targets=TARGETS, components=COMPONENTS, resolution=112, post_processing=post
     )
 
 
@@ -86,6 +73,11 @@ def report(adapter, tmp_path_factory):
 def small_adapter(small_base, tmp_path_factory) -> Path:
     """On the smallest base, for what does not depend on the model; read only."""
     return write_adapter(small_base, tmp_path_factory.mktemp("small") / "best")
+
+
+@pytest.fixture(scope="module")
+def small_report(small_adapter, tmp_path_factory):
+    return merge_adapter(small_adapter, tmp_path_factory.mktemp("small-merged") / "model")
 
 
 @pytest.fixture
@@ -167,9 +159,9 @@ def test_without_geometry_cls(small_base, tmp_path):
     assert read_metadata(report.folder).geometry_cls is False
 
 
-def test_bfloat16(small_adapter, tmp_path):
+def test_bfloat16(small_adapter, small_report, tmp_path):
     # The comparison is of the weights before the cast, and the report says so; what is written are these weights, cast.
-    exact = merge_adapter(small_adapter, tmp_path / "exact")
+    exact = small_report
     report = merge_adapter(small_adapter, tmp_path / "half", dtype="bfloat16")
     assert "before their cast to bfloat16" in report.check
     assert report.differences == exact.differences
@@ -183,39 +175,32 @@ def test_bfloat16(small_adapter, tmp_path):
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("damage", [1e-3, float("nan")])
-def test_wrong_merge_leaves_nothing(small_adapter, tmp_path, monkeypatch, damage):
-    # A merge that is slightly off, or not finite, fails with figures; the model that was there before stays.
-    earlier = merge_adapter(small_adapter, tmp_path / "merged").folder
-    before = (earlier / "model.safetensors").read_bytes()
-    honest = LoraModel.merge_and_unload
+@pytest.mark.parametrize("spoiled", ["merge", "merge to nan", "file"])
+def test_wrong_merge_leaves_nothing(small_adapter, small_report, tmp_path, monkeypatch, spoiled):
+    # A merge that is slightly off, or not finite, or written wrong, fails with figures; an earlier model stays.
+    earlier = shutil.copytree(small_report.folder, tmp_path / "merged")
+    merge, save = LoraModel.merge_and_unload, Sam3Model.save_pretrained
 
-    def spoil(self, *args, **kwargs):
-        model = honest(self, *args, **kwargs)
-        next(model.dot_product_scoring.parameters()).data += damage
+    def wrong_merge(self, *args, **kwargs):
+        model = merge(self, *args, **kwargs)
+        next(model.dot_product_scoring.parameters()).data += float("nan") if "nan" in spoiled else 1e-3
         return model
 
-    monkeypatch.setattr(LoraModel, "merge_and_unload", spoil)
+    def wrong_save(self, *args, **kwargs):
+        next(self.dot_product_scoring.parameters()).data += 1e-3
+        save(self, *args, **kwargs)
+        next(self.dot_product_scoring.parameters()).data -= 1e-3
+
+    if spoiled == "file":
+        monkeypatch.setattr(Sam3Model, "save_pretrained", wrong_save)
+    else:
+        monkeypatch.setattr(LoraModel, "merge_and_unload", wrong_merge)
     for output in ("merged", "new"):
         with pytest.raises(RunFailed, match=r"logits \S+ of .*masks \S+ of"):
             merge_adapter(small_adapter, tmp_path / output)
     assert files_in(tmp_path) == ["merged"]
-    assert (earlier / "model.safetensors").read_bytes() == before
-
-
-def test_wrong_file_is_noticed(small_adapter, tmp_path, monkeypatch):
-    # The files are compared, not the model in memory: one that is written wrong fails.
-    honest = Sam3Model.save_pretrained
-
-    def spoil(self, *args, **kwargs):
-        next(self.dot_product_scoring.parameters()).data += 1e-3
-        honest(self, *args, **kwargs)
-        next(self.dot_product_scoring.parameters()).data -= 1e-3
-
-    monkeypatch.setattr(Sam3Model, "save_pretrained", spoil)
-    with pytest.raises(RunFailed, match="logits"):
-        merge_adapter(small_adapter, tmp_path / "merged")
-    assert files_in(tmp_path) == []
+    weights = "model.safetensors"
+    assert (earlier / weights).read_bytes() == (small_report.folder / weights).read_bytes()
 
 
 def test_other_base_is_refused(small_adapter, tmp_path):
@@ -226,9 +211,9 @@ def test_other_base_is_refused(small_adapter, tmp_path):
     assert files_in(tmp_path) == ["other"]
 
 
-def test_base_of_a_plain_adapter_must_be_named(small_base, tmp_path):
+def test_base_of_a_plain_adapter_must_be_named(small_base, copied, tmp_path):
     # PEFT's own folders name no base that can be checked.
-    adapter = write_adapter(small_base, tmp_path / "best")
+    adapter = copied
     (adapter / "sam3lora.json").unlink()
     with pytest.raises(UserError, match="--model"):
         merge_adapter(adapter, tmp_path / "merged")
@@ -247,9 +232,9 @@ def test_other_folders_are_not_overwritten(function, small_adapter, small_base, 
     assert files_in(tmp_path / "mine") == ["thesis.txt"]
 
 
-def test_merging_over_the_base_is_refused(small_adapter, tmp_path):
+def test_merging_over_the_base_is_refused(small_report, tmp_path):
     # A merged model may be a base in turn; its adapters would lose it.
-    first = merge_adapter(small_adapter, tmp_path / "first").folder
+    first = small_report.folder
     second = write_adapter(first, tmp_path / "second")
     with pytest.raises(UserError, match="is the base model itself"):
         merge_adapter(second, first)

@@ -27,7 +27,7 @@ def folder(saved_base, tmp_path):
 def test_folder(saved_base, random_sam3):
     # The weights and the settings of the folder, frozen and in evaluation mode.
     base = load_base(str(saved_base))
-    assert largest_difference(outputs_of(base.model), outputs_of(random_sam3)) == 0
+    assert largest_difference(outputs_of(base.model), outputs_of(random_sam3)) < 1e-6
     assert (base.resolution, base.revision, base.name) == (RESOLUTION, None, str(saved_base))
     assert base.image_mean == (0.4, 0.5, 0.6)
     assert not base.model.training
@@ -51,19 +51,14 @@ def test_tensors_of_something_else_are_reported(folder, caplog):
     assert "1 tensors are not used, first adapter.weight" in caplog.text
 
 
-def test_bfloat16_has_the_same_fingerprint(saved_base):
-    # An adapter trained over a bfloat16 base fits the float32 base.
-    low, full = load_base(str(saved_base), dtype="bfloat16"), load_base(str(saved_base))
+def test_bfloat16_and_eager_attention(saved_base):
+    # An adapter trained over a bfloat16 base fits the float32 base. Attention reaches the sub-models.
+    low, eager, plain = (load_base(str(saved_base), **to) for to in ({"dtype": "bfloat16"}, {"attention": "eager"}, {}))
     assert low.model.dtype == torch.bfloat16
-    assert low.fingerprint == full.fingerprint
-
-
-def test_eager_attention_gives_the_same_numbers(saved_base):
-    # Attention is a matter of speed and reaches the sub-models.
-    eager, sdpa = load_base(str(saved_base), attention="eager"), load_base(str(saved_base))
+    assert low.fingerprint == plain.fingerprint
     assert eager.model.detr_decoder.config._attn_implementation == "eager"
     assert eager.model.vision_encoder.backbone.config._attn_implementation == "eager"
-    assert largest_difference(outputs_of(eager.model), outputs_of(sdpa.model)) < 1e-4
+    assert largest_difference(outputs_of(eager.model), outputs_of(plain.model)) < 1e-4
 
 
 @pytest.mark.parametrize("resolution", [56, 168])

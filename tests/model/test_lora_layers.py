@@ -110,11 +110,11 @@ def test_geometry_encoder_without_cls_is_refused(random_sam3):
         ({"components": ()}, "no component"),
         ({"components": ("decoder",)}, "unknown component 'decoder'"),
         ({"target_modules": ()}, "target_modules"),
-        ({"target_modules": "q_proj"}, "target_modules .*'q_proj'"),
         ({"rank": 0}, "rank .*got 0"),
         ({"alpha": 0}, "alpha .*got 0"),
         ({"dropout": 1.0}, "dropout .*got 1.0"),
-        ({"vision_last_layers": 0}, "vision_last_layers must be between 1 and 3, got 0"),
+        ({"target_modules": "q_proj"}, "target_modules .*'q_proj'"),
+        ({"vision_last_layers": 0}, "vision_last_layers .*got 0"),
         ({"vision_last_layers": 4}, "vision_last_layers must be between 1 and 3, got 4"),
         ({"vision_last_layers": 1, "components": ("detr_encoder",)}, "vision_last_layers has no effect"),
         # A target that LoRA cannot adapt, and one whose modules are all idle.

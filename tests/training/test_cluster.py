@@ -25,7 +25,7 @@ def test_unreachable_cluster_is_a_mistake_at_once(closed_port, small_base, scene
     options = ["--data-dir", str(scenes), "--output-dir", str(tmp_path / "run")]
     address = f"127.0.0.1:{closed_port}"
     assert main(["train", "quick_test", *options, f"model.name={small_base}", "--address", address]) == 2
-    assert f"no Ray cluster answers at {address}" in capsys.readouterr().err
+    assert address in capsys.readouterr().err
     assert time.monotonic() - started < 30
 
 
@@ -37,7 +37,7 @@ def test_no_cluster_to_find_is_a_mistake(monkeypatch):
 
     monkeypatch.setattr(ray, "init", find_none)
     with (
-        pytest.raises(UserError, match=r"cannot join the Ray cluster at auto: Could not find any"),
+        pytest.raises(UserError, match=r"auto.*Could not find any"),
         cluster.ray_session("auto", num_cpus=1),
     ):
         pass
@@ -83,7 +83,7 @@ def test_room_counts_whole_workers_node_by_node(make_config, nodes):
     check(config)
     # Three CPUs would do for one and a half workers, and no worker spans nodes.
     nodes({"CPU": 3}, {"CPU": 1})
-    with pytest.raises(UserError, match=r"room for 1 .*nodes with 3 CPU; 1 CPU.*resources_per_worker=\{CPU: 1\}"):
+    with pytest.raises(UserError, match=r"room for 1 .*3 CPU; 1 CPU.*resources_per_worker=\{CPU: 1\}"):
         check(config)
     # The advice helps.
     check(make_config("scaling.num_workers=2", "scaling.resources_per_worker={CPU: 1}", num_workers=1))
@@ -107,20 +107,20 @@ def test_elastic_run_needs_room_for_its_smallest_size(make_config, nodes):
 
 def test_missing_gpus_are_named(make_config, nodes):
     nodes({"CPU": 64, "GPU": 1})
-    with pytest.raises(UserError, match=r"1 GPU for each worker.*room for 1 .*use_gpu=false"):
+    with pytest.raises(UserError, match=r"1 GPU.*room for 1 .*use_gpu=false"):
         check(make_config("scaling.num_workers=2", "scaling.use_gpu=true"), use_gpu=True)
 
 
 def test_busy_cluster_is_waited_for_and_said_so(make_config, nodes, caplog):
     nodes({"CPU": 8}, free={"CPU": 1.0})
     check(make_config("scaling.num_workers=2", num_workers=1))
-    assert "waiting for other work on the cluster to free CPU for 2 workers" in caplog.text
+    assert "CPU for 2 workers" in caplog.text
 
 
 def test_gpu_settings_that_contradict_each_other(make_config, nodes):
     nodes({"CPU": 8})
     assert cluster.choose_gpu(make_config("scaling.use_gpu=auto")) is False
-    with pytest.raises(UserError, match=r"asks for 0\.5 GPUs, but scaling\.use_gpu=false trains without"):
+    with pytest.raises(UserError, match=r"0\.5 GPUs.*scaling\.use_gpu=false"):
         cluster.choose_gpu(make_config("scaling.resources_per_worker={GPU: 0.5}"))
     nodes({"CPU": 8, "GPU": 2})
     assert cluster.choose_gpu(make_config("scaling.use_gpu=auto")) is True

@@ -220,15 +220,6 @@ def test_max_steps_then_more(make_config):
     assert all(torch.allclose(ours[key], value, rtol=1e-6, atol=1e-8) for key, value in theirs.items())
 
 
-def test_resume_of_a_finished_run_does_nothing(make_config):
-    config = make_config(num_epochs=1)
-    train(config)
-    before = adapter_of(config)
-    assert train(config, resume=True).steps == 3
-    assert all(torch.equal(adapter_of(config)[key], value) for key, value in before.items())
-    assert len(lines_of(config, "step")) == 3
-
-
 def test_resume_with_another_batch_size_covers_the_epoch(make_config, monkeypatch):
     # Stopped after 2 steps of 2 of the 6 images; going on with single images leaves the 2 others of that epoch.
     config = make_config(save_steps=1, num_epochs=1)
@@ -255,7 +246,7 @@ def test_a_folder_with_a_run_is_refused(make_config):
     config = make_config(num_epochs=1)
     train(config)
     before = {path: path.stat().st_mtime_ns for path in Path(config.output.output_dir).rglob("*")}
-    with pytest.raises(UserError, match="already holds a run: give --resume"):
+    with pytest.raises(UserError, match="--resume"):
         train(config)
     # Resuming under other settings neither, also not the configuration beside the results.
     with pytest.raises(UserError, match=r"lora\.rank \(was 4, is 8\)"):
@@ -263,25 +254,25 @@ def test_a_folder_with_a_run_is_refused(make_config):
     assert {path: path.stat().st_mtime_ns for path in Path(config.output.output_dir).rglob("*")} == before
     # An adapter that no checkpoint belongs to is somebody's work, too.
     shutil.rmtree(Path(config.output.output_dir) / "checkpoints")
-    with pytest.raises(UserError, match="holds an adapter of another run"):
+    with pytest.raises(UserError, match="--output-dir"):
         train(config)
 
 
 def test_resume_without_a_checkpoint(make_config):
-    with pytest.raises(UserError, match="holds no complete checkpoint"):
+    with pytest.raises(UserError, match="resume"):
         train(make_config(), resume=True)
 
 
 def test_a_failed_start_may_be_repeated(make_config):
     # A wrong category is found after the folder was made; the corrected command works in the same place.
-    with pytest.raises(UserError, match="no annotated category 'gaer'"):
+    with pytest.raises(UserError, match="gaer"):
         train(make_config("data.categories=[gaer]"))
     assert train(make_config("data.categories=[gear]", num_epochs=1)).steps == 3
 
 
 def test_output_that_is_a_file(make_config, tmp_path):
     (tmp_path / "run").write_text("mine")
-    with pytest.raises(UserError, match=r"cannot write to output\.output_dir"):
+    with pytest.raises(UserError, match=r"output\.output_dir"):
         train(make_config())
 
 
@@ -312,12 +303,6 @@ def test_training_mean_covers_the_epoch(make_config):
     assert least < means[2]["train_terms"]["presence_loss"] < largest
 
 
-def test_save_total_limit(make_config):
-    config = make_config(save_steps=1, save_total_limit=2)
-    train(config)
-    assert checkpoints_of(config) == ["step_00000005", "step_00000006"]
-
-
 def test_early_stopping(make_config, monkeypatch):
     # Losses 5, 4, 4, 6: two validations in a row are no better than the second, so the run ends after the fourth.
     base_model = 3.0  # measured first, and no candidate for the best adapter
@@ -342,26 +327,19 @@ def test_early_stopping(make_config, monkeypatch):
     assert train(config, resume=True).steps == 12
 
 
-def test_map_chooses_the_best_adapter_where_it_is_measured(make_config, monkeypatch):
-    # Measured every second epoch and at the end: 0.1, 0.3, 0.2. The loss, lowest elsewhere, has no say.
-    maps = iter([0.1, 0.3, 0.2])
-    monkeypatch.setattr(Validator, "metrics", lambda validator: {"map": next(maps)})
-    config = make_config("evaluation.every_epochs=2", num_epochs=5)
-    result = train(config)
-    assert [line.get("map") for line in result.history] == [None, 0.1, None, 0.3, 0.2]
-    metadata = json.loads((result.best_adapter / "sam3lora.json").read_text())
-    assert metadata["metrics"]["epoch"] == 4
-    assert metadata["metrics"]["map"] == 0.3
-
-
 def test_a_run_begins_with_the_base_models_loss(make_config):
-    # What the adapter has to beat, with the same terms; a resumed run does not measure it again.
+    # The base line has the terms of a validation. Resuming the finished run does nothing; with more epochs it goes on,
+    # and does not measure the base again.
     config = make_config(num_epochs=1)
     result = train(config)
     [line] = lines_of(config, "base")
     assert line["step"] == 0
     assert line["valid_terms"].keys() == result.history[0]["valid_terms"].keys()
-    train(make_config(num_epochs=2), resume=True)
+    before = adapter_of(config)
+    assert train(config, resume=True).steps == 3
+    assert all(torch.equal(adapter_of(config)[key], value) for key, value in before.items())
+    assert len(lines_of(config, "step")) == 3
+    assert train(make_config(num_epochs=2), resume=True).steps == 6
     assert len(lines_of(config, "base")) == 1
 
 
@@ -396,7 +374,7 @@ def test_loss_that_is_not_finite(make_config, monkeypatch, how):
     monkeypatch.setattr(Trainer, "run", lambda trainer: models.append(trainer) or run(trainer))
     with monkeypatch.context() as patched:
         break_step(patched, 3, how)
-        with pytest.raises(RuntimeError, match=r"not finite at step 3: images \[\d, \d\] with prompts \['arrow'"):
+        with pytest.raises(RuntimeError, match=r"step 3.*images \[\d, \d\].*'arrow'"):
             train(config)
     folder = Path(config.output.output_dir)
     assert checkpoints_of(config) == ["step_00000002"]
@@ -416,7 +394,7 @@ def test_a_gradient_that_is_not_finite(make_config, monkeypatch):
         return original(parameters, extra)
 
     monkeypatch.setattr(update.distributed, "average_gradients", spoil)
-    with pytest.raises(RunFailed, match=r"at step 1: the gradient of images \[\d, \d\]"):
+    with pytest.raises(RunFailed, match=r"step 1.*gradient.*images \[\d, \d\]"):
         train(make_config())
 
 
@@ -429,7 +407,7 @@ def test_validation_loss_that_is_not_finite(make_config, monkeypatch):
         lambda *arguments: {name: value * torch.nan for name, value in original(*arguments).items()},
     )
     config = make_config()
-    with pytest.raises(RunFailed, match="validation loss is not finite after step 3"):
+    with pytest.raises(RunFailed, match=r"validation .* step 3"):
         train(config)
     assert not (Path(config.output.output_dir) / "best").exists()
 
@@ -486,13 +464,6 @@ def broken_data(scenes, tmp_path) -> Path:
     return data
 
 
-def test_broken_image_stops_the_run(make_config, broken_data):
-    # The message names the file; it is the user's to mend, and then the run can be resumed.
-    shutil.rmtree(broken_data / "valid")  # read before the first step, and broken too
-    with pytest.raises(UserError, match=r"train/00002\.jpg"):
-        train(make_config(data_dir=str(broken_data), batch_size=1))
-
-
 def test_broken_images_are_left_out_and_named(make_config, broken_data, capsys):
     # Training and validation go on without them; metrics and the display name them. A step may lose all its images.
     config = make_config(
@@ -510,5 +481,5 @@ def test_broken_images_are_left_out_and_named(make_config, broken_data, capsys):
 
 def test_gpu_that_is_not_there(make_config, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match=r"scaling\.use_gpu is true, but torch finds no GPU"):
+    with pytest.raises(UserError, match=r"scaling\.use_gpu"):
         train(make_config("scaling.use_gpu=true"))

@@ -227,7 +227,7 @@ BAD_KEYS = {
     "base: full": ("base", "written twice"),
     "set: {lora.ranks: 3}": ("lora.ranks", "did you mean lora.rank?"),
     "set: {lora.rank: 4}": ("lora.rank", "fixed by set"),
-    "component_sets: {a: [decoder]}": ('component_sets."a"', '"decoder" is no component'),
+    "component_sets: {a: [decoder]}": ('component_sets."a"', '"decoder" is not a component of'),
     "component_sets: {detr: [scoring]}": ('component_sets."detr"', "built in"),
     "component_sets: {a + b: [scoring]}": ('component_sets."a + b"', "a + joins sets"),
     "component_sets: {a: []}": ('component_sets."a"', "empty"),

@@ -1,10 +1,12 @@
-"""What a sweep refuses before it starts, and how it closes its books."""
+"""Checks before a sweep starts, the order of trials, and the records of failed ones."""
 
 import json
 import shutil
 
 import filelock
 import pytest
+import ray.cloudpickle
+from ray.tune.search import Searcher
 
 from sam3lora.data.images import ImageError
 from sam3lora.data.synth.dataset import write_dataset
@@ -14,6 +16,8 @@ from sam3lora.tune.run import sweep, sweep_folder
 from sam3lora.tune.run import trial as trial_run
 from sam3lora.tune.run.decisions import StoppedEarly
 from sam3lora.tune.run.ledger import Ledger, TrialRecord
+from sam3lora.tune.search.proposals import Proposer
+from sam3lora.tune.search.ray_tune import LedgerSearcher
 from sam3lora.tune.space.reader import load_space
 
 SPACE = {
@@ -128,9 +132,30 @@ def test_a_budget_that_nothing_meets_is_found_before_anything_is_written(data_di
     assert not (tmp_path / "sweep").exists()
 
 
-def test_begun_trials_come_before_new_ones(data_dir):
-    records = [TrialRecord(0, {}, status="finished"), TrialRecord(1, {}, status="running"), TrialRecord(2, {})]
-    assert sweep._open_numbers(space(data_dir, search={"num_trials": 4}), records) == ([1, 2], [3])
+def test_begun_trials_come_before_new_ones(data_dir, tmp_path):
+    """The base had begun; of the ranks 2, 4 and 16 there are no four trials."""
+    ledger, settings = Ledger(tmp_path), space(data_dir, search={"num_trials": 5})
+    ledger.write(TrialRecord(0, settings.base_values(), is_base=True, status="running"))
+    records = ledger.records()
+    begun, new = sweep._open_numbers(space(data_dir, search={"num_trials": 4}), records)
+    assert (begun, new) == ([0], [1, 2, 3])
+    observed = []
+
+    def settle(number):
+        observed.append(number)
+        return ledger.read(number)
+
+    proposer = Proposer(settings, taken=records)
+    searcher = LedgerSearcher(ledger, proposer, begun=begun, new=[*new, 4], may_stop=True, settle=settle)
+    asked = [searcher.suggest(f"trial {n}") for n in range(5)]
+    assert [found["number"] for found in asked[:4]] == [0, 1, 2, 3]
+    assert [found["is_base"] for found in asked[:4]] == [True, False, False, False]
+    assert asked[4] == Searcher.FINISHED
+    assert searcher.ran_out
+    assert sorted(ledger.read(number).values["lora.rank"] for number in new) == [2, 4, 16]
+    searcher.on_trial_complete("trial 2")
+    assert observed == [2]
+    ray.cloudpickle.dumps(searcher)  # Ray Tune writes it to disk
 
 
 def test_failed_trials_are_done_again_only_where_asked(data_dir, tmp_path, no_trials):

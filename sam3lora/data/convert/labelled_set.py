@@ -16,7 +16,7 @@ from sam3lora.data.masks import decode_mask, mask_box
 from sam3lora.data.prompts import prompt_key
 from sam3lora.errors import UserError
 
-Box = tuple[float, float, float, float]
+BoxXywh = tuple[float, float, float, float]
 
 
 @dataclass
@@ -32,7 +32,7 @@ class LabelledObject:
 
     category: str
     segmentation: list | dict | None
-    bbox_xywh: Box
+    bbox_xywh: BoxXywh
     iscrowd: bool = False
 
     def decode(self, size_hw: tuple[int, int]) -> np.ndarray:
@@ -78,7 +78,7 @@ class LabelledImage:
         self._append(category, None, _extent([self._clip(box_xyxy, log, where)]), log, where)
 
     def _append(
-        self, category: str, segmentation: list | dict | None, box: Box | None, log: FaultLog, where: str
+        self, category: str, segmentation: list | dict | None, box: BoxXywh | None, log: FaultLog, where: str
     ) -> None:
         if box is None:
             log.add("empty_object", where)
@@ -166,7 +166,7 @@ def order_names(found: Sequence[str], names: Sequence[str] | None, source: Path)
     return list(names)
 
 
-def _extent(polygons: list[list[float]]) -> Box | None:
+def _extent(polygons: list[list[float]]) -> BoxXywh | None:
     points = np.concatenate([np.reshape(part, (-1, 2)) for part in polygons])
     (x0, y0), (x1, y1) = points.min(axis=0).tolist(), points.max(axis=0).tolist()
     return (x0, y0, x1 - x0, y1 - y0) if x1 > x0 and y1 > y0 else None

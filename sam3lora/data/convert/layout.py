@@ -101,7 +101,7 @@ def new_folder(target: Path, source: Path) -> Iterator[Path]:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} is not empty: name a new folder, or remove this one first")
     if target.resolve().is_relative_to(source.resolve()):
-        raise UserError(f"{target} lies within {source}, which is read: name a folder beside it")
+        raise UserError(f"{target} lies within {source}, the input: name a folder outside it")
     with whole_folder(target) as folder:
         yield folder
 

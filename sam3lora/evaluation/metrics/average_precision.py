@@ -1,4 +1,4 @@
-"""Average precision under weights on the images, from the matches of one pycocotools evaluation.
+"""Average precision for given image weights, from the matches of a pycocotools evaluation.
 
 Shape legend: `T` IoU thresholds, `D` detections of a category, `N` of them that are right, `I` images, `R` recalls.
 """
@@ -22,11 +22,11 @@ class CategoryDetections:
     """Detections of one category over all images, best score first, ties in the order of the images.
 
     Attributes:
-        scores_D: Falling.
-        image_index_D: Position in the evaluation's sorted image ids.
-        is_matched_TD: Matched to an object, or to a crowd region (then ignored too).
-        is_ignored_TD: Neither right nor wrong.
-        num_objects_I: Objects to find in each image, without crowd regions.
+        scores_D: Scores, descending.
+        image_index_D: Position of the image in the evaluation's sorted image ids.
+        is_matched_TD: Whether it is matched to an object, or to a crowd region (then it is ignored too).
+        is_ignored_TD: Whether it counts as neither right nor wrong.
+        num_objects_I: Number of objects in each image, without crowd regions.
         has_crowd_I: Whether an image has a crowd region.
     """
 
@@ -47,7 +47,7 @@ class CategoryDetections:
 
     @cached_property
     def _counted_CD(self) -> tuple[np.ndarray, np.ndarray]:
-        """The distinct rows of detections that count (a single one without crowds), and each threshold's row."""
+        """Distinct rows of "the detection counts" (a single one without crowds), and the row of each threshold."""
         return np.unique(~self.is_ignored_TD, axis=0, return_inverse=True)
 
     @cached_property
@@ -55,10 +55,10 @@ class CategoryDetections:
         return [np.flatnonzero(row) for row in self.is_right_TD]
 
     def average_precision(self, image_weights_I: np.ndarray) -> np.ndarray | None:
-        """Average precision (T,) at each IoU threshold, in [0, 1]; None without objects under these weights.
+        """Average precision (T,) at each IoU threshold, in [0, 1]; None if no object has a weight.
 
-        Precision is looked at only where recall rises, at right detections: at every other place it falls, and the
-        interpolation takes the best precision at this recall or a higher one.
+        Precision is computed at right detections only, where recall rises: it falls everywhere else, and the
+        interpolation takes the best precision at a recall or above.
         """
         num_objects = image_weights_I @ self.num_objects_I
         if num_objects == 0:
@@ -70,14 +70,14 @@ class CategoryDetections:
         for threshold, right_N in enumerate(self._right_at_TN):
             num_right_N = np.cumsum(weights_D[right_N])
             precision_N = num_right_N / (num_counted_CD[row_T[threshold], right_N] + np.spacing(1))
-            # 0 where a recall is never reached
+            # Precision is 0 at recalls that are never reached.
             best_N = np.append(np.maximum.accumulate(precision_N[::-1])[::-1], 0)
             found_T[threshold] = best_N[np.searchsorted(num_right_N / num_objects, RECALLS_R)].mean()
         return found_T
 
 
 def category_detections(evaluation: COCOeval) -> dict[int, CategoryDetections]:
-    """The matches of an evaluated `COCOeval`, objects of all sizes, by category id; images without objects included."""
+    """The matches of an evaluated `COCOeval` by category id, over objects of all sizes and all images."""
     params = evaluation.params
     num_images, num_areas = len(params.imgIds), len(params.areaRng)
     position = {image: index for index, image in enumerate(params.imgIds)}
@@ -92,17 +92,17 @@ def category_detections(evaluation: COCOeval) -> dict[int, CategoryDetections]:
 def average_precision(
     detections: Iterable[CategoryDetections], image_weights_I: np.ndarray | None = None
 ) -> float | None:
-    """mAP as if every image occurred as often as its weight says: mean over thresholds and categories with objects.
+    """mAP with each image counted as often as its weight: the mean over thresholds and categories with objects.
 
-    With weights of 1 it is pycocotools' mAP (101 recalls, https://cocodataset.org/#detection-eval), and with whole
-    numbers that of a data set with so many copies, as long as no two scores within an image are equal.
+    With weights of 1 it is pycocotools' mAP (101 recalls, https://cocodataset.org/#detection-eval). With whole numbers
+    it is the mAP of a data set with as many copies of each image, if no two scores within an image are equal.
 
     Args:
-        detections: Of `category_detections`, of some categories or all.
-        image_weights_I: Not negative, in the order of sorted image ids; None weighs every image 1.
+        detections: Values of `category_detections`, for some categories or all.
+        image_weights_I: Weights of at least 0, in the order of sorted image ids; None is 1 for each image.
 
     Returns:
-        Value in [0, 1]; None when no image of positive weight has an object.
+        Value in [0, 1]; None if no image of positive weight has an object.
     """
     per_category = []
     for category in detections:
@@ -113,7 +113,7 @@ def average_precision(
 
 
 def _join(units: list[dict], position: dict, num_thresholds: int) -> CategoryDetections:
-    """One category's images, sorted as pycocotools sorts them."""
+    """Join a category's images, in the order of pycocotools."""
     num_objects_I = np.zeros(len(position), dtype=int)
     has_crowd_I = np.zeros(len(position), dtype=bool)
     scores, image_indices = [np.empty(0)], [np.empty(0, dtype=int)]

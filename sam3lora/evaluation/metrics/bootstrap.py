@@ -1,4 +1,4 @@
-"""How far a difference between two models could move if other images of the same kind had been drawn."""
+"""Bootstrap intervals of the difference between two models: how much it depends on the choice of images."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Metric = Callable[[np.ndarray], float | None]
 
 @dataclass(frozen=True)
 class Interval:
-    """B minus A with its interval; None where it cannot be computed.
+    """The difference B minus A and its interval; None where they cannot be computed.
 
     Attributes:
-        difference: On the images as they are.
+        difference: Difference on the images of the split.
         low, high: Ends of the interval; None also with fewer than two images.
         excludes_zero: Whether both ends lie on one side of zero.
-        num_resamples: Resamples on which both models could be measured.
+        num_resamples: Number of resamples on which both models could be measured.
     """
 
     difference: float | None
@@ -43,21 +43,21 @@ def bootstrap_difference(
 ) -> Interval:
     """Paired percentile bootstrap over images of `metric_b - metric_a`.
 
-    Images are drawn with replacement, as many as there are, and both models are measured on the same draw: what makes
-    an image hard for both cancels out. The interval holds the middle `confidence` of the differences.
+    As many images as there are are drawn with replacement, and both models are measured on the same draw, so that the
+    difficulty of an image cancels out. The interval holds the middle `confidence` of the differences.
     Efron (1979), "Bootstrap methods: another look at the jackknife", https://doi.org/10.1214/aos/1176344552
 
-    It says how much the difference depends on which images happened to be in the split, taking them for independent
-    draws from the images that matter. Neighbouring frames of a video, crops and augmented copies are not: then the
-    interval is too narrow. It says nothing about another training seed, other kinds of images or wrong annotations, and
-    with few images (some tens) it is rough, mostly too narrow.
+    The interval shows how much the difference depends on the choice of images, if they are independent draws.
+    Neighbouring frames of a video, crops and augmented copies are not independent, and make it too narrow. It does not
+    cover another training seed, other kinds of images or wrong annotations. With few images (some tens) it is rough and
+    mostly too narrow.
 
     Args:
         metric_a: Image weights (I,) -> value of model A, None where it cannot be computed (such draws are left out).
-        metric_b: The same of model B.
+        metric_b: The same for model B.
         num_images: I.
-        num_resamples: Draws.
-        seed: Of the draws: the same seed, the same interval.
+        num_resamples: Number of draws.
+        seed: Seed of the draws; the same seed gives the same interval.
         confidence: Share of the draws inside the interval, in (0, 1).
 
     Raises:
@@ -98,8 +98,8 @@ def map_difference(
 
     Args:
         evaluation_a: `coco_map(ground_truth, predictions).evaluation` of model A.
-        evaluation_b: The same of model B.
-        num_resamples, seed, confidence: Of `bootstrap_difference`.
+        evaluation_b: The same for model B.
+        num_resamples, seed, confidence: See `bootstrap_difference`.
 
     Raises:
         ValueError: The evaluations differ in images, categories or objects.

@@ -1,8 +1,8 @@
 """cgF1, SAM 3's metric of open-vocabulary segmentation, as its evaluator counts it.
 
-A unit is an image with one phrase asked of it; the objects that carry the phrase are its targets, and a negative unit
-has none. Classification-gated F1, cgF1 = positive micro F1 x IL_MCC, says how well objects are outlined where there are
-some, times how well the model tells images with the phrase from those without (https://arxiv.org/abs/2511.16719).
+A unit is a pair of an image and a phrase. The objects that the phrase names are its targets; a negative unit has none.
+Classification-gated F1 is cgF1 = positive micro F1 x IL_MCC (https://arxiv.org/abs/2511.16719). The first factor says
+how well objects are outlined in units that have some, the second how well the model tells positive from negative units.
 
 Shapes: `D` detections and `T` targets of a unit, `U` units, `K` the ten IoU thresholds 0.50, 0.55 ... 0.95.
 """
@@ -24,18 +24,18 @@ SCORE_THRESHOLD = 0.5
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 _NAMED_IOU = {"@0.5": 0, "@0.75": 5}  # suffix of a metric's name -> position in the thresholds
 
-# SAM 3's: they keep a ratio defined without a single count, and are part of the numbers
+# SAM 3's own constants. They keep a ratio without any count defined, and change the numbers slightly.
 _BOX_EPS = 1e-4
 _IMAGE_LEVEL_EPS = 1e-6
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What one (image, phrase) pair is judged by.
+    """The detections and targets of one (image, phrase) pair.
 
     Attributes:
-        iou_DT: IoU of every detection with every target, of masks or of boxes.
-        scores_D: The detections' scores.
+        iou_DT: IoU of each detection with each target, of masks or of boxes.
+        scores_D: Scores of the detections.
     """
 
     iou_DT: np.ndarray
@@ -44,10 +44,10 @@ class Unit:
 
 @dataclass(frozen=True)
 class UnitCounts:
-    """A unit at one score threshold.
+    """Counts of a unit at one score threshold.
 
     Attributes:
-        num_targets, num_detections: Detections at or above the score threshold.
+        num_targets, num_detections: Targets, and detections at or above the score threshold.
         true_positives_K: Detections matched to a target, for each IoU threshold.
     """
 
@@ -97,7 +97,7 @@ class CgF1:
 
     @property
     def undefined_reason(self) -> str | None:
-        """Why cgF1 is 0 whatever the model does; None when it says something."""
+        """Why cgF1 is 0 whatever the model does; None if cgF1 is meaningful."""
         if not self.num_positives:
             return "no prompt has an object to find in any image"
         if not self.num_negatives:
@@ -105,13 +105,14 @@ class CgF1:
         return None
 
     def metrics(self) -> dict[str, float]:
-        """The evaluator's metrics as plain fractions.
+        """The evaluator's metrics as fractions.
 
-        Names without suffix average the ten IoU thresholds; those ending in `@0.5` and `@0.75` take one. `IL_` is the
-        image level, a unit being right when it has detections exactly if it has targets. Everything lies in [0, 1],
-        except IL_MCC and cgF1 in [-1, 1] and `positive_macro_F1`, which is -1 when no positive unit has a detection.
+        Names without suffix are averages over the ten IoU thresholds; `@0.5` and `@0.75` are of one threshold. `IL_`
+        stands for image level: a unit is right if it has detections exactly when it has targets. All values lie in
+        [0, 1], except IL_MCC and cgF1 in [-1, 1] and `positive_macro_F1`, which is -1 if no positive unit has a
+        detection.
         """
-        # Python's integers: the product of four sums overflows those of NumPy on large sets.
+        # Python integers: the product of four sums would overflow NumPy's on large sets.
         found, missed = int(self.num_detected_positives), int(self.num_missed_positives)
         false_alarms, quiet = int(self.num_false_alarms), int(self.num_true_negatives)
         il_precision = found / (found + false_alarms + _IMAGE_LEVEL_EPS)
@@ -148,7 +149,7 @@ class CgF1:
         }
 
     def counts(self) -> dict[str, Any]:
-        """What the metrics are made of: lists over the IoU thresholds, and numbers of units."""
+        """The counts behind the metrics: lists over the IoU thresholds, and numbers of units."""
         return {
             "TPs": self.true_positives_K.tolist(),
             "FPs": self.false_positives_K.tolist(),
@@ -166,9 +167,9 @@ def iou_matrix(detections: Sequence[Any], targets: Sequence[Any], iou_type: IouT
     """IoU (D, T) of compressed RLEs ("segm") or of xywh boxes ("bbox").
 
     Args:
-        detections: RLEs `{"size": [height, width], "counts": ...}`, or boxes in pixels or in parts of the image.
+        detections: RLEs `{"size": [height, width], "counts": ...}`, or boxes in pixels or as fractions of the image.
         targets: The same.
-        iou_type: Which of both.
+        iou_type: "segm" for RLEs, "bbox" for boxes.
     """
     if not detections or not targets:
         return np.zeros((len(detections), len(targets)))
@@ -191,20 +192,20 @@ def count_unit(unit: Unit, score_threshold: float = SCORE_THRESHOLD) -> UnitCoun
 
 
 def choose_annotator(counts: Sequence[UnitCounts]) -> UnitCounts:
-    """A unit under the annotator who agrees best with the detections (the evaluator's "oracle").
+    """The counts of a unit with the annotator who agrees best with the detections (the evaluator's "oracle").
 
-    An annotator without targets wins if there are no detections either; otherwise the greatest mean F1, and the earlier
-    annotator of equal ones.
+    An annotator without targets is chosen if there are no detections either; otherwise the annotator with the greatest
+    mean F1, the earlier one of equals.
 
     Args:
-        counts: The same unit under each annotator, not empty.
+        counts: Counts of the same unit for each annotator, at least one.
     """
     agreed = (entry for entry in counts if entry.num_targets == entry.num_detections == 0)
     return next(agreed, None) or max(counts, key=lambda entry: entry.mean_f1)
 
 
 def accumulate(counts: Iterable[UnitCounts]) -> CgF1:
-    """Sum over units. None at all gives zeros."""
+    """Sum over units; zeros without any."""
     counts = list(counts)
     targets_U = np.array([entry.num_targets for entry in counts], dtype=np.int64)
     detections_U = np.array([entry.num_detections for entry in counts], dtype=np.int64)

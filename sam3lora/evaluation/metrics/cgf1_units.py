@@ -1,8 +1,8 @@
-"""Units of cgF1 from a split that was evaluated: every category in every image."""
+"""The units of cgF1 on an evaluated split: one for every category in every image."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,17 +10,15 @@ import numpy as np
 from sam3lora.errors import UserError
 from sam3lora.evaluation.metrics.cgf1 import (
     SCORE_THRESHOLD,
-    CgF1,
     IouType,
     Unit,
     UnitCounts,
-    accumulate,
     count_unit,
     iou_matrix,
 )
 from sam3lora.evaluation.metrics.ground_truth import PresenceTable
 
-SCORE_FLOOR = 0.05  # split_units drops detections below it: no useful threshold is that low
+SCORE_FLOOR = 0.05  # split_units drops detections below it; no useful threshold is lower
 
 Units = dict[tuple[int, int], Unit]
 
@@ -34,20 +32,20 @@ def split_units(
     iou_type: IouType = "segm",
     lowest_score: float = SCORE_FLOOR,
 ) -> Units:
-    """Units of an evaluated split: every category in every image, whether the image has it or not.
+    """Units of an evaluated split: every category in every image, whether the image shows it or not.
 
-    Crowd regions are no targets and excuse no detection. A category of which an image has only crowd regions, or
-    any object without a mask, cannot be judged there: no unit.
+    Crowd regions are not targets, and a detection in one is still a false positive. A category of which an image has
+    only crowd regions, or an object without a mask, cannot be judged there and has no unit.
 
     Args:
         ground_truth: COCO dict of `build_ground_truth`.
-        predictions: COCO results at the annotated size, without regard to threshold.
+        predictions: COCO results at the annotated size, with any score.
         presence: Table of `build_ground_truth`.
         iou_type: "segm" compares masks, "bbox" boxes.
-        lowest_score: Detections below it drop; no threshold may be lower.
+        lowest_score: Detections below it are dropped; no threshold may be lower.
 
     Returns:
-        (image id, category id) -> unit with detections by falling score.
+        (image id, category id) -> unit, with detections by descending score.
 
     Raises:
         UserError: A prediction names an image or a category that the ground truth lacks.
@@ -77,7 +75,7 @@ def split_units(
 
 
 def count_units(units: Units, score_threshold: float = SCORE_THRESHOLD) -> dict[tuple[int, int], UnitCounts]:
-    """Counts of every unit at a score threshold.
+    """Counts of each unit at a score threshold.
 
     Raises:
         ValueError: The threshold is below `SCORE_FLOOR`, where detections are missing.
@@ -85,20 +83,6 @@ def count_units(units: Units, score_threshold: float = SCORE_THRESHOLD) -> dict[
     if score_threshold < SCORE_FLOOR:
         raise ValueError(f"the score threshold must be at least {SCORE_FLOOR}, got {score_threshold}")
     return {pair: count_unit(unit, score_threshold) for pair, unit in units.items()}
-
-
-def cgf1_of_split(
-    units: Units, score_threshold: float = SCORE_THRESHOLD, categories: Collection[int] | None = None
-) -> CgF1:
-    """cgF1 of a split.
-
-    Args:
-        units: Of `split_units`.
-        score_threshold: Lowest score of a detection that counts, at least `SCORE_FLOOR`.
-        categories: Category ids to keep; None keeps all.
-    """
-    counts = count_units(units, score_threshold)
-    return accumulate(entry for pair, entry in counts.items() if categories is None or pair[1] in categories)
 
 
 def make_unit(detections: Sequence[Mapping[str, Any]], targets: Sequence[Any], iou_type: IouType) -> Unit:

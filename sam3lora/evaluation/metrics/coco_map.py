@@ -1,4 +1,4 @@
-"""Mask and box mAP as pycocotools computes them, from plain lists of COCO annotations and results."""
+"""Mask and box mAP by pycocotools, from plain COCO annotations and results."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import io
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -23,7 +23,7 @@ ALL_AREAS, _SMALL, _MEDIUM, _LARGE = range(4)
 
 @dataclass(frozen=True)
 class CategoryMap:
-    """Averages of one category in [0, 1], None without any object to find (crowd regions do not count)."""
+    """Averages of one category in [0, 1]; None without objects (crowd regions do not count)."""
 
     map: float | None
     map_50: float | None
@@ -33,19 +33,15 @@ class CategoryMap:
 
 
 @dataclass(frozen=True)
-class MapResult:
-    """Means over the categories that have objects, in [0, 1]; None when none has.
+class CocoAverages:
+    """COCO's means over the categories that have objects, in [0, 1]; None if no category has any.
 
     Attributes:
         map, map_50, map_75: Average precision over mask IoU 0.50:0.95, at 0.50 and at 0.75.
-        map_small, map_medium, map_large: Over objects up to 32² px, from there to 96² px, and from there on, by mask
-            area at the annotated size; None without such objects.
+        map_small, map_medium, map_large: The same for objects up to 32² px, up to 96² px and above, by mask area at
+            the annotated size; None without such objects.
         mar_100: Average recall over mask IoU 0.50:0.95 with at most 100 detections per image and category.
-        bbox_map, bbox_map_50: `map` and `map_50` by box IoU; None also when not asked for.
-        per_category: Name -> its averages.
-        warnings: Why the numbers cannot reach 1 on this ground truth.
-        evaluation: The accumulated mask evaluation, for what else follows from it without matching again: arrays of
-            precision and recall have the axes (IoU, recall, category, size, 1), sizes being all, small, medium, large.
+        bbox_map, bbox_map_50: `map` and `map_50` by box IoU; None also if boxes are not evaluated.
     """
 
     map: float | None
@@ -57,6 +53,23 @@ class MapResult:
     mar_100: float | None
     bbox_map: float | None
     bbox_map_50: float | None
+
+    def averages(self) -> dict[str, float | None]:
+        """The averages by name."""
+        return {entry.name: getattr(self, entry.name) for entry in fields(CocoAverages)}
+
+
+@dataclass(frozen=True)
+class MapResult(CocoAverages):
+    """COCO's averages with what they were computed from.
+
+    Attributes:
+        per_category: Category name -> its averages.
+        warnings: Reasons why the values cannot reach 1 on this ground truth.
+        evaluation: The accumulated mask evaluation, so that curves and intervals need not match again. Its arrays of
+            precision have the axes (IoU, recall, category, size, 1), with the sizes all, small, medium and large.
+    """
+
     per_category: dict[str, CategoryMap]
     warnings: list[str]
     evaluation: COCOeval = field(repr=False, compare=False)
@@ -73,16 +86,16 @@ def coco_map(
 
     Args:
         ground_truth: COCO: `images` (id, height, width), `annotations` (image_id, category_id, segmentation, iscrowd)
-            and `categories` (id, name). Ids of any kind. Areas are taken from the masks, whatever the file says; boxes
-            (xywh) from the annotations, or from the mask where there is none. What has no mask is left out.
-            A crowd region marked `is_box_only` is an object for boxes.
-        predictions: COCO results: image_id, category_id, segmentation (compressed RLE), score, and bbox (xywh) or none
-            for that of the mask. Any number, any order.
+            and `categories` (id, name). Ids may be of any type. Areas are those of the masks, whatever the file says.
+            Boxes (xywh) are those of the annotations, or of the masks where there are none. Annotations without a mask
+            are left out. A crowd region marked `is_box_only` is an object for boxes.
+        predictions: COCO results in any order: image_id, category_id, segmentation (compressed RLE), score, and
+            optionally bbox (xywh, else the mask's).
         bbox: Evaluate boxes too.
-        num_queries: Object queries of the model, for `warnings`.
+        num_queries: Number of the model's object queries, for `warnings`.
 
     Returns:
-        Exact averages, in pycocotools' definition: https://cocodataset.org/#detection-eval
+        Exact averages by pycocotools' definition: https://cocodataset.org/#detection-eval
 
     Raises:
         ValueError: A prediction names an image or a category that the ground truth lacks, or its mask has another
@@ -134,7 +147,7 @@ def coco_map(
 
 
 class _Evaluation(COCOeval):
-    """Reads no masks of pairs without objects: most pairs, where every category is asked of every image."""
+    """Skips the masks of (image, category) pairs without objects, which most pairs are."""
 
     def computeIoU(self, imgId: Any, catId: Any) -> Any:
         return super().computeIoU(imgId, catId) if self._gts[imgId, catId] else []
@@ -175,7 +188,7 @@ def _as_coco(
     annotations: Sequence[Mapping[str, Any]],
     masks: Sequence[dict[str, Any] | None],
 ) -> COCO:
-    """An indexed `COCO` with ids from 1: pycocotools takes a match with annotation id 0 for no match."""
+    """An indexed `COCO` with ids from 1: pycocotools treats a match with annotation id 0 as no match."""
     kept = [(annotation, mask) for annotation, mask in zip(annotations, masks, strict=True) if mask]
     entries = [
         {
@@ -202,7 +215,7 @@ def _as_coco(
 
 
 def _mean(values: np.ndarray) -> float | None:
-    """pycocotools marks categories without objects by -1."""
+    """Mean without the values of -1 by which pycocotools marks categories without objects."""
     valid = values[values > -1]
     return float(valid.mean()) if valid.size else None
 

@@ -1,11 +1,9 @@
-"""Is an adapter better than the base? Differences on the same images, with intervals."""
+"""Differences of adapters to their base on the same images, with bootstrap intervals."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -14,58 +12,36 @@ from sam3lora.evaluation.metrics.cgf1 import CgF1, UnitCounts, accumulate
 from sam3lora.evaluation.metrics.cgf1_units import count_units
 from sam3lora.evaluation.metrics.measure import SplitMetrics
 
-INTERVAL_METRICS = ("map", "cgf1", "off_prompt_fpr")
 NOTICEABLE = 0.01
-"""Of mAP or cgF1: reports call a smaller difference hardly one, however certain it is."""
+"""Smallest difference in mAP or cgF1 that reports count as one, however certain it is."""
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A base and adapters on the same images.
-
-    Attributes:
-        base: Metrics of the base model.
-        adapters: Metrics of each adapter.
-        intervals: Adapter label -> metric of `INTERVAL_METRICS` -> adapter minus base with its interval.
-    """
-
-    base: SplitMetrics
-    adapters: list[SplitMetrics]
-    intervals: dict[str, dict[str, Interval]]
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        intervals = {
-            label: {name: vars(interval) for name, interval in of_adapter.items()}
-            for label, of_adapter in self.intervals.items()
-        }
-        models = {metrics.label: metrics.to_dict() for metrics in (self.base, *self.adapters)}
-        return {"models": models, "differences_to_base": intervals}
-
-
-def compare(
+def differences_to_base(
     base: SplitMetrics, adapters: Sequence[SplitMetrics], *, num_resamples: int = 1000, seed: int = 0
-) -> Comparison:
-    """Paired bootstrap intervals (95 %) of each adapter's difference to the base.
+) -> dict[str, dict[str, Interval]]:
+    """Adapter minus base for mAP, cgF1 and false alarms, with paired 95 % bootstrap intervals.
 
     Args:
         base: Metrics of the base.
         adapters: Metrics of adapters on the same split with the same settings.
-        num_resamples: Draws of the bootstrap.
-        seed: Of the draws.
+        num_resamples: Number of bootstrap draws.
+        seed: Seed of the draws.
+
+    Returns:
+        Adapter label -> "map", "cgf1", "off_prompt_fpr" (where both models have it) -> difference.
 
     Raises:
-        ValueError: They were measured on different images or categories.
+        ValueError: The models were measured on different images or categories.
     """
-    intervals = {}
+    options = {"num_resamples": num_resamples, "seed": seed}
+    differences = {}
     for adapter in adapters:
-        options = {"num_resamples": num_resamples, "seed": seed}
         of_adapter = {"map": map_difference(base.evaluation, adapter.evaluation, **options)}
         for name, make in (("cgf1", _cgf1_metric), ("off_prompt_fpr", _false_alarm_metric)):
             if getattr(base, name) is not None and getattr(adapter, name) is not None:
                 of_adapter[name] = bootstrap_difference(make(base), make(adapter), base.num_images, **options)
-        intervals[adapter.label] = of_adapter
-    return Comparison(base, list(adapters), intervals)
+        differences[adapter.label] = of_adapter
+    return differences
 
 
 def _image_rows(metrics: SplitMetrics) -> dict[int, int]:
@@ -73,7 +49,7 @@ def _image_rows(metrics: SplitMetrics) -> dict[int, int]:
 
 
 def _cgf1_metric(metrics: SplitMetrics) -> Metric:
-    """cgF1 under weights on the images, from counts summed once per image."""
+    """cgF1 as a function of image weights, from counts summed once for each image."""
     rows = _image_rows(metrics)
     by_image: dict[int, list[UnitCounts]] = defaultdict(list)
     for (image_id, _), counts in count_units(metrics.units).items():
@@ -89,7 +65,7 @@ def _cgf1_metric(metrics: SplitMetrics) -> Metric:
 
 
 def _false_alarm_metric(metrics: SplitMetrics) -> Metric:
-    """Share of absent prompts with a detection at the threshold, under weights on the images."""
+    """The false alarm rate as a function of image weights."""
     rows = _image_rows(metrics)
     fired = {
         (p["image_id"], p["category_id"])

@@ -1,4 +1,4 @@
-"""What charts of an evaluation are drawn from, as lists that go into JSON by `dataclasses.asdict`."""
+"""Curves and histograms of an evaluation for charts, as plain lists."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class PrecisionRecall:
 
     Attributes:
         recall: 0, 0.01 ... 1.
-        mean: Precision at each recall, averaged over the categories with objects; None when none has.
-        per_category: Name -> precision at each recall; categories without objects are left out.
+        mean: Precision at each recall, averaged over the categories with objects; None if no category has any.
+        per_category: Category name -> precision at each recall; categories without objects are left out.
     """
 
     recall: list[float]
@@ -35,9 +35,9 @@ class ScoreHistogram:
     """Counts of scores in 20 bins of equal width over [0, 1].
 
     Attributes:
-        edges: 21 ends of the bins; a score on an edge belongs to the bin above, 1 to the last.
-        right: Of matched detections, or pairs with objects.
-        wrong: Of unmatched detections, or pairs without objects.
+        edges: The 21 edges of the bins; a score on an edge belongs to the bin above, 1 to the last.
+        right: Counts of matched detections, or of pairs with objects.
+        wrong: Counts of unmatched detections, or of pairs without objects.
     """
 
     edges: list[float]
@@ -47,13 +47,14 @@ class ScoreHistogram:
 
 @dataclass(frozen=True)
 class Curves:
-    """Charts of one evaluation.
+    """Curves and histograms of one evaluation.
 
     Attributes:
-        precision_recall_50, precision_recall_75: At mask IoU 0.50 and 0.75.
-        detection_scores: Of detections by whether they match an object at IoU 0.50; ignored ones are left out.
-        best_scores: Best score of each (image, category) pair, 0 without a detection, by whether the image holds such
-            an object; pairs with crowd regions only are left out.
+        precision_recall_50, precision_recall_75: Curves at mask IoU 0.50 and 0.75.
+        detection_scores: Scores of detections that match an object at IoU 0.50, and of those that do not; ignored ones
+            are left out.
+        best_scores: Best score of each (image, category) pair, 0 without a detection, for pairs with and without
+            objects; pairs with only crowd regions are left out.
     """
 
     precision_recall_50: PrecisionRecall

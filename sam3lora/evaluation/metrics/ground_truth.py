@@ -1,4 +1,4 @@
-"""What a split asks of a model, and the answers: one entry per prompt, masks as RLE at the annotated size."""
+"""The prompts of a split, and its ground truth: masks as RLE at the annotated size."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ PresenceTable = dict[tuple[int, int], bool | None]
 
 
 class SplitTruth(NamedTuple):
-    """What there is to find.
+    """The ground truth of a split.
 
     Attributes:
-        coco: COCO dict, ids of images and categories as in the file, masks as compressed RLE.
-        presence: (image id, category id) -> True where there is an object, None where there are crowd regions only,
-            nothing where it is absent.
-        num_without_mask: Objects that have a box alone.
+        coco: COCO dict with the ids of images and categories of the file, and masks as compressed RLE.
+        presence: (image id, category id) -> True if there is an object, None if there are only crowd regions; absent
+            categories are left out.
+        num_without_mask: Number of objects that have only a box.
     """
 
     coco: dict[str, Any]
@@ -33,12 +33,12 @@ class SplitTruth(NamedTuple):
 
 @dataclass
 class PromptedCategory:
-    """One thing that is asked. Categories with the same prompt are one to the model, and so in the metrics.
+    """A prompt and its category. Categories with the same prompt are one category to the model and to the metrics.
 
     Attributes:
         id: COCO category id of the results: the file's own, or a new one for a name that the file lacks.
-        name: The first category's name.
-        prompt: What the model reads.
+        name: Name of the first category with this prompt.
+        prompt: Text that the model reads.
         name_keys: `prompt_key` of the names of all categories with this prompt.
     """
 
@@ -51,7 +51,7 @@ class PromptedCategory:
 def prompted_categories(
     index: CocoIndex, names: Sequence[str] | None = None, prompts: Mapping[str, str] | None = None
 ) -> list[PromptedCategory]:
-    """What to ask, without repetition.
+    """The distinct prompts of a split.
 
     Args:
         index: The split.
@@ -77,8 +77,8 @@ def prompted_categories(
 def build_ground_truth(index: CocoIndex, categories: Sequence[PromptedCategory]) -> SplitTruth:
     """The annotations of the asked categories, for `coco_map`.
 
-    An object with a box and no mask (`is_box_only`) becomes a crowd region of its box: a detection in it is neither
-    right nor wrong. It is an object where boxes are compared.
+    An object with a box and no mask (`is_box_only`) becomes a crowd region of its box, so that a detection in it is
+    neither right nor wrong. Where boxes are compared it is an object.
     """
     id_of = {key: category.id for category in categories for key in category.name_keys}
     images: list[dict[str, Any]] = []

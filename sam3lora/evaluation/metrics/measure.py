@@ -14,7 +14,7 @@ from pycocotools.cocoeval import COCOeval
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.evaluation.metrics.cgf1 import SCORE_THRESHOLD, UnitCounts, accumulate
 from sam3lora.evaluation.metrics.cgf1_units import SCORE_FLOOR, Units, count_units, split_units
-from sam3lora.evaluation.metrics.coco_map import MapResult, coco_map
+from sam3lora.evaluation.metrics.coco_map import CocoAverages, coco_map
 from sam3lora.evaluation.metrics.curves import Curves, evaluation_curves
 from sam3lora.evaluation.metrics.ground_truth import PresenceTable, SplitTruth
 from sam3lora.evaluation.metrics.threshold_sweep import ThresholdSweep, sweep_thresholds
@@ -25,7 +25,7 @@ PRESENCE_THRESHOLD = 0.5
 
 @dataclass(frozen=True)
 class CategoryMetrics:
-    """One category, in [0, 1]; None without objects to find (mAP), without images that lack it (false alarms)."""
+    """Metrics of one category in [0, 1]; None without objects (mAP) or without images that lack it (false alarms)."""
 
     map: float | None
     map_50: float | None
@@ -37,41 +37,39 @@ class CategoryMetrics:
     best_threshold: float | None
 
 
+# Fields of `SplitMetrics` that `to_dict` leaves out.
 _NOT_NUMBERS = frozenset(
     ("thresholds", "predictions", "presence", "ground_truth", "units", "evaluation", "curves", "sweep", "split_dir")
 )
 
 
-@dataclass
-class SplitMetrics:
-    """What a model reaches on a split: values in [0, 1], None where nothing can be measured (`notes` say why).
+@dataclass(frozen=True)
+class SplitMetrics(CocoAverages):
+    """Metrics of a model on a split: values in [0, 1], None where nothing can be measured (`notes` say why).
 
     Attributes:
         label: "base", or the name of the adapter.
-        num_images, num_ground_truth: Images evaluated, and objects to find in them.
+        num_images, num_ground_truth: Number of evaluated images, and of objects in them.
         num_predictions, num_predictions_before_nms: Detections without a score cut, after and before suppression.
-        num_detections: Those at or above the threshold.
-        map, map_50, map_75, map_small, map_medium, map_large, mar_100: Mask averages of COCO, no score cut, over
-            categories; areas are those of the masks.
-        bbox_map, bbox_map_50: The same for boxes.
-        per_category: Name -> its numbers.
-        cgf1, cgf1_50, cgf1_75, positive_micro_f1, il_mcc: As SAM 3's evaluator has them, at score 0.5; cgf1 and il_mcc
-            are in [-1, 1].
+        num_detections: Detections at or above the threshold.
+        per_category: Category name -> its metrics.
+        cgf1, cgf1_50, cgf1_75, positive_micro_f1, il_mcc: As in SAM 3's evaluator, at score 0.5; cgf1 and il_mcc are
+            in [-1, 1].
         off_prompt_fpr: Share of (image, absent category) pairs with any detection at the threshold.
         presence_accuracy: Share of (image, category) pairs in which presence > 0.5 agrees with the annotations; pairs
             with crowd regions only are left out.
         presence_accuracy_absent: The same over absent categories alone.
-        num_absent_prompts: How many such pairs there are.
-        settings: What the numbers depend on.
-        notes: What the numbers do not say by themselves.
-        seconds: Wall clock of asking and measuring.
-        thresholds: Category id -> lowest score of what counts as a detection.
+        num_absent_prompts: Number of (image, absent category) pairs.
+        settings: The settings that the metrics depend on.
+        notes: Reasons for missing metrics, and what else a reader should know.
+        seconds: Wall-clock time of inference and measuring.
+        thresholds: Category id -> lowest score that counts as a detection.
         sweep: cgF1 by threshold, overall and by category.
         curves: Precision by recall, and scores of right and wrong detections.
-        units, evaluation: What cgF1 and mAP were counted from, for intervals.
-        predictions, presence: The results.
-        ground_truth: COCO dict that the predictions refer to, masks as compressed RLE.
-        split_dir: Folder that the file names in the ground truth are relative to.
+        units, evaluation: The matches behind cgF1 and mAP, for intervals.
+        predictions, presence: The model's results.
+        ground_truth: COCO dict that the predictions refer to, with masks as compressed RLE.
+        split_dir: Folder of the images.
     """
 
     label: str
@@ -80,15 +78,6 @@ class SplitMetrics:
     num_predictions: int
     num_predictions_before_nms: int
     num_detections: int
-    map: float | None
-    map_50: float | None
-    map_75: float | None
-    map_small: float | None
-    map_medium: float | None
-    map_large: float | None
-    mar_100: float | None
-    bbox_map: float | None
-    bbox_map_50: float | None
     per_category: dict[str, CategoryMetrics]
     cgf1: float | None
     cgf1_50: float | None
@@ -121,19 +110,8 @@ class SplitMetrics:
         return f"{common:.2f}" + (f" ({', '.join(others)})" if others else "")
 
     def to_dict(self) -> dict[str, Any]:
-        """The numbers alone, as JSON values."""
-        left_out = (
-            "thresholds",
-            "predictions",
-            "presence",
-            "ground_truth",
-            "units",
-            "evaluation",
-            "curves",
-            "sweep",
-            "split_dir",
-        )
-        values = {name: value for name, value in vars(self).items() if name not in left_out}
+        """The metrics as JSON values."""
+        values = {name: value for name, value in vars(self).items() if name not in _NOT_NUMBERS}
         values["per_category"] = {name: asdict(entry) for name, entry in self.per_category.items()}
         values["threshold_sweep"] = None if self.sweep is None else self.sweep.to_dict()
         return values
@@ -151,23 +129,21 @@ def measure_split(
     split_dir: Path | None = None,
     seconds: float = 0.0,
 ) -> SplitMetrics:
-    """All numbers of one model.
+    """Compute all metrics of one model on one split.
 
     Args:
-        truth: What there is to find.
-        results: Of the model on all of its images.
+        truth: The ground truth.
+        results: The model's results on all images of the split.
         label: Name of the model in tables.
-        post: The post-processing that made the results. Its thresholds decide what counts as a detection for
-            `off_prompt_fpr`, tables and pictures; mAP has no such cut, and cgF1 its own (0.5). None is the default.
+        post: The post-processing of the results; None is the default. Its thresholds decide which detections count for
+            `off_prompt_fpr`, tables and pictures. mAP has no threshold, and cgF1 its own (0.5).
         exhaustive: Whether a missing annotation means absence. Otherwise only pairs with annotations are judged, and
-            what needs absence is None.
-        num_queries: Object queries of the model, to warn of images that hold more objects.
-        settings: To be carried along.
-        split_dir: To be carried along.
-        seconds: To be carried along.
+            metrics that need absence are None.
+        num_queries: Number of the model's object queries, to warn of images that hold more objects.
+        settings, split_dir, seconds: Stored in the result.
 
     Raises:
-        UserError: The results are to other images or categories.
+        UserError: The results belong to other images or categories.
     """
     coco, presence = truth.coco, truth.presence
     post = post or PostProcessing()
@@ -216,14 +192,12 @@ def measure_split(
     if reason:
         notes.append(f"cgf1 and il_mcc are null: {reason}")
     if num_ground_truth and (
-        no_such := [size for size in ("small", "medium", "large") if _by_size(found, size) is None]
+        no_such := [size for size in ("small", "medium", "large") if getattr(found, f"map_{size}") is None]
     ):
         notes.append(f"{', '.join(f'map_{size}' for size in no_such)} null: the split has no object of that size")
     num_detections = sum(p["score"] >= thresholds[p["category_id"]] for p in results.predictions)
     if not num_detections:
-        notes.append(
-            f"{label}: no detection reaches {post.threshold:g}; that nothing fires on absent prompts is no merit"
-        )
+        notes.append(f"{label}: no detection reaches {post.threshold:g}; the lack of false alarms is no merit then")
     return SplitMetrics(
         label=label,
         num_images=len(coco["images"]),
@@ -231,15 +205,7 @@ def measure_split(
         num_predictions=len(results.predictions),
         num_predictions_before_nms=results.num_before_nms,
         num_detections=num_detections,
-        map=found.map,
-        map_50=found.map_50,
-        map_75=found.map_75,
-        map_small=found.map_small,
-        map_medium=found.map_medium,
-        map_large=found.map_large,
-        mar_100=found.mar_100,
-        bbox_map=found.bbox_map,
-        bbox_map_50=found.bbox_map_50,
+        **found.averages(),
         per_category=per_category,
         cgf1=values.get("cgF1"),
         cgf1_50=values.get("cgF1@0.5"),
@@ -268,16 +234,12 @@ def measure_split(
 def _false_alarms(
     coco: Mapping[str, Any], presence: PresenceTable, results: SplitResults, thresholds: Mapping[int, float]
 ) -> tuple[set[Pair], list[Pair]]:
-    """(image, category) pairs with a detection, and those whose category the image truly lacks."""
+    """(image, category) pairs with a detection, and the pairs whose category is absent from the image."""
     alarms = {
         (p["image_id"], p["category_id"]) for p in results.predictions if p["score"] >= thresholds[p["category_id"]]
     }
     pairs = [(image["id"], category["id"]) for image in coco["images"] for category in coco["categories"]]
     return alarms, [pair for pair in pairs if pair not in presence]
-
-
-def _by_size(found: MapResult, size: str) -> float | None:
-    return getattr(found, f"map_{size}")
 
 
 def _share(verdicts: Sequence[bool]) -> float | None:

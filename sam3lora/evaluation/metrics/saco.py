@@ -1,4 +1,4 @@
-"""cgF1 of files in the layout of SA-Co, SAM 3's benchmark."""
+"""cgF1 of files in the SA-Co format, the layout of SAM 3's benchmark."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sam3lora.evaluation.metrics.cgf1_units import REGION_KEY, make_unit
 
 @dataclass(frozen=True)
 class _Annotator:
-    """One ground-truth file: image (that is, unit) ids with sizes, those to evaluate, and the targets of each."""
+    """One ground-truth file: ids and sizes of its images (each is a unit), the ids to evaluate, and the targets."""
 
     source: Path
     sizes_hw: dict[int, tuple[int, int]]
@@ -35,19 +35,19 @@ def evaluate_saco(
 ) -> CgF1:
     """cgF1 of a predictions file in SAM 3's SA-Co format.
 
-    Images that are not instance-exhaustive in every ground-truth file are left out, and so are crowd annotations and
-    whatever has a category that the ground truth does not list.
+    Left out are images that are not instance-exhaustive in every ground-truth file, crowd annotations, and entries of
+    categories that the ground truth does not list.
 
     Args:
-        ground_truth_files: One file per annotator; of several, each image takes the one that agrees best.
+        ground_truth_files: One file per annotator; for each image the annotator counts who agrees best.
         predictions_file: COCO results: image_id, category_id, score, and `segmentation` (compressed RLE) or `bbox`
-            (xywh in parts of the image's size, as in the ground truth).
+            (xywh as fractions of the image's size, as in the ground truth).
         iou_type: "segm" compares masks, "bbox" boxes.
         image_ids: Image entries to judge; None takes all.
 
     Raises:
-        UserError: A file is missing, truncated or of another layout, a mask is damaged or has another size than its
-            image, the annotators' files or the predictions belong to different splits.
+        UserError: A file is missing, truncated or of another layout, a mask is damaged or differs in size from its
+            image, or the files belong to different splits.
     """
     annotators = [_read_annotator(Path(file), iou_type) for file in ground_truth_files]
     if not annotators:

@@ -1,4 +1,4 @@
-"""cgF1 against the score threshold: which threshold suits an adapter and its categories."""
+"""cgF1 at each score threshold, and the best threshold, overall and for each category."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
 
 @dataclass(frozen=True)
 class ThresholdCurve:
-    """Metrics at each score threshold, and the threshold they speak for.
+    """Metrics at each score threshold, and the best threshold.
 
     Attributes:
-        thresholds: Lowest scores that count.
+        thresholds: The score thresholds.
         cgf1, positive_micro_f1, il_mcc, precision, recall: `CgF1.metrics`, averaged over the IoU thresholds.
-        best_threshold: Where cgF1 is greatest, of equal ones the nearest to 0.5. If cgF1 is never above 0, where
-            positive micro F1 is greatest; None if that is 0 too.
-        best_cgf1: Its cgF1; None where cgF1 did not choose it.
-        reason: Why cgF1 did not choose the threshold, None if it did.
+        best_threshold: The threshold of the greatest cgF1, of equals the nearest to 0.5. If cgF1 is never above 0, the
+            threshold of the greatest positive micro F1; None if that is 0 too.
+        best_cgf1: cgF1 at the best threshold; None if cgF1 did not decide.
+        reason: Why cgF1 did not decide; None if it did.
     """
 
     thresholds: list[float]
@@ -43,7 +43,7 @@ class ThresholdCurve:
 
 @dataclass(frozen=True)
 class ThresholdSweep(ThresholdCurve):
-    """The curve of all categories together, and `per_category`: category id -> its own."""
+    """The curve of all categories together, and the curve of each (`per_category`, by category id)."""
 
     per_category: dict[int, ThresholdCurve] = field(default_factory=dict)
 
@@ -55,12 +55,12 @@ class ThresholdSweep(ThresholdCurve):
 def sweep_thresholds(units: Units, thresholds: Sequence[float] = THRESHOLDS) -> ThresholdSweep:
     """Measure a split at several score thresholds, over all categories and for each.
 
-    The best threshold is an offer: chosen on the split it is measured on, it flatters. Choose on one split, report
-    another.
+    The best threshold is chosen on the split on which it is measured, so its cgF1 is too high: choose it on one split
+    and report the result on another.
 
     Args:
         units: Of `split_units`.
-        thresholds: Lowest scores that count, none below `SCORE_FLOOR`.
+        thresholds: Score thresholds, none below `SCORE_FLOOR`.
     """
     overall: list[CgF1] = []
     of_category: dict[int, list[CgF1]] = defaultdict(list)
@@ -99,7 +99,7 @@ def _curve(thresholds: Sequence[float], found: Sequence[CgF1]) -> dict[str, Any]
 
 
 def _best(thresholds: Sequence[float], values: Sequence[float]) -> float | None:
-    """The threshold of the greatest value, of equal ones the nearest to 0.5; None when none is above 0."""
+    """The threshold of the greatest value, of equals the nearest to 0.5; None if no value is above 0."""
     if max(values) <= 0:
         return None
     return max(zip(values, thresholds), key=lambda pair: (pair[0], -round(abs(pair[1] - 0.5), 6)))[1]

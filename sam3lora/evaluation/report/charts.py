@@ -1,4 +1,4 @@
-"""Charts as SVG to stand in an HTML page: text stays text, colours differ for colour-blind eyes and in print."""
+"""Charts as inline SVG for HTML pages: text stays text, and colours differ for colour-blind readers and in print."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _GRID = "#e5e7eb"
 _SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],  # measures the text; the page shows its own
+    "font.sans-serif": ["DejaVu Sans"],  # for measuring the text; the page shows its own font
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -58,12 +58,11 @@ def line_chart(
     """Curves over [0, 1]; the y axis ends earlier where all values are low.
 
     Args:
-        lines: What to draw, six at most in colours of their own.
-        description: For those who do not see the chart.
-        x_label: Below the chart.
-        y_label: Beside it.
+        lines: The curves; up to six have different colours.
+        description: Text for readers who cannot see the chart.
+        x_label, y_label: Labels of the axes.
         marks: Text -> x of a vertical line.
-        y_low: Lower end of the y axis, where values can be negative.
+        y_low: Lower end of the y axis, for values that can be negative.
     """
     with chart_axes(description) as axes:
         for number, line in enumerate(lines):
@@ -85,13 +84,13 @@ def line_chart(
 def histogram_chart(
     edges: Sequence[float], counts: Mapping[str, Sequence[int]], *, description: str, x_label: str
 ) -> Markup:
-    """How each group is spread over bins, as bars in percent of the group: a group of many does not hide one of few.
+    """The distribution of each group over bins, in percent of the group: a large group does not hide a small one.
 
     Args:
-        edges: Ends of the bins, equally wide.
-        counts: Name of a group -> one count a bin; two groups at most. The legend says how many there are.
-        description: For those who do not see the chart.
-        x_label: Below the chart.
+        edges: Edges of the bins, equally wide.
+        counts: Name of a group -> one count for each bin; at most two groups. The legend shows their sizes.
+        description: Text for readers who cannot see the chart.
+        x_label: Label of the axis.
     """
     with chart_axes(description) as axes:
         width = (edges[1] - edges[0]) / len(counts)
@@ -117,8 +116,8 @@ def interval_chart(intervals: Mapping[str, Interval], *, description: str, x_lab
 
     Args:
         intervals: Name -> difference; those without a value are left out.
-        description: For those who do not see the chart.
-        x_label: Below the chart.
+        description: Text for readers who cannot see the chart.
+        x_label: Label of the axis.
     """
     shown = [(name, entry.difference, entry) for name, entry in intervals.items() if entry.difference is not None]
     with chart_axes(description, height=0.9 + 0.3 * len(shown)) as axes:
@@ -136,20 +135,22 @@ def interval_chart(intervals: Mapping[str, Interval], *, description: str, x_lab
 
 @contextmanager
 def chart_axes(description: str, height: float = 2.9) -> Iterator[Axes]:
-    """An empty chart in the look of all of them, to draw on and to give to `finish_chart` inside the block.
+    """An empty chart in the common style, to draw on and to pass to `finish_chart` inside the block.
 
     Args:
-        description: For those who do not see the chart; no other chart of the page has the same.
-        height: Inches, of a width of 4.6.
+        description: Text for readers who cannot see the chart, different for each chart of a page.
+        height: Height in inches; the width is 4.6.
     """
-    with matplotlib.rc_context(_SETTINGS | {"svg.hashsalt": description}):  # ids of its own, the same every time
+    with matplotlib.rc_context(
+        _SETTINGS | {"svg.hashsalt": description}
+    ):  # ids that are unique on the page and reproducible
         figure = Figure(figsize=(4.6, height), layout="constrained")
         FigureCanvasSVG(figure)
         yield figure.subplots()
 
 
 def finish_chart(axes: Axes, description: str, with_legend: bool = True) -> Markup:
-    """What was drawn as an SVG element: transparent, each label once in the legend above."""
+    """The chart as a transparent SVG element, with each label once in the legend above."""
     figure = axes.get_figure()
     assert isinstance(figure, Figure)
     if with_legend:
@@ -162,7 +163,7 @@ def finish_chart(axes: Axes, description: str, with_legend: bool = True) -> Mark
 
 
 def _inline(document: str, description: str) -> str:
-    """An SVG element for HTML: without prologue, metadata, namespaces, ids that nothing refers to, and font names."""
+    """The SVG element of a document, without prologue, metadata, namespaces, unused ids and font names."""
     svg = document[document.index("<svg") :].strip()
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|'DejaVu Sans', ", "", svg, flags=re.DOTALL)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"| version="1.1"| (width|height)="[\d.]+pt"| id="[\w.]+_\d+"', "", svg)

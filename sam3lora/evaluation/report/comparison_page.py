@@ -1,4 +1,4 @@
-"""The report of `compare`: whether adapters are better than their base, and how sure that is."""
+"""The report of `compare`: whether adapters are better than their base, and how certain that is."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from markupsafe import Markup
 from sam3lora.evaluation.metrics.bootstrap import Interval
 from sam3lora.evaluation.metrics.comparison import NOTICEABLE
 from sam3lora.evaluation.metrics.measure import CategoryMetrics, SplitMetrics
-from sam3lora.evaluation.metrics.ranking import telling_images
+from sam3lora.evaluation.metrics.ranking import most_different_images
 from sam3lora.evaluation.report.charts import interval_chart
 from sam3lora.evaluation.report.glossary import MEASURES, Measure
 from sam3lora.evaluation.report.html_page import change, render_page, score, setting_rows
@@ -19,12 +19,12 @@ from sam3lora.evaluation.report.pictures import Gallery, Picture, threshold_text
 Intervals = Mapping[str, Mapping[str, Interval]]
 """Adapter label -> field of `SplitMetrics` -> adapter minus base."""
 
-FEW_IMAGES = 30  # a bootstrap of fewer is mostly too narrow
+FEW_IMAGES = 30  # a bootstrap interval of fewer images is mostly too narrow
 
 
 @dataclass(frozen=True)
 class Cell:
-    """An adapter's value, its difference to the base, and the interval of that if there is one."""
+    """An adapter's value, its difference to the base, and the interval of the difference if there is one."""
 
     value: float | None
     difference: float | None
@@ -33,7 +33,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class CategoryRow:
-    """A category under the base and under each adapter, with each adapter's difference in mAP."""
+    """A category's metrics with the base and with each adapter, and each adapter's difference in mAP."""
 
     name: str
     base: CategoryMetrics
@@ -49,18 +49,18 @@ def render_comparison_report(
     pictures_per_category: int = 2,
     max_pictures: int = 80,
 ) -> str:
-    """Write the page.
+    """Render the report.
 
     Args:
         base: Metrics of the base model.
-        adapters: Metrics of adapters on the same split with the same settings, one at least.
+        adapters: Metrics of at least one adapter on the same split with the same settings.
         intervals: Adapter label -> field of `SplitMetrics` -> difference to the base, where it was computed.
         title: Heading; None names the models.
-        pictures_per_category: Images shown of each category; one alone where `max_pictures` would be exceeded.
-        max_pictures: Most images shown; of more categories, those with the most objects.
+        pictures_per_category: Images shown for each category; one if `max_pictures` would be exceeded.
+        max_pictures: Greatest number of images; the categories with the most objects come first.
 
     Returns:
-        HTML without any reference outside itself.
+        HTML that refers to no other file.
     """
     results = [base, *adapters]
     labels = [result.label for result in results]
@@ -72,8 +72,8 @@ def render_comparison_report(
         base=base,
         adapters=adapters,
         labels=labels,
-        verdicts=[verdict(base, adapter, intervals.get(adapter.label, {})) for adapter in adapters],
-        category_verdicts=[category_verdict(base, adapter) for adapter in adapters],
+        sentences=[comparison_sentence(base, adapter, intervals.get(adapter.label, {})) for adapter in adapters],
+        category_sentences=[category_sentence(base, adapter) for adapter in adapters],
         measures=[(m, [_cell(base, adapter, m, intervals) for adapter in adapters]) for m in MEASURES],
         charts=[(adapter.label, _interval_chart(adapter.label, intervals)) for adapter in adapters],
         categories=_category_rows(base, adapters),
@@ -84,14 +84,14 @@ def render_comparison_report(
     )
 
 
-def verdict(base: SplitMetrics, adapter: SplitMetrics, intervals: Mapping[str, Interval]) -> str:
-    """Whether mAP says that the adapter is better, and whether other images could have said otherwise."""
+def comparison_sentence(base: SplitMetrics, adapter: SplitMetrics, intervals: Mapping[str, Interval]) -> str:
+    """Whether the adapter is better by mAP, and whether other images could have shown the opposite."""
     if base.map is None or adapter.map is None:
         return f"{adapter.label} cannot be compared: these images hold no object to find."
     said = f"mAP {score(adapter.map)} instead of {score(base.map)} ({change(adapter.map - base.map)}"
     interval = intervals.get("map")
     if interval is None or interval.low is None or interval.high is None:
-        said = f"{adapter.label} reaches {said}); how sure that is could not be computed."
+        said = f"{adapter.label} reaches {said}); how certain that is could not be computed."
     else:
         said += f", 95 % interval {change(interval.low)} to {change(interval.high)})"
         if interval.excludes_zero:
@@ -102,17 +102,15 @@ def verdict(base: SplitMetrics, adapter: SplitMetrics, intervals: Mapping[str, I
             )
             said += "images does not explain the difference."
         else:
-            said = (
-                f"No clear difference between {adapter.label} and the base model: {said}. The interval includes zero: "
-            )
-            said += "on other images of the same kind it could turn round."
+            said = f"No clear difference between {adapter.label} and the base model: {said}. The interval includes "
+            said += "zero: on other images of the same kind the sign could change."
     if base.num_images < FEW_IMAGES:
-        said += f" {base.num_images} images are few: take the interval as rough."
+        said += f" {base.num_images} images are few: the interval is rough."
     return said + _false_alarms(base, adapter, intervals.get("off_prompt_fpr"))
 
 
-def category_verdict(base: SplitMetrics, adapter: SplitMetrics) -> str:
-    """How many categories gained and which lost; "" with fewer than two to compare."""
+def category_sentence(base: SplitMetrics, adapter: SplitMetrics) -> str:
+    """How many categories improved and which became worse; "" with fewer than two to compare."""
     differences = {
         name: _difference(entry.map, adapter.per_category[name].map) for name, entry in base.per_category.items()
     }
@@ -131,10 +129,10 @@ def _false_alarms(base: SplitMetrics, adapter: SplitMetrics, interval: Interval 
     before, after = base.off_prompt_fpr, adapter.off_prompt_fpr
     if before is None or after is None:
         return ""
-    said = f" Asked for something absent, it answers {100 * after:.0f} % of the times, the base {100 * before:.0f} %"
+    said = f" False alarms for prompts absent from the image: {100 * after:.0f} %, the base {100 * before:.0f} %"
     if before == after or interval is None or interval.low is None:
         return f"{said}."
-    return f"{said}, {'a clear difference' if interval.excludes_zero else 'which chance could explain'}."
+    return f"{said}, {'a clear difference' if interval.excludes_zero else 'a difference that chance could explain'}."
 
 
 def _cell(base: SplitMetrics, adapter: SplitMetrics, measure: Measure, intervals: Intervals) -> Cell:
@@ -171,7 +169,7 @@ def _category_rows(base: SplitMetrics, adapters: Sequence[SplitMetrics]) -> list
 def _category_pictures(
     results: Sequence[SplitMetrics], per_category: int, max_pictures: int
 ) -> tuple[list[tuple[str, list[Picture]]], list[str]]:
-    """Category -> its pictures, by falling number of objects; names of categories without any."""
+    """(category, its pictures) by descending number of objects, and the names of categories without pictures."""
     base = results[0]
     if base.split_dir is None:
         return [], []
@@ -179,7 +177,7 @@ def _category_pictures(
     names = sorted(ids, key=lambda name: -base.per_category[name].num_ground_truth)
     per_category = per_category if len(names) * per_category <= max_pictures else 1
     gallery = Gallery(results, (1 + len(results)) * min(max_pictures, len(names) * per_category))
-    chosen = {name: telling_images(ids[name], gallery.tallies, per_category) for name in names}
+    chosen = {name: most_different_images(ids[name], gallery.counts, per_category) for name in names}
     shown = [name for name in names if chosen[name]][:max_pictures]
     pictures = [(name, [gallery.picture(image, ids[name]) for image in chosen[name]]) for name in shown]
     return pictures, [name for name in names if name not in shown]

@@ -1,4 +1,4 @@
-"""The metrics of a report in the order of its tables, in words that need no paper."""
+"""The metrics of a report in the order of its tables, explained in plain words."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ class Measure:
     name: str
     label: str
     meaning: str
-    lower_is_better: bool = False
 
 
 MEASURES = (
     Measure(
         "map",
         "mAP",
-        "Overall quality of the masks. Mean over categories of average precision, which asks for every object, well "
-        "outlined, before any wrong detection; averaged over required overlaps (IoU) from 0.50 to 0.95. No threshold.",
+        "Overall quality of the masks: mean over categories of average precision, which is high if all objects are "
+        "found, well outlined, with higher scores than wrong detections. Averaged over required overlaps (IoU) from "
+        "0.50 to 0.95. No threshold.",
     ),
     Measure("map_50", "mAP at IoU 0.50", "The same when a rough outline is enough."),
     Measure("map_75", "mAP at IoU 0.75", "The same when the outline has to fit well."),
@@ -33,31 +33,34 @@ MEASURES = (
     Measure(
         "cgf1",
         "cgF1",
-        "SAM 3's own measure at score 0.50: the quality of what was found (positive micro F1) times the sense of what "
-        "is there at all (IL_MCC).",
+        "SAM 3's own metric at score 0.50: the quality of the detections (positive micro F1) times the ability to tell "
+        "whether the thing is in the image at all (IL_MCC).",
     ),
     Measure("cgf1_50", "cgF1 at IoU 0.50", "The same when a rough outline is enough."),
     Measure("cgf1_75", "cgF1 at IoU 0.75", "The same when the outline has to fit well."),
     Measure(
         "positive_micro_f1",
         "positive micro F1",
-        "Balance of objects found and detections right, at score 0.50, where the prompt names something in the image.",
+        "Balance of found objects and right detections, at score 0.50, for prompts that are in the image.",
     ),
     Measure(
         "il_mcc",
         "IL_MCC",
-        "Whether the model answers exactly when the thing is in the image, at score 0.50: 1 always, 0 as by chance.",
+        "Whether something is detected exactly when the thing is in the image, at score 0.50: 1 always, 0 by chance.",
     ),
     Measure(
         "off_prompt_fpr",
         "false alarms",
-        "Share of the questions for something that is not in the image which got an answer. Lower is better.",
-        lower_is_better=True,
+        "Share of the prompts absent from an image for which something was detected. Lower is better.",
     ),
-    Measure("presence_accuracy", "presence accuracy", "How often the model is right about what is in the image."),
-    Measure("presence_accuracy_absent", "presence accuracy, absent", "The same where the thing is absent."),
+    Measure(
+        "presence_accuracy",
+        "presence accuracy",
+        "How often the model is right about whether the thing is in the image.",
+    ),
+    Measure("presence_accuracy_absent", "presence accuracy, absent", "The same for absent things."),
     Measure("num_detections", "detections", "With a score at or above the threshold."),
-    Measure("num_predictions", "detections at any score", "What mAP is computed from."),
+    Measure("num_predictions", "detections at any score", "The detections that mAP uses."),
     Measure(
         "num_predictions_before_nms",
         "the same with duplicates",

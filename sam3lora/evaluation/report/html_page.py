@@ -1,4 +1,4 @@
-"""Reports as one HTML file with everything in it: templates, how values are written, what settings look like."""
+"""Rendering of reports as one self-contained HTML file: templates and the format of values and settings."""
 
 from __future__ import annotations
 
@@ -11,12 +11,7 @@ import jinja2
 
 
 def render_page(template: str, **values: Any) -> str:
-    """HTML without any reference outside itself; values are escaped.
-
-    Args:
-        template: File in `templates`.
-        values: What it shows.
-    """
+    """HTML that refers to no other file, from a file in `templates`; values are escaped."""
     return _environment().get_template(template).render(**values)
 
 
@@ -41,7 +36,7 @@ def share(part: int, whole: int, what: str) -> str:
 
 
 def setting_rows(settings: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
-    """Name -> the values of several results, or one value if they agree."""
+    """(name, values of the results), with a single value where they agree."""
     rows = []
     for name in dict.fromkeys(name for entry in settings for name in entry):
         values = [_plain(entry.get(name)) for entry in settings]

@@ -1,4 +1,4 @@
-"""Pictures of a split for reports: what is labelled, and what each model found, one panel beside the other."""
+"""Pictures of a split for reports: the labels and the detections of each model, side by side."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from sam3lora.data.images import read_image
 from sam3lora.evaluation.metrics.measure import SplitMetrics
-from sam3lora.evaluation.metrics.ranking import Tally, tally_images, tally_pairs
+from sam3lora.evaluation.metrics.ranking import MatchCounts, count_matches, sum_categories
 from sam3lora.evaluation.split_results import Pair
 from sam3lora.inference.drawing import (
     ADAPTER_RGB,
@@ -30,17 +30,17 @@ from sam3lora.inference.drawing import (
 Kind = Literal["labels", "base", "adapter"]
 
 COLOURS_RGB: dict[Kind, Rgb] = {"labels": GROUND_TRUTH_RGB, "base": BASE_RGB, "adapter": ADAPTER_RGB}
-MAX_NAMED = 12  # of more objects in a panel, none is named: the names would hide the picture
+MAX_NAMED = 12  # with more objects in a panel, the names would hide the picture and are left out
 
 _BUDGET_BYTES = 5_000_000  # of all JPEGs of a report; base64 adds a third
 _SIDES_PX = (320, 720)
 _MAX_ENLARGEMENT = 4.0
-_VISIBLE = 0.3  # part of a pixel that a mask must cover to be drawn there: thin cracks stay
+_VISIBLE = 0.3  # part of a pixel that a mask must cover to be drawn there; low, so that thin cracks stay
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture, its caption, and whose it is."""
+    """An image with the labels or one model's detections, and its caption."""
 
     kind: Kind
     caption: str
@@ -62,7 +62,7 @@ class Gallery:
 
     Attributes:
         results: Metrics on the same split, with its folder.
-        num_panels: How many panels the report will hold, for their size.
+        num_panels: Number of panels in the report, which decides their size.
     """
 
     results: Sequence[SplitMetrics]
@@ -79,20 +79,20 @@ class Gallery:
         ]
 
     @cached_property
-    def tallies(self) -> list[dict[Pair, Tally]]:
-        """Of each model: (image id, category id) -> right, wrong and missed."""
-        return [tally_pairs(result.units, result.thresholds) for result in self.results]
+    def counts(self) -> list[dict[Pair, MatchCounts]]:
+        """For each model: (image id, category id) -> right, wrong and missed."""
+        return [count_matches(result.units, result.thresholds) for result in self.results]
 
     @cached_property
-    def totals(self) -> list[dict[int, Tally]]:
-        """Of each model: image id -> right, wrong and missed."""
-        return [tally_images(tallies) for tallies in self.tallies]
+    def totals(self) -> list[dict[int, MatchCounts]]:
+        """For each model: image id -> right, wrong and missed."""
+        return [sum_categories(counts) for counts in self.counts]
 
     def picture(self, image_id: int, category_id: int | None = None) -> Picture:
-        """An image, of one category or of all: the labels, then each model's detections.
+        """An image with the labels and each model's detections, of one category or of all.
 
         Raises:
-            ImageError: The image cannot be read any more.
+            ImageError: The image can no longer be read.
         """
         pixels = self._pixels(image_id)
         panels = [self._panel(pixels, image_id, category_id, None)]
@@ -100,7 +100,7 @@ class Gallery:
         return Picture(self.images[image_id]["file_name"], panels)
 
     def detections(self, image_id: int, category_id: int, model: int, title: str) -> Picture:
-        """What one model, by its position, found of a category, without the labels."""
+        """The detections of one model, by its position, for a category, without the labels."""
         return Picture(title, [self._panel(self._pixels(image_id), image_id, category_id, model)])
 
     def _pixels(self, image_id: int) -> np.ndarray:
@@ -117,16 +117,16 @@ class Gallery:
         else:
             label = self.results[model].label
             kind = "base" if label == "base" else "adapter"
-            caption = f"{label}: {self._tally(image_id, category_id, model)}"
+            caption = f"{label}: {self._count_text(image_id, category_id, model)}"
         names = self.names if category_id is None else dict.fromkeys(self.names, "")
         drawn = draw_panel(pixels_HW3, entries, names, COLOURS_RGB[kind], panel_side_px(self.num_panels))
         height, width = drawn.shape[:2]
         return Panel(kind, caption, (height, width), encode_within(drawn, _BUDGET_BYTES // max(1, self.num_panels)))
 
-    def _tally(self, image_id: int, category_id: int | None, model: int) -> str:
+    def _count_text(self, image_id: int, category_id: int | None, model: int) -> str:
         if category_id is None:
-            return describe(self.totals[model].get(image_id, Tally()))
-        return describe(self.tallies[model].get((image_id, category_id), Tally()))
+            return describe(self.totals[model].get(image_id, MatchCounts()))
+        return describe(self.counts[model].get((image_id, category_id), MatchCounts()))
 
 
 def threshold_texts(results: Sequence[SplitMetrics]) -> str:
@@ -137,14 +137,14 @@ def threshold_texts(results: Sequence[SplitMetrics]) -> str:
     return ", ".join(f"{text} ({label})" for label, text in texts.items())
 
 
-def describe(tally: Tally) -> str:
+def describe(counts: MatchCounts) -> str:
     """ "3 right, 1 missed"."""
-    parts = {"right": tally.num_right, "wrong": tally.num_wrong, "missed": tally.num_missed}
+    parts = {"right": counts.num_right, "wrong": counts.num_wrong, "missed": counts.num_missed}
     return ", ".join(f"{num} {name}" for name, num in parts.items() if num) or "nothing, rightly"
 
 
 def panel_side_px(num_panels: int) -> int:
-    """Longer side of a panel, so that about `_BUDGET_BYTES` hold so many at good quality."""
+    """Longer side of a panel with which `num_panels` fit into about `_BUDGET_BYTES` at good quality."""
     bytes_per_square_side = 0.2  # photographs at quality 80, sides 4:3
     low, high = _SIDES_PX
     return int(np.clip((_BUDGET_BYTES / bytes_per_square_side / max(1, num_panels)) ** 0.5, low, high))
@@ -157,7 +157,7 @@ def draw_panel(
     colour_rgb: Rgb,
     side_px: int,
 ) -> np.ndarray:
-    """COCO annotations or results over an image whose longer side becomes `side_px`, or four times what it was.
+    """Draw COCO annotations or results on an image whose longer side becomes `side_px`, at most four times its size.
 
     Returns:
         uint8 (H', W', 3), RGB.
@@ -171,7 +171,7 @@ def draw_panel(
 
 
 def encode_within(pixels_HW3: np.ndarray, max_bytes: int) -> bytes:
-    """JPEG of at most so many bytes, at the best quality that fits; of noise, smaller."""
+    """JPEG of at most `max_bytes` at the best quality that fits; an image of noise, which never fits, is reduced."""
     for quality in (85, 75, 60, 40, 20):
         jpeg = encode_image(pixels_HW3, quality=quality)
         if len(jpeg) <= max_bytes:
@@ -183,7 +183,7 @@ def encode_within(pixels_HW3: np.ndarray, max_bytes: int) -> bytes:
 
 
 def _resized(marked: Marked, size_wh: tuple[int, int]) -> Marked:
-    """With the mask at another size and without box: nothing to draw where the mask is empty."""
+    """The instance with its mask at another size and without a box; an empty mask draws nothing."""
     label, mask_HW = marked.label.strip(), marked.mask_HW
     if mask_HW is None:
         return Marked(label)
@@ -196,7 +196,8 @@ def _resized(marked: Marked, size_wh: tuple[int, int]) -> Marked:
     if width:
         window = mask_HW[y : y + height, x : x + width] * 255
         coverage = cv2.resize(window, (right - left, bottom - top), interpolation=cv2.INTER_AREA)
-        resized_HW[top:bottom, left:right] = coverage >= min(_VISIBLE * 255, coverage.max())  # the smallest stays
+        # An object smaller than a pixel stays visible: its pixel of greatest coverage is drawn.
+        resized_HW[top:bottom, left:right] = coverage >= min(_VISIBLE * 255, coverage.max())
     return Marked(label, resized_HW)
 
 

@@ -1,4 +1,4 @@
-"""The folder that an evaluation leaves, and the table it prints."""
+"""Writing the folder of an evaluation (metrics, predictions, report), and printing its table."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sam3lora.errors import UserError
-from sam3lora.evaluation.metrics.comparison import compare
+from sam3lora.evaluation.metrics.comparison import differences_to_base
 from sam3lora.evaluation.metrics.measure import SplitMetrics
 from sam3lora.evaluation.report.pictures import threshold_texts
 from sam3lora.files import write_whole
@@ -21,16 +21,16 @@ _SHOWN = {
     "mAP at IoU 0.50": "map_50",
     "box mAP": "bbox_map",
     "cgF1": "cgf1",
-    "fires on absent prompts": "off_prompt_fpr",
+    "false alarms": "off_prompt_fpr",
     "presence accuracy": "presence_accuracy",
 }
 
 
 def save_validation(results: Sequence[SplitMetrics], output: str | Path, console: Console | None = None) -> Path:
-    """Write `metrics.json`, `predictions.json` and `report.html`; with several models a folder of both files for each.
+    """Write `metrics.json`, `predictions.json` and `report.html`; several models have a folder each for the first two.
 
     Returns:
-        The report.
+        Path of the report.
 
     Raises:
         UserError: The folder cannot be written.
@@ -53,33 +53,35 @@ def save_validation(results: Sequence[SplitMetrics], output: str | Path, console
 def compare_and_save(
     base: SplitMetrics, adapters: Sequence[SplitMetrics], output: str | Path, console: Console | None = None
 ) -> Path:
-    """Write each model's `metrics.json` and `predictions.json`, then compare: `comparison.json` and `report.html`.
+    """Write each model's `metrics.json` and `predictions.json`, then `comparison.json` and `report.html`.
 
     Returns:
-        The report.
+        Path of the report.
 
     Raises:
         UserError: The folder cannot be written.
     """
-    from sam3lora.evaluation.report.comparison_page import render_comparison_report, verdict
+    from sam3lora.evaluation.report.comparison_page import comparison_sentence, render_comparison_report
 
     folder = _make_folder(output)
     results = [base, *adapters]
     for metrics in results:
         _write_model(metrics, _make_folder(folder / _file_name(metrics.label)))
-    comparison = compare(base, adapters)
-    _write_json(folder / "comparison.json", comparison.to_dict())
+    differences = differences_to_base(base, adapters)
+    listed = {label: {name: vars(one) for name, one in found.items()} for label, found in differences.items()}
+    models = {metrics.label: metrics.to_dict() for metrics in results}
+    _write_json(folder / "comparison.json", {"models": models, "differences_to_base": listed})
     report = folder / "report.html"
-    _write(report, render_comparison_report(base, adapters, comparison.intervals))
+    _write(report, render_comparison_report(base, adapters, differences))
     _print(results, report, console)
     console = console or Console(soft_wrap=True, markup=False, emoji=False)
-    for adapter in comparison.adapters:
-        console.print(verdict(comparison.base, adapter, comparison.intervals[adapter.label]))
+    for adapter in adapters:
+        console.print(comparison_sentence(base, adapter, differences[adapter.label]))
     return report
 
 
 def write_results(results: Mapping[str, Sequence[Mapping[str, Any]]], output: str | Path) -> dict[str, Path]:
-    """Write each model's results as `predictions.json`, of several in a folder of its own; returns label -> file."""
+    """Write each model's `predictions.json`, each in its own folder if there are several; return label -> file."""
     folder = _make_folder(output)
     files = {}
     for label, entries in results.items():
@@ -95,7 +97,7 @@ def save_saco(
     output: str | Path,
     image_ids: Collection[int] | None = None,
 ) -> None:
-    """Measure results in SA-Co's layout; write `metrics.json` (label -> "segm", "bbox" -> metrics) and print a table.
+    """Measure results in SA-Co's format; write `metrics.json` (label -> "segm", "bbox" -> metrics) and print a table.
 
     Args:
         predictions: Label -> results file.
@@ -104,7 +106,7 @@ def save_saco(
         image_ids: Image entries to judge; None takes all.
 
     Raises:
-        UserError: A file is damaged, or they belong to different splits.
+        UserError: A file is damaged, or the files belong to different splits.
     """
     from sam3lora.evaluation.metrics.cgf1 import IouType
     from sam3lora.evaluation.metrics.saco import evaluate_saco

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from sam3lora.evaluation.metrics.cgf1 import SCORE_THRESHOLD
 from sam3lora.evaluation.metrics.measure import CategoryMetrics, SplitMetrics
-from sam3lora.evaluation.metrics.ranking import Tally, best_images, false_alarms, worst_images
+from sam3lora.evaluation.metrics.ranking import MatchCounts, best_images, false_alarms, worst_images
 from sam3lora.evaluation.report.charts import Line, histogram_chart, line_chart
 from sam3lora.evaluation.report.glossary import MEASURES
 from sam3lora.evaluation.report.html_page import render_page, setting_rows, share
@@ -18,12 +18,12 @@ from sam3lora.evaluation.report.pictures import Gallery, Picture, threshold_text
 
 
 @dataclass(frozen=True)
-class Section:
-    """What a report says of one result alone."""
+class ModelSummary:
+    """The parts of the report that concern one model."""
 
     label: str
-    verdict: str
-    offer: str
+    summary: str
+    advice: str
     charts: list[tuple[str, Markup, str]]
     categories: list[tuple[str, CategoryMetrics]]
 
@@ -36,18 +36,18 @@ def render_validation_report(
     num_best: int = 6,
     num_false_alarms: int = 6,
 ) -> str:
-    """Write the page.
+    """Render the report.
 
     Args:
-        results: One result, or several of the same split to set side by side; the one with the highest mAP chooses the
-            pictures, since a model that finds nothing has no telling mistakes.
+        results: Metrics of one model, or of several on the same split. The model with the highest mAP decides which
+            pictures are shown, since the errors of a model that finds nothing tell little.
         title: Heading; None names the models.
-        num_worst: Pictures of images with errors, the worst first.
-        num_best: Pictures of images with the best answers.
-        num_false_alarms: Pictures of answers to prompts for something absent.
+        num_worst: Number of pictures of images with errors, the worst first.
+        num_best: Number of pictures of the best images.
+        num_false_alarms: Number of pictures of detections for absent prompts.
 
     Returns:
-        HTML without any reference outside itself.
+        HTML that refers to no other file.
     """
     gallery = Gallery(results, (num_worst + num_best) * (1 + len(results)) + num_false_alarms)
     labels = [result.label for result in results]
@@ -76,11 +76,11 @@ def render_validation_report(
     )
 
 
-def verdict(result: SplitMetrics, total: Tally) -> str:
-    """What is found, what is missed, how often the model answers a prompt for something absent: in plain words.
+def summary_sentence(result: SplitMetrics, total: MatchCounts) -> str:
+    """Objects found and missed, and how often the model has a false alarm for an absent prompt, in plain words.
 
     Args:
-        result: The metrics.
+        result: Metrics of the model.
         total: Sum over all images at the model's thresholds.
     """
     name = "the base model" if result.label == "base" else result.label
@@ -88,8 +88,8 @@ def verdict(result: SplitMetrics, total: Tally) -> str:
     said = f"At a score of {result.threshold_text} or more, "
     if not num_objects:
         plural = "" if num_detections == 1 else "s"
-        gives = f"{num_detections} wrong detection{plural}" if num_detections else "no detection, rightly"
-        said += f"there is nothing to find in these images and {name} gives {gives}."
+        gives = f"{num_detections} wrong detection{plural}" if num_detections else "no detection, which is right"
+        said += f"there is nothing to find in these images and {name} makes {gives}."
     elif not num_detections:
         said += f"{name} finds none of the {num_objects} labelled objects."
     else:
@@ -99,41 +99,41 @@ def verdict(result: SplitMetrics, total: Tally) -> str:
         )
         said += f"{name} finds {found} and misses {total.num_missed}; {wrong} are wrong."
     if result.off_prompt_fpr is None:
-        return f"{said} How often it answers a prompt for something absent could not be measured."
+        return f"{said} False alarms for absent prompts could not be measured."
     num_alarms = round(result.off_prompt_fpr * result.num_absent_prompts)
     times = share(num_alarms, result.num_absent_prompts, "times")
-    return f"{said} Asked for something that is not in the image, it answers {times}."
+    return f"{said} For prompts absent from the image it has false alarms {times}."
 
 
-def threshold_offer(result: SplitMetrics) -> str:
-    """Which score threshold would suit better, and what it would bring; "" if no threshold stands out."""
+def threshold_advice(result: SplitMetrics) -> str:
+    """Which score threshold would be better, and the cgF1 it would reach; "" if no threshold stands out."""
     sweep = result.sweep
     if sweep is None or sweep.best_threshold is None:
         return ""
     if sweep.best_cgf1 is None:
-        return f"A score threshold of {sweep.best_threshold:.2f} suits best, as far as can be said: {sweep.reason}."
+        return f"A score threshold of {sweep.best_threshold:.2f} is the best that can be found: {sweep.reason}."
     if sweep.best_threshold == SCORE_THRESHOLD or result.cgf1 is None:
         return f"Of the score thresholds tried, {sweep.best_threshold:.2f} gives the best cgF1: {sweep.best_cgf1:.3f}."
     return (
         f"A score threshold of {sweep.best_threshold:.2f} would give cgF1 {sweep.best_cgf1:.3f} instead of "
-        f"{result.cgf1:.3f} at {SCORE_THRESHOLD:.2f}. It was chosen on these very images: expect a little less on "
+        f"{result.cgf1:.3f} at {SCORE_THRESHOLD:.2f}. It was chosen on these same images: expect slightly less on "
         "others."
     )
 
 
-def _section(result: SplitMetrics, gallery: Gallery, model: int) -> Section:
+def _section(result: SplitMetrics, gallery: Gallery, model: int) -> ModelSummary:
     charts = []
     if result.sweep is not None:
         charts.append(_threshold_chart(result, result.settings["threshold"]))
     charts += _histograms(result)
-    total = sum(gallery.totals[model].values(), Tally())
+    total = sum(gallery.totals[model].values(), MatchCounts())
     categories = sorted(result.per_category.items(), key=lambda item: -item[1].num_ground_truth)
-    return Section(result.label, verdict(result, total), threshold_offer(result), charts, categories)
+    return ModelSummary(result.label, summary_sentence(result, total), threshold_advice(result), charts, categories)
 
 
 def _alarm(gallery: Gallery, model: int, image_id: int, category_id: int) -> Picture:
     name, file_name = gallery.names[category_id], gallery.images[image_id]["file_name"]
-    return gallery.detections(image_id, category_id, model, f"asked for “{name}” in {file_name}")
+    return gallery.detections(image_id, category_id, model, f"prompt “{name}” in {file_name}")
 
 
 def _precision_recall(results: Sequence[SplitMetrics]) -> Markup | None:
@@ -148,7 +148,7 @@ def _precision_recall(results: Sequence[SplitMetrics]) -> Markup | None:
         lines,
         description="Precision by recall, averaged over the categories",
         x_label="recall: share of the objects found",
-        y_label="precision: share that is right",
+        y_label="precision: share of right detections",
     )
 
 
@@ -168,7 +168,7 @@ def _threshold_chart(result: SplitMetrics, threshold: float) -> tuple[str, Marku
         marks=marks,
         y_low=min(0.0, *main),
     )
-    return "Where to cut", chart, "Averaged over required overlaps (IoU) from 0.50 to 0.95."
+    return "Choice of the threshold", chart, "Averaged over required overlaps (IoU) from 0.50 to 0.95."
 
 
 def _histograms(result: SplitMetrics) -> list[tuple[str, Markup, str]]:
@@ -185,7 +185,7 @@ def _histograms(result: SplitMetrics) -> list[tuple[str, Markup, str]]:
             (
                 "Scores of detections",
                 chart,
-                "Percent of the right and of the wrong ones, at any score; right means IoU 0.50 with an object.",
+                "Percent of the right and of the wrong detections, at any score; right means IoU 0.50 with an object.",
             )
         )
     if any(best.right + best.wrong):
@@ -199,7 +199,7 @@ def _histograms(result: SplitMetrics) -> list[tuple[str, Markup, str]]:
             (
                 "Prompts present and absent",
                 chart,
-                "Percent of the prompts. The further apart both groups, the fewer false alarms.",
+                "Percent of the prompts. The further apart the groups, the fewer false alarms.",
             )
         )
     return found

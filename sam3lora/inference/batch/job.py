@@ -12,13 +12,13 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 from sam3lora.cluster import check_job_path, ray_session
-from sam3lora.config.post_processing import PostProcessing
+from sam3lora.config.post_processing import PostProcessing, PostProcessingOptions
 from sam3lora.errors import RunFailed, UserError
 from sam3lora.inference.batch.image_list import ImageSource, choose_categories, common_folder, list_images
 from sam3lora.inference.batch.merge import write_bad_images, write_dataset, write_predictions
@@ -68,7 +68,7 @@ def predict_batch(
     prompts: Sequence[str],
     *,
     choice: ModelChoice | None = None,
-    post: Mapping[str, Any] | None = None,
+    post: PostProcessingOptions | None = None,
     num_workers: int | None = None,
     batch_size: int = 4,
     use_gpu: bool | None = None,
@@ -226,7 +226,7 @@ def _absolute(source: str | Path, output: str | Path, choice: ModelChoice) -> tu
     return resolved[0], resolved[1], replace(choice, adapter=adapter, model=model)
 
 
-def _identity(choice: ModelChoice, post: Mapping[str, Any]) -> tuple[dict[str, Any], PostProcessing]:
+def _identity(choice: ModelChoice, post: PostProcessingOptions) -> tuple[dict[str, Any], PostProcessing]:
     """The settings that decide the results, as JSON values (parts of runs that differ in them do not go together), and
     the post-processing among them."""
     metadata = digest = None

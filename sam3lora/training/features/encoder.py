@@ -22,7 +22,7 @@ from sam3lora.model.components import adapted_modules
 from sam3lora.model.loading import LoadedBase
 from sam3lora.model.staged.forward import StagedSam3, VisionFeatures
 from sam3lora.training.datasets import RunData
-from sam3lora.training.features.trunk_cache import TrunkCache, what_changes_the_trunk
+from sam3lora.training.features.trunk_cache import TrunkCache, why_trunk_changes
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ def open_cache(
     """
     training = config.training
     trunk_config: Any = staged.model.vision_encoder.backbone.config
-    changing = what_changes_the_trunk(config, adapted_modules(staged.model), trunk_config)
+    changing = why_trunk_changes(config, adapted_modules(staged.model), trunk_config)
     augmented = data.train_settings.is_augmented
     if training.feature_cache is True and (changing or augmented):
         reason = changing or "data.augmentation and data.horizontal_flip change the training images in every epoch"

@@ -161,7 +161,7 @@ class TrunkCache:
             _ = key in self._store
 
 
-def what_changes_the_trunk(config: Config, adapted: Iterable[str], trunk_config: Any) -> str | None:
+def why_trunk_changes(config: Config, adapted: Iterable[str], trunk_config: Any) -> str | None:
     """The reason why no layer of the trunk has constant output for an image; None if the first one has.
 
     Args:

@@ -10,7 +10,7 @@ import torch
 from sam3lora.config import Config
 from sam3lora.model.staged.trunk import unchanged_layers
 from sam3lora.training.features.codec import FeatureForm
-from sam3lora.training.features.trunk_cache import kept_type, what_changes_the_trunk
+from sam3lora.training.features.trunk_cache import kept_type, why_trunk_changes
 from sam3lora.tune.estimate.parameter_budget import adapted_modules, meta_model
 
 
@@ -18,7 +18,7 @@ def why_not_kept(config: Config) -> str | None:
     """Why every epoch computes the vision features anew; None if they are kept."""
     if config.training.feature_cache is False:
         return "training.feature_cache is false"
-    reason = what_changes_the_trunk(config, adapted_modules(config), _trunk_config(config))
+    reason = why_trunk_changes(config, adapted_modules(config), _trunk_config(config))
     if reason is not None:
         return reason.partition(" (")[0]
     if config.data.augmentation != "none" or config.data.horizontal_flip:

@@ -148,7 +148,7 @@ def _measure(config: Config, folder: Path) -> Probe:
 
 
 def _train(trainer: Trainer) -> ImageCost:
-    """The cost of the last of two steps: the first one also warms up."""
+    """The cost of an image in the last of two steps, as the first one also warms up."""
     with contextlib.closing(trainer.batches.training_batches(0, 0)) as batches:
         return _cost(trainer, islice(batches, _STEPS), lambda batch: optimizer_step(trainer, [batch]))
 

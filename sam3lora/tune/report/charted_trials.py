@@ -43,7 +43,7 @@ class ChartedTrials:
 
     @property
     def measured(self) -> list[tuple[TrialRecord, float]]:
-        """Trials that have a value, with it: the best last, so that it is drawn on top."""
+        """Trials that have a value, and the value. The best comes last, so that it is drawn on top."""
         known = [(r, r.value) for r in self.records if has_value(r) and r.value is not None]
         return sorted(known, key=lambda entry: (entry[0].number == self.best, entry[0].number == self.base))
 

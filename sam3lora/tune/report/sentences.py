@@ -80,7 +80,7 @@ def held_out_sentence(held_out: Mapping[str, Any] | None) -> str:
 
 
 def vision_sentence(vision: Mapping[str, Any] | None, records: Sequence[TrialRecord]) -> str:
-    """How often images went through the vision trunk, and how often the cache replaced that."""
+    """How often images went through the vision trunk, and how often the cache had its output."""
     if not vision:
         return ""
     said = f"In the whole sweep images went {vision['passes']} times through the vision trunk"

@@ -33,7 +33,7 @@ def trial_needs(config: Config, *, use_gpu: bool) -> list[dict[str, float]]:
 
 
 def local_cpus(config: Config, concurrent: int) -> float:
-    """Logical CPUs of a local Ray for so many trials: a small machine takes as many as it is asked for."""
+    """Logical CPUs of a local Ray for this number of trials; there may be more of them than real ones."""
     return concurrent * sum(need.get("CPU", 0.0) for need in trial_needs(config, use_gpu=False))
 
 
@@ -88,39 +88,21 @@ def trials_that_fit(
         placement_strategy: Ray's; "STRICT_PACK" puts all workers of a trial on one node, "STRICT_SPREAD" each on
             another.
     """
+    if placement_strategy == "STRICT_PACK":
+        names = {name for need in needs for name in need}
+        needs = [{name: sum(need.get(name, 0.0) for need in needs) for name in names}]
     free = [dict(node) for node in nodes]
     for fitting in range(_MOST_TRIALS):
-        places = _places(free, needs, placement_strategy)
-        if places is None:
-            return fitting
-        for need, place in zip(needs, places):
-            _take(need, free[place])
+        used: list[int] = []
+        for need in needs:
+            barred = used if placement_strategy == "STRICT_SPREAD" else []
+            place = next((n for n, node in enumerate(free) if n not in barred and _fits(need, node)), None)
+            if place is None:
+                return fitting
+            used.append(place)
+            for name, amount in need.items():
+                free[place][name] = free[place].get(name, 0.0) - amount
     return _MOST_TRIALS
-
-
-def _places(free: list[dict[str, float]], needs: list[dict[str, float]], strategy: str) -> list[int] | None:
-    """The node of each worker of one more trial; None if there is no room."""
-    if strategy == "STRICT_PACK":
-        together = {
-            name: sum(need.get(name, 0.0) for need in needs) for name in {key for need in needs for key in need}
-        }
-        place = next((number for number, node in enumerate(free) if _fits(together, node)), None)
-        return None if place is None else [place] * len(needs)
-    left = [dict(node) for node in free]
-    places: list[int] = []
-    for need in needs:
-        used = places if strategy == "STRICT_SPREAD" else []
-        place = next((n for n, node in enumerate(left) if n not in used and _fits(need, node)), None)
-        if place is None:
-            return None
-        _take(need, left[place])
-        places.append(place)
-    return places
-
-
-def _take(need: dict[str, float], node: dict[str, float]) -> None:
-    for name, amount in need.items():
-        node[name] = node.get(name, 0.0) - amount
 
 
 def _fits(need: dict[str, float], node: dict[str, float]) -> bool:

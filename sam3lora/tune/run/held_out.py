@@ -13,7 +13,7 @@ from typing import Any
 from sam3lora.config import Config
 from sam3lora.evaluation.ask.run import evaluate_models
 from sam3lora.evaluation.ask.worker import BASE, Models
-from sam3lora.evaluation.metrics.comparison import compare
+from sam3lora.evaluation.metrics.comparison import differences_to_base
 from sam3lora.evaluation.metrics.measure import SplitMetrics
 from sam3lora.model.adapter.metadata import read_metadata
 from sam3lora.training.validator import evaluation_settings
@@ -74,7 +74,7 @@ def measure_held_out(
     reference = PLAIN_MODEL if base_adapter is None else BASE_CONFIGURATION
     metric = "map" if metric == "valid_loss" else metric
     best = found[BEST_TRIAL]
-    interval = compare(found[reference], [best]).intervals[best.label].get(metric)
+    interval = differences_to_base(found[reference], [best])[best.label].get(metric)
     result = {
         "split": split_dir.name,
         "num_images": best.num_images,

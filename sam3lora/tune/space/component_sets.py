@@ -1,6 +1,6 @@
-"""Named sets of the parts of SAM 3, so that a sweep can ask which parts to adapt.
+"""Named sets of SAM 3's components, the values of the parameter `components`.
 
-A name is a set's or a component's, or several of them joined by " + ": ``detr + mask decoder``.
+A value names a set, a component, or several of them joined by " + ": `detr + mask decoder`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from sam3lora.config import COMPONENTS
 from sam3lora.tune.space.parameters import short
 
 COMPONENTS_KEY = "components"
-"""The parameter that stands for all ``lora.apply_to_*`` flags."""
+"""The parameter that stands for all `lora.apply_to_*` flags."""
 
 BUILT_IN: dict[str, tuple[str, ...]] = {
     "vision": ("vision_encoder",),
@@ -28,10 +28,10 @@ BUILT_IN: dict[str, tuple[str, ...]] = {
 
 
 def components_of(name: str, own_sets: Mapping[str, Iterable[str]]) -> tuple[str, ...]:
-    """The components that a name stands for, in the order of ``COMPONENTS``.
+    """The components that a name stands for, in the order of `COMPONENTS`.
 
     Raises:
-        ValueError: a part of the name is neither a set nor a component.
+        ValueError: A part of the name is neither a set nor a component.
     """
     if name in own_sets:
         chosen = set(own_sets[name])
@@ -50,7 +50,7 @@ def components_of(name: str, own_sets: Mapping[str, Iterable[str]]) -> tuple[str
 
 
 def name_of(components: Iterable[str], own_sets: Mapping[str, Iterable[str]], preferred: Iterable[str] = ()) -> str:
-    """The shortest name of components: one of ``preferred`` that means them, a set of the space, a built-in one, or
+    """A name of components: the first that fits of `preferred`, the space's own sets and the built-in ones, or several
     built-in ones joined by " + "."""
     wanted = tuple(component for component in COMPONENTS if component in set(components))
     for name in (*preferred, *own_sets, *BUILT_IN):
@@ -82,7 +82,6 @@ def read_own_sets(written: Mapping[str, Any]) -> tuple[dict[str, tuple[str, ...]
         elif not components:
             problems.append(f'component_sets."{name}" is empty: name some of {", ".join(COMPONENTS)}')
         elif unknown:
-            problems.append(
-                f'component_sets."{name}": "{short(str(unknown[0]))}" is no component; they are {", ".join(COMPONENTS)}'
-            )
+            known = ", ".join(COMPONENTS)
+            problems.append(f'component_sets."{name}": "{short(str(unknown[0]))}" is not a component of {known}')
     return own_sets, problems

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -14,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from sam3lora.config import Config, load_config
+from sam3lora.model.loading import LoadedBase
 
 from .coco_folder import write_data
 
 if TYPE_CHECKING:
     from sam3lora.data.batch import Batch
-    from sam3lora.model.loading import LoadedBase
     from sam3lora.training.launch import TrainResult
     from sam3lora.training.trainer import Trainer
 
@@ -51,62 +50,96 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_data(tmp_path_factory.mktemp("keys") / "data")
 
 
-_LOADED: dict[str, LoadedBase] = {}
-
-
-@pytest.fixture(autouse=True)
-def _read_the_base_once(small_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reading the model is most of a short run, so a plain reading is done once and copied."""
+@pytest.fixture(scope="package", autouse=True)
+def _read_the_base_once(small_base: Path) -> Iterator[None]:
+    """Reading the model is most of a short run: it is read once for each set of options, and copied."""
     from sam3lora.training import setup
 
-    load_base = setup.load_base
+    load_base, loaded = setup.load_base, dict[str, LoadedBase]()
 
     def load(name: str, **options: Any) -> LoadedBase:
         if name != str(small_base):
             return load_base(name, **options)
         key = repr(sorted(options.items(), key=str))
-        if key not in _LOADED:
-            _LOADED[key] = load_base(name, **options)
-        return replace(_LOADED[key], model=copy.deepcopy(_LOADED[key].model))
+        if key not in loaded:
+            loaded[key] = load_base(name, **options)
+        return replace(loaded[key], model=copy.deepcopy(loaded[key].model))
 
-    monkeypatch.setattr(setup, "load_base", load)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "load_base", load)
+        yield
 
 
-@pytest.fixture
-def settings(small_base: Path, data_dir: Path, tmp_path: Path) -> Callable[..., Config]:
+@pytest.fixture(scope="package")
+def settings(small_base: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Config]:
     """`settings("lora.rank=4")` -> the configuration of a two-step run without Ray, each with a folder of its own."""
-    numbers = itertools.count()
 
     def make(*overrides: str) -> Config:
         raw = copy.deepcopy(BASE_SETTINGS)
         raw["model"] = {"name": str(small_base)}
         raw["training"]["data_dir"] = str(data_dir)
-        raw["output"] = {"output_dir": str(tmp_path / f"run_{next(numbers)}")}
+        raw["output"] = {"output_dir": str(tmp_path_factory.mktemp("run"))}
         return load_config(raw, overrides)
 
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="package")
 def build(settings: Callable[..., Config]) -> Callable[..., Trainer]:
-    """`build("lora.rank=4")` -> a worker that is ready for its first step."""
+    """`build("lora.rank=4")` -> a new trainer that is ready for its first step."""
     from sam3lora.training.trainer import Trainer
 
     def make(*overrides: str) -> Trainer:
         config = settings(*overrides)
         output_dir = Path(config.output.output_dir)
-        output_dir.mkdir(parents=True)
+        output_dir.mkdir(parents=True, exist_ok=True)
         return Trainer(config, output_dir, use_ray=False)
 
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="package")
+def shared(build: Callable[..., Trainer], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trainer]:
+    """As `build`, but the same overrides give the same worker: for tests that neither train nor change it."""
+    workers: dict[tuple[str, ...], Trainer] = {}
+    cache = f"training.cache_dir={tmp_path_factory.mktemp('cache')}"
+
+    def make(*overrides: str) -> Trainer:
+        if overrides not in workers:
+            workers[overrides] = build(cache, *overrides)
+        return workers[overrides]
+
+    return make
+
+
+@pytest.fixture(scope="package")
 def run(settings: Callable[..., Config]) -> Callable[..., TrainResult]:
     """`run("training.num_epochs=2")` -> the result of a whole training in this process."""
     from sam3lora.training.launch import train
 
     return lambda *overrides: train(settings(*overrides))
+
+
+@pytest.fixture(scope="package")
+def plain_run(run: Callable[..., TrainResult]) -> TrainResult:
+    """A run with the settings above: one epoch of two steps."""
+    return run()
+
+
+@pytest.fixture(scope="package")
+def changed_run(run: Callable[..., TrainResult]) -> TrainResult:
+    """A run with many keys changed at once; each test looks at what one of them does."""
+    return run(
+        "training.num_epochs=2",
+        "training.logging_steps=2",
+        "training.eval_steps=1",
+        "training.save_steps=1",
+        "training.save_total_limit=2",
+        "training.warmup_steps=2",
+        "evaluation.base_loss=false",
+        "logging.tensorboard=true",
+        "logging.plots=true",
+    )
 
 
 @pytest.fixture(autouse=True)

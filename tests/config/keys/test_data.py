@@ -19,58 +19,58 @@ def asked(worker) -> set[str]:
 
 def image_0(worker) -> np.ndarray:
     batch = first_batch(worker)
-    return batch.images_NHWC[batch.image_ids.tolist().index(0)].numpy()
+    return batch.images_NHWC[batch.image_ids.tolist().index(0)]
 
 
 @acts("data.train_split")
-def test_train_split_is_the_folder_of_the_training_images(build):
-    assert len(build().data.train) == 4
-    assert len(build("data.train_split=valid").data.train) == 2
+def test_train_split_is_the_folder_of_the_training_images(shared):
+    assert len(shared().data.train) == 4
+    assert len(shared("data.train_split=valid").data.train) == 2
 
 
 @acts("data.valid_split")
-def test_valid_split_is_the_folder_of_the_validation_images(build):
-    assert len(build().data.valid) == 2
-    assert len(build("data.valid_split=train").data.valid) == 4
+def test_valid_split_is_the_folder_of_the_validation_images(shared):
+    assert len(shared().data.valid) == 2
+    assert len(shared("data.valid_split=train").data.valid) == 4
 
 
 @acts("data.annotation_file")
-def test_annotation_file_is_read_in_both_splits(build, tmp_path):
+def test_annotation_file_is_read_in_both_splits(shared, tmp_path):
     folder = write_data(tmp_path / "two_files")
     for split in ("train", "valid"):
         write_split(folder / split, [("moss",)], annotation_file="second.json")
     common = f"training.data_dir={folder}"
-    assert build(common).data.prompts == ("crack", "hole", "moss")
-    assert build(common, "data.annotation_file=second.json").data.prompts == ("moss",)
+    assert shared(common).data.prompts == ("crack", "hole", "moss")
+    assert shared(common, "data.annotation_file=second.json").data.prompts == ("moss",)
 
 
 @acts("data.categories")
-def test_categories_are_the_only_ones_asked(build):
-    assert asked(build(ALL_NEGATIVES)) == {"crack", "hole", "moss"}
-    worker = build(ALL_NEGATIVES, "data.categories=[crack, hole]")
+def test_categories_are_the_only_ones_asked(shared):
+    assert asked(shared(ALL_NEGATIVES)) == {"crack", "hole", "moss"}
+    worker = shared(ALL_NEGATIVES, "data.categories=[crack, hole]")
     assert asked(worker) == {"crack", "hole"}
     assert worker.metadata.prompts == ["crack", "hole"]
 
 
 @acts("data.prompts")
-def test_prompts_replace_the_names(build):
-    worker = build(ALL_NEGATIVES, "data.prompts.moss=green moss on concrete")
+def test_prompts_replace_the_names(shared):
+    worker = shared(ALL_NEGATIVES, "data.prompts.moss=green moss on concrete")
     assert asked(worker) == {"crack", "hole", "green moss on concrete"}
     assert "green moss on concrete" in worker.metadata.prompts
 
 
 @acts("data.negative_prompts")
-def test_negative_prompts_are_asked_of_every_image(build):
-    batch = first_batch(build(WHOLE_EPOCH, "data.negative_prompts=[paint stain]"))
+def test_negative_prompts_are_asked_of_every_image(shared):
+    batch = first_batch(shared(WHOLE_EPOCH, "data.negative_prompts=[paint stain]"))
     rows = [row for row, prompt in enumerate(batch.prompts_B) if prompt == "paint stain"]
     assert sorted(batch.query_image_B[rows].tolist()) == [0, 1, 2, 3]
     assert not batch.num_B[rows].any()
 
 
 @acts("data.exhaustive")
-def test_without_exhaustive_annotation_only_the_listed_prompts_are_negatives(build):
+def test_without_exhaustive_annotation_only_the_listed_prompts_are_negatives(shared):
     def negatives(*overrides):
-        batch = first_batch(build(WHOLE_EPOCH, ALL_NEGATIVES, "data.negative_prompts=[paint stain]", *overrides))
+        batch = first_batch(shared(WHOLE_EPOCH, ALL_NEGATIVES, "data.negative_prompts=[paint stain]", *overrides))
         return {batch.prompts_B[row] for row in (batch.num_B == 0).nonzero()[0].tolist()}
 
     assert negatives() == {"crack", "hole", "moss", "paint stain"}
@@ -78,9 +78,9 @@ def test_without_exhaustive_annotation_only_the_listed_prompts_are_negatives(bui
 
 
 @acts("data.augmentation")
-def test_augmentation_places_the_image_on_black(build):
+def test_augmentation_places_the_image_on_black(shared):
     def black_columns(*overrides):
-        return sum(bool((column == 0).all()) for column in image_0(build(WHOLE_EPOCH, *overrides)).swapaxes(0, 1))
+        return sum(bool((column == 0).all()) for column in image_0(shared(WHOLE_EPOCH, *overrides)).swapaxes(0, 1))
 
     assert black_columns() == 0
     # 17 in 18 sizes leave a border; this seed draws one of them.
@@ -88,8 +88,8 @@ def test_augmentation_places_the_image_on_black(build):
 
 
 @acts("data.horizontal_flip")
-def test_horizontal_flip_mirrors_image_and_boxes(build):
-    plain, flipped = (build(WHOLE_EPOCH, f"data.horizontal_flip={share}") for share in (0, 1))
+def test_horizontal_flip_mirrors_image_and_boxes(shared):
+    plain, flipped = (shared(WHOLE_EPOCH, f"data.horizontal_flip={share}") for share in (0, 1))
     assert np.array_equal(image_0(flipped), image_0(plain)[:, ::-1])
     boxes, mirrored = first_batch(plain).boxes_cxcywh_T4, first_batch(flipped).boxes_cxcywh_T4
     assert np.allclose(mirrored[:, 0], 1 - boxes[:, 0], atol=1e-6)
@@ -97,9 +97,9 @@ def test_horizontal_flip_mirrors_image_and_boxes(build):
 
 
 @acts("data.max_objects_per_query")
-def test_max_objects_per_query_limits_the_targets(build):
+def test_max_objects_per_query_limits_the_targets(shared):
     # Image 0 shows three cracks.
-    assert first_batch(build(WHOLE_EPOCH)).num_B.max() == 3
-    limited = first_batch(build(WHOLE_EPOCH, "data.max_objects_per_query=2"))
+    assert first_batch(shared(WHOLE_EPOCH)).num_B.max() == 3
+    limited = first_batch(shared(WHOLE_EPOCH, "data.max_objects_per_query=2"))
     assert limited.num_B.max() == 2
     assert len(limited.boxes_cxcywh_T4) == limited.num_B.sum()

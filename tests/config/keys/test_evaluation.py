@@ -7,7 +7,7 @@ import json
 import pytest
 
 from sam3lora.config import load_config
-from sam3lora.config.post_processing import PostProcessing
+from sam3lora.config.post_processing import PostProcessing, PostProcessingFields
 from sam3lora.errors import UserError
 from sam3lora.training import validator
 from sam3lora.training.validator import Validator
@@ -15,18 +15,20 @@ from sam3lora.training.validator import Validator
 from .conftest import lines_of
 from .registry import acts
 
+CHANGED = {"threshold": 0.6, "nms_iou": 0.4, "merge": True, "merge_iou": 0.5, "max_detections": 7}
+
 
 @acts("evaluation.every_epochs")
-@pytest.mark.parametrize(("every", "measured"), [(0, []), (1, [1, 2]), (2, [2])])
+@pytest.mark.parametrize(("every", "measured"), [(0, []), (2, [2, 3])])
 def test_every_epochs_adds_metrics_to_the_log(every, measured, run):
-    result = run("training.num_epochs=2", f"evaluation.every_epochs={every}")
+    # The last epoch is always measured, if any is.
+    result = run("training.num_epochs=3", f"evaluation.every_epochs={every}")
     assert [line["epoch"] for line in lines_of(result, "epoch") if "map" in line] == measured
 
 
 @acts("evaluation.base_loss")
-def test_base_loss_is_measured_before_the_first_step(run):
-    assert len(lines_of(run("training.max_steps=1"), "base")) == 1
-    assert lines_of(run("training.max_steps=1", "evaluation.base_loss=false"), "base") == []
+def test_base_loss_is_measured_before_the_first_step(plain_run, changed_run):
+    assert [len(lines_of(result, "base")) for result in (plain_run, changed_run)] == [1, 0]
 
 
 @acts("evaluation.best_metric")
@@ -95,9 +97,8 @@ def test_num_samples_limits_the_measured_images(measured):
 
 def test_validation_while_training_detects_as_configured(measured):
     # mAP has no score cut: the threshold counts false alarms, and says what may be merged
-    changes = {"threshold": 0.6, "nms_iou": 0.4, "merge": True, "merge_iou": 0.5, "max_detections": 7}
-    calls = measured(*(f"evaluation.{key}={json.dumps(value)}" for key, value in changes.items()))
-    assert calls["ask_split"][1]["post"] == calls["measure_split"][1]["post"] == PostProcessing(**changes)
+    calls = measured(*(f"evaluation.{key}={json.dumps(value)}" for key, value in CHANGED.items()))
+    assert calls["ask_split"][1]["post"] == calls["measure_split"][1]["post"] == PostProcessing(**CHANGED)
 
 
 @acts("evaluation.nms", "evaluation.prompt_thresholds")
@@ -107,29 +108,17 @@ def test_post_processing_has_the_configured_value(key, value):
     assert getattr(config.evaluation.post_processing, key) == value
 
 
-@acts(
-    "evaluation.threshold",
-    "evaluation.nms_iou",
-    "evaluation.merge",
-    "evaluation.merge_iou",
-    "evaluation.max_detections",
-)
-@pytest.mark.parametrize(
-    ("key", "name", "default", "changed"),
-    [
-        ("threshold", "threshold", 0.5, 0.6),
-        ("nms_iou", "nms_iou", 0.7, 0.4),
-        ("merge", "merge", False, True),
-        ("merge_iou", "merge_iou", 0.15, 0.5),
-        ("max_detections", "max_detections", 100, 7),
-    ],
-)
-def test_adapter_carries_how_detections_are_made(key, name, default, changed, run):
-    # What inference and serving use with this adapter unless they are told otherwise.
-    def saved(*overrides):
-        folder = run("training.max_steps=1", *overrides).best_adapter
-        return json.loads((folder / "sam3lora.json").read_text())["post_processing"]
+@acts(*(f"evaluation.{key}" for key in CHANGED))
+@pytest.mark.parametrize("key", CHANGED)
+def test_adapter_records_how_detections_are_made(key, plain_run, recorded):
+    # Inference and serving use the recorded values with this adapter, unless they are told otherwise.
+    before, after = recorded(plain_run), recorded()
+    assert before[key] == PostProcessingFields.model_fields[key].default
+    assert after[key] == CHANGED[key]
 
-    before, after = saved(), saved(f"evaluation.{key}={json.dumps(changed)}")
-    assert before[name] == default
-    assert after == {**before, name: changed}
+
+@pytest.fixture(scope="module")
+def recorded(run):
+    """Post-processing in an adapter's metadata; without a run, of one with all keys changed."""
+    changed = run("training.max_steps=1", *(f"evaluation.{key}={json.dumps(value)}" for key, value in CHANGED.items()))
+    return lambda result=changed: json.loads((result.best_adapter / "sam3lora.json").read_text())["post_processing"]

@@ -45,9 +45,9 @@ def test_rslora_divides_by_the_root_of_the_rank(build):
 
 
 @acts("lora.use_dora")
-def test_dora_learns_magnitudes(build):
+def test_dora_learns_magnitudes(shared):
     def magnitudes(*overrides):
-        return [name for name in get_peft_model_state_dict(build(*overrides).model) if "magnitude" in name]
+        return [name for name in get_peft_model_state_dict(shared(*overrides).model) if "magnitude" in name]
 
     assert not magnitudes()
     assert magnitudes("lora.use_dora=true")
@@ -67,9 +67,9 @@ def test_dropout_is_on_the_input_of_the_adapter(build):
 
 
 @acts("lora.target_modules")
-def test_target_modules_name_the_layers(build):
+def test_target_modules_name_the_layers(shared):
     def suffixes(*overrides):
-        return {name.rpartition(".")[2] for name in adapted_modules(build(*overrides).model)}
+        return {name.rpartition(".")[2] for name in adapted_modules(shared(*overrides).model)}
 
     assert suffixes() == {"q_proj", "v_proj"}
     # An alias of other trainers' files means all of its layers.
@@ -78,14 +78,14 @@ def test_target_modules_name_the_layers(build):
 
 @acts(*(f"lora.apply_to_{component}" for component in COMPONENTS))
 @pytest.mark.parametrize("component", COMPONENTS)
-def test_flag_adapts_its_component(component, build):
+def test_flag_adapts_its_component(component, shared):
     # The second component makes a valid adapter without the flag; layer1 is the only name that scoring shares.
     other = "mask_decoder" if component == "detr_decoder" else "detr_decoder"
     target = "layer1" if component == "scoring" else "q_proj"
     common = [f"lora.target_modules=[{target}]", "lora.apply_to_detr_decoder=false", f"lora.apply_to_{other}=true"]
 
     def adapted(*overrides):
-        return {component_of(name) for name in adapted_modules(build(*common, *overrides).model)}
+        return {component_of(name) for name in adapted_modules(shared(*common, *overrides).model)}
 
     assert adapted() == {other}
     assert adapted(f"lora.apply_to_{component}=true") == {other, component}

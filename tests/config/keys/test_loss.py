@@ -35,8 +35,8 @@ def total_and_terms(worker) -> tuple[float, dict[str, float], float]:
 
 @acts(*(f"training.loss.{name}" for name in TERMS_OF_WEIGHT))
 @pytest.mark.parametrize("name", TERMS_OF_WEIGHT)
-def test_weight_multiplies_its_term(name, build):
-    worker = build()
+def test_weight_multiplies_its_term(name, build, shared):
+    worker = shared()
     default = getattr(worker.config.training.loss, name)
     total, terms, scale = total_and_terms(worker)
     more, _, _ = total_and_terms(build(f"training.loss.{name}={default + 3}"))
@@ -47,8 +47,8 @@ def test_weight_multiplies_its_term(name, build):
 
 
 @acts("training.loss.o2m")
-def test_o2m_multiplies_the_terms_of_its_branch(build):
-    total, terms, scale = total_and_terms(build())
+def test_o2m_multiplies_the_terms_of_its_branch(build, shared):
+    total, terms, scale = total_and_terms(shared())
     more, _, _ = total_and_terms(build("training.loss.o2m=3"))
     share = sum(weight * terms[f"loss_{name}_o2m"] for name, weight in O2M_WEIGHTS.items())
     assert share > 0
@@ -56,15 +56,15 @@ def test_o2m_multiplies_the_terms_of_its_branch(build):
 
 
 @acts("training.loss.pos_weight")
-def test_pos_weight_changes_the_classification_term_alone(build):
-    usual, heavy = loss_terms(build()), loss_terms(build("training.loss.pos_weight=20"))
+def test_pos_weight_changes_the_classification_term_alone(build, shared):
+    usual, heavy = loss_terms(shared()), loss_terms(build("training.loss.pos_weight=20"))
     changed = {name for name in usual if heavy[name] != pytest.approx(usual[name], rel=1e-6)}
     assert changed == {"loss_ce", "loss_ce_o2m"}
     assert heavy["loss_ce"] > usual["loss_ce"]
 
 
 @acts("training.loss.mask_resolution")
-def test_mask_resolution_is_where_masks_are_compared(build, monkeypatch):
+def test_mask_resolution_is_where_masks_are_compared(shared, monkeypatch):
     compared = []
     sums = masks._focal_and_dice
     monkeypatch.setattr(
@@ -75,7 +75,7 @@ def test_mask_resolution_is_where_masks_are_compared(build, monkeypatch):
 
     def shapes(*overrides):
         compared.clear()
-        loss_terms(build(*overrides))
+        loss_terms(shared(*overrides))
         return set(compared)
 
     assert shapes() == {(112, 112)}

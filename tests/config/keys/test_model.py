@@ -38,8 +38,8 @@ def hub(monkeypatch, small_base, other_base, tmp_path):
 
 
 @acts("model.name")
-def test_name_chooses_the_weights(build, other_base):
-    one, other = build().metadata, build(f"model.name={other_base}").metadata
+def test_name_chooses_the_weights(build, shared, other_base):
+    one, other = shared().metadata, build(f"model.name={other_base}").metadata
     assert one.base_fingerprint != other.base_fingerprint
     assert other.base_model == str(other_base)
 
@@ -60,8 +60,8 @@ def test_local_files_only_never_downloads(build, hub):
 
 
 @acts("model.resolution")
-def test_resolution_is_the_side_of_the_input(build):
-    own, half = build(), build("model.resolution=56")
+def test_resolution_is_the_side_of_the_input(build, shared):
+    own, half = shared(), build("model.resolution=56")
     assert first_batch(own).images_NHWC.shape[1:3] == (112, 112)
     assert first_batch(half).images_NHWC.shape[1:3] == (56, 56)
     # What uses the adapter later has to know, and the model has to run at that size.
@@ -70,19 +70,19 @@ def test_resolution_is_the_side_of_the_input(build):
 
 
 @acts("model.geometry_cls")
-def test_geometry_cls_changes_what_the_model_sees(build):
-    with_cls, without = build(), build("model.geometry_cls=false")
+def test_geometry_cls_changes_what_the_model_sees(build, shared):
+    with_cls, without = shared(), build("model.geometry_cls=false")
     assert loss_terms(with_cls)["loss_ce"] != pytest.approx(loss_terms(without)["loss_ce"], rel=1e-6)
     # The adapter says how it was trained, so that inference does the same.
     assert (with_cls.metadata.geometry_cls, without.metadata.geometry_cls) == (True, False)
 
 
 @acts("model.dtype")
-def test_dtype_is_that_of_the_frozen_weights(build):
+def test_dtype_is_that_of_the_frozen_weights(build, shared):
     def dtypes(worker, trainable):
         return {p.dtype for p in worker.model.parameters() if p.requires_grad == trainable}
 
-    full, half = build(), build("model.dtype=bfloat16", "training.mixed_precision=bf16")
+    full, half = shared(), build("model.dtype=bfloat16", "training.mixed_precision=bf16")
     assert dtypes(full, False) == {torch.float32}
     assert torch.bfloat16 in dtypes(half, False)
     # The adapter itself learns in full precision.
@@ -103,7 +103,7 @@ def test_quantization_replaces_the_linear_layers(build, settings, monkeypatch):
 
 
 @acts("model.attention")
-def test_attention_chooses_the_kernel(build, monkeypatch):
+def test_attention_chooses_the_kernel(build, shared, monkeypatch):
     calls = []
     kernel = torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(
@@ -111,7 +111,7 @@ def test_attention_chooses_the_kernel(build, monkeypatch):
         "scaled_dot_product_attention",
         lambda *args, **options: calls.append(1) or kernel(*args, **options),
     )
-    fused = loss_terms(build())
+    fused = loss_terms(shared())
     assert calls
     calls.clear()
     plain = loss_terms(build("model.attention=eager"))

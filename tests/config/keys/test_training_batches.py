@@ -17,18 +17,18 @@ from .registry import acts
 
 
 @acts("training.data_dir")
-def test_data_dir_is_where_images_come_from(build, tmp_path):
+def test_data_dir_is_where_images_come_from(shared, tmp_path):
     other = write_data(tmp_path / "other")
     write_split(other / "train", [("hole",)] * 3)
-    assert len(build().data.train) == 4
-    worker = build(f"training.data_dir={other}")
+    assert len(shared().data.train) == 4
+    worker = shared(f"training.data_dir={other}")
     assert {Path(path).parent for path in first_batch(worker).paths} == {other / "train"}
 
 
 @acts("training.batch_size")
-def test_batch_size_counts_images(build):
+def test_batch_size_counts_images(shared):
     for size in (1, 2):
-        assert {batch.num_images for batch in batches_of_an_epoch(build(f"training.batch_size={size}"))} == {size}
+        assert {batch.num_images for batch in batches_of_an_epoch(shared(f"training.batch_size={size}"))} == {size}
 
 
 def test_batch_size_is_chosen_where_it_is_auto(build, monkeypatch):
@@ -64,9 +64,9 @@ def test_accumulated_batches_make_one_step(build):
 
 
 @acts("training.num_negatives")
-def test_num_negatives_are_asked_of_each_image(build):
+def test_num_negatives_are_asked_of_each_image(shared):
     def negatives(count):
-        batch = first_batch(build(f"training.num_negatives={count}", "training.batch_size=4"))
+        batch = first_batch(shared(f"training.num_negatives={count}", "training.batch_size=4"))
         ids = batch.image_ids[batch.query_image_B][batch.num_B == 0].tolist()
         return [ids.count(image_id) for image_id in range(4)]
 
@@ -155,7 +155,7 @@ def test_mixed_precision_is_the_type_of_the_arithmetic(value, dtype, build):
 
 
 @acts("training.model_dropout")
-def test_model_dropout_is_off_unless_asked_for(build):
+def test_model_dropout_is_off_unless_asked_for(build, shared):
     def first_terms(*overrides):
         worker = build(*overrides)
         for name, module in worker.model.named_modules():
@@ -163,15 +163,15 @@ def test_model_dropout_is_off_unless_asked_for(build):
                 module.p = 0.5
         return take_step(worker)[0]
 
-    expected = loss_terms(build())
+    expected = loss_terms(shared())
     assert first_terms() == pytest.approx(expected, rel=1e-4)
     assert first_terms("training.model_dropout=true") != pytest.approx(expected, rel=1e-4)
 
 
 @acts("training.one_to_many")
-def test_one_to_many_trains_the_second_branch(build):
+def test_one_to_many_trains_the_second_branch(shared):
     branch = {f"loss_{name}_o2m" for name in ("bbox", "giou", "ce", "mask", "dice")}
-    with_branch, without = loss_terms(build()), loss_terms(build("training.one_to_many=false"))
+    with_branch, without = loss_terms(shared()), loss_terms(shared("training.one_to_many=false"))
     assert set(with_branch) - set(without) == branch
     # The first branch does not see the second one.
     assert without == pytest.approx({name: with_branch[name] for name in without}, rel=1e-4)
