@@ -95,26 +95,26 @@ def test_results_are_collected_and_joined_in_the_order_of_the_images():
     assert (joined.num_before_nms, joined.presence) == (5, {(1, 1): 0.9, (0, 1): 0.9})
 
 
-def test_batch_size_does_not_matter(base_folder, shapes):
+def test_batch_size_does_not_matter(small_base, shapes):
     one, four = (
         sam3lora.evaluate(
             shapes,
-            model=str(base_folder),
+            model=str(small_base),
             device="cpu",
             nms="none",
             settings=EvaluationSettings(batch_size=size, max_prompts_per_forward=prompts),
         )
         for size, prompts in ((1, 2), (4, 16))
     )
-    assert len(one.predictions) == len(four.predictions) == 4 * len(one.per_category) * 32
+    assert len(one.predictions) == len(four.predictions) == 4 * len(one.per_category) * 8
     np.testing.assert_allclose([p["score"] for p in one.predictions], [p["score"] for p in four.predictions], atol=1e-5)
     assert one.presence_accuracy == four.presence_accuracy
 
 
-def test_evaluate_asks_and_counts_as_the_adapter_was_trained(base_folder, shapes, tmp_path):
+def test_evaluate_asks_and_counts_as_the_adapter_was_trained(small_base, shapes, tmp_path):
     # the adapter changes nothing, so what differs from the base is the setting that came from its metadata
-    write_adapter(tmp_path / "cls", base_folder, seed=None, resolution=224, geometry_cls=False)
-    model = {"model": str(base_folder), "device": "cpu", "nms": "none"}
+    write_adapter(tmp_path / "cls", small_base, seed=None, geometry_cls=False)
+    model = {"model": str(small_base), "device": "cpu", "nms": "none"}
     adapter = sam3lora.evaluate(shapes, adapter=tmp_path / "cls", device="cpu", nms="none")
     plain, with_cls = (sam3lora.evaluate(shapes, geometry_cls=cls, **model) for cls in (False, True))
     scores = [[p["score"] for p in metrics.predictions] for metrics in (adapter, plain, with_cls)]
@@ -124,7 +124,7 @@ def test_evaluate_asks_and_counts_as_the_adapter_was_trained(base_folder, shapes
     split = write_split(tmp_path / "s", [(0, 1, 10)], {1: "crk"})
     post = PostProcessing(threshold=0.45, nms_iou=0.6, max_detections=3)
     data = {"prompt_of_category": {"crk": "crack in a wall"}}
-    write_adapter(tmp_path / "post", base_folder, seed=None, post_processing=post, data=data)
+    write_adapter(tmp_path / "post", small_base, seed=None, post_processing=post, data=data)
     found = sam3lora.evaluate(split, adapter=tmp_path / "post", device="cpu")
     assert (found.settings["threshold"], found.settings["nms_iou"]) == (0.45, 0.6)
     assert found.settings["prompts"] == {"crk": "crack in a wall"}
