@@ -46,6 +46,14 @@ def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def spread_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base folder of a small random SAM 3 whose outputs differ for every input; read only."""
+    from .engine.engine_cases import write_base
+
+    return write_base(tmp_path_factory.mktemp("spread") / "sam3")
+
+
+@pytest.fixture(scope="session")
 def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base folder with the tiny SAM 3's architecture and random weights; read only."""
     import torch
