@@ -501,13 +501,15 @@ async def test_a_slot_that_could_not_be_filled_is_not_lost(root: Path):
 
 
 async def test_new_settings_retire_adapters_that_are_no_longer_allowed(root: Path):
-    async with open_stage(root) as stage:
+    async with open_stage(root, num_slots=2) as stage:
         await stage.value("a")
         await stage.value("b")
         stage.store.reconfigure(AdapterSettings(root=root, allowed=("b", "c")))
-        assert await stage.resident() == ["b"]
+        assert (await stage.resident(), stage.store.num_resident) == (["b"], 1)
         assert (await refused(stage.value("a"))).type == "adapter_not_found"
-        assert await stage.value("c") == 3
+        async with stage.store.hold("b") as (one, _), stage.store.hold("c") as (two, _):
+            assert {one, two} == {0, 1}
+            assert stage.model.slots == {one: 2, two: 3}
     assert stage.model.reads["b"] == 1
 
 
