@@ -150,7 +150,7 @@ def test_configuration_of_a_run(small_base, photo, tmp_path, capsys):
     assert main([*words, "--max-detections", "3"]) == 0
     settings = json.loads((tmp_path / "d.json").read_text())["settings"]
     assert settings["model"] == str(small_base)
-    assert (settings["threshold"], settings["max_detections"], settings["nms_iou"]) == (0.0, 3, 0.5)
+    assert (settings["threshold"], settings["max_detections"], settings["nms_iou"]) == (0.0, 3, 0.7)
     assert settings["adapter"] is None
 
 

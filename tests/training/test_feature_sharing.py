@@ -17,7 +17,6 @@ import pytest
 from sam3lora.data.array_store import ArrayStore
 from sam3lora.errors import UserError
 from sam3lora.training.launch import train
-from sam3lora.training.validator import validation_metrics
 
 from .feature_cases import (
     FROZEN,
@@ -55,7 +54,7 @@ def test_kept_frames_are_the_decoded_ones(make_config, cache_folder, monkeypatch
     decoded.clear()
     augmented = make_trainer(make_config(on, "data.augmentation=sam3"))
     augmented.validator.loss_terms()
-    validation_metrics(augmented)
+    augmented.validator.metrics()
     assert len(decoded) == NUM_VALID
     step_of(augmented)
     step_of(augmented)

@@ -18,7 +18,6 @@ from sam3lora.model.loading import load_base
 from sam3lora.training import validator as metrics_module
 from sam3lora.training.features.memory import FeatureMemory
 from sam3lora.training.launch import train
-from sam3lora.training.validator import validation_metrics
 
 from .changed_scenes import with_broken_images
 from .feature_cases import (
@@ -116,7 +115,7 @@ def test_metrics_from_kept_features(make_config, monkeypatch):
     )
     worker = make_trainer(make_config(FROZEN))
     for asked in (make_trainer(make_config(FROZEN, OFF, output="plain")), worker, worker):
-        validation_metrics(asked)
+        asked.validator.metrics()
     plain, made, read = answers
     assert len(plain.predictions) > 10
     assert made.predictions == read.predictions == plain.predictions

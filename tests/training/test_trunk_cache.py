@@ -42,8 +42,8 @@ def test_a_run_that_reads_no_file_still_counts_as_using_the_store(make_config, c
     worker = make_trainer(make_config(FROZEN))
     step_of(worker)
     batch = batch_of(worker)
-    for module in (trunk_cache, array_store):
-        monkeypatch.setattr(module, "_SECONDS_BETWEEN_TOUCHES", 0.0)
+    monkeypatch.setattr(trunk_cache, "_SECONDS_BETWEEN_TOUCHES", 0.0)
+    monkeypatch.setattr(array_store, "_SECONDS_BETWEEN_SIGNS", 0.0)
     [*runs] = (cache_folder / "runs").iterdir()
     for run in runs:
         os.utime(run, (1, 1))

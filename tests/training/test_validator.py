@@ -9,7 +9,7 @@ from sam3lora.data.prompts import prompt_key
 from sam3lora.evaluation.ask.run import evaluate
 from sam3lora.model.staged.forward import StagedSam3
 from sam3lora.training import validator as module
-from sam3lora.training.validator import LOGGED, evaluation_settings, validation_metrics
+from sam3lora.training.validator import LOGGED, evaluation_settings
 
 from .changed_scenes import rewritten, without_objects
 from .two_workers import make_trainer
@@ -44,7 +44,7 @@ def test_numbers_are_those_of_validate(make_config, scenes, tmp_path):
     words = ("data.prompts={GEAR: cog wheel}", "data.negative_prompts=[zebra]")
     config = make_config(*words, data_dir=str(data_dir), num_negatives=0)
     trainer = make_trainer(config)
-    ours = validation_metrics(trainer)
+    ours = trainer.validator.metrics()
     trainer.save()
     theirs = evaluate(data_dir, adapter=trainer.output_dir / "last", settings=evaluation_settings(config), device="cpu")
     assert ours == pytest.approx({name: getattr(theirs, name) for name in LOGGED}, rel=1e-6)
@@ -56,20 +56,20 @@ def test_images_without_a_loss_are_measured(make_config, scenes, tmp_path, asked
     data_dir = rewritten(scenes, tmp_path / "data", without_objects(1))
     trainer = make_trainer(make_config("data.exhaustive=false", data_dir=str(data_dir), num_negatives=0))
     assert len(trainer.data.valid) == 2
-    validation_metrics(trainer)
+    trainer.validator.metrics()
     assert [num_images for num_images, _ in asked] == [3]
 
 
 def test_negative_prompts_are_measured(make_config, asked):
     # What must not be found is asked after the split's categories; a category's name in another case is no new prompt.
-    validation_metrics(make_trainer(make_config("data.negative_prompts=[zebra, Gear]")))
+    make_trainer(make_config("data.negative_prompts=[zebra, Gear]")).validator.metrics()
     assert asked == [(3, ["gear", "arrow", "capsule", "zebra"])]
 
 
 def test_split_without_objects_is_asked_what_training_asks(make_config, scenes, tmp_path, asked):
     # There are no names in it to ask for, but there are false alarms to count.
     data_dir = rewritten(scenes, tmp_path / "data", lambda content: content.update(annotations=[]))
-    found = validation_metrics(make_trainer(make_config(data_dir=str(data_dir))))
+    found = make_trainer(make_config(data_dir=str(data_dir))).validator.metrics()
     assert asked == [(3, ["gear", "arrow", "bolt", "capsule"])]
     assert found["map"] is None
     assert found["presence_accuracy"] is not None
@@ -87,7 +87,7 @@ def test_precision_is_that_of_the_run(make_config, monkeypatch, bf16):
         return detect(staged, vision, text, *others, **options)
 
     monkeypatch.setattr(StagedSam3, "detect", spy)
-    validation_metrics(trainer)
+    trainer.validator.metrics()
     assert seen == {(torch.bfloat16 if bf16 else torch.float32, torch.float32)}
 
 
