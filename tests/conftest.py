@@ -6,13 +6,8 @@ import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
-
-if TYPE_CHECKING:
-    from sam3lora.model.loading import LoadedBase
-
 
 _NUMBERS = itertools.count()
 
@@ -46,25 +41,8 @@ def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base folder with the tiny SAM 3's architecture and random weights; read only."""
-    import torch
-    from transformers import Sam3Model
+def spread_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base folder of a small random SAM 3 whose outputs differ for every input; read only."""
+    from .engine.engine_cases import write_base
 
-    from jobs.pretrain.tiny_model import initialise, save_tiny, tiny_config, write_tokenizer
-
-    words = tmp_path_factory.mktemp("tokenizer")
-    vocab_size = write_tokenizer(words, ["gear", "arrow", "bolt", "capsule"])
-    torch.manual_seed(0)
-    model = Sam3Model(tiny_config(vocab_size)).eval()
-    initialise(model)
-    folder = tmp_path_factory.mktemp("base") / "tiny"
-    save_tiny(model, words, folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def base(base_folder: Path) -> LoadedBase:
-    from sam3lora.model.loading import load_base
-
-    return load_base(str(base_folder))
+    return write_base(tmp_path_factory.mktemp("spread") / "sam3")

@@ -137,9 +137,6 @@ def test_a_failed_write_leaves_nothing_and_ends_writing(tmp_path, monkeypatch, c
     assert caplog.text.count("no space left") == 1
     assert [path.name for path in tmp_path.glob("??/*")] == [file_of(store, KEYS[0]).name]
     assert np.array_equal(store.get(KEYS[0]), ARRAY)
-
-
-def test_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(OSError):
         new_store(tmp_path / "file")
@@ -148,13 +145,15 @@ def test_folder_that_cannot_be_written(tmp_path):
 # ---- the limit -------------------------------------------------------------------------------------------------------
 
 
-def test_least_recently_used_arrays_of_earlier_runs_are_evicted_first(tmp_path):
+def test_least_recently_used_arrays_of_earlier_runs_are_evicted_and_those_of_this_run_stay(tmp_path, caplog):
     filled_by_an_earlier_run(tmp_path, 2, 0, 3, 1)
     store = new_store(tmp_path, entries=4.5)
-    assert store.put(KEYS[4], ARRAY)
-    assert held(store) == [0, 1, 3, 4]
-    assert store.put(KEYS[5], ARRAY)
-    assert held(store) == [1, 3, 4, 5]
+    for number, left in ((4, [0, 1, 3, 4]), (5, [1, 3, 4, 5]), (6, [1, 4, 5, 6]), (7, [4, 5, 6, 7])):
+        assert store.put(KEYS[number], ARRAY)
+        assert held(store) == left
+    assert [store.put(key, ARRAY) for key in KEYS[8:10]] == [False, False]
+    assert held(store) == [4, 5, 6, 7]
+    assert len(caplog.records) == 1
 
 
 def test_arrays_that_this_run_used_stay(tmp_path, pause):
@@ -176,25 +175,14 @@ def test_arrays_that_this_run_used_stay(tmp_path, pause):
     assert len(held(store)) == 4
 
 
-def test_arrays_that_this_run_wrote_stay(tmp_path, caplog):
-    store = new_store(tmp_path, entries=3.5)
-    assert [store.put(key, ARRAY) for key in KEYS[:5]] == [True, True, True, False, False]
-    assert held(store) == [0, 1, 2]
-    assert len(caplog.records) == 1
-
-
 @pytest.mark.parametrize("order", [1, -1])
-def test_runs_in_turn_find_the_arrays_that_fit(tmp_path, order):
+def test_runs_in_turn_find_the_arrays_that_fit(tmp_path, order, pause):
     # there is room for half of the arrays that each trial of a sweep reads, one after another and two at a time
     hits = [read_all(new_store(tmp_path, entries=6.5), range(12)[:: order**trial]) for trial in range(3)]
     assert hits == [0, 6, 6]
     first, second = new_store(tmp_path, entries=6.5), new_store(tmp_path, entries=6.5)
     assert [read_all(first, range(12)), read_all(second, range(12)), read_all(first, range(12))] == [6, 6, 6]
-
-
-def test_epochs_that_take_longer_than_an_hour(tmp_path, pause):
-    # a trial's first epoch finds the arrays of the trial before it, even if they are old by then
-    read_all(new_store(tmp_path, entries=6.5), range(12))
+    # epochs may take longer than an hour: a trial's first one finds the arrays of the trial before it
     store = new_store(tmp_path, entries=6.5)
     pause()
     assert read_all(store, range(11, -1, -1)) == 6
@@ -271,17 +259,13 @@ def claimed(root: Path, key: str) -> bool:
 
 def test_one_process_holds_a_claim_at_a_time(tmp_path):
     store, other = new_store(tmp_path), new_store(tmp_path)
+    alike = KEYS[0][:3] + KEYS[1][3:]  # shares the lock of key 0
     with store.claim(KEYS[0]) as mine, other.claim(KEYS[0]) as theirs, other.claim(KEYS[1]) as another:
         assert (mine, theirs, another) == (True, False, True)
+        with store.claim(alike) as second:
+            assert not second
     with other.claim(KEYS[0]) as theirs:
         assert theirs
-
-
-def test_keys_that_share_a_lock(tmp_path):
-    store = new_store(tmp_path)
-    alike = KEYS[0][:3] + KEYS[1][3:]
-    with store.claim(KEYS[0]) as first, store.claim(alike) as second:
-        assert (first, second) == (True, False)
     assert claimed(tmp_path, alike)
 
 

@@ -59,14 +59,6 @@ def test_invalid_options(folder, tmp_path, options, option):
         convert_folder(tmp_path, tmp_path / "out", **options)
 
 
-def test_ambiguous_format(folder, tmp_path):
-    path = folder.write([annotation(1)])
-    (path / "images").mkdir()
-    (path / "masks").mkdir()
-    with pytest.raises(UserError, match=r"coco and as masks.*--from"):
-        convert_folder(tmp_path, tmp_path / "out")
-
-
 @pytest.mark.parametrize(
     ("path", "content", "kind"),
     [
@@ -85,20 +77,15 @@ def test_format_is_detected(tmp_path, path, content, kind):
     assert guess_format(tmp_path) == kind
 
 
-def test_target_that_is_not_empty_stays(folder, tmp_path):
-    folder.write([annotation(1)])
-    target = tmp_path / "out"
-    target.mkdir()
-    (target / "mine").write_text("")
-    with pytest.raises(UserError, match="out is not empty"):
-        convert_folder(tmp_path / "train", target)
-    assert [path.name for path in target.iterdir()] == ["mine"]
-
-
-def test_failure_leaves_nothing(folder, tmp_path, monkeypatch):
-    folder.write([annotation(1)])
-    target = tmp_path / "out"
-    target.mkdir()
+def test_refusals_and_failures_leave_the_target_as_it_was(folder, tmp_path, monkeypatch):
+    path = folder.write([annotation(1)])
+    mine, target = tmp_path / "mine", tmp_path / "out"
+    for name in (mine, target):
+        name.mkdir()
+    (mine / "notes").write_text("")
+    with pytest.raises(UserError, match="mine is not empty"):
+        convert_folder(path, mine)
+    assert [file.name for file in mine.iterdir()] == ["notes"]
 
     def fail(*_):
         raise OSError("disk full")
@@ -106,8 +93,8 @@ def test_failure_leaves_nothing(folder, tmp_path, monkeypatch):
     # images and labels are written by then
     monkeypatch.setattr("sam3lora.data.convert.yolo._write_description", fail)
     with pytest.raises(OSError, match="disk full"):
-        convert_folder(tmp_path / "train", target, target_format="yolo")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "train"]
+        convert_folder(path, target, target_format="yolo")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["mine", "out", "train"]
     assert not any(target.iterdir())
 
 
@@ -156,22 +143,23 @@ def test_written_coco_folder_is_clean(folder, tmp_path, tmp_path_factory):
     assert len(CocoIndex.from_folder(out / "train")) == 2
     with pytest.raises(UserError, match="lies within"):
         convert_folder(tmp_path, tmp_path / "out")
+    # a format without crowd regions leaves them out
+    report = convert_folder(tmp_path, out.parent / "yolo", target_format="yolo")
+    assert report.splits["train"]["num_objects"] == 1
+    assert {fault.kind: fault.count for fault in report.faults}["dropped_crowd"] == 1
 
 
-def test_formats_without_crowd_regions_leave_them_out(folder, tmp_path):
-    path = folder.write([annotation(1), annotation(2, iscrowd=1)])
-    report = convert_folder(path, tmp_path / "out", target_format="yolo")
-    assert report.splits["."]["num_objects"] == 1
-    assert {fault.kind: fault.count for fault in report.faults} == {"dropped_crowd": 1}
-
-
-def test_two_folders_for_one_split(folder, tmp_path):
-    folder.path = tmp_path / "val"
+def test_ambiguous_sources(folder, tmp_path):
     folder.write([annotation(1)])
-    folder.path = tmp_path / "valid"
-    folder.write([annotation(1)])
-    with pytest.raises(UserError, match="would both be valid"):
+    for kind in ("images", "masks"):
+        (folder.path / kind).mkdir()
+    with pytest.raises(UserError, match=r"coco and as masks.*--from"):
         convert_folder(tmp_path, tmp_path / "out")
+    for name in ("val", "valid"):
+        folder.path = tmp_path / "splits" / name
+        folder.write([annotation(1)])
+    with pytest.raises(UserError, match="would both be valid"):
+        convert_folder(tmp_path / "splits", tmp_path / "out")
 
 
 def test_joined_outlines_draw_the_mask_with_its_holes_filled():

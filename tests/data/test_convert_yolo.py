@@ -38,19 +38,16 @@ def read(root: Path, names=None) -> tuple[list[LabelledImage], dict[str, int]]:
     return labelled.splits["train"], faults
 
 
-def test_empty_and_missing_label_files_are_negatives(tmp_path):
-    images, faults = read(write_set(tmp_path, {"a": "", "b": None}))
-    assert [image.objects for image in images] == [[], []]
-    assert faults == {"unlabelled_negative": 1}  # the missing file only
-
-
-def test_box_and_polygon_in_pixels(tmp_path):
-    images, _ = read(write_set(tmp_path, {"a": "1 0.5 0.5 0.25 0.5\n0 0.25 0.5 0.5 0.5 0.5 1.0 0.25 1.0\n"}))
+def test_box_and_polygon_in_pixels_and_negatives(tmp_path):
+    labels = {"a": "1 0.5 0.5 0.25 0.5\n0 0.25 0.5 0.5 0.5 0.5 1.0 0.25 1.0\n", "b": "", "c": None}
+    images, faults = read(write_set(tmp_path, labels))
     box, polygon = images[0].objects
     assert (box.category, box.segmentation, box.bbox_xywh) == ("pothole", None, (30, 15, 20, 30))
     assert polygon.category == "crack"
     assert polygon.segmentation == [[20, 30, 40, 30, 40, 60, 20, 60]]
     assert polygon.bbox_xywh == (20, 30, 20, 30)
+    assert [image.objects for image in images[1:]] == [[], []]
+    assert faults == {"unlabelled_negative": 1}  # the missing file only
 
 
 @pytest.mark.parametrize("layout", ["{kind}/{split}", "{split}/{kind}"])
@@ -118,26 +115,16 @@ def test_invalid_line_is_named(tmp_path, line, value):
     assert f"{root / 'labels' / 'train' / 'a.txt'}, line 3:" in str(error.value)
 
 
-def test_objects_slightly_outside_are_clipped_and_counted(tmp_path):
-    # the first box reaches 4 px over the left edge, the second less than a pixel
-    images, faults = read(write_set(tmp_path, {"a": "0 0.05 .5 .2 .5\n0 .5 .5 1.001 .5\n"}))
-    assert [thing.bbox_xywh for thing in images[0].objects] == [(0, 15, 12, 30), (0, 15, 80, 30)]
-    assert faults == {"out_of_bounds": 1}
-
-
-def test_repeated_and_empty_objects_are_dropped(tmp_path):
-    images, faults = read(write_set(tmp_path, {"a": f"{BOX}\n{BOX}\n0 .5 .5 0 .5\n"}))
-    assert len(images[0].objects) == 1
-    assert faults == {"repeated_label": 1, "empty_object": 1}
-
-
-def test_broken_image_and_label_without_image_are_left_out(tmp_path):
-    root = write_set(tmp_path, {"a": BOX, "b": BOX})
+def test_what_is_repaired_or_left_out_is_counted(tmp_path):
+    # the first box reaches 4 px over the left edge, the second less than a pixel; repeated and empty objects go
+    labels = {"a": f"0 0.05 .5 .2 .5\n0 .5 .5 1.001 .5\n{BOX}\n{BOX}\n0 .5 .5 0 .5\n", "b": BOX}
+    root = write_set(tmp_path, labels)
     (root / "images" / "train" / "b.png").write_bytes(b"no image")
     (root / "labels" / "train" / "c.txt").write_text(BOX)
-    images, faults = read(root)
-    assert [image.path.stem for image in images] == ["a"]
-    assert faults == {"broken_source_image": 1, "label_without_image": 1}
+    [image], faults = read(root)
+    assert [thing.bbox_xywh for thing in image.objects] == [(0, 15, 12, 30), (0, 15, 80, 30), (20, 15, 40, 30)]
+    dropped = {"repeated_label": 1, "empty_object": 1, "broken_source_image": 1, "label_without_image": 1}
+    assert faults == {"out_of_bounds": 1} | dropped
 
 
 @pytest.mark.parametrize(
@@ -164,12 +151,6 @@ def write_one(tmp_path: Path, *objects: LabelledObject, boxes=False) -> tuple[li
     return (tmp_path / "out" / "labels" / "train" / "a.txt").read_text().splitlines(), counts(log)
 
 
-def test_writes_an_empty_file_for_a_negative(tmp_path):
-    assert write_one(tmp_path)[0] == []
-    description = yaml.safe_load((tmp_path / "out" / "data.yaml").read_text())
-    assert description == {"train": "images/train", "names": {0: "crack", 1: "pothole"}}
-
-
 def test_an_object_with_only_a_box_is_written_as_a_box_or_a_rectangle(tmp_path):
     lines, faults = write_one(tmp_path / "boxes", LabelledObject("pothole", None, (30, 15, 20, 30)), boxes=True)
     assert (lines, faults) == (["1 0.500000 0.500000 0.250000 0.500000"], {})
@@ -194,6 +175,7 @@ def test_conversion_to_coco_and_back_keeps_names_and_negatives(tmp_path):
     report = convert_folder(tmp_path / "coco", tmp_path / "yolo", target_format="yolo")
     assert report.splits["train"]["num_negatives"] == 1
     # an unused class keeps its number: models may have been trained on the list
-    assert yaml.safe_load((tmp_path / "yolo" / "data.yaml").read_text())["names"] == {0: "unused", 1: "crack"}
+    description = yaml.safe_load((tmp_path / "yolo" / "data.yaml").read_text())
+    assert description == {"train": "images/train", "names": {0: "unused", 1: "crack"}}
     assert (tmp_path / "yolo" / "labels" / "train" / "a.txt").read_text() == text
     assert (tmp_path / "yolo" / "labels" / "train" / "b.txt").read_text() == ""

@@ -66,12 +66,9 @@ def test_objects_without_a_usable_mask_keep_their_box(folder):
     assert len(sample.boxes_cxcywh_T4) == 3
     assert sample.mask_valid_T.tolist() == [False, False, True]
     assert masks(sample).any(axis=(1, 2)).tolist() == [False, False, True]
-
-
-def test_boxes_only(folder):
-    sample = decode(folder.write([annotation(0)]), mask_size=None)
-    assert sample.masks_packed is None
-    assert not sample.mask_valid_T.any()
+    boxes_only = decode(path, mask_size=None)
+    assert boxes_only.masks_packed is None
+    assert not boxes_only.mask_valid_T.any()
 
 
 def test_max_objects_keeps_a_reproducible_subset(folder):

@@ -55,11 +55,6 @@ def fingerprints(*digests: str) -> list[Fingerprint]:
     return [Fingerprint(digest, None) for digest in digests]
 
 
-def test_nothing_to_group():
-    groups, unmatched = group_images([], [])
-    assert (groups.tolist(), unmatched) == ([], [])
-
-
 def test_groups_by_content_by_source_and_over_several_steps():
     export = "x_jpg.rf.0123456789abcdef0123456789abcdef.jpg"
     other = "x_jpg.rf.fedcba9876543210fedcba9876543210.jpg"
@@ -67,6 +62,8 @@ def test_groups_by_content_by_source_and_over_several_steps():
     # a = first export by content, exports by source; equal plain names of joined splits mean nothing
     groups, _ = group_images(names, fingerprints("1", "1", "2", "3", "4", "5"))
     assert groups.tolist() == [0, 0, 1, 0, 2, 3]
+    groups, unmatched = group_images([], [])
+    assert (groups.tolist(), unmatched) == ([], [])
 
 
 def test_groups_by_pattern():
@@ -109,15 +106,9 @@ def test_near_duplicates_and_copies_stay_together(tmp_path):
         assert sum(split["num_groups"] for split in report.splits.values()) == 12
         assert report.largest_group == 3
         assert check_folder(tmp_path / f"out{seed}").leaks == []
-
-
-def test_plain_pictures_are_not_grouped(tmp_path):
-    pictures = {f"{level}.png": np.full((60, 80, 3), level, dtype=np.uint8) for level in range(10, 100, 10)}
-    report = split_folder(write_pictures(tmp_path / "in", pictures), tmp_path / "out", fractions=(0.7, 0.3))
-    assert report.largest_group == 1
-    assert "of the images, not" not in printed(report)  # 6 and 3 images are near enough
-    assert list(report.splits) == ["train", "valid"]
-    assert json.loads(json.dumps(report.to_dict()))["splits"]["train"]["num_images"] == 6
+    # the seed alone decides
+    split_folder(source, tmp_path / "again", fractions=(0.5, 0.25, 0.25), seed=1)
+    assert split_of(tmp_path / "again") == split_of(tmp_path / "out1") != split_of(tmp_path / "out2")
 
 
 def test_printed_report_names_what_needs_attention(tmp_path):
@@ -133,18 +124,12 @@ def test_printed_report_names_what_needs_attention(tmp_path):
     assert "in which --group-by finds nothing" in text
 
 
-def test_same_seed_same_split(tmp_path):
-    source = write_pictures(tmp_path / "in", {f"{seed}.png": texture(seed) for seed in range(20)})
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        split_folder(source, tmp_path / name, seed=seed)
-    assert split_of(tmp_path / "a") == split_of(tmp_path / "b") != split_of(tmp_path / "c")
-
-
 def test_existing_splits_are_joined(tmp_path):
     write_pictures(tmp_path / "in" / "train", {f"{seed}.png": texture(seed) for seed in range(6)})
     write_pictures(tmp_path / "in" / "valid", {f"{seed}.png": texture(seed + 50) for seed in range(4)}, ("hole",))
     report = split_folder(tmp_path / "in", tmp_path / "out", fractions=(0.5, 0.5))
-    assert sum(split["num_images"] for split in report.splits.values()) == 10
+    assert [split["num_images"] for split in report.splits.values()] == [5, 5]
+    assert "of the images, not" not in printed(report)
     assert Counter(report.splits["train"]["categories"]) + Counter(report.splits["valid"]["categories"]) == {
         "crack": 6,
         "hole": 4,
@@ -183,10 +168,15 @@ def test_invalid_fractions(tmp_path, fractions):
 def test_folder_without_coco_and_failure_leaves_nothing(tmp_path):
     with pytest.raises(UserError, match="data convert"):
         split_folder(tmp_path, tmp_path / "out")
-    source = write_pictures(tmp_path / "in", {f"{seed}.png": texture(seed) for seed in range(3)})
+    pictures = {f"{level}.png": np.full((60, 80, 3), level, dtype=np.uint8) for level in range(10, 100, 10)}
+    source = write_pictures(tmp_path / "in", pictures)
     with pytest.raises(UserError, match="--group-by"):
         split_folder(source, tmp_path / "out", group_by="^IMG")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    # plain pictures all look alike and are not grouped
+    report = split_folder(source, tmp_path / "out", fractions=(0.7, 0.3))
+    assert (report.largest_group, list(report.splits)) == (1, ["train", "valid"])
+    assert json.loads(json.dumps(report.to_dict()))["splits"]["train"]["num_images"] == 6
 
 
 def test_real_set_with_augmented_copies(shared_data, tmp_path):

@@ -4,31 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from pycocotools import mask as coco_mask
 
 from sam3lora.evaluation.metrics.average_precision import average_precision, category_detections
-from sam3lora.evaluation.metrics.coco_map import MapResult, coco_map
+from sam3lora.evaluation.metrics.coco_map import MapResult
 
-SIDE = 60
+from .splits import map_of, rle
 
-
-def rle(x: int, y: int, side: int = 10) -> dict:
-    mask = np.zeros((SIDE, SIDE), np.uint8, order="F")
-    mask[y : y + side, x : x + side] = 1
-    return coco_mask.encode(mask)
-
-
-def measure(objects, hits, num_images: int, num_categories: int = 1) -> MapResult:
-    """Objects are (image, category, mask, iscrowd), hits (image, category, mask, score)."""
-    ground_truth = {
-        "images": [{"id": image, "height": SIDE, "width": SIDE} for image in range(num_images)],
-        "annotations": [
-            {"image_id": i, "category_id": c, "segmentation": mask, "iscrowd": crowd} for i, c, mask, crowd in objects
-        ],
-        "categories": [{"id": category, "name": f"c{category}"} for category in range(num_categories)],
-    }
-    predictions = [{"image_id": i, "category_id": c, "segmentation": mask, "score": s} for i, c, mask, s in hits]
-    return coco_map(ground_truth, predictions, bbox=False)
+NAMES = ("c0", "c1", "c2", "c3")
 
 
 def weighted(result: MapResult, weights=None) -> float | None:
@@ -53,19 +35,15 @@ def random_case(num_images: int = 12, num_categories: int = 4) -> tuple[list, li
     return [*objects, (0, 0, rle(20, 20, 40), 0)], [*hits, (0, 0, rle(20, 20, 40), 0.55)]
 
 
-def test_nothing_at_all_is_none():
-    assert weighted(measure([], [], 0)) is None
-    # detections alone: nothing to find
-    assert weighted(measure([], [(0, 0, rle(0, 0), 0.5)], 1)) is None
-
-
-def test_no_detections_is_zero():
-    assert weighted(measure([(0, 0, rle(0, 0), 0)], [], 1)) == 0
+def test_nothing_to_find_is_none_and_nothing_found_is_zero():
+    assert weighted(map_of([], [], 0)) is None
+    assert weighted(map_of([], [(0, 0, rle(0, 0), 0.5)], 1)) is None
+    assert weighted(map_of([(0, 0, rle(0, 0), 0)], [], 1)) == 0
 
 
 def test_equals_pycocotools_with_weights_of_one():
     objects, hits = random_case()
-    result = measure(objects, hits, 12, 4)
+    result = map_of(objects, hits, 12, NAMES)
     assert 0.1 < result.map < 0.9
     assert weighted(result) == pytest.approx(result.map, abs=1e-12)
     assert weighted(result, [1] * 12) == weighted(result)
@@ -89,13 +67,13 @@ def test_weights_are_repetitions_of_images(seed):
     source = np.repeat(np.arange(12), weights)
     again = [[(copy, *entry[1:]) for copy, i in enumerate(source) for entry in all_ if entry[0] == i]
              for all_ in (objects, hits)]  # fmt: skip
-    expected = measure(*again, len(source), 4).map
-    assert weighted(measure(objects, hits, 12, 4), weights) == pytest.approx(expected, abs=1e-12)
+    expected = map_of(*again, len(source), NAMES).map
+    assert weighted(map_of(objects, hits, 12, NAMES), weights) == pytest.approx(expected, abs=1e-12)
 
 
 def test_a_weight_of_zero_leaves_the_image_out():
     # image 0 is right, image 1 wrong with a better score, and only image 0 has an object
-    result = measure([(0, 0, rle(0, 0), 0)], [(0, 0, rle(0, 0), 0.5), (1, 0, rle(0, 0), 0.9)], 2)
+    result = map_of([(0, 0, rle(0, 0), 0)], [(0, 0, rle(0, 0), 0.5), (1, 0, rle(0, 0), 0.9)], 2)
     assert weighted(result, [1, 1]) == pytest.approx(0.5)
     assert weighted(result, [1, 0]) == pytest.approx(1)
     assert weighted(result, [1, 3]) == pytest.approx(0.25)
@@ -104,7 +82,7 @@ def test_a_weight_of_zero_leaves_the_image_out():
 
 def test_flags_by_hand():
     # scores fall across images; the crowd's detection is matched and ignored, the shifted one fails from IoU 0.7 on
-    result = measure(
+    result = map_of(
         [(0, 0, rle(0, 0), 0), (1, 0, rle(20, 20, 30), 1)],
         [(0, 0, rle(2, 0), 0.3), (1, 0, rle(22, 22), 0.8), (1, 0, rle(0, 0), 0.5)],
         3,

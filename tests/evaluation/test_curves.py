@@ -7,31 +7,10 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
-from pycocotools import mask as coco_mask
 
-from sam3lora.evaluation.metrics.coco_map import MapResult, coco_map
 from sam3lora.evaluation.metrics.curves import evaluation_curves
 
-SIDE = 60
-
-
-def rle(x: int, y: int, side: int = 10) -> dict:
-    mask = np.zeros((SIDE, SIDE), np.uint8, order="F")
-    mask[y : y + side, x : x + side] = 1
-    return coco_mask.encode(mask)
-
-
-def measure(objects, hits, num_images: int, names=("crack",)) -> MapResult:
-    """Objects are (image, category, mask, iscrowd), hits (image, category, mask, score)."""
-    ground_truth = {
-        "images": [{"id": image, "height": SIDE, "width": SIDE} for image in range(num_images)],
-        "annotations": [
-            {"image_id": i, "category_id": c, "segmentation": mask, "iscrowd": crowd} for i, c, mask, crowd in objects
-        ],
-        "categories": [{"id": category, "name": name} for category, name in enumerate(names)],
-    }
-    predictions = [{"image_id": i, "category_id": c, "segmentation": mask, "score": s} for i, c, mask, s in hits]
-    return coco_map(ground_truth, predictions, bbox=False)
+from .splits import map_of, rle
 
 
 def counts(**bins) -> list[int]:
@@ -40,14 +19,14 @@ def counts(**bins) -> list[int]:
 
 
 def test_nothing_at_all():
-    found = evaluation_curves(measure([], [], 0, names=()).evaluation)
+    found = evaluation_curves(map_of([], [], 0, names=()).evaluation)
     assert (found.precision_recall_50.mean, found.precision_recall_50.per_category) == (None, {})
     assert (found.detection_scores.right, found.best_scores.wrong) == (counts(), counts())
 
 
 def test_precision_over_recall():
     # two objects; right, wrong, right: precision 1 up to recall 0.5, then 2/3. At IoU 0.75 the last, moved by 2, fails
-    result = measure(
+    result = map_of(
         [(0, 0, rle(0, 0), 0), (0, 0, rle(20, 20), 0)],
         [(0, 0, rle(0, 0), 0.9), (0, 0, rle(40, 40), 0.8), (0, 0, rle(22, 20), 0.7)],
         1,
@@ -65,17 +44,18 @@ def test_area_under_the_curve_is_the_average_precision():
     names = ("crack", "hole")
     objects = [(0, 0, rle(0, 0), 0), (1, 0, rle(0, 0), 0), (1, 1, rle(20, 20), 0)]
     hits = [(0, 0, rle(3, 0), 0.4), (1, 0, rle(0, 0), 0.3), (0, 1, rle(0, 0), 0.9), (1, 1, rle(20, 21), 0.5)]
-    result = measure(objects, hits, 2, names)
+    result = map_of(objects, hits, 2, names)
     found = evaluation_curves(result.evaluation)
     assert 0 < result.map_75 < result.map_50 < 1
     assert np.mean(found.precision_recall_50.mean) == pytest.approx(result.map_50)
     assert np.mean(found.precision_recall_75.mean) == pytest.approx(result.map_75)
     for name in names:
         assert np.mean(found.precision_recall_50.per_category[name]) == pytest.approx(result.per_category[name].map_50)
+    assert json.loads(json.dumps(asdict(found))) == asdict(found)
 
 
 def test_scores_of_right_and_wrong_detections():
-    result = measure(
+    result = map_of(
         [(0, 0, rle(0, 0), 0), (0, 1, rle(0, 0), 0), (0, 0, rle(20, 20, 30), 1)],
         [
             (0, 0, rle(0, 0), 1.0),  # right, in the last bin
@@ -94,7 +74,7 @@ def test_scores_of_right_and_wrong_detections():
 
 def test_best_scores_of_present_and_absent_pairs():
     # image 0 present, 1 absent with two detections, 2 absent without, 3 a crowd only
-    result = measure(
+    result = map_of(
         [(0, 0, rle(0, 0), 0), (3, 0, rle(0, 0), 1)],
         [(0, 0, rle(30, 30), 0.62), (1, 0, rle(0, 0), 0.11), (1, 0, rle(9, 9), 0.33), (3, 0, rle(0, 0), 0.9)],
         4,
@@ -103,9 +83,3 @@ def test_best_scores_of_present_and_absent_pairs():
     # the best score of a pair counts, whether or not that detection is right
     assert found.right == counts(_12=1)
     assert found.wrong == counts(_6=1, _0=1)
-
-
-def test_curves_are_json():
-    result = measure([(0, 0, rle(0, 0), 0)], [(0, 0, rle(0, 0), 0.5)], 2)
-    curves = asdict(evaluation_curves(result.evaluation))
-    assert json.loads(json.dumps(curves)) == curves

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
-from pycocotools import mask as coco_mask
 
 from sam3lora.data.coco import CocoIndex
 from sam3lora.errors import UserError
@@ -15,44 +13,21 @@ from sam3lora.evaluation.metrics.cgf1_units import count_units, split_units
 from sam3lora.evaluation.metrics.ground_truth import build_ground_truth, prompted_categories
 from sam3lora.evaluation.metrics.saco import evaluate_saco
 
-H, W = 20, 30
+from .splits import hit, rle, truth
+
+BOX = [0, 0, 0.5, 0.5]
 
 
-def rle(x: int, y: int, side: int, size_hw=(H, W)) -> dict:
-    mask = np.zeros(size_hw, np.uint8, order="F")
-    mask[y : y + side, x : x + side] = 1
-    return {"size": list(size_hw), "counts": coco_mask.encode(mask)["counts"].decode()}
+def saco(objects=(), images=(1, 2), not_exhaustive=()) -> dict:
+    """An SA-Co file of one phrase; objects are (image id, segmentation) and optionally more keys."""
+    found = truth([(i, 1, s, {"bbox": BOX} | dict(*more)) for i, s, *more in objects], images, ("", "object"))
+    for image in found["images"]:
+        image |= {"text_input": "x", "is_instance_exhaustive": int(image["id"] not in not_exhaustive)}
+    return found | {"categories": found["categories"][1:]}
 
 
-def truth(annotated=(), images=(1, 2), not_exhaustive=()) -> dict:
-    """Annotations are (image id, segmentation) and optionally more keys."""
-    return {
-        "images": [
-            {
-                "id": i,
-                "height": H,
-                "width": W,
-                "text_input": "x",
-                "is_instance_exhaustive": int(i not in not_exhaustive),
-            }
-            for i in images
-        ],
-        "annotations": [
-            {"image_id": i, "category_id": 1, "segmentation": s, "bbox": [0, 0, 0.5, 0.5], "iscrowd": 0} | dict(*more)
-            for i, s, *more in annotated
-        ],
-        "categories": [{"id": 1, "name": "object"}],
-    }
-
-
-def hit(image: int, segmentation: dict, score: float = 0.9, category: int = 1) -> dict:
-    return {
-        "image_id": image,
-        "category_id": category,
-        "segmentation": segmentation,
-        "bbox": [0, 0, 0.5, 0.5],
-        "score": score,
-    }
+def answer(image: int, segmentation: dict, score: float = 0.9, category: int = 1) -> dict:
+    return hit(image, category, segmentation, score) | {"bbox": BOX}
 
 
 @pytest.fixture
@@ -71,41 +46,38 @@ def evaluate(tmp_path):
     return run
 
 
-def test_empty_files(evaluate):
-    assert evaluate([], truth(images=())).counts()["units_evaluated"] == 0
-
-
 def test_perfect_masks_and_boxes(evaluate):
-    ground_truth = truth([(1, rle(2, 2, 10))])
-    assert evaluate([hit(1, rle(2, 2, 10))], ground_truth).metrics()["cgF1"] > 0.999
+    ground_truth = saco([(1, rle(2, 2))])
+    assert evaluate([], saco(images=())).counts()["units_evaluated"] == 0
+    assert evaluate([answer(1, rle(2, 2))], ground_truth).metrics()["cgF1"] > 0.999
     # the boxes are equal, whatever the masks are
-    assert evaluate([hit(1, rle(15, 2, 10))], ground_truth).metrics()["cgF1"] == 0
-    assert evaluate([hit(1, rle(15, 2, 10))], ground_truth, iou_type="bbox").metrics()["cgF1"] > 0.999
+    assert evaluate([answer(1, rle(15, 2))], ground_truth).metrics()["cgF1"] == 0
+    assert evaluate([answer(1, rle(15, 2))], ground_truth, iou_type="bbox").metrics()["cgF1"] > 0.999
 
 
 def test_other_categories_are_dropped(evaluate):
     # neither an object to find nor a false positive
-    ground_truth = truth([(1, rle(2, 2, 10)), (1, rle(15, 2, 4), {"category_id": 7})])
-    counts = evaluate([hit(1, rle(2, 2, 10)), hit(2, rle(2, 2, 10), category=7)], ground_truth).counts()
+    ground_truth = saco([(1, rle(2, 2)), (1, rle(15, 2, 4), {"category_id": 7})])
+    counts = evaluate([answer(1, rle(2, 2)), answer(2, rle(2, 2), category=7)], ground_truth).counts()
     assert (counts["TPs"][0], counts["FPs"][0], counts["FNs"][0], counts["IL_TN"]) == (1, 0, 0, 1)
 
 
 def test_crowds_and_images_not_exhaustive_are_left_out(evaluate):
     # the crowd of image 1 is no target, and a detection in it is wrong; image 2 does not count at all
-    ground_truth = truth([(1, rle(2, 2, 10), {"iscrowd": 1}), (2, rle(2, 2, 10))], not_exhaustive=[2])
-    counts = evaluate([hit(1, rle(2, 2, 10)), hit(2, rle(15, 2, 3))], ground_truth).counts()
+    ground_truth = saco([(1, rle(2, 2), {"iscrowd": 1}), (2, rle(2, 2))], not_exhaustive=[2])
+    counts = evaluate([answer(1, rle(2, 2)), answer(2, rle(15, 2, 3))], ground_truth).counts()
     assert (counts["units_evaluated"], counts["IL_FP"], counts["FPs"][0], counts["FNs"][0]) == (1, 1, 1, 0)
 
 
 def test_annotators(evaluate):
     # image 1: the second annotator agrees; image 2 is exhaustive for one of them only
-    first = truth([(1, rle(15, 2, 10)), (2, rle(2, 2, 10))])
-    second = truth([(1, rle(2, 2, 10))], not_exhaustive=[2])
-    counts = evaluate([hit(1, rle(2, 2, 10))], first, second).counts()
+    first = saco([(1, rle(15, 2)), (2, rle(2, 2))])
+    second = saco([(1, rle(2, 2))], not_exhaustive=[2])
+    counts = evaluate([answer(1, rle(2, 2))], first, second).counts()
     assert (counts["units_evaluated"], counts["TPs"], counts["FPs"]) == (1, [1] * 10, [0] * 10)
 
 
-TRUTH = truth([(1, rle(2, 2, 10))])
+TRUTH = saco([(1, rle(2, 2))])
 
 
 @pytest.mark.parametrize(
@@ -116,18 +88,22 @@ TRUTH = truth([(1, rle(2, 2, 10))])
         ({}, [TRUTH], "expected a list"),
         ([], [[]], "without images, annotations, categories"),
         ([], [{"images": [], "annotations": []}], "without categories"),
-        ([], [TRUTH | {"images": [{"id": 1, "height": H, "width": W}]}], r"images\[0\] lacks is_instance_exhaustive"),
+        ([], [TRUTH | {"images": [{"id": 1, "height": 60, "width": 60}]}], r"images\[0\] lacks is_instance_exhaustive"),
         ([], [TRUTH | {"images": TRUTH["images"] * 2}], "4 images with 2 ids"),
-        ([], [truth([(5, rle(2, 2, 10))])], "image_id 5, which its images lack"),
-        ([], [TRUTH, truth(images=(1, 3))], r"different images \(2 in one only"),
+        ([], [saco([(5, rle(2, 2))])], "image_id 5, which its images lack"),
+        ([], [TRUTH, saco(images=(1, 3))], r"different images \(2 in one only"),
         ([], [], "no ground-truth file"),
         ([{"image_id": 1, "category_id": 1, "score": 1}], [TRUTH], r"predictions\[0\] lacks segmentation"),
-        ([hit(1, rle(2, 2, 5)), hit(9, rle(2, 2, 5))], [TRUTH], "of another split: .* lacks 1 of its image ids, 9 for"),
-        ([hit("1", rle(2, 2, 5))], [TRUTH], "image_id '1': expected an integer"),
-        ([hit(1, rle(2, 2, 5), score=float("nan"))], [TRUTH], "score nan"),
-        ([hit(1, rle(2, 2, 5, (W, H)))], [TRUTH], "mask of 30 x 20 pixels, its image has 20 x 30"),
-        ([hit(1, rle(2, 2, 5) | {"counts": "!"})], [TRUTH], r"predictions\[0\] has a damaged mask"),
-        ([hit(1, [[0, 0, 5, 0, 5, 5]])], [TRUTH], "as a compressed RLE, got list"),
+        (
+            [answer(1, rle(2, 2, 5)), answer(9, rle(2, 2, 5))],
+            [TRUTH],
+            "another split: .* lacks 1 of .*, 9 for",
+        ),
+        ([answer("1", rle(2, 2, 5))], [TRUTH], "image_id '1': expected an integer"),
+        ([answer(1, rle(2, 2, 5), score=float("nan"))], [TRUTH], "score nan"),
+        ([answer(1, rle(2, 2, 5, (60, 40)))], [TRUTH], "mask of 60 x 40 pixels, its image has 60 x 60"),
+        ([answer(1, rle(2, 2, 5) | {"counts": "!"})], [TRUTH], r"predictions\[0\] has a damaged mask"),
+        ([answer(1, [[0, 0, 5, 0, 5, 5]])], [TRUTH], "as a compressed RLE, got list"),
     ],
 )
 def test_wrong_files_are_refused(evaluate, predictions, ground_truths, message):
@@ -137,21 +113,16 @@ def test_wrong_files_are_refused(evaluate, predictions, ground_truths, message):
 
 def test_wrong_boxes_and_missing_files_are_refused(evaluate, tmp_path):
     with pytest.raises(UserError, match=r"expected \[x, y, width, height\]"):
-        evaluate([hit(1, rle(2, 2, 5)) | {"bbox": [0, 0, 1]}], TRUTH, iou_type="bbox")
+        evaluate([answer(1, rle(2, 2, 5)) | {"bbox": [0, 0, 1]}], TRUTH, iou_type="bbox")
     with pytest.raises(UserError, match=r"cannot read .*nowhere\.json"):
         evaluate_saco([tmp_path / "nowhere.json"], tmp_path / "pred.json")
 
 
-def split(annotated=(), images=(1,), categories=(1, 2)) -> dict:
-    """COCO ground truth; annotations are (image id, category id, segmentation, iscrowd)."""
-    return {
-        "images": [{"id": i, "height": H, "width": W} for i in images],
-        "annotations": [
-            {"image_id": i, "category_id": c, "segmentation": s, "bbox": [0, 0, 15, 15], "iscrowd": crowd}
-            for i, c, s, crowd in annotated
-        ],
-        "categories": [{"id": c, "name": str(c)} for c in categories],
-    }
+def split(objects=(), images=(1,), categories=2) -> dict:
+    """COCO ground truth of categories 1, 2, ...; objects are (image id, category id, segmentation, iscrowd)."""
+    found = [(i, c, s, {"bbox": [0, 0, 15, 15], "iscrowd": crowd}) for i, c, s, crowd in objects]
+    coco = truth(found, images, [str(number) for number in range(categories + 1)])
+    return coco | {"categories": coco["categories"][1:]}
 
 
 def cgf1_of(units, threshold=0.5):
@@ -167,8 +138,8 @@ def test_split_without_images_and_without_objects():
 
 
 def test_split_units_hold_sorted_detections_above_the_floor():
-    ground_truth = split([(1, 1, rle(2, 2, 10), 0), (1, 1, rle(15, 2, 5), 0)])
-    hits = [hit(1, rle(15, 2, 5), 0.3), hit(1, rle(2, 2, 10), 0.7), hit(1, rle(0, 0, 3), 0.049)]
+    ground_truth = split([(1, 1, rle(2, 2), 0), (1, 1, rle(15, 2, 5), 0)])
+    hits = [answer(1, rle(15, 2, 5), 0.3), answer(1, rle(2, 2), 0.7), answer(1, rle(0, 0, 3), 0.049)]
     units = split_units(ground_truth, hits, {(1, 1): True})
     assert units[1, 1].scores_D.tolist() == [0.7, 0.3]
     assert units[1, 1].iou_DT.tolist() == [[1, 0], [0, 1]]
@@ -181,18 +152,16 @@ def test_split_units_hold_sorted_detections_above_the_floor():
 def test_split_crowds():
     # category 1: an object beside a crowd, which is no target. 2: a crowd only. 3: an object without mask only, a crowd
     # in this dict. The last two are neither present nor absent.
-    crowd = (rle(15, 2, 10), 1)
-    ground_truth = split(
-        [(1, 1, rle(2, 2, 10), 0), (1, 1, *crowd), (1, 2, *crowd), (1, 3, *crowd)], categories=(1, 2, 3)
-    )
-    units = split_units(ground_truth, [hit(1, rle(15, 2, 10), category=2)], {(1, 1): True, (1, 2): None, (1, 3): True})
+    crowd = (rle(15, 2), 1)
+    ground_truth = split([(1, 1, rle(2, 2), 0), (1, 1, *crowd), (1, 2, *crowd), (1, 3, *crowd)], categories=3)
+    units = split_units(ground_truth, [answer(1, rle(15, 2), category=2)], {(1, 1): True, (1, 2): None, (1, 3): True})
     assert units.keys() == {(1, 1)}
     assert units[1, 1].iou_DT.shape == (0, 1)
 
 
 def test_split_categories_and_boxes():
-    ground_truth = split([(1, 1, rle(2, 2, 10), 0)])
-    hits = [hit(1, rle(2, 2, 10)) | {"bbox": [0, 0, 15, 15]}, hit(1, rle(2, 2, 10), category=2)]
+    ground_truth = split([(1, 1, rle(2, 2), 0)])
+    hits = [answer(1, rle(2, 2)) | {"bbox": [0, 0, 15, 15]}, answer(1, rle(2, 2), category=2)]
     units = split_units(ground_truth, hits, {(1, 1): True}, "bbox")
     assert cgf1_of(units).counts()["IL_FP"] == 1
     assert cgf1_of(units).counts()["TPs"] == [1] * 10
@@ -200,9 +169,9 @@ def test_split_categories_and_boxes():
 
 def test_split_refuses_predictions_of_another_split():
     with pytest.raises(UserError, match=r"image_id 9 and category_id 1.*another split"):
-        split_units(split(), [hit(9, rle(2, 2, 5))], {})
+        split_units(split(), [answer(9, rle(2, 2, 5))], {})
     with pytest.raises(UserError, match="category_id 5"):
-        split_units(split(), [hit(1, rle(2, 2, 5), category=5)], {})
+        split_units(split(), [answer(1, rle(2, 2, 5), category=5)], {})
 
 
 def test_annotations_as_predictions_are_perfect(shapes):

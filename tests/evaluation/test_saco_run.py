@@ -40,17 +40,17 @@ def ground_truth(tmp_path):
     return file
 
 
-def ask(file, base_folder, **changes):
-    models = Models(options={"model": str(base_folder), "device": "cpu"})
+def ask(file, small_base, **changes):
+    models = Models(options={"model": str(small_base), "device": "cpu"})
     settings = EvaluationSettings({"threshold": 0.0, "nms": "none"}, **changes)
     return ask_saco(file, file.parent, models, settings).by_label["base"]
 
 
-def test_phrases_of_an_image_share_a_vision_pass_and_come_back_by_entry(ground_truth, base_folder, monkeypatch):
+def test_phrases_of_an_image_share_a_vision_pass_and_come_back_by_entry(ground_truth, small_base, monkeypatch):
     prepared = []
     prepare = Engine.prepare_image
     monkeypatch.setattr(Engine, "prepare_image", lambda self, *args: prepared.append(1) or prepare(self, *args))
-    results = ask(ground_truth, base_folder)
+    results = ask(ground_truth, small_base)
     assert len(prepared) == 2
     assert {entry["image_id"] for entry in results} == {0, 3, 7}
     for entry in results:
@@ -65,28 +65,28 @@ def test_phrases_of_an_image_share_a_vision_pass_and_come_back_by_entry(ground_t
     assert scores[0] != scores[1]
 
 
-def test_results_are_what_the_evaluator_reads(ground_truth, base_folder, tmp_path):
+def test_results_are_what_the_evaluator_reads(ground_truth, small_base, tmp_path):
     file = tmp_path / "predictions.json"
-    file.write_text(json.dumps(ask(ground_truth, base_folder)))
+    file.write_text(json.dumps(ask(ground_truth, small_base)))
     counts = evaluate_saco([ground_truth], file).counts()
     # nothing is annotated, so every phrase is absent; what fires at 0.5 is a false alarm
     assert counts["units_evaluated"] == 3
     assert counts["IL_TN"] + counts["IL_FP"] == 3
 
 
-def test_the_first_image_files_only(ground_truth, base_folder):
-    assert {entry["image_id"] for entry in ask(ground_truth, base_folder, num_samples=1)} == {3, 7}
+def test_the_first_image_files_only(ground_truth, small_base):
+    assert {entry["image_id"] for entry in ask(ground_truth, small_base, num_samples=1)} == {3, 7}
 
 
-def test_missing_images_and_keys_are_named(ground_truth, base_folder):
+def test_missing_images_and_keys_are_named(ground_truth, small_base):
     (ground_truth.parent / "b.png").unlink()
     with pytest.raises(UserError, match=r"1 of its images are not in .*, e\.g\. b\.png"):
-        ask(ground_truth, base_folder)
+        ask(ground_truth, small_base)
     raw = json.loads(ground_truth.read_text())
     del raw["images"][1]["text_input"]
     ground_truth.write_text(json.dumps(raw))
     with pytest.raises(UserError, match=r"images\[1\] lacks text_input"):
-        ask(ground_truth, base_folder)
+        ask(ground_truth, small_base)
     ground_truth.write_text(json.dumps(raw | {"images": []}))
     with pytest.raises(UserError, match="lists no image"):
-        ask(ground_truth, base_folder)
+        ask(ground_truth, small_base)

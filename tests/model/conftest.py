@@ -112,11 +112,13 @@ def randomise_adapter(model: torch.nn.Module, seed: int = 2) -> None:
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
 
 
-def write_adapter(base: Path, folder: Path, *, targets=("q_proj",), components=("detr_decoder",), **metadata) -> Path:
+def write_adapter(
+    base: Path, folder: Path, *, seed: int = 2, targets=("q_proj",), components=("detr_decoder",), **metadata
+) -> Path:
     """An adapter on a base folder that does something, as after training."""
     loaded = load_base(str(base))
     model = apply_lora(loaded.model, LoraSettings(rank=2, components=components, target_modules=targets))
-    randomise_adapter(model)
+    randomise_adapter(model, seed)
     values = {"base_model": str(base), "base_fingerprint": loaded.fingerprint, "prompts": ["gear"]} | metadata
     return save_adapter(model, folder, AdapterMetadata(**values))
 

@@ -7,15 +7,13 @@ import json
 import shutil
 from copy import deepcopy
 
-import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sam3lora.config.post_processing import PostProcessing
-from sam3lora.engine.adapter_pool import AdapterPool
 from sam3lora.errors import UserError
 from sam3lora.model.adapter.folder import (
     list_adapters,
@@ -30,9 +28,8 @@ from sam3lora.model.components import COMPONENTS
 from sam3lora.model.fingerprint import fingerprint
 from sam3lora.model.publish.model_card import render_model_card
 
-from .conftest import RESOLUTION, largest_difference, make_inputs, make_sam3, outputs_of, randomise_adapter, save_base
+from .conftest import RESOLUTION, largest_difference, make_inputs, make_sam3, outputs_of, randomise_adapter
 
-EVERY = PostProcessing(threshold=0.0, nms="none")
 SETTINGS = LoraSettings(
     rank=2, components=COMPONENTS, target_modules=("q_proj", "fc1", "query_proj", "text_projection")
 )
@@ -115,52 +112,30 @@ def test_saving_is_reproducible(random_sam3, tmp_path):
 
 
 def test_other_base_is_refused(trained):
-    # Same architecture, other weights: both names and both fingerprints are in the message.
+    # Same architecture, other weights: both names and both fingerprints are in the message. The dtype does not matter.
     other = make_sam3(seed=9)
     other.name_or_path = "other/base"
     with pytest.raises(UserError, match=r"'some/base'.*fingerprint.*'other/base'.*fingerprint"):
         load_adapter(other, trained[0])
     assert not adapted_modules(other)
     assert load_adapter(other, trained[0], check_base=False)
-
-
-def test_base_is_recognised_in_bfloat16(trained):
-    # The fingerprint does not depend on the dtype the base is loaded in.
     assert load_adapter(make_sam3().to(torch.bfloat16), trained[0])
+    with pytest.raises(UserError, match="does not fit"):
+        load_adapter(nn.Sequential(nn.Linear(2, 2)), trained[0], check_base=False)
 
 
-def change_tensors(folder, change):
+def drop_a_tensor(folder):
     tensors = load_file(folder / "adapter_model.safetensors")
-    change(tensors)
+    del tensors[min(tensors)]
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def drop_one(tensors):
-    del tensors[min(tensors)]
-
-
-def add_one(tensors):
-    tensors["base_model.model.nowhere.lora_A.weight"] = torch.zeros(2, 2)
-
-
-def reshape_one(tensors):
-    tensors[min(tensors)] = torch.zeros(3, 3)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (drop_one, "lacks 1 tensors"),
-        (add_one, "has unexpected 1 tensors.*nowhere"),
-        (reshape_one, r"of shape \(3, 3\), the model needs"),
-    ],
-)
-def test_damaged_tensors_are_refused_and_the_model_is_left_alone(saved, change, message):
+def test_damaged_tensors_are_refused_and_the_model_is_left_alone(saved):
     # PEFT alone would warn at most, and compute something else.
-    change_tensors(saved[0], change)
+    drop_a_tensor(saved[0])
     model = make_sam3()
     before = outputs_of(model)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match="lacks 1 tensors"):
         load_adapter(model, saved[0])
     assert not adapted_modules(model)
     assert largest_difference(outputs_of(model), before) == 0
@@ -220,7 +195,7 @@ POST = PostProcessing(threshold=0.35, prompt_thresholds={"crack": 0.2}, nms_iou=
 
 
 @pytest.mark.parametrize("version", ["this", "earlier", "edited card", "without metadata"])
-def test_recording_post_processing(saved, version):
+def test_recording_post_processing(saved, version, tmp_path):
     # Metadata and model card agree afterwards; other values, also unknown ones, and edits of the card stay.
     folder, outputs, metadata = saved
     file, card = folder / "sam3lora.json", folder / "README.md"
@@ -247,19 +222,9 @@ def test_recording_post_processing(saved, version):
     if version == "edited card":
         assert card.read_text().startswith("# Mine\n\nHand-made.\n\n## Post-processing\n")
     assert largest_difference(outputs_of(load_adapter(make_sam3(), folder)[0], **make_inputs()), outputs) == 0
-
-
-def test_post_processing_is_recorded_in_adapters_only(tmp_path):
     with pytest.raises(UserError, match="no adapter folder"):
-        record_post_processing(tmp_path, POST)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_metadata_of_a_newer_minor_version(saved):
-    # Unknown keys are ignored, so that fields can be added.
-    file = saved[0] / "sam3lora.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"colour": "blue"}))
-    assert read_metadata(saved[0]) == saved[2]
+        record_post_processing(tmp_path / "runs", POST)
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["best"]
 
 
 @pytest.mark.parametrize("exchange", [True, False])
@@ -311,22 +276,16 @@ def test_half_written_folders_are_never_chosen(saved):
         load_adapter(make_sam3(), root / "copying")
 
 
-def test_other_folders_are_not_overwritten(random_sam3, tmp_path):
-    # Saving to a folder with someone's data would delete it.
+def test_what_must_not_be_saved(random_sam3, tmp_path):
+    # Saving to a folder with someone's data would delete it; best/ must never hold NaN.
     (tmp_path / "photo.jpg").write_text("precious")
     model, metadata = train(random_sam3)
     with pytest.raises(UserError, match="no adapter folder"):
         save_adapter(model, tmp_path, metadata)
-    assert (tmp_path / "photo.jpg").exists()
-
-
-def test_adapter_that_diverged_is_not_saved(random_sam3, tmp_path):
-    # best/ must never hold NaN.
-    model, metadata = train(random_sam3)
     next(p for name, p in model.named_parameters() if ".lora_B." in name).data.fill_(float("nan"))
     with pytest.raises(ValueError, match="NaN or infinite"):
         save_adapter(model, tmp_path / "best", metadata)
-    assert not (tmp_path / "best").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["photo.jpg"]
 
 
 def test_several_adapters_on_one_base(saved, tmp_path):
@@ -336,7 +295,7 @@ def test_several_adapters_on_one_base(saved, tmp_path):
     second, second_outputs = save_adapter(model, tmp_path / "second", metadata), outputs_of(model, **make_inputs())
     shared, _ = load_adapter(make_sam3(), first, adapter_name="cracks")
     shared, _ = load_adapter(shared, second, adapter_name="holes")
-    change_tensors(second, drop_one)
+    drop_a_tensor(second)
     with pytest.raises(UserError, match="lacks 1 tensors"):
         load_adapter(shared, second, adapter_name="broken")
     assert set(shared.peft_config) == {"cracks", "holes"}
@@ -347,41 +306,6 @@ def test_several_adapters_on_one_base(saved, tmp_path):
         load_adapter(shared, first, adapter_name="holes")
     again = save_adapter(shared, tmp_path / "again", adapter_name="holes")
     assert (again / "adapter_model.safetensors").is_file()  # flat, whatever the name
-
-
-@pytest.mark.parametrize("order", [("whole", "plain"), ("plain", "whole")])
-def test_adapters_with_modules_to_save_load_in_any_order(random_sam3, tmp_path, order):
-    # Such an adapter brings its own copy of a module; the base's stays, and is the one that the others expect.
-    for module in random_sam3.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)  # so that every adapter shows in the scores
-    base_path = str(save_base(tmp_path / "base", random_sam3))
-    config = LoraConfig(r=2, target_modules=["fc1"], modules_to_save=["text_proj"])
-    metadata = AdapterMetadata(base_model=base_path, base_fingerprint=fingerprint(random_sam3))
-    whole = get_peft_model(deepcopy(random_sam3), config)
-    whole.base_model.model.dot_product_scoring.text_proj.modules_to_save["default"].weight.data *= -1
-    plain = train(random_sam3)[0]
-    folders = {"plain": save_adapter(plain, tmp_path / "plain", metadata)}
-    folders["whole"] = save_adapter(whole, tmp_path / "whole", metadata)
-
-    def scores(pool, label):
-        image = np.arange(60 * 80 * 3, dtype=np.uint8).reshape(60, 80, 3)
-        return pool.detect([image], ["crack"], adapter=label, post=EVERY, masks=False)[0][0].scores
-
-    shared = AdapterPool(adapters={label: folders[label] for label in order}, device="cpu")
-    expected = {None: scores(AdapterPool(base_path, device="cpu"), None)}
-    for label, folder in folders.items():
-        expected[label] = scores(AdapterPool(adapters={label: folder}, device="cpu"), label)
-        assert not np.allclose(expected[label], expected[None], atol=1e-3)
-    for label in ("whole", None, "plain", "whole", "plain", None):
-        np.testing.assert_allclose(scores(shared, label), expected[label], atol=1e-6)
-    assert fingerprint(shared.base.model) == metadata.base_fingerprint
-
-
-def test_adapter_for_another_architecture(trained):
-    # No module of that name.
-    with pytest.raises(UserError, match="does not fit"):
-        load_adapter(nn.Sequential(nn.Linear(2, 2)), trained[0], check_base=False)
 
 
 def test_any_torch_model(tmp_path):

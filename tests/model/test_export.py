@@ -55,29 +55,18 @@ np.savez(numbers, **inputs, **found)
 
 
 @pytest.fixture(scope="module")
-def adapter(base_folder, tmp_path_factory) -> Path:
+def adapter(small_base, tmp_path_factory) -> Path:
     """Linear and Conv2d layers of every component, at half of the base's resolution; read only."""
     folder = tmp_path_factory.mktemp("adapter") / "best"
     post = PostProcessing(threshold=0)
     return write_adapter(
-        base_folder, folder, targets=TARGETS, components=COMPONENTS, resolution=112, post_processing=post
+        small_base, folder, targets=TARGETS, components=COMPONENTS, resolution=56, post_processing=post
     )
 
 
 @pytest.fixture(scope="module")
 def report(adapter, tmp_path_factory):
     return merge_adapter(adapter, tmp_path_factory.mktemp("merged") / "model")
-
-
-@pytest.fixture(scope="module")
-def small_adapter(small_base, tmp_path_factory) -> Path:
-    """On the smallest base, for what does not depend on the model; read only."""
-    return write_adapter(small_base, tmp_path_factory.mktemp("small") / "best")
-
-
-@pytest.fixture(scope="module")
-def small_report(small_adapter, tmp_path_factory):
-    return merge_adapter(small_adapter, tmp_path_factory.mktemp("small-merged") / "model")
 
 
 @pytest.fixture
@@ -94,32 +83,38 @@ def files_in(folder: Path) -> list[str]:
 # ---- the merged model -----------------------------------------------------------------------------------------------
 
 
-def test_report_and_folder(report, adapter, base):
-    # Every output agrees, the report counts what was merged, and nothing but the folder itself is left behind.
+def test_report_and_folder(report, adapter):
+    # Every output agrees, the report counts what was merged, and nothing but the folder itself is left behind. It is a
+    # base model like any other, at the adapter's resolution, and says what it was made of.
     assert set(report.differences) == {"logits", "presence", "boxes", "masks"}
     assert all(item.relative <= TOLERANCE and item.scale > 0 for item in report.differences.values())
-    assert report.num_modules == len(
-        adapted_modules(PeftModel.from_pretrained(load_base(base.name).model, str(adapter)))
-    )
+    metadata, loaded = read_metadata(report.folder), load_base(str(report.folder))
+    plain = PeftModel.from_pretrained(load_base(metadata.base_model).model, str(adapter))
+    assert report.num_modules == len(adapted_modules(plain))
     assert report.check == "the merged files against base plus adapter"
     assert files_in(report.folder.parent) == ["model"]
     weights = report.folder / "model.safetensors"
     assert report.size_mb == pytest.approx(weights.stat().st_size / 1e6)
     assert weights.stat().st_mode & 0o777 == (report.folder / "config.json").stat().st_mode & 0o777
+    assert (loaded.resolution, adapted_modules(loaded.model)) == (56, ())
+    assert (metadata.prompts, metadata.resolution) == (["gear"], 56)
+    assert metadata.base_fingerprint == read_metadata(adapter).base_fingerprint != loaded.fingerprint
+    assert is_merged_folder(report.folder)
+    assert not is_merged_folder(adapter)
 
 
-def test_transformers_alone_gives_the_same_numbers(report, adapter, base_folder, picture, tmp_path):
+def test_transformers_alone_gives_the_same_numbers(report, adapter, small_base, picture, tmp_path):
     # In a process without peft and this package: all keys are there and no others, the processor has the adapter's
     # resolution, and the outputs are those of PEFT on the base, and not those of the base.
     numbers = tmp_path / "numbers.npz"
     subprocess.run([sys.executable, "-c", ALONE, str(report.folder), str(picture), str(numbers)], check=True)
     found = {name: torch.from_numpy(value) for name, value in np.load(numbers).items()}
     inputs = {name: value for name, value in found.items() if name not in OUTPUTS}
-    assert inputs["pixel_values"].shape == (1, 3, 112, 112)
+    assert inputs["pixel_values"].shape == (1, 3, 56, 56)
 
-    config = Sam3Config.from_pretrained(base_folder)
-    config.image_size = 112
-    plain = Sam3Model.from_pretrained(base_folder, config=config, dtype=torch.float32).eval()
+    config = Sam3Config.from_pretrained(small_base)
+    config.image_size = 56
+    plain = Sam3Model.from_pretrained(small_base, config=config, dtype=torch.float32).eval()
     with torch.no_grad():
         untaught = plain(**inputs)
         expected = PeftModel.from_pretrained(plain, str(adapter)).eval()(**inputs)
@@ -129,18 +124,6 @@ def test_transformers_alone_gives_the_same_numbers(report, adapter, base_folder,
         assert (found[name] - untaught[name]).abs().max() > 1e-2 * scale, name
 
 
-def test_own_loader_reads_it(report, adapter):
-    # It is a base model like any other, at the adapter's resolution, and says what it was made of.
-    loaded = load_base(str(report.folder))
-    assert loaded.resolution == 112
-    assert not adapted_modules(loaded.model)
-    metadata = read_metadata(report.folder)
-    assert (metadata.prompts, metadata.resolution) == (["gear"], 112)
-    assert metadata.base_fingerprint == read_metadata(adapter).base_fingerprint != loaded.fingerprint
-    assert is_merged_folder(report.folder)
-    assert not is_merged_folder(adapter)
-
-
 def test_code_of_the_card_runs(report, picture, monkeypatch, capsys):
     # The model card's lines can be pasted; they add the padding box, as the adapter was trained with the CLS token.
     card = (report.folder / "README.md").read_text()
@@ -148,7 +131,7 @@ def test_code_of_the_card_runs(report, picture, monkeypatch, capsys):
     assert "torch.full((1, 1, 4), -10.0)" in code
     code = code.replace("PATH_OF_THIS_FOLDER", str(report.folder)).replace("image.jpg", str(picture))
     exec(code, {})
-    assert "torch.Size([32, 60, 90])" in capsys.readouterr().out
+    assert "torch.Size([8, 60, 90])" in capsys.readouterr().out
 
 
 def test_without_geometry_cls(small_base, tmp_path):
@@ -159,26 +142,25 @@ def test_without_geometry_cls(small_base, tmp_path):
     assert read_metadata(report.folder).geometry_cls is False
 
 
-def test_bfloat16(small_adapter, small_report, tmp_path):
+def test_bfloat16(adapter, report, tmp_path):
     # The comparison is of the weights before the cast, and the report says so; what is written are these weights, cast.
-    exact = small_report
-    report = merge_adapter(small_adapter, tmp_path / "half", dtype="bfloat16")
-    assert "before their cast to bfloat16" in report.check
-    assert report.differences == exact.differences
-    half, full = (load_file(item.folder / "model.safetensors") for item in (report, exact))
+    cast = merge_adapter(adapter, tmp_path / "half", dtype="bfloat16")
+    assert "before their cast to bfloat16" in cast.check
+    assert cast.differences == report.differences
+    half, full = (load_file(item.folder / "model.safetensors") for item in (cast, report))
     assert half.keys() == full.keys()
     assert all(torch.equal(tensor, full[name].to(torch.bfloat16)) for name, tensor in half.items())
-    assert json.loads((report.folder / "config.json").read_text())["dtype"] == "bfloat16"
-    assert Sam3Processor.from_pretrained(report.folder).image_processor.image_mean == (0.4, 0.5, 0.6)
+    assert json.loads((cast.folder / "config.json").read_text())["dtype"] == "bfloat16"
+    assert Sam3Processor.from_pretrained(cast.folder).image_processor.image_mean == (0.4, 0.5, 0.6)
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("spoiled", ["merge", "merge to nan", "file"])
-def test_wrong_merge_leaves_nothing(small_adapter, small_report, tmp_path, monkeypatch, spoiled):
+def test_wrong_merge_leaves_nothing(adapter, report, tmp_path, monkeypatch, spoiled):
     # A merge that is slightly off, or not finite, or written wrong, fails with figures; an earlier model stays.
-    earlier = shutil.copytree(small_report.folder, tmp_path / "merged")
+    earlier = shutil.copytree(report.folder, tmp_path / "merged")
     merge, save = LoraModel.merge_and_unload, Sam3Model.save_pretrained
 
     def wrong_merge(self, *args, **kwargs):
@@ -197,68 +179,60 @@ def test_wrong_merge_leaves_nothing(small_adapter, small_report, tmp_path, monke
         monkeypatch.setattr(LoraModel, "merge_and_unload", wrong_merge)
     for output in ("merged", "new"):
         with pytest.raises(RunFailed, match=r"logits \S+ of .*masks \S+ of"):
-            merge_adapter(small_adapter, tmp_path / output)
+            merge_adapter(adapter, tmp_path / output)
     assert files_in(tmp_path) == ["merged"]
     weights = "model.safetensors"
-    assert (earlier / weights).read_bytes() == (small_report.folder / weights).read_bytes()
+    assert (earlier / weights).read_bytes() == (report.folder / weights).read_bytes()
 
 
-def test_other_base_is_refused(small_adapter, tmp_path):
-    # The same architecture with other weights.
+def test_base_must_be_named_and_the_right_one(adapter, small_base, copied, tmp_path):
+    # The same architecture with other weights; PEFT's own folders name no base that can be checked.
     other = save_base(tmp_path / "other", make_sam3(seed=9))
     with pytest.raises(UserError, match="was trained on the base"):
-        merge_adapter(small_adapter, tmp_path / "merged", model=str(other))
-    assert files_in(tmp_path) == ["other"]
-
-
-def test_base_of_a_plain_adapter_must_be_named(small_base, copied, tmp_path):
-    # PEFT's own folders name no base that can be checked.
-    adapter = copied
-    (adapter / "sam3lora.json").unlink()
+        merge_adapter(adapter, tmp_path / "merged", model=str(other))
+    (copied / "sam3lora.json").unlink()
     with pytest.raises(UserError, match="--model"):
-        merge_adapter(adapter, tmp_path / "merged")
-    report = merge_adapter(adapter, tmp_path / "merged", model=str(small_base))
+        merge_adapter(copied, tmp_path / "merged")
+    report = merge_adapter(copied, tmp_path / "merged", model=str(small_base))
     assert (report.base_model, report.resolution) == (str(small_base), RESOLUTION)
+    assert files_in(tmp_path) == ["merged", "other", "run"]
 
 
 @pytest.mark.parametrize("function", [merge_adapter, copy_adapter])
-def test_other_folders_are_not_overwritten(function, small_adapter, small_base, tmp_path):
+def test_other_folders_are_not_overwritten(function, adapter, small_base, tmp_path):
     # Neither a folder with other things, nor a file, nor a base model.
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    for output in (tmp_path / "mine", tmp_path / "mine" / "thesis.txt", small_base, small_adapter.parent):
+    for output in (tmp_path / "mine", tmp_path / "mine" / "thesis.txt", small_base, adapter.parent):
         with pytest.raises(UserError, match="exists and is no"):
-            function(small_adapter, output)
+            function(adapter, output)
     assert files_in(tmp_path / "mine") == ["thesis.txt"]
 
 
-def test_merging_over_the_base_is_refused(small_report, tmp_path):
+def test_merging_over_the_base_is_refused(report, tmp_path):
     # A merged model may be a base in turn; its adapters would lose it.
-    first = small_report.folder
+    first = report.folder
     second = write_adapter(first, tmp_path / "second")
     with pytest.raises(UserError, match="is the base model itself"):
         merge_adapter(second, first)
     with pytest.raises(UserError, match="merged model already"):
         merge_adapter(first, tmp_path / "third")
-
-
-def test_unknown_dtype(small_adapter, tmp_path):
     with pytest.raises(UserError, match="float32 or bfloat16"):
-        merge_adapter(small_adapter, tmp_path / "merged", dtype="float16")
+        merge_adapter(second, tmp_path / "third", dtype="float16")
 
 
 # ---- copies ---------------------------------------------------------------------------------------------------------
 
 
-def test_copy_is_the_adapter(small_adapter, tmp_path):
+def test_copy_is_the_adapter(adapter, tmp_path):
     # Into an empty folder and over an adapter: the same files, byte for byte, and no others.
     target = tmp_path / "deep" / "copy"
     target.mkdir(parents=True)
     for _ in range(2):
-        assert copy_adapter(small_adapter, target) == target
-        assert files_in(target) == files_in(small_adapter)
+        assert copy_adapter(adapter, target) == target
+        assert files_in(target) == files_in(adapter)
     assert files_in(target.parent) == ["copy"]
-    for file in small_adapter.iterdir():
+    for file in adapter.iterdir():
         assert (target / file.name).read_bytes() == file.read_bytes()
     with pytest.raises(UserError, match="another place"):
         copy_adapter(target, target)
@@ -277,9 +251,9 @@ def cut_weights(folder: Path) -> None:
 
 
 @pytest.fixture
-def copied(small_adapter, tmp_path) -> Path:
+def copied(adapter, tmp_path) -> Path:
     """An adapter folder that a test may damage."""
-    return copy_adapter(small_adapter, tmp_path / "run" / "best")
+    return copy_adapter(adapter, tmp_path / "run" / "best")
 
 
 @pytest.fixture
@@ -292,9 +266,9 @@ def no_network(monkeypatch):
 
 
 @pytest.mark.parametrize("merged", [False, True])
-def test_dry_run_uses_no_network(merged, small_adapter, report, no_network):
+def test_dry_run_uses_no_network(merged, adapter, report, no_network):
     # Files, sizes and the head of the card, for an adapter and a merged model; hidden files stay here.
-    folder = report.folder if merged else small_adapter
+    folder = report.folder if merged else adapter
     upload = push_adapter(folder, "me/gears", dry_run=True)
     assert upload.files == {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
     assert upload.card_head.startswith("---\nlibrary_name: " + ("transformers" if merged else "peft"))
@@ -320,12 +294,6 @@ def test_unfit_folder_is_refused(copied, damage, message):
     damage(copied)
     with pytest.raises(UserError, match=message):
         push_adapter(copied, "me/gears", dry_run=True)
-
-
-@pytest.mark.parametrize("repo_id", ["gears", "me/gears/best", "me/ge ars"])
-def test_malformed_name_is_refused(small_adapter, repo_id):
-    with pytest.raises(UserError, match=r"hub name"):
-        push_adapter(small_adapter, repo_id, dry_run=True)
 
 
 class FakeHub:
@@ -375,28 +343,31 @@ def test_upload(copied, hub):
     assert list(chosen) == sorted(upload.files) == sorted(set(files_in(copied)) - {".env", ".git"})
 
 
-def test_public_repository_is_not_filled_unasked(small_adapter, hub):
+def test_public_repository_is_not_filled_unasked(adapter, hub):
     # The hub ignores `private` for a repository that exists.
     hub.is_private = False
     with pytest.raises(UserError, match="exists and is public"):
-        push_adapter(small_adapter, "me/gears", token="hf_mine")
+        push_adapter(adapter, "me/gears", token="hf_mine")
     assert "upload" not in hub.calls
-    push_adapter(small_adapter, "me/gears", token="hf_mine", private=False)
+    push_adapter(adapter, "me/gears", token="hf_mine", private=False)
     assert hub.calls["create"]["private"] is False
     assert "upload" in hub.calls
 
 
-def test_no_token_no_network_no_access(small_adapter, hub, monkeypatch):
+def test_malformed_name_no_token_no_network_no_access(adapter, hub, monkeypatch):
     # Each says what to do, and nothing is uploaded.
+    for malformed in ("gears", "me/gears/best", "me/ge ars"):
+        with pytest.raises(UserError, match="hub name"):
+            push_adapter(adapter, malformed, dry_run=True)
     with pytest.raises(UserError, match="hf auth login"):
-        push_adapter(small_adapter, "me/gears")
+        push_adapter(adapter, "me/gears")
     hub.error = ConnectionError("no route")
     with pytest.raises(UserError, match=r"could not reach the hub.*no route"):
-        push_adapter(small_adapter, "me/gears", token="hf_mine")
+        push_adapter(adapter, "me/gears", token="hf_mine")
     hub.error = HfHubHTTPError("403 Forbidden", response=types.SimpleNamespace(headers={}, request=None))
     with pytest.raises(UserError, match=r"write access.*403"):
-        push_adapter(small_adapter, "me/gears", token="hf_mine")
+        push_adapter(adapter, "me/gears", token="hf_mine")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="HF_HUB_OFFLINE"):
-        push_adapter(small_adapter, "me/gears", token="hf_mine")
+        push_adapter(adapter, "me/gears", token="hf_mine")
     assert "upload" not in hub.calls

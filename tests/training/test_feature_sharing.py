@@ -26,13 +26,12 @@ from .feature_cases import (
     OFF,
     ON_DISK,
     arrays,
-    assert_equal,
     counts_of,
-    lines_of,
-    passes_of,
+    feature_files,
     record_decoding,
     step_of,
 )
+from .run_folder import assert_equal, lines_of, passes_of
 from .two_workers import make_trainer
 
 # ---- frames ----------------------------------------------------------------------------------------------------------
@@ -159,7 +158,7 @@ def test_waiting_for_another_runs_image(make_config, cache_folder, monkeypatch):
     # One of two images is being made elsewhere: the other is made first, then that one is read, not made.
     worker = make_trainer(make_config(FROZEN, ON_DISK))
     step_of(worker)
-    [first, second] = [file for file in cache_folder.glob("??/*.npy") if np.load(file).shape != (32,)]
+    [first, second] = feature_files(cache_folder)
     elsewhere = shutil.move(second, cache_folder / "elsewhere")
     first.unlink()
     key = second.parent.name + second.stem

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -15,6 +11,7 @@ from sam3lora.model.staged.forward import StagedSam3
 from sam3lora.training import validator as module
 from sam3lora.training.validator import LOGGED, evaluation_settings, validation_metrics
 
+from .changed_scenes import rewritten, without_objects
 from .two_workers import make_trainer
 
 BF16 = "training.mixed_precision=bf16"
@@ -34,25 +31,10 @@ def asked(monkeypatch) -> list[tuple[int, list[str]]]:
     return calls
 
 
-def rewritten(scenes: Path, folder: Path, change) -> Path:
-    """The data set with changed annotations of its validation split."""
-    shutil.copytree(scenes, folder)
-    file = folder / "valid" / "_annotations.coco.json"
-    content = json.loads(file.read_text())
-    change(content)
-    file.write_text(json.dumps(content))
-    return folder
-
-
 def only_crowds_in_the_first_image(content: dict) -> None:
     first = content["images"][0]["id"]
     for annotation in content["annotations"]:
         annotation["iscrowd"] = int(annotation["image_id"] == first)
-
-
-def without_objects_in_the_first_image(content: dict) -> None:
-    first = content["images"][0]["id"]
-    content["annotations"] = [a for a in content["annotations"] if a["image_id"] != first]
 
 
 def test_numbers_are_those_of_validate(make_config, scenes, tmp_path):
@@ -71,7 +53,7 @@ def test_numbers_are_those_of_validate(make_config, scenes, tmp_path):
 
 def test_images_without_a_loss_are_measured(make_config, scenes, tmp_path, asked):
     # Absence is not known and nothing is listed as absent: an image without objects has no loss, but can be wrong.
-    data_dir = rewritten(scenes, tmp_path / "data", without_objects_in_the_first_image)
+    data_dir = rewritten(scenes, tmp_path / "data", without_objects(1))
     trainer = make_trainer(make_config("data.exhaustive=false", data_dir=str(data_dir), num_negatives=0))
     assert len(trainer.data.valid) == 2
     validation_metrics(trainer)
