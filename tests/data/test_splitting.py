@@ -137,7 +137,8 @@ def test_existing_splits_are_joined(tmp_path):
     write_pictures(tmp_path / "in" / "train", {f"{seed}.png": texture(seed) for seed in range(6)})
     write_pictures(tmp_path / "in" / "valid", {f"{seed}.png": texture(seed + 50) for seed in range(4)}, ("hole",))
     report = split_folder(tmp_path / "in", tmp_path / "out", fractions=(0.5, 0.5))
-    assert sum(split["num_images"] for split in report.splits.values()) == 10
+    assert [split["num_images"] for split in report.splits.values()] == [5, 5]
+    assert "of the images, not" not in printed(report)
     assert Counter(report.splits["train"]["categories"]) + Counter(report.splits["valid"]["categories"]) == {
         "crack": 6,
         "hole": 4,
