@@ -25,8 +25,8 @@ def test_next_steps_are_commands_that_exist():
 
 
 @pytest.mark.slow
-def test_whole_demo_and_again_in_the_same_folder(tmp_path: Path, base_folder: Path, capsys):
-    overrides = [f"model.name={base_folder}", "training.num_epochs=2", "scaling.num_workers=0"]
+def test_whole_demo_and_again_in_the_same_folder(tmp_path: Path, small_base: Path, capsys):
+    overrides = [f"model.name={small_base}", "training.num_epochs=2", "scaling.num_workers=0"]
     for number in (6, 5):
         report = run_demo(tmp_path / "a b's", num_train=number, num_valid=3, overrides=overrides)
     folder = report.parent
