@@ -15,7 +15,7 @@ from sam3lora.config.post_processing import PostProcessing
 from sam3lora.engine.adapter_pool import AdapterPool
 from sam3lora.engine.detections import BoxPrompt, Detections
 from sam3lora.engine.engine import Engine, PromptedImage
-from sam3lora.engine.pixels import to_pixel_values
+from sam3lora.engine.features import to_pixel_values
 from sam3lora.errors import UserError
 from sam3lora.model.adapter.folder import load_adapter, save_adapter
 from sam3lora.model.adapter.lora_layers import LoraSettings, apply_lora
