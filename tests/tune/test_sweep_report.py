@@ -7,8 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from sam3lora.tune.report.charted_trials import ChartedTrials
-from sam3lora.tune.report.charts import learning_curves, progress_chart, size_chart
+from sam3lora.tune.report.charts import ChartedTrials, learning_curves, progress_chart, size_chart
 from sam3lora.tune.report.parallel_coordinates import parallel_coordinates
 from sam3lora.tune.report.sentences import held_out_sentence, short_names
 from sam3lora.tune.report.sweep_page import render_sweep
