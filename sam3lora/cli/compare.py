@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from sam3lora.cli import evaluation_options as options
-from sam3lora.cli import post_processing_options as post_options
-from sam3lora.cli.output_paths import check_output_folder
+from sam3lora.cli import shared_options as post_options
+from sam3lora.cli.shared_options import check_output_folder
 from sam3lora.errors import UserError
 
 

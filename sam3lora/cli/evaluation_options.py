@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sam3lora.cli.post_processing_options import check_merge_iou
+from sam3lora.cli.shared_options import check_merge_iou
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.errors import UserError
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sam3lora.cli import post_processing_options as options
-from sam3lora.cli.output_paths import nearest_existing
+from sam3lora.cli import shared_options as options
+from sam3lora.cli.shared_options import nearest_existing
 from sam3lora.cluster import check_job_path
 from sam3lora.errors import UserError
 

@@ -48,8 +48,8 @@ def serve(
     """
     settings = _settings(config, adapters, model, resolution, replicas, gpus)
     _check_port(host, port)
-    from serve_app.environment import prepare_environment
     from serve_app.http.auth import keys_from_environment
+    from serve_app.settings import prepare_environment
 
     prepare_environment(haproxy=haproxy)
     has_keys = bool(keys_from_environment(settings.api_keys_variable))

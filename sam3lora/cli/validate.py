@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 import typer
 
 from sam3lora.cli import evaluation_options as options
-from sam3lora.cli import post_processing_options as post_options
-from sam3lora.cli.output_paths import check_output_folder
+from sam3lora.cli import shared_options as post_options
+from sam3lora.cli.shared_options import check_output_folder
 from sam3lora.errors import UserError
 
 MOST = 10**6
@@ -129,7 +129,7 @@ def validate(
     results = evaluate_models(folder, models, settings, num_workers=num_workers, address=address, progress=True)
     save_validation(results, output)
     if save_threshold:
-        from sam3lora.evaluation.best_threshold import record_best_threshold
+        from sam3lora.evaluation.report.saving import record_best_threshold
 
         for metrics in results:
             if metrics.label in adapters:

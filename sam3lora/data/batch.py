@@ -145,7 +145,7 @@ def to_pixel_values(
 ) -> Tensor:
     """Normalised images (I, 3, S, S) on `device` of uint8 (I, S, S, 3): (x / 255 - mean) / std, computed in float32.
 
-    The same bits as `sam3lora.engine.pixels.to_pixel_values`, so that training, metrics and inference agree.
+    The same bits as `sam3lora.engine.features.to_pixel_values`, so that training, metrics and inference agree.
 
     Args:
         image_mean: Per channel, of pixels in [0, 1].

@@ -22,9 +22,8 @@ from sam3lora.config.loss import LossSection
 
 from .masks import PointSampling, mask_loss_sums, semantic_loss_sums, union_of_masks
 from .matching import HungarianCost, Matches, OneToManyRule, Pairs, PendingMatches, begin_match
-from .normalizer import Normalizer
 from .targets import Predictions, Targets
-from .terms import box_terms, iabce_term, presence_term, visible_queries
+from .terms import Normalizer, box_terms, iabce_term, presence_term, visible_queries
 
 
 @dataclass

@@ -15,8 +15,7 @@ from sam3lora.errors import UserError
 from sam3lora.files import write_whole
 from sam3lora.training.checkpoints import check_settings, list_checkpoints, read_state
 from sam3lora.training.follow import follow
-from sam3lora.training.metrics_log import METRICS_FILE, read_metrics
-from sam3lora.training.plots import write_plots
+from sam3lora.training.metrics_log import METRICS_FILE, read_metrics, write_plots
 
 logger = logging.getLogger(__name__)
 

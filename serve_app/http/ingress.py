@@ -1,4 +1,4 @@
-"""The HTTP routes of the service, from a request to its response, independent of Ray."""
+"""The HTTP routes and pages of the service, from a request to its response, independent of Ray."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.responses import FileResponse, Response
+from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
 
 from sam3lora import __version__
 from sam3lora.config.post_processing import PostProcessing
@@ -28,7 +31,6 @@ from serve_app.http.formats import is_costly, is_quick, prompt_response
 from serve_app.http.openapi import TITLE, describe, operation
 from serve_app.http.requests import IMAGE_ID_PREFIX, check_segment, check_upload, to_call
 from serve_app.http.schemas import AdaptersResponse, ImageResponse, ImageSize, SegmentResponse, StatusResponse
-from serve_app.http.web import add_pages
 from serve_app.metrics import CONTENT_TYPE, IngressMetrics, StageClock, merge
 from serve_app.settings import ServeSettings
 
@@ -220,3 +222,35 @@ def _value(answer: T | ServeError) -> T:
 
 def _json(text: str) -> Response:
     return Response(text, media_type="application/json", headers={"Cache-Control": "no-store"})
+
+
+STATIC = Path(__file__).parent.parent / "static"
+_CHECK_ALWAYS = {"Cache-Control": "no-cache"}  # browsers ask each time, and get 304 for an unchanged file
+
+
+class _Files(StaticFiles):
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        response = await super().get_response(path, scope)
+        response.headers.update(_CHECK_ALWAYS)
+        return response
+
+
+def add_pages(api: FastAPI) -> None:
+    """`/`, `/docs` and `/static/*`."""
+
+    async def index() -> Response:
+        return _page("index.html")
+
+    async def docs() -> Response:
+        return _page("docs.html")
+
+    api.add_api_route("/", index, include_in_schema=False)
+    api.add_api_route("/docs", docs, include_in_schema=False)
+    api.mount("/static", _Files(directory=STATIC, check_dir=False))
+
+
+def _page(name: str) -> Response:
+    path = STATIC / name
+    if not path.is_file():
+        raise HTTPException(404)
+    return FileResponse(path, media_type="text/html", headers=_CHECK_ALWAYS)

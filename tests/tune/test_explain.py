@@ -16,8 +16,8 @@ from sam3lora.data.synth.dataset import write_dataset
 from sam3lora.errors import OutOfMemory, UserError
 from sam3lora.tune.estimate import probe as probe_module
 from sam3lora.tune.estimate.explain import explain_sweep
-from sam3lora.tune.estimate.feature_cache_size import feature_bytes, why_not_kept
 from sam3lora.tune.estimate.probe import ImageCost, Probe
+from sam3lora.tune.estimate.sweep_cost import feature_bytes, why_not_kept
 from sam3lora.tune.estimate.sweep_time import expected_share
 from sam3lora.tune.run import capacity
 from sam3lora.tune.search.proposals import propose_all

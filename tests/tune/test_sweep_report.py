@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from sam3lora.tune.report.charted_trials import ChartedTrials
+from sam3lora.tune.report.charts import ChartedTrials
 from sam3lora.tune.report.sentences import held_out_sentence
 from sam3lora.tune.report.sweep_page import render_sweep
 

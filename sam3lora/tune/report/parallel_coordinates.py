@@ -12,7 +12,7 @@ from markupsafe import Markup
 from matplotlib.colors import LinearSegmentedColormap
 
 from sam3lora.evaluation.report.charts import GREY, chart_axes
-from sam3lora.tune.report.charted_trials import FRONT, ChartedTrials, cut, finished, inside, line_look
+from sam3lora.tune.report.charts import FRONT, ChartedTrials, cut, finished, inside, line_look
 from sam3lora.tune.space.expressions import is_number
 from sam3lora.tune.space.parameters import Choice, FreeParameter, value_text
 

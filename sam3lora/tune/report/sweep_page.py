@@ -12,8 +12,7 @@ from typing import Any
 from sam3lora.evaluation.report.html_page import render_page, setting_rows
 from sam3lora.tune.estimate.sweep_time import duration
 from sam3lora.tune.report import charts as sweep_charts
-from sam3lora.tune.report.charted_trials import ChartedTrials
-from sam3lora.tune.report.charts import short_count
+from sam3lora.tune.report.charts import ChartedTrials, short_count
 from sam3lora.tune.report.importance import importances
 from sam3lora.tune.report.parallel_coordinates import parallel_coordinates
 from sam3lora.tune.report.sentences import METRIC_LABELS, answer, held_out_sentence, short_names, vision_sentence
