@@ -167,14 +167,24 @@ def test_size_of_features(make_space):
 
 
 @pytest.mark.parametrize(("cache_gb", "is_told"), [(40e-6, True), (60e-6, False)])
-def test_features_that_do_not_fit(make_space, images, cache_gb, is_told):
+def test_features_that_do_not_fit(make_space, images, tmp_path, monkeypatch, cache_gb, is_told):
     # 6 images of 8192 bytes each.
-    text = explained(make_space(RANKS, f"training.data_dir='{images}'", f"training.cache_gb={cache_gb}"), probe=False)
+    monkeypatch.setattr(probe_module, "run_probe", lambda config: pytest.fail("probed"))
+    data = shutil.copytree(images, tmp_path / "data")
+    shutil.copytree(images / "valid", data / "other")
+    overrides = [f"training.data_dir='{data}'", f"training.cache_gb={cache_gb}"]
+    text = explained(make_space(RANKS, *overrides, search="{held_out_split: other}"), probe=False)
     told = f"those of 6 images take 0 MB (0.00819 MB each), more than training.cache_gb = {cache_gb:g}: every epoch"
     assert (told in text) == is_told
+    assert "leave out --no-probe" in text
+    assert "measured on other/ at the end" in " ".join(text.split())
 
 
-def test_long_search_with_labels(make_space):
+def test_long_search_with_labels(make_space, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    import ray
+
+    monkeypatch.setattr(ray, "init", lambda *args, **options: pytest.fail("Ray was started"))
     labels = "lora.target_modules: {choice: {few: [v_proj], many: [q_proj, v_proj, fc1]}}"
     rates = "training.learning_rate: {loguniform: [1.0e-5, 1.0e-3]}"
     text = explained(make_space(f"{labels}\n{rates}", search="{num_trials: 30}"))
@@ -183,19 +193,6 @@ def test_long_search_with_labels(make_space):
     assert "  many = q_proj, v_proj, fc1" in text
     assert "depend on results" not in text
     assert re.search(r"Trainable   [\d,]+ parameters\n", explained(make_space(rates)))  # one number if all are alike
-
-
-def test_optuna_says_that_later_samples_depend_on_results(make_space):
-    pytest.importorskip("optuna")
-    assert "later ones depend on results" in explained(make_space(RANKS, search="{algorithm: optuna, num_trials: 3}"))
-
-
-def test_no_ray_is_started(make_space, monkeypatch):
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    import ray
-
-    monkeypatch.setattr(ray, "init", lambda *args, **options: pytest.fail("Ray was started"))
-    assert "on this machine" in explained(make_space(RANKS))
 
 
 def test_missing_validation_split(make_space, images, tmp_path):
@@ -236,12 +233,6 @@ def test_estimate(make_space, images, monkeypatch):
     assert "120 MB of cached images and features" in text
 
 
-def test_without_the_probe(make_space, images, monkeypatch):
-    monkeypatch.setattr(probe_module, "run_probe", lambda config: pytest.fail("probed"))
-    text = explained(make_space(RANKS, f"training.data_dir='{images}'"), probe=False)
-    assert "leave out --no-probe" in text
-
-
 def test_probe_that_fails_is_told(make_space, images, monkeypatch):
     def fail(config):
         if config.lora.rank == 8:
@@ -252,11 +243,3 @@ def test_probe_that_fails_is_told(make_space, images, monkeypatch):
     text = explained(make_space(RANKS, f"training.data_dir='{images}'"))
     failed = f"the probe of the largest (trial {largest_of(text)}) failed"
     assert f"{failed}: out of memory with training.batch_size=2: set it to 1" in text
-
-
-def test_held_out_split(make_space, images, tmp_path):
-    data = tmp_path / "data"
-    shutil.copytree(images, data)
-    shutil.copytree(images / "valid", data / "other")
-    space = make_space(RANKS, f"training.data_dir='{data}'", search="{held_out_split: other}")
-    assert "measured on other/ at the end" in " ".join(explained(space, probe=False).split())
