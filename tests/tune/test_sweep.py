@@ -9,7 +9,6 @@ import ray.cloudpickle
 from ray.tune.search import Searcher
 
 from sam3lora.data.images import ImageError
-from sam3lora.data.synth.dataset import write_dataset
 from sam3lora.errors import OutOfMemory, UserError, WorkerLost
 from sam3lora.training.update import NonFiniteLoss
 from sam3lora.tune.run import sweep, sweep_folder
@@ -26,13 +25,6 @@ SPACE = {
     "parameters": {"lora.rank": {"choice": [2, 4, 16]}},
     "search": {"metric": "valid_loss", "num_trials": 3},
 }
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    write_dataset(folder, num_train=2, num_valid=2)
-    return folder
 
 
 @pytest.fixture
