@@ -13,8 +13,8 @@ import filelock
 
 from sam3lora.errors import UserError
 from sam3lora.files import write_whole
-from sam3lora.tune.run.decisions import DECISION_FILE
 from sam3lora.tune.run.ledger import REJECTED_FILE, SPACE_FILE, TRIAL_FILE, Ledger, TrialRecord
+from sam3lora.tune.run.trial import DECISION_FILE
 from sam3lora.tune.space.reader import load_space
 from sam3lora.tune.space.search_space import SearchSpace
 
