@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sam3lora.training.follow import describe_line, follow
-from sam3lora.training.metrics_log import MetricsLog
+from sam3lora.training.metrics_log import MetricsLog, describe_line, follow
 
 START = {
     "step": 0,
