@@ -38,3 +38,11 @@ def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from .model.conftest import save_base  # imports torch: not for tests that do without
 
     return save_base(tmp_path_factory.mktemp("base") / "sam3")
+
+
+@pytest.fixture(scope="session")
+def spread_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base folder of a small random SAM 3 whose outputs differ for every input; read only."""
+    from .engine.engine_cases import write_base
+
+    return write_base(tmp_path_factory.mktemp("spread") / "sam3")

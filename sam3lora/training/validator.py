@@ -94,10 +94,10 @@ class Validator:
 
     def metrics(self) -> dict[str, Any]:
         """The `LOGGED` metrics over the split, or over its first ``evaluation.num_samples`` images."""
-        return validation_metrics(self)
+        return _metrics(self)
 
 
-def validation_metrics(validator: Validator) -> dict[str, Any]:
+def _metrics(validator: Validator) -> dict[str, Any]:
     """`LOGGED` metrics over the split, or its first `evaluation.num_samples` images, as `validate` measures them."""
     data, runner, settings = validator.data, validator.runner, evaluation_settings(validator.config)
     post = validator.config.evaluation.post_processing

@@ -26,6 +26,14 @@ from sam3lora.cli import argv
             ["--prompt", "a crack", "--prompt", "hole", "--output", "o"],
         ),
         (["--", "--a_b"], ["--", "--a_b"]),
+        (["--boundingbox", "True", "--merge"], ["--boundingbox", "--merge"]),
+        (["--boundingbox", "False"], ["--no-boundingbox"]),
+        (["--boundingbox=false"], ["--no-boundingbox"]),
+        (["--boundingbox"], ["--boundingbox"]),
+        (
+            ["--box", "1", "-2", "3", "4", "--merge"],
+            ["--box", "1", "--box", "-2", "--box", "3", "--box", "4", "--merge"],
+        ),
     ],
 )
 def test_normalize(typed, read):

@@ -147,15 +147,56 @@ CASES: dict[str, tuple[str, ...]] = {
     f"{INFER} empty.jpg": ("empty.jpg",),
     f"{INFER} huge.png": ("huge.png", "178 million"),
     f"{INFER} cut.png": ("cut.png", "truncated"),
+    f"{INFER} missing.jpg": ("missing.jpg", "No such file"),
+    f"{INFER} good": ("no images in",),
+    f"{INFER} photo.png --prompt ' '": ("is empty",),
+    f"{INFER} photo.png --weights a b": ("--weights takes one value",),
+    f"{INFER} photo.png --box 1 2 300 4": ("x0 < x1 <= 90",),
+    f"{INFER} photo.png --box 1 2 three 4": ("four numbers", "got 1 2 three 4"),
+    f"{INFER} data/valid --box 1 2 3": ("four numbers",),
+    f"{INFER} data/valid --box 1 2 3 4": ("pixels of one image",),
+    f"{INFER} data/valid": ("new/a.png", "must be one too"),
+    f"{INFER} photo.png --json .": ("it is a folder",),
+    "infer --prompt x --image photo.png --output photo.png": ("is the image itself",),
+    "infer --prompt x --image photo.png --output folder": ("must end in .png",),
+    "infer --prompt x --image photo.png --output note.txt/a.png": ("note.txt", "can be written to"),
+    "infer --prompt x --image data/valid --output data/valid": ("folder of the images",),
     # export
     f"{EXPORT} nowhere": ("nowhere",),
     f"{EXPORT} good": ("good/best",),
     f"{EXPORT} nan --merge": ("nan", "NaN"),
     f"{EXPORT} good/best --merge --dtype float8": ("bfloat16", "float8"),
     f"{EXPORT} good/best --model tiny": ("--model", "--merge"),
+    f"{EXPORT} data": ("neither a complete adapter folder nor a merged model",),
+    f"{EXPORT} good/best --merge --dtype float16": ("float32 or bfloat16",),
+    f"{EXPORT} good/best --dtype bfloat16": ("--dtype", "--merge"),
+    f"{EXPORT} good/best --dry-run": ("--dry-run", "--push-to"),
+    f"{EXPORT} good/best --public": ("--public", "--push-to"),
+    f"{EXPORT} good/best --weights nan": ("one folder",),
+    f"{EXPORT} good/best --merge --push-to cracks": ("OWNER/NAME",),
     "export --weights good/best --merge": ("--output",),
     "export --weights good/best --merge --output note.txt": ("note.txt",),
+    # train
+    "train light": ("--data-dir",),
+    "train quick_test --num-workers 0 --data-dir nowhere": ("nowhere",),
+    "train quick_test --num-workers 0 --data-dir data --output-dir new --resume": ("--resume",),
+    # tune and demo
+    "tune lora_quik": ('did you mean "lora_quick"', "components"),
+    "tune lora_quick": ("--data-dir",),
+    "tune lora_quick --data-dir nowhere": ("no folder at nowhere",),
+    "tune lora_quick --data-dir nowhere --explain": ("no folder at nowhere",),
+    "tune lora_quick --data-dir data --no-probe": ("--explain",),
+    "tune lora_quick --data-dir data --retry-failed": ("--resume",),
+    "tune lora_quick --data-dir data --metric accuracy": ("metric", "accuracy"),
+    "tune lora_quick --data-dir data --algorithm magic": ("algorithm", "magic"),
+    "tune lora_quick --data-dir data lora.rank": ("lora.rank=8",),
+    "tune lora_quick --data-dir data --device gpu": ("GPU numbers",),
+    "demo --output .": ("--output",),  # it holds data of another kind
+    "demo --output new training.epochs=1": ("epochs",),
     # data
+    "data check nowhere": ("nowhere",),
+    "data check data --json note.txt/report.json": ("--json",),
+    "data synth data --num-train 1 --num-valid 1": ("data",),
     "data convert nowhere new": ("nowhere",),
     "data convert good new": ("good", "no labels"),
     "data convert data new --to fridge": ("fridge", "yolo"),
@@ -187,6 +228,8 @@ RELATIVE = {
     "infer --image photo.png --prompt crack": "--output is output",
     "infer --image photo.png --prompt crack --output /dev/null/a.png --json a.json": "--json is a.json",
     f"{EXPORT} good/best": "--output is new",
+    "train light --data-dir data": "--output-dir is outputs/light",
+    "tune lora_quick --data-dir data": "--output-dir is outputs/lora_quick",
 }
 
 
@@ -199,41 +242,44 @@ def test_submitted_job_writes_nothing_that_vanishes(words, capsys, monkeypatch):
     assert "absolute path" in error
 
 
-def run_predict_job(words: str, monkeypatch) -> object:
-    """The exit status of `jobs/predict.py` with these options."""
-    job = Path(__file__).parents[2] / "jobs" / "predict.py"
-    monkeypatch.setattr(sys, "argv", [str(job), *shlex.split(f"--output new --prompt crack {words}")])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(job), run_name="__main__")
-    return stop.value.code
-
-
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("job", "words", "message"),
     [
-        ("--input nowhere", "nowhere"),
-        ("--input data/valid --weights good", "good"),
-        ("--input data/valid --threshold nan", "threshold"),
-        ("--input data/valid --num-workers 0", "--num-workers"),
+        ("predict", "--output new --prompt crack --input nowhere", "nowhere"),
+        ("predict", "--output new --prompt crack --input good", "holds no images"),
+        ("predict", "--output new --prompt crack --input data/valid --weights good", "good"),
+        ("predict", "--output new --prompt crack --input data/valid --threshold nan", "threshold"),
+        ("predict", "--output new --prompt crack --input data/valid --num-workers 0", "--num-workers"),
+        ("train", "light lora.rank=0", "lora.rank should be greater than or equal to 1, got 0"),
+        ("tune", "nothing", '"nothing" is neither a search space nor a YAML file'),
     ],
 )
-def test_batch_job_names_the_mistake(words, message, capsys, monkeypatch, place):
-    assert run_predict_job(words, monkeypatch) == 2
+def test_job_names_the_mistake(job, words, message, capsys, monkeypatch):
+    assert run_job(job, words, monkeypatch) == 2
     error = " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert message in error
     assert "Traceback" not in error
 
 
-def test_batch_job_counts_gpus_among_the_visible_ones(monkeypatch, place):
+def run_job(job: str, words: str, monkeypatch) -> object:
+    """The exit status of `jobs/JOB.py` with these words."""
+    file = Path(__file__).parents[2] / "jobs" / f"{job}.py"
+    monkeypatch.setattr(sys, "argv", [str(file), *shlex.split(words)])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(file), run_name="__main__")
+    return stop.value.code
+
+
+def test_batch_job_counts_gpus_among_the_visible_ones(monkeypatch):
     # A scheduler gave GPUs 4 and 5 to this process; the missing folder ends the job after the choice.
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
-    assert run_predict_job("--input nowhere --device 0", monkeypatch) == 2
+    assert run_job("predict", "--output new --prompt crack --input nowhere --device 0", monkeypatch) == 2
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "4"
 
 
-@pytest.mark.parametrize("name", ["Läufe mit ✓", "[bold] [/bold] :smile:"])
-def test_odd_names_work(name, small_base, tmp_path, monkeypatch, capsys):
+def test_odd_names_work(small_base, tmp_path, monkeypatch, capsys):
     # spaces, accents, signs, and what a terminal library could take for its markup
+    name = "Läufe mit ✓ [bold] [/bold] :smile:"
     monkeypatch.chdir(tmp_path)
     write_adapter(Path(name, "best"), small_base)
     write_split(Path("größe x ✓/valid"), [(0, 1, 10)], {1: "Riß ✓"})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from sam3lora.cli import main
 
 from ..evaluation.adapters import write_adapter
 from ..evaluation.splits import write_split
-from .test_validate import external_references, read
+from .test_validate import declare_found, external_references, read, runner
 
 
 @pytest.fixture(scope="module")
@@ -31,26 +30,13 @@ def data(small_base, tmp_path_factory) -> Path:
     asked = folder / "asked"
     words = ["--use-base-model", "--model", small_base, "--val-data-dir", folder, "--output", asked]
     assert main(["validate", *map(str, words)]) == 0
-    truth = json.loads((split / "_annotations.coco.json").read_text())
-    for annotation in truth["annotations"]:
-        found = next(p for p in read(asked / "predictions.json") if p["image_id"] == annotation["image_id"])
-        annotation |= {"segmentation": found["segmentation"], "bbox": found["bbox"]}
-    (split / "_annotations.coco.json").write_text(json.dumps(truth))
+    declare_found(split, read(asked / "predictions.json"))
     return folder
 
 
 @pytest.fixture
 def compare(data, tmp_path, capsys):
-    """Run with these words; returns the folder of the results and what was printed."""
-
-    def run(*words: object, given=("--val-data-dir", data)) -> tuple[Path, str]:
-        output = tmp_path / "out"
-        status = main(["compare", *map(str, (*given, "--output", output, *words))])
-        out, error = capsys.readouterr()
-        assert (status, error) == (0, "")
-        return output, out
-
-    return run
+    return runner("compare", data, tmp_path / "out", capsys)
 
 
 def test_what_is_written(compare, runs):

@@ -52,37 +52,3 @@ def test_dry_run_lists_the_upload(adapter, capsys):
     assert "| library_name: peft" in text
     assert main([*words, "--public"]) == 0
     assert "me/cracks, public" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--merge"], "--output"),
-        (["--dtype", "bfloat16"], "--merge"),
-        (["--model", "tiny"], "--merge"),
-        (["--dry-run"], "--push-to"),
-        (["--public"], "--push-to"),
-        (["--weights", "other"], "one folder"),
-        (["--merge", "--output", "merged", "--push-to", "cracks"], "OWNER/NAME"),
-        (["--merge", "--output", "merged", "--dtype", "float16"], "float32 or bfloat16"),
-    ],
-)
-def test_options_that_do_not_fit(adapter, tmp_path, monkeypatch, capsys, words, message):
-    # Said before any work is done, in one line.
-    monkeypatch.chdir(tmp_path)
-    assert main(["export", "--weights", str(adapter), *words]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
-    assert not list(tmp_path.iterdir())
-
-
-def test_folder_that_is_no_adapter(tmp_path, capsys):
-    for words in ([], ["--merge", "--output", str(tmp_path / "merged")]):
-        assert main(["export", "--weights", str(tmp_path), *words]) == 2
-        assert "neither a complete adapter folder nor a merged model" in capsys.readouterr().err
-
-
-def test_help_has_an_example(capsys):
-    assert main(["export", "--help"]) == 0
-    assert "Example:  sam3lora export" in capsys.readouterr().out

@@ -52,7 +52,6 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         ("replica: 2", [], "replica: Extra inputs are not permitted"),
         ("replicas: 0", [], "replicas: Input should be greater than 0"),
         ("limits: {timeout_s: soon}", [], "limits.timeout_s"),
-        ("limits: {timeout_s: 0}\nreplicas: no", [], "limits.timeout_s"),
         ("autoscaling: {min_replicas: 3, max_replicas: 2}", [], "min_replicas 3 is above max_replicas 2"),
         ("applications: []", [], "holds no application"),
         ("applications: [{name: other}, 3]\nx: 1", ["--replicas", "0"], "--replicas"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -11,14 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-import sam3lora
 from sam3lora.cli import main
 from sam3lora.errors import RunFailed, UserError
 from sam3lora.tune.run.ledger import TrialRecord
-
-from .test_main import HEAVY
-
-REPOSITORY = Path(sam3lora.__file__).parents[1]
 
 
 @pytest.fixture
@@ -89,38 +83,6 @@ def test_shipped_space_with_another_base(calls, data):
     assert options == {"resume": False, "retry_failed": False, "address": None}
 
 
-def test_unknown_space_names_the_nearest(calls, capsys):
-    assert main(["tune", "lora_quik"]) == 2
-    error = capsys.readouterr().err
-    assert 'did you mean "lora_quick"' in error
-    assert "components" in error
-    assert not calls
-
-
-@pytest.mark.parametrize(
-    ("words", "part"),
-    [
-        ([], "--data-dir"),
-        (["--data-dir", "nowhere"], "no folder at nowhere"),
-        (["--no-probe"], "--explain"),
-        (["--retry-failed"], "--resume"),
-        (["--metric", "accuracy"], "metric"),
-        (["--algorithm", "magic"], "algorithm"),
-        (["lora.rank"], "lora.rank=8"),
-        (["--device", "gpu"], "GPU numbers"),
-        (["--explain", "--data-dir", "nowhere"], "no folder at nowhere"),
-    ],
-)
-def test_mistakes(words, part, calls, space_file, monkeypatch, capsys):
-    if "--explain" in words:
-        monkeypatch.delitem(sys.modules, "sam3lora.tune.run.sweep")
-    assert main(["tune", str(space_file), *words]) == 2
-    error = capsys.readouterr().err
-    assert part in error
-    assert "Traceback" not in error
-    assert not calls
-
-
 def test_gpus_are_shared_by_the_trials(calls, space_file, data, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
     words = ["tune", str(space_file), "--data-dir", str(data), "--device", "0", "2"]
@@ -133,15 +95,6 @@ def test_gpus_are_shared_by_the_trials(calls, space_file, data, monkeypatch):
     assert first.base.scaling.use_gpu is True
     assert first.base.scaling.num_workers == 1  # as the configuration has it
     assert second.base.scaling.num_workers == 2
-
-
-def test_submitted_job_needs_an_absolute_output(calls, space_file, data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
-    words = ["tune", str(space_file), "--data-dir", str(data)]
-    assert main(words) == 2
-    assert "absolute" in capsys.readouterr().err
-    assert main([*words, "--output-dir", str(tmp_path / "sweep")]) == 0
-    assert len(calls) == 1
 
 
 @pytest.mark.parametrize(
@@ -166,19 +119,3 @@ def test_explain_trains_nothing_and_writes_nothing(space_file, tmp_path, monkeyp
     assert "0 base" in printed
     assert "\x1b" not in printed  # plain text for a file or a pipe
     assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_help_loads_nothing_heavy(capsys):
-    code = "from sam3lora.cli import main; main(['tune', '--help'])"
-    check = f"import sys; {code}; print(*[name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
-    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
-    assert done.stderr.strip() == ""
-    assert "Example:  sam3lora tune" in done.stdout
-    assert "--num-samples" in done.stdout or "--num-sam" in done.stdout  # both spellings of the option
-
-
-def test_job_takes_the_same_words():
-    command = [sys.executable, str(REPOSITORY / "jobs" / "tune.py"), "nothing"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert '"nothing" is neither a search space nor a YAML file' in done.stderr

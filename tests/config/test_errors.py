@@ -134,6 +134,7 @@ def test_missing_file_names_its_path_and_the_presets(tmp_path):
 @pytest.mark.parametrize(
     ("content", "part"),
     [
+        (b"\xff\xfe\x00\x80", "cannot be read as a text file"),
         ("lora: [", "line 1"),  # broken YAML
         ("lora:\n  rank: 4\n  rank: 8\n", 'line 3, column 3: not valid YAML: the key "rank" is written twice'),
         ("- lora", "expected sections"),  # YAML of another shape
@@ -145,17 +146,8 @@ def test_missing_file_names_its_path_and_the_presets(tmp_path):
 )
 def test_file_that_is_no_configuration(tmp_path, content, part):
     path = tmp_path / "broken.yaml"
-    path.write_text(content)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
     text = message(path)
     assert part in text
     assert "broken.yaml" in text
-
-
-def test_folder_is_not_a_configuration(tmp_path):
     assert "is a folder" in message(tmp_path)
-
-
-def test_binary_file_is_not_a_configuration(tmp_path):
-    path = tmp_path / "adapter.yaml"
-    path.write_bytes(b"\xff\xfe\x00\x80")
-    assert "cannot be read as a text file" in message(path)

@@ -24,8 +24,9 @@ def objects(index: CocoIndex, row: int = 0) -> list[dict]:
 
 
 def test_clean_file_has_no_fault(folder):
-    # a box 6 pixels beside its mask still overlaps it by more than a half
-    index = CocoIndex.from_folder(folder.write([annotation(0), annotation(1, bbox=[16, 10, 20, 20])]))
+    # a box 6 pixels beside its mask still overlaps it by more than a half, and a pixel outside comes from rounding
+    edges = [annotation(x + 9, bbox=[x, y, 20, 20], segmentation=[square(x, y, 20)]) for x, y in ((-1, -1), (61, 41))]
+    index = CocoIndex.from_folder(folder.write([annotation(0), annotation(1, bbox=[16, 10, 20, 20]), *edges]))
     assert faults(index) == {}
     assert (len(index), index.names, index.record(0)["image_id"], objects(index)[0]["id"]) == (1, ("crack",), 0, 0)
 
@@ -47,13 +48,14 @@ def test_clean_file_has_no_fault(folder):
         ({"bbox": [100, 100, 20, 20], "segmentation": [square(100, 100, 20)]}, "empty_object", 0),
         # a box only
         ({"segmentation": []}, "box_without_mask", 1),
-        # a mask only, and one whose box has no width
+        # a mask only, and those whose box has no width or no height, wherever it is
         ({"bbox": None}, "mask_without_box", 1),
         ({"bbox": [10, 10, 0, 20]}, "mask_without_box", 1),
+        ({"bbox": [90, 10, 5, 0]}, "mask_without_box", 1),
         # neither
         ({"bbox": [10, 10, 0, 0], "segmentation": []}, "empty_object", 0),
         # points on a line have no area, and a box without height has none either
-        ({"bbox": [1, 1, 8, 0], "segmentation": [[1, 1, 5, 1, 9, 1]]}, "empty_object", 0),
+        ({"bbox": [1, 1, 8, 0], "segmentation": [[1, 1, 5, 5, 9, 9]]}, "empty_object", 0),
         # box in xyxy instead of xywh
         ({"bbox": [10, 10, 60, 50], "segmentation": [square(10, 10, 20)]}, "box_mask_disagree", 1),
         # box and mask of 20 x 20 that are 7 pixels apart overlap by 13 / 27
@@ -69,6 +71,7 @@ def test_clean_file_has_no_fault(folder):
 def test_annotation_fault_is_counted_with_an_example_and_an_action(folder, changes, kind, kept):
     index = CocoIndex.from_folder(folder.write([annotation(5, **changes)]))
     assert faults(index)[kind] == 1
+    assert kind == "out_of_bounds" or "out_of_bounds" not in faults(index)
     fault = next(fault for fault in index.faults if fault.kind == kind)
     assert "5" in fault.examples[0] or kind == "bad_annotation"
     assert fault.action in str(fault)

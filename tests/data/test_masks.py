@@ -47,6 +47,12 @@ def test_compressed_counts_agree_with_pycocotools():
         assert read_rle({"size": [100, 100], "counts": counts}) == rle
 
 
+@pytest.mark.parametrize("size", [None, [48], ["6", "8"], [6.0, 8.0], [0, 8], [-6, -8]])
+def test_a_malformed_size_is_refused(size):
+    with pytest.raises(ValueError, match="expected size"):
+        read_rle({"size": size, "counts": [48]})
+
+
 @pytest.mark.parametrize("placement", [Placement(), Placement(0.5, 0.25, 0.125), Placement(0.5, 0.5, 0.0, flip=True)])
 def test_squares_land_where_the_placement_says(placement):
     # the left upper quarter of an image of 80 x 60

@@ -101,4 +101,4 @@ def test_traps_of_the_real_data_sets(shared_data):
     assert cracks.record(0)["path"].endswith(".png")
     # crowds, gaps in the ids
     coco = CocoIndex.from_folder(shared_data / "coco_tiny_permissive" / "valid")
-    assert next(i for i in coco.issues if i.kind == "crowd").count == 6
+    assert next(i for i in coco.faults if i.kind == "crowd").count == 6

@@ -21,6 +21,12 @@ def test_ranks_have_equal_batches_that_cover_every_image(num_images, batch_size,
     assert max(rows.count(row) for row in set(rows)) == -(-len(rows) // num_images)
 
 
+@pytest.mark.parametrize("wrong", [{"num_images": 0}, {"batch_size": 0}, {"rank": -1}, {"rank": 1}])
+def test_impossible_plans_are_refused(wrong):
+    with pytest.raises(AssertionError):
+        plan_epoch(**{"num_images": 4, "batch_size": 1} | wrong)
+
+
 def test_order_depends_on_seed_and_epoch_only():
     first = plan_epoch(50, batch_size=5, seed=1, epoch=2)
     assert first == plan_epoch(50, batch_size=5, seed=1, epoch=2)

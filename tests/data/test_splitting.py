@@ -16,7 +16,7 @@ from rich.console import Console
 from sam3lora.data.check import check_folder
 from sam3lora.data.report_tables import print_splitting
 from sam3lora.data.split.grouping import Fingerprint, difference_hash, group_images
-from sam3lora.data.split.splitting import assign_groups, split_folder
+from sam3lora.data.split.splitting import SplittingReport, assign_groups, split_folder
 from sam3lora.errors import UserError
 
 from .coco_builder import annotation
@@ -43,6 +43,12 @@ def write_pictures(folder: Path, pictures: dict[str, np.ndarray], categories=("c
 
 def split_of(target: Path) -> dict[str, str]:
     return {path.name: path.parent.name for path in target.glob("*/*") if path.suffix != ".json"}
+
+
+def printed(report: SplittingReport) -> str:
+    stream = io.StringIO()
+    print_splitting(report, Console(file=stream, width=200))
+    return " ".join(stream.getvalue().split())
 
 
 def fingerprints(*digests: str) -> list[Fingerprint]:
@@ -105,6 +111,15 @@ def test_near_duplicates_and_copies_stay_together(tmp_path):
     assert split_of(tmp_path / "again") == split_of(tmp_path / "out1") != split_of(tmp_path / "out2")
 
 
+def test_plain_pictures_are_not_grouped(tmp_path):
+    pictures = {f"{level}.png": np.full((60, 80, 3), level, dtype=np.uint8) for level in range(10, 100, 10)}
+    report = split_folder(write_pictures(tmp_path / "in", pictures), tmp_path / "out", fractions=(0.7, 0.3))
+    assert report.largest_group == 1
+    assert "of the images, not" not in printed(report)  # 6 and 3 images are near enough
+    assert list(report.splits) == ["train", "valid"]
+    assert json.loads(json.dumps(report.to_dict()))["splits"]["train"]["num_images"] == 6
+
+
 def test_printed_report_names_what_needs_attention(tmp_path):
     # two large groups cannot be divided 9 to 1, and the pattern does not match the names of one of them
     pictures = {f"clip1_{number}.png": texture(number // 2) for number in range(8)}
@@ -112,19 +127,18 @@ def test_printed_report_names_what_needs_attention(tmp_path):
     report = split_folder(
         write_pictures(tmp_path / "in", pictures), tmp_path / "out", fractions=(0.9, 0.1), group_by="clip1"
     )
-    stream = io.StringIO()
-    print_splitting(report, Console(file=stream, width=200))
-    printed = " ".join(stream.getvalue().split())
-    assert f"the largest of {report.largest_group}" in printed
-    assert f"valid has {report.splits['valid']['num_images'] / 14:.0%} of the images, not 10%" in printed
-    assert "in which --group-by finds nothing" in printed
+    text = printed(report)
+    assert f"the largest of {report.largest_group}" in text
+    assert f"valid has {report.splits['valid']['num_images'] / 14:.0%} of the images, not 10%" in text
+    assert "in which --group-by finds nothing" in text
 
 
 def test_existing_splits_are_joined(tmp_path):
     write_pictures(tmp_path / "in" / "train", {f"{seed}.png": texture(seed) for seed in range(6)})
     write_pictures(tmp_path / "in" / "valid", {f"{seed}.png": texture(seed + 50) for seed in range(4)}, ("hole",))
     report = split_folder(tmp_path / "in", tmp_path / "out", fractions=(0.5, 0.5))
-    assert sum(split["num_images"] for split in report.splits.values()) == 10
+    assert [split["num_images"] for split in report.splits.values()] == [5, 5]
+    assert "of the images, not" not in printed(report)
     assert Counter(report.splits["train"]["categories"]) + Counter(report.splits["valid"]["categories"]) == {
         "crack": 6,
         "hole": 4,

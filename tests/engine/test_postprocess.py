@@ -120,6 +120,11 @@ def test_merging_starts_at_its_threshold():
     assert choose(masks, merge=True, merge_iou=0.51)[0] == [0, 1]
 
 
+@pytest.mark.parametrize("settings", [{"merge": True, "merge_iou": 0.5}, {"nms": "mask", "nms_iou": 0.4}])
+def test_a_logit_of_zero_is_outside_the_mask(settings):
+    assert choose(torch.tensor([[[1.0, 1, 0, 0]], [[0, 0, 1, 1]]]), **settings)[0] == [0, 1]
+
+
 def test_a_union_keeps_the_larger_logit():
     # the outline of a union is that of its parts after enlarging as well
     masks = torch.tensor([[[3.0, 0.5, -2.0]], [[1.0, 2.0, -0.5]]])

@@ -37,6 +37,9 @@ def test_difference_is_b_minus_a():
     worse = bootstrap_difference(mean_of(values + 3), mean_of(values), 20)
     assert worse.high == pytest.approx(-3)
     assert worse.excludes_zero
+    # two images are enough: a quarter of the draws is of the first only, a quarter of the second
+    two = bootstrap_difference(mean_of([0, 0]), mean_of([1, 2]), 2)
+    assert (two.low, two.high) == (1, 2)
 
 
 def test_no_difference_includes_zero():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from pathlib import Path
@@ -53,43 +52,6 @@ def test_reference_folder_has_cases():
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.removesuffix("_expected.json"))
 def test_reference_case(case):
     assert differences(case) == []
-
-
-def one_false_positive_more(monkeypatch):
-    def altered(counts):
-        result = accumulate(counts)
-        return dataclasses.replace(result, false_positives_K=result.false_positives_K + 1)
-
-    monkeypatch.setattr(saco, "accumulate", altered)
-
-
-def iou_above_instead_of_at_least(monkeypatch):
-    monkeypatch.setattr(cgf1, "IOU_THRESHOLDS", np.nextafter(cgf1.IOU_THRESHOLDS, 1))
-
-
-def score_above_instead_of_at_least(monkeypatch):
-    monkeypatch.setattr(saco, "count_unit", lambda one: count_unit(one, np.nextafter(0.5, 1)))
-
-
-def first_annotator_always(monkeypatch):
-    monkeypatch.setattr(saco, "choose_annotator", lambda counts: counts[0])
-
-
-@pytest.mark.parametrize(
-    ("name", "damage"),
-    [
-        ("mixed", one_false_positive_more),
-        ("mixed", iou_above_instead_of_at_least),
-        ("mixed", score_above_instead_of_at_least),
-        ("oracle3", first_annotator_always),
-    ],
-)
-def test_comparison_notices(name, damage, monkeypatch):
-    # the reference test is not blind: each of these mistakes makes it fail
-    case = SHIPPED / f"cgf1_{name}_expected.json"
-    assert differences(case) == []
-    damage(monkeypatch)
-    assert differences(case) != []
 
 
 def test_no_units_at_all():

@@ -98,16 +98,6 @@ def make_fake_worker(dies: str):
     return Worker
 
 
-@pytest.fixture
-def deaths(tmp_path):
-    def plan(number: int) -> str:
-        for death in range(number):
-            (tmp_path / str(death)).touch()
-        return str(tmp_path)
-
-    return plan
-
-
 def test_missing_image_is_one_mistake_of_the_user(tmp_path):
     class Worker:
         def ask(self, records):
@@ -127,13 +117,13 @@ def test_model_that_cannot_be_loaded_is_one_mistake_of_the_user():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [1, MAX_RESTARTS])
-def test_batch_of_a_killed_worker_is_done_again(number, deaths):
-    answers = [ids for ids, _ in ask_two_workers(make_fake_worker(deaths(number)), BATCHES)]
-    assert sorted(answers) == [[0], [1], [2], [3]]
-
-
-@pytest.mark.slow
-def test_a_batch_that_always_kills_ends_the_run(deaths):
-    with pytest.raises(RunFailed, match=rf"workers died {MAX_RESTARTS + 1} times .*fewer images"):
-        ask_two_workers(make_fake_worker(deaths(100)), BATCHES)
+@pytest.mark.parametrize("num_deaths", [1, MAX_RESTARTS, 100])
+def test_batch_of_a_killed_worker_is_done_again_or_ends_the_run(num_deaths, tmp_path):
+    for death in range(num_deaths):
+        (tmp_path / str(death)).touch()
+    worker = make_fake_worker(str(tmp_path))
+    if num_deaths > MAX_RESTARTS:
+        with pytest.raises(RunFailed, match=rf"workers died {MAX_RESTARTS + 1} times .*fewer images"):
+            ask_two_workers(worker, BATCHES)
+    else:
+        assert sorted(ids for ids, _ in ask_two_workers(worker, BATCHES)) == [[0], [1], [2], [3]]

@@ -93,28 +93,14 @@ def test_limit_is_the_callers():
         read_image(data, max_megapixels=0.0011)
 
 
-@pytest.mark.parametrize(("mode", "kind"), [("CMYK", "JPEG"), ("CMYK", "TIFF"), ("L", "PNG"), ("P", "GIF")])
-def test_other_colours_become_rgb(mode, kind, predictor):
-    data = encode(Image.fromarray(RGB).convert(mode), kind)
-    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
-    (result,) = predictor.predict(data, "crack")
-    assert np.abs(result.image_HW3 - expected).max() <= 1
-
-
-def test_sixteen_bit_keeps_its_range(predictor):
-    data = encode(RGB[..., 0].astype(np.uint16) * 257, "PNG")
-    assert np.array_equal(predictor.predict(data, "crack")[0].image_HW3[..., 0], RGB[..., 0])
-
-
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize(("orientation", "quarter_turns"), [(1, 0), (3, 2), (6, -1), (8, 1)])
-def test_orientation(kind, orientation, quarter_turns, predictor):
+def test_orientation(kind, orientation, quarter_turns):
     options = {"JPEG": {"quality": 98, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
     data = encode(RGB, kind, exif=exif(orientation), **options)
-    (result,) = predictor.predict(data, "crack")
-    expected = np.rot90(RGB, quarter_turns)
-    assert result.size_hw == expected.shape[:2]
-    assert np.abs(result.image_HW3.astype(int) - expected).mean() < 4
+    seen, expected = read_image(data, orientation="exif"), np.rot90(RGB, quarter_turns)
+    assert seen.shape == expected.shape
+    assert np.abs(seen.astype(int) - expected).mean() < 4
     # annotations refer to the stored pixels (a TIFF has no others than the turned ones)
     stored = read_image(data)
     assert stored.shape[:2] == (expected.shape[:2] if kind == "TIFF" else (30, 40))

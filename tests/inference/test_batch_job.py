@@ -21,7 +21,6 @@ from PIL import Image
 from sam3lora.data.check import check_folder
 from sam3lora.data.coco import ANNOTATION_FILE, CocoIndex
 from sam3lora.data.images import read_image
-from sam3lora.engine.adapter_pool import AdapterPool
 from sam3lora.errors import UserError
 from sam3lora.inference.batch.image_list import ImageSource, list_images
 from sam3lora.inference.batch.job import predict_batch
@@ -58,7 +57,7 @@ def row(sources: list[ImageSource]) -> dict:
     return {"number": 0, "images": json.dumps(sources)}
 
 
-def test_worker_finds_what_the_engine_finds_and_draws_it(make_settings, small_base, tmp_path):
+def test_worker_writes_and_draws_what_is_found(make_settings, tmp_path):
     paths = [draw_image(tmp_path / name, seed, (40, 40 + 20 * seed)) for seed, name in enumerate(["a.png", "b/a.png"])]
     broken = tmp_path / "broken.png"
     broken.touch()
@@ -72,17 +71,10 @@ def test_worker_finds_what_the_engine_finds_and_draws_it(make_settings, small_ba
     records = {record["path"]: record for record in read_part(part_path(tmp_path / "out", "run", 0))}
     assert records[str(broken)]["error"] == "the file is empty"
 
-    pool = AdapterPool(str(small_base), device="cpu")
     for path in paths:
-        image = read_image(path)
-        [found] = pool.detect([image], list(PROMPTS), post=POST)
         entries = records[str(path)]["detections"]
         assert [entry["category_id"] for entry in entries] == [1] * 3 + [2] * 3
-        np.testing.assert_allclose([e["score"] for e in entries], np.concatenate([f.scores for f in found]), atol=1e-5)
-        boxes = np.concatenate([f.boxes_xyxy for f in found])
-        boxes[:, 2:] -= boxes[:, :2]
-        np.testing.assert_allclose([e["bbox"] for e in entries], boxes, atol=0.02)
-        assert entries[0]["segmentation"]["size"] == list(image.shape[:2])
+        assert entries[0]["segmentation"]["size"] == list(read_image(path).shape[:2])
         assert read_image(tmp_path / "out" / "overlays" / f"{path.relative_to(tmp_path)}.jpg").shape[0] >= 40
 
     # A part that is there is not done again.
@@ -182,19 +174,8 @@ def times_done(output: Path) -> Counter[str]:
 def test_killed_half_way_and_started_again_it_finishes(ray_address, small_base, tmp_path):
     images, output = draw_images(tmp_path / "images", 200), tmp_path / "out"
     command = ["--input", str(images), "--output", str(output), "--prompt", *PROMPTS, "--model", str(small_base)]
-    options = [
-        "--batch_size",
-        "2",
-        "--threshold",
-        "0",
-        "--nms_iou",
-        "1",
-        "--max-detections",
-        "3",
-        "--address",
-        ray_address,
-    ]
-    first = subprocess.Popen([sys.executable, str(REPOSITORY / "jobs" / "predict.py"), *command, *options])
+    options = ["--batch_size", "2", "--threshold", "0", "--nms_iou", "1", "--max-detections", "3", "--address"]
+    first = subprocess.Popen([sys.executable, str(REPOSITORY / "jobs" / "predict.py"), *command, *options, ray_address])
     try:
         wait_until(lambda: num_parts(output) >= 3 or first.poll() is not None)
     finally:
@@ -206,15 +187,8 @@ def test_killed_half_way_and_started_again_it_finishes(ray_address, small_base, 
     assert 0 < before < 197
     assert not (output / "predictions.json").exists()
 
-    summary = predict_batch(
-        images,
-        output,
-        list(PROMPTS),
-        choice=ModelChoice(str(small_base)),
-        post=dict(POST),
-        batch_size=2,
-        progress=False,
-    )
+    choice = ModelChoice(str(small_base))
+    summary = predict_batch(images, output, list(PROMPTS), choice=choice, post=dict(POST), batch_size=2, progress=False)
     # 197 results, three named; no image was asked twice, and none that was finished was asked again.
     assert (summary.num_images, summary.num_before) == (200, before)
     assert {bad["file_name"] for bad in summary.bad_images} == set(BROKEN)
@@ -290,27 +264,13 @@ def test_relative_paths_of_a_submitted_job_are_refused(tmp_path, monkeypatch):
         predict_batch(tmp_path, "labels", ["gear"])
 
 
-def test_mistake_on_the_command_line_ends_with_status_2(tmp_path):
-    command = [sys.executable, "jobs/predict.py", "--input", str(tmp_path), "--prompt", "gear", "--output"]
-    done = subprocess.run([*command, str(tmp_path / "out")], cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "holds no images" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
 @pytest.mark.slow
 def test_images_that_all_fail(ray_address, small_base, tmp_path):
-    (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "a.jpg").touch()
+    images, output, choice = tmp_path / "images", tmp_path / "out", ModelChoice(str(small_base))
+    images.mkdir()
+    (images / "a.jpg").touch()
     with pytest.raises(UserError, match="none of 1 images could be read"):
-        predict_batch(tmp_path / "images", tmp_path / "out", ["gear"], choice=ModelChoice(str(small_base)))
-    assert "empty" in (tmp_path / "out" / "bad_images.json").read_text()
+        predict_batch(images, output, ["gear"], choice=choice)
+    assert "empty" in (output / "bad_images.json").read_text()
     with pytest.raises(UserError, match=r"num-workers 10 with a GPU .*room for 0"):
-        predict_batch(
-            tmp_path / "images",
-            tmp_path / "out",
-            ["gear"],
-            choice=ModelChoice(str(small_base)),
-            num_workers=10,
-            use_gpu=True,
-        )
+        predict_batch(images, output, ["gear"], choice=choice, num_workers=10, use_gpu=True)

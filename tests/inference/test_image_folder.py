@@ -85,32 +85,6 @@ def test_bad_images_are_passed_over(predictor, images, tmp_path):
     assert written["settings"]["model"] == predictor.settings["model"]
 
 
-def test_masks_can_be_left_out(predictor, images, tmp_path):
-    with_masks, without = (
-        run(predictor, images, tmp_path / str(show), show_masks=show, show_boxes=True).images[0]
-        for show in (True, False)
-    )
-    assert "mask" in with_masks["results"][0]["detections"][0]
-    assert "mask" not in without["results"][0]["detections"][0]
-    pictures = [cv2.imread(str(tmp_path / str(show) / "a.jpg")) for show in (True, False)]
-    assert not np.array_equal(*pictures)
-
-
-def test_interrupt_keeps_what_is_done(predictor, images, tmp_path, monkeypatch):
-    predict = predictor.predict
-
-    def stop_at_c(path, *args, **options):
-        if path.name == "c.png":
-            raise KeyboardInterrupt
-        return predict(path, *args, **options)
-
-    monkeypatch.setattr(predictor, "predict", stop_at_c)
-    assert run(predictor, images, tmp_path / "out").interrupted
-    written = json.loads((tmp_path / "out" / "r.json").read_text())
-    assert [image["file_name"] for image in written["images"]] == ["a.jpg"]
-    assert written["interrupted"] is True
-
-
 def test_wrong_prompt_is_no_bad_image(predictor, images, tmp_path):
     # it would fail for every image: say it once
     with pytest.raises(UserError, match="at most 32"):

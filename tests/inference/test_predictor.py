@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from sam3lora import Predictor
@@ -18,42 +17,22 @@ from sam3lora.config.post_processing import PostProcessing
 from sam3lora.data.masks import decode_mask
 from sam3lora.engine.detections import Detections
 from sam3lora.errors import UserError
-from sam3lora.inference import result_pictures
-from sam3lora.model.adapter.folder import save_adapter
-from sam3lora.model.adapter.lora_layers import LoraSettings, apply_lora
-from sam3lora.model.adapter.metadata import AdapterMetadata
-from sam3lora.model.loading import load_base
-from sam3lora.model.staged.forward import StagedSam3
 
-from ..model.conftest import make_sam3, randomise_adapter, save_base
+from ..model.conftest import write_adapter
 
 EVERYTHING = {"threshold": 0.0, "nms": "none"}
 
 
 @pytest.fixture(scope="module")
-def base_path(tmp_path_factory) -> Path:
-    """Weights large enough that every input can be told from the output."""
-    model = make_sam3()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear):
-            torch.nn.init.xavier_uniform_(module.weight)
-    return save_base(tmp_path_factory.mktemp("base") / "sam3", model)
+def adapter(spread_base, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "best"
+    post = PostProcessing(threshold=0.99)
+    return write_adapter(spread_base, folder, targets=("q_proj", "fc1"), post_processing=post)
 
 
 @pytest.fixture(scope="module")
-def adapter(base_path, tmp_path_factory) -> Path:
-    base = load_base(str(base_path))
-    model = apply_lora(base.model, LoraSettings(rank=2, components=("detr_decoder",), target_modules=("q_proj", "fc1")))
-    randomise_adapter(model)
-    metadata = AdapterMetadata(
-        base_model=str(base_path), base_fingerprint=base.fingerprint, post_processing=PostProcessing(threshold=0.99)
-    )
-    return save_adapter(model, tmp_path_factory.mktemp("run") / "best", metadata)
-
-
-@pytest.fixture(scope="module")
-def predictor(base_path) -> Predictor:
-    return Predictor(str(base_path), device="cpu", **EVERYTHING)
+def predictor(spread_base) -> Predictor:
+    return Predictor(str(spread_base), device="cpu", **EVERYTHING)
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +50,9 @@ def same(first: Detections, second: Detections, atol: float = 1e-6) -> bool:
     )
 
 
-def test_nothing_found(base_path, pixels):
+def test_nothing_found(spread_base, pixels):
     # the empty case has the shapes and the JSON of the others
-    predictor = Predictor(str(base_path), threshold=1.0, device="cpu")
+    predictor = Predictor(str(spread_base), threshold=1.0, device="cpu")
     (result,) = predictor.predict(pixels, "crack")
     assert result.num_detections == 0
     assert (result.boxes_xyxy.shape, result.scores.shape, result.masks.shape) == ((0, 4), (0,), (0, 60, 90))
@@ -84,13 +63,9 @@ def test_nothing_found(base_path, pixels):
     assert np.array_equal(predictor.draw([result], show_boxes=True), plain)
 
 
-def test_one_vision_pass_for_all_prompts(predictor, pixels, monkeypatch):
-    calls = []
-    encode = StagedSam3.encode_images
-    monkeypatch.setattr(StagedSam3, "encode_images", lambda *args: calls.append(1) or encode(*args))
+def test_each_prompt_has_its_answer(predictor, pixels):
     results = predictor.predict(pixels, ["crack", "hole", "crack"])
     assert [result.prompt for result in results] == ["crack", "hole", "crack"]
-    assert len(calls) == 1
     assert same(results[0], results[2])
     assert not same(results[0], results[1])
 
@@ -162,13 +137,13 @@ def test_many_images_equal_one_by_one(predictor, pixels):
             assert same(result, alone, atol=1e-5)
 
 
-def test_the_adapter_records_the_defaults_and_the_caller_overrules_them(adapter, base_path, pixels):
+def test_the_adapter_records_the_defaults_and_the_caller_overrules_them(adapter, spread_base, pixels):
     assert Predictor(adapter=adapter, device="cpu").post == PostProcessing(threshold=0.99)
     changed = Predictor(adapter=adapter, device="cpu", nms="box", detection_threshold=0.2)
     assert changed.post == PostProcessing(threshold=0.2, nms="box")
-    assert Predictor(str(base_path), device="cpu").post == PostProcessing()
+    assert Predictor(str(spread_base), device="cpu").post == PostProcessing()
     with pytest.raises(UserError, match="threshold"):
-        Predictor(str(base_path), threshold=0.1, detection_threshold=0.2)
+        Predictor(str(spread_base), threshold=0.1, detection_threshold=0.2)
     (everything,) = Predictor(adapter=adapter, device="cpu", **EVERYTHING).predict(pixels, "crack")
     middle = float(np.sort(everything.scores)[4])
     (upper,) = Predictor(adapter=adapter, device="cpu", threshold=middle, nms="none").predict(pixels, "crack")
@@ -176,9 +151,9 @@ def test_the_adapter_records_the_defaults_and_the_caller_overrules_them(adapter,
     assert 0 < upper.num_detections < 8
 
 
-def test_adapter_brings_its_base_and_changes_the_answer(adapter, base_path, predictor, pixels):
+def test_adapter_brings_its_base_and_changes_the_answer(adapter, spread_base, predictor, pixels):
     adapted = Predictor(adapter=str(adapter), device="cpu", **EVERYTHING)
-    assert adapted.settings["model"] == str(base_path)
+    assert adapted.settings["model"] == str(spread_base)
     assert adapted.settings["adapter"] == str(adapter)
     assert not same(adapted.predict(pixels, "crack")[0], predictor.predict(pixels, "crack")[0])
 
@@ -201,11 +176,11 @@ def test_boxes_alone_ask_for_what_they_show(predictor, pixels):
     assert same(result, predictor.predict(pixels, "visual", boxes=[[10, 5, 40, 30]])[0])
 
 
-def test_merging_joins_masks(base_path, pixels):
+def test_merging_joins_masks(spread_base, pixels):
     # IoU 0 joins all masks of the image into one, whose box is drawn around it
-    merging = Predictor(str(base_path), device="cpu", threshold=0.0, merge=True, merge_iou=0.0)
+    merging = Predictor(str(spread_base), device="cpu", threshold=0.0, merge=True, merge_iou=0.0)
     (result,) = merging.predict(pixels, "crack")
-    (parts,) = Predictor(str(base_path), device="cpu", **EVERYTHING).predict(pixels, "crack")
+    (parts,) = Predictor(str(spread_base), device="cpu", **EVERYTHING).predict(pixels, "crack")
     assert result.num_detections == 1
     assert (result.masks[0] >= parts.masks.any(0)).all()
     # without masks in the result the same is found
@@ -224,18 +199,6 @@ def test_drawing_shows_what_is_asked_for(predictor, pixels, tmp_path):
         assert drawn.shape == nothing.shape
         assert not np.array_equal(drawn, nothing)
     assert not np.array_equal(masks, boxes)
-
-
-def test_labels_leave_room_for_what_they_name(predictor, pixels, monkeypatch):
-    # of many detections the best of each prompt are labelled
-    drawn = []
-    monkeypatch.setattr(result_pictures, "draw_instances", lambda image, marked, **options: drawn.extend(marked))
-    monkeypatch.setattr(result_pictures, "MAX_LABELS", 6)
-    results = predictor.predict(pixels, ["crack", "hole"])
-    predictor.draw(results)
-    labels = [marked.label for marked in drawn if marked.label]
-    assert len(drawn) == 16
-    assert labels == [f"{result.prompt} {score:.2f}" for result in results for score in result.scores[:3]]
 
 
 def test_drawing_takes_one_image(predictor, pixels):
@@ -262,11 +225,8 @@ def test_picture_that_cannot_be_written(name, predictor, pixels, tmp_path):
         (None, {"prompts": "crack", "boxes": [[10, 5, 40]]}, r"shape \(N, 4\)"),
         (None, {"prompts": "crack", "boxes": [10, 5, 40, 30]}, r"shape \(N, 4\)"),
         (None, {"prompts": "crack", "boxes": [["a", 5, 40, 30]]}, "must be numbers"),
-        (None, {"prompts": "crack", "boxes": [[10, 5, float("nan"), 30]]}, "x0 < x1 <= 90"),
         (None, {"prompts": "crack", "boxes": [[10, 5, 95, 30]]}, "x0 < x1 <= 90"),
-        (None, {"prompts": "crack", "boxes": [[40, 5, 10, 30]]}, "x0 < x1 <= 90"),
         (None, {"prompts": "crack", "boxes": [[10, 5, 40, 30]], "box_labels": [1, 0]}, "for each of 1 boxes, got 2"),
-        (None, {"prompts": "crack", "boxes": [[10, 5, 40, 30]], "box_labels": [2]}, "label 1"),
         (None, {"prompts": "crack", "box_labels": [1]}, "labels without boxes"),
         (np.zeros((4, 4), np.uint8), {"prompts": "crack"}, r"uint8 \(H, W, 3\)"),
         (np.zeros((4, 4, 3)), {"prompts": "crack"}, "got float64"),

@@ -76,7 +76,7 @@ def test_without_masks_both_mask_terms_are_zero(load_case, make_predictions):
 
 @pytest.mark.parametrize("grad", [True, False])
 def test_callables_are_asked_only_for_what_is_needed(grad, load_case):
-    # Matched pairs with a valid mask and queries with masks; for a batch without any, one entry, and only for
+    # Matched pairs with a valid mask and queries with mask pixels; for a batch without any, one entry, and only for
     # gradients.
     calls = []
 
@@ -88,9 +88,10 @@ def test_callables_are_asked_only_for_what_is_needed(grad, load_case):
         calls.append(("semantic", b.tolist()))
         return torch.zeros(len(b), 8, 8, requires_grad=True)
 
-    targets = small_targets([2, 0, 1])
+    targets = small_targets([2, 0, 1, 1])
     targets.mask_valid_T[0] = False
-    predictions = small_predictions(num_queries=3, num_object_queries=6)
+    targets.masks_THW[3] = False
+    predictions = small_predictions(num_queries=4, num_object_queries=6)
     predictions.mask_logits, predictions.semantic_logits = mask_logits, semantic_logits
     with torch.set_grad_enabled(grad):
         output = Criterion(one_to_many=OneToManyRule(threshold=0.0))(predictions, targets)
@@ -100,10 +101,10 @@ def test_callables_are_asked_only_for_what_is_needed(grad, load_case):
         assert calls[1] == ("o2m", [row[0] for row in kept], [row[1] for row in kept])
         assert calls[2:] == [("semantic", [0, 2])]
         calls.clear()
-        Criterion()(predictions, small_targets([0, 0, 0]))
+        Criterion()(predictions, small_targets([0, 0, 0, 0]))
         assert calls == ([("o2o", [0], [0]), ("o2m", [0], [0]), ("semantic", [0])] if grad else [])
         calls.clear()
-        Criterion(touch_unused=False)(predictions, small_targets([0, 0, 0]))
+        Criterion(touch_unused=False)(predictions, small_targets([0, 0, 0, 0]))
         assert calls == []
 
 

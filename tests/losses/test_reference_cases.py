@@ -3,24 +3,7 @@
 import pytest
 import torch
 
-from sam3lora.losses import LossSection
-
 CASES = ["mixed", "all_negative", "crowded_invalid_mask", "single_positive", "q200"]
-TERMS = [
-    "loss_bbox",
-    "loss_giou",
-    "loss_ce",
-    "presence_loss",
-    "loss_bbox_o2m",
-    "loss_giou_o2m",
-    "loss_ce_o2m",
-    "loss_mask",
-    "loss_dice",
-    "loss_mask_o2m",
-    "loss_dice_o2m",
-    "loss_semantic_seg",
-    "loss_semantic_dice",
-]
 
 
 @pytest.mark.parametrize("padding", ["pad200", "padnone"])
@@ -46,33 +29,6 @@ def test_detection_recipe(name, padding, load_case, compute, assert_matches_refe
     for key, value in results.items():
         assert_matches_reference(key, value, case.expected[key])
     assert not any(key.startswith("exp_grad_masks") for key in results)
-
-
-@pytest.mark.parametrize("term", TERMS)
-def test_comparison_rejects_a_term_off_by_a_thousandth(term, load_case, compute, assert_matches_reference):
-    # The comparison above would notice each term, were it wrong by 0.1 %.
-    case = load_case("mixed")
-    results = compute(case, "pad200")
-    key = next(key for key in results if key.removesuffix("__pad200") == f"exp_{term}")
-    assert_matches_reference(key, results[key], case.expected[key])
-    with pytest.raises(AssertionError):
-        assert_matches_reference(key, results[key] * 1.001, case.expected[key])
-
-
-@pytest.mark.parametrize(
-    "weight", ["bbox", "giou", "ce", "presence", "mask", "dice", "semantic", "semantic_dice", "o2m"]
-)
-def test_comparison_rejects_a_weight_off_by_a_thousandth(weight, load_case, compute, assert_matches_reference):
-    # Gradients and totals depend on every weight: a wrong one fails at least one of their comparisons.
-    case = load_case("mixed")
-    results = compute(case, "pad200", settings=LossSection(**{weight: getattr(LossSection(), weight) * 1.001}))
-    failed = []
-    for key in [key for key in results if "grad" in key or "core_loss" in key]:
-        try:
-            assert_matches_reference(key, results[key], case.expected[key])
-        except AssertionError:
-            failed.append(key)
-    assert any("grad" in key for key in failed)
 
 
 def test_all_negative_reaches_every_prediction(load_case, compute):

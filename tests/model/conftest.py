@@ -112,11 +112,13 @@ def randomise_adapter(model: torch.nn.Module, seed: int = 2) -> None:
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
 
 
-def write_adapter(base: Path, folder: Path, *, targets=("q_proj",), components=("detr_decoder",), **metadata) -> Path:
+def write_adapter(
+    base: Path, folder: Path, *, seed: int = 2, targets=("q_proj",), components=("detr_decoder",), **metadata
+) -> Path:
     """An adapter on a base folder that does something, as after training."""
     loaded = load_base(str(base))
     model = apply_lora(loaded.model, LoraSettings(rank=2, components=components, target_modules=targets))
-    randomise_adapter(model)
+    randomise_adapter(model, seed)
     values = {"base_model": str(base), "base_fingerprint": loaded.fingerprint, "prompts": ["gear"]} | metadata
     return save_adapter(model, folder, AdapterMetadata(**values))
 
@@ -141,16 +143,10 @@ def random_sam3() -> Sam3Model:
 
 
 @pytest.fixture(scope="session")
-def saved_base(small_base: Path) -> Path:
-    """A base folder of `random_sam3`; read only."""
-    return small_base
-
-
-@pytest.fixture(scope="session")
-def saved_video_base(saved_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved_video_base(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same weights as in a video checkpoint such as facebook/sam3: prefixed, with a tracker beside them."""
     folder = tmp_path_factory.mktemp("video") / "sam3"
-    shutil.copytree(saved_base, folder)
+    shutil.copytree(small_base, folder)
     tensors = load_file(folder / "model.safetensors")
     tensors = {f"detector_model.{name}": tensor for name, tensor in tensors.items()}
     tensors |= {"tracker_model.weight": torch.zeros(2), "tracker_neck.weight": torch.zeros(2)}

@@ -196,7 +196,7 @@ POST = PostProcessing(threshold=0.35, prompt_thresholds={"crack": 0.2}, nms_iou=
 
 @pytest.mark.parametrize("version", ["this", "earlier", "edited card", "without metadata"])
 def test_recording_post_processing(saved, version, tmp_path):
-    # Metadata and model card agree afterwards; other values, also unknown ones, and edits of the card stay.
+    # Metadata and model card agree afterwards; other values, also unknown ones of a newer version, and edits stay.
     folder, outputs, metadata = saved
     file, card = folder / "sam3lora.json", folder / "README.md"
     values = json.loads(file.read_text()) | {"colour": "blue"}
@@ -330,7 +330,7 @@ def card_code(metadata):
 
 @pytest.mark.parametrize(
     ("base", "geometry_cls", "resolution"),
-    [("saved_base", True, RESOLUTION), ("saved_base", False, None), ("saved_video_base", True, 2 * RESOLUTION)],
+    [("small_base", True, RESOLUTION), ("small_base", False, None), ("saved_video_base", True, 2 * RESOLUTION)],
 )
 def test_model_card_code_runs_without_our_package(
     random_sam3, request, tmp_path, monkeypatch, base, geometry_cls, resolution
@@ -340,9 +340,9 @@ def test_model_card_code_runs_without_our_package(
 
     from sam3lora.model.loading import load_base
 
-    saved_base = request.getfixturevalue(base)
+    small_base = request.getfixturevalue(base)
     model, metadata = train(random_sam3)
-    metadata.base_model, metadata.geometry_cls, metadata.resolution = str(saved_base), geometry_cls, resolution
+    metadata.base_model, metadata.geometry_cls, metadata.resolution = str(small_base), geometry_cls, resolution
     folder = save_adapter(model, tmp_path / "best", metadata)
     Image.new("RGB", (80, 60), (200, 30, 90)).save(tmp_path / "image.jpg")
     monkeypatch.chdir(tmp_path)
@@ -350,7 +350,7 @@ def test_model_card_code_runs_without_our_package(
     assert "sam3lora" not in code
     scope: dict = {}
     exec(compile(code, "card", "exec"), scope)
-    ours, _ = load_adapter(load_base(str(saved_base), resolution=resolution).model, folder)
+    ours, _ = load_adapter(load_base(str(small_base), resolution=resolution).model, folder)
     inputs = dict(scope["inputs"])
     assert ("input_boxes" in inputs) == geometry_cls
     assert inputs["pixel_values"].shape[-1] == (resolution or RESOLUTION)

@@ -180,29 +180,25 @@ def test_one_to_many_branch_leaves_one_to_one_unchanged(sam3):
 
 
 @torch.no_grad()
-def test_one_to_many_queries_differ_by_self_attention_only(sam3):
+def test_one_to_many_queries_differ_by_self_attention_only_and_have_masks_of_their_own(sam3):
+    staged = StagedSam3(sam3)
+    vision, text = encode(staged)
+    index = torch.tensor([0, 1])
+    found = staged.detect(vision, text, index, index, one_to_many=True)
+    # A mask of the branch "o2m" comes from the hidden state of the one-to-many query, on the same pixels.
+    head = staged.mask_head(found, index)
+    wanted = (torch.tensor([1, 0]), torch.tensor([3, 5]))
+    masks = head.instance_logits(*wanted, branch="o2m")
+    found.hidden_BQC["o2o"] = found.hidden_BQC["o2m"]
+    torch.testing.assert_close(masks, head.instance_logits(*wanted))
+    assert (masks - head.instance_logits(wanted[0].flip(0), wanted[1])).abs().max() > 1e-3
     # Where self-attention adds nothing, both halves are the same: same embeddings, references and cross-attention.
     for layer in sam3.detr_decoder.layers:
         layer.self_attn.o_proj.weight.zero_()
         layer.self_attn.o_proj.bias.zero_()
-    staged = StagedSam3(sam3)
-    found = staged.detect(*encode(staged), torch.tensor([0, 1]), torch.tensor([0, 1]), one_to_many=True)
+    found = staged.detect(vision, text, index, index, one_to_many=True)
     torch.testing.assert_close(found.logits_o2m_LBQ, found.logits_LBQ, atol=1e-5, rtol=0)
     torch.testing.assert_close(found.boxes_o2m_LBQ4, found.boxes_cxcywh_LBQ4, atol=1e-5, rtol=0)
-
-
-@torch.no_grad()
-def test_one_to_many_masks_are_those_of_its_queries(sam3):
-    # A mask of the branch "o2m" comes from the hidden state of the one-to-many query, on the same pixels.
-    staged = StagedSam3(sam3)
-    vision, text = encode(staged)
-    found = staged.detect(vision, text, torch.tensor([0, 1]), torch.tensor([0, 1]), one_to_many=True)
-    head = staged.mask_head(found, torch.tensor([0, 1]))
-    index = (torch.tensor([1, 0]), torch.tensor([3, 5]))
-    masks = head.instance_logits(*index, branch="o2m")
-    found.hidden_BQC["o2o"] = found.hidden_BQC["o2m"]
-    torch.testing.assert_close(masks, head.instance_logits(*index))
-    assert (masks - head.instance_logits(index[0].flip(0), index[1])).abs().max() > 1e-3
 
 
 @torch.no_grad()
@@ -292,25 +288,13 @@ def test_checkpointing_recomputes_and_keeps_gradients(sam3, counted_calls, compo
     assert_gradients_close(actual, expected, 1e-4)
 
 
-@torch.no_grad()
-def test_towers_run_once_and_cls_once_an_image(sam3, counted_calls):
-    # Five queries on two images and three prompts: one vision pass, one text pass, two rows of geometry.
-    rows = []
-    sam3.geometry_encoder.layers[0].register_forward_pre_hook(
-        lambda module, arguments, keywords: rows.append(len(keywords["prompt_feats"])), with_kwargs=True
-    )
-    staged = StagedSam3(sam3)
-    vision, text = encode(staged)
-    found = staged.detect(vision, text, torch.tensor([0, 0, 1, 1, 1]), torch.tensor([0, 1, 0, 1, 2]))
-    all_masks(staged, found)
-    assert counted_calls["vision_encoder"] == counted_calls["text_encoder"] == 1
-    assert rows == [2]
-
-
-def test_what_no_prompt_changes_is_done_once_an_image(sam3):
+def test_what_no_prompt_changes_is_done_once_an_image(sam3, counted_calls):
     # Five queries on two images in two chunks: the encoder's first self-attention and the CLS token see two rows once,
     # and outputs and gradients are those of chunks that do it themselves.
-    rows = []
+    rows, cls_rows = [], []
+    sam3.geometry_encoder.layers[0].register_forward_pre_hook(
+        lambda _, arguments, keywords: cls_rows.append(len(keywords["prompt_feats"])), with_kwargs=True
+    )
     sam3.detr_encoder.layers[0].self_attn.register_forward_pre_hook(
         lambda _, arguments, keywords: rows.append(len(keywords["query"])), with_kwargs=True
     )
@@ -325,8 +309,10 @@ def test_what_no_prompt_changes_is_done_once_an_image(sam3):
     expected = outputs(vision)
     assert rows == [2, 2]
     rows.clear()
+    cls_rows.clear()
     actual = outputs(staged.prepare(vision))
-    assert rows == [2]
+    assert rows == cls_rows == [2]
+    assert counted_calls["vision_encoder"] == counted_calls["text_encoder"] == 1
     torch.testing.assert_close(actual, expected)
     watched = [sam3.detr_encoder.layers[0].self_attn.q_proj.weight, sam3.geometry_encoder.cls_embed.weight]
     gradients = [

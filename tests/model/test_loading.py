@@ -19,41 +19,36 @@ from .conftest import RESOLUTION, byte_tokenizer, largest_difference, make_input
 
 
 @pytest.fixture
-def folder(saved_base, tmp_path):
+def folder(small_base, tmp_path):
     """A copy of the saved base that a test may damage."""
-    return shutil.copytree(saved_base, tmp_path / "sam3")
+    return shutil.copytree(small_base, tmp_path / "sam3")
 
 
-def test_folder(saved_base, random_sam3):
+def test_folder(small_base, random_sam3):
     # The weights and the settings of the folder, frozen and in evaluation mode.
-    base = load_base(str(saved_base))
+    base = load_base(str(small_base))
     assert largest_difference(outputs_of(base.model), outputs_of(random_sam3)) < 1e-6
-    assert (base.resolution, base.revision, base.name) == (RESOLUTION, None, str(saved_base))
+    assert (base.resolution, base.revision, base.name) == (RESOLUTION, None, str(small_base))
     assert base.image_mean == (0.4, 0.5, 0.6)
     assert not base.model.training
     assert not any(p.requires_grad for p in base.model.parameters())
 
 
-def test_video_checkpoint(saved_base, saved_video_base, caplog):
-    # The detector of a video checkpoint is the same model; its tracker is no reason for a warning.
-    with caplog.at_level(logging.WARNING, logger="sam3lora"):
-        video = load_base(str(saved_video_base))
-    assert video.fingerprint == load_base(str(saved_base)).fingerprint
+def test_video_checkpoint_and_tensors_of_something_else(small_base, saved_video_base, folder, caplog):
+    # The detector of a video checkpoint is the same model; its tracker is no reason for a warning. Weights that are
+    # present and not used may mean a wrong checkpoint.
+    caplog.set_level(logging.WARNING, logger="sam3lora")
+    assert load_base(str(saved_video_base)).fingerprint == load_base(str(small_base)).fingerprint
     assert not caplog.records
-
-
-def test_tensors_of_something_else_are_reported(folder, caplog):
-    # Weights that are present and not used may mean a wrong checkpoint.
     tensors = load_file(folder / "model.safetensors") | {"adapter.weight": torch.zeros(1)}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with caplog.at_level(logging.WARNING, logger="sam3lora"):
-        load_base(str(folder))
+    load_base(str(folder))
     assert "1 tensors are not used, first adapter.weight" in caplog.text
 
 
-def test_bfloat16_and_eager_attention(saved_base):
+def test_bfloat16_and_eager_attention(small_base):
     # An adapter trained over a bfloat16 base fits the float32 base. Attention reaches the sub-models.
-    low, eager, plain = (load_base(str(saved_base), **to) for to in ({"dtype": "bfloat16"}, {"attention": "eager"}, {}))
+    low, eager, plain = (load_base(str(small_base), **to) for to in ({"dtype": "bfloat16"}, {"attention": "eager"}, {}))
     assert low.model.dtype == torch.bfloat16
     assert low.fingerprint == plain.fingerprint
     assert eager.model.detr_decoder.config._attn_implementation == "eager"
@@ -62,42 +57,39 @@ def test_bfloat16_and_eager_attention(saved_base):
 
 
 @pytest.mark.parametrize("resolution", [56, 168])
-def test_other_resolutions(saved_base, resolution):
+def test_other_resolutions(small_base, resolution):
     # Whole windows run, and rotary positions, which loading makes anew, fit the grid; the weights are the same.
-    base = load_base(str(saved_base), resolution=resolution)
+    base = load_base(str(small_base), resolution=resolution)
     outputs = outputs_of(base.model, **make_inputs(side=resolution))
     assert outputs["pred_masks"].shape[-1] == resolution // 14 * 4
     assert all(torch.isfinite(value).all() for value in outputs.values())
     assert base.resolution == resolution
-    assert base.fingerprint == load_base(str(saved_base)).fingerprint
+    assert base.fingerprint == load_base(str(small_base)).fingerprint
 
 
-@pytest.mark.parametrize(("resolution", "nearest"), [(100, "56 and 112"), (126, "112 and 168"), (0, "56 and 112")])
-def test_resolution_that_does_not_fit(saved_base, resolution, nearest):
-    # The nearest sides that do are named; 126 is a multiple of the patch but not of patch x window.
-    with pytest.raises(UserError, match=f"multiple of 56 pixels.*got {resolution}: the nearest are {nearest}"):
-        load_base(str(saved_base), resolution=resolution)
-
-
-@pytest.mark.parametrize("arguments", [{"dtype": "float16"}, {"dtype": torch.int8}, {"attention": "flash"}])
-def test_bad_arguments(saved_base, arguments):
-    # Each names what is accepted.
-    with pytest.raises(UserError, match=r"must be ('sdpa'|float32) or"):
-        load_base(str(saved_base), **arguments)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        # the nearest sides that fit are named; 126 is a multiple of the patch but not of patch x window
+        *(
+            ({"resolution": side}, f"multiple of 56 pixels.*got {side}: the nearest are {nearest}")
+            for side, nearest in ((100, "56 and 112"), (126, "112 and 168"), (0, "56 and 112"))
+        ),
+        ({"dtype": "float16"}, "must be float32 or"),
+        ({"dtype": torch.int8}, "must be float32 or"),
+        ({"attention": "flash"}, "must be 'sdpa' or"),
+    ],
+)
+def test_bad_arguments(small_base, arguments, message):
+    with pytest.raises(UserError, match=message):
+        load_base(str(small_base), **arguments)
 
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json"])
 def test_missing_file(folder, file):
-    # The message names the file.
-    (folder / file).unlink()
-    with pytest.raises(UserError, match=f"lacks {file}"):
-        load_base(str(folder))
-
-
-def test_pickled_weights_are_not_an_alternative(folder):
-    # sam3.pt lies beside model.safetensors on the hub; it is never opened.
-    (folder / "model.safetensors").rename(folder / "sam3.pt")
-    with pytest.raises(UserError, match=r"lacks model\.safetensors \(sam3\.pt there is a pickle"):
+    # The message names the file. A pickle such as the hub's sam3.pt is no alternative.
+    (folder / file).rename(folder / "sam3.pt")
+    with pytest.raises(UserError, match=rf"lacks {file} .*sam3\.pt there is a pickle"):
         load_base(str(folder))
 
 
@@ -110,22 +102,19 @@ def test_missing_shard(folder):
         load_base(str(folder))
 
 
-def test_missing_weights(folder):
+def test_weights_that_are_missing_or_cannot_be_read(folder):
     # transformers would fill them with random numbers.
-    tensors = load_file(folder / "model.safetensors")
-    del tensors["text_projection.weight"]
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"no weights for 1 parameters, first text_projection\.weight"):
-        load_base(str(folder))
-
-
-def test_weights_that_cannot_be_read(folder):
-    # Of another shape than the configuration's, and from a download that broke off.
     file = folder / "model.safetensors"
     tensors = load_file(file)
+    projection = tensors.pop("text_projection.weight")
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"no weights for 1 parameters, first text_projection\.weight"):
+        load_base(str(folder))
+    # Of another shape than the configuration's, and from a download that broke off.
     save_file(tensors | {"text_projection.weight": torch.zeros(5, 5)}, file, metadata={"format": "pt"})
     with pytest.raises(UserError, match="could not be loaded"):
         load_base(str(folder))
+    save_file(tensors | {"text_projection.weight": projection}, file, metadata={"format": "pt"})
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(UserError, match="could not be loaded"):
         load_base(str(folder))
@@ -162,17 +151,17 @@ def test_folder_that_does_not_exist(name, monkeypatch):
         load_base(name)
 
 
-def test_tiny_is_loaded_like_any_folder(saved_base, monkeypatch):
+def test_tiny_is_loaded_like_any_folder(small_base, monkeypatch):
     # Only the place differs.
-    monkeypatch.setattr(base_folder, "TINY_FOLDER", saved_base)
+    monkeypatch.setattr(base_folder, "TINY_FOLDER", small_base)
     base = load_base("tiny")
     assert base.name == base.model.name_or_path == "tiny"
-    assert base.fingerprint == load_base(str(saved_base)).fingerprint
+    assert base.fingerprint == load_base(str(small_base)).fingerprint
 
 
-def test_hub_id(saved_base, tmp_path, monkeypatch):
+def test_hub_id(small_base, tmp_path, monkeypatch):
     # Only the files that are needed are asked for, and the commit is recorded.
-    snapshot = shutil.copytree(saved_base, tmp_path / "snapshots" / "0123abcd")
+    snapshot = shutil.copytree(small_base, tmp_path / "snapshots" / "0123abcd")
     asked = {}
 
     def snapshot_download(name, **arguments):
@@ -229,19 +218,22 @@ def test_tokenize_pads_to_the_context():
     assert mask.sum(1).tolist() == [7, 6]
     assert tokenize(byte_tokenizer(), "crack")[0].tolist() == ids[:1].tolist()
     assert [values.shape for values in tokenize(byte_tokenizer(), [])] == [(0, 32), (0, 32)]
-
-
-def test_longest_prompt_is_kept_whole_and_one_token_more_is_refused():
-    # 30 letters and the two special tokens fill the context exactly.
+    # 30 letters and the two special tokens fill the context exactly
     ids, mask = tokenize(byte_tokenizer(), ["x" * 30])
     assert mask.sum() == 32
     assert ids[0, -1] == 513
-    with pytest.raises(UserError, match=r"'x{31}' has 33 tokens.*at most 32"):
-        tokenize(byte_tokenizer(), ["crack", "x" * 31])
 
 
-@pytest.mark.parametrize(("prompt", "message"), [("", "prompt 1 is empty"), (" \n", "is empty"), (3, "must be text")])
-def test_prompts_that_are_no_text(prompt, message):
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("", "prompt 1 is empty"),
+        (" \n", "is empty"),
+        (3, "must be text"),
+        ("x" * 31, r"'x{31}' has 33 tokens.*at most 32"),
+    ],
+)
+def test_prompts_that_cannot_be_asked(prompt, message):
     # The position is named, since prompts come from category lists.
     with pytest.raises(UserError, match=message):
         tokenize(byte_tokenizer(), ["crack", prompt])

@@ -31,13 +31,6 @@ def test_each_flag_changes_the_adapted_modules(random_sam3, component):
     assert {component_of(name) for name in names} == {component}
 
 
-def test_flags_add_up(random_sam3):
-    # Two flags give the union of both, in model order.
-    both = adapted(random_sam3, components=("detr_decoder", "detr_encoder"), target_modules=("fc1",))
-    expected = [f"{part}.layers.{index}.mlp.fc1" for part in ("detr_encoder", "detr_decoder") for index in (0, 1)]
-    assert list(both) == expected
-
-
 def test_text_tower_output_projection_under_every_name(random_sam3):
     # The text tower alone calls it out_proj: o_proj, out_proj and proj all reach it.
     for target in ("o_proj", "out_proj", "proj"):
@@ -56,12 +49,6 @@ def test_aliases(random_sam3):
     assert len(aliased) == 3 * 6
 
 
-def test_vision_last_layers(random_sam3):
-    # Only the last k ViT layers are adapted.
-    names = adapted(random_sam3, vision_last_layers=2, target_modules=("q_proj",))
-    assert names == tuple(f"vision_encoder.backbone.layers.{index}.attention.q_proj" for index in (1, 2))
-
-
 def test_vision_last_layers_keeps_what_comes_after_the_vit_and_other_components(random_sam3):
     # The neck follows the ViT and stays, the patch embedding precedes it and goes.
     names = adapted(
@@ -76,24 +63,40 @@ def test_vision_last_layers_keeps_what_comes_after_the_vit_and_other_components(
     assert any(name.startswith("detr_encoder") for name in names)
 
 
-def test_container_name_stands_for_its_layers(random_sam3):
-    # The heads of the decoder are adapted when named, and not by the usual targets.
-    names = adapted(random_sam3, components=("detr_decoder",), target_modules=("box_head",))
-    assert names == tuple(f"detr_decoder.box_head.layer{index}" for index in (1, 2, 3))
-
-
-def test_modules_without_gradient_are_left_out(random_sam3):
-    # The top-level text projection is used, the CLIP tower's own is not; PEFT alone would adapt both.
-    names = adapted(random_sam3, components=("text_encoder",), target_modules=("text_projection",))
-    assert names == ("text_projection",)
-
-
-def test_conv_targets(random_sam3):
-    # Conv2d works, and its idle instances (discarded FPN level, unused pixel decoder stage) are left out.
-    names = adapted(random_sam3, components=("vision_encoder", "mask_decoder"), target_modules=("proj1", "conv_layers"))
-    assert set(names) == {f"vision_encoder.neck.fpn_layers.{i}.proj1" for i in range(3)} | {
-        f"mask_decoder.pixel_decoder.conv_layers.{i}" for i in range(2)
-    }
+@pytest.mark.parametrize(
+    ("components", "settings", "expected"),
+    [
+        # two flags give the union of both, in model order
+        (
+            ("detr_decoder", "detr_encoder"),
+            {"target_modules": ("fc1",)},
+            [f"{part}.layers.{index}.mlp.fc1" for part in ("detr_encoder", "detr_decoder") for index in (0, 1)],
+        ),
+        # only the last k ViT layers
+        (
+            ("vision_encoder",),
+            {"target_modules": ("q_proj",), "vision_last_layers": 2},
+            [f"vision_encoder.backbone.layers.{index}.attention.q_proj" for index in (1, 2)],
+        ),
+        # the name of a container stands for its layers
+        (
+            ("detr_decoder",),
+            {"target_modules": ("box_head",)},
+            [f"detr_decoder.box_head.layer{index}" for index in (1, 2, 3)],
+        ),
+        # the top-level text projection is used, the CLIP tower's own is not; PEFT alone would adapt both
+        (("text_encoder",), {"target_modules": ("text_projection",)}, ["text_projection"]),
+        # Conv2d works, without its idle instances (discarded FPN level, unused pixel decoder stage)
+        (
+            ("vision_encoder", "mask_decoder"),
+            {"target_modules": ("proj1", "conv_layers")},
+            [f"vision_encoder.neck.fpn_layers.{i}.proj1" for i in range(3)]
+            + [f"mask_decoder.pixel_decoder.conv_layers.{i}" for i in range(2)],
+        ),
+    ],
+)
+def test_adapted_modules(random_sam3, components, settings, expected):
+    assert list(adapted(random_sam3, components=components, **settings)) == expected
 
 
 def test_geometry_encoder_without_cls_is_refused(random_sam3):
@@ -170,6 +173,9 @@ def test_rslora_scales_by_the_root_of_the_rank(random_sam3):
     model = apply_lora(random_sam3, LoraSettings(rank=4, alpha=8, use_rslora=True))
     layer = model.base_model.model.vision_encoder.backbone.layers[0].attention.q_proj
     assert layer.scaling["default"] == pytest.approx(4.0)
+    # Wrapping twice would train an adapter on top of an adapter.
+    with pytest.raises(ValueError, match="already carries an adapter"):
+        apply_lora(model, LoraSettings())
 
 
 def test_only_the_adapter_is_trainable_and_all_of_it_learns(random_sam3):
@@ -182,13 +188,6 @@ def test_only_the_adapter_is_trainable_and_all_of_it_learns(random_sam3):
         assert parameter.requires_grad == (".lora_" in name), name
         if ".lora_B." in name:
             assert torch.any(parameter.grad), name
-
-
-def test_second_adapter_by_mistake(random_sam3):
-    # Wrapping twice would train an adapter on top of an adapter.
-    model = apply_lora(random_sam3, LoraSettings())
-    with pytest.raises(ValueError, match="already carries an adapter"):
-        apply_lora(model, LoraSettings())
 
 
 class Plain(nn.Module):
@@ -216,9 +215,6 @@ def test_any_torch_model():
     assert (table.total, table.trainable) == (total, 2 * (4 + 8) + 2 * (8 + 2))
     assert list(table.components) == ["other"]
     assert model(torch.randn(1, 3, 4)).shape == (1, 3, 2)
-
-
-def test_any_torch_model_refusals():
     # A component needs a SAM 3; an attention's out_proj is read without being called, so an adapter would do nothing.
     with pytest.raises(UserError, match="Plain has no component 'vision_encoder'"):
         adapted(Plain())
@@ -229,6 +225,8 @@ def test_any_torch_model_refusals():
 def test_counts_per_component(random_sam3):
     # Against a count by hand: rank x (in + out) for each adapted Linear.
     total = sum(p.numel() for p in random_sam3.parameters())
+    frozen = count_parameters(random_sam3.requires_grad_(False))
+    assert (frozen.trainable, frozen.adapter, frozen.modules_adapted) == (0, 0, 0)
     settings = LoraSettings(rank=4, components=("vision_encoder", "scoring"), target_modules=("fc1", "query_proj"))
     model = apply_lora(random_sam3, settings)
     table = count_parameters(model)
@@ -238,12 +236,6 @@ def test_counts_per_component(random_sam3):
     assert table.trainable == table.adapter == vision.trainable + scoring.trainable
     assert table.total == total
     assert table.percent == pytest.approx(100 * table.trainable / total)
-
-
-def test_counts_of_a_frozen_base(random_sam3):
-    # Without adapter nothing is adapted, and trainable follows requires_grad.
-    table = count_parameters(random_sam3.requires_grad_(False))
-    assert (table.trainable, table.adapter, table.modules_adapted) == (0, 0, 0)
 
 
 def test_fingerprint_is_of_the_base(random_sam3):
@@ -256,9 +248,5 @@ def test_fingerprint_is_of_the_base(random_sam3):
     with torch.no_grad():
         base.text_projection.bias += 1
     assert fingerprint(base) != before
-
-
-def test_fingerprint_needs_values():
-    # Parameters on the meta device have none.
     with pytest.raises(ValueError, match="meta device"):
         fingerprint(nn.Linear(2, 2, device="meta"))

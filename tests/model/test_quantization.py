@@ -43,9 +43,9 @@ def test_without_the_package_it_says_what_to_install(random_sam3):
         quantize_nf4(random_sam3, "cpu")
 
 
-def test_a_quantised_base_is_refused(saved_base, tmp_path):
+def test_a_quantised_base_is_refused(small_base, tmp_path):
     folder = tmp_path / "base"
-    shutil.copytree(saved_base, folder)
+    shutil.copytree(small_base, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"load_in_4bit": True}}))
     with pytest.raises(UserError, match="quantised already"):

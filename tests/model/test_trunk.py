@@ -69,17 +69,13 @@ def test_layers_before_the_first_adapted_module(adapted, expected):
     assert unchanged_layers(adapted, 3) == expected
 
 
-def test_layers_before_the_first_that_learns(random_sam3):
+def test_layers_before_the_first_that_learns_and_their_weights(random_sam3):
     trunk = random_sam3.requires_grad_(False).vision_encoder.backbone
     assert frozen_layers(trunk) == NUM_LAYERS
     trunk.layers[1].layer_norm2.bias.requires_grad_(True)
     assert frozen_layers(trunk) == 1
     trunk.embeddings.position_embeddings.requires_grad_(True)
     assert frozen_layers(trunk) == 0
-
-
-def test_weights_of_first_layers(random_sam3):
-    trunk = random_sam3.vision_encoder.backbone
     assert weights_of_first_layers(trunk, NUM_LAYERS).keys() == {
         name for name, _ in (*trunk.named_parameters(), *trunk.named_buffers())
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -39,35 +38,17 @@ def step_of(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return gradients, terms
 
 
-def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(actual[name], value), name
+def feature_files(folder: Path) -> list[Path]:
+    """The files of a cache but the digests of images."""
+    return [file for file in folder.glob("??/*.npy") if np.load(file).shape != (32,)]
+
+
+def arrays(folder: Path) -> list[np.ndarray]:
+    return [np.load(file) for file in feature_files(folder)]
 
 
 def counts_of(trainer: Trainer) -> tuple[int, int]:
     return trainer.runner.images.vision_passes, trainer.runner.images.features_loaded
-
-
-def arrays(folder: Path) -> list[np.ndarray]:
-    """The arrays of a cache but the digests of files."""
-    found = [np.load(file, allow_pickle=False) for file in folder.glob("??/*.npy")]
-    return [array for array in found if array.shape != (32,)]
-
-
-def lines_of(config, kind: str) -> list[dict]:
-    lines = (Path(config.output.output_dir) / "metrics.jsonl").read_text().splitlines()
-    return [line for line in map(json.loads, lines) if line["kind"] == kind]
-
-
-def passes_of(config) -> tuple[int, int]:
-    [end] = lines_of(config, "end")
-    return end["vision_passes"], end["features_loaded"]
-
-
-def without_measures(line: dict) -> dict:
-    measures = ("images_per_second", "data_wait_share", "memory_mb", "unix_time", "vision_passes", "features_loaded")
-    return {key: value for key, value in line.items() if key not in measures}
 
 
 def record_decoding(monkeypatch: pytest.MonkeyPatch) -> list[str]:

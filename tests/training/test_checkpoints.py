@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
+from sam3lora import files
 from sam3lora.errors import UserError
 from sam3lora.model.adapter.lora_layers import LoraSettings, apply_lora
-from sam3lora.training import checkpoints
 from sam3lora.training.checkpoints import RunState, list_checkpoints, load_checkpoint, save_checkpoint
 from sam3lora.training.optimization import build_optimizer
 
@@ -124,9 +124,9 @@ def test_a_crash_while_writing_leaves_the_old_ones(tmp_path, monkeypatch):
     def fail(*arguments, **options):
         raise OSError("disk full")
 
-    for name in ("sync_files", "replace_folder"):
+    for name in ("_sync", "replace_folder"):
         with monkeypatch.context() as patched:
-            patched.setattr(checkpoints, name, fail)
+            patched.setattr(files, name, fail)
             with pytest.raises(OSError, match="disk full"):
                 save(tmp_path, step=6)
         assert list(tmp_path.iterdir()) == [good]

@@ -2,52 +2,23 @@
 
 from __future__ import annotations
 
-import socket
-import time
-
 import pytest
 
 from sam3lora import cluster
-from sam3lora.cli import main
 from sam3lora.errors import UserError
 
 
-@pytest.fixture
-def closed_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def test_unreachable_cluster_is_a_mistake_at_once(closed_port, small_base, scenes, tmp_path, capsys):
-    # Left to itself, ray.init waits for many minutes and does not even react to Ctrl-C.
-    started = time.monotonic()
-    options = ["--data-dir", str(scenes), "--output-dir", str(tmp_path / "run")]
-    address = f"127.0.0.1:{closed_port}"
-    assert main(["train", "quick_test", *options, f"model.name={small_base}", "--address", address]) == 2
-    assert address in capsys.readouterr().err
-    assert time.monotonic() - started < 30
-
-
-def test_no_cluster_to_find_is_a_mistake(monkeypatch):
+@pytest.mark.parametrize(
+    ("address", "message"), [("auto", "auto.*Could not find any"), ("ray://head:10001", "ray job submit")]
+)
+def test_cluster_that_cannot_be_joined(address, message, monkeypatch):
     import ray
 
     def find_none(**options):
         raise ConnectionError("Could not find any running Ray instance.")
 
     monkeypatch.setattr(ray, "init", find_none)
-    with (
-        pytest.raises(UserError, match=r"auto.*Could not find any"),
-        cluster.ray_session("auto", num_cpus=1),
-    ):
-        pass
-
-
-def test_ray_client_is_refused_with_what_to_do():
-    with (
-        pytest.raises(UserError, match="ray job submit"),
-        cluster.ray_session("ray://head:10001", num_cpus=1),
-    ):
+    with pytest.raises(UserError, match=message), cluster.ray_session(address, num_cpus=1):
         pass
 
 
@@ -89,26 +60,24 @@ def test_room_counts_whole_workers_node_by_node(make_config, nodes):
     check(make_config("scaling.num_workers=2", "scaling.resources_per_worker={CPU: 1}", num_workers=1))
 
 
-def test_room_respects_strict_placement(make_config, nodes):
-    nodes({"CPU": 4}, {"CPU": 2})
-    for strategy, most in (("STRICT_PACK", 2), ("STRICT_SPREAD", 2), ("PACK", 3)):
-        place = f"scaling.placement_strategy={strategy}"
-        check(make_config(place, f"scaling.num_workers={most}", num_workers=1))
-        with pytest.raises(UserError, match=f"room for {most}"):
-            check(make_config(place, f"scaling.num_workers={most + 1}", num_workers=1))
-
-
-def test_elastic_run_needs_room_for_its_smallest_size(make_config, nodes):
-    nodes({"CPU": 2})
-    check(make_config("scaling.num_workers=[1, 4]", num_workers=1))
-    with pytest.raises(UserError, match=r"num_workers=2 .*room for 1"):
-        check(make_config("scaling.num_workers=[2, 4]", num_workers=1))
-
-
-def test_missing_gpus_are_named(make_config, nodes):
-    nodes({"CPU": 64, "GPU": 1})
-    with pytest.raises(UserError, match=r"1 GPU.*room for 1 .*use_gpu=false"):
-        check(make_config("scaling.num_workers=2", "scaling.use_gpu=true"), use_gpu=True)
+@pytest.mark.parametrize(
+    ("cluster_nodes", "override", "enough", "too_many", "message"),
+    [
+        # strict placement
+        (({"CPU": 4}, {"CPU": 2}), "scaling.placement_strategy=STRICT_PACK", "2", "3", "room for 2"),
+        (({"CPU": 4}, {"CPU": 2}), "scaling.placement_strategy=STRICT_SPREAD", "2", "3", "room for 2"),
+        (({"CPU": 4}, {"CPU": 2}), "scaling.placement_strategy=PACK", "3", "4", "room for 3"),
+        # an elastic run needs room for its smallest size
+        (({"CPU": 2},), "scaling.use_gpu=auto", "[1, 4]", "[2, 4]", "num_workers=2 .*room for 1"),
+        (({"CPU": 64, "GPU": 1},), "scaling.use_gpu=true", "1", "2", "1 GPU.*room for 1 .*use_gpu=false"),
+    ],
+)
+def test_room_for_workers(cluster_nodes, override, enough, too_many, message, make_config, nodes):
+    nodes(*cluster_nodes)
+    use_gpu = override == "scaling.use_gpu=true"
+    check(make_config(override, f"scaling.num_workers={enough}", num_workers=1), use_gpu)
+    with pytest.raises(UserError, match=message):
+        check(make_config(override, f"scaling.num_workers={too_many}", num_workers=1), use_gpu)
 
 
 def test_busy_cluster_is_waited_for_and_said_so(make_config, nodes, caplog):

@@ -17,7 +17,6 @@ import pytest
 from sam3lora.data.array_store import ArrayStore
 from sam3lora.errors import UserError
 from sam3lora.training.launch import train
-from sam3lora.training.validator import validation_metrics
 
 from .feature_cases import (
     FROZEN,
@@ -26,13 +25,12 @@ from .feature_cases import (
     OFF,
     ON_DISK,
     arrays,
-    assert_equal,
     counts_of,
-    lines_of,
-    passes_of,
+    feature_files,
     record_decoding,
     step_of,
 )
+from .run_folder import assert_equal, lines_of, passes_of
 from .two_workers import make_trainer
 
 # ---- frames ----------------------------------------------------------------------------------------------------------
@@ -56,7 +54,7 @@ def test_kept_frames_are_the_decoded_ones(make_config, cache_folder, monkeypatch
     decoded.clear()
     augmented = make_trainer(make_config(on, "data.augmentation=sam3"))
     augmented.validator.loss_terms()
-    validation_metrics(augmented)
+    augmented.validator.metrics()
     assert len(decoded) == NUM_VALID
     step_of(augmented)
     step_of(augmented)
@@ -159,7 +157,7 @@ def test_waiting_for_another_runs_image(make_config, cache_folder, monkeypatch):
     # One of two images is being made elsewhere: the other is made first, then that one is read, not made.
     worker = make_trainer(make_config(FROZEN, ON_DISK))
     step_of(worker)
-    [first, second] = [file for file in cache_folder.glob("??/*.npy") if np.load(file).shape != (32,)]
+    [first, second] = feature_files(cache_folder)
     elsewhere = shutil.move(second, cache_folder / "elsewhere")
     first.unlink()
     key = second.parent.name + second.stem

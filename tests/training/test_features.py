@@ -17,8 +17,9 @@ from sam3lora.model.loading import load_base
 from sam3lora.training import validator as metrics_module
 from sam3lora.training.features.memory import FeatureMemory
 from sam3lora.training.launch import train
-from sam3lora.training.validator import ask_split, validation_metrics
+from sam3lora.training.validator import ask_split
 
+from .changed_scenes import with_broken_images
 from .feature_cases import (
     BF16,
     FROZEN,
@@ -30,14 +31,12 @@ from .feature_cases import (
     OFF,
     ON_DISK,
     arrays,
-    assert_equal,
     counts_of,
-    lines_of,
-    passes_of,
+    feature_files,
     record_decoding,
     step_of,
-    without_measures,
 )
+from .run_folder import assert_equal, lines_of, passes_of, without_measures
 from .two_workers import make_trainer
 
 # ---- the same numbers ------------------------------------------------------------------------------------------------
@@ -116,7 +115,7 @@ def test_metrics_from_kept_features(make_config, monkeypatch):
     )
     worker = make_trainer(make_config(FROZEN))
     for asked in (make_trainer(make_config(FROZEN, OFF, output="plain")), worker, worker):
-        validation_metrics(asked)
+        asked.validator.metrics()
     plain, made, read = answers
     assert len(plain.predictions) > 10
     assert made.predictions == read.predictions == plain.predictions
@@ -130,24 +129,6 @@ def test_metrics_from_kept_features(make_config, monkeypatch):
 def test_trunk_adapted_from_the_first_layer_on_keeps_nothing(make_config, cache_folder):
     train(make_config("lora.vision_last_layers=3", num_epochs=1))
     assert not cache_folder.exists()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("last_layers", [1, 2])
-def test_layers_before_the_first_adapted_one_run_once(make_config, cache_folder, last_layers):
-    # Whole runs, the second of which reads all from disk; their losses are those of a run without the cache.
-    adapted = f"lora.vision_last_layers={last_layers}"
-    runs = {"plain": [OFF], "first": [], "second": [ON_DISK]}
-    configs = [make_config(adapted, *more, output=name) for name, more in runs.items()]
-    for config in configs:
-        train(config)
-    total = 3 * NUM_VALID + 2 * NUM_TRAIN
-    assert [passes_of(config)[0] for config in configs] == [total, NUM_TRAIN + NUM_VALID, 0]
-    plain, *others = ([without_measures(line) for line in lines_of(config, "step")] for config in configs)
-    assert others == [plain, plain]
-    # Another number of layers has its own.
-    step_of(make_trainer(make_config(FROZEN)))
-    assert len(arrays(cache_folder)) == NUM_TRAIN + NUM_VALID + 2
 
 
 def test_augmented_training_keeps_the_features_of_validation(make_config, cache_folder):
@@ -173,10 +154,11 @@ def test_what_gives_other_features_has_its_own(make_config, small_base, cache_fo
     assert passes("lora.rank=8", "training.learning_rate=1e-5", "training.loss.giou=0") == 0
     assert passes("model.resolution=56") == 2
     assert passes(BF16) == 2
+    assert passes("lora.apply_to_vision_encoder=true", LAST_LAYER) == 2
     assert passes("model.attention=eager") == 2
     assert passes(f"model.name={small_base}") == 2
     assert passes("model.dtype=bfloat16", BF16) == 2
-    assert len(arrays(cache_folder)) == 12
+    assert len(arrays(cache_folder)) == 14
 
 
 def test_pixels_are_normalised_as_the_base_says(make_config, lively_base, tmp_path, cache_folder):
@@ -224,14 +206,13 @@ def test_features_that_are_gone_by_the_time_they_are_needed(make_config, cache_f
     batch = next(worker.batches.training_batches(0, 0))
     assert (batch.num_images, len(batch.images_NHWC)) == (2, 0)
     worker.runner.images.trunk.memory = FeatureMemory(0)  # nothing was read ahead
-    for file in cache_folder.glob("??/*.npy"):
-        if np.load(file).shape != (32,):
-            if how == "damaged":
-                file.write_bytes(file.read_bytes()[:300])
-            elif how == "removed":
-                file.unlink()
-            else:
-                np.save(file, np.zeros((4, 4), dtype=np.float32))
+    for file in feature_files(cache_folder):
+        if how == "damaged":
+            file.write_bytes(file.read_bytes()[:300])
+        elif how == "removed":
+            file.unlink()
+        else:
+            np.save(file, np.zeros((4, 4), dtype=np.float32))
     worker.batches.training_batches = lambda *arguments: (one for one in [batch])
     gradients, _ = step_of(worker)
     assert_equal(gradients, expected)
@@ -240,35 +221,9 @@ def test_features_that_are_gone_by_the_time_they_are_needed(make_config, cache_f
     assert counts_of(worker) == (4, 2)
 
 
-@pytest.mark.slow
-def test_full_cache_costs_passes_and_nothing_else(make_config, cache_folder):
-    # Room for the features of four images; the others go through the trunk in each epoch.
-    features = 64 * 32 * 4 + 128
-    config = make_config(FROZEN, ON_DISK, f"training.cache_gb={5 * features / 1e9}")
-    train(config)
-    kept = len(arrays(cache_folder))
-    assert 3 <= kept <= 4
-    total = 3 * NUM_VALID + 2 * NUM_TRAIN
-    passes, loaded = passes_of(config)
-    assert passes + loaded == total
-    assert NUM_TRAIN + NUM_VALID < passes < total
-    # The next run finds these four, in whichever order it reads the images.
-    second = make_config(FROZEN, ON_DISK, f"training.cache_gb={5 * features / 1e9}", "training.seed=7", output="second")
-    train(second)
-    assert passes_of(second) == (passes - kept, loaded + kept)
-    plain = make_config(FROZEN, OFF, output="plain")
-    train(plain)
-    assert [without_measures(line) for line in lines_of(config, "epoch")] == [
-        without_measures(line) for line in lines_of(plain, "epoch")
-    ]
-
-
 def test_bad_images_with_kept_features(make_config, scenes, tmp_path):
     # They are left out and named in each run, or stop it, as without the cache.
-    data = tmp_path / "data"
-    shutil.copytree(scenes, data)
-    path = data / "train" / "00002.jpg"
-    path.write_bytes(path.read_bytes()[:100])
+    data = with_broken_images(scenes, tmp_path / "data", "train/00002.jpg")
     for name in ("first", "second"):
         config = make_config(FROZEN, data_dir=str(data), num_epochs=1, on_bad_image="skip", output=name)
         train(config)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -19,11 +18,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from sam3lora.errors import RunFailed
 from sam3lora.training.launch import train
+
+from .run_folder import adapter_of, assert_equal, lines_of
 
 pytestmark = pytest.mark.slow
 
@@ -55,14 +54,6 @@ def local_ray(num_cpus: int) -> Iterator[None]:
         ray.shutdown()
 
 
-def lines_of(output_dir: Path, kind: str) -> list[dict]:
-    """Complete lines only: the file may be growing."""
-    file = output_dir / "metrics.jsonl"
-    text = file.read_text() if file.exists() else ""
-    lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-    return [line for line in lines if line["kind"] == kind]
-
-
 def worker_processes() -> list[psutil.Process]:
     """Training workers of the Ray that this process started."""
     found = []
@@ -92,13 +83,6 @@ def once_at_step(output_dir: Path, step: int, act) -> Iterator[threading.Event]:
     finally:
         stop.set()
         thread.join()
-
-
-def assert_same_adapter(first: Path, second: Path) -> None:
-    weights, expected = (load_file(folder / "adapter_model.safetensors") for folder in (first, second))
-    assert weights.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(weights[name], tensor), name
 
 
 def test_run_goes_on_after_a_worker_is_killed_as_if_nothing_had_happened(make_config):
@@ -134,8 +118,8 @@ def test_run_goes_on_after_a_worker_is_killed_as_if_nothing_had_happened(make_co
         [line[key] for key in same] for line in straight.history
     ]
     assert result.best_loss == straight.best_loss
-    assert_same_adapter(result.last_adapter, straight.last_adapter)
-    assert_same_adapter(result.best_adapter, straight.best_adapter)
+    for name in ("best", "last"):
+        assert_equal(adapter_of(result, name), adapter_of(straight, name))
     assert not list((output_dir / "checkpoints").glob(".*"))
 
 
@@ -156,20 +140,16 @@ def test_worker_lost_too_often_is_said_in_one_message_and_can_be_resumed(make_co
     assert [line["step"] for line in lines_of(output_dir, "step")] == list(range(1, 19))
 
 
-def test_elastic_run_starts_with_the_workers_there_is_room_for(make_config):
-    with local_ray(num_cpus=3):
-        result = train(make_config("scaling.num_workers=[1, 2]", *SMALL_STEPS, num_epochs=1))
-    assert [start["num_workers"] for start in lines_of(result.output_dir, "start")] == [1]
-    assert result.steps == 6
-
-
-def test_elastic_run_with_a_cpu_for_each_worker_has_its_images_read(make_config):
-    # No CPU is left beside the workers: data tasks that asked for one would wait without end.
-    share = "scaling.resources_per_worker={CPU: 1}"
-    with local_ray(num_cpus=2):
-        result = train(make_config("scaling.num_workers=[1, 2]", share, *SMALL_STEPS, num_epochs=1))
-    assert [start["num_workers"] for start in lines_of(result.output_dir, "start")] == [2]
-    assert result.steps == 3
+@pytest.mark.parametrize(
+    ("num_cpus", "share", "num_workers"),
+    # A worker takes two CPUs. Where none is left beside the workers, data tasks that asked for one would wait forever.
+    [(3, (), 1), (2, ("scaling.resources_per_worker={CPU: 1}",), 2)],
+)
+def test_elastic_run_starts_with_the_workers_there_is_room_for(num_cpus, share, num_workers, make_config):
+    with local_ray(num_cpus=num_cpus):
+        result = train(make_config("scaling.num_workers=[1, 2]", *share, *SMALL_STEPS, num_epochs=1))
+    assert [start["num_workers"] for start in lines_of(result, "start")] == [num_workers]
+    assert result.steps == 6 // num_workers
 
 
 def test_interrupted_run_ends_and_gives_the_signal_back(make_config):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,12 +12,9 @@ import torch
 from sam3lora.data import array_store
 from sam3lora.training.features import trunk_cache
 
-from .feature_cases import BF16, FROZEN, INT8, LAST_LAYER, OFF, ON_DISK, arrays, assert_equal, counts_of, step_of
+from .feature_cases import BF16, FROZEN, INT8, LAST_LAYER, OFF, ON_DISK, arrays, counts_of, feature_files, step_of
+from .run_folder import assert_equal
 from .two_workers import make_trainer
-
-
-def feature_files(folder: Path) -> list[Path]:
-    return [file for file in folder.glob("??/*.npy") if np.load(file).shape != (32,)]
 
 
 def batch_of(worker):
@@ -46,8 +42,8 @@ def test_a_run_that_reads_no_file_still_counts_as_using_the_store(make_config, c
     worker = make_trainer(make_config(FROZEN))
     step_of(worker)
     batch = batch_of(worker)
-    for module in (trunk_cache, array_store):
-        monkeypatch.setattr(module, "_SECONDS_BETWEEN_TOUCHES", 0.0)
+    monkeypatch.setattr(trunk_cache, "_SECONDS_BETWEEN_TOUCHES", 0.0)
+    monkeypatch.setattr(array_store, "_SECONDS_BETWEEN_SIGNS", 0.0)
     [*runs] = (cache_folder / "runs").iterdir()
     for run in runs:
         os.utime(run, (1, 1))

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-from pathlib import Path
-
 import pytest
 import torch
 
 from sam3lora.data.prompts import prompt_key
 from sam3lora.evaluation.ask.run import evaluate
-from sam3lora.model.staged.forward import StagedSam3
 from sam3lora.training import validator as module
-from sam3lora.training.validator import LOGGED, evaluation_settings, validation_metrics
+from sam3lora.training.features.encoder import ImageEncoder
+from sam3lora.training.validator import LOGGED, evaluation_settings
 
+from .changed_scenes import rewritten, without_objects
 from .two_workers import make_trainer
 
 BF16 = "training.mixed_precision=bf16"
@@ -34,25 +31,10 @@ def asked(monkeypatch) -> list[tuple[int, list[str]]]:
     return calls
 
 
-def rewritten(scenes: Path, folder: Path, change) -> Path:
-    """The data set with changed annotations of its validation split."""
-    shutil.copytree(scenes, folder)
-    file = folder / "valid" / "_annotations.coco.json"
-    content = json.loads(file.read_text())
-    change(content)
-    file.write_text(json.dumps(content))
-    return folder
-
-
 def only_crowds_in_the_first_image(content: dict) -> None:
     first = content["images"][0]["id"]
     for annotation in content["annotations"]:
         annotation["iscrowd"] = int(annotation["image_id"] == first)
-
-
-def without_objects_in_the_first_image(content: dict) -> None:
-    first = content["images"][0]["id"]
-    content["annotations"] = [a for a in content["annotations"] if a["image_id"] != first]
 
 
 def test_numbers_are_those_of_validate(make_config, scenes, tmp_path):
@@ -62,7 +44,7 @@ def test_numbers_are_those_of_validate(make_config, scenes, tmp_path):
     words = ("data.prompts={GEAR: cog wheel}", "data.negative_prompts=[zebra]")
     config = make_config(*words, data_dir=str(data_dir), num_negatives=0)
     trainer = make_trainer(config)
-    ours = validation_metrics(trainer)
+    ours = trainer.validator.metrics()
     trainer.save()
     theirs = evaluate(data_dir, adapter=trainer.output_dir / "last", settings=evaluation_settings(config), device="cpu")
     assert ours == pytest.approx({name: getattr(theirs, name) for name in LOGGED}, rel=1e-6)
@@ -71,23 +53,23 @@ def test_numbers_are_those_of_validate(make_config, scenes, tmp_path):
 
 def test_images_without_a_loss_are_measured(make_config, scenes, tmp_path, asked):
     # Absence is not known and nothing is listed as absent: an image without objects has no loss, but can be wrong.
-    data_dir = rewritten(scenes, tmp_path / "data", without_objects_in_the_first_image)
+    data_dir = rewritten(scenes, tmp_path / "data", without_objects(1))
     trainer = make_trainer(make_config("data.exhaustive=false", data_dir=str(data_dir), num_negatives=0))
     assert len(trainer.data.valid) == 2
-    validation_metrics(trainer)
+    trainer.validator.metrics()
     assert [num_images for num_images, _ in asked] == [3]
 
 
 def test_negative_prompts_are_measured(make_config, asked):
     # What must not be found is asked after the split's categories; a category's name in another case is no new prompt.
-    validation_metrics(make_trainer(make_config("data.negative_prompts=[zebra, Gear]")))
+    make_trainer(make_config("data.negative_prompts=[zebra, Gear]")).validator.metrics()
     assert asked == [(3, ["gear", "arrow", "capsule", "zebra"])]
 
 
 def test_split_without_objects_is_asked_what_training_asks(make_config, scenes, tmp_path, asked):
     # There are no names in it to ask for, but there are false alarms to count.
     data_dir = rewritten(scenes, tmp_path / "data", lambda content: content.update(annotations=[]))
-    found = validation_metrics(make_trainer(make_config(data_dir=str(data_dir))))
+    found = make_trainer(make_config(data_dir=str(data_dir))).validator.metrics()
     assert asked == [(3, ["gear", "arrow", "bolt", "capsule"])]
     assert found["map"] is None
     assert found["presence_accuracy"] is not None
@@ -95,18 +77,20 @@ def test_split_without_objects_is_asked_what_training_asks(make_config, scenes, 
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_precision_is_that_of_the_run(make_config, monkeypatch, bf16):
-    # The detector sees images as in the run's forward; kept text features have the precision of the weights.
+    # Images are encoded as in the run's forward; kept text features have the precision of the weights.
     trainer = make_trainer(make_config(*[BF16] * bf16))
     seen = set()
-    detect = StagedSam3.detect
+    of_records = ImageEncoder.of_records
 
-    def spy(staged, vision, text, *others, **options):
-        seen.add((vision.maps_ICHW[0].dtype, text.embeds_PTC.dtype))
-        return detect(staged, vision, text, *others, **options)
+    def spy(encoder, records):
+        vision = of_records(encoder, records)
+        seen.add(vision.maps_ICHW[0].dtype)
+        return vision
 
-    monkeypatch.setattr(StagedSam3, "detect", spy)
-    validation_metrics(trainer)
-    assert seen == {(torch.bfloat16 if bf16 else torch.float32, torch.float32)}
+    monkeypatch.setattr(ImageEncoder, "of_records", spy)
+    trainer.validator.metrics()
+    assert seen == {torch.bfloat16 if bf16 else torch.float32}
+    assert {text.embeds_PTC.dtype for text in trainer.runner.text.kept().values()} == {torch.float32}
 
 
 def test_prompts_of_another_case_are_encoded_before_the_first_batch(make_config, monkeypatch):

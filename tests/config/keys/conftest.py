@@ -133,8 +133,6 @@ def changed_run(run: Callable[..., TrainResult]) -> TrainResult:
         "training.num_epochs=2",
         "training.logging_steps=2",
         "training.eval_steps=1",
-        "training.save_steps=1",
-        "training.save_total_limit=2",
         "training.warmup_steps=2",
         "evaluation.base_loss=false",
         "logging.tensorboard=true",
@@ -176,10 +174,3 @@ def loss_terms(worker: Trainer, batch: Batch | None = None) -> dict[str, float]:
     worker.model.eval()
     terms = worker.runner.evaluate(batch, StepCounts.of([batch]).normalizer())
     return {name: value.item() for name, value in terms.items()}
-
-
-def lines_of(result: TrainResult, kind: str) -> list[dict[str, Any]]:
-    """Lines of a kind in a run's `metrics.jsonl`."""
-    from sam3lora.training.metrics_log import METRICS_FILE, read_metrics
-
-    return [line for line in read_metrics(result.output_dir / METRICS_FILE) if line["kind"] == kind]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from .coco_folder import write_data, write_split
 from .conftest import batches_of_an_epoch, first_batch
@@ -22,16 +23,14 @@ def image_0(worker) -> np.ndarray:
     return batch.images_NHWC[batch.image_ids.tolist().index(0)]
 
 
-@acts("data.train_split")
-def test_train_split_is_the_folder_of_the_training_images(shared):
-    assert len(shared().data.train) == 4
-    assert len(shared("data.train_split=valid").data.train) == 2
-
-
-@acts("data.valid_split")
-def test_valid_split_is_the_folder_of_the_validation_images(shared):
-    assert len(shared().data.valid) == 2
-    assert len(shared("data.valid_split=train").data.valid) == 4
+@acts("data.train_split", "data.valid_split")
+@pytest.mark.parametrize(
+    ("overrides", "num_train", "num_valid"),
+    [((), 4, 2), (("data.train_split=valid",), 2, 2), (("data.valid_split=train",), 4, 4)],
+)
+def test_splits_are_the_folders_of_the_images(overrides, num_train, num_valid, shared):
+    data = shared(*overrides).data
+    assert (len(data.train), len(data.valid)) == (num_train, num_valid)
 
 
 @acts("data.annotation_file")

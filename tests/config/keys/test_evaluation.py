@@ -12,7 +12,7 @@ from sam3lora.errors import UserError
 from sam3lora.training import validator
 from sam3lora.training.validator import Validator
 
-from .conftest import lines_of
+from ...training.run_folder import lines_of
 from .registry import acts
 
 CHANGED = {"threshold": 0.6, "nms_iou": 0.4, "merge": True, "merge_iou": 0.5, "max_detections": 7}
@@ -31,7 +31,7 @@ def test_base_loss_is_measured_before_the_first_step(plain_run, changed_run):
     assert [len(lines_of(result, "base")) for result in (plain_run, changed_run)] == [1, 0]
 
 
-@acts("evaluation.best_metric")
+@acts("evaluation.best_metric", "training.early_stopping_patience")
 @pytest.mark.parametrize(
     ("metric", "epochs", "best"), [("auto", 4, 4), ("map", 4, 4), ("cgf1", 3, 2), ("valid_loss", 2, 1)]
 )

@@ -7,7 +7,8 @@ import torch
 
 from sam3lora.model.components import component_of
 
-from .conftest import lines_of, take_step
+from ...training.run_folder import lines_of
+from .conftest import take_step
 from .registry import acts
 
 
@@ -59,21 +60,17 @@ def test_weight_decay_shrinks_what_has_no_gradient(decay, factor, build):
         torch.testing.assert_close(a, before[name] * factor, rtol=1e-5, atol=1e-8)
 
 
-@acts("training.adam_beta1")
-def test_beta1_is_the_memory_of_the_mean(build):
-    short, long = build("training.adam_beta1=0.5"), build("training.adam_beta1=0.9")
-    take_step(short)
-    take_step(long)
-    # After one step the mean is (1 - beta) x gradient.
-    assert moment(short, "exp_avg") == pytest.approx(5 * moment(long, "exp_avg"), rel=1e-3)
-
-
-@acts("training.adam_beta2")
-def test_beta2_is_the_memory_of_the_square(build):
-    short, long = build("training.adam_beta2=0.9"), build("training.adam_beta2=0.99")
-    take_step(short)
-    take_step(long)
-    assert moment(short, "exp_avg_sq") == pytest.approx(10 * moment(long, "exp_avg_sq"), rel=1e-3)
+@acts("training.adam_beta1", "training.adam_beta2")
+@pytest.mark.parametrize(
+    ("key", "mean", "short", "long", "factor"),
+    [("adam_beta1", "exp_avg", 0.5, 0.9, 5), ("adam_beta2", "exp_avg_sq", 0.9, 0.99, 10)],
+)
+def test_betas_are_the_memory_of_the_running_means(key, mean, short, long, factor, build):
+    # After one step the mean is (1 - beta) x gradient, or its square.
+    first, second = (build(f"training.{key}={beta}") for beta in (short, long))
+    take_step(first)
+    take_step(second)
+    assert moment(first, mean) == pytest.approx(factor * moment(second, mean), rel=1e-3)
 
 
 @acts("training.adam_epsilon")
