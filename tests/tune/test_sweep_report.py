@@ -94,15 +94,14 @@ def test_what_is_missing_is_said():
     space = make_space()
     records = draw_trials(space, 3)
     failed = fail(records, "too large <b> & no room")
-    begun = replace(records[0], status="running")
-    unmeasured = replace(begun, value=None, failure=None, reason=None)
+    begun = replace(failed[0], status="running", failure=None, reason=None)
     for shown, summary, said in [
         ([failed[0], *records[1:]], {"base": None}, "The base configuration failed (out of memory), so"),
         (records[1:], {}, "The base configuration was not tried, so"),
         ([begun, *records[1:]], {"base": None}, "The base configuration has no value yet, so"),
         ([], {"num_trials": 12}, "No trial was begun. The sweep is not over: 0 of 12"),
         (failed, {}, "No trial has a value (3 failed: out of memory). Trial 0: too large <b> & no room"),
-        ([unmeasured, *failed[1:]], {}, "No trial has a value (2 failed: out of memory, 1 running). Trial 1: too"),
+        ([begun, *failed[1:]], {}, "No trial has a value (2 failed: out of memory, 1 running). Trial 1: too"),
         (failed, {"num_trials": 12}, "3 of 12 trials have ended"),
         (failed, {"num_trials": 12, "ran_out": True}, "no further configuration"),
     ]:
