@@ -196,7 +196,7 @@ def _from_config(source: str | None, given: dict[str, Any]) -> dict[str, Any]:
     from sam3lora.model.adapter.metadata import read_metadata
 
     config = load_config(source)
-    values = {name: value for name, value in options.written_post(config).items() if name != "prompt_thresholds"}
+    values: dict[str, Any] = options.written_post(config)
     best = Path(config.output.output_dir) / "best"
     if "adapter" not in given and best.is_dir():
         values["adapter"] = best
