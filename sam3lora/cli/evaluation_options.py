@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sam3lora.cli.shared_options import check_merge_iou
+from sam3lora.cli.shared_options import check_merge_iou, written_post
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.errors import UserError
 
@@ -106,7 +106,7 @@ def settings_of(
     Args:
         adapters: Label -> folder.
         config: Of `--config`.
-        post: Options of post-processing; None where an option was not given.
+        post: Options of post-processing that were given.
         given: Other options; None where an option was not given.
     """
     from sam3lora.evaluation.ask.run import recorded_prompts
@@ -121,12 +121,6 @@ def settings_of(
     settings = settings.changed(**{name: value for name, value in (given | post).items() if value is not None})
     check_merge_iou(post.get("merge_iou"), _merges(settings, adapters))
     return settings
-
-
-def written_post(config: Config) -> dict[str, Any]:
-    """The settings of post-processing that a configuration file states, without those at their default."""
-    names = config.evaluation.model_fields_set & set(PostProcessing.model_fields)
-    return {name: getattr(config.evaluation, name) for name in names}
 
 
 def _merges(settings: EvaluationSettings, adapters: dict[str, str]) -> bool:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from sam3lora.cluster import check_job_path
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.errors import UserError
+
+if TYPE_CHECKING:
+    from sam3lora.config import Config
 
 _DEFAULTS = PostProcessing()
 
@@ -29,6 +32,21 @@ NmsIouOption = Annotated[float | None, typer.Option("--nms-iou", help=_help("nms
 MergeOption = Annotated[bool | None, typer.Option("--merge/--no-merge", help=_help("merge"))]
 MergeIouOption = Annotated[float | None, typer.Option("--merge-iou", help=_help("merge_iou"))]
 MaxDetectionsOption = Annotated[int | None, typer.Option("--max-detections", help=_help("max_detections"))]
+
+
+def post_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `PostProcessing` that a command was given.
+
+    Args:
+        arguments: The command's `locals()`.
+    """
+    return {name: arguments[name] for name in PostProcessing.model_fields if arguments.get(name) is not None}
+
+
+def written_post(config: Config) -> dict[str, Any]:
+    """The fields of `PostProcessing` that a configuration file states, without those at their default."""
+    names = config.evaluation.model_fields_set & set(PostProcessing.model_fields)
+    return {name: getattr(config.evaluation, name) for name in names}
 
 
 def check_merge_iou(merge_iou: float | None, merges: bool) -> None:

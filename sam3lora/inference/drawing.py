@@ -101,7 +101,8 @@ def draw_instances(
     Returns:
         uint8 (k H, k W, 3), RGB, with k the factor of enlargement (1 for large images).
     """
-    factor = _enlargement(image_HW3.shape[:2], min_side)
+    # The smallest whole factor, at most 4, that brings the shorter side to `min_side`.
+    factor = min(4, max(1, -(-min_side // max(1, min(image_HW3.shape[:2])))))
     height, width = (side * factor for side in image_HW3.shape[:2])
     canvas = cv2.resize(image_HW3, (width, height), interpolation=cv2.INTER_CUBIC) if factor > 1 else image_HW3.copy()
     colours = _as_list(colours_rgb)
@@ -142,11 +143,6 @@ def _as_list(colours_rgb: Rgb | Sequence[Rgb]) -> list[Rgb]:
     return list(cast(Sequence[Rgb], colours_rgb))
 
 
-def _enlargement(size_hw: tuple[int, int], min_side: int) -> int:
-    """The smallest whole factor, at most 4, that brings the shorter side to `min_side`."""
-    return min(4, max(1, -(-min_side // max(1, min(size_hw)))))
-
-
 def _enlarge_window(x: int, y: int, mask: np.ndarray, factor: int) -> tuple[int, int, np.ndarray]:
     """The same window on a canvas enlarged by a whole factor, with smooth edges."""
     if factor == 1:
@@ -163,12 +159,6 @@ def _fill(window: np.ndarray, mask: np.ndarray, colour: Rgb) -> None:
     cv2.copyTo(tinted, mask, window)
 
 
-def _text_scale(height: int) -> tuple[float, int]:
-    """Font scale and stroke of labels on a picture of this height."""
-    scale = max(0.5, height / 900)
-    return scale, max(1, round(scale * 1.6))
-
-
 def _text_size(text: str, scale: float, stroke: int) -> tuple[int, int, int]:
     """Width, height and descent; the last two do not depend on the letters, so that tags are equally high."""
     (_, height), descent = cv2.getTextSize("Aghy", _FONT, scale, stroke)
@@ -178,7 +168,8 @@ def _text_size(text: str, scale: float, stroke: int) -> tuple[int, int, int]:
 def _draw_labels(canvas: np.ndarray, instances: Sequence[Marked], colours: list[Rgb], factor: int) -> None:
     """White text on a tag of the object's colour; a tag that would cover another moves down."""
     height, width = canvas.shape[:2]
-    scale, stroke = _text_scale(min(height, width))
+    scale = max(0.5, min(height, width) / 900)
+    stroke = max(1, round(scale * 1.6))
     placed: list[tuple[int, int, int, int]] = []
     for number, instance in enumerate(instances):
         anchor = _anchor(instance)

@@ -104,7 +104,8 @@ class Criterion:
             ValueError: predictions and targets disagree in shape.
         """
         matches = (pending or self.begin(predictions, targets)).finish()
-        semantic_queries = _semantic_queries(matches)
+        query_of_target = np.repeat(np.arange(len(matches.num_targets_B)), matches.num_targets_B)
+        semantic_queries = np.unique(query_of_target[matches.has_mask_pixels_T])
         if normalizer is None:
             num_boxes = len(targets.boxes_cxcywh_T4)
             normalizer = Normalizer.from_counts(len(targets.num_B), num_boxes, len(semantic_queries))
@@ -210,11 +211,6 @@ class Criterion:
 
     def _must_touch(self, targets: Targets) -> bool:
         return self._touch_unused and torch.is_grad_enabled() and len(targets.num_B) > 0
-
-
-def _semantic_queries(matches: Matches) -> np.ndarray:
-    query_of_target = np.repeat(np.arange(len(matches.num_targets_B)), matches.num_targets_B)
-    return np.unique(query_of_target[matches.has_mask_pixels_T])
 
 
 def _f1(predicted_LBQ: Tensor, matched_LBQ: Tensor) -> Tensor:

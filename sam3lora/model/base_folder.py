@@ -41,17 +41,13 @@ def find_base(name: str, *, revision: str | None = None, local_files_only: bool 
         path = TINY_FOLDER
     elif Path(name).expanduser().is_dir():
         path = Path(name).expanduser()
-    elif _looks_like_a_path(name):
+    elif name.startswith((".", "/", "~")) or "\\" in name or name.count("/") != 1:  # a path, no name on the hub
         raise UserError(f"base model folder {name!r} does not exist: give an existing folder, a hub id, or 'tiny'")
     else:
         path = _download(name, revision, local_files_only)
         commit = path.name
     _check_files(path, name)
     return BaseFolder(path, name, commit, read_model_config(path, name))
-
-
-def _looks_like_a_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or "\\" in name or name.count("/") != 1
 
 
 def _download(name: str, revision: str | None, local_files_only: bool) -> Path:

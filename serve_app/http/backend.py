@@ -109,7 +109,9 @@ class ServeBackend:
         except _ReplicaFailed:
             return _replica_failed()
         except TimeoutError:
-            return _replica_failed() if failed else _timeout(timeout_s)
+            if failed:
+                return _replica_failed()
+            return ServeError("timeout", f"no answer within {timeout_s:.3g} s: try again later or with fewer prompts")
         except BackPressureError as error:
             return ServeError(
                 self._overload_type,
@@ -180,7 +182,3 @@ def _replica_failed() -> ServeError:
 
 def _not_ready() -> ServeError:
     return ServeError("not_ready", "no replica is ready yet: try again in a few seconds", RETRY_AFTER_S)
-
-
-def _timeout(timeout_s: float) -> ServeError:
-    return ServeError("timeout", f"no answer within {timeout_s:.3g} s: try again later or with fewer prompts")

@@ -113,12 +113,8 @@ class Envelope:
             pass
         finally:
             self._metrics.in_flight.dec()
-            self._metrics.finished(self._route(path), state["outcome"], time.monotonic() - started_s)
-
-    def _route(self, path: str) -> str:
-        if path in self._routes:
-            return path
-        return "/static" if path.startswith("/static/") else "other"
+            route = path if path in self._routes else "/static" if path.startswith("/static/") else "other"
+            self._metrics.finished(route, state["outcome"], time.monotonic() - started_s)
 
 
 async def on_http_exception(request: Request, error: Exception) -> Response:

@@ -76,7 +76,7 @@ class AdapterStore:
         self._metrics = metrics
         self._listers = ThreadPoolExecutor(1, thread_name_prefix="adapter-list")
         self._look_into(settings)
-        self._table = SlotTable(num_slots, lambda slot: self._spawn(self._empty(slot)), metrics.adapter_evicted)
+        self._table = SlotTable(num_slots, lambda slot: self._spawn(self._empty(slot)), metrics.adapter_evictions.inc)
         self._loads: dict[str, Load] = {}
         self._load_turns = asyncio.Semaphore(MAX_LOADS)
         self._failures: dict[str, _Failure] = {}
@@ -228,14 +228,14 @@ class AdapterStore:
                     self._spawn(self._empty(slot))
                     raise
             self._failures.pop(load.folder.id, None)
-            self._metrics.adapter_loaded()
+            self._metrics.adapter_loads.inc()
             recorded = recorded_post_processing(weights.metadata)
             load.loaded = LoadedAdapter(load.folder, slot, recorded, users=load.waiters)
             self._table.add(load.loaded)
             if not self._folders.allows(load.folder.id):
                 self._table.retire(load.loaded)
         except Exception as error:
-            self._metrics.adapter_failed()
+            self._metrics.adapter_failures.inc()
             self._remember(load.folder, error)
             load.error = error
         finally:

@@ -13,7 +13,7 @@ from PIL import Image, PngImagePlugin
 
 from sam3lora.data.images import read_image
 from serve_app.http.errors import ServeError
-from serve_app.http.image_header import read_header
+from serve_app.http.requests import read_header
 from serve_app.settings import IMAGE_FORMATS
 
 from .http_cases import picture

@@ -38,12 +38,11 @@ def test_requests_are_counted_by_route_and_outcome():
 
 def test_a_replica_counts_batches_stages_and_adapters():
     metrics = replica_metrics()
-    metrics.batch_started(5, [0.1, 0.2])
-    metrics.batch_finished(0.04)
-    metrics.out_of_memory()
-    metrics.adapter_loaded()
-    metrics.adapter_failed()
-    metrics.adapter_evicted()
+    metrics.batch_rows.observe(5)
+    metrics.batch_requests.observe(2)
+    metrics.batch_seconds.observe(0.04)
+    for counter in (metrics.out_of_memory, metrics.adapter_loads, metrics.adapter_failures, metrics.adapter_evictions):
+        counter.inc()
     metrics.stages({"decode": 20.0, "forward": 40.0, "total": 60.0})
     found = samples(metrics.text())
     assert found["sam3lora_batch_rows_sum", ()] == 5
@@ -73,7 +72,7 @@ def test_merging_keeps_every_sample_once_under_its_replica():
     texts = {}
     for number, name in enumerate(("a", 'b"\\\n')):  # a name that needs quoting
         metrics = replica_metrics({"rows": number})
-        metrics.batch_started(number + 1, [0.0])
+        metrics.batch_rows.observe(number + 1)
         texts[name] = metrics.text()
     merged = merge(texts)
     expected = {

@@ -120,7 +120,9 @@ def test_overload_is_refused_at_once_and_the_rest_is_answered(service: RayServic
     limits = {"max_queued": 8, "timeout_s": 20}
     service.deploy(small.settings(limits=limits, batching={"max_rows": 8, "max_images": 1}))
     service.wait_running(Segmenter=1, Ingress=1)
-    heavy = Case(IMAGES[0], fields(None, prompts=[*WORDS, *(f"{word} hole" for word in WORDS)], masks="none"))
+    heavy = Case(
+        IMAGES[0], fields(None, prompts=[*WORDS, *(f"{word} hole" for word in WORDS)], nms="box", masks="none")
+    )
     load = send_all(service.url, [heavy] * 64, clients=64)
     refused = [sample for sample in load.samples if sample.kind == "overloaded"]
     accepted = [sample for sample in load.samples if sample.kind == "wrong"]  # 200; what was found is not compared

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 from ray.tune.schedulers import ASHAScheduler
 
-from sam3lora.tune.run.decisions import StoppedEarly, await_decision, write_decision
 from sam3lora.tune.run.ledger import TrialRecord
+from sam3lora.tune.run.trial import StoppedEarly, await_decision, write_decision
 from sam3lora.tune.search import early_stopping
 from sam3lora.tune.search.early_stopping import SuccessiveHalving, rungs
 from sam3lora.tune.search.ray_tune import build_scheduler

@@ -13,8 +13,8 @@ from sam3lora.errors import OutOfMemory, UserError, WorkerLost
 from sam3lora.training.update import NonFiniteLoss
 from sam3lora.tune.run import sweep, sweep_folder
 from sam3lora.tune.run import trial as trial_run
-from sam3lora.tune.run.decisions import StoppedEarly
 from sam3lora.tune.run.ledger import Ledger, TrialRecord
+from sam3lora.tune.run.trial import StoppedEarly
 from sam3lora.tune.search.proposals import Proposer
 from sam3lora.tune.search.ray_tune import LedgerSearcher
 from sam3lora.tune.space.reader import load_space

@@ -170,7 +170,10 @@ def write_masks(labelled: LabelledSet, folder: Path, log: FaultLog, *, instances
         masks = folder / split / "masks"
         masks.mkdir(parents=True)
         for image, path in zip(images, place_images(images, folder / split / "images", log), strict=True):
-            values = _instance_values(image, labelled.categories) if instances else _semantic_values(image, labelled)
+            if instances:
+                values = _instance_values(image, labelled.categories)
+            else:
+                values = [labelled.categories.index(thing.category) + 1 for thing in image.objects]
             canvas_HW = _paint(image, values, log)
             if instances:
                 picture = Image.fromarray(canvas_HW.astype(np.uint16))
@@ -179,10 +182,6 @@ def write_masks(labelled: LabelledSet, folder: Path, log: FaultLog, *, instances
                 picture.putpalette(_palette())
             picture.save(masks / f"{path.stem}.png")
     (folder / NAMES_FILE).write_text("".join(f"{name}\n" for name in labelled.categories), encoding="utf-8")
-
-
-def _semantic_values(image: LabelledImage, labelled: LabelledSet) -> list[int]:
-    return [labelled.categories.index(thing.category) + 1 for thing in image.objects]
 
 
 def _instance_values(image: LabelledImage, categories: list[str]) -> list[int]:

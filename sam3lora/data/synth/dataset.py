@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from sam3lora.data.coco import ANNOTATION_FILE
-from sam3lora.data.outlines import trace_outlines
+from sam3lora.data.masks import trace_outlines
 from sam3lora.data.rle import encode_rle
 from sam3lora.data.synth.scenes import NATURAL, SHAPES, SHIFTED, Scene, draw_empty, draw_scene
 from sam3lora.errors import UserError

@@ -15,9 +15,8 @@ from sam3lora.config.post_processing import PostProcessing
 from sam3lora.evaluation.metrics.cgf1 import SCORE_THRESHOLD, UnitCounts, accumulate
 from sam3lora.evaluation.metrics.cgf1_units import SCORE_FLOOR, Units, count_units, split_units
 from sam3lora.evaluation.metrics.coco_map import CocoAverages, coco_map
-from sam3lora.evaluation.metrics.curves import Curves, evaluation_curves
+from sam3lora.evaluation.metrics.curves import Curves, ThresholdSweep, evaluation_curves, sweep_thresholds
 from sam3lora.evaluation.metrics.ground_truth import PresenceTable, SplitTruth
-from sam3lora.evaluation.metrics.threshold_sweep import ThresholdSweep, sweep_thresholds
 from sam3lora.evaluation.split_results import Pair, SplitResults
 
 PRESENCE_THRESHOLD = 0.5

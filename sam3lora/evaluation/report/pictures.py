@@ -117,16 +117,12 @@ class Gallery:
         else:
             label = self.results[model].label
             kind = "base" if label == "base" else "adapter"
-            caption = f"{label}: {self._count_text(image_id, category_id, model)}"
+            of_image, of_pair = self.totals[model].get(image_id), self.counts[model].get((image_id, category_id or 0))
+            caption = f"{label}: {describe((of_image if category_id is None else of_pair) or MatchCounts())}"
         names = self.names if category_id is None else dict.fromkeys(self.names, "")
         drawn = draw_panel(pixels_HW3, entries, names, COLOURS_RGB[kind], panel_side_px(self.num_panels))
         height, width = drawn.shape[:2]
         return Panel(kind, caption, (height, width), encode_within(drawn, _BUDGET_BYTES // max(1, self.num_panels)))
-
-    def _count_text(self, image_id: int, category_id: int | None, model: int) -> str:
-        if category_id is None:
-            return describe(self.totals[model].get(image_id, MatchCounts()))
-        return describe(self.counts[model].get((image_id, category_id), MatchCounts()))
 
 
 def threshold_texts(results: Sequence[SplitMetrics]) -> str:

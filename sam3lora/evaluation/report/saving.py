@@ -16,7 +16,6 @@ from sam3lora.evaluation.metrics.comparison import differences_to_base
 from sam3lora.evaluation.metrics.measure import SplitMetrics
 from sam3lora.evaluation.report.pictures import threshold_texts
 from sam3lora.files import write_whole
-from sam3lora.model.adapter.folder import record_post_processing
 
 _SHOWN = {
     "mAP": "map",
@@ -192,6 +191,8 @@ def record_best_threshold(metrics: SplitMetrics, adapter: str | Path, *, per_pro
     Raises:
         UserError: No threshold finds anything right, or the folder cannot be written.
     """
+    from sam3lora.model.adapter.folder import record_post_processing
+
     sweep = metrics.sweep
     if sweep is None or sweep.best_threshold is None:
         raise UserError(f"{metrics.label}: no threshold was saved, because no detection is right at any threshold")

@@ -54,7 +54,8 @@ def open_output(folder: Path, settings: Mapping[str, Any], *, overwrite: bool = 
     Raises:
         UserError: The folder holds a run with other settings, or something else, or another start has it open.
     """
-    if _read_settings(folder) is None and folder.exists() and not (folder.is_dir() and _is_unused(folder)):
+    is_unused = not folder.exists() or (folder.is_dir() and all(path.name == LOCK for path in folder.iterdir()))
+    if _read_settings(folder) is None and not is_unused:
         raise UserError(f"--output {folder} is not empty and holds no batch run: choose a new folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -159,10 +160,6 @@ def read_parts(folder: Path) -> Finished:
                     finished.places[path] = _Place(part, offset, error)
                 offset += len(line)
     return finished
-
-
-def _is_unused(folder: Path) -> bool:
-    return all(path.name == LOCK for path in folder.iterdir())
 
 
 def _read_settings(folder: Path) -> dict[str, Any] | None:

@@ -142,7 +142,7 @@ def _measure(config: Config, folder: Path) -> Probe:
         metrics_s=metrics_s,
         num_measured=num_measured,
         memory_mb=memory_mb(trainer.device),
-        cache_bytes=_bytes_in(folder / "cache") / num_visited,
+        cache_bytes=sum(file.stat().st_size for file in (folder / "cache").rglob("*") if file.is_file()) / num_visited,
         uses_features=uses_features,
     )
 
@@ -223,7 +223,3 @@ def _device_in_words(device: torch.device) -> str:
         return f"the GPU ({torch.cuda.get_device_name(device)})"
     threads = torch.get_num_threads()
     return f"the CPU with {threads} thread{'s' * (threads != 1)}"
-
-
-def _bytes_in(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

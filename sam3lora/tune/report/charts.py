@@ -125,7 +125,8 @@ def progress_chart(trials: ChartedTrials, sessions: Sequence[Mapping[str, float]
     ]
     if not ended:
         return None
-    scale, unit = _time_unit(max(seconds for seconds, *_ in ended))
+    last = max(seconds for seconds, *_ in ended)
+    scale, unit = (3600, "hours") if last > 3 * 3600 else (60, "minutes") if last > 180 else (1, "seconds")
     low, high = trials.limits()
     description = f"{trials.metric_label} of the trials and the best so far, over time"
     with chart_axes(description) as axes:
@@ -252,10 +253,6 @@ def short_count(value: float) -> str:
 def _curve(record: TrialRecord, metric: str) -> list[tuple[float, float]]:
     points = {entry["epoch"]: entry[metric] for entry in record.history if entry.get(metric) is not None}
     return sorted(points.items())
-
-
-def _time_unit(seconds: float) -> tuple[float, str]:
-    return (3600, "hours") if seconds > 3 * 3600 else (60, "minutes") if seconds > 180 else (1, "seconds")
 
 
 def _spread(sizes: Sequence[int], low: float, high: float) -> list[int]:

@@ -13,8 +13,8 @@ from typing import Any
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from sam3lora.tune.run.decisions import write_decision
 from sam3lora.tune.run.ledger import Ledger, TrialRecord
+from sam3lora.tune.run.trial import write_decision
 from sam3lora.tune.search.early_stopping import SuccessiveHalving
 from sam3lora.tune.search.proposals import Proposer
 from sam3lora.tune.space.search_space import SearchSpace
@@ -93,7 +93,7 @@ class LedgerSearcher(Searcher):
 
 
 class DecidingScheduler(FIFOScheduler):
-    """Tells trials to stop instead of killing them, see `decisions`.
+    """Tells trials to stop instead of killing them, see `sam3lora.tune.run.trial`.
 
     The base configuration trains to its end: all other trials are compared with it.
     """
