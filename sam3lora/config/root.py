@@ -54,10 +54,7 @@ class Config(Section):
         return self
 
     def changed(self, changes: Mapping[str, Any]) -> Config:
-        """A copy with other values, checked as a whole.
-
-        Args:
-            changes: Dotted key -> value, such as `{"training.data_dir": "datasets/potholes"}`.
+        """A copy with other values by dotted key, such as `{"training.data_dir": "datasets/potholes"}`.
 
         Raises:
             pydantic.ValidationError: A key or value that no configuration may have.

@@ -7,13 +7,10 @@ import numpy as np
 
 
 def trace_outlines(mask_HW: np.ndarray) -> tuple[list[np.ndarray], int]:
-    """Outer outlines of a mask.
+    """Outer outlines of a boolean mask.
 
     OpenCV traces pixel centres. In the mask enlarged four times, these have coordinate 4x on a left or upper edge and
     4x - 1 on a right or lower one, so `(coordinate + 1) // 4` is the edge.
-
-    Args:
-        mask_HW: Boolean mask.
 
     Returns:
         Corners (N, 2) as x, y in pixels of each connected part, and the number of holes. Holes are not outlined, nor

@@ -39,7 +39,6 @@ def read_masks(
             the name of its image, or that name and `_mask`.
         names: Category names, the first for value 1; None reads them from `classes.txt`. A leading "background" is
             left out.
-        log: Counts the faults.
         instances: Whether values number objects instead of categories.
         components: Whether every connected part (8 neighbours) of a semantic mask is an object; otherwise an image has
             one object per category.
@@ -155,11 +154,7 @@ def _category(value: int, names: Sequence[str], instances: bool) -> str | None:
 def write_masks(labelled: LabelledSet, folder: Path, log: FaultLog, *, instances: bool = False) -> None:
     """Write `<split>/images`, `<split>/masks` and `classes.txt`. Where objects overlap, the smaller one is on top.
 
-    Args:
-        labelled: The set.
-        folder: Where to write.
-        log: Counts the faults.
-        instances: False writes category numbers as 8-bit PNG with a palette, True object numbers as 16-bit PNG.
+    Category numbers are written as 8-bit PNG with a palette, object numbers (`instances`) as 16-bit PNG.
 
     Raises:
         UserError: There are more categories or objects than pixel values.

@@ -47,8 +47,6 @@ class Probe:
     """Measurements with one configuration.
 
     Attributes:
-        device: In words.
-        num_train, num_valid: Images of the training and validation splits.
         start_s: Seconds until the first step: imports, model and data.
         train, valid: Cost of an image seen again, as in all epochs but the first: the caches are filled.
         first_train, first_valid: Cost of an image seen for the first time.

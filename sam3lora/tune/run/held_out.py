@@ -36,14 +36,11 @@ def measure_held_out(
     """Measure the plain model, the adapter of the base configuration and the best one on a split.
 
     Args:
-        split_dir: COCO split.
-        base_adapter: Adapter folder of the base configuration; None compares the best with the plain model.
-        best_adapter: Adapter folder of the best trial; it may be the same one.
+        base_adapter: Of the base configuration, which may be the best one; None compares with the plain model.
         config: The base configuration, for thresholds, prompts and categories. All images are measured, whatever its
             `evaluation.num_samples` says.
         metric: The sweep's metric; for valid_loss, mAP is compared.
         num_workers: Ray workers; 0 measures in this process.
-        address: Of a Ray cluster.
         changes: Fields of `EvaluationSettings` to change.
 
     Returns:
