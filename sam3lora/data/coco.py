@@ -77,7 +77,8 @@ class CocoIndex:
         images = _read_images(raw["images"], source.parent, log)
         _stop_on_missing(log, source, on_bad_image)
         if not images:
-            raise UserError(f"{source}: none of its {len(raw['images'])} images can be used ({_summary(log)})")
+            found = "; ".join(map(str, log)) or "the list is empty"
+            raise UserError(f"{source}: none of its {len(raw['images'])} images can be used ({found})")
         names = _read_categories(raw["categories"], source)
         listed = {_integer(entry.get("id")) for entry in raw["images"] if isinstance(entry, dict)}
         used = _attach_annotations(raw["annotations"], images, listed, names, log)
@@ -281,10 +282,6 @@ def _report_categories(entries: list[Any], names: dict[int, str], used: set[int]
     for name, ids in ids_by_name.items():
         if len(ids) > 1:
             log.add("duplicate_category_name", f"{name!r}: ids {', '.join(map(str, ids))}")
-
-
-def _summary(log: FaultLog) -> str:
-    return "; ".join(str(fault) for fault in log) or "the list is empty"
 
 
 def _integer(value: Any) -> int | None:

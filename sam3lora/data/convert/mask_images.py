@@ -165,19 +165,15 @@ def write_masks(labelled: LabelledSet, folder: Path, log: FaultLog, *, instances
         masks = folder / split / "masks"
         masks.mkdir(parents=True)
         for image, path in zip(images, place_images(images, folder / split / "images", log), strict=True):
-            values = _instance_values(image, labelled.categories) if instances else _semantic_values(image, labelled)
-            canvas_HW = _paint(image, values, log)
             if instances:
+                canvas_HW = _paint(image, _instance_values(image, labelled.categories), log)
                 picture = Image.fromarray(canvas_HW.astype(np.uint16))
             else:
-                picture = Image.fromarray(canvas_HW.astype(np.uint8)).convert("P")
+                values = [labelled.categories.index(thing.category) + 1 for thing in image.objects]
+                picture = Image.fromarray(_paint(image, values, log).astype(np.uint8)).convert("P")
                 picture.putpalette(_palette())
             picture.save(masks / f"{path.stem}.png")
     (folder / NAMES_FILE).write_text("".join(f"{name}\n" for name in labelled.categories), encoding="utf-8")
-
-
-def _semantic_values(image: LabelledImage, labelled: LabelledSet) -> list[int]:
-    return [labelled.categories.index(thing.category) + 1 for thing in image.objects]
 
 
 def _instance_values(image: LabelledImage, categories: list[str]) -> list[int]:

@@ -138,7 +138,6 @@ def trial_table(space: SearchSpace, records: Sequence[TrialRecord], *, most_rows
 
 
 def describe_end(space: SearchSpace, record: TrialRecord) -> str:
-    """One line for a trial that has ended."""
     settings = "base configuration" if record.is_base else _settings(space, record)
     if record.status == "failed":
         return f"trial {record.number} failed ({record.failure}): {record.reason} [{settings}]"

@@ -81,7 +81,6 @@ def complete_trial(
 
 
 def failure_kind(error: BaseException) -> FailureKind:
-    """What made a trial fail."""
     kinds: list[tuple[type[BaseException], FailureKind]] = [
         (OutOfMemory, "out of memory"),
         (NonFiniteLoss, "loss not finite"),
@@ -131,7 +130,6 @@ def _start(config: Config, report: Report, *, may_stop: bool) -> None:
 
 
 def _free_memory() -> None:
-    """Free the memory of a failed attempt in this process."""
     import gc
 
     import torch
