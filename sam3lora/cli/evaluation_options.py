@@ -59,11 +59,7 @@ def adapter_folders(weights: list[str] | None, config: Config | None) -> dict[st
 
 
 def split_folder(data_dir: str | None, split: str, config: Config | None) -> Path:
-    """The split named, or the validation split that a configuration names.
-
-    Raises:
-        UserError: Neither names one.
-    """
+    """The split named, or the validation split that a configuration names; UserError if neither names one."""
     from sam3lora.evaluation.ask.run import find_split
 
     if data_dir is not None:
@@ -103,11 +99,7 @@ def settings_of(
 ) -> EvaluationSettings:
     """How to measure: options win over what a configuration file says, and that over what the adapters record.
 
-    Args:
-        adapters: Label -> folder.
-        config: Of `--config`.
-        post: Options of post-processing that were given.
-        given: Other options; None where an option was not given.
+    `adapters` maps labels to folders; `post` and `given` are options, None where one was not given.
     """
     from sam3lora.evaluation.ask.run import recorded_prompts
     from sam3lora.evaluation.settings import EvaluationSettings

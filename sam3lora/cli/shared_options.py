@@ -35,11 +35,7 @@ MaxDetectionsOption = Annotated[int | None, typer.Option("--max-detections", hel
 
 
 def post_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `PostProcessing` that a command was given.
-
-    Args:
-        arguments: The command's `locals()`.
-    """
+    """The fields of `PostProcessing` that a command was given, from its `locals()`."""
     return {name: arguments[name] for name in PostProcessing.model_fields if arguments.get(name) is not None}
 
 
@@ -50,10 +46,7 @@ def written_post(config: Config) -> dict[str, Any]:
 
 
 def check_merge_iou(merge_iou: float | None, merges: bool) -> None:
-    """
-    Raises:
-        UserError: `--merge-iou` was given, but nothing is merged.
-    """
+    """Raise UserError if `--merge-iou` was given, but nothing is merged."""
     if merge_iou is not None and not merges:
         raise UserError("--merge-iou has no effect: add --merge")
 
@@ -106,11 +99,7 @@ def choose_gpus(device: Sequence[str], address: str | None) -> None:
 
 
 def check_output_folder(path: str | Path, option: str) -> None:
-    """Refuse an output folder that is lost with a submitted job, or that cannot be made or written to.
-
-    Raises:
-        UserError: It is such a folder; names the option.
-    """
+    """Raise UserError for an output folder that is lost with a submitted job, or that cannot be made or written to."""
     check_job_path(path, option)
     folder = Path(path).expanduser().absolute()
     there = nearest_existing(folder)

@@ -28,14 +28,9 @@ def parse_segmentation(segmentation: Segmentation) -> list | dict | None:
 
 
 def encode_segmentation(segmentation: Segmentation, size_hw: tuple[int, int]) -> dict[str, Any] | None:
-    """One COCO RLE of all parts, at the annotated size.
+    """One COCO RLE `{"size": [height, width], "counts": bytes}` of all parts; None without a mask.
 
-    Args:
-        segmentation: See the module.
-        size_hw: Height and width of the annotated image, for polygons; an RLE has its own size.
-
-    Returns:
-        `{"size": [height, width], "counts": bytes}`, or None without a mask.
+    `size_hw` is the size of the annotated image, for polygons; an RLE has its own.
     """
     parsed = parse_segmentation(segmentation)
     if parsed is None:
@@ -84,14 +79,8 @@ def place_mask(
     Polygons are scaled first and then drawn: thin shapes would vanish if they were drawn first and shrunk afterwards.
     Run-length masks are shrunk by area, moved with sub-pixel accuracy and thresholded at one half.
 
-    Args:
-        segmentation: See the module.
-        size_hw: Height and width of the annotated image.
-        placement: Position of the image in the model's frame.
-        mask_size: Side M of the mask, which covers the whole frame.
-
     Returns:
-        Boolean mask (M, M), or None without a mask.
+        Boolean mask (M, M) of the whole frame for `mask_size` M, or None without a mask.
     """
     parsed = parse_segmentation(segmentation)
     if parsed is None:

@@ -26,23 +26,14 @@ _FAR_OFF = 6.0  # times the distance from best to median
 
 @dataclass(frozen=True)
 class ChartedTrials:
-    """The trials and what the charts need to know of the sweep.
-
-    Attributes:
-        records: The trials of the sweep.
-        metric: The key of the sweep's metric in `TrialRecord.history`.
-        metric_label: Its name in the report.
-        mode: "min" or "max": which values are better.
-        best: Number of the best trial.
-        base: Number of the base configuration's trial.
-    """
+    """The trials and what the charts need to know of the sweep."""
 
     records: Sequence[TrialRecord]
-    metric: str
+    metric: str  # its key in `TrialRecord.history`
     metric_label: str
-    mode: str
-    best: int | None = None
-    base: int | None = None
+    mode: str  # "min" or "max": which values are better
+    best: int | None = None  # number of the best trial
+    base: int | None = None  # number of the base configuration's trial
 
     @property
     def measured(self) -> list[tuple[TrialRecord, float]]:
@@ -74,7 +65,6 @@ def line_look(trials: ChartedTrials, record: TrialRecord) -> tuple[Any, float, s
 
 
 def draw_point(axes: Axes, trials: ChartedTrials, record: TrialRecord, x: float, y: float) -> None:
-    """A trial as a point."""
     if record.number == trials.best:
         axes.plot([x], [y], "o", color=BEST, markersize=8, label="best")
         axes.annotate(f"{record.number}", (x, y), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8)
@@ -98,12 +88,10 @@ def inside(value: float | None, low: float, high: float) -> float:
 
 
 def cut(text: str, letters: int) -> str:
-    """A text, cut to a number of letters."""
     return text if len(text) <= letters else text[: letters - 1] + "…"
 
 
 def finished(axes: Axes, description: str) -> Markup:
-    """The chart as SVG."""
     axes.tick_params(color=GREY, which="both")
     return finish_chart(axes, description)
 
@@ -114,9 +102,7 @@ _MANY = 20
 def progress_chart(trials: ChartedTrials, sessions: Sequence[Mapping[str, float]]) -> Markup | None:
     """Each trial at the time it ended, and the best value so far, over the time that the sweep ran.
 
-    Args:
-        trials: The trials.
-        sessions: ``started_at`` and ``ended_at`` of each start of the sweep, seconds since 1970.
+    `sessions` has ``started_at`` and ``ended_at`` of each start of the sweep, seconds since 1970.
     """
     ended = [
         (seconds_in_sessions(record.ended_at, list(sessions)), record, value)
@@ -200,9 +186,7 @@ def size_chart(trials: ChartedTrials) -> Markup | None:
 def importance_chart(importances: Sequence[Importance], short: Mapping[str, str]) -> Markup | None:
     """How much each parameter mattered, and how much a parameter without effect would by chance.
 
-    Args:
-        importances: Those without a value are left out.
-        short: Parameter -> its name in the chart.
+    Parameters whose importance is not known are left out. `short` has their names in the chart.
     """
     shown = [(entry, entry.chance) for entry in importances if entry.chance is not None]
     if not shown:
@@ -226,10 +210,6 @@ def pareto_front(records: Iterable[TrialRecord], mode: str) -> list[TrialRecord]
 
     A trial is left out if another is as good and smaller, or as small and better, or if it has no value. Trials that
     are equal in both are all kept.
-
-    Args:
-        records: The trials.
-        mode: "min" or "max": which values are better.
     """
     measured = [record for record in records if has_value(record)]
 

@@ -25,10 +25,7 @@ def parallel_coordinates(
 ) -> Markup | None:
     """Axes from top to bottom, the metric last; the greener a trial's line, the better the trial.
 
-    Args:
-        trials: The trials.
-        parameters: The axes. On that of a number with few values, each has a place of its own.
-        short: Parameter -> its name in the chart.
+    On the axis of a number with few values, each has a place of its own. `short` has the names of the axes.
     """
     keys = [parameter.key for parameter in parameters]
     shown = [(r, value) for r, value in trials.measured if all(key in r.values for key in keys)]

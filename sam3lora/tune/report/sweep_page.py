@@ -40,19 +40,13 @@ class TrialRow:
 def render_sweep(
     space: SearchSpace, records: Sequence[TrialRecord], rejections: Sequence[Rejection], summary: Mapping[str, Any]
 ) -> str:
-    """The report as one HTML page.
+    """The report as one HTML page without any reference outside itself.
 
     Args:
-        space: The search space.
-        records: All trials.
-        rejections: Samples that were never trained.
         summary: `name`, `sweep_dir`, `metric`, `mode`, `algorithm`, `num_trials`, `sessions` (`started_at` and
             `ended_at` of each, seconds since 1970), `best` and `base` (numbers or None), `max_concurrent`, `versions`,
             `held_out` (from `measure_held_out`, or None), `vision` (`passes` through the vision trunk, `images`
             of the data, or None).
-
-    Returns:
-        HTML without any reference outside itself.
     """
     by_number = {record.number: record for record in records}
     best = by_number.get(summary["best"])

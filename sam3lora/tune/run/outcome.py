@@ -43,7 +43,7 @@ def write_outcome(
     summary: dict[str, Any],
     address: str | None = None,
 ) -> dict[str, Any]:
-    """Write everything and return the summary."""
+    """Write it all, and return the completed summary."""
     sweep_dir, records, rejections = ledger.sweep_dir, ledger.records(), ledger.rejections()
     summary = {
         "name": space.name,

@@ -63,12 +63,8 @@ def complete_trial(
 ) -> TrialRecord:
     """Train a trial from where it stands to its end, and write its record.
 
-    Args:
-        space: Search space of the sweep.
-        ledger: Holds the trial's record.
-        number: Of the trial.
-        report: Receives epoch (from 1) and the metrics of every validation, if the trial trains in this process.
-        may_stop: Whether there is early stopping.
+    `report` receives epoch (from 1) and the metrics of every validation, if the trial trains in this process;
+    `may_stop` says whether there is early stopping.
     """
     record, folder = ledger.read(number), ledger.folder(number)
     record.started_at = record.started_at or time.time()
@@ -95,7 +91,6 @@ def complete_trial(
 
 
 def failure_kind(error: BaseException) -> FailureKind:
-    """What made a trial fail."""
     kinds: list[tuple[type[BaseException], FailureKind]] = [
         (OutOfMemory, "out of memory"),
         (NonFiniteLoss, "loss not finite"),
@@ -145,7 +140,6 @@ def _start(config: Config, report: Report, *, may_stop: bool) -> None:
 
 
 def _free_memory() -> None:
-    """Free the memory of a failed attempt in this process."""
     import gc
 
     import torch

@@ -27,13 +27,7 @@ def current_record(folder: Path, search: Search) -> TrialRecord:
 
 
 def summarise(record: TrialRecord, folder: Path, search: Search) -> None:
-    """Take over what a run has logged: history, the value of `best/`, time, speed and memory.
-
-    Args:
-        record: Changed in place; its status stays.
-        folder: The run folder of the trial.
-        search: Names the metric that chooses `best/`.
-    """
+    """Take over what a run has logged: history, the value of `best/`, time, speed and memory. The status stays."""
     metric = search.metric
     lines = read_metrics(folder / METRICS_FILE)
     kept = ("epoch", "step", "train_loss", *MEASURED)
