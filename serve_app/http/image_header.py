@@ -29,11 +29,6 @@ class ImageHeader(NamedTuple):
 def read_header(data: bytes, *, formats: Sequence[str], max_megapixels: float) -> ImageHeader:
     """Read format and size. Only the decoders of the given formats see the data. Takes milliseconds: use a thread.
 
-    Args:
-        data: An image file.
-        formats: Pillow's names of the accepted formats.
-        max_megapixels: Most pixels, in millions.
-
     Raises:
         ServeError: `unsupported_image`, `invalid_image`, or `image_too_large`.
     """

@@ -18,7 +18,6 @@ class ThresholdCurve:
     """Metrics at each score threshold, and the best threshold.
 
     Attributes:
-        thresholds: The score thresholds.
         cgf1, positive_micro_f1, il_mcc, precision, recall: `CgF1.metrics`, averaged over the IoU thresholds.
         best_threshold: The threshold of the greatest cgF1, of equals the nearest to 0.5. If cgF1 is never above 0, the
             threshold of the greatest positive micro F1; None if that is 0 too.
@@ -37,7 +36,6 @@ class ThresholdCurve:
     reason: str | None
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
         return asdict(self)
 
 
@@ -58,9 +56,7 @@ def sweep_thresholds(units: Units, thresholds: Sequence[float] = THRESHOLDS) -> 
     The best threshold is chosen on the split on which it is measured, so its cgF1 is too high: choose it on one split
     and report the result on another.
 
-    Args:
-        units: Of `split_units`.
-        thresholds: Score thresholds, none below `SCORE_FLOOR`.
+    No threshold may be below `SCORE_FLOOR`.
     """
     overall: list[CgF1] = []
     of_category: dict[int, list[CgF1]] = defaultdict(list)
