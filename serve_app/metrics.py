@@ -57,30 +57,17 @@ class IngressMetrics:
         )
 
     def finished(self, route: str, outcome: str, seconds: float) -> None:
-        """Count an answered request.
-
-        Args:
-            route: Template of the path, such as "/v1/segment"; never the path that came.
-            outcome: "ok", "cancelled" or a type of `ServeError`.
-            seconds: From arrival to answer.
-        """
+        """Count an answered request. The route is a path's template such as "/v1/segment", never the path that came."""
         assert outcome in ("ok", "cancelled") or outcome in STATUS_OF, outcome
         self._requests.labels(route, outcome).inc()
         self._latency.labels(route).observe(seconds)
 
     def text(self) -> str:
-        """Exposition text."""
         return generate_latest(self.registry).decode()
 
 
 class ReplicaMetrics:
-    """Metrics of a model replica.
-
-    Args:
-        engine_counters: Counters of the engine, read at every scrape.
-        queue_length: Requests that wait for the model.
-        resident_adapters: Adapters in memory.
-    """
+    """Metrics of a model replica; the functions given are called at every scrape."""
 
     def __init__(
         self,
@@ -123,22 +110,16 @@ class ReplicaMetrics:
         registry.register(_Collected(lambda: _engine_families(engine_counters())))
 
     def stages(self, timing_ms: Mapping[str, float]) -> None:
-        """Count the stages of an answered request."""
         for stage, milliseconds in timing_ms.items():
             if stage in self._stages:
                 self._stages[stage].observe(milliseconds / 1000)
 
     def text(self) -> str:
-        """Exposition text."""
         return generate_latest(self.registry).decode()
 
 
 class StageClock:
-    """Milliseconds of one request by stage.
-
-    Args:
-        started_s: When the request arrived, by `time.monotonic`; now if not given.
-    """
+    """Milliseconds of one request by stage; `started_s` is its arrival by `time.monotonic`, now if not given."""
 
     def __init__(self, started_s: float | None = None) -> None:
         self._started_s = self._last_s = time.monotonic() if started_s is None else started_s

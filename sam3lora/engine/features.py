@@ -38,14 +38,7 @@ BASE = SlotAdapter()
 
 
 class FeatureSource:
-    """The vision tower and the text tower behind their caches.
-
-    Args:
-        base: Has the tokenizer and the normalisation of pixels.
-        forward: Runs the towers.
-        image_cache_bytes, max_cached_prompts: Limits of the caches.
-        max_images: Images that pass the vision tower together.
-    """
+    """The vision tower, which `max_images` images pass together, and the text tower behind their caches."""
 
     def __init__(
         self,
@@ -163,13 +156,7 @@ def to_pixel_values(
 ) -> Tensor:
     """Normalised images (I, 3, resolution, resolution): resized without regard to their shape, as SAM 3 does.
 
-    Args:
-        images: uint8 (H, W, 3) RGB, any sizes.
-        resolution: Side of the model's input in pixels.
-        image_mean: Per channel, of pixels in [0, 1].
-        image_std: Per channel.
-        device: Where they go.
-        dtype: What they become.
+    Images are uint8 (H, W, 3) RGB of any sizes; mean and standard deviation are those of pixels in [0, 1].
     """
     if not images:
         return torch.zeros(0, 3, resolution, resolution, device=device, dtype=dtype)

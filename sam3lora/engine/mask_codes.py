@@ -37,7 +37,6 @@ def encode_logits(logits_HW: np.ndarray, size_hw: tuple[int, int]) -> Rle:
 
 
 def rle_area_px(rle: Rle) -> int:
-    """Number of pixels."""
     return int(coco_mask.area(rle))
 
 

@@ -87,19 +87,14 @@ def draw_instances(
     show_labels: bool = True,
     min_side: int = MIN_SIDE_PX,
 ) -> np.ndarray:
-    """Draw instances over an image.
+    """Draw instances over a copy of an image (uint8 RGB), the first ones in front.
 
     Args:
-        image_HW3: uint8 (H, W, 3), RGB; it is not changed.
-        instances: What to draw; the first ones end up in front.
         colours_rgb: One colour for all, or colours to take in turn.
-        show_masks: Fill and outline the masks.
-        show_boxes: Draw the boxes.
-        show_labels: Write the labels.
-        min_side: An image whose shorter side is below this is enlarged by a whole factor.
+        min_side: An image whose shorter side is below this is enlarged by a whole factor k.
 
     Returns:
-        uint8 (k H, k W, 3), RGB, with k the factor of enlargement (1 for large images).
+        uint8 (k H, k W, 3), RGB; k is 1 for large images.
     """
     # The smallest whole factor, at most 4, that brings the shorter side to `min_side`.
     factor = min(4, max(1, -(-min_side // max(1, min(image_HW3.shape[:2])))))
@@ -130,7 +125,6 @@ def draw_instances(
 
 
 def encode_image(image_HW3: np.ndarray, extension: str = ".jpg", quality: int = 85) -> bytes:
-    """The bytes of an image file from RGB pixels."""
     options = [cv2.IMWRITE_JPEG_QUALITY, quality] if extension == ".jpg" else []
     done, data = cv2.imencode(extension, cv2.cvtColor(image_HW3, cv2.COLOR_RGB2BGR), options)
     assert done, f"OpenCV cannot write {extension}"

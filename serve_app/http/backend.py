@@ -57,12 +57,7 @@ class Backend(Protocol):
 
 
 class ServeBackend:
-    """A `Backend` of Serve replicas.
-
-    Args:
-        handle: Handle of the deployment of `ModelReplica`s. Its router should send equal `session_id`s to the same one.
-        settings: Settings of the service.
-    """
+    """A `Backend` of `ModelReplica`s; the handle's router should send equal `session_id`s to the same one."""
 
     def __init__(self, handle: DeploymentHandle, settings: ServeSettings) -> None:
         self._handle = handle
@@ -145,11 +140,7 @@ class _ReplicaFailed(Exception):
 
 
 async def _answer(response: Awaitable[T]) -> T:
-    """Await a `DeploymentResponse`; if the caller is cancelled, so is the work on the replica.
-
-    Raises:
-        _ReplicaFailed: The replica died or did not finish the call.
-    """
+    """Await a `DeploymentResponse`; if the caller is cancelled, so is the work on the replica."""
     try:
         return await response
     except _REPLICA_FAILED as error:

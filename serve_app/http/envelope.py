@@ -39,9 +39,7 @@ class Envelope:
     """ASGI middleware. `request.state` gets `request_id` and `started_s` (of `time.monotonic`).
 
     Args:
-        app: The application behind it.
         keys: API keys; without any, every request is allowed.
-        metrics: Counts the requests.
         routes: Paths that are counted by name.
         sends_request_id: Whether to send the header `X-Request-ID`. Ray Serve sends it itself, with the client's
             header unchanged; that is then the request's id.
@@ -133,7 +131,6 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
 
 
 def error_response(request: Request, error: ServeError) -> Response:
-    """The response to a request that failed."""
     request.state.outcome = error.type
     detail = ErrorDetail(type=error.type, message=error.message, request_id=request.state.request_id)
     body = ErrorResponse(error=detail).model_dump_json()

@@ -43,12 +43,7 @@ T = TypeVar("T")
 
 
 def create_api(settings: ServeSettings, backend: Backend, *, sends_request_id: bool = True) -> FastAPI:
-    """The HTTP application.
-
-    Args:
-        settings: Of the service. API keys are read from the environment variable that it names.
-        backend: Answers the calls.
-        sends_request_id: Whether to send the header `X-Request-ID`; Ray Serve sends it itself.
+    """The HTTP application, with API keys from the environment variable that the settings name.
 
     Raises:
         UserError: The variable of API keys is set but holds none.
@@ -167,11 +162,7 @@ class _Routes:
 
     @contextlib.asynccontextmanager
     async def _admitted(self, request: Request) -> AsyncIterator[float]:
-        """Limit how many requests are in progress, and for how long. Yields the deadline of this one.
-
-        Raises:
-            ServeError: There are too many, or the time is over.
-        """
+        """Limit how many requests are in progress, and for how long. Yields the deadline of this one."""
         limits = self._limits
         if self._num_in_flight >= self._max_in_flight:
             type = "too_many_requests" if limits.overload_status == 429 else "overloaded"
@@ -189,11 +180,7 @@ class _Routes:
 
 
 async def _while_connected(request: Request, answer: Awaitable[T]) -> T:
-    """Await an answer; cancel it when the client disconnects.
-
-    Raises:
-        ClientDisconnect: The client disconnected.
-    """
+    """Await an answer; cancel it and raise ClientDisconnect when the client disconnects."""
     working, gone = asyncio.ensure_future(answer), asyncio.ensure_future(_disconnected(request))
     try:
         await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)

@@ -123,11 +123,7 @@ def check_segment(received: Received, limits: Limits) -> tuple[SegmentRequest, I
 
 
 def check_upload(received: Received, limits: Limits) -> ImageFile:
-    """The image of an upload.
-
-    Raises:
-        ServeError: There is none, or it is refused.
-    """
+    """The image of an upload; a ServeError if there is none, or it is refused."""
     if received.image is not None:
         if received.fields:
             raise ServeError("invalid_request", "expected an image alone: prompts are asked with POST /v1/segment")
@@ -143,11 +139,7 @@ def check_image(data: bytes, limits: Limits) -> tuple[ImageFile, tuple[int, int]
 
 
 def decode_base64(text: str) -> bytes:
-    """Standard base64, also behind `data:...;base64,`.
-
-    Raises:
-        ServeError: `malformed_body`.
-    """
+    """Standard base64, also behind `data:...;base64,`; else a ServeError `malformed_body`."""
     head, comma, _ = text[:200].partition(",")
     if comma and head.startswith("data:"):
         if not head.endswith(";base64"):
@@ -160,7 +152,6 @@ def decode_base64(text: str) -> bytes:
 
 
 def to_call(request: SegmentRequest, image: ImageFile, timeout_s: float) -> SegmentCall:
-    """The call to a replica."""
     return SegmentCall(
         image=image,
         prompts=tuple(request.prompts),

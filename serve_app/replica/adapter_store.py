@@ -54,12 +54,7 @@ class AdapterStore:
     Every request looks at its adapter's folder. If the folder was replaced, the new version is loaded beside the old
     one, which keeps its users until they finish. While the new version cannot be read, the old one is served.
 
-    Args:
-        engine: Reads adapters and places them in slots.
-        run_in_model_thread: Runs a function between two batches.
-        settings: Where the folders are and which may be served.
-        num_slots: Adapters in memory at a time.
-        metrics: Counts the loads.
+    `run_in_model_thread` runs a function between two batches.
     """
 
     def __init__(
@@ -128,7 +123,6 @@ class AdapterStore:
                 logger.warning("adapter %s was not preloaded: %s", adapter_id, error.message)
 
     def close(self) -> None:
-        """Let the threads end."""
         self._readers.shutdown(wait=False, cancel_futures=True)
         self._lookers.shutdown(wait=False, cancel_futures=True)
         self._listers.shutdown(wait=False, cancel_futures=True)

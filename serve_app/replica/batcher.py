@@ -57,7 +57,6 @@ class Batcher(Generic[Item, Result]):
         max_queued: Items that may wait.
         overload_type: Type of the `ServeError` for an item beyond that.
         free_memory: Called in the model thread before a further attempt after memory ran out.
-        metrics: Counts the batches.
     """
 
     def __init__(
@@ -86,7 +85,6 @@ class Batcher(Generic[Item, Result]):
 
     @property
     def queue_length(self) -> int:
-        """Items that wait for the model."""
         return len(self._waiting)
 
     @property
@@ -104,7 +102,6 @@ class Batcher(Generic[Item, Result]):
         self._paused = True
 
     def resume(self) -> None:
-        """Continue with the waiting items."""
         self._paused = False
         if self._waiting:
             self._start_draining()

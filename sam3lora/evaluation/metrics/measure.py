@@ -59,7 +59,6 @@ class SplitMetrics(CocoAverages):
             with crowd regions only are left out.
         presence_accuracy_absent: The same over absent categories alone.
         num_absent_prompts: Number of (image, absent category) pairs.
-        settings: The settings that the metrics depend on.
         notes: Reasons for missing metrics, and what else a reader should know.
         seconds: Wall-clock time of inference and measuring.
         thresholds: Category id -> lowest score that counts as a detection.
@@ -131,7 +130,6 @@ def measure_split(
     """Compute all metrics of one model on one split.
 
     Args:
-        truth: The ground truth.
         results: The model's results on all images of the split.
         label: Name of the model in tables.
         post: The post-processing of the results; None is the default. Its thresholds decide which detections count for

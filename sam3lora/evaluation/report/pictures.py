@@ -40,7 +40,7 @@ _VISIBLE = 0.3  # part of a pixel that a mask must cover to be drawn there; low,
 
 @dataclass(frozen=True)
 class Panel:
-    """An image with the labels or one model's detections, and its caption."""
+    """An image with the labels or one model's detections."""
 
     kind: Kind
     caption: str
@@ -60,9 +60,7 @@ class Picture:
 class Gallery:
     """Draws images of one split with the detections of one model or several, at the thresholds of each.
 
-    Attributes:
-        results: Metrics on the same split, with its folder.
-        num_panels: Number of panels in the report, which decides their size.
+    The number of panels in the report decides their size.
     """
 
     results: Sequence[SplitMetrics]
@@ -153,11 +151,7 @@ def draw_panel(
     colour_rgb: Rgb,
     side_px: int,
 ) -> np.ndarray:
-    """Draw COCO annotations or results on an image whose longer side becomes `side_px`, at most four times its size.
-
-    Returns:
-        uint8 (H', W', 3), RGB.
-    """
+    """Draw COCO annotations or results on an image whose longer side becomes `side_px`, at most four times its size."""
     height, width = pixels_HW3.shape[:2]
     factor = min(_MAX_ENLARGEMENT, side_px / max(height, width))
     size_wh = (max(1, round(width * factor)), max(1, round(height * factor)))

@@ -30,11 +30,7 @@ _SHOWN = {
 def save_validation(results: Sequence[SplitMetrics], output: str | Path, console: Console | None = None) -> Path:
     """Write `metrics.json`, `predictions.json` and `report.html`; several models have a folder each for the first two.
 
-    Returns:
-        Path of the report.
-
-    Raises:
-        UserError: The folder cannot be written.
+    Returns the report's path. Raises UserError if the folder cannot be written, as the other functions here do.
     """
     from sam3lora.evaluation.report.validation_page import render_validation_report
 
@@ -54,14 +50,7 @@ def save_validation(results: Sequence[SplitMetrics], output: str | Path, console
 def compare_and_save(
     base: SplitMetrics, adapters: Sequence[SplitMetrics], output: str | Path, console: Console | None = None
 ) -> Path:
-    """Write each model's `metrics.json` and `predictions.json`, then `comparison.json` and `report.html`.
-
-    Returns:
-        Path of the report.
-
-    Raises:
-        UserError: The folder cannot be written.
-    """
+    """Write each model's `metrics.json` and `predictions.json`, then `comparison.json` and `report.html` (returned)."""
     from sam3lora.evaluation.report.comparison_page import comparison_sentence, render_comparison_report
 
     folder = _make_folder(output)
@@ -103,7 +92,6 @@ def save_saco(
     Args:
         predictions: Label -> results file.
         ground_truth: One file for each annotator.
-        output: Folder of the metrics.
         image_ids: Image entries to judge; None takes all.
 
     Raises:
@@ -180,13 +168,8 @@ def _print(results: Sequence[SplitMetrics], report: Path, console: Console | Non
 def record_best_threshold(metrics: SplitMetrics, adapter: str | Path, *, per_prompt: bool = False) -> str:
     """Write the threshold into the adapter folder, with the post-processing that it was measured with.
 
-    Args:
-        metrics: Of this adapter.
-        adapter: Adapter folder.
-        per_prompt: Also a threshold for each prompt; a prompt that has none of its own uses the overall one.
-
-    Returns:
-        A line that says what was written.
+    With `per_prompt` also a threshold for each prompt; a prompt that has none of its own uses the overall one. Returns
+    a line that says what was written.
 
     Raises:
         UserError: No threshold finds anything right, or the folder cannot be written.

@@ -47,7 +47,6 @@ def open_output(folder: Path, settings: Mapping[str, Any], *, overwrite: bool = 
     """Begin a run in ``folder``, or go on with the one that is there; no other start can do so during the block.
 
     Args:
-        folder: Made if it does not exist.
         settings: JSON values that decide the results; a run goes on only with the same ones.
         overwrite: Remove an earlier run first. Files that are not of a run stay.
 
@@ -116,7 +115,6 @@ def write_part(path: Path, base_fingerprint: str, records: Iterable[Mapping[str,
 
 
 def read_part(path: Path) -> list[dict[str, Any]]:
-    """The results of a part."""
     return [json.loads(line) for line in path.read_bytes().splitlines()[1:]]
 
 
@@ -139,7 +137,6 @@ class Finished:
         return {path: place.error for path, place in self.places.items() if place.error is not None}
 
     def record(self, path: str) -> dict[str, Any]:
-        """The result of an image."""
         place = self.places[path]
         with place.part.open("rb") as handle:
             handle.seek(place.offset)
