@@ -28,17 +28,12 @@ from .terms import Normalizer, box_terms, iabce_term, presence_term, visible_que
 
 @dataclass
 class LossOutput:
-    """The loss of one call.
+    """The loss of one call; `total` is a scalar with its graph, weighted and scaled.
 
-    Attributes:
-        total: scalar, weighted and scaled, with its graph.
-        terms: name -> detached scalar, unweighted and without the square root, summed over layers; terms of chunks
-            add up.
-        per_layer: name -> detached (L,), the same for the terms that every layer has.
-        matches: which prediction was matched with which target.
-        diagnostics: `ce_f1` (L,), F1 in [0, 1] of one-to-one logits at probability 0.5 against matched or not (0 when
-            undefined), and `presence_accuracy` (L,), the share of queries whose presence is right at probability 0.5.
-            Means, not sums.
+    `terms` (scalars, summed over layers) and `per_layer` (L,) are detached, unweighted and without the square root;
+    those of chunks add up. `diagnostics` are means (L,): `ce_f1`, F1 in [0, 1] of one-to-one logits at probability 0.5
+    against matched or not (0 when undefined), and `presence_accuracy`, the share of queries whose presence is right at
+    probability 0.5.
     """
 
     total: Tensor
@@ -51,18 +46,12 @@ class LossOutput:
 class Criterion:
     """SAM 3's loss for one-to-one and one-to-many branches, boxes, presence, masks and semantic masks.
 
-    Args:
-        settings: term weights and options; None takes the defaults, which are SAM 3's.
-        hungarian: cost of the one-to-one matcher.
-        one_to_many: rule of the final layer of the one-to-many branch.
-        pad_n_queries: smallest number of object queries that the classification term divides by; None divides by Q.
-        mask_chunk: masks resized and compared at a time; bounds the memory.
-        touch_unused: where no pair has a mask and gradients are on, ask `mask_logits` and `semantic_logits` for their
-            first entry all the same and multiply it by zero. Then every parameter has a gradient, as
-            DistributedDataParallel needs. False saves that forward.
+    The classification term divides by at least `pad_n_queries` object queries (None: by Q). `mask_chunk` masks are
+    compared at a time, which bounds the memory. `weights` has the factor of each entry of `LossOutput.terms`.
 
-    Attributes:
-        weights: factor of each entry of `LossOutput.terms`.
+    Where no pair has a mask and gradients are on, `touch_unused` asks `mask_logits` and `semantic_logits` for their
+    first entry all the same and multiplies it by zero. Then every parameter has a gradient, as DistributedDataParallel
+    needs. False saves that forward.
     """
 
     def __init__(
@@ -93,11 +82,9 @@ class Criterion:
         normalizer: Normalizer | None = None,
         pending: PendingMatches | None = None,
     ) -> LossOutput:
-        """Loss of one forward.
+        """Loss of one forward, whose `pending` matches `begin` has started.
 
-        Args:
-            normalizer: counts of the whole optimizer step; None takes them from this batch alone.
-            pending: the result of `begin` for the same predictions and targets.
+        Without `normalizer`, terms are divided by the counts of this batch alone.
 
         Raises:
             FloatingPointError: a matching cost is not finite; the message names the query.
@@ -111,14 +98,13 @@ class Criterion:
             normalizer = Normalizer.from_counts(len(targets.num_B), num_boxes, len(semantic_queries))
 
         per_layer, diagnostics = self._layer_terms(predictions, targets, matches, normalizer)
-        device = predictions.logits_LBQ.device
         scalars = {
             **self._mask_terms("o2o", matches.o2o, predictions, targets, matches, normalizer),
             **self._mask_terms("o2m", matches.o2m, predictions, targets, matches, normalizer),
             **self._semantic_terms(semantic_queries, predictions, targets, matches, normalizer),
         }
         terms = {name: values.sum() for name, values in per_layer.items()} | scalars
-        total = torch.zeros((), device=device)
+        total = torch.zeros((), device=predictions.logits_LBQ.device)
         for name, value in terms.items():
             total = total + self.weights[name] * value
         return LossOutput(

@@ -118,11 +118,9 @@ def iabce_elements(
     """IoU-aware binary cross-entropy of every prediction, before masking and averaging.
 
     Matched: pos_weight BCE(x, t), t = max(p^alpha IoU^(1-alpha), 0.01) without gradient. Unmatched: p^gamma BCE(x, 0),
-    gradient also through p^gamma. A prediction matched with several targets takes the t of its last pair. Source:
-    Align-DETR, https://arxiv.org/abs/2304.07527.
-
-    Returns:
-        (L, B, Q) losses and (L, B, Q) bool, which predictions are matched.
+    gradient also through p^gamma. A prediction matched with several targets takes the t of its last pair. Returns
+    (L, B, Q) losses and (L, B, Q) bool, which predictions are matched. Source: Align-DETR,
+    https://arxiv.org/abs/2304.07527.
     """
     logits_LBQ = logits_LBQ.float()
     index = (pairs.layer_M, pairs.query_M, pairs.object_query_M)
@@ -159,15 +157,10 @@ def iabce_term(
     pos_weight: float,
     **focal: float,
 ) -> tuple[Tensor, Tensor]:
-    """Classification term per layer: sum over all predictions / (num_queries max(Q, pad_n_queries)).
+    """Classification term per layer (L,): sum of `iabce_elements` / (num_queries max(Q, pad_n_queries)).
 
-    Args:
-        present_B: (B,) 1 where the query has a visible target; other queries get no loss.
-        pad_n_queries: smallest number of object queries to divide by; None divides by Q.
-        pos_weight, focal: for `iabce_elements`.
-
-    Returns:
-        (L,) losses and (L, B, Q) bool, which predictions are matched.
+    Only queries with a visible target (`present_B` 1) have a loss. Also returns (L, B, Q) bool, which predictions are
+    matched.
     """
     loss, matched = iabce_elements(
         logits_LBQ, boxes_cxcywh_LBQ4, target_boxes_T4, pairs, pos_weight=pos_weight, **focal

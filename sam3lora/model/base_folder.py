@@ -28,10 +28,8 @@ class BaseFolder:
 def find_base(name: str, *, revision: str | None = None, local_files_only: bool = False) -> BaseFolder:
     """Find a base model and check that its files are complete, without loading weights.
 
-    Args:
-        name: ``"tiny"`` (built in), a folder, or a hub id such as ``facebook/sam3``, which is downloaded once.
-        revision: Branch, tag or commit on the hub.
-        local_files_only: Use the hub's local cache only.
+    ``name`` is ``"tiny"`` (built in), a folder, or a hub id such as ``facebook/sam3``. A hub model is downloaded once;
+    ``local_files_only`` takes it from the local cache. ``revision`` is a branch, tag or commit on the hub.
 
     Raises:
         UserError: The model is not found, not accessible, not complete, or not a SAM 3 checkpoint.

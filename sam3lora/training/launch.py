@@ -40,12 +40,10 @@ def train(
 ) -> TrainResult:
     """Train an adapter as the configuration says and return where it is.
 
-    Args:
-        config: from ``load_config``.
-        resume: continue from the last checkpoint in the run folder; without it the folder must not hold a run.
-        report: called after each validation with step, epoch (from 1), loss and metrics, where training happens in
-            this process (``scaling.num_workers`` 0).
-        callbacks: of Ray Train (``ray.train.UserCallback``), for the same values where workers train.
+    ``resume`` continues from the last checkpoint in the run folder; without it the folder must not hold a run.
+    ``report`` is called after each validation with step, epoch (from 1), loss and metrics, where training happens in
+    this process (``scaling.num_workers`` 0). ``callbacks`` of Ray Train (``ray.train.UserCallback``) get the same
+    values where workers train.
 
     Raises:
         UserError: a mistake in data, settings or cluster.

@@ -123,7 +123,6 @@ def make_optimizer(config: Config, model: PeftModel) -> torch.optim.AdamW:
 
 
 def adapter_metadata(config: Config, base: LoadedBase, data: RunData) -> AdapterMetadata:
-    """The description that is saved with the adapter."""
     return AdapterMetadata(
         base_model=base.name,
         base_revision=base.revision,

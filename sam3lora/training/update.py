@@ -25,13 +25,9 @@ class NonFiniteLoss(RunFailed):
 
 
 def optimizer_step(trainer: Trainer, group: list[Batch]) -> tuple[dict[str, float], StepCounts, float]:
-    """One update of the adapter from the batches of all workers.
+    """One update of the adapter from the batches of all workers, of which `group` are this worker's.
 
-    Args:
-        group: this worker's batches of the step.
-
-    Returns:
-        Loss terms and counts of all workers, and the norm of the gradient before clipping.
+    Returns loss terms and counts of all workers, and the norm of the gradient before clipping.
 
     Raises:
         NonFiniteLoss: on all workers alike.

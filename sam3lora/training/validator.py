@@ -52,14 +52,7 @@ def evaluation_settings(config: Config) -> EvaluationSettings:
 class Validator:
     """Measures the adapter on the validation split. Each worker takes its own share of the images.
 
-    Args:
-        config: of the run.
-        base: whose model carries the adapter.
-        model: the same model as PEFT wraps it.
-        runner: computes the loss.
-        data: the splits.
-        batches: of this worker.
-        skipped: (image id, path, reason) of the bad images that the last `loss_terms` left out, of all workers.
+    ``skipped`` has (image id, path, reason) of the bad images that the last `loss_terms` left out, of all workers.
     """
 
     config: Config
@@ -93,49 +86,43 @@ class Validator:
         return merged
 
     def metrics(self) -> dict[str, Any]:
-        """The `LOGGED` metrics over the split, or over its first ``evaluation.num_samples`` images."""
-        return _metrics(self)
+        """The `LOGGED` metrics, as `validate` measures them, over ``evaluation.num_samples`` images or all."""
+        runner, settings = self.runner, evaluation_settings(self.config)
+        post = self.config.evaluation.post_processing
+        index = self.data.valid_complete
+        assert index is not None
+        rows = range(len(index))[: settings.num_samples]
+        index = index.select_rows(rows)
+        categories = asked_categories(index, settings) or prompted_categories(index, self.data.prompts)
+        runner.text.add([category.prompt for category in categories])
+        with _evaluation_mode(self.model), torch.no_grad():
+            engine = self._engine(settings.max_prompts_per_forward)
+            engine.keep_text(runner.text.kept())
+            with torch.autocast(runner.device.type, dtype=torch.bfloat16, enabled=runner.bf16):
+                mine = ask_split(
+                    engine,
+                    index.select_rows(rows[distributed.rank() :: distributed.world_size()]),
+                    categories,
+                    post=post,
+                    encode=runner.images.of_records,
+                    batch_size=settings.batch_size,
+                )
+        results = SplitResults.join(distributed.gather_objects(mine), index.table.column("image_id").to_pylist())
+        found = measure_split(build_ground_truth(index, categories), results, post=post, exhaustive=settings.exhaustive)
+        return {name: getattr(found, name) for name in LOGGED}
 
-
-def _metrics(validator: Validator) -> dict[str, Any]:
-    """`LOGGED` metrics over the split, or its first `evaluation.num_samples` images, as `validate` measures them."""
-    data, runner, settings = validator.data, validator.runner, evaluation_settings(validator.config)
-    post = validator.config.evaluation.post_processing
-    index = data.valid_complete
-    assert index is not None
-    rows = range(len(index))[: settings.num_samples]
-    index = index.select_rows(rows)
-    categories = asked_categories(index, settings) or prompted_categories(index, data.prompts)
-    runner.text.add([category.prompt for category in categories])
-    with _evaluation_mode(validator.model), torch.no_grad():
-        engine = _engine(validator, settings.max_prompts_per_forward)
-        engine.keep_text(runner.text.kept())
-        with torch.autocast(runner.device.type, dtype=torch.bfloat16, enabled=runner.bf16):
-            mine = ask_split(
-                engine,
-                index.select_rows(rows[distributed.rank() :: distributed.world_size()]),
-                categories,
-                post=post,
-                encode=runner.images.of_records,
-                batch_size=settings.batch_size,
-            )
-    results = SplitResults.join(distributed.gather_objects(mine), index.table.column("image_id").to_pylist())
-    found = measure_split(build_ground_truth(index, categories), results, post=post, exhaustive=settings.exhaustive)
-    return {name: getattr(found, name) for name in LOGGED}
-
-
-def _engine(validator: Validator, max_rows: int) -> Engine:
-    """An engine on the model that is being trained, whose PEFT layers stay in it."""
-    return Engine(
-        validator.base,
-        precision="bfloat16" if validator.runner.bf16 else "float32",
-        num_slots=1,
-        image_cache_bytes=0,
-        max_cached_prompts=10**6,
-        max_rows=max_rows,
-        geometry_cls=validator.config.model.geometry_cls,
-        in_training=True,
-    )
+    def _engine(self, max_rows: int) -> Engine:
+        """An engine on the model that is being trained, whose PEFT layers stay in it."""
+        return Engine(
+            self.base,
+            precision="bfloat16" if self.runner.bf16 else "float32",
+            num_slots=1,
+            image_cache_bytes=0,
+            max_cached_prompts=10**6,
+            max_rows=max_rows,
+            geometry_cls=self.config.model.geometry_cls,
+            in_training=True,
+        )
 
 
 @contextlib.contextmanager
@@ -164,13 +151,7 @@ def ask_split(
 ) -> SplitResults:
     """Ask the model of an engine, with what PEFT layers it has; detections of any score are kept, as mAP needs.
 
-    Args:
-        engine: The model.
-        index: The split, or a part of it.
-        categories: What to ask of every image.
-        post: Suppression or merging, and limit.
-        encode: From records to the features of their images.
-        batch_size: Images at a time.
+    ``encode`` maps records to the features of their images.
 
     Raises:
         ImageError: An image cannot be read.
