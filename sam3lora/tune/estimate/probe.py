@@ -141,7 +141,7 @@ def _measure(config: Config, folder: Path) -> Probe:
         metrics_s=metrics_s,
         num_measured=num_measured,
         memory_mb=memory_mb(trainer.device),
-        cache_bytes=sum(file.stat().st_size for file in (folder / "cache").rglob("*") if file.is_file()) / num_visited,
+        cache_bytes=cache_bytes / num_visited,
         uses_features=uses_features,
     )
 
