@@ -29,9 +29,6 @@ def test_text_has_count_note_speed_and_time_left(clock):
     assert progress.text() == "70/200 images, 3 bad, 4.0 images/s, 0:00:32 left"
     progress.update(90, total=100)
     assert progress.text() == "90/100 images, 3 bad, 6.0 images/s, 0:00:02 left"
-
-
-def test_unknown_total():
     assert Progress(unit="steps", style="off", note="starting").text() == "0/? steps, starting"
 
 
@@ -66,10 +63,7 @@ def test_off_writes_nothing(capsys):
         progress.advance()
         progress.print("a line")
     assert capsys.readouterr().out == ""
-
-
-def test_auto_is_lines_without_a_terminal(capsys):
-    assert not Progress(9).has_bar
+    assert not Progress(9).has_bar  # by itself it is lines where there is no terminal
 
 
 def test_looking_repeats_and_happens_once_more_at_the_end():

@@ -1,8 +1,8 @@
 """Record what the product computes, and compare two such records: a change that should not alter numbers shows none.
 
-    python record.py make --root REPO --out BEFORE --inputs INPUTS --real-data COCO_FOLDER
-    python record.py make --root REPO --out AFTER --inputs INPUTS --extra infer="--some-new-option box"
-    python record.py diff BEFORE AFTER
+    python jobs/bench/record.py make --root REPO --out BEFORE --inputs INPUTS --real-data COCO_FOLDER
+    python jobs/bench/record.py make --root REPO --out AFTER --inputs INPUTS --extra infer="--some-new-option box"
+    python jobs/bench/record.py diff BEFORE AFTER
 
 Only interfaces that stay are used: the command line, HTTP and the files they write. Everything runs on the built-in
 tiny model on a CPU. Data sets, images and adapters are made once, in the folder INPUTS, and used by every later run.
