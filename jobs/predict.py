@@ -19,9 +19,9 @@ import typer
 # The working directory of a job holds the source, but Python looks only beside this file.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sam3lora.cli import post_processing_options as options
+from sam3lora.cli import shared_options as options
 from sam3lora.cli.argv import normalize_argv
-from sam3lora.cli.gpus import choose_gpus, gpu_indices
+from sam3lora.cli.shared_options import choose_gpus, gpu_indices
 from sam3lora.errors import RunFailed, UserError
 
 
@@ -62,14 +62,7 @@ def main(
             output,
             prompt,
             choice=ModelChoice(model, weights, revision, resolution),
-            post={
-                "threshold": threshold,
-                "nms": nms,
-                "nms_iou": nms_iou,
-                "merge": merge,
-                "merge_iou": merge_iou,
-                "max_detections": max_detections,
-            },
+            post=options.post_of(locals()),
             num_workers=num_workers,
             batch_size=batch_size,
             use_gpu=use_gpu,

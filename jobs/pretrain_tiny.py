@@ -14,15 +14,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 # A script finds only the modules beside it; `jobs` and `sam3lora` are one folder up.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from jobs.pretrain.run import PretrainSettings, pretrain
-
-SMOKE = PretrainSettings(dense_scenes=32, scenes=32, held_out_scenes=8, vision_steps=3, joint_steps=3, joint_images=2)
+SMOKE = {"dense_scenes": 32, "scenes": 32, "held_out_scenes": 4, "vision_steps": 3, "joint_steps": 3, "joint_images": 2}
 
 
 def main(
@@ -30,10 +27,14 @@ def main(
     threads: Annotated[int, typer.Option(help="Threads of the arithmetic.")] = 2,
     smoke: Annotated[bool, typer.Option("--smoke", help="A few steps on a few scenes.")] = False,
 ) -> None:
+    # The processes that draw scenes import this file again: nothing heavy is imported above.
+    import torch
+
+    from jobs.pretrain.run import PretrainSettings, pretrain
+
     torch.set_num_threads(threads)
-    report = pretrain(
-        output_dir.absolute(), SMOKE if smoke else PretrainSettings(), lambda line: print(line, flush=True)
-    )
+    settings = PretrainSettings(**(SMOKE if smoke else {}))
+    report = pretrain(output_dir.absolute(), settings, lambda line: print(line, flush=True))
     for name, value in asdict(report).items():
         print(f"{name}: {value}")
 

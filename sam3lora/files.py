@@ -95,3 +95,19 @@ def _exchange(first: Path, second: Path) -> bool:
     except (AttributeError, OSError):
         return False
     return renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0
+
+
+def remove_leftovers(*folders: Path) -> None:
+    """Remove the half-written files and folders of killed processes from these folders; they have hidden names."""
+    for folder in folders:
+        for pattern in (".ray", ".*.part*", ".*.tmp", ".*.old"):
+            for leftover in folder.glob(pattern):
+                remove(leftover)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a whole folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -48,13 +48,16 @@ def build(args: ServeSettings) -> Application:
     """
     settings = ServeSettings.model_validate(args)
     limits, batching = settings.limits, settings.batching
+    num_gpus = settings.num_gpus
+    if num_gpus is None:
+        num_gpus = 1.0 if ray.is_initialized() and ray.cluster_resources().get("GPU") else 0.0
     # The replica's own queue refuses a surplus at once and with a message: Serve must let those calls through to it.
     most_ongoing = limits.max_queued + 4 * batching.max_rows
     segmenter = serve.deployment(
         name="Segmenter",
         max_ongoing_requests=most_ongoing,
         max_queued_requests=limits.max_queued,
-        ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": _num_gpus(settings)},
+        ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": num_gpus},
         user_config=settings.adapters.model_dump(mode="json"),
         request_router_config=RequestRouterConfig(request_router_class=ROUTER),  # type: ignore[arg-type]
         max_constructor_retry_count=2,
@@ -74,12 +77,6 @@ def build(args: ServeSettings) -> Application:
         logging_config=QUIET,
     )(Ingress)
     return ingress.bind(settings, segmenter.bind(settings))
-
-
-def _num_gpus(settings: ServeSettings) -> float:
-    if settings.num_gpus is not None:
-        return settings.num_gpus
-    return 1.0 if ray.is_initialized() and ray.cluster_resources().get("GPU") else 0.0
 
 
 def _scale(settings: ServeSettings, most_ongoing: int) -> dict[str, Any]:

@@ -27,12 +27,10 @@ class SegmentCall:
     """One segmentation request.
 
     Attributes:
-        image: The image, or the key of an uploaded one.
         prompts: May be empty if there are boxes.
         boxes: Go with every prompt.
-        adapter: Id of an adapter; None asks the base model.
+        adapter: None asks the base model.
         post_processing: Fields of `PostProcessing` that the request sets; the adapter's own values hold for the rest.
-        masks: Whether the reply holds masks.
         timeout_s: What is left of the request's time when the call is sent.
     """
 

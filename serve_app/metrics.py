@@ -6,7 +6,7 @@ Labels never hold what a client sends: prompts, adapter ids and keys would grow 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -57,30 +57,17 @@ class IngressMetrics:
         )
 
     def finished(self, route: str, outcome: str, seconds: float) -> None:
-        """Count an answered request.
-
-        Args:
-            route: Template of the path, such as "/v1/segment"; never the path that came.
-            outcome: "ok", "cancelled" or a type of `ServeError`.
-            seconds: From arrival to answer.
-        """
+        """Count an answered request. The route is a path's template such as "/v1/segment", never the path that came."""
         assert outcome in ("ok", "cancelled") or outcome in STATUS_OF, outcome
         self._requests.labels(route, outcome).inc()
         self._latency.labels(route).observe(seconds)
 
     def text(self) -> str:
-        """Exposition text."""
         return generate_latest(self.registry).decode()
 
 
 class ReplicaMetrics:
-    """Metrics of a model replica.
-
-    Args:
-        engine_counters: Counters of the engine, read at every scrape.
-        queue_length: Requests that wait for the model.
-        resident_adapters: Adapters in memory.
-    """
+    """Metrics of a model replica; the functions given are called at every scrape."""
 
     def __init__(
         self,
@@ -93,13 +80,13 @@ class ReplicaMetrics:
             queue_length
         )
         Gauge("sam3lora_adapters_resident", "Adapters in memory.", registry=registry).set_function(resident_adapters)
-        self._batch_rows = Histogram(
+        self.batch_rows = Histogram(
             "sam3lora_batch_rows", "(image, prompt) pairs of a batch.", buckets=_ROWS, registry=registry
         )
-        self._batch_requests = Histogram(
+        self.batch_requests = Histogram(
             "sam3lora_batch_requests", "Requests of a batch.", buckets=_ROWS, registry=registry
         )
-        self._batch_seconds = Histogram(
+        self.batch_seconds = Histogram(
             "sam3lora_batch_duration_seconds", "Time of a batch in the model.", buckets=_SECONDS, registry=registry
         )
         stage_seconds = Histogram(
@@ -110,54 +97,29 @@ class ReplicaMetrics:
             registry=registry,
         )
         self._stages = {stage: stage_seconds.labels(stage) for stage in STAGES}
-        self._out_of_memory = Counter(
+        self.out_of_memory = Counter(
             "sam3lora_out_of_memory", "Batches that ran out of memory and were tried again.", registry=registry
         )
-        self._adapter_loads = Counter("sam3lora_adapter_loads", "Adapters loaded into memory.", registry=registry)
-        self._adapter_failures = Counter(
+        self.adapter_loads = Counter("sam3lora_adapter_loads", "Adapters loaded into memory.", registry=registry)
+        self.adapter_failures = Counter(
             "sam3lora_adapter_load_failures", "Adapter folders that could not be used.", registry=registry
         )
-        self._adapter_evictions = Counter(
+        self.adapter_evictions = Counter(
             "sam3lora_adapter_evictions", "Adapters evicted for others.", registry=registry
         )
-        registry.register(_EngineCollector(engine_counters))
-
-    def batch_started(self, rows: int, waited_s: Sequence[float]) -> None:
-        self._batch_rows.observe(rows)
-        self._batch_requests.observe(len(waited_s))
-
-    def batch_finished(self, seconds: float) -> None:
-        self._batch_seconds.observe(seconds)
-
-    def out_of_memory(self) -> None:
-        self._out_of_memory.inc()
-
-    def adapter_loaded(self) -> None:
-        self._adapter_loads.inc()
-
-    def adapter_failed(self) -> None:
-        self._adapter_failures.inc()
-
-    def adapter_evicted(self) -> None:
-        self._adapter_evictions.inc()
+        registry.register(_Collected(lambda: _engine_families(engine_counters())))
 
     def stages(self, timing_ms: Mapping[str, float]) -> None:
-        """Count the stages of an answered request."""
         for stage, milliseconds in timing_ms.items():
             if stage in self._stages:
                 self._stages[stage].observe(milliseconds / 1000)
 
     def text(self) -> str:
-        """Exposition text."""
         return generate_latest(self.registry).decode()
 
 
 class StageClock:
-    """Milliseconds of one request by stage.
-
-    Args:
-        started_s: When the request arrived, by `time.monotonic`; now if not given.
-    """
+    """Milliseconds of one request by stage; `started_s` is its arrival by `time.monotonic`, now if not given."""
 
     def __init__(self, started_s: float | None = None) -> None:
         self._started_s = self._last_s = time.monotonic() if started_s is None else started_s
@@ -180,28 +142,18 @@ class StageClock:
         return {**self.timing_ms, **inner_ms, "total": total_ms}
 
 
-class _EngineCollector(Collector):
-    """Reads the plain integers that the engine counts."""
-
-    def __init__(self, read: Callable[[], Mapping[str, int]]) -> None:
-        self._read = read
-
-    def collect(self) -> Iterator[Metric]:
-        values = self._read()
-        for name, text in _ENGINE_COUNTERS.items():
-            if name in values:
-                yield CounterMetricFamily(f"sam3lora_{name}", text, values[name])
-        for name, text in _ENGINE_GAUGES.items():
-            if name in values:
-                yield GaugeMetricFamily(f"sam3lora_{name}", text, values[name])
+def _engine_families(values: Mapping[str, int]) -> Iterator[Metric]:
+    """The plain integers that the engine counts, as metrics."""
+    for family, texts in ((CounterMetricFamily, _ENGINE_COUNTERS), (GaugeMetricFamily, _ENGINE_GAUGES)):
+        yield from (family(f"sam3lora_{name}", texts[name], values[name]) for name in texts if name in values)
 
 
 class _Collected(Collector):
-    def __init__(self, families: Iterable[Metric]) -> None:
-        self._families = families
+    def __init__(self, read: Callable[[], Iterable[Metric]]) -> None:
+        self._read = read
 
     def collect(self) -> Iterable[Metric]:
-        return self._families
+        return self._read()
 
 
 def merge(texts: Mapping[str, str]) -> str:
@@ -225,4 +177,4 @@ def merge(texts: Mapping[str, str]) -> str:
             merged.samples += [
                 sample._replace(labels={**sample.labels, "replica": replica}) for sample in family.samples
             ]
-    return generate_latest(_Collected(families.values())).decode()
+    return generate_latest(_Collected(families.values)).decode()

@@ -1,7 +1,11 @@
-"""Settings of the service: the `args` of `serve_app/config.yaml`, and what `sam3lora serve` fills in."""
+"""Settings of the service: the `args` of `serve_app/config.yaml`, and the environment variables of Ray Serve.
+
+The variables must be set before Ray starts, on every node.
+"""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -118,3 +122,24 @@ class ServeSettings(_Settings):
         """Requests that all replicas together can queue, and some in transit: the ingress reads no more bodies."""
         replicas = self.autoscaling.max_replicas if self.autoscaling else self.replicas
         return replicas * (self.limits.max_queued + 2 * self.batching.max_rows)
+
+
+FAST_CALLS = {
+    # These halve the cost of a call to a replica: our code never blocks the loop that it shares with Serve.
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+}
+
+HAPROXY = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",  # 30 by default, which makes a stop take a minute
+}
+"""HAProxy in front instead of Serve's own Python proxy."""
+
+
+def prepare_environment(*, haproxy: bool = False) -> None:
+    """Set the variables that are not set; call it before `ray.serve` is imported."""
+    for name, value in (FAST_CALLS | (HAPROXY if haproxy else {})).items():
+        os.environ.setdefault(name, value)

@@ -18,7 +18,7 @@ from jobs.bench.report import BenchReport, Timing
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.data.synth.scenes import draw_scene
 from sam3lora.engine.feature_cache import PreparedImage
-from sam3lora.engine.pixels import to_pixel_values
+from sam3lora.engine.features import to_pixel_values
 from sam3lora.errors import UserError
 from sam3lora.model.adapter.lora_layers import LoraSettings
 from sam3lora.model.base_folder import find_base

@@ -13,10 +13,7 @@ EXIT_OK, EXIT_INTERNAL, EXIT_USER, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command.
-
-    Args:
-        argv: The words after the program's name; None takes those of this process.
+    """Run one command: the words after the program's name, or None for those of this process.
 
     Returns:
         The exit status: 0 success, 1 failure (with a traceback where it is a fault in the program), 2 a user's mistake

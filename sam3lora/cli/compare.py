@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from sam3lora.cli import evaluation_options as options
-from sam3lora.cli import post_processing_options as post_options
-from sam3lora.cli.output_paths import check_output_folder
+from sam3lora.cli import shared_options as shared
+from sam3lora.cli.shared_options import check_output_folder
 from sam3lora.errors import UserError
 
 
@@ -15,12 +15,12 @@ def compare(
     val_data_dir: options.DataOption = None,
     config: options.ConfigOption = None,
     split: options.SplitOption = "valid",
-    threshold: post_options.ThresholdOption = None,
-    nms: post_options.NmsOption = None,
-    nms_iou: post_options.NmsIouOption = None,
-    merge: post_options.MergeOption = None,
-    merge_iou: post_options.MergeIouOption = None,
-    max_detections: post_options.MaxDetectionsOption = None,
+    threshold: shared.ThresholdOption = None,
+    nms: shared.NmsOption = None,
+    nms_iou: shared.NmsIouOption = None,
+    merge: shared.MergeOption = None,
+    merge_iou: shared.MergeIouOption = None,
+    max_detections: shared.MaxDetectionsOption = None,
     num_samples: options.SamplesOption = None,
     model: options.ModelOption = None,
     resolution: options.ResolutionOption = None,
@@ -43,14 +43,7 @@ def compare(
     settings = options.settings_of(
         adapters,
         settings_file,
-        {
-            "threshold": threshold,
-            "nms": nms,
-            "nms_iou": nms_iou,
-            "merge": merge,
-            "merge_iou": merge_iou,
-            "max_detections": max_detections,
-        },
+        shared.post_of(locals()),
         num_samples=num_samples,
         batch_size=batch_size,
     )

@@ -43,8 +43,6 @@ def run_demo(
 
     Args:
         output_dir: A new or empty folder, or one of an earlier demo, which is replaced.
-        num_train: Number of training images.
-        num_valid: Number of validation images.
         overrides: Changes to the preset `demo`, as `a.b=c`.
 
     Returns:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sam3lora.cli.post_processing_options import check_merge_iou
+from sam3lora.cli.shared_options import check_merge_iou, written_post
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.errors import UserError
 
@@ -59,11 +59,7 @@ def adapter_folders(weights: list[str] | None, config: Config | None) -> dict[st
 
 
 def split_folder(data_dir: str | None, split: str, config: Config | None) -> Path:
-    """The split named, or the validation split that a configuration names.
-
-    Raises:
-        UserError: Neither names one.
-    """
+    """The split named, or the validation split that a configuration names; UserError if neither names one."""
     from sam3lora.evaluation.ask.run import find_split
 
     if data_dir is not None:
@@ -103,11 +99,7 @@ def settings_of(
 ) -> EvaluationSettings:
     """How to measure: options win over what a configuration file says, and that over what the adapters record.
 
-    Args:
-        adapters: Label -> folder.
-        config: Of `--config`.
-        post: Options of post-processing; None where an option was not given.
-        given: Other options; None where an option was not given.
+    `adapters` maps labels to folders; `post` and `given` are options, None where one was not given.
     """
     from sam3lora.evaluation.ask.run import recorded_prompts
     from sam3lora.evaluation.settings import EvaluationSettings
@@ -121,12 +113,6 @@ def settings_of(
     settings = settings.changed(**{name: value for name, value in (given | post).items() if value is not None})
     check_merge_iou(post.get("merge_iou"), _merges(settings, adapters))
     return settings
-
-
-def written_post(config: Config) -> dict[str, Any]:
-    """The settings of post-processing that a configuration file states, without those at their default."""
-    names = config.evaluation.model_fields_set & set(PostProcessing.model_fields)
-    return {name: getattr(config.evaluation, name) for name in names}
 
 
 def _merges(settings: EvaluationSettings, adapters: dict[str, str]) -> bool:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sam3lora.cli import post_processing_options as options
-from sam3lora.cli.output_paths import nearest_existing
+from sam3lora.cli import shared_options as options
+from sam3lora.cli.shared_options import nearest_existing
 from sam3lora.cluster import check_job_path
 from sam3lora.errors import UserError
 
@@ -66,14 +66,8 @@ def infer(
         "adapter": _only(weights, "--weights"),
         "model": model,
         "resolution": resolution,
-        "threshold": threshold,
-        "nms": nms,
-        "nms_iou": nms_iou,
-        "merge": merge,
-        "merge_iou": merge_iou,
-        "max_detections": max_detections,
     }
-    given = {name: value for name, value in given.items() if value is not None}
+    given = {name: value for name, value in given.items() if value is not None} | options.post_of(locals())
     settings = _from_config(config, given) | given
     options.check_merge_iou(merge_iou, _merges(settings))
     settings["device"] = _device(_only(device, "--device"))
@@ -202,15 +196,7 @@ def _from_config(source: str | None, given: dict[str, Any]) -> dict[str, Any]:
     from sam3lora.model.adapter.metadata import read_metadata
 
     config = load_config(source)
-    written = config.evaluation.model_fields_set & {
-        "threshold",
-        "nms",
-        "nms_iou",
-        "merge",
-        "merge_iou",
-        "max_detections",
-    }
-    values: dict[str, Any] = {name: getattr(config.evaluation, name) for name in written}
+    values: dict[str, Any] = options.written_post(config)
     best = Path(config.output.output_dir) / "best"
     if "adapter" not in given and best.is_dir():
         values["adapter"] = best

@@ -48,8 +48,8 @@ def serve(
     """
     settings = _settings(config, adapters, model, resolution, replicas, gpus)
     _check_port(host, port)
-    from serve_app.environment import prepare_environment
     from serve_app.http.auth import keys_from_environment
+    from serve_app.settings import prepare_environment
 
     prepare_environment(haproxy=haproxy)
     has_keys = bool(keys_from_environment(settings.api_keys_variable))
@@ -131,6 +131,7 @@ def _settings(
     import yaml
     from pydantic import ValidationError
 
+    import serve_app
     from serve_app.settings import ServeSettings
 
     try:
@@ -148,7 +149,7 @@ def _settings(
             raise UserError(f"--adapters {adapters} is no folder: expected one that holds adapter folders")
         values["adapters"] = {**(values.get("adapters") or {}), "root": str(adapters.absolute())}
     elif config is None and model is None:
-        values["adapters"] = {"root": str(_samples())}
+        values["adapters"] = {"root": str(Path(serve_app.__file__).parent / "samples")}
     if not values.get("torch_threads") and not gpus:
         values["torch_threads"] = max(1, (os.cpu_count() or 1) // (values.get("replicas") or 1))
     try:
@@ -168,12 +169,6 @@ def _application(values: dict[str, Any], config: Path | None) -> dict[str, Any]:
     except (LookupError, TypeError, ValueError, AttributeError):
         raise UserError(f"--config {config} holds no application as in serve_app/config.yaml") from None
     return {**found, "adapters": adapters[0]} if adapters and adapters[0] else found
-
-
-def _samples() -> Path:
-    import serve_app
-
-    return Path(serve_app.__file__).parent / "samples"
 
 
 def _check_port(host: str, port: int) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sam3lora.cli.gpus import choose_gpus, gpu_indices
+from sam3lora.cli.shared_options import choose_gpus, gpu_indices
 from sam3lora.cluster import check_job_path
 from sam3lora.errors import UserError
 

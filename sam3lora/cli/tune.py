@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sam3lora.cli.gpus import choose_gpus
-from sam3lora.cli.output_paths import check_output_folder
+from sam3lora.cli.shared_options import check_output_folder, choose_gpus
 from sam3lora.cli.train import option_overrides
 from sam3lora.errors import UserError
 

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 import typer
 
 from sam3lora.cli import evaluation_options as options
-from sam3lora.cli import post_processing_options as post_options
-from sam3lora.cli.output_paths import check_output_folder
+from sam3lora.cli import shared_options as shared
+from sam3lora.cli.shared_options import check_output_folder
 from sam3lora.errors import UserError
 
 MOST = 10**6
@@ -23,12 +23,12 @@ def validate(
     ] = False,
     config: options.ConfigOption = None,
     split: options.SplitOption = "valid",
-    threshold: post_options.ThresholdOption = None,
-    nms: post_options.NmsOption = None,
-    nms_iou: post_options.NmsIouOption = None,
-    merge: post_options.MergeOption = None,
-    merge_iou: post_options.MergeIouOption = None,
-    max_detections: post_options.MaxDetectionsOption = None,
+    threshold: shared.ThresholdOption = None,
+    nms: shared.NmsOption = None,
+    nms_iou: shared.NmsIouOption = None,
+    merge: shared.MergeOption = None,
+    merge_iou: shared.MergeIouOption = None,
+    max_detections: shared.MaxDetectionsOption = None,
     num_samples: options.SamplesOption = None,
     model: options.ModelOption = None,
     resolution: options.ResolutionOption = None,
@@ -96,14 +96,7 @@ def validate(
     settings = options.settings_of(
         adapters,
         settings_file,
-        {
-            "threshold": threshold,
-            "nms": nms,
-            "nms_iou": nms_iou,
-            "merge": merge,
-            "merge_iou": merge_iou,
-            "max_detections": max_detections,
-        },
+        shared.post_of(locals()),
         num_samples=num_samples,
         batch_size=batch_size,
     )
@@ -129,7 +122,7 @@ def validate(
     results = evaluate_models(folder, models, settings, num_workers=num_workers, address=address, progress=True)
     save_validation(results, output)
     if save_threshold:
-        from sam3lora.evaluation.best_threshold import record_best_threshold
+        from sam3lora.evaluation.report.saving import record_best_threshold
 
         for metrics in results:
             if metrics.label in adapters:

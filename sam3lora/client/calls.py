@@ -55,7 +55,8 @@ def segment(
             yield from upload(image.data, budget)
             reply = yield from exchange(call, budget)
     else:
-        body = {"files": {"image": ("image", image, "application/octet-stream")}, "data": {"request": _json(request)}}
+        text = json.dumps(request, ensure_ascii=False, allow_nan=False)
+        body = {"files": {"image": ("image", image, "application/octet-stream")}, "data": {"request": text}}
         reply = yield from exchange(Call("POST", "v1/segment", body), budget)
     masks = options.get("masks", "rle")
     return read_answer(reply, lambda answer: SegmentResults.from_json(answer, masks), budget.request_id)
@@ -110,7 +111,3 @@ def _box(box: LabelledBox) -> dict[str, Any]:
         return {"xyxy": [x0, y0, x1, y1], "label": int(label)}
     except (TypeError, ValueError):
         raise ValueError(f"expected boxes as ((x0, y0, x1, y1), 1 or 0), got {box!r}") from None
-
-
-def _json(request: Mapping[str, Any]) -> str:
-    return json.dumps(request, ensure_ascii=False, allow_nan=False)

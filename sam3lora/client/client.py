@@ -70,8 +70,6 @@ class Client:
         timeout_s: Limit of a call with all its retries.
         max_retries: Retries after 503, 429 and broken connections.
         transport: Sends the requests, for example `httpx2.MockTransport`.
-        sleep: Waits that many seconds.
-        clock: Seconds from any starting point.
 
     Raises:
         ValueError: The URL is invalid, a number is out of range, or the key cannot be sent.
@@ -121,7 +119,6 @@ class Client:
         return self._run(calls.upload(image_bytes(image), self._settings.budget()))
 
     def adapters(self) -> list[AdapterInfo]:
-        """The adapters of the service."""
         return self._run(calls.adapters(self._settings.budget()))
 
     def ready(self) -> bool:
@@ -196,21 +193,17 @@ class AsyncClient:
         prompts: str | Iterable[str] = (),
         **options: Unpack[SegmentOptions],
     ) -> SegmentResults:
-        """See `Client.segment`."""
         source = image if isinstance(image, UploadedImage) else await asyncio.to_thread(image_bytes, image)
         return await self._run(calls.segment(source, prompts, options, self._settings.budget()))
 
     async def upload(self, image: ImageSource) -> UploadedImage:
-        """See `Client.upload`."""
         data = await asyncio.to_thread(image_bytes, image)
         return await self._run(calls.upload(data, self._settings.budget()))
 
     async def adapters(self) -> list[AdapterInfo]:
-        """See `Client.adapters`."""
         return await self._run(calls.adapters(self._settings.budget()))
 
     async def ready(self) -> bool:
-        """See `Client.ready`."""
         try:
             return await self._run(calls.ready(self._settings.single_attempt()))
         except (ConnectionFailed, Timeout):

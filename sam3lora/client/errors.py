@@ -65,7 +65,6 @@ class ConnectionFailed(SegmentationError):
 
 
 def class_of_status(status: int) -> type[SegmentationError]:
-    """The class for an HTTP status other than 2xx."""
     by_status: dict[int, type[SegmentationError]] = {
         401: Unauthorized,
         403: Unauthorized,

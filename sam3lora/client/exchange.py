@@ -49,11 +49,7 @@ class Reply:
     content: bytes = field(repr=False)
 
     def json(self) -> dict[str, Any]:
-        """The JSON object in the content.
-
-        Raises:
-            ValueError: The content is no JSON object.
-        """
+        """The JSON object in the content; a ValueError if there is none."""
         value = json.loads(self.content)
         if not isinstance(value, dict):
             raise ValueError("expected a JSON object")
@@ -142,11 +138,7 @@ def exchange(call: Call, budget: Budget) -> Steps[Reply]:
 
 
 def read_answer(reply: Reply, parse: Callable[[dict[str, Any]], T], request_id: str) -> T:
-    """Parse the JSON of a reply.
-
-    Raises:
-        ServerError: It has another form than the service's.
-    """
+    """Parse the JSON of a reply; a ServerError if it has another form than the service's."""
     try:
         return parse(reply.json())
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -29,10 +29,8 @@ class UploadedImage:
 
 
 def image_bytes(image: ImageSource) -> bytes:
-    """An image file: a path's or the given bytes unchanged, or a lossless PNG of a PIL image or an array.
-
-    Args:
-        image: A path, the content of an image file, a PIL image (turned as its EXIF data say) or uint8 (H, W, 3) RGB.
+    """An image file: a path's or the given bytes unchanged, or a lossless PNG of a PIL image (turned as its EXIF data
+    say) or of an array, uint8 (H, W, 3) RGB.
 
     Raises:
         OSError: The file cannot be read.

@@ -22,7 +22,6 @@ class PromptResult:
     """Detections of one prompt, by descending score; reads like the result of a `Predictor`.
 
     Attributes:
-        prompt: The prompt.
         presence: Probability in [0, 1] that the image shows the prompt at all.
         scores: float32 (N,), sigmoid(logit) x sigmoid(presence), in [0, 1].
         boxes_xyxy: float32 (N, 4) in pixels of the image.

@@ -26,7 +26,6 @@ class EvaluationSection(PostProcessingFields):
 
     @property
     def post_processing(self) -> PostProcessing:
-        """The post-processing settings alone."""
         return PostProcessing(**{name: getattr(self, name) for name in PostProcessing.model_fields})
 
     @property

@@ -92,11 +92,7 @@ def _refused(key: str, value: Any) -> list[str] | None:
 
 
 def rename_old_keys(raw: RawConfig) -> list[str]:
-    """Replace old keys by their new names, in place.
-
-    Returns:
-        One line for each setting that is given under two names; the first of them stays.
-    """
+    """Replace old keys by their new names, in place; returns a line for each setting given twice: the first stays."""
     problems = []
     given: dict[str, str] = {}
     for old, new in RENAMED_KEYS.items():
@@ -114,15 +110,9 @@ def rename_old_keys(raw: RawConfig) -> list[str]:
 
 
 def split_known(raw: RawConfig, model: type[BaseModel] = Config, prefix: str = "") -> tuple[RawConfig, list[str]]:
-    """Separate known keys from unknown and refused ones.
+    """The known keys of nested mappings with their values, and a line for each unknown or refused key.
 
-    Args:
-        raw: Nested mappings as read from a file. A section that is None counts as empty.
-        model: The section that `raw` fills.
-        prefix: Its dotted name with a dot, or "".
-
-    Returns:
-        The known keys with their values, and one line for each other key.
+    A section that is None counts as empty. `prefix` is the dotted name of the section `model`, with a dot, or "".
     """
     known: RawConfig = {}
     problems: list[str] = []

@@ -13,9 +13,18 @@ from .evaluation import EvaluationSection
 from .logging import LoggingSection
 from .lora import LoraSection
 from .model import ModelSection
-from .output import OutputSection
 from .scaling import ScalingSection
 from .training import TrainingSection
+
+
+class OutputSection(Section):
+    """The run folder."""
+
+    output_dir: str = Field(
+        default="outputs/run",
+        min_length=1,
+        description="Folder of the run; when it is not set, outputs/<name of the preset or file>.",
+    )
 
 
 class Config(Section):
@@ -54,10 +63,7 @@ class Config(Section):
         return self
 
     def changed(self, changes: Mapping[str, Any]) -> Config:
-        """A copy with other values, checked as a whole.
-
-        Args:
-            changes: Dotted key -> value, such as `{"training.data_dir": "datasets/potholes"}`.
+        """A copy with other values by dotted key, such as `{"training.data_dir": "datasets/potholes"}`.
 
         Raises:
             pydantic.ValidationError: A key or value that no configuration may have.

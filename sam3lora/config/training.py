@@ -189,11 +189,7 @@ class TrainingSection(Section):
         return self.batch_size
 
     def required_data_dir(self) -> Path:
-        """The data folder as a path.
-
-        Raises:
-            UserError: `data_dir` is not set, or is no folder.
-        """
+        """The data folder; UserError if `data_dir` is not set, or is no folder."""
         if self.data_dir is None:
             raise UserError(
                 "training.data_dir is not set: give --data-dir DIR, the folder that holds train/ and valid/"

@@ -24,10 +24,9 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _without_bools(resolvers: dict[str, list[tuple[str, Any]]]) -> dict[str, list[tuple[str, Any]]]:
-    kept = {}
-    for first, rules in resolvers.items():
-        kept[first] = [rule for rule in rules if rule[0] != "tag:yaml.org,2002:bool"]
-    return kept
+    return {
+        first: [rule for rule in rules if rule[0] != "tag:yaml.org,2002:bool"] for first, rules in resolvers.items()
+    }
 
 
 _Loader.yaml_implicit_resolvers = _without_bools(yaml.SafeLoader.yaml_implicit_resolvers)
@@ -60,11 +59,7 @@ _Loader.add_constructor("tag:yaml.org,2002:map", _construct_map)
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Read one YAML document.
-
-    Args:
-        text: The document.
-        where: Its name in error messages, such as the path of the file.
+    """Read one YAML document; `where` names it in error messages.
 
     Raises:
         UserError: The text is not YAML, or a mapping has a key twice; names line and column.

@@ -27,12 +27,6 @@ def clean_annotation(raw: dict[str, Any], size_hw: tuple[int, int], log: FaultLo
     polygons and an RLE differ in type, and most stages list whole tables of records without looking at a mask, where
     a text takes a fifth of the memory of Python lists of numbers. `sam3lora.data.masks` parses it.
 
-    Args:
-        raw: Annotation as in the file.
-        size_hw: Height and width of the image that its coordinates refer to.
-        log: Counts the faults.
-        where: Name of the annotation in fault examples.
-
     Returns:
         `{"bbox_xywh": [4 floats within the image], "segmentation": JSON text or None, "iscrowd": bool}`, or None when
         nothing of the object is left.

@@ -22,14 +22,8 @@ SAM3_FRAME = 1008
 
 @dataclass(frozen=True)
 class Placement:
-    """The image's square in the frame, in units of the frame's side: `x' = offset + scale * x`, after mirroring.
-
-    Args:
-        scale: Side of the image's square.
-        offset_x: Left edge.
-        offset_y: Top edge.
-        flip: Mirrored left to right.
-    """
+    """The image's square in the frame, in units of the frame's side: `x' = offset + scale * x`, after mirroring
+    left to right if `flip`."""
 
     scale: float = 1.0
     offset_x: float = 0.0
@@ -63,13 +57,9 @@ def choose_placement(
     augmentation: Augmentation = "none",
     horizontal_flip: float = 0.0,
 ) -> Placement:
-    """Draw a placement.
+    """Draw a placement in a frame of `resolution` pixels; how often `rng` is asked depends on the settings only.
 
-    Args:
-        resolution: Side S of the frame in pixels; SAM 3's sides are scaled to it.
-        rng: Source of randomness; the number of draws depends on the settings only.
-        augmentation: "none" fills the frame, "sam3" is SAM 3's random square resize and offset.
-        horizontal_flip: Probability of mirroring left to right (0 in SAM 3's own recipe).
+    "none" fills the frame, "sam3" is SAM 3's random square resize and offset, which does not mirror.
     """
     flip = bool(rng.random() < horizontal_flip)
     if augmentation == "none":

@@ -31,18 +31,14 @@ class Batch:
         image_rows_N: int64 (N,), which of the I images these are.
         feature_keys_I: Where the store keeps or is to keep each image's features; None where they are not kept.
         image_ids: int64 (I,).
-        paths: Image files.
         original_sizes_hw: int64 (I, 2), of the decoded images; as annotated for those without pixels.
         query_image_B: int64 (B,), the image of each query.
-        prompts_B: Prompt texts.
         num_B: int64 (B,), targets of each query, 0 for an absent prompt. Query b owns consecutive rows of the targets.
         boxes_cxcywh_T4: float32 (T, 4), relative to the frame.
         masks_packed: uint8 (T, ceil(M * M / 8)), the bits of (M, M) masks; None for boxes only.
         mask_size: M, or None.
         mask_valid_T: bool (T,), whether the target has a mask with at least one pixel.
         skipped: (image id, path, reason) of images left out.
-        epoch: Epoch of the plan.
-        step: Step within the epoch.
     """
 
     images_NHWC: np.ndarray
@@ -145,12 +141,8 @@ def to_pixel_values(
 ) -> Tensor:
     """Normalised images (I, 3, S, S) on `device` of uint8 (I, S, S, 3): (x / 255 - mean) / std, computed in float32.
 
-    The same bits as `sam3lora.engine.pixels.to_pixel_values`, so that training, metrics and inference agree.
-
-    Args:
-        image_mean: Per channel, of pixels in [0, 1].
-        image_std: Per channel.
-        dtype: Of the result; None for float32.
+    The same bits as `sam3lora.engine.features.to_pixel_values`, so that training, metrics and inference agree. Mean and
+    standard deviation are per channel, of pixels in [0, 1].
     """
     import torch
 

@@ -47,8 +47,6 @@ class CheckedSplit:
 
 @dataclass
 class CheckReport:
-    """Result of `check_folder`."""
-
     root: str
     splits: list[CheckedSplit]
     leaks: list[Leak]
@@ -59,7 +57,6 @@ class CheckReport:
         return num_faults + sum(leak.count for leak in self.leaks)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
         return {
             "root": self.root,
             "splits": [split.to_dict() for split in self.splits],
@@ -68,11 +65,7 @@ class CheckReport:
 
 
 def check_folder(root: str | Path, annotation_file: str = ANNOTATION_FILE) -> CheckReport:
-    """Read every annotation and decode every image of a data set.
-
-    Args:
-        root: Folder with one subfolder per split (`train`, `valid`, ...), or the folder of a split.
-        annotation_file: Name of the annotation files.
+    """Read every annotation and decode every image of a data set: a folder of splits, or the folder of one.
 
     Raises:
         UserError: There is no such folder, no annotation file, no image at all, or the JSON is broken. Everything else
@@ -95,7 +88,7 @@ def check_folder(root: str | Path, annotation_file: str = ANNOTATION_FILE) -> Ch
 
 
 def _check_split(name: str, index: CocoIndex) -> tuple[CheckedSplit, dict[str, str]]:
-    """Report of a split and the content hash of each of its images."""
+    """The report, and the content hash of each image."""
     records = index.table.to_pylist()
     report = CheckedSplit(name, num_images=len(records), faults=index.faults)
     report.categories = {category: {"images": 0, "objects": 0} for category in index.names}

@@ -48,19 +48,12 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class CocoIndex:
-    """Images and annotations of one split.
+    """Images and annotations of one split. Boxes and polygons are in pixels of `width` x `height`."""
 
-    Args:
-        table: One row per image, with `SCHEMA`; boxes and polygons are in pixels of `width` x `height`.
-        category_names: Category id -> name, for the ids that annotations use.
-        faults: Faults found while reading.
-        source: The annotation file.
-    """
-
-    table: pa.Table
-    category_names: dict[int, str]
+    table: pa.Table  # one row per image, with SCHEMA
+    category_names: dict[int, str]  # of the ids that annotations use
     faults: FaultLog = field(default_factory=FaultLog)
-    source: str = ""
+    source: str = ""  # the annotation file
 
     @classmethod
     def from_folder(
@@ -70,13 +63,9 @@ class CocoIndex:
         *,
         on_bad_image: Literal["stop", "skip"] = "stop",
     ) -> CocoIndex:
-        """Read `split_dir/annotation_file`.
+        """Read `split_dir/annotation_file`, whose file names are relative to `split_dir`.
 
-        Args:
-            split_dir: Folder with the annotation file; file names in it are relative to this folder.
-            annotation_file: Name of the annotation file.
-            on_bad_image: What to do about listed images that do not exist: "stop" raises, "skip" counts them and leaves
-                them out.
+        Listed images that do not exist raise with `on_bad_image` "stop"; "skip" counts them and leaves them out.
 
         Raises:
             UserError: No such folder or file, truncated JSON, not COCO, or no usable image.
@@ -88,7 +77,8 @@ class CocoIndex:
         images = _read_images(raw["images"], source.parent, log)
         _stop_on_missing(log, source, on_bad_image)
         if not images:
-            raise UserError(f"{source}: none of its {len(raw['images'])} images can be used ({_summary(log)})")
+            why = "; ".join(map(str, log)) or "the list is empty"
+            raise UserError(f"{source}: none of its {len(raw['images'])} images can be used ({why})")
         names = _read_categories(raw["categories"], source)
         listed = {_integer(entry.get("id")) for entry in raw["images"] if isinstance(entry, dict)}
         used = _attach_annotations(raw["annotations"], images, listed, names, log)
@@ -292,10 +282,6 @@ def _report_categories(entries: list[Any], names: dict[int, str], used: set[int]
     for name, ids in ids_by_name.items():
         if len(ids) > 1:
             log.add("duplicate_category_name", f"{name!r}: ids {', '.join(map(str, ids))}")
-
-
-def _summary(log: FaultLog) -> str:
-    return "; ".join(str(fault) for fault in log) or "the list is empty"
 
 
 def _integer(value: Any) -> int | None:

@@ -1,4 +1,4 @@
-"""Pixels, areas and boxes of COCO segmentations.
+"""Pixels, areas and boxes of COCO segmentations, and outlines of masks.
 
 A segmentation is a list of polygons `[[x0, y0, x1, y1, ...], ...]` in pixels of the annotated image, an RLE
 `{"size": [height, width], "counts": ...}`, one of these as JSON text (in the records of an index), or None.
@@ -28,14 +28,9 @@ def parse_segmentation(segmentation: Segmentation) -> list | dict | None:
 
 
 def encode_segmentation(segmentation: Segmentation, size_hw: tuple[int, int]) -> dict[str, Any] | None:
-    """One COCO RLE of all parts, at the annotated size.
+    """One COCO RLE `{"size": [height, width], "counts": bytes}` of all parts; None without a mask.
 
-    Args:
-        segmentation: See the module.
-        size_hw: Height and width of the annotated image, for polygons; an RLE has its own size.
-
-    Returns:
-        `{"size": [height, width], "counts": bytes}`, or None without a mask.
+    `size_hw` is the size of the annotated image, for polygons; an RLE has its own.
     """
     parsed = parse_segmentation(segmentation)
     if parsed is None:
@@ -84,14 +79,8 @@ def place_mask(
     Polygons are scaled first and then drawn: thin shapes would vanish if they were drawn first and shrunk afterwards.
     Run-length masks are shrunk by area, moved with sub-pixel accuracy and thresholded at one half.
 
-    Args:
-        segmentation: See the module.
-        size_hw: Height and width of the annotated image.
-        placement: Position of the image in the model's frame.
-        mask_size: Side M of the mask, which covers the whole frame.
-
     Returns:
-        Boolean mask (M, M), or None without a mask.
+        Boolean mask (M, M) of the whole frame for `mask_size` M, or None without a mask.
     """
     parsed = parse_segmentation(segmentation)
     if parsed is None:
@@ -160,3 +149,49 @@ def _resize_coverage(mask: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
     shrinks = size_hw[0] < mask.shape[0] or size_hw[1] < mask.shape[1]
     interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
     return cv2.resize(mask.astype(np.float32), size_hw[::-1], interpolation=interpolation)
+
+
+def trace_outlines(mask_HW: np.ndarray) -> tuple[list[np.ndarray], int]:
+    """Outer outlines of a mask.
+
+    OpenCV traces pixel centres. In the mask enlarged four times, these have coordinate 4x on a left or upper edge and
+    4x - 1 on a right or lower one, so `(coordinate + 1) // 4` is the edge.
+
+    Args:
+        mask_HW: Boolean mask.
+
+    Returns:
+        Corners (N, 2) as x, y in pixels of each connected part, and the number of holes. Holes are not outlined, nor
+        are parts inside them.
+
+    >>> trace_outlines(np.ones((2, 3), dtype=bool))[0][0].tolist()
+    [[0, 0], [0, 2], [3, 2], [3, 0]]
+    """
+    rows, columns = np.flatnonzero(mask_HW.any(axis=1)), np.flatnonzero(mask_HW.any(axis=0))
+    if not rows.size:
+        return [], 0
+    window = mask_HW[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].astype(np.uint8)
+    enlarged = window.repeat(4, axis=0).repeat(4, axis=1)
+    contours, hierarchy = cv2.findContours(enlarged, cv2.RETR_TREE, cv2.CHAIN_APPROX_SIMPLE)
+    parents = hierarchy[0, :, 3]
+    is_outer = parents < 0
+    outlines = []
+    for contour in (contour for contour, outer in zip(contours, is_outer, strict=True) if outer):
+        corners = (contour.reshape(-1, 2) + 1) // 4
+        corners = corners[np.any(corners != np.roll(corners, 1, axis=0), axis=1)]
+        outlines.append(np.add(corners, (columns[0], rows[0])))
+    return outlines, int(np.isin(parents, np.flatnonzero(is_outer)).sum())
+
+
+def join_outlines(outlines: list[np.ndarray]) -> np.ndarray:
+    """One closed line (M, 2) around all parts, connected by bridges: lines without area, there and back."""
+    from scipy.spatial import cKDTree  # slow to import, and tracing does without
+
+    ring, *rest = sorted(outlines, key=len, reverse=True)
+    for part in rest:
+        distances, nearest = cKDTree(ring).query(part)
+        start = int(distances.argmin())
+        bridge = int(nearest[start])
+        loop = np.roll(part, -start, axis=0)
+        ring = np.concatenate([ring[: bridge + 1], loop, loop[:1], ring[bridge:]])
+    return ring

@@ -57,8 +57,7 @@ def stream_batches(
 
     Args:
         table: `CocoIndex.table`; put into the object store once.
-        plans: The batches, from `plan_run` or `plan_validation`.
-        settings: How records are decoded.
+        plans: From `plan_run` or `plan_validation`.
         num_cpus: Decoding tasks at a time, each busy on one CPU.
         prefetch_batches: Batches fetched to this process ahead of use.
 

@@ -31,14 +31,7 @@ def plan_epoch(
     All ranks draw the same permutation and take batches from it in turn. The permutation is padded with its own first
     images, so that every rank has the same number of equally large batches.
 
-    Args:
-        num_images: Number of images of the split.
-        batch_size: Images a batch and rank.
-        world_size: Number of ranks.
-        rank: This rank.
-        seed: Seed of the permutation, together with `epoch`.
-        epoch: Epoch number.
-        shuffle: False keeps the order of the index.
+    Without `shuffle` the order is that of the index.
 
     Returns:
         `ceil(num_images / (batch_size * world_size))` lists of `batch_size` positions.

@@ -13,18 +13,11 @@ ALL_NEGATIVES = -1
 
 @dataclass(frozen=True)
 class Query:
-    """One prompt asked of one image.
-
-    Args:
-        prompt: The text that the model reads.
-        category: Category name, or None for a prompt of the user's own negative list.
-        annotation_rows: Positions of the objects to find in the record's `annotations`; empty for negatives.
-        is_positive: Whether there is anything to find.
-    """
+    """One prompt asked of one image; positive if there is anything to find."""
 
     prompt: str
-    category: str | None
-    annotation_rows: tuple[int, ...] = ()
+    category: str | None  # None for a prompt of the user's own negative list
+    annotation_rows: tuple[int, ...] = ()  # positions of the objects to find in the record's annotations
     is_positive: bool = False
 
 
@@ -62,7 +55,6 @@ def build_queries(
     one category, even with `num_negatives` 0: it is in the data set to teach absence.
 
     Args:
-        record: A row of the index.
         names: Distinct category names of the data set; negatives are sampled from them.
         rng: From `sample_rng`.
         prompts_map: Category name -> prompt text; a category without an entry is asked by its name.

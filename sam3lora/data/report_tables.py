@@ -27,7 +27,6 @@ _LEAKS = {
 
 
 def print_check(report: CheckReport, console: Console) -> None:
-    """One block per split, then the leaks between splits."""
     for split in report.splits:
         _print_checked_split(split, console)
     for leak in report.leaks:
@@ -38,14 +37,12 @@ def print_check(report: CheckReport, console: Console) -> None:
 
 
 def print_conversion(report: ConversionReport, console: Console) -> None:
-    """Images and objects of each split, then the faults."""
     console.print(f"{report.source_format} -> {report.target_format}: {report.target}", markup=False)
     _print_splits(report.splits, console)
     _print_faults(report.faults, "what was done", console)
 
 
 def print_splitting(report: SplittingReport, console: Console) -> None:
-    """Images and objects of each split, deviations from the fractions, leaks and faults."""
     _print_splits(report.splits, console)
     groups = sum(split["num_groups"] for split in report.splits.values())
     console.print(f"{groups} groups of images that belong together, the largest of {report.largest_group}")

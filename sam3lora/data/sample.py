@@ -29,12 +29,8 @@ class DecodeSettings:
         names: Category names of the data set (`CocoIndex.names`, or `merge_names` of its splits).
         resolution: Side S of the model's square input in pixels.
         mask_size: Side M of the target masks, which cover the whole frame; None for boxes only.
-        augmentation: "none" or "sam3" (`augment`).
-        horizontal_flip: Probability of mirroring.
-        prompts_map: Category name -> prompt text.
-        negative_prompts: The user's own negatives.
-        num_negatives: Sampled absent categories an image; None or -1 for all.
-        exhaustive: Whether a missing annotation means absence.
+        augmentation, horizontal_flip: See `choose_placement`.
+        prompts_map, negative_prompts, num_negatives, exhaustive: See `build_queries`.
         max_objects: A query with more objects keeps a random subset of this size; None keeps all.
         on_bad_image: "stop" raises, "skip" leaves the image out and lists it.
         seed: Seed of negatives, placement and subsets.

@@ -31,17 +31,8 @@ class AdapterPool:
     An adapter that PEFT loads but the bank cannot hold (`modules_to_save`, `lora_bias`, `target_parameters`, LoRA
     variants other than DoRA, modules other than Linear and plain Conv2d) is merged into a copy of the base of its own.
 
-    Args:
-        model: "tiny", a hub id or a folder; None takes the base of the adapters, or "tiny".
-        adapters: Label -> adapter folder.
-        revision: Branch, tag or commit of a hub id; None takes that of the adapters.
-        resolution: Side of the model's input in pixels; None takes that of the adapters, or the model's own.
-        geometry_cls: Whether the geometry CLS token follows text prompts; None does as each adapter was trained, and
-            True for the base.
-        device: None takes a GPU if there is one.
-        precision: "float32", or "bfloat16" to compute by autocast; None is bfloat16 on a GPU that has it.
-        local_files_only: Do not ask the hub.
-        max_rows: (image, prompt) pairs in one forward pass.
+    `adapters` is label -> adapter folder. `model`, `revision` and `resolution` of None take those of the adapters, else
+    "tiny" and the model's own; the other arguments are those of `Engine`.
 
     Raises:
         UserError: A model or adapter cannot be loaded, or the adapters do not go together.
@@ -106,7 +97,6 @@ class AdapterPool:
         return recorded_post_processing(None if adapter is None else self.adapters[adapter])
 
     def geometry_cls(self, adapter: str | None) -> bool:
-        """Whether the geometry CLS token follows text prompts."""
         engine, slot = self._check(adapter)
         return engine.geometry_cls(slot)
 
@@ -125,10 +115,9 @@ class AdapterPool:
         Args:
             images: uint8 (H, W, 3) RGB of any sizes.
             prompts: Texts of at most 32 tokens; may be empty if every image has boxes.
-            adapter: Label of the adapter; None asks the base.
+            adapter: None asks the base.
             post: None takes what the adapter records.
             boxes: For each image boxes that go with every prompt.
-            masks: Whether the results shall have masks.
 
         Raises:
             UserError: A prompt is empty or too long, a box is outside its image, or there is no such adapter.
@@ -146,18 +135,10 @@ class AdapterPool:
         masks: bool = True,
         lowest_score: float | None = None,
     ) -> dict[str | None, list[list[Detections]]]:
-        """Ask several adapters together: for each adapter, for each image, for each of its prompts, its detections.
+        """As `detect`, with several adapters together: for each adapter, for each image, for each of its prompts.
 
-        Args:
-            images: uint8 (H, W, 3) RGB of any sizes.
-            prompts: For each image its prompts.
-            posts: Adapter (None is the base) -> its post-processing.
-            boxes: For each image boxes that go with every prompt.
-            masks: Whether the results shall have masks.
-            lowest_score: See `selection.Wanted`.
-
-        Raises:
-            UserError: As `detect`.
+        `prompts` are those of each image; `posts` is adapter (None is the base) -> its post-processing. `lowest_score`
+        is explained at `selection.Wanted`.
         """
         boxes = [()] * len(images) if boxes is None else boxes
         keys = [str(next(self._numbers)) for _ in images]

@@ -26,7 +26,6 @@ class Detections:
     """What was found for one prompt in one image, by descending score.
 
     Attributes:
-        prompt: The prompt.
         presence: Probability in [0, 1] that the image shows the prompt at all.
         size_hw: Height and width of the image in pixels.
         scores: float32 (N,), sigmoid(logit) x sigmoid(presence), in [0, 1].

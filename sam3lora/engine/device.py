@@ -15,11 +15,7 @@ _REFUSALS = ("not_supported", "bad_param", "invalid_value", "invalid argument", 
 
 
 def find_device(device: torch.device | str | None) -> torch.device:
-    """The device that a user means; a number is a GPU's, None is a GPU if there is one.
-
-    Raises:
-        UserError: There is no such device.
-    """
+    """The device that a user means, or a UserError; a number is a GPU's, None is a GPU if there is one."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -32,11 +28,7 @@ def find_device(device: torch.device | str | None) -> torch.device:
 
 
 def find_precision(precision: str | None, device: torch.device) -> str:
-    """The precision that a user means; None is bfloat16 on a GPU that has it, else float32.
-
-    Raises:
-        UserError: There is no such precision.
-    """
+    """The precision that a user means, or a UserError; None is bfloat16 on a GPU that has it, else float32."""
     if precision is None:
         return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
     if precision not in PRECISIONS:

@@ -40,16 +40,10 @@ WARM_UP_KEY = "warm-up"
 
 @dataclass(frozen=True)
 class PromptedImage:
-    """One image and what is wanted of it.
+    """One image from `Engine.prepare_image` and what is wanted of it by the adapter in a slot, or by the base (None).
 
-    Attributes:
-        image: From `Engine.prepare_image`.
-        prompts: Texts of at most 32 tokens; may be empty if there are boxes.
-        boxes: Exemplars that go with every prompt.
-        slot: Of the adapter; None asks the base.
-        post: Threshold, suppression or merging, and limit.
-        masks: Whether the result shall have masks.
-        lowest_score: See `selection.Wanted`.
+    Prompts have at most 32 tokens, and none are needed if there are boxes, which go with every prompt. `lowest_score`
+    is explained at `selection.Wanted`.
     """
 
     image: PreparedImage
@@ -62,7 +56,6 @@ class PromptedImage:
 
     @property
     def num_rows(self) -> int:
-        """Find queries that it takes."""
         return max(1, len(self.prompts))
 
 
@@ -73,9 +66,7 @@ class Engine:
     called from any thread.
 
     Args:
-        base: The base model.
         precision: "float32", or "bfloat16" to compute by autocast; None is bfloat16 on a GPU that has it.
-        num_slots: Adapters in memory.
         max_rank: Adapters of a larger rank are refused.
         image_cache_bytes: Limit of the cached images and their features.
         max_cached_prompts: Limit of the cached text features, at 32 KB each.
@@ -137,15 +128,9 @@ class Engine:
         local_files_only: bool = False,
         **options,
     ) -> Engine:
-        """Load a base model and start an engine on it.
+        """Load a base model ("tiny", a hub id or a folder) and start an engine on it with `options` of `Engine`.
 
-        Args:
-            model: "tiny", a hub id or a folder.
-            revision: Branch, tag or commit of a hub id.
-            resolution: Side of the model's input in pixels; None is the model's own.
-            device: None takes a GPU if there is one.
-            local_files_only: Do not ask the hub.
-            options: Arguments of `Engine`.
+        `resolution` is the side of the model's input in pixels; None is the model's own.
 
         Raises:
             UserError: The model cannot be loaded, or an argument is out of range.
@@ -194,10 +179,7 @@ class Engine:
         return self._features.images.image(key)
 
     def check_prompts(self, prompts: Iterable[str]) -> None:
-        """
-        Raises:
-            UserError: A prompt is empty or has more than 32 tokens.
-        """
+        """Raise UserError for a prompt that is empty or has more than 32 tokens."""
         for prompt in prompts:
             self._features.token_ids(prompt)
 
@@ -219,7 +201,6 @@ class Engine:
         self._adapters[slot] = SlotAdapter(slot, weights.version, weights.components, geometry_cls)
 
     def clear_adapter(self, slot: int) -> None:
-        """Empty a slot."""
         self._adapters.pop(slot, None)
         self._bank.clear(slot)
 

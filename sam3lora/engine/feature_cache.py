@@ -34,11 +34,7 @@ class PreparedImage:
 
 
 class LruCache(Generic[K, V]):
-    """A dictionary of bounded size; any thread may use it.
-
-    Args:
-        capacity: Most that the sizes of all entries may add up to.
-    """
+    """A dictionary of bounded size; any thread may use it. `capacity` limits the sum of the entries' sizes."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -89,9 +85,6 @@ class ImageCache:
 
     The key of features is the image and the version of the adapter whose vision tower made them (None: the base), so
     features of an adapter that was replaced are never found again.
-
-    Args:
-        limit_bytes: Of pixels and features together.
     """
 
     def __init__(self, limit_bytes: int) -> None:
@@ -120,7 +113,6 @@ class ImageCache:
         self._kept.put(("features", key, version), features, sum(maps.nbytes for maps in features.maps_ICHW))
 
     def forget(self, key: str) -> None:
-        """An image and all its features."""
         for kept in self._kept.list_keys():
             if kept[1] == key:
                 self._kept.remove(kept)

@@ -7,12 +7,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from sam3lora.data.images import resize_image
 from sam3lora.engine.feature_cache import ImageCache, LruCache, PreparedImage
 from sam3lora.engine.forward import MixedForward
-from sam3lora.engine.pixels import to_pixel_values
 from sam3lora.model.loading import LoadedBase
 from sam3lora.model.staged.forward import TextFeatures, VisionFeatures
 from sam3lora.model.tokenization import tokenize
@@ -37,14 +38,7 @@ BASE = SlotAdapter()
 
 
 class FeatureSource:
-    """The vision tower and the text tower behind their caches.
-
-    Args:
-        base: Has the tokenizer and the normalisation of pixels.
-        forward: Runs the towers.
-        image_cache_bytes, max_cached_prompts: Limits of the caches.
-        max_images: Images that pass the vision tower together.
-    """
+    """The vision tower, which `max_images` images pass together, and the text tower behind their caches."""
 
     def __init__(
         self,
@@ -149,3 +143,24 @@ class FeatureSource:
                 found[key] = features
                 self._text.put(key, features)
         return found
+
+
+def to_pixel_values(
+    images: Sequence[np.ndarray],
+    resolution: int,
+    *,
+    image_mean: Sequence[float] = (0.5, 0.5, 0.5),
+    image_std: Sequence[float] = (0.5, 0.5, 0.5),
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Normalised images (I, 3, resolution, resolution): resized without regard to their shape, as SAM 3 does.
+
+    Images are uint8 (H, W, 3) RGB of any sizes; mean and standard deviation are those of pixels in [0, 1].
+    """
+    if not images:
+        return torch.zeros(0, 3, resolution, resolution, device=device, dtype=dtype)
+    pixels_IHWC = np.stack([resize_image(image, (resolution, resolution)) for image in images])
+    pixels_ICHW = torch.from_numpy(pixels_IHWC).to(device).permute(0, 3, 1, 2).float() / 255
+    mean, std = (torch.tensor(list(values), device=device).view(3, 1, 1) for values in (image_mean, image_std))
+    return ((pixels_ICHW - mean) / std).to(dtype)

@@ -29,12 +29,8 @@ RelativeBox = tuple[tuple[float, float, float, float], int]
 class Row:
     """One prompt of one image.
 
-    Attributes:
-        vision, text: Features (I = 1, P = 1) made under the row's adapter, or shared if it leaves the tower as it is.
-        wanted: How detections are selected.
-        slot: Of the adapter; None is the base.
-        boxes: Exemplars.
-        geometry_cls: Whether the geometry CLS token follows the text if there are no boxes; with boxes it always does.
+    Its features (I = 1, P = 1) are made under the row's adapter, or shared if that leaves the tower as it is.
+    `geometry_cls` is whether the geometry CLS token follows the text if there are no boxes; with boxes it always does.
     """
 
     vision: VisionFeatures = field(repr=False)
@@ -63,10 +59,7 @@ class FeaturesOfImages(VisionFeatures):
 class MixedForward:
     """A base model and the adapters over it, run on batches in which every row has an adapter of its own.
 
-    Args:
-        staged: The base model.
-        bank: The adapters over it.
-        compile_vision: Run the vision encoder through ``torch.compile`` while no adapter changes it.
+    `compile_vision` runs the vision encoder through ``torch.compile`` while no adapter changes it.
     """
 
     def __init__(self, staged: StagedSam3, bank: AdapterBank, *, compile_vision: bool = False) -> None:
@@ -102,12 +95,7 @@ class MixedForward:
         ]
 
     def detect(self, rows: Sequence[Row], max_rows: int) -> Iterator[SmallDetections]:
-        """The detections of each row, as if it were alone, in the order of the rows.
-
-        Args:
-            rows: Those of one image best stand together.
-            max_rows: Rows in one forward pass.
-        """
+        """The detections of each row, as if it were alone, in their order; rows of one image best stand together."""
         begun: dict[tuple, Tensor] = {}
         for start in range(0, len(rows), max_rows):
             chunk = rows[start : start + max_rows]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from sam3lora.data.outlines import trace_outlines
+from sam3lora.data.masks import trace_outlines
 
 Rle = dict[str, Any]
 """Compressed COCO RLE `{"size": [height, width], "counts": str}`, ready for JSON."""
@@ -37,7 +37,6 @@ def encode_logits(logits_HW: np.ndarray, size_hw: tuple[int, int]) -> Rle:
 
 
 def rle_area_px(rle: Rle) -> int:
-    """Number of pixels."""
     return int(coco_mask.area(rle))
 
 

@@ -41,10 +41,9 @@ def select(
     """Merge or suppress overlapping detections, then keep the best `max_detections`.
 
     Args:
-        scores_N: Scores by descending order, all at or above the threshold.
-        boxes_xyxy_N4: Boxes in any unit.
-        mask_logits_NHW: Mask logits (N, h, w); None where neither merging nor suppression needs them.
-        settings: See `PostProcessing`.
+        scores_N: Descending, all at or above the threshold.
+        boxes_xyxy_N4: In any unit.
+        mask_logits_NHW: None where neither merging nor suppression needs them.
         merge_threshold: Detections with a lower score are not merged; suppression still applies to them.
     """
     if len(scores_N) and settings.needs_masks and mask_logits_NHW is None:
@@ -81,14 +80,10 @@ def mask_iou(masks_NHW: Tensor) -> Tensor:
 
 
 def suppress(overlaps_NN: np.ndarray, iou_threshold: float) -> np.ndarray:
-    """Greedy non-maximum suppression.
+    """Greedy non-maximum suppression: ascending positions of the detections that stay.
 
-    Args:
-        overlaps_NN: IoU of every pair, detections by descending score.
-        iou_threshold: A detection that overlaps a better kept one by more than this goes.
-
-    Returns:
-        Ascending positions of the kept ones.
+    The IoU of every pair is given by descending score. A detection that overlaps a better kept one by more than the
+    threshold goes.
 
     >>> suppress(np.array([[1, 0.8, 0.1], [0.8, 1, 0.6], [0.1, 0.6, 1]]), 0.5)
     array([0, 2])

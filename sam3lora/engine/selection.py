@@ -30,9 +30,7 @@ class Wanted(NamedTuple):
     """What is wanted of one find query.
 
     Attributes:
-        prompt: Chooses among `post.prompt_thresholds`.
         size_hw: Height and width of the image in pixels.
-        post: Threshold, suppression or merging, and limit.
         masks: Whether the result shall have masks. Suppression by masks makes them in any case.
         lowest_score: Keep detections down to this score (mAP needs all of them), but merge only those at or above the
             threshold; None keeps those at or above the threshold.
@@ -58,7 +56,6 @@ class SmallDetections:
     """Detections of one find query, by descending score, on the CPU, with masks at the size that the model makes.
 
     Attributes:
-        wanted: Of this find query.
         presence: Probability in [0, 1] that the image shows the prompt.
         scores_N: float32 (N,).
         boxes_cxcywh_N4: float32 (N, 4), relative to the model's input, which the whole image fills.
@@ -81,11 +78,7 @@ class SmallDetections:
         return encode_logits(self.mask_logits_NHW[row], self.wanted.size_hw)
 
     def at_full_size(self, rles: list[dict] | None = None) -> Detections:
-        """Boxes in pixels of the image, and masks as RLE.
-
-        Args:
-            rles: From `encode`, one for each row, if the caller has made them.
-        """
+        """Boxes in pixels of the image, and masks as RLE: from `encode` for each row, if the caller has made them."""
         if rles is None and self.mask_logits_NHW is not None and self.wanted.masks:
             rles = [self.encode(row) for row in range(len(self.scores_N))]
         boxes_xyxy = _to_pixels(self.boxes_cxcywh_N4, self.wanted.size_hw)
@@ -118,11 +111,8 @@ def select_detections(
 ) -> Iterator[SmallDetections]:
     """Post-process each find query by its own settings; few masks are in memory at a time.
 
-    Args:
-        output: Of the detector, for all find queries.
-        wanted_B: What is wanted of each.
-        mask_head: Called once with the find queries that need masks; returns the function that makes them. Indices are
-            on the CPU.
+    `mask_head` is called once with the find queries that need masks, and returns the function that makes them. Indices
+    are on the CPU.
     """
     scores_BQ, query_BQ = output.scores_BQ().sort(dim=1, descending=True, stable=True)
     boxes_BQ4 = output.boxes_cxcywh_LBQ4[-1].float().gather(1, query_BQ[:, :, None].expand(-1, -1, 4)).cpu()

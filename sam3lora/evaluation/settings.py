@@ -19,7 +19,6 @@ class EvaluationSettings:
         post: Fields of `PostProcessing` that hold for all models. The others are as each adapter records them, so that
             it is measured as it is served.
         num_samples: Measure the first so many images; None takes all.
-        annotation_file: Name of the annotation file.
         categories: Names to ask for; None takes those of the split.
         prompts: Category name -> prompt, where it is not the name.
         negative_prompts: Further prompts, which no image shows.

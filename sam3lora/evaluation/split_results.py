@@ -43,7 +43,6 @@ class SplitResults:
         return results
 
     def add(self, image_id: int, category_id: int, detections: Detections) -> None:
-        """Add the detections of one category in one image."""
         self.predictions += detections.to_coco(image_id, category_id)
         self.presence[image_id, category_id] = detections.presence
         self.num_before_nms += detections.num_before_nms

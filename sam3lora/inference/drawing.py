@@ -87,21 +87,17 @@ def draw_instances(
     show_labels: bool = True,
     min_side: int = MIN_SIDE_PX,
 ) -> np.ndarray:
-    """Draw instances over an image.
+    """Draw instances over a copy of an image (uint8 RGB), the first ones in front.
 
     Args:
-        image_HW3: uint8 (H, W, 3), RGB; it is not changed.
-        instances: What to draw; the first ones end up in front.
         colours_rgb: One colour for all, or colours to take in turn.
-        show_masks: Fill and outline the masks.
-        show_boxes: Draw the boxes.
-        show_labels: Write the labels.
-        min_side: An image whose shorter side is below this is enlarged by a whole factor.
+        min_side: An image whose shorter side is below this is enlarged by a whole factor k.
 
     Returns:
-        uint8 (k H, k W, 3), RGB, with k the factor of enlargement (1 for large images).
+        uint8 (k H, k W, 3), RGB; k is 1 for large images.
     """
-    factor = _enlargement(image_HW3.shape[:2], min_side)
+    # The smallest whole factor, at most 4, that brings the shorter side to `min_side`.
+    factor = min(4, max(1, -(-min_side // max(1, min(image_HW3.shape[:2])))))
     height, width = (side * factor for side in image_HW3.shape[:2])
     canvas = cv2.resize(image_HW3, (width, height), interpolation=cv2.INTER_CUBIC) if factor > 1 else image_HW3.copy()
     colours = _as_list(colours_rgb)
@@ -129,7 +125,6 @@ def draw_instances(
 
 
 def encode_image(image_HW3: np.ndarray, extension: str = ".jpg", quality: int = 85) -> bytes:
-    """The bytes of an image file from RGB pixels."""
     options = [cv2.IMWRITE_JPEG_QUALITY, quality] if extension == ".jpg" else []
     done, data = cv2.imencode(extension, cv2.cvtColor(image_HW3, cv2.COLOR_RGB2BGR), options)
     assert done, f"OpenCV cannot write {extension}"
@@ -140,11 +135,6 @@ def _as_list(colours_rgb: Rgb | Sequence[Rgb]) -> list[Rgb]:
     if isinstance(colours_rgb[0], int):
         return [cast(Rgb, colours_rgb)]
     return list(cast(Sequence[Rgb], colours_rgb))
-
-
-def _enlargement(size_hw: tuple[int, int], min_side: int) -> int:
-    """The smallest whole factor, at most 4, that brings the shorter side to `min_side`."""
-    return min(4, max(1, -(-min_side // max(1, min(size_hw)))))
 
 
 def _enlarge_window(x: int, y: int, mask: np.ndarray, factor: int) -> tuple[int, int, np.ndarray]:
@@ -163,12 +153,6 @@ def _fill(window: np.ndarray, mask: np.ndarray, colour: Rgb) -> None:
     cv2.copyTo(tinted, mask, window)
 
 
-def _text_scale(height: int) -> tuple[float, int]:
-    """Font scale and stroke of labels on a picture of this height."""
-    scale = max(0.5, height / 900)
-    return scale, max(1, round(scale * 1.6))
-
-
 def _text_size(text: str, scale: float, stroke: int) -> tuple[int, int, int]:
     """Width, height and descent; the last two do not depend on the letters, so that tags are equally high."""
     (_, height), descent = cv2.getTextSize("Aghy", _FONT, scale, stroke)
@@ -178,7 +162,8 @@ def _text_size(text: str, scale: float, stroke: int) -> tuple[int, int, int]:
 def _draw_labels(canvas: np.ndarray, instances: Sequence[Marked], colours: list[Rgb], factor: int) -> None:
     """White text on a tag of the object's colour; a tag that would cover another moves down."""
     height, width = canvas.shape[:2]
-    scale, stroke = _text_scale(min(height, width))
+    scale = max(0.5, min(height, width) / 900)
+    stroke = max(1, round(scale * 1.6))
     placed: list[tuple[int, int, int, int]] = []
     for number, instance in enumerate(instances):
         anchor = _anchor(instance)

@@ -97,17 +97,8 @@ def predict_folder(
     """Ask every image for the prompts, draw the detections, and write them all to one JSON file.
 
     An image that cannot be read is listed as skipped. If anything stops the run, the JSON file still holds the images
-    done so far; Ctrl-C ends the run normally.
-
-    Args:
-        predictor: Model, adapter and post-processing.
-        paths: From `list_images`.
-        prompts: Short noun phrases.
-        pictures_dir: Folder of the pictures (JPEG).
-        json_path: Where to write `FolderDetections`.
-        show_boxes: Draw boxes.
-        show_masks: Draw masks and write them.
-        on_done: Called after each image.
+    done so far; Ctrl-C ends the run normally. Without `show_masks` the file has no masks either. `on_done` is called
+    after each image.
 
     Raises:
         UserError: An empty or too long prompt, or a file that cannot be written.

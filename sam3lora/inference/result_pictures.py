@@ -20,18 +20,14 @@ def draw_results(
 ) -> np.ndarray:
     """The image with what its prompts found; one colour a prompt, or one a detection if there is a single prompt.
 
-    Args:
-        results: Of one image.
-        show_boxes: Draw the boxes.
-        show_masks: Draw the masks, if there are any.
-        show_labels: Write prompt and score of the best detections, equally many of each prompt and about 20 in all.
+    Labels show prompt and score of the best detections, equally many of each prompt and about 20 in all.
 
     Returns:
         uint8 (k H, k W, 3), RGB; small images are enlarged by a whole factor k, so that labels can be read.
     """
-    image_HW3 = results[0].image_HW3 if results else None
-    if image_HW3 is None or any(result.image_HW3 is not image_HW3 for result in results):
-        raise ValueError(f"expected the results of one image, got {len(results)} of {_num_images(results)} images")
+    num_images = len({id(result.image_HW3) for result in results})
+    if num_images != 1 or results[0].image_HW3 is None:
+        raise ValueError(f"expected the results of one image, got {len(results)} of {num_images} images")
     marked, colours = [], []
     num_labelled = max(1, MAX_LABELS // len(results))
     for number, result in enumerate(results):
@@ -41,7 +37,7 @@ def draw_results(
             marked.append(Marked(label, rle, tuple(box.tolist())))
             colours.append(PALETTE_RGB[(number if len(results) > 1 else row) % len(PALETTE_RGB)])
     return draw_instances(
-        image_HW3,
+        results[0].image_HW3,
         marked,
         colours_rgb=colours or PALETTE_RGB,
         show_masks=show_masks,
@@ -51,11 +47,7 @@ def draw_results(
 
 
 def check_picture_path(path: str | Path) -> None:
-    """Whether a picture can be written there, as far as the name says.
-
-    Raises:
-        UserError: It names no image format.
-    """
+    """Raise UserError if the name's ending is that of no image format."""
     if Path(path).suffix.lower() not in PICTURE_SUFFIXES:
         raise UserError(f"cannot write a picture to {path}: its name must end in {', '.join(PICTURE_SUFFIXES)}")
 
@@ -74,7 +66,3 @@ def write_picture(path: str | Path, picture_HW3: np.ndarray) -> None:
         path.write_bytes(encode_image(picture_HW3, ".jpg" if suffix == ".jpeg" else suffix))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
-
-
-def _num_images(results: Sequence[Detections]) -> int:
-    return len({id(result.image_HW3) for result in results})

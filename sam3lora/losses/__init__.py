@@ -9,8 +9,8 @@ from sam3lora.config.loss import LossSection
 
 from .criterion import Criterion, LossOutput
 from .matching import HungarianCost, Matches, OneToManyRule, Pairs, match
-from .normalizer import Normalizer
 from .targets import Predictions, Targets
+from .terms import Normalizer
 
 __all__ = [
     "Criterion",

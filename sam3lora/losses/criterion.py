@@ -22,24 +22,18 @@ from sam3lora.config.loss import LossSection
 
 from .masks import PointSampling, mask_loss_sums, semantic_loss_sums, union_of_masks
 from .matching import HungarianCost, Matches, OneToManyRule, Pairs, PendingMatches, begin_match
-from .normalizer import Normalizer
 from .targets import Predictions, Targets
-from .terms import box_terms, iabce_term, presence_term, visible_queries
+from .terms import Normalizer, box_terms, iabce_term, presence_term, visible_queries
 
 
 @dataclass
 class LossOutput:
-    """The loss of one call.
+    """The loss of one call; `total` is a scalar with its graph, weighted and scaled.
 
-    Attributes:
-        total: scalar, weighted and scaled, with its graph.
-        terms: name -> detached scalar, unweighted and without the square root, summed over layers; terms of chunks
-            add up.
-        per_layer: name -> detached (L,), the same for the terms that every layer has.
-        matches: which prediction was matched with which target.
-        diagnostics: `ce_f1` (L,), F1 in [0, 1] of one-to-one logits at probability 0.5 against matched or not (0 when
-            undefined), and `presence_accuracy` (L,), the share of queries whose presence is right at probability 0.5.
-            Means, not sums.
+    `terms` (scalars, summed over layers) and `per_layer` (L,) are detached, unweighted and without the square root;
+    those of chunks add up. `diagnostics` are means (L,): `ce_f1`, F1 in [0, 1] of one-to-one logits at probability 0.5
+    against matched or not (0 when undefined), and `presence_accuracy`, the share of queries whose presence is right at
+    probability 0.5.
     """
 
     total: Tensor
@@ -52,18 +46,12 @@ class LossOutput:
 class Criterion:
     """SAM 3's loss for one-to-one and one-to-many branches, boxes, presence, masks and semantic masks.
 
-    Args:
-        settings: term weights and options; None takes the defaults, which are SAM 3's.
-        hungarian: cost of the one-to-one matcher.
-        one_to_many: rule of the final layer of the one-to-many branch.
-        pad_n_queries: smallest number of object queries that the classification term divides by; None divides by Q.
-        mask_chunk: masks resized and compared at a time; bounds the memory.
-        touch_unused: where no pair has a mask and gradients are on, ask `mask_logits` and `semantic_logits` for their
-            first entry all the same and multiply it by zero. Then every parameter has a gradient, as
-            DistributedDataParallel needs. False saves that forward.
+    The classification term divides by at least `pad_n_queries` object queries (None: by Q). `mask_chunk` masks are
+    compared at a time, which bounds the memory. `weights` has the factor of each entry of `LossOutput.terms`.
 
-    Attributes:
-        weights: factor of each entry of `LossOutput.terms`.
+    Where no pair has a mask and gradients are on, `touch_unused` asks `mask_logits` and `semantic_logits` for their
+    first entry all the same and multiplies it by zero. Then every parameter has a gradient, as DistributedDataParallel
+    needs. False saves that forward.
     """
 
     def __init__(
@@ -94,31 +82,29 @@ class Criterion:
         normalizer: Normalizer | None = None,
         pending: PendingMatches | None = None,
     ) -> LossOutput:
-        """Loss of one forward.
+        """Loss of one forward, whose `pending` matches `begin` has started.
 
-        Args:
-            normalizer: counts of the whole optimizer step; None takes them from this batch alone.
-            pending: the result of `begin` for the same predictions and targets.
+        Without `normalizer`, terms are divided by the counts of this batch alone.
 
         Raises:
             FloatingPointError: a matching cost is not finite; the message names the query.
             ValueError: predictions and targets disagree in shape.
         """
         matches = (pending or self.begin(predictions, targets)).finish()
-        semantic_queries = _semantic_queries(matches)
+        query_of_target = np.repeat(np.arange(len(matches.num_targets_B)), matches.num_targets_B)
+        semantic_queries = np.unique(query_of_target[matches.has_mask_pixels_T])
         if normalizer is None:
             num_boxes = len(targets.boxes_cxcywh_T4)
             normalizer = Normalizer.from_counts(len(targets.num_B), num_boxes, len(semantic_queries))
 
         per_layer, diagnostics = self._layer_terms(predictions, targets, matches, normalizer)
-        device = predictions.logits_LBQ.device
         scalars = {
             **self._mask_terms("o2o", matches.o2o, predictions, targets, matches, normalizer),
             **self._mask_terms("o2m", matches.o2m, predictions, targets, matches, normalizer),
             **self._semantic_terms(semantic_queries, predictions, targets, matches, normalizer),
         }
         terms = {name: values.sum() for name, values in per_layer.items()} | scalars
-        total = torch.zeros((), device=device)
+        total = torch.zeros((), device=predictions.logits_LBQ.device)
         for name, value in terms.items():
             total = total + self.weights[name] * value
         return LossOutput(
@@ -211,11 +197,6 @@ class Criterion:
 
     def _must_touch(self, targets: Targets) -> bool:
         return self._touch_unused and torch.is_grad_enabled() and len(targets.num_B) > 0
-
-
-def _semantic_queries(matches: Matches) -> np.ndarray:
-    query_of_target = np.repeat(np.arange(len(matches.num_targets_B)), matches.num_targets_B)
-    return np.unique(query_of_target[matches.has_mask_pixels_T])
 
 
 def _f1(predicted_LBQ: Tensor, matched_LBQ: Tensor) -> Tensor:

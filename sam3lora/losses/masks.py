@@ -39,12 +39,9 @@ def mask_loss_sums(
 ) -> tuple[Tensor, Tensor]:
     """Sum over pairs of the mean focal loss (alpha 0.25, gamma 2) and of the dice loss; divide by the number of boxes.
 
-    Args:
-        logits_Mhw: (M, h, w) predicted mask logits; resized bilinearly to (H, W) unless points are sampled.
-        masks_THW: (T, H, W) bool target masks, on any device.
-        target_index_M: (M,) long, the target of each pair, on the masks' device.
-        sampling: None compares all pixels.
-        chunk_size: pairs compared at a time; the backward pass recomputes a chunk instead of keeping its buffers.
+    Unless points are sampled, logits are resized bilinearly to the size of the masks, which are bool. The masks and
+    `target_index_M` (long) may be on another device than the logits. The backward pass recomputes each chunk of pairs
+    instead of keeping its buffers.
     """
 
     def compare(logits: Tensor, target_index: Tensor) -> Tensor:
@@ -70,10 +67,8 @@ def semantic_loss_sums(
     """Sum over queries of the mean focal loss (alpha 0.6, gamma 2) and of the dice loss; divide by the number of such
     queries.
 
-    Args:
-        logits_Khw: (K, h, w) semantic logits of the queries whose target is not empty.
-        target_of: `(start, end) -> (end - start, H, W)` bool, the targets of these rows. A function, so that not all
-            targets exist at once.
+    No target may be empty. `target_of` maps (start, end) to the targets of these rows, (end - start, H, W) bool. It is
+    a function, so that not all targets exist at once.
     """
 
     def compare(logits: Tensor, start: int, end: int) -> Tensor:

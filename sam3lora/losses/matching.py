@@ -85,13 +85,10 @@ def _of_each_target(
 
 @dataclass(frozen=True)
 class Pairs:
-    """Matched pairs of one branch, ordered by layer.
+    """Matched pairs of one branch, ordered by layer; `target_M` indexes packed targets.
 
-    Attributes:
-        layer_M, query_M, object_query_M, target_M: (M,) long on the predictions' device; `target_M` indexes packed
-            targets.
-        num_per_layer: pairs of each layer.
-        host_M4: the same four columns as a NumPy array, for decisions that should not wait for the device.
+    The tensors are long and on the predictions' device. `host_M4` has the same four columns as a NumPy array, for
+    decisions that should not wait for the device.
     """
 
     layer_M: Tensor
@@ -113,11 +110,7 @@ class Pairs:
 class Matches:
     """Matches of a batch, and facts about its targets on the host.
 
-    Attributes:
-        o2o: Hungarian matches of all layers.
-        o2m: of the one-to-many branch: Hungarian on the auxiliary layers, one-to-many on the final one; None without
-            the branch.
-        num_targets_B, mask_valid_T, has_mask_pixels_T: NumPy copies of the targets' facts.
+    `o2o` is Hungarian on all layers; `o2m` is Hungarian on the auxiliary layers and one-to-many on the final one.
     """
 
     o2o: Pairs
@@ -218,14 +211,9 @@ class PendingMatches:
 
 
 def assign(cost_LTQ: np.ndarray, num_B: np.ndarray) -> np.ndarray:
-    """Cheapest one-to-one assignment within each query and layer.
+    """Cheapest one-to-one assignment within each query and layer; more targets than object queries leave some out.
 
-    Args:
-        cost_LTQ: (L, T, Q) cost of each object query for each packed target, on the host.
-        num_B: (B,) targets of each query. More targets than object queries leave some targets unmatched.
-
-    Returns:
-        (M, 4) int64 rows (layer, query, object query, packed target), ordered by layer, then packed target.
+    Returns (M, 4) int64 rows (layer, query, object query, packed target), ordered by layer, then packed target.
     """
     ends = np.cumsum(num_B)
     rows: list[np.ndarray] = []
@@ -233,11 +221,8 @@ def assign(cost_LTQ: np.ndarray, num_B: np.ndarray) -> np.ndarray:
         for query in np.flatnonzero(num_B):
             start = ends[query] - num_B[query]
             target, object_query = linear_sum_assignment(cost_TQ[start : ends[query]])
-            rows.append(
-                np.stack(
-                    [np.full_like(target, layer), np.full_like(target, query), object_query, target + start], axis=1
-                )
-            )
+            columns = (np.full_like(target, layer), np.full_like(target, query), object_query, target + start)
+            rows.append(np.stack(columns, axis=1))
     return np.concatenate(rows) if rows else np.zeros((0, 4), dtype=np.int64)
 
 

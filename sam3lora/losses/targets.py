@@ -19,14 +19,11 @@ SemanticLogits = Callable[[Tensor], Tensor]
 
 @dataclass
 class Targets:
-    """Targets of B queries, packed: query b owns `num_B[b]` consecutive rows, in the order of the queries.
+    """Targets of B queries, packed: query b owns `num_B[b]` (long) consecutive rows, in the order of the queries.
 
-    Attributes:
-        num_B: (B,) long, targets of each query; 0 means that the prompt is absent from the image.
-        boxes_cxcywh_T4: (T, 4) float, normalised to the model input.
-        masks_THW: (T, H, W) bool at any resolution, covering the whole model input; None trains without masks.
-            May stay on another device than the predictions.
-        mask_valid_T: (T,) bool, False where a target has a box but no mask.
+    0 targets mean that the prompt is absent from the image. Boxes are normalised to the model input. Masks are bool at
+    any resolution, cover the whole model input, and may stay on another device than the predictions; None trains
+    without masks. `mask_valid_T` (bool) is False where a target has a box but no mask.
 
     Raises:
         ValueError: the parts disagree in the number of targets (`num_B` is checked only on the CPU, where that
@@ -65,14 +62,10 @@ class Targets:
 class Predictions:
     """Outputs of one forward for B queries, in fp32 or lower; logits are raw and presence is not multiplied in.
 
-    Attributes:
-        logits_LBQ, boxes_cxcywh_LBQ4, presence_logits_LB: the one-to-one branch.
-        logits_o2m_LBQ, boxes_o2m_LBQ4: the one-to-many branch, or None.
-        mask_logits: `(branch, b_index (M,), q_index (M,)) -> (M, h, w)`, branch "o2o" or "o2m"; asked once per branch
-            for the final layer's matched pairs with a valid mask (see `Criterion` for the case of no such pair).
-            None: no mask terms. Indices are on the CPU, where matching ends.
-        semantic_logits: `(b_index (K,)) -> (K, h, w)`; asked once, for the queries that have a mask, with indices on
-            the CPU. None: no semantic terms.
+    `mask_logits` maps (branch "o2o" or "o2m", b_index (M,), q_index (M,)) to (M, h, w). It is called once per branch,
+    for the final layer's matched pairs with a valid mask (see `Criterion` for the case of no such pair).
+    `semantic_logits` maps b_index (K,) to (K, h, w), once, for the queries that have a mask. Indices are on the CPU,
+    where matching ends. Without these functions there are no such terms.
     """
 
     logits_LBQ: Tensor

@@ -1,4 +1,4 @@
-"""Element-wise losses and the box, classification and presence terms.
+"""Element-wise losses, the box, classification and presence terms, and the counts that divide them.
 
 Shapes: `L` decoder layers, `B` find queries, `Q` object queries, `M` matched pairs, `P` points or pixels.
 Everything is computed in fp32 whatever comes in.
@@ -6,12 +6,40 @@ Everything is computed in fp32 whatever comes in.
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .boxes import box_giou, box_iou, cxcywh_to_xyxy
 from .matching import Pairs
+
+
+@dataclass(frozen=True)
+class Normalizer:
+    """Divisors of the loss terms, from the counts of a whole optimizer step.
+
+    The counts cover all chunks, micro-batches and workers, and are divided by the number of workers because gradients
+    are averaged over workers. `scale` is the square root of all workers' queries. So the mean over workers of the
+    summed chunk gradients is the gradient of one worker that sees the whole step.
+    """
+
+    num_queries: float
+    num_boxes: float
+    num_semantic: float
+    scale: float
+
+    @classmethod
+    def from_counts(cls, num_queries: float, num_boxes: float, num_semantic: float, world_size: int = 1) -> Normalizer:
+        """From the step's totals over all workers: queries, targets, and queries with a non-empty semantic target."""
+        return cls(
+            num_queries=max(num_queries, 1) / world_size,
+            num_boxes=max(num_boxes, 1) / world_size,
+            num_semantic=(num_semantic + 1e-6) / world_size,
+            scale=math.sqrt(num_queries),
+        )
 
 
 def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -90,11 +118,9 @@ def iabce_elements(
     """IoU-aware binary cross-entropy of every prediction, before masking and averaging.
 
     Matched: pos_weight BCE(x, t), t = max(p^alpha IoU^(1-alpha), 0.01) without gradient. Unmatched: p^gamma BCE(x, 0),
-    gradient also through p^gamma. A prediction matched with several targets takes the t of its last pair. Source:
-    Align-DETR, https://arxiv.org/abs/2304.07527.
-
-    Returns:
-        (L, B, Q) losses and (L, B, Q) bool, which predictions are matched.
+    gradient also through p^gamma. A prediction matched with several targets takes the t of its last pair. Returns
+    (L, B, Q) losses and (L, B, Q) bool, which predictions are matched. Source: Align-DETR,
+    https://arxiv.org/abs/2304.07527.
     """
     logits_LBQ = logits_LBQ.float()
     index = (pairs.layer_M, pairs.query_M, pairs.object_query_M)
@@ -131,15 +157,10 @@ def iabce_term(
     pos_weight: float,
     **focal: float,
 ) -> tuple[Tensor, Tensor]:
-    """Classification term per layer: sum over all predictions / (num_queries max(Q, pad_n_queries)).
+    """Classification term per layer (L,): sum of `iabce_elements` / (num_queries max(Q, pad_n_queries)).
 
-    Args:
-        present_B: (B,) 1 where the query has a visible target; other queries get no loss.
-        pad_n_queries: smallest number of object queries to divide by; None divides by Q.
-        pos_weight, focal: for `iabce_elements`.
-
-    Returns:
-        (L,) losses and (L, B, Q) bool, which predictions are matched.
+    Only queries with a visible target (`present_B` 1) have a loss. Also returns (L, B, Q) bool, which predictions are
+    matched.
     """
     loss, matched = iabce_elements(
         logits_LBQ, boxes_cxcywh_LBQ4, target_boxes_T4, pairs, pos_weight=pos_weight, **focal

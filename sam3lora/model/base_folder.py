@@ -28,10 +28,8 @@ class BaseFolder:
 def find_base(name: str, *, revision: str | None = None, local_files_only: bool = False) -> BaseFolder:
     """Find a base model and check that its files are complete, without loading weights.
 
-    Args:
-        name: ``"tiny"`` (built in), a folder, or a hub id such as ``facebook/sam3``, which is downloaded once.
-        revision: Branch, tag or commit on the hub.
-        local_files_only: Use the hub's local cache only.
+    ``name`` is ``"tiny"`` (built in), a folder, or a hub id such as ``facebook/sam3``. A hub model is downloaded once;
+    ``local_files_only`` takes it from the local cache. ``revision`` is a branch, tag or commit on the hub.
 
     Raises:
         UserError: The model is not found, not accessible, not complete, or not a SAM 3 checkpoint.
@@ -41,17 +39,13 @@ def find_base(name: str, *, revision: str | None = None, local_files_only: bool 
         path = TINY_FOLDER
     elif Path(name).expanduser().is_dir():
         path = Path(name).expanduser()
-    elif _looks_like_a_path(name):
+    elif name.startswith((".", "/", "~")) or "\\" in name or name.count("/") != 1:  # a path, no name on the hub
         raise UserError(f"base model folder {name!r} does not exist: give an existing folder, a hub id, or 'tiny'")
     else:
         path = _download(name, revision, local_files_only)
         commit = path.name
     _check_files(path, name)
     return BaseFolder(path, name, commit, read_model_config(path, name))
-
-
-def _looks_like_a_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or "\\" in name or name.count("/") != 1
 
 
 def _download(name: str, revision: str | None, local_files_only: bool) -> Path:

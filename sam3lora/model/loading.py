@@ -57,14 +57,10 @@ def load_base(
 ) -> LoadedBase:
     """Load a base model; only safetensors is read.
 
-    Args:
-        name: ``"tiny"`` (built in), a hub id such as ``facebook/sam3``, or a folder saved by transformers, of
-            ``Sam3Model`` or ``Sam3VideoModel`` (the tracker is left out).
-        revision: Branch, tag or commit on the hub.
-        dtype: Type of the weights, float32 or bfloat16.
-        attention: ``"sdpa"`` or ``"eager"``.
-        resolution: Side of the model input in pixels, None for the model's own; see :func:`check_resolution`.
-        quantization: ``"none"``, or ``"nf4"`` for linear layers in 4 bits; the fingerprint is that of the file.
+    ``name`` is as for :func:`find_base`; of a ``Sam3VideoModel`` the tracker is left out. Weights are float32 or
+    bfloat16, ``attention`` is ``"sdpa"`` or ``"eager"``. ``resolution`` is the side of the model input in pixels, None
+    for the model's own; see :func:`check_resolution`. ``quantization`` is ``"none"``, or ``"nf4"`` for linear layers in
+    4 bits; the fingerprint is that of the file.
 
     Raises:
         UserError: The model cannot be found, used or loaded whole, or an argument is out of range.

@@ -27,13 +27,8 @@ def store_matrices_in(model: nn.Module, dtype: torch.dtype, *, text_tower: bool 
     autocast of this type stay the same bit for bit. Weights that autocast does not cast keep their type: norms,
     embeddings, position tables, adapters, layers that run outside autocast, and base layers whose values DoRA reads.
 
-    Args:
-        model: A Sam3Model, plain or with PEFT layers. From then on it runs under autocast of `dtype` only.
-        dtype: Type of the autocast.
-        text_tower: Whether the text tower runs under autocast as well.
-
-    Returns:
-        Number of bytes saved.
+    From then on the model, plain or with PEFT layers, runs under autocast of `dtype` only. `text_tower` tells whether
+    the text tower runs under autocast as well. Returns the number of bytes saved.
     """
     base = unwrap(model)
     adapted = adapted_modules(base)

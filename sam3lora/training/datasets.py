@@ -100,12 +100,8 @@ def load_run_data(config: Config, resolution: int) -> RunData:
 class BatchSource:
     """Batches of this worker, decoded ahead of use by Ray Data, or without Ray by a thread of this process.
 
-    Args:
-        data: The splits.
-        config: Of the run.
-        use_ray: Decode on Ray Data.
-        device: Of the model. For a GPU the batches are in page-locked memory.
-        load_ahead: Called with each batch before its use, on the thread that prepares the batches.
+    For a GPU the batches are in page-locked memory. ``load_ahead`` is called with each batch before its use, on the
+    thread that prepares the batches.
     """
 
     def __init__(
@@ -120,7 +116,6 @@ class BatchSource:
         self._data, self._training, self._use_ray = data, config.training, use_ray
         self._gpu = device if device is not None and device.type == "cuda" else None
         self._load_ahead = load_ahead
-        self._num_epochs, self._accumulation = config.training.num_epochs, config.training.gradient_accumulation_steps
         self.images_per_step = images_per_step(config.training) * distributed.world_size()
         self.steps_per_epoch = -(-len(data.train) // self.images_per_step)
 
@@ -144,8 +139,8 @@ class BatchSource:
         size = self._training.images_per_forward
         steps = plan_run(
             len(self._data.train),
-            batch_size=size * self._accumulation,
-            num_epochs=self._num_epochs,
+            batch_size=size * self._training.gradient_accumulation_steps,
+            num_epochs=self._training.num_epochs,
             world_size=distributed.world_size(),
             rank=distributed.rank(),
             seed=self._training.seed,
@@ -195,10 +190,6 @@ def _with_queries(index: CocoIndex, settings: DecodeSettings) -> CocoIndex:
             "Check data.categories, or list data.negative_prompts"
         )
     if len(rows) < len(index):
-        logger.warning(
-            "%s: left out %d of %d images, which have no query",
-            index.source,
-            len(index) - len(rows),
-            len(index),
-        )
+        num_left = len(index) - len(rows)
+        logger.warning("%s: left out %d of %d images, which have no query", index.source, num_left, len(index))
     return index.select_rows(rows)

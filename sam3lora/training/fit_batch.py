@@ -212,7 +212,7 @@ def _fitting_on_cpu(backward: Callable[[int], None], sizes: list[int], share: fl
     Running out of memory on a CPU may end the process, so no larger size is tried.
     """
     available = available_bytes()
-    if available is None or not _can_measure_peaks():
+    if available is None or "VmHWM" not in _status(_OWN_STATUS) or not os.access(_FORGET_PEAK, os.W_OK):
         logger.warning("training.batch_size is auto, but the free memory of this system is unknown: 1 image at a time")
         return 1
     allowed = _status(_OWN_STATUS)["VmRSS"] + share * available
@@ -243,10 +243,6 @@ def _peak_bytes(backward: Callable[[int], None], num_images: int) -> int:
     _FORGET_PEAK.write_text("5", encoding="ascii")
     backward(num_images)
     return _status(_OWN_STATUS)["VmHWM"]
-
-
-def _can_measure_peaks() -> bool:
-    return "VmHWM" in _status(_OWN_STATUS) and os.access(_FORGET_PEAK, os.W_OK)
 
 
 def _status(path: Path) -> dict[str, int]:

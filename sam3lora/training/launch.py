@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,11 +11,9 @@ from typing import Any
 
 from sam3lora.config import Config
 from sam3lora.errors import UserError
-from sam3lora.files import write_whole
+from sam3lora.files import remove_leftovers, write_whole
 from sam3lora.training.checkpoints import check_settings, list_checkpoints, read_state
-from sam3lora.training.follow import follow
-from sam3lora.training.metrics_log import METRICS_FILE, read_metrics
-from sam3lora.training.plots import write_plots
+from sam3lora.training.metrics_log import METRICS_FILE, follow, read_metrics, write_plots
 
 logger = logging.getLogger(__name__)
 
@@ -43,12 +40,10 @@ def train(
 ) -> TrainResult:
     """Train an adapter as the configuration says and return where it is.
 
-    Args:
-        config: from ``load_config``.
-        resume: continue from the last checkpoint in the run folder; without it the folder must not hold a run.
-        report: called after each validation with step, epoch (from 1), loss and metrics, where training happens in
-            this process (``scaling.num_workers`` 0).
-        callbacks: of Ray Train (``ray.train.UserCallback``), for the same values where workers train.
+    ``resume`` continues from the last checkpoint in the run folder; without it the folder must not hold a run.
+    ``report`` is called after each validation with step, epoch (from 1), loss and metrics, where training happens in
+    this process (``scaling.num_workers`` 0). ``callbacks`` of Ray Train (``ray.train.UserCallback``) get the same
+    values where workers train.
 
     Raises:
         UserError: a mistake in data, settings or cluster.
@@ -66,7 +61,7 @@ def train(
         with follow(output_dir, config.logging.progress):
             outcome = _run(config, payload, report, callbacks)
     finally:
-        _remove_leftovers(output_dir)
+        remove_leftovers(output_dir, output_dir / "checkpoints")
     lines = read_metrics(output_dir / METRICS_FILE)
     if config.logging.plots:
         write_plots(lines, output_dir / "plots")
@@ -102,21 +97,10 @@ def _prepare_folder(config: Config, output_dir: Path, resume: bool) -> None:
         checkpoints.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to output.output_dir {output_dir}: {error.strerror}") from error
-    _remove_leftovers(output_dir)
+    remove_leftovers(output_dir, checkpoints)
     write_whole(output_dir / "config.yaml", config.to_yaml())
     if not resume:
         (output_dir / METRICS_FILE).write_text("")
-
-
-def _remove_leftovers(output_dir: Path) -> None:
-    """Remove half-written files and folders of a killed process; they have hidden names."""
-    for folder in (output_dir, output_dir / "checkpoints"):
-        for pattern in (".*.tmp", ".*.part*", ".*.old", ".ray"):
-            for leftover in folder.glob(pattern):
-                if leftover.is_dir():
-                    shutil.rmtree(leftover, ignore_errors=True)
-                else:
-                    leftover.unlink(missing_ok=True)
 
 
 def _run(

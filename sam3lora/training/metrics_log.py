@@ -1,18 +1,26 @@
-"""``metrics.jsonl``: a line for each logged step, epoch and event; and the same values for TensorBoard if asked for."""
+"""``metrics.jsonl``: a line for each logged step, epoch and event; and the same values for TensorBoard if asked for.
+
+The training workers are other processes, perhaps on other hosts, so the file is also how their progress reaches the
+process that started them.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
+import os
 import resource
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sam3lora.files import write_whole
+from sam3lora.progress import Progress, repeatedly
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -101,3 +109,132 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.7g}") if math.isfinite(value) else None
     return value
+
+
+def write_plots(lines: list[dict[str, Any]], folder: Path) -> list[Path]:
+    """Draw ``loss.png`` (training and validation) and ``terms.png`` (each term) from the lines of ``metrics.jsonl``."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    epochs = [line for line in lines if line["kind"] == "epoch"]
+    if not epochs:
+        return []
+    folder.mkdir(parents=True, exist_ok=True)
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    steps = [line for line in lines if line["kind"] == "step"]
+    axis.plot([s["step"] for s in steps], [s["loss"] for s in steps], color="0.8", linewidth=1, label="training, step")
+    base = [line for line in lines if line["kind"] == "base" and line["valid_loss"] is not None]
+    if base:
+        axis.axhline(base[-1]["valid_loss"], color="0.5", linestyle=":", label="validation, base model")
+    for key, label, style in (("train_loss", "training", "o-"), ("valid_loss", "validation", "s-")):
+        points = [(line["step"], line[key]) for line in epochs if line.get(key) is not None]
+        if points:
+            axis.plot(*zip(*points, strict=True), style, markersize=4, label=label)
+    axis.set(xlabel="step", ylabel="loss", title="Loss")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    written = [folder / "loss.png"]
+    figure.savefig(written[0], dpi=130)
+    plt.close(figure)
+
+    names = [name for name in epochs[-1]["train_terms"] if not name.endswith("_o2m")]
+    columns = 3
+    figure, axes = plt.subplots(
+        -(-len(names) // columns), columns, figsize=(10, 2.6 * -(-len(names) // columns)), layout="constrained"
+    )
+    for axis, name in zip(axes.flat, names, strict=False):
+        for key, label in (("train_terms", "training"), ("valid_terms", "validation")):
+            points = [(line["step"], line[key][name]) for line in epochs if line[key].get(name) is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), "o-", markersize=3, label=label)
+        axis.set_title(name, fontsize=9)
+        axis.grid(alpha=0.3)
+    for axis in axes.flat[len(names) :]:
+        axis.axis("off")
+    axes.flat[0].legend(fontsize=8)
+    written.append(folder / "terms.png")
+    figure.savefig(written[1], dpi=130)
+    plt.close(figure)
+    return written
+
+
+@contextlib.contextmanager
+def follow(output_dir: Path, style: str) -> Iterator[None]:
+    """Show the lines that are appended to the run's metrics while the block runs. Style: auto, bar, lines or off."""
+    reader = _NewLines(output_dir / METRICS_FILE)
+    with Progress(unit="steps", style=style, note="starting the workers") as progress:
+
+        def look() -> None:
+            for line in reader.read():
+                if line["kind"] == "step" and progress.has_bar:
+                    note = f"loss {line['loss']:.4g}, {line['images_per_second']:.1f} images/s"
+                    progress.update(line["step"], total=line["total_steps"], note=note)
+                elif text := describe_line(line):
+                    progress.print(text)
+
+        with repeatedly(look):
+            yield
+
+
+class _NewLines:
+    """Complete new lines of a growing file, which every attempt of a run replaces by a copy of the lines it keeps.
+
+    Reading begins at an attempt's own ``start`` line, so that the lines a resumed run keeps are not shown again.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file, self._seen, self._attempt = file, 0, self._latest_attempt(file)
+        self._inode: int | None = None
+
+    @staticmethod
+    def _latest_attempt(file: Path) -> str | None:
+        return max((line["time"] for line in read_metrics(file) if line["kind"] == "start"), default=None)
+
+    def read(self) -> list[dict[str, Any]]:
+        if not self._file.exists():
+            return []
+        with self._file.open("rb") as handle:
+            inode = os.fstat(handle.fileno()).st_ino
+            if inode != self._inode:  # another attempt has begun
+                attempt, place = self._latest_attempt(self._file), handle.read().rfind(b'{"kind": "start"')
+                if attempt == self._attempt or place < 0:
+                    return []
+                self._inode, self._seen, self._attempt = inode, place, attempt
+            handle.seek(self._seen)
+            complete, newline, _ = handle.read().rpartition(b"\n")
+        self._seen += len(complete) + len(newline)
+        return [json.loads(line) for line in complete.splitlines()]
+
+
+def describe_line(line: dict[str, Any]) -> str | None:
+    """A line of metrics in words; None for one that is not worth showing."""
+    kind = line["kind"]
+    if kind == "start":
+        device, workers = line["device"], line["num_workers"]
+        images = f"{line['num_train_images']} training and {line['num_valid_images']} validation images"
+        return (
+            f"{images}, {workers} worker{'s' * (workers > 1)} on {device}, prompts: {', '.join(line['prompts'][:12])}"
+        )
+    if kind == "step":
+        terms = " ".join(f"{name} {value:.3g}" for name, value in line["terms"].items() if not name.endswith("_o2m"))
+        return (
+            f"step {line['step']}/{line['total_steps']} loss {line['loss']:.4g} lr {line['lr']:.2e} "
+            f"{line['images_per_second']:.1f} images/s {line['memory_mb']:.0f} MB | {terms}"
+        )
+    if kind == "epoch":
+        valid = line.get("valid_loss")
+        parts = [f"epoch {line['epoch']}: train loss {line['train_loss']:.4g}"]
+        parts += [f"valid loss {valid:.4g}"] if valid is not None else []
+        parts += [f"{name} {line[name]:.3f}" for name in ("map", "map_50") if line.get(name) is not None]
+        return ", ".join(parts)
+    if kind == "base":
+        return f"base: valid loss {line['valid_loss']:.4g}"
+    if kind == "warning":
+        return f"warning: {line['message']}"
+    if kind == "skipped_image":
+        return f"skipped image {line['path']}: {line['reason']}"
+    if kind == "early_stop":
+        return f"stopped early: the best loss was {line['best_loss']:.4g} at step {line['best_step']}"
+    return None

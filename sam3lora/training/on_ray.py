@@ -26,10 +26,7 @@ from sam3lora.errors import RunFailed, UserError, WorkerLost
 def run_on_ray(config: Config, payload: dict[str, Any], callbacks: Sequence[UserCallback] = ()) -> dict[str, Any]:
     """Train on the workers of a cluster and return what `run_worker` of the first one returned.
 
-    Args:
-        config: of the run.
-        payload: for `run_worker`.
-        callbacks: run in Ray Train's controller, after the run's own.
+    The callbacks run in Ray Train's controller, after the run's own.
 
     Raises:
         UserError: a mistake that a worker met, or no room for the workers.

@@ -15,16 +15,11 @@ _END = object()
 
 
 def prefetch(source: Iterable[Source], prepare: Callable[[Source], Item], *, ahead: int = 2) -> Iterator[Item]:
-    """``prepare(item)`` of each item of the source, in its order.
+    """``prepare(item)`` of each item of the source, in its order; at most ``ahead`` are prepared and not yet used.
 
     The thread starts with the first ``next``. An error of the source or of ``prepare`` is raised in place of the item,
     after all items before it. Closing or dropping the iterator stops the thread, which closes the source if it has a
     ``close`` method.
-
-    Args:
-        source: Iterated by the thread only.
-        prepare: Called by the thread.
-        ahead: Most items that are prepared and not yet used.
 
     Raises:
         ValueError: ``ahead`` is not positive.
@@ -76,8 +71,7 @@ def _make(
                 made.put((prepare(item), None))
                 del item  # it may be large, and the wait for room may be long
         finally:
-            close = getattr(items, "close", None)
-            if close is not None:
+            if (close := getattr(items, "close", None)) is not None:
                 close()
         made.put((_END, None))
     except BaseException as error:  # the caller waits for an item and must get any error

@@ -19,9 +19,7 @@ def log_step(
 ) -> None:
     """The line of a step, if one is due, and the bad images of all workers.
 
-    Args:
-        seconds: that the step took.
-        waited: seconds that it waited for its batches.
+    Before its `seconds`, the step waited for its batches for `waited` seconds.
     """
     state, training = trainer.state, trainer.config.training
     if training.on_bad_image == "skip":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import Sam3Model
 
 from sam3lora.config import Config
@@ -14,7 +16,6 @@ from sam3lora.losses import Criterion
 from sam3lora.model.adapter.folder import AdapterMetadata
 from sam3lora.model.adapter.lora_layers import apply_lora
 from sam3lora.model.checkpointing import enable_checkpointing, worth_checkpointing
-from sam3lora.model.compilation import compile_layers
 from sam3lora.model.components import COMPONENTS
 from sam3lora.model.loading import LoadedBase, load_base, tokenize
 from sam3lora.model.precision import store_matrices_in
@@ -122,7 +123,6 @@ def make_optimizer(config: Config, model: PeftModel) -> torch.optim.AdamW:
 
 
 def adapter_metadata(config: Config, base: LoadedBase, data: RunData) -> AdapterMetadata:
-    """The description that is saved with the adapter."""
     return AdapterMetadata(
         base_model=base.name,
         base_revision=base.revision,
@@ -153,3 +153,31 @@ def _compile(sam3: Sam3Model, trunk: TrunkCache | None, data: RunData, device: t
             "training.compile to false"
         )
     compile_layers(layers, device)
+
+
+def compile_layers(layers: Iterable[nn.Module], device: torch.device) -> None:
+    """Set each layer to be compiled in place at its first run, adapters and checkpointing included.
+
+    Raises:
+        UserError: The device's compiler is missing: a C++ compiler for a CPU, Triton for a GPU.
+    """
+    missing = _missing_compiler(device)
+    if missing is not None:
+        raise UserError(f"training.compile is true, but {missing}: install one, or set training.compile to false")
+    for layer in layers:
+        layer.compile()
+
+
+def _missing_compiler(device: torch.device) -> str | None:
+    if device.type == "cuda":
+        from torch.utils._triton import has_triton
+
+        return None if has_triton() else "Triton does not work here"
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return "torch finds no C++ compiler (g++ or clang++; the variable CXX names another)"
+    return None

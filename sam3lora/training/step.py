@@ -63,9 +63,6 @@ class TermSums:
 
     ``loss`` is the weighted sum of the means, without the square root of the number of queries that scales gradients.
     So it is the same quantity for training and validation, whatever the batch size and the number of workers.
-
-    Args:
-        weights: factor of each term.
     """
 
     weights: Mapping[str, float]
@@ -91,19 +88,9 @@ def weighted_loss(terms: Mapping[str, float], weights: Mapping[str, float]) -> f
 
 @dataclass
 class LossRunner:
-    """Computes the loss of batches, with or without gradients.
+    """Computes the loss of batches, with or without gradients, in chunks of ``max_prompts`` find queries.
 
     A loss is NaN where the matcher meets a cost that is not finite.
-
-    Args:
-        staged: the model.
-        criterion: the loss.
-        images: features of the images.
-        text: features of the prompts.
-        device: of the model.
-        bf16: run the forward under bfloat16 autocast.
-        max_prompts: find queries at a time.
-        one_to_many: include the one-to-many branch.
     """
 
     staged: StagedSam3
@@ -209,7 +196,6 @@ class _Chunk:
 
 
 def _chunks(batch: Batch, size: int, device: torch.device) -> Iterator[_Chunk]:
-    """Chunks of at most ``size`` find queries."""
     targets = batch.targets(device)
     image_index_B = torch.from_numpy(batch.query_image_B).to(device, non_blocking=True)
     ends = [0, *np.cumsum(batch.num_B).tolist()]

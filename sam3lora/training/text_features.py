@@ -13,12 +13,9 @@ Tokenize = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
 
 
 class TextBank:
-    """Text features by prompt.
+    """Text features by prompt; none are kept if the text tower is `trainable`, that is, carries an adapter.
 
-    Args:
-        staged: the model.
-        tokenize: prompts -> token ids and attention mask, both (P, 32).
-        trainable: whether the text tower carries an adapter; then no features are kept.
+    `tokenize` maps prompts to token ids and attention mask, both (P, 32).
     """
 
     def __init__(self, staged: StagedSam3, tokenize: Tokenize, *, trainable: bool, device: torch.device) -> None:

@@ -30,14 +30,10 @@ Report = Callable[[dict[str, Any]], None]
 
 
 def run_worker(payload: dict[str, Any], *, report: Report | None = None) -> dict[str, Any]:
-    """The function that each worker of a run executes.
+    """The function that each worker of a run executes; returns the steps done, the best loss and its step.
 
-    Args:
-        payload: `config` (a dict) and `use_ray`.
-        report: gets what is measured at each validation; on Ray it goes to Ray Train.
-
-    Returns:
-        The steps done, the best loss and its step.
+    `payload` has `config` (a dict) and `use_ray`. `report` gets what is measured at each validation; on Ray it goes to
+    Ray Train instead.
     """
     config = load_config(payload["config"])
     try:
@@ -53,12 +49,6 @@ class Trainer:
 
     Making one loads data and model, adds the adapter and restores the last checkpoint if there is one. `run` does the
     rest.
-
-    Args:
-        config: of the run.
-        output_dir: the run folder.
-        use_ray: whether this is a worker of Ray Train.
-        report: gets what is measured at each validation.
     """
 
     def __init__(self, config: Config, output_dir: Path, *, use_ray: bool, report: Report | None = None) -> None:
@@ -93,7 +83,6 @@ class Trainer:
     # ---- set-up ----------------------------------------------------------------------------------------------------
 
     def _restore(self, config: Config) -> RunState:
-        """Load the last checkpoint, if there is one, and return the position of the run."""
         saved = list_checkpoints(self.output_dir / "checkpoints")
         if not saved:
             return RunState()
@@ -174,10 +163,7 @@ class Trainer:
     def validate(self, sums: TermSums, *, epoch_ends: bool, forced: bool) -> None:
         """Log the epoch so far with the validation loss and metrics, keep the best adapter, and stop early if due.
 
-        Args:
-            sums: of the epoch so far.
-            epoch_ends: whether the epoch is complete.
-            forced: validate even where `eval_steps` and `every_epochs` say that it is not due.
+        `forced` validates even where `eval_steps` and `every_epochs` say that it is not due.
         """
         state, training, evaluation = self.state, self.config.training, self.config.evaluation
         if training.eval_steps and not forced and not _is_due(state.step, training.eval_steps):
@@ -216,7 +202,6 @@ class Trainer:
             self._save_adapter("last", {})
 
     def finish(self) -> dict[str, Any]:
-        """Log the end of the run and return its result."""
         state, counts = self.state, vision_counts(self)
         state.finished = True
         if self.log:

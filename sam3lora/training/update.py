@@ -25,13 +25,9 @@ class NonFiniteLoss(RunFailed):
 
 
 def optimizer_step(trainer: Trainer, group: list[Batch]) -> tuple[dict[str, float], StepCounts, float]:
-    """One update of the adapter from the batches of all workers.
+    """One update of the adapter from the batches of all workers, of which `group` are this worker's.
 
-    Args:
-        group: this worker's batches of the step.
-
-    Returns:
-        Loss terms and counts of all workers, and the norm of the gradient before clipping.
+    Returns loss terms and counts of all workers, and the norm of the gradient before clipping.
 
     Raises:
         NonFiniteLoss: on all workers alike.
@@ -40,7 +36,8 @@ def optimizer_step(trainer: Trainer, group: list[Batch]) -> tuple[dict[str, floa
     counts = StepCounts.from_tensor(distributed.sum_over_workers(StepCounts.of(group).tensor()))
     normalizer = counts.normalizer(distributed.world_size())
     set_training_mode(trainer.model, model_dropout=training.model_dropout)
-    torch.manual_seed(_dropout_seed(training.seed, state.step, distributed.rank()))
+    dropout_seeds = np.random.SeedSequence([training.seed, state.step, distributed.rank()])
+    torch.manual_seed(int(dropout_seeds.generate_state(1, np.uint64)[0] >> 1))
     zero = torch.zeros((), device=trainer.device)
     totals, terms = [], dict.fromkeys(runner.term_names, zero)
     for batch in group:
@@ -87,7 +84,3 @@ def _raise_non_finite(step: int, group: list[Batch], totals: list[torch.Tensor])
         f"loss is not finite at step {step + 1}: {where}. The weights were not changed by this step; the "
         "last checkpoint is intact. Try a lower training.learning_rate, mixed_precision: no, or look at these images"
     )
-
-
-def _dropout_seed(seed: int, step: int, rank: int) -> int:
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
 
 from sam3lora.config import Config
-from sam3lora.engine.engine import Engine
+from sam3lora.config.post_processing import PostProcessing
+from sam3lora.data.coco import CocoIndex
+from sam3lora.engine.engine import Engine, PromptedImage
+from sam3lora.engine.feature_cache import PreparedImage
 from sam3lora.evaluation.ask.run import asked_categories
-from sam3lora.evaluation.ask.split import ask_split
-from sam3lora.evaluation.metrics.ground_truth import build_ground_truth, prompted_categories
+from sam3lora.evaluation.metrics.ground_truth import PromptedCategory, build_ground_truth, prompted_categories
 from sam3lora.evaluation.metrics.measure import measure_split
 from sam3lora.evaluation.settings import EvaluationSettings
 from sam3lora.evaluation.split_results import SplitResults
 from sam3lora.model.loading import LoadedBase
+from sam3lora.model.staged.forward import VisionFeatures
 from sam3lora.training import distributed
 from sam3lora.training.datasets import BatchSource, RunData
 from sam3lora.training.step import LossRunner, StepCounts, TermSums
@@ -48,14 +52,7 @@ def evaluation_settings(config: Config) -> EvaluationSettings:
 class Validator:
     """Measures the adapter on the validation split. Each worker takes its own share of the images.
 
-    Args:
-        config: of the run.
-        base: whose model carries the adapter.
-        model: the same model as PEFT wraps it.
-        runner: computes the loss.
-        data: the splits.
-        batches: of this worker.
-        skipped: (image id, path, reason) of the bad images that the last `loss_terms` left out, of all workers.
+    ``skipped`` has (image id, path, reason) of the bad images that the last `loss_terms` left out, of all workers.
     """
 
     config: Config
@@ -89,49 +86,43 @@ class Validator:
         return merged
 
     def metrics(self) -> dict[str, Any]:
-        """The `LOGGED` metrics over the split, or over its first ``evaluation.num_samples`` images."""
-        return _metrics(self)
+        """The `LOGGED` metrics, as `validate` measures them, over ``evaluation.num_samples`` images or all."""
+        runner, settings = self.runner, evaluation_settings(self.config)
+        post = self.config.evaluation.post_processing
+        index = self.data.valid_complete
+        assert index is not None
+        rows = range(len(index))[: settings.num_samples]
+        index = index.select_rows(rows)
+        categories = asked_categories(index, settings) or prompted_categories(index, self.data.prompts)
+        runner.text.add([category.prompt for category in categories])
+        with _evaluation_mode(self.model), torch.no_grad():
+            engine = self._engine(settings.max_prompts_per_forward)
+            engine.keep_text(runner.text.kept())
+            with torch.autocast(runner.device.type, dtype=torch.bfloat16, enabled=runner.bf16):
+                mine = ask_split(
+                    engine,
+                    index.select_rows(rows[distributed.rank() :: distributed.world_size()]),
+                    categories,
+                    post=post,
+                    encode=runner.images.of_records,
+                    batch_size=settings.batch_size,
+                )
+        results = SplitResults.join(distributed.gather_objects(mine), index.table.column("image_id").to_pylist())
+        found = measure_split(build_ground_truth(index, categories), results, post=post, exhaustive=settings.exhaustive)
+        return {name: getattr(found, name) for name in LOGGED}
 
-
-def _metrics(validator: Validator) -> dict[str, Any]:
-    """`LOGGED` metrics over the split, or its first `evaluation.num_samples` images, as `validate` measures them."""
-    data, runner, settings = validator.data, validator.runner, evaluation_settings(validator.config)
-    post = validator.config.evaluation.post_processing
-    index = data.valid_complete
-    assert index is not None
-    rows = range(len(index))[: settings.num_samples]
-    index = index.select_rows(rows)
-    categories = asked_categories(index, settings) or prompted_categories(index, data.prompts)
-    runner.text.add([category.prompt for category in categories])
-    with _evaluation_mode(validator.model), torch.no_grad():
-        engine = _engine(validator, settings.max_prompts_per_forward)
-        engine.keep_text(runner.text.kept())
-        with torch.autocast(runner.device.type, dtype=torch.bfloat16, enabled=runner.bf16):
-            mine = ask_split(
-                engine,
-                index.select_rows(rows[distributed.rank() :: distributed.world_size()]),
-                categories,
-                post=post,
-                encode=runner.images.of_records,
-                batch_size=settings.batch_size,
-            )
-    results = SplitResults.join(distributed.gather_objects(mine), index.table.column("image_id").to_pylist())
-    found = measure_split(build_ground_truth(index, categories), results, post=post, exhaustive=settings.exhaustive)
-    return {name: getattr(found, name) for name in LOGGED}
-
-
-def _engine(validator: Validator, max_rows: int) -> Engine:
-    """An engine on the model that is being trained, whose PEFT layers stay in it."""
-    return Engine(
-        validator.base,
-        precision="bfloat16" if validator.runner.bf16 else "float32",
-        num_slots=1,
-        image_cache_bytes=0,
-        max_cached_prompts=10**6,
-        max_rows=max_rows,
-        geometry_cls=validator.config.model.geometry_cls,
-        in_training=True,
-    )
+    def _engine(self, max_rows: int) -> Engine:
+        """An engine on the model that is being trained, whose PEFT layers stay in it."""
+        return Engine(
+            self.base,
+            precision="bfloat16" if self.runner.bf16 else "float32",
+            num_slots=1,
+            image_cache_bytes=0,
+            max_cached_prompts=10**6,
+            max_rows=max_rows,
+            geometry_cls=self.config.model.geometry_cls,
+            in_training=True,
+        )
 
 
 @contextlib.contextmanager
@@ -144,3 +135,35 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+_NO_PIXELS = np.zeros((0, 0, 3), dtype=np.uint8)
+
+
+def ask_split(
+    engine: Engine,
+    index: CocoIndex,
+    categories: Sequence[PromptedCategory],
+    *,
+    post: PostProcessing,
+    encode: Callable[[Sequence[Mapping[str, Any]]], VisionFeatures],
+    batch_size: int = 4,
+) -> SplitResults:
+    """Ask the model of an engine, with what PEFT layers it has; detections of any score are kept, as mAP needs.
+
+    ``encode`` maps records to the features of their images.
+
+    Raises:
+        ImageError: An image cannot be read.
+    """
+    parts = []
+    prompts = tuple(category.prompt for category in categories)
+    for start in range(0, len(index), batch_size):
+        records = [index.record(row) for row in range(start, min(start + batch_size, len(index)))]
+        images = [
+            PreparedImage(str(row), _NO_PIXELS, (record["height"], record["width"]), features)
+            for row, (record, features) in enumerate(zip(records, encode(records).split(), strict=True), start)
+        ]
+        found = engine.detect([PromptedImage(image, prompts, post=post, lowest_score=0.0) for image in images])
+        parts.append(SplitResults.collect(records, categories, found))
+    return SplitResults.join(parts, index.table.column("image_id").to_pylist())

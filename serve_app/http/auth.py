@@ -28,16 +28,12 @@ def keys_from_environment(variable: str) -> tuple[bytes, ...]:
 
 
 def is_open(route_path: str) -> bool:
-    """Whether a path needs no key where the service has keys.
-
-    Args:
-        route_path: Without the prefix under which the service is mounted, as routes see it.
-    """
+    """Whether a path, without the prefix under which the service is mounted, needs no key."""
     return route_path in OPEN_PATHS or route_path.startswith(OPEN_PREFIX)
 
 
 def is_allowed(headers: Headers, keys: Sequence[bytes]) -> bool:
-    """Whether `Authorization: Bearer KEY` or `X-API-Key: KEY` holds one of the keys, or there are no keys.
+    """Whether `Authorization: Bearer KEY` or `X-API-Key: KEY` holds one of the keys, or there are none.
 
     Runs in constant time.
     """

@@ -57,12 +57,7 @@ class Backend(Protocol):
 
 
 class ServeBackend:
-    """A `Backend` of Serve replicas.
-
-    Args:
-        handle: Handle of the deployment of `ModelReplica`s. Its router should send equal `session_id`s to the same one.
-        settings: Settings of the service.
-    """
+    """A `Backend` of `ModelReplica`s; the handle's router should send equal `session_id`s to the same one."""
 
     def __init__(self, handle: DeploymentHandle, settings: ServeSettings) -> None:
         self._handle = handle
@@ -109,7 +104,9 @@ class ServeBackend:
         except _ReplicaFailed:
             return _replica_failed()
         except TimeoutError:
-            return _replica_failed() if failed else _timeout(timeout_s)
+            if failed:
+                return _replica_failed()
+            return ServeError("timeout", f"no answer within {timeout_s:.3g} s: try again later or with fewer prompts")
         except BackPressureError as error:
             return ServeError(
                 self._overload_type,
@@ -143,11 +140,7 @@ class _ReplicaFailed(Exception):
 
 
 async def _answer(response: Awaitable[T]) -> T:
-    """Await a `DeploymentResponse`; if the caller is cancelled, so is the work on the replica.
-
-    Raises:
-        _ReplicaFailed: The replica died or did not finish the call.
-    """
+    """Await a `DeploymentResponse`; if the caller is cancelled, so is the work on the replica."""
     try:
         return await response
     except _REPLICA_FAILED as error:
@@ -180,7 +173,3 @@ def _replica_failed() -> ServeError:
 
 def _not_ready() -> ServeError:
     return ServeError("not_ready", "no replica is ready yet: try again in a few seconds", RETRY_AFTER_S)
-
-
-def _timeout(timeout_s: float) -> ServeError:
-    return ServeError("timeout", f"no answer within {timeout_s:.3g} s: try again later or with fewer prompts")

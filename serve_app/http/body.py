@@ -30,10 +30,7 @@ _ACCEPTED_BODIES = (
 class Received:
     """A request before its fields are checked.
 
-    Attributes:
-        fields: Values by field name.
-        image: The image file, if it is not among the fields.
-        is_text: Numbers in the fields are still text.
+    `image` is the image file, if it is not among the fields. With `is_text`, numbers in the fields are still text.
     """
 
     fields: dict[str, Any]

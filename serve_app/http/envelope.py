@@ -39,9 +39,7 @@ class Envelope:
     """ASGI middleware. `request.state` gets `request_id` and `started_s` (of `time.monotonic`).
 
     Args:
-        app: The application behind it.
         keys: API keys; without any, every request is allowed.
-        metrics: Counts the requests.
         routes: Paths that are counted by name.
         sends_request_id: Whether to send the header `X-Request-ID`. Ray Serve sends it itself, with the client's
             header unchanged; that is then the request's id.
@@ -113,12 +111,8 @@ class Envelope:
             pass
         finally:
             self._metrics.in_flight.dec()
-            self._metrics.finished(self._route(path), state["outcome"], time.monotonic() - started_s)
-
-    def _route(self, path: str) -> str:
-        if path in self._routes:
-            return path
-        return "/static" if path.startswith("/static/") else "other"
+            route = path if path in self._routes else "/static" if path.startswith("/static/") else "other"
+            self._metrics.finished(route, state["outcome"], time.monotonic() - started_s)
 
 
 async def on_http_exception(request: Request, error: Exception) -> Response:
@@ -137,7 +131,6 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
 
 
 def error_response(request: Request, error: ServeError) -> Response:
-    """The response to a request that failed."""
     request.state.outcome = error.type
     detail = ErrorDetail(type=error.type, message=error.message, request_id=request.state.request_id)
     body = ErrorResponse(error=detail).model_dump_json()

@@ -62,12 +62,7 @@ class ServeError(Exception):
 
 @contextmanager
 def refuse_as(type: str, folder: Path | None = None) -> Iterator[None]:
-    """Turn a `UserError` into a `ServeError` of this type, with the same message.
-
-    Args:
-        type: One of `STATUS_OF`.
-        folder: Clients see only the last part of this path where the message names it.
-    """
+    """Turn a `UserError` into a `ServeError` of this type. Of the folder's path clients see only the last part."""
     try:
         yield
     except UserError as error:

@@ -29,15 +29,10 @@ def is_costly(masks: MaskFormat) -> bool:
 def prompt_response(
     found: Detections, masks: MaskFormat, *, is_over: Callable[[], bool] = lambda: False
 ) -> PromptResponse:
-    """The response body of one prompt.
-
-    Args:
-        found: With masks unless these are "none".
-        masks: Form of the masks.
-        is_over: Whether nobody waits for the response any more; asked before every mask.
+    """The response body of one prompt; `is_over` is asked before every mask.
 
     Raises:
-        TimeoutError: It is over.
+        TimeoutError: It is over: nobody waits for the response any more.
     """
     # model_construct: the values are our own and need no validation.
     detections = [

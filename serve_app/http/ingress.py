@@ -1,4 +1,4 @@
-"""The HTTP routes of the service, from a request to its response, independent of Ray."""
+"""The HTTP routes and pages of the service, from a request to its response, independent of Ray."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.responses import FileResponse, Response
+from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
 
 from sam3lora import __version__
 from sam3lora.config.post_processing import PostProcessing
@@ -28,7 +31,6 @@ from serve_app.http.formats import is_costly, is_quick, prompt_response
 from serve_app.http.openapi import TITLE, describe, operation
 from serve_app.http.requests import IMAGE_ID_PREFIX, check_segment, check_upload, to_call
 from serve_app.http.schemas import AdaptersResponse, ImageResponse, ImageSize, SegmentResponse, StatusResponse
-from serve_app.http.web import add_pages
 from serve_app.metrics import CONTENT_TYPE, IngressMetrics, StageClock, merge
 from serve_app.settings import ServeSettings
 
@@ -41,12 +43,7 @@ T = TypeVar("T")
 
 
 def create_api(settings: ServeSettings, backend: Backend, *, sends_request_id: bool = True) -> FastAPI:
-    """The HTTP application.
-
-    Args:
-        settings: Of the service. API keys are read from the environment variable that it names.
-        backend: Answers the calls.
-        sends_request_id: Whether to send the header `X-Request-ID`; Ray Serve sends it itself.
+    """The HTTP application, with API keys from the environment variable that the settings name.
 
     Raises:
         UserError: The variable of API keys is set but holds none.
@@ -165,11 +162,7 @@ class _Routes:
 
     @contextlib.asynccontextmanager
     async def _admitted(self, request: Request) -> AsyncIterator[float]:
-        """Limit how many requests are in progress, and for how long. Yields the deadline of this one.
-
-        Raises:
-            ServeError: There are too many, or the time is over.
-        """
+        """Limit how many requests are in progress, and for how long. Yields the deadline of this one."""
         limits = self._limits
         if self._num_in_flight >= self._max_in_flight:
             type = "too_many_requests" if limits.overload_status == 429 else "overloaded"
@@ -187,11 +180,7 @@ class _Routes:
 
 
 async def _while_connected(request: Request, answer: Awaitable[T]) -> T:
-    """Await an answer; cancel it when the client disconnects.
-
-    Raises:
-        ClientDisconnect: The client disconnected.
-    """
+    """Await an answer; cancel it and raise ClientDisconnect when the client disconnects."""
     working, gone = asyncio.ensure_future(answer), asyncio.ensure_future(_disconnected(request))
     try:
         await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
@@ -220,3 +209,35 @@ def _value(answer: T | ServeError) -> T:
 
 def _json(text: str) -> Response:
     return Response(text, media_type="application/json", headers={"Cache-Control": "no-store"})
+
+
+STATIC = Path(__file__).parent.parent / "static"
+_CHECK_ALWAYS = {"Cache-Control": "no-cache"}  # browsers ask each time, and get 304 for an unchanged file
+
+
+class _Files(StaticFiles):
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        response = await super().get_response(path, scope)
+        response.headers.update(_CHECK_ALWAYS)
+        return response
+
+
+def add_pages(api: FastAPI) -> None:
+    """`/`, `/docs` and `/static/*`."""
+
+    async def index() -> Response:
+        return _page("index.html")
+
+    async def docs() -> Response:
+        return _page("docs.html")
+
+    api.add_api_route("/", index, include_in_schema=False)
+    api.add_api_route("/docs", docs, include_in_schema=False)
+    api.mount("/static", _Files(directory=STATIC, check_dir=False))
+
+
+def _page(name: str) -> Response:
+    path = STATIC / name
+    if not path.is_file():
+        raise HTTPException(404)
+    return FileResponse(path, media_type="text/html", headers=_CHECK_ALWAYS)

@@ -51,6 +51,7 @@ _BODY = (
     "timeout",
 )
 _SEGMENT = (*_BODY, "adapter_not_found", "image_not_found", "invalid_prompt", "invalid_box", "invalid_adapter")
+_BINARY = {"type": "string", "format": "binary"}
 _RAW_TYPES = ("image/jpeg", "image/png", "application/octet-stream")
 
 
@@ -116,10 +117,7 @@ def _operations() -> dict[str, dict[str, Any]]:
             "openapi_extra": {"parameters": [_request_id_parameter()], "requestBody": _image_body()},
         },
         "adapters": {"summary": "List the adapters", "responses": _responses(("not_ready",), AdaptersResponse)},
-        "healthz": {
-            "summary": "Liveness",
-            "responses": _responses((), StatusResponse, {"status": "ok"}),
-        },
+        "healthz": {"summary": "Liveness", "responses": _responses((), StatusResponse, {"status": "ok"})},
         "readyz": {
             "summary": "Readiness",
             "responses": _responses(("not_ready",), StatusResponse, {"status": "ready"}),
@@ -161,7 +159,7 @@ def _segment_body() -> dict[str, Any]:
     request = {"$ref": _REF.format("SegmentRequest")}
     encoded = base64.b64encode(sample_png()).decode()
     raw = {
-        "schema": {"type": "string", "format": "binary"},
+        "schema": _BINARY,
         "x-query": "the fields of SegmentRequest as query parameters: prompts=a&prompts=b&boxes=x0,y0,x1,y1,label",
     }
     return {
@@ -177,12 +175,7 @@ def _segment_body() -> dict[str, Any]:
                 },
             },
             "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["image"],
-                    "properties": {"image": {"type": "string", "format": "binary"}, "request": request},
-                    "additionalProperties": False,
-                },
+                "schema": _form({"image": _BINARY, "request": request}),
                 "encoding": {"request": {"contentType": "application/json"}},
             },
             **dict.fromkeys(_RAW_TYPES, raw),
@@ -191,7 +184,6 @@ def _segment_body() -> dict[str, Any]:
 
 
 def _image_body() -> dict[str, Any]:
-    binary = {"type": "string", "format": "binary"}
     encoded = base64.b64encode(sample_png()).decode()
     return {
         "required": True,
@@ -200,17 +192,14 @@ def _image_body() -> dict[str, Any]:
                 "schema": {"$ref": _REF.format("ImageUpload")},
                 "examples": {"image": {"summary": "A small image", "value": {"image_base64": encoded}}},
             },
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["image"],
-                    "properties": {"image": binary},
-                    "additionalProperties": False,
-                }
-            },
-            **{kind: {"schema": binary} for kind in _RAW_TYPES},
+            "multipart/form-data": {"schema": _form({"image": _BINARY})},
+            **{kind: {"schema": _BINARY} for kind in _RAW_TYPES},
         },
     }
+
+
+def _form(fields: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "required": ["image"], "properties": fields, "additionalProperties": False}
 
 
 def _request_id_parameter() -> dict[str, Any]:

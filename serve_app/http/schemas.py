@@ -87,7 +87,6 @@ class SegmentRequest(_Request):
     )
 
     def post_processing(self) -> dict[str, Any]:
-        """The post-processing settings that the request gives."""
         return self.model_dump(include=set(PostProcessing.model_fields), exclude_none=True)
 
 
@@ -190,12 +189,7 @@ class ErrorResponse(BaseModel):
 
 
 def check(model: type[BaseModel], fields: Mapping[str, Any], *, strict: bool = True) -> Any:
-    """Validate the fields of a request.
-
-    Args:
-        model: The expected body.
-        fields: As the client sent them.
-        strict: False also reads numbers and truth values from text.
+    """Validate the fields of a request as the client sent them; not `strict` also reads numbers and bools from text.
 
     Raises:
         ServeError: The first fault, with the name of its field.
@@ -217,11 +211,7 @@ def check(model: type[BaseModel], fields: Mapping[str, Any], *, strict: bool = T
 
 
 def check_prompts(prompts: Sequence[str], *, max_prompts: int, max_chars: int) -> None:
-    """Check what needs no tokenizer.
-
-    Raises:
-        ServeError: `invalid_prompt`.
-    """
+    """Raise a ServeError `invalid_prompt` for what can be seen without a tokenizer."""
     if len(prompts) > max_prompts:
         raise ServeError("invalid_prompt", f"expected at most {max_prompts} prompts, got {len(prompts)}: ask in parts")
     for number, prompt in enumerate(prompts):
@@ -238,11 +228,7 @@ def check_prompts(prompts: Sequence[str], *, max_prompts: int, max_chars: int) -
 
 
 def check_boxes(boxes: Sequence[BoxPrompt], size_hw: tuple[int, int]) -> None:
-    """Boxes must have an area and lie inside the image.
-
-    Raises:
-        ServeError: `invalid_box`.
-    """
+    """Raise a ServeError `invalid_box` for a box without an area, or not inside the image."""
     height, width = size_hw
     for number, box in enumerate(boxes):
         x0, y0, x1, y1 = box.xyxy

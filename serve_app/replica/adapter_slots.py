@@ -13,14 +13,9 @@ from serve_app.replica.adapter_folders import AdapterFolder
 
 @dataclass(eq=False)
 class LoadedAdapter:
-    """An adapter in a slot.
+    """An adapter in a slot of the engine, and the number of requests that use it.
 
-    Attributes:
-        folder: The folder that it was read from.
-        slot: Its slot in the engine.
-        post_processing: The settings recorded with it.
-        users: Requests that use it.
-        retired: It takes no new users; its slot is emptied after the last one.
+    A retired adapter takes no new users; its slot is emptied after the last one.
     """
 
     folder: AdapterFolder
@@ -35,7 +30,6 @@ class Load:
     """A load in progress.
 
     Attributes:
-        folder: The folder that is read.
         waiters: Requests that wait for it: each becomes a user of the loaded adapter.
         waits_for_others: It waits for its turn or for a slot.
         finished: Set at the end, with either `loaded` or `error`.
@@ -53,7 +47,6 @@ class SlotTable:
     """The slots; of each id at most one adapter takes new users.
 
     Args:
-        num_slots: Number of slots.
         empty: Starts to clear the slot of a retired adapter and calls `give_back` when that is done.
         evicted: Called when an adapter is evicted for another one.
     """
@@ -81,13 +74,11 @@ class SlotTable:
         return list(self._usable)
 
     def use(self, adapter: LoadedAdapter) -> LoadedAdapter:
-        """Add a user."""
         adapter.users += 1
         self._usable.move_to_end(adapter.folder.id)
         return adapter
 
     def release(self, adapter: LoadedAdapter) -> None:
-        """Remove a user."""
         adapter.users -= 1
         if not adapter.users:
             if adapter.retired:

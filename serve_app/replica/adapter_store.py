@@ -54,12 +54,7 @@ class AdapterStore:
     Every request looks at its adapter's folder. If the folder was replaced, the new version is loaded beside the old
     one, which keeps its users until they finish. While the new version cannot be read, the old one is served.
 
-    Args:
-        engine: Reads adapters and places them in slots.
-        run_in_model_thread: Runs a function between two batches.
-        settings: Where the folders are and which may be served.
-        num_slots: Adapters in memory at a time.
-        metrics: Counts the loads.
+    `run_in_model_thread` runs a function between two batches.
     """
 
     def __init__(
@@ -76,7 +71,7 @@ class AdapterStore:
         self._metrics = metrics
         self._listers = ThreadPoolExecutor(1, thread_name_prefix="adapter-list")
         self._look_into(settings)
-        self._table = SlotTable(num_slots, lambda slot: self._spawn(self._empty(slot)), metrics.adapter_evicted)
+        self._table = SlotTable(num_slots, lambda slot: self._spawn(self._empty(slot)), metrics.adapter_evictions.inc)
         self._loads: dict[str, Load] = {}
         self._load_turns = asyncio.Semaphore(MAX_LOADS)
         self._failures: dict[str, _Failure] = {}
@@ -128,7 +123,6 @@ class AdapterStore:
                 logger.warning("adapter %s was not preloaded: %s", adapter_id, error.message)
 
     def close(self) -> None:
-        """Let the threads end."""
         self._readers.shutdown(wait=False, cancel_futures=True)
         self._lookers.shutdown(wait=False, cancel_futures=True)
         self._listers.shutdown(wait=False, cancel_futures=True)
@@ -228,14 +222,14 @@ class AdapterStore:
                     self._spawn(self._empty(slot))
                     raise
             self._failures.pop(load.folder.id, None)
-            self._metrics.adapter_loaded()
+            self._metrics.adapter_loads.inc()
             recorded = recorded_post_processing(weights.metadata)
             load.loaded = LoadedAdapter(load.folder, slot, recorded, users=load.waiters)
             self._table.add(load.loaded)
             if not self._folders.allows(load.folder.id):
                 self._table.retire(load.loaded)
         except Exception as error:
-            self._metrics.adapter_failed()
+            self._metrics.adapter_failures.inc()
             self._remember(load.folder, error)
             load.error = error
         finally:

@@ -57,7 +57,6 @@ class Batcher(Generic[Item, Result]):
         max_queued: Items that may wait.
         overload_type: Type of the `ServeError` for an item beyond that.
         free_memory: Called in the model thread before a further attempt after memory ran out.
-        metrics: Counts the batches.
     """
 
     def __init__(
@@ -86,7 +85,6 @@ class Batcher(Generic[Item, Result]):
 
     @property
     def queue_length(self) -> int:
-        """Items that wait for the model."""
         return len(self._waiting)
 
     @property
@@ -104,7 +102,6 @@ class Batcher(Generic[Item, Result]):
         self._paused = True
 
     def resume(self) -> None:
-        """Continue with the waiting items."""
         self._paused = False
         if self._waiting:
             self._start_draining()
@@ -231,7 +228,8 @@ class Batcher(Generic[Item, Result]):
         started = time.monotonic()
         waited_s = [started - waiting.since for waiting in batch]
         if self._metrics is not None:
-            self._metrics.batch_started(sum(waiting.rows for waiting in batch), waited_s)
+            self._metrics.batch_rows.observe(sum(waiting.rows for waiting in batch))
+            self._metrics.batch_requests.observe(len(batch))
         results: Sequence[Result | Exception]
         try:
             results = await self._thread.run(lambda: self._run_or_halve([waiting.item for waiting in batch]))
@@ -242,7 +240,7 @@ class Batcher(Generic[Item, Result]):
         per_item = ran_s / len(batch)
         self._seconds_per_item += (per_item - self._seconds_per_item) * (_NEWEST if self._seconds_per_item else 1.0)
         if self._metrics is not None:
-            self._metrics.batch_finished(ran_s)
+            self._metrics.batch_seconds.observe(ran_s)
         for waiting, result, seconds in zip(batch, results, waited_s, strict=True):
             if waiting.future.done():  # its caller left while the batch ran
                 continue
@@ -263,7 +261,7 @@ class Batcher(Generic[Item, Result]):
 
     def _free(self, work: str) -> None:
         if self._metrics is not None:
-            self._metrics.out_of_memory()
+            self._metrics.out_of_memory.inc()
         logger.warning("out of memory during %s: caches are emptied", work)
         self._free_memory()
 

@@ -19,10 +19,8 @@ MAX_WAITING_BYTES = 2**30
 class MaskEncoder:
     """Encodes masks for one event loop.
 
-    Args:
-        threads: Requests whose masks are encoded at a time; others wait in order of arrival.
-        pause: Called when the waiting masks hold too much memory.
-        resume: Called when they hold less again.
+    Masks of as many requests as there are threads are encoded at a time; others wait in order of arrival. `pause` is
+    called when the waiting masks hold too much memory, `resume` when they hold less again.
     """
 
     def __init__(
@@ -47,12 +45,8 @@ class MaskEncoder:
     async def encode(self, found: Sequence[SmallDetections], deadline: float) -> list[Detections]:
         """The detections of each prompt. Stops between two masks when the time is up or the caller is cancelled.
 
-        Args:
-            found: From the engine.
-            deadline: By `time.monotonic`.
-
         Raises:
-            ServeError: The time is up.
+            ServeError: The time is up; the deadline is by `time.monotonic`.
         """
 
         def finished(work: asyncio.Future[list[Detections]]) -> None:
@@ -82,7 +76,6 @@ class MaskEncoder:
                 work.add_done_callback(finished)
 
     def close(self) -> None:
-        """Let the threads end."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _hold(self, num_bytes: int) -> None:

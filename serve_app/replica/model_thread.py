@@ -29,7 +29,6 @@ class ModelThread:
         return 0.0 if since is None else time.monotonic() - since
 
     async def run(self, fn: Callable[[], Any]) -> Any:
-        """Return or raise what `fn` does."""
         self._busy_since = time.monotonic()
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, fn)

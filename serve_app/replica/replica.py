@@ -42,11 +42,8 @@ T = TypeVar("T")
 class ModelReplica:
     """The deployment with the model. `__init__` returns when the model is warm; the methods run on one event loop.
 
-    Errors for the client are returned as `ServeError`s and never raised.
-
-    Args:
-        settings: Settings of the service.
-        engine: Built from the settings if not given.
+    Errors for the client are returned as `ServeError`s and never raised. The engine is built from the settings if it is
+    not given.
     """
 
     def __init__(self, settings: ServeSettings, *, engine: Engine | None = None) -> None:
@@ -92,7 +89,6 @@ class ModelReplica:
         )
 
     async def segment(self, call: SegmentCall) -> SegmentReply | ServeError:
-        """Answer one request."""
         return await self._answered(self._segment(call))
 
     async def keep_image(self, image: ImageFile, timeout_s: float = 30.0) -> ImageReply | ServeError:
@@ -108,7 +104,6 @@ class ModelReplica:
         return f"{socket.gethostname()}-{os.getpid()}", self._metrics.text()
 
     async def ready(self) -> bool:
-        """Whether the replica accepts calls."""
         return not self._closing
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -212,9 +207,6 @@ class ModelReplica:
         """Count a call as waiting while it is prepared, so that a surplus is refused before any work is done on it.
 
         Answers whose masks are being encoded count as well.
-
-        Raises:
-            ServeError: There is no room.
         """
         if self._closing:
             raise ServeError("not_ready", "this replica is shutting down: send the request again", 1.0)
@@ -265,11 +257,7 @@ class ModelReplica:
 
 
 def _post_processing(recorded: PostProcessing, requested: Mapping[str, Any], most_detections: int) -> PostProcessing:
-    """The adapter's settings, changed by those of the request, within the limit of the service.
-
-    Raises:
-        ServeError: A field of the request would have no effect.
-    """
+    """The adapter's settings, changed by those of the request, within the limit of the service."""
     post = recorded.changed(**requested)
     if "merge_iou" in requested and not post.merge:
         raise ServeError("invalid_request", "merge_iou has an effect with merge true only: set merge, or leave it out")

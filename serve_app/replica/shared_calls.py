@@ -18,11 +18,7 @@ class _Call(Generic[T]):
 
 
 class SharedCalls(Generic[T]):
-    """Runs work once for all concurrent callers of a key. Belongs to one event loop.
-
-    Args:
-        pool: Threads for the work.
-    """
+    """Runs work once for all concurrent callers of a key, in the threads of a pool. Belongs to one event loop."""
 
     def __init__(self, pool: Executor) -> None:
         self._pool = pool

@@ -51,16 +51,10 @@ def test_the_request_of_a_call(kind):
     assert (none.scores.shape, none.boxes_xyxy.shape, none.masks.shape) == ((0,), (0, 4), (0, 4, 6))
 
 
-def test_missing_options_are_not_sent():
-    script = Script(segmented)
-    script.client(Client).segment(b"x", "crack")
-    assert json.loads(parts_of(script.requests[0])["request"]) == {"prompts": ["crack"]}
-    assert "authorization" not in script.requests[0].headers
-
-
 def test_masks_in_every_form():
     client = Script(segmented).client(Client)
-    np.testing.assert_array_equal(client.segment(b"x", ["a"], masks="png")[0].masks, MASK_HW[None])
+    png = client.segment(b"x", ["a"], masks="png")[0]
+    np.testing.assert_array_equal(png.masks, MASK_HW[None])
     outlined = client.segment(b"x", ["a"], masks="polygon")[0]
     assert outlined.polygons == [[[2, 1, 5, 1, 5, 3, 2, 3]]]
     boxes = client.segment(b"x", ["a"], masks="none")[0]
@@ -69,10 +63,7 @@ def test_masks_in_every_form():
         with pytest.raises(ValueError, match="masks='rle'"):
             _ = result.masks
     with pytest.raises(ValueError, match="came as 'png'"):
-        _ = client.segment(b"x", ["a"], masks="png")[0].rles
-
-
-def test_a_mask_of_another_size_is_refused():
+        _ = png.rles
     script = Script(lambda request: httpx.Response(200, json=answer({"prompts": ["a"]}, size_hw=(8, 8))))
     with pytest.raises(ValueError, match=r"expected a mask of \(8, 8\), got \(4, 6\)"):
         _ = script.client(Client).segment(b"x", ["a"])[0].masks
@@ -122,51 +113,41 @@ def test_pil_modes_that_png_lacks(mode):
 
 
 @pytest.mark.parametrize(
-    ("image", "complaint"),
+    ("image", "options", "complaint"),
     [
-        (np.zeros((4, 4), np.uint8), "uint8 (4, 4)"),
-        (np.zeros((4, 4, 3)), "float64 (4, 4, 3)"),
-        (np.zeros((0, 4, 3), np.uint8), "(0, 4, 3)"),
-        (7, "got int"),
+        (np.zeros((4, 4), np.uint8), {}, "uint8 (4, 4)"),
+        (np.zeros((4, 4, 3)), {}, "float64 (4, 4, 3)"),
+        (np.zeros((0, 4, 3), np.uint8), {}, "(0, 4, 3)"),
+        (7, {}, "got int"),
+        ("nosuch.jpg", {}, "nosuch"),
+        (b"x", {"treshold": 0.4}, "no argument treshold"),
+        (b"x", {"boxes": [[0, 1, 2, 3]]}, "expected boxes as"),
+        (b"x", {"boxes": [((0, 1, 2), 1)]}, "expected boxes as"),
+        (b"x", {"boxes": [((0, 1, 2, "x"), 1)]}, "expected boxes as"),
     ],
 )
-def test_invalid_images_are_not_sent(image, complaint):
+def test_wrong_images_and_arguments_are_not_sent(image, options, complaint):
     script = Script(segmented)
-    with pytest.raises((TypeError, ValueError), match=re.escape(complaint)):
-        script.client(Client).segment(image, ["a"])
+    with pytest.raises((TypeError, ValueError, OSError), match=re.escape(complaint)):
+        script.client(Client).segment(image, ["a"], **options)
     assert not script.requests
 
 
-def test_wrong_arguments_are_not_sent():
-    script = Script(segmented)
-    client = script.client(Client)
-    with pytest.raises(TypeError, match="no argument treshold"):
-        client.segment(b"x", ["a"], treshold=0.4)
-    for box in ([0, 1, 2, 3], ((0, 1, 2), 1), ((0, 1, 2, "x"), 1)):
-        with pytest.raises(ValueError, match="expected boxes as"):
-            client.segment(b"x", ["a"], boxes=[box])
-    with pytest.raises(OSError, match="nosuch"):
-        client.segment("nosuch.jpg", ["a"])
-    assert not script.requests
-
-
-@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://x", ""])
-def test_invalid_urls(url):
-    with pytest.raises(ValueError, match="expected a URL"):
-        Client(url)
-
-
-def test_a_key_with_a_line_break_is_refused_without_showing_it():
+def test_urls_and_keys():
+    for url in ("127.0.0.1:8000", "ftp://x", ""):
+        with pytest.raises(ValueError, match="expected a URL"):
+            Client(url)
     with pytest.raises(ValueError, match="line break") as caught:
         Client(URL, api_key="secret\n")
     assert "secret" not in str(caught.value)
-
-
-def test_a_service_under_a_path():
     script = Script(segmented)
     with Client(f"{URL}/sam/", transport=httpx.MockTransport(script.handle)) as client:
-        client.segment(b"x", ["a"])
-    assert script.requests[0].url.path == "/sam/v1/segment"
+        client.segment(b"x", "crack")
+    (request,) = script.requests
+    assert request.url.path == "/sam/v1/segment"
+    # Missing options are not sent.
+    assert json.loads(parts_of(request)["request"]) == {"prompts": ["crack"]}
+    assert "authorization" not in request.headers
 
 
 def test_adapters(kind):
@@ -207,21 +188,19 @@ def test_an_evicted_image_is_sent_again(kind):
     assert parts_of(script.requests[2])["image"] == b"image"
 
 
-@pytest.mark.parametrize("kind_of_fault", ["image_not_found", "adapter_not_found"])
-def test_errors_that_another_upload_does_not_help(kind_of_fault):
-    # Bytes are not at hand; something else is missing.
-    data = None if kind_of_fault == "image_not_found" else b"image"
-    script = Script(fault(404, kind_of_fault))
+@pytest.mark.parametrize(
+    ("data", "answers", "num_requests"),
+    [
+        (None, [fault(404, "image_not_found")], 1),  # bytes are not at hand
+        (b"image", [fault(404, "adapter_not_found")], 1),  # something else is missing
+        (b"image", [fault(404, "image_not_found"), kept, fault(404, "image_not_found")], 3),  # no image is kept
+    ],
+)
+def test_errors_that_another_upload_does_not_help(data, answers, num_requests):
+    script = Script(*answers)
     with pytest.raises(NotFound):
         script.client(Client).segment(UploadedImage("img_1", data=data), ["a"])
-    assert len(script.requests) == 1
-
-
-def test_a_service_that_keeps_no_images_is_not_retried_forever():
-    script = Script(fault(404, "image_not_found"), kept, fault(404, "image_not_found"))
-    with pytest.raises(NotFound):
-        script.client(Client).segment(UploadedImage("img_1", data=b"image"), ["a"])
-    assert len(script.requests) == 3
+    assert len(script.requests) == num_requests
 
 
 # --- readiness ---

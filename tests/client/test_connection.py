@@ -8,19 +8,17 @@ import json
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pytest
-import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from PIL import Image
 
 from sam3lora.client import AsyncClient, Client, ConnectionFailed, NotFound
 
+from ..serve_app.page_server import serving
 from .scripted import rle
 
 
@@ -54,21 +52,8 @@ def contract_app() -> FastAPI:
 
 @pytest.fixture
 def server_url() -> Iterator[str]:
-    server = uvicorn.Server(uvicorn.Config(contract_app(), host="127.0.0.1", port=0, log_level="error"))
-    started = threading.Event()
-    startup = server.startup
-
-    async def startup_and_tell(*args: Any, **kwargs: Any) -> None:
-        await startup(*args, **kwargs)
-        started.set()
-
-    server.startup = startup_and_tell  # type: ignore[method-assign]
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    assert started.wait(30)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join(30)
+    with serving(contract_app()) as url:
+        yield url
 
 
 def test_over_a_real_connection(server_url):

@@ -14,7 +14,7 @@ from sam3lora.data.coco import CocoIndex
 from sam3lora.data.pipeline import decode_batch
 from sam3lora.data.plan import BatchPlan
 from sam3lora.data.sample import DecodeSettings
-from sam3lora.engine import pixels
+from sam3lora.engine import features
 
 from .coco_builder import annotation
 
@@ -51,7 +51,7 @@ def test_pixels_are_normalised_as_in_inference():
     # Equal bits for every pixel value and any mean and standard deviation.
     images = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
     for mean, std in ((MEAN, STD), ((0.5,) * 3, (0.5,) * 3)):
-        expected = pixels.to_pixel_values(list(images), 16, image_mean=mean, image_std=std)
+        expected = features.to_pixel_values(list(images), 16, image_mean=mean, image_std=std)
         found = to_pixel_values(images, mean, std)
         assert torch.equal(found, expected)
         assert found.is_contiguous()

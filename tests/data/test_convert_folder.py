@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from scipy.ndimage import binary_fill_holes
 
-from sam3lora.data import outlines, rle
+from sam3lora.data import masks as mask_pixels
+from sam3lora.data import rle
 from sam3lora.data.coco import CocoIndex
 from sam3lora.data.convert import convert_folder, layout
 from sam3lora.data.convert.coco_folders import read_coco
@@ -24,7 +25,7 @@ from .convert_cases import write_image
 
 
 def test_examples_in_docstrings():
-    for module in (layout, outlines, rle):
+    for module in (layout, mask_pixels, rle):
         result = doctest.testmod(module)
         assert result.attempted
         assert not result.failed
@@ -171,16 +172,16 @@ def test_joined_outlines_draw_the_mask_with_its_holes_filled():
     masks[0, 4, 4] = True  # an island in the hole, which must not count as a hole
     num_holes = 0
     for mask in masks:
-        parts, holes = outlines.trace_outlines(mask)
+        parts, holes = mask_pixels.trace_outlines(mask)
         assert all(np.any(part != np.roll(part, 1, axis=0), axis=1).all() for part in parts)  # no corner twice
-        ring = outlines.join_outlines(parts)
+        ring = mask_pixels.join_outlines(parts)
         filled = binary_fill_holes(mask)
         np.testing.assert_array_equal(decode_mask([ring.ravel().astype(float).tolist()], mask.shape), filled)
         assert (holes > 0) == bool((filled & ~mask).any())
         num_holes += holes
     assert num_holes > 100
-    assert outlines.trace_outlines(masks[0])[1] == 1
-    assert outlines.trace_outlines(np.zeros((4, 5), dtype=bool)) == ([], 0)
+    assert mask_pixels.trace_outlines(masks[0])[1] == 1
+    assert mask_pixels.trace_outlines(np.zeros((4, 5), dtype=bool)) == ([], 0)
 
 
 @pytest.mark.parametrize("name", ["strawberry", "coco_tiny_permissive"])

@@ -10,7 +10,7 @@ from pycocotools import mask as coco_mask
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.engine.detections import BoxPrompt, Detections
 from sam3lora.engine.engine import Engine, PromptedImage
-from sam3lora.engine.pixels import to_pixel_values
+from sam3lora.engine.features import to_pixel_values
 from sam3lora.model.tokenization import tokenize
 
 from .engine_cases import EVERY

@@ -9,7 +9,7 @@ import pytest
 
 from sam3lora.evaluation.metrics.cgf1 import Unit, accumulate
 from sam3lora.evaluation.metrics.cgf1_units import count_units
-from sam3lora.evaluation.metrics.threshold_sweep import THRESHOLDS, sweep_thresholds
+from sam3lora.evaluation.metrics.curves import THRESHOLDS, sweep_thresholds
 
 
 def found(score: float, iou: float = 1.0) -> Unit:

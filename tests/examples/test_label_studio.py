@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import sys
-from email.parser import BytesParser
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
-from pycocotools import mask as coco_mask
 
 from sam3lora.client import Client
 
@@ -26,6 +24,7 @@ from label_config import ConfigFault, read_label_config
 from regions import read_drawn, rows_under
 from task_images import TaskImages
 
+from ..client.scripted import parts_of, rle
 from .brush_reader import decode_brush_rle
 
 WIDTH, HEIGHT = 40, 20
@@ -57,12 +56,8 @@ class Service:
         self.faults: dict[bytes, tuple[int, str]] = {}
 
     def handle(self, request: httpx.Request) -> httpx.Response:
-        head = f"Content-Type: {request.headers['content-type']}\r\n\r\n".encode()
-        parts = BytesParser().parsebytes(head + request.content).get_payload()
-        by_name = {
-            part.get_param("name", header="content-disposition"): part.get_payload(decode=True) for part in parts
-        }
-        image, asked = by_name["image"], json.loads(by_name["request"])
+        parts = parts_of(request)
+        image, asked = parts["image"], json.loads(parts["request"])
         self.images.append(image)
         self.requests.append(asked)
         if image in self.faults or b"*" in self.faults:
@@ -83,8 +78,7 @@ class Service:
             # Along the edges of pixels, with a corner that is not needed.
             found |= {"area_px": 0, "mask": [[x0, y0, x0 + 1, y0, x1, y0, x1, y1, x0, y1]]}
         if masks == "rle":
-            rle = coco_mask.encode(np.asfortranarray(mask_of(box).astype(np.uint8)))
-            found |= {"area_px": 0, "mask": {"size": rle["size"], "counts": rle["counts"].decode()}}
+            found |= {"area_px": 0, "mask": rle(mask_of(box))}
         return found
 
 
@@ -157,32 +151,21 @@ def test_labels_become_prompts(service, control, masks):
     assert len(set(ids)) == 4
 
 
-def first_value(service: Service, control: str) -> dict[str, Any]:
-    answer = open_backend(service).post("/predict", json=predict_body(config(control), DATA_URI)).json()
-    return answer["results"][0]["result"][0]["value"]
+def test_values_of_regions(service):
+    """Rectangles and polygons are in percent, polygons simplified; brushes cover the mask."""
 
+    def value(control: str) -> dict[str, Any]:
+        answer = open_backend(service).post("/predict", json=predict_body(config(control), DATA_URI)).json()
+        return answer["results"][0]["result"][0]["value"]
 
-def test_rectangles_are_in_percent(service):
-    value = first_value(service, "RectangleLabels")
-    assert {key: value[key] for key in ("x", "y", "width", "height", "rotation")} == {
-        "x": 10.0,
-        "y": 10.0,
-        "width": 20.0,
-        "height": 40.0,
-        "rotation": 0,
-    }
-
-
-def test_polygons_are_in_percent_and_simplified(service):
-    value = first_value(service, "PolygonLabels")
-    assert value["closed"] is True
-    assert sorted(value["points"]) == [[10, 10], [10, 50], [30, 10], [30, 50]]
-
-
-def test_brushes_cover_the_mask(service):
-    value = first_value(service, "BrushLabels")
-    assert value["format"] == "rle"
-    rgba = decode_brush_rle(value["rle"]).reshape(HEIGHT, WIDTH, 4)
+    rectangle = {"x": 10.0, "y": 10.0, "width": 20.0, "height": 40.0, "rotation": 0}
+    assert value("RectangleLabels").items() >= rectangle.items()
+    polygon = value("PolygonLabels")
+    assert polygon["closed"] is True
+    assert sorted(polygon["points"]) == [[10, 10], [10, 50], [30, 10], [30, 50]]
+    brush = value("BrushLabels")
+    assert brush["format"] == "rle"
+    rgba = decode_brush_rle(brush["rle"]).reshape(HEIGHT, WIDTH, 4)
     np.testing.assert_array_equal(rgba[..., 3] == 255, mask_of(service.boxes[0]))
 
 
@@ -254,7 +237,7 @@ def test_key_points_are_small_boxes_inside_the_image(service):
     assert len(drawn.wanted_xyxy) == 1
 
 
-def test_drawn_boxes_are_cut_at_the_image():
+def test_drawn_boxes_are_cut_at_the_image_and_others_are_ignored():
     # Percents do not add up to 100 exactly, and a click leaves a rectangle without an area: the service takes neither.
     drawn = read_drawn({"result": [rectangle(70, -1, 30.00000001, 101.5), rectangle(10, 10, 0, 5)]})
     assert drawn is not None
@@ -262,12 +245,9 @@ def test_drawn_boxes_are_cut_at_the_image():
     assert label == 1
     np.testing.assert_allclose(xyxy, (28, 0, 40, 20))
     assert xyxy[2] <= WIDTH
-    assert read_drawn({"result": [rectangle(10, 10, 0, 5)]}) is None
-
-
-@pytest.mark.parametrize("context", [None, {}, {"result": []}, {"result": [{"type": "brushlabels", "value": {}}]}])
-def test_a_context_without_drawing_is_ignored(context):
-    assert read_drawn(context) is None
+    for nothing in ([], [rectangle(10, 10, 0, 5)], [{"type": "brushlabels", "value": {}}]):
+        assert read_drawn({"result": nothing}) is None
+    assert read_drawn(None) is read_drawn({}) is None
 
 
 def test_objects_under_boxes():
@@ -291,18 +271,14 @@ def test_a_bad_image_leaves_the_other_predictions(service, caplog):
     assert "secret-name" not in caplog.text
 
 
-def test_a_single_bad_image_is_an_error(service):
+def test_a_single_bad_image_and_a_task_without_one_are_errors(service):
     body = predict_body(config("RectangleLabels"), "s3://bucket/a.png")
-    response = open_backend(service).post("/predict", json=body)
-    assert (response.status_code, service.requests) == (422, [])
-
-
-def test_a_task_without_an_image_is_an_error(service):
-    body = predict_body(config("RectangleLabels"), DATA_URI)
+    assert open_backend(service).post("/predict", json=body).status_code == 422
     body["tasks"][0]["data"] = {"other": DATA_URI}
     response = open_backend(service).post("/predict", json=body)
     assert response.status_code == 422
     assert "'photo'" in response.json()["detail"]
+    assert not service.requests
 
 
 @pytest.mark.parametrize(("status", "kind"), [(401, "unauthorized"), (404, "adapter_not_found"), (503, "overloaded")])

@@ -1,4 +1,4 @@
-"""The brush code, by the frontend's reader and by its bits."""
+"""The brush code, by the frontend's reader."""
 
 from __future__ import annotations
 
@@ -32,11 +32,3 @@ def masks() -> Iterator[np.ndarray]:
 def test_the_frontend_reads_the_same_mask(mask_HW):
     rgba = decode_brush_rle(encode_brush_rle(mask_HW)).reshape(*mask_HW.shape, 4)
     np.testing.assert_array_equal(rgba, np.repeat(mask_HW[..., None] * np.uint8(255), 4, axis=-1))
-
-
-def test_the_bits_of_a_small_mask():
-    # 8 values of 8 bits, widths 3, 4, 8, 16; then a run of 4 zeros and one of 4 times 255.
-    bits = f"{8:032b}" + "00111" + "0010" + "0011" + "0111" + "1111" + "1" + "00" + "011" + "0" * 8 + "1" + "00" + "011"
-    bits += "1" * 8
-    expected = [int(bits[start : start + 8].ljust(8, "0"), 2) for start in range(0, len(bits), 8)]
-    assert encode_brush_rle(np.array([[False, True]])) == expected

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from sam3lora.errors import UserError
-from sam3lora.model import compilation
 from sam3lora.model.adapter.lora_layers import LoraSettings, apply_lora
 from sam3lora.model.checkpointing import enable_checkpointing
-from sam3lora.model.compilation import compile_layers
 from sam3lora.model.staged.forward import StagedSam3
+from sam3lora.training import setup
+from sam3lora.training.setup import compile_layers
 
 from .conftest import randomise_adapter
 from .test_precision import outputs_and_gradients
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(compilation._missing_compiler(CPU) is not None, reason="torch finds no C++ compiler")
+@pytest.mark.skipif(setup._missing_compiler(CPU) is not None, reason="torch finds no C++ compiler")
 def test_compiled_equals_eager(random_sam3):
     # Outputs and gradients in float32, with window and global layers, adapters and checkpointing.
     model = apply_lora(random_sam3, LoraSettings(rank=2, dropout=0.0, components=("vision_encoder", "detr_decoder")))
@@ -50,7 +50,7 @@ def test_compiled_equals_eager(random_sam3):
 
 
 def test_without_a_compiler_it_says_what_is_missing(random_sam3, monkeypatch):
-    monkeypatch.setattr(compilation, "_missing_compiler", lambda device: "torch finds no C++ compiler")
+    monkeypatch.setattr(setup, "_missing_compiler", lambda device: "torch finds no C++ compiler")
     with pytest.raises(UserError, match="finds no C\\+\\+ compiler: install one, or set"):
         compile_layers([random_sam3.detr_encoder.layers[0]], CPU)
     assert random_sam3.detr_encoder.layers[0]._compiled_call_impl is None

@@ -146,17 +146,25 @@ class PageServer:
     @contextmanager
     def running(self, port: int = 0) -> Iterator[PageServer]:
         """Serve on 127.0.0.1; port 0 takes a free one."""
-        server = uvicorn.Server(uvicorn.Config(self.app, host="127.0.0.1", port=port, log_level="error"))
-        thread = threading.Thread(target=server.run, daemon=True)
-        thread.start()
-        try:
-            wait_until(lambda: server.started, "the server to start")
-            self.url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
-            yield self
-        finally:
-            self._let_go.set()
-            server.should_exit = True
-            thread.join(timeout=20)
+        with serving(self.app, port) as self.url:
+            try:
+                yield self
+            finally:
+                self._let_go.set()
+
+
+@contextmanager
+def serving(app: ASGIApp, port: int = 0) -> Iterator[str]:
+    """The address of an application that a thread serves on 127.0.0.1."""
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        wait_until(lambda: server.started, "the server to start")
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
+    finally:
+        server.should_exit = True
+        thread.join(timeout=20)
 
 
 class _Policy:

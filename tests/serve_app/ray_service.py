@@ -187,7 +187,7 @@ def _status() -> dict[str, Any]:
 
 
 def _obey(port: int) -> None:
-    from serve_app.environment import prepare_environment
+    from serve_app.settings import prepare_environment
 
     prepare_environment()
     import ray

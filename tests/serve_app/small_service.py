@@ -50,7 +50,7 @@ class SmallService:
 
     def answers(self, adapters: Sequence[str | None], images: Sequence[bytes] = IMAGES) -> list[list[list[Detections]]]:
         """One by one through PEFT: for each adapter, for each image, what is found for each prompt."""
-        found = {name: self.root / name for name in adapters if name is not None}
+        found = {name: self.root / name for name in {*ADAPTERS, *adapters} if name is not None}
         peft = PeftReference(found, self.base)
         pixels = [cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB) for data in images]
         return [

@@ -7,12 +7,12 @@ import shutil
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Coroutine
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 from safetensors.numpy import load_file
 
 from sam3lora.errors import UserError
@@ -76,14 +76,8 @@ class Model:
 class Counts(Counter):
     """In place of `ReplicaMetrics`."""
 
-    def adapter_loaded(self) -> None:
-        self["loaded"] += 1
-
-    def adapter_failed(self) -> None:
-        self["failed"] += 1
-
-    def adapter_evicted(self) -> None:
-        self["evicted"] += 1
+    def __getattr__(self, name: str) -> Any:
+        return SimpleNamespace(inc=lambda: self.update([name]))
 
 
 class Stage:
@@ -115,6 +109,11 @@ class Stage:
         """A read has begun."""
         assert await asyncio.to_thread(self.model.reading.acquire, timeout=LONG_S)
 
+    async def waits_for_a_slot(self, adapter_id: str) -> None:
+        """The adapter is read, and no slot is free for it."""
+        while not (self.model.reads[adapter_id] and self.store._loads[adapter_id].waits_for_others):
+            await asyncio.sleep(0.001)
+
 
 @asynccontextmanager
 async def open_stage(root: Path, num_slots: int = 4, **settings: Any) -> AsyncIterator[Stage]:
@@ -142,20 +141,17 @@ async def refused(work: Coroutine[Any, Any, Any]) -> ServeError:
     return found.value
 
 
-async def test_the_base_needs_no_slot(root: Path):
-    async with open_stage(root) as stage, stage.store.hold(None) as (slot, _):
-        assert slot is None
-    assert not stage.model.reads
-
-
 async def test_an_adapter_is_loaded_once_and_stays(root: Path):
     async with open_stage(root) as stage:
+        async with stage.store.hold(None) as (slot, _):
+            assert slot is None  # the base needs none
+        assert not stage.model.reads
         assert [await stage.value(id) for id in "abaab"] == [1, 2, 1, 1, 2]
         assert await stage.resident() == ["a", "b"]
         assert stage.store.num_resident == 2
     assert stage.model.reads == {"a": 1, "b": 1}
     assert len(stage.model.threads) == 1  # nothing but the model thread touches slots
-    assert stage.counts == {"loaded": 2}
+    assert stage.counts == {"adapter_loads": 2}
 
 
 async def test_the_least_recently_used_adapter_is_evicted(root: Path):
@@ -165,7 +161,7 @@ async def test_the_least_recently_used_adapter_is_evicted(root: Path):
         assert await stage.resident() == ["a", "c"]
         assert await stage.value("a") == 1
         assert stage.model.reads["a"] == 1
-    assert stage.counts["evicted"] == 1
+    assert stage.counts["adapter_evictions"] == 1
 
 
 async def test_an_adapter_in_use_is_never_evicted(root: Path):
@@ -176,53 +172,22 @@ async def test_an_adapter_in_use_is_never_evicted(root: Path):
             assert stage.model.slots[slot] == 1
 
 
-async def test_a_load_waits_for_a_slot(root: Path):
-    async with open_stage(root, num_slots=2) as stage, AsyncExitStack() as held:
-        await held.enter_async_context(stage.store.hold("a"))
+async def test_a_load_waits_for_a_slot_but_not_too_long(root: Path):
+    async with open_stage(root, num_slots=2) as stage, stage.store.hold("a"):
         async with stage.store.hold("b"):
-            waiting = asyncio.create_task(stage.value("c"))
-            await stage.reading()
-            await stage.reading()
-            await stage.reading()
-            assert not waiting.done()
-        assert await waiting == 3  # b went, a is still there
+            patient = asyncio.create_task(stage.value("c"))
+            await stage.waits_for_a_slot("c")
+            error = await refused(stage.value("c", timeout_s=0.01))
+            assert (error.type, error.retry_after_s) == ("overloaded", 1.0)
+            assert not patient.done()
+        assert await patient == 3  # b went, a is still there
         assert await stage.resident() == ["a", "c"]
 
 
-async def test_waiting_too_long_for_a_slot_is_an_overload(root: Path):
-    async with open_stage(root, num_slots=1) as stage:
-        async with stage.store.hold("a"):
-            patient = asyncio.create_task(stage.value("b"))
-            while not (stage.model.reads["b"] and stage.store._loads["b"].waits_for_others):
-                await asyncio.sleep(0.001)
-            error = await refused(stage.value("b", timeout_s=0.01))
-            assert (error.type, error.retry_after_s) == ("overloaded", 1.0)
-        assert await patient == 2
-
-
-async def test_a_slow_read_times_out_and_continues(root: Path):
-    async with open_stage(root) as stage:
-        stage.model.slow["a"] = threading.Event()
-        assert (await refused(stage.value("a", timeout_s=0.5))).type == "timeout"
-        stage.model.slow["a"].set()
-        assert await stage.value("a") == 1
-    assert stage.model.reads["a"] == 1
-
-
-async def test_twenty_concurrent_requests_load_once(root: Path):
-    async with open_stage(root, num_slots=1) as stage:
-        stage.model.slow["a"] = threading.Event()
-        asked = [asyncio.create_task(stage.value("a")) for _ in range(20)]
-        await stage.reading()
-        stage.model.slow["a"].set()
-        assert await asyncio.gather(*asked) == [1] * 20
-    assert stage.model.reads["a"] == 1
-    assert stage.counts["loaded"] == 1
-
-
-async def test_twenty_concurrent_requests_hold_the_slot_until_the_last_one_ends(root: Path):
+async def test_twenty_concurrent_requests_load_once_and_hold_the_slot_until_the_last_one_ends(root: Path):
     """All users that waited for the load are counted: the slot is not given away between load and use."""
     async with open_stage(root, num_slots=1) as stage:
+        stage.model.slow["a"] = threading.Event()
 
         async def use(event: asyncio.Event) -> None:
             async with stage.store.hold("a") as (slot, _):
@@ -232,6 +197,8 @@ async def test_twenty_concurrent_requests_hold_the_slot_until_the_last_one_ends(
 
         done = [asyncio.Event() for _ in range(20)]
         users = [asyncio.create_task(use(event)) for event in done]
+        await stage.reading()
+        stage.model.slow["a"].set()
         newcomer = None
         for event, user in zip(done, users, strict=True):
             assert newcomer is None or not newcomer.done()
@@ -240,20 +207,21 @@ async def test_twenty_concurrent_requests_hold_the_slot_until_the_last_one_ends(
             newcomer = newcomer or asyncio.create_task(stage.value("b"))
         assert newcomer is not None
         assert await newcomer == 2
+    assert (stage.model.reads["a"], stage.counts["adapter_loads"]) == (1, 2)
 
 
-async def test_a_slow_load_delays_no_other_adapter(root: Path):
+async def test_a_slow_load_times_out_continues_and_delays_no_other_adapter(root: Path):
     async with open_stage(root) as stage:
         await stage.value("b")
         stage.model.slow["a"] = threading.Event()
         slow = asyncio.create_task(stage.value("a"))
-        await stage.reading()
-        await stage.reading()
+        assert (await refused(stage.value("a", timeout_s=0.5))).type == "timeout"
         assert await stage.value("b") == 2  # in memory
         assert await stage.value("c") == 3  # not yet
         assert not slow.done()
         stage.model.slow["a"].set()
         assert await slow == 1
+    assert stage.model.reads["a"] == 1
 
 
 async def test_an_abandoned_load_finishes_and_can_be_evicted(root: Path):
@@ -267,7 +235,7 @@ async def test_an_abandoned_load_finishes_and_can_be_evicted(root: Path):
         stage.model.slow["a"].set()
         assert await stage.value("b") == 2  # takes the only slot, before "a" or after it, so nobody holds it
         async with asyncio.timeout(LONG_S):
-            while stage.counts["loaded"] < 2:
+            while stage.counts["adapter_loads"] < 2:
                 await asyncio.sleep(0.001)
 
 
@@ -337,26 +305,20 @@ async def test_an_unreadable_new_version_leaves_the_old_one_in_service(root: Pat
     assert [record.levelname for record in caplog.records].count("WARNING") == 1
 
 
-async def test_a_deleted_folder_is_not_found_and_comes_back(root: Path):
+async def test_folders_that_go_and_come_are_followed(root: Path):
     async with open_stage(root) as stage:
         async with stage.store.hold("a") as (slot, _):
             assert slot is not None
             shutil.rmtree(root / "a")
-            error = await refused(stage.value("a"))
-            assert error.type == "adapter_not_found"
+            for adapter_id in ("a", "late"):
+                assert (await refused(stage.value(adapter_id))).type == "adapter_not_found"
             assert stage.model.slots[slot] == 1
-        write_adapter(root, "a", 11)
-        assert await stage.value("a") == 11
+        for value, adapter_id in enumerate(("a", "late"), start=11):
+            write_adapter(root, adapter_id, value)
+            assert await stage.value(adapter_id) == value
 
 
-async def test_a_folder_that_appears_is_served(root: Path):
-    async with open_stage(root) as stage:
-        assert (await refused(stage.value("late"))).type == "adapter_not_found"
-        write_adapter(root, "late", 8)
-        assert await stage.value("late") == 8
-
-
-async def test_a_broken_folder_is_refused_without_paths_and_not_read_for_everyone(
+async def test_a_broken_folder_is_refused_without_paths_and_read_again_only_after_a_while(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(adapter_store, "FAILURE_KEPT_S", LONG_S)
@@ -368,14 +330,8 @@ async def test_a_broken_folder_is_refused_without_paths_and_not_read_for_everyon
             assert "adapter_model.safetensors is damaged" in error.message
             assert str(root) not in error.message
         assert await stage.value("b") == 2
-    assert stage.model.reads["a"] == 1
-
-
-async def test_a_repaired_folder_is_read_again_soon(root: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(adapter_store, "FAILURE_KEPT_S", 0.0)
-    async with open_stage(root) as stage:
-        (root / "a" / "adapter_model.safetensors").write_bytes(b"junk")
-        assert (await refused(stage.value("a"))).type == "invalid_adapter"
+        assert stage.model.reads["a"] == 1
+        monkeypatch.setattr(adapter_store, "FAILURE_KEPT_S", 0.0)
         write_adapter(root, "a", 12)
         assert await stage.value("a") == 12
         assert [info.error for info in await stage.store.list()] == [None] * 5
@@ -425,8 +381,7 @@ async def test_a_request_after_a_replacement_gets_the_new_version(root: Path):
     async with open_stage(root, num_slots=1) as stage:
         async with stage.store.hold("b"):
             first = asyncio.create_task(stage.value("a"))
-            while not (stage.model.reads["a"] and stage.store._loads["a"].waits_for_others):
-                await asyncio.sleep(0.001)
+            await stage.waits_for_a_slot("a")
             write_adapter(root, "a", 20)
             second = asyncio.create_task(stage.value("a"))
             while stage.store._loads["a"].waiters < 2:
@@ -461,13 +416,6 @@ async def test_a_request_after_a_repair_is_not_refused_for_the_old_version(root:
         assert (await refused(first)).type == "invalid_adapter"
 
 
-async def test_caches_are_emptied_to_place_an_adapter(root: Path):
-    async with open_stage(root) as stage:
-        stage.model.place_error = torch.OutOfMemoryError("CUDA out of memory")
-        stage.batcher._free_memory = lambda: setattr(stage.model, "place_error", None)
-        assert await stage.value("a") == 1
-
-
 async def test_concurrent_lists_are_one_and_delay_no_request(root: Path):
     async with open_stage(root) as stage:
         describe, go, calls = stage.store._folders.describe_all, threading.Event(), []
@@ -496,11 +444,16 @@ async def test_a_slot_that_could_not_be_filled_is_not_lost(root: Path):
             stage.model.place_error = MemoryError()
             with pytest.raises(MemoryError):
                 await stage.value("a")
-        stage.model.place_error = None
+        stage.batcher._free_memory = lambda: setattr(stage.model, "place_error", None)
+        assert await stage.value("a") == 1  # caches are emptied to place an adapter
         assert [await stage.value(id) for id in "abcd"] == [1, 2, 3, 4]
 
 
-async def test_new_settings_retire_adapters_that_are_no_longer_allowed(root: Path):
+async def test_new_settings_retire_adapters_and_another_root_has_others_under_the_same_ids(
+    root: Path, tmp_path_factory: pytest.TempPathFactory
+):
+    other = tmp_path_factory.mktemp("other")
+    write_adapter(other, "c", 100)
     async with open_stage(root, num_slots=2) as stage:
         await stage.value("a")
         await stage.value("b")
@@ -510,16 +463,9 @@ async def test_new_settings_retire_adapters_that_are_no_longer_allowed(root: Pat
         async with stage.store.hold("b") as (one, _), stage.store.hold("c") as (two, _):
             assert {one, two} == {0, 1}
             assert stage.model.slots == {one: 2, two: 3}
-    assert stage.model.reads["b"] == 1
-
-
-async def test_another_root_has_other_adapters_under_the_same_ids(root: Path, tmp_path_factory: pytest.TempPathFactory):
-    other = tmp_path_factory.mktemp("other")
-    write_adapter(other, "a", 100)
-    async with open_stage(root) as stage:
-        assert await stage.value("a") == 1
+        assert stage.model.reads["b"] == 1
         stage.store.reconfigure(AdapterSettings(root=other))
-        assert await stage.value("a") == 100
+        assert await stage.value("c") == 100
         assert (await refused(stage.value("b"))).type == "adapter_not_found"
 
 
@@ -544,5 +490,5 @@ async def test_a_thousand_swaps_lose_no_slot_and_mix_nothing(root: Path):
         assert not stage.store._loads
         async with stage.store.hold("a") as (one, _), stage.store.hold("b") as (two, _):
             assert {one, two} == {0, 1}
-    assert stage.counts["loaded"] == stage.counts["evicted"] + 2
-    assert stage.counts["evicted"] > 100
+    assert stage.counts["adapter_loads"] == stage.counts["adapter_evictions"] + 2
+    assert stage.counts["adapter_evictions"] > 100

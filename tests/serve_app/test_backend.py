@@ -97,16 +97,11 @@ def no_answer() -> Exception:
 FAILURES = [died, unavailable, transport, no_answer, asyncio.CancelledError]
 
 
-def test_replies_and_errors_are_passed_on():
+def test_replies_are_passed_on_and_equal_images_and_adapters_go_to_the_same_replica():
     refusal = ServeError("invalid_prompt", "too long")
-    assert ask(FakeHandle(REPLY)) is REPLY
-    assert ask(FakeHandle(refusal)) is refusal
-
-
-def test_equal_images_and_equal_adapters_go_to_the_same_replica():
-    handle = FakeHandle(REPLY, REPLY, REPLY)
-    ask(handle)
-    ask(handle, SegmentCall(ImageFile("key", b"image"), ("crack",), adapter="cracks"))
+    handle = FakeHandle(REPLY, refusal, REPLY)
+    assert ask(handle) is REPLY
+    assert ask(handle, SegmentCall(ImageFile("key", b"image"), ("crack",), adapter="cracks")) is refusal
     ask(handle, SegmentCall(ImageFile("key"), ("crack",), adapter="cracks"))
     assert handle.keys == ["key", "adapter cracks", "key"]
 
@@ -131,15 +126,12 @@ def test_a_bug_is_raised():
         ask(FakeHandle(KeyError("x"), REPLY))
 
 
-def test_no_time_left_after_a_failure_is_a_failure():
-    late = SegmentCall(CALL.image, ("crack",), timeout_s=0.05)
-    assert ask(FakeHandle(died(), "hang"), late).type == "replica_failed"
-
-
 def test_a_late_answer_is_cancelled():
+    late = SegmentCall(CALL.image, ("crack",), timeout_s=0.05)
     handle = FakeHandle("hang")
-    assert ask(handle, SegmentCall(CALL.image, ("crack",), timeout_s=0.05)).type == "timeout"
+    assert ask(handle, late).type == "timeout"
     assert handle.responses[0].is_cancelled
+    assert ask(FakeHandle(died(), "hang"), late).type == "replica_failed"  # it had failed before its time was over
 
 
 @pytest.mark.parametrize(("status", "type"), [(503, "overloaded"), (429, "too_many_requests")])

@@ -89,21 +89,15 @@ async def occupy(model: Model, batcher: Batcher[int, int]) -> asyncio.Task[int]:
     return task
 
 
-async def test_an_idle_model_runs_at_once():
+async def test_an_idle_model_runs_at_once_and_a_busy_one_finds_a_batch_in_order():
     async with open_batcher() as (model, batcher):
-        assert await ask(batcher, 1) == 2
-        assert await ask(batcher, 2) == 4
-    assert model.batches == [[1], [2]]
-
-
-async def test_items_that_arrive_while_the_model_is_busy_share_a_batch_in_order():
-    async with open_batcher() as (model, batcher):
+        assert await ask(batcher, 7) == 14
         first = await occupy(model, batcher)
         rest = await queue(batcher, 1, 2, 3, 4, 5, 6)
         assert batcher.queue_length == 6
         model.let_go()
         assert await asyncio.gather(first, *rest) == [0, 2, 4, 6, 8, 10, 12]
-    assert model.batches == [[0], [1, 2, 3, 4], [5, 6]]
+    assert model.batches == [[7], [0], [1, 2, 3, 4], [5, 6]]
     assert len(model.threads) == 1
 
 
@@ -140,47 +134,24 @@ async def test_outcomes_hold_waiting_and_running_times():
             await asyncio.sleep(0)
 
 
-async def test_a_cancelled_item_is_not_computed():
+async def test_items_that_nobody_waits_for_are_not_computed():
     async with open_batcher() as (model, batcher):
+        with pytest.raises(ServeError, match="timeout"):  # even by an idle model
+            await ask(batcher, 4, timeout_s=-1)
         first = await occupy(model, batcher)
+        first.cancel()  # a caller that leaves during the batch does no harm
         kept, dropped = await queue(batcher, 1, 2)
+        (late,) = await queue(batcher, 3, timeout_s=0.01)
         dropped.cancel()
         with pytest.raises(asyncio.CancelledError):
             await dropped
-        assert batcher.queue_length == 1
-        model.let_go()
-        await asyncio.gather(first, kept)
-    assert model.batches == [[0], [1]]
-
-
-async def test_a_caller_that_leaves_during_the_batch_does_no_harm():
-    async with open_batcher() as (model, batcher):
-        first = await occupy(model, batcher)
-        first.cancel()
-        (second,) = await queue(batcher, 1)
-        model.let_go()
-        assert await second == 2
-    assert model.batches == [[0], [1]]
-
-
-async def test_an_item_past_its_deadline_is_refused_and_not_computed():
-    async with open_batcher() as (model, batcher):
-        first = await occupy(model, batcher)
-        (late,) = await queue(batcher, 1, timeout_s=0.01)
         with pytest.raises(ServeError) as refused:
             await late
         assert refused.value.type == "timeout"
-        assert batcher.queue_length == 0
+        assert batcher.queue_length == 1
         model.let_go()
-        assert await first == 0
-    assert model.batches == [[0]]
-
-
-async def test_an_item_without_time_left_is_refused_even_by_an_idle_model():
-    async with open_batcher() as (model, batcher):
-        with pytest.raises(ServeError, match="timeout"):
-            await ask(batcher, 1, timeout_s=-1)
-    assert model.batches == []
+        assert await kept == 2
+    assert model.batches == [[0], [1]]
 
 
 @pytest.mark.parametrize("type", ["overloaded", "too_many_requests"])
@@ -199,19 +170,14 @@ async def test_a_full_queue_refuses_at_once_with_retry_after(type: str):
     assert model.batches == [[0], [1, 2], [4]]
 
 
-async def test_items_in_preparation_count_as_waiting():
+async def test_items_in_preparation_count_as_waiting_and_retry_after_grows_with_them():
     async with open_batcher(max_queued=2) as (_, batcher):
+        outcomes = await asyncio.gather(*(batcher.submit(item, rows=1, timeout_s=LONG_S) for item in range(2)))
         batcher.check_room(coming=1)
-        with pytest.raises(ServeError, match="overloaded"):
-            batcher.check_room(coming=2)
-
-
-async def test_retry_after_grows_with_the_queue_and_the_time_of_an_item():
-    async with open_batcher(max_queued=30) as (_, batcher):
-        outcomes = await asyncio.gather(*(batcher.submit(item, rows=1, timeout_s=LONG_S) for item in range(4)))
-        with pytest.raises(ServeError) as refused:
-            batcher.check_room(coming=10**9)
-        assert refused.value.retry_after_s == pytest.approx(10**9 * outcomes[0].ran_s / 4)
+        for coming in (2, 10**9):
+            with pytest.raises(ServeError, match="overloaded") as refused:
+                batcher.check_room(coming=coming)
+        assert refused.value.retry_after_s == pytest.approx(10**9 * outcomes[0].ran_s / 2)
 
 
 async def test_a_bad_item_fails_alone():
@@ -244,21 +210,22 @@ async def test_a_batch_that_fails_as_a_whole_does_not_end_the_batcher(broken: Ca
 
 async def test_out_of_memory_halves_the_batch_until_it_fits():
     freed: list[int] = []
-    async with open_batcher(free_memory=lambda: freed.append(1)) as (model, batcher):
+
+    def free() -> None:
+        freed.append(1)
+        if model.most_that_fit == 0:
+            model.most_that_fit = 1
+
+    async with open_batcher(free_memory=free) as (model, batcher):
         model.most_that_fit = 1
         first = await occupy(model, batcher)
         tasks = await queue(batcher, 1, 2, 3, 4)
         model.let_go()
         assert await asyncio.gather(first, *tasks) == [0, 2, 4, 6, 8]
-    assert model.batches == [[0], [1, 2, 3, 4], [1, 2], [1], [2], [3, 4], [3], [4]]
-    assert len(freed) == 3  # before each of the smaller attempts
-
-
-async def test_a_single_item_that_runs_out_of_memory_gets_a_second_attempt():
-    async with open_batcher(free_memory=lambda: setattr(model, "most_that_fit", 1)) as (model, batcher):
+        assert len(freed) == 3  # before each of the smaller attempts
         model.most_that_fit = 0
-        assert await ask(batcher, 1) == 2
-    assert model.batches == [[1], [1]]
+        assert await ask(batcher, 5) == 10  # a single item gets a second attempt
+    assert model.batches == [[0], [1, 2, 3, 4], [1, 2], [1], [2], [3, 4], [3], [4], [5], [5]]
 
 
 @pytest.mark.parametrize(
@@ -303,34 +270,30 @@ async def test_other_work_in_the_model_thread_runs_before_waiting_batches():
     assert order == ["after 1"]
 
 
-async def test_other_work_that_fails_raises_to_its_caller_only():
-    async with open_batcher() as (_, batcher):
-        with pytest.raises(ZeroDivisionError):
-            await batcher.run_in_model_thread(lambda: 1 / 0)
-        assert await ask(batcher, 1) == 2
-
-
-async def test_other_work_that_runs_out_of_memory_gets_a_second_attempt():
+async def test_other_work_that_fails_raises_to_its_caller_and_out_of_memory_gets_a_second_attempt():
     happened: list[str] = []
+    freed: list[int] = []
 
     def free() -> None:
         happened.append("free")
         freed.append(threading.get_ident())
 
-    freed: list[int] = []
+    def work(fails: int) -> int:
+        happened.append("work")
+        if happened.count("work") <= fails:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return threading.get_ident()
+
     async with open_batcher(free_memory=free) as (_, batcher):
-
-        def work(fails: int) -> int:
-            happened.append("work")
-            if happened.count("work") <= fails:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            return threading.get_ident()
-
+        with pytest.raises(ZeroDivisionError):
+            await batcher.run_in_model_thread(lambda: 1 / 0)
+        assert happened == []
         assert await batcher.run_in_model_thread(lambda: work(1)) == freed[0]
         assert happened == ["work", "free", "work"]
         with pytest.raises(torch.OutOfMemoryError):
             await batcher.run_in_model_thread(lambda: work(100))
         assert happened == ["work", "free", "work"] * 2
+        assert await ask(batcher, 1) == 2
 
 
 async def test_a_paused_batcher_starts_no_batch_until_it_resumes():

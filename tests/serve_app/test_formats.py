@@ -20,10 +20,11 @@ def decoded(masks: str, results: list[Detections]) -> list[dict]:
     return [prompt_response(found, masks).model_dump(exclude_unset=True) for found in results]
 
 
-def test_no_detections():
-    assert decoded("rle", [found("crack", 0)]) == [
-        {"prompt": "crack", "presence": 0.75, "num_detections": 0, "detections": []}
-    ]
+def test_rle_is_unchanged_and_nothing_found_is_an_empty_list():
+    none, one = decoded("rle", [found("crack", 0), found("a", 1)])
+    assert none == {"prompt": "crack", "presence": 0.75, "num_detections": 0, "detections": []}
+    (detection,) = one["detections"]
+    assert (detection["mask"], detection["area_px"]) == (rectangle(2, 3, 12, 9), 60)
 
 
 def test_boxes_scores_and_order():
@@ -33,12 +34,6 @@ def test_boxes_scores_and_order():
         {"score": 0.9, "box_xyxy": [2.0, 3.0, 12.0, 9.0]},
         {"score": 0.6, "box_xyxy": [3.0, 3.0, 13.0, 9.0]},
     ]
-
-
-def test_rle_is_unchanged():
-    (detection,) = decoded("rle", [found("a", 1)])[0]["detections"]
-    assert detection["mask"] == rectangle(2, 3, 12, 9)
-    assert detection["area_px"] == 60
 
 
 def test_polygon_and_png_give_the_mask_back():
@@ -76,15 +71,11 @@ def test_empty_mask():
     assert not np.asarray(Image.open(io.BytesIO(base64.b64decode(rle_to_png(empty.rles[0]))))).any()
 
 
-def test_no_work_after_the_client_left():
+@pytest.mark.parametrize("answers", [[True], [False, False, True]], ids=["before the first", "between two"])
+def test_no_mask_is_drawn_after_the_client_left(answers: list[bool]):
+    left = iter(answers)
     with pytest.raises(TimeoutError):
-        prompt_response(found("a", 3), "png", is_over=lambda: True)
-
-
-def test_work_stops_between_masks():
-    answers = iter([False, False, True])
-    with pytest.raises(TimeoutError):
-        prompt_response(found("a", 5), "png", is_over=lambda: next(answers))
+        prompt_response(found("a", 5), "png", is_over=lambda: next(left))
 
 
 def test_only_quick_work_runs_on_the_loop():

@@ -87,11 +87,19 @@ def test_answer():
 
 
 @pytest.mark.parametrize("fields", [{}, {"threshold": None, "nms": None, "merge": None}], ids=["missing", "null"])
-def test_missing_post_processing_is_left_to_the_adapter(fields: dict[str, Any]):
+def test_missing_post_processing_is_left_to_the_adapter_and_prompts_are_passed_on_unchanged(fields: dict[str, Any]):
     backend = FakeBackend()
-    make_client(backend).post("/v1/segment", **as_json(**fields))
-    assert backend.calls[0].post_processing == {}
-    assert backend.calls[0].adapter is None
+    prompts = [" crack ", "crack", "crack", "Ähre 👩‍🌾"]
+    answer = make_client(backend).post("/v1/segment", **as_json(prompts=prompts, masks="none", **fields)).json()
+    (call,) = backend.calls
+    assert (call.post_processing, call.adapter, call.masks) == ({}, None, False)
+    assert list(call.prompts) == [result["prompt"] for result in answer["results"]] == prompts
+    assert set(answer["results"][0]["detections"][0]) == {"score", "box_xyxy"}
+
+
+def test_boxes_alone():
+    body = as_json(prompts=[], boxes=[{"xyxy": [1, 1, 9, 9]}])
+    assert make_client().post("/v1/segment", **body).json()["results"][0]["prompt"] == "visual"
 
 
 def test_a_request_has_every_post_processing_setting_but_prompt_thresholds():
@@ -100,18 +108,6 @@ def test_a_request_has_every_post_processing_setting_but_prompt_thresholds():
     for name in names:
         value = getattr(PostProcessing(), name)
         assert getattr(SegmentRequest.model_validate({name: value}), name) == value
-
-
-def test_masks_none_reaches_the_replica():
-    backend = FakeBackend()
-    answer = make_client(backend).post("/v1/segment", **as_json(masks="none")).json()
-    assert not backend.calls[0].masks
-    assert set(answer["results"][0]["detections"][0]) == {"score", "box_xyxy"}
-
-
-def test_boxes_alone():
-    body = as_json(prompts=[], boxes=[{"xyxy": [1, 1, 9, 9]}])
-    assert make_client().post("/v1/segment", **body).json()["results"][0]["prompt"] == "visual"
 
 
 def test_boxes_refer_to_the_image_after_exif_orientation():
@@ -137,13 +133,6 @@ def test_upload_then_ask(body: dict[str, Any]):
     answer = client.post("/v1/segment", json={"prompts": ["crack"], "image_id": uploaded["image_id"]})
     assert answer.status_code == 200
     assert backend.calls[0].image.data is None
-
-
-def test_prompts_are_passed_on_unchanged():
-    backend = FakeBackend()
-    prompts = [" crack ", "crack", "crack", "Ähre 👩‍🌾"]
-    answer = make_client(backend).post("/v1/segment", **as_json(prompts=prompts)).json()
-    assert list(backend.calls[0].prompts) == [result["prompt"] for result in answer["results"]] == prompts
 
 
 def test_adapters():

@@ -69,16 +69,12 @@ def test_wrong_method(method: str, path: str, allow: str):
         assert response.json()["error"]["type"] == "method_not_allowed"
 
 
-def test_head_is_get_without_a_body():
+def test_head_is_get_without_a_body_and_every_answer_has_security_headers():
     client = make_client()
     for path in ("/healthz", "/v1/adapters", "/openapi.json"):
         got, head = client.get(path), client.head(path)
         assert (head.status_code, head.content) == (got.status_code, b"")
         assert head.headers["content-length"] == got.headers["content-length"]
-
-
-def test_security_headers_on_every_answer():
-    client = make_client()
     for response in (client.get("/"), client.get("/nowhere"), client.post("/v1/segment", **as_json())):
         assert response.headers["x-content-type-options"] == "nosniff"
         assert response.headers["referrer-policy"] == "no-referrer"
@@ -128,18 +124,18 @@ def test_a_request_without_a_right_key_is_refused(guarded: Any, path: str, heade
     assert response.headers["www-authenticate"] == "Bearer"
 
 
-def test_right_keys(guarded: Any):
+def test_right_keys_and_open_paths(guarded: Any, monkeypatch: pytest.MonkeyPatch):
     for headers in (
         {"authorization": "bearer first-key"},
         {"x-api-key": "zweiter-schlüssel".encode()},
         {"authorization": "Bearer wrong", "x-api-key": "first-key"},
     ):
         assert guarded.get("/v1/adapters", headers=headers).status_code == 200
-
-
-def test_open_paths(guarded: Any):
     for path in ("/healthz", "/readyz", "/", "/docs", "/openapi.json"):
         assert guarded.get(path).status_code == 200, path
+    monkeypatch.setenv(KEY_VARIABLE, " , ")
+    with pytest.raises(UserError, match=KEY_VARIABLE):
+        make_client()
 
 
 def test_a_prefix_does_not_bypass_the_key(guarded: Any):
@@ -157,12 +153,6 @@ def test_a_prefix_does_not_bypass_the_key(guarded: Any):
     assert 'route="/v1/adapters"' in text
     assert 'route="/healthz"' in text
     assert 'route="/static"' in text
-
-
-def test_a_variable_without_a_key_is_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv(KEY_VARIABLE, " , ")
-    with pytest.raises(UserError, match=KEY_VARIABLE):
-        make_client()
 
 
 # --- failures ---

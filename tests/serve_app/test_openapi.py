@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 from typing import Any
 
 import pytest
@@ -33,13 +32,6 @@ def test_every_route_is_described(document: dict[str, Any]):
         ("/readyz", "get"),
         ("/metrics", "get"),
     ]
-
-
-def test_every_reference_resolves(document: dict[str, Any]):
-    text = json.dumps(document)
-    names = {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}
-    assert names
-    assert names <= set(document["components"]["schemas"])
 
 
 def test_every_error_has_an_example(document: dict[str, Any]):

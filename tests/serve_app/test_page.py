@@ -13,7 +13,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from .browser import Browser, find_chromium, wait_until
-from .page_server import POST, PageServer, canned, detection
+from .page_server import POST, PageServer, canned
 
 pytestmark = [
     pytest.mark.slow,
@@ -67,6 +67,15 @@ def ask(page: Browser, image: Path, *prompts: str) -> None:
 def answered(page: Browser, panels: int = 1) -> None:
     shown = "document.querySelectorAll('[data-part=results]:not([hidden])').length"
     page.wait(f"{shown} === {panels} && !{BUSY} && document.querySelectorAll('.group').length > 0")
+
+
+def on_screen(page: Browser, x: float, y: float) -> tuple[float, float]:
+    """Where a pixel of the image is in the window, while the image is shown whole."""
+    frame = page.rectangle("canvas")
+    scale = min(frame["width"] / SIZE_HW[1], frame["height"] / SIZE_HW[0])
+    left = frame["x"] + (frame["width"] - SIZE_HW[1] * scale) / 2
+    top = frame["y"] + (frame["height"] - SIZE_HW[0] * scale) / 2
+    return left + x * scale, top + y * scale
 
 
 def counts(page: Browser) -> list[list[int]]:
@@ -135,7 +144,15 @@ def test_prompts_are_chips(page: Browser, server: PageServer, image: Path):
     page.wait("document.querySelector('[data-part=results]').hidden")
 
 
-def test_a_prompt_is_text_and_never_markup(page: Browser, image: Path):
+def test_a_prompt_is_never_markup_and_a_text_file_is_no_image(
+    page: Browser, server: PageServer, image: Path, tmp_path: Path
+):
+    path = tmp_path / "notes.txt"
+    path.write_text("no image")
+    page.choose_file("#file", path)
+    page.wait("!document.querySelector('#error').hidden")
+    assert "cannot read the file as an image" in page.text("#error-message")
+    assert server.num_uploads == 0
     ask(page, image, "<img src=x onerror=alert(1)>")
     assert page.value("document.querySelectorAll('main img').length") == 0
     assert page.text(".group-title") == "<img src=x onerror=alert(1)>"
@@ -182,11 +199,7 @@ def test_boxes_are_drawn_with_the_mouse(page: Browser, server: PageServer, image
     page.choose_file("#file", image)
     page.wait("!document.querySelector('#work').hidden")
     page.click("input[value=negative]")
-    frame = page.rectangle("canvas")
-    scale = min(frame["width"] / SIZE_HW[1], frame["height"] / SIZE_HW[0])
-    left = frame["x"] + (frame["width"] - SIZE_HW[1] * scale) / 2
-    top = frame["y"] + (frame["height"] - SIZE_HW[0] * scale) / 2
-    page.drag((left + 120 * scale, top + 90 * scale), (left + 40 * scale, top + 30 * scale))
+    page.drag(on_screen(page, 120, 90), on_screen(page, 40, 30))
     answered(page)
     question = server.questions[-1]
     assert question["prompts"] == []
@@ -224,13 +237,9 @@ def test_list_and_image_point_at_each_other(page: Browser, image: Path):
     page.value("document.activeElement.blur()")
     page.set_range("#threshold", 0.5)
     wait_until(lambda: page.value(pixels) == before, "it to stand back")
-    frame = page.rectangle("canvas")
-    scale = min(frame["width"] / SIZE_HW[1], frame["height"] / SIZE_HW[0])
-    left = frame["x"] + (frame["width"] - SIZE_HW[1] * scale) / 2
-    top = frame["y"] + (frame["height"] - SIZE_HW[0] * scale) / 2
-    page.point(left + 30 * scale, top + 30 * scale)  # inside the detection of 0.9
+    page.point(*on_screen(page, 30, 30))  # inside the detection of 0.9
     page.wait("document.querySelector('.row.is-highlit')")
-    page.point(left + 230 * scale, top + 170 * scale)
+    page.point(*on_screen(page, 230, 170))
     page.wait("!document.querySelector('.row.is-highlit')")
 
 
@@ -347,24 +356,24 @@ def test_many_detections_and_a_large_image(page: Browser, tmp_path: Path):
     assert page.value("document.documentElement.scrollWidth <= innerWidth")
 
 
-def test_an_evicted_image_is_uploaded_again(page: Browser, server: PageServer, image: Path):
+def test_an_evicted_image_is_uploaded_again_and_a_busy_service_is_retried_with_a_note(
+    page: Browser, server: PageServer, image: Path
+):
     ask(page, image, "gear")
     server.forget_images()
     page.type("#prompt-input", "arrow", key="Enter")
     page.wait("document.querySelectorAll('.group').length === 2")
     assert server.num_uploads == 2
     assert page.value("document.querySelector('#error').hidden")
-
-
-def test_a_busy_service_is_retried_with_a_note(page: Browser, server: PageServer, image: Path):
     page.value(
         "window.notes = []; new MutationObserver(() => notes.push(document.querySelector('#status').textContent))"
         ".observe(document.querySelector('#status'), {childList: true}); 0"
     )
-    ask(page, image, "busy")
+    asked = len(server.questions)
+    page.type("#prompt-input", "busy", key="Enter")
+    page.wait("document.querySelectorAll('.group').length === 3")
     assert "The service is busy: trying again in 1 s." in page.value("notes")
-    assert len(server.questions) == 2
-    assert counts(page) == [[1]]
+    assert len(server.questions) == asked + 2
 
 
 def test_an_error_is_shown_with_its_request_id(page: Browser, image: Path):
@@ -391,15 +400,6 @@ def test_a_new_request_cancels_the_running_one(page: Browser, server: PageServer
     assert page.text(".group-title") == "gear"
 
 
-def test_a_file_that_is_no_image(page: Browser, server: PageServer, tmp_path: Path):
-    path = tmp_path / "notes.txt"
-    path.write_text("no image")
-    page.choose_file("#file", path)
-    page.wait("!document.querySelector('#error').hidden")
-    assert "cannot read the file as an image" in page.text("#error-message")
-    assert server.num_uploads == 0
-
-
 def test_the_key_stays_in_the_tab(browser: Browser):
     with PageServer(api_key="secret").running() as server:
         browser.problems.clear()
@@ -423,12 +423,3 @@ def test_the_sample_answers_with_one_click_on_a_phone(browser: Browser, server: 
     assert browser.value("document.querySelectorAll('.count').length") == 3
     assert browser.value("document.documentElement.scrollWidth") == 390
     assert browser.problems == browser.failed_loads == []
-
-
-def test_canned_detections_overlap_as_the_tests_say():
-    first, _, second, apart = canned(np.zeros((*SIZE_HW, 3)), {"prompts": ["x"], "adapter": "shapes"})[0]["detections"]
-    boxes = np.array([found["box_xyxy"] for found in (first, second, apart)], float)
-    boxes[:, 2:] -= boxes[:, :2]
-    overlaps = coco_mask.iou(boxes, boxes, [0, 0, 0])
-    np.testing.assert_allclose(overlaps[0], [1, 0.6, 0])
-    assert detection(0.5, (0, 0, 4, 4), (8, 8))["area_px"] == 15

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from sam3lora.data import sample
-from sam3lora.engine.pixels import to_pixel_values
+from sam3lora.engine.features import to_pixel_values
 from sam3lora.errors import UserError
-from sam3lora.evaluation.ask.split import ask_split
 from sam3lora.model.loading import load_base
 from sam3lora.training import validator as metrics_module
 from sam3lora.training.features.memory import FeatureMemory
 from sam3lora.training.launch import train
+from sam3lora.training.validator import ask_split
 
 from .changed_scenes import with_broken_images
 from .feature_cases import (

@@ -6,8 +6,7 @@ import time
 
 import pytest
 
-from sam3lora.training.follow import describe_line, follow
-from sam3lora.training.metrics_log import MetricsLog
+from sam3lora.training.metrics_log import MetricsLog, describe_line, follow
 
 START = {
     "step": 0,

@@ -118,7 +118,7 @@ def two_workers(tmp_path_factory):
             )
             for rank in (0, 1)
         ]
-        errors = [worker.communicate(timeout=120)[1] for worker in workers]
+        errors = [worker.communicate(timeout=300)[1] for worker in workers]
         assert [worker.returncode for worker in workers] == [0, 0], "\n".join(errors)
         reports = [json.loads((scratch / f"report_{rank}.json").read_text()) for rank in (0, 1)]
         return reports, [load_file(scratch / f"gradients_{rank}.safetensors") for rank in (0, 1)]

@@ -7,8 +7,8 @@ import torch
 
 from sam3lora.data.prompts import prompt_key
 from sam3lora.evaluation.ask.run import evaluate
-from sam3lora.model.staged.forward import StagedSam3
 from sam3lora.training import validator as module
+from sam3lora.training.features.encoder import ImageEncoder
 from sam3lora.training.validator import LOGGED, evaluation_settings
 
 from .changed_scenes import rewritten, without_objects
@@ -77,18 +77,20 @@ def test_split_without_objects_is_asked_what_training_asks(make_config, scenes, 
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_precision_is_that_of_the_run(make_config, monkeypatch, bf16):
-    # The detector sees images as in the run's forward; kept text features have the precision of the weights.
+    # Images are encoded as in the run's forward; kept text features have the precision of the weights.
     trainer = make_trainer(make_config(*[BF16] * bf16))
     seen = set()
-    detect = StagedSam3.detect
+    of_records = ImageEncoder.of_records
 
-    def spy(staged, vision, text, *others, **options):
-        seen.add((vision.maps_ICHW[0].dtype, text.embeds_PTC.dtype))
-        return detect(staged, vision, text, *others, **options)
+    def spy(encoder, records):
+        vision = of_records(encoder, records)
+        seen.add(vision.maps_ICHW[0].dtype)
+        return vision
 
-    monkeypatch.setattr(StagedSam3, "detect", spy)
+    monkeypatch.setattr(ImageEncoder, "of_records", spy)
     trainer.validator.metrics()
-    assert seen == {(torch.bfloat16 if bf16 else torch.float32, torch.float32)}
+    assert seen == {torch.bfloat16 if bf16 else torch.float32}
+    assert {text.embeds_PTC.dtype for text in trainer.runner.text.kept().values()} == {torch.float32}
 
 
 def test_prompts_of_another_case_are_encoded_before_the_first_batch(make_config, monkeypatch):

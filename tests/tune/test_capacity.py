@@ -51,7 +51,5 @@ def test_a_local_ray_gets_the_cpus_that_its_trials_ask_for():
     asked = config(num_workers=1, resources_per_worker={"CPU": 3})
     assert local_concurrency(asked, 2).trials == 2
     assert local_cpus(asked, 2) == 6
-
-
-def test_on_a_machine_too_small_for_one_trial_they_run_one_by_one():
-    assert local_concurrency(config(num_workers=1, resources_per_worker={"CPU": 4096}), None).trials == 1
+    too_large = config(num_workers=1, resources_per_worker={"CPU": 4096})
+    assert local_concurrency(too_large, None).trials == 1  # one by one

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 from ray.tune.schedulers import ASHAScheduler
 
-from sam3lora.tune.run.decisions import StoppedEarly, await_decision, write_decision
 from sam3lora.tune.run.ledger import TrialRecord
+from sam3lora.tune.run.trial import StoppedEarly, await_decision, write_decision
 from sam3lora.tune.search import early_stopping
 from sam3lora.tune.search.early_stopping import SuccessiveHalving, rungs
 from sam3lora.tune.search.ray_tune import build_scheduler
@@ -41,13 +41,12 @@ def space(epochs=9, *, scheduler="asha", grace=1, factor=3, metric="valid_loss",
     ],
 )
 def test_rungs(settings, expected):
-    assert rungs(settings) == expected
+    assert rungs(settings) == rungs(settings, 12) == expected
 
 
 @pytest.mark.parametrize(
     ("max_steps", "images", "expected"),
     [
-        (None, 12, [1, 3]),
         (12, 12, [1, 3]),  # two steps an epoch: six epochs
         (5, 12, [1]),  # the third epoch is cut short, and the last
         (2, 12, []),
@@ -140,10 +139,15 @@ def scheduler_of(settings, *earlier):
     return build_scheduler(settings, rungs(settings), earlier)
 
 
-def test_a_trial_that_falls_behind_is_stopped_and_one_that_leads_goes_on(tmp_path):
+def test_a_trial_that_falls_behind_is_stopped_unless_it_is_the_base_or_ends(tmp_path):
     scheduler = scheduler_of(space(9))
-    stopped = [Trial(tmp_path, scheduler, n).is_stopped_after(1, valid_loss=loss) for n, loss in enumerate([1, 2, 0.5])]
-    assert stopped == [False, True, False]
+    first, *others = (Trial(tmp_path, scheduler, number) for number in range(3))
+    assert not any(first.is_stopped_after(epoch, valid_loss=1.0) for epoch in range(1, 10))
+    assert [trial.is_stopped_after(1, valid_loss=loss) for trial, loss in zip(others, [2, 0.5])] == [True, False]
+    assert not Trial(tmp_path, scheduler, 3, is_base=True).is_stopped_after(1, valid_loss=9.0)
+    gone = Trial(tmp_path, scheduler, 4)
+    gone.folder.rmdir()  # does not end the sweep
+    assert not gone.is_stopped_after(1, valid_loss=9.0)
 
 
 def test_trials_of_an_earlier_session_count_at_every_rung(tmp_path):
@@ -164,16 +168,6 @@ def test_a_trial_that_goes_on_is_not_judged_again_at_a_rung_that_it_has_passed(t
     assert Trial(tmp_path, scheduler, 4).is_stopped_after(1, valid_loss=2.4)  # a new one is
 
 
-def test_the_base_configuration_trains_to_its_end(tmp_path):
-    scheduler = scheduler_of(space(9), ended(1, 0.1))
-    assert not Trial(tmp_path, scheduler, 0, is_base=True).is_stopped_after(1, valid_loss=9.0)
-
-
-def test_a_trial_at_its_last_epoch_is_left_to_end_by_itself(tmp_path):
-    trial = Trial(tmp_path, scheduler_of(space(9)), 0)
-    assert not any(trial.is_stopped_after(epoch, valid_loss=1.0) for epoch in range(1, 10))
-
-
 @pytest.mark.parametrize("missing", [{}, {"map": None}])
 def test_epochs_without_the_metric_decide_nothing(tmp_path, missing):
     scheduler = scheduler_of(space(9, metric="map", every=2))
@@ -181,13 +175,6 @@ def test_epochs_without_the_metric_decide_nothing(tmp_path, missing):
     trial = Trial(tmp_path, scheduler, 1)
     assert not trial.is_stopped_after(2, valid_loss=3.0, **missing)
     assert trial.is_stopped_after(3, map=0.1)
-
-
-def test_a_folder_that_is_gone_does_not_end_the_sweep(tmp_path):
-    scheduler = scheduler_of(space(9))
-    trial = Trial(tmp_path, scheduler, 0)
-    trial.folder.rmdir()
-    assert not trial.is_stopped_after(1, valid_loss=1.0)
 
 
 def test_a_trial_waits_for_the_decision_on_its_epoch(tmp_path):

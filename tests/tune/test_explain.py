@@ -5,19 +5,17 @@ from __future__ import annotations
 import io
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 import yaml
 from rich.console import Console
 
 from sam3lora.config import load_config
-from sam3lora.data.synth.dataset import write_dataset
 from sam3lora.errors import OutOfMemory, UserError
 from sam3lora.tune.estimate import probe as probe_module
 from sam3lora.tune.estimate.explain import explain_sweep
-from sam3lora.tune.estimate.feature_cache_size import feature_bytes, why_not_kept
 from sam3lora.tune.estimate.probe import ImageCost, Probe
+from sam3lora.tune.estimate.sweep_cost import feature_bytes, why_not_kept
 from sam3lora.tune.estimate.sweep_time import expected_share
 from sam3lora.tune.run import capacity
 from sam3lora.tune.search.proposals import propose_all
@@ -38,12 +36,6 @@ PROBE = Probe(
     cache_bytes=1e6,
     uses_features=True,
 )
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("explain") / "data"
-    return write_dataset(folder, num_train=4, num_valid=2, size=112, seed=4, progress=False)
 
 
 @pytest.fixture
@@ -167,14 +159,24 @@ def test_size_of_features(make_space):
 
 
 @pytest.mark.parametrize(("cache_gb", "is_told"), [(40e-6, True), (60e-6, False)])
-def test_features_that_do_not_fit(make_space, images, cache_gb, is_told):
+def test_features_that_do_not_fit(make_space, data_dir, tmp_path, monkeypatch, cache_gb, is_told):
     # 6 images of 8192 bytes each.
-    text = explained(make_space(RANKS, f"training.data_dir='{images}'", f"training.cache_gb={cache_gb}"), probe=False)
+    monkeypatch.setattr(probe_module, "run_probe", lambda config: pytest.fail("probed"))
+    data = shutil.copytree(data_dir, tmp_path / "data")
+    shutil.copytree(data_dir / "valid", data / "other")
+    overrides = [f"training.data_dir='{data}'", f"training.cache_gb={cache_gb}"]
+    text = explained(make_space(RANKS, *overrides, search="{held_out_split: other}"), probe=False)
     told = f"those of 6 images take 0 MB (0.00819 MB each), more than training.cache_gb = {cache_gb:g}: every epoch"
     assert (told in text) == is_told
+    assert "leave out --no-probe" in text
+    assert "measured on other/ at the end" in " ".join(text.split())
 
 
-def test_long_search_with_labels(make_space):
+def test_long_search_with_labels(make_space, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    import ray
+
+    monkeypatch.setattr(ray, "init", lambda *args, **options: pytest.fail("Ray was started"))
     labels = "lora.target_modules: {choice: {few: [v_proj], many: [q_proj, v_proj, fc1]}}"
     rates = "training.learning_rate: {loguniform: [1.0e-5, 1.0e-3]}"
     text = explained(make_space(f"{labels}\n{rates}", search="{num_trials: 30}"))
@@ -185,29 +187,16 @@ def test_long_search_with_labels(make_space):
     assert re.search(r"Trainable   [\d,]+ parameters\n", explained(make_space(rates)))  # one number if all are alike
 
 
-def test_optuna_says_that_later_samples_depend_on_results(make_space):
-    pytest.importorskip("optuna")
-    assert "later ones depend on results" in explained(make_space(RANKS, search="{algorithm: optuna, num_trials: 3}"))
-
-
-def test_no_ray_is_started(make_space, monkeypatch):
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    import ray
-
-    monkeypatch.setattr(ray, "init", lambda *args, **options: pytest.fail("Ray was started"))
-    assert "on this machine" in explained(make_space(RANKS))
-
-
-def test_missing_validation_split(make_space, images, tmp_path):
+def test_missing_validation_split(make_space, data_dir, tmp_path):
     (tmp_path / "data" / "train").mkdir(parents=True)
     with pytest.raises(UserError, match=r"there is no folder .*valid"):
         explained(make_space(RANKS, f"training.data_dir='{tmp_path / 'data'}'"))
 
 
-def test_measured(make_space, images, tmp_path, monkeypatch):
+def test_measured(make_space, data_dir, tmp_path, monkeypatch):
     # The whole way, with real steps.
     monkeypatch.setattr(probe_module, "_import_seconds", lambda: 5.0)
-    text = explained(make_space(RANKS, f"training.data_dir='{images}'"))
+    text = explained(make_space(RANKS, f"training.data_dir='{data_dir}'"))
     assert "Measured on the CPU with 1 thread, 4 training and 2 validation images" in text
     rows = rows_under(text, "start ")
     assert [row[0] for row in rows] == ["base configuration", f"largest (trial {largest_of(text)})"]
@@ -216,11 +205,11 @@ def test_measured(make_space, images, tmp_path, monkeypatch):
     assert not (tmp_path / "never").exists()
 
 
-def test_estimate(make_space, images, monkeypatch):
+def test_estimate(make_space, data_dir, monkeypatch):
     monkeypatch.setattr(probe_module, "run_probe", lambda config: PROBE)
     space = make_space(
         RANKS,
-        f"training.data_dir='{images}'",
+        f"training.data_dir='{data_dir}'",
         search="{num_trials: 4, metric: map, max_concurrent: 2}",
         early_stopping="{grace_epochs: 1, reduction_factor: 3}",
     )
@@ -236,27 +225,13 @@ def test_estimate(make_space, images, monkeypatch):
     assert "120 MB of cached images and features" in text
 
 
-def test_without_the_probe(make_space, images, monkeypatch):
-    monkeypatch.setattr(probe_module, "run_probe", lambda config: pytest.fail("probed"))
-    text = explained(make_space(RANKS, f"training.data_dir='{images}'"), probe=False)
-    assert "leave out --no-probe" in text
-
-
-def test_probe_that_fails_is_told(make_space, images, monkeypatch):
+def test_probe_that_fails_is_told(make_space, data_dir, monkeypatch):
     def fail(config):
         if config.lora.rank == 8:
             raise OutOfMemory("out of memory with training.batch_size=2: set it to 1")
         return PROBE
 
     monkeypatch.setattr(probe_module, "run_probe", fail)
-    text = explained(make_space(RANKS, f"training.data_dir='{images}'"))
+    text = explained(make_space(RANKS, f"training.data_dir='{data_dir}'"))
     failed = f"the probe of the largest (trial {largest_of(text)}) failed"
     assert f"{failed}: out of memory with training.batch_size=2: set it to 1" in text
-
-
-def test_held_out_split(make_space, images, tmp_path):
-    data = tmp_path / "data"
-    shutil.copytree(images, data)
-    shutil.copytree(images / "valid", data / "other")
-    space = make_space(RANKS, f"training.data_dir='{data}'", search="{held_out_split: other}")
-    assert "measured on other/ at the end" in " ".join(explained(space, probe=False).split())

@@ -10,8 +10,8 @@ import serve_app
 from sam3lora.config import Config, load_config
 from sam3lora.data.synth.dataset import write_dataset
 from sam3lora.errors import UserError
-from sam3lora.tune.run import held_out as module
-from sam3lora.tune.run.held_out import measure_held_out
+from sam3lora.tune.run import outcome as module
+from sam3lora.tune.run.outcome import measure_held_out
 
 SAMPLES = Path(serve_app.__file__).parent / "samples"
 PARTS, LIGHT = SAMPLES / "parts", SAMPLES / "parts-light"

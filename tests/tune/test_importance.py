@@ -40,13 +40,10 @@ def test_parted_by_the_parameter_alone():
     assert [(level.label, level.num_trials, level.median) for level in found.levels] == [("4", 3, 0.2), ("8", 3, 0.5)]
 
 
-def test_no_difference_is_no_effect():
+def test_no_difference_and_many_trials():
     found = one(ranks_4_and_8([0.1, 0.4, 0.5], [0.2, 0.3, 0.6]), RANK)
     assert found.epsilon_squared == pytest.approx(1 / 105)
     assert found.effect == "not told apart from chance"
-
-
-def test_many_trials_use_the_distribution_of_scipy():
     low, high = [0.01 * n for n in range(7)], [0.035 + 0.01 * n for n in range(7)]
     found = one(ranks_4_and_8(low, high), RANK)
     assert found.p_value == pytest.approx(scipy.stats.kruskal(low, high).pvalue)
@@ -62,28 +59,22 @@ def test_clear_is_judged_by_how_many_were_looked_at(num_parameters, effect):
     assert found[0].effect == effect
 
 
-def test_numbers_of_many_values_are_parted_in_thirds():
+def test_levels_are_thirds_of_numbers_and_labels_of_lists():
     records = [trial(number, number / 10, lora__dropout=number / 100) for number in range(12)]
     found = one(records, DROPOUT)
     assert [level.num_trials for level in found.levels] == [4, 4, 4]
     assert found.levels[0].label == "0 to 0.03"
     assert found.effect == "clear"
-
-
-def test_a_third_that_is_one_value():
     records = [trial(number, number / 10, lora__dropout=max(0.0, (number - 7) / 100)) for number in range(12)]
-    levels = one(records, DROPOUT).levels
+    levels = one(records, DROPOUT).levels  # a third that is one value
     assert [(level.label, level.num_trials) for level in levels] == [("0", 8), ("0.01 to 0.04", 4)]
-
-
-def test_labels_stand_for_lists():
     records = [trial(n, n / 10, lora__target_modules=[["q_proj"], ["q_proj", "fc1"]][n % 2]) for n in range(8)]
     assert [level.label for level in one(records, MODULES).levels] == ["few", "many"]
 
 
-def test_the_direction_of_the_metric_and_one_diverged_trial_do_not_matter():
+def test_the_direction_of_the_metric_a_diverged_trial_and_an_early_stop_do_not_matter():
     records = ranks_4_and_8([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
-    losses = [replace(record, value=-1.0 * record.value) for record in records]
+    losses = [replace(record, value=-1.0 * record.value, status="stopped") for record in records]
     losses[0].value = 1e9
     assert one(losses, RANK).epsilon_squared == one(records, RANK).epsilon_squared
 
@@ -103,11 +94,6 @@ def test_too_little_is_said_to_be_so(records, reason):
     assert found.epsilon_squared is None
     assert found.effect is None
     assert reason in found.reason
-
-
-def test_stopped_trials_count_with_their_value():
-    records = ranks_4_and_8([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
-    assert one([replace(record, status="stopped") for record in records], RANK) == one(records, RANK)
 
 
 def test_chance_is_seldom_called_an_effect():

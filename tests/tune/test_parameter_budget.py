@@ -41,37 +41,26 @@ def test_the_count_is_that_of_peft_on_the_full_size(preset):
     assert count_trainable(config) == counted.trainable
 
 
-def test_the_published_size_is_known_offline():
-    config = load_config("light")
-    assert count_trainable(config) == 1_015_808  # docs/parameters.md
-
-
-def test_nothing_is_changed_and_rank_is_a_factor():
+def test_rank_is_a_factor_and_nothing_is_changed(small_base):
+    assert count_trainable(load_config("light")) == 1_015_808  # docs/parameters.md; known offline
     counts = [count_trainable(load_config("quick_test", [f"lora.rank={rank}"])) for rank in (8, 1, 8)]
     assert counts == [8 * counts[1], counts[1], counts[0]]
     model = meta_model("tiny", None, False)
     assert all(parameter.is_meta for parameter in model.parameters())
     assert not any("lora" in name for name, _ in model.named_modules())
-
-
-def test_a_folder_is_counted_by_its_own_shape(small_base):
-    config = load_config("quick_test", [f"model.name={small_base}"])
-    assert 0 < count_trainable(config) < count_trainable(load_config("quick_test"))
+    # A folder is counted by its own shape.
+    assert 0 < count_trainable(load_config("quick_test", [f"model.name={small_base}"])) < counts[0]
 
 
 @pytest.mark.parametrize(
-    ("override", "words"),
+    ("overrides", "words"),
     [
-        ("lora.target_modules=[nothing]", "'nothing' matches no module"),
-        ("lora.apply_to_scoring=true", "none of the target modules"),
-        ("lora.vision_last_layers=60", "must be between 1 and 6"),
+        (["lora.target_modules=[nothing]"], "'nothing' matches no module"),
+        (["lora.apply_to_scoring=true"], "none of the target modules"),
+        (["lora.vision_last_layers=60"], "must be between 1 and 6"),
+        (["model.name=someone/else", "model.local_files_only=true"], "'someone/else' cannot be read"),
     ],
 )
-def test_impossible_settings_are_explained(override, words):
+def test_impossible_settings_are_explained(overrides, words):
     with pytest.raises(UserError, match=words):
-        count_trainable(load_config("quick_test", [override]))
-
-
-def test_a_model_that_nobody_has_is_a_user_error():
-    with pytest.raises(UserError, match="'someone/else' cannot be read"):
-        count_trainable(load_config("quick_test", ["model.name=someone/else", "model.local_files_only=true"]))
+        count_trainable(load_config("quick_test", overrides))

@@ -153,10 +153,3 @@ def test_ended_trials_are_read_once(tmp_path, monkeypatch):
     metrics.write_text(json.dumps(line) + "\n" + json.dumps(line | {"epoch": 2, "map": 0.5}) + "\n")
     assert (reader.records()[2].value, reader.records()[2].epochs) == (0.5, 2)
     assert reads == ["0000", "0001", "0002", "0002", "0002"]
-
-
-def test_off(tmp_path):
-    output = console()
-    with show_progress(make_space(), Ledger(tmp_path), "off", output):
-        pass
-    assert text_of(output) == ""

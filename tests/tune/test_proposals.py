@@ -56,12 +56,8 @@ def test_samples_over_the_budget_give_way_to_others(space_of):
     assert min(rejection.values["lora.rank"] for rejection in over) > 20
     assert f"over the bound of {limit:,} trainable parameters" in over[0].reason
     assert over[0].trainable_parameters == parameters_at(over[0].values["lora.rank"])
-
-
-def test_the_budget_in_mb_counts_four_bytes_a_parameter(space_of):
-    exactly = parameters_at(8) * 4 / 1e6
-    proposals, _ = propose_all(space_of(constraints={"max_adapter_mb": exactly}))
-    assert max(proposal.values["lora.rank"] for proposal in proposals) == 8
+    # A rejection of an earlier session is not reported again.
+    assert propose_all(space, rejected=rejected) == (proposals, [])
 
 
 def test_impossible_settings_are_rejected_with_the_reason(space_of):
@@ -127,33 +123,19 @@ def test_a_resumed_sweep_proposes_what_is_missing(space_of, algorithm):
     assert algorithm != "grid" or rejected == []
 
 
-def test_a_rejection_of_an_earlier_session_is_not_reported_again(space_of):
-    space = space_of({"lora.rank": {"randint": [1, 64]}}, constraints={"max_trainable_parameters": parameters_at(20)})
-    proposals, before = propose_all(space)
-    again, after = propose_all(space, rejected=before)
-    assert again == proposals
-    assert after == []
-
-
-def test_a_budget_that_nothing_meets_is_found_at_the_start(space_of):
-    space = space_of(constraints={"max_trainable_parameters": 1000}, search={"include_base": False})
-    smallest = parameters_at(4)
-    with pytest.raises(UserError) as caught:
-        Proposer(space, taken=[])
-    message = str(caught.value)
-    assert "samples is within 1,000 trainable parameters" in message
-    assert f"the smallest has {smallest:,} trainable parameters" in message
-
-
 def test_a_space_without_a_possible_sample_is_found_at_the_start(space_of):
-    space = space_of({"lora.target_modules": {"choice": [["nothing"]]}}, search={"algorithm": "grid"})
-    with pytest.raises(UserError, match=r"none of 1 samples is possible; the first: .*'nothing' matches no module"):
-        Proposer(space, taken=[])
-
-
-def test_a_base_over_the_budget_is_an_error_unless_it_is_left_out(space_of):
-    constraints = {"max_trainable_parameters": parameters_at(4)}
-    with pytest.raises(UserError, match=r"the base configuration quick_test is over the budget.*include_base: false"):
-        Proposer(space_of(constraints=constraints), taken=[])
-    proposals, _ = propose_all(space_of(constraints=constraints, search={"include_base": False}))
-    assert [proposal.values for proposal in proposals] == [{"lora.rank": 4}]
+    tight = {"max_trainable_parameters": parameters_at(4)}
+    no_base = {"include_base": False}
+    smallest = f"within 1,000 trainable parameters.*the smallest has {parameters_at(4):,} trainable parameters"
+    impossible = {"lora.target_modules": {"choice": [["nothing"]]}}
+    for space, words in [
+        (space_of(constraints={"max_trainable_parameters": 1000}, search=no_base), smallest),
+        (space_of(impossible, search={"algorithm": "grid"}), "none of 1 samples is possible; the first: .*'nothing'"),
+        (space_of(constraints=tight), "the base configuration quick_test is over the budget.*include_base: false"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            Proposer(space, taken=[])
+    exactly = {"max_adapter_mb": parameters_at(4) * 4 / 1e6}  # four bytes a parameter
+    for constraints in (tight, exactly):
+        proposals, _ = propose_all(space_of(constraints=constraints, search=no_base))
+        assert [proposal.values for proposal in proposals] == [{"lora.rank": 4}]

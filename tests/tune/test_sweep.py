@@ -9,13 +9,12 @@ import ray.cloudpickle
 from ray.tune.search import Searcher
 
 from sam3lora.data.images import ImageError
-from sam3lora.data.synth.dataset import write_dataset
 from sam3lora.errors import OutOfMemory, UserError, WorkerLost
 from sam3lora.training.update import NonFiniteLoss
 from sam3lora.tune.run import sweep, sweep_folder
 from sam3lora.tune.run import trial as trial_run
-from sam3lora.tune.run.decisions import StoppedEarly
 from sam3lora.tune.run.ledger import Ledger, TrialRecord
+from sam3lora.tune.run.trial import StoppedEarly
 from sam3lora.tune.search.proposals import Proposer
 from sam3lora.tune.search.ray_tune import LedgerSearcher
 from sam3lora.tune.space.reader import load_space
@@ -26,13 +25,6 @@ SPACE = {
     "parameters": {"lora.rank": {"choice": [2, 4, 16]}},
     "search": {"metric": "valid_loss", "num_trials": 3},
 }
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    write_dataset(folder, num_train=2, num_valid=2)
-    return folder
 
 
 @pytest.fixture
@@ -53,43 +45,37 @@ def space(data_dir, **changes):
     return load_space(SPACE | changes, overrides=[f"training.data_dir={data_dir}"])
 
 
-def test_a_folder_with_a_sweep_is_not_used_for_another_one(data_dir, tmp_path, no_trials):
+def test_a_folder_holds_one_sweep_of_one_space_and_one_driver(data_dir, tmp_path, no_trials):
+    folder = tmp_path / "sweep"
+    same = space(data_dir)
+    with pytest.raises(UserError, match="nothing to resume"):
+        sweep.run_sweep(same, folder, resume=True)
     for _ in range(2):  # a start that failed before its first trial may be repeated
         with pytest.raises(no_trials):
-            sweep.run_sweep(space(data_dir), tmp_path / "sweep")
-    Ledger(tmp_path / "sweep").write(TrialRecord(0, {"lora.rank": 8}, is_base=True))
-    with pytest.raises(UserError, match="already holds a sweep: give --resume"):
-        sweep.run_sweep(space(data_dir), tmp_path / "sweep")
-
-
-def test_a_sweep_does_not_go_on_with_another_space(data_dir, tmp_path, no_trials):
-    with pytest.raises(no_trials):
-        sweep.run_sweep(space(data_dir), tmp_path / "sweep")
+            sweep.run_sweep(same, folder)
     other = space(data_dir, parameters={"lora.rank": {"choice": [2, 4, 8]}})
     with pytest.raises(UserError, match=r"another search space: .*lora\.rank"):
-        sweep.run_sweep(other, tmp_path / "sweep", resume=True)
+        sweep.run_sweep(other, folder, resume=True)
     with pytest.raises(no_trials):
-        sweep.run_sweep(space(data_dir, search=SPACE["search"] | {"num_trials": 4}), tmp_path / "sweep", resume=True)
+        sweep.run_sweep(space(data_dir, search=SPACE["search"] | {"num_trials": 4}), folder, resume=True)
+    Ledger(folder).write(TrialRecord(0, {"lora.rank": 8}, is_base=True))
+    with pytest.raises(UserError, match="already holds a sweep: give --resume"):
+        sweep.run_sweep(same, folder)
+    with filelock.FileLock(folder / ".lock"), pytest.raises(UserError, match="another process is running the sweep"):
+        sweep.run_sweep(same, folder)
 
 
-def test_there_must_be_a_sweep_to_resume(data_dir, tmp_path):
-    with pytest.raises(UserError, match="nothing to resume"):
-        sweep.run_sweep(space(data_dir), tmp_path / "sweep", resume=True)
-
-
-def test_a_folder_takes_one_driver_at_a_time(data_dir, tmp_path):
-    (tmp_path / "sweep").mkdir()
-    with (
-        filelock.FileLock(tmp_path / "sweep" / ".lock"),
-        pytest.raises(UserError, match="another process is running the sweep"),
-    ):
-        sweep.run_sweep(space(data_dir), tmp_path / "sweep")
-
-
-def test_a_data_set_without_validation_images_is_refused_at_once(data_dir, tmp_path):
-    settings = space(data_dir, set={"data.valid_split": "val"})
-    with pytest.raises(UserError, match="a sweep compares trials on validation images"):
-        sweep.run_sweep(settings, tmp_path / "sweep")
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"set": {"data.valid_split": "val"}}, "a sweep compares trials on validation images"),
+        ({"constraints": {"max_trainable_parameters": 3}}, "over the budget"),
+    ],
+    ids=["no validation images", "a budget that nothing meets"],
+)
+def test_what_cannot_work_is_refused_before_anything_is_written(data_dir, tmp_path, changes, words):
+    with pytest.raises(UserError, match=words):
+        sweep.run_sweep(space(data_dir, **changes), tmp_path / "sweep")
     assert not (tmp_path / "sweep").exists()
 
 
@@ -123,13 +109,6 @@ def test_a_metric_that_has_no_value_on_the_validation_images_is_refused(
     file.write_text(json.dumps({**coco, "annotations": annotations}))
     with pytest.raises(UserError, match=f"search.metric {metric} cannot be measured on .*{reason}"):
         sweep.run_sweep(space(folder, search={"metric": metric, "num_trials": 2}), tmp_path / "sweep")
-
-
-def test_a_budget_that_nothing_meets_is_found_before_anything_is_written(data_dir, tmp_path):
-    settings = space(data_dir, constraints={"max_trainable_parameters": 3})
-    with pytest.raises(UserError, match="over the budget"):
-        sweep.run_sweep(settings, tmp_path / "sweep")
-    assert not (tmp_path / "sweep").exists()
 
 
 def test_begun_trials_come_before_new_ones(data_dir, tmp_path):

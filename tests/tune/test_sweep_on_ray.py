@@ -13,7 +13,6 @@ import pytest
 import ray
 import ray.cloudpickle
 
-from sam3lora.data.synth.dataset import write_dataset
 from sam3lora.errors import RunFailed, UserError
 from sam3lora.tune.run.ledger import Ledger
 from sam3lora.tune.run.sweep import run_sweep
@@ -31,13 +30,6 @@ SPACE = {
     "search": {"metric": "valid_loss", "num_trials": 4, "max_concurrent": 2},
     "early_stopping": {"scheduler": "none"},
 }
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    write_dataset(folder, num_train=4, num_valid=2)
-    return folder
 
 
 @pytest.fixture(scope="module")

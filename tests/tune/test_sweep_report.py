@@ -7,14 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from sam3lora.tune.report.charted_trials import ChartedTrials
-from sam3lora.tune.report.charts import learning_curves, progress_chart, size_chart
-from sam3lora.tune.report.parallel_coordinates import parallel_coordinates
-from sam3lora.tune.report.sentences import held_out_sentence, short_names
+from sam3lora.tune.report.charts import ChartedTrials
+from sam3lora.tune.report.sentences import held_out_sentence
 from sam3lora.tune.report.sweep_page import render_sweep
 
 from ..evaluation.report_cases import check_page
-from .made_sweeps import START, draw_rejections, draw_trials, fail, make_space, summarise_sweep, trial
+from .made_sweeps import draw_rejections, draw_trials, fail, make_space, summarise_sweep, trial
 
 HELD_OUT = {
     "split": "test", "metric": "map", "base": 0.41, "best": 0.52, "difference": 0.11, "low": 0.06, "high": 0.15,
@@ -28,10 +26,6 @@ def text_of(space, records, rejections=(), **summary) -> str:
 
 def page_of(space, records, rejections=(), **summary) -> str:
     return render_sweep(space, records, list(rejections), summarise_sweep(space, records, **summary))
-
-
-def texts(svg: str) -> list[str]:
-    return re.findall(r"<text[^>]*>([^<]*)</text>", svg)
 
 
 def test_a_sweep_that_gained():
@@ -96,46 +90,32 @@ def test_the_answer_is_no_louder_than_the_difference(metric, base, other, said):
         assert "hardly" not in text
 
 
-def test_an_equal_but_smaller_adapter_wins():
-    space = make_space()
-    records = changed(draw_trials(space, 2), t0=0.5, t1=0.5)
-    records[1].trainable_parameters = records[0].trainable_parameters - 1
-    assert "with the base configuration light, but its adapter is smaller" in text_of(space, records)
-
-
-def test_a_base_that_failed_or_was_left_out():
+def test_what_is_missing_is_said():
     space = make_space()
     records = draw_trials(space, 3)
-    records[0] = fail(records[:1])[0]
-    assert "The base configuration failed (out of memory), so" in text_of(space, records, base=None)
-    assert "The base configuration was not tried, so" in text_of(space, records[1:])
-    records[0] = replace(records[0], status="running")
-    assert "The base configuration has no value yet, so" in text_of(space, records, base=None)
+    failed = fail(records, "too large <b> & no room")
+    begun = replace(failed[0], status="running", failure=None, reason=None)
+    for shown, summary, said in [
+        ([failed[0], *records[1:]], {"base": None}, "The base configuration failed (out of memory), so"),
+        (records[1:], {}, "The base configuration was not tried, so"),
+        ([begun, *records[1:]], {"base": None}, "The base configuration has no value yet, so"),
+        ([], {"num_trials": 12}, "No trial was begun. The sweep is not over: 0 of 12"),
+        (failed, {}, "No trial has a value (3 failed: out of memory). Trial 0: too large <b> & no room"),
+        ([begun, *failed[1:]], {}, "No trial has a value (2 failed: out of memory, 1 running). Trial 1: too"),
+        (failed, {"num_trials": 12}, "3 of 12 trials have ended"),
+        (failed, {"num_trials": 12, "ran_out": True}, "no further configuration"),
+    ]:
+        assert said in text_of(space, shown, **summary)
+    for absent in ("is the best", "sam3lora infer", "optimistic", "Learning curves", "not over"):
+        assert absent not in text_of(space, failed)
 
 
-def test_all_failed():
+def test_equal_values():
     space = make_space()
-    text = text_of(space, fail(draw_trials(space, 8), "too large <b> & no room"))
-    assert "No trial has a value (8 failed: out of memory). Trial 0: too large <b> & no room" in text
-    for absent in ("is the best", "sam3lora infer", "optimistic", "Learning curves"):
-        assert absent not in text
-
-
-def test_nothing_was_begun_and_nothing_has_a_value_yet():
-    space = make_space()
-    assert "No trial was begun. The sweep is not over: 0 of 12" in text_of(space, [], num_trials=12)
-    records = fail(draw_trials(space, 3), "too large")
-    records[0] = replace(records[0], status="running", failure=None, reason=None)
-    text = text_of(space, records, num_trials=12)
-    assert "No trial has a value (2 failed: out of memory, 1 running). Trial 1: too large" in text
-
-
-def test_fewer_configurations_than_trials():
-    space = make_space()
-    records = fail(draw_trials(space, 3))
-    assert "3 of 12 trials have ended" in text_of(space, records, num_trials=12)
-    assert "no further configuration" in text_of(space, records, num_trials=12, ran_out=True)
-    assert "not over" not in text_of(space, records)
+    records = changed(draw_trials(space, 2), t0=0.5, t1=0.5)
+    assert "all trials have the same value" in text_of(space, [records[0]] * 7 + [records[1]] * 7)
+    records[1].trainable_parameters = records[0].trainable_parameters - 1
+    assert "with the base configuration light, but its adapter is smaller" in text_of(space, records)
 
 
 def test_held_out_images_speak_for_themselves():
@@ -165,35 +145,6 @@ def test_text_of_people_is_escaped():
     assert "<i>" not in page
 
 
-def test_long_labels_many_choices_and_equal_values():
-    names = [f"a very long name of a set number {number} that goes on and on" for number in range(12)]
-    space = make_space(parameters={"components": {"choice": names}, "lora.rank": {"randint": [1, 64]}})
-    records = [trial(n, 0.5, 100, components=names[n % 12], lora__rank=3 * n + 1) for n in range(14)]
-    assert "all trials have the same value" in text_of(space, records)
-
-
-def test_charts_draw_pauses_as_nothing_and_say_which_is_best():
-    records = [replace(trial(n, 0.1 * n), ended_at=START + 60 * n + (90_000 if n > 2 else 0)) for n in range(1, 6)]
-    sessions = [
-        {"started_at": START, "ended_at": START + 120},
-        {"started_at": START + 90_120, "ended_at": START + 91_000},
-    ]
-    shown = ChartedTrials(records, "map", "mAP", "max", best=5, base=1)
-    found = texts(progress_chart(shown, sessions))
-    assert "time the sweep ran (minutes)" in found
-    assert {"5", "best", "base", "best so far", "other trials"} <= set(found)
-    assert found.count("other trials") == 1
-
-
-def test_a_stopped_trial_is_marked_where_it_ended():
-    history = [{"epoch": epoch, "time": 0, "map": 0.1 * epoch} for epoch in (1, 2, 3)]
-    records = [
-        replace(trial(n, 0.3), history=history, status=status) for n, status in enumerate(["finished", "stopped"])
-    ]
-    assert "stopped early" in texts(learning_curves(ChartedTrials(records, "map", "mAP", "max", 0, None)))
-    assert "stopped early" not in texts(learning_curves(ChartedTrials(records[:1], "map", "mAP", "max", 0, None)))
-
-
 def test_a_loss_that_is_far_off_does_not_flatten_the_others():
     records = [trial(n, value) for n, value in enumerate([2.0, 1.0, 1.2, 1.1, 1e6])]
     low, high = ChartedTrials(records, "valid_loss", "loss", "min", 1, 0).limits()
@@ -202,30 +153,3 @@ def test_a_loss_that_is_far_off_does_not_flatten_the_others():
     scores = ChartedTrials([trial(0, 0.1), trial(1, 0.5)], "map", "mAP", "max").limits()
     assert scores[0] < 0.1
     assert scores[1] > 0.5
-
-
-def test_axes_of_the_settings():
-    space = make_space()
-    records = draw_trials(space, 12)
-    parameters = [space.parameters[name] for name in ("lora.rank", "lora.target_modules", "training.learning_rate")]
-    short = short_names([parameter.key for parameter in parameters])
-    found = texts(parallel_coordinates(ChartedTrials(records, "map", "mAP", "max", 7, 0), parameters, short))
-    rates = [record.values["training.learning_rate"] for record in records if record.value is not None]
-    assert {"rank", "4", "8", "16", "32", "attention", "all", "learning_rate", "mAP"} <= set(found)
-    assert parameters[2].label(min(rates)) in found
-    assert parameters[2].label(max(rates)) in found
-
-
-def test_nothing_to_draw_is_none():
-    empty = ChartedTrials([trial(0)], "map", "mAP", "max")
-    assert progress_chart(empty, []) is None
-    assert learning_curves(empty) is None
-    assert size_chart(empty) is None
-    assert parallel_coordinates(empty, [], {}) is None
-
-
-def test_names_are_short_where_that_is_clear():
-    names = ["lora.rank", "a.weight", "b.weight", "components"]
-    assert short_names(names) == {
-        "lora.rank": "rank", "a.weight": "a.weight", "b.weight": "b.weight", "components": "components",
-    }  # fmt: skip

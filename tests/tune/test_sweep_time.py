@@ -73,14 +73,11 @@ def test_seconds_of_a_trial(overrides, seconds):
     assert trial_seconds(make_config(*overrides), PROBE) == pytest.approx(seconds)
 
 
-def test_a_share_of_the_epochs_does_not_shorten_the_start():
+def test_early_stopping_shortens_no_start_and_uncached_images_fill_no_cache():
     assert trial_seconds(make_config(), PROBE, share=0.5) == pytest.approx(10 + 24)
-
-
-def test_only_the_first_trial_fills_the_caches():
-    assert cache_filling_seconds(make_config(), PROBE) == pytest.approx(10 + 2)
     uncached = dataclasses.replace(PROBE, cache_bytes=0)  # then the first steps merely warmed up
-    assert cache_filling_seconds(make_config(), uncached) == 0
+    found = [cache_filling_seconds(make_config(), probe) for probe in (PROBE, uncached)]
+    assert found == pytest.approx([10 + 2, 0])
 
 
 def test_time_of_a_sweep():

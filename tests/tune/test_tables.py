@@ -34,6 +34,7 @@ def read(folder: Path, records: list[TrialRecord], parameters: list[str], reject
 
 
 def test_rows_of_both_files(tmp_path):
+    assert read(tmp_path, [], ["lora.rank"]).num_rows == 0
     space = make_space()
     records, rejections = draw_trials(space, 12), draw_rejections(space, 2)
     table = read(tmp_path, records, list(space.parameters), rejections)
@@ -49,12 +50,14 @@ def test_rows_of_both_files(tmp_path):
         assert row["retries"] == len(record.retries)
     assert rows[0]["is_base"] is True
     assert rows[4]["failure"] == "loss not finite"
-    assert rows[-1]["failure"] == "over budget"
-    assert rows[-1]["value"] is None
+    assert (rows[-1]["failure"], rows[-1]["value"]) == ("over budget", None)
     # a program that reads the CSV finds numbers, too
     from_csv = pa.csv.read_csv(tmp_path / "trials.csv")
     for name in ("value", "lora.rank", "training.learning_rate", "metrics.map", "seconds", "number"):
         assert from_csv.column(name).to_pylist() == table.column(name).to_pylist()
+    rejected = Rejection(1, {"lora.rank": 4}, "impossible settings", "no such module")
+    (row,) = read(tmp_path, [], ["lora.rank"], [rejected]).to_pylist()
+    assert (row["lora.rank"], row["adapter_mb"], row["reason"]) == (4, None, "no such module")
 
 
 @pytest.mark.parametrize(
@@ -94,13 +97,6 @@ def test_text_is_no_formula_in_a_spreadsheet(tmp_path):
     assert [row["value"] for row in rows[:-1]] == ["-0.5"] * len(records)
 
 
-def test_nothing_tried_and_only_rejections(tmp_path):
-    assert read(tmp_path, [], ["lora.rank"]).num_rows == 0
-    rejected = Rejection(1, {"lora.rank": 4}, "impossible settings", "no such module")
-    (row,) = read(tmp_path, [], ["lora.rank"], [rejected]).to_pylist()
-    assert (row["lora.rank"], row["adapter_mb"], row["reason"]) == (4, None, "no such module")
-
-
 def make_adapter(sweep_dir: Path, number: int, mark: str) -> None:
     folder = Ledger(sweep_dir).folder(number) / "best"
     folder.mkdir(parents=True)
@@ -108,20 +104,25 @@ def make_adapter(sweep_dir: Path, number: int, mark: str) -> None:
         (folder / name).write_text(json.dumps(mark))
 
 
-def test_best_is_the_adapter_and_a_configuration_that_loads(tmp_path):
+def test_best_is_the_adapter_and_a_configuration_that_loads(tmp_path, monkeypatch):
+    """The batch is as it was trained, and the data is found from anywhere."""
+    monkeypatch.chdir(tmp_path)
     space = make_space()
     record = draw_trials(space, 2)[1]
+    record.retries = [
+        {"reason": "out of memory", "batch_size": 2, "gradient_accumulation_steps": 2},
+        {"reason": "out of memory", "batch_size": 1, "gradient_accumulation_steps": 4},
+    ]
     make_adapter(tmp_path, 1, "one")
-    config = space.config_of(record.values)
+    config = space.config_of(record.values).changed({"training.data_dir": "data", "training.batch_size": 4})
     folder = copy_best(tmp_path, record, config)
     assert folder == tmp_path / "best"
     assert {path.name for path in folder.iterdir()} == {*FILES, "config.yaml"}
     assert json.loads((folder / "sam3lora.json").read_text()) == "one"
     again = load_config(folder / "config.yaml")
-    assert again.lora == config.lora
-    assert again.logging == space.base.logging
-    assert again.evaluation == space.base.evaluation
-    assert again.training == config.training
+    assert (again.lora, again.logging, again.evaluation) == (config.lora, space.base.logging, space.base.evaluation)
+    changes = {"batch_size": 1, "gradient_accumulation_steps": 4, "data_dir": str(tmp_path / "data")}
+    assert again.training == config.changed({f"training.{key}": value for key, value in changes.items()}).training
     assert not Path(again.output.output_dir).exists()
     assert Path(again.output.output_dir).is_absolute()
 
@@ -140,21 +141,6 @@ def test_an_older_best_is_replaced_whole_and_stays_when_there_is_no_other(tmp_pa
     assert {path.name for path in (tmp_path / "best").iterdir()} == {*FILES, "config.yaml"}
     assert json.loads((tmp_path / "best" / "sam3lora.json").read_text()) == "two"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "trials"]
-
-
-def test_batch_as_it_was_trained_and_data_found_from_anywhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    make_adapter(tmp_path, 1, "one")
-    record = trial(1, 0.1)
-    record.retries = [
-        {"reason": "out of memory", "batch_size": 2, "gradient_accumulation_steps": 2},
-        {"reason": "out of memory", "batch_size": 1, "gradient_accumulation_steps": 4},
-    ]
-    config = load_config("light", ["training.data_dir=data", "training.batch_size=4"])
-    copy_best(tmp_path, record, config)
-    training = load_config(tmp_path / "best" / "config.yaml").training
-    assert (training.batch_size, training.gradient_accumulation_steps) == (1, 4)
-    assert training.data_dir == str(tmp_path / "data")
 
 
 @pytest.mark.slow

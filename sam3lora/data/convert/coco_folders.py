@@ -20,10 +20,7 @@ _NOT_FAULTS_HERE = ("unused_category", "crowd")  # kept, or counted by the write
 def read_coco(source: Path, names: Sequence[str] | None, log: FaultLog) -> LabelledSet:
     """Read all splits, with the repairs that training makes (`sam3lora.data.coco`).
 
-    Args:
-        source: See the module.
-        names: Category names in order; None keeps the order of ids.
-        log: Counts the faults.
+    Categories are in the order of `names`, or of their ids if it is None.
 
     Raises:
         UserError: An annotation file is broken, or a split has no usable image.

@@ -21,13 +21,10 @@ BoxXywh = tuple[float, float, float, float]
 
 @dataclass
 class LabelledObject:
-    """One object of an image.
+    """One object of an image, or an uncounted crowd.
 
-    Args:
-        category: One of the set's category names.
-        segmentation: Polygons `[[x0, y0, ...], ...]` in pixels, a COCO RLE, or None for an object with only a box.
-        bbox_xywh: Box in pixels, within the image.
-        iscrowd: Whether it stands for an uncounted crowd.
+    `segmentation` holds polygons `[[x0, y0, ...], ...]` in pixels, a COCO RLE, or None for an object with only a box.
+    The box is in pixels, within the image.
     """
 
     category: str
@@ -61,11 +58,7 @@ class LabelledImage:
     def add_mask(self, category: str, segmentation: list | dict, log: FaultLog, where: str) -> None:
         """Append an object with a mask. Polygons are clipped to the image; an object without area is dropped.
 
-        Args:
-            category: Its name.
-            segmentation: Polygons in pixels, or a COCO RLE of the image's size.
-            log: Counts the faults.
-            where: Name of the label in fault examples.
+        `segmentation` holds polygons in pixels, or a COCO RLE of the image's size; `where` names the label in faults.
         """
         extent = None
         if isinstance(segmentation, list):
@@ -115,7 +108,6 @@ class LabelledSet:
                 thing.category = spelling[prompt_key(thing.category)]
 
     def images(self) -> Iterator[LabelledImage]:
-        """The images of all splits."""
         return chain.from_iterable(self.splits.values())
 
     def drop_crowds(self, log: FaultLog) -> None:

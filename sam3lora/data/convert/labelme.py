@@ -26,7 +26,6 @@ def read_labelme(source: Path, names: Sequence[str] | None, log: FaultLog) -> La
     Args:
         source: Folder with JSON files beside the images, or with one such subfolder per split.
         names: Category names in order; None takes those found, in alphabetical order.
-        log: Counts the faults.
 
     Raises:
         UserError: A JSON file is invalid; the message names it.

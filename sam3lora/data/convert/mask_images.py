@@ -39,7 +39,6 @@ def read_masks(
             the name of its image, or that name and `_mask`.
         names: Category names, the first for value 1; None reads them from `classes.txt`. A leading "background" is
             left out.
-        log: Counts the faults.
         instances: Whether values number objects instead of categories.
         components: Whether every connected part (8 neighbours) of a semantic mask is an object; otherwise an image has
             one object per category.
@@ -155,11 +154,7 @@ def _category(value: int, names: Sequence[str], instances: bool) -> str | None:
 def write_masks(labelled: LabelledSet, folder: Path, log: FaultLog, *, instances: bool = False) -> None:
     """Write `<split>/images`, `<split>/masks` and `classes.txt`. Where objects overlap, the smaller one is on top.
 
-    Args:
-        labelled: The set.
-        folder: Where to write.
-        log: Counts the faults.
-        instances: False writes category numbers as 8-bit PNG with a palette, True object numbers as 16-bit PNG.
+    Category numbers are written as 8-bit PNG with a palette, object numbers (`instances`) as 16-bit PNG.
 
     Raises:
         UserError: There are more categories or objects than pixel values.
@@ -170,19 +165,15 @@ def write_masks(labelled: LabelledSet, folder: Path, log: FaultLog, *, instances
         masks = folder / split / "masks"
         masks.mkdir(parents=True)
         for image, path in zip(images, place_images(images, folder / split / "images", log), strict=True):
-            values = _instance_values(image, labelled.categories) if instances else _semantic_values(image, labelled)
-            canvas_HW = _paint(image, values, log)
             if instances:
+                canvas_HW = _paint(image, _instance_values(image, labelled.categories), log)
                 picture = Image.fromarray(canvas_HW.astype(np.uint16))
             else:
-                picture = Image.fromarray(canvas_HW.astype(np.uint8)).convert("P")
+                values = [labelled.categories.index(thing.category) + 1 for thing in image.objects]
+                picture = Image.fromarray(_paint(image, values, log).astype(np.uint8)).convert("P")
                 picture.putpalette(_palette())
             picture.save(masks / f"{path.stem}.png")
     (folder / NAMES_FILE).write_text("".join(f"{name}\n" for name in labelled.categories), encoding="utf-8")
-
-
-def _semantic_values(image: LabelledImage, labelled: LabelledSet) -> list[int]:
-    return [labelled.categories.index(thing.category) + 1 for thing in image.objects]
 
 
 def _instance_values(image: LabelledImage, categories: list[str]) -> list[int]:

@@ -30,24 +30,15 @@ TARGET_FORMATS = ("coco", "yolo", "yolo-boxes", "masks")
 
 @dataclass
 class ConversionReport:
-    """What `convert_folder` wrote.
-
-    Args:
-        target: The new folder.
-        source_format: One of `SOURCE_FORMATS`.
-        target_format: One of `TARGET_FORMATS`.
-        splits: Split -> `num_images`, `num_negatives`, `num_objects`, `categories` (name -> objects).
-        faults: What was repaired, left out or cannot be expressed.
-    """
+    """What `convert_folder` wrote to `target`."""
 
     target: str
     source_format: str
     target_format: str
-    splits: dict[str, dict[str, Any]]
+    splits: dict[str, dict[str, Any]]  # see `LabelledSet.summary`
     faults: list[Fault] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
         return {**vars(self), "faults": [fault.to_dict() for fault in self.faults]}
 
 
@@ -64,7 +55,6 @@ def convert_folder(
     """Convert a labelled data set; image files are hard-linked or copied, never encoded again.
 
     Args:
-        source: Folder of the data set.
         target: Folder to write, new or empty; after an error nothing is left in it.
         source_format: One of `SOURCE_FORMATS`; None detects it from the files.
         target_format: One of `TARGET_FORMATS`.

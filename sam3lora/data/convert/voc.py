@@ -25,7 +25,6 @@ def read_voc(source: Path, names: Sequence[str] | None, log: FaultLog) -> Labell
         source: Folder with `Annotations`, `JPEGImages` and, for splits, `ImageSets/Main/<split>.txt`; or one with XML
             files beside the images, with or without a subfolder per split.
         names: Category names in order; None takes those found, in alphabetical order.
-        log: Counts the faults.
 
     Raises:
         UserError: An XML file is invalid or declares a document type; the message names it.

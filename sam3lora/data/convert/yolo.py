@@ -16,7 +16,7 @@ import yaml
 from sam3lora.data.convert.labelled_set import LabelledImage, LabelledObject, LabelledSet, checked_names, read_names
 from sam3lora.data.convert.layout import WHOLE, find_pairs, image_files, open_image, place_images
 from sam3lora.data.faults import FaultLog
-from sam3lora.data.outlines import join_outlines, trace_outlines
+from sam3lora.data.masks import join_outlines, trace_outlines
 from sam3lora.errors import UserError
 
 SLACK = 0.05  # more than rounding and objects cut by the border need; pixels taken for shares are far above
@@ -28,7 +28,6 @@ def read_yolo(source: Path, names: Sequence[str] | None, log: FaultLog) -> Label
     Args:
         source: Folder with `images/<split>` and `labels/<split>`, or `<split>/images` and `<split>/labels`.
         names: Category names by class index; None reads them from `data.yaml` or `classes.txt`.
-        log: Counts the faults.
 
     Raises:
         UserError: There are no names, or a label file is invalid; the message names file and line.
@@ -139,12 +138,6 @@ def write_yolo(labelled: LabelledSet, folder: Path, log: FaultLog, *, boxes: boo
 
     An image without objects gets an empty label file. A line holds one polygon: the parts of an object are joined into
     one polygon, and its holes are filled.
-
-    Args:
-        labelled: The set.
-        folder: Where to write.
-        log: Counts the faults.
-        boxes: Write boxes instead of polygons.
     """
     classes = {name: index for index, name in enumerate(labelled.categories)}
     for split, images in labelled.splits.items():

@@ -26,15 +26,10 @@ _MIN_CONTRAST = 8  # grey levels; with less contrast, the differences within a p
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Hashes of an image's content.
+    """Hashes of an image's content."""
 
-    Args:
-        digest: SHA-256 of the file.
-        difference_hash: See `difference_hash`; None for an image that is broken or has hardly any contrast.
-    """
-
-    digest: str
-    difference_hash: int | None
+    digest: str  # SHA-256 of the file
+    difference_hash: int | None  # None for an image that is broken or has hardly any contrast
 
 
 def difference_hash(image_HW3: np.ndarray) -> int | None:
@@ -64,8 +59,6 @@ def group_images(
     `group_by`, images whose names agree on a pattern. Grouping is transitive.
 
     Args:
-        file_names: Name of each image.
-        fingerprints: Fingerprint of each image.
         group_by: Regular expression to search in the names. Images belong together if its groups match the same text
             (or the whole match, if it has no groups): `^(GX\\d+)_` joins the frames of a video.
 

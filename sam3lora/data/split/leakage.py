@@ -23,9 +23,7 @@ class Leak:
     Args:
         kind: "same_content" (identical files), "same_source" (exports of one picture under different names) or
             "neighbouring_frames" (numbered names at most two apart: probably frames or tiles of one recording).
-        splits: The two splits.
         count: Number of such images in the second split.
-        examples: A few pairs of names.
     """
 
     kind: str
@@ -55,13 +53,10 @@ def count_augmented_copies(file_names: Iterable[str]) -> int:
 
 
 def find_leaks(splits: Mapping[str, Mapping[str, str]]) -> list[Leak]:
-    """Compare all pairs of splits.
+    """The leaks between all pairs of splits; an image counts only under the most certain kind.
 
     Args:
         splits: Split name -> {file name: hash of the file's content}.
-
-    Returns:
-        The leaks found; an image counts only under the most certain kind.
     """
     return [leak for a, b in combinations(splits, 2) for leak in _compare(a, splits[a], b, splits[b]) if leak.count]
 

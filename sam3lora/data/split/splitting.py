@@ -24,26 +24,16 @@ SPLITS = ("train", "valid", "test")
 
 @dataclass
 class SplittingReport:
-    """What `split_folder` wrote.
-
-    Args:
-        target: The new folder.
-        fractions: Share of the images that each split should have.
-        splits: Split -> `num_images`, `num_groups`, `num_negatives`, `num_objects`, `categories` (name -> objects).
-        largest_group: Number of images in the largest group that stays together.
-        leaks: Remaining leaks: names in two splits that look like neighbouring frames of one recording.
-        faults: What was repaired or left out while reading.
-    """
+    """What `split_folder` wrote to `target`."""
 
     target: str
-    fractions: dict[str, float]
-    splits: dict[str, dict[str, Any]]
-    largest_group: int
-    leaks: list[Leak] = field(default_factory=list)
+    fractions: dict[str, float]  # share of the images that each split should have
+    splits: dict[str, dict[str, Any]]  # see `LabelledSet.summary`; also `num_groups`
+    largest_group: int  # number of images that stay together
+    leaks: list[Leak] = field(default_factory=list)  # only neighbouring frames can remain
     faults: list[Fault] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
         leaks = [leak.to_dict() for leak in self.leaks]
         return {**vars(self), "leaks": leaks, "faults": [fault.to_dict() for fault in self.faults]}
 
@@ -112,7 +102,7 @@ def split_folder(
 
 
 def assign_groups(counts_GK: np.ndarray, fractions: Sequence[float], seed: int) -> np.ndarray:
-    """Assign groups to splits so that each label comes near its fractions: iterative stratification.
+    """The split number of each group, so that each label comes near its fractions: iterative stratification.
 
     The rarest remaining label is assigned first: each of its groups goes to the split that lacks most of that label.
     Large groups go first, so that small groups can even out the rest. Groups of equal size are in random order, so that
@@ -124,11 +114,6 @@ def assign_groups(counts_GK: np.ndarray, fractions: Sequence[float], seed: int) 
     Args:
         counts_GK: Count of each label (a category, for example) in each group; every group has at least one label. The
             last column is the number of images, which decides between splits that lack equally much of a label.
-        fractions: Share of each split.
-        seed: Seed of the random order.
-
-    Returns:
-        Split number of each group.
 
     Raises:
         UserError: There are fewer groups than splits.

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from sam3lora.data.coco import ANNOTATION_FILE
-from sam3lora.data.outlines import trace_outlines
+from sam3lora.data.masks import trace_outlines
 from sam3lora.data.rle import encode_rle
 from sam3lora.data.synth.scenes import NATURAL, SHAPES, SHIFTED, Scene, draw_empty, draw_scene
 from sam3lora.errors import UserError
@@ -45,17 +45,10 @@ def write_dataset(
 
     Args:
         folder: Folder to write, new or empty; after an error nothing is left in it.
-        num_train: Number of training images.
-        num_valid: Number of validation images.
-        num_test: Number of held-out images; 0 for no `test/`.
-        seed: Equal seeds give equal images.
         size: Side of the square images in pixels.
         domain: "shift" (gear, arrow, bolt, capsule on weave, wood and speckle: unknown to the built-in tiny model) or
             "base" (what that model was trained on).
         progress: Show a progress line on stderr.
-
-    Returns:
-        The folder.
 
     Raises:
         UserError: The folder is not empty, or an argument is out of range.

@@ -123,13 +123,10 @@ WORDS = (*COLOURS_RGB, *TEXTURES, *SHAPES, *NATURAL, "thing", "visual")
 def draw_scene(
     rng: np.random.Generator, *, size: int = 224, domain: str = "base", max_objects: int = 7, dense: bool = False
 ) -> Scene:
-    """Draw one scene.
+    """Draw one scene of `size` x `size` pixels with at least one object.
 
     Args:
-        rng: Source of all random choices.
-        size: Side of the square image in pixels.
         domain: "base", or "shift" for objects and backgrounds unknown to the tiny model.
-        max_objects: Draw at most this many objects, and at least one.
         dense: Fill the image with objects, to train a model on as many per image as possible.
     """
     image = (_shifted_background if domain == "shift" else _background)(rng, size).astype(np.float32)

@@ -28,8 +28,7 @@ def ask_on_ray(
 
     Args:
         make_worker: Called on each worker.
-        batches: Records of the images of each batch.
-        num_workers: How many workers; None takes one for each GPU of the cluster, or one.
+        num_workers: None takes one for each GPU of the cluster, or one.
         use_gpu: Give each a GPU; None does so if the cluster has any.
         address: Of a Ray cluster; None takes `RAY_ADDRESS`, or starts a local Ray with two workers or one for each CPU.
 

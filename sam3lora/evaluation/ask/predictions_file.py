@@ -28,7 +28,6 @@ def evaluate_predictions(file: str | Path, split_dir: Path, settings: Evaluation
     Args:
         file: JSON list of image_id, category_id, segmentation (RLE or polygons), score, and optionally bbox (xywh).
         split_dir: Folder with the annotation file, whose ids the results use.
-        settings: Threshold, categories, number of images.
 
     Raises:
         UserError: The file is missing, truncated or no COCO results, or belongs to another split.

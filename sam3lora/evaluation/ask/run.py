@@ -49,7 +49,6 @@ def evaluate(
         adapter: Adapter folder; None measures the base model.
         model: Base model: "tiny", a hub id or a folder. Without an adapter, None is the built-in tiny model.
         revision: Branch, tag or commit of a hub id.
-        split: Folder of the images and annotations.
         settings: Post-processing, categories and so on; None takes what the adapter records.
         resolution: Side of the model's input in pixels.
         geometry_cls: Whether text prompts are followed by the geometry CLS token; without an adapter, None is True.
@@ -57,7 +56,6 @@ def evaluate(
         precision: See `AdapterPool`.
         num_workers: Ray workers; 0 measures in this process, None takes one for each GPU.
         address: Of a Ray cluster.
-        progress: Show a progress bar on stderr.
         changes: Fields of `settings` or of `PostProcessing` to change, such as `threshold`.
 
     Raises:
@@ -94,19 +92,7 @@ def evaluate_models(
     address: str | None = None,
     progress: bool = False,
 ) -> list[SplitMetrics]:
-    """Measure several models on the same images, in the same way.
-
-    Args:
-        split_dir: Folder with the annotation file.
-        models: What to ask.
-        settings: How.
-        num_workers: Ray workers; 0 asks in this process, None takes one for each GPU.
-        address: Of a Ray cluster.
-        progress: Show a progress bar on stderr.
-
-    Returns:
-        One for each of `models.labels`.
-    """
+    """Measure several models on the same images, in the same way: metrics for each of `models.labels`."""
     started = time.perf_counter()
     models = models.with_absolute_paths()
     index = CocoIndex.from_folder(split_dir, settings.annotation_file)
@@ -129,7 +115,7 @@ def evaluate_models(
             facts = of_worker
             for label, part in results.items():
                 parts[label].append(part)
-            bar.advance(_num_images(results))
+            bar.advance(max((len({image for image, _ in part.presence}) for part in results.values()), default=0))
     truth = build_ground_truth(index, categories)
     seconds = time.perf_counter() - started
     image_ids = [record["image_id"] for record in records]
@@ -232,10 +218,6 @@ def _num_gpus_here() -> int:
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
-
-
-def _num_images(results: Mapping[str, SplitResults]) -> int:
-    return max((len({image for image, _ in part.presence}) for part in results.values()), default=0)
 
 
 def progress_of(visible: bool, total: int, unit: str, note: str = "") -> Progress:

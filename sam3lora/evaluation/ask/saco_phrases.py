@@ -55,11 +55,8 @@ def ask_saco(
     Args:
         ground_truth_file: One annotator's file; the annotations in it are not looked at.
         image_dir: Folder that its file names are relative to.
-        models: What to ask.
         settings: Threshold (at most the 0.5 that cgF1 counts from), suppression, batch size, number of image files.
         num_workers: Ray workers; 0 asks in this process, None takes one for each GPU.
-        address: Of a Ray cluster.
-        progress: Show a progress bar on stderr.
 
     Raises:
         UserError: The file is damaged, or images are missing.

@@ -23,10 +23,7 @@ BASE = "base"
 class Models:
     """The models of an evaluation: adapters over one base, and the base itself; plain values, so that they travel.
 
-    Args:
-        adapters: Label -> adapter folder.
-        with_base: Ask the base model too.
-        options: Arguments of `AdapterPool` but the adapters.
+    `adapters` is label -> adapter folder; `options` are the other arguments of `AdapterPool`.
     """
 
     adapters: Mapping[str, str] = field(default_factory=dict)
@@ -49,11 +46,7 @@ class Models:
 class EvaluationWorker:
     """Loads the models once, then asks them for the images of one batch after the other.
 
-    Args:
-        models: What to ask.
-        categories: Asked of every image.
-        settings: Post-processing and batch sizes.
-        lowest_score: Detections down to this score are kept; mAP needs all of them.
+    Detections down to `lowest_score` are kept; mAP needs all of them.
     """
 
     def __init__(
@@ -87,11 +80,7 @@ class EvaluationWorker:
         }
 
     def ask(self, records: Sequence[Mapping[str, Any]]) -> dict[str, SplitResults]:
-        """Label -> results; all models are asked in one pass.
-
-        Raises:
-            ImageError: An image cannot be read.
-        """
+        """Label -> results; all models are asked in one pass. Raises ImageError if an image cannot be read."""
         prompts = [category.prompt for category in self._categories]
         found = self.detect(records, [prompts] * len(records))
         return {
@@ -101,7 +90,6 @@ class EvaluationWorker:
     def detect(
         self, records: Sequence[Mapping[str, Any]], prompts: Sequence[Sequence[str]]
     ) -> dict[str | None, list[list[Detections]]]:
-        """Every model's detections of each image's prompts."""
         return self._pool.detect_each(read_images(records), prompts, self._posts, lowest_score=self._lowest_score)
 
 
@@ -111,9 +99,5 @@ def adapter_of(label: str) -> str | None:
 
 
 def read_images(records: Sequence[Mapping[str, Any]]) -> list[np.ndarray]:
-    """The records' images, at the size that the annotations refer to.
-
-    Raises:
-        ImageError: An image cannot be read.
-    """
+    """The records' images, at the size that the annotations refer to; ImageError if one cannot be read."""
     return [read_image(record["path"], expected_size_hw=(record["height"], record["width"])) for record in records]

@@ -22,12 +22,10 @@ class CategoryDetections:
     """Detections of one category over all images, best score first, ties in the order of the images.
 
     Attributes:
-        scores_D: Scores, descending.
         image_index_D: Position of the image in the evaluation's sorted image ids.
         is_matched_TD: Whether it is matched to an object, or to a crowd region (then it is ignored too).
         is_ignored_TD: Whether it counts as neither right nor wrong.
         num_objects_I: Number of objects in each image, without crowd regions.
-        has_crowd_I: Whether an image has a crowd region.
     """
 
     scores_D: np.ndarray
@@ -97,12 +95,8 @@ def average_precision(
     With weights of 1 it is pycocotools' mAP (101 recalls, https://cocodataset.org/#detection-eval). With whole numbers
     it is the mAP of a data set with as many copies of each image, if no two scores within an image are equal.
 
-    Args:
-        detections: Values of `category_detections`, for some categories or all.
-        image_weights_I: Weights of at least 0, in the order of sorted image ids; None is 1 for each image.
-
-    Returns:
-        Value in [0, 1]; None if no image of positive weight has an object.
+    Weights are at least 0, in the order of sorted image ids; None is 1 for each image. The value is in [0, 1], or None
+    if no image of positive weight has an object.
     """
     per_category = []
     for category in detections:

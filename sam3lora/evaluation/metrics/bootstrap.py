@@ -19,7 +19,6 @@ class Interval:
     """The difference B minus A and its interval; None where they cannot be computed.
 
     Attributes:
-        difference: Difference on the images of the split.
         low, high: Ends of the interval; None also with fewer than two images.
         excludes_zero: Whether both ends lie on one side of zero.
         num_resamples: Number of resamples on which both models could be measured.
@@ -55,9 +54,7 @@ def bootstrap_difference(
     Args:
         metric_a: Image weights (I,) -> value of model A, None where it cannot be computed (such draws are left out).
         metric_b: The same for model B.
-        num_images: I.
-        num_resamples: Number of draws.
-        seed: Seed of the draws; the same seed gives the same interval.
+        seed: The same seed gives the same draws and the same interval.
         confidence: Share of the draws inside the interval, in (0, 1).
 
     Raises:
@@ -94,12 +91,7 @@ def map_difference(
     seed: int = 0,
     confidence: float = 0.95,
 ) -> Interval:
-    """`bootstrap_difference` of the mAP of two models on the same ground truth.
-
-    Args:
-        evaluation_a: `coco_map(ground_truth, predictions).evaluation` of model A.
-        evaluation_b: The same for model B.
-        num_resamples, seed, confidence: See `bootstrap_difference`.
+    """`bootstrap_difference` of the mAP of two models, from their `coco_map(...).evaluation` on the same ground truth.
 
     Raises:
         ValueError: The evaluations differ in images, categories or objects.

@@ -31,12 +31,7 @@ _IMAGE_LEVEL_EPS = 1e-6
 
 @dataclass(frozen=True)
 class Unit:
-    """The detections and targets of one (image, phrase) pair.
-
-    Attributes:
-        iou_DT: IoU of each detection with each target, of masks or of boxes.
-        scores_D: Scores of the detections.
-    """
+    """The detections and targets of one (image, phrase) pair, with the IoU of their masks or boxes."""
 
     iou_DT: np.ndarray
     scores_D: np.ndarray
@@ -164,13 +159,7 @@ class CgF1:
 
 
 def iou_matrix(detections: Sequence[Any], targets: Sequence[Any], iou_type: IouType) -> np.ndarray:
-    """IoU (D, T) of compressed RLEs ("segm") or of xywh boxes ("bbox").
-
-    Args:
-        detections: RLEs `{"size": [height, width], "counts": ...}`, or boxes in pixels or as fractions of the image.
-        targets: The same.
-        iou_type: "segm" for RLEs, "bbox" for boxes.
-    """
+    """IoU (D, T) of compressed RLEs ("segm") or of xywh boxes in pixels or as fractions of the image ("bbox")."""
     if not detections or not targets:
         return np.zeros((len(detections), len(targets)))
     is_crowd = [0] * len(targets)
@@ -180,12 +169,7 @@ def iou_matrix(detections: Sequence[Any], targets: Sequence[Any], iou_type: IouT
 
 
 def count_unit(unit: Unit, score_threshold: float = SCORE_THRESHOLD) -> UnitCounts:
-    """Match detections to targets one to one with the greatest sum of IoUs (Hungarian), whatever their scores.
-
-    Args:
-        unit: One (image, phrase) pair.
-        score_threshold: Lowest score of a detection that counts.
-    """
+    """Match detections to targets one to one with the greatest sum of IoUs (Hungarian), whatever their scores."""
     iou_DT = unit.iou_DT[unit.scores_D >= score_threshold]
     matched_iou = iou_DT[linear_sum_assignment(iou_DT, maximize=True)]
     return UnitCounts(iou_DT.shape[1], iou_DT.shape[0], (matched_iou[:, None] >= IOU_THRESHOLDS).sum(axis=0))
@@ -195,10 +179,7 @@ def choose_annotator(counts: Sequence[UnitCounts]) -> UnitCounts:
     """The counts of a unit with the annotator who agrees best with the detections (the evaluator's "oracle").
 
     An annotator without targets is chosen if there are no detections either; otherwise the annotator with the greatest
-    mean F1, the earlier one of equals.
-
-    Args:
-        counts: Counts of the same unit for each annotator, at least one.
+    mean F1, the earlier one of equals. There must be counts of at least one annotator.
     """
     agreed = (entry for entry in counts if entry.num_targets == entry.num_detections == 0)
     return next(agreed, None) or max(counts, key=lambda entry: entry.mean_f1)

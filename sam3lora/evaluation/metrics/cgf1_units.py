@@ -37,12 +37,8 @@ def split_units(
     Crowd regions are not targets, and a detection in one is still a false positive. A category of which an image has
     only crowd regions, or an object without a mask, cannot be judged there and has no unit.
 
-    Args:
-        ground_truth: COCO dict of `build_ground_truth`.
-        predictions: COCO results at the annotated size, with any score.
-        presence: Table of `build_ground_truth`.
-        iou_type: "segm" compares masks, "bbox" boxes.
-        lowest_score: Detections below it are dropped; no threshold may be lower.
+    Ground truth and presence are those of `build_ground_truth`, predictions COCO results at the annotated size.
+    Detections below `lowest_score` are dropped; no threshold may be lower.
 
     Returns:
         (image id, category id) -> unit, with detections by descending score.
@@ -75,11 +71,7 @@ def split_units(
 
 
 def count_units(units: Units, score_threshold: float = SCORE_THRESHOLD) -> dict[tuple[int, int], UnitCounts]:
-    """Counts of each unit at a score threshold.
-
-    Raises:
-        ValueError: The threshold is below `SCORE_FLOOR`, where detections are missing.
-    """
+    """Counts of each unit at a score threshold; ValueError below `SCORE_FLOOR`, where detections are missing."""
     if score_threshold < SCORE_FLOOR:
         raise ValueError(f"the score threshold must be at least {SCORE_FLOOR}, got {score_threshold}")
     return {pair: count_unit(unit, score_threshold) for pair, unit in units.items()}

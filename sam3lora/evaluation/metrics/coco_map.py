@@ -55,7 +55,6 @@ class CocoAverages:
     bbox_map_50: float | None
 
     def averages(self) -> dict[str, float | None]:
-        """The averages by name."""
         return {entry.name: getattr(self, entry.name) for entry in fields(CocoAverages)}
 
 

@@ -21,11 +21,7 @@ def differences_to_base(
 ) -> dict[str, dict[str, Interval]]:
     """Adapter minus base for mAP, cgF1 and false alarms, with paired 95 % bootstrap intervals.
 
-    Args:
-        base: Metrics of the base.
-        adapters: Metrics of adapters on the same split with the same settings.
-        num_resamples: Number of bootstrap draws.
-        seed: Seed of the draws.
+    All are measured on the same split with the same settings.
 
     Returns:
         Adapter label -> "map", "cgf1", "off_prompt_fpr" (where both models have it) -> difference.
@@ -65,7 +61,6 @@ def _cgf1_metric(metrics: SplitMetrics) -> Metric:
 
 
 def _false_alarm_metric(metrics: SplitMetrics) -> Metric:
-    """The false alarm rate as a function of image weights."""
     rows = _image_rows(metrics)
     fired = {
         (p["image_id"], p["category_id"])

@@ -38,7 +38,6 @@ class PromptedCategory:
     Attributes:
         id: COCO category id of the results: the file's own, or a new one for a name that the file lacks.
         name: Name of the first category with this prompt.
-        prompt: Text that the model reads.
         name_keys: `prompt_key` of the names of all categories with this prompt.
     """
 
@@ -51,13 +50,7 @@ class PromptedCategory:
 def prompted_categories(
     index: CocoIndex, names: Sequence[str] | None = None, prompts: Mapping[str, str] | None = None
 ) -> list[PromptedCategory]:
-    """The distinct prompts of a split.
-
-    Args:
-        index: The split.
-        names: Category names; None takes those of the split.
-        prompts: Category name -> prompt, where it is not the name.
-    """
+    """The distinct prompts of a split's categories, or of those named; `prompts` is name -> prompt if they differ."""
     prompt_of = {prompt_key(name): prompt for name, prompt in (prompts or {}).items()}
     known: dict[str, int] = {}
     for id_, name in index.category_names.items():

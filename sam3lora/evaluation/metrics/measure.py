@@ -15,9 +15,8 @@ from sam3lora.config.post_processing import PostProcessing
 from sam3lora.evaluation.metrics.cgf1 import SCORE_THRESHOLD, UnitCounts, accumulate
 from sam3lora.evaluation.metrics.cgf1_units import SCORE_FLOOR, Units, count_units, split_units
 from sam3lora.evaluation.metrics.coco_map import CocoAverages, coco_map
-from sam3lora.evaluation.metrics.curves import Curves, evaluation_curves
+from sam3lora.evaluation.metrics.curves import Curves, ThresholdSweep, evaluation_curves, sweep_thresholds
 from sam3lora.evaluation.metrics.ground_truth import PresenceTable, SplitTruth
-from sam3lora.evaluation.metrics.threshold_sweep import ThresholdSweep, sweep_thresholds
 from sam3lora.evaluation.split_results import Pair, SplitResults
 
 PRESENCE_THRESHOLD = 0.5
@@ -60,7 +59,6 @@ class SplitMetrics(CocoAverages):
             with crowd regions only are left out.
         presence_accuracy_absent: The same over absent categories alone.
         num_absent_prompts: Number of (image, absent category) pairs.
-        settings: The settings that the metrics depend on.
         notes: Reasons for missing metrics, and what else a reader should know.
         seconds: Wall-clock time of inference and measuring.
         thresholds: Category id -> lowest score that counts as a detection.
@@ -132,7 +130,6 @@ def measure_split(
     """Compute all metrics of one model on one split.
 
     Args:
-        truth: The ground truth.
         results: The model's results on all images of the split.
         label: Name of the model in tables.
         post: The post-processing of the results; None is the default. Its thresholds decide which detections count for

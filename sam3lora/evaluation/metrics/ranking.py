@@ -42,12 +42,7 @@ class MatchCounts:
 
 
 def count_matches(units: Units, thresholds: Mapping[int, float]) -> dict[Pair, MatchCounts]:
-    """Right, wrong and missed for each category in each image, matched as for cgF1.
-
-    Args:
-        units: Of `split_units`.
-        thresholds: Category id -> lowest score of a detection that counts.
-    """
+    """Right, wrong and missed for each category (with its threshold) in each image, matched as for cgF1."""
     return {pair: MatchCounts.from_counts(count_unit(unit, thresholds[pair[1]])) for pair, unit in units.items()}
 
 
@@ -92,11 +87,6 @@ def most_different_images(category: int, models: Sequence[Mapping[Pair, MatchCou
 
     Images that show the category alternate with images where it is absent but detected. Images without object and
     detection of it are left out.
-
-    Args:
-        category: Category id.
-        models: Results of `count_matches` for two or more models on the same split.
-        count: Greatest number of images.
     """
     present: dict[int, tuple[float, int]] = {}
     absent: dict[int, tuple[float, int]] = {}

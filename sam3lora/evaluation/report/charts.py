@@ -58,9 +58,8 @@ def line_chart(
     """Curves over [0, 1]; the y axis ends earlier where all values are low.
 
     Args:
-        lines: The curves; up to six have different colours.
-        description: Text for readers who cannot see the chart.
-        x_label, y_label: Labels of the axes.
+        lines: Up to six have different colours.
+        description: Text for readers who cannot see the chart, as in all charts.
         marks: Text -> x of a vertical line.
         y_low: Lower end of the y axis, for values that can be negative.
     """
@@ -86,11 +85,7 @@ def histogram_chart(
 ) -> Markup:
     """The distribution of each group over bins, in percent of the group: a large group does not hide a small one.
 
-    Args:
-        edges: Edges of the bins, equally wide.
-        counts: Name of a group -> one count for each bin; at most two groups. The legend shows their sizes.
-        description: Text for readers who cannot see the chart.
-        x_label: Label of the axis.
+    The bins are equally wide; at most two groups. The legend shows their sizes.
     """
     with chart_axes(description) as axes:
         width = (edges[1] - edges[0]) / len(counts)
@@ -112,13 +107,7 @@ def histogram_chart(
 
 
 def interval_chart(intervals: Mapping[str, Interval], *, description: str, x_label: str) -> Markup:
-    """Differences as points with their intervals as bars, one below the other, and a line at zero.
-
-    Args:
-        intervals: Name -> difference; those without a value are left out.
-        description: Text for readers who cannot see the chart.
-        x_label: Label of the axis.
-    """
+    """Differences as points with their intervals as bars, one below the other; those without a value are left out."""
     shown = [(name, entry.difference, entry) for name, entry in intervals.items() if entry.difference is not None]
     with chart_axes(description, height=0.9 + 0.3 * len(shown)) as axes:
         for row, (_, difference, entry) in enumerate(shown):
@@ -137,13 +126,10 @@ def interval_chart(intervals: Mapping[str, Interval], *, description: str, x_lab
 def chart_axes(description: str, height: float = 2.9) -> Iterator[Axes]:
     """An empty chart in the common style, to draw on and to pass to `finish_chart` inside the block.
 
-    Args:
-        description: Text for readers who cannot see the chart, different for each chart of a page.
-        height: Height in inches; the width is 4.6.
+    The height is in inches; the width is 4.6. The description differs for each chart of a page.
     """
-    with matplotlib.rc_context(
-        _SETTINGS | {"svg.hashsalt": description}
-    ):  # ids that are unique on the page and reproducible
+    # Ids that are unique on the page and reproducible.
+    with matplotlib.rc_context(_SETTINGS | {"svg.hashsalt": description}):
         figure = Figure(figsize=(4.6, height), layout="constrained")
         FigureCanvasSVG(figure)
         yield figure.subplots()

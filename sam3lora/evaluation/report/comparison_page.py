@@ -52,9 +52,7 @@ def render_comparison_report(
     """Render the report.
 
     Args:
-        base: Metrics of the base model.
         adapters: Metrics of at least one adapter on the same split with the same settings.
-        intervals: Adapter label -> field of `SplitMetrics` -> difference to the base, where it was computed.
         title: Heading; None names the models.
         pictures_per_category: Images shown for each category; one if `max_pictures` would be exceeded.
         max_pictures: Greatest number of images; the categories with the most objects come first.

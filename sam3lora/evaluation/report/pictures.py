@@ -40,7 +40,7 @@ _VISIBLE = 0.3  # part of a pixel that a mask must cover to be drawn there; low,
 
 @dataclass(frozen=True)
 class Panel:
-    """An image with the labels or one model's detections, and its caption."""
+    """An image with the labels or one model's detections."""
 
     kind: Kind
     caption: str
@@ -60,9 +60,7 @@ class Picture:
 class Gallery:
     """Draws images of one split with the detections of one model or several, at the thresholds of each.
 
-    Attributes:
-        results: Metrics on the same split, with its folder.
-        num_panels: Number of panels in the report, which decides their size.
+    The number of panels in the report decides their size.
     """
 
     results: Sequence[SplitMetrics]
@@ -117,16 +115,12 @@ class Gallery:
         else:
             label = self.results[model].label
             kind = "base" if label == "base" else "adapter"
-            caption = f"{label}: {self._count_text(image_id, category_id, model)}"
+            of_image, of_pair = self.totals[model].get(image_id), self.counts[model].get((image_id, category_id or 0))
+            caption = f"{label}: {describe((of_image if category_id is None else of_pair) or MatchCounts())}"
         names = self.names if category_id is None else dict.fromkeys(self.names, "")
         drawn = draw_panel(pixels_HW3, entries, names, COLOURS_RGB[kind], panel_side_px(self.num_panels))
         height, width = drawn.shape[:2]
         return Panel(kind, caption, (height, width), encode_within(drawn, _BUDGET_BYTES // max(1, self.num_panels)))
-
-    def _count_text(self, image_id: int, category_id: int | None, model: int) -> str:
-        if category_id is None:
-            return describe(self.totals[model].get(image_id, MatchCounts()))
-        return describe(self.counts[model].get((image_id, category_id), MatchCounts()))
 
 
 def threshold_texts(results: Sequence[SplitMetrics]) -> str:
@@ -157,11 +151,7 @@ def draw_panel(
     colour_rgb: Rgb,
     side_px: int,
 ) -> np.ndarray:
-    """Draw COCO annotations or results on an image whose longer side becomes `side_px`, at most four times its size.
-
-    Returns:
-        uint8 (H', W', 3), RGB.
-    """
+    """Draw COCO annotations or results on an image whose longer side becomes `side_px`, at most four times its size."""
     height, width = pixels_HW3.shape[:2]
     factor = min(_MAX_ENLARGEMENT, side_px / max(height, width))
     size_wh = (max(1, round(width * factor)), max(1, round(height * factor)))

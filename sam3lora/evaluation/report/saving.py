@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from sam3lora.config.post_processing import PostProcessing
 from sam3lora.errors import UserError
 from sam3lora.evaluation.metrics.comparison import differences_to_base
 from sam3lora.evaluation.metrics.measure import SplitMetrics
@@ -29,11 +30,7 @@ _SHOWN = {
 def save_validation(results: Sequence[SplitMetrics], output: str | Path, console: Console | None = None) -> Path:
     """Write `metrics.json`, `predictions.json` and `report.html`; several models have a folder each for the first two.
 
-    Returns:
-        Path of the report.
-
-    Raises:
-        UserError: The folder cannot be written.
+    Returns the report's path. Raises UserError if the folder cannot be written, as the other functions here do.
     """
     from sam3lora.evaluation.report.validation_page import render_validation_report
 
@@ -53,14 +50,7 @@ def save_validation(results: Sequence[SplitMetrics], output: str | Path, console
 def compare_and_save(
     base: SplitMetrics, adapters: Sequence[SplitMetrics], output: str | Path, console: Console | None = None
 ) -> Path:
-    """Write each model's `metrics.json` and `predictions.json`, then `comparison.json` and `report.html`.
-
-    Returns:
-        Path of the report.
-
-    Raises:
-        UserError: The folder cannot be written.
-    """
+    """Write each model's `metrics.json` and `predictions.json`, then `comparison.json` and `report.html` (returned)."""
     from sam3lora.evaluation.report.comparison_page import comparison_sentence, render_comparison_report
 
     folder = _make_folder(output)
@@ -102,7 +92,6 @@ def save_saco(
     Args:
         predictions: Label -> results file.
         ground_truth: One file for each annotator.
-        output: Folder of the metrics.
         image_ids: Image entries to judge; None takes all.
 
     Raises:
@@ -174,3 +163,29 @@ def _print(results: Sequence[SplitMetrics], report: Path, console: Console | Non
     for note in dict.fromkeys(note for metrics in results for note in metrics.notes):
         console.print(f"Note: {note}")
     console.print(f"Report: {report}")
+
+
+def record_best_threshold(metrics: SplitMetrics, adapter: str | Path, *, per_prompt: bool = False) -> str:
+    """Write the threshold into the adapter folder, with the post-processing that it was measured with.
+
+    With `per_prompt` also a threshold for each prompt; a prompt that has none of its own uses the overall one. Returns
+    a line that says what was written.
+
+    Raises:
+        UserError: No threshold finds anything right, or the folder cannot be written.
+    """
+    from sam3lora.model.adapter.folder import record_post_processing
+
+    sweep = metrics.sweep
+    if sweep is None or sweep.best_threshold is None:
+        raise UserError(f"{metrics.label}: no threshold was saved, because no detection is right at any threshold")
+    thresholds = {}
+    if per_prompt:
+        for category in metrics.ground_truth["categories"]:
+            curve = sweep.per_category.get(category["id"])
+            if curve is not None and curve.best_threshold is not None:
+                thresholds[category["prompt"]] = curve.best_threshold
+    measured = PostProcessing(**{name: metrics.settings[name] for name in PostProcessing.model_fields})
+    record_post_processing(adapter, measured.changed(threshold=sweep.best_threshold, prompt_thresholds=thresholds))
+    own = "".join(f", {prompt}: {value:.2f}" for prompt, value in thresholds.items())
+    return f"{metrics.label}: saved threshold {sweep.best_threshold:.2f}{own} in {adapter}"

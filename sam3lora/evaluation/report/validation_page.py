@@ -42,9 +42,8 @@ def render_validation_report(
         results: Metrics of one model, or of several on the same split. The model with the highest mAP decides which
             pictures are shown, since the errors of a model that finds nothing tell little.
         title: Heading; None names the models.
-        num_worst: Number of pictures of images with errors, the worst first.
-        num_best: Number of pictures of the best images.
-        num_false_alarms: Number of pictures of detections for absent prompts.
+        num_worst, num_best, num_false_alarms: Pictures of images with errors, the worst first, of the best images, and
+            of detections for absent prompts.
 
     Returns:
         HTML that refers to no other file.
@@ -79,9 +78,7 @@ def render_validation_report(
 def summary_sentence(result: SplitMetrics, total: MatchCounts) -> str:
     """Objects found and missed, and how often the model has a false alarm for an absent prompt, in plain words.
 
-    Args:
-        result: Metrics of the model.
-        total: Sum over all images at the model's thresholds.
+    `total` is the sum over all images at the model's thresholds.
     """
     name = "the base model" if result.label == "base" else result.label
     num_objects, num_detections = total.num_right + total.num_missed, total.num_right + total.num_wrong

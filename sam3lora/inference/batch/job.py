@@ -85,18 +85,14 @@ def predict_batch(
 
     Args:
         source: A folder, a list of paths (.txt) or a COCO file (.json).
-        output: Folder of the results.
         prompts: The categories of the results, in this order.
         choice: Model and adapter; None takes the built-in tiny model.
         post: Fields of `PostProcessing`; the others are as the adapter records them, or the defaults.
         num_workers: Model replicas; None takes one for each GPU, or one for every 4 CPUs.
-        batch_size: Images of one vision pass.
         use_gpu: None takes GPUs if the cluster has any.
         overlays: Draw the results into `output/overlays`.
-        dataset: Write `output/dataset`.
         overwrite: Remove an earlier run in `output` first.
         address: Ray cluster; None joins the one that runs here or in RAY_ADDRESS, else starts a local one.
-        progress: Print a line every few seconds.
 
     Raises:
         UserError: Nothing to read, a mistake in model, prompts or settings, or `output` holds another run or is being

@@ -47,14 +47,14 @@ def open_output(folder: Path, settings: Mapping[str, Any], *, overwrite: bool = 
     """Begin a run in ``folder``, or go on with the one that is there; no other start can do so during the block.
 
     Args:
-        folder: Made if it does not exist.
         settings: JSON values that decide the results; a run goes on only with the same ones.
         overwrite: Remove an earlier run first. Files that are not of a run stay.
 
     Raises:
         UserError: The folder holds a run with other settings, or something else, or another start has it open.
     """
-    if _read_settings(folder) is None and folder.exists() and not (folder.is_dir() and _is_unused(folder)):
+    is_unused = not folder.exists() or (folder.is_dir() and all(path.name == LOCK for path in folder.iterdir()))
+    if _read_settings(folder) is None and not is_unused:
         raise UserError(f"--output {folder} is not empty and holds no batch run: choose a new folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -115,7 +115,6 @@ def write_part(path: Path, base_fingerprint: str, records: Iterable[Mapping[str,
 
 
 def read_part(path: Path) -> list[dict[str, Any]]:
-    """The results of a part."""
     return [json.loads(line) for line in path.read_bytes().splitlines()[1:]]
 
 
@@ -138,7 +137,6 @@ class Finished:
         return {path: place.error for path, place in self.places.items() if place.error is not None}
 
     def record(self, path: str) -> dict[str, Any]:
-        """The result of an image."""
         place = self.places[path]
         with place.part.open("rb") as handle:
             handle.seek(place.offset)
@@ -159,10 +157,6 @@ def read_parts(folder: Path) -> Finished:
                     finished.places[path] = _Place(part, offset, error)
                 offset += len(line)
     return finished
-
-
-def _is_unused(folder: Path) -> bool:
-    return all(path.name == LOCK for path in folder.iterdir())
 
 
 def _read_settings(folder: Path) -> dict[str, Any] | None:

@@ -45,11 +45,9 @@ class WorkerSettings:
     Attributes:
         output, input_root: Folders that every worker must see.
         run: Tells this start from earlier ones.
-        choice: The model.
         categories: Prompt -> category id.
         batch_size: Images of one vision pass.
         base_fingerprint: Of the base model that earlier parts came from; None before there are any.
-        device, num_threads: Where, and with how many threads, the model computes.
     """
 
     output: Path

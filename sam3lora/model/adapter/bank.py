@@ -60,9 +60,7 @@ class AdapterBank:
     torch.compile: a graph that was compiled without hooks never runs them. Use a compiled part of the model only while
     ``adapts`` is False for its component.
 
-    Args:
-        model: The base, without PEFT layers, in eval mode and on its device.
-        num_slots: Number of adapters that fit. Empty slots take no memory.
+    The model has no PEFT layers, and is in eval mode and on its device. Empty slots take no memory.
     """
 
     def __init__(self, model: nn.Module, num_slots: int) -> None:
@@ -106,7 +104,6 @@ class AdapterBank:
         return placed.components if placed else frozenset()
 
     def adapts(self, component: str) -> bool:
-        """Whether any placed adapter changes ``component``."""
         return any(component in placed.components for placed in self._placed.values())
 
     @property

@@ -109,13 +109,8 @@ def load_adapter(
 ) -> tuple[PeftModel, AdapterMetadata | None]:
     """Load an adapter into a base model, or one more into a PEFT model; the model is changed in place.
 
-    Args:
-        check_base: Refuse a base whose fingerprint differs from that of the base the adapter was trained on.
-        adapter_name: Name of the adapter in the PEFT model. The first adapter of a model becomes the active one.
-        trainable: Leave the adapter's parameters trainable.
-
-    Returns:
-        The PEFT model, and the metadata (None for a plain PEFT adapter without ``sam3lora.json``).
+    ``check_base`` refuses a base whose fingerprint differs from that of the base the adapter was trained on. The first
+    adapter of a model becomes the active one. A plain PEFT adapter has no metadata.
 
     Raises:
         UserError: The folder is incomplete or damaged, the base is another one, or tensors are missing or left over.
@@ -202,9 +197,7 @@ def folder_signature(folder: str | Path) -> FolderSignature:
 def read_unchanged(folder: Path, read: Callable[[FolderSignature], T]) -> T:
     """The result of `read`, all of it from one version of an adapter folder that others may replace meanwhile.
 
-    Args:
-        folder: Adapter folder.
-        read: Reads the folder. Gets the signature of the version that it reads.
+    `read` gets the signature of the version that it reads.
 
     Raises:
         UserError: `read` failed for a reason that is not a change of the folder, or the folder changed each time.

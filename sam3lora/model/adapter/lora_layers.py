@@ -31,13 +31,8 @@ __all__ = [
 def apply_lora(model: nn.Module, settings: LoraSettings, *, geometry_cls: bool = True) -> PeftModel:
     """Freeze ``model`` and add a LoRA adapter named ``default``; the model is changed in place.
 
-    Args:
-        model: a Sam3Model, or any torch model when ``settings.components`` is None. A model on the meta device gets
-            adapters on the meta device, for counting.
-        geometry_cls: whether training adds the geometry CLS token (see :func:`select_modules`).
-
-    Returns:
-        The PEFT model. Before training its output equals the base model's, because B starts at zero.
+    Any torch model will do when ``settings.components`` is None. A model on the meta device gets adapters on the meta
+    device, for counting. Before training the output equals the base model's, because B starts at zero.
 
     Raises:
         UserError: settings that match nothing, see :func:`select_modules`.

@@ -31,15 +31,9 @@ def current_versions() -> dict[str, str]:
 class AdapterMetadata:
     """Everything that is needed to use an adapter the way it was trained.
 
-    Attributes:
-        base_model, base_revision, base_fingerprint: The base model (see :func:`sam3lora.model.fingerprint`).
-        prompts: The prompts it was trained on.
-        resolution: Side of the model input in pixels.
-        geometry_cls: Whether the geometry CLS token follows the text tokens.
-        post_processing: Its post-processing settings, the defaults wherever it is used; None if none are recorded.
-        data, metrics: Summaries of the data set and of the evaluation.
-        lora: The LoRA settings it was trained with.
-        versions: Versions of the packages that wrote it.
+    ``resolution`` is the side of the model input in pixels. With ``geometry_cls`` the geometry CLS token follows the
+    text tokens. ``post_processing`` holds the defaults wherever the adapter is used. ``data`` and ``metrics`` are
+    summaries; ``versions`` are those of the packages that wrote it.
     """
 
     base_model: str | None = None

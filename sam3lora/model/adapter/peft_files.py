@@ -65,9 +65,8 @@ def read_config(folder: Path) -> LoraConfig:
 def read_tensors(folder: Path, expected: Mapping[str, Sequence[int]] | None = None) -> tuple[dict[str, Tensor], bytes]:
     """The tensors of an adapter's weights file, and the contents of the file.
 
-    Args:
-        expected: Names and shapes that the file must have, of floating-point numbers. They are compared with the
-            file's header, before anything of their size is read. None accepts all.
+    The names and shapes of ``expected`` floating-point tensors are compared with the file's header, before anything of
+    their size is read. None accepts all.
 
     Raises:
         UserError: The file is damaged or empty, a tensor is not as expected, or a value is not finite.

@@ -71,13 +71,8 @@ class LoraWeights:
 class AdapterWeights:
     """All updates of one adapter, on the CPU in float32 (float64 for a float64 base), checked against the base.
 
-    Attributes:
-        modules: The update of each module, by its name in the base model.
-        rank: The largest rank of a module.
-        size_bytes: Size of all tensors.
-        version: Digest of the folder's files; it changes whenever the adapter does.
-        signature: `folder_signature` of the folder that was read; it tells sooner than `version` of a change.
-        components: Names of ``COMPONENTS`` that the adapter changes.
+    ``modules`` has the names of the base model; ``rank`` is the largest. ``version`` is a digest of the folder's files
+    and changes whenever the adapter does; ``signature``, from `folder_signature`, tells sooner of a change.
     """
 
     modules: dict[str, LoraWeights]
@@ -106,12 +101,10 @@ class _Target:
 def read_adapter_weights(
     folder: str | Path, model: nn.Module, *, check_base: bool = True, max_rank: int | None = None
 ) -> AdapterWeights:
-    """Read an adapter folder for ``model``. Any thread may call it at any time: the model is only looked at.
+    """Read an adapter folder for ``model``, a base without PEFT layers; any thread may call it at any time.
 
-    Args:
-        model: The base without PEFT layers. Its weights must not change: its fingerprint is computed once.
-        check_base: Refuse a base whose fingerprint differs from that of the base the adapter was trained on.
-        max_rank: Refuse larger ranks before anything of their size is read.
+    The weights of the model must not change: its fingerprint is computed once. ``check_base`` refuses another base than
+    the adapter was trained on, ``max_rank`` larger ranks before anything of their size is read.
 
     Raises:
         NotLowRankError: The adapter does more than LoRA or DoRA on Linear and Conv2d modules.

@@ -78,11 +78,8 @@ def merge_adapter(
 ) -> ExportReport:
     """Write base plus adapter as one SAM 3 at the adapter's resolution, and check that it computes the same.
 
-    Args:
-        output_dir: A new or empty folder, or an earlier merged model, which is replaced when the new one is complete.
-        model, revision: The base model; None takes the one that the adapter's metadata name.
-        dtype: Type of the weights written, ``float32`` or ``bfloat16``.
-        local_files_only: Use the hub's local cache only.
+    ``output_dir`` is a new or empty folder, or an earlier merged model, which is replaced when the new one is complete.
+    ``model`` None takes the base that the adapter's metadata name. ``dtype`` is ``float32`` or ``bfloat16``.
 
     Raises:
         UserError: The adapter is incomplete, the base model is missing or another one, ``dtype`` is unknown, or

@@ -66,11 +66,9 @@ def push_adapter(
 ) -> Upload:
     """Upload an adapter or a merged model with its model card; files of the same name on the hub are replaced.
 
-    Args:
-        repo_id: ``owner/name``; created if it does not exist.
-        private: Only the owner may see it. A repository that is public already is then refused.
-        dry_run: Check everything that can be checked without the network, and upload nothing.
-        token: A token with write access; None takes that of `hf auth login` or ``HF_TOKEN``.
+    The repository is created if it does not exist; with ``private``, a public one is refused. ``dry_run`` checks all
+    that can be checked without the network, and uploads nothing. ``token`` None takes that of `hf auth login` or
+    ``HF_TOKEN``.
 
     Raises:
         UserError: The folder is refused by :func:`check_folder` or has no model card, ``repo_id`` is malformed, or

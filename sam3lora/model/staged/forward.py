@@ -154,10 +154,9 @@ class StagedSam3:
     ) -> DetectorOutput:
         """Run the detector, everything between the encoders and the masks, for ``B`` find queries.
 
-        Args:
-            image_index_B, text_index_B: The rows of ``vision`` and ``text`` that make up each find query.
-            boxes_cxcywh_BN4, box_labels_BN: Optional exemplar boxes in [0, 1] and labels 1, 0 or -10 (padding).
-            one_to_many: Also run the duplicated object queries that training supervises one-to-many.
+        ``image_index_B`` and ``text_index_B`` are the rows of ``vision`` and ``text`` that make up each find query.
+        Exemplar boxes are in [0, 1], their labels are 1, 0 or -10 (padding). ``one_to_many`` also runs the duplicated
+        object queries that training supervises one-to-many.
         """
         prompt, prompt_mask = text.embeds_PTC[text_index_B], text.mask_PT[text_index_B]
         if boxes_cxcywh_BN4 is not None and boxes_cxcywh_BN4.numel() > 0:
@@ -183,11 +182,9 @@ class StagedSam3:
         begun_BSC: Tensor | None = None,
         one_to_many: bool = False,
     ) -> DetectorOutput:
-        """Like `detect`, for prompt tokens (text and geometry) that the caller has computed.
+        """Like `detect`, for prompt tokens (text and geometry) of the caller; their mask is True at real tokens.
 
-        Args:
-            prompt_mask_BT: True at real tokens.
-            begun_BSC: Result of `begin_fusion` for the image of each find query, if the caller has it.
+        ``begun_BSC`` is the result of `begin_fusion` for the image of each find query, if the caller has it.
         """
         coarse = vision.maps_ICHW[-1]
         size_hw = (coarse.shape[-2], coarse.shape[-1])
@@ -351,8 +348,7 @@ class StagedSam3:
     def mask_head(self, detections: DetectorOutput, rows_K: Tensor) -> MaskHead:
         """Pixel embeddings of the ``K`` find queries that need masks, once for all their object queries.
 
-        Args:
-            rows_K: int64, best on the CPU: then the host does not wait for the device.
+        ``rows_K`` (int64) is best on the CPU: then the host does not wait for the device.
         """
         rows_K = rows_K.cpu()
         rows = rows_K.to(detections.prompt_BTC.device, non_blocking=True)

@@ -19,12 +19,7 @@ _LAYER = re.compile(re.escape(TRUNK) + r"layers\.(\d+)\.")
 
 
 def unchanged_layers(adapted: Iterable[str], num_layers: int) -> int:
-    """Number of the trunk's layers before the first module with an adapter; ``num_layers`` if there is none.
-
-    Args:
-        adapted: Names of the model's modules that carry an adapter.
-        num_layers: Number of layers of the trunk.
-    """
+    """Number of the trunk's layers before the first of the ``adapted`` modules; ``num_layers`` if there is none."""
     first = num_layers
     for name in adapted:
         if name.startswith(TRUNK):

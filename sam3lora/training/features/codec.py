@@ -21,11 +21,6 @@ class FeatureForm:
     ``int8`` keeps x as round(x / s) with s = max|x| / 127 over blocks of 64 channels of a token (over the whole token
     where 64 does not divide them). So a channel with much larger values, as ViTs have, makes only its own block coarse.
     A row is the C numbers and then the bytes of its G float32 scales, C + C / 16 bytes.
-
-    Args:
-        shape_SC: Of the tokens of an image.
-        dtype: Of the tokens.
-        int8: Whether they are kept in 8 bits.
     """
 
     shape_SC: tuple[int, int]

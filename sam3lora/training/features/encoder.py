@@ -31,16 +31,10 @@ logger = logging.getLogger(__name__)
 class ImageEncoder:
     """Computes the feature maps of a run's images and counts how many came from the cache.
 
-    Args:
-        staged: The model.
-        device: Its device.
-        trainable: Whether the vision encoder carries an adapter; without one no graph is kept.
-        settings: How single images are read, without augmentation.
-        image_mean: Of the base, per channel, of pixels in [0, 1].
-        image_std: Of the base, per channel.
-        trunk: The cached outputs of the trunk's frozen part, or None.
-        vision_passes: Images that went through the trunk, or through its frozen part where that is cached.
-        features_loaded: Images whose cached features were used instead.
+    Unless ``trainable`` (the vision encoder carries an adapter), no graph is kept. ``settings`` read single images
+    without augmentation. Mean and standard deviation are per channel, of pixels in [0, 1]. ``vision_passes`` counts
+    images that went through the trunk, or through its frozen part where that is cached; ``features_loaded`` counts
+    those whose cached features were used instead.
     """
 
     staged: StagedSam3
@@ -113,8 +107,6 @@ def open_cache(
     config: Config, base: LoadedBase, staged: StagedSam3, data: RunData, device: torch.device
 ) -> TrunkCache | None:
     """Open the cache that the configuration asks for and the adapter allows, and set it in the splits of ``data``.
-
-    Returns the cache of the trunk's outputs; None where none are cached.
 
     Raises:
         UserError: `training.feature_cache` is true and it cannot be used.

@@ -13,11 +13,7 @@ class FeatureMemory:
     """Tensors by key up to a bound, and beyond it those that were read ahead of use. Any thread may use it.
 
     The first tensors that fit stay. Every epoch reads all images in turn, so a memory that evicts the least recently
-    used one would never hit.
-
-    Args:
-        limit_bytes: Most bytes that stay; 0 for none.
-        pinned: Page-locked copies, for asynchronous transfer to a GPU.
+    used one would never hit. ``pinned`` tensors are page-locked copies, for asynchronous transfer to a GPU.
     """
 
     def __init__(self, limit_bytes: int, *, pinned: bool = False) -> None:
@@ -49,12 +45,9 @@ class FeatureMemory:
             return True
 
     def read_ahead(self, keys: Iterable[str], read: Callable[[str], Tensor | None], user: object) -> None:
-        """Read tensors before they are needed.
+        """Read the tensors that are not in memory before they are needed by ``user``.
 
-        Args:
-            keys: Of the tensors.
-            read: Key -> tensor or None, called for keys that are not in memory.
-            user: The object they are for. Tensors read only for it are dropped when it is collected.
+        Those that are read only for it are dropped when it is collected.
         """
         held: list[str] = []
         weakref.finalize(user, self._drop_ahead, held).atexit = False

@@ -32,16 +32,9 @@ class TrunkCache:
     """The tokens of images by key, in memory and in a store.
 
     Images go through the trunk one by one, so that their features do not depend on the rest of the batch. New features
-    are used in the form in which they are kept, so that no number depends on what the cache held before.
-
-    Args:
-        staged: The model.
-        store: Where tokens are kept.
-        device: Of the model.
-        bf16: Whether the forward runs under bfloat16 autocast.
-        int8: Keep them in 8 bits.
-        compiled: Whether the frozen layers are compiled, which rounds differently.
-        memory_bytes: Most bytes in memory.
+    are used in the form in which they are kept, so that no number depends on what the cache held before. ``bf16`` tells
+    whether the forward runs under bfloat16 autocast, ``compiled`` whether the frozen layers are compiled, which rounds
+    differently.
     """
 
     def __init__(
@@ -86,11 +79,8 @@ class TrunkCache:
     def fetch(self, keys: Sequence[str | None], pixel_values: Callable[[int], Tensor]) -> Tensor:
         """Tokens (I, S, C) of images, from memory or the store where they are there, else computed.
 
-        Of several processes that miss the same image, one computes it while the others compute their other images.
-
-        Args:
-            keys: Of the images; None for one that is not cached.
-            pixel_values: Position of an image -> its (1, 3, H, W), called for those that have to be computed.
+        Of several processes that miss the same image, one computes it while the others compute their other images. An
+        image with the key None is not cached. ``pixel_values`` maps the position of an image to its (1, 3, H, W).
         """
         found: dict[str, Tensor] = {}
         missing: dict[str, int] = {}
@@ -121,9 +111,7 @@ class TrunkCache:
     def load_ahead(self, keys: Iterable[str | None], user: object) -> None:
         """Read the stored tokens of images into memory for `fetch`; any thread may call this.
 
-        Args:
-            keys: Of the images.
-            user: The object they are for. Tokens beyond the memory's bound are dropped when it is collected.
+        Tokens beyond the memory's bound are dropped when ``user`` is collected.
         """
         self.memory.read_ahead((key for key in keys if key is not None), self._read, user)
 
@@ -162,13 +150,7 @@ class TrunkCache:
 
 
 def why_trunk_changes(config: Config, adapted: Iterable[str], trunk_config: Any) -> str | None:
-    """The reason why no layer of the trunk has constant output for an image; None if the first one has.
-
-    Args:
-        config: Of the run.
-        adapted: Names of the modules that carry an adapter.
-        trunk_config: The trunk's own configuration.
-    """
+    """The reason why no layer of the trunk has constant output for an image; None if the first one has."""
     changed = [name for name in adapted if name.startswith(TRUNK)]
     if not unchanged_layers(changed, trunk_config.num_hidden_layers):
         return (
@@ -185,11 +167,6 @@ def kept_type(adapted: Iterable[str], *, bf16: bool, weights: torch.dtype) -> to
 
     The neck begins with casting to the type of its weights. Under autocast its convolutions then cast to bfloat16, and
     the maximum it pools is the same before and after. Dropout of an adapter would differ.
-
-    Args:
-        adapted: Names of the modules that carry an adapter.
-        bf16: Whether the forward runs under bfloat16 autocast.
-        weights: Type of the neck's weights.
     """
     neck_is_frozen = not any(name.startswith(_NECK) for name in adapted)
     return torch.bfloat16 if bf16 and neck_is_frozen else weights

@@ -30,16 +30,15 @@ def explain_sweep(
     """Print what would be tried and what it costs.
 
     Args:
-        space: From `load_space`.
         probe: Measure time and memory with two steps of the base configuration and two of the largest sample. It needs
             a data folder.
         address: Ray cluster that the sweep would run on; without one no Ray is started.
-        console: Where to print; None is standard output.
 
     Raises:
         UserError: No sample can be trained, the data are wrong, or no cluster answers.
     """
-    console = console or _console()
+    width = None if Console().is_terminal else 160
+    console = console or Console(markup=False, highlight=False, soft_wrap=True, width=width)
     data_dir = None if space.base.training.data_dir is None else checked_data_dir(space)
     proposals, rejections = propose_all(space)
     concurrency, where = _concurrency(space, address)
@@ -57,11 +56,6 @@ def explain_sweep(
         console.print("Cost        not measured: leave out --no-probe")
     else:
         print_cost(space, proposals, concurrency, console)
-
-
-def _console() -> Console:
-    width = None if Console().is_terminal else 160
-    return Console(markup=False, highlight=False, soft_wrap=True, width=width)
 
 
 def _concurrency(space: SearchSpace, address: str | None) -> tuple[Concurrency, str]:

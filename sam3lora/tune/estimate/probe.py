@@ -47,8 +47,6 @@ class Probe:
     """Measurements with one configuration.
 
     Attributes:
-        device: In words.
-        num_train, num_valid: Images of the training and validation splits.
         start_s: Seconds until the first step: imports, model and data.
         train, valid: Cost of an image seen again, as in all epochs but the first: the caches are filled.
         first_train, first_valid: Cost of an image seen for the first time.
@@ -129,6 +127,7 @@ def _measure(config: Config, folder: Path) -> Probe:
     metrics_s, num_measured = _metrics(trainer)
     num_train, num_valid = len(trainer.data.train), len(trainer.data.valid or ())
     size = trainer.config.training.images_per_forward
+    cache_bytes = sum(file.stat().st_size for file in (folder / "cache").rglob("*") if file.is_file())
     num_visited = min(_STEPS * size, num_train) + min(_BATCHES * size, num_valid)
     return Probe(
         device=_device_in_words(trainer.device),
@@ -142,7 +141,7 @@ def _measure(config: Config, folder: Path) -> Probe:
         metrics_s=metrics_s,
         num_measured=num_measured,
         memory_mb=memory_mb(trainer.device),
-        cache_bytes=_bytes_in(folder / "cache") / num_visited,
+        cache_bytes=cache_bytes / num_visited,
         uses_features=uses_features,
     )
 
@@ -223,7 +222,3 @@ def _device_in_words(device: torch.device) -> str:
         return f"the GPU ({torch.cuda.get_device_name(device)})"
     threads = torch.get_num_threads()
     return f"the CPU with {threads} thread{'s' * (threads != 1)}"
-
-
-def _bytes_in(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

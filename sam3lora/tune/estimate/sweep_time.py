@@ -47,14 +47,7 @@ def sweep_time(
     rungs: Sequence[int],
     reduction_factor: float,
 ) -> SweepTime:
-    """How long a sweep takes.
-
-    Args:
-        probes: Configurations of some trials with what was measured.
-        num_trials: Trials in all.
-        at_a_time: How many run together.
-        rungs, reduction_factor: As of `SuccessiveHalving`.
-    """
+    """How long a sweep takes, from probes of some trials' configurations."""
     share = expected_share(num_trials, probes[0][0].training.num_epochs, tuple(rungs), reduction_factor)
     fill = max(cache_filling_seconds(config, probe) for config, probe in probes)
     whole = [trial_seconds(config, probe) for config, probe in probes]
@@ -95,11 +88,6 @@ def expected_share(num_trials: int, num_epochs: int, rungs: tuple[int, ...], red
 
     The mean over simulated sweeps, stopped by the same rule as real ones, in which a trial keeps one random score at
     all rungs: learning curves that do not cross. If they do, more trials are stopped at later rungs.
-
-    Args:
-        num_trials: Trials in all.
-        num_epochs: Of a whole trial.
-        rungs, reduction_factor: As of `SuccessiveHalving`.
     """
     if num_trials < 1 or not rungs:
         return 1.0

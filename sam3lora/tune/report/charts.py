@@ -1,27 +1,100 @@
-"""The charts of a sweep's report, except that of the settings; each is None if there is nothing to draw."""
+"""The charts of a sweep's report, except that of the settings; each is None if there is nothing to draw.
+
+In all charts the best trial is vermilion, the base configuration blue and dashed, the others grey; trials that were
+stopped early are pale.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from markupsafe import Markup
+from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from sam3lora.evaluation.report.charts import COLOURS, GREY, chart_axes
-from sam3lora.tune.report.charted_trials import (
-    BEST,
-    FRONT,
-    ChartedTrials,
-    cut,
-    draw_base_line,
-    draw_point,
-    finished,
-    inside,
-    line_look,
-)
+from sam3lora.evaluation.report.charts import COLOURS, GREY, chart_axes, finish_chart
 from sam3lora.tune.report.importance import Importance
 from sam3lora.tune.run.ledger import TrialRecord, better, has_value, seconds_in_sessions
+
+BASE, BEST, FRONT = COLOURS[0], COLOURS[1], COLOURS[2]
+_PALE = 0.35
+_FAR_OFF = 6.0  # times the distance from best to median
+
+
+@dataclass(frozen=True)
+class ChartedTrials:
+    """The trials and what the charts need to know of the sweep."""
+
+    records: Sequence[TrialRecord]
+    metric: str  # its key in `TrialRecord.history`
+    metric_label: str
+    mode: str  # "min" or "max": which values are better
+    best: int | None = None  # number of the best trial
+    base: int | None = None  # number of the base configuration's trial
+
+    @property
+    def measured(self) -> list[tuple[TrialRecord, float]]:
+        """Trials that have a value, and the value. The best comes last, so that it is drawn on top."""
+        known = [(r, r.value) for r in self.records if has_value(r) and r.value is not None]
+        return sorted(known, key=lambda entry: (entry[0].number == self.best, entry[0].number == self.base))
+
+    def limits(self) -> tuple[float, float]:
+        """Ends of the metric's axis. A loss has no bound, so values far off are drawn at the edge."""
+        values = sorted(value for _, value in self.measured)
+        low, high = values[0], values[-1]
+        median = values[len(values) // 2]
+        if self.mode == "min" and median > low:
+            high = min(high, low + _FAR_OFF * (median - low))
+            high = max([high, *(value for record, value in self.measured if record.number == self.base)])
+        margin = 0.08 * (high - low) or 0.05 * abs(high) or 0.05
+        return low - margin, high + margin
+
+
+def line_look(trials: ChartedTrials, record: TrialRecord) -> tuple[Any, float, str, float, str]:
+    """Colour, width, style, opacity and name in the legend."""
+    if record.number == trials.best:
+        return BEST, 2.6, "-", 1.0, "best"
+    if record.number == trials.base:
+        return BASE, 2.0, "--", 1.0, "base"
+    if record.status == "stopped":
+        return GREY, 0.8, "-", _PALE, "stopped early"
+    return GREY, 1.1, "-", 1.0 if record.status == "finished" else _PALE, "other trials"
+
+
+def draw_point(axes: Axes, trials: ChartedTrials, record: TrialRecord, x: float, y: float) -> None:
+    if record.number == trials.best:
+        axes.plot([x], [y], "o", color=BEST, markersize=8, label="best")
+        axes.annotate(f"{record.number}", (x, y), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8)
+    elif record.number == trials.base:
+        axes.plot([x], [y], "D", color=BASE, markersize=5.5)
+    elif record.status == "stopped":
+        axes.plot([x], [y], "o", color=GREY, markersize=4.5, fillstyle="none", alpha=0.7, label="stopped early")
+    else:
+        axes.plot([x], [y], "o", color=GREY, markersize=4.5, label="other trials")
+
+
+def draw_base_line(axes: Axes, trials: ChartedTrials) -> None:
+    """The value of the base configuration, across the chart."""
+    for value in (value for record, value in trials.measured if record.number == trials.base):
+        axes.axhline(value, color=BASE, linewidth=1.2, linestyle="--", label="base")
+
+
+def inside(value: float | None, low: float, high: float) -> float:
+    """A value, cut to the ends of the axis; without a value the lower end."""
+    return min(max(low if value is None else value, low), high)
+
+
+def cut(text: str, letters: int) -> str:
+    return text if len(text) <= letters else text[: letters - 1] + "…"
+
+
+def finished(axes: Axes, description: str) -> Markup:
+    axes.tick_params(color=GREY, which="both")
+    return finish_chart(axes, description)
+
 
 _MANY = 20
 
@@ -29,9 +102,7 @@ _MANY = 20
 def progress_chart(trials: ChartedTrials, sessions: Sequence[Mapping[str, float]]) -> Markup | None:
     """Each trial at the time it ended, and the best value so far, over the time that the sweep ran.
 
-    Args:
-        trials: The trials.
-        sessions: ``started_at`` and ``ended_at`` of each start of the sweep, seconds since 1970.
+    `sessions` has ``started_at`` and ``ended_at`` of each start of the sweep, seconds since 1970.
     """
     ended = [
         (seconds_in_sessions(record.ended_at, list(sessions)), record, value)
@@ -40,7 +111,8 @@ def progress_chart(trials: ChartedTrials, sessions: Sequence[Mapping[str, float]
     ]
     if not ended:
         return None
-    scale, unit = _time_unit(max(seconds for seconds, *_ in ended))
+    last = max(seconds for seconds, *_ in ended)
+    scale, unit = (3600, "hours") if last > 3 * 3600 else (60, "minutes") if last > 180 else (1, "seconds")
     low, high = trials.limits()
     description = f"{trials.metric_label} of the trials and the best so far, over time"
     with chart_axes(description) as axes:
@@ -114,9 +186,7 @@ def size_chart(trials: ChartedTrials) -> Markup | None:
 def importance_chart(importances: Sequence[Importance], short: Mapping[str, str]) -> Markup | None:
     """How much each parameter mattered, and how much a parameter without effect would by chance.
 
-    Args:
-        importances: Those without a value are left out.
-        short: Parameter -> its name in the chart.
+    Parameters whose importance is not known are left out. `short` has their names in the chart.
     """
     shown = [(entry, entry.chance) for entry in importances if entry.chance is not None]
     if not shown:
@@ -140,10 +210,6 @@ def pareto_front(records: Iterable[TrialRecord], mode: str) -> list[TrialRecord]
 
     A trial is left out if another is as good and smaller, or as small and better, or if it has no value. Trials that
     are equal in both are all kept.
-
-    Args:
-        records: The trials.
-        mode: "min" or "max": which values are better.
     """
     measured = [record for record in records if has_value(record)]
 
@@ -167,10 +233,6 @@ def short_count(value: float) -> str:
 def _curve(record: TrialRecord, metric: str) -> list[tuple[float, float]]:
     points = {entry["epoch"]: entry[metric] for entry in record.history if entry.get(metric) is not None}
     return sorted(points.items())
-
-
-def _time_unit(seconds: float) -> tuple[float, str]:
-    return (3600, "hours") if seconds > 3 * 3600 else (60, "minutes") if seconds > 180 else (1, "seconds")
 
 
 def _spread(sizes: Sequence[int], low: float, high: float) -> list[int]:

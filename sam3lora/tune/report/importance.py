@@ -25,17 +25,11 @@ Effect = Literal["clear", "maybe", "not told apart from chance"]
 
 @dataclass(frozen=True)
 class Level:
-    """The trials that share a value of a parameter, or lie in the same third of its values.
+    """The trials that share a value of a parameter, or lie in the same third of its values."""
 
-    Attributes:
-        label: The value, or the ends of the third.
-        num_trials: Their number.
-        median: Median of their values.
-    """
-
-    label: str
+    label: str  # the value, or the ends of the third
     num_trials: int
-    median: float
+    median: float  # of the metric
 
 
 @dataclass(frozen=True)
@@ -43,7 +37,6 @@ class Importance:
     """How much one parameter mattered.
 
     Attributes:
-        parameter: Its name.
         epsilon_squared: Share of the variation of the values' ranks that goes with the parameter, in [0, 1]; None with
             a `reason`.
         chance: What it would be on average if the parameter did not matter.
@@ -77,9 +70,7 @@ def importances(records: Sequence[TrialRecord], parameters: Sequence[FreeParamet
     Each parameter is tested alone, so interactions are not seen. A sampler that learns from trials draws more where
     results are good: its trials are not independent and the p-values only a hint.
 
-    Args:
-        records: The trials. Those that were stopped early count with the value that they had; failed ones do not count.
-        parameters: The parameters that were drawn.
+    Trials that were stopped early count with the value that they had; failed ones do not count.
     """
     measured = [record for record in records if has_value(record)]
     found = [_importance(measured, parameter, len(parameters)) for parameter in parameters]

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from matplotlib.colors import LinearSegmentedColormap
 
 from sam3lora.evaluation.report.charts import GREY, chart_axes
-from sam3lora.tune.report.charted_trials import FRONT, ChartedTrials, cut, finished, inside, line_look
+from sam3lora.tune.report.charts import FRONT, ChartedTrials, cut, finished, inside, line_look
 from sam3lora.tune.space.expressions import is_number
 from sam3lora.tune.space.parameters import Choice, FreeParameter, value_text
 
@@ -25,10 +25,7 @@ def parallel_coordinates(
 ) -> Markup | None:
     """Axes from top to bottom, the metric last; the greener a trial's line, the better the trial.
 
-    Args:
-        trials: The trials.
-        parameters: The axes. On that of a number with few values, each has a place of its own.
-        short: Parameter -> its name in the chart.
+    On the axis of a number with few values, each has a place of its own. `short` has the names of the axes.
     """
     keys = [parameter.key for parameter in parameters]
     shown = [(r, value) for r, value in trials.measured if all(key in r.values for key in keys)]

@@ -12,8 +12,7 @@ from typing import Any
 from sam3lora.evaluation.report.html_page import render_page, setting_rows
 from sam3lora.tune.estimate.sweep_time import duration
 from sam3lora.tune.report import charts as sweep_charts
-from sam3lora.tune.report.charted_trials import ChartedTrials
-from sam3lora.tune.report.charts import short_count
+from sam3lora.tune.report.charts import ChartedTrials, short_count
 from sam3lora.tune.report.importance import importances
 from sam3lora.tune.report.parallel_coordinates import parallel_coordinates
 from sam3lora.tune.report.sentences import METRIC_LABELS, answer, held_out_sentence, short_names, vision_sentence
@@ -41,19 +40,13 @@ class TrialRow:
 def render_sweep(
     space: SearchSpace, records: Sequence[TrialRecord], rejections: Sequence[Rejection], summary: Mapping[str, Any]
 ) -> str:
-    """The report as one HTML page.
+    """The report as one HTML page without any reference outside itself.
 
     Args:
-        space: The search space.
-        records: All trials.
-        rejections: Samples that were never trained.
         summary: `name`, `sweep_dir`, `metric`, `mode`, `algorithm`, `num_trials`, `sessions` (`started_at` and
             `ended_at` of each, seconds since 1970), `best` and `base` (numbers or None), `max_concurrent`, `versions`,
             `held_out` (from `measure_held_out`, or None), `vision` (`passes` through the vision trunk, `images`
             of the data, or None).
-
-    Returns:
-        HTML without any reference outside itself.
     """
     by_number = {record.number: record for record in records}
     best = by_number.get(summary["best"])

@@ -50,9 +50,6 @@ def write_tables(
     retries (how many). Numbers are numbers; a parameter that also has other values is text, and a list its entries
     with commas. Unknown values are empty. In the CSV file an apostrophe precedes text that a spreadsheet would run as
     a formula.
-
-    Returns:
-        Both files.
     """
     table = _table(records, list(parameters), rejections)
     csv, parquet = sweep_dir / "trials.csv", sweep_dir / "trials.parquet"
@@ -66,14 +63,8 @@ def write_tables(
 def copy_best(sweep_dir: Path, record: TrialRecord | None, config: Config) -> Path | None:
     """Make `best/` of a trial's adapter and the `config.yaml` to train it again; an older `best/` is replaced whole.
 
-    Args:
-        sweep_dir: The sweep's folder.
-        record: The best trial. None, or one without a value: an older `best/` stays.
-        config: The trial's settings in all else as the base has them (`SearchSpace.config_of`). `config.yaml` has the
-            batch of the last retry, if memory ran out.
-
-    Returns:
-        The folder; None if nothing was copied.
+    Without a trial that has a value an older `best/` stays, and the result is None. `config` comes from
+    `SearchSpace.config_of`; `config.yaml` gets the batch of the last retry, if memory ran out.
 
     Raises:
         UserError: The trial's adapter is not there.

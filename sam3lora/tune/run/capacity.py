@@ -51,11 +51,7 @@ def local_concurrency(config: Config, asked: int | None) -> Concurrency:
 
 
 def choose_concurrency(config: Config, asked: int | None) -> Concurrency:
-    """Trials at a time on the Ray that is running.
-
-    Args:
-        config: Of a trial.
-        asked: `--max-concurrent`; None for as many as there is room for.
+    """Trials at a time on the Ray that is running: as many as there is room for, at most `asked`.
 
     Raises:
         UserError: The cluster cannot hold a single trial.
@@ -82,11 +78,7 @@ def trials_that_fit(
 ) -> int:
     """How many whole trials empty nodes hold; each worker is placed on the first node with room.
 
-    Args:
-        nodes: Resources of each.
-        needs: Resources of each worker of a trial.
-        placement_strategy: Ray's; "STRICT_PACK" puts all workers of a trial on one node, "STRICT_SPREAD" each on
-            another.
+    Ray's "STRICT_PACK" puts all workers of a trial on one node, "STRICT_SPREAD" each on another.
     """
     if placement_strategy == "STRICT_PACK":
         names = {name for need in needs for name in need}

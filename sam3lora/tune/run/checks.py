@@ -19,10 +19,7 @@ _ANY_RESOLUTION = 1008
 
 
 def check_data(space: SearchSpace) -> int:
-    """Index both splits of the base configuration and check that trials can be compared on them.
-
-    Returns:
-        The number of training images.
+    """The number of training images, after a check that trials can be compared on both splits.
 
     Raises:
         UserError: A split is missing or damaged, or the metric is not defined on the validation images.

@@ -34,19 +34,14 @@ class TrialRecord:
         number: From 0; the folder's name.
         values: Parameter -> value, as in the search space; tied values and labels of component sets included.
         is_base: Whether it is the base configuration as it was.
-        trainable_parameters: Of the adapter.
         status: "finished" trained to its end, "stopped" ended early, "failed" has a `reason`.
         value: The metric of the adapter in `best/`; None if nothing was measured.
         metrics: Its other metrics: valid_loss, map, cgf1, off_prompt_fpr, ...
         best_epoch: Its epoch, from 1.
-        epochs: Epochs trained.
         history: One entry a validation: epoch (from 1), time (seconds since 1970), train_loss, valid_loss, and metrics.
-        failure: Kind of failure.
-        reason: Its message.
         retries: Changed settings of each new attempt after running out of memory: reason, batch_size,
             gradient_accumulation_steps.
-        started_at: Seconds since 1970, of the first attempt.
-        ended_at: The same.
+        started_at, ended_at: Seconds since 1970; the start of the first attempt.
         seconds: Spent training, without pauses between sessions and without an attempt that ran out of memory.
         images_per_second: In training, over the last epoch.
         memory_mb: Peak memory of the first worker.
@@ -82,20 +77,13 @@ class TrialRecord:
 
 @dataclass(frozen=True)
 class Rejection:
-    """A sample that was never trained.
+    """A sample that was never trained."""
 
-    Attributes:
-        number: The trial it was proposed for.
-        values: As in `TrialRecord`.
-        reason: In words, with the bound and the value.
-        trainable_parameters: None if they could not be counted.
-    """
-
-    number: int
+    number: int  # of the trial it was proposed for
     values: dict[str, Any]
     kind: Literal["over budget", "impossible settings", "already tried"]
     reason: str
-    trainable_parameters: int | None = None
+    trainable_parameters: int | None = None  # None if they could not be counted
 
 
 class Ledger:

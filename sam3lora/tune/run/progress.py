@@ -31,11 +31,7 @@ _SHOWN = ("train_loss", "valid_loss", "map", "cgf1")
 def show_progress(space: SearchSpace, ledger: Ledger, style: str, console: Console | None = None) -> Iterator[None]:
     """Show the trials of a sweep while the block runs. No error of the display ends the sweep.
 
-    Args:
-        space: Search space of the sweep.
-        ledger: Its trials.
-        style: "bar" (a table of the trials), "lines", "off", or "auto", a table in a terminal and lines elsewhere.
-        console: Where to show them; None is standard output.
+    The style is "bar" (a table of the trials), "lines", "off", or "auto": a table in a terminal and lines elsewhere.
     """
     if style == "off":
         yield
@@ -82,13 +78,7 @@ class RecordReader:
 
 
 class ProgressLines:
-    """Prints a line when a trial starts, finishes an epoch, and ends.
-
-    Args:
-        space: Search space of the sweep.
-        console: Where to print.
-        earlier: Records of earlier sessions, whose events are not printed again.
-    """
+    """Prints a line when a trial starts, finishes an epoch, and ends; events in `earlier` records are not repeated."""
 
     def __init__(self, space: SearchSpace, console: Console, earlier: Sequence[TrialRecord] = ()) -> None:
         self._space, self._console = space, console
@@ -96,7 +86,6 @@ class ProgressLines:
         self._started = time.monotonic()
 
     def show(self, records: Sequence[TrialRecord]) -> None:
-        """Print the events since the last call."""
         for record in records:
             status, epochs = self._seen.get(record.number, ("pending", 0))
             self._seen[record.number] = (record.status, record.epochs)
@@ -149,7 +138,6 @@ def trial_table(space: SearchSpace, records: Sequence[TrialRecord], *, most_rows
 
 
 def describe_end(space: SearchSpace, record: TrialRecord) -> str:
-    """One line for a trial that has ended."""
     settings = "base configuration" if record.is_base else _settings(space, record)
     if record.status == "failed":
         return f"trial {record.number} failed ({record.failure}): {record.reason} [{settings}]"

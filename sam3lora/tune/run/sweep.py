@@ -65,8 +65,6 @@ def run_sweep(
     """Train the trials of a search space and keep the best adapter.
 
     Args:
-        space: From `load_space`.
-        output_dir: Folder of the sweep.
         resume: Go on with the sweep in the folder. Trials that have ended stay as they are, begun ones go on from their
             checkpoints; `num_trials` may be larger than before.
         retry_failed: When resuming, do failed trials again as well.

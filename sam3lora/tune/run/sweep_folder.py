@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,9 @@ from typing import Any
 import filelock
 
 from sam3lora.errors import UserError
-from sam3lora.files import write_whole
-from sam3lora.tune.run.decisions import DECISION_FILE
+from sam3lora.files import remove, remove_leftovers, write_whole
 from sam3lora.tune.run.ledger import REJECTED_FILE, SPACE_FILE, TRIAL_FILE, Ledger, TrialRecord
+from sam3lora.tune.run.trial import DECISION_FILE
 from sam3lora.tune.space.reader import load_space
 from sam3lora.tune.space.search_space import SearchSpace
 
@@ -53,7 +52,7 @@ def prepare(space: SearchSpace, sweep_dir: Path, *, resume: bool, retry_failed: 
                 f"cannot resume {sweep_dir} with another search space: {'; '.join(changed)}. Put it back, or start a "
                 "new sweep with another --output-dir"
             )
-        _remove_scratch(ledger)
+        remove_leftovers(sweep_dir, *(sweep_dir / "trials").glob("*"))
         for record in ledger.records():
             if retry_failed and record.status == "failed":
                 _begin_again(ledger, record)
@@ -79,31 +78,16 @@ def _begin_again(ledger: Ledger, failed: TrialRecord) -> None:
     )
     for path in ledger.folder(failed.number).iterdir():
         if path.name != TRIAL_FILE:
-            _remove(path)
+            remove(path)
 
 
 def tidy(ledger: Ledger) -> None:
     """Remove what is no longer needed of trials that have ended."""
-    _remove_scratch(ledger)
+    remove_leftovers(ledger.sweep_dir, *(ledger.sweep_dir / "trials").glob("*"))
     for record in ledger.records():
         if record.has_ended:
             for name in ("checkpoints", "last", DECISION_FILE):
-                _remove(ledger.folder(record.number) / name)
-
-
-def _remove_scratch(ledger: Ledger) -> None:
-    """Remove the half-written files and folders of killed processes, which have hidden names."""
-    for folder in (ledger.sweep_dir, *(ledger.sweep_dir / "trials").glob("*")):
-        for pattern in (".ray", ".*.part*", ".*.tmp", ".*.old"):
-            for leftover in folder.glob(pattern):
-                _remove(leftover)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+                remove(ledger.folder(record.number) / name)
 
 
 def earlier_sessions(sweep_dir: Path) -> list[dict[str, float]]:

@@ -1,30 +1,40 @@
 """One trial of a sweep: train, try again with smaller batches if memory ran out, and write the record.
 
 No error of a trial is raised: its record says why it failed, and the sweep goes on.
+
+The scheduler decides whether a trial goes on, and the trial ends itself. If Ray Tune killed it, its Ray Train workers'
+resources would stay reserved until Ray notices, which it does only with a dashboard; later trials would wait forever.
+So the decision on each epoch is a file in the trial's folder. The trial waits for it after each report, while its
+workers continue, and stops with everything saved.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ray.train import UserCallback
+
 from sam3lora.config import Config
 from sam3lora.config.training import images_per_step
 from sam3lora.data.images import ImageError
-from sam3lora.errors import OutOfMemory, UserError, WorkerLost
+from sam3lora.errors import OutOfMemory, RunFailed, UserError, WorkerLost
+from sam3lora.files import write_whole
 from sam3lora.training.checkpoints import list_checkpoints
 from sam3lora.training.launch import train
 from sam3lora.training.update import NonFiniteLoss
-from sam3lora.tune.run.decisions import EndWhenDecided, StoppedEarly, await_decision
 from sam3lora.tune.run.ledger import FailureKind, Ledger, TrialRecord
 from sam3lora.tune.run.trial_summary import summarise
 from sam3lora.tune.space.search_space import SearchSpace
 
 RETRY_KEYS = ("batch_size", "gradient_accumulation_steps")
 _REASON_LENGTH = 2000
+DECISION_FILE = ".decision"
+_SECONDS_BETWEEN_LOOKS, _LONGEST_WAIT_S = 0.05, 30.0
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -53,12 +63,8 @@ def complete_trial(
 ) -> TrialRecord:
     """Train a trial from where it stands to its end, and write its record.
 
-    Args:
-        space: Search space of the sweep.
-        ledger: Holds the trial's record.
-        number: Of the trial.
-        report: Receives epoch (from 1) and the metrics of every validation, if the trial trains in this process.
-        may_stop: Whether there is early stopping.
+    `report` receives epoch (from 1) and the metrics of every validation, if the trial trains in this process;
+    `may_stop` says whether there is early stopping.
     """
     record, folder = ledger.read(number), ledger.folder(number)
     record.started_at = record.started_at or time.time()
@@ -85,7 +91,6 @@ def complete_trial(
 
 
 def failure_kind(error: BaseException) -> FailureKind:
-    """What made a trial fail."""
     kinds: list[tuple[type[BaseException], FailureKind]] = [
         (OutOfMemory, "out of memory"),
         (NonFiniteLoss, "loss not finite"),
@@ -135,7 +140,6 @@ def _start(config: Config, report: Report, *, may_stop: bool) -> None:
 
 
 def _free_memory() -> None:
-    """Free the memory of a failed attempt in this process."""
     import gc
 
     import torch
@@ -160,3 +164,46 @@ def _is_going_down(error: BaseException) -> bool:
 def _reason(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
     return text if isinstance(error, UserError) or len(text) < _REASON_LENGTH else text[:_REASON_LENGTH] + " ..."
+
+
+class StoppedEarly(RunFailed):
+    """A trial fell behind the others and ends early."""
+
+
+def write_decision(folder: Path, epoch: int, *, stop: bool) -> None:
+    """Write whether the trial ends after an epoch. A decision to stop is final."""
+    if not _read(folder).get("stop"):
+        write_whole(folder / DECISION_FILE, json.dumps({"epoch": epoch, "stop": stop}))
+
+
+def await_decision(folder: Path, epoch: int, *, longest_s: float = _LONGEST_WAIT_S) -> None:
+    """Wait for the decision on an epoch; without one the trial goes on after `longest_s` seconds.
+
+    Raises:
+        StoppedEarly: The trial ends here.
+    """
+    deadline = time.monotonic() + longest_s
+    while True:
+        decision = _read(folder)
+        if decision.get("stop"):
+            raise StoppedEarly(f"stopped after epoch {decision['epoch']}: other trials were better by then")
+        if decision.get("epoch", 0) >= epoch or time.monotonic() > deadline:
+            return
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+
+class EndWhenDecided(UserCallback):
+    """A callback of Ray Train's controller, where an exception ends the run and frees the workers' resources."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        await_decision(self._folder, metrics[0]["epoch"])
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / DECISION_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}

@@ -27,26 +27,23 @@ def current_record(folder: Path, search: Search) -> TrialRecord:
 
 
 def summarise(record: TrialRecord, folder: Path, search: Search) -> None:
-    """Take over what a run has logged: history, the value of `best/`, time, speed and memory.
-
-    Args:
-        record: Changed in place; its status stays.
-        folder: The run folder of the trial.
-        search: Names the metric that chooses `best/`.
-    """
+    """Take over what a run has logged: history, the value of `best/`, time, speed and memory. The status stays."""
     metric = search.metric
     lines = read_metrics(folder / METRICS_FILE)
-    record.history = [_entry(line) for line in lines if line["kind"] == "epoch"]
+    kept = ("epoch", "step", "train_loss", *MEASURED)
+    epochs = [line for line in lines if line["kind"] == "epoch"]
+    record.history = [{"time": e["unix_time"]} | {name: e[name] for name in kept if name in e} for e in epochs]
     record.epochs = max((entry["epoch"] for entry in record.history), default=0)
     best = _of_saved_adapter(folder) or _best_entry(record.history, metric, search.mode)
     record.value, record.best_epoch = best.get(metric), best.get("epoch")
     record.metrics = {name: best[name] for name in MEASURED if best.get(name) is not None}
-    record.seconds = _seconds(lines)
     steps = [line for line in lines if line["kind"] == "step"]
     if steps:
         record.images_per_second = steps[-1]["images_per_second"]
         record.memory_mb = max(line["memory_mb"] for line in steps)
-    attempts = list(_attempts(lines))
+    attempts = _attempts(lines)
+    # Time spent training: from each start to the last line before the next one.
+    record.seconds = round(sum(attempt[-1]["unix_time"] - attempt[0]["unix_time"] for attempt in attempts), 3)
     record.vision_passes = sum(_last(attempt, "vision_passes") for attempt in attempts)
     record.features_loaded = sum(_last(attempt, "features_loaded") for attempt in attempts)
 
@@ -75,11 +72,6 @@ def num_images(folder: Path) -> int | None:
     return starts[0]["num_train_images"] + starts[0]["num_valid_images"] if starts else None
 
 
-def _entry(line: dict[str, Any]) -> dict[str, Any]:
-    kept = ("epoch", "step", "train_loss", *MEASURED)
-    return {"time": line["unix_time"]} | {name: line[name] for name in kept if name in line}
-
-
 def _attempts(lines: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """The lines of each start of the run; an interrupted trial has several starts."""
     attempts: list[list[dict[str, Any]]] = []
@@ -88,12 +80,6 @@ def _attempts(lines: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
             attempts.append([])
         attempts[-1].append(line)
     return attempts
-
-
-def _seconds(lines: list[dict[str, Any]]) -> float:
-    """Time spent training: from each start to the last line before the next one."""
-    spans = [attempt[-1]["unix_time"] - attempt[0]["unix_time"] for attempt in _attempts(lines)]
-    return round(sum(spans), 3)
 
 
 def _last(lines: list[dict[str, Any]], name: str) -> int:

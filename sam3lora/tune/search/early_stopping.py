@@ -18,11 +18,8 @@ def rungs(space: SearchSpace, num_train_images: int | None = None) -> list[int]:
     """Epochs after which trials are compared, fewest first; empty without early stopping.
 
     The first is `grace_epochs`, each further one `reduction_factor` times the one before. None is at the last epoch,
-    where there is nothing left to save, nor where the metric is not measured.
-
-    Args:
-        space: Search space of the sweep.
-        num_train_images: Tells how many epochs `training.max_steps` leaves.
+    where there is nothing left to save, nor where the metric is not measured. `num_train_images` tells how many epochs
+    `training.max_steps` leaves.
     """
     settings, last = space.early_stopping, _num_epochs(space, num_train_images)
     if settings.scheduler == "none":
@@ -64,10 +61,7 @@ class SuccessiveHalving:
     def falls_behind(self, number: int, epoch: int, score: float | None) -> bool:
         """Record a trial's score at the highest rung that it has reached, and compare it there.
 
-        Args:
-            number: The trial's.
-            epoch: That the score was measured at.
-            score: Higher is better. None or NaN decides nothing.
+        A higher score is better; None or NaN decides nothing.
         """
         rung = max((rung for rung in self._scores if epoch >= rung), default=None)
         if rung is None or (rung, number) in self._judged or score is None or math.isnan(score):

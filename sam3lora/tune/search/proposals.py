@@ -23,14 +23,7 @@ _SAMPLES_AT_START = 200
 
 @dataclass(frozen=True)
 class Proposal:
-    """A trial that may be trained.
-
-    Attributes:
-        values: Of every parameter.
-        config: The base configuration with these values, see `SearchSpace.config_of`.
-        trainable_parameters: Of the adapter.
-        is_base: Whether it is the base configuration, unchanged.
-    """
+    """A trial that may be trained: the values of every parameter, and the base configuration with them."""
 
     number: int
     values: dict[str, Any]
@@ -79,7 +72,6 @@ class Proposer:
         self._seen |= {_canonical(record.values) for record in taken if not record.is_base}
 
     def observe(self, record: TrialRecord) -> None:
-        """Let the sampler learn from a trial that has ended."""
         self._sampler.observe(record)
 
     def next(self, number: int) -> Proposal | None:
@@ -171,15 +163,7 @@ def propose_all(space: SearchSpace) -> tuple[list[Proposal], list[Rejection]]:
 
 
 def build_sampler(space: SearchSpace, ended: Sequence[TrialRecord] = ()) -> Sampler:
-    """The sampler that `search.algorithm` names.
-
-    Args:
-        space: The search space.
-        ended: Trials of earlier sessions, from which Optuna learns.
-
-    Raises:
-        UserError: Optuna is asked for and not installed.
-    """
+    """The sampler that `search.algorithm` names. Optuna, if installed (else UserError), learns from ended trials."""
     if space.search.algorithm == "optuna":
         return OptunaSampler(space, ended)
     return GridSampler(space) if space.search.algorithm == "grid" else RandomSampler(space)

@@ -13,8 +13,8 @@ from typing import Any
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from sam3lora.tune.run.decisions import write_decision
 from sam3lora.tune.run.ledger import Ledger, TrialRecord
+from sam3lora.tune.run.trial import write_decision
 from sam3lora.tune.search.early_stopping import SuccessiveHalving
 from sam3lora.tune.search.proposals import Proposer
 from sam3lora.tune.space.search_space import SearchSpace
@@ -26,11 +26,8 @@ class LedgerSearcher(Searcher):
     """Starts the unfinished trials of an earlier session first, then new ones; their settings are in the ledger.
 
     Args:
-        ledger: Receives the record of each new trial.
-        proposer: Makes the settings of new trials, and observes what came of each.
         begun: Numbers of trials with a record that have not ended.
         new: Numbers of the trials to propose.
-        may_stop: Whether there is early stopping.
         settle: Called with a trial's number when its process has ended; returns the final record.
     """
 
@@ -93,7 +90,7 @@ class LedgerSearcher(Searcher):
 
 
 class DecidingScheduler(FIFOScheduler):
-    """Tells trials to stop instead of killing them, see `decisions`.
+    """Tells trials to stop instead of killing them, see `sam3lora.tune.run.trial`.
 
     The base configuration trains to its end: all other trials are compared with it.
     """
@@ -123,11 +120,5 @@ class DecidingScheduler(FIFOScheduler):
 
 
 def build_scheduler(space: SearchSpace, rungs: Sequence[int], earlier: Iterable[TrialRecord]) -> TrialScheduler:
-    """The scheduler of a sweep.
-
-    Args:
-        space: Search space of the sweep.
-        rungs: Epochs after which trials are compared; empty for no early stopping.
-        earlier: Trials of earlier sessions, also those that go on.
-    """
+    """The scheduler of a sweep; without `rungs` there is no early stopping. `earlier` trials may still go on."""
     return DecidingScheduler(space, rungs, earlier) if rungs else FIFOScheduler()

@@ -23,9 +23,7 @@ class Sampler:
     def propose(self, number: int, attempt: int) -> dict[str, Any] | None:
         """Values of all parameters for a trial, tied ones included; None if nothing is left to try.
 
-        Args:
-            number: Of the trial.
-            attempt: How many proposals for this trial were rejected.
+        `attempt` counts the proposals for this trial that were rejected.
         """
         raise NotImplementedError
 

@@ -42,12 +42,7 @@ ALLOWED = f"numbers, dotted keys, + - * / // **, brackets and {', '.join(_FUNCTI
 
 @dataclass(frozen=True)
 class Expression:
-    """Arithmetic over dotted keys.
-
-    Attributes:
-        text: As it was written.
-        keys: The dotted keys in it, each once, in order.
-    """
+    """Arithmetic over dotted keys: the text as it was written, and the keys in it, each once, in order."""
 
     text: str
     keys: tuple[str, ...] = ()

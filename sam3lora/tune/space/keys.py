@@ -60,7 +60,6 @@ CHANGES_VALIDATION_LOSS = (
 
 
 def is_under(key: str, above: str) -> bool:
-    """Whether a dotted key is another one, or in its section."""
     return key == above or key.startswith(f"{above}.")
 
 

@@ -29,8 +29,7 @@ class Choice:
         key: Dotted key of the configuration, or `components`.
         kind: "choice", drawn with equal chances; or "grid", all visited equally often, whichever way the other
             parameters are searched.
-        values: The values.
-        labels: Their names in tables; None where none were given.
+        labels: Names of the values in tables.
     """
 
     key: str
@@ -74,10 +73,8 @@ class Choice:
 class Range:
     """A number between two ends, both included.
 
-    Attributes:
-        key: Dotted key of the configuration.
-        kind: "uniform" = any number, "loguniform" = the same with each order of magnitude equally likely, "randint" =
-            whole numbers.
+    The kind "uniform" is any number, "loguniform" the same with each order of magnitude equally likely, "randint" a
+    whole number.
     """
 
     key: str

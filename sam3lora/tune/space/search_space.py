@@ -95,21 +95,13 @@ class Failures(Section):
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """A checked search space; made by `load_space`.
-
-    Attributes:
-        name: Of the sweep.
-        base: The configuration that every trial changes.
-        base_name: A preset's name, or the name of its file.
-        parameters: By key, in the order of the file.
-        component_sets: Those of the file; the built-in ones are in `component_sets.BUILT_IN`.
-    """
+    """A checked search space; made by `load_space`."""
 
     name: str
-    base: Config
-    base_name: str
-    parameters: dict[str, Parameter]
-    component_sets: dict[str, tuple[str, ...]]
+    base: Config  # every trial changes it
+    base_name: str  # a preset's name, or that of its file
+    parameters: dict[str, Parameter]  # by key, in the order of the file
+    component_sets: dict[str, tuple[str, ...]]  # of the file, without `component_sets.BUILT_IN`
     constraints: Constraints
     search: Search
     early_stopping: EarlyStopping
