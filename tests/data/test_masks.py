@@ -47,10 +47,14 @@ def test_compressed_counts_agree_with_pycocotools():
         assert read_rle({"size": [100, 100], "counts": counts}) == rle
 
 
-@pytest.mark.parametrize("size", [None, [48], ["6", "8"], [6.0, 8.0], [0, 8], [-6, -8]])
-def test_a_malformed_size_is_refused(size):
-    with pytest.raises(ValueError, match="expected size"):
-        read_rle({"size": size, "counts": [48]})
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("size", value) for value in (None, [48], ["6", "8"], [6.0, 8.0], [0, 8], [-6, -8])]
+    + [("counts", value) for value in (None, ["48"], [48.0], [-2, 50])],
+)
+def test_malformed_runs_are_refused(field, value):
+    with pytest.raises(ValueError, match=f"expected {field}"):
+        read_rle({"size": [6, 8], "counts": [48]} | {field: value})
 
 
 @pytest.mark.parametrize("placement", [Placement(), Placement(0.5, 0.25, 0.125), Placement(0.5, 0.5, 0.0, flip=True)])

@@ -119,15 +119,15 @@ def test_without_the_one_to_many_branch():
     torch.testing.assert_close(output.total, both.total)
 
 
-@pytest.mark.parametrize("branch", ["boxes_cxcywh_LBQ4", "boxes_o2m_LBQ4"])
-def test_non_finite_cost_names_the_query(branch):
+@pytest.mark.parametrize(("branch", "layer"), [("boxes_cxcywh_LBQ4", 1), ("boxes_o2m_LBQ4", 0), ("boxes_o2m_LBQ4", 1)])
+def test_non_finite_cost_names_the_query(branch, layer):
     # A NaN box in query 1 stops the step and says where.
     predictions, targets = small_predictions(), small_targets([1, 1])
     boxes = getattr(predictions, branch).detach().clone()
-    boxes[-1, 1, 2] = float("nan")
+    boxes[layer, 1, 2] = float("nan")
     setattr(predictions, branch, boxes)
     name = "one-to-one" if branch == "boxes_cxcywh_LBQ4" else "one-to-many"
-    with pytest.raises(FloatingPointError, match=rf"query 1 \({name} branch, decoder layer 1, object query 2"):
+    with pytest.raises(FloatingPointError, match=rf"query 1 \({name} branch, decoder layer {layer}, object query 2"):
         Criterion()(predictions, targets)
 
 
@@ -178,6 +178,7 @@ def test_matching_rules_by_hand():
     assert HungarianCost()(logits[None], boxes[None, None], target).argmin() == 0
     assert OneToManyRule(topk=2)(logits, boxes[None], target).tolist() == [[1, 1, 0, 0]]
     assert OneToManyRule(topk=2, threshold=0.9)(logits, boxes[None], target).sum() == 0
+    assert OneToManyRule(topk=2)(logits, boxes[None, [0] * 4], target).sum() == 0  # none of equal scores is best
 
 
 def test_full_resolution_masks_keep_no_large_buffers():
