@@ -99,14 +99,14 @@ class Session:
         for name in ("RAY_ADDRESS", "SAM3LORA_API_KEYS", "PYTHONHASHSEED"):
             self.environment.pop(name, None)
 
-    def command(self, verb: str, *words: str | Path) -> list[str]:
+    def command(self, verb: str, *words: str | Path | int) -> list[str]:
         """The words of a verb of the product, or of its batch job."""
         start = ["jobs/predict.py"] if verb == "predict" else ["-m", "sam3lora", *verb.split()]
         command = [*start, *map(str, words), *self.extra.get(verb, [])]
         self.commands.append(self.without_paths("python " + shlex.join(command)))
         return [sys.executable, *command]
 
-    def run(self, verb: str, *words: str | Path) -> None:
+    def run(self, verb: str, *words: str | Path | int) -> None:
         """Run a command to its end; one that fails ends the record."""
         command = self.command(verb, *words)
         done = subprocess.run(command, cwd=self.root, env=self.environment, capture_output=True, text=True, check=False)
@@ -244,7 +244,7 @@ def record_http(session: Session) -> Iterator[tuple[str, Any]]:
     fields = {**FIND_FIELDS, **session.extra_fields}
     gear = {"xyxy": GEAR_XYXY, "label": 1}
     not_these = {"xyxy": OTHER_XYXY, "label": 0}
-    segment = {
+    segment: dict[str, dict[str, Any]] = {
         "base": {"prompts": ["gear"], "threshold": 0.0},
         "parts": {"prompts": ["gear", "arrow"], "adapter": "parts"},
         "parts-light": {"prompts": ["gear", "arrow"], "adapter": "parts-light"},
@@ -446,8 +446,8 @@ def diff(options: argparse.Namespace) -> int:
         if name not in names[0] & names[1]:
             found = [("", f"only in the {'first' if name in names[0] else 'second'} folder")]
         else:
-            values = [read(folder / name) for folder in (options.first, options.second)]
-            found = list(differences(*values, options.tolerance))
+            first, second = read(options.first / name), read(options.second / name)
+            found = list(differences(first, second, options.tolerance))
         if options.ignore:
             found = [entry for entry in found if not re.search(options.ignore, f"{name}{entry[0]}")]
         for path, what in found:

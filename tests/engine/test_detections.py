@@ -21,7 +21,13 @@ def found() -> Detections:
 
 def test_coco_results_have_xywh_boxes(found):
     (entry,) = found.to_coco(3, 5)
-    assert entry == {"image_id": 3, "category_id": 5, "segmentation": found.rles[0], "bbox": [2, 1, 5, 3], "score": 0.75}
+    assert entry == {
+        "image_id": 3,
+        "category_id": 5,
+        "segmentation": found.rles[0],
+        "bbox": [2, 1, 5, 3],
+        "score": 0.75,
+    }
     found.rles = None
     assert "segmentation" not in found.to_coco(3, 5)[0]
 
