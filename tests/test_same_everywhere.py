@@ -177,8 +177,17 @@ def of_client(_folder: Path, adapter: str | None, service: str) -> Found:
     return found
 
 
-@pytest.mark.parametrize("adapter", ["parts", None])
-@pytest.mark.parametrize("way", [of_validate, of_infer, of_batch_job, of_http, of_client])
+BATCH_OF_THE_BASE = pytest.param(of_batch_job, None, marks=pytest.mark.slow)  # starts Ray once more
+
+
+@pytest.mark.parametrize(
+    ("way", "adapter"),
+    [
+        *((way, "parts") for way in (of_validate, of_infer, of_batch_job, of_http, of_client)),
+        *((way, None) for way in (of_validate, of_infer, of_http, of_client)),
+        BATCH_OF_THE_BASE,
+    ],
+)
 def test_every_way_finds_what_the_predictor_finds(way, adapter, folder, service):
     expected, found = of_predictor(folder, adapter, service), way(folder, adapter, service)
     assert [one[0] for one in found] == [one[0] for one in expected]
