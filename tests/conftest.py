@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,14 @@ def cache_folder(_caches: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = _caches / str(next(_NUMBERS))
     monkeypatch.setenv("SAM3LORA_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _restore_log_level() -> Iterator[None]:
+    logger = logging.getLogger("sam3lora")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import importlib.util
 import pkgutil
 import re
@@ -22,6 +24,12 @@ from sam3lora.tune.space.parameters import KINDS
 from sam3lora.tune.space.reader import load_space, space_names
 
 ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted(
+    path.relative_to(ROOT)
+    for package in ("sam3lora", "serve_app")
+    for path in (ROOT / package).rglob("*.py")
+    if ">>> " in path.read_text()
+)
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 
 _FENCE = re.compile(r"^```.*?$(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -239,3 +247,10 @@ def test_layout_lists_every_package():
 def test_readme_lists_every_page():
     readme = (ROOT / "README.md").read_text()
     assert [page.name for page in ROOT.glob("docs/*.md") if f"(docs/{page.name})" not in readme] == []
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=str)
+def test_examples_in_docstrings(path: Path):
+    result = doctest.testmod(importlib.import_module(".".join(path.with_suffix("").parts)))
+    assert result.attempted
+    assert not result.failed

@@ -30,8 +30,6 @@ from serve_app.http.ingress import create_api
 from serve_app.replica.replica import ModelReplica
 from serve_app.settings import AdapterSettings, ServeSettings
 
-from .serve_app.local_backend import LocalBackend
-
 ROOT = Path(serve_app.__file__).parents[1]
 SAMPLE = ROOT / "serve_app" / "static" / "sample.jpg"
 PROMPTS = ["cross", "star"]
@@ -40,6 +38,18 @@ RECORDED = PostProcessing(threshold=0.2, prompt_thresholds={"star": 0.05}, nms="
 
 Found = list[tuple[str, float, list[float], dict]]
 """(prompt, score, box xyxy, RLE), by prompt and falling score."""
+
+
+class LocalBackend:
+    """A `Backend` of one replica in this process."""
+
+    def __init__(self, replica: ModelReplica) -> None:
+        self.segment, self.keep_image = replica.segment, replica.keep_image
+        self.list_adapters, self.ready = replica.list_adapters, replica.ready
+        self.named_metrics = replica.named_metrics
+
+    async def metrics(self) -> dict[str, str]:
+        return dict([await self.named_metrics()])
 
 
 @pytest.fixture(scope="module")

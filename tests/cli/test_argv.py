@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
-
 import pytest
 
 from sam3lora.cli import argv
@@ -38,9 +36,3 @@ from sam3lora.cli import argv
 )
 def test_normalize(typed, read):
     assert argv.normalize_argv(typed) == read
-
-
-def test_examples_in_docstrings():
-    result = doctest.testmod(argv)
-    assert result.attempted
-    assert not result.failed

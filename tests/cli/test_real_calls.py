@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 
 import pytest
@@ -18,14 +17,6 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shapes") / "data"
     assert main(["data", "synth", str(folder), "--num-train", "4", "--num-valid", "2", "--size", "64"]) == 0
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _restore_log_level():
-    logger = logging.getLogger("sam3lora")
-    level = logger.level
-    yield
-    logger.setLevel(level)
 
 
 def train_words(preset: str, base: Path, data: Path, output: Path, *more: str) -> list[str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
-
 import pytest
 from pydantic import ValidationError
 
@@ -131,9 +129,3 @@ def test_post_processing_is_that_of_the_evaluation_section():
 )
 def test_module_alias(given, needed):
     assert set(aliases.resolve_target_modules([given])) == needed
-
-
-def test_examples_in_docstrings():
-    result = doctest.testmod(aliases)
-    assert result.attempted
-    assert not result.failed

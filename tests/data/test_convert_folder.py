@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import json
 import os
 
@@ -11,9 +10,8 @@ import pytest
 from scipy.ndimage import binary_fill_holes
 
 from sam3lora.data import masks as mask_pixels
-from sam3lora.data import rle
 from sam3lora.data.coco import CocoIndex
-from sam3lora.data.convert import convert_folder, layout
+from sam3lora.data.convert import convert_folder
 from sam3lora.data.convert.coco_folders import read_coco
 from sam3lora.data.convert.run import guess_format
 from sam3lora.data.faults import FaultLog
@@ -22,13 +20,6 @@ from sam3lora.errors import UserError
 
 from .coco_builder import annotation, square
 from .convert_cases import write_image
-
-
-def test_examples_in_docstrings():
-    for module in (layout, mask_pixels, rle):
-        result = doctest.testmod(module)
-        assert result.attempted
-        assert not result.failed
 
 
 def test_nothing_to_convert(tmp_path):

@@ -15,6 +15,7 @@ from pycocotools import mask as coco_mask
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.data.images import ImageError
 from sam3lora.engine.detections import BoxPrompt
+from sam3lora.engine.device import is_device_error, is_out_of_memory
 from sam3lora.engine.engine import Engine, PromptedImage
 from sam3lora.engine.forward import MixedForward
 from sam3lora.engine.selection import SmallDetections, Wanted
@@ -467,3 +468,28 @@ def test_bfloat16_is_close(spread_base, adapters, engine, slots, images, name):
     for one, other in zip(ask(engine, questions), ask(half, questions), strict=True):
         assert np.abs(one[0].scores_N - other[0].scores_N).max() < 0.03
         assert other[0].mask_logits_NHW.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("meaning", "error"),
+    [
+        ("lost", torch.AcceleratorError("CUDA error: device-side assert triggered")),
+        ("lost", RuntimeError("CUDA error: an illegal memory access was encountered")),
+        ("lost", RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`")),
+        ("lost", RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED")),
+        ("lost", RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")),
+        ("full", torch.OutOfMemoryError("CUDA out of memory")),
+        ("full", torch.AcceleratorError("CUDA error: out of memory")),
+        ("full", RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")),
+        ("full", MemoryError()),
+        ("full", RuntimeError("DefaultCPUAllocator: can't allocate memory")),
+        ("neither", RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED")),
+        ("neither", RuntimeError("CUDA error: CUBLAS_STATUS_INVALID_VALUE when calling `cublasSgemm`")),
+        ("neither", torch.AcceleratorError("CUDA error: invalid configuration argument")),
+        ("neither", RuntimeError("mat1 and mat2 shapes cannot be multiplied")),
+        ("neither", ValueError("CUDA error: of somebody who says so")),
+    ],
+)
+def test_a_lost_device_a_full_one_and_the_error_of_one_request(meaning, error):
+    assert is_device_error(error) == (meaning == "lost")
+    assert is_out_of_memory(error) == (meaning == "full")

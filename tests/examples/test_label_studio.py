@@ -25,7 +25,7 @@ from regions import read_drawn, rows_under
 from task_images import TaskImages
 
 from ..client.scripted import parts_of, rle
-from .brush_reader import decode_brush_rle
+from .test_label_studio_brush import decode_brush_rle
 
 WIDTH, HEIGHT = 40, 20
 

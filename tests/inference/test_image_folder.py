@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import json
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import pytest
 
 from sam3lora import Predictor
 from sam3lora.errors import UserError
-from sam3lora.inference import image_folder as folder_module
 from sam3lora.inference.image_folder import list_images, picture_names, predict_folder
 
 
@@ -54,9 +52,6 @@ def test_two_images_never_share_a_picture():
     names = picture_names(paths)
     assert names == ["a.jpg.jpg", "A.png.jpg", "b.jpg", "c.d.jpg"]
     assert picture_names([]) == []
-    result = doctest.testmod(folder_module)
-    assert result.attempted
-    assert not result.failed
 
 
 def run(predictor: Predictor, images: Path, output: Path, **options):

@@ -11,6 +11,7 @@ from transformers import Sam3Model, Sam3Processor
 
 from jobs.pretrain.bank import SceneBank, build_bank
 from jobs.pretrain.measure import TinyReport, measure
+from sam3lora.data.synth.scenes import WORDS
 from sam3lora.model.loading import load_base, tokenize
 from sam3lora.model.staged.forward import StagedSam3
 from sam3lora.model.tiny import TINY_FOLDER
@@ -54,6 +55,17 @@ def test_stock_transformers_runs_it(tiny):
         text = staged.encode_text(*tokenize(tiny.tokenizer, ["red star"]))
         found = staged.detect(staged.encode_images(inputs["pixel_values"]), text, row, row)
     torch.testing.assert_close(found.logits_LBQ[-1], stock.pred_logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_a_known_word_is_one_token(tiny, word):
+    assert tiny.tokenizer.tokenize(word) == [f"{word}</w>"]
+
+
+@pytest.mark.parametrize("text", ["zebra", "Strawberry", "crème brûlée", "焊缝缺陷", "weld-defect no. 7!"])
+def test_other_text_is_encoded_without_loss(tiny, text):
+    ids = tiny.tokenizer(text, add_special_tokens=False).input_ids
+    assert tiny.tokenizer.decode(ids).replace(" ", "") == text.lower().replace(" ", "")
 
 
 def test_it_listens_to_the_prompt(tiny, tmp_path):

@@ -35,14 +35,12 @@ def test_strict_placement_leaves_less_room(strategy, fit):
     assert trials_that_fit(nodes, [{"CPU": 1.0}, {"CPU": 1.0}], strategy) == fit
 
 
-def test_a_trial_needs_its_workers_and_their_data_tasks():
+def test_a_trial_needs_its_workers_and_their_data_tasks_or_one_process():
     assert trial_needs(config(num_workers=2), use_gpu=False) == [{"CPU": 3.0}] * 2
     assert trial_needs(config(num_workers=[1, 3], resources_per_worker={"CPU": 1}), use_gpu=False) == [{"CPU": 1.0}] * 3
     shared = config(num_workers=1, resources_per_worker={"GPU": 0.5})
     assert trial_needs(shared, use_gpu=True) == [{"CPU": 3.0, "GPU": 0.5}]
-
-
-def test_a_trial_without_ray_train_needs_one_process():
+    # Without Ray Train.
     assert trial_needs(config(num_workers=0), use_gpu=False) == [{"CPU": 1.0}]
     assert trial_needs(config(num_workers=0), use_gpu=True) == [{"CPU": 1.0, "GPU": 1.0}]
 

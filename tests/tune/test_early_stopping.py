@@ -1,6 +1,5 @@
 """Rungs, the rule of successive halving, and the scheduler's decisions with the results of an earlier session."""
 
-import doctest
 import random
 import threading
 import uuid
@@ -11,7 +10,6 @@ from ray.tune.schedulers import ASHAScheduler
 
 from sam3lora.tune.run.ledger import TrialRecord
 from sam3lora.tune.run.trial import StoppedEarly, await_decision, write_decision
-from sam3lora.tune.search import early_stopping
 from sam3lora.tune.search.early_stopping import SuccessiveHalving, rungs
 from sam3lora.tune.search.ray_tune import build_scheduler
 
@@ -67,12 +65,6 @@ def epochs_trained(scores, num_epochs, rungs, factor):
         next((rung for rung in rungs if halving.falls_behind(number, rung, score)), num_epochs)
         for number, score in enumerate(scores)
     ]
-
-
-def test_examples_in_docstrings():
-    result = doctest.testmod(early_stopping)
-    assert result.attempted
-    assert not result.failed
 
 
 @pytest.mark.parametrize(

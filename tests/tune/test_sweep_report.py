@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from sam3lora.tune.report.charts import ChartedTrials
+from sam3lora.tune.report.charts import ChartedTrials, pareto_front
 from sam3lora.tune.report.sentences import held_out_sentence
 from sam3lora.tune.report.sweep_page import render_sweep
 
@@ -153,3 +153,24 @@ def test_a_loss_that_is_far_off_does_not_flatten_the_others():
     scores = ChartedTrials([trial(0, 0.1), trial(1, 0.5)], "map", "mAP", "max").limits()
     assert scores[0] < 0.1
     assert scores[1] > 0.5
+
+
+FRONTS = {
+    "none": ([], "max", []),
+    "without a value": ([(100, None)], "max", []),
+    "single": ([(100, 0.1)], "max", [0]),
+    "smaller and better beats all": ([(100, 0.5), (200, 0.4), (300, 0.5)], "max", [0]),
+    "each larger one is better": ([(300, 0.7), (100, 0.5), (200, 0.6)], "max", [1, 2, 0]),
+    "one in between is worse": ([(100, 0.5), (200, 0.4), (300, 0.7)], "max", [0, 2]),
+    "same size": ([(100, 0.5), (100, 0.6)], "max", [1]),
+    "same value": ([(200, 0.5), (100, 0.5)], "max", [1]),
+    "equal in both": ([(100, 0.5), (100, 0.5)], "max", [0, 1]),
+    "losses": ([(100, 2.0), (200, 1.0), (300, 1.5)], "min", [0, 1]),
+}
+
+
+@pytest.mark.parametrize(("points", "mode", "expected"), FRONTS.values(), ids=FRONTS.keys())
+def test_pareto_front(points, mode, expected):
+    records = [trial(number, value, size) for number, (size, value) in enumerate(points)]
+    failed = replace(trial(len(points), 0.9 if mode == "max" else 0.1, 10), status="failed")
+    assert [record.number for record in pareto_front([*records, failed], mode)] == expected

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 
@@ -42,6 +41,23 @@ BASE_SETTINGS: dict[str, Any] = {
     "scaling": {"num_workers": 0, "use_gpu": False},
     "logging": {"plots": False, "progress": "off"},
 }
+
+
+Test = TypeVar("Test", bound=Callable[..., Any])
+
+TEST_OF_KEY: dict[str, Callable[..., Any]] = {}
+
+
+def acts(*keys: str) -> Callable[[Test], Test]:
+    """Mark a test as the one that shows what changing the keys changes; several keys only where it is parametrised."""
+
+    def register(test: Test) -> Test:
+        for key in keys:
+            assert key not in TEST_OF_KEY, f"{key} has two tests: {TEST_OF_KEY[key].__name__} and {test.__name__}"
+            TEST_OF_KEY[key] = test
+        return test
+
+    return register
 
 
 @pytest.fixture(scope="session")
@@ -138,14 +154,6 @@ def changed_run(run: Callable[..., TrainResult]) -> TrainResult:
         "logging.tensorboard=true",
         "logging.plots=true",
     )
-
-
-@pytest.fixture(autouse=True)
-def _restore_log_level():
-    logger = logging.getLogger("sam3lora")
-    level = logger.level
-    yield
-    logger.setLevel(level)
 
 
 def first_batch(worker: Trainer) -> Batch:

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from .coco_folder import write_data, write_split
-from .conftest import batches_of_an_epoch, first_batch
-from .registry import acts
+from .conftest import acts, batches_of_an_epoch, first_batch
 
 WHOLE_EPOCH = "training.batch_size=4"
 PIXELS = "training.feature_cache=false"  # images with kept features come without their pixels

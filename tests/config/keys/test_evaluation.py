@@ -13,7 +13,7 @@ from sam3lora.training import validator
 from sam3lora.training.validator import Validator
 
 from ...training.run_folder import lines_of
-from .registry import acts
+from .conftest import acts
 
 CHANGED = {"threshold": 0.6, "nms_iou": 0.4, "merge": True, "merge_iou": 0.5, "max_detections": 7}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sam3lora.config.keys import known_keys
 
-from .registry import TEST_OF_KEY
+from .conftest import TEST_OF_KEY
 
 
 def test_every_key_has_a_test_that_it_acts():

@@ -11,7 +11,7 @@ from sam3lora.config import COMPONENTS
 from sam3lora.model.components import adapted_modules, component_of
 
 from ...model.conftest import randomise_adapter
-from .registry import acts
+from .conftest import acts
 
 
 def first_layer(worker) -> LoraLayer:

@@ -8,8 +8,7 @@ import torch
 from sam3lora.losses import masks
 from sam3lora.training.step import StepCounts
 
-from .conftest import first_batch, loss_terms
-from .registry import acts
+from .conftest import acts, first_batch, loss_terms
 
 TERMS_OF_WEIGHT = {
     "bbox": ("loss_bbox",),

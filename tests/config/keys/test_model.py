@@ -13,8 +13,7 @@ from sam3lora.errors import UserError
 from sam3lora.model import loading
 
 from ...model.conftest import make_sam3, save_base
-from .conftest import first_batch, loss_terms
-from .registry import acts
+from .conftest import acts, first_batch, loss_terms
 
 
 @pytest.fixture(scope="module")

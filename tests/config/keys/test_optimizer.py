@@ -8,8 +8,7 @@ import torch
 from sam3lora.model.components import component_of
 
 from ...training.run_folder import lines_of
-from .conftest import take_step
-from .registry import acts
+from .conftest import acts, take_step
 
 
 def matrices(worker, kind: str) -> dict[str, torch.Tensor]:

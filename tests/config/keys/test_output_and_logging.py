@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from .coco_folder import write_data, write_split
-from .registry import acts
+from .conftest import acts
 
 ONE_STEP = "training.max_steps=1"
 

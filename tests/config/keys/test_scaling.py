@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from .registry import acts
+from .conftest import acts
 
 START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 

@@ -13,8 +13,7 @@ from sam3lora.training.metrics_log import METRICS_FILE, read_metrics
 
 from ...training.run_folder import lines_of
 from .coco_folder import write_data, write_split
-from .conftest import batches_of_an_epoch, first_batch, loss_terms, take_step
-from .registry import acts
+from .conftest import acts, batches_of_an_epoch, first_batch, loss_terms, take_step
 
 
 @acts("training.data_dir")

@@ -10,8 +10,7 @@ import pytest
 from sam3lora.config import load_config
 from sam3lora.errors import UserError
 
-from .conftest import batches_of_an_epoch, loss_terms
-from .registry import acts
+from .conftest import acts, batches_of_an_epoch, loss_terms
 
 
 def files_in(folder: Path) -> list[Path]:

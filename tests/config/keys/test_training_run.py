@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ...training.run_folder import checkpoints_of, lines_of
-from .registry import acts
+from .conftest import acts
 
 
 def step_numbers(result, kind: str) -> list[int]:
