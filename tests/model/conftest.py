@@ -117,7 +117,9 @@ def write_adapter(
 ) -> Path:
     """An adapter on a base folder that does something, as after training."""
     loaded = load_base(str(base))
-    model = apply_lora(loaded.model, LoraSettings(rank=2, components=components, target_modules=targets))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # for A: the same in every process, whatever ran before
+        model = apply_lora(loaded.model, LoraSettings(rank=2, components=components, target_modules=targets))
     randomise_adapter(model, seed)
     values = {"base_model": str(base), "base_fingerprint": loaded.fingerprint, "prompts": ["gear"]} | metadata
     return save_adapter(model, folder, AdapterMetadata(**values))
