@@ -11,14 +11,17 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray import serve
 from ray.serve import Application
+from ray.serve._private.constants import RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH, RAY_SERVE_USE_GRPC_BY_DEFAULT
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
-from serve_app.settings import ServeSettings
+from sam3lora.errors import UserError
+from serve_app.settings import ENVIRONMENT, MESSAGE_LENGTH_VARIABLE, Limits, ServeSettings
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
+MESSAGE_HEAD_BYTES = 1 << 20  # beside the image or the masks
 QUIET = {"enable_access_log": False, "log_level": logging.WARNING}
 MODEL_REPLICA = "serve_app.replica.replica.ModelReplica"
 """By name: only the replicas import torch, not the process that builds the application."""
@@ -37,7 +40,12 @@ class Ingress:
         from serve_app.http.ingress import create_api
 
         backend = ServeBackend(self._segmenter, self._settings)
-        return create_api(self._settings, backend, sends_request_id=False)
+        self._api = create_api(self._settings, backend, sends_request_id=False)
+        return self._api
+
+    async def drain(self, timeout_s: float) -> None:
+        """Refuse new requests with 503 `not_ready`; returns when those in progress are finished, or late."""
+        await self._api.state.drain(timeout_s)
 
 
 def build(args: ServeSettings) -> Application:
@@ -47,6 +55,7 @@ def build(args: ServeSettings) -> Application:
     replicas and an uploaded image is found again. A full replica passes the call to the next one on the ring.
     """
     settings = ServeSettings.model_validate(args)
+    _check_message_length(settings.limits)
     limits, batching = settings.limits, settings.batching
     num_gpus = settings.num_gpus
     if num_gpus is None:
@@ -77,6 +86,17 @@ def build(args: ServeSettings) -> Application:
         logging_config=QUIET,
     )(Ingress)
     return ingress.bind(settings, segmenter.bind(settings))
+
+
+def _check_message_length(limits: Limits) -> None:
+    """Refuse an environment in which gRPC would refuse what the limits allow; 4 MiB by default."""
+    allowed = RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH
+    needed = max(limits.max_body_bytes, limits.max_answer_bytes) + MESSAGE_HEAD_BYTES
+    if RAY_SERVE_USE_GRPC_BY_DEFAULT and allowed < needed:
+        raise UserError(
+            f"{MESSAGE_LENGTH_VARIABLE} is {allowed}, but the limits of the service need messages of {needed} bytes: "
+            f"set it to {ENVIRONMENT[MESSAGE_LENGTH_VARIABLE]} before Ray starts, on every host"
+        )
 
 
 def _scale(settings: ServeSettings, most_ongoing: int) -> dict[str, Any]:

@@ -22,7 +22,7 @@ class _Settings(BaseModel):
 class Limits(_Settings):
     """Limits of one request: size, content, time, and the number that may wait."""
 
-    max_body_bytes: int = Field(default=32 * 2**20, gt=0, description="Largest request body.")
+    max_body_bytes: int = Field(default=32 * 2**20, gt=0, le=2**30, description="Largest request body.")
     max_megapixels: float = Field(
         default=50.0, gt=0, description="Largest image; checked in its header before it is decoded."
     )
@@ -34,6 +34,9 @@ class Limits(_Settings):
         default=200,
         gt=0,
         description="Most detections of a prompt; also limits the adapters' own values.",
+    )
+    max_answer_bytes: int = Field(
+        default=256 * 2**20, gt=0, le=2**30, description="Largest response; many detailed masks of a large image."
     )
     timeout_s: float = Field(default=30.0, gt=0, description="From the request's arrival to its response.")
     max_queued: int = Field(
@@ -124,13 +127,22 @@ class ServeSettings(_Settings):
         return replicas * (self.limits.max_queued + 2 * self.batching.max_rows)
 
 
-FAST_CALLS = {
+MESSAGE_LENGTH_VARIABLE = "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH"
+
+ENVIRONMENT = {
     # These halve the cost of a call to a replica: our code never blocks the loop that it shares with Serve.
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    # gRPC's own limit; 4 MiB by default. `Limits` bounds what is sent.
+    MESSAGE_LENGTH_VARIABLE: str(2**31 - 1),
+    # Ray's own answers in the service's form, and limits of headers.
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_app.http.front.middlewares",
+    # A dead HTTP process is replaced in seconds; 10 s by default.
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
     "RAY_SERVE_LOG_TO_STDERR": "0",
 }
+"""What the service expects of Ray Serve; also in `Dockerfile` and `rayservice.yaml`."""
 
 HAPROXY = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -141,5 +153,5 @@ HAPROXY = {
 
 def prepare_environment(*, haproxy: bool = False) -> None:
     """Set the variables that are not set; call it before `ray.serve` is imported."""
-    for name, value in (FAST_CALLS | (HAPROXY if haproxy else {})).items():
+    for name, value in (ENVIRONMENT | (HAPROXY if haproxy else {})).items():
         os.environ.setdefault(name, value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -86,7 +87,7 @@ def _run(settings: ServeSettings, host: str, port: int, address: str | None) -> 
                 stop.wait()
                 typer.echo("stopping after the requests in progress", err=True)
         finally:
-            _finish(ray_serve, is_local=is_local)
+            _finish(ray_serve, settings, is_local=is_local)
 
 
 def _stop_by_signal(stop: threading.Event) -> None:
@@ -112,12 +113,24 @@ def _deploy(ray_serve: Any, application: Any, stop: threading.Event) -> None:
     raise RunFailed(f"the application did not start ({status.status}): {text or 'Ray gave no reason'}")
 
 
-def _finish(ray_serve: Any, *, is_local: bool) -> None:
-    """Let the requests in progress end; on a shared cluster only our application is deleted."""
-    with contextlib.suppress(TimeoutError, RuntimeError):  # after a minute; or nothing was deployed
-        ray_serve.delete(APPLICATION)  # Serve's shutdown alone would cut their connections
-    if is_local:
-        ray_serve.shutdown()
+def _finish(ray_serve: Any, settings: ServeSettings, *, is_local: bool) -> None:
+    """Refuse new requests, let those in progress end, and delete the application from a shared cluster.
+
+    A local Ray ends with this process, and its HTTP process answers in our words until then. Serve's own shutdown would
+    take the route away first: clients would read 404.
+    """
+    with contextlib.suppress(Exception):  # nothing was deployed, or an HTTP process died: nothing to wait for
+        asyncio.run(_drain(ray_serve, settings.limits.timeout_s))
+    if not is_local or os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":  # Serve alone can stop HAProxy
+        with contextlib.suppress(TimeoutError, RuntimeError):  # after a minute; or nothing was deployed
+            ray_serve.delete(APPLICATION)
+        if is_local:
+            ray_serve.shutdown()
+
+
+async def _drain(ray_serve: Any, timeout_s: float) -> None:
+    ingress = ray_serve.get_deployment_handle("Ingress", APPLICATION)  # its router runs in this loop
+    await ingress.broadcast("drain", timeout_s).results_async(timeout_s=timeout_s + 5)
 
 
 def _settings(

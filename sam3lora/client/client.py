@@ -12,7 +12,7 @@ import httpx2 as httpx
 from sam3lora.client import calls
 from sam3lora.client.calls import SegmentOptions
 from sam3lora.client.errors import ConnectionFailed, Timeout
-from sam3lora.client.exchange import Attempt, Budget, Outcome, Reply, Steps, Wait
+from sam3lora.client.exchange import Attempt, Budget, Outcome, Reply, Service, Steps, Wait
 from sam3lora.client.image_files import ImageSource, UploadedImage, image_bytes
 from sam3lora.client.segment_results import AdapterInfo, SegmentResults
 
@@ -23,10 +23,12 @@ READY_TIMEOUT_S = 5.0
 class _CallSettings:
     """Arguments that both clients share."""
 
-    def __init__(self, url: str, api_key: str | None, timeout_s: float, max_retries: int, clock: Callable[[], float]):
+    def __init__(
+        self, url: str, api_key: str | None, timeout_s: float, max_retries: int | None, clock: Callable[[], float]
+    ) -> None:
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"expected a URL such as http://127.0.0.1:8000, got {url!r}")
-        if timeout_s <= 0 or max_retries < 0:
+        if timeout_s <= 0 or (max_retries is not None and max_retries < 0):
             raise ValueError(f"timeout_s must be positive and max_retries not negative, got {timeout_s}, {max_retries}")
         if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
             raise ValueError("the API key has characters that a header cannot hold: does it end with a line break?")
@@ -34,9 +36,10 @@ class _CallSettings:
         self.clock = clock
         self._timeout_s = timeout_s
         self._max_retries = max_retries
+        self._service = Service()
 
     def budget(self) -> Budget:
-        return Budget(self._timeout_s, self._max_retries, self.clock)
+        return Budget(self._timeout_s, self._max_retries, self.clock, self._service)
 
     def single_attempt(self) -> Budget:
         return Budget(min(READY_TIMEOUT_S, self._timeout_s), 0, self.clock)
@@ -68,7 +71,8 @@ class Client:
         url: Address of the service, with its path prefix, if any.
         api_key: Sent with every call.
         timeout_s: Limit of a call with all its retries.
-        max_retries: Retries after 503, 429 and broken connections.
+        max_retries: Retries after 502, 503, 429 and broken connections; None for as many as the time allows, or three
+            while nothing ever responded at the URL.
         transport: Sends the requests, for example `httpx2.MockTransport`.
 
     Raises:
@@ -83,7 +87,7 @@ class Client:
         *,
         api_key: str | None = None,
         timeout_s: float = 60.0,
-        max_retries: int = 3,
+        max_retries: int | None = None,
         transport: httpx.BaseTransport | None = None,
         sleep: Callable[[float], object] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
@@ -178,7 +182,7 @@ class AsyncClient:
         *,
         api_key: str | None = None,
         timeout_s: float = 60.0,
-        max_retries: int = 3,
+        max_retries: int | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
         sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
         clock: Callable[[], float] = time.monotonic,

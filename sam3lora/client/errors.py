@@ -49,7 +49,7 @@ class InvalidRequest(SegmentationError):
 
 
 class Overloaded(SegmentationError):
-    """503, 429: overloaded, starting, or out of memory, also after all retries."""
+    """503, 429, or 502 of a proxy: overloaded, starting, stopping, or out of memory, also after all retries."""
 
 
 class ServerError(SegmentationError):
@@ -70,6 +70,7 @@ def class_of_status(status: int) -> type[SegmentationError]:
         403: Unauthorized,
         404: NotFound,
         429: Overloaded,
+        502: Overloaded,
         503: Overloaded,
         504: Timeout,
     }

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import time
 import uuid
@@ -26,7 +27,8 @@ from sam3lora.client.errors import (
 )
 
 FIRST_BACKOFF_S = 0.25
-LONGEST_BACKOFF_S = 8.0
+LONGEST_BACKOFF_S = 4.0
+MAX_RETRIES_OF_STRANGERS = 3
 
 T = TypeVar("T")
 
@@ -74,14 +76,32 @@ Outcome = Reply | httpx.RequestError
 Steps = Generator[Attempt | Wait, Outcome | None, T]
 
 
-class Budget:
-    """Time and retries that are left for one call of the user."""
+@dataclass
+class Service:
+    """What the calls of one client know together: whether anything ever responded at the URL."""
 
-    def __init__(self, timeout_s: float, max_retries: int, clock: Callable[[], float] = time.monotonic) -> None:
+    has_responded: bool = False
+
+
+class Budget:
+    """Time and retries that are left for one call of the user.
+
+    `max_retries` of None: as many as the time allows; but only `MAX_RETRIES_OF_STRANGERS` where nothing ever responded,
+    as the URL may be wrong.
+    """
+
+    def __init__(
+        self,
+        timeout_s: float,
+        max_retries: int | None,
+        clock: Callable[[], float] = time.monotonic,
+        service: Service | None = None,
+    ) -> None:
         self.request_id = uuid.uuid4().hex
+        self.service = service or Service()
         self._timeout_s = timeout_s
-        self._retries_left = max_retries
-        self._num_waits = 0
+        self._max_retries = max_retries
+        self._num_retries = 0
         self._clock = clock
         self._deadline = clock() + timeout_s
 
@@ -91,17 +111,21 @@ class Budget:
 
     def next_wait_s(self, error: SegmentationError) -> float | None:
         """Seconds before the next attempt; None to give up."""
-        if not isinstance(error, (Overloaded, ConnectionFailed)) or not self._retries_left:
+        if not isinstance(error, (Overloaded, ConnectionFailed)) or self._num_retries >= self._most_retries():
             return None
         if error.retry_after_s is not None:
             wait_s = error.retry_after_s * random.uniform(1.0, 1.1)
         else:
-            wait_s = min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2**self._num_waits) * random.uniform(0.5, 1.0)
+            wait_s = min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2**self._num_retries) * random.uniform(0.5, 1.0)
         if wait_s >= self.remaining_s:
             return None
-        self._retries_left -= 1
-        self._num_waits += 1
+        self._num_retries += 1
         return wait_s
+
+    def _most_retries(self) -> float:
+        if self._max_retries is not None:
+            return self._max_retries
+        return math.inf if self.service.has_responded else MAX_RETRIES_OF_STRANGERS
 
     def out_of_time(self) -> Timeout:
         message = f"no response within {self._timeout_s:g} s: use a longer timeout_s, or check the load of the service"
@@ -111,8 +135,8 @@ class Budget:
 def exchange(call: Call, budget: Budget) -> Steps[Reply]:
     """Send until there is a response, a failure that a retry cannot help, or an empty budget.
 
-    Retries follow 503 and 429 (after `Retry-After`) and broken connections (after a growing, random time). They are
-    safe: calls change nothing but caches.
+    Retries follow 502, 503 and 429 (after `Retry-After`) and broken connections (after a growing, random time). They
+    are safe: calls change nothing but caches.
 
     Raises:
         SegmentationError: One of its subclasses, that of the last attempt.
@@ -123,6 +147,7 @@ def exchange(call: Call, budget: Budget) -> Steps[Reply]:
             raise budget.out_of_time()
         outcome = yield Attempt(call, headers, budget.remaining_s)
         if isinstance(outcome, Reply):
+            budget.service.has_responded = True
             if 200 <= outcome.status < 300:
                 return outcome
             error = _error_of_reply(outcome, budget.request_id)

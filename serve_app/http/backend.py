@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -21,7 +22,7 @@ from ray.serve.handle import DeploymentHandle
 from serve_app.http.errors import ServeError
 from serve_app.http.schemas import AdapterResponse
 from serve_app.messages import ImageFile, ImageReply, SegmentCall, SegmentReply
-from serve_app.settings import ServeSettings
+from serve_app.settings import MESSAGE_LENGTH_VARIABLE, ServeSettings
 
 BROADCAST_TIMEOUT_S = 5.0  # for calls that every replica answers from memory
 NO_REPLICA_TIMEOUT_S = 3.0  # until such a call finds a replica
@@ -34,6 +35,8 @@ _REPLICA_FAILED = (
     grpc.aio.AioRpcError,
     RequestCancelledError,
 )
+
+_UNEXPECTED = re.compile(r"Unexpected error \(StatusCode\.(\w+)")  # Serve's words for a gRPC call without an answer
 
 T = TypeVar("T")
 
@@ -103,6 +106,12 @@ class ServeBackend:
                 return await _answer(send(f"{affinity} again", max(0.0, deadline - time.monotonic())))
         except _ReplicaFailed:
             return _replica_failed()
+        except _MessageRefused:
+            return ServeError(
+                "internal",
+                "a message between the service's processes was refused for its size: its operator has to raise "
+                f"{MESSAGE_LENGTH_VARIABLE} on every host",
+            )
         except TimeoutError:
             if failed:
                 return _replica_failed()
@@ -139,15 +148,21 @@ class _ReplicaFailed(Exception):
     pass
 
 
+class _MessageRefused(Exception):
+    """gRPC refused a message for its size: the replica lives, and the same message would be refused again."""
+
+
 async def _answer(response: Awaitable[T]) -> T:
     """Await a `DeploymentResponse`; if the caller is cancelled, so is the work on the replica."""
     try:
         return await response
+    except grpc.aio.AioRpcError as error:
+        raise _failure_of(error.code().name) from error
     except _REPLICA_FAILED as error:
         raise _ReplicaFailed from error
     except RuntimeError as error:
-        if str(error).startswith("Unexpected error (StatusCode."):  # Serve's message for a gRPC call without an answer
-            raise _ReplicaFailed from error
+        if found := _UNEXPECTED.match(str(error)):
+            raise _failure_of(found[1]) from error
         raise
     except asyncio.CancelledError as error:
         task = asyncio.current_task()
@@ -155,6 +170,10 @@ async def _answer(response: Awaitable[T]) -> T:
             response.cancel()  # type: ignore[attr-defined]
             raise
         raise _ReplicaFailed from error  # Serve cancelled it, as it does when a replica shuts down
+
+
+def _failure_of(status_code: str) -> Exception:
+    return _MessageRefused() if status_code == "RESOURCE_EXHAUSTED" else _ReplicaFailed()
 
 
 def _joined(lists: list[list[AdapterResponse]]) -> list[AdapterResponse]:

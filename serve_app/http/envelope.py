@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import re
 import time
 import traceback
@@ -18,21 +17,15 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve_app.http.answers import SECURITY_HEADERS, error_answer
 from serve_app.http.auth import is_allowed, is_open
 from serve_app.http.errors import ServeError
-from serve_app.http.schemas import ErrorDetail, ErrorResponse
 from serve_app.metrics import IngressMetrics
 
 logger = logging.getLogger(__name__)
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _SENT_BY_SERVE = re.compile(r"[ -~]{1,200}")  # Serve returns any header; the body repeats only such a one
-SECURITY_HEADERS = {
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; "
-    "frame-ancestors 'none'",
-}
 
 
 class Envelope:
@@ -132,14 +125,7 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
 
 def error_response(request: Request, error: ServeError) -> Response:
     request.state.outcome = error.type
-    detail = ErrorDetail(type=error.type, message=error.message, request_id=request.state.request_id)
-    body = ErrorResponse(error=detail).model_dump_json()
-    response = Response(body, error.status, media_type="application/json")
-    if error.status in (503, 429):
-        response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s or 1)))
-    if error.status == 401:
-        response.headers["WWW-Authenticate"] = "Bearer"
-    return response
+    return error_answer(error, request.state.request_id)
 
 
 def log_bug(request_id: str, error: BaseException) -> None:

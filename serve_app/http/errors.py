@@ -10,6 +10,7 @@ from pathlib import Path
 from sam3lora.errors import UserError
 
 STATUS_OF = {
+    "malformed_request": 400,  # no HTTP
     "malformed_body": 400,  # no JSON, no multipart or no base64
     "unauthorized": 401,
     "not_found": 404,
@@ -25,7 +26,9 @@ STATUS_OF = {
     "invalid_box": 422,
     "invalid_image": 422,  # cannot be decoded
     "invalid_adapter": 422,  # the id breaks the pattern, or its folder cannot be served
+    "answer_too_large": 422,
     "too_many_requests": 429,  # replaces `overloaded` where the settings ask for 429
+    "headers_too_large": 431,
     "internal": 500,
     "overloaded": 503,
     "out_of_memory": 503,
@@ -51,6 +54,7 @@ class ServeError(Exception):
     type: str
     message: str
     retry_after_s: float | None = None
+    field: str | None = None
 
     def __post_init__(self) -> None:
         super().__init__(self.type, self.message, self.retry_after_s)
@@ -58,6 +62,11 @@ class ServeError(Exception):
     @property
     def status(self) -> int:
         return STATUS_OF[self.type]
+
+
+def answer_too_large(num_bytes: int, most_bytes: int) -> ServeError:
+    message = f"the answer has {num_bytes} bytes, expected at most {most_bytes}: ask for fewer prompts or detections"
+    return ServeError("answer_too_large", message)
 
 
 @contextmanager

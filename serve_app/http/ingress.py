@@ -26,7 +26,7 @@ from sam3lora.config.post_processing import PostProcessing
 from serve_app.http.auth import keys_from_environment
 from serve_app.http.body import read_request
 from serve_app.http.envelope import Envelope, on_http_exception
-from serve_app.http.errors import ServeError
+from serve_app.http.errors import ServeError, answer_too_large
 from serve_app.http.formats import is_costly, is_quick, prompt_response
 from serve_app.http.openapi import TITLE, describe, operation
 from serve_app.http.requests import IMAGE_ID_PREFIX, check_segment, check_upload, to_call
@@ -57,6 +57,7 @@ def create_api(settings: ServeSettings, backend: Backend, *, sends_request_id: b
     api.add_api_route("/healthz", routes.healthz, **operation("healthz"))
     api.add_api_route("/readyz", routes.readyz, **operation("readyz"))
     api.add_api_route("/metrics", routes.metrics, **operation("metrics"))
+    api.state.drain = routes.drain
     add_pages(api)
     describe(api, settings.limits)
     api.add_exception_handler(HTTPException, on_http_exception)
@@ -73,6 +74,7 @@ class _Routes:
         self._metrics = metrics
         self._name = f"ingress-{uuid.uuid4().hex[:8]}"
         self._num_in_flight = 0
+        self._closing = False
         self._max_in_flight = min(settings.limits.max_in_flight, settings.most_in_flight)
         # A pool of its own: masks of large images must not delay the checks of other requests.
         self._mask_threads = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="masks")
@@ -107,7 +109,10 @@ class _Routes:
             if is_quick(reply.results, asked.masks):
                 return _json(to_json(lambda: False))
             threads = self._mask_threads if is_costly(asked.masks) else None
-            return _json(await self._in_thread(request, threads, to_json, deadline_s + GRACE_S))
+            text = await self._in_thread(request, threads, to_json, deadline_s + GRACE_S)
+            if len(text) > limits.max_answer_bytes:
+                raise answer_too_large(len(text), limits.max_answer_bytes)
+            return _json(text)
 
     async def images(self, request: Request) -> Response:
         limits = self._limits
@@ -136,7 +141,14 @@ class _Routes:
     async def healthz(self) -> Response:
         return _json(StatusResponse(status="ok").model_dump_json())
 
+    async def drain(self, timeout_s: float) -> None:
+        self._closing = True
+        give_up_at = time.monotonic() + timeout_s
+        while self._num_in_flight and time.monotonic() < give_up_at:
+            await asyncio.sleep(0.02)
+
     async def readyz(self) -> Response:
+        self._check_open()
         if not await self._backend.ready():
             raise ServeError("not_ready", "no replica is ready yet: try again in a few seconds", 2.0)
         return _json(StatusResponse(status="ready").model_dump_json())
@@ -160,10 +172,15 @@ class _Routes:
         finally:
             gone.set()
 
+    def _check_open(self) -> None:
+        if self._closing:
+            raise ServeError("not_ready", "the service is stopping: try again in a few seconds", 2.0)
+
     @contextlib.asynccontextmanager
     async def _admitted(self, request: Request) -> AsyncIterator[float]:
         """Limit how many requests are in progress, and for how long. Yields the deadline of this one."""
         limits = self._limits
+        self._check_open()
         if self._num_in_flight >= self._max_in_flight:
             type = "too_many_requests" if limits.overload_status == 429 else "overloaded"
             raise ServeError(type, "more requests are under way than the service takes: try again later", 1.0)

@@ -50,7 +50,15 @@ _BODY = (
     "not_ready",
     "timeout",
 )
-_SEGMENT = (*_BODY, "adapter_not_found", "image_not_found", "invalid_prompt", "invalid_box", "invalid_adapter")
+_SEGMENT = (
+    *_BODY,
+    "adapter_not_found",
+    "image_not_found",
+    "invalid_prompt",
+    "invalid_box",
+    "invalid_adapter",
+    "answer_too_large",
+)
 _BINARY = {"type": "string", "format": "binary"}
 _RAW_TYPES = ("image/jpeg", "image/png", "application/octet-stream")
 

@@ -8,7 +8,7 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import Awaitable, Iterator, Mapping
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, contextmanager
 from typing import Any, TypeVar
@@ -17,12 +17,13 @@ from weakref import WeakValueDictionary
 import torch
 
 from sam3lora.config.post_processing import PostProcessing
+from sam3lora.engine.detections import Detections
 from sam3lora.engine.device import is_device_error, is_out_of_memory
 from sam3lora.engine.engine import Engine, PromptedImage
 from sam3lora.engine.feature_cache import PreparedImage
 from sam3lora.engine.selection import SmallDetections
 from sam3lora.errors import UserError
-from serve_app.http.errors import ServeError, refuse_as
+from serve_app.http.errors import ServeError, answer_too_large, refuse_as
 from serve_app.http.schemas import AdapterResponse, check_boxes
 from serve_app.messages import ImageFile, ImageReply, SegmentCall, SegmentReply
 from serve_app.metrics import ReplicaMetrics, StageClock
@@ -190,6 +191,7 @@ class ModelReplica:
         assert isinstance(outcome.result, list)
         results = await self._encoder.encode(outcome.result, deadline)
         clock.lap("masks")
+        _check_size(results, self._limits.max_answer_bytes)
         self._metrics.stages(clock.timing_ms)
         return SegmentReply(image.size_hw, results, clock.timing_ms)
 
@@ -264,6 +266,12 @@ def _post_processing(recorded: PostProcessing, requested: Mapping[str, Any], mos
     if "nms_iou" in requested and post.nms == "none":
         raise ServeError("invalid_request", 'nms_iou has no effect with nms "none": leave it out, or set nms')
     return post.changed(max_detections=min(post.max_detections, most_detections))
+
+
+def _check_size(results: Sequence[Detections], most_bytes: int) -> None:
+    num_bytes = sum(len(rle["counts"]) for found in results for rle in found.rles or ())
+    if num_bytes > most_bytes:
+        raise answer_too_large(num_bytes, most_bytes)
 
 
 def _build_engine(settings: ServeSettings) -> Engine:

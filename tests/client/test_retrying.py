@@ -39,7 +39,7 @@ def test_retries_wait_as_long_as_retry_after_and_get_the_remaining_time(kind):
     assert timeouts_s == pytest.approx([20, 16.85, 13.7], abs=0.31)
 
 
-@pytest.mark.parametrize("status", [503, 429])
+@pytest.mark.parametrize("status", [503, 429, 502])
 def test_retries_are_limited(kind, status):
     script = Script(fault(status, "overloaded", **{"Retry-After": "1"}))
     with pytest.raises(Overloaded) as caught:
@@ -64,6 +64,22 @@ def test_broken_connections_are_retried_with_growing_waits(kind):
     script.client(kind).segment(b"x", ["a"])
     assert len(script.requests) == 4
     assert all(0.5 * full <= wait <= full for wait, full in zip(script.waits, (0.25, 0.5, 1.0), strict=True))
+
+
+def test_a_client_is_patient_with_a_service_that_it_knows(kind):
+    # A restart takes longer than a few retries.
+    script = Script(segmented, *[httpx.ConnectError("refused")] * 12, segmented)
+    client = script.client(kind, timeout_s=60)
+    client.segment(b"x", ["a"])
+    client.segment(b"x", ["a"])
+    assert len(script.requests) == 14
+    assert max(script.waits) <= 4
+
+    # The URL may be wrong: nothing ever responded there.
+    script = Script(httpx.ConnectError("refused"))
+    with pytest.raises(ConnectionFailed):
+        script.client(kind, timeout_s=60).segment(b"x", ["a"])
+    assert len(script.requests) == 4
 
 
 def test_no_wait_goes_beyond_the_timeout(kind):
@@ -132,7 +148,7 @@ def test_errors_have_their_class_and_are_not_retried(kind, status, error_class):
 def test_responses_of_other_servers_are_recognised():
     # A proxy's page, a redirect, a page instead of JSON, and JSON of something else.
     for response, error_class, kind_of_fault in [
-        (httpx.Response(502, html="<h1>Bad gateway</h1>"), ServerError, "http_502"),
+        (httpx.Response(500, html="<h1>It failed</h1>"), ServerError, "http_500"),
         (httpx.Response(302, headers={"location": "http://elsewhere.test/"}), ServerError, "http_302"),
         (httpx.Response(200, html="<h1>It works</h1>"), ServerError, "unexpected_answer"),
         (httpx.Response(200, json={"hello": 1}), ServerError, "unexpected_answer"),
