@@ -13,6 +13,7 @@ class SegmentationError(Exception):
         status: HTTP status; None without a response.
         request_id: Id of the call in the service's log.
         retry_after_s: When another attempt may succeed, if the service said so.
+        field: The part of the request at fault, such as "prompts[3]"; None if it is the request as a whole.
     """
 
     def __init__(
@@ -23,6 +24,7 @@ class SegmentationError(Exception):
         status: int | None = None,
         request_id: str | None = None,
         retry_after_s: float | None = None,
+        field: str | None = None,
     ) -> None:
         super().__init__(message)
         self.type = type
@@ -30,6 +32,7 @@ class SegmentationError(Exception):
         self.status = status
         self.request_id = request_id
         self.retry_after_s = retry_after_s
+        self.field = field
 
     def __str__(self) -> str:
         where = [self.type, *([f"HTTP {self.status}"] if self.status else [])]

@@ -186,11 +186,14 @@ def retry_after_s(headers: Mapping[str, str]) -> float | None:
 
 def _error_of_reply(reply: Reply, request_id: str) -> SegmentationError:
     kind, message = f"http_{reply.status}", f"the service or a proxy before it answered with HTTP {reply.status}"
+    field = None
     try:
         error = reply.json()["error"]
         kind, message, request_id = str(error["type"]), str(error["message"]), str(error["request_id"])
+        field = error.get("field")
     except (ValueError, KeyError, TypeError):
         pass  # not from the service itself
+    wait_s = retry_after_s(reply.headers)
     return class_of_status(reply.status)(
-        kind, message, status=reply.status, request_id=request_id, retry_after_s=retry_after_s(reply.headers)
+        kind, message, status=reply.status, request_id=request_id, retry_after_s=wait_s, field=field
     )

@@ -14,6 +14,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 from serve_app.http.errors import ServeError
+from serve_app.http.schemas import field_at, shown_name
 
 _MAX_FIELDS = 8  # parts that are parsed; an unknown one among them is refused by name
 MAX_JSON_BYTES = 1 << 18  # of a request, without its image
@@ -146,16 +147,17 @@ async def _read_multipart(request: Request, max_bytes: int) -> Received:
                     "invalid_request", "expected only the parts `image` (file) and `request` (JSON), got another one"
                 )
             if name in parts:
-                raise ServeError("invalid_request", f"the part {name} came twice")
+                raise ServeError("invalid_request", f"the part {name} came twice", field=name)
             parts[name] = part
         if not parser.is_whole:
             raise ServeError("malformed_body", "the multipart body breaks off before its end")
         image, fields = parts.get("image"), parts.get("request", "{}")
         if isinstance(image, str):
-            raise ServeError("invalid_request", "the part image must be a file: give it a filename")
+            raise ServeError("invalid_request", "the part image must be a file: give it a filename", field="image")
         if isinstance(fields, UploadFile):
             if (fields.size or 0) > MAX_JSON_BYTES:
-                raise ServeError("malformed_body", f"the part request is larger than {MAX_JSON_BYTES} bytes")
+                message = f"the part request is larger than {MAX_JSON_BYTES} bytes"
+                raise ServeError("malformed_body", message, field="request")
             parsed = await _parse(await fields.read())
         else:
             parsed = await _parse(fields)
@@ -171,18 +173,21 @@ def _query_fields(request: Request) -> dict[str, Any]:
         if "\ufffd" in text:
             raise ServeError("invalid_request", "a query parameter is no UTF-8 text")
         if name in _LISTS:
-            fields.setdefault(name, []).append(_box(text) if name == "boxes" else text)
+            values = fields.setdefault(name, [])
+            values.append(_box(text, len(values)) if name == "boxes" else text)
         elif name in fields:
-            raise ServeError("invalid_request", f"the query parameter {name[:60]!a} came twice")
+            shown = shown_name(name)
+            raise ServeError("invalid_request", f"the query parameter {shown} came twice", field=field_at(shown))
         else:
             fields[name] = text
     return fields
 
 
-def _box(text: str) -> dict[str, Any]:
+def _box(text: str, number: int) -> dict[str, Any]:
     values = text.split(",")
     if len(values) not in (4, 5):
-        raise ServeError("invalid_box", "expected boxes=x0,y0,x1,y1,label with label 1 or 0")
+        message = "expected boxes=x0,y0,x1,y1,label with label 1 or 0"
+        raise ServeError("invalid_box", message, field=f"boxes[{number}]")
     return {"xyxy": values[:4]} | ({"label": values[4]} if len(values) == 5 else {})
 
 
@@ -192,7 +197,8 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for name, _ in pairs:
             if name in seen:
-                raise ServeError("invalid_request", f"{name[:60]!a} is given twice")
+                shown = shown_name(name)
+                raise ServeError("invalid_request", f"{shown} is given twice", field=field_at(shown))
             seen.add(name)
     return found
 

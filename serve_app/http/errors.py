@@ -38,6 +38,16 @@ STATUS_OF = {
 }
 """Error type -> HTTP status. 400: the body is not what its header says. 422: it is, but the request is impossible."""
 
+FIELD_OF = {
+    "adapter_not_found": "adapter",
+    "invalid_adapter": "adapter",
+    "image_not_found": "image_id",
+    "image_too_large": "image",
+    "unsupported_image": "image",
+    "invalid_image": "image",
+}
+"""Error type -> the field at fault, of types that are about one field. `image`: the image in whatever form it came."""
+
 
 @dataclass(eq=False)
 class ServeError(Exception):
@@ -49,6 +59,7 @@ class ServeError(Exception):
         type: One of `STATUS_OF`.
         message: What was expected, what came and what to do; holds no more of the request than names and numbers.
         retry_after_s: When another attempt may succeed; becomes the header `Retry-After`, rounded up.
+        field: The part of the request at fault, such as `prompts[3]`; None if it is the request as a whole.
     """
 
     type: str
@@ -57,7 +68,8 @@ class ServeError(Exception):
     field: str | None = None
 
     def __post_init__(self) -> None:
-        super().__init__(self.type, self.message, self.retry_after_s)
+        self.field = self.field or FIELD_OF.get(self.type)
+        super().__init__(self.type, self.message, self.retry_after_s, self.field)
 
     @property
     def status(self) -> int:

@@ -16,7 +16,7 @@ from starlette.responses import PlainTextResponse
 
 from serve_app.http.auth import is_open
 from serve_app.http.body import MAX_JSON_BYTES
-from serve_app.http.errors import STATUS_OF
+from serve_app.http.errors import FIELD_OF, STATUS_OF
 from serve_app.http.schemas import (
     AdaptersResponse,
     ErrorResponse,
@@ -152,7 +152,12 @@ def _responses(types: tuple[str, ...], model: type[BaseModel] | None = None, exa
             status,
             {"model": ErrorResponse, "headers": dict(headers), "content": {"application/json": {"examples": {}}}},
         )
-        detail = {"type": type, "message": "what was expected, what came, what to do", "request_id": "a1"}
+        detail: dict[str, str | None] = {
+            "type": type,
+            "message": "what was expected, what came, what to do",
+            "request_id": "a1",
+            "field": FIELD_OF.get(type),
+        }
         examples = entry["content"]["application/json"]["examples"]
         examples[type] = {"value": {"error": detail}}
         entry["description"] = " / ".join(examples)

@@ -103,17 +103,19 @@ def check_segment(received: Received, limits: Limits) -> tuple[SegmentRequest, I
     request: SegmentRequest = check(SegmentRequest, received.fields, strict=not received.is_text)
     check_prompts(request.prompts, max_prompts=limits.max_prompts, max_chars=limits.max_prompt_chars)
     if len(request.boxes) > limits.max_boxes:
-        raise ServeError("invalid_box", f"expected at most {limits.max_boxes} boxes, got {len(request.boxes)}")
+        message = f"expected at most {limits.max_boxes} boxes, got {len(request.boxes)}"
+        raise ServeError("invalid_box", message, field="boxes")
     if not request.prompts and not any(box.label for box in request.boxes):
-        raise ServeError("invalid_request", "nothing to look for: expected prompts, or a box with label 1")
+        message = "nothing to look for: expected prompts, or a box with label 1"
+        raise ServeError("invalid_request", message, field="prompts")
     if request.max_detections is not None and request.max_detections > limits.max_detections:
-        raise ServeError("invalid_request", f"max_detections must be at most {limits.max_detections}")
+        message = f"max_detections must be at most {limits.max_detections}"
+        raise ServeError("invalid_request", message, field="max_detections")
 
     sources = [received.image, request.image_base64, request.image_id]
     if sum(source is not None for source in sources) != 1:
-        raise ServeError(
-            "invalid_request", "expected one image: a file, image_base64 or image_id, and only one of them"
-        )
+        message = "expected one image: a file, image_base64 or image_id, and only one of them"
+        raise ServeError("invalid_request", message, field="image")
     if request.image_id is not None:
         return request, ImageFile(request.image_id.removeprefix(IMAGE_ID_PREFIX))
     data = received.image if received.image is not None else decode_base64(request.image_base64 or "")
@@ -143,12 +145,13 @@ def decode_base64(text: str) -> bytes:
     head, comma, _ = text[:200].partition(",")
     if comma and head.startswith("data:"):
         if not head.endswith(";base64"):
-            raise ServeError("malformed_body", "image_base64 is a data address without ;base64")
+            raise ServeError("malformed_body", "image_base64 is a data address without ;base64", field="image_base64")
         text = text[len(head) + 1 :]
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        raise ServeError("malformed_body", "image_base64 is no standard base64 (A-Z a-z 0-9 + / =)") from None
+        message = "image_base64 is no standard base64 (A-Z a-z 0-9 + / =)"
+        raise ServeError("malformed_body", message, field="image_base64") from None
 
 
 def to_call(request: SegmentRequest, image: ImageFile, timeout_s: float) -> SegmentCall:

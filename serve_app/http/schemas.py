@@ -23,6 +23,7 @@ MaskFormat = Literal["rle", "polygon", "png", "none"]
 
 _TYPE_OF_FIELD = {"prompts": "invalid_prompt", "boxes": "invalid_box", "adapter": "invalid_adapter"}
 _ADDRESS_FIELDS = frozenset(("image_url", "image_uri", "url", "uri", "image_path", "path"))
+_UNSHOWN = "(a name)"
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,60}")
 _UNPRINTABLE = frozenset(("Cc", "Cs", "Zl", "Zp"))  # control characters, half surrogate pairs, line separators
 
@@ -179,6 +180,7 @@ class ErrorDetail(BaseModel):
     type: str = Field(description="For programs.")
     message: str = Field(description="For people: what was expected, what came, what to do.")
     request_id: str
+    field: str | None = Field(description="The part of the request at fault, such as prompts[3], if it is one.")
 
 
 class ErrorResponse(BaseModel):
@@ -196,35 +198,38 @@ def check(model: type[BaseModel], fields: Mapping[str, Any], *, strict: bool = T
     """
     unknown = [name for name in fields if name not in model.model_fields]
     if unknown:
-        raise ServeError("invalid_request", _unknown_field(unknown[0], list(model.model_fields)))
+        raise _unknown_field(unknown[0], list(model.model_fields))
     try:
         return model.model_validate(dict(fields), strict=strict)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     path = _path(first["loc"])
     if first["type"] == "extra_forbidden":
-        raise ServeError(_type_of(first["loc"]), f"{path} is no field: leave it out") from None
-    if first["type"] == "missing":
-        raise ServeError(_type_of(first["loc"]), f"{path} is missing") from None
-    reason = first["msg"].removeprefix("Input ")
-    raise ServeError(_type_of(first["loc"]), f"{path} {reason[0].lower()}{reason[1:]}") from None
+        reason = "is no field: leave it out"
+    elif first["type"] == "missing":
+        reason = "is missing"
+    else:
+        text = first["msg"].removeprefix("Input ")
+        reason = f"{text[0].lower()}{text[1:]}"
+    raise ServeError(_type_of(first["loc"]), f"{path or 'the request'} {reason}", field=field_at(path)) from None
 
 
 def check_prompts(prompts: Sequence[str], *, max_prompts: int, max_chars: int) -> None:
     """Raise a ServeError `invalid_prompt` for what can be seen without a tokenizer."""
     if len(prompts) > max_prompts:
-        raise ServeError("invalid_prompt", f"expected at most {max_prompts} prompts, got {len(prompts)}: ask in parts")
+        message = f"expected at most {max_prompts} prompts, got {len(prompts)}: ask in parts"
+        raise ServeError("invalid_prompt", message, field="prompts")
     for number, prompt in enumerate(prompts):
         name = f"prompts[{number}]"
         if len(prompt) > max_chars:
-            raise ServeError(
-                "invalid_prompt",
-                f"{name} has {len(prompt)} characters, expected at most {max_chars}: a short noun phrase works best",
-            )
-        if any(unicodedata.category(char) in _UNPRINTABLE for char in prompt):
-            raise ServeError("invalid_prompt", f"{name} holds control characters or broken text: send plain words")
-        if not any(char.isprintable() and not char.isspace() for char in prompt):
-            raise ServeError("invalid_prompt", f"{name} is empty: name what to look for")
+            fault = f"has {len(prompt)} characters, expected at most {max_chars}: a short noun phrase works best"
+        elif any(unicodedata.category(char) in _UNPRINTABLE for char in prompt):
+            fault = "holds control characters or broken text: send plain words"
+        elif not any(char.isprintable() and not char.isspace() for char in prompt):
+            fault = "is empty: name what to look for"
+        else:
+            continue
+        raise ServeError("invalid_prompt", f"{name} {fault}", field=name)
 
 
 def check_boxes(boxes: Sequence[BoxPrompt], size_hw: tuple[int, int]) -> None:
@@ -233,12 +238,22 @@ def check_boxes(boxes: Sequence[BoxPrompt], size_hw: tuple[int, int]) -> None:
     for number, box in enumerate(boxes):
         x0, y0, x1, y1 = box.xyxy
         if not (x0 < x1 and y0 < y1):
-            raise ServeError("invalid_box", f"boxes[{number}] has no area: expected xyxy with x0 < x1 and y0 < y1")
-        if x0 < 0 or y0 < 0 or x1 > width or y1 > height:
-            raise ServeError(
-                "invalid_box",
-                f"boxes[{number}] does not lie inside the image of {width} x {height} pixels: expected xyxy in pixels",
-            )
+            fault = "has no area: expected xyxy with x0 < x1 and y0 < y1"
+        elif x0 < 0 or y0 < 0 or x1 > width or y1 > height:
+            fault = f"does not lie inside the image of {width} x {height} pixels: expected xyxy in pixels"
+        else:
+            continue
+        raise ServeError("invalid_box", f"boxes[{number}] {fault}", field=f"boxes[{number}]")
+
+
+def shown_name(name: str) -> str:
+    """A name that the client made up, for messages; it is shown only if it has the form of a name."""
+    return name if _NAME.fullmatch(name) else _UNSHOWN
+
+
+def field_at(path: str) -> str | None:
+    """The `field` of an error at this path; that of the parent if the name is not shown."""
+    return path.removesuffix(_UNSHOWN).removesuffix(".") or None
 
 
 def _type_of(location: Sequence[str | int]) -> str:
@@ -246,19 +261,22 @@ def _type_of(location: Sequence[str | int]) -> str:
 
 
 def _path(location: Sequence[str | int]) -> str:
-    """`boxes[0].xyxy[2]`; a name that the client made up is shown only if it has the form of a name."""
+    """`boxes[0].xyxy[2]`; empty for the request as a whole."""
     text = ""
     for part in location:
         if isinstance(part, int):
             text += f"[{part}]"
         else:
-            text += ("." if text else "") + (part if _NAME.fullmatch(part) else "(a name)")
-    return text or "the request"
+            text += ("." if text else "") + shown_name(part)
+    return text
 
 
-def _unknown_field(name: str, known: list[str]) -> str:
+def _unknown_field(name: str, known: list[str]) -> ServeError:
+    shown = shown_name(name)
     if name.lower() in _ADDRESS_FIELDS:
-        return f"{name}: images are not fetched from addresses; send the image itself, or image_base64 in JSON"
-    shown = name if _NAME.fullmatch(name) else "(a name)"
-    nearest = difflib.get_close_matches(name[:60], known, n=1)
-    return f"{shown} is no field: " + (f"is {nearest[0]} meant?" if nearest else f"expected {', '.join(known)}")
+        message = f"{name}: images are not fetched from addresses; send the image itself, or image_base64 in JSON"
+    else:
+        nearest = difflib.get_close_matches(name[:60], known, n=1)
+        meant = f"is {nearest[0]} meant?" if nearest else f"expected {', '.join(known)}"
+        message = f"{shown} is no field: {meant}"
+    return ServeError("invalid_request", message, field=field_at(shown))

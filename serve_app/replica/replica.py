@@ -262,9 +262,11 @@ def _post_processing(recorded: PostProcessing, requested: Mapping[str, Any], mos
     """The adapter's settings, changed by those of the request, within the limit of the service."""
     post = recorded.changed(**requested)
     if "merge_iou" in requested and not post.merge:
-        raise ServeError("invalid_request", "merge_iou has an effect with merge true only: set merge, or leave it out")
+        message = "merge_iou has an effect with merge true only: set merge, or leave it out"
+        raise ServeError("invalid_request", message, field="merge_iou")
     if "nms_iou" in requested and post.nms == "none":
-        raise ServeError("invalid_request", 'nms_iou has no effect with nms "none": leave it out, or set nms')
+        message = 'nms_iou has no effect with nms "none": leave it out, or set nms'
+        raise ServeError("invalid_request", message, field="nms_iou")
     return post.changed(max_detections=min(post.max_detections, most_detections))
 
 

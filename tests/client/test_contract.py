@@ -101,19 +101,24 @@ def test_adapters_and_readiness():
 
 
 @pytest.mark.parametrize(
-    ("question", "error_class", "kind"),
+    ("question", "error_class", "kind", "field"),
     [
-        (lambda client: client.segment(b"no image", ["a"]), InvalidRequest, "unsupported_image"),
-        (lambda client: client.segment(PIXELS_HW3, [" "]), InvalidRequest, "invalid_prompt"),
-        (lambda client: client.segment(PIXELS_HW3, ["a"], boxes=[((5, 5, 1, 1), 1)]), InvalidRequest, "invalid_box"),
-        (lambda client: client.segment(PIXELS_HW3, ["a"], threshold=2), InvalidRequest, "invalid_request"),
-        (lambda client: client.segment(PIXELS_HW3, ["a"], adapter="nosuch"), NotFound, "adapter_not_found"),
+        (lambda client: client.segment(b"no image", ["a"]), InvalidRequest, "unsupported_image", "image"),
+        (lambda client: client.segment(PIXELS_HW3, ["a", " "]), InvalidRequest, "invalid_prompt", "prompts[1]"),
+        (
+            lambda client: client.segment(PIXELS_HW3, ["a"], boxes=[((5, 5, 1, 1), 1)]),
+            InvalidRequest,
+            "invalid_box",
+            "boxes[0]",
+        ),
+        (lambda client: client.segment(PIXELS_HW3, ["a"], threshold=2), InvalidRequest, "invalid_request", "threshold"),
+        (lambda client: client.segment(PIXELS_HW3, ["a"], adapter="nosuch"), NotFound, "adapter_not_found", "adapter"),
     ],
 )
-def test_refusals_are_typed(question, error_class, kind):
+def test_refusals_are_typed(question, error_class, kind, field):
     with pytest.raises(error_class) as caught:
         ask(FakeBackend(), question)
-    assert caught.value.type == kind
+    assert (caught.value.type, caught.value.field) == (kind, field)
     assert caught.value.request_id
     assert caught.value.status == STATUS_OF[kind]
 

@@ -244,6 +244,43 @@ def test_messages_name_the_field_and_the_remedy(body: dict[str, Any], words: lis
     assert all(word in message for word in words), message
 
 
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        (as_json(prompts=["fine", "x" * 50]), "prompts[1]"),
+        (as_json(prompts=["fine", "a\nb"]), "prompts[1]"),
+        (as_json(prompts=["fine", " "]), "prompts[1]"),
+        (as_json(prompts=["fine", 3]), "prompts[1]"),
+        (as_json(prompts=["a"] * 5), "prompts"),
+        (as_json(prompts=[]), "prompts"),
+        (box(1, 2, 65, 9), "boxes[0]"),
+        (box(5, 2, 5, 9), "boxes[0]"),
+        (box(1, 2, "3", 4), "boxes[0].xyxy[2]"),
+        (box(1, 2, 3, 4, lable=1), "boxes[0].lable"),
+        (box(1, 2, 3, 4, **{"no name": 1}), "boxes[0]"),
+        (as_json(boxes=[{"xyxy": [1, 2, 3, 4]}] * 4), "boxes"),
+        (raw("boxes=1,2,3,4,1&boxes=1,2"), "boxes[1]"),
+        (as_json(treshold=0.5), "treshold"),
+        (as_json(**{"no name": 1}), None),
+        (as_json(threshold=7), "threshold"),
+        (as_json(max_detections=201), "max_detections"),
+        (as_json(adapter="../a"), "adapter"),
+        (fill("masks", '"rle", "masks": "png"'), "masks"),
+        (raw("prompts=a&threshold=0.1&threshold=0.2"), "threshold"),
+        (image(b"text"), "image"),
+        (image(PNG[:8]), "image"),
+        (image(picture((101, 100))), "image"),
+        (as_json(image_base64="not base64!"), "image_base64"),
+        (without("image_base64"), "image"),
+        ({"json": {"prompts": ["a"], "image_id": "img_" + "0" * 64}}, "image_id"),
+        (text("[]"), None),
+        (text('{"prompts": ["a"'), None),
+    ],
+)
+def test_the_field_at_fault_is_named(body: dict[str, Any], field: str | None):
+    assert make_client().post("/v1/segment", **body).json()["error"]["field"] == field
+
+
 @pytest.mark.parametrize("secret", ["my secret words", "<script>alert(1)</script>"])
 def test_messages_do_not_repeat_the_request(secret: str):
     bodies = [as_json(**{secret: 1}), as_json(prompts=[secret + "\n"]), as_json(adapter=secret), as_json(masks=secret)]

@@ -10,7 +10,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from sam3lora.errors import UserError
-from serve_app.http.errors import STATUS_OF, ServeError
+from serve_app.http.errors import FIELD_OF, STATUS_OF, ServeError
 from serve_app.http.ingress import create_api
 
 from .http_cases import KEY_VARIABLE, FakeBackend, as_json, make_client, make_settings
@@ -167,6 +167,7 @@ def test_errors_of_replicas_are_passed_on(type: str):
         "type": type,
         "message": "words",
         "request_id": response.headers["x-request-id"],
+        "field": FIELD_OF.get(type),
     }
     assert response.headers.get("retry-after") == ("3" if response.status_code in (429, 503) else None)
 
