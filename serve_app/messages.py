@@ -35,7 +35,7 @@ class SegmentCall:
     """
 
     image: ImageFile
-    prompts: tuple[str, ...]
+    prompts: tuple[str, ...] = field(repr=False)
     boxes: tuple[BoxPrompt, ...] = ()
     adapter: str | None = None
     post_processing: Mapping[str, Any] = field(default_factory=dict)

@@ -31,6 +31,7 @@ from sam3lora.model.adapter.weights import AdapterWeights, read_adapter_weights
 from sam3lora.model.loading import LoadedBase, load_base
 from sam3lora.model.precision import store_matrices_in
 from sam3lora.model.staged.forward import StagedSam3, TextFeatures
+from sam3lora.model.tokenization import PromptError
 
 BOXES_ALONE_PROMPT = "visual"
 """SAM 3 was trained to read this text beside boxes that have no text of their own."""
@@ -179,9 +180,13 @@ class Engine:
         return self._features.images.image(key)
 
     def check_prompts(self, prompts: Iterable[str]) -> None:
-        """Raise UserError for a prompt that is empty or has more than 32 tokens."""
-        for prompt in prompts:
-            self._features.token_ids(prompt)
+        """Raise PromptError for a prompt that is empty or has more than 32 tokens."""
+        for number, prompt in enumerate(prompts):
+            try:
+                self._features.token_ids(prompt)
+            except PromptError as error:
+                error.number = number
+                raise
 
     def read_adapter(self, folder: str | Path) -> AdapterWeights:
         """Read and check an adapter folder; nothing of the model changes.

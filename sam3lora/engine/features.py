@@ -70,7 +70,7 @@ class FeatureSource:
         """Token ids and attention mask (1, 32), from any thread.
 
         Raises:
-            UserError: The prompt is empty or has more than 32 tokens.
+            PromptError: The prompt is empty or has more than 32 tokens.
         """
         found = self._tokens.get(prompt)
         if found is None:

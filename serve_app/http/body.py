@@ -20,6 +20,7 @@ _MAX_FIELDS = 8  # parts that are parsed; an unknown one among them is refused b
 MAX_JSON_BYTES = 1 << 18  # of a request, without its image
 _BIG_JSON = 1 << 14  # bytes from which parsing goes to a thread
 _IMAGE_BASE64 = re.compile(rb'"image_base64"\s*+:\s*+"((?:[^"\\]++|\\.)*+)', re.DOTALL)
+_MEDIA_TYPE = re.compile(r"[a-z0-9.+-]{1,40}/[a-z0-9.+-]{1,60}")
 _LISTS = ("prompts", "boxes")
 _ACCEPTED_BODIES = (
     "multipart/form-data with a file `image` and a field `request`, application/json with image_base64 or image_id, or "
@@ -60,7 +61,7 @@ async def read_request(request: Request, max_bytes: int) -> Received:
     if is_raw:
         fields = _query_fields(request)
         return Received(fields, image=await _read_all(request, max_bytes), is_text=True)
-    found = f"got {kind}" if kind.isascii() and 0 < len(kind) < 60 else "its content-type is missing"
+    found = f"got {kind}" if _MEDIA_TYPE.fullmatch(kind) else "its content-type is missing or broken"
     raise ServeError("unsupported_media_type", f"expected {_ACCEPTED_BODIES}; {found}")
 
 

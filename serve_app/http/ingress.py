@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -205,8 +205,14 @@ async def _while_connected(request: Request, answer: Awaitable[T]) -> T:
             return working.result()
         raise ClientDisconnect
     finally:
-        working.cancel()
-        gone.cancel()
+        for task in (working, gone):
+            task.cancel()
+            task.add_done_callback(_retrieve)
+
+
+def _retrieve(task: asyncio.Future[Any]) -> None:
+    """Or asyncio would log an exception that nobody waited for, with its message."""
+    task.cancelled() or task.exception()
 
 
 async def _disconnected(request: Request) -> None:

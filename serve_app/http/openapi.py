@@ -34,7 +34,7 @@ _ABOUT = (
     "Errors are JSON with a `type` for programs and a `message` for people; every response carries `X-Request-ID`."
 )
 _REF = "#/components/schemas/{}"
-_COMMON = ("unauthorized", "internal")
+_COMMON = ("malformed_request", "unauthorized", "headers_too_large", "internal")
 _BODY = (
     "malformed_body",
     "body_too_large",

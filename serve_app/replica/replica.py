@@ -23,6 +23,7 @@ from sam3lora.engine.engine import Engine, PromptedImage
 from sam3lora.engine.feature_cache import PreparedImage
 from sam3lora.engine.selection import SmallDetections
 from sam3lora.errors import UserError
+from sam3lora.model.tokenization import PromptError
 from serve_app.http.errors import ServeError, answer_too_large, refuse_as
 from serve_app.http.schemas import AdapterResponse, check_boxes
 from serve_app.messages import ImageFile, ImageReply, SegmentCall, SegmentReply
@@ -158,8 +159,9 @@ class ModelReplica:
             return await work
         except ServeError as error:
             return error.with_traceback(None)  # its frames would keep the call alive
-        except UserError as error:  # from the engine: boxes, images and adapters were checked before
-            return ServeError("invalid_prompt", str(error))
+        except PromptError as error:  # its own message shows the prompt
+            name = f"prompts[{error.number}]"
+            return ServeError("invalid_prompt", f"{name} {error.fault}", field=name)
         except Exception as error:
             if is_out_of_memory(error):
                 return ServeError("out_of_memory", "memory ran out: try again later", 1.0)
@@ -178,8 +180,7 @@ class ModelReplica:
         async with AsyncExitStack() as held:
             with self._place_in_queue():
                 image = await self._image(call.image, deadline)
-                if call.image.data is None:  # the ingress could not know the size
-                    check_boxes(call.boxes, image.size_hw)
+                check_boxes(call.boxes, image.size_hw)  # of an uploaded image the ingress does not know the size
                 clock.lap("decode")
                 adapter = await held.enter_async_context(self._store.hold(call.adapter, deadline - time.monotonic()))
                 clock.lap("adapter")
