@@ -22,7 +22,6 @@ from sam3lora.engine.device import is_device_error, is_out_of_memory
 from sam3lora.engine.engine import Engine, PromptedImage
 from sam3lora.engine.feature_cache import PreparedImage
 from sam3lora.engine.selection import SmallDetections
-from sam3lora.errors import UserError
 from sam3lora.model.tokenization import PromptError
 from serve_app.http.errors import ServeError, answer_too_large, refuse_as
 from serve_app.http.schemas import AdapterResponse, check_boxes
