@@ -11,6 +11,8 @@
     python jobs/bench.py scaling                       two workers, against two processes on their own
     python jobs/bench.py cost-model                    steps of several sizes, measured and predicted
     python jobs/bench.py serve                         requests over HTTP, some five minutes
+    python jobs/bench.py serve-threads                 torch_threads of the service, quiet and busy
+    python jobs/bench.py serve-faults                  what clients see when its processes die, some four minutes
     python jobs/bench.py gpu                           SAM 3 at full size on one GPU
 
 Each prints the ratio of the times; `--json PATH` keeps what was found. With nothing else on the machine.
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     from jobs.bench.serving_report import ServingReport
 
 NUMBER = re.compile(r"^\d+$")
-LIST_OPTIONS = {"--clients": NUMBER, "--adapters": NUMBER}
+LIST_OPTIONS = {"--clients": NUMBER, "--adapters": NUMBER, "--threads": NUMBER}
 
 app = typer.Typer(help="Benchmarks beside the plain way.", no_args_is_help=True, add_completion=False)
 JsonPath = Annotated[Path | None, typer.Option("--json", metavar="PATH", help="Write what was found as JSON.")]
@@ -253,6 +255,34 @@ def serve(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     plan = ServingPlan(model, clients or (1, 8, 32), adapters or (1, 4, 16), seconds, images, repeated, haproxy)
     _show([compare_serving(plan)], json_path)
+
+
+@app.command("serve-threads")
+def serve_threads(
+    threads: Annotated[
+        list[int] | None, typer.Option(min=1, help="Numbers of threads (default: 1 to the cores).")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=1, help="Of each measurement.")] = 10.0,
+    json_path: JsonPath = None,
+) -> None:
+    """`torch_threads` of `sam3lora serve`, with and without other work on the machine."""
+    import os
+
+    from jobs.bench.serving_threads import measure_threads
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    _show([measure_threads(threads or range(1, (os.cpu_count() or 1) + 1), seconds=seconds)], json_path)
+
+
+@app.command("serve-faults")
+def serve_faults(
+    clients: Annotated[int, typer.Option(min=1, help="Of either kind.")] = 4, json_path: JsonPath = None
+) -> None:
+    """Kill the processes of `sam3lora serve` one by one, and restart it, under load."""
+    from jobs.bench.serving_faults import measure_faults
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    _show([measure_faults(clients=clients)], json_path)
 
 
 def _show(reports: Sequence[BenchReport | ServingReport], json_path: Path | None) -> None:

@@ -54,11 +54,29 @@ def ray_session(address: str | None, *, num_cpus: float, dashboard: bool = False
             "object_store_memory": _store_bytes(),
             **quiet,
         }
-        ray.init(address=address, num_cpus=math.ceil(num_cpus), **options)
+        with _on_loopback():
+            ray.init(address=address, num_cpus=math.ceil(num_cpus), **options)
     try:
         yield address == "local"
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """A Ray that starts within the block, and its later processes, listen on 127.0.0.1 instead of all interfaces.
+
+    Ray has this switch for desktop systems, and reads its variable when it is imported.
+    """
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        with environment({ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}):
+            yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def check_job_path(path: str | Path, option: str) -> None:

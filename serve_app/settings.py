@@ -1,6 +1,6 @@
 """Settings of the service: the `args` of `serve_app/config.yaml`, and the environment variables of Ray Serve.
 
-The variables must be set before Ray starts, on every node.
+The variables must be set before Ray starts, on every node: eval "$(python -m serve_app.settings)".
 """
 
 from __future__ import annotations
@@ -155,3 +155,8 @@ def prepare_environment(*, haproxy: bool = False) -> None:
     """Set the variables that are not set; call it before `ray.serve` is imported."""
     for name, value in (ENVIRONMENT | (HAPROXY if haproxy else {})).items():
         os.environ.setdefault(name, value)
+
+
+if __name__ == "__main__":
+    for _name, _value in ENVIRONMENT.items():
+        print(f"export {_name}={_value}")

@@ -44,21 +44,31 @@ def plain_server(model: str | Path, adapters: Path, log: Path) -> Iterator[Serve
 
 
 @contextlib.contextmanager
-def our_server(model: str | Path, adapters: Path, log: Path, *, haproxy: bool = False) -> Iterator[Server]:
-    """`sam3lora serve` as a user starts it."""
+def our_server(
+    model: str | Path,
+    adapters: Path,
+    log: Path,
+    *,
+    haproxy: bool = False,
+    port: int | None = None,
+    config: Path | None = None,
+) -> Iterator[Server]:
+    """`sam3lora serve` as a user starts it; on any free port if none is given."""
     command = [sys.executable, "-m", "sam3lora", "serve", "--model", str(model), "--adapters", str(adapters)]
-    with _running([*command, "--haproxy"] if haproxy else command, log) as server:
+    command += ["--haproxy"] if haproxy else []
+    command += ["--config", str(config)] if config else []
+    with _running(command, log, port) as server:
         yield server
 
 
 @contextlib.contextmanager
-def _running(command: Sequence[str], log: Path) -> Iterator[Server]:
+def _running(command: Sequence[str], log: Path, port: int | None = None) -> Iterator[Server]:
     """The command with `--port P` until the end of the block.
 
     Raises:
         UserError: It ended, or was not ready in time; the message holds the end of what it printed.
     """
-    port = _free_port()
+    port = port or free_port()
     start = time.monotonic()
     with log.open("wb") as output:
         # A session of its own: an interrupt at the keyboard reaches this process alone, which then stops the server.
@@ -105,7 +115,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

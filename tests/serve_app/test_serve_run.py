@@ -21,6 +21,7 @@ import yaml
 import serve_app
 
 from .checked_load import send_all
+from .large_messages import LIMITS, check_large_messages
 from .ray_service import QUIET_ENVIRONMENT, STOP_S, get, wait_until
 from .small_service import SmallService
 
@@ -79,6 +80,8 @@ def test_the_shipped_file_serves_and_its_user_config_changes_in_place(tmp_path: 
     config["http_options"]["port"] = http
     [application] = config["applications"]
     application["args"] |= {"model": str(small.base), "num_gpus": 0, "num_cpus": 0.5, "torch_threads": 1}
+    application["args"]["limits"] |= LIMITS
+    application["args"]["batching"] |= {"max_rows": 64}
     [segmenter] = application["deployments"]
     segmenter["user_config"]["root"] = str(small.root)
     file.write_text(yaml.safe_dump(config))
@@ -91,6 +94,7 @@ def test_the_shipped_file_serves_and_its_user_config_changes_in_place(tmp_path: 
         with running(tmp_path / "run.log", environment, "serve", "run", str(file)) as run:
             wait_until(lambda: run.poll() is not None or get(f"{url}/readyz")[0] == 200)
             assert set(send_all(url, small.cases()).kinds()) == {"ok"}, (tmp_path / "run.log").read_text()
+            check_large_messages(url)
             before = _replicas(ray)
             assert len(before) == 2
             segmenter["user_config"]["allowed"] = ["heads"]
