@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import os
@@ -120,17 +119,14 @@ def _finish(ray_serve: Any, settings: ServeSettings, *, is_local: bool) -> None:
     take the route away first: clients would read 404.
     """
     with contextlib.suppress(Exception):  # nothing was deployed, or an HTTP process died: nothing to wait for
-        asyncio.run(_drain(ray_serve, settings.limits.timeout_s))
+        ingress = ray_serve.get_deployment_handle("Ingress", APPLICATION)
+        ingress._init(_run_router_in_separate_loop=True)  # this thread has no event loop
+        ingress.broadcast("drain", settings.limits.timeout_s).results(timeout_s=settings.limits.timeout_s + 5)
     if not is_local or os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":  # Serve alone can stop HAProxy
         with contextlib.suppress(TimeoutError, RuntimeError):  # after a minute; or nothing was deployed
             ray_serve.delete(APPLICATION)
         if is_local:
             ray_serve.shutdown()
-
-
-async def _drain(ray_serve: Any, timeout_s: float) -> None:
-    ingress = ray_serve.get_deployment_handle("Ingress", APPLICATION)  # its router runs in this loop
-    await ingress.broadcast("drain", timeout_s).results_async(timeout_s=timeout_s + 5)
 
 
 def _settings(
