@@ -1,17 +1,24 @@
 // The page: builds requests, sends them, and shows the responses in panels.
 
+import { basePostProcessing, known, listAdapters, trainedOn } from "./adapters.js";
 import { apiKey, call, isAbort, ServiceError } from "./api.js";
-import { byId, debounce, make } from "./elements.js";
+import { BoxList } from "./boxes.js";
+import { multipartOf } from "./curl.js";
+import { byId, debounce } from "./elements.js";
+import { chooseFile, loadSample, takeImages } from "./intake.js";
+import { Notice } from "./notice.js";
 import { Panel } from "./panel.js";
+import { Picker } from "./picker.js";
 import { Picture } from "./picture.js";
 import { PromptField } from "./prompts.js";
+import { Settings } from "./settings.js";
+import { isNarrow, Views } from "./views.js";
 import { Viewport } from "./viewport.js";
 
 // Requests ask for nearly everything: the page post-processes, so that the sliders act without another request.
-const LOOSEST = { threshold: 0.05, nms: "none", merge: false, max_detections: 100, masks: "rle" };
-const SLIDERS = { threshold: "threshold", "nms-iou": "nms_iou" }; // element -> field
-const SAMPLE = { url: "static/sample.jpg", name: "sample.jpg", prompts: ["gear", "arrow", "capsule"] };
-const BASE = ""; // value of the base model in the lists of adapters
+const LOOSEST = { threshold: 0.05, nms: "none", merge: false, masks: "rle" };
+const SAMPLE_PROMPTS = ["gear", "arrow", "capsule"];
+const BASE = ""; // value of the base model in the pickers
 const NONE = "-";
 
 const scene = {
@@ -19,13 +26,22 @@ const scene = {
   viewport: new Viewport(),
   tool: "move",
   boxes: [],
-  show: { masks: true, boxes: false, labels: true },
+  show: { masks: true, boxes: false, labels: true, fill: 0.25 },
 };
-const callbacks = { onView: drawAll, onBox: addBox, onFail: showError };
 const prompts = new PromptField(askSoon);
-let adapters = [];
-let basePostProcessing = null; // of the base model; known when the adapters are
-let changed = {}; // post-processing fields that the person set; the adapter's own values hold for the others
+const boxes = new BoxList(() => {
+  scene.boxes = boxes.boxes;
+  drawAll();
+  askSoon();
+});
+const settings = new Settings(postProcess);
+const views = new Views(drawAll);
+const notice = new Notice({ retry, choose: chooseFile, leave: focusPicture });
+const failed = { onFail: showError };
+const adapter = new Picker("adapter", [[BASE, "Base model"]], { ...failed, onChange: pickByHand });
+const compare = new Picker("compare", [[NONE, "Nothing"], [BASE, "Base model"]], { ...failed, onChange: layPanels });
+const limits = readLimits();
+let isPickedByHand = false;
 let panels = [];
 let running = new AbortController();
 
@@ -34,51 +50,114 @@ let running = new AbortController();
 const askAfterPause = debounce(200, ask);
 
 function askSoon() {
+  showReadiness();
   askAfterPause();
-  byId("ask").disabled = !isAskable();
 }
 
 function isAskable() {
   return scene.picture !== null && (prompts.prompts.length > 0 || scene.boxes.length > 0);
 }
 
-async function ask() {
-  running.abort();
-  running = new AbortController();
-  const { signal } = running;
-  hideError();
-  if (!basePostProcessing) {
-    await loadAdapters(); // asks again
-    return;
-  }
-  if (!isAskable()) {
-    for (const panel of panels) panel.setAnswer(null);
-    setBusy(false);
-    say(scene.picture ? "Add a prompt or draw a box." : "");
-    return;
-  }
-  setBusy(true);
-  say("Asking…");
-  const boxes = scene.boxes.map(({ xyxy, label }) => ({ xyxy, label }));
-  const question = { prompts: prompts.prompts, boxes, ...LOOSEST };
-  const { picture } = scene;
-  try {
-    await Promise.all(panels.map((panel) => askOne(panel, picture, { ...question, adapter: panel.adapter }, signal)));
-    if (signal.aborted) return;
-    say("");
-    refineAll();
-  } catch (error) {
-    if (signal.aborted || isAbort(error)) return;
-    running.abort();
-    showError(error);
-  }
-  if (running.signal === signal) setBusy(false);
+function showReadiness() {
+  byId("ask").disabled = !isAskable();
+  byId("ask").hidden = panels.every(({ hasAnswer }) => hasAnswer);
+  if (!scene.picture) say("Choose an image first.");
+  else if (!isAskable()) say("Add a prompt or draw a box.");
+  else say(byId("ask").hidden ? "Updates by itself." : "");
 }
 
-async function askOne(panel, picture, question, signal) {
+async function ask() {
+  running.abort();
+  const { signal } = (running = new AbortController());
+  const { picture } = scene;
+  if (!isAskable()) {
+    for (const panel of panels) panel.clear();
+    setBusy(false);
+    showReadiness();
+    return;
+  }
+  notice.hide();
+  setBusy(true);
+  say("Asking…");
+  for (const panel of panels) panel.expect(prompts.prompts.length ? prompts.prompts : ["visual"]);
+  const outcomes = await Promise.allSettled(panels.map((panel) => askOne(panel, picture, signal)));
+  if (signal.aborted) return;
+  setBusy(false);
+  outcomes.forEach(({ reason }, index) => reason && panels[index].clear());
+  showReadiness();
+  refineAll();
+  showPicture();
+  const failure = outcomes.findIndex(({ reason }) => reason);
+  if (failure >= 0) showError(outcomes[failure].reason, panels.length > 1 ? `${panels[failure].name}: ` : "");
+  await Promise.allSettled(panels.map((panel) => offerOther(panel, signal)));
+}
+
+/** Ask one adapter, without the prompts that the service refuses. */
+async function askOne(panel, picture, signal) {
   const onWait = (seconds) => say(`The service is busy: trying again in ${seconds} s.`);
-  const { answer, roundTripMs } = await picture.segment(question, { signal, onWait });
-  if (!signal.aborted) panel.setAnswer(answer, roundTripMs);
+  if (!basePostProcessing) await listAdapters({ signal });
+  const { most } = await limits;
+  for (;;) {
+    const wanted = settings.of(panel.adapter);
+    const isFinal = wanted.merge; // joining is left to the service
+    const lowest = Math.min(LOOSEST.threshold, wanted.threshold, ...Object.values(wanted.prompt_thresholds));
+    const loosest = { ...LOOSEST, threshold: lowest, max_detections: most };
+    const question = isFinal ? requestOf(panel) : { ...requestOf(panel), ...loosest, nms_iou: undefined };
+    try {
+      const { answer, roundTripMs } = await picture.segment(question, { signal, onWait, onProgress });
+      if (!signal.aborted) panel.setAnswer(answer, roundTripMs, isFinal);
+      return;
+    } catch (error) {
+      const refused = question.prompts[error.promptIndex];
+      if (signal.aborted || refused === undefined) throw error;
+      prompts.blame(refused, error.message.replace(/^prompts\[\d+\]:? */, ""));
+      if (!isAskable()) throw error;
+    }
+  }
+}
+
+/** What the service has to be sent to answer just what the panel shows, without the image. */
+function requestOf({ adapter }) {
+  const drawn = scene.boxes.map(({ xyxy, label }) => ({ xyxy, label }));
+  return { prompts: prompts.prompts, boxes: drawn, adapter, ...settings.requestOf(adapter) };
+}
+
+function onProgress(share) {
+  byId("upload").hidden = share === 1;
+  byId("upload").value = share;
+  say(share === 1 ? "Asking…" : `Uploading ${Math.floor(share * 100)} %`);
+}
+
+function cancel() {
+  running.abort();
+  scene.picture?.stopUpload();
+  for (const panel of panels) panel.clear();
+  setBusy(false);
+  showReadiness();
+  say("Cancelled.");
+  byId("ask").focus();
+}
+
+function retry() {
+  focusPicture();
+  notice.hide();
+  if (basePostProcessing) ask();
+  else start();
+}
+
+/** Where prompts have no detections, name an adapter that was trained on them. */
+async function offerOther(panel, signal) {
+  const missing = panel.missing;
+  const other = missing.length ? await trainedOn(missing, { signal }) : null;
+  if (!signal.aborted) panel.offer(other);
+}
+
+async function readLimits() {
+  const api = await fetch("openapi.json").then((response) => response.json()).catch(() => null);
+  const fields = api?.components?.schemas?.SegmentRequest?.properties;
+  prompts.most = fields?.prompts?.maxItems ?? prompts.most;
+  const most = fields?.max_detections?.anyOf?.find(({ maximum }) => maximum)?.maximum ?? 100;
+  return { most };
 }
 
 // ---- showing --------------------------------------------------------------------------------------------------------
@@ -88,34 +167,16 @@ let sentences = [];
 
 function refineAll() {
   if (!basePostProcessing) return;
-  showSettings();
-  sentences = panels.map((panel) => panel.refine(settingsOf(panel.adapter))).filter(Boolean);
+  settings.show(panels[0].adapter);
+  sentences = panels.map((panel) => panel.refine(settings.of(panel.adapter))).filter(Boolean);
+  views.update();
   if (sentences.length) speakCounts();
 }
 
-/** The settings recorded with an adapter, with those that the person changed. */
-function settingsOf(id) {
-  const recorded = adapters.find((adapter) => adapter.id === id)?.post_processing ?? basePostProcessing;
-  const forAllPrompts = "threshold" in changed ? { prompt_thresholds: {} } : {};
-  return { ...recorded, ...changed, ...forAllPrompts };
-}
-
-/** Show the settings of the first panel. */
-function showSettings() {
-  const shown = settingsOf(panels[0].adapter);
-  for (const [id, field] of Object.entries(SLIDERS)) {
-    byId(id).value = shown[field];
-    byId(`${id}-value`).textContent = shown[field].toFixed(2);
-  }
-  if (Object.keys(shown.prompt_thresholds).length) byId("threshold-value").textContent += ", some prompts differ";
-  byId("nms").value = shown.nms;
-  byId("merge").checked = shown.merge;
-  byId("recorded").hidden = !Object.keys(changed).length;
-}
-
-function change(field, value) {
-  changed = { ...changed, [field]: value };
+/** After a setting changed: in the page, unless the service joins what overlaps or did so. */
+function postProcess() {
   refineAll();
+  if (panels.some((panel) => panel.hasAnswer && (panel.isFinal || settings.of(panel.adapter).merge))) askSoon();
 }
 
 function drawAll() {
@@ -129,175 +190,149 @@ function say(text) {
 
 function setBusy(isBusy) {
   for (const panel of panels) panel.setBusy(isBusy);
+  byId("cancel").hidden = !isBusy;
+  if (!isBusy) byId("upload").hidden = true;
 }
 
-function showError(error) {
-  if (!(error instanceof ServiceError)) console.warn(error);
-  setBusy(false);
-  say("");
-  byId("error").hidden = false;
-  byId("error-message").textContent = error.message;
-  byId("error").scrollIntoView({ block: "nearest" });
-  byId("error-request").textContent = error.requestId ? `Request ${error.requestId}` : "";
-  if (error.type === "unauthorized") openKey();
+function showError(error, prefix = "") {
+  if (isAbort(error)) return;
+  notice.show(prefix && error instanceof ServiceError ? Object.assign(error, { message: prefix + error.message }) : error);
 }
 
-function hideError() {
-  byId("error").hidden = true;
+function focusPicture() {
+  if (scene.picture) views.shown.stage.focus();
+  else byId("choose-first").focus();
+}
+
+/** On a small screen, scroll to the picture and its downloads, unless a person is busy elsewhere. */
+function showPicture() {
+  if (!isNarrow() || document.activeElement.matches("#prompt-input, [type=range]")) return;
+  const { element } = views.shown;
+  const [top, bottom] = [element.getBoundingClientRect().top, element.querySelector(".facts").getBoundingClientRect().bottom];
+  if (top >= 0 && bottom <= innerHeight) return;
+  const behavior = matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth";
+  byId("work").scrollIntoView({ block: "start", behavior });
+}
+
+function showCurl(panel) {
+  const url = new URL("v1/segment", document.baseURI).href;
+  const { boxes, ...request } = requestOf(panel);
+  const shown = boxes.length ? { ...request, boxes } : request;
+  byId("curl-text").textContent = multipartOf(url, scene.picture.name, shown, Boolean(apiKey.get()));
+  byId("curl-key").hidden = !apiKey.get();
+  byId("curl-copy").textContent = "Copy";
+  byId("curl-box").showPopover();
+}
+
+async function copyCurl() {
+  const text = byId("curl-text");
+  getSelection().selectAllChildren(text);
+  // Pages from other hosts without TLS have no clipboard: the selection is then copied the old way.
+  if (navigator.clipboard) await navigator.clipboard.writeText(text.textContent);
+  else document.execCommand("copy");
+  byId("curl-copy").textContent = "Copied";
 }
 
 // ---- image ----------------------------------------------------------------------------------------------------------
 
-async function take(file, name) {
-  hideError();
+async function take(file) {
+  notice.hide();
   let picture;
   try {
-    picture = await Picture.open(file, name);
+    picture = await Picture.open(file);
   } catch (error) {
     showError(error);
     return;
   }
   running.abort();
+  setBusy(false);
   scene.picture?.close();
   scene.picture = picture;
-  scene.boxes = [];
-  scene.viewport.fit(picture.width, picture.height);
-  byId("image-name").textContent = byId("image-name").title = picture.name;
-  byId("image-size").textContent = `${picture.width} × ${picture.height} px`;
+  const isFirst = byId("work").hidden;
   byId("empty").hidden = true;
   byId("image-card").hidden = false;
   byId("work").hidden = false;
-  byId("panels").style.setProperty("--ratio", picture.width / picture.height);
-  for (const panel of panels) panel.setAnswer(null);
-  drawBoxList();
-  drawAll();
+  byId("panels").style.setProperty("--ratio", Math.min(4, Math.max(0.4, picture.width / picture.height)));
+  byId("image-name").textContent = byId("image-name").title = picture.name;
+  for (const panel of panels) panel.clear();
+  boxes.clear();
+  scene.boxes = [];
+  const note = views.shown.stage.showAll() ? "" : ": a part is shown";
+  byId("image-size").textContent = `${picture.width} × ${picture.height} px${note}`;
+  if (isFirst) focusPicture();
   askSoon();
 }
 
 async function useSample() {
-  const response = await fetch(SAMPLE.url).catch(() => null);
-  if (!response?.ok) {
-    showError(new ServiceError("unreachable", "The sample cannot be loaded from the service."));
-    return;
+  const wanted = prompts.isEmpty ? SAMPLE_PROMPTS : prompts.prompts;
+  const finding = isPickedByHand ? null : trainedOn(wanted).catch(() => null);
+  try {
+    const file = await loadSample();
+    const other = await finding;
+    if (other) pick(other.id);
+    await take(file);
+    prompts.add(wanted);
+  } catch (error) {
+    showError(error);
   }
-  await take(await response.blob(), SAMPLE.name);
-  if (!prompts.prompts.length) prompts.add(SAMPLE.prompts);
-}
-
-function takeFirstImage(files, event) {
-  const file = [...(files ?? [])].find(({ type }) => type.startsWith("image/")) ?? files?.[0];
-  if (!file) return;
-  event.preventDefault();
-  take(file);
-}
-
-// ---- boxes ----------------------------------------------------------------------------------------------------------
-
-function addBox(box) {
-  scene.boxes.push(box);
-  drawBoxList();
-  askSoon();
-}
-
-function drawBoxList() {
-  const entries = scene.boxes.map((box, index) => {
-    const kind = box.label ? "like this" : "not like this";
-    const name = make("span", { textContent: `${box.label ? "+" : "−"} ${kind}` });
-    const place = make("span", { className: "soft", textContent: box.xyxy.join(", ") });
-    const remove = make("button", { type: "button", className: "chip-remove", textContent: "×" });
-    remove.ariaLabel = `Delete box ${index + 1}, ${kind}`;
-    remove.addEventListener("click", () => {
-      scene.boxes.splice(index, 1);
-      drawBoxList();
-      askSoon();
-    });
-    return make("li", { className: box.label ? "box is-positive" : "box is-negative" }, name, place, remove);
-  });
-  byId("box-list").replaceChildren(...entries);
-  byId("box-hint").hidden = entries.length > 0;
-  drawAll();
 }
 
 // ---- adapters -------------------------------------------------------------------------------------------------------
 
-async function loadAdapters() {
+async function start() {
   try {
-    ({ adapters, base_post_processing: basePostProcessing } = await call("v1/adapters"));
+    await listAdapters();
   } catch (error) {
     showError(error);
     return;
   }
-  hideError();
-  fillAdapters(byId("adapter"), [["Base model", BASE]]);
-  fillAdapters(byId("compare"), [["Nothing", NONE], ["Base model", BASE]]);
-  chooseAdapters();
+  layPanels();
 }
 
-function fillAdapters(list, first) {
-  const before = list.value;
-  const options = first.map(([text, value]) => new Option(text, value));
-  for (const { id, error } of adapters) {
-    const option = new Option(error ? `${id} (cannot be used)` : id, id);
-    option.disabled = Boolean(error);
-    option.title = error ?? "";
-    options.push(option);
-  }
-  list.replaceChildren(...options);
-  if (options.some(({ value }) => value === before)) list.value = before;
+function pickByHand() {
+  isPickedByHand = true;
+  layPanels();
 }
 
-function chooseAdapters() {
-  const ids = [byId("adapter").value];
-  if (![NONE, ids[0]].includes(byId("compare").value)) ids.push(byId("compare").value);
-  panels = ids.map((id) => new Panel(id === BASE ? null : id, scene, callbacks));
-  byId("panels").replaceChildren(...panels.map(({ element }) => element));
-  byId("panels").classList.toggle("is-pair", panels.length > 1);
-  prompts.suggest(ids.flatMap((id) => adapters.find((adapter) => adapter.id === id)?.prompts ?? []));
-  drawAll();
+function pick(id) {
+  adapter.value = id;
+  layPanels();
+}
+
+function layPanels() {
+  const ids = [adapter.value];
+  if (![NONE, ids[0]].includes(compare.value)) ids.push(compare.value);
+  const onPick = (id) => {
+    pick(id);
+    focusPicture();
+  };
+  const colourOf = (prompt) => prompts.colourOf(prompt);
+  const callbacks = { onView: drawAll, onBox: (box) => boxes.add(box), onFail: showError, onCurl: showCurl, onPick, colourOf };
+  panels = ids
+    .map((id) => (id === BASE ? null : id))
+    .map((id) => panels.find((panel) => panel.adapter === id) ?? new Panel(id, scene, callbacks));
+  views.lay(panels);
+  prompts.suggest(ids.flatMap((id) => known.get(id)?.prompts ?? []));
   refineAll();
   askSoon();
 }
 
-// ---- key ------------------------------------------------------------------------------------------------------------
-
-function openKey() {
-  byId("key-box").open = true;
-  byId("key").focus();
-}
-
 // ---- wiring ---------------------------------------------------------------------------------------------------------
 
-byId("file").addEventListener("change", (event) => takeFirstImage(event.target.files, event));
-for (const id of ["choose", "choose-first"]) byId(id).addEventListener("click", () => byId("file").click());
-for (const id of ["sample", "sample-first"]) byId(id).addEventListener("click", useSample);
-document.addEventListener("paste", (event) => takeFirstImage(event.clipboardData?.files, event));
-document.addEventListener("dragover", (event) => {
-  event.preventDefault();
-  document.body.classList.add("is-dragging");
-});
-document.addEventListener("dragleave", (event) => {
-  if (!event.relatedTarget) document.body.classList.remove("is-dragging");
-});
-document.addEventListener("drop", (event) => {
-  event.preventDefault();
-  document.body.classList.remove("is-dragging");
-  takeFirstImage(event.dataTransfer?.files, event);
-});
+takeImages({ take, onSample: useSample });
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) ask();
+  if (!event.ctrlKey && !event.metaKey) return;
+  if (event.key === "Enter") ask();
+  if (event.key === "z" && !event.target.matches("input")) boxes.undo();
 });
-
-byId("ask").addEventListener("click", ask);
-byId("retry").addEventListener("click", ask);
-for (const id of ["adapter", "compare"]) byId(id).addEventListener("change", chooseAdapters);
-for (const [id, field] of Object.entries(SLIDERS)) {
-  byId(id).addEventListener("input", (event) => change(field, event.target.valueAsNumber));
-}
-byId("nms").addEventListener("input", (event) => change("nms", event.target.value));
-byId("merge").addEventListener("input", (event) => change("merge", event.target.checked));
-byId("recorded").addEventListener("click", () => {
-  changed = {};
-  refineAll();
+byId("ask").addEventListener("click", () => {
+  focusPicture();
+  ask();
+});
+byId("cancel").addEventListener("click", cancel);
+byId("curl-copy").addEventListener("click", copyCurl);
+byId("settings-open").addEventListener("click", ({ currentTarget }) => {
+  currentTarget.ariaExpanded = String(byId("settings").classList.toggle("is-open"));
 });
 for (const name of ["masks", "boxes", "labels"]) {
   byId(`show-${name}`).addEventListener("change", (event) => {
@@ -305,23 +340,21 @@ for (const name of ["masks", "boxes", "labels"]) {
     drawAll();
   });
 }
-for (const input of document.querySelectorAll("input[name=tool]")) {
-  input.addEventListener("change", () => {
-    scene.tool = input.value;
-    byId("box-help").hidden = scene.tool === "move";
-    drawAll();
-  });
-}
-byId("zoom-in").addEventListener("click", () => panels[0].stage.zoomBy(1.5));
-byId("zoom-out").addEventListener("click", () => panels[0].stage.zoomBy(1 / 1.5));
-byId("zoom-fit").addEventListener("click", () => panels[0].stage.zoomBy(1 / scene.viewport.zoom));
-byId("key").value = apiKey.get();
-byId("key-form").addEventListener("submit", async (event) => {
-  event.preventDefault();
-  apiKey.set(byId("key").value.trim());
-  byId("key-box").open = false;
-  await loadAdapters();
+const showFill = () => (byId("fill-value").textContent = `${Math.round(scene.show.fill * 100)} %`);
+byId("fill").addEventListener("input", (event) => {
+  scene.show.fill = event.target.valueAsNumber;
+  showFill();
+  drawAll();
 });
+byId("tool").addEventListener("change", (event) => {
+  scene.tool = event.target.value;
+  byId("box-help").hidden = scene.tool === "move";
+  drawAll();
+});
+byId("zoom-in").addEventListener("click", () => views.shown.stage.zoomBy(1.5));
+byId("zoom-out").addEventListener("click", () => views.shown.stage.zoomBy(1 / 1.5));
+byId("zoom-fit").addEventListener("click", () => views.shown.stage.zoomBy(1 / scene.viewport.zoom));
 
-chooseAdapters();
-loadAdapters();
+showFill();
+layPanels();
+start();

@@ -1,127 +1,122 @@
-// The OpenAPI document as a page: fields, responses, and examples that can be sent. Loads nothing from other hosts.
+// The OpenAPI document as a page: commands to paste, forms to try, fields and errors. Loads nothing from other hosts.
 
-const api = await (await fetch("openapi.json")).json();
+import { trainedOn } from "./adapters.js";
+import { apiKey, call } from "./api.js";
+import { getOf, multipartOf, rawOf, uploadedOf } from "./curl.js";
+import { byId, make } from "./elements.js";
+import { meaningOf, rich, Schemas, table, typeOf } from "./schema.js";
+import { tryIt } from "./try_it.js";
 
-function element(tag, text = "", attributes = {}) {
-  const made = Object.assign(document.createElement(tag), attributes);
-  made.append(text);
-  return made;
-}
+const PROMPTS = ["gear", "arrow"]; // the sample shows them
+const FILE = "sample.jpg";
+// How fields that are no single values are written in a query.
+const IN_QUERY = { prompts: "prompts=gear&prompts=arrow", boxes: "boxes=113,278,262,476,1 (x0, y0, x1, y1, label); may be repeated" };
 
-function resolve(schema) {
-  return schema?.$ref ? api.components.schemas[schema.$ref.split("/").pop()] : schema ?? {};
-}
+const address = (path) => new URL(path.replace(/^\//, ""), document.baseURI).href;
+const api = await call("openapi.json");
+const schemas = new Schemas(api);
+const isKeyed = await call("v1/adapters?limit=1").then(() => Boolean(apiKey.get()), ({ status }) => status === 401);
+const adapter = await trainedOn(PROMPTS).catch(() => null);
+const request = { prompts: PROMPTS, ...(adapter && { adapter: adapter.id }) };
 
-function typeName(schema) {
-  if (schema.$ref) return schema.$ref.split("/").pop();
-  if (schema.anyOf) return schema.anyOf.map(typeName).join(" or ");
-  if (schema.enum) return schema.enum.map((value) => JSON.stringify(value)).join(" | ");
-  if (schema.type === "array") return `[${typeName(schema.items ?? {})}]`;
-  return schema.format === "binary" ? "file" : schema.type ?? "any";
-}
-
-function table(head, rows) {
-  const made = element("table");
-  const row = (cells, tag) => {
-    const line = element("tr");
-    line.append(...cells.map((cell) => element(tag, cell)));
-    return line;
-  };
-  made.append(row(head, "th"), ...rows.map((cells) => row(cells, "td")));
-  return made;
-}
-
-function fieldTable(schema) {
-  const rows = Object.entries(resolve(schema).properties ?? {}).map(([name, field]) => {
-    const schemas = [field, ...(field.anyOf ?? [])];
-    const bounds = ["minimum", "maximum", "maxItems", "pattern"].flatMap((key) =>
-      schemas.filter((schema) => key in schema).map((schema) => `${key} ${schema[key]}`),
-    );
-    const fallback = "default" in field ? `default ${JSON.stringify(field.default)}` : "";
-    return [element("code", name), typeName(field), [field.description, fallback, ...bounds].filter(Boolean).join("; ")];
+function command(title, text) {
+  const pre = make("pre", { textContent: text, tabIndex: 0, ariaLabel: title });
+  const copy = make("button", { type: "button", textContent: "Copy", ariaLabel: `Copy: ${title}` });
+  copy.hidden = !navigator.clipboard;
+  copy.addEventListener("click", async () => {
+    await navigator.clipboard.writeText(text);
+    copy.textContent = "Copied";
   });
-  return table(["field", "type", "meaning"], rows);
+  return [make("h3", { textContent: title }), make("div", { className: "command" }, pre, copy)];
 }
 
-function nestedSchemas(schema, found = new Set()) {
-  for (const [, name] of JSON.stringify(schema).matchAll(/schemas\/(\w+)/g)) {
-    if (!found.has(name)) {
-      found.add(name);
-      nestedSchemas(api.components.schemas[name], found);
-    }
-  }
-  return found;
+function commands(path, content) {
+  const url = address(path);
+  if (!content) return command("With curl", getOf(url, isKeyed && path.startsWith("/v1")));
+  const asked = "request" in (content["multipart/form-data"].schema.properties ?? {}) ? request : null;
+  const forms = [
+    ["Multipart: the image as a file, the request as JSON", multipartOf(url, FILE, asked, isKeyed)],
+    ["Raw: the image as the body, the request as query parameters", rawOf(url, FILE, asked, isKeyed)],
+  ];
+  if (asked) forms.push(["JSON: about an uploaded image", uploadedOf(url, address("/v1/images"), FILE, asked, isKeyed)]);
+  const shorter = ([title, text]) => [asked ? title : title.replace(/, the request.*/, ""), text];
+  return forms.map(shorter).flatMap(([title, text]) => command(title, text));
 }
 
-function answerTable(responses) {
-  const rows = Object.entries(responses).map(([status, answer]) => [element("code", status), answer.description]);
-  return table(["status", "meaning"], rows);
+function folded(title, ...content) {
+  return make("details", {}, make("summary", { textContent: title }), ...content);
 }
 
-async function send(path, method, body, output) {
-  const headers = {};
-  const key = document.getElementById("key").value;
-  if (key) headers["X-API-Key"] = key;
-  if (body !== null) headers["Content-Type"] = "application/json";
-  output.textContent = "…";
-  try {
-    const answer = await fetch(path.slice(1), { method: method.toUpperCase(), headers, body });
-    const text = await answer.text();
-    let shown = text;
-    try { shown = JSON.stringify(JSON.parse(text), null, 1); } catch { /* plain text, such as metrics */ }
-    output.textContent = `${answer.status} ${answer.statusText}\n${shown}`;
-  } catch (error) {
-    output.textContent = `The service did not answer: ${error.message}`;
-  }
+function parameterTable(parameters) {
+  const rows = parameters.map((parameter) => {
+    return [make("code", { textContent: parameter.name }), typeOf(parameter.schema), rich(meaningOf({ ...parameter.schema, ...parameter }))];
+  });
+  return table(["parameter", "type", "meaning"], rows, "with-type");
 }
 
-function tryIt(path, method, operation) {
-  const box = element("div");
-  const examples = operation.requestBody?.content["application/json"]?.examples;
-  let editor = null;
-  if (examples) {
-    const choice = element("select", "", { ariaLabel: "example" });
-    for (const [name, example] of Object.entries(examples)) choice.append(element("option", example.summary, { value: name }));
-    editor = element("textarea", "", { ariaLabel: "JSON body", spellcheck: false });
-    const fill = () => { editor.value = JSON.stringify(examples[choice.value].value, null, 1); };
-    choice.addEventListener("change", fill);
-    fill();
-    box.append(choice, editor);
-  }
-  const button = element("button", "Send", { type: "button" });
-  const output = element("pre", "", { ariaLive: "polite" });
-  button.addEventListener("click", () => send(path, method, editor ? editor.value : null, output));
-  box.append(button, output);
-  return box;
+/** The fields of a request as query parameters. */
+function rawTable(schema) {
+  const rows = schemas
+    .fieldsOf(schema)
+    .filter(([name]) => !name.startsWith("image_"))
+    .map(([name]) => [make("code", { textContent: name }), make("code", { textContent: IN_QUERY[name] ?? `${name}=…` })]);
+  return table(["field", "in the address"], rows);
 }
 
-function describeOperation(path, method, operation) {
-  const made = element("details", "", { id: operation.operationId });
-  const summary = element("summary");
-  summary.append(element("b", `${method.toUpperCase()} ${path}`), element("span", ` ${operation.summary}`));
-  const body = element("div");
-  if (operation.description) body.append(element("p", operation.description));
+function errorTable(responses) {
+  const rows = Object.entries(responses).map(([status, { description, content, headers }]) => {
+    const types = Object.keys(content?.["application/json"]?.examples ?? {});
+    const names = types.flatMap((type) => [make("code", { textContent: type }), " "]);
+    const later = headers?.["Retry-After"] ? ["Send it again after the seconds of the header ", make("code", { textContent: "Retry-After" }), "."] : [];
+    return [make("code", { textContent: status }), types.length ? names : [description], later];
+  });
+  return table(["status", "type", ""], rows);
+}
+
+function describe(path, method, operation) {
   const content = operation.requestBody?.content;
+  const query = (operation.parameters ?? []).filter((parameter) => parameter.in === "query");
+  const headers = (operation.parameters ?? []).filter((parameter) => parameter.in === "header");
+  const badge = make("span", { className: `method is-${method}`, textContent: method.toUpperCase() });
+  const section = make("section", { className: "card", id: operation.operationId });
+  section.append(make("h2", {}, badge, make("code", { textContent: path })));
+  section.append(make("p", {}, ...rich(`${operation.summary}. ${operation.description ?? ""}`)));
+  section.append(...commands(path, content));
+  const takesImage = Boolean(content);
+  const asked = takesImage && "request" in content["multipart/form-data"].schema.properties ? request : null;
+  const shownQuery = takesImage ? [] : query;
+  section.append(folded("Try it", tryIt({ path, method: method.toUpperCase(), query: shownQuery, takesImage, request: asked })));
   if (content) {
-    body.append(element("h3", "Body"), element("p", `${operation.requestBody.description ?? ""} Content types: ${Object.keys(content).join(", ")}.`));
-    const schema = content["application/json"].schema;
-    body.append(fieldTable(schema));
-    for (const name of nestedSchemas(resolve(schema))) body.append(element("h4", name), fieldTable(api.components.schemas[name]));
+    const { schema } = content["application/json"];
+    const about = operation.requestBody.description;
+    section.append(folded("Request", ...(about ? [make("p", {}, ...rich(about))] : []), ...schemas.tables(schema)));
+    if (asked) section.append(folded("Query parameters of the raw form", rawTable(schema)));
   }
+  if (shownQuery.length) section.append(folded("Query parameters", parameterTable(shownQuery)));
+  if (headers.length) section.append(folded("Headers", parameterTable(headers)));
   const answer = operation.responses["200"].content?.["application/json"]?.schema;
-  if (answer) {
-    body.append(element("h3", "Answer"));
-    for (const name of nestedSchemas(answer)) body.append(element("h4", name), fieldTable(api.components.schemas[name]));
-  }
-  body.append(element("h3", "Status codes"), answerTable(operation.responses), element("h3", "Try it"), tryIt(path, method, operation));
-  made.append(summary, body);
-  return made;
+  if (answer) section.append(folded("Response", ...schemas.tables(answer)));
+  section.append(folded("Status codes and errors", errorTable(operation.responses)));
+  const link = make("a", { href: `#${operation.operationId}` }, badge.cloneNode(true), " ", make("code", { textContent: path }));
+  byId("contents").append(make("li", {}, link));
+  return section;
 }
 
-document.getElementById("about").textContent = `${api.info.description} Version ${api.info.version}.`;
-document.forms[0].addEventListener("submit", (event) => event.preventDefault());
-const operations = document.getElementById("operations");
-operations.replaceChildren();
+byId("description").replaceChildren(...rich(`${api.info.description} Version ${api.info.version}.`));
+byId("about").append(...command("A picture to try the commands with", `curl -O ${address("static/sample.jpg")}`));
+if (isKeyed) {
+  byId("about").append(...command("The commands below take your API key from a variable", "KEY=your-key"));
+  byId("key-form").hidden = false;
+  byId("key").value = apiKey.get();
+  byId("key-form").addEventListener("submit", async (event) => {
+    event.preventDefault();
+    apiKey.set(byId("key").value.trim());
+    const outcome = await call("v1/adapters?limit=1").then(() => "", ({ message }) => message);
+    byId("key-message").textContent = outcome;
+    byId("key-message").className = outcome ? "alarm" : "soft";
+    if (!outcome) byId("key-message").textContent = "The key is accepted and used by the forms of this page.";
+  });
+}
 for (const [path, methods] of Object.entries(api.paths)) {
-  for (const [method, operation] of Object.entries(methods)) operations.append(describeOperation(path, method, operation));
+  for (const [method, operation] of Object.entries(methods)) byId("operations").append(describe(path, method, operation));
 }

@@ -3,11 +3,14 @@
 import { outlinePath } from "./outline.js";
 import { spansOf } from "./postprocess.js";
 
-/** One colour for each prompt, in turn; white text is readable on all of them. */
-export const PALETTE = ["#dc2626", "#2563eb", "#15803d", "#b45309", "#9333ea", "#0e7490", "#be185d", "#65543c"];
-export const colourOf = (promptIndex) => PALETTE[promptIndex % PALETTE.length];
+const FIRST = ["#dc2626", "#2563eb", "#15803d", "#b45309", "#9333ea", "#0e7490", "#be185d", "#65543c"];
+const GOLDEN_ANGLE = 137.5; // degrees: hues of neighbours lie far apart
 
-const FILL_ALPHA = 0.4;
+/** A colour of its own for each prompt; white text is readable on all of them. */
+export function colourOf(slot) {
+  return FIRST[slot] ?? `oklch(${[0.5, 0.42, 0.34][slot % 3]} 0.13 ${(slot * GOLDEN_ANGLE) % 360})`;
+}
+
 const TRACED_SIDE = 2048; // masks of larger images are outlined more coarsely on screen
 
 /** Coarseness of outlines on screen for an image of this size. */
@@ -24,35 +27,37 @@ export function pathOf(detection, step) {
 
 /**
  * Draw detections, the best in front.
- * `items` are { detection, prompt, colour }; `pixel` is the width of a screen pixel in pixels of the image;
- * `width` is that of the image; `highlight` is the detection to set apart; `show` is { masks, boxes, labels }.
+ * `items` are { detection, prompt, colour }; `ghosts` are such of another adapter, drawn as dashed outlines;
+ * `pixel` is the width of a screen pixel in pixels of the image, `width` and `height` its size;
+ * `highlight` is the detection to set apart; `show` is { masks, boxes, labels, fill }.
  */
-export function drawDetections(context, items, { pixel, width, step, show, highlight = null }) {
-  const order = [...items].reverse();
+export function drawDetections(context, items, { pixel, width, height, step, show, ghosts = [], highlight = null }) {
   const isDimmed = ({ detection }) => highlight !== null && detection !== highlight;
   context.lineJoin = "round";
-  for (const item of order) {
+  for (const item of [...items].reverse()) {
     context.globalAlpha = isDimmed(item) ? 0.3 : 1;
-    if (show.masks) drawMask(context, item, pixel, step);
+    if (show.masks) drawMask(context, item, pixel, step, show.fill);
     if (show.boxes || item.detection === highlight) drawBox(context, item, pixel);
   }
   context.globalAlpha = 1;
-  if (show.labels) {
-    const taken = [];
-    for (const item of items) if (highlight === null) drawLabel(context, item, pixel, width, taken);
+  context.setLineDash([5 * pixel, 4 * pixel]);
+  for (const { detection, colour } of ghosts) {
+    const path = pathOf(detection, step);
+    strokeTwice(context, colour, pixel, 2, () => context.stroke(path));
   }
-  const chosen = items.find(({ detection }) => detection === highlight);
-  if (chosen) drawLabel(context, chosen, pixel, width, null);
+  context.setLineDash([]);
+  const chosen = items.filter(({ detection }) => detection === highlight);
+  if (show.labels || chosen.length) drawLabels(context, chosen.length ? chosen : items, pixel, [width, height]);
 }
 
-function drawMask(context, { detection, colour }, pixel, step) {
+function drawMask(context, { detection, colour }, pixel, step, fill) {
   const path = pathOf(detection, step);
   const alpha = context.globalAlpha;
-  context.globalAlpha = alpha * FILL_ALPHA;
+  context.globalAlpha = alpha * fill;
   context.fillStyle = colour;
   context.fill(path);
   context.globalAlpha = alpha;
-  strokeTwice(context, colour, pixel, 1.5, () => context.stroke(path));
+  strokeTwice(context, colour, pixel, 2, () => context.stroke(path));
 }
 
 function drawBox(context, { detection, colour }, pixel) {
@@ -70,28 +75,42 @@ function strokeTwice(context, colour, pixel, width, stroke) {
   stroke();
 }
 
-/** A tag above the box; left out where it would cover another, unless `taken` is null. */
-function drawLabel(context, { detection, prompt, colour }, pixel, imageWidth, taken) {
-  const [x0, y0] = detection.box_xyxy;
+/** A tag at each box where no other tag is; where none has room, a dot. */
+function drawLabels(context, items, pixel, [imageWidth, imageHeight]) {
   const size = 12 * pixel;
   const pad = 4 * pixel;
-  const name = prompt.length > 24 ? `${prompt.slice(0, 23)}…` : prompt;
-  const text = `${name} ${detection.score.toFixed(2)}`;
-  context.font = `600 ${size}px system-ui, sans-serif`;
-  const width = context.measureText(text).width + 2 * pad;
   const height = size + pad * 1.5;
-  const left = Math.max(0, Math.min(x0, imageWidth - width));
-  const top = Math.max(0, y0 - height);
-  if (taken?.some(([x, y, w, h]) => left < x + w && x < left + width && top < y + h && y < top + height)) return;
-  taken?.push([left, top, width, height]);
-  context.fillStyle = colour;
-  context.beginPath();
-  context.roundRect(left, top, width, height, 3 * pixel);
-  context.fill();
-  context.fillStyle = "#fff";
+  const taken = [];
+  context.font = `600 ${size}px system-ui, sans-serif`;
   context.textBaseline = "middle";
-  context.fillText(text, left + pad, top + height / 2);
+  for (const { detection, prompt, colour } of items) {
+    const [x0, y0, x1, y1] = detection.box_xyxy;
+    const name = prompt.length > 24 ? `${prompt.slice(0, 23)}…` : prompt;
+    const text = `${name} ${detection.score.toFixed(2)}`;
+    const width = context.measureText(text).width + 2 * pad;
+    const within = ([x, y]) => [clamp(x, imageWidth - width), clamp(y, imageHeight - height)];
+    const isFree = ([left, top]) =>
+      !taken.some(([x, y, w]) => left < x + w && x < left + width && top < y + height && y < top + height);
+    const middle = [(x0 + x1 - width) / 2, (y0 + y1 - height) / 2];
+    const places = [[x0, y0 - height], [x1 - width, y0 - height], [x0, y0], [x1 - width, y0], middle, [x0, y1 - height]];
+    const place = places.map(within).find(isFree);
+    context.fillStyle = colour;
+    context.beginPath();
+    if (!place) {
+      context.arc((x0 + x1) / 2, (y0 + y1) / 2, 4 * pixel, 0, 2 * Math.PI);
+      strokeTwice(context, colour, pixel, 1, () => context.stroke());
+      context.fill();
+      continue;
+    }
+    taken.push([...place, width]);
+    context.roundRect(...place, width, height, 3 * pixel);
+    context.fill();
+    context.fillStyle = "#fff";
+    context.fillText(text, place[0] + pad, place[1] + height / 2);
+  }
 }
+
+const clamp = (value, most) => Math.max(0, Math.min(most, value));
 
 /** Example boxes: positive ones with a plus, negative ones with a minus. */
 export function drawExamples(context, boxes, pixel) {

@@ -10,6 +10,15 @@ export function make(tag, { colour, ...properties } = {}, ...children) {
   return element;
 }
 
+/** Change `container`; where the focused button goes away, its place there, or else `fallback`, gets the focus. */
+export function keepFocus(container, change, fallback) {
+  const buttons = () => [...container.querySelectorAll("button")];
+  const place = buttons().indexOf(document.activeElement);
+  change();
+  if (place < 0 || container.contains(document.activeElement)) return;
+  (buttons()[place] ?? buttons().at(-1) ?? fallback).focus();
+}
+
 /** Download a file in the browser. */
 export function download(name, content, type) {
   const blob = content instanceof Blob ? content : new Blob([content], { type });

@@ -33,7 +33,7 @@ export function toCoco(answer, chosen, fileName) {
 }
 
 /** The image with everything that is drawn on it, as a PNG of the image's own size. */
-export async function toPng(picture, items, boxes, show) {
+export async function toPng(picture, { items, ghosts }, boxes, show) {
   const { width, height } = picture;
   const canvas = Object.assign(document.createElement("canvas"), { width, height });
   const context = canvas.getContext("2d");
@@ -41,7 +41,7 @@ export async function toPng(picture, items, boxes, show) {
   context.drawImage(bitmap, 0, 0);
   bitmap.close();
   const pixel = Math.max(1, Math.max(width, height) / 1000);
-  drawDetections(context, items, { pixel, width, step: 1, show });
+  drawDetections(context, items, { pixel, width, height, step: 1, show, ghosts });
   drawExamples(context, boxes, pixel);
   return new Promise((resolve, reject) => {
     const done = (blob) => (blob ? resolve(blob) : reject(new Error("The image is too large for this browser.")));

@@ -1,7 +1,7 @@
 // One panel of the comparison: the detections of one adapter, or of the base.
 
-import { colourOf } from "./drawing.js";
-import { byId, download, make } from "./elements.js";
+import { known, knows } from "./adapters.js";
+import { byId, download, keepFocus, make } from "./elements.js";
 import { toCoco, toJson, toPng } from "./export.js";
 import { select } from "./postprocess.js";
 import { Stage } from "./stage.js";
@@ -9,17 +9,23 @@ import { Stage } from "./stage.js";
 export class Panel {
   element = byId("panel-template").content.firstElementChild.cloneNode(true);
   #scene;
-  #answer = null;
+  #colourOf;
+  #answer = null; // results without empty masks
+  #isFinal = false; // the service did all of the post-processing
   #settings = null;
   #chosen = []; // detections that are left, for each prompt
   #closed = new Set(); // prompts whose lists are folded
   #rows = new Map(); // detection -> its row
 
-  /** `adapter` null is the base. `scene` and callbacks as of `Stage`; `onFail(error)` when a file cannot be made. */
+  /**
+   * `adapter` null is the base. `scene` and callbacks as of `Stage`; also `colourOf(prompt)`, `onFail(error)` when a
+   * file cannot be made, `onCurl(panel)`, and `onPick(id)` when another adapter is to be asked.
+   */
   constructor(adapter, scene, callbacks) {
     this.adapter = adapter;
     this.#scene = scene;
-    this.#part("title").textContent = adapter ?? "Base model";
+    this.#colourOf = callbacks.colourOf;
+    this.#part("title").textContent = this.name;
     this.stage = new Stage(this.#part("canvas"), scene, { ...callbacks, onPoint: (found) => this.highlight(found) });
     this.#part("canvas").setAttribute("aria-label", `Image with the detections of ${adapter ?? "the base model"}`);
     this.#part("json").addEventListener("click", () => {
@@ -32,12 +38,27 @@ export class Panel {
     this.#part("png").addEventListener("click", async () => {
       const { picture, boxes, show } = this.#scene;
       try {
-        download(this.#fileName("png"), await toPng(picture, this.stage.items, boxes, show));
+        download(this.#fileName("png"), await toPng(picture, this.stage, boxes, show));
       } catch (error) {
         callbacks.onFail(error);
       }
     });
+    this.#part("curl").addEventListener("click", () => callbacks.onCurl(this));
+    this.#part("pick").addEventListener("click", (event) => callbacks.onPick(event.target.dataset.id));
     this.#part("list").addEventListener("keydown", (event) => this.#walk(event));
+  }
+
+  get name() {
+    return this.adapter ?? "Base model";
+  }
+
+  /** Whether all its detections come from the service as they are. */
+  get isFinal() {
+    return this.#isFinal;
+  }
+
+  get hasAnswer() {
+    return this.#answer !== null;
   }
 
   setBusy(isBusy) {
@@ -45,15 +66,14 @@ export class Panel {
     this.element.setAttribute("aria-busy", String(isBusy));
   }
 
-  /** Show a response of the service; null clears. `roundTripMs` is how long the browser waited. */
-  setAnswer(answer, roundTripMs) {
-    this.#answer = answer;
-    this.#part("results").hidden = !answer;
-    this.#part("counts").replaceChildren();
-    this.stage.items = [];
-    this.stage.highlight = null;
-    this.stage.draw();
-    if (!answer) return;
+  /** Show a response of the service. `roundTripMs` is how long the browser waited; `isFinal` as the property. */
+  setAnswer(answer, roundTripMs, isFinal) {
+    const results = answer.results.map((result) => {
+      return { ...result, detections: result.detections.filter(({ area_px }) => area_px > 0) };
+    });
+    this.#answer = { ...answer, results };
+    this.#isFinal = isFinal;
+    this.#part("results").hidden = false;
     this.#part("time").textContent = `${ms(answer.timing_ms.total)} in the service, ${ms(roundTripMs)} round trip`;
     const stages = Object.entries(answer.timing_ms).filter(([name]) => name !== "total");
     this.#part("times").replaceChildren(
@@ -61,24 +81,62 @@ export class Panel {
     );
   }
 
+  clear() {
+    this.#answer = null;
+    this.#part("results").hidden = true;
+    this.#part("offer").hidden = true;
+    this.#part("counts").replaceChildren();
+    this.stage.items = [];
+    this.stage.highlight = null;
+    this.stage.draw();
+  }
+
+  /** Until the answer comes, show only what is still asked. */
+  expect(prompts) {
+    if (!this.#answer) return;
+    const before = new Map(this.#answer.results.map((result) => [result.prompt, result]));
+    const results = prompts.map((prompt) => before.get(prompt) ?? { prompt, presence: null, detections: [] });
+    this.#answer = { ...this.#answer, results };
+    if (this.#settings) this.refine(this.#settings);
+  }
+
   /** Select from the answer again; `settings` are the post-processing fields. Returns a sentence with the counts. */
   refine(settings) {
-    if (!this.#answer) return "";
     this.#settings = settings;
+    if (!this.#answer) return "";
     const { results } = this.#answer;
-    this.#chosen = results.map(({ prompt, detections }) => select(prompt, detections, settings));
+    const left = ({ prompt, detections }) => (this.#isFinal ? detections : select(prompt, detections, settings));
+    this.#chosen = results.map(left);
     this.stage.items = this.#chosen
       .flatMap((detections, index) => {
         const { prompt } = results[index];
-        return detections.map((detection) => ({ detection, prompt, colour: colourOf(index) }));
+        return detections.map((detection) => ({ detection, prompt, colour: this.#colourOf(prompt) }));
       })
       .sort((a, b) => b.detection.score - a.detection.score);
     this.stage.highlight = null;
     this.stage.draw();
     this.#drawCounts();
-    this.#drawList();
-    const counts = results.map(({ prompt }, index) => `${prompt} ${this.#chosen[index].length}`).join(", ");
-    return `${this.adapter ?? "Base model"}: ${counts}`;
+    keepFocus(this.#part("list"), () => this.#drawList(), this.#part("canvas"));
+    if (!this.missing.length) this.#part("offer").hidden = true;
+    return `${this.name}: ${results.map(({ prompt }, i) => `${prompt} ${this.#chosen[i].length}`).join(", ")}`;
+  }
+
+  /** Prompts without detections that the adapter was not trained on. */
+  get missing() {
+    const own = known.get(this.adapter) ?? { prompts: [] };
+    const results = this.#answer?.results ?? [];
+    const isMissing = ({ prompt, presence }, index) =>
+      presence !== null && !this.#chosen[index]?.length && !knows(own, prompt);
+    return results.filter(isMissing).map(({ prompt }) => prompt);
+  }
+
+  /** Say that another adapter, { id, prompts }, was trained on prompts that are missing here; null says nothing. */
+  offer(other) {
+    this.#part("offer").hidden = !other;
+    if (!other) return;
+    this.#part("offer-text").textContent = `${other.id} was trained on ${other.prompts.join(", ")}.`;
+    this.#part("pick").textContent = `Ask ${other.id}`;
+    this.#part("pick").dataset.id = other.id;
   }
 
   /** Highlight one detection in the image and in the list; null highlights none. */
@@ -100,9 +158,9 @@ export class Panel {
   }
 
   #drawCounts() {
-    const counts = this.#answer.results.map(({ prompt }, index) => {
-      const count = make("strong", { textContent: this.#chosen[index].length });
-      return make("li", { className: "count", colour: colourOf(index) }, make("span", { textContent: prompt }), count);
+    const counts = this.#answer.results.map(({ prompt, presence }, index) => {
+      const count = make("strong", { textContent: presence === null ? "…" : this.#chosen[index].length });
+      return make("li", { className: "count", colour: this.#colourOf(prompt) }, make("span", { textContent: prompt }), count);
     });
     this.#part("counts").replaceChildren(...counts);
   }
@@ -111,12 +169,13 @@ export class Panel {
     this.#rows.clear();
     const groups = this.#answer.results.map(({ prompt, presence, detections }, index) => {
       const chosen = this.#chosen[index];
-      const group = make("details", { open: !this.#closed.has(prompt), className: "group", colour: colourOf(index) });
-      const note = chosen.length ? `${chosen.length} of ${detections.length}` : "nothing at this threshold";
+      const colour = this.#colourOf(prompt);
+      const group = make("details", { open: !this.#closed.has(prompt), className: "group", colour });
+      const candidates = this.#isFinal ? `${chosen.length}` : `${chosen.length} of ${detections.length} candidates`;
+      const facts = presence === null ? "…" : `${candidates} · presence ${presence.toFixed(2)}`;
       const title = make("span", { className: "group-title", textContent: prompt });
-      const facts = `${note} · presence ${presence.toFixed(2)}`;
       group.append(make("summary", {}, title, make("span", { className: "soft", textContent: facts })));
-      group.append(make("ol", {}, ...chosen.map((detection, number) => this.#row(detection, number))));
+      group.append(make("ol", {}, ...chosen.map((detection, number) => this.#row(detection, number, prompt))));
       group.addEventListener("toggle", () => this.#closed[group.open ? "delete" : "add"](prompt));
       return group;
     });
@@ -124,13 +183,13 @@ export class Panel {
   }
 
   /** One tab stop for each list; arrow keys move within it. */
-  #row(detection, number) {
+  #row(detection, number, prompt) {
     const score = make("span", { className: "score", textContent: detection.score.toFixed(2) });
     const bar = make("span", { className: "bar" });
     bar.style.setProperty("--share", detection.score);
     const area = make("span", { className: "area", textContent: `${detection.area_px.toLocaleString("en")} px` });
     const row = make("button", { type: "button", className: "row", tabIndex: number ? -1 : 0 }, bar, score, area);
-    row.ariaLabel = `Detection ${number + 1}, score ${score.textContent}, ${area.textContent}`;
+    row.ariaLabel = `${prompt} ${number + 1}, score ${score.textContent}, ${area.textContent}`;
     row.addEventListener("pointerenter", () => this.highlight(detection));
     row.addEventListener("pointerleave", () => this.highlight(null));
     row.addEventListener("focus", () => this.highlight(detection));

@@ -15,7 +15,8 @@ export class Picture {
     try {
       full = await createImageBitmap(file);
     } catch {
-      throw new ServiceError("invalid_image", "This browser cannot read the file as an image. Try JPEG, PNG or WebP.");
+      const words = `This browser cannot read ${name || "the file"} as an image. Try JPEG, PNG or WebP.`;
+      throw new ServiceError("unreadable_file", words);
     }
     const { width, height } = full;
     const factor = Math.min(1, SCREEN_SIDE / Math.max(width, height));
@@ -36,19 +37,24 @@ export class Picture {
     return createImageBitmap(this.#file);
   }
 
-  /** Forget the image and stop its upload. */
+  /** Forget the image. */
   close() {
-    this.#life.abort();
+    this.stopUpload();
     this.bitmap.close();
+  }
+
+  stopUpload() {
+    this.#life.abort();
+    this.#life = new AbortController();
   }
 
   /**
    * Ask the service: `question` is a request without its image. An image that is no longer kept goes up again.
-   * Returns { answer, roundTripMs }, the latter without the upload.
+   * `onProgress(share)` follows the upload. Returns { answer, roundTripMs }, the latter without the upload.
    */
-  async segment(question, { signal, onWait }) {
+  async segment(question, { signal, onWait, onProgress }) {
     for (let isRetry = false; ; isRetry = true) {
-      const upload = (this.#upload ??= this.#send(onWait));
+      const upload = (this.#upload ??= this.#send(onWait, onProgress));
       let image_id;
       try {
         image_id = await upload;
@@ -68,10 +74,10 @@ export class Picture {
     }
   }
 
-  async #send(onWait) {
+  async #send(onWait, onProgress) {
     const body = new FormData();
     body.append("image", this.#file, this.name);
-    const { image_id } = await call("v1/images", { body, signal: this.#life.signal, onWait });
+    const { image_id } = await call("v1/images", { body, signal: this.#life.signal, onWait, onProgress });
     return image_id;
   }
 }

@@ -21,29 +21,6 @@ export function decodeSpans(counts) {
   return spans;
 }
 
-/** The compressed RLE string of spans in an image of `size` [height, width]. */
-export function encodeSpans(spans, [height, width]) {
-  const runs = [];
-  let position = 0;
-  for (const edge of spans) {
-    runs.push(edge - position);
-    position = edge;
-  }
-  if (position < height * width) runs.push(height * width - position);
-  let text = "";
-  for (let i = 0; i < runs.length; i++) {
-    let value = i > 2 ? runs[i] - runs[i - 2] : runs[i];
-    for (let more = true; more; ) {
-      let bits = value & 31;
-      value >>= 5;
-      more = bits & 16 ? value !== -1 : value !== 0;
-      if (more) bits |= 32;
-      text += String.fromCharCode(bits + 48);
-    }
-  }
-  return text;
-}
-
 export function areaPx(spans) {
   let area = 0;
   for (let i = 0; i < spans.length; i += 2) area += spans[i + 1] - spans[i];
@@ -61,25 +38,6 @@ export function intersectionPx(a, b) {
     else j += 2;
   }
   return area;
-}
-
-/** Spans of the pixels in either mask. */
-export function union(a, b) {
-  const spans = [];
-  for (let i = 0, j = 0; i < a.length || j < b.length; ) {
-    const takeA = j >= b.length || (i < a.length && a[i] <= b[j]);
-    const start = takeA ? a[i] : b[j];
-    const end = takeA ? a[i + 1] : b[j + 1];
-    if (takeA) i += 2;
-    else j += 2;
-    if (end === start) continue;
-    if (spans.length && start <= spans[spans.length - 1]) {
-      spans[spans.length - 1] = Math.max(spans[spans.length - 1], end);
-    } else {
-      spans.push(start, end);
-    }
-  }
-  return Uint32Array.from(spans);
 }
 
 /** Tight box [x0, y0, x1, y1] in pixels; null for an empty mask. */

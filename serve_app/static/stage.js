@@ -10,6 +10,7 @@ const CLICK_PX = 4; // a pointer that moved less did not draw a box
  */
 export class Stage {
   items = [];
+  ghosts = []; // items of another adapter, to compare with
   highlight = null;
   #canvas;
   #scene;
@@ -33,6 +34,23 @@ export class Stage {
     canvas.addEventListener("keydown", (event) => this.#key(event));
     canvas.addEventListener("blur", () => this.#dropCorner());
     new ResizeObserver(() => this.draw()).observe(canvas);
+  }
+
+  get isShown() {
+    return this.#canvas.clientWidth > 0;
+  }
+
+  focus() {
+    this.#canvas.focus({ preventScroll: true });
+  }
+
+  /** Show the whole image, or a part of one that would be a hairline. Returns whether all is shown. */
+  showAll() {
+    const { picture, viewport } = this.#scene;
+    viewport.fit(picture.width, picture.height);
+    const isPart = viewport.widen(...this.#canvasSize());
+    this.#on.onView();
+    return !isPart;
   }
 
   zoomBy(factor, anchor) {
@@ -65,8 +83,9 @@ export class Stage {
     context.imageSmoothingEnabled = scale < 4;
     context.imageSmoothingQuality = "high";
     context.drawImage(picture.bitmap, 0, 0, picture.width, picture.height);
-    const options = { pixel: 1 / scale, width: picture.width, step: screenStep(picture), show };
-    drawDetections(context, this.items, { ...options, highlight: this.highlight });
+    const { ghosts, highlight } = this;
+    const options = { pixel: 1 / scale, width: picture.width, height: picture.height, step: screenStep(picture), show };
+    drawDetections(context, this.items, { ...options, ghosts, highlight });
     const drawn = this.#corner ? [...boxes, this.#boxBeingDrawn()] : boxes;
     drawExamples(context, drawn, 1 / scale);
     if (this.#hasKeyboardCursor && tool !== "move") drawCrosshair(context, this.#cursor, 1 / scale);

@@ -1,6 +1,8 @@
 // What part of the image is seen: one viewport is shared by all canvases that show it.
 
 const MAX_ZOOM = 40;
+const MAX_SCALE = 32; // CSS pixels of a pixel of the image, where MAX_ZOOM is less
+const HAIRLINE_PX = 12; // CSS pixels; an image narrower than that is shown in part
 
 export class Viewport {
   zoom = 1; // 1 shows the whole image
@@ -11,6 +13,14 @@ export class Viewport {
     this.#size = [width, height];
     this.zoom = 1;
     this.#centre = [0.5, 0.5];
+  }
+
+  /** Zoom in if all of the image would be a hairline. Returns whether it would. */
+  widen(canvasWidth, canvasHeight) {
+    const narrowest = Math.min(...this.#size) * this.transform(canvasWidth, canvasHeight).scale;
+    const isHairline = Math.max(...this.#size) > 20 * Math.min(...this.#size) && narrowest < HAIRLINE_PX;
+    if (isHairline) this.zoomBy(HAIRLINE_PX / narrowest, canvasWidth, canvasHeight);
+    return isHairline;
   }
 
   /** Scale and offset from pixels of the image to CSS pixels of a canvas. */
@@ -33,7 +43,8 @@ export class Viewport {
   /** Zoom by a factor; what lies at `anchor` (canvas pixels) stays there. */
   zoomBy(factor, canvasWidth, canvasHeight, anchor = [canvasWidth / 2, canvasHeight / 2]) {
     const before = this.toImage(anchor, canvasWidth, canvasHeight);
-    this.zoom = Math.min(MAX_ZOOM, Math.max(1, this.zoom * factor));
+    const most = Math.max(MAX_ZOOM, (MAX_SCALE * this.zoom) / this.transform(canvasWidth, canvasHeight).scale);
+    this.zoom = Math.min(most, Math.max(1, this.zoom * factor));
     const after = this.toImage(anchor, canvasWidth, canvasHeight);
     this.#moveCentre(before[0] - after[0], before[1] - after[1]);
   }

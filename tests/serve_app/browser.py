@@ -90,6 +90,7 @@ class Browser:
             deviceScaleFactor=1,
             mobile=width < 500,
         )
+        self.call("Emulation.setTouchEmulationEnabled", enabled=width < 500)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.call("Page.navigate", url=url)

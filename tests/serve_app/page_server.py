@@ -1,7 +1,8 @@
 """A stand-in for the service behind the web page: the HTTP contract, with answers known in advance.
 
-Prompts make it behave: "many" has 200 detections, "busy" is refused once, "slow" waits until it is let go, "broken"
-fails; every other prompt but "nothing" has the three detections of `canned`.
+Prompts make it behave: "many" has 200 detections, "dust" has one without pixels, "busy" is refused once, "slow" waits
+until it is let go, "broken" fails, and more than 32 words are refused; every other prompt but "nothing" has the three
+detections of `canned`. What the base model finds, it finds of prompts without a "?" only.
 """
 
 from __future__ import annotations
@@ -28,14 +29,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 import serve_app
 from sam3lora.config.post_processing import PostProcessing
 from serve_app.http.envelope import SECURITY_HEADERS
+from serve_app.http.ingress import create_api
+from serve_app.settings import ServeSettings
 
 from .browser import wait_until
+from .http_cases import FakeBackend
 
 STATIC = Path(serve_app.__file__).parent / "static"
 POST = PostProcessing(nms_iou=0.5, max_detections=200)
 ADAPTERS = [
-    {"id": "shapes", "prompts": ["gear", "arrow"], "post_processing": POST.model_dump()},
     {"id": "road", "prompts": ["pothole"], "post_processing": POST.changed(threshold=0.2, nms="none").model_dump()},
+    {"id": "shapes", "prompts": ["gear", "arrow"], "post_processing": POST.model_dump()},
     {"id": "torn", "prompts": [], "post_processing": None, "error": "adapter_config.json is missing"},
 ]
 Answer = Callable[[np.ndarray, dict[str, Any]], list[dict[str, Any]]]
@@ -59,6 +63,8 @@ def canned(image: np.ndarray, question: dict[str, Any]) -> list[dict[str, Any]]:
     boxes = [(0.9, (1, 1, 9, 9)), (0.8, (1, 11, 5, 15)), (0.7, (3, 1, 11, 9)), (0.3, (12, 12, 18, 18))]
     if question["adapter"] is None:
         del boxes[1]
+    if question["merge"]:  # of the service's own making, as the page cannot know it
+        boxes = [(0.9, (1, 1, 12, 10))]
     few = [detection(score, tuple(unit * side for side in box), size_hw) for score, box in boxes]
     many = [
         detection(0.99 - 0.004 * number, (10 + number % 20 * 8, 10 + number // 20 * 8, 16 + number % 20 * 8,
@@ -67,7 +73,9 @@ def canned(image: np.ndarray, question: dict[str, Any]) -> list[dict[str, Any]]:
     ]  # fmt: skip
     results = []
     for prompt in question["prompts"] or ["visual"]:
-        found = {"nothing": [], "many": many}.get(prompt, few)
+        found = {"nothing": [], "many": many, "dust": [few[0], detection(0.6, (5, 5, 5, 5), size_hw)]}.get(prompt, few)
+        if prompt.endswith("?") and question["adapter"] is None:
+            found = []
         results.append({"prompt": prompt, "presence": 0.75, "num_detections": len(found), "detections": found})
     return results
 
@@ -77,19 +85,25 @@ class PageServer:
 
     Args:
         answer: From an RGB image and a request to `results`.
-        adapters: What GET /v1/adapters says.
+        adapters: What GET /v1/adapters says; may be changed while it runs.
         api_key: Asked of every call if given.
+
+    Attributes:
+        questions: Requests to segment, without those refused for a prompt.
+        listings: Query parameters of GET /v1/adapters.
     """
 
     def __init__(self, answer: Answer = canned, adapters: list[dict] = ADAPTERS, api_key: str | None = None) -> None:
         self.questions: list[dict[str, Any]] = []
+        self.listings: list[dict[str, str]] = []
+        self.adapters = adapters
         self.num_uploads = 0
         self.num_given_up = 0
         self.images: dict[str, np.ndarray] = {}
         self.url = ""
         self._was_busy = False
         self._let_go = threading.Event()
-        self.app = app = FastAPI()
+        self.app = app = FastAPI(openapi_url=None)
 
         app.add_middleware(_Policy)
 
@@ -97,11 +111,29 @@ class PageServer:
         def page() -> FileResponse:
             return FileResponse(STATIC / "index.html")
 
+        @app.get("/openapi.json")
+        def description() -> dict[str, Any]:
+            return create_api(ServeSettings(), FakeBackend()).openapi()
+
         @app.get("/v1/adapters")
-        def list_adapters(request: Request) -> Any:
+        def list_adapters(request: Request, search: str = "", limit: int = 1000, after: str = "") -> Any:
             if api_key and request.headers.get("X-API-Key") != api_key:
-                return _error(401, "unauthorized", "expected an API key")
-            return {"adapters": adapters, "base_post_processing": POST.model_dump()}
+                return _error(401, "unauthorized", "send Authorization: Bearer KEY")
+            self.listings.append(dict(request.query_params))
+            found = [
+                adapter
+                for adapter in self.adapters
+                if any(search.lower() in text.lower() for text in (adapter["id"], *adapter["prompts"]))
+            ]
+            page = [adapter for adapter in found if adapter["id"] > after][:limit]
+            is_last = not page or page[-1] is found[-1]
+            return {
+                "adapters": page,
+                "total": len(found),
+                "next": None if is_last else page[-1]["id"],
+                "base_post_processing": POST.model_dump(),
+                "request_id": "a1",
+            }
 
         @app.post("/v1/images")
         async def keep(image: UploadFile = File()) -> dict[str, Any]:  # noqa: B008
@@ -115,6 +147,11 @@ class PageServer:
         @app.post("/v1/segment")
         async def segment(request: Request) -> Any:
             question = await request.json()
+            for number, prompt in enumerate(question["prompts"]):
+                if len(prompt.split()) > 32:
+                    message = f"prompts[{number}] has more than 32 tokens: shorten it"
+                    return _error(422, "invalid_prompt", message, field=f"prompts[{number}]")
+            question.setdefault("merge", False)
             self.questions.append(question)
             image = self.images.get(question["image_id"])
             if image is None:
@@ -182,6 +219,8 @@ class _Policy:
         await self._app(scope, receive, send_with_policy)
 
 
-def _error(status: int, kind: str, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    error = {"type": kind, "message": message, "request_id": "req-42"}
+def _error(
+    status: int, kind: str, message: str, headers: dict[str, str] | None = None, field: str | None = None
+) -> JSONResponse:
+    error = {"type": kind, "message": message, "request_id": "req-42", "field": field}
     return JSONResponse({"error": error}, status, {"X-Request-ID": "req-42", **(headers or {})})

@@ -1,0 +1,33 @@
+// What the service says of its adapters, searched there: it may have thousands.
+
+import { call } from "./api.js";
+
+const PAGE = 50; // adapters of one listing
+
+export const known = new Map(); // id -> adapter, as it was last listed
+export let basePostProcessing = null; // of the base model; null until a listing came
+
+/** A page of the adapters whose id or prompts hold `search`: { adapters, total, next }. */
+export async function listAdapters({ search = "", after = null, signal } = {}) {
+  const query = new URLSearchParams({ limit: PAGE });
+  if (search) query.set("search", search);
+  if (after !== null) query.set("after", after);
+  const { adapters, base_post_processing, ...rest } = await call(`v1/adapters?${query}`, { signal });
+  basePostProcessing = base_post_processing;
+  for (const adapter of adapters) known.set(adapter.id, adapter);
+  return { adapters, total: rest.total ?? adapters.length, next: rest.next ?? null };
+}
+
+export const knows = (adapter, prompt) =>
+  adapter.prompts.some((word) => word.toLowerCase() === prompt.toLowerCase());
+
+/** The usable adapter that was trained on most of `prompts`, and those: { id, prompts }, or null. */
+export async function trainedOn(prompts, { signal } = {}) {
+  const pages = await Promise.all(prompts.slice(0, 3).map((search) => listAdapters({ search, signal })));
+  let best = null;
+  for (const adapter of pages.flatMap(({ adapters }) => adapters)) {
+    const shared = adapter.error ? [] : prompts.filter((prompt) => knows(adapter, prompt));
+    if (shared.length > (best?.prompts.length ?? 0)) best = { id: adapter.id, prompts: shared };
+  }
+  return best;
+}
