@@ -27,7 +27,7 @@ function command(title, text) {
     await navigator.clipboard.writeText(text);
     copy.textContent = "Copied";
   });
-  return [make("h3", { textContent: title }), make("div", { className: "command" }, pre, copy)];
+  return [make("div", { className: "command" }, make("h3", { textContent: title }), copy), pre];
 }
 
 function commands(path, content) {

@@ -4,11 +4,11 @@ import { outlinePath } from "./outline.js";
 import { spansOf } from "./postprocess.js";
 
 const FIRST = ["#dc2626", "#2563eb", "#15803d", "#b45309", "#9333ea", "#0e7490", "#be185d", "#65543c"];
-const GOLDEN_ANGLE = 137.5; // degrees: hues of neighbours lie far apart
+const [LIGHTNESS, HUE_STEP, FIRST_HUE] = [[0.5, 0.42, 0.3], 52.5, 270]; // keep 32 colours furthest apart
 
 /** A colour of its own for each prompt; white text is readable on all of them. */
 export function colourOf(slot) {
-  return FIRST[slot] ?? `oklch(${[0.5, 0.42, 0.34][slot % 3]} 0.13 ${(slot * GOLDEN_ANGLE) % 360})`;
+  return FIRST[slot] ?? `oklch(${LIGHTNESS[slot % 3]} 0.14 ${(FIRST_HUE + slot * HUE_STEP) % 360})`;
 }
 
 const TRACED_SIDE = 2048; // masks of larger images are outlined more coarsely on screen

@@ -171,8 +171,9 @@ export class Panel {
       const chosen = this.#chosen[index];
       const colour = this.#colourOf(prompt);
       const group = make("details", { open: !this.#closed.has(prompt), className: "group", colour });
-      const candidates = this.#isFinal ? `${chosen.length}` : `${chosen.length} of ${detections.length} candidates`;
-      const facts = presence === null ? "…" : `${candidates} · presence ${presence.toFixed(2)}`;
+      const all = detections.length;
+      const left = this.#isFinal || !all ? `${chosen.length} found` : `${chosen.length} of ${all} candidates`;
+      const facts = presence === null ? "…" : `${left} · presence ${presence.toFixed(2)}`;
       const title = make("span", { className: "group-title", textContent: prompt });
       group.append(make("summary", {}, title, make("span", { className: "soft", textContent: facts })));
       group.append(make("ol", {}, ...chosen.map((detection, number) => this.#row(detection, number, prompt))));

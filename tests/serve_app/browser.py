@@ -77,6 +77,15 @@ class Browser:
             self._run(self._session.close())
         self._loop.close()
 
+    def forget(self) -> None:
+        """Forget problems, downloads and what pages kept in the tab."""
+        self.problems.clear()
+        self.failed_loads.clear()
+        for file in self.downloads.iterdir():
+            file.unlink()
+        if self.value("location.protocol") == "http:":
+            self.value("sessionStorage.clear()")
+
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         """One command of the protocol."""
         return self._run(self._call(method, parameters))
@@ -120,11 +129,11 @@ class Browser:
         if key:
             self.press(key)
 
-    def press(self, key: str, *, shift: bool = False) -> None:
-        text = {"Enter": "\r", " ": " "}.get(key, key if len(key) == 1 else "")
+    def press(self, key: str, *, shift: bool = False, ctrl: bool = False) -> None:
+        text = "" if ctrl else {"Enter": "\r", " ": " "}.get(key, key if len(key) == 1 else "")
         code = {"Enter": 13, "Backspace": 8, "Escape": 27, "Tab": 9, " ": 32}.get(key, 0)
-        code = code or {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}.get(key, 0)
-        shared = {"key": key, "windowsVirtualKeyCode": code, "modifiers": 8 if shift else 0}
+        code = code or {"z": 90, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}.get(key, 0)
+        shared = {"key": key, "windowsVirtualKeyCode": code, "modifiers": 8 * shift + 2 * ctrl}
         self.call("Input.dispatchKeyEvent", type="keyDown" if text else "rawKeyDown", text=text, **shared)
         self.call("Input.dispatchKeyEvent", type="keyUp", **shared)
 
@@ -133,13 +142,6 @@ class Browser:
         self.value(
             f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.value = {value};"
             " e.dispatchEvent(new Event('input', {bubbles: true})); })()"
-        )
-
-    def choose(self, selector: str, value: str) -> None:
-        """Pick an option of a list."""
-        self.value(
-            f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.value = {json.dumps(value)};"
-            " e.dispatchEvent(new Event('change', {bubbles: true})); })()"
         )
 
     def choose_file(self, selector: str, path: Path) -> None:
@@ -165,6 +167,30 @@ class Browser:
         ):
             button = "none" if kind == "mouseMoved" else "left"
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button=button, buttons=buttons, clickCount=1)
+
+    def press_on(self, selector: str) -> None:
+        """A click or a tap in the middle of an element, as by hand: whatever lies over it is hit instead."""
+        seen: list[dict[str, float]] = []
+
+        def is_still() -> bool:  # the page may be scrolling
+            seen.append(self.rectangle(selector))
+            return len(seen) > 3 and seen[-1] == seen[-2] == seen[-3] == seen[-4]
+
+        wait_until(is_still, f"{selector} to stand still")
+        frame = seen[-1]
+        middle = (frame["x"] + frame["width"] / 2, frame["y"] + frame["height"] / 2)
+        self.drag(middle, middle)
+
+    def names(self) -> list[tuple[str, str]]:
+        """Role and name of what the accessibility tree offers to act on."""
+        nodes = self.call("Accessibility.getFullAXTree")["nodes"]
+        found = []
+        for node in nodes:
+            role = node.get("role", {}).get("value", "")
+            is_focusable = any(entry["name"] == "focusable" for entry in node.get("properties", []))
+            if is_focusable and not node["ignored"] and role != "RootWebArea":
+                found.append((role, node.get("name", {}).get("value", "")))
+        return found
 
     def point(self, x: float, y: float) -> None:
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)

@@ -1,8 +1,8 @@
 """A stand-in for the service behind the web page: the HTTP contract, with answers known in advance.
 
 Prompts make it behave: "many" has 200 detections, "dust" has one without pixels, "busy" is refused once, "slow" waits
-until it is let go, "broken" fails, and more than 32 words are refused; every other prompt but "nothing" has the three
-detections of `canned`. What the base model finds, it finds of prompts without a "?" only.
+until it is let go, "broken" fails, more than 32 words are refused, and the base model finds no "pothole"; every other
+prompt but "nothing" has the three detections of `canned`.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def canned(image: np.ndarray, question: dict[str, Any]) -> list[dict[str, Any]]:
     boxes = [(0.9, (1, 1, 9, 9)), (0.8, (1, 11, 5, 15)), (0.7, (3, 1, 11, 9)), (0.3, (12, 12, 18, 18))]
     if question["adapter"] is None:
         del boxes[1]
-    if question["merge"]:  # of the service's own making, as the page cannot know it
+    if question["merge"]:  # no union of the others: only the service can know it
         boxes = [(0.9, (1, 1, 12, 10))]
     few = [detection(score, tuple(unit * side for side in box), size_hw) for score, box in boxes]
     many = [
@@ -74,7 +74,7 @@ def canned(image: np.ndarray, question: dict[str, Any]) -> list[dict[str, Any]]:
     results = []
     for prompt in question["prompts"] or ["visual"]:
         found = {"nothing": [], "many": many, "dust": [few[0], detection(0.6, (5, 5, 5, 5), size_hw)]}.get(prompt, few)
-        if prompt.endswith("?") and question["adapter"] is None:
+        if prompt == "pothole" and question["adapter"] is None:
             found = []
         results.append({"prompt": prompt, "presence": 0.75, "num_detections": len(found), "detections": found})
     return results
