@@ -80,34 +80,38 @@ function drawLabels(context, items, pixel, [imageWidth, imageHeight]) {
   const size = 12 * pixel;
   const pad = 4 * pixel;
   const height = size + pad * 1.5;
-  const taken = [];
   context.font = `600 ${size}px system-ui, sans-serif`;
   context.textBaseline = "middle";
+  const tags = [];
   for (const { detection, prompt, colour } of items) {
     const [x0, y0, x1, y1] = detection.box_xyxy;
     const name = prompt.length > 24 ? `${prompt.slice(0, 23)}…` : prompt;
     const text = `${name} ${detection.score.toFixed(2)}`;
     const width = context.measureText(text).width + 2 * pad;
-    const within = ([x, y]) => [clamp(x, imageWidth - width), clamp(y, imageHeight - height)];
     const isFree = ([left, top]) =>
-      !taken.some(([x, y, w]) => left < x + w && x < left + width && top < y + height && y < top + height);
+      !tags.some(({ x, y, w }) => left < x + w && x < left + width && top < y + height && y < top + height);
     const middle = [(x0 + x1 - width) / 2, (y0 + y1 - height) / 2];
     const places = [[x0, y0 - height], [x1 - width, y0 - height], [x0, y0], [x1 - width, y0], middle, [x0, y1 - height]];
-    const place = places.map(within).find(isFree);
+    const place = places.map(([x, y]) => [clamp(x, imageWidth - width), clamp(y, imageHeight - height)]).find(isFree);
+    if (place) tags.push({ x: place[0], y: place[1], w: width, text, colour });
+    else drawDot(context, [(x0 + x1) / 2, (y0 + y1) / 2], colour, pixel);
+  }
+  for (const { x, y, w, text, colour } of tags) {
     context.fillStyle = colour;
     context.beginPath();
-    if (!place) {
-      context.arc((x0 + x1) / 2, (y0 + y1) / 2, 4 * pixel, 0, 2 * Math.PI);
-      strokeTwice(context, colour, pixel, 1, () => context.stroke());
-      context.fill();
-      continue;
-    }
-    taken.push([...place, width]);
-    context.roundRect(...place, width, height, 3 * pixel);
+    context.roundRect(x, y, w, height, 3 * pixel);
     context.fill();
     context.fillStyle = "#fff";
-    context.fillText(text, place[0] + pad, place[1] + height / 2);
+    context.fillText(text, x + pad, y + height / 2);
   }
+}
+
+function drawDot(context, place, colour, pixel) {
+  context.beginPath();
+  context.arc(...place, 4 * pixel, 0, 2 * Math.PI);
+  strokeTwice(context, colour, pixel, 1, () => context.stroke());
+  context.fillStyle = colour;
+  context.fill();
 }
 
 const clamp = (value, most) => Math.max(0, Math.min(most, value));

@@ -26,6 +26,7 @@ export class Picker {
     this.value = fixed[0][0];
     const searchSoon = debounce(150, () => this.#open(this.#input.value.trim()));
     this.#input.addEventListener("input", searchSoon);
+    this.#input.addEventListener("focus", () => this.#input.select()); // typing replaces what was picked
     this.#input.addEventListener("click", () => !this.#isOpen && this.#open());
     this.#input.addEventListener("keydown", (event) => this.#key(event));
     this.#input.addEventListener("blur", () => this.#close());
