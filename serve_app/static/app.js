@@ -15,8 +15,7 @@ import { Settings } from "./settings.js";
 import { isNarrow, Views } from "./views.js";
 import { Viewport } from "./viewport.js";
 
-// Requests ask for nearly everything: the page post-processes, so that the sliders act without another request.
-const LOOSEST = { threshold: 0.05, nms: "none", merge: false, masks: "rle" };
+const LOWEST = 0.05; // threshold of requests: the page applies the person's own, without another request
 const SAMPLE_PROMPTS = ["gear", "arrow", "capsule"];
 const BASE = ""; // value of the base model in the pickers
 const NONE = "-";
@@ -40,7 +39,6 @@ const notice = new Notice({ retry, choose: chooseFile, leave: focusPicture });
 const failed = { onFail: showError };
 const adapter = new Picker("adapter", [[BASE, "Base model"]], { ...failed, onChange: pickByHand });
 const compare = new Picker("compare", [[NONE, "Nothing"], [BASE, "Base model"]], { ...failed, onChange: layPanels });
-const limits = readLimits();
 let isPickedByHand = false;
 let panels = [];
 let running = new AbortController();
@@ -96,13 +94,11 @@ async function ask() {
 async function askOne(panel, picture, signal) {
   const onWait = (seconds) => say(`The service is busy: trying again in ${seconds} s.`);
   if (!basePostProcessing) await listAdapters({ signal });
-  const { most } = await limits;
   for (;;) {
-    const wanted = settings.of(panel.adapter);
-    const isFinal = wanted.merge; // joining is left to the service
-    const lowest = Math.min(LOOSEST.threshold, wanted.threshold, ...Object.values(wanted.prompt_thresholds));
-    const loosest = { ...LOOSEST, threshold: lowest, max_detections: most };
-    const question = isFinal ? requestOf(panel) : { ...requestOf(panel), ...loosest, nms_iou: undefined };
+    const { merge, threshold, prompt_thresholds } = settings.of(panel.adapter);
+    const isFinal = merge; // what is joined depends on the threshold
+    const lowest = Math.min(LOWEST, threshold, ...Object.values(prompt_thresholds));
+    const question = { ...requestOf(panel), ...(!isFinal && { threshold: lowest }) };
     try {
       const { answer, roundTripMs } = await picture.segment(question, { signal, onWait, onProgress });
       if (!signal.aborted) panel.setAnswer(answer, roundTripMs, isFinal);
@@ -154,10 +150,7 @@ async function offerOther(panel, signal) {
 
 async function readLimits() {
   const api = await fetch("openapi.json").then((response) => response.json()).catch(() => null);
-  const fields = api?.components?.schemas?.SegmentRequest?.properties;
-  prompts.most = fields?.prompts?.maxItems ?? prompts.most;
-  const most = fields?.max_detections?.anyOf?.find(({ maximum }) => maximum)?.maximum ?? 100;
-  return { most };
+  prompts.most = api?.components?.schemas?.SegmentRequest?.properties?.prompts?.maxItems ?? prompts.most;
 }
 
 // ---- showing --------------------------------------------------------------------------------------------------------
@@ -173,10 +166,11 @@ function refineAll() {
   if (sentences.length) speakCounts();
 }
 
-/** After a setting changed: in the page, unless the service joins what overlaps or did so. */
-function postProcess() {
+/** After a setting changed. Overlaps are the service's part: it compares the model's masks, not those it answers. */
+function postProcess(field) {
   refineAll();
-  if (panels.some((panel) => panel.hasAnswer && (panel.isFinal || settings.of(panel.adapter).merge))) askSoon();
+  const isOurs = field === "threshold" && !panels.some(({ adapter, isFinal }) => isFinal || settings.of(adapter).merge);
+  if (!isOurs) askSoon();
 }
 
 function drawAll() {
@@ -358,3 +352,4 @@ byId("zoom-fit").addEventListener("click", () => views.shown.stage.zoomBy(1 / sc
 showFill();
 layPanels();
 start();
+readLimits();

@@ -1,7 +1,7 @@
 // Detections and example boxes on a canvas whose context is scaled to pixels of the image.
 
 import { outlinePath } from "./outline.js";
-import { spansOf } from "./postprocess.js";
+import { decodeSpans } from "./rle.js";
 
 const FIRST = ["#dc2626", "#2563eb", "#15803d", "#b45309", "#9333ea", "#0e7490", "#be185d", "#65543c"];
 const [LIGHTNESS, HUE_STEP, FIRST_HUE] = [[0.5, 0.42, 0.3], 52.5, 270]; // keep 32 colours furthest apart
@@ -20,7 +20,7 @@ export const screenStep = ({ width, height }) => Math.ceil(Math.max(width, heigh
 export function pathOf(detection, step) {
   detection.paths ??= new Map();
   if (!detection.paths.has(step)) {
-    detection.paths.set(step, outlinePath(spansOf(detection), detection.mask.size, step));
+    detection.paths.set(step, outlinePath(decodeSpans(detection.mask.counts), detection.mask.size, step));
   }
   return detection.paths.get(step);
 }

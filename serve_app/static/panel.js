@@ -3,7 +3,6 @@
 import { known, knows } from "./adapters.js";
 import { byId, download, keepFocus, make } from "./elements.js";
 import { toCoco, toJson, toPng } from "./export.js";
-import { select } from "./postprocess.js";
 import { Stage } from "./stage.js";
 
 export class Panel {
@@ -11,7 +10,7 @@ export class Panel {
   #scene;
   #colourOf;
   #answer = null; // results without empty masks
-  #isFinal = false; // the service did all of the post-processing
+  #isFinal = false; // the service applied the threshold
   #settings = null;
   #chosen = []; // detections that are left, for each prompt
   #closed = new Set(); // prompts whose lists are folded
@@ -52,7 +51,7 @@ export class Panel {
     return this.adapter ?? "Base model";
   }
 
-  /** Whether all its detections come from the service as they are. */
+  /** Whether the service applied the threshold. */
   get isFinal() {
     return this.#isFinal;
   }
@@ -105,8 +104,7 @@ export class Panel {
     this.#settings = settings;
     if (!this.#answer) return "";
     const { results } = this.#answer;
-    const left = ({ prompt, detections }) => (this.#isFinal ? detections : select(prompt, detections, settings));
-    this.#chosen = results.map(left);
+    this.#chosen = results.map((result) => (this.#isFinal ? result.detections : select(result, settings)));
     this.stage.items = this.#chosen
       .flatMap((detections, index) => {
         const { prompt } = results[index];
@@ -207,6 +205,12 @@ export class Panel {
     rows[rows.indexOf(event.target) + step]?.focus();
     event.preventDefault();
   }
+}
+
+/** The detections of a prompt that reach its threshold. */
+function select({ prompt, detections }, { threshold, prompt_thresholds }) {
+  const lowest = Object.hasOwn(prompt_thresholds, prompt) ? prompt_thresholds[prompt] : threshold;
+  return detections.filter(({ score }) => score >= lowest);
 }
 
 const ms = (value) => `${value < 10 ? value.toFixed(1) : Math.round(value)} ms`;

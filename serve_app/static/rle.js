@@ -21,27 +21,8 @@ export function decodeSpans(counts) {
   return spans;
 }
 
-export function areaPx(spans) {
-  let area = 0;
-  for (let i = 0; i < spans.length; i += 2) area += spans[i + 1] - spans[i];
-  return area;
-}
-
-/** Number of pixels in both masks. */
-export function intersectionPx(a, b) {
-  let area = 0;
-  for (let i = 0, j = 0; i < a.length && j < b.length; ) {
-    const start = Math.max(a[i], b[j]);
-    const end = Math.min(a[i + 1], b[j + 1]);
-    if (end > start) area += end - start;
-    if (a[i + 1] < b[j + 1]) i += 2;
-    else j += 2;
-  }
-  return area;
-}
-
 /** Tight box [x0, y0, x1, y1] in pixels; null for an empty mask. */
-export function boundsOf(spans, height) {
+function boundsOf(spans, height) {
   let [x0, y0, x1, y1] = [Infinity, Infinity, -Infinity, -Infinity];
   for (let i = 0; i < spans.length; i += 2) {
     const [start, last] = [spans[i], spans[i + 1] - 1];

@@ -9,6 +9,7 @@ export class Settings {
   #changed = {}; // fields that the person set; the adapter's own values hold for the others
   #onChange;
 
+  /** `onChange(field)`; the field is null if several changed. */
   constructor(onChange) {
     this.#onChange = onChange;
     for (const [id, field] of Object.entries(SLIDERS)) {
@@ -18,7 +19,7 @@ export class Settings {
     byId("merge").addEventListener("input", (event) => this.#change("merge", event.target.checked));
     byId("recorded").addEventListener("click", () => {
       this.#changed = {};
-      onChange();
+      onChange(null);
       byId("threshold").focus();
     });
   }
@@ -52,6 +53,6 @@ export class Settings {
 
   #change(field, value) {
     this.#changed = { ...this.#changed, [field]: value };
-    this.#onChange();
+    this.#onChange(field);
   }
 }

@@ -144,6 +144,13 @@ class Browser:
             " e.dispatchEvent(new Event('input', {bubbles: true})); })()"
         )
 
+    def select(self, selector: str, value: str) -> None:
+        """Pick an option of a list."""
+        self.value(
+            f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.value = {json.dumps(value)};"
+            " e.dispatchEvent(new Event('input', {bubbles: true})); })()"
+        )
+
     def choose_file(self, selector: str, path: Path) -> None:
         root = self.call("DOM.getDocument")["root"]["nodeId"]
         node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]

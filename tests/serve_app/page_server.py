@@ -63,7 +63,7 @@ def canned(image: np.ndarray, question: dict[str, Any]) -> list[dict[str, Any]]:
     boxes = [(0.9, (1, 1, 9, 9)), (0.8, (1, 11, 5, 15)), (0.7, (3, 1, 11, 9)), (0.3, (12, 12, 18, 18))]
     if question["adapter"] is None:
         del boxes[1]
-    if question["merge"]:  # no union of the others: only the service can know it
+    if question.get("merge"):  # no union of the others: only the service can know it
         boxes = [(0.9, (1, 1, 12, 10))]
     few = [detection(score, tuple(unit * side for side in box), size_hw) for score, box in boxes]
     many = [
@@ -151,7 +151,6 @@ class PageServer:
                 if len(prompt.split()) > 32:
                     message = f"prompts[{number}] has more than 32 tokens: shorten it"
                     return _error(422, "invalid_prompt", message, field=f"prompts[{number}]")
-            question.setdefault("merge", False)
             self.questions.append(question)
             image = self.images.get(question["image_id"])
             if image is None:
@@ -170,11 +169,24 @@ class PageServer:
                 "request_id": f"r{len(self.questions)}",
                 "image": {"width": image.shape[1], "height": image.shape[0]},
                 "adapter": question["adapter"],
-                "results": await asyncio.to_thread(answer, image, question),
+                "results": self._post_process(question, await asyncio.to_thread(answer, image, question)),
                 "timing_ms": {"decode": 1.5, "model": 12.0, "total": 14.25},
             }
 
         app.mount("/static", StaticFiles(directory=STATIC))
+
+    def _post_process(self, question: dict[str, Any], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        recorded = [adapter["post_processing"] for adapter in self.adapters if adapter["id"] == question["adapter"]]
+        settings = {**(recorded[0] if recorded else POST.model_dump()), **question}
+        for result in results:
+            kept: list[dict[str, Any]] = []
+            for found in result["detections"]:
+                rivals = [better["mask"] for better in kept] if settings["nms"] != "none" else []
+                overlaps = coco_mask.iou([found["mask"]], rivals, [0] * len(rivals)) if rivals else np.zeros(1)
+                if found["score"] >= settings["threshold"] and np.max(overlaps) <= settings["nms_iou"]:
+                    kept.append(found)
+            result.update(detections=kept[: settings["max_detections"]], num_detections=len(kept))
+        return results
 
     def forget_images(self) -> None:
         """As if the service had been started again."""
