@@ -184,6 +184,7 @@ function say(text) {
 
 function setBusy(isBusy) {
   for (const panel of panels) panel.setBusy(isBusy);
+  if (!isBusy && document.activeElement === byId("cancel")) focusPicture();
   byId("cancel").hidden = !isBusy;
   if (!isBusy) byId("upload").hidden = true;
 }

@@ -6,19 +6,18 @@ import { byId } from "./elements.js";
 export class Notice {
   #actions;
   #act = null;
+  #leave;
 
   /** `retry()` asks again, `choose()` opens the choice of files, `leave()` moves the focus out of the notice. */
   constructor({ retry, choose, leave }) {
+    this.#leave = leave;
     this.#actions = {
       unauthorized: ["Enter key", () => this.#askKey()],
       unreadable_file: ["Choose another file", choose],
       other: ["Try again", retry],
     };
     byId("error-act").addEventListener("click", () => this.#act());
-    byId("error-close").addEventListener("click", () => {
-      this.hide();
-      leave();
-    });
+    byId("error-close").addEventListener("click", () => this.hide());
     byId("key").value = apiKey.get();
     byId("key-open").hidden = !apiKey.get();
     byId("key-form").addEventListener("submit", (event) => {
@@ -46,6 +45,7 @@ export class Notice {
   }
 
   hide() {
+    if (byId("error").contains(document.activeElement)) this.#leave();
     byId("error").hidden = true;
   }
 

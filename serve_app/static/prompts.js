@@ -141,7 +141,8 @@ export class PromptField {
       });
       buttons.push(more);
     }
-    keepFocus(this.#suggested, () => this.#suggested.replaceChildren(...buttons), this.#input);
+    const lastChip = this.#chips.querySelector("li:last-child button") ?? this.#input;
+    keepFocus(this.#suggested, () => this.#suggested.replaceChildren(...buttons), lastChip);
     byId("suggestions").hidden = !buttons.length;
   }
 }
