@@ -1,11 +1,12 @@
 // The page: builds requests, sends them, and shows the responses in panels.
 
 import { basePostProcessing, known, listAdapters, trainedOn } from "./adapters.js";
-import { apiKey, call, isAbort, ServiceError } from "./api.js";
+import { isAbort, ServiceError } from "./api.js";
 import { BoxList } from "./boxes.js";
-import { multipartOf } from "./curl.js";
+import { showCurl } from "./curl_box.js";
 import { byId, debounce } from "./elements.js";
 import { chooseFile, loadSample, takeImages } from "./intake.js";
+import { wireLooks } from "./looks.js";
 import { Notice } from "./notice.js";
 import { Panel } from "./panel.js";
 import { Picker } from "./picker.js";
@@ -191,7 +192,8 @@ function setBusy(isBusy) {
 
 function showError(error, prefix = "") {
   if (isAbort(error)) return;
-  notice.show(prefix && error instanceof ServiceError ? Object.assign(error, { message: prefix + error.message }) : error);
+  if (error instanceof ServiceError) error.message = prefix + error.message;
+  notice.show(error);
 }
 
 function focusPicture() {
@@ -203,29 +205,11 @@ function focusPicture() {
 function showPicture() {
   if (!isNarrow() || document.activeElement.matches("#prompt-input, [type=range]")) return;
   const { element } = views.shown;
-  const [top, bottom] = [element.getBoundingClientRect().top, element.querySelector(".facts").getBoundingClientRect().bottom];
+  const { top } = element.getBoundingClientRect();
+  const { bottom } = element.querySelector(".facts").getBoundingClientRect();
   if (top >= 0 && bottom <= innerHeight) return;
   const behavior = matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth";
   byId("work").scrollIntoView({ block: "start", behavior });
-}
-
-function showCurl(panel) {
-  const url = new URL("v1/segment", document.baseURI).href;
-  const { boxes, ...request } = requestOf(panel);
-  const shown = boxes.length ? { ...request, boxes } : request;
-  byId("curl-text").textContent = multipartOf(url, scene.picture.name, shown, Boolean(apiKey.get()));
-  byId("curl-key").hidden = !apiKey.get();
-  byId("curl-copy").textContent = "Copy";
-  byId("curl-box").showPopover();
-}
-
-async function copyCurl() {
-  const text = byId("curl-text");
-  getSelection().selectAllChildren(text);
-  // Pages from other hosts without TLS have no clipboard: the selection is then copied the old way.
-  if (navigator.clipboard) await navigator.clipboard.writeText(text.textContent);
-  else document.execCommand("copy");
-  byId("curl-copy").textContent = "Copied";
 }
 
 // ---- image ----------------------------------------------------------------------------------------------------------
@@ -301,8 +285,10 @@ function layPanels() {
     pick(id);
     focusPicture();
   };
+  const onCurl = (panel) => showCurl(scene.picture.name, requestOf(panel));
+  const onBox = (box) => boxes.add(box);
   const colourOf = (prompt) => prompts.colourOf(prompt);
-  const callbacks = { onView: drawAll, onBox: (box) => boxes.add(box), onFail: showError, onCurl: showCurl, onPick, colourOf };
+  const callbacks = { ...failed, onView: drawAll, onBox, onCurl, onPick, colourOf };
   panels = ids
     .map((id) => (id === BASE ? null : id))
     .map((id) => panels.find((panel) => panel.adapter === id) ?? new Panel(id, scene, callbacks));
@@ -325,32 +311,8 @@ byId("ask").addEventListener("click", () => {
   ask();
 });
 byId("cancel").addEventListener("click", cancel);
-byId("curl-copy").addEventListener("click", copyCurl);
-byId("settings-open").addEventListener("click", ({ currentTarget }) => {
-  currentTarget.ariaExpanded = String(byId("settings").classList.toggle("is-open"));
-});
-for (const name of ["masks", "boxes", "labels"]) {
-  byId(`show-${name}`).addEventListener("change", (event) => {
-    scene.show[name] = event.target.checked;
-    drawAll();
-  });
-}
-const showFill = () => (byId("fill-value").textContent = `${Math.round(scene.show.fill * 100)} %`);
-byId("fill").addEventListener("input", (event) => {
-  scene.show.fill = event.target.valueAsNumber;
-  showFill();
-  drawAll();
-});
-byId("tool").addEventListener("change", (event) => {
-  scene.tool = event.target.value;
-  byId("box-help").hidden = scene.tool === "move";
-  drawAll();
-});
-byId("zoom-in").addEventListener("click", () => views.shown.stage.zoomBy(1.5));
-byId("zoom-out").addEventListener("click", () => views.shown.stage.zoomBy(1 / 1.5));
-byId("zoom-fit").addEventListener("click", () => views.shown.stage.zoomBy(1 / scene.viewport.zoom));
+wireLooks(scene, { draw: drawAll, stage: () => views.shown.stage });
 
-showFill();
 layPanels();
 start();
 readLimits();

@@ -29,7 +29,8 @@ export function rawOf(url, fileName, request, needsKey) {
 
 /** An upload, then the request about the uploaded image. */
 export function uploadedOf(url, uploadUrl, fileName, request, needsKey) {
-  const id = `id=$(${curl(needsKey, " -s")} -F ${quote(`image=@${fileName}`)} ${quote(uploadUrl)} | grep -o 'img_[0-9a-f]*')`;
+  const upload = `${curl(needsKey, " -s")} -F ${quote(`image=@${fileName}`)} ${quote(uploadUrl)}`;
   const body = quote(JSON.stringify({ ...request, image_id: "ID" })).replace("ID", `'"$id"'`);
-  return `${id}\n${lines(`${curl(needsKey)} ${quote(url)}`, `-H 'Content-Type: application/json' -d ${body}`)}`;
+  const ask = lines(`${curl(needsKey)} ${quote(url)}`, `-H 'Content-Type: application/json' -d ${body}`);
+  return `id=$(${upload} | grep -o 'img_[0-9a-f]*')\n${ask}`;
 }

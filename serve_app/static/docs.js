@@ -10,7 +10,10 @@ import { tryIt } from "./try_it.js";
 const PROMPTS = ["gear", "arrow"]; // the sample shows them
 const FILE = "sample.jpg";
 // How fields that are no single values are written in a query.
-const IN_QUERY = { prompts: "prompts=gear&prompts=arrow", boxes: "boxes=113,278,262,476,1 (x0, y0, x1, y1, label); may be repeated" };
+const IN_QUERY = {
+  prompts: "prompts=gear&prompts=arrow",
+  boxes: "boxes=113,278,262,476,1 (x0, y0, x1, y1, label); may be repeated",
+};
 
 const address = (path) => new URL(path.replace(/^\//, ""), document.baseURI).href;
 const api = await call("openapi.json");
@@ -18,6 +21,8 @@ const schemas = new Schemas(api);
 const isKeyed = await call("v1/adapters?limit=1").then(() => Boolean(apiKey.get()), ({ status }) => status === 401);
 const adapter = await trainedOn(PROMPTS).catch(() => null);
 const request = { prompts: PROMPTS, ...(adapter && { adapter: adapter.id }) };
+
+const codeOf = (text) => make("code", { textContent: text });
 
 function command(title, text) {
   const pre = make("pre", { textContent: text, tabIndex: 0, ariaLabel: title });
@@ -38,9 +43,9 @@ function commands(path, content) {
     ["Multipart: the image as a file, the request as JSON", multipartOf(url, FILE, asked, isKeyed)],
     ["Raw: the image as the body, the request as query parameters", rawOf(url, FILE, asked, isKeyed)],
   ];
-  if (asked) forms.push(["JSON: about an uploaded image", uploadedOf(url, address("/v1/images"), FILE, asked, isKeyed)]);
-  const shorter = ([title, text]) => [asked ? title : title.replace(/, the request.*/, ""), text];
-  return forms.map(shorter).flatMap(([title, text]) => command(title, text));
+  const uploaded = () => uploadedOf(url, address("/v1/images"), FILE, asked, isKeyed);
+  if (asked) forms.push(["JSON: about an uploaded image", uploaded()]);
+  return forms.flatMap(([title, text]) => command(asked ? title : title.replace(/, the request.*/, ""), text));
 }
 
 function folded(title, ...content) {
@@ -48,8 +53,8 @@ function folded(title, ...content) {
 }
 
 function parameterTable(parameters) {
-  const rows = parameters.map((parameter) => {
-    return [make("code", { textContent: parameter.name }), typeOf(parameter.schema), rich(meaningOf({ ...parameter.schema, ...parameter }))];
+  const rows = parameters.map(({ name, schema, description }) => {
+    return [codeOf(name), typeOf(schema), rich(meaningOf({ ...schema, description }))];
   });
   return table(["parameter", "type", "meaning"], rows, "with-type");
 }
@@ -59,16 +64,16 @@ function rawTable(schema) {
   const rows = schemas
     .fieldsOf(schema)
     .filter(([name]) => !name.startsWith("image_"))
-    .map(([name]) => [make("code", { textContent: name }), make("code", { textContent: IN_QUERY[name] ?? `${name}=…` })]);
+    .map(([name]) => [codeOf(name), codeOf(IN_QUERY[name] ?? `${name}=…`)]);
   return table(["field", "in the address"], rows);
 }
 
 function errorTable(responses) {
   const rows = Object.entries(responses).map(([status, { description, content, headers }]) => {
     const types = Object.keys(content?.["application/json"]?.examples ?? {});
-    const names = types.flatMap((type) => [make("code", { textContent: type }), " "]);
-    const later = headers?.["Retry-After"] ? ["Send it again after the seconds of the header ", make("code", { textContent: "Retry-After" }), "."] : [];
-    return [make("code", { textContent: status }), types.length ? names : [description], later];
+    const names = types.flatMap((type) => [codeOf(type), " "]);
+    const later = headers?.["Retry-After"] ? rich("Send it again after the seconds of the header `Retry-After`.") : [];
+    return [codeOf(status), types.length ? names : [description], later];
   });
   return table(["status", "type", ""], rows);
 }
@@ -79,13 +84,14 @@ function describe(path, method, operation) {
   const headers = (operation.parameters ?? []).filter((parameter) => parameter.in === "header");
   const badge = make("span", { className: `method is-${method}`, textContent: method.toUpperCase() });
   const section = make("section", { className: "card", id: operation.operationId });
-  section.append(make("h2", {}, badge, make("code", { textContent: path })));
+  section.append(make("h2", {}, badge, codeOf(path)));
   section.append(make("p", {}, ...rich(`${operation.summary}. ${operation.description ?? ""}`)));
   section.append(...commands(path, content));
   const takesImage = Boolean(content);
   const asked = takesImage && "request" in content["multipart/form-data"].schema.properties ? request : null;
   const shownQuery = takesImage ? [] : query;
-  section.append(folded("Try it", tryIt({ path, method: method.toUpperCase(), query: shownQuery, takesImage, request: asked })));
+  const form = tryIt({ path, method: method.toUpperCase(), query: shownQuery, takesImage, request: asked });
+  section.append(folded("Try it", form));
   if (content) {
     const { schema } = content["application/json"];
     const about = operation.requestBody.description;
@@ -97,7 +103,7 @@ function describe(path, method, operation) {
   const answer = operation.responses["200"].content?.["application/json"]?.schema;
   if (answer) section.append(folded("Response", ...schemas.tables(answer)));
   section.append(folded("Status codes and errors", errorTable(operation.responses)));
-  const link = make("a", { href: `#${operation.operationId}` }, badge.cloneNode(true), " ", make("code", { textContent: path }));
+  const link = make("a", { href: `#${operation.operationId}` }, badge.cloneNode(true), " ", codeOf(path));
   byId("contents").append(make("li", {}, link));
   return section;
 }
@@ -118,5 +124,6 @@ if (isKeyed) {
   });
 }
 for (const [path, methods] of Object.entries(api.paths)) {
-  for (const [method, operation] of Object.entries(methods)) byId("operations").append(describe(path, method, operation));
+  const sections = Object.entries(methods).map(([method, operation]) => describe(path, method, operation));
+  byId("operations").append(...sections);
 }

@@ -91,7 +91,8 @@ function drawLabels(context, items, pixel, [imageWidth, imageHeight]) {
     const isFree = ([left, top]) =>
       !tags.some(({ x, y, w }) => left < x + w && x < left + width && top < y + height && y < top + height);
     const middle = [(x0 + x1 - width) / 2, (y0 + y1 - height) / 2];
-    const places = [[x0, y0 - height], [x1 - width, y0 - height], [x0, y0], [x1 - width, y0], middle, [x0, y1 - height]];
+    const [above, right] = [y0 - height, x1 - width];
+    const places = [[x0, above], [right, above], [x0, y0], [right, y0], middle, [x0, y1 - height]];
     const place = places.map(([x, y]) => [clamp(x, imageWidth - width), clamp(y, imageHeight - height)]).find(isFree);
     if (place) tags.push({ x: place[0], y: place[1], w: width, text, colour });
     else drawDot(context, [(x0 + x1) / 2, (y0 + y1) / 2], colour, pixel);

@@ -157,8 +157,9 @@ export class Panel {
 
   #drawCounts() {
     const counts = this.#answer.results.map(({ prompt, presence }, index) => {
+      const name = make("span", { textContent: prompt });
       const count = make("strong", { textContent: presence === null ? "…" : this.#chosen[index].length });
-      return make("li", { className: "count", colour: this.#colourOf(prompt) }, make("span", { textContent: prompt }), count);
+      return make("li", { className: "count", colour: this.#colourOf(prompt) }, name, count);
     });
     this.#part("counts").replaceChildren(...counts);
   }

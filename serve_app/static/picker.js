@@ -68,7 +68,8 @@ export class Picker {
       const options = fixed.map(([value, text]) => this.#option({ id: value, text, prompts: [] }));
       this.#list.replaceChildren(...options, ...page.adapters.map((adapter) => this.#option(adapter)));
       if (!this.#list.children.length) {
-        this.#list.append(make("li", { className: "soft", textContent: "No adapter has this in its name or prompts." }));
+        const words = "No adapter has this in its name or prompts.";
+        this.#list.append(make("li", { className: "soft", textContent: words }));
       }
       this.#next = page.next;
       this.#input.inputMode = search || page.total >= TYPED_FROM ? "search" : "none";
@@ -110,7 +111,8 @@ export class Picker {
   }
 
   #option({ id, text = id, prompts, error }) {
-    const option = make("li", { role: "option", id: `${this.#list.id}-${id || "base"}` }, make("b", { textContent: text }));
+    const option = make("li", { role: "option", id: `${this.#list.id}-${id || "base"}` });
+    option.append(make("b", { textContent: text }));
     const about = error ? `cannot be used: ${error}` : prompts.slice(0, 12).join(", ");
     if (about) option.append(make("span", { className: "soft", textContent: about }));
     option.dataset.value = id;

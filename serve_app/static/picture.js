@@ -21,8 +21,8 @@ export class Picture {
     const { width, height } = full;
     const factor = Math.min(1, SCREEN_SIDE / Math.max(width, height));
     if (factor === 1) return new Picture(file, name, width, height, full);
-    const options = { resizeWidth: Math.max(1, Math.round(width * factor)), resizeQuality: "high" };
-    const bitmap = await createImageBitmap(full, { ...options, resizeHeight: Math.max(1, Math.round(height * factor)) });
+    const [resizeWidth, resizeHeight] = [width, height].map((side) => Math.max(1, Math.round(side * factor)));
+    const bitmap = await createImageBitmap(full, { resizeWidth, resizeHeight, resizeQuality: "high" });
     full.close();
     return new Picture(file, name, width, height, bitmap);
   }

@@ -52,7 +52,8 @@ export class PromptField {
       else left.push(prompt);
     }
     if (this.#slots.size > before) this.#changed();
-    byId("prompt-limit").textContent = left.length ? `At most ${this.most} prompts: remove one to add “${left[0]}”.` : "";
+    const words = `At most ${this.most} prompts: remove one to add “${left[0]}”.`;
+    byId("prompt-limit").textContent = left.length ? words : "";
     return left;
   }
 

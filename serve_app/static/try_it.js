@@ -10,16 +10,18 @@ const LONGEST_TEXT = 120; // of a value in a shown response: masks are longer
 /** `takesImage`: the body is multipart with a file; `request`, if given, is its JSON to begin with. */
 export function tryIt({ path, method, query, takesImage, request }) {
   const name = (field) => `${method}-${path}-${field}`.replaceAll("/", "-");
-  const labelled = (field, text, control) =>
-    make("div", {}, make("label", { htmlFor: name(field), textContent: text }), Object.assign(control, { id: name(field) }));
+  const labelled = (field, text, control) => {
+    control.id = name(field);
+    return make("div", {}, make("label", { htmlFor: control.id, textContent: text }), control);
+  };
   const file = make("input", { type: "file", accept: "image/*" });
   const json = make("textarea", { spellcheck: false, value: JSON.stringify(request, null, 1) });
   const parameters = query.map((parameter) => [parameter, make("input", { autocomplete: "off" })]);
   const status = make("p", { className: "soft", role: "status" });
   const output = make("pre", { hidden: true, tabIndex: 0, ariaLabel: "Response" });
   const form = make("form", { className: "try" });
-  for (const [parameter, input] of parameters) {
-    form.append(labelled(parameter.name, `${parameter.name}: ${meaningOf({ ...parameter.schema, ...parameter })}`, input));
+  for (const [{ name, schema, description }, input] of parameters) {
+    form.append(labelled(name, `${name}: ${meaningOf({ ...schema, description })}`, input));
   }
   if (takesImage) form.append(labelled("image", "Image (without a file, the sample is sent)", file));
   if (request) form.append(labelled("request", "Request", json));
@@ -35,7 +37,8 @@ export function tryIt({ path, method, query, takesImage, request }) {
       const headers = apiKey.get() ? { "X-API-Key": apiKey.get() } : {};
       const response = await fetch(path.slice(1) + search, { method, headers, body });
       const text = await response.text();
-      status.textContent = `${response.status} ${response.statusText} after ${Math.round(performance.now() - start)} ms`;
+      const tookMs = Math.round(performance.now() - start);
+      status.textContent = `${response.status} ${response.statusText} after ${tookMs} ms`;
       output.textContent = shorten(text);
       output.hidden = !text;
     } catch (error) {

@@ -91,7 +91,7 @@ def test_the_documentation_is_readable(docs: Browser):
     accent = "getComputedStyle(document.documentElement).getPropertyValue('--accent')"
     mine = docs.value(accent)
     docs.value("document.querySelector('.top h1 a').click()")
-    docs.wait("document.querySelector('#panels')")
+    docs.wait("document.querySelector('#panels') && document.readyState === 'complete'")
     assert docs.value(accent) == mine
 
 
