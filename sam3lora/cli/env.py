@@ -12,6 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
+from sam3lora.cpus import usable_cpus
+
 PACKAGES = (
     "sam3lora",
     "torch",
@@ -59,7 +61,7 @@ def collect() -> dict[str, Any]:
         "python": {"version": platform.python_version(), "implementation": platform.python_implementation()},
         "platform": {"system": platform.platform(), "machine": platform.machine()},
         "packages": {name: _version(name) for name in PACKAGES},
-        "cpu": {"model": _cpu_model(), "count": os.cpu_count(), "usable": _usable_cpus()},
+        "cpu": {"model": _cpu_model(), "count": os.cpu_count(), "usable": usable_cpus()},
         "memory": _memory(),
         "gpu": _gpus(),
         "hugging_face": _hugging_face(),
@@ -90,10 +92,6 @@ def _cpu_model() -> str | None:
     except OSError:
         pass
     return platform.processor() or None
-
-
-def _usable_cpus() -> int | None:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _memory() -> dict[str, float | None]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sam3lora.cpus import usable_cpus
 from sam3lora.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
@@ -160,7 +161,8 @@ def _settings(
     elif config is None and model is None:
         values["adapters"] = {"root": str(Path(serve_app.__file__).parent / "samples")}
     if not values.get("torch_threads") and not gpus:
-        values["torch_threads"] = max(1, (os.cpu_count() or 1) // (values.get("replicas") or 1))
+        # One core is left to the HTTP processes: a thread that is not scheduled holds all others up at each operation.
+        values["torch_threads"] = max(1, (usable_cpus() - 1) // (values.get("replicas") or 1))
     try:
         return ServeSettings.model_validate(values)
     except ValidationError as error:
