@@ -9,35 +9,24 @@ from __future__ import annotations
 import copy
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar, cast
 
 import torch
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
 
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.errors import UserError
 from sam3lora.files import whole_folder, write_whole
-from sam3lora.model.adapter.metadata import (
-    METADATA_FILE,
-    AdapterMetadata,
-    read_metadata,
-    read_metadata_values,
-    write_metadata,
-)
-from sam3lora.model.adapter.peft_files import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    check_finite,
-    check_shapes,
-    is_adapter_folder,
-    read_config,
-    read_tensors,
-)
+from sam3lora.model.adapter.folder_files import CONFIG_FILE, METADATA_FILE, WEIGHTS_FILE, is_adapter_folder, shown
+from sam3lora.model.adapter.metadata import AdapterMetadata, read_metadata, read_metadata_values, write_metadata
+from sam3lora.model.adapter.peft_config import read_config
+from sam3lora.model.adapter.peft_files import check_finite, check_shapes, read_header, read_tensors, tensor_name
+from sam3lora.model.adapter.target_modules import ValuesByName, adapted_names, base_modules, exactly
 from sam3lora.model.components import unwrap
 from sam3lora.model.fingerprint import fingerprint
 from sam3lora.model.publish.model_card import CARD_FILE, render_model_card, update_post_processing
@@ -118,25 +107,27 @@ def load_adapter(
     """
     folder = Path(folder)
     config = read_config(folder)
-    tensors, _ = read_tensors(folder)
     metadata = read_metadata(folder)
     if check_base and metadata is not None:
         refuse_other_base(model, metadata, folder)
+    modules = base_modules(unwrap(model))
+    _check_ranks(config, modules, folder)
+    tensors, _ = read_tensors(folder)
 
     config.inference_mode = not trainable
     shared = model if isinstance(model, PeftModel) else None
     if shared is not None and adapter_name in shared.peft_config:
         raise ValueError(f"the model already has an adapter {adapter_name!r}: delete it first or use another name")
     try:
-        if shared is not None:
-            peft_model = shared
-            peft_model.add_adapter(adapter_name, config)
-        else:
-            config.base_model_name_or_path = getattr(unwrap(model), "name_or_path", None) or None
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT asks by the old name
+        with exactly(config, modules), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT asks by the old name
+            if shared is not None:
+                peft_model = shared
+                peft_model.add_adapter(adapter_name, config)
+            else:
+                config.base_model_name_or_path = getattr(unwrap(model), "name_or_path", None) or None
                 peft_model = cast(PeftModel, get_peft_model(model, config, adapter_name=adapter_name))  # type: ignore
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError, KeyError) as error:  # the configuration may ask for anything
         raise UserError(f"{folder} does not fit {type(unwrap(model)).__name__}: {error}") from error
     try:
         _fill(peft_model, adapter_name, tensors, folder)
@@ -244,6 +235,31 @@ def refuse_other_base(
         f"adapter {folder} was trained on the base {metadata.base_model!r}{revision} (fingerprint {expected[:12]}), "
         f"but this model is {name!r} (fingerprint {found[:12]}): use it with that base"
     )
+
+
+def _check_ranks(config: LoraConfig, modules: Mapping[str, nn.Module], folder: Path) -> None:
+    """Check that the weights file has the configured ranks: PEFT allocates layers before it looks at weights.
+
+    Raises:
+        UserError: It has not, or no module is adapted.
+    """
+    found, ranks, missing = read_header(folder), ValuesByName(config.rank_pattern or {}), []
+    names = adapted_names(config, modules)
+    if config.target_modules and not names:
+        raise UserError(f"{folder} does not fit this model: its target_modules match no module of it")
+    for name in names:
+        expected = tensor_name(name, "lora_A.weight")
+        entry = found.get(expected) or found.get(tensor_name(name, "lora_embedding_A"))
+        rank = ranks.get(name, config.r)
+        if entry is None:
+            missing.append(expected)
+        elif not isinstance(entry.shape, list) or rank not in entry.shape[:1]:
+            raise UserError(
+                f"{folder / WEIGHTS_FILE} does not fit {CONFIG_FILE}: {expected} has shape {shown(entry.shape)}, the "
+                f"configuration says rank {rank}"
+            )
+    if missing:
+        check_shapes(dict.fromkeys(missing, ()), {}, folder)
 
 
 def _fill(model: PeftModel, adapter_name: str, tensors: dict[str, torch.Tensor], folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import metadata as distributions
 from pathlib import Path
@@ -11,8 +12,8 @@ from typing import Any
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.errors import UserError
 from sam3lora.files import write_whole
+from sam3lora.model.adapter.folder_files import METADATA_FILE, read_json_object, shown
 
-METADATA_FILE = "sam3lora.json"
 FORMAT_VERSION = 1
 
 
@@ -63,7 +64,8 @@ class AdapterMetadata:
         found = values.get("format_version", FORMAT_VERSION)
         if not isinstance(found, int) or found > FORMAT_VERSION:
             raise UserError(
-                f"{METADATA_FILE} has format {found}; this sam3lora reads up to {FORMAT_VERSION}: install a newer one"
+                f"{METADATA_FILE} has format {shown(found)}; this sam3lora reads up to {FORMAT_VERSION}: install a "
+                "newer one"
             )
         known = {item.name for item in fields(cls)}
         metadata = cls(**{name: value for name, value in values.items() if name in known})
@@ -73,7 +75,10 @@ class AdapterMetadata:
         for name, types in expected.items():
             value = getattr(metadata, name)
             if not isinstance(value, types):
-                raise UserError(f"{METADATA_FILE}: {name} must be {types[0].__name__}, got {value!r}")
+                raise UserError(f"{METADATA_FILE}: {name} must be {types[0].__name__}, got {shown(value)}")
+        for text in (metadata.base_model, metadata.base_revision, metadata.base_fingerprint, *metadata.prompts):
+            if text is not None and not is_printable(text):
+                raise UserError(f"{METADATA_FILE}: expected texts of characters that can be shown, got {shown(text)}")
         return replace(metadata, post_processing=_read_post_processing(values))
 
 
@@ -84,14 +89,22 @@ def _read_post_processing(values: dict[str, Any]) -> PostProcessing | None:
     if recorded is None or recorded == {}:
         return None
     if not isinstance(recorded, dict):
-        raise UserError(f"{METADATA_FILE}: {key} must be dict, got {recorded!r}")
+        raise UserError(f"{METADATA_FILE}: {key} must be dict, got {shown(recorded)}")
     if key == "thresholds":
         renamed = {"threshold" if name == "detection_threshold" else name: value for name, value in recorded.items()}
         recorded = {"nms": "mask"} | {name: renamed[name] for name in PostProcessing.model_fields if name in renamed}
     try:
-        return PostProcessing(**recorded)
+        post = PostProcessing(**recorded)
     except UserError as error:
-        raise UserError(f"{METADATA_FILE}: {key}: {error}") from None
+        raise UserError(f"{METADATA_FILE}: {key}: {str(error)[:300]}") from None
+    if not all(map(is_printable, post.prompt_thresholds)):
+        raise UserError(f"{METADATA_FILE}: {key}: prompt_thresholds has a prompt that cannot be shown")
+    return post
+
+
+def is_printable(text: object) -> bool:
+    """Whether it is a text that can be written as UTF-8, without control characters."""
+    return isinstance(text, str) and not any(unicodedata.category(char) in ("Cc", "Cs") for char in text)
 
 
 def write_metadata(folder: Path, values: dict[str, Any]) -> None:
@@ -116,18 +129,10 @@ def read_metadata_values(folder: str | Path) -> dict[str, Any] | None:
     """All values of ``sam3lora.json``, unchecked; None where there is no such file.
 
     Raises:
-        UserError: The file holds no JSON object.
+        UserError: The file holds no JSON object, or one that is too large.
     """
     file = Path(folder) / METADATA_FILE
-    if not file.is_file():
-        return None
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{file} is damaged: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{file} must hold a JSON object, got {type(values).__name__}")
-    return values
+    return read_json_object(file) if file.is_file() else None
 
 
 def recorded_post_processing(metadata: AdapterMetadata | None) -> PostProcessing:

@@ -1,65 +1,43 @@
-"""The two PEFT files of an adapter folder, ``adapter_config.json`` and ``adapter_model.safetensors``: reading, checks.
-
-Pickles are never read.
-"""
+"""The weights of an adapter folder, ``adapter_model.safetensors``: reading and checks. Pickles are never read."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import torch
-from peft import LoraConfig, PeftConfig
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
 
 from sam3lora.errors import UserError
+from sam3lora.model.adapter.folder_files import CONFIG_FILE, WEIGHTS_FILE, open_regular, shown
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-_FLOATING = {"F64", "F32", "F16", "BF16"}
-
-
-def is_adapter_folder(folder: str | Path) -> bool:
-    """Whether the folder has the files of a complete adapter; they are not opened."""
-    return all((Path(folder) / file).is_file() for file in (CONFIG_FILE, WEIGHTS_FILE))
+MAX_TENSORS = 20_000
+MAX_HEADER_BYTES = 4 * 2**20
+MAX_WEIGHTS_BYTES = 8 * 2**30
+_FLOATING = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # dtype -> bytes of a value
 
 
-def read_config(folder: Path) -> LoraConfig:
-    """The LoRA configuration of an adapter folder.
+class TensorEntry(NamedTuple):
+    """What the header of a weights file says of a tensor; values may be of any type."""
+
+    dtype: object
+    shape: object
+
+
+def read_header(folder: Path) -> dict[str, TensorEntry]:
+    """The tensors that the weights file says it has, by name; nothing of their size is read.
 
     Raises:
-        UserError: A file is missing, or the configuration is not one of LoRA, or it would change the base model itself.
+        UserError: The file is no safetensors file, has no tensors, or is beyond the bounds above.
+        OSError: It cannot be read.
     """
-    missing = [file for file in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / file).is_file()]
-    if missing:
-        pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
-        note = f"; {', '.join(pickles)} is a pickle and is never loaded, save it as safetensors" if pickles else ""
-        reason = f"lacks {', '.join(missing)}{note}" if folder.is_dir() else "does not exist"
-        raise UserError(f"adapter folder {folder} {reason}. Expected a folder written by `sam3lora train` or by PEFT")
-    try:
-        config = PeftConfig.from_pretrained(str(folder))
-    except Exception as error:  # PEFT raises several kinds for unknown types and fields
-        raise UserError(f"{folder / CONFIG_FILE} is no valid PEFT configuration: {error}") from error
-    if not isinstance(config, LoraConfig):
-        raise UserError(f"{folder} holds a {config.peft_type} adapter: expected LoRA")
-    # The following settings change the base model's own weights or structure, or name code to import.
-    if config.init_lora_weights not in (True, False, "gaussian", "eva", "orthogonal"):
-        raise UserError(
-            f"{folder}: init_lora_weights={config.init_lora_weights!r} changes the base weights at loading; convert it "
-            "to plain LoRA with save_pretrained(path_initial_model_for_weight_conversion=...)"
-        )
-    if config.bias != "none":
-        raise UserError(
-            f"{folder}: {CONFIG_FILE} sets bias={config.bias!r}, which changes the base's own biases and cannot be "
-            'switched off: train the adapter with bias="none"'
-        )
-    for field in ("megatron_config", "layer_replication", "trainable_token_indices"):
-        if getattr(config, field, None):
-            raise UserError(f"{folder}: {CONFIG_FILE} sets {field}, which is not supported: remove it")
-    config.init_lora_weights = True  # the values come from the file; other initialisations need data
-    return config
+    file = folder / WEIGHTS_FILE
+    with open_regular(file) as (opened, size):
+        return _header(opened, size, file)
 
 
 def read_tensors(folder: Path, expected: Mapping[str, Sequence[int]] | None = None) -> tuple[dict[str, Tensor], bytes]:
@@ -70,27 +48,63 @@ def read_tensors(folder: Path, expected: Mapping[str, Sequence[int]] | None = No
 
     Raises:
         UserError: The file is damaged or empty, a tensor is not as expected, or a value is not finite.
+        OSError: It cannot be read.
     """
     file = folder / WEIGHTS_FILE
-    try:
-        with safe_open(file, framework="pt") as header:  # refuses a header that does not fit the size of the file
-            slices = {name: header.get_slice(name) for name in header.keys()}  # noqa: SIM118 - it is no mapping
-            if not slices:
-                raise UserError(f"{file} holds no tensors")
-            if expected is not None:
-                check_shapes(expected, {name: entry.get_shape() for name, entry in slices.items()}, folder)
-                for name, entry in slices.items():
-                    if entry.get_dtype() not in _FLOATING:
-                        raise UserError(
-                            f"{file}: {name} has dtype {entry.get_dtype()}: expected one of {sorted(_FLOATING)}"
-                        )
+    with open_regular(file) as (opened, size):
+        entries = _header(opened, size, file)
+        if expected is not None:
+            check_shapes(expected, {name: entry.shape for name, entry in entries.items()}, folder)
+            _check_sizes(entries, expected, size, file)
+        opened.seek(0)
         # Read, not mapped: if somebody truncates a mapped file later, the process is killed.
-        contents = file.read_bytes()
+        contents = opened.read(size)
+    try:
         tensors = load(contents)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is damaged or not a safetensors file: {error}") from error
+    except SafetensorError as error:
+        raise UserError(f"{file} is damaged or not a safetensors file: {str(error)[:300]}") from None
     check_finite(tensors, str(file), UserError)
     return tensors, contents
+
+
+def _header(opened: BinaryIO, size: int, file: Path) -> dict[str, TensorEntry]:
+    length = int.from_bytes(opened.read(8), "little")
+    if size < 8 or length > size - 8:
+        raise UserError(f"{file} is damaged or not a safetensors file: its header does not fit into its {size} bytes")
+    if length > MAX_HEADER_BYTES or size > MAX_WEIGHTS_BYTES:
+        raise UserError(
+            f"{file} is too large: expected at most {MAX_HEADER_BYTES} bytes of header and {MAX_WEIGHTS_BYTES} in all, "
+            f"got {length} and {size}"
+        )
+    content = opened.read(length)
+    if content.count(b"{") > MAX_TENSORS + 2 or content.count(b"[") > 2 * MAX_TENSORS:
+        raise UserError(f"{file} has too many tensors: expected at most {MAX_TENSORS}")
+    try:
+        values = json.loads(content)
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise UserError(f"{file} is damaged or not a safetensors file: its header is no JSON object")
+    values.pop("__metadata__", None)
+    if not values:
+        raise UserError(f"{file} holds no tensors")
+    if not all(isinstance(value, dict) for value in values.values()):
+        raise UserError(f"{file} is damaged or not a safetensors file: its header does not describe tensors")
+    return {name: TensorEntry(value.get("dtype"), value.get("shape")) for name, value in values.items()}
+
+
+def _check_sizes(
+    entries: Mapping[str, TensorEntry], expected: Mapping[str, Sequence[int]], size: int, file: Path
+) -> None:
+    """The file is as long as its tensors of known shapes need, so that reading it takes no more memory than they do."""
+    num_bytes = 0
+    for name, entry in entries.items():
+        if not isinstance(entry.dtype, str) or entry.dtype not in _FLOATING:
+            dtype = shown(entry.dtype).strip("'")
+            raise UserError(f"{file}: {name} has dtype {dtype}: expected one of {sorted(_FLOATING)}")
+        num_bytes += torch.Size(expected[name]).numel() * _FLOATING[entry.dtype]
+    if not num_bytes <= size <= num_bytes + 8 + MAX_HEADER_BYTES:
+        raise UserError(f"{file} is damaged: its tensors need {num_bytes} bytes, the file has {size}")
 
 
 def tensor_name(module: str, tensor: str) -> str:
@@ -119,18 +133,23 @@ def check_finite(tensors: Mapping[str, Tensor], where: str, error: type[ValueErr
             raise error(f"{where}: {name} has NaN or infinite values, the training that made it diverged")
 
 
-def check_shapes(expected: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]], folder: Path) -> None:
+def check_shapes(expected: Mapping[str, Sequence[int]], found: Mapping[str, object], folder: Path) -> None:
     """Raise a UserError unless a weights file has exactly the expected tensors; both map a name to a shape."""
     problems = []
     for verb, names in (("lacks", expected.keys() - found.keys()), ("has unexpected", found.keys() - expected.keys())):
         if names:
-            problems.append(f"{verb} {len(names)} tensors, first {min(names)}")
+            problems.append(f"{verb} {len(names)} tensors, first {min(names)[:200]}")
     for name in sorted(expected.keys() & found.keys()):
-        if tuple(expected[name]) != tuple(found[name]):
-            problems.append(f"has {name} of shape {tuple(found[name])}, the model needs {tuple(expected[name])}")
+        shape = _as_tuple(found[name])
+        if tuple(expected[name]) != shape:
+            problems.append(f"has {name} of shape {shown(shape)}, the model needs {tuple(expected[name])}")
             break
     if problems:
         raise UserError(
             f"{folder / WEIGHTS_FILE} does not fit {CONFIG_FILE} and this base model: it {'; it '.join(problems)}. "
             "Use the base model the adapter was trained on"
         )
+
+
+def _as_tuple(shape: object) -> object:
+    return tuple(shape) if isinstance(shape, list | tuple) else shape

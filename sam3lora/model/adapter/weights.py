@@ -8,28 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 import weakref
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from sam3lora.errors import UserError
 from sam3lora.model.adapter.folder import FolderSignature, read_unchanged, refuse_other_base
-from sam3lora.model.adapter.metadata import METADATA_FILE, AdapterMetadata, read_metadata
-from sam3lora.model.adapter.peft_files import (
-    CONFIG_FILE,
-    check_finite,
-    lora_shapes,
-    read_config,
-    read_tensors,
-    tensor_name,
-)
+from sam3lora.model.adapter.folder_files import CONFIG_FILE, METADATA_FILE, WEIGHTS_FILE, read_small
+from sam3lora.model.adapter.metadata import AdapterMetadata, read_metadata
+from sam3lora.model.adapter.peft_config import read_config
+from sam3lora.model.adapter.peft_files import check_finite, lora_shapes, read_header, read_tensors, tensor_name
+from sam3lora.model.adapter.target_modules import ValuesByName, adapted_names, base_modules
 from sam3lora.model.components import component_of, unwrap
 from sam3lora.model.fingerprint import fingerprint
 
@@ -114,29 +107,60 @@ def read_adapter_weights(
     return read_unchanged(folder, lambda signature: _read(folder, signature, model, check_base, max_rank))
 
 
-def _read(
-    folder: Path, signature: FolderSignature, model: nn.Module, check_base: bool, max_rank: int | None
-) -> AdapterWeights:
+@dataclass(frozen=True)
+class AdapterSummary:
+    """What is known of an adapter without its weights.
+
+    `rank` is the largest that the configuration names; `size_bytes` is that of the weights file, and `components` are
+    the parts of the model that its tensors belong to.
+    """
+
+    config: LoraConfig
+    metadata: AdapterMetadata | None
+    rank: int
+    size_bytes: int
+    components: frozenset[str]
+
+
+def read_summary(folder: str | Path, model: nn.Module | None = None, *, max_rank: int | None = None) -> AdapterSummary:
+    """Read what can be read quickly of an adapter folder, and refuse it for what that shows; from any thread.
+
+    With a `model`, the base is compared with the one that the adapter was trained on.
+
+    Raises:
+        NotLowRankError: The configuration asks for more than LoRA or DoRA.
+        UserError: A file is missing or damaged, the base is another one, or the rank is above `max_rank`.
+        OSError: A file cannot be read.
+    """
+    folder = Path(folder)
     config = read_config(folder)
     _check_supported(config, folder)
     metadata = read_metadata(folder)
-    if check_base and metadata is not None:
+    if model is not None and metadata is not None:
         refuse_other_base(model, metadata, folder, fingerprint_of=_fingerprint_once)
-    targets = _find_targets(config, unwrap(model), folder)
-    rank = max(target.rank for target in targets.values())
+    rank = max([config.r, *(config.rank_pattern or {}).values()])
     if max_rank is not None and rank > max_rank:
         raise UserError(
             f"{folder} has rank {rank}, but at most {max_rank} is accepted here: raise the limit or merge it"
         )
+    components = {component for name in read_header(folder) if (component := component_of(name)) is not None}
+    return AdapterSummary(config, metadata, rank, (folder / WEIGHTS_FILE).stat().st_size, frozenset(components))
+
+
+def _read(
+    folder: Path, signature: FolderSignature, model: nn.Module, check_base: bool, max_rank: int | None
+) -> AdapterWeights:
+    known = read_summary(folder, model if check_base else None, max_rank=max_rank)
+    targets = _find_targets(known.config, unwrap(model), folder)
     expected: dict[str, tuple[int, ...]] = {}
     for name, target in targets.items():
-        expected |= lora_shapes(name, target.module, target.rank, config.use_dora)
+        expected |= lora_shapes(name, target.module, target.rank, known.config.use_dora)
     tensors, contents = read_tensors(folder, expected)
     modules = {name: _fold(name, target, tensors, folder) for name, target in targets.items()}
     return AdapterWeights(
         modules=modules,
-        metadata=metadata,
-        rank=rank,
+        metadata=known.metadata,
+        rank=max(target.rank for target in targets.values()),
         size_bytes=sum(weights.size_bytes for weights in modules.values()),
         version=_digest(folder, contents),
         signature=signature,
@@ -167,19 +191,19 @@ def _find_targets(config: LoraConfig, base: nn.Module, folder: Path) -> dict[str
     """The modules that PEFT would adapt, in model order."""
     if not config.target_modules:
         raise UserError(f"{folder}: {CONFIG_FILE} names no target_modules")
-    try:
-        named = {
-            name: module for name, module in base.named_modules() if name and check_target_module_exists(config, name)
-        }
-        targets = {name: _target(config, name, module, folder) for name, module in named.items()}
-    except (re.error, AttributeError, TypeError, OverflowError) as error:
-        raise UserError(f"{folder}: {CONFIG_FILE} is no valid LoRA configuration: {error}") from error
+    modules = base_modules(base)
+    ranks, alphas = ValuesByName(config.rank_pattern or {}), ValuesByName(config.alpha_pattern or {})
+    targets = {}
+    for name in adapted_names(config, modules):
+        module = _adaptable(modules[name], name, folder)
+        rank, alpha = ranks.get(name, config.r), alphas.get(name, config.lora_alpha)
+        targets[name] = _Target(module, rank, alpha / (math.sqrt(rank) if config.use_rslora else rank))
     if not targets:
         raise UserError(f"{folder} does not fit {type(base).__name__}: its target_modules match no module of it")
     return targets
 
 
-def _target(config: LoraConfig, name: str, module: nn.Module, folder: Path) -> _Target:
+def _adaptable(module: nn.Module, name: str, folder: Path) -> nn.Linear | nn.Conv2d:
     if not isinstance(module, nn.Linear | nn.Conv2d):
         raise NotLowRankError(
             f"{folder} adapts {name}, a {type(module).__name__} and no Linear or Conv2d; {_MERGE_HINT}"
@@ -190,14 +214,7 @@ def _target(config: LoraConfig, name: str, module: nn.Module, folder: Path) -> _
         raise NotLowRankError(
             f"{folder} adapts {name}, a grouped, dilated or specially padded convolution; {_MERGE_HINT}"
         )
-    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
-    rank = ranks.get(get_pattern_key(list(ranks), name), config.r)
-    alpha = alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha)
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise UserError(f"{folder}: {CONFIG_FILE}: the rank of {name} must be a positive integer, got {rank!r}")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise UserError(f"{folder}: {CONFIG_FILE}: lora_alpha of {name} must be a number, got {alpha!r}")
-    return _Target(module, rank, alpha / (math.sqrt(rank) if config.use_rslora else rank))
+    return module
 
 
 # ---- tensors ------------------------------------------------------------------------------------------------------
@@ -207,7 +224,7 @@ def _digest(folder: Path, weights: bytes) -> str:
     """SHA-256 over the folder's configuration, metadata and weights."""
     digest = hashlib.sha256()
     for name in (CONFIG_FILE, METADATA_FILE):
-        content = (folder / name).read_bytes() if (folder / name).is_file() else b""
+        content = read_small(folder / name) if (folder / name).is_file() else b""
         digest.update(hashlib.sha256(content).digest())
     digest.update(weights)
     return digest.hexdigest()

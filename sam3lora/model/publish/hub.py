@@ -10,7 +10,8 @@ from safetensors import SafetensorError, safe_open
 
 from sam3lora.errors import UserError
 from sam3lora.model.adapter.folder import check_adapter_folder, is_adapter_folder
-from sam3lora.model.adapter.metadata import METADATA_FILE, read_metadata
+from sam3lora.model.adapter.folder_files import METADATA_FILE
+from sam3lora.model.adapter.metadata import read_metadata
 from sam3lora.model.base_folder import find_base
 from sam3lora.model.publish.model_card import CARD_FILE
 
