@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from sam3lora.engine.detections import BoxPrompt, Detections
 
@@ -48,6 +48,40 @@ class SegmentCall:
         if self.image.data is None or self.adapter is None:
             return self.image.key
         return f"adapter {self.adapter}"
+
+
+@dataclass(frozen=True)
+class AdapterQuery:
+    """Which adapters to list.
+
+    Attributes:
+        search: In the id or a prompt, whatever the case; None is all.
+        limit: Most adapters of the answer; None is no limit.
+        after: Only ids behind this one.
+    """
+
+    search: str | None = None
+    limit: int | None = None
+    after: str | None = None
+
+
+EVERY_ADAPTER = AdapterQuery()
+
+
+class AdapterRow(NamedTuple):
+    """A listed adapter as the JSON of an `AdapterResponse`: 2,000 of them pass as cheaply as one text."""
+
+    id: str
+    resident: bool
+    json: str
+
+
+class AdapterPage(NamedTuple):
+    """Listed adapters by id, the number of all that match, and whether more of them follow."""
+
+    rows: list[AdapterRow]
+    total: int
+    has_more: bool
 
 
 @dataclass(frozen=True)

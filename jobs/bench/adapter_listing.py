@@ -34,7 +34,7 @@ SAMPLE = Path(serve_app.__file__).parent / "samples" / "parts-light"
 PATHS = (
     "v1/adapters",
     "v1/adapters?limit=50",
-    "v1/adapters?search=line-1&limit=50",
+    "v1/adapters?search=LINE-000&limit=50",
     "v1/adapters?search=bolt&limit=50",
 )
 

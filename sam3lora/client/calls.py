@@ -11,6 +11,8 @@ from sam3lora.client.exchange import Budget, Call, Steps, exchange, read_answer
 from sam3lora.client.image_files import UploadedImage
 from sam3lora.client.segment_results import AdapterInfo, SegmentResults
 
+ADAPTERS_AT_ONCE = 500  # in one response
+
 LabelledBox = tuple[Iterable[float], int]
 """`((x0, y0, x1, y1), label)` in pixels; label 1: find such things, 0: not these."""
 
@@ -72,11 +74,25 @@ def upload(data: bytes, budget: Budget) -> Steps[UploadedImage]:
     return read_answer(reply, parse, budget.request_id)
 
 
-def adapters(budget: Budget) -> Steps[list[AdapterInfo]]:
-    reply = yield from exchange(Call("GET", "v1/adapters"), budget)
-    return read_answer(
-        reply, lambda answer: [AdapterInfo.from_json(adapter) for adapter in answer["adapters"]], budget.request_id
-    )
+def adapters(search: str | None, limit: int | None, budget: Budget) -> Steps[list[AdapterInfo]]:
+    """Page by page; a service of an earlier version answers with all at once."""
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit}")
+    found: list[AdapterInfo] = []
+    after: str | None = None
+
+    def parse(answer: Mapping[str, Any]) -> tuple[list[AdapterInfo], str | None]:
+        return [AdapterInfo.from_json(adapter) for adapter in answer["adapters"]], answer.get("next")
+
+    while True:
+        size = ADAPTERS_AT_ONCE if limit is None else min(ADAPTERS_AT_ONCE, limit - len(found))
+        asked = {"search": search, "limit": size, "after": after}
+        parameters = {name: value for name, value in asked.items() if value is not None}
+        reply = yield from exchange(Call("GET", "v1/adapters", {"params": parameters}), budget)
+        page, after = read_answer(reply, parse, budget.request_id)
+        found += page
+        if after is None or not page or len(found) == limit:
+            return found[:limit]
 
 
 def ready(budget: Budget) -> Steps[bool]:

@@ -122,8 +122,13 @@ class Client:
         """Upload an image for several calls about it; `image` as for `segment`."""
         return self._run(calls.upload(image_bytes(image), self._settings.budget()))
 
-    def adapters(self) -> list[AdapterInfo]:
-        return self._run(calls.adapters(self._settings.budget()))
+    def adapters(self, search: str | None = None, limit: int | None = None) -> list[AdapterInfo]:
+        """The adapters of the service by id: those with `search` in their id or a prompt, and at most `limit`.
+
+        Raises:
+            ValueError: `limit` is below 1.
+        """
+        return self._run(calls.adapters(search, limit, self._settings.budget()))
 
     def ready(self) -> bool:
         """Whether the service is ready now: one attempt of at most 5 s."""
@@ -204,8 +209,8 @@ class AsyncClient:
         data = await asyncio.to_thread(image_bytes, image)
         return await self._run(calls.upload(data, self._settings.budget()))
 
-    async def adapters(self) -> list[AdapterInfo]:
-        return await self._run(calls.adapters(self._settings.budget()))
+    async def adapters(self, search: str | None = None, limit: int | None = None) -> list[AdapterInfo]:
+        return await self._run(calls.adapters(search, limit, self._settings.budget()))
 
     async def ready(self) -> bool:
         try:

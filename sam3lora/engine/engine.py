@@ -24,10 +24,10 @@ from sam3lora.engine.device import find_device, find_precision, is_device_error,
 from sam3lora.engine.feature_cache import PreparedImage
 from sam3lora.engine.features import BASE, FeatureSource, SlotAdapter
 from sam3lora.engine.forward import MixedForward, Row
-from sam3lora.engine.selection import SmallDetections, Wanted
+from sam3lora.engine.selection import NotFiniteError, SmallDetections, Wanted
 from sam3lora.errors import UserError
 from sam3lora.model.adapter.bank import AdapterBank
-from sam3lora.model.adapter.weights import AdapterWeights, read_adapter_weights
+from sam3lora.model.adapter.weights import AdapterSummary, AdapterWeights, read_adapter_weights, read_summary
 from sam3lora.model.loading import LoadedBase, load_base
 from sam3lora.model.precision import store_matrices_in
 from sam3lora.model.staged.forward import StagedSam3, TextFeatures
@@ -37,6 +37,7 @@ BOXES_ALONE_PROMPT = "visual"
 """SAM 3 was trained to read this text beside boxes that have no text of their own."""
 
 WARM_UP_KEY = "warm-up"
+_PROBE_POST = PostProcessing(threshold=0.0, nms="none", max_detections=10)
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,8 @@ class Engine:
         # A compiled encoder makes one graph for one image and another for all larger batches.
         self._warm_up_images = max_images if compile_vision or self.device.type == "cuda" else 0
         self._counts: Counter[str] = Counter()
+        noise = np.random.default_rng(0).integers(0, 256, (self.resolution, self.resolution, 3), dtype=np.uint8)
+        self._probe = PreparedImage(WARM_UP_KEY, noise, noise.shape[:2])  # with the base's features once it was used
         self._max_rank = max_rank
         self._max_rows = max_rows
         self._no_gradients = torch.no_grad if in_training else torch.inference_mode
@@ -196,6 +199,15 @@ class Engine:
         """
         return read_adapter_weights(folder, self.base.model, max_rank=self._max_rank)
 
+    def summarise_adapter(self, folder: str | Path) -> AdapterSummary:
+        """What is known of an adapter folder without its weights. The first call computes the base's fingerprint.
+
+        Raises:
+            UserError: That shows already that `read_adapter` would refuse it.
+            OSError: A file cannot be read.
+        """
+        return read_summary(folder, self.base.model, max_rank=self._max_rank)
+
     # ---- from the model thread only -------------------------------------------------------------------------------
 
     def place_adapter(self, slot: int, weights: AdapterWeights) -> None:
@@ -204,6 +216,30 @@ class Engine:
         self._bank.put(slot, weights)
         geometry_cls = weights.geometry_cls if self._geometry_cls is None else self._geometry_cls
         self._adapters[slot] = SlotAdapter(slot, weights.version, weights.components, geometry_cls)
+
+    def check_adapter(self, slot: int) -> None:
+        """Ask a fixed image under the adapter in a slot, so that every part that it changes runs once.
+
+        Raises:
+            NotFiniteError: An output is NaN or infinite: its weights are finite, but too large.
+        """
+        adapter = self._adapters[slot]
+        box = BoxPrompt((0, 0, self.resolution / 2, self.resolution / 2))
+        boxes = ((), (box,)) if "geometry_encoder" in adapter.components else ((),)
+        with self._inference():
+            if self._probe.features is None:
+                (of_base,) = self._features.encode([self._probe], [None])
+                self._probe = replace(self._probe, features=of_base)
+            image = self._probe
+            if "vision_encoder" in adapter.components:
+                (features,) = self._features.encode([image], [slot])
+                image = replace(image, features=features)
+            asked = [PromptedImage(image, ("object",), shown, slot, _PROBE_POST) for shown in boxes]
+            if not all(found.is_finite for found in self._run(asked)):
+                raise NotFiniteError(
+                    "its outputs are NaN or infinite for a test image: the training that made it diverged, train it "
+                    "again with a lower learning rate"
+                )
 
     def clear_adapter(self, slot: int) -> None:
         self._adapters.pop(slot, None)
@@ -226,13 +262,14 @@ class Engine:
     def drop_features(self) -> None:
         """Free the memory of cached image features; images stay cached."""
         self._features.images.drop_features()
+        self._probe = replace(self._probe, features=None)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def warm_up(self) -> None:
         """Run the shapes that the first requests will have, so that they do not wait for compilation."""
-        noise = np.random.default_rng(0).integers(0, 256, (self.resolution, self.resolution, 3), dtype=np.uint8)
-        image = PreparedImage(WARM_UP_KEY, noise, noise.shape[:2])
+        image = replace(self._probe, features=None)
+        noise = image.pixels_RR3
         everything = PostProcessing(threshold=0.0)
         box = BoxPrompt((0, 0, self.resolution / 2, self.resolution / 2))
         others = [PreparedImage(f"{WARM_UP_KEY} {n}", noise, noise.shape[:2]) for n in range(self._warm_up_images)]
@@ -253,6 +290,7 @@ class Engine:
 
         Raises:
             UserError: A prompt is empty or too long, or a box is outside its image.
+            NotFiniteError: An output of the model is NaN or infinite.
             LookupError: A slot is empty.
         """
         for image in images:
@@ -266,7 +304,8 @@ class Engine:
         """As `detect`, for a service: masks stay small, and a mistake in one image leaves the others alone.
 
         An image that cannot be answered gives its exception: `UserError` for a prompt that is empty or too long or a
-        box outside its image, `LookupError` for an empty slot, or whatever else fails only with this image.
+        box outside its image, `NotFiniteError` where an output is NaN or infinite, `LookupError` for an empty slot, or
+        whatever else fails only with this image.
 
         Raises:
             torch.OutOfMemoryError, MemoryError: Together they take too much memory: ask fewer at a time.
@@ -279,7 +318,7 @@ class Engine:
         try:
             with self._inference():
                 rows = self._run(chosen)
-                found = [list(islice(rows, image.num_rows)) for image in chosen]
+                found = [_finite(list(islice(rows, image.num_rows))) for image in chosen]
         except Exception as error:
             if is_out_of_memory(error) or is_device_error(error):
                 raise
@@ -335,6 +374,12 @@ class Engine:
         half = self.precision == "bfloat16"
         with self._no_gradients(), torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half):
             yield
+
+
+def _finite(found: list[SmallDetections]) -> list[SmallDetections] | NotFiniteError:
+    if all(one.is_finite for one in found):
+        return found
+    return NotFiniteError("the outputs for this image are NaN or infinite")
 
 
 def relative_cxcywh(box: BoxPrompt, size_hw: tuple[int, int]) -> tuple[float, float, float, float]:

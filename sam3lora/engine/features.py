@@ -99,21 +99,25 @@ class FeatureSource:
         todo = list(missing.items())
         for start in range(0, len(todo), self._max_images):
             chunk = todo[start : start + self._max_images]
-            weight = next(self._base.model.parameters())
-            pixel_values_ICHW = to_pixel_values(
-                [image.pixels_RR3 for _, (image, _) in chunk],
-                self._base.resolution,
-                image_mean=self._base.image_mean,
-                image_std=self._base.image_std,
-                device=weight.device,
-                dtype=weight.dtype,
-            )
-            made = self._forward.encode_images(pixel_values_ICHW, [slot for _, (_, slot) in chunk])
+            made = self.encode([image for _, (image, _) in chunk], [slot for _, (_, slot) in chunk])
             self._counts["images_encoded"] += len(chunk)
             for (key, _), features in zip(chunk, made, strict=True):
                 found[key] = features
                 self.images.keep_features(*key, features)
         return found
+
+    def encode(self, images: Sequence[PreparedImage], slots: Sequence[int | None]) -> list[VisionFeatures]:
+        """Features of images (I = 1) under the adapters in these slots, made anew and not cached."""
+        weight = next(self._base.model.parameters())
+        pixel_values_ICHW = to_pixel_values(
+            [image.pixels_RR3 for image in images],
+            self._base.resolution,
+            image_mean=self._base.image_mean,
+            image_std=self._base.image_std,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        return self._forward.encode_images(pixel_values_ICHW, slots)
 
     def keep_text(self, features: Mapping[str, TextFeatures]) -> None:
         """Cache text features (P = 1 each) of the base's text tower."""

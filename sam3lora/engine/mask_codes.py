@@ -36,6 +36,17 @@ def encode_logits(logits_HW: np.ndarray, size_hw: tuple[int, int]) -> Rle:
     return {"size": list(size_hw), "counts": rle["counts"].decode("ascii")}
 
 
+def has_pixel(logits_HW: np.ndarray, size_hw: tuple[int, int]) -> bool:
+    """Whether the mask that `encode_logits` makes of these logits has a pixel."""
+    height, width = logits_HW.shape
+    if size_hw[0] >= height and size_hw[1] >= width:
+        # The centres of enlarged pixels are at most one small pixel apart: one of them lies within any 2 x 2 block.
+        inside = np.asarray(logits_HW) > 0
+        if (inside[1:, 1:] & inside[1:, :-1] & inside[:-1, 1:] & inside[:-1, :-1]).any():
+            return True
+    return len(_toggles(np.asarray(logits_HW, dtype=np.float32), size_hw)) > 0
+
+
 def rle_area_px(rle: Rle) -> int:
     return int(coco_mask.area(rle))
 

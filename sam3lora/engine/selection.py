@@ -16,11 +16,17 @@ from torch import Tensor
 
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.engine.detections import Detections
-from sam3lora.engine.mask_codes import encode_logits, rle_box_xyxy
+from sam3lora.engine.mask_codes import encode_logits, has_pixel, rle_area_px, rle_box_xyxy
 from sam3lora.engine.postprocess import Selection, select
+from sam3lora.errors import UserError
 from sam3lora.model.staged.stage_outputs import DetectorOutput
 
 MASKS_AT_ONCE = 256  # 85 MB of logits at 1008
+
+
+class NotFiniteError(UserError):
+    """The model computed NaN or infinite values for a find query: its weights, or an adapter's, have diverged."""
+
 
 MaskLogits = Callable[[Tensor, Tensor], Tensor]
 """Indices (M,) of find queries and of their object queries -> mask logits (M, h, w)."""
@@ -62,6 +68,7 @@ class SmallDetections:
         mask_logits_NHW: float32 (N, h, w); None if no masks were made.
         is_merged_N: Where true, the mask is a union, and the box does not enclose it.
         num_before_nms: How many there were before merging, suppression and the limit.
+        is_finite: False if an output of the model is NaN or infinite; there are no detections then.
     """
 
     wanted: Wanted
@@ -71,6 +78,7 @@ class SmallDetections:
     mask_logits_NHW: np.ndarray | None = field(repr=False)
     is_merged_N: np.ndarray = field(repr=False)
     num_before_nms: int = 0
+    is_finite: bool = True
 
     def encode(self, row: int) -> dict:
         """The RLE of one mask at the image's size."""
@@ -78,23 +86,43 @@ class SmallDetections:
         return encode_logits(self.mask_logits_NHW[row], self.wanted.size_hw)
 
     def at_full_size(self, rles: list[dict] | None = None) -> Detections:
-        """Boxes in pixels of the image, and masks as RLE: from `encode` for each row, if the caller has made them."""
+        """Boxes in pixels of the image, and masks as RLE: from `encode` for each row, if the caller has made them.
+
+        Detections whose mask has no pixel of the image are left out; where no masks were made, none is.
+
+        Raises:
+            NotFiniteError: An output of the model is NaN or infinite.
+        """
+        if not self.is_finite:
+            raise NotFiniteError(
+                f"the outputs for {self.wanted.prompt!r} are NaN or infinite: the training of the adapter or the model "
+                "diverged, use another one"
+            )
         if rles is None and self.mask_logits_NHW is not None and self.wanted.masks:
             rles = [self.encode(row) for row in range(len(self.scores_N))]
         boxes_xyxy = _to_pixels(self.boxes_cxcywh_N4, self.wanted.size_hw)
         for row in np.flatnonzero(self.is_merged_N):
             boxes_xyxy[row] = rle_box_xyxy(self.encode(int(row)) if rles is None else rles[row])
-        if rles is None and self.wanted.masks:
-            rles = []
+        seen = [row for row in range(len(self.scores_N)) if self._is_seen(row, rles)]
         return Detections(
             self.wanted.prompt,
             self.presence,
             self.wanted.size_hw,
-            self.scores_N,
-            boxes_xyxy,
-            rles if self.wanted.masks else None,
+            self.scores_N[seen],
+            boxes_xyxy[seen],
+            [rles[row] for row in seen]
+            if rles is not None and self.wanted.masks
+            else []
+            if self.wanted.masks
+            else None,
             self.num_before_nms,
         )
+
+    def _is_seen(self, row: int, rles: list[dict] | None) -> bool:
+        """Whether the mask has a pixel at the image's size."""
+        if rles is not None:
+            return rle_area_px(rles[row]) > 0
+        return self.mask_logits_NHW is None or has_pixel(self.mask_logits_NHW[row], self.wanted.size_hw)
 
 
 class _Candidates(NamedTuple):
@@ -118,30 +146,35 @@ def select_detections(
     boxes_BQ4 = output.boxes_cxcywh_LBQ4[-1].float().gather(1, query_BQ[:, :, None].expand(-1, -1, 4)).cpu()
     scores_BQ, query_BQ = scores_BQ.cpu(), query_BQ.cpu()
     presence_B = output.presence_logits_LB[-1].float().sigmoid().tolist()
+    is_finite_B = (scores_BQ.isfinite().all(1) & boxes_BQ4.isfinite().flatten(1).all(1)).tolist()
     found_B = []
-    for scores_Q, boxes_Q4, query_Q, wanted in zip(scores_BQ, boxes_BQ4, query_BQ, wanted_B, strict=True):
-        num = int((scores_Q >= wanted.score_cut).sum())
+    for scores_Q, boxes_Q4, query_Q, is_finite, wanted in zip(
+        scores_BQ, boxes_BQ4, query_BQ, is_finite_B, wanted_B, strict=True
+    ):
+        num = int((scores_Q >= wanted.score_cut).sum()) if is_finite else 0
         scores_N, boxes_N4 = scores_Q[:num], boxes_Q4[:num]
         # Boxes alone can decide now, and masks are then made for the selected detections only.
         selection = None if wanted.post.needs_masks and num else select(scores_N, _xyxy(boxes_N4), None, wanted.post)
         found_B.append(_Candidates(scores_N, boxes_N4, query_Q[:num], selection))
     logits_B = _mask_logits(found_B, wanted_B, mask_head)
-    for wanted, found, logits_NHW, presence in zip(wanted_B, found_B, logits_B, presence_B, strict=True):
+    for wanted, found, logits_NHW, presence, is_finite in zip(
+        wanted_B, found_B, logits_B, presence_B, is_finite_B, strict=True
+    ):
         selection = found.selection
         if selection is None:
             boxes_xyxy_N4 = _xyxy(found.boxes_cxcywh_N4)
             selection = select(found.scores_N, boxes_xyxy_N4, logits_NHW, wanted.post, merge_threshold=wanted.threshold)
             logits_NHW = selection.mask_logits_NHW
-        if not wanted.masks and not selection.is_merged_N.any():
-            logits_NHW = None
+        small_NHW = None if logits_NHW is None else logits_NHW.cpu().float().numpy()
         yield SmallDetections(
             wanted,
             presence,
             found.scores_N[selection.index_N].numpy(),
             found.boxes_cxcywh_N4[selection.index_N].numpy(),
-            None if logits_NHW is None else logits_NHW.cpu().float().numpy(),
+            small_NHW,
             selection.is_merged_N,
             len(found.scores_N),
+            is_finite=is_finite and (small_NHW is None or bool(np.isfinite(small_NHW).all())),
         )
 
 

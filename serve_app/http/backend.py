@@ -20,8 +20,16 @@ from ray.serve.exceptions import (
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.http.errors import ServeError
-from serve_app.http.schemas import AdapterResponse
-from serve_app.messages import ImageFile, ImageReply, SegmentCall, SegmentReply
+from serve_app.messages import (
+    EVERY_ADAPTER,
+    AdapterPage,
+    AdapterQuery,
+    AdapterRow,
+    ImageFile,
+    ImageReply,
+    SegmentCall,
+    SegmentReply,
+)
 from serve_app.settings import MESSAGE_LENGTH_VARIABLE, ServeSettings
 
 BROADCAST_TIMEOUT_S = 5.0  # for calls that every replica answers from memory
@@ -48,7 +56,7 @@ class Backend(Protocol):
 
     async def keep_image(self, image: ImageFile, timeout_s: float) -> ImageReply | ServeError: ...
 
-    async def list_adapters(self) -> list[AdapterResponse] | ServeError: ...
+    async def list_adapters(self, query: AdapterQuery = EVERY_ADAPTER) -> AdapterPage | ServeError: ...
 
     async def metrics(self) -> dict[str, str]:
         """Replica -> its metrics in the Prometheus text format."""
@@ -78,13 +86,13 @@ class ServeBackend:
 
         return await self._ask(send, image.key, timeout_s)
 
-    async def list_adapters(self) -> list[AdapterResponse] | ServeError:
-        answers = await self._ask_all("list_adapters")
-        lists = [answer for answer in answers if isinstance(answer, list)]
-        if not lists:
+    async def list_adapters(self, query: AdapterQuery = EVERY_ADAPTER) -> AdapterPage | ServeError:
+        answers = await self._ask_all("list_adapters", query)
+        pages = [answer for answer in answers if isinstance(answer, AdapterPage)]
+        if not pages:
             failures = (answer for answer in answers if isinstance(answer, ServeError))
             return next(failures, _not_ready())
-        return _joined(lists)
+        return _joined(pages, query.limit)
 
     async def metrics(self) -> dict[str, str]:
         return dict(answer for answer in await self._ask_all("named_metrics") if isinstance(answer, tuple))
@@ -125,12 +133,12 @@ class ServeBackend:
         except _NO_REPLICA:
             return _not_ready()
 
-    async def _ask_all(self, method: str) -> list[Any]:
+    async def _ask_all(self, method: str, *arguments: Any) -> list[Any]:
         """The answers of all replicas; those that fail or are late are left out."""
         give_up_at = time.monotonic() + NO_REPLICA_TIMEOUT_S
         while True:
             try:
-                answers = await self._handle.broadcast(method).results_async(
+                answers = await self._handle.broadcast(method, *arguments).results_async(
                     timeout_s=BROADCAST_TIMEOUT_S, return_exceptions=True
                 )
                 break
@@ -176,14 +184,16 @@ def _failure_of(status_code: str) -> Exception:
     return _MessageRefused() if status_code == "RESOURCE_EXHAUSTED" else _ReplicaFailed()
 
 
-def _joined(lists: list[list[AdapterResponse]]) -> list[AdapterResponse]:
-    """One entry for each adapter; it is resident if some replica holds it."""
-    joined: dict[str, AdapterResponse] = {}
-    for info in (info for infos in lists for info in infos):
-        known = joined.get(info.id)
-        if known is None or (info.resident and not known.resident):
-            joined[info.id] = info
-    return [joined[id] for id in sorted(joined)]
+def _joined(pages: list[AdapterPage], limit: int | None) -> AdapterPage:
+    """One row for each adapter; it is resident if some replica holds it."""
+    joined: dict[str, AdapterRow] = {}
+    for row in (row for page in pages for row in page.rows):
+        known = joined.get(row.id)
+        if known is None or (row.resident and not known.resident):
+            joined[row.id] = row
+    rows = sorted(joined.values())[:limit]
+    has_more = len(rows) < len(joined) or any(page.has_more for page in pages)
+    return AdapterPage(rows, max(page.total for page in pages), has_more)
 
 
 def _replica_failed() -> ServeError:

@@ -22,15 +22,15 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
 from sam3lora import __version__
-from sam3lora.config.post_processing import PostProcessing
 from serve_app.http.auth import keys_from_environment
 from serve_app.http.body import read_request
 from serve_app.http.envelope import Envelope, on_http_exception
 from serve_app.http.errors import ServeError, answer_too_large
 from serve_app.http.formats import is_costly, is_quick, prompt_response
+from serve_app.http.listing import adapters_json, check_listing
 from serve_app.http.openapi import TITLE, describe, operation
 from serve_app.http.requests import IMAGE_ID_PREFIX, check_segment, check_upload, to_call
-from serve_app.http.schemas import AdaptersResponse, ImageResponse, ImageSize, SegmentResponse, StatusResponse
+from serve_app.http.schemas import ImageResponse, ImageSize, SegmentResponse, StatusResponse
 from serve_app.metrics import CONTENT_TYPE, IngressMetrics, StageClock, merge
 from serve_app.settings import ServeSettings
 
@@ -134,9 +134,10 @@ class _Routes:
         )
         return _json(response.model_dump_json())
 
-    async def adapters(self) -> Response:
-        known = _value(await self._backend.list_adapters())
-        return _json(AdaptersResponse(adapters=known, base_post_processing=PostProcessing()).model_dump_json())
+    async def adapters(self, request: Request) -> Response:
+        asked = check_listing(request.query_params.multi_items())
+        page = _value(await self._backend.list_adapters(asked))
+        return _json(adapters_json(page, request.state.request_id))
 
     async def healthz(self) -> Response:
         return _json(StatusResponse(status="ok").model_dump_json())

@@ -18,6 +18,7 @@ from serve_app.http.auth import is_open
 from serve_app.http.body import MAX_JSON_BYTES
 from serve_app.http.errors import FIELD_OF, STATUS_OF
 from serve_app.http.schemas import (
+    AdaptersRequest,
     AdaptersResponse,
     ErrorResponse,
     ImageResponse,
@@ -124,7 +125,12 @@ def _operations() -> dict[str, dict[str, Any]]:
             ),
             "openapi_extra": {"parameters": [_request_id_parameter()], "requestBody": _image_body()},
         },
-        "adapters": {"summary": "List the adapters", "responses": _responses(("not_ready",), AdaptersResponse)},
+        "adapters": {
+            "summary": "List the adapters",
+            "description": "All of them; with `limit` page by page: `next` of one page is `after` of the next.",
+            "responses": _responses(("invalid_request", "not_ready"), AdaptersResponse),
+            "openapi_extra": {"parameters": _query_parameters(AdaptersRequest)},
+        },
         "healthz": {"summary": "Liveness", "responses": _responses((), StatusResponse, {"status": "ok"})},
         "readyz": {
             "summary": "Readiness",
@@ -223,6 +229,16 @@ def _request_id_parameter() -> dict[str, Any]:
         "schema": {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,64}$"},
         "description": "Returned with the response; generated if it is missing or of another form.",
     }
+
+
+def _query_parameters(model: type[BaseModel]) -> list[dict[str, Any]]:
+    """The fields of a model without nested ones; null, which a query cannot say, is left out."""
+    found = []
+    for name, field in model.model_json_schema()["properties"].items():
+        schema = next(one for one in field["anyOf"] if one["type"] != "null")
+        found.append({"name": name, "in": "query", "required": False, "description": field["description"]})
+        found[-1]["schema"] = schema
+    return found
 
 
 def _segment_example() -> dict[str, Any]:

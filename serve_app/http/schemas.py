@@ -16,13 +16,14 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field, StringConstraints, 
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.engine.detections import BoxPrompt
 from serve_app.http.errors import ServeError
-from serve_app.settings import ADAPTER_ID_PATTERN
+from serve_app.settings import ADAPTER_ID_PATTERN, ADAPTER_ID_RULE
 
 IMAGE_ID_PATTERN = r"^img_[0-9a-f]{64}$"
 MaskFormat = Literal["rle", "polygon", "png", "none"]
 
 _TYPE_OF_FIELD = {"prompts": "invalid_prompt", "boxes": "invalid_box", "adapter": "invalid_adapter"}
 _ADDRESS_FIELDS = frozenset(("image_url", "image_uri", "url", "uri", "image_path", "path"))
+_FORMS = {"adapter": ADAPTER_ID_RULE, "image_id": "it is the one that POST /v1/images returned"}
 _UNSHOWN = "(a name)"
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,60}")
 _UNPRINTABLE = frozenset(("Cc", "Cs", "Zl", "Zp"))  # control characters, half surrogate pairs, line separators
@@ -89,6 +90,20 @@ class SegmentRequest(_Request):
 
     def post_processing(self) -> dict[str, Any]:
         return self.model_dump(include=set(PostProcessing.model_fields), exclude_none=True)
+
+
+class AdaptersRequest(_Request):
+    """The query parameters of the listing."""
+
+    search: Annotated[str, StringConstraints(max_length=200)] | None = Field(
+        None, description="Only adapters with this text in their id or a recorded prompt, whatever the case."
+    )
+    limit: Annotated[int, Field(ge=1, le=1000)] | None = Field(
+        None, description="Most adapters of the response; all of them if not given."
+    )
+    after: Annotated[str, StringConstraints(max_length=200)] | None = Field(
+        None, description="Only adapters behind this id: `next` of the page before."
+    )
 
 
 class ImageUpload(_Request):
@@ -168,8 +183,11 @@ class AdapterResponse(BaseModel):
 
 
 class AdaptersResponse(BaseModel):
-    adapters: list[AdapterResponse]
+    adapters: list[AdapterResponse] = Field(description="By id.")
+    total: int = Field(description="Adapters that match the search, on all pages.")
+    next: str | None = Field(description="The value of `after` for the next page; null if this is the last one.")
     base_post_processing: PostProcessing = Field(description="Settings of the base model where a request gives none.")
+    request_id: str
 
 
 class StatusResponse(BaseModel):
@@ -208,6 +226,8 @@ def check(model: type[BaseModel], fields: Mapping[str, Any], *, strict: bool = T
         reason = "is no field: leave it out"
     elif first["type"] == "missing":
         reason = "is missing"
+    elif first["type"] == "string_pattern_mismatch":
+        reason = f"has another form than expected: {_FORMS[path]}"
     else:
         text = first["msg"].removeprefix("Input ")
         reason = f"{text[0].lower()}{text[1:]}"

@@ -5,33 +5,30 @@ All functions wait for the disk: call them in a thread.
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 import re
 import stat
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-from safetensors import SafetensorError, safe_open
-
-from sam3lora.errors import UserError
-from sam3lora.model.adapter.folder import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    FolderSignature,
-    folder_signature,
-    is_adapter_folder,
-    read_metadata,
-)
-from sam3lora.model.adapter.metadata import METADATA_FILE, recorded_post_processing
-from sam3lora.model.components import COMPONENTS, component_of
+from sam3lora.model.adapter.folder import FolderSignature, file_signature
+from sam3lora.model.adapter.folder_files import CONFIG_FILE, FILES, WEIGHTS_FILE
+from sam3lora.model.adapter.metadata import recorded_post_processing
+from sam3lora.model.adapter.weights import AdapterSummary, read_summary
+from sam3lora.model.components import COMPONENTS
 from serve_app.http.errors import ServeError, refuse_as
 from serve_app.http.schemas import AdapterResponse
-from serve_app.settings import ADAPTER_ID_PATTERN, AdapterSettings
+from serve_app.settings import ADAPTER_ID_PATTERN, ADAPTER_ID_RULE, AdapterSettings
 
-FILES = (CONFIG_FILE, WEIGHTS_FILE, METADATA_FILE)
+logger = logging.getLogger(__name__)
+
+MAX_LISTED_PROMPTS = 1000
+_MAX_ERROR_CHARS = 600
+_IS_ID = re.compile(ADAPTER_ID_PATTERN).fullmatch
 
 
 @dataclass(frozen=True)
@@ -43,13 +40,26 @@ class AdapterFolder:
     signature: FolderSignature
 
 
-class AdapterFolders:
-    """The folders under one root that the settings allow."""
+class Described(NamedTuple):
+    """A folder of the listing: what its files say, the same as JSON, and the text that a search looks into."""
 
-    def __init__(self, settings: AdapterSettings) -> None:
+    signature: FolderSignature
+    info: AdapterResponse
+    json: str
+    searched: str
+
+
+class AdapterFolders:
+    """The folders under one root that the settings allow.
+
+    `summarise` reads a folder without its weights, and raises what loading it would raise.
+    """
+
+    def __init__(self, settings: AdapterSettings, summarise: Callable[[Path], AdapterSummary] = read_summary) -> None:
         self._root = settings.root
         self._allowed = None if settings.allowed is None else frozenset(settings.allowed)
-        self._known: dict[str, tuple[FolderSignature, AdapterResponse]] = {}
+        self._summarise = summarise
+        self._known: dict[str, Described] = {}
         self._lock = threading.Lock()
 
     def allows(self, adapter_id: str) -> bool:
@@ -62,22 +72,40 @@ class AdapterFolders:
         Raises:
             ServeError: The id breaks the pattern, the folder is missing or not allowed, or a link leaves the root.
         """
-        if not re.fullmatch(ADAPTER_ID_PATTERN, adapter_id):
-            raise ServeError(
-                "invalid_adapter",
-                "an adapter id has up to 100 letters, digits, dots, hyphens and underscores and begins with a letter "
-                "or a digit: GET /v1/adapters lists them",
-            )
+        if not _IS_ID(adapter_id):
+            raise ServeError("invalid_adapter", f"{ADAPTER_ID_RULE}: GET /v1/adapters lists them")
         if self._root is None or not self.allows(adapter_id):
             raise _not_found(adapter_id)
+        return self._look(os.path.realpath(self._root), self._root, adapter_id)
+
+    def describe_all(self) -> list[Described]:
+        """All adapters that may be served, by id, broken ones with their error. Only changed folders are read again."""
+        if self._root is None:
+            return []
         root = os.path.realpath(self._root)
-        path = os.path.join(root, adapter_id)
         try:
-            folder = _stat_within(root, path)
+            names = sorted(os.listdir(root))
+        except OSError:
+            return []
+        found: dict[str, Described] = {}
+        for name in names:
+            if _IS_ID(name):
+                described = self._describe(root, name) if self.allows(name) else None
+            else:
+                described = self._describe_misnamed(root, name)
+            if described is not None:
+                found.setdefault(described.info.id, described)
+        with self._lock:
+            self._known = found
+        return sorted(found.values(), key=lambda described: described.info.id)
+
+    def _look(self, real_root: str, root: Path, adapter_id: str) -> AdapterFolder:
+        path = os.path.join(real_root, adapter_id)
+        try:
+            folder = _stat_within(real_root, path)
             if folder is None or not stat.S_ISDIR(folder.st_mode):
                 raise _not_found(adapter_id)
-            for name in FILES:
-                _stat_within(root, os.path.join(path, name))
+            files = [_stat_within(real_root, f"{path}/{name}") for name in FILES]
         except _OutsideError:
             raise ServeError(
                 "invalid_adapter",
@@ -85,51 +113,64 @@ class AdapterFolders:
             ) from None
         except OSError as error:
             raise ServeError("invalid_adapter", f"adapter {adapter_id!r} cannot be read: {error.strerror}") from None
-        return AdapterFolder(adapter_id, self._root / adapter_id, folder_signature(path))
+        signature = tuple(file_signature(file) if file is not None else None for file in files)
+        return AdapterFolder(adapter_id, root / adapter_id, signature)
 
-    def describe_all(self) -> list[tuple[FolderSignature, AdapterResponse]]:
-        """All adapters that may be served, by id, broken ones with their error. Only changed folders are read again."""
-        described = (self._describe(adapter_id) for adapter_id in self._names())
-        found = [one for one in described if one is not None]
-        with self._lock:
-            self._known = {info.id: (signature, info) for signature, info in found}
-        return found
-
-    def _names(self) -> list[str]:
-        """Names of the folders, links included, that have a file of an adapter."""
-        if self._root is None:
-            return []
-        try:
-            names = sorted(os.listdir(self._root))
-        except OSError:
-            return []
-        wanted = (CONFIG_FILE, WEIGHTS_FILE)
-        return [
-            name
-            for name in names
-            if re.fullmatch(ADAPTER_ID_PATTERN, name)
-            and any(os.path.isfile(os.path.join(self._root, name, file)) for file in wanted)
-        ]
-
-    def _describe(self, adapter_id: str) -> tuple[FolderSignature, AdapterResponse] | None:
-        """None for an adapter that may not be served or no longer exists."""
+    def _describe(self, real_root: str, adapter_id: str) -> Described | None:
+        """None for what is no adapter or no longer exists."""
+        assert self._root is not None
         signature: FolderSignature = ()
         try:
-            folder = self.find(adapter_id)
+            folder = self._look(real_root, self._root, adapter_id)
             signature = folder.signature
             with self._lock:
                 known = self._known.get(adapter_id)
-            if known is not None and known[0] == signature:
+            if known is not None and known.signature == signature:
                 return known
+            if not _has_files(folder.path):
+                return None
             with refuse_as("invalid_adapter", folder.path):
-                return signature, _describe_folder(folder)
+                return _described(signature, _response(adapter_id, self._summarise(folder.path), folder.path))
         except ServeError as error:
-            if error.type == "adapter_not_found":
+            if error.type == "adapter_not_found" or (not signature and not _has_files(self._root / adapter_id)):
                 return None
             message = error.message
-        except Exception as error:  # a damaged file may raise anything, and must not hide the other adapters
-            message = f"{adapter_id} cannot be read: {type(error).__name__}"
-        return signature, AdapterResponse(id=adapter_id, error=message)
+        except OSError as error:
+            message = f"adapter {adapter_id!r} cannot be read: {error.strerror}"
+        except Exception:  # a damaged file may raise anything, and must not hide the other adapters
+            logger.exception("adapter %s cannot be described", adapter_id)
+            message = f"adapter {adapter_id!r} cannot be read: the log of the service has the reason"
+        return _described(signature, AdapterResponse(id=adapter_id, error=message[:_MAX_ERROR_CHARS]))
+
+    def _describe_misnamed(self, real_root: str, name: str) -> Described | None:
+        """An adapter whose folder's name is no id, so that nobody can ask it; names with a dot first are hidden."""
+        if name.startswith(".") or self._allowed is not None or not _has_files(Path(real_root, name)):
+            return None
+        shown = "".join(char if char.isprintable() else "?" for char in name[:100]) + ("..." if len(name) > 100 else "")
+        return _described(
+            (), AdapterResponse(id=shown, error=f"its name is no id: rename the folder, {ADAPTER_ID_RULE}")
+        )
+
+
+def _described(signature: FolderSignature, info: AdapterResponse) -> Described:
+    searched = "\n".join((info.id, *info.prompts)).casefold()
+    return Described(signature, info, info.model_dump_json(), searched)
+
+
+def _response(adapter_id: str, known: AdapterSummary, folder: Path) -> AdapterResponse:
+    return AdapterResponse(
+        id=adapter_id,
+        prompts=known.metadata.prompts[:MAX_LISTED_PROMPTS] if known.metadata else [],
+        rank=known.rank,
+        size_bytes=known.size_bytes,
+        adapts=[name for name in COMPONENTS if name in known.components],
+        post_processing=recorded_post_processing(known.metadata),
+    )
+
+
+def _has_files(folder: Path) -> bool:
+    """Whether the folder, which may be a link, has a file of an adapter."""
+    return any(os.path.isfile(f"{folder}/{file}") for file in (CONFIG_FILE, WEIGHTS_FILE))
 
 
 def _not_found(adapter_id: str) -> ServeError:
@@ -154,33 +195,3 @@ def _stat_within(root: str, path: str) -> os.stat_result | None:
         return found
     except (FileNotFoundError, NotADirectoryError):
         return None
-
-
-def _describe_folder(folder: AdapterFolder) -> AdapterResponse:
-    """Reads headers and JSON only, no weights."""
-    if not is_adapter_folder(folder.path):
-        raise UserError(f"{folder.path} lacks {CONFIG_FILE} or {WEIGHTS_FILE}")
-    try:
-        config = json.loads((folder.path / CONFIG_FILE).read_text(encoding="utf-8"))
-        metadata = read_metadata(folder.path)
-        with safe_open(folder.path / WEIGHTS_FILE, framework="numpy") as header:
-            components = {component_of(name) for name in header.keys()}  # noqa: SIM118 (not a dict)
-        size_bytes = (folder.path / WEIGHTS_FILE).stat().st_size
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{folder.path} cannot be read: {error}") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise UserError(f"{folder.path / CONFIG_FILE} is no configuration of a LoRA adapter")
-    return AdapterResponse(
-        id=folder.id,
-        prompts=[str(prompt) for prompt in metadata.prompts] if metadata else [],
-        rank=_rank(config),
-        size_bytes=size_bytes,
-        adapts=[name for name in COMPONENTS if name in components],
-        post_processing=recorded_post_processing(metadata),
-    )
-
-
-def _rank(config: dict[str, Any]) -> int | None:
-    patterns = config.get("rank_pattern")
-    ranks = [config.get("r"), *(patterns.values() if isinstance(patterns, dict) else ())]
-    return max((rank for rank in ranks if isinstance(rank, int)), default=None)

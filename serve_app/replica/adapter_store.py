@@ -18,9 +18,9 @@ from sam3lora.model.adapter.folder import FolderSignature
 from sam3lora.model.adapter.metadata import recorded_post_processing
 from sam3lora.model.adapter.weights import AdapterWeights
 from serve_app.http.errors import ServeError, refuse_as
-from serve_app.http.schemas import AdapterResponse
+from serve_app.messages import EVERY_ADAPTER, AdapterPage, AdapterQuery, AdapterRow
 from serve_app.metrics import ReplicaMetrics
-from serve_app.replica.adapter_folders import AdapterFolder, AdapterFolders
+from serve_app.replica.adapter_folders import AdapterFolder, AdapterFolders, Described
 from serve_app.replica.adapter_slots import Load, LoadedAdapter, SlotTable
 from serve_app.replica.shared_calls import SharedCalls
 from serve_app.settings import AdapterSettings
@@ -31,7 +31,6 @@ MAX_LOADS = 4  # at a time; bounds the weights that are in memory and in no slot
 FAILURE_KEPT_S = 2.0
 
 T = TypeVar("T")
-Described = list[tuple[FolderSignature, AdapterResponse]]
 
 
 class HeldAdapter(NamedTuple):
@@ -101,9 +100,15 @@ class AdapterStore:
         finally:
             self._table.release(adapter)
 
-    async def list(self) -> list[AdapterResponse]:
-        """All adapters that may be served, sorted by id."""
-        return [self._with_state(*known) for known in await self._listing.run("all", self._folders.describe_all)]
+    async def list(self, query: AdapterQuery = EVERY_ADAPTER) -> AdapterPage:
+        """The adapters that may be served and match the query, by id."""
+        matching = await self._listing.run("all", self._folders.describe_all)
+        if query.search is not None:
+            text = query.search.casefold()
+            matching = [one for one in matching if text in one.searched]
+        following = matching if query.after is None else [one for one in matching if one.info.id > query.after]
+        page = following[: query.limit]
+        return AdapterPage([self._row(one) for one in page], len(matching), len(page) < len(following))
 
     def reconfigure(self, settings: AdapterSettings) -> None:
         """Use other folders from the next request on."""
@@ -128,8 +133,8 @@ class AdapterStore:
         self._listers.shutdown(wait=False, cancel_futures=True)
 
     def _look_into(self, settings: AdapterSettings) -> None:
-        self._folders = AdapterFolders(settings)
-        self._listing: SharedCalls[Described] = SharedCalls(self._listers)
+        self._folders = AdapterFolders(settings, self._engine.summarise_adapter)
+        self._listing: SharedCalls[list[Described]] = SharedCalls(self._listers)
 
     async def _acquire(self, adapter_id: str, deadline: float) -> LoadedAdapter:
         folder = await self._find(adapter_id)
@@ -217,7 +222,7 @@ class AdapterStore:
                 slot = await self._table.take()
                 load.waits_for_others = False
                 try:
-                    await self._run_in_model_thread(partial(self._engine.place_adapter, slot, weights))
+                    await self._run_in_model_thread(partial(self._place, slot, weights, load.folder))
                 except Exception:
                     self._spawn(self._empty(slot))
                     raise
@@ -236,6 +241,12 @@ class AdapterStore:
             self._loads.pop(load.folder.id, None)
             load.finished.set()
 
+    def _place(self, slot: int, weights: AdapterWeights, folder: AdapterFolder) -> None:
+        """In the model thread. An adapter whose outputs are not finite is refused before a request meets it."""
+        self._engine.place_adapter(slot, weights)
+        with refuse_as("invalid_adapter", folder.path):
+            self._engine.check_adapter(slot)
+
     def _read(self, adapter_id: str) -> tuple[AdapterFolder, AdapterWeights]:
         """Read an adapter, in a thread. `read_adapter` guards against a folder that changes meanwhile."""
         folder = self._folders.find(adapter_id)
@@ -244,9 +255,10 @@ class AdapterStore:
                 weights = self._engine.read_adapter(folder.path)
         except (ServeError, MemoryError):
             raise
-        except Exception as error:  # a damaged file may raise anything
+        except Exception:  # a damaged file may raise anything
             logger.exception("adapter %s cannot be read", adapter_id)
-            raise ServeError("invalid_adapter", f"{adapter_id} cannot be read: {type(error).__name__}") from None
+            message = f"adapter {adapter_id!r} cannot be read: the log of the service has the reason"
+            raise ServeError("invalid_adapter", message) from None
         if weights.signature != folder.signature:
             # It was replaced just before it was read: this version, too, must lie within the root.
             folder = self._folders.find(adapter_id)
@@ -271,10 +283,14 @@ class AdapterStore:
         finally:
             self._table.give_back(slot)
 
-    def _with_state(self, signature: FolderSignature, described: AdapterResponse) -> AdapterResponse:
-        failure = self._failures.get(described.id)
-        error = failure.message if failure is not None and failure.signature == signature else described.error
-        return described.model_copy(update={"resident": described.id in self._table, "error": error})
+    def _row(self, described: Described) -> AdapterRow:
+        info, json = described.info, described.json
+        failure = self._failures.get(info.id)
+        error = failure.message if failure is not None and failure.signature == described.signature else info.error
+        resident = info.id in self._table
+        if resident or error != info.error:
+            json = info.model_copy(update={"resident": resident, "error": error}).model_dump_json()
+        return AdapterRow(info.id, resident, json)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

@@ -21,11 +21,19 @@ from sam3lora.engine.detections import Detections
 from sam3lora.engine.device import is_device_error, is_out_of_memory
 from sam3lora.engine.engine import Engine, PromptedImage
 from sam3lora.engine.feature_cache import PreparedImage
-from sam3lora.engine.selection import SmallDetections
+from sam3lora.engine.selection import NotFiniteError, SmallDetections
 from sam3lora.model.tokenization import PromptError
 from serve_app.http.errors import ServeError, answer_too_large, refuse_as
-from serve_app.http.schemas import AdapterResponse, check_boxes
-from serve_app.messages import ImageFile, ImageReply, SegmentCall, SegmentReply
+from serve_app.http.schemas import check_boxes
+from serve_app.messages import (
+    EVERY_ADAPTER,
+    AdapterPage,
+    AdapterQuery,
+    ImageFile,
+    ImageReply,
+    SegmentCall,
+    SegmentReply,
+)
 from serve_app.metrics import ReplicaMetrics, StageClock
 from serve_app.replica.adapter_store import AdapterStore
 from serve_app.replica.batcher import Batcher
@@ -96,9 +104,9 @@ class ModelReplica:
         """Encode an image and keep it, so that later calls may send its key alone."""
         return await self._answered(self._keep(image, timeout_s))
 
-    async def list_adapters(self) -> list[AdapterResponse]:
-        """All adapters that may be served, sorted by id; `resident` says whether this replica holds the adapter."""
-        return await self._store.list()
+    async def list_adapters(self, query: AdapterQuery = EVERY_ADAPTER) -> AdapterPage:
+        """The adapters that may be served, sorted by id; `resident` says whether this replica holds the adapter."""
+        return await self._store.list(query)
 
     async def named_metrics(self) -> tuple[str, str]:
         """A name that no other replica has, and the metrics in Prometheus' text format."""
@@ -185,7 +193,10 @@ class ModelReplica:
                 clock.lap("adapter")
             post = _post_processing(adapter.post_processing, call.post_processing, self._limits.max_detections)
             asked = PromptedImage(image, call.prompts, call.boxes, adapter.slot, post, call.masks)
-            outcome = await self._batcher.submit(asked, rows=asked.num_rows, timeout_s=deadline - time.monotonic())
+            try:
+                outcome = await self._batcher.submit(asked, rows=asked.num_rows, timeout_s=deadline - time.monotonic())
+            except NotFiniteError:
+                raise _not_finite(call.adapter) from None
         clock.set("queue", outcome.waited_s)
         clock.set("forward", outcome.ran_s)
         assert isinstance(outcome.result, list)
@@ -274,6 +285,15 @@ def _check_size(results: Sequence[Detections], most_bytes: int) -> None:
     num_bytes = sum(len(rle["counts"]) for found in results for rle in found.rles or ())
     if num_bytes > most_bytes:
         raise answer_too_large(num_bytes, most_bytes)
+
+
+def _not_finite(adapter: str | None) -> ServeError:
+    if adapter is None:
+        return ServeError("internal", "the model's outputs for this image are NaN or infinite: send another image")
+    message = (
+        f"the outputs of adapter {adapter!r} for this image are NaN or infinite: train it again, or ask another one"
+    )
+    return ServeError("invalid_adapter", message)
 
 
 def _build_engine(settings: ServeSettings) -> Engine:

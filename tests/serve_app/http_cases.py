@@ -21,7 +21,16 @@ from sam3lora.engine.detections import Detections
 from serve_app.http.errors import ServeError
 from serve_app.http.ingress import create_api
 from serve_app.http.schemas import AdapterResponse
-from serve_app.messages import ImageFile, ImageReply, SegmentCall, SegmentReply
+from serve_app.messages import (
+    EVERY_ADAPTER,
+    AdapterPage,
+    AdapterQuery,
+    AdapterRow,
+    ImageFile,
+    ImageReply,
+    SegmentCall,
+    SegmentReply,
+)
 from serve_app.settings import Limits, ServeSettings
 
 SIZE_HW = (48, 64)
@@ -72,6 +81,7 @@ class FakeBackend:
     is_ready: bool = True
     calls: list[SegmentCall] = field(default_factory=list)
     kept: list[ImageFile] = field(default_factory=list)
+    listed: list[AdapterQuery] = field(default_factory=list)
     num_cancelled: int = 0
 
     async def segment(self, call: SegmentCall) -> SegmentReply | ServeError:
@@ -96,7 +106,8 @@ class FakeBackend:
         self.kept.append(image)
         return ImageReply(image.key, SIZE_HW, cached)
 
-    async def list_adapters(self) -> list[AdapterResponse] | ServeError:
+    async def list_adapters(self, query: AdapterQuery = EVERY_ADAPTER) -> AdapterPage | ServeError:
+        self.listed.append(query)
         cracks = AdapterResponse(
             id="cracks",
             prompts=["crack"],
@@ -106,13 +117,18 @@ class FakeBackend:
             post_processing=PostProcessing(threshold=0.3, prompt_thresholds={"crack": 0.2}),
             resident=True,
         )
-        return [cracks, AdapterResponse(id="old", error="trained on another base model")]
+        return page_of(cracks, AdapterResponse(id="old", error="trained on another base model"))
 
     async def metrics(self) -> dict[str, str]:
         return {"first": METRICS}
 
     async def ready(self) -> bool:
         return self.is_ready
+
+
+def page_of(*adapters: AdapterResponse, total: int | None = None, has_more: bool = False) -> AdapterPage:
+    rows = [AdapterRow(info.id, info.resident, info.model_dump_json()) for info in adapters]
+    return AdapterPage(rows, len(rows) if total is None else total, has_more)
 
 
 def make_settings(**limits: Any) -> ServeSettings:

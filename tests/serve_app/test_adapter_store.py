@@ -17,7 +17,10 @@ from safetensors.numpy import load_file
 
 from sam3lora.errors import UserError
 from sam3lora.model.adapter.folder import FolderSignature, read_unchanged
+from sam3lora.model.adapter.weights import AdapterSummary, read_summary
 from serve_app.http.errors import ServeError
+from serve_app.http.schemas import AdapterResponse
+from serve_app.messages import AdapterPage
 from serve_app.replica import adapter_store
 from serve_app.replica.adapter_store import AdapterStore
 from serve_app.replica.batcher import Batcher
@@ -47,6 +50,7 @@ class Model:
         self.reading = threading.Semaphore(0)
         self.threads: set[int] = set()
         self.place_error: Exception | None = None
+        self.diverged: float | None = None
 
     def read_adapter(self, folder: Path) -> Weights:
         def read(signature: FolderSignature) -> Weights:
@@ -68,6 +72,13 @@ class Model:
             raise self.place_error
         self.slots[slot] = weights.value
 
+    def check_adapter(self, slot: int) -> None:
+        if self.slots[slot] == self.diverged:
+            raise UserError("its outputs are NaN or infinite")
+
+    def summarise_adapter(self, folder: Path) -> AdapterSummary:
+        return read_summary(folder)
+
     def clear_adapter(self, slot: int) -> None:
         self.threads.add(threading.get_ident())
         self.slots.pop(slot, None)
@@ -78,6 +89,10 @@ class Counts(Counter):
 
     def __getattr__(self, name: str) -> Any:
         return SimpleNamespace(inc=lambda: self.update([name]))
+
+
+def listed(page: AdapterPage) -> list[AdapterResponse]:
+    return [AdapterResponse.model_validate_json(row.json) for row in page.rows]
 
 
 class Stage:
@@ -103,7 +118,10 @@ class Stage:
             return self.model.slots[slot]
 
     async def resident(self) -> list[str]:
-        return [info.id for info in await self.store.list() if info.resident]
+        return [info.id for info in await self.listed() if info.resident]
+
+    async def listed(self) -> list[AdapterResponse]:
+        return listed(await self.store.list())
 
     async def reading(self) -> None:
         """A read has begun."""
@@ -298,7 +316,7 @@ async def test_an_unreadable_new_version_leaves_the_old_one_in_service(root: Pat
         await stage.value("a")
         (root / "a" / "adapter_model.safetensors").write_bytes(b"half a fi")
         assert [await stage.value("a") for _ in range(50)] == [1] * 50
-        (info,) = [info for info in await stage.store.list() if info.id == "a"]
+        (info,) = [info for info in await stage.listed() if info.id == "a"]
         assert info.resident
         assert "damaged" in str(info.error)
     assert stage.model.reads["a"] == 2
@@ -334,14 +352,24 @@ async def test_a_broken_folder_is_refused_without_paths_and_read_again_only_afte
         monkeypatch.setattr(adapter_store, "FAILURE_KEPT_S", 0.0)
         write_adapter(root, "a", 12)
         assert await stage.value("a") == 12
-        assert [info.error for info in await stage.store.list()] == [None] * 5
+        assert [info.error for info in await stage.listed()] == [None] * 5
 
 
 async def test_any_exception_while_reading_makes_the_adapter_invalid(root: Path, monkeypatch: pytest.MonkeyPatch):
     async with open_stage(root) as stage:
         monkeypatch.setattr(stage.model, "read_adapter", lambda folder: 1 / 0)
         error = await refused(stage.value("a"))
-        assert (error.type, "ZeroDivisionError" in error.message) == ("invalid_adapter", True)
+        assert (error.type, "log of the service" in error.message) == ("invalid_adapter", True)
+
+
+async def test_an_adapter_whose_outputs_are_not_finite_is_refused_and_its_slot_is_free_again(root: Path):
+    async with open_stage(root, num_slots=1) as stage:
+        stage.model.diverged = 2
+        error = await refused(stage.value("b"))
+        assert (error.type, "NaN" in error.message) == ("invalid_adapter", True)
+        assert await stage.value("a") == 1  # in the only slot
+        assert {info.id: info.error for info in await stage.listed()}["b"] == error.message
+        assert stage.model.slots == {0: 1.0}
 
 
 async def test_a_folder_that_changes_while_it_is_read_is_read_again(root: Path):
@@ -431,11 +459,11 @@ async def test_concurrent_lists_are_one_and_delay_no_request(root: Path):
             await asyncio.sleep(0.001)
         assert await stage.value("a") == 1
         go.set()
-        for infos in await asyncio.gather(*lists):
-            assert [info.id for info in infos if info.resident] == ["a"]
+        for page in await asyncio.gather(*lists):
+            assert [row.id for row in page.rows if row.resident] == ["a"]
         assert len(calls) == 1
         stage.store.reconfigure(AdapterSettings(root=root, allowed=("b",)))
-        assert [info.id for info in await stage.store.list()] == ["b"]
+        assert [info.id for info in await stage.listed()] == ["b"]
 
 
 async def test_a_slot_that_could_not_be_filled_is_not_lost(root: Path):

@@ -18,6 +18,8 @@ from serve_app.http.schemas import AdapterResponse
 from serve_app.messages import ImageFile, SegmentCall, SegmentReply
 from serve_app.settings import Limits, ServeSettings
 
+from .http_cases import page_of
+
 pytestmark = pytest.mark.anyio
 REPLY = SegmentReply((4, 4), [], {})
 CALL = SegmentCall(ImageFile("key", b"image"), ("crack",), timeout_s=5.0)
@@ -61,7 +63,7 @@ class FakeHandle:
         self.responses.append(FakeResponse(self._outcomes.pop(0)))
         return self.responses[-1]
 
-    def broadcast(self, method: str) -> Any:
+    def broadcast(self, method: str, *sent: Any) -> Any:
         outcome = self._outcomes.pop(0)
 
         class Answers:
@@ -143,7 +145,11 @@ def test_full_queues(status: int, type: str):
 async def test_broadcasts_join_all_replicas():
     backend = ServeBackend(
         FakeHandle(
-            [[AdapterResponse(id="b"), AdapterResponse(id="a")], died(), [AdapterResponse(id="b", resident=True)]],
+            [
+                page_of(AdapterResponse(id="a"), AdapterResponse(id="b")),
+                died(),
+                page_of(AdapterResponse(id="b", resident=True)),
+            ],
             [("one", "text"), died()],
             [died(), True],
             [],
@@ -152,7 +158,7 @@ async def test_broadcasts_join_all_replicas():
         ),
         ServeSettings(),
     )
-    assert await backend.list_adapters() == [AdapterResponse(id="a"), AdapterResponse(id="b", resident=True)]
+    assert await backend.list_adapters() == page_of(AdapterResponse(id="a"), AdapterResponse(id="b", resident=True))
     assert await backend.metrics() == {"one": "text"}
     assert await backend.ready()
     assert not await backend.ready()
@@ -165,7 +171,7 @@ async def test_broadcasts_join_all_replicas():
 async def test_a_broadcast_waits_for_a_replica():
     """Serve has none in its list while the only one takes over a new user_config."""
     gone = DeploymentUnavailableError(DeploymentID("Segmenter"))
-    adapter = AdapterResponse(id="a")
-    backend = ServeBackend(FakeHandle(gone, gone, [[adapter]], gone, [("one", "text")]), ServeSettings())
-    assert await backend.list_adapters() == [adapter]
+    page = page_of(AdapterResponse(id="a"))
+    backend = ServeBackend(FakeHandle(gone, gone, [page], gone, [("one", "text")]), ServeSettings())
+    assert await backend.list_adapters() == page
     assert await backend.metrics() == {"one": "text"}

@@ -28,6 +28,7 @@ from sam3lora.engine.engine import Engine, PromptedImage
 from sam3lora.engine.selection import SmallDetections
 from sam3lora.model.loading import LoadedBase
 from serve_app.http.errors import ServeError
+from serve_app.http.schemas import AdapterResponse
 from serve_app.messages import ImageFile, ImageReply, SegmentCall, SegmentReply
 from serve_app.metrics import STAGES
 from serve_app.replica import adapter_store, mask_encoder, replica
@@ -421,7 +422,7 @@ async def test_failures_keep_no_images_alive(play: Callable, gate: Gate):
 async def test_settings_of_adapters_change_while_it_runs(play: Callable, root: Path):
     async with play() as service:
         await service.reconfigure(AdapterSettings(root=root, preload=("towers",)).model_dump(mode="json"))
-        listed = {info.id: info for info in await service.list_adapters()}
+        listed = {row.id: AdapterResponse.model_validate_json(row.json) for row in (await service.list_adapters()).rows}
         assert [(id, info.resident) for id, info in listed.items()] == [
             ("broken", False),
             ("heads", False),
@@ -430,7 +431,7 @@ async def test_settings_of_adapters_change_while_it_runs(play: Callable, root: P
         assert listed["towers"].adapts == ["vision_encoder", "detr_decoder"]
         assert listed["broken"].error
         await service.reconfigure({"root": str(root), "allowed": ["heads"]})
-        assert [info.id for info in await service.list_adapters()] == ["heads"]
+        assert [row.id for row in (await service.list_adapters()).rows] == ["heads"]
         assert (await refused(service, call(adapter="towers"))).type == "adapter_not_found"
         with pytest.raises(pydantic.ValidationError):
             await service.reconfigure({"roots": "typo"})

@@ -7,6 +7,7 @@ A folder holds plain PEFT files (``adapter_config.json``, ``adapter_model.safete
 from __future__ import annotations
 
 import copy
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
@@ -22,7 +23,7 @@ from torch import nn
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.errors import UserError
 from sam3lora.files import whole_folder, write_whole
-from sam3lora.model.adapter.folder_files import CONFIG_FILE, METADATA_FILE, WEIGHTS_FILE, is_adapter_folder, shown
+from sam3lora.model.adapter.folder_files import CONFIG_FILE, FILES, WEIGHTS_FILE, is_adapter_folder, shown
 from sam3lora.model.adapter.metadata import AdapterMetadata, read_metadata, read_metadata_values, write_metadata
 from sam3lora.model.adapter.peft_config import read_config
 from sam3lora.model.adapter.peft_files import check_finite, check_shapes, read_header, read_tensors, tensor_name
@@ -175,14 +176,17 @@ def check_adapter_folder(folder: str | Path) -> None:
 def folder_signature(folder: str | Path) -> FolderSignature:
     """Device, inode, size and times of each file of an adapter; None for a missing file. Files are not opened."""
     found: list[tuple[int, ...] | None] = []
-    for name in (CONFIG_FILE, WEIGHTS_FILE, METADATA_FILE):
+    for name in FILES:
         try:
-            file = (Path(folder) / name).stat()
+            found.append(file_signature((Path(folder) / name).stat()))
         except OSError:
             found.append(None)
-        else:
-            found.append((file.st_dev, file.st_ino, file.st_size, file.st_mtime_ns, file.st_ctime_ns))
     return tuple(found)
+
+
+def file_signature(file: os.stat_result) -> tuple[int, ...]:
+    """What `folder_signature` says of one file."""
+    return file.st_dev, file.st_ino, file.st_size, file.st_mtime_ns, file.st_ctime_ns
 
 
 def read_unchanged(folder: Path, read: Callable[[FolderSignature], T]) -> T:

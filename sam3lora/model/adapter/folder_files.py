@@ -20,6 +20,7 @@ from sam3lora.errors import UserError
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 METADATA_FILE = "sam3lora.json"
+FILES = (CONFIG_FILE, WEIGHTS_FILE, METADATA_FILE)
 
 MAX_JSON_BYTES = 4 * 2**20
 MAX_JSON_VALUES = 100_000

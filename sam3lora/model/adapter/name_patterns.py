@@ -1,8 +1,8 @@
 """Regular expressions on module names, as adapter configurations have them, matched in linear time.
 
 Python's `re` goes back and tries again: an expression such as ``(.*)*(a+)+b`` would hold the interpreter for hours.
-Here an expression is an automaton that follows all its branches at once: a name takes one step a character, a step visits
-each place of the expression at most once, and names with a common beginning share its steps.
+Here an expression is an automaton that follows all its branches at once: a name takes one step a character, a step
+visits each place of the expression at most once, and names with a common beginning share its steps.
 
     literal    letters, digits, ``_`` and ``-``; any other ASCII mark behind a backslash
     any of     ``.``  ``[a-z_]``  ``[^.]``  ``\\d``  ``\\w``

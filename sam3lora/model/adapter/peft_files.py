@@ -18,6 +18,7 @@ from sam3lora.model.adapter.folder_files import CONFIG_FILE, WEIGHTS_FILE, open_
 MAX_TENSORS = 20_000
 MAX_HEADER_BYTES = 4 * 2**20
 MAX_WEIGHTS_BYTES = 8 * 2**30
+TENSOR_PREFIX = "base_model.model."
 _FLOATING = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # dtype -> bytes of a value
 
 
@@ -109,7 +110,7 @@ def _check_sizes(
 
 def tensor_name(module: str, tensor: str) -> str:
     """Name in the file of a tensor of a module, ``lora_A.weight`` for example."""
-    return f"base_model.model.{module}.{tensor}"
+    return f"{TENSOR_PREFIX}{module}.{tensor}"
 
 
 def lora_shapes(name: str, module: nn.Linear | nn.Conv2d, rank: int, use_dora: bool) -> dict[str, tuple[int, ...]]:

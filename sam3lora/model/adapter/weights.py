@@ -21,7 +21,14 @@ from sam3lora.model.adapter.folder import FolderSignature, read_unchanged, refus
 from sam3lora.model.adapter.folder_files import CONFIG_FILE, METADATA_FILE, WEIGHTS_FILE, read_small
 from sam3lora.model.adapter.metadata import AdapterMetadata, read_metadata
 from sam3lora.model.adapter.peft_config import read_config
-from sam3lora.model.adapter.peft_files import check_finite, lora_shapes, read_header, read_tensors, tensor_name
+from sam3lora.model.adapter.peft_files import (
+    TENSOR_PREFIX,
+    check_finite,
+    lora_shapes,
+    read_header,
+    read_tensors,
+    tensor_name,
+)
 from sam3lora.model.adapter.target_modules import ValuesByName, adapted_names, base_modules
 from sam3lora.model.components import component_of, unwrap
 from sam3lora.model.fingerprint import fingerprint
@@ -143,7 +150,8 @@ def read_summary(folder: str | Path, model: nn.Module | None = None, *, max_rank
         raise UserError(
             f"{folder} has rank {rank}, but at most {max_rank} is accepted here: raise the limit or merge it"
         )
-    components = {component for name in read_header(folder) if (component := component_of(name)) is not None}
+    roots = {name.removeprefix(TENSOR_PREFIX).partition(".")[0] for name in read_header(folder)}
+    components = {component for root in roots if (component := component_of(root)) is not None}
     return AdapterSummary(config, metadata, rank, (folder / WEIGHTS_FILE).stat().st_size, frozenset(components))
 
 
