@@ -18,10 +18,12 @@ from sam3lora.engine.detections import BoxPrompt
 from sam3lora.engine.device import is_device_error, is_out_of_memory
 from sam3lora.engine.engine import Engine, PromptedImage
 from sam3lora.engine.forward import MixedForward
-from sam3lora.engine.selection import SmallDetections, Wanted
+from sam3lora.engine.selection import NotFiniteError, SmallDetections, Wanted
 from sam3lora.errors import UserError
+from sam3lora.model.adapter.weights import AdapterWeights
 
 from .engine_cases import (
+    ADAPTERS,
     EVERY,
     PeftReference,
     make_engine,
@@ -374,6 +376,44 @@ def test_only_the_culprit_of_a_broken_batch_fails(engine, slots, images, monkeyp
     answers = engine.detect_small(questions)
     assert isinstance(answers[1], ZeroDivisionError)
     assert_same([answers[0], answers[2]], [expected[0], expected[2]])
+
+
+def diverged(weights: AdapterWeights) -> AdapterWeights:
+    """Finite weights, far too large."""
+    modules = {name: replace(one, down=one.down * 1e30, up=one.up * 1e30) for name, one in weights.modules.items()}
+    return replace(weights, modules=modules, version="diverged")
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_diverged_adapter_is_found_whatever_it_changes(engine, slots, adapters, images, name):
+    # vision, text, detector, geometry or masks; what is in the other slots passes
+    engine.place_adapter(9, diverged(engine.read_adapter(adapters[name])))
+    with pytest.raises(NotFiniteError):
+        engine.check_adapter(9)
+    engine.clear_adapter(9)
+    for slot in slots.values():
+        if slot is not None:
+            engine.check_adapter(slot)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_outputs_that_are_not_finite_fail_their_request_alone(engine, slots, adapters, images, name):
+    image = engine.prepare_image(images[0], "image 0")
+    boxes = BOXES if name == "geometry" else ()
+    good = [PromptedImage(image, ("crack",), boxes, slot, EVERY) for slot in (None, slots["vision"], slots["text"])]
+    expected = ask(engine, good)
+    engine.place_adapter(9, diverged(engine.read_adapter(adapters[name])))
+    bad = replace(good[0], slot=9, prompts=("crack", "hole"))
+    first, failed, *others = engine.detect_small([good[0], bad, *good[1:]])
+    assert isinstance(failed, NotFiniteError)
+    assert_same([first, *others], expected)
+    # nothing is kept of it that another request could meet
+    engine.clear_adapter(9)
+    assert_same(ask(engine, good), expected)
+    engine.place_adapter(9, diverged(engine.read_adapter(adapters[name])))
+    with pytest.raises(NotFiniteError, match="'crack'"):
+        engine.detect([bad])
+    engine.clear_adapter(9)
 
 
 @pytest.mark.parametrize(

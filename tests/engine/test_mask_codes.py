@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pycocotools import mask as coco_mask
 
 from sam3lora.data.rle import read_rle
-from sam3lora.engine.mask_codes import encode_logits, rle_area_px, rle_box_xyxy, rle_to_polygons
+from sam3lora.engine.mask_codes import encode_logits, has_pixel, rle_area_px, rle_box_xyxy, rle_to_polygons
 
 # (small size, size of the image): larger, equal, smaller, mixed, one pixel, not square
 SIZES = [
@@ -164,3 +164,17 @@ def test_polygons_of_parts_holes_and_specks():
         [2.0, 2.0, 2.0, 9.0, 9.0, 9.0, 9.0, 2.0],
         [12.0, 12.0, 12.0, 15.0, 18.0, 15.0, 18.0, 12.0],
     ]
+
+
+def test_whether_a_mask_has_a_pixel():
+    # Single pixels, lines and blocks, enlarged and reduced, as the code itself says.
+    generator = np.random.default_rng(0)
+    seen = []
+    for _ in range(300):
+        small_hw, size_hw = generator.integers(1, 12, 2), tuple(map(int, generator.integers(1, 30, 2)))
+        logits = np.where(
+            generator.random(small_hw) < 0.15, generator.random(small_hw), -20 * generator.random(small_hw)
+        )
+        seen.append(rle_area_px(encode_logits(logits, size_hw)) > 0)
+        assert has_pixel(logits, size_hw) == seen[-1]
+    assert 50 < sum(seen) < 280

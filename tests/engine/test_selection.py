@@ -11,6 +11,7 @@ from sam3lora.config.post_processing import PostProcessing
 from sam3lora.engine.detections import BoxPrompt, Detections
 from sam3lora.engine.engine import Engine, PromptedImage
 from sam3lora.engine.features import to_pixel_values
+from sam3lora.engine.selection import SmallDetections, Wanted
 from sam3lora.model.tokenization import tokenize
 
 from .engine_cases import EVERY
@@ -120,3 +121,28 @@ def test_boxes_are_pixels_of_the_original(ask, image):
     # scores that are almost equal may come in another order
     distances = np.abs(found.boxes_xyxy[:, None] * [3, 2, 3, 2] - of_large.boxes_xyxy[None]).max(2)
     assert max(distances.min(0).max(), distances.min(1).max()) < 8
+
+
+@pytest.mark.parametrize("size_hw", [(8, 8), (40, 30), (3, 3)])
+def test_detections_without_a_pixel_are_no_detections(size_hw):
+    # Three masks: a block, nothing, and a speck that is lost unless the centre of a pixel lies on it.
+    logits = np.full((3, 8, 8), -5.0, np.float32)
+    logits[0, 1:6, 1:6] = 5
+    logits[2, 6, 6] = 0.01
+    boxes = np.array([[0.4, 0.4, 0.6, 0.6], [0.5, 0.5, 0.2, 0.2], [0.9, 0.9, 0.1, 0.1]], np.float32)
+    scores = np.array([0.9, 0.8, 0.7], np.float32)
+    expected = [0.9, 0.7] if size_hw == (8, 8) else [0.9]
+    for masks in (True, False):  # the same whether masks are sent or not
+        wanted = Wanted("gear", size_hw, EVERY, masks=masks)
+        small = SmallDetections(wanted, 0.5, scores, boxes, logits, np.zeros(3, bool), num_before_nms=3)
+        found = small.at_full_size()
+        assert found.scores.tolist() == pytest.approx(expected)
+        assert len(found.boxes_xyxy) == len(expected)
+        assert found.num_before_nms == 3
+        if masks:
+            assert min(found.areas_px) > 0
+            made = [small.encode(row) for row in range(3)]
+            assert small.at_full_size(made).rles == found.rles
+    # no masks were made: nothing is known of pixels
+    small = SmallDetections(Wanted("gear", size_hw, EVERY, masks=False), 0.5, scores, boxes, None, np.zeros(3, bool))
+    assert len(small.at_full_size()) == 3
