@@ -159,6 +159,30 @@ def test_adapters(kind):
     assert (second.prompts, second.rank, second.resident, second.error) == ((), None, False, "no weights")
 
 
+def test_adapters_page_by_page(kind):
+    def page(request: httpx.Request) -> httpx.Response:
+        asked = dict(request.url.params)
+        names = [name for name in ("a1", "a2", "b", "a3") if asked.get("search", "") in name]
+        following = sorted(name for name in names if name > asked.get("after", ""))
+        most = min(int(asked["limit"]), 2)  # the service may send smaller pages
+        shown, left = following[:most], following[most:]
+        return httpx.Response(200, json={"adapters": [{"id": id} for id in shown], "next": shown[-1] if left else None})
+
+    def found(**asked: object) -> list[str]:
+        return [info.id for info in Script(page).client(kind).adapters(**asked)]
+
+    assert found() == ["a1", "a2", "a3", "b"]
+    assert found(search="a") == ["a1", "a2", "a3"]
+    assert found(search="a", limit=1) == ["a1"]
+    assert found(limit=3) == ["a1", "a2", "a3"]
+    assert found(search="nothing") == []
+    with pytest.raises(ValueError, match="at least 1"):
+        found(limit=0)
+    # a service of an earlier version sends all at once
+    everything = Script(httpx.Response(200, json={"adapters": [{"id": "a"}, {"id": "b"}, {"id": "c"}]}))
+    assert [info.id for info in everything.client(kind).adapters(limit=2)] == ["a", "b"]
+
+
 # --- uploaded images ---
 
 

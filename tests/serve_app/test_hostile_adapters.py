@@ -30,6 +30,7 @@ from .test_replica import image
 
 pytestmark = pytest.mark.anyio
 REFUSED = {"invalid_adapter", "adapter_not_found"}
+PORT = 18837
 PATIENCE_S = 20.0  # of a busy machine; what an expression in `re` takes is minutes
 
 
@@ -123,12 +124,12 @@ def check_message(adapter: str, message: str, root: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_service_on_ray_answers_others_throughout(tmp_path: Path, spread_base: Path, unused_tcp_port: int):
+def test_the_service_on_ray_answers_others_throughout(tmp_path: Path, spread_base: Path):
     small = SmallService(tmp_path, base=spread_base)
     hostile = write_hostile(small.root, small.root / "towers", 200, seed=3)
     (small.root / "my adapter").mkdir()
     shutil.copy(small.root / "towers" / "adapter_config.json", small.root / "my adapter")
-    with start_service(unused_tcp_port) as service, httpx.Client(base_url=service.url, timeout=60) as client:
+    with start_service(PORT) as service, httpx.Client(base_url=service.url, timeout=60) as client:
         service.deploy(small.settings())
 
         def ask(adapter: str | None) -> httpx.Response:
