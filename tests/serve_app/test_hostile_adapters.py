@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
+import numpy as np
 import pytest
 
 from sam3lora.engine.detections import Detections
@@ -132,11 +133,16 @@ def test_the_service_on_ray_answers_others_throughout(tmp_path: Path, spread_bas
     with start_service(PORT) as service, httpx.Client(base_url=service.url, timeout=60) as client:
         service.deploy(small.settings())
 
+        def scores_of(answer: httpx.Response) -> list[float]:
+            assert answer.status_code == 200, answer.text
+            results = answer.json()["results"]
+            return [one["score"] for result in results for one in result["detections"]]
+
         def ask(adapter: str | None) -> httpx.Response:
             form = {"request": json.dumps(fields(adapter))}
             return client.post("/v1/segment", files={"image": ("image", image().data)}, data=form)
 
-        expected = {adapter: ask(adapter).json()["results"] for adapter in (None, "heads")}
+        expected = {adapter: scores_of(ask(adapter)) for adapter in (None, "heads")}
         pids = service.pids()
         times: list[float] = []
 
@@ -149,16 +155,17 @@ def test_the_service_on_ray_answers_others_throughout(tmp_path: Path, spread_bas
         with ThreadPoolExecutor(4) as attackers:
             started = time.monotonic()
             assert client.get("/v1/adapters?limit=1000").json()["total"] > len(hostile) / 2
-            times.append(time.monotonic() - started)
+            listing_s = time.monotonic() - started
             running = [attackers.submit(attack, adapter) for adapter in hostile]
             while not all(one.done() for one in running):
                 for adapter, right in expected.items():
                     started = time.monotonic()
-                    assert ask(adapter).json()["results"] == right
+                    assert scores_of(ask(adapter)) == pytest.approx(right, abs=1e-3)
                     times.append(time.monotonic() - started)
             for one in running:
                 one.result()
-        print(f"slowest of {len(times)} answers of others {max(times):.2f} s")
+        print(f"first listing {listing_s:.2f} s; {len(times)} answers of others: ", end="")
+        print(", ".join(f"{share:.0%} in {np.quantile(times, share):.2f} s" for share in (0.5, 0.95, 1)))
         assert max(times) < PATIENCE_S
         assert service.pids() == pids
         found = {one["id"]: one["error"] for one in client.get("/v1/adapters").json()["adapters"]}
