@@ -27,6 +27,7 @@ from serve_app.settings import ADAPTER_ID_PATTERN, ADAPTER_ID_RULE, AdapterSetti
 logger = logging.getLogger(__name__)
 
 MAX_LISTED_PROMPTS = 1000
+MAX_LISTED_CHARS = 200  # of a prompt
 _MAX_ERROR_CHARS = 600
 _IS_ID = re.compile(ADAPTER_ID_PATTERN).fullmatch
 
@@ -130,7 +131,7 @@ class AdapterFolders:
             if not _has_files(folder.path):
                 return None
             with refuse_as("invalid_adapter", folder.path):
-                return _described(signature, _response(adapter_id, self._summarise(folder.path), folder.path))
+                return _described(signature, _response(adapter_id, self._summarise(folder.path)))
         except ServeError as error:
             if error.type == "adapter_not_found" or (not signature and not _has_files(self._root / adapter_id)):
                 return None
@@ -157,10 +158,11 @@ def _described(signature: FolderSignature, info: AdapterResponse) -> Described:
     return Described(signature, info, info.model_dump_json(), searched)
 
 
-def _response(adapter_id: str, known: AdapterSummary, folder: Path) -> AdapterResponse:
+def _response(adapter_id: str, known: AdapterSummary) -> AdapterResponse:
+    prompts = known.metadata.prompts if known.metadata else []
     return AdapterResponse(
         id=adapter_id,
-        prompts=known.metadata.prompts[:MAX_LISTED_PROMPTS] if known.metadata else [],
+        prompts=[prompt[:MAX_LISTED_CHARS] for prompt in prompts[:MAX_LISTED_PROMPTS]],
         rank=known.rank,
         size_bytes=known.size_bytes,
         adapts=[name for name in COMPONENTS if name in known.components],

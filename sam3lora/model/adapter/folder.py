@@ -24,7 +24,13 @@ from sam3lora.config.post_processing import PostProcessing
 from sam3lora.errors import UserError
 from sam3lora.files import whole_folder, write_whole
 from sam3lora.model.adapter.folder_files import CONFIG_FILE, FILES, WEIGHTS_FILE, is_adapter_folder, shown
-from sam3lora.model.adapter.metadata import AdapterMetadata, read_metadata, read_metadata_values, write_metadata
+from sam3lora.model.adapter.metadata import (
+    AdapterMetadata,
+    check_prompt_thresholds,
+    read_metadata,
+    read_metadata_values,
+    write_metadata,
+)
 from sam3lora.model.adapter.peft_config import read_config
 from sam3lora.model.adapter.peft_files import check_finite, check_shapes, read_header, read_tensors, tensor_name
 from sam3lora.model.adapter.target_modules import ValuesByName, adapted_names, base_modules, exactly
@@ -147,9 +153,10 @@ def record_post_processing(folder: str | Path, post: PostProcessing) -> None:
     They are then the defaults wherever the adapter is used. All other values and the text of the card stay.
 
     Raises:
-        UserError: The folder holds no complete adapter, or its metadata are damaged.
+        UserError: The folder holds no complete adapter, its metadata are damaged, or there are too many thresholds.
     """
     folder = Path(folder)
+    check_prompt_thresholds(post)
     if not is_adapter_folder(folder):
         raise UserError(f"{folder} is no adapter folder: expected {CONFIG_FILE} and {WEIGHTS_FILE} in it")
     metadata = replace(read_metadata(folder) or AdapterMetadata(versions={}), post_processing=post)

@@ -40,10 +40,11 @@ def open_regular(file: Path) -> Iterator[tuple[BinaryIO, int]]:
         OSError: It cannot be opened.
     """
     descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode):
+        os.close(descriptor)
+        raise UserError(f"{file} is no regular file: put the file itself there")
     with os.fdopen(descriptor, "rb") as opened:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise UserError(f"{file} is no regular file: put the file itself there")
         yield opened, found.st_size
 
 

@@ -15,6 +15,8 @@ from sam3lora.files import write_whole
 from sam3lora.model.adapter.folder_files import METADATA_FILE, read_json_object, shown
 
 FORMAT_VERSION = 1
+MAX_TEXT_CHARS = 4096
+MAX_PROMPT_THRESHOLDS = 5_000
 
 
 def current_versions() -> dict[str, str]:
@@ -78,7 +80,10 @@ class AdapterMetadata:
                 raise UserError(f"{METADATA_FILE}: {name} must be {types[0].__name__}, got {shown(value)}")
         for text in (metadata.base_model, metadata.base_revision, metadata.base_fingerprint, *metadata.prompts):
             if text is not None and not is_printable(text):
-                raise UserError(f"{METADATA_FILE}: expected texts of characters that can be shown, got {shown(text)}")
+                raise UserError(
+                    f"{METADATA_FILE}: expected texts of characters that can be shown, at most {MAX_TEXT_CHARS}, got "
+                    f"{shown(text)}"
+                )
         return replace(metadata, post_processing=_read_post_processing(values))
 
 
@@ -97,14 +102,24 @@ def _read_post_processing(values: dict[str, Any]) -> PostProcessing | None:
         post = PostProcessing(**recorded)
     except UserError as error:
         raise UserError(f"{METADATA_FILE}: {key}: {str(error)[:300]}") from None
-    if not all(map(is_printable, post.prompt_thresholds)):
-        raise UserError(f"{METADATA_FILE}: {key}: prompt_thresholds has a prompt that cannot be shown")
+    check_prompt_thresholds(post)
     return post
 
 
+def check_prompt_thresholds(post: PostProcessing) -> None:
+    """Raise a UserError for thresholds that an adapter cannot record."""
+    if len(post.prompt_thresholds) > MAX_PROMPT_THRESHOLDS or not all(map(is_printable, post.prompt_thresholds)):
+        raise UserError(
+            f"{METADATA_FILE}: prompt_thresholds must have at most {MAX_PROMPT_THRESHOLDS} prompts of characters that "
+            f"can be shown, got {len(post.prompt_thresholds)}: record one threshold for all prompts"
+        )
+
+
 def is_printable(text: object) -> bool:
-    """Whether it is a text that can be written as UTF-8, without control characters."""
-    return isinstance(text, str) and not any(unicodedata.category(char) in ("Cc", "Cs") for char in text)
+    """Whether it is a short text that can be written as UTF-8, without control characters."""
+    if not isinstance(text, str) or len(text) > MAX_TEXT_CHARS:
+        return False
+    return text.isprintable() or not any(unicodedata.category(char) in ("Cc", "Cs") for char in text)
 
 
 def write_metadata(folder: Path, values: dict[str, Any]) -> None:

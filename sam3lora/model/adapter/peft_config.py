@@ -132,6 +132,7 @@ def _are_layers(value: object) -> bool:
 
 
 _NAMES = f"a list of at most {MAX_NAMES} names of at most {MAX_NAME_CHARS} characters"
+_PLAIN_NAMES = f"{_NAMES}, of letters, digits and _ . -"
 _TARGETS = f"{_NAMES}, or an expression of at most {MAX_EXPRESSION_CHARS} characters"
 _FIELDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "r": ("a positive integer", is_rank),
@@ -139,10 +140,10 @@ _FIELDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "lora_dropout": ("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1),
     "target_modules": (_TARGETS, _are_targets),
     "exclude_modules": (_TARGETS, _are_targets),
-    "modules_to_save": (_NAMES, _are_plain_names),
-    "target_parameters": (_NAMES, _are_plain_names),
+    "modules_to_save": (_PLAIN_NAMES, _are_plain_names),
+    "target_parameters": (_PLAIN_NAMES, _are_plain_names),
     "layers_to_transform": ("a list of layer numbers", _are_layers),
-    "layers_pattern": (_NAMES, lambda value: _are_plain_names([value] if isinstance(value, str) else value)),
+    "layers_pattern": (_PLAIN_NAMES, lambda value: _are_plain_names([value] if isinstance(value, str) else value)),
     "base_model_name_or_path": ("a text", _is_text),
     "revision": ("a text", _is_text),
     "task_type": ("a text", _is_text),
