@@ -20,6 +20,7 @@ import pydantic
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.engine import selection
@@ -247,6 +248,37 @@ async def test_errors_are_typed_values_and_the_replica_continues(play: Callable,
         assert isinstance(mixed[0], SegmentReply)
         assert isinstance(mixed[-1], SegmentReply)
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+async def test_an_adapter_that_diverged_is_refused_and_answers_nothing_if_it_was_not_noticed(
+    play: Callable, gate: Gate, spread_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for name, kind in (("good", "text"), ("diverged", "vision")):
+        write_adapter(tmp_path / name, spread_base, kind, 1)
+    weights = tmp_path / "diverged" / "adapter_model.safetensors"
+    save_file({name: 1e30 * tensor for name, tensor in load_file(weights).items()}, weights)
+    async with play(adapters=AdapterSettings(root=tmp_path)) as service:
+        error = await refused(service, call(adapter="diverged"))
+        assert (error.type, "NaN" in error.message) == ("invalid_adapter", True)
+        expected = await answered(service, call(adapter="good"))
+    # the test image showed nothing: its requests fail, and others of the same batch do not
+    monkeypatch.setattr(gate, "check_adapter", lambda slot: None)
+    async with play(gate, adapters=AdapterSettings(root=tmp_path)) as service:
+        loaded = AdapterSettings(root=tmp_path, preload=("good", "diverged"))
+        await service.reconfigure(loaded.model_dump(mode="json"))
+        first = await gate.occupy(service)
+        names = ("good", "diverged", None, "good")
+        waiting = [asyncio.create_task(service.segment(call(adapter=name))) for name in names]
+        while service._batcher.queue_length < len(names):
+            await asyncio.sleep(0.001)
+        gate.open.set()
+        good, diverged, base, again = await asyncio.gather(*waiting)
+        assert isinstance(diverged, ServeError)
+        assert (diverged.type, "'diverged'" in diverged.message) == ("invalid_adapter", True)
+        assert isinstance(base, SegmentReply)
+        for reply in (good, again):
+            np.testing.assert_allclose(reply.results[0].scores, expected.results[0].scores, atol=1e-5)
+        await first
 
 
 async def test_recorded_settings_hold_where_the_request_gives_none(
