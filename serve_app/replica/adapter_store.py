@@ -135,6 +135,7 @@ class AdapterStore:
     def _look_into(self, settings: AdapterSettings) -> None:
         self._folders = AdapterFolders(settings, self._engine.summarise_adapter)
         self._listing: SharedCalls[list[Described]] = SharedCalls(self._listers)
+        self._listers.submit(self._folders.describe_all)  # so that the first listing need not read thousands of folders
 
     async def _acquire(self, adapter_id: str, deadline: float) -> LoadedAdapter:
         folder = await self._find(adapter_id)
