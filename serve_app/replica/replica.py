@@ -22,6 +22,7 @@ from sam3lora.engine.device import is_device_error, is_out_of_memory
 from sam3lora.engine.engine import Engine, PromptedImage
 from sam3lora.engine.feature_cache import PreparedImage
 from sam3lora.engine.selection import NotFiniteError, SmallDetections
+from sam3lora.errors import UserError
 from sam3lora.model.tokenization import PromptError
 from serve_app.http.errors import ServeError, answer_too_large, refuse_as
 from serve_app.http.schemas import check_boxes
@@ -169,6 +170,9 @@ class ModelReplica:
         except PromptError as error:  # its own message shows the prompt
             name = f"prompts[{error.number}]"
             return ServeError("invalid_prompt", f"{name} {error.fault}", field=name)
+        except UserError as error:  # the checks of the ingress come first; its message may repeat the request
+            _log(error)
+            return ServeError("invalid_request", "the model refuses the request: check its prompts and boxes")
         except Exception as error:
             if is_out_of_memory(error):
                 return ServeError("out_of_memory", "memory ran out: try again later", 1.0)
