@@ -74,7 +74,7 @@ def parse_json(body: bytes | str) -> dict[str, Any]:
     if isinstance(body, bytes):
         _check_json_size(body)
     try:
-        parsed = json.loads(body, object_pairs_hook=_once, parse_constant=_no_constant)
+        parsed = json.loads(body, object_pairs_hook=_once, parse_float=_number, parse_constant=_no_constant)
     except RecursionError:
         raise ServeError("malformed_body", "the JSON is nested too deeply") from None
     except json.JSONDecodeError as error:
@@ -202,6 +202,12 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
                 raise ServeError("invalid_request", f"{shown} is given twice", field=field_at(shown))
             seen.add(name)
     return found
+
+
+def _number(text: str) -> float:
+    """JSON has one type of numbers: 1.0 is an integer."""
+    value = float(text)
+    return int(value) if value.is_integer() else value
 
 
 def _no_constant(name: str) -> None:

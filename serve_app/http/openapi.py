@@ -61,6 +61,8 @@ _SEGMENT = (
     "answer_too_large",
 )
 _BINARY = {"type": "string", "format": "binary"}
+_NUMBER = r"-?[0-9]+(\.[0-9]+)?"
+_BOX = f"^{_NUMBER}(,{_NUMBER}){{3}}(,[01])?$"
 _RAW_TYPES = ("image/jpeg", "image/png", "application/octet-stream")
 
 
@@ -79,7 +81,9 @@ def describe(api: FastAPI, limits: Limits) -> None:
         _, schemas = models_json_schema(models, ref_template=_REF.replace("{}", "{model}"))  # type: ignore[arg-type]
         components = document.setdefault("components", {})
         components.setdefault("schemas", {}).update(schemas["$defs"])
-        _write_limits(components["schemas"]["SegmentRequest"]["properties"], limits)
+        fields = components["schemas"]["SegmentRequest"]["properties"]
+        _write_limits(fields, limits)
+        document["paths"]["/v1/segment"]["post"]["parameters"] += _segment_parameters(fields)
         components["securitySchemes"] = {
             "bearer": {"type": "http", "scheme": "bearer"},
             "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
@@ -177,10 +181,6 @@ def _segment_body() -> dict[str, Any]:
     boxes = {"boxes": [{"xyxy": [22, 16, 50, 44], "label": 1}], "masks": "polygon", "threshold": 0.3}
     request = {"$ref": _REF.format("SegmentRequest")}
     encoded = base64.b64encode(sample_png()).decode()
-    raw = {
-        "schema": _BINARY,
-        "x-query": "the fields of SegmentRequest as query parameters: prompts=a&prompts=b&boxes=x0,y0,x1,y1,label",
-    }
     return {
         "required": True,
         "description": "Multipart, JSON, or a raw image with the request in query parameters. JSON has at most "
@@ -197,7 +197,7 @@ def _segment_body() -> dict[str, Any]:
                 "schema": _form({"image": _BINARY, "request": request}),
                 "encoding": {"request": {"contentType": "application/json"}},
             },
-            **dict.fromkeys(_RAW_TYPES, raw),
+            **{kind: {"schema": _BINARY} for kind in _RAW_TYPES},
         },
     }
 
@@ -226,8 +226,9 @@ def _request_id_parameter() -> dict[str, Any]:
         "name": "X-Request-ID",
         "in": "header",
         "required": False,
-        "schema": {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,64}$"},
-        "description": "Returned with the response; generated if it is missing or of another form.",
+        "schema": {"type": "string"},
+        "description": "Returned with the response if it has up to 64 letters, digits, dots, hyphens and underscores; "
+        "otherwise, and without it, an id is generated.",
     }
 
 
@@ -239,6 +240,26 @@ def _query_parameters(model: type[BaseModel]) -> list[dict[str, Any]]:
         found.append({"name": name, "in": "query", "required": False, "description": field["description"]})
         found[-1]["schema"] = schema
     return found
+
+
+def _segment_parameters(fields: dict[str, Any]) -> list[dict[str, Any]]:
+    """The fields of a request whose body is the image itself.
+
+    They have no defaults: generated clients would send those beside other bodies, which is refused.
+    """
+    boxes = {"type": "array", "maxItems": fields["boxes"]["maxItems"], "items": {"type": "string", "pattern": _BOX}}
+    asked = {name: schema for name, schema in fields.items() if not name.startswith("image_")} | {"boxes": boxes}
+    without_null = {name: schema.get("anyOf", [schema])[0] for name, schema in asked.items()}
+    return [
+        {
+            "name": name,
+            "in": "query",
+            "required": False,
+            "schema": {key: value for key, value in schema.items() if key != "default"},
+            "description": f"Beside a raw image only: {fields[name]['description']}",
+        }
+        for name, schema in without_null.items()
+    ]
 
 
 def _segment_example() -> dict[str, Any]:

@@ -274,12 +274,15 @@ class ModelReplica:
 
 
 def _post_processing(recorded: PostProcessing, requested: Mapping[str, Any], most_detections: int) -> PostProcessing:
-    """The adapter's settings, changed by those of the request, within the limit of the service."""
+    """The adapter's settings, changed by those of the request, within the limit of the service.
+
+    A value without effect is refused, unless it is the adapter's own: what the service shows may be sent back.
+    """
     post = recorded.changed(**requested)
-    if "merge_iou" in requested and not post.merge:
+    if post.merge_iou != recorded.merge_iou and not post.merge:
         message = "merge_iou has an effect with merge true only: set merge, or leave it out"
         raise ServeError("invalid_request", message, field="merge_iou")
-    if "nms_iou" in requested and post.nms == "none":
+    if post.nms_iou != recorded.nms_iou and post.nms == "none":
         message = 'nms_iou has no effect with nms "none": leave it out, or set nms'
         raise ServeError("invalid_request", message, field="nms_iou")
     return post.changed(max_detections=min(post.max_detections, most_detections))

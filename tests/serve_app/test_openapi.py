@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 from serve_app.http.errors import STATUS_OF
-from serve_app.http.ingress import create_api
 
-from .http_cases import FakeBackend, make_client, make_settings
+from .http_cases import make_client
 
 
 @pytest.fixture(scope="module")
@@ -68,38 +67,3 @@ def test_limits_in_force_are_described():
     assert properties["prompts"]["maxItems"] == 3
     assert properties["prompts"]["items"] == {"type": "string", "minLength": 1, "maxLength": 40}
     assert properties["max_detections"]["anyOf"][0] == {"type": "integer", "minimum": 1, "maximum": 200}
-
-
-@pytest.mark.slow
-def test_requests_made_from_the_description():
-    """Valid and invalid ones: no 5xx, and only statuses and answers that are described."""
-    schemathesis = pytest.importorskip("schemathesis")
-    from hypothesis import HealthCheck, given, settings
-    from schemathesis import GenerationMode
-    from schemathesis.checks import not_a_server_error
-    from schemathesis.specs.openapi import checks as openapi
-
-    checks = [
-        not_a_server_error,
-        openapi.status_code_conformance,
-        openapi.content_type_conformance,
-        openapi.response_schema_conformance,
-        openapi.response_headers_conformance,
-    ]
-    schema = schemathesis.openapi.from_asgi("/openapi.json", create_api(make_settings(), FakeBackend()))
-    seen: set[int] = set()
-    for found in schema.get_all_operations():
-        operation = found.ok()
-        for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
-            if mode is GenerationMode.NEGATIVE and operation.method == "get":
-                continue  # there is nothing to get wrong
-
-            @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-            @given(case=operation.as_strategy(generation_mode=mode))
-            def probe(case: Any) -> None:
-                response = case.call()
-                seen.add(response.status_code)
-                case.validate_response(response, checks=checks)
-
-            probe()
-    assert {200, 422} <= seen
