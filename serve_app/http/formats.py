@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Callable, Sequence
 
 import cv2
+import numpy as np
 from pycocotools import mask as coco_mask
 
 from sam3lora.engine.detections import Detections
 from sam3lora.engine.mask_codes import Rle, rle_area_px, rle_to_polygons
+from serve_app.http.errors import ServeError
 from serve_app.http.schemas import DetectionResponse, MaskFormat, PromptResponse, RleMask
 
 _PNG_OPTIONS = [cv2.IMWRITE_PNG_BILEVEL, 1, cv2.IMWRITE_PNG_COMPRESSION, 1]
@@ -32,8 +35,11 @@ def prompt_response(
     """The response body of one prompt; `is_over` is asked before every mask.
 
     Raises:
+        ServeError: A number is not finite: JSON has no word for it.
         TimeoutError: It is over: nobody waits for the response any more.
     """
+    if not (math.isfinite(found.presence) and np.isfinite(found.scores).all() and np.isfinite(found.boxes_xyxy).all()):
+        raise ServeError("internal", "the model's answer holds numbers that are not finite")
     # model_construct: the values are our own and need no validation.
     detections = [
         DetectionResponse.model_construct(score=round(score, 6), box_xyxy=[round(value, 2) for value in box])
