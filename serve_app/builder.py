@@ -79,7 +79,7 @@ def build(args: ServeSettings) -> Application:
     ingress = serve.deployment(
         name="Ingress",
         num_replicas=settings.ingress_replicas,
-        max_ongoing_requests=2 * limits.max_in_flight,
+        max_ongoing_requests=4 * limits.max_in_flight,  # above what our own admission refuses, with a message
         ray_actor_options={"num_cpus": 0.1},
         max_surge_percent=100,  # it needs few resources: a new one answers before the old one ends
         graceful_shutdown_timeout_s=limits.timeout_s,

@@ -48,7 +48,10 @@ class Limits(_Settings):
         description="Requests that may wait on a replica; one more is refused at once with Retry-After.",
     )
     max_in_flight: int = Field(
-        default=256, gt=0, description="Requests that an ingress replica holds, with their bodies; one more is refused."
+        default=256,
+        gt=0,
+        description="Requests that an ingress replica works on; one more is refused. Also the bodies that arrive at a "
+        "time; beyond it the slowest is ended.",
     )
     overload_status: Literal[503, 429] = 503
 

@@ -60,7 +60,7 @@ class ServerError(SegmentationError):
 
 
 class Timeout(SegmentationError):
-    """504, or no response within `timeout_s`."""
+    """504, 408 (the request was sent too slowly), or no response within `timeout_s`."""
 
 
 class ConnectionFailed(SegmentationError):
@@ -70,6 +70,7 @@ class ConnectionFailed(SegmentationError):
 def class_of_status(status: int) -> type[SegmentationError]:
     by_status: dict[int, type[SegmentationError]] = {
         401: Unauthorized,
+        408: Timeout,
         403: Unauthorized,
         404: NotFound,
         429: Overloaded,

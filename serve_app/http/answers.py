@@ -26,6 +26,8 @@ def error_answer(error: ServeError, request_id: str, headers: Mapping[str, str] 
     response = Response(json.dumps({"error": fields}), error.status, media_type="application/json", headers=headers)
     if error.status in (503, 429):
         response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s or 1)))
+    if error.status == 408:
+        response.headers["Connection"] = "close"  # or the rest of the body would still be read
     if error.status == 401:
         response.headers["WWW-Authenticate"] = "Bearer"
     return response

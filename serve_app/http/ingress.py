@@ -22,6 +22,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
 from sam3lora import __version__
+from serve_app.http.arrivals import Admission
 from serve_app.http.auth import keys_from_environment
 from serve_app.http.body import read_request
 from serve_app.http.envelope import Envelope, on_http_exception
@@ -73,17 +74,16 @@ class _Routes:
         self._backend = backend
         self._metrics = metrics
         self._name = f"ingress-{uuid.uuid4().hex[:8]}"
-        self._num_in_flight = 0
         self._closing = False
-        self._max_in_flight = min(settings.limits.max_in_flight, settings.most_in_flight)
+        self._admission = Admission(settings)
         # A pool of its own: masks of large images must not delay the checks of other requests.
         self._mask_threads = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="masks")
 
     async def segment(self, request: Request) -> Response:
         limits = self._limits
         clock = StageClock(request.state.started_s)
-        async with self._admitted(request) as deadline_s:
-            received = await read_request(request, limits.max_body_bytes)
+        async with self._admitted(request) as (incoming, deadline_s):
+            received = await read_request(incoming, limits.max_body_bytes)
             clock.lap("body")
             asked, image = await asyncio.to_thread(check_segment, received, limits)
             clock.lap("check")
@@ -117,8 +117,8 @@ class _Routes:
     async def images(self, request: Request) -> Response:
         limits = self._limits
         clock = StageClock(request.state.started_s)
-        async with self._admitted(request) as deadline_s:
-            received = await read_request(request, limits.max_body_bytes)
+        async with self._admitted(request) as (incoming, deadline_s):
+            received = await read_request(incoming, limits.max_body_bytes)
             clock.lap("body")
             image = await asyncio.to_thread(check_upload, received, limits)
             clock.lap("check")
@@ -145,7 +145,7 @@ class _Routes:
     async def drain(self, timeout_s: float) -> None:
         self._closing = True
         give_up_at = time.monotonic() + timeout_s
-        while self._num_in_flight and time.monotonic() < give_up_at:
+        while self._admission.num_requests and time.monotonic() < give_up_at:
             await asyncio.sleep(0.02)
 
     async def readyz(self) -> Response:
@@ -178,23 +178,16 @@ class _Routes:
             raise ServeError("not_ready", "the service is stopping: try again in a few seconds", 2.0)
 
     @contextlib.asynccontextmanager
-    async def _admitted(self, request: Request) -> AsyncIterator[float]:
-        """Limit how many requests are in progress, and for how long. Yields the deadline of this one."""
-        limits = self._limits
+    async def _admitted(self, request: Request) -> AsyncIterator[tuple[Request, float]]:
+        """Limit how many requests are in progress, and for how long. Yields the one to read from, and its deadline."""
         self._check_open()
-        if self._num_in_flight >= self._max_in_flight:
-            type = "too_many_requests" if limits.overload_status == 429 else "overloaded"
-            raise ServeError(type, "more requests are under way than the service takes: try again later", 1.0)
-        deadline_s = request.state.started_s + limits.timeout_s
-        self._num_in_flight += 1
+        deadline_s = request.state.started_s + self._limits.timeout_s
         try:
-            async with asyncio.timeout(_left(deadline_s) + GRACE_S):
-                yield deadline_s
+            async with asyncio.timeout(_left(deadline_s) + GRACE_S), self._admission.admit(request) as incoming:
+                yield incoming, deadline_s
         except TimeoutError:
-            message = f"no answer within {limits.timeout_s:g} s: try again later, or with fewer prompts"
+            message = f"no answer within {self._limits.timeout_s:g} s: try again later, or with fewer prompts"
             raise ServeError("timeout", message) from None
-        finally:
-            self._num_in_flight -= 1
 
 
 async def _while_connected(request: Request, answer: Awaitable[T]) -> T:

@@ -38,6 +38,7 @@ _REF = "#/components/schemas/{}"
 _COMMON = ("malformed_request", "unauthorized", "headers_too_large", "internal")
 _BODY = (
     "malformed_body",
+    "slow_body",
     "body_too_large",
     "image_too_large",
     "unsupported_media_type",

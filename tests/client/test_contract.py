@@ -142,5 +142,5 @@ def test_keys(monkeypatch):
 def test_every_type_of_the_service_has_a_class(kind):
     error_class = class_of_status(STATUS_OF[kind])
     assert issubclass(error_class, SegmentationError)
-    assert (error_class is Timeout) == (kind == "timeout")
+    assert (error_class is Timeout) == (kind in ("timeout", "slow_body"))
     assert (error_class is NotFound) == kind.endswith("not_found")
