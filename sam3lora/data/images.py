@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +19,9 @@ from sam3lora.errors import UserError
 MAX_MEGAPIXELS = 178
 """Default limit on the size of an image; Pillow refuses larger ones as well."""
 
+MAX_PNG_CHUNKS = 20_000
+"""Encoders write chunks of 8 KB or more; EXIF data behind so many are not looked for."""
+
 IMAGE_SUFFIXES = frozenset(
     (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 )
@@ -26,6 +31,7 @@ cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # its warnings
 
 _DECODE_FLAGS = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
 _TURNED_BY_THE_DECODER = ("TIFF",)
+_EXIF_INTEGERS = {1: "B", 3: "H", 4: "I"}
 _FORMATS_WITH_FRAMES = ("GIF", "WEBP", "PNG", "TIFF", "AVIF")  # further frames of a phone's JPEG are previews
 
 # Pillow warns above half of MAX_MEGAPIXELS.
@@ -66,7 +72,7 @@ def read_image(
         ImageError: The file is missing, empty, too large, truncated, in floating point or in no known image format.
     """
     name, data = _name(source), _read_bytes(source)
-    image, _ = _decode_first_frame(data, name, max_megapixels)
+    image = _decode_first_frame(data, name, max_megapixels)
     if orientation == "exif":
         return _turn(image, _orientation(data))
     expected = image.shape[:2] if expected_size_hw is None else tuple(expected_size_hw)
@@ -86,8 +92,8 @@ def read_first_frame(source: str | Path | bytes, *, max_megapixels: float = MAX_
         ImageError: See `read_image`.
     """
     data = _read_bytes(source)
-    image, has_more = _decode_first_frame(data, _name(source), max_megapixels)
-    return _turn(image, _orientation(data)), has_more
+    image = _decode_first_frame(data, _name(source), max_megapixels)
+    return _turn(image, _orientation(data)), _has_more_frames(data, _name(source))
 
 
 def rgb_from_pil(image: Image.Image, name: str = "image") -> np.ndarray:
@@ -125,30 +131,54 @@ def exif_orientation(image: Image.Image, data: bytes) -> int:
     try:
         if image.format == "PNG":
             exif = _png_exif(data)
-            if exif is not None:
-                image.info["exif"] = exif
-            elif "Raw profile type exif" not in image.info:
-                return 1
-            found = Image.Image.getexif(image)  # PngImageFile.getexif would decode the whole picture
+            if exif is None and (text := image.info.get("Raw profile type exif")):
+                exif = bytes.fromhex("".join(text.split("\n")[3:]))
         else:
-            found = image.getexif()
-        orientation = found.get(ExifTags.Base.Orientation, 1)
-        return orientation if orientation in range(1, 9) else 1
+            exif = image.info.get("exif")
+        orientation = _orientation_in_exif(exif) if exif else None
+        if orientation is None:
+            orientation = _orientation_in_xmp(image.info.get("XML:com.adobe.xmp") or image.info.get("xmp") or "")
+        return orientation if orientation is not None and 1 <= orientation <= 8 else 1
     except Exception:  # damaged EXIF data raises errors of many kinds, and counts as none
         return 1
 
 
-def _png_exif(data: bytes) -> bytes | None:
-    """EXIF data of a PNG file, which may come before or after the pixels; None if there is none."""
+def png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Kind, start and number of bytes of the chunks of a PNG file, up to its end, or to `MAX_PNG_CHUNKS`."""
     start = 8
-    while start + 8 <= len(data):
+    for _ in range(MAX_PNG_CHUNKS):
+        if start + 8 > len(data):
+            break
         num_bytes, kind = struct.unpack_from(">I4s", data, start)
-        if kind == b"eXIf":
-            return data[start + 8 : start + 8 + num_bytes]
+        yield kind, start + 8, num_bytes
         if kind == b"IEND":
             break
         start += num_bytes + 12
+
+
+def _png_exif(data: bytes) -> bytes | None:
+    """EXIF data of a PNG file, which may come before or after the pixels; None if there is none."""
+    found = (data[start : start + num_bytes] for kind, start, num_bytes in png_chunks(data) if kind == b"eXIf")
+    return next(found, None)
+
+
+def _orientation_in_exif(exif: bytes) -> int | None:
+    """The tag of the first directory alone: Pillow would read all tags and what they refer to."""
+    tiff = re.sub(rb"^(Exif\0\0){1,2}", b"", exif)
+    order = {b"II": "<", b"MM": ">"}[tiff[:2]]
+    (start,) = struct.unpack_from(f"{order}I", tiff, 4)
+    (num_tags,) = struct.unpack_from(f"{order}H", tiff, start)
+    tags = tiff[start + 2 : start + 2 + 12 * num_tags]
+    for tag, type, _, value in struct.iter_unpack(f"{order}HHI4s", tags[: len(tags) // 12 * 12]):
+        if tag == ExifTags.Base.Orientation and type in _EXIF_INTEGERS:
+            return struct.unpack_from(order + _EXIF_INTEGERS[type], value)[0]
     return None
+
+
+def _orientation_in_xmp(xmp: str | bytes) -> int | None:
+    text = xmp.encode() if isinstance(xmp, str) else xmp
+    found = re.search(rb'tiff:Orientation(?:="|>)([0-9])', text)
+    return int(found[1]) if found else None
 
 
 def resize_image(image: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
@@ -174,14 +204,14 @@ def resize_image(image: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
     return np.asarray(resized)
 
 
-def _decode_first_frame(data: bytes, name: str, max_megapixels: float) -> tuple[np.ndarray, bool]:
-    (height, width), has_more = _read_header(data, name)
+def _decode_first_frame(data: bytes, name: str, max_megapixels: float) -> np.ndarray:
+    height, width = _read_header(data, name)
     if height * width > max_megapixels * 1e6:
         raise ImageError(
             f"cannot read image {name}: it has {width} x {height} pixels, expected at most {max_megapixels:g} million: "
             "cut it into tiles or make it smaller"
         )
-    return _decode(data, name), has_more
+    return _decode(data, name)
 
 
 def _decode(data: bytes, name: str) -> np.ndarray:
@@ -231,12 +261,20 @@ def _turn(image: np.ndarray, orientation: int) -> np.ndarray:
     return np.array(ImageOps.exif_transpose(turned))
 
 
-def _read_header(data: bytes, name: str) -> tuple[tuple[int, int], bool]:
-    """Stored (height, width), and whether there are several frames."""
+def _read_header(data: bytes, name: str) -> tuple[int, int]:
+    """Stored (height, width)."""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            has_more = image.format in _FORMATS_WITH_FRAMES and getattr(image, "is_animated", False)
-            return (image.height, image.width), has_more
+            return image.height, image.width
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise _image_error(error, name) from None
+
+
+def _has_more_frames(data: bytes, name: str) -> bool:
+    """Whether there are several frames; of some formats this reads all of the first one."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.format in _FORMATS_WITH_FRAMES and getattr(image, "is_animated", False)
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise _image_error(error, name) from None
 
@@ -257,7 +295,7 @@ def _read_bytes(source: str | Path | bytes) -> bytes:
 
 
 def _name(source: str | Path | bytes) -> str:
-    return "image bytes" if isinstance(source, bytes) else str(source)
+    return "bytes" if isinstance(source, bytes) else str(source)
 
 
 def _image_error(error: Exception, name: str) -> ImageError:

@@ -12,8 +12,9 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from sam3lora.data.images import read_image
+from serve_app.http import image_header
 from serve_app.http.errors import ServeError
-from serve_app.http.requests import read_header
+from serve_app.http.image_header import read_header
 from serve_app.settings import IMAGE_FORMATS
 
 from .http_cases import picture
@@ -112,3 +113,124 @@ def test_every_damaged_header_is_read_or_refused(format: str):
             broken[place] = rng.integers(256)
         with contextlib.suppress(ServeError):
             assert min(header(bytes(broken)).size_hw) > 0
+
+
+# ---- metadata without end --------------------------------------------------------------------------------------------
+
+
+def segment(marker: int, body: bytes) -> bytes:
+    return b"\xff" + bytes([marker]) + struct.pack(">H", len(body) + 2) + body
+
+
+def in_jpeg(*segments: bytes) -> bytes:
+    data = picture((20, 30), "JPEG")
+    return data[:2] + b"".join(segments) + data[2:]
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def in_png(*chunks: bytes) -> bytes:
+    data = picture((20, 30))
+    return data[:33] + b"".join(chunks) + data[33:]
+
+
+def in_gif(extensions: bytes) -> bytes:
+    data = picture((20, 30), "GIF")
+    start = 13 + 3 * (2 << (data[10] & 7))
+    return data[:start] + extensions + data[start:]
+
+
+def in_ppm(text: bytes) -> bytes:
+    return b"P6\n" + text + b"30 20\n255\n" + bytes(1800)
+
+
+def in_tiff(num_tags: int, num_bytes: int) -> bytes:
+    """Tags that nobody knows, each of which refers to the same bytes."""
+    known = [(256, 3, 1, 30), (257, 3, 1, 20), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1), (273, 4, 1, 8)]
+    known += [(277, 3, 1, 1), (278, 3, 1, 20), (279, 4, 1, 600)]
+    tags = known + [(1000 + number, 7, num_bytes, 8) for number in range(num_tags)]
+    directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
+    pixels = bytes(max(600, num_bytes))
+    return b"II*\0" + struct.pack("<I", 8 + len(pixels)) + pixels + directory
+
+
+def exif(num_tags: int) -> bytes:
+    tags = b"".join(struct.pack("<HHII", 1000 + number, 4, 1, 8) for number in range(num_tags))
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, num_tags) + tags + bytes(4)
+
+
+MEGABYTE = zlib.compress(bytes(1_000_000))
+ENDLESS = {
+    "PPM: a comment": in_ppm(b"#" + b"x" * 100_000 + b"\n"),
+    "PPM: comments": in_ppm(b"#\n" * 50_000),
+    "PPM: blanks": in_ppm(b" " * 100_000),
+    "JPEG: EXIF data": in_jpeg(*[segment(0xE1, b"Exif\0\0" + bytes(60_000))] * 80),
+    "JPEG: small segments": in_jpeg(*[segment(0xE9, b"")] * 5000),
+    "JPEG: resources of Photoshop": in_jpeg(*[segment(0xED, b"Photoshop 3.0\0" + b"8BIM" * 15_000)] * 80),
+    "JPEG: fill bytes": in_jpeg(b"\xff" * 100_000),
+    "JPEG: frame headers": in_jpeg(*[segment(0xC0, struct.pack(">BHHB", 8, 20, 30, 1) + b"\1\x11\0")] * 5000),
+    "PNG: private chunks": in_png(*[chunk(b"prVt", b"")] * 5000),
+    "PNG: a text": in_png(chunk(b"tEXt", b"k\0" + b"t" * 5_000_000)),
+    "PNG: compressed profiles": in_png(*[chunk(b"iCCP", b"k\0\0" + MEGABYTE)] * 100),
+    "PNG: compressed texts": in_png(*[chunk(b"zTXt", b"k\0\0" + MEGABYTE)] * 40),
+    "GIF: a comment": in_gif(b"\x21\xfe" + b"\1c" * 50_000 + b"\0"),
+    "GIF: comments": in_gif(b"\x21\xfe\1c\0" * 20_000),
+    "GIF: unknown blocks": in_gif(bytes(100_000)),
+    "TIFF: tags": in_tiff(5000, 4),
+    "TIFF: one tag of much data": in_tiff(1, 8_000_000),
+}
+MUCH_BUT_FINE = {
+    "PPM: a comment": in_ppm(b"# CREATOR: " + b"x" * 500 + b"\n"),
+    "JPEG: a profile of a megabyte": in_jpeg(*[segment(0xE2, b"ICC_PROFILE\0\1\1" + bytes(60_000))] * 17),
+    "JPEG: a preview in XMP": in_jpeg(*[segment(0xE1, b"http://ns.adobe.com/xmp/extension/\0" + bytes(60_000))] * 50),
+    "JPEG: EXIF data with many tags": in_jpeg(segment(0xE1, exif(300))),
+    "PNG: a compressed profile, texts": in_png(chunk(b"iCCP", b"k\0\0" + MEGABYTE), *[chunk(b"zTXt", b"k\0\0x")] * 9),
+    "GIF: a comment": in_gif(b"\x21\xfe" + (b"\xff" + b"c" * 255) * 40 + b"\0"),
+    "TIFF: tags": in_tiff(200, 400),
+}
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of bytes of each read."""
+    seen: list[int] = []
+
+    class CountingFile(image_header.HeaderFile):
+        def read(self, size: int | None = -1, /) -> bytes:
+            data = super().read(size)
+            seen.append(len(data))
+            return data
+
+    monkeypatch.setattr(image_header, "HeaderFile", CountingFile)
+    return seen
+
+
+@pytest.mark.parametrize("data", ENDLESS.values(), ids=ENDLESS)
+def test_a_header_without_end_is_refused_after_few_reads(
+    reads: list[int], monkeypatch: pytest.MonkeyPatch, data: bytes
+):
+    inflated: list[int] = []
+    inflate = PngImagePlugin._safe_zlib_decompress
+    monkeypatch.setattr(PngImagePlugin, "_safe_zlib_decompress", lambda data: inflated.append(1) or inflate(data))
+    with pytest.raises(ServeError) as caught:
+        header(data)
+    assert (caught.value.type, "too much metadata" in caught.value.message) == ("invalid_image", True)
+    assert len(reads) <= image_header.MAX_READS
+    assert sum(reads) <= image_header.MAX_READ_BYTES
+    assert len(inflated) <= image_header.MAX_COMPRESSED_CHUNKS
+
+
+@pytest.mark.parametrize("data", MUCH_BUT_FINE.values(), ids=MUCH_BUT_FINE)
+def test_much_metadata_is_accepted(reads: list[int], data: bytes):
+    assert header(data).size_hw == (20, 30)
+    assert 0 < len(reads) < image_header.MAX_READS / 2
+
+
+def test_an_orientation_among_many_tags_costs_no_other_tag(monkeypatch: pytest.MonkeyPatch):
+    data = picture((20, 30))
+    tags = exif(5000)[6:-4]
+    turned = tags[:8] + struct.pack("<H", 5001) + tags[10:] + struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0) + bytes(4)
+    monkeypatch.setattr(Image.Exif, "load", lambda *_: pytest.fail("all tags are read"))
+    assert header(data[:33] + chunk(b"eXIf", turned) + data[33:]).size_hw == (30, 20)
