@@ -122,6 +122,12 @@ class ServeSettings(_Settings):
     api_keys_variable: str = Field(
         default="SAM3LORA_API_KEYS", description="Environment variable with the API keys, separated by commas."
     )
+    allowed_hosts: tuple[str, ...] | None = Field(
+        default=None, description="Names under which the service may be called (header Host); any if not given."
+    )
+    cors_origins: tuple[str, ...] = Field(
+        default=(), description='Other sites whose pages may call the service: "https://example.org"; "*" for all.'
+    )
     batching: Batching = Batching()
     caches: Caches = Caches()
     limits: Limits = Limits()

@@ -59,6 +59,9 @@ def serve(
             f"listening on {host} without an API key: anyone who can reach this machine can use the service. "
             f"Set {settings.api_keys_variable}=KEY to require one"
         )
+    if host in LOCAL_HOSTS and not has_keys and settings.allowed_hosts is None:
+        # A page on the web could have its own name lead here, and call the service from this machine's browser.
+        settings = settings.model_copy(update={"allowed_hosts": LOCAL_HOSTS})
     if os.environ.get("RAY_AUTH_MODE") == "disabled":
         _warn("RAY_AUTH_MODE=disabled: anyone who can reach Ray's ports on this machine can run programs. Unset it")
     _run(settings, host, port, address)

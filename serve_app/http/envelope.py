@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve_app.http.answers import SECURITY_HEADERS, error_answer
 from serve_app.http.auth import is_allowed, is_open
 from serve_app.http.errors import ServeError
+from serve_app.http.origins import PROBES, check_host, cors_headers, preflight
 from serve_app.metrics import IngressMetrics
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,8 @@ class Envelope:
 
     Args:
         keys: API keys; without any, every request is allowed.
+        allowed_hosts: Names under which the service may be called; None for any.
+        cors_origins: Other sites whose pages may call it.
         routes: Paths that are counted by name.
         sends_request_id: Whether to send the header `X-Request-ID`. Ray Serve sends it itself, with the client's
             header unchanged; that is then the request's id.
@@ -44,6 +47,8 @@ class Envelope:
         *,
         keys: Sequence[bytes],
         metrics: IngressMetrics,
+        allowed_hosts: Sequence[str] | None = None,
+        cors_origins: Sequence[str] = (),
         routes: frozenset[str] = frozenset(),
         sends_request_id: bool = True,
     ) -> None:
@@ -51,6 +56,8 @@ class Envelope:
         self._accepted_id = _REQUEST_ID if sends_request_id else _SENT_BY_SERVE
         self._app = app
         self._keys = keys
+        self._allowed_hosts = allowed_hosts
+        self._cors_origins = cors_origins
         self._metrics = metrics
         self._routes = routes
 
@@ -76,7 +83,7 @@ class Envelope:
                 sent = MutableHeaders(scope=message)
                 if self._sends_request_id:
                     sent["X-Request-ID"] = request_id
-                for name, value in SECURITY_HEADERS.items():
+                for name, value in (SECURITY_HEADERS | cors_headers(headers, self._cors_origins)).items():
                     sent[name] = value
             elif is_head and message["type"] == "http.response.body":
                 message = {**message, "body": b""}
@@ -85,6 +92,11 @@ class Envelope:
         self._metrics.in_flight.inc()
         try:
             try:
+                if path not in PROBES:
+                    check_host(headers, self._allowed_hosts)
+                if answer := preflight(scope["method"], headers, self._cors_origins):
+                    await answer(scope, receive, send_with_headers)
+                    return
                 if not is_open(path) and not is_allowed(headers, self._keys):
                     raise ServeError("unauthorized", "expected an API key: send Authorization: Bearer KEY or X-API-Key")
                 await self._app(scope, receive, send_with_headers)

@@ -17,6 +17,7 @@ STATUS_OF = {
     "adapter_not_found": 404,
     "image_not_found": 404,  # an image_id that was never given out, or whose image was evicted
     "method_not_allowed": 405,
+    "unknown_host": 421,  # the header Host has none of the settings' names
     "slow_body": 408,  # fewer bytes per second than the others, or than is allowed
     "body_too_large": 413,
     "image_too_large": 413,  # too many pixels

@@ -64,7 +64,15 @@ def create_api(settings: ServeSettings, backend: Backend, *, sends_request_id: b
     api.add_exception_handler(HTTPException, on_http_exception)
     known = frozenset(("/v1/segment", "/v1/images", "/v1/adapters", "/healthz", "/readyz", "/metrics", "/docs", "/"))
     keys = keys_from_environment(settings.api_keys_variable)
-    api.add_middleware(Envelope, keys=keys, metrics=metrics, routes=known, sends_request_id=sends_request_id)
+    api.add_middleware(
+        Envelope,
+        keys=keys,
+        metrics=metrics,
+        allowed_hosts=settings.allowed_hosts,
+        cors_origins=settings.cors_origins,
+        routes=known,
+        sends_request_id=sends_request_id,
+    )
     return api
 
 

@@ -35,7 +35,7 @@ _ABOUT = (
     "Errors are JSON with a `type` for programs and a `message` for people; every response carries `X-Request-ID`."
 )
 _REF = "#/components/schemas/{}"
-_COMMON = ("malformed_request", "unauthorized", "headers_too_large", "internal")
+_COMMON = ("malformed_request", "unauthorized", "unknown_host", "headers_too_large", "internal")
 _BODY = (
     "malformed_body",
     "slow_body",
