@@ -24,7 +24,7 @@ from serve_app.metrics import ReplicaMetrics
 from serve_app.settings import AdapterSettings, Batching, Caches, Limits, ServeSettings
 
 from .serve_app.http_cases import FakeBackend, found
-from .test_docs import PAGES, ROOT, shown_lines
+from .test_docs import PAGES, ROOT
 
 URL = "http://127.0.0.1:8000"
 SAMPLES = ROOT / "serve_app" / "samples"
@@ -60,38 +60,42 @@ def url() -> Iterator[str]:
     thread.join(timeout=20)
 
 
-def curl_lines(page: Path) -> list[str]:
-    return [line for line in shown_lines(page.read_text()) if re.search(r"(^|\| *)curl ", line)]
+def curl_commands(page: Path) -> list[str]:
+    """Commands of indented code, as a reader copies them: with their line breaks."""
+    shown = re.findall(r"^ {4}((?:.*\\\n)*.*)", page.read_text(), re.MULTILINE)
+    return [command for command in shown if re.search(r"(^|\| *)curl ", command)]
 
 
-def run(line: str, url: str) -> subprocess.CompletedProcess[str]:
-    line = line.replace(URL, url)
-    return subprocess.run(["bash", "-c", STRICT_CURL + line], cwd=ROOT, capture_output=True, text=True, check=False)
+def run(command: str, url: str) -> subprocess.CompletedProcess[str]:
+    text = STRICT_CURL + command.replace(URL, url)
+    return subprocess.run(["bash", "-c", text], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
-@pytest.mark.parametrize("page", [page for page in PAGES if curl_lines(page)], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in PAGES if curl_commands(page)], ids=lambda page: page.name)
 def test_curl_examples_are_answered(page: Path, url: str):
     faults = []
-    for line in curl_lines(page):
-        assert URL in line, f"{line}: expected {URL}"
-        done = run(line, url)
+    for command in curl_commands(page):
+        assert URL in command, f"{command}: expected {URL}"
+        done = run(command, url)
         if done.returncode != 0:
-            faults.append(f"{line}: {done.stdout}{done.stderr}")
+            faults.append(f"{command}: {done.stdout}{done.stderr}")
     assert not faults, "\n".join(faults)
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_wrong_curl_examples_are_seen(url: str):
+    broken_line = f"curl -H 'Content-Type: application/json' {URL}/v1/segment -d '{{\"prompts\": [\"gear\"], \\\n}}'"
     wrong_field = f'curl -F image=@serve_app/static/sample.jpg -F \'request={{"prompt": ["gear"]}}\' {URL}/v1/segment'
-    for line, complaint in ((wrong_field, "prompts"), (f"curl {URL}/v1/adaptors", "no such path")):
-        done = run(line, url)
+    wrong_path = f"curl {URL}/v1/adaptors"
+    for command, complaint in ((wrong_field, "prompts"), (wrong_path, "no such path"), (broken_line, "malformed_body")):
+        done = run(command, url)
         assert done.returncode != 0
         assert complaint in done.stdout
 
 
 def test_the_page_has_examples_of_every_route():
-    shown = "\n".join(curl_lines(ROOT / "docs" / "http_api.md"))
+    shown = "\n".join(curl_commands(ROOT / "docs" / "http_api.md"))
     assert all(f"{URL}/v1/{route}" in shown for route in ("segment", "images", "adapters"))
 
 
