@@ -9,18 +9,20 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any
 
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 from serve_app.http.errors import ServeError
-from serve_app.http.schemas import field_at, shown_name
+from serve_app.http.schemas import NOT_TEXT, field_at, shown_name
 
 _MAX_FIELDS = 8  # parts that are parsed; an unknown one among them is refused by name
 MAX_JSON_BYTES = 1 << 18  # of a request, without its image
 _BIG_JSON = 1 << 14  # bytes from which parsing goes to a thread
 _IMAGE_BASE64 = re.compile(rb'"image_base64"\s*+:\s*+"((?:[^"\\]++|\\.)*+)', re.DOTALL)
 _MEDIA_TYPE = re.compile(r"[a-z0-9.+-]{1,40}/[a-z0-9.+-]{1,60}")
+_NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,300})(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 _LISTS = ("prompts", "boxes")
 _ACCEPTED_BODIES = (
     "multipart/form-data with a file `image` and a field `request`, application/json with image_base64 or image_id, or "
@@ -30,14 +32,10 @@ _ACCEPTED_BODIES = (
 
 @dataclass(frozen=True)
 class Received:
-    """A request before its fields are checked.
-
-    `image` is the image file, if it is not among the fields. With `is_text`, numbers in the fields are still text.
-    """
+    """A request before its fields are checked; `image` is the image file, if it is not among the fields."""
 
     fields: dict[str, Any]
     image: bytes | None = None
-    is_text: bool = False
 
 
 async def read_request(request: Request, max_bytes: int) -> Received:
@@ -60,21 +58,26 @@ async def read_request(request: Request, max_bytes: int) -> Received:
         return Received(await _parse(await _read_all(request, max_bytes)))
     if is_raw:
         fields = _query_fields(request)
-        return Received(fields, image=await _read_all(request, max_bytes), is_text=True)
+        return Received(fields, image=await _read_all(request, max_bytes))
     found = f"got {kind}" if _MEDIA_TYPE.fullmatch(kind) else "its content-type is missing or broken"
     raise ServeError("unsupported_media_type", f"expected {_ACCEPTED_BODIES}; {found}")
 
 
 def parse_json(body: bytes | str) -> dict[str, Any]:
-    """A JSON object without repeated names, NaN or Infinity.
+    """A JSON object in UTF-8 without repeated names, NaN or Infinity.
 
     Raises:
         ServeError: `malformed_body`, `body_too_large`, or `invalid_request` for a repeated name.
     """
     if isinstance(body, bytes):
         _check_json_size(body)
+        encoding = json.detect_encoding(body)
+        if encoding != "utf-8":
+            found = "UTF-8 with a byte order mark" if encoding == "utf-8-sig" else encoding.upper()
+            raise ServeError("malformed_body", f"the JSON is in {found}: expected UTF-8 without a byte order mark")
     try:
-        parsed = json.loads(body, object_pairs_hook=_once, parse_float=_number, parse_constant=_no_constant)
+        text = body if isinstance(body, str) else body.decode("utf-8")
+        parsed = json.loads(text, object_pairs_hook=_once, parse_float=_number, parse_constant=_no_constant)
     except RecursionError:
         raise ServeError("malformed_body", "the JSON is nested too deeply") from None
     except json.JSONDecodeError as error:
@@ -104,8 +107,12 @@ def _check_headers(request: Request, max_bytes: int) -> None:
     length = request.headers.get("content-length", "")
     if length.isascii() and length.isdigit() and int(length[:20]) > max_bytes:
         raise _too_large(max_bytes)
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
+    if request.headers.get("content-encoding", "").strip().lower() not in ("", "identity"):
         raise ServeError("unsupported_media_type", "the body has a content-encoding: send it without")
+    if request.headers.get("transfer-encoding", "").strip().lower() not in ("", "identity", "chunked"):
+        raise ServeError(
+            "unsupported_media_type", "the body is compressed by its transfer-encoding: send it chunked only"
+        )
 
 
 async def _chunks(request: Request, max_bytes: int) -> AsyncGenerator[bytes, None]:
@@ -133,8 +140,28 @@ class _MultiPart(MultiPartParser):
     def on_end(self) -> None:
         self.is_whole = True
 
+    def on_headers_finished(self) -> None:
+        part = self._current_part
+        if part.content_disposition and b"filename=" not in part.content_disposition:
+            # RFC 8187's form alone, which the parser does not know
+            part.content_disposition = part.content_disposition.replace(b"filename*=", b"filename=")
+        super().on_headers_finished()
+
+    def on_part_end(self) -> None:
+        part = self._current_part
+        if part.file is not None:
+            super().on_part_end()
+            return
+        try:
+            self.items.append((part.field_name, part.data.decode("utf-8")))
+        except UnicodeDecodeError:
+            raise MultiPartException("a part is no UTF-8 text") from None
+
 
 async def _read_multipart(request: Request, max_bytes: int) -> Received:
+    charset = parse_options_header(request.headers["content-type"])[1].get(b"charset", b"utf-8")
+    if charset.lower() not in (b"utf-8", b"us-ascii"):  # Python has slow codecs as well
+        raise ServeError("malformed_body", "the multipart body has a charset: expected UTF-8")
     parser = _MultiPart(request.headers, _chunks(request, max_bytes), max_bytes)
     try:
         form = await parser.parse()
@@ -180,8 +207,15 @@ def _query_fields(request: Request) -> dict[str, Any]:
             shown = shown_name(name)
             raise ServeError("invalid_request", f"the query parameter {shown} came twice", field=field_at(shown))
         else:
-            fields[name] = text
+            fields[name] = query_value(text) if name in NOT_TEXT else text
     return fields
+
+
+def query_value(text: str) -> Any:
+    """A number or a bool as JSON writes it; other text is left as it is, and refused by the checks."""
+    if _NUMBER.fullmatch(text):
+        return _number(text)
+    return {"true": True, "false": False}.get(text.lower(), text)
 
 
 def _box(text: str, number: int) -> dict[str, Any]:
@@ -189,7 +223,8 @@ def _box(text: str, number: int) -> dict[str, Any]:
     if len(values) not in (4, 5):
         message = "expected boxes=x0,y0,x1,y1,label with label 1 or 0"
         raise ServeError("invalid_box", message, field=f"boxes[{number}]")
-    return {"xyxy": values[:4]} | ({"label": values[4]} if len(values) == 5 else {})
+    numbers = [query_value(value) for value in values]
+    return {"xyxy": numbers[:4]} | ({"label": numbers[4]} if len(values) == 5 else {})
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import cache
 
 from sam3lora.config.post_processing import PostProcessing
+from serve_app.http.body import query_value
 from serve_app.http.errors import ServeError
 from serve_app.http.schemas import AdaptersRequest, check
 from serve_app.messages import AdapterPage, AdapterQuery
@@ -21,9 +22,8 @@ def check_listing(parameters: Sequence[tuple[str, str]]) -> AdapterQuery:
     fields = dict(parameters)
     if len(fields) < len(parameters):
         raise ServeError("invalid_request", "a query parameter came twice: give each once")
-    if not fields.get("limit", "1").isdecimal():
-        raise ServeError("invalid_request", "limit is no whole number: expected 1 to 1000", field="limit")
-    asked: AdaptersRequest = check(AdaptersRequest, fields, strict=False)
+    given = {name: query_value(text) if name == "limit" else text for name, text in fields.items()}
+    asked: AdaptersRequest = check(AdaptersRequest, given)
     return AdapterQuery(asked.search, asked.limit, asked.after)
 
 

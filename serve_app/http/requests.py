@@ -25,7 +25,7 @@ def check_segment(received: Received, limits: Limits) -> tuple[SegmentRequest, I
     Raises:
         ServeError: The first fault.
     """
-    request: SegmentRequest = check(SegmentRequest, received.fields, strict=not received.is_text)
+    request: SegmentRequest = check(SegmentRequest, received.fields)
     check_prompts(request.prompts, max_prompts=limits.max_prompts, max_chars=limits.max_prompt_chars)
     if len(request.boxes) > limits.max_boxes:
         message = f"expected at most {limits.max_boxes} boxes, got {len(request.boxes)}"

@@ -106,6 +106,11 @@ class AdaptersRequest(_Request):
     )
 
 
+_NUMBERS_AND_BOOLS = (float | None, int | None, bool | None)
+NOT_TEXT = frozenset(name for name, one in SegmentRequest.model_fields.items() if one.annotation in _NUMBERS_AND_BOOLS)
+"""Fields of numbers and bools, which are text in query parameters."""
+
+
 class ImageUpload(_Request):
     """An image as JSON."""
 
@@ -208,8 +213,8 @@ class ErrorResponse(BaseModel):
 # ---- checks ---------------------------------------------------------------------------------------------------------
 
 
-def check(model: type[BaseModel], fields: Mapping[str, Any], *, strict: bool = True) -> Any:
-    """Validate the fields of a request as the client sent them; not `strict` also reads numbers and bools from text.
+def check(model: type[BaseModel], fields: Mapping[str, Any]) -> Any:
+    """Validate the fields of a request as the client sent them.
 
     Raises:
         ServeError: The first fault, with the name of its field.
@@ -218,7 +223,7 @@ def check(model: type[BaseModel], fields: Mapping[str, Any], *, strict: bool = T
     if unknown:
         raise _unknown_field(unknown[0], list(model.model_fields))
     try:
-        return model.model_validate(dict(fields), strict=strict)
+        return model.model_validate(dict(fields))
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     path = _path(first["loc"])

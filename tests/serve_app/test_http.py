@@ -71,6 +71,41 @@ def test_all_forms_of_a_request_are_equal():
     }
 
 
+FILE_HEAD = "Content-Disposition: form-data; name=\"image\"; filename*=UTF-8''%C3%A4.png"
+PROMPT_PART = '--b\r\nContent-Disposition: form-data; name="request"\r\n\r\n{"prompts": ["\xe4"]}\r\n'
+FORM = f"{PROMPT_PART}--b\r\n{FILE_HEAD}\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        as_json(max_detections=5.0, threshold=0, boxes=[{"xyxy": [1, 2, 30, 40], "label": 1.0}]),
+        as_json() | {"headers": {"content-encoding": ""}},
+        as_json() | {"headers": {"content-encoding": "Identity"}},
+        raw("prompts=crack&threshold=1e-1&max_detections=5&merge=True&boxes=1,2,30.5,4e1"),
+        {
+            "content": FORM.encode() + PNG + b"\r\n--b--\r\n",
+            "headers": {"content-type": 'multipart/form-data; boundary="b"; charset=UTF-8'},
+        },
+    ],
+    ids=["whole numbers with a point", "no encoding", "identity", "query numbers", "only a file name of RFC 8187"],
+)
+def test_unusual_forms_that_are_right(sent: dict[str, Any]):
+    response = make_client().post("/v1/segment", **sent)
+    assert response.status_code == 200, response.text
+
+
+def test_every_answer_has_the_request_id_of_its_header():
+    client = make_client()
+    answers = [
+        client.post("/v1/segment", **as_json()),
+        client.post("/v1/images", **raw("")),
+        client.get("/v1/adapters"),
+    ]
+    for answer in answers:
+        assert answer.json()["request_id"] == answer.headers["x-request-id"] != ""
+
+
 def test_answer():
     response = make_client().post("/v1/segment", **as_json(prompts=["crack", "hole"], adapter="cracks"))
     answer = response.json()
