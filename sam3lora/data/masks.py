@@ -154,8 +154,8 @@ def _resize_coverage(mask: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
 def trace_outlines(mask_HW: np.ndarray) -> tuple[list[np.ndarray], int]:
     """Outer outlines of a mask.
 
-    OpenCV traces pixel centres. In the mask enlarged four times, these have coordinate 4x on a left or upper edge and
-    4x - 1 on a right or lower one, so `(coordinate + 1) // 4` is the edge.
+    OpenCV traces pixel centres. In the mask enlarged twice, these have coordinate 2x on a left or upper edge and 2x - 1
+    on a right or lower one, so `(coordinate + 1) // 2` is the edge.
 
     Args:
         mask_HW: Boolean mask.
@@ -171,13 +171,13 @@ def trace_outlines(mask_HW: np.ndarray) -> tuple[list[np.ndarray], int]:
     if not rows.size:
         return [], 0
     window = mask_HW[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].astype(np.uint8)
-    enlarged = window.repeat(4, axis=0).repeat(4, axis=1)
+    enlarged = window.repeat(2, axis=0).repeat(2, axis=1)
     contours, hierarchy = cv2.findContours(enlarged, cv2.RETR_TREE, cv2.CHAIN_APPROX_SIMPLE)
     parents = hierarchy[0, :, 3]
     is_outer = parents < 0
     outlines = []
     for contour in (contour for contour, outer in zip(contours, is_outer, strict=True) if outer):
-        corners = (contour.reshape(-1, 2) + 1) // 4
+        corners = (contour.reshape(-1, 2) + 1) // 2
         corners = corners[np.any(corners != np.roll(corners, 1, axis=0), axis=1)]
         outlines.append(np.add(corners, (columns[0], rows[0])))
     return outlines, int(np.isin(parents, np.flatnonzero(is_outer)).sum())

@@ -66,8 +66,10 @@ def rle_to_polygons(rle: Rle) -> list[list[float]]:
     >>> rle_to_polygons(rectangle)
     [[1.0, 1.0, 1.0, 4.0, 5.0, 4.0, 5.0, 1.0]]
     """
-    outlines, _ = trace_outlines(coco_mask.decode(rle).astype(bool))
-    return [corners.astype(float).ravel().tolist() for corners in outlines]
+    x, y, width, height = (int(value) for value in coco_mask.toBbox(rle))
+    window = coco_mask.decode(rle)[y : y + height, x : x + width].astype(bool)
+    outlines, _ = trace_outlines(window)
+    return [np.add(corners, (x, y)).astype(float).ravel().tolist() for corners in outlines]
 
 
 def _toggles(logits: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
