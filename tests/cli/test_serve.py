@@ -124,6 +124,22 @@ def test_an_open_door_is_warned_of(host, key, warns, started, monkeypatch, capfd
     assert "secret" not in error
 
 
+@pytest.mark.parametrize(
+    ("host", "key", "text", "names"),
+    [
+        ("127.0.0.1", "", "{}", ("127.0.0.1", "localhost", "::1")),
+        ("127.0.0.1", "secret", "{}", None),
+        ("0.0.0.0", "", "{}", None),
+        ("127.0.0.1", "", "allowed_hosts: [lab.example]", ("lab.example",)),
+    ],
+)
+def test_a_local_service_without_keys_answers_to_local_names(host, key, text, names, started, monkeypatch, tmp_path):
+    (tmp_path / "service.yaml").write_text(text)
+    monkeypatch.setitem(os.environ, "SAM3LORA_API_KEYS", key)
+    assert main(["serve", "--host", host, "--port", str(PORT), "--config", str(tmp_path / "service.yaml")]) == 0
+    assert started[0][0].allowed_hosts == names
+
+
 # --- the process ---
 
 
