@@ -14,8 +14,15 @@ from starlette.types import ASGIApp
 
 from serve_app.http.errors import ServeError
 from serve_app.http.ingress import create_api
-from serve_app.http.schemas import AdapterResponse
-from serve_app.messages import ImageFile, ImageReply, SegmentCall, SegmentReply
+from serve_app.messages import (
+    EVERY_ADAPTER,
+    AdapterPage,
+    AdapterQuery,
+    ImageFile,
+    ImageReply,
+    SegmentCall,
+    SegmentReply,
+)
 from serve_app.replica.replica import ModelReplica
 from serve_app.settings import ServeSettings
 
@@ -32,8 +39,8 @@ class LocalBackend:
     async def keep_image(self, image: ImageFile, timeout_s: float) -> ImageReply | ServeError:
         return await self.replica.keep_image(image, timeout_s)
 
-    async def list_adapters(self) -> list[AdapterResponse] | ServeError:
-        return await self.replica.list_adapters()
+    async def list_adapters(self, query: AdapterQuery = EVERY_ADAPTER) -> AdapterPage | ServeError:
+        return await self.replica.list_adapters(query)
 
     async def metrics(self) -> dict[str, str]:
         return dict([await self.replica.named_metrics()])
