@@ -115,9 +115,10 @@ class _Routes:
                 )  # without masks there is neither `mask` nor `area_px`
 
             if is_quick(reply.results, asked.masks):
-                return _json(to_json(lambda: False))
-            threads = self._mask_threads if is_costly(asked.masks) else None
-            text = await self._in_thread(request, threads, to_json, deadline_s + GRACE_S)
+                text = to_json(lambda: False)
+            else:
+                threads = self._mask_threads if is_costly(asked.masks) else None
+                text = await self._in_thread(request, threads, to_json, deadline_s + GRACE_S)
             if len(text) > limits.max_answer_bytes:
                 raise answer_too_large(len(text), limits.max_answer_bytes)
             return _json(text)

@@ -16,7 +16,7 @@ from serve_app.http.backend import ServeBackend
 from serve_app.http.errors import ServeError
 from serve_app.http.schemas import AdapterResponse
 from serve_app.messages import ImageFile, SegmentCall, SegmentReply
-from serve_app.settings import Limits, ServeSettings
+from serve_app.settings import MESSAGE_LENGTH_VARIABLE, Limits, ServeSettings
 
 from .http_cases import page_of
 
@@ -121,6 +121,22 @@ def test_a_failed_replica_is_retried_elsewhere(failure: Callable[[], BaseExcepti
 def test_two_failures_are_an_error(failure: Callable[[], BaseException]):
     answer = ask(FakeHandle(failure(), failure(), REPLY))
     assert (answer.type, answer.retry_after_s) == ("replica_failed", 2.0)
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        grpc.aio.AioRpcError(grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.aio.Metadata(), grpc.aio.Metadata(), "too large"),
+        RuntimeError("Unexpected error (StatusCode.RESOURCE_EXHAUSTED): Received message larger than max."),
+    ],
+    ids=["raised", "reworded by Serve"],
+)
+def test_a_message_that_is_refused_for_its_size_is_no_dead_replica(failure: Exception):
+    # The same message would be refused by every replica: it is not sent again, and clients are not told to.
+    handle = FakeHandle(failure, REPLY)
+    answer = ask(handle)
+    assert (answer.type, answer.retry_after_s, len(handle.sent)) == ("internal", None, 1)
+    assert MESSAGE_LENGTH_VARIABLE in answer.message
 
 
 def test_a_bug_is_raised():

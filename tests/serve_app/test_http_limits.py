@@ -87,6 +87,37 @@ async def test_more_requests_than_the_ingress_holds(status: int, type: str):
     assert (await sent(api).answer())[0] == 200
 
 
+async def test_draining_finishes_what_is_in_progress_and_refuses_the_rest():
+    backend = FakeBackend(block=asyncio.Event())
+    api = create_api(make_settings(), backend)
+    held = sent(api)
+    await until(lambda: len(backend.calls) == 1)
+    draining = asyncio.create_task(api.state.drain(20))
+    await asyncio.sleep(0)
+    for refused in (sent(api), Client(api, "/v1/segment", IMAGE), Client(api, "/readyz", {}, "GET")):
+        status, answer = await refused.answer()
+        assert (status, answer["error"]["type"]) == (503, "not_ready")
+        assert (b"retry-after", b"2") in refused.sent[0]["headers"]
+    assert (await Client(api, "/healthz", {}, "GET").answer())[0] == 200
+    assert not draining.done()
+    backend.block.set()
+    assert (await held.answer())[0] == 200
+    await asyncio.wait_for(draining, 20)
+
+    stuck = FakeBackend(block=asyncio.Event())
+    api = create_api(make_settings(), stuck)
+    sent(api)
+    await until(lambda: len(stuck.calls) == 1)
+    await asyncio.wait_for(api.state.drain(0.05), 20)  # it does not wait for ever
+
+
+@pytest.mark.parametrize("query", ["prompts=crack&masks=rle", "prompts=crack&masks=polygon"])
+async def test_an_answer_beyond_the_limit_is_refused(query: str):
+    api = create_api(make_settings(max_answer_bytes=150), FakeBackend())
+    status, answer = await sent(api, query).answer()
+    assert (status, answer["error"]["type"]) == (422, "answer_too_large")
+
+
 async def test_requests_beyond_the_replicas_room_are_refused_unread():
     backend = FakeBackend(block=asyncio.Event())
     settings = make_settings(max_queued=1).model_copy(update={"replicas": 2, "batching": Batching(max_rows=1)})

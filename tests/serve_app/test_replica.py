@@ -303,6 +303,14 @@ async def test_recorded_settings_hold_where_the_request_gives_none(
     ]
 
 
+async def test_an_answer_beyond_the_limit_is_refused(play: Callable):
+    async with play(limits=Limits(max_answer_bytes=200)) as service:
+        few = call(post_processing={"threshold": 0.0, "max_detections": 1})
+        assert isinstance(await service.segment(few), SegmentReply)
+        many = call(prompts=("crack", "hole", "seam", "dent"), post_processing={"threshold": 0.0, "nms": "none"})
+        assert (await refused(service, many)).type == "answer_too_large"
+
+
 @pytest.mark.parametrize("fields", [{"nms": "mask", "nms_iou": 0.2}, {"merge": True}, {"nms": "box"}], ids=str)
 async def test_without_masks_the_same_detections_are_found(play: Callable, gate: Gate, fields: dict[str, Any]):
     """Masks decide what is one object, whether or not the client wants to see them."""
