@@ -3,7 +3,7 @@
 import { apiKey } from "./api.js";
 import { make } from "./elements.js";
 import { loadSample } from "./intake.js";
-import { meaningOf } from "./schema.js";
+import { meaningOf, rich } from "./schema.js";
 
 const LONGEST_TEXT = 120; // of a value in a shown response: masks are longer
 
@@ -12,7 +12,7 @@ export function tryIt({ path, method, query, takesImage, request }) {
   const name = (field) => `${method}-${path}-${field}`.replaceAll("/", "-");
   const labelled = (field, text, control) => {
     control.id = name(field);
-    return make("div", {}, make("label", { htmlFor: control.id, textContent: text }), control);
+    return make("div", {}, make("label", { htmlFor: control.id }, ...rich(text)), control);
   };
   const file = make("input", { type: "file", accept: "image/*" });
   const json = make("textarea", { spellcheck: false, value: JSON.stringify(request, null, 1) });
