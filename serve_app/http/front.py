@@ -80,7 +80,7 @@ class Front:
                     return
             await send(message)
 
-        if path.startswith("/-/") and path != _OPEN_TO_RAY:
+        if not path.startswith("/") or (path.startswith("/-/") and path != _OPEN_TO_RAY):
             await answer(ServeError("not_found", "no such path: GET /docs lists all paths"))
             return
         try:
@@ -116,36 +116,37 @@ def _meaning(status: int) -> ServeError:
 
 
 class BoundedHttp(HttpToolsProtocol):
-    """uvicorn's protocol with limits on what comes before a body: bytes, number of headers, and time."""
+    """uvicorn's protocol with limits on what is no body: bytes and number of headers, time, and no websockets."""
 
-    _num_heads = 0
-    _in_head = True
-    _head_bytes = 0
-    _pending_bytes = 0  # of a head, or a single header, that httptools still collects
+    _has_begun = False  # a request
+    _is_over = False
+    _head_bytes = 0  # of the target, and of the headers and trailers that are whole
+    _pending_bytes = 0  # of what httptools still collects: one header, trailer or line
+    _has_parsed = False
     _timer: asyncio.TimerHandle | None = None
     _refusal = ServeError("malformed_request", "expected an HTTP/1.1 request")
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._timer = self.loop.call_later(HEADER_TIMEOUT_S, self._is_late)
+        self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        num_heads = self._num_heads
+        if self._is_over:
+            return
+        self._has_parsed = False
         super().data_received(data)
-        if self._in_head and self._num_heads == num_heads:
-            self._pending_bytes += len(data)
-            if self._pending_bytes > MAX_HEADER_BYTES:
-                self._refuse(_too_large())
+        self._pending_bytes = 0 if self._has_parsed else self._pending_bytes + len(data)
+        if self._pending_bytes > MAX_HEADER_BYTES:
+            self._refuse(_too_large())
 
     def on_message_begin(self) -> None:
-        self._num_heads += 1
-        self._in_head, self._head_bytes, self._pending_bytes = True, 0, 0
-        if self._timer is None:
-            self._timer = self.loop.call_later(HEADER_TIMEOUT_S, self._is_late)
+        self._has_parsed = self._has_begun = True
+        self._head_bytes = 0
+        self._start_timer()
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
@@ -157,15 +158,33 @@ class BoundedHttp(HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        self._in_head = False
+        self._has_parsed = True
         self._stop_timer()
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._has_parsed = True
+        super().on_body(body)
+
+    def on_chunk_header(self) -> None:
+        self._has_parsed = True
+
+    def on_message_complete(self) -> None:
+        self._has_parsed = True
+        super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
         """uvicorn calls it for what is no HTTP, and for an exception in a method above."""
         self._refuse(self._refusal)
 
+    def _should_upgrade_to_ws(self) -> bool:
+        return False
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Nothing to say: the request is answered as HTTP."""
+
     def _count(self, num_bytes: int) -> None:
+        self._has_parsed = True
         self._head_bytes += num_bytes
         if self._head_bytes > MAX_HEADER_BYTES or len(self.headers) >= MAX_HEADERS:
             self._refusal = _too_large()
@@ -176,14 +195,24 @@ class BoundedHttp(HttpToolsProtocol):
         self._refuse(ServeError("timeout", f"no whole request head within {HEADER_TIMEOUT_S:g} s"))
 
     def _refuse(self, error: ServeError) -> None:
-        """Answer and close; only close where nothing came yet, or an earlier answer is under way."""
+        """End the connection, with this answer where it is this request's turn; earlier requests are answered first."""
+        self._is_over = True
         self._stop_timer()
-        if self.transport.is_closing():
+        last = self.pipeline[0][0] if self.pipeline else self.cycle
+        if last is not None and not last.response_complete and not last.more_body:
+            last.keep_alive = False  # closes after the answer
             return
-        is_answering = self.cycle is not None and not self.cycle.response_complete
-        if self._num_heads and not is_answering:
+        if last is not None and not last.response_complete:  # the fault is in its body
+            last.disconnected = True
+            last.message_event.set()
+        is_turn = not self.pipeline and (last is None or last.response_complete or not last.response_started)
+        if self._has_begun and is_turn and not self.transport.is_closing():
             self.transport.write(raw_error_answer(error))
         self.transport.close()
+
+    def _start_timer(self) -> None:
+        if self._timer is None:
+            self._timer = self.loop.call_later(HEADER_TIMEOUT_S, self._is_late)
 
     def _stop_timer(self) -> None:
         if self._timer is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import socket
 import threading
@@ -130,6 +132,8 @@ def listening(app: ASGIApp) -> Iterator[int]:
 def port() -> Iterator[int]:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         size = 0
+        if scope["path"] == "/slow":
+            await asyncio.sleep(0.5)
         while (message := await receive())["type"] == "http.request":
             size += len(message["body"])
             if not message["more_body"]:
@@ -178,6 +182,62 @@ def test_large_heads_are_refused(port: int, head: bytes) -> None:
 
 def test_a_long_target_is_refused(port: int) -> None:
     assert error_of(talk(port, b"GET /", b"x" * 100_000)) == (431, "headers_too_large")
+
+
+@pytest.mark.parametrize(
+    "endless",
+    [
+        pytest.param(b"0\r\nX: ", id="trailer"),
+        pytest.param(b"1;", id="extension of a chunk"),
+        pytest.param(b"1\r\nz\r\n0\r\nX: ", id="trailer behind a body"),
+    ],
+)
+def test_what_a_chunked_body_holds_besides_is_bounded(port: int, endless: bytes) -> None:
+    # httptools puts such a text together in quadratic time, and tells nobody.
+    head = b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(head + endless)
+        sent = 0
+        with contextlib.suppress(ConnectionError):
+            while sent < 64 << 20:
+                sent += connection.send(b"a" * (1 << 16))
+    assert sent < 16 << 20  # what fits into the buffers of both ends
+
+
+def test_trailers_are_few(port: int) -> None:
+    head = b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n"
+    received = talk(port, head + b"".join(b"X-%d: y\r\n" % number for number in range(300)))
+    assert b"200 OK" not in received
+
+
+@pytest.mark.parametrize(
+    "request_text",
+    [
+        b"GET / HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n",
+    ],
+)
+def test_there_are_no_websockets(port: int, request_text: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(request_text)
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200")
+
+
+def test_a_body_with_a_broken_chunk_gets_our_error(port: int) -> None:
+    head = b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
+    assert error_of(talk(port, head, b"ZZ\r\n")) == (400, "malformed_request")
+
+
+@pytest.mark.parametrize("behind", [b"\x16\x03 no HTTP\r\n\r\n", b"GET /healthz HTTP/1.1\r\nHos"])
+def test_a_fault_behind_a_request_does_not_take_its_answer(
+    port: int, behind: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(front, "HEADER_TIMEOUT_S", 0.2)
+    slow = b"GET /slow HTTP/1.1\r\nHost: a\r\n\r\n"
+    assert talk(port, slow + behind).startswith(b"HTTP/1.1 200")
+    assert talk(port, slow + slow + behind).count(b"HTTP/1.1 200") == 2
 
 
 def test_what_is_no_http_gets_our_error(port: int) -> None:
