@@ -15,6 +15,7 @@ from ray.serve._private.constants import RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENG
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
 from sam3lora.errors import UserError
+from serve_app.logs import log_as_serve
 from serve_app.settings import ENVIRONMENT, MESSAGE_LENGTH_VARIABLE, Limits, ServeSettings
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class Ingress:
     def __init__(self, settings: ServeSettings, segmenter: DeploymentHandle) -> None:
         self._settings = settings
         self._segmenter = segmenter
+        log_as_serve()
 
     def __serve_build_asgi_app__(self) -> Any:
         from serve_app.http.backend import ServeBackend

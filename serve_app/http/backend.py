@@ -142,7 +142,11 @@ class ServeBackend:
                     timeout_s=BROADCAST_TIMEOUT_S, return_exceptions=True
                 )
                 break
-            except (TimeoutError, *_REPLICA_FAILED):
+            except TimeoutError:
+                return [
+                    ServeError("timeout", f"no answer within {BROADCAST_TIMEOUT_S:g} s: ask for a part, or try later")
+                ]
+            except _REPLICA_FAILED:
                 return []
             except _NO_REPLICA:
                 # Serve takes a replica off its list while the replica applies a new user_config.

@@ -73,7 +73,9 @@ class Envelope:
             request_id = uuid.uuid4().hex
         state = {**scope.get("state", {}), "request_id": request_id, "started_s": started_s, "outcome": "ok"}
         is_head = scope["method"] == "HEAD"
-        scope = {**scope, "state": state, "method": "GET" if is_head else scope["method"]}
+        # Pages are small, and a part of one is of no use: RFC 9110 lets a server ignore a range.
+        given = [(name, value) for name, value in scope["headers"] if name != b"range"]
+        scope = {**scope, "headers": given, "state": state, "method": "GET" if is_head else scope["method"]}
         has_started = False
 
         async def send_with_headers(message: Message) -> None:

@@ -78,8 +78,10 @@ class ServeError(Exception):
         return STATUS_OF[self.type]
 
 
-def answer_too_large(num_bytes: int, most_bytes: int) -> ServeError:
-    message = f"the answer has {num_bytes} bytes, expected at most {most_bytes}: ask for fewer prompts or detections"
+def answer_too_large(
+    num_bytes: int, most_bytes: int, advice: str = "ask for fewer prompts or detections"
+) -> ServeError:
+    message = f"the answer has {num_bytes} bytes, expected at most {most_bytes}: {advice}"
     return ServeError("answer_too_large", message)
 
 

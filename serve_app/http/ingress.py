@@ -146,7 +146,10 @@ class _Routes:
     async def adapters(self, request: Request) -> Response:
         asked = check_listing(request.query_params.multi_items())
         page = _value(await self._backend.list_adapters(asked))
-        return _json(adapters_json(page, request.state.request_id))
+        text = adapters_json(page, request.state.request_id)
+        if len(text) > self._limits.max_answer_bytes:
+            raise answer_too_large(len(text), self._limits.max_answer_bytes, "ask with a limit")
+        return _json(text)
 
     async def healthz(self) -> Response:
         return _json(StatusResponse(status="ok").model_dump_json())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from starlette.datastructures import Headers
@@ -9,6 +10,7 @@ from starlette.responses import Response
 
 from serve_app.http.errors import ServeError
 
+_HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^\[\]:]+))(?::\d*)?")
 PROBES = frozenset(("/healthz", "/readyz"))  # asked under the address of a container
 
 _FOR_ALL = {"Access-Control-Expose-Headers": "X-Request-ID, Retry-After"}
@@ -24,7 +26,10 @@ def check_host(headers: Headers, allowed: Sequence[str] | None) -> None:
 
     A page elsewhere can have its own name lead to this machine (DNS rebinding), and would be as trusted as our page.
     """
-    if allowed is not None and _without_port(headers.get("host", "")) not in {name.lower() for name in allowed}:
+    hosts = headers.getlist("host")
+    if len(hosts) > 1:
+        raise ServeError("malformed_request", "expected one header Host")
+    if allowed is not None and _without_port("".join(hosts)) not in {name.lower() for name in allowed}:
         names = ", ".join(allowed)
         message = f"this service answers as {names}: add the name that you call to allowed_hosts in its settings"
         raise ServeError("unknown_host", message)
@@ -47,9 +52,7 @@ def preflight(method: str, headers: Headers, origins: Sequence[str]) -> Response
     return None
 
 
-def _without_port(host: str) -> str:
-    """`[::1]:8000` -> `::1`."""
-    name, _, port = host.lower().rpartition(":")
-    if not name or not port.isdigit() or (":" in name and not name.endswith("]")):
-        name = host.lower()
-    return name.removeprefix("[").removesuffix("]").removesuffix(".")
+def _without_port(host: str) -> str | None:
+    """`[::1]:8000` -> `::1`; None for what is no host."""
+    found = _HOST.fullmatch(host.lower())
+    return found and (found[1] or found[2].removesuffix("."))

@@ -22,7 +22,7 @@ from sam3lora.model.adapter.weights import AdapterSummary, read_summary
 from sam3lora.model.components import COMPONENTS
 from serve_app.http.errors import ServeError, refuse_as
 from serve_app.http.schemas import AdapterResponse
-from serve_app.settings import ADAPTER_ID_PATTERN, ADAPTER_ID_RULE, AdapterSettings
+from serve_app.settings import ADAPTER_ID_PATTERN, ADAPTER_ID_RULE, AdapterSettings, Limits
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +42,12 @@ class AdapterFolder:
 
 
 class Described(NamedTuple):
-    """A folder of the listing: what its files say, the same as JSON, and the text that a search looks into."""
+    """A folder of the listing: what its files say, the same as JSON, and the texts that a search looks into."""
 
     signature: FolderSignature
     info: AdapterResponse
     json: str
-    searched: str
+    searched: tuple[str, ...]
 
 
 class AdapterFolders:
@@ -56,10 +56,16 @@ class AdapterFolders:
     `summarise` reads a folder without its weights, and raises what loading it would raise.
     """
 
-    def __init__(self, settings: AdapterSettings, summarise: Callable[[Path], AdapterSummary] = read_summary) -> None:
+    def __init__(
+        self,
+        settings: AdapterSettings,
+        summarise: Callable[[Path], AdapterSummary] = read_summary,
+        most_detections: int = Limits().max_detections,
+    ) -> None:
         self._root = settings.root
         self._allowed = None if settings.allowed is None else frozenset(settings.allowed)
         self._summarise = summarise
+        self._most_detections = most_detections
         self._known: dict[str, Described] = {}
         self._lock = threading.Lock()
 
@@ -131,7 +137,7 @@ class AdapterFolders:
             if not _has_files(folder.path):
                 return None
             with refuse_as("invalid_adapter", folder.path):
-                return _described(signature, _response(adapter_id, self._summarise(folder.path)))
+                return _described(signature, self._response(adapter_id, self._summarise(folder.path)))
         except ServeError as error:
             if error.type == "adapter_not_found" or (not signature and not _has_files(self._root / adapter_id)):
                 return None
@@ -152,22 +158,22 @@ class AdapterFolders:
             (), AdapterResponse(id=shown, error=f"its name is no id: rename the folder, {ADAPTER_ID_RULE}")
         )
 
+    def _response(self, adapter_id: str, known: AdapterSummary) -> AdapterResponse:
+        prompts = known.metadata.prompts if known.metadata else []
+        post = recorded_post_processing(known.metadata)
+        return AdapterResponse(
+            id=adapter_id,
+            prompts=[prompt[:MAX_LISTED_CHARS] for prompt in prompts[:MAX_LISTED_PROMPTS]],
+            rank=known.rank,
+            size_bytes=known.size_bytes,
+            adapts=[name for name in COMPONENTS if name in known.components],
+            post_processing=post.changed(max_detections=min(post.max_detections, self._most_detections)),
+        )
+
 
 def _described(signature: FolderSignature, info: AdapterResponse) -> Described:
-    searched = "\n".join((info.id, *info.prompts)).casefold()
+    searched = tuple(text.casefold() for text in (info.id, *info.prompts))
     return Described(signature, info, info.model_dump_json(), searched)
-
-
-def _response(adapter_id: str, known: AdapterSummary) -> AdapterResponse:
-    prompts = known.metadata.prompts if known.metadata else []
-    return AdapterResponse(
-        id=adapter_id,
-        prompts=[prompt[:MAX_LISTED_CHARS] for prompt in prompts[:MAX_LISTED_PROMPTS]],
-        rank=known.rank,
-        size_bytes=known.size_bytes,
-        adapts=[name for name in COMPONENTS if name in known.components],
-        post_processing=recorded_post_processing(known.metadata),
-    )
 
 
 def _has_files(folder: Path) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -23,12 +23,13 @@ from serve_app.metrics import ReplicaMetrics
 from serve_app.replica.adapter_folders import AdapterFolder, AdapterFolders, Described
 from serve_app.replica.adapter_slots import Load, LoadedAdapter, SlotTable
 from serve_app.replica.shared_calls import SharedCalls
-from serve_app.settings import AdapterSettings
+from serve_app.settings import AdapterSettings, Limits
 
 logger = logging.getLogger(__name__)
 
 MAX_LOADS = 4  # at a time; bounds the weights that are in memory and in no slot
 FAILURE_KEPT_S = 2.0
+MAX_PAGE_BYTES = 4 << 20  # of a listing with a limit
 
 T = TypeVar("T")
 
@@ -64,10 +65,12 @@ class AdapterStore:
         *,
         num_slots: int,
         metrics: ReplicaMetrics,
+        most_detections: int = Limits().max_detections,
     ) -> None:
         self._engine = engine
         self._run_in_model_thread = run_in_model_thread
         self._metrics = metrics
+        self._most_detections = most_detections
         self._listers = ThreadPoolExecutor(1, thread_name_prefix="adapter-list")
         self._look_into(settings)
         self._table = SlotTable(num_slots, lambda slot: self._spawn(self._empty(slot)), metrics.adapter_evictions.inc)
@@ -105,9 +108,9 @@ class AdapterStore:
         matching = await self._listing.run("all", self._folders.describe_all)
         if query.search is not None:
             text = query.search.casefold()
-            matching = [one for one in matching if text in one.searched]
+            matching = [one for one in matching if any(text in each for each in one.searched)]
         following = matching if query.after is None else [one for one in matching if one.info.id > query.after]
-        page = following[: query.limit]
+        page = following if query.limit is None else _within_bytes(following[: query.limit])
         return AdapterPage([self._row(one) for one in page], len(matching), len(page) < len(following))
 
     def reconfigure(self, settings: AdapterSettings) -> None:
@@ -133,7 +136,7 @@ class AdapterStore:
         self._listers.shutdown(wait=False, cancel_futures=True)
 
     def _look_into(self, settings: AdapterSettings) -> None:
-        self._folders = AdapterFolders(settings, self._engine.summarise_adapter)
+        self._folders = AdapterFolders(settings, self._engine.summarise_adapter, self._most_detections)
         self._listing: SharedCalls[list[Described]] = SharedCalls(self._listers)
         self._listers.submit(self._folders.describe_all)  # so that the first listing need not read thousands of folders
 
@@ -297,6 +300,16 @@ class AdapterStore:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _within_bytes(page: Sequence[Described]) -> Sequence[Described]:
+    """As many from the beginning as a page may hold, at least one."""
+    num_bytes = 0
+    for number, one in enumerate(page):
+        num_bytes += len(one.json)
+        if num_bytes > MAX_PAGE_BYTES and number:
+            return page[:number]
+    return page
 
 
 async def _in_thread(pool: ThreadPoolExecutor, fn: Callable[[], T]) -> T:

@@ -26,6 +26,7 @@ from sam3lora.errors import UserError
 from sam3lora.model.tokenization import PromptError
 from serve_app.http.errors import ServeError, answer_too_large, refuse_as
 from serve_app.http.schemas import check_boxes
+from serve_app.logs import log_as_serve
 from serve_app.messages import (
     EVERY_ADAPTER,
     AdapterPage,
@@ -57,6 +58,7 @@ class ModelReplica:
     """
 
     def __init__(self, settings: ServeSettings, *, engine: Engine | None = None) -> None:
+        log_as_serve()
         limits = settings.limits
         self._limits = limits
         self._ongoing = 0
@@ -88,6 +90,7 @@ class ModelReplica:
             settings.adapters,
             num_slots=settings.max_resident_adapters,
             metrics=self._metrics,
+            most_detections=limits.max_detections,
         )
         self._batcher.run_at_start(self._engine.warm_up)
         logger.info(

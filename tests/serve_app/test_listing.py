@@ -12,6 +12,7 @@ from serve_app.http.backend import ServeBackend
 from serve_app.http.listing import adapters_json
 from serve_app.http.schemas import AdapterResponse, AdaptersResponse
 from serve_app.messages import EVERY_ADAPTER, AdapterQuery
+from serve_app.replica import adapter_store
 from serve_app.replica.adapter_store import AdapterStore
 from serve_app.settings import AdapterSettings, ServeSettings
 
@@ -101,6 +102,21 @@ async def test_pages_follow_each_other(store: AdapterStore):
     assert not (await store.list(AdapterQuery(limit=13))).has_more
 
 
+async def test_a_page_is_bounded_in_bytes(store: AdapterStore, monkeypatch: pytest.MonkeyPatch):
+    first = (await store.list()).rows[0]
+    monkeypatch.setattr(adapter_store, "MAX_PAGE_BYTES", 3 * len(first.json) + 10)
+    page = await store.list(AdapterQuery(limit=13))
+    assert (len(page.rows), page.total, page.has_more) == (3, 13, True)
+    assert len((await store.list()).rows) == 13  # all of them, where no page was asked for
+    monkeypatch.setattr(adapter_store, "MAX_PAGE_BYTES", 1)
+    assert len((await store.list(AdapterQuery(limit=13))).rows) == 1
+
+
+def test_a_listing_beyond_the_limit_is_refused():
+    answer = make_client(FakeBackend(), max_answer_bytes=100).get("/v1/adapters")
+    assert (answer.status_code, answer.json()["error"]["type"]) == (422, "answer_too_large")
+
+
 async def test_a_search_looks_into_ids_and_prompts(store: AdapterStore):
     async def found(text: str) -> list[str]:
         return [row.id for row in (await store.list(AdapterQuery(search=text))).rows]
@@ -108,6 +124,7 @@ async def test_a_search_looks_into_ids_and_prompts(store: AdapterStore):
     assert await found("LINE-1") == ["Line-10", "Line-11"]
     assert await found("what line-03 FINDS") == ["Line-03"]  # the recorded prompt
     assert await found("other") == ["other"]  # a broken one too, by its id
+    assert await found("line-03\nwhat") == []  # each text on its own
     assert await found("") == [row.id for row in (await store.list()).rows]
     assert await found("nothing") == []
     page = await store.list(AdapterQuery("line", limit=3))

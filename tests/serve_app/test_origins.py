@@ -33,6 +33,9 @@ def client(**settings: Any) -> TestClient:
         ("127.0.0.1:8000", True),
         ("[::1]:8000", True),
         ("[::1]", True),
+        ("localhost:", True),
+        ("[localhost]", False),
+        ("[::1", False),
         ("attacker.example:8000", False),
         ("localhost.attacker.example", False),
         ("attacker.example:localhost", False),
@@ -53,6 +56,13 @@ def test_names_of_the_service(host: str, is_ours: bool):
             assert "attacker" not in error["message"]
     assert local.get("/healthz", headers={"host": host}).status_code == 200
     assert client().get("/v1/adapters", headers={"host": host}).status_code == 200
+
+
+def test_two_names_at_once_are_none():
+    answer = client(allowed_hosts=LOCAL).get(
+        "/v1/adapters", headers=[("host", "localhost"), ("host", "attacker.example")]
+    )
+    assert (answer.status_code, answer.json()["error"]["type"]) == (400, "malformed_request")
 
 
 def test_without_the_setting_no_other_site_may_call():

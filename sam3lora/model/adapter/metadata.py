@@ -17,6 +17,7 @@ from sam3lora.model.adapter.folder_files import METADATA_FILE, read_json_object,
 FORMAT_VERSION = 1
 MAX_TEXT_CHARS = 4096
 MAX_PROMPT_THRESHOLDS = 5_000
+MAX_THRESHOLD_CHARS = 200_000  # of their prompts together: listings show them
 
 
 def current_versions() -> dict[str, str]:
@@ -108,10 +109,14 @@ def _read_post_processing(values: dict[str, Any]) -> PostProcessing | None:
 
 def check_prompt_thresholds(post: PostProcessing) -> None:
     """Raise a UserError for thresholds that an adapter cannot record."""
-    if len(post.prompt_thresholds) > MAX_PROMPT_THRESHOLDS or not all(map(is_printable, post.prompt_thresholds)):
+    prompts = post.prompt_thresholds
+    num_chars = sum(map(len, prompts))
+    is_small = len(prompts) <= MAX_PROMPT_THRESHOLDS and num_chars <= MAX_THRESHOLD_CHARS
+    if not is_small or not all(map(is_printable, prompts)):
         raise UserError(
-            f"{METADATA_FILE}: prompt_thresholds must have at most {MAX_PROMPT_THRESHOLDS} prompts of characters that "
-            f"can be shown, got {len(post.prompt_thresholds)}: record one threshold for all prompts"
+            f"{METADATA_FILE}: prompt_thresholds must have at most {MAX_PROMPT_THRESHOLDS} prompts of together "
+            f"{MAX_THRESHOLD_CHARS} characters that can be shown, got {len(prompts)} of {num_chars}: record one "
+            "threshold for all prompts"
         )
 
 
