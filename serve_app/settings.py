@@ -133,10 +133,13 @@ class ServeSettings(_Settings):
     limits: Limits = Limits()
 
     @property
+    def most_replicas(self) -> int:
+        return self.autoscaling.max_replicas if self.autoscaling else self.replicas
+
+    @property
     def most_in_flight(self) -> int:
         """Requests that all replicas together can queue, and some in transit: the ingress reads no more bodies."""
-        replicas = self.autoscaling.max_replicas if self.autoscaling else self.replicas
-        return replicas * (self.limits.max_queued + 2 * self.batching.max_rows)
+        return self.most_replicas * (self.limits.max_queued + 2 * self.batching.max_rows)
 
 
 MESSAGE_LENGTH_VARIABLE = "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH"

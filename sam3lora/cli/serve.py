@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import re
+import shlex
 import signal
 import socket
 import threading
+import time
+import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -72,9 +76,13 @@ def _run(settings: ServeSettings, host: str, port: int, address: str | None) -> 
 
     stop = threading.Event()
     _stop_by_signal(stop)
-    replicas = settings.autoscaling.max_replicas if settings.autoscaling else settings.replicas
+    replicas = settings.most_replicas
     num_cpus = replicas * settings.num_cpus + settings.ingress_replicas + 1
     with ray_session(address, num_cpus=num_cpus) as is_local:
+        if is_local and settings.torch_threads is None and not settings.num_gpus:
+            # One core is left to the HTTP processes: a thread that is not scheduled holds all others up.
+            threads = max(1, (usable_cpus() - 1) // replicas)
+            settings = settings.model_copy(update={"torch_threads": threads})
         _stop_by_signal(stop)  # again: Ray has replaced the handlers by its own, which abort
         from ray import serve as ray_serve
 
@@ -90,7 +98,7 @@ def _run(settings: ServeSettings, host: str, port: int, address: str | None) -> 
                 stop.wait()
                 typer.echo("stopping after the requests in progress", err=True)
         finally:
-            _finish(ray_serve, settings, is_local=is_local)
+            _finish(ray_serve, settings, f"http://{_reachable(host)}:{port}", is_local=is_local)
 
 
 def _stop_by_signal(stop: threading.Event) -> None:
@@ -116,7 +124,7 @@ def _deploy(ray_serve: Any, application: Any, stop: threading.Event) -> None:
     raise RunFailed(f"the application did not start ({status.status}): {text or 'Ray gave no reason'}")
 
 
-def _finish(ray_serve: Any, settings: ServeSettings, *, is_local: bool) -> None:
+def _finish(ray_serve: Any, settings: ServeSettings, url: str, *, is_local: bool) -> None:
     """Refuse new requests, let those in progress end, and delete the application from a shared cluster.
 
     A local Ray ends with this process, and its HTTP process answers in our words until then. Serve's own shutdown would
@@ -126,11 +134,32 @@ def _finish(ray_serve: Any, settings: ServeSettings, *, is_local: bool) -> None:
         ingress = ray_serve.get_deployment_handle("Ingress", APPLICATION)
         ingress._init(_run_router_in_separate_loop=True)  # this thread has no event loop
         ingress.broadcast("drain", settings.limits.timeout_s).results(timeout_s=settings.limits.timeout_s + 5)
+        if is_local:
+            _wait_until_sent(url, settings.limits.timeout_s)
     if not is_local or os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":  # Serve alone can stop HAProxy
         with contextlib.suppress(TimeoutError, RuntimeError):  # after a minute; or nothing was deployed
             ray_serve.delete(APPLICATION)
         if is_local:
             ray_serve.shutdown()
+
+
+def _wait_until_sent(url: str, timeout_s: float) -> None:
+    """Until the HTTP process has sent all answers."""
+    from serve_app.http.front import NUM_BUSY
+
+    give_up_at = time.monotonic() + timeout_s
+    while time.monotonic() < give_up_at:
+        with urllib.request.urlopen(f"{url}{NUM_BUSY}", timeout=timeout_s) as answer:
+            if int(answer.read()) <= 0:
+                return
+        time.sleep(0.05)
+
+
+def _reachable(host: str) -> str:
+    """The name by which this machine reaches what listens on `host`."""
+    if host in ("0.0.0.0", "::", *LOCAL_HOSTS):
+        return "[::1]" if ":" in host else "127.0.0.1"
+    return f"[{host}]" if ":" in host else host
 
 
 def _settings(
@@ -160,12 +189,12 @@ def _settings(
     if adapters is not None:
         if not adapters.is_dir():
             raise UserError(f"--adapters {adapters} is no folder: expected one that holds adapter folders")
-        values["adapters"] = {**(values.get("adapters") or {}), "root": str(adapters.absolute())}
+        given = values.get("adapters") or {}
+        if not isinstance(given, dict):
+            raise UserError(f"--config {config}: adapters must be settings as `key: value`, got {given!r}")
+        values["adapters"] = {**given, "root": str(adapters.absolute())}
     elif config is None and model is None:
         values["adapters"] = {"root": str(Path(serve_app.__file__).parent / "samples")}
-    if not values.get("torch_threads") and not gpus:
-        # One core is left to the HTTP processes: a thread that is not scheduled holds all others up at each operation.
-        values["torch_threads"] = max(1, (usable_cpus() - 1) // (values.get("replicas") or 1))
     try:
         return ServeSettings.model_validate(values)
     except ValidationError as error:
@@ -198,17 +227,35 @@ def _check_port(host: str, port: int) -> None:
 def _print_addresses(settings: ServeSettings, host: str, port: int) -> None:
     from rich.console import Console
 
+    import serve_app
+
     url = f"http://{'localhost' if host in (*LOCAL_HOSTS, '0.0.0.0', '::') else host}:{port}"
     root = settings.adapters.root
     names = sorted(file.parent.name for file in root.glob("[!.]*/adapter_config.json")) if root else []
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    samples = Path(serve_app.__file__).parent
+    image = samples / "static" / "sample.jpg" if root == samples / "samples" else "photo.jpg"
+    request = (
+        {"prompts": [_first_prompt(root / names[0]) or "gear"], "adapter": names[0]}
+        if root and names
+        else {"prompts": ["gear"]}
+    )
     Console(markup=False, soft_wrap=True, highlight=False).print(
         f"{settings.model} with {shown or 'no adapters'}\n"
         f"page      {url}/\n"
         f"API       {url}/docs\n"
-        f'try       curl -F image=@photo.jpg -F \'request={{"prompts": ["gear"]}}\' {url}/v1/segment\n'
+        f"try       curl -F image=@{image} -F {shlex.quote(f'request={json.dumps(request)}')} {url}/v1/segment\n"
         "Ctrl-C stops it"
     )
+
+
+def _first_prompt(folder: Path) -> str | None:
+    """Of those that the adapter was trained on, if its metadata can be read."""
+    try:
+        prompt = json.loads((folder / "sam3lora.json").read_text(encoding="utf-8"))["prompts"][0]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return prompt if isinstance(prompt, str) and prompt.isprintable() and len(prompt) < 60 else None
 
 
 def _warn(message: str) -> None:

@@ -42,7 +42,7 @@ class _CallSettings:
         return Budget(self._timeout_s, self._max_retries, self.clock, self._service)
 
     def single_attempt(self) -> Budget:
-        return Budget(min(READY_TIMEOUT_S, self._timeout_s), 0, self.clock)
+        return Budget(min(READY_TIMEOUT_S, self._timeout_s), 0, self.clock, self._service)
 
     def read_limit(self, attempt: Attempt) -> Callable[[], None]:
         """A function to call at each piece of a response: the timeout of httpx holds between two pieces only."""

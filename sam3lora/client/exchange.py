@@ -29,6 +29,10 @@ from sam3lora.client.errors import (
 FIRST_BACKOFF_S = 0.25
 LONGEST_BACKOFF_S = 4.0
 MAX_RETRIES_OF_STRANGERS = 3
+CAUSED_BY_REQUESTS = frozenset(("replica_failed", "out_of_memory"))
+MAX_RETRIES_OF_FAILURES = 3
+"""Of errors that the request itself may cause each time."""
+
 
 T = TypeVar("T")
 
@@ -102,6 +106,7 @@ class Budget:
         self._timeout_s = timeout_s
         self._max_retries = max_retries
         self._num_retries = 0
+        self._num_failures = 0
         self._clock = clock
         self._deadline = clock() + timeout_s
 
@@ -113,10 +118,12 @@ class Budget:
         """Seconds before the next attempt; None to give up."""
         if not isinstance(error, (Overloaded, ConnectionFailed)) or self._num_retries >= self._most_retries():
             return None
-        if error.retry_after_s is not None:
-            wait_s = error.retry_after_s * random.uniform(1.0, 1.1)
-        else:
-            wait_s = min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2**self._num_retries) * random.uniform(0.5, 1.0)
+        if error.type in CAUSED_BY_REQUESTS:
+            if self._num_failures >= MAX_RETRIES_OF_FAILURES:
+                return None
+            self._num_failures += 1
+        longest_s = min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2 ** min(self._num_retries, 10))
+        wait_s = max(longest_s * random.uniform(0.5, 1.0), (error.retry_after_s or 0.0) * random.uniform(1.0, 1.1))
         if wait_s >= self.remaining_s:
             return None
         self._num_retries += 1
@@ -142,9 +149,10 @@ def exchange(call: Call, budget: Budget) -> Steps[Reply]:
         SegmentationError: One of its subclasses, that of the last attempt.
     """
     headers = {"X-Request-ID": budget.request_id}
+    error: SegmentationError | None = None
     while True:
         if budget.remaining_s <= 0:
-            raise budget.out_of_time()
+            raise error or budget.out_of_time()
         outcome = yield Attempt(call, headers, budget.remaining_s)
         if isinstance(outcome, Reply):
             budget.service.has_responded = True

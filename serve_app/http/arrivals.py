@@ -17,7 +17,10 @@ SLOWEST_BYTES_PER_S = 1024
 """A sender that falls behind this rate is ended, at the latest `PATIENCE_S` after its last byte."""
 
 FAIR_BYTES_PER_S = 32 * 1024
-"""When one has to go, it is the sender that is furthest behind this rate: never one that has just begun."""
+"""When one has to go, it is the sender that is furthest behind this rate."""
+
+SLOW_AFTER_S = 1.0
+"""One that is less behind, in seconds, is told to come again: it is a burst, not a slow sender."""
 
 
 class _Arrival:
@@ -25,6 +28,7 @@ class _Arrival:
 
     def __init__(self, limit: asyncio.Timeout) -> None:
         self.num_bytes = 0
+        self.error: ServeError | None = None
         self._is_ended = False
         self._limit = limit
         self._clock = asyncio.get_running_loop().time
@@ -45,7 +49,8 @@ class _Arrival:
     def complete(self) -> None:
         self._end_at(None)
 
-    def end(self) -> None:
+    def end(self, error: ServeError) -> None:
+        self.error = error
         self._end_at(self._clock())
         self._is_ended = True
 
@@ -106,16 +111,16 @@ class Admission:
                     self._num_working += 1
                     has_place = True
                 elif self._num_bytes > self.max_bytes:
-                    self._end_slowest()
+                    self._make_room(arrival)
             return message
 
         try:
             async with asyncio.timeout(None) as limit:
                 arrival = _Arrival(limit)
                 self._arriving.add(arrival)
-                if len(self._arriving) > self.max_arriving:
-                    self._end_slowest()
                 try:
+                    if len(self._arriving) > self.max_arriving:
+                        self._make_room(arrival)
                     yield Request(request.scope, receive)
                 finally:
                     self._arriving.discard(arrival)
@@ -124,16 +129,26 @@ class Admission:
         except TimeoutError:
             if not limit.expired():
                 raise
-            message = "the body arrives too slowly: send it faster, or a smaller image"
-            raise ServeError("slow_body", message) from None
+            raise arrival.error or _slow_body() from None
 
     def _check_room(self) -> None:
         if self._num_working >= self.places:
-            message = "more requests are under way than the service takes: try again later"
-            raise ServeError(self._overload_type, message, 1.0)
+            raise self._overloaded()
 
-    def _end_slowest(self) -> None:
-        if self._arriving:
-            slowest = max(self._arriving, key=lambda one: one.bytes_behind)
-            self._arriving.discard(slowest)
-            slowest.end()
+    def _make_room(self, newcomer: _Arrival) -> None:
+        """End the slowest of the others; raises a ServeError where all of them are quick."""
+        others = self._arriving - {newcomer}
+        slowest = max(others, key=lambda one: one.bytes_behind, default=None)
+        if slowest is None or slowest.bytes_behind <= 0:
+            raise self._overloaded()
+        self._arriving.discard(slowest)
+        is_slow = slowest.bytes_behind > SLOW_AFTER_S * FAIR_BYTES_PER_S
+        slowest.end(_slow_body() if is_slow else self._overloaded())
+
+    def _overloaded(self) -> ServeError:
+        message = "more requests are under way than the service takes: try again later"
+        return ServeError(self._overload_type, message, 1.0)
+
+
+def _slow_body() -> ServeError:
+    return ServeError("slow_body", "the body arrives too slowly: send it faster, or a smaller image")

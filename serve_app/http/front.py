@@ -11,9 +11,11 @@ import logging
 import re
 import uuid
 from typing import Any
+from weakref import WeakSet
 
 import uvicorn.config
 from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -29,6 +31,10 @@ HEADER_TIMEOUT_S = 15.0
 _REQUEST_ID = re.compile(rb"[ -~]{1,200}")
 _MARK = next(iter(SECURITY_HEADERS)).lower().encode()  # on every answer of the application, on none of Ray's own
 _OPEN_TO_RAY = "/-/healthz"  # KubeRay asks it
+NUM_BUSY = "/-/busy"
+"""Path of the number of connections whose answers are under way; who stops the service waits for 0."""
+
+_CONNECTIONS: WeakSet[BoundedHttp] = WeakSet()
 _COMMANDS = frozenset(  # headers by which a client could change how Serve treats its request
     (
         b"serve-multiplexed-model-id",
@@ -80,6 +86,10 @@ class Front:
                     return
             await send(message)
 
+        if path == NUM_BUSY:
+            others = sum(one.is_busy for one in _CONNECTIONS) - 1  # without this one
+            await PlainTextResponse(str(others))(scope, receive, send)
+            return
         if not path.startswith("/") or (path.startswith("/-/") and path != _OPEN_TO_RAY):
             await answer(ServeError("not_found", "no such path: GET /docs lists all paths"))
             return
@@ -126,7 +136,17 @@ class BoundedHttp(HttpToolsProtocol):
     _timer: asyncio.TimerHandle | None = None
     _refusal = ServeError("malformed_request", "expected an HTTP/1.1 request")
 
+    @property
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a request is in progress, or a part of its answer is not sent."""
+        return self._is_answering or (self.transport is not None and self.transport.get_write_buffer_size() > 0)
+
     def connection_made(self, transport: Any) -> None:
+        _CONNECTIONS.add(self)
         super().connection_made(transport)
         self._start_timer()
 
@@ -137,6 +157,8 @@ class BoundedHttp(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._is_over:
             return
+        if not self._is_answering:
+            self._start_timer()  # also for an empty line, which begins no request
         self._has_parsed = False
         super().data_received(data)
         self._pending_bytes = 0 if self._has_parsed else self._pending_bytes + len(data)

@@ -75,9 +75,31 @@ def test_a_client_is_patient_with_a_service_that_it_knows(kind):
     assert len(script.requests) == 14
     assert max(script.waits) <= 4
 
+    # A program that waits until the service is ready knows it.
+    script = Script(httpx.Response(200, json={"status": "ready"}), *[httpx.ConnectError("refused")] * 12, segmented)
+    client = script.client(kind, timeout_s=60)
+    assert client.ready()
+    client.segment(b"x", ["a"])
+    assert len(script.requests) == 14
+
     # The URL may be wrong: nothing ever responded there.
     script = Script(httpx.ConnectError("refused"))
     with pytest.raises(ConnectionFailed):
+        script.client(kind, timeout_s=60).segment(b"x", ["a"])
+    assert len(script.requests) == 4
+
+
+def test_a_service_that_says_at_once_is_not_flooded(kind):
+    script = Script(fault(503, "overloaded", **{"Retry-After": "0"}))
+    with pytest.raises(Overloaded):
+        script.client(kind, timeout_s=60).segment(b"x", ["a"])
+    assert 10 < len(script.requests) < 60
+
+
+@pytest.mark.parametrize("type", ["replica_failed", "out_of_memory"])
+def test_a_request_that_may_be_the_cause_is_not_repeated_for_ever(kind, type):
+    script = Script(fault(503, type, **{"Retry-After": "1"}))
+    with pytest.raises(Overloaded):
         script.client(kind, timeout_s=60).segment(b"x", ["a"])
     assert len(script.requests) == 4
 

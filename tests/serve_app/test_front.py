@@ -134,6 +134,10 @@ def port() -> Iterator[int]:
         size = 0
         if scope["path"] == "/slow":
             await asyncio.sleep(0.5)
+        if scope["path"] == "/large":
+            await send({"type": "http.response.start", "status": 200, "headers": OURS})
+            await send({"type": "http.response.body", "body": bytes(100 << 20)})
+            return
         while (message := await receive())["type"] == "http.request":
             size += len(message["body"])
             if not message["more_body"]:
@@ -256,6 +260,30 @@ def test_a_head_that_does_not_end_in_time(port: int, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(front, "HEADER_TIMEOUT_S", 0.2)
     assert error_of(talk(port, b"GET / HTTP/1.1\r\nHost: ")) == (504, "timeout")
     assert talk(port) == b""  # nothing was sent: closed without a word
+
+
+def test_an_empty_line_keeps_no_connection_open(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front, "HEADER_TIMEOUT_S", 0.2)
+    assert talk(port, b"GET / HTTP/1.1\r\nHost: a\r\n\r\n\r\n").count(b"HTTP/1.1 200") == 1
+
+
+def test_who_stops_the_service_sees_answers_that_are_not_sent_yet(port: int) -> None:
+    def num_busy() -> int:
+        answer = talk(port, b"GET /-/busy HTTP/1.1\r\nHost: a\r\n" + CLOSE + b"\r\n")
+        return int(answer.partition(b"\r\n\r\n")[2])
+
+    deadline = time.monotonic() + 10
+    while num_busy() and time.monotonic() < deadline:  # of the tests before
+        time.sleep(0.05)
+    assert num_busy() == 0
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as slow_reader:
+        slow_reader.sendall(b"GET /large HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert slow_reader.recv(1000)
+        time.sleep(0.1)
+        assert num_busy() == 1  # the application is done, its answer is not sent
+    while num_busy() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert num_busy() == 0
 
 
 def test_a_slow_body_is_not_a_slow_head(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
