@@ -54,7 +54,7 @@ class Answers:
         return any(began > moment and kind == "ok" for began, _, kind in self.samples)
 
     def longest_s(self) -> float:
-        return max(ended - began for began, ended, kind in self.samples if kind == "ok")
+        return max((ended - began for began, ended, kind in self.samples if kind == "ok"), default=float("nan"))
 
 
 def measure_faults(*, clients: int = 4) -> ServingReport:
@@ -89,7 +89,7 @@ def _measure(name: str, url: str, clients: int, fault: Callable[[], None]) -> di
         back_s = time.monotonic() - began
         time.sleep(QUIET_S)
     failed = library.kinds()
-    num_ok = failed.pop("ok")
+    num_ok = failed.pop("ok", 0)
     others = plain.kinds()
     return {
         "fault": name,
@@ -97,7 +97,7 @@ def _measure(name: str, url: str, clients: int, fault: Callable[[], None]) -> di
         "client library: answered": num_ok,
         "longest, s": library.longest_s(),
         "failed": _words(failed),
-        "plain HTTP: answered": others.pop("ok"),
+        "plain HTTP: answered": others.pop("ok", 0),
         "others": _words(others),
     }
 

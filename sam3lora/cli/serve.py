@@ -14,6 +14,7 @@ import threading
 import time
 import urllib.request
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -96,14 +97,21 @@ def _run(settings: ServeSettings, host: str, port: int, address: str | None) -> 
             if not stop.is_set():
                 _print_addresses(settings, host, port)
                 stop.wait()
-                typer.echo("stopping after the requests in progress", err=True)
+                typer.echo("stopping after the requests in progress; Ctrl-C again stops at once", err=True)
         finally:
             _finish(ray_serve, settings, f"http://{_reachable(host)}:{port}", is_local=is_local)
 
 
 def _stop_by_signal(stop: threading.Event) -> None:
+    """The first signal stops the service after the requests in progress, a second one at once."""
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            signal.default_int_handler(number, frame)
+        stop.set()
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, on_signal)
 
 
 def _deploy(ray_serve: Any, application: Any, stop: threading.Event) -> None:
