@@ -43,7 +43,7 @@ class PostProcessingFields(Section):
         default=0.15, ge=0, le=1, description="Mask IoU from which detections are joined, transitively."
     )
     max_detections: int = Field(
-        default=100, ge=1, le=100_000, description="Most detections of a prompt in an image; the best stay."
+        default=100, ge=1, le=1_000_000, description="Most detections of a prompt in an image; the best stay."
     )
 
     @field_validator("prompt_thresholds")
