@@ -243,11 +243,8 @@ def _print_addresses(settings: ServeSettings, host: str, port: int) -> None:
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     samples = Path(serve_app.__file__).parent
     image = samples / "static" / "sample.jpg" if root == samples / "samples" else "photo.jpg"
-    request = (
-        {"prompts": [_first_prompt(root / names[0]) or "gear"], "adapter": names[0]}
-        if root and names
-        else {"prompts": ["gear"]}
-    )
+    known = [(name, prompt) for name in names[:50] if root and (prompt := _first_prompt(root / name))]
+    request = {"prompts": [known[0][1]], "adapter": known[0][0]} if known else {"prompts": ["gear"]}
     Console(markup=False, soft_wrap=True, highlight=False).print(
         f"{settings.model} with {shown or 'no adapters'}\n"
         f"page      {url}/\n"
