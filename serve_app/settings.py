@@ -6,10 +6,11 @@ The variables must be set before Ray starts, on every node: eval "$(python -m se
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 ADAPTER_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 ADAPTER_ID_RULE = (
@@ -131,6 +132,15 @@ class ServeSettings(_Settings):
     batching: Batching = Batching()
     caches: Caches = Caches()
     limits: Limits = Limits()
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        """As browsers send them: another spelling would match no site, without a word."""
+        for origin in origins:
+            if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
+                raise ValueError(f"expected sites such as https://example.org, without a path, or *; got {origin!r}")
+        return origins
 
     @property
     def most_replicas(self) -> int:
