@@ -61,9 +61,10 @@ class CocoIndex:
         split_dir: str | Path,
         annotation_file: str = ANNOTATION_FILE,
         *,
+        image_dir: str | Path | None = None,
         on_bad_image: Literal["stop", "skip"] = "stop",
     ) -> CocoIndex:
-        """Read `split_dir/annotation_file`, whose file names are relative to `split_dir`.
+        """Read `split_dir/annotation_file`, whose file names are relative to `image_dir` (None: the file's own folder).
 
         Listed images that do not exist raise with `on_bad_image` "stop"; "skip" counts them and leaves them out.
 
@@ -74,7 +75,8 @@ class CocoIndex:
         source = Path(split_dir) / annotation_file
         raw = load_coco_json(source)
         log = FaultLog()
-        images = _read_images(raw["images"], source.parent, log)
+        folder = source.parent if image_dir is None else Path(image_dir)
+        images = _read_images(raw["images"], folder, log)
         _stop_on_missing(log, source, on_bad_image)
         if not images:
             why = "; ".join(map(str, log)) or "the list is empty"
