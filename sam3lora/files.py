@@ -14,6 +14,11 @@ _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
 
+def cache_folder(named: str | None = None) -> Path:
+    """The folder that is named, else the environment's SAM3LORA_CACHE, else ~/.cache/sam3lora; it need not exist."""
+    return Path(named or os.environ.get("SAM3LORA_CACHE") or "~/.cache/sam3lora").expanduser().absolute()
+
+
 def write_whole(path: str | Path, content: str | bytes) -> None:
     """Write a file beside `path`, force it to the disk, and rename it to `path`. Text is written as UTF-8.
 

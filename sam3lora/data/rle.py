@@ -8,6 +8,10 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from sam3lora.data.images import MAX_MEGAPIXELS
+
+_MAX_CHARS = 7  # of a number: 35 bits, and no mask has 2^32 pixels
+
 
 def decode_counts(text: str) -> list[int]:
     """Run lengths of a compressed COCO RLE string (5 bits per character, as differences from the run before the last).
@@ -15,30 +19,35 @@ def decode_counts(text: str) -> list[int]:
     pycocotools reads malformed strings without an error, so strings from other sources are checked here.
 
     Raises:
-        ValueError: The string ends inside a number, or has a character that the code does not use.
+        ValueError: The string ends inside a number, or has a character or a number that the code does not use.
 
     >>> decode_counts("52203")
     [5, 2, 2, 2, 5]
     """
-    counts: list[int] = []
-    value = shift = 0
-    for char in text:
-        bits = ord(char) - 48
-        if not 0 <= bits < 64:
-            raise ValueError(f"character {char!r} cannot occur in a compressed RLE")
-        value |= (bits & 31) << shift
-        shift += 5
-        if bits & 32:
-            continue
-        if bits & 16:
-            value -= 1 << shift
-        if len(counts) > 2:
-            value += counts[-2]
-        counts.append(value)
-        value = shift = 0
-    if shift:
+    try:
+        bits = np.frombuffer(text.encode("latin-1"), dtype=np.uint8).astype(np.int64) - 48
+    except UnicodeEncodeError:
+        raise ValueError("a compressed RLE has ASCII characters only") from None
+    if not bits.size:
+        return []
+    if bits.min() < 0 or bits.max() > 63:
+        raise ValueError(
+            f"character {text[int(np.flatnonzero((bits < 0) | (bits > 63))[0])]!r} cannot occur in a compressed RLE"
+        )
+    is_last = bits < 32
+    if not is_last[-1]:
         raise ValueError("the compressed RLE is cut off")
-    return counts
+    ends = np.flatnonzero(is_last)
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    num_chars = ends - starts + 1
+    if num_chars.max() > _MAX_CHARS:
+        raise ValueError("the compressed RLE has a number that no mask needs")
+    place = np.arange(bits.size) - np.repeat(starts, num_chars)
+    counts = np.add.reduceat((bits & 31) << (5 * place), starts)
+    counts -= np.where(bits[ends] & 16, 1 << (5 * num_chars), 0)
+    for first in (1, 2):  # from the fourth on, each is a difference from the number two before
+        counts[first::2] = np.cumsum(counts[first::2])
+    return counts.tolist()
 
 
 def read_rle(segmentation: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,22 +57,35 @@ def read_rle(segmentation: Mapping[str, Any]) -> dict[str, Any]:
         `{"size": [height, width], "counts": bytes}`.
 
     Raises:
-        ValueError: The size is missing, or the runs are negative or do not add up to height x width.
+        ValueError: The size is missing or beyond that of any image, or the runs are negative or do not add up to
+            height x width.
     """
-    size, counts = segmentation.get("size"), segmentation.get("counts")
-    if not isinstance(size, Sequence) or len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size):
-        raise ValueError(f"expected size [height, width], got {size!r}")
+    size, counts = _whole_numbers(segmentation.get("size")), segmentation.get("counts")
+    if size is None or len(size) != 2 or min(size) < 1:
+        raise ValueError(f"expected size [height, width], got {str(segmentation.get('size'))[:60]}")
     height, width = size
+    if height * width > MAX_MEGAPIXELS * 1e6:
+        raise ValueError(f"expected size of an image, at most {MAX_MEGAPIXELS} million pixels, got {width} x {height}")
     if isinstance(counts, bytes):
-        counts = counts.decode("ascii")
-    runs = decode_counts(counts) if isinstance(counts, str) else counts
-    if not isinstance(runs, Sequence) or not all(isinstance(n, int) and n >= 0 for n in runs):
-        raise ValueError("expected counts as a list of non-negative integers or a string")
+        counts = counts.decode("latin-1")
+    runs = decode_counts(counts) if isinstance(counts, str) else _whole_numbers(counts)
+    if runs is None or min(runs, default=0) < 0:
+        raise ValueError("expected counts as a list of whole numbers, none negative, or a string")
     if sum(runs) != height * width:
         raise ValueError(f"the runs cover {sum(runs)} pixels, expected {height} x {width} = {height * width}")
     if isinstance(counts, str):
         return {"size": [height, width], "counts": counts.encode("ascii")}
-    return coco_mask.frPyObjects({"size": [height, width], "counts": list(runs)}, height, width)
+    return coco_mask.frPyObjects({"size": [height, width], "counts": runs}, height, width)
+
+
+def _whole_numbers(values: Any) -> list[int] | None:
+    """Numbers as integers, also those written as 5.0; None if any is not whole."""
+    if not isinstance(values, Sequence) or isinstance(values, str | bytes):
+        return None
+    for value in values:
+        if isinstance(value, bool) or not (isinstance(value, int) or (isinstance(value, float) and value.is_integer())):
+            return None
+    return [int(value) for value in values]
 
 
 def encode_rle(mask_HW: np.ndarray) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def test_clean_file_has_no_fault(folder):
         # half outside: clipped
         ({"bbox": [-10, 10, 20, 20], "segmentation": [square(-10, 10, 20)]}, "out_of_bounds", 1),
         # nothing inside the image at all
-        ({"bbox": [100, 100, 20, 20], "segmentation": [square(100, 100, 20)]}, "empty_object", 0),
+        ({"bbox": [100, 100, 20, 20], "segmentation": [square(100, 100, 20)]}, "empty_object", None),
         # a box only
         ({"segmentation": []}, "box_without_mask", 1),
         # a mask only, and those whose box is no numbers, or has no width or no height, wherever it is
@@ -54,15 +54,15 @@ def test_clean_file_has_no_fault(folder):
         ({"bbox": [10, 10, 0, 20]}, "mask_without_box", 1),
         ({"bbox": [90, 10, 5, 0]}, "mask_without_box", 1),
         # neither
-        ({"bbox": [10, 10, 0, 0], "segmentation": []}, "empty_object", 0),
+        ({"bbox": [10, 10, 0, 0], "segmentation": []}, "empty_object", None),
         # points on a line have no area, and a box without height has none either
-        ({"bbox": [1, 1, 8, 0], "segmentation": [[1, 1, 5, 5, 9, 9]]}, "empty_object", 0),
+        ({"bbox": [1, 1, 8, 0], "segmentation": [[1, 1, 5, 5, 9, 9]]}, "empty_object", None),
         # box in xyxy instead of xywh
         ({"bbox": [10, 10, 60, 50], "segmentation": [square(10, 10, 20)]}, "box_mask_disagree", 1),
         # box and mask of 20 x 20 that are 7 pixels apart overlap by 13 / 27
         ({"bbox": [17, 10, 20, 20]}, "box_mask_disagree", 1),
         ({"iscrowd": 1}, "crowd", 1),
-        ({"category_id": 9}, "unknown_category", 0),
+        ({"category_id": 9}, "unknown_category", None),
         ({"image_id": 9}, "unknown_image", 0),
         ({"image_id": None}, "bad_annotation", 0),
         # a mask made on another size than the image has
@@ -70,13 +70,16 @@ def test_clean_file_has_no_fault(folder):
     ],
 )
 def test_annotation_fault_is_counted_with_an_example_and_an_action(folder, changes, kind, kept):
-    index = CocoIndex.from_folder(folder.write([annotation(5, **changes)]))
+    index = CocoIndex.from_folder(folder.write([annotation(5, **changes), annotation(6, image_id=1)], num_images=2))
     assert faults(index)[kind] == 1
     assert kind == "out_of_bounds" or "out_of_bounds" not in faults(index)
     fault = next(fault for fault in index.faults if fault.kind == kind)
     assert "5" in fault.examples[0] or kind == "bad_annotation"
     assert fault.action in str(fault)
-    assert len(objects(index)) == kept
+    left_out = index.record(0)["image_id"] == 1
+    # an image of whose label it is not known what it marks is left out: it must not become a negative
+    assert left_out == (kept is None) == (faults(index).get("unclear_image", 0) == 1)
+    assert left_out or len(objects(index)) == kept
 
 
 def test_boxes_are_clipped_and_taken_from_masks(folder):
@@ -124,15 +127,25 @@ def test_duplicate_ids(folder):
 
 def test_image_entries(folder):
     entry = {"id": 0, "file_name": "0.png", "width": 80, "height": 60}
-    images = [entry, {**entry}, {**entry, "id": 1}, {"id": 2, "file_name": "0.png"}]
-    path = folder.write([annotation(0)], images=images)
+    images = [entry, {**entry}, {**entry, "id": 1}, {"id": 2, "file_name": "1.png"}]
+    moved = annotation(1, image_id=1, bbox=[40, 10, 20, 20], segmentation=[square(40, 10, 20)])
+    path = folder.write([annotation(0), moved, annotation(2, image_id=1)], images=images, num_images=2)
     content = json.loads((path / "_annotations.coco.json").read_text())
     content["images"].append({"file_name": "no id"})
     (path / "_annotations.coco.json").write_text(json.dumps(content))
     index = CocoIndex.from_folder(path)
-    assert faults(index) == {"duplicate_image_id": 1, "duplicate_file_name": 2, "no_size": 1, "bad_image_entry": 1}
+    # the labels of both listings of a file belong to one image, what both have counts once
+    assert [[o["id"] for o in objects(index, row)] for row in range(len(index))] == [[0, 1], []]
+    assert faults(index) == {
+        "duplicate_image_id": 1,
+        "duplicate_file_name": 1,
+        "duplicate_annotation": 1,
+        "no_size": 1,
+        "bad_image_entry": 1,
+    }
     # the size that the file lacks comes from the image
-    assert (index.record(2)["height"], index.record(2)["width"]) == (60, 80)
+    assert (index.record(1)["height"], index.record(1)["width"]) == (60, 80)
+    assert index.image_ids.find(1) == index.image_ids.find("0") == 0
 
 
 def test_missing_image_stops_or_is_left_out_with_its_annotations(folder):

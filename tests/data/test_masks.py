@@ -49,8 +49,8 @@ def test_compressed_counts_agree_with_pycocotools():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("size", value) for value in (None, [48], ["6", "8"], [6.0, 8.0], [0, 8], [-6, -8])]
-    + [("counts", value) for value in (None, ["48"], [48.0], [-2, 50])],
+    [("size", value) for value in (None, [48], ["6", "8"], [6.5, 8.0], [0, 8], [10**6, 10**6], [-6, -8])]
+    + [("counts", value) for value in (None, ["48"], [48.5], [True, 47], [-2, 50])],
 )
 def test_malformed_runs_are_refused(field, value):
     with pytest.raises(ValueError, match=f"expected {field}"):

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +16,7 @@ from sam3lora.data.array_store import ArrayStore, digest
 from sam3lora.data.batch import Batch, to_pixel_values
 from sam3lora.data.sample import DecodeSettings, feature_key, read_frame
 from sam3lora.errors import UserError
+from sam3lora.files import cache_folder
 from sam3lora.model.components import adapted_modules
 from sam3lora.model.loading import LoadedBase
 from sam3lora.model.staged.forward import StagedSam3, VisionFeatures
@@ -150,14 +149,8 @@ def open_cache(
     return trunk
 
 
-def cache_folder(config: Config) -> Path:
-    """`training.cache_dir`, else the environment's SAM3LORA_CACHE, else ~/.cache/sam3lora."""
-    named = config.training.cache_dir or os.environ.get("SAM3LORA_CACHE") or "~/.cache/sam3lora"
-    return Path(named).expanduser().absolute()
-
-
 def _open_store(config: Config) -> ArrayStore | None:
-    folder = cache_folder(config)
+    folder = cache_folder(config.training.cache_dir)
     try:
         return ArrayStore(folder, int(config.training.cache_gb * 1e9))
     except OSError as error:
