@@ -9,7 +9,7 @@ from typing import Any
 from pycocotools import mask as coco_mask
 
 from sam3lora.data.faults import FaultLog
-from sam3lora.data.polygons import MAX_OUTLINE_PX, area_of, clip_far, extent, flatten_parts, is_coordinate, outline_px
+from sam3lora.data.polygons import MAX_OUTLINE_PX, area_of, clip_far, extent, flatten_parts, is_finite, outline_px
 from sam3lora.data.rle import read_rle
 
 # As a share of the image. SAM 3's recipe drops smaller targets: their IoU is not stable.
@@ -106,7 +106,7 @@ def _clean_segmentation(raw: Any, size_hw: tuple[int, int], found: _Found) -> tu
         return None, None
     kept = []
     for part in flatten_parts(raw):
-        if not isinstance(part, list) or len(part) % 2 or not all(map(is_coordinate, part)):
+        if not isinstance(part, list) or len(part) % 2 or not all(map(is_finite, part)):
             found.add("bad_polygon")
         elif len(part) < 6:
             found.add("short_polygon", broken=False)
@@ -152,7 +152,7 @@ def _read_box(raw: Any, found: _Found) -> BoxXyxy | None:
     """The file's xywh as xyxy; None if it is not a box with a positive width and height."""
     if raw is None or raw == []:
         return None
-    if not isinstance(raw, list | tuple) or len(raw) != 4 or not all(map(is_coordinate, raw)):
+    if not isinstance(raw, list | tuple) or len(raw) != 4 or not all(map(is_finite, raw)):
         found.broken = True
         return None
     x, y, w, h = (float(v) for v in raw)

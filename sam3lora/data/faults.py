@@ -56,6 +56,7 @@ _COCO_KINDS = {
         "dropped: multiply boxes and masks by the width and height of the image",
         LOST,
     ),
+    "left_out_label": ("label of an image that is left out", "left out with it", LOST),
     "bad_flag": ("iscrowd that is neither 0 nor 1", "taken as 0", CHANGED),
     "all_crowd": ("file whose labels are all crowd regions (iscrowd)", "there is no object to find in it", LOST),
     "short_polygon": ("polygon part with fewer than 3 points", "the part is dropped", LOST),
@@ -81,6 +82,12 @@ _COCO_KINDS = {
         "kept; recall is limited",
         CHANGED,
     ),
+}
+_RESULT_KINDS = {
+    "bad_result": ("result that is not an object, or names no image or no category", "left out", LOST),
+    "bad_score": ("result whose score is not a number", "left out", LOST),
+    "result_without_mask": ("result without a mask of any pixel in the image", "left out", LOST),
+    "result_of_unclear_image": ("result of an image that is left out", "left out", LOST),
 }
 _CONVERSION_KINDS = {
     "broken_source_image": ("image that cannot be read", "left out", LOST),
@@ -114,7 +121,7 @@ _CONVERSION_KINDS = {
     "hidden": ("object that smaller ones cover completely in a mask image", "lost", LOST),
     "unmatched_name": ("image name in which --group-by finds nothing", "grouped by its content alone", CHANGED),
 }
-KINDS = _COCO_KINDS | _CONVERSION_KINDS
+KINDS = _COCO_KINDS | _RESULT_KINDS | _CONVERSION_KINDS
 
 
 @dataclass
@@ -148,7 +155,8 @@ class Fault:
         }
 
     def __str__(self) -> str:
-        return f"{self.count} x {self.description}: {self.action} (e.g. {'; '.join(self.examples)})"
+        examples = f" (e.g. {'; '.join(self.examples)})" if self.examples else ""
+        return f"{self.count} x {self.description}: {self.action}{examples}"
 
 
 class FaultLog:

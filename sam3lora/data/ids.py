@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -69,6 +70,10 @@ class IdTable:
         self._numbers[key] = number
         if (value := _value(key)) is not None:
             self._by_value[value] = None if value in self._by_value else key
+
+    def shared_numbers(self) -> set[int]:
+        """Numbers that several listed ids have."""
+        return {number for number, count in Counter(self._numbers.values()).items() if count > 1}
 
     def to_json(self) -> dict[str, list[Any]]:
         plain = [key for key, number in self._numbers.items() if key == number]

@@ -117,6 +117,8 @@ class LabelTable:
         is_clear = np.isin(rows, sorted(self._images.unclear), invert=True)
         if is_clear.any() and is_crowd[is_clear].all():
             self._log.add("all_crowd", f"{int(is_clear.sum())} crowd regions")
+        if not is_clear.all():
+            self._log.add("left_out_label", count=int((~is_clear).sum()))
         order = np.lexsort((positions, rows))
         ends = np.searchsorted(rows[order], np.arange(len(self._sizes_hw)), side="right")
         batches = []
@@ -211,7 +213,8 @@ class LabelTable:
             log.add("unknown_image" if known else "bad_annotation", where if known else f"annotations[{position}]")
             return
         row = images.row_of.get(image)
-        if row is None:  # a listed image that was left out is already counted
+        if row is None:  # a listed image that cannot be used
+            log.add("left_out_label", where)
             return
         category = categories.ids.find(entry.category_id)
         if category not in categories.names:

@@ -47,9 +47,9 @@ def _parts(raw: list[Any], depth: int) -> list[Any]:
     return parts
 
 
-def is_coordinate(value: Any) -> bool:
+def is_finite(value: Any) -> bool:
     """Whether a value is a number of at most `MAX_COORDINATE`."""
-    # in this order: an integer of hundreds of digits cannot become a float
+    # compared as it is: an integer of hundreds of digits cannot become a float
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_COORDINATE
 
 

@@ -52,10 +52,14 @@ def test_images_beyond_num_samples_are_left_out(measure):
         ([result(0, 9, 10, 0.9)], "entry 0 has category_id 9"),
         ('[{"image_id": 0', "not valid JSON .* truncated"),
         ({"predictions": []}, "expected a list of COCO results, got dict"),
-        ([{"image_id": 0, "category_id": 1}], "entry 0 lacks segmentation, score"),
-        ([result(0, 1, 10, float("nan"))], "score nan"),
-        ([result(0, 1, 10, 0.9) | {"segmentation": {"size": [4, 4], "counts": [16]}}], "60 x 80 .* got 4 x 4"),
-        ([result(0, 1, 10, 0.9) | {"segmentation": {"size": [60, 80], "counts": "zz"}}], "damaged mask"),
+        # nothing in them can be read
+        ([{"image_id": 0, "category_id": 1}], "none of its 1 results"),
+        ([[], "text", 5], "none of its 3 results"),
+        ([result(0, 1, 10, 0.9) | {"image_id": [0]}], "none of its 1 results"),
+        ([result(0, 1, 10, float("nan"))], r"score .* nan"),
+        ([result(0, 1, 10, 0.9) | {"segmentation": [[float("nan"), 10, 30, 10, 30, 30]]}], "cannot be pixels"),
+        ([result(0, 1, 10, 0.9) | {"segmentation": {"size": [60, 80], "counts": "zz"}}], "run-length mask"),
+        ([result(0, 1, 10, 0.9) | {"segmentation": None, "bbox": [10, 10, 20, 20]}], "without a mask"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(measure, content, message):
@@ -75,3 +79,76 @@ def test_results_of_a_run_with_prompts_that_no_image_shows(measure):
     assert found.per_category["leaf"].off_prompt_fpr == 0.5
     with pytest.raises(UserError, match="category_id 3"):
         measure([result(0, 3, 10, 0.9)])
+
+
+SQUARE = [10, 10, 30, 10, 30, 30, 10, 30]
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {"segmentation": SQUARE},
+        {"segmentation": [SQUARE]},
+        {"segmentation": [[[10, 10], [30, 10], [30, 30], [10, 30]]]},
+        {"segmentation": [[10, 10], [30, 10], [30, 30], [10, 30]]},
+        # a part that encloses nothing, beside one that does
+        {"segmentation": [SQUARE, [1, 2, 3, 4]]},
+        # far outside: what is in the image counts
+        {"segmentation": [[10, 10, 30, 10, 30, 30, 10, 30], [-1e9, -10, 1e9, -10, 1e9, -5, -1e9, -5]]},
+        # a mask of another size is scaled
+        {"segmentation": {"size": [120, 160], "counts": [20 * 120 + 20, *[40, 80] * 39, 40, 0]}},
+        {"segmentation": [result(0, 1, 10, 1)["segmentation"]]},
+        # boxes that cannot be read are taken from the mask
+        {"bbox": [10, 10]},
+        {"bbox": [float("nan")] * 4},
+        {"bbox": None},
+        # ids as texts or floats
+        {"image_id": "0", "category_id": 1.0},
+    ],
+)
+def test_results_are_read_like_labels(measure, spelling):
+    entry = {key: value for key, value in result(0, 1, 10, 0.9).items() if key != "bbox"}
+    if isinstance(spelling.get("segmentation"), dict):
+        counts = spelling["segmentation"]["counts"]
+        spelling["segmentation"]["counts"] = [*counts[:-1], 120 * 160 - sum(counts[:-1])]
+    found = measure([entry | spelling, result(1, 2, 10, 0.9)])
+    assert (found.map, found.bbox_map, found.num_predictions) == (pytest.approx(1), pytest.approx(1), 2)
+
+
+def test_results_that_cannot_be_read_are_left_out_of_the_others(measure):
+    broken = [
+        {"segmentation": [[10, 10]]},
+        {"segmentation": [[10, 10, 20, 20]]},
+        {"segmentation": [[]]},
+        {"score": None},
+    ]
+    entries = [result(0, 1, 10, 0.9), result(1, 2, 10, 0.9)]
+    without_box = {key: value for key, value in entries[0].items() if key != "bbox"}
+    found = measure(entries + [without_box | change for change in broken])
+    assert (found.map, found.num_predictions) == (pytest.approx(1), 2)
+
+
+def test_a_category_that_no_label_has_is_a_false_alarm(tmp_path):
+    split = write_split(tmp_path / "valid", [(0, 1, 10), (1, 2, 10)], {1: "crack", 2: "hole", 3: "leaf"})
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps([result(0, 1, 10, 0.9), result(1, 2, 10, 0.9), result(0, 3, 40, 0.9)]))
+    found = evaluate_predictions(file, split, EvaluationSettings())
+    assert found.map == pytest.approx(1)
+    assert found.per_category["leaf"].off_prompt_fpr == 0.5
+
+
+def test_ids_are_those_of_the_file_in_any_spelling(tmp_path):
+    split = write_split(tmp_path / "valid", [(0, 1, 10), (1, 2, 10)], {1: "crack", 2: "hole"})
+    source = split / "_annotations.coco.json"
+    content = json.loads(source.read_text())
+    texts = {0: "frame-a", 1: 2**70}
+    for entry in content["images"]:
+        entry["id"] = texts[entry["id"]]
+    for entry in content["annotations"]:
+        entry["image_id"] = texts[entry["image_id"]]
+    source.write_text(json.dumps(content))
+    file = tmp_path / "mine.json"
+    file.write_text(
+        json.dumps([result(0, 1, 10, 0.9) | {"image_id": "frame-a"}, result(1, 2, 10, 0.9) | {"image_id": 2**70}])
+    )
+    assert evaluate_predictions(file, split, EvaluationSettings()).map == pytest.approx(1)

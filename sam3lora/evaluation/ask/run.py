@@ -144,10 +144,15 @@ def evaluate_models(
     ]
 
 
-def asked_categories(index: CocoIndex, settings: EvaluationSettings) -> list[PromptedCategory]:
-    """What is asked of every image: the split's categories, or those named, and the prompts that no image shows."""
+def asked_categories(
+    index: CocoIndex, settings: EvaluationSettings, more: Sequence[str] = ()
+) -> list[PromptedCategory]:
+    """What is asked of every image: the split's categories, or those named, and the prompts that no image shows.
+
+    `more` names further categories that the split lists.
+    """
     known = settings.categories if settings.categories is not None else index.names
-    return prompted_categories(index, [*known, *settings.negative_prompts], settings.prompts)
+    return prompted_categories(index, [*known, *more, *settings.negative_prompts], settings.prompts)
 
 
 def find_split(data_dir: str | Path, split: str = "valid", annotation_file: str = ANNOTATION_FILE) -> Path:

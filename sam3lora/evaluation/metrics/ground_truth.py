@@ -53,9 +53,9 @@ def prompted_categories(
     """The distinct prompts of a split's categories, or of those named; `prompts` is name -> prompt if they differ."""
     prompt_of = {prompt_key(name): prompt for name, prompt in (prompts or {}).items()}
     known: dict[str, int] = {}
-    for id_, name in index.category_names.items():
+    for id_, name in [*index.category_names.items(), *index.listed_names.items()]:
         known.setdefault(prompt_key(name), id_)
-    next_id = max(index.category_names, default=0) + 1
+    next_id = max(known.values(), default=0) + 1
     found: dict[str, PromptedCategory] = {}
     for name in index.names if names is None else names:
         prompt = prompt_of.get(prompt_key(name), name)
