@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from sam3lora.data import plain_rles
 from sam3lora.data.annotations import AGREEING_IOU, MIN_BOX_AREA, SHARE_SLACK, SLACK_PX
 from sam3lora.data.coco_file import AnnotationEntry
 from sam3lora.data.polygons import MAX_OUTLINE_PX
@@ -41,7 +42,8 @@ def find_plain(entries: Sequence[AnnotationEntry], sizes_hw_A2: np.ndarray) -> P
     """Look at boxes and masks of entries whose images have these sizes; the caller has read everything else of them."""
     boxes_A4 = _read_boxes(entries)
     texts = [_compact(entry.segmentation) for entry in entries]
-    has_mask_A = np.array([bytes(text[:2]) == b"[[" if isinstance(text, bytes) else True for text in texts], dtype=bool)
+    has_polygons_A = np.array([text.startswith(b"[[") for text in texts], dtype=bool)
+    has_rle_A = np.array([text.startswith(b"{") for text in texts], dtype=bool)
     no_mask_A = np.array([text in _NO_MASK for text in texts], dtype=bool)
     limits_xy_A2 = sizes_hw_A2[:, ::-1].astype(float)
     boxes_xyxy_A4 = np.concatenate([boxes_A4[:, :2], boxes_A4[:, :2] + boxes_A4[:, 2:]], axis=1)
@@ -49,13 +51,15 @@ def find_plain(entries: Sequence[AnnotationEntry], sizes_hw_A2: np.ndarray) -> P
     is_good_A = (boxes_A4[:, 2:] > 0).all(axis=1) & _is_inside(boxes_xyxy_A4, limits_xy_A2)
     is_good_A &= _has_area(clipped_A4, limits_xy_A2)
     is_good_A &= (boxes_xyxy_A4 > 1 + SHARE_SLACK).any(axis=1)  # otherwise it may be in shares of the image
-    rows = np.flatnonzero(has_mask_A & is_good_A)
-    is_plain_A = no_mask_A & is_good_A
-    masks_xyxy, is_good = _read_polygons([texts[row] for row in rows])
-    is_good &= _is_inside(masks_xyxy, limits_xy_A2[rows])
-    mask_boxes = _clip(masks_xyxy, limits_xy_A2[rows])
-    is_good &= _has_area(mask_boxes, limits_xy_A2[rows]) & (_iou(clipped_A4[rows], mask_boxes) >= AGREEING_IOU)
-    is_plain_A[rows] = is_good
+    masks_A4, has_mask_A = np.full((len(entries), 4), np.nan), np.zeros(len(entries), dtype=bool)
+    rows = np.flatnonzero(has_polygons_A & is_good_A)
+    masks_A4[rows], has_mask_A[rows] = _read_polygons([texts[row] for row in rows])
+    rows = np.flatnonzero(has_rle_A & is_good_A)
+    masks_A4[rows], has_mask_A[rows] = _read_rles([texts[row] for row in rows], sizes_hw_A2[rows])
+    has_mask_A &= _is_inside(masks_A4, limits_xy_A2)
+    masks_A4 = _clip(masks_A4, limits_xy_A2)
+    has_mask_A &= _has_area(masks_A4, limits_xy_A2) & (_iou(clipped_A4, masks_A4) >= AGREEING_IOU)
+    is_plain_A = is_good_A & (no_mask_A | has_mask_A)
     clipped_A4[:, 2:] -= clipped_A4[:, :2]
     return PlainAnnotations(
         is_plain_A, clipped_A4, [None if bare else text for bare, text in zip(no_mask_A, texts, strict=True)]
@@ -88,6 +92,16 @@ def _read_polygons(texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
             boxes_A4[kept], is_good_A[kept] = _measure(
                 [parts for parts, good in zip(polygons, usable, strict=True) if good]
             )
+    return boxes_A4, is_good_A
+
+
+def _read_rles(texts: Sequence[bytes], sizes_hw_A2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same for compressed run-length masks."""
+    boxes_A4, is_good_A = np.full((len(texts), 4), np.nan), np.zeros(len(texts), dtype=bool)
+    for rows, rles in _decode(plain_rles.decoder, texts):
+        kept = list(rows)
+        if kept:
+            boxes_A4[kept], is_good_A[kept] = plain_rles.measure_rles(rles, sizes_hw_A2[kept])
     return boxes_A4, is_good_A
 
 

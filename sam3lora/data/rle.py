@@ -10,7 +10,7 @@ from pycocotools import mask as coco_mask
 
 from sam3lora.data.images import MAX_MEGAPIXELS
 
-_MAX_CHARS = 7  # of a number: 35 bits, and no mask has 2^32 pixels
+MAX_CHARS = 7  # of a number: 35 bits, and no mask has 2^32 pixels
 
 
 def decode_counts(text: str) -> list[int]:
@@ -40,7 +40,7 @@ def decode_counts(text: str) -> list[int]:
     ends = np.flatnonzero(is_last)
     starts = np.concatenate([[0], ends[:-1] + 1])
     num_chars = ends - starts + 1
-    if num_chars.max() > _MAX_CHARS:
+    if num_chars.max() > MAX_CHARS:
         raise ValueError("the compressed RLE has a number that no mask needs")
     place = np.arange(bits.size) - np.repeat(starts, num_chars)
     counts = np.add.reduceat((bits & 31) << (5 * place), starts)

@@ -5,6 +5,10 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import numpy as np
+
+from sam3lora.data.rle import encode_rle
+
 WIDTH, HEIGHT = 100, 80
 
 NUMBERS = [
@@ -124,6 +128,12 @@ def odd_mask(rng: random.Random) -> Any:
 
 
 def odd_rle(rng: random.Random) -> dict[str, Any]:
+    if rng.random() < 0.4:
+        mask = np.zeros((HEIGHT, WIDTH), dtype=bool)
+        x, y = rng.randrange(WIDTH), rng.randrange(HEIGHT)
+        mask[y : y + rng.randint(0, 30), x : x + rng.randint(0, 30)] = True
+        rle = encode_rle(mask)
+        return rle if rng.random() < 0.7 else rle | {"counts": rle["counts"][: rng.randrange(8)] + rng.choice("@oP0")}
     height, width = rng.choice(
         ((HEIGHT, WIDTH), (HEIGHT, WIDTH), (40, 50), (0, 5), (10**9, 10**9), (7.0, 9.0), ("8", 8))
     )

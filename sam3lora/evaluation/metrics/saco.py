@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sam3lora.data.coco_file import parse_json
+from sam3lora.data.polygons import is_finite
 from sam3lora.data.rle import read_rle
 from sam3lora.errors import UserError
 from sam3lora.evaluation.metrics.cgf1 import CgF1, IouType, UnitCounts, accumulate, choose_annotator, count_unit
@@ -119,7 +119,7 @@ def _read_predictions(source: Path, truth: _Annotator, iou_type: IouType) -> dic
     predictions = defaultdict(list)
     for position, entry in enumerate(raw):
         where = f"{source}: predictions[{position}]"
-        if not _is_number(entry["score"]):
+        if not is_finite(entry["score"]):
             raise UserError(f"{where} has score {entry['score']!r}: expected a number")
         region = _read_region(entry, truth.sizes_hw[entry["image_id"]], iou_type, where)
         predictions[entry["image_id"]].append(entry | {region_key: region})
@@ -128,11 +128,9 @@ def _read_predictions(source: Path, truth: _Annotator, iou_type: IouType) -> dic
 
 def _read_json(source: Path) -> Any:
     try:
-        return json.loads(source.read_text(encoding="utf-8-sig"))
+        return parse_json(source, source.read_bytes())
     except OSError as error:
         raise UserError(f"cannot read {source}: {error.strerror}; give an existing JSON file") from None
-    except ValueError as error:
-        raise UserError(f"{source} is not valid JSON ({error}); is the file truncated? Export it again") from None
 
 
 def _check_keys(source: Path, name: str, entries: Iterable[Any], keys: Sequence[str]) -> None:
@@ -148,7 +146,7 @@ def _check_keys(source: Path, name: str, entries: Iterable[Any], keys: Sequence[
 def _read_region(entry: Mapping[str, Any], size_hw: tuple[int, int], iou_type: IouType, where: str) -> Any:
     region = entry[REGION_KEY[iou_type]]
     if iou_type == "bbox":
-        if not isinstance(region, list) or len(region) != 4 or not all(map(_is_number, region)):
+        if not isinstance(region, list) or len(region) != 4 or not all(map(is_finite, region)):
             raise UserError(f"{where} has bbox {region!r}: expected [x, y, width, height]")
         return region
     if not isinstance(region, dict):
@@ -163,7 +161,3 @@ def _read_region(entry: Mapping[str, Any], size_hw: tuple[int, int], iou_type: I
             f"{size_hw[1]} (height x width): give masks at the image's size"
         )
     return rle
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
