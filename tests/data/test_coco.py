@@ -154,7 +154,7 @@ def test_missing_image_stops_or_is_left_out_with_its_annotations(folder):
     with pytest.raises(ImageError, match=r"1 listed .*1\.png"):
         CocoIndex.from_folder(path)
     index = CocoIndex.from_folder(path, on_bad_image="skip")
-    assert (len(index), faults(index)) == (1, {"missing_image": 1})
+    assert (len(index), faults(index)) == (1, {"missing_image": 1, "left_out_label": 1})
     (path / "0.png").unlink()
     with pytest.raises(UserError, match=r"none of its 2 images.*2 x"):
         CocoIndex.from_folder(path, on_bad_image="skip")
