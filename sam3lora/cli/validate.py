@@ -105,7 +105,7 @@ def validate(
     if predictions is not None:
         from sam3lora.evaluation.ask.predictions_file import evaluate_predictions
 
-        save_validation([evaluate_predictions(predictions, folder, settings)], output)
+        save_validation([evaluate_predictions(predictions, folder, settings, progress=True)], output)
         return
     from sam3lora.evaluation.ask.run import evaluate_models
 

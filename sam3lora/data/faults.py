@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 MAX_EXAMPLES = 3
 
-LOST, CHANGED, NOTE = "lost", "changed", "note"
+LEVELS = LOST, CHANGED, NOTE = "lost", "changed", "note"
 """Levels: images or labels are left out; something is read in another way than it is written; good to know."""
 
 # kind -> (what it is, what is done about it, level)
@@ -122,6 +122,30 @@ _CONVERSION_KINDS = {
     "unmatched_name": ("image name in which --group-by finds nothing", "grouped by its content alone", CHANGED),
 }
 KINDS = _COCO_KINDS | _RESULT_KINDS | _CONVERSION_KINDS
+
+# Kinds of which each count is a whole image, or a whole label, that is left out. The other kinds of level LOST count
+# parts: a polygon of a mask, a mask of an object that keeps its box, a file.
+IMAGES_LEFT_OUT = frozenset(
+    (
+        "missing_image",
+        "unreadable_image",
+        "duplicate_image_id",
+        "bad_image_entry",
+        "broken_source_image",
+        "unlabelled_image",
+    )
+)
+LABELS_LEFT_OUT = frozenset(
+    (
+        "unknown_category",
+        "unknown_image",
+        "bad_annotation",
+        "empty_object",
+        "skipped_shape",
+        "dropped_crowd",
+        "hidden",
+    )
+)
 
 
 @dataclass

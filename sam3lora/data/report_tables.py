@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from sam3lora.data.check import MAX_DETECTIONS, NUM_OBJECT_QUERIES
+from sam3lora.data.fault_report import left_out_sentence, split_faults, table_rows
+from sam3lora.data.faults import LEVELS, LOST
 
 if TYPE_CHECKING:
     from sam3lora.data.check import CheckedSplit, CheckReport
@@ -34,12 +36,14 @@ def print_check(report: CheckReport, console: Console) -> None:
         console.print(f"  e.g. {escape('; '.join(leak.examples))}", highlight=False)
     if not report.num_faults:
         console.print("No faults found.")
+    _print_left_out([fault for split in report.splits for fault in split.faults], console)
 
 
 def print_conversion(report: ConversionReport, console: Console) -> None:
     console.print(f"{report.source_format} -> {report.target_format}: {report.target}", markup=False)
     _print_splits(report.splits, console)
-    _print_faults(report.faults, "what was done", console)
+    _print_faults(report.faults, console)
+    _print_left_out(report.faults, console)
 
 
 def print_splitting(report: SplittingReport, console: Console) -> None:
@@ -56,7 +60,8 @@ def print_splitting(report: SplittingReport, console: Console) -> None:
             f"[yellow]{sum(leak.count for leak in report.leaks)} names look like neighbouring frames or tiles of one "
             f"recording in two splits, e.g. {escape(report.leaks[0].examples[0])}: --group-by keeps them together[/]"
         )
-    _print_faults(report.faults, "what was done", console)
+    _print_faults(report.faults, console)
+    _print_left_out(report.faults, console)
 
 
 def _print_checked_split(split: CheckedSplit, console: Console) -> None:
@@ -75,7 +80,7 @@ def _print_checked_split(split: CheckedSplit, console: Console) -> None:
     for name, counts in split.categories.items():
         categories.add_row(escape(name), str(counts["images"]), str(counts["objects"]))
     console.print(categories)
-    _print_faults(split.faults, "what is done", console)
+    _print_faults(split.faults, console)
 
 
 def _print_splits(splits: dict[str, dict[str, Any]], console: Console) -> None:
@@ -96,10 +101,15 @@ def _print_splits(splits: dict[str, dict[str, Any]], console: Console) -> None:
         console.print(f"{num_unused} categories without objects")
 
 
-def _print_faults(faults: Iterable[Fault], action: str, console: Console) -> None:
-    """One row per kind, the actions under the heading `action`; nothing if there are no faults."""
-    table = Table("count", "fault", action, "for example")
-    for fault in faults:
-        table.add_row(str(fault.count), fault.description, fault.action, escape("; ".join(fault.examples)))
+def _print_faults(faults: Iterable[Fault], console: Console) -> None:
+    """One row per kind, what is lost first; nothing if there are no faults."""
+    table = Table("level", "count", "fault", "what is done", Column("for example", overflow="fold"))
+    for row in table_rows(split_faults("", faults, LEVELS)):
+        table.add_row(*map(escape, row[1:]), style="bold" if row.level == LOST else None)
     if table.row_count:
         console.print(table)
+
+
+def _print_left_out(faults: Iterable[Fault], console: Console) -> None:
+    if sentence := left_out_sentence(split_faults("", faults)):
+        console.print(f"[yellow]{sentence}[/yellow]")

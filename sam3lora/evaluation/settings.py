@@ -25,6 +25,7 @@ class EvaluationSettings:
         exhaustive: Whether a missing annotation means absence.
         batch_size: Images at a time.
         max_prompts_per_forward: (image, prompt) pairs in one forward pass.
+        skip_missing_images: Leave out listed images that do not exist, instead of refusing the split.
 
     Raises:
         UserError: A value is out of range.
@@ -39,6 +40,7 @@ class EvaluationSettings:
     exhaustive: bool = True
     batch_size: int = 4
     max_prompts_per_forward: int = 8
+    skip_missing_images: bool = False
 
     def __post_init__(self) -> None:
         self.post_processing(PostProcessing())
@@ -64,5 +66,5 @@ class EvaluationSettings:
     def to_dict(self) -> dict[str, Any]:
         """For reports, without what is at its default and says nothing, and without post-processing."""
         shown = asdict(self) | {"prompts": dict(self.prompts)}
-        quiet = ("prompts", "negative_prompts", "categories", "num_samples")
+        quiet = ("prompts", "negative_prompts", "categories", "num_samples", "skip_missing_images")
         return {name: value for name, value in shown.items() if name != "post" and (value or name not in quiet)}

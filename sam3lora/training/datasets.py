@@ -16,6 +16,7 @@ from sam3lora.config import Config
 from sam3lora.config.training import images_per_step
 from sam3lora.data.batch import Batch
 from sam3lora.data.coco import CocoIndex, merge_names
+from sam3lora.data.fault_report import count_left_out, fault_lines, split_faults
 from sam3lora.data.pipeline import iterate_batches, stream_batches
 from sam3lora.data.plan import BatchPlan, plan_run, plan_validation
 from sam3lora.data.prompts import prompt_key
@@ -32,6 +33,7 @@ class RunData:
     """The training split, the validation split if there is one, and how their records are decoded.
 
     ``train`` and ``valid`` hold the images that have a loss; ``valid_complete`` holds all that metrics are measured on.
+    ``faults`` are those of both annotation files, from `split_faults`.
     """
 
     train: CocoIndex
@@ -40,6 +42,7 @@ class RunData:
     train_settings: DecodeSettings
     valid_settings: DecodeSettings
     prompts: tuple[str, ...]
+    faults: list[dict[str, Any]]
 
     def summary(self) -> dict[str, Any]:
         counts: dict[str, int] = dict.fromkeys(self.train.names, 0)
@@ -49,6 +52,7 @@ class RunData:
         return {
             "num_train_images": len(self.train),
             "num_valid_images": len(self.valid) if self.valid else 0,
+            **{f"num_{what}_left_out": number for what, number in count_left_out(self.faults).items()},
             "objects_per_category": counts,
             "prompts": list(self.prompts),
             "prompt_of_category": dict(self.train_settings.prompts_map),
@@ -94,6 +98,8 @@ def load_run_data(config: Config, resolution: int) -> RunData:
         train_settings=settings,
         valid_settings=valid_settings,
         prompts=tuple(dict.fromkeys([*asked, *data.negative_prompts])),
+        faults=split_faults(data.train_split, train.faults)
+        + (split_faults(data.valid_split, valid.faults) if valid else []),
     )
 
 
@@ -185,9 +191,11 @@ def _index(config: Config, folder: Path) -> CocoIndex:
 def _with_queries(index: CocoIndex, settings: DecodeSettings) -> CocoIndex:
     rows = rows_with_queries(index.table, settings)
     if not rows:
+        faults = fault_lines(split_faults(Path(index.source).parent.name, index.faults))
         raise UserError(
             f"{index.source}: no image has a query: no object of the chosen categories and no negative prompt. "
             "Check data.categories, or list data.negative_prompts"
+            + (f". Faults of the file: {'; '.join(faults)}" if faults else "")
         )
     if len(rows) < len(index):
         num_left = len(index) - len(rows)

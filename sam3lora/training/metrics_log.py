@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from sam3lora.data.fault_report import fault_summary
 from sam3lora.files import write_whole
 from sam3lora.progress import Progress, repeatedly
 
@@ -45,6 +46,10 @@ class MetricsLog:
                 if name != "step" and isinstance(value, int | float):
                     self._writer.add_scalar(f"{kind}/{name}", value, values["step"])
             self._writer.flush()
+
+    def lines(self) -> list[dict[str, Any]]:
+        """All lines so far, of earlier attempts too."""
+        return read_metrics(self._file)
 
     def _drop_after(self, step: int) -> None:
         """Remove the lines of steps that a resumed run will do again."""
@@ -217,6 +222,8 @@ def describe_line(line: dict[str, Any]) -> str | None:
         return (
             f"{images}, {workers} worker{'s' * (workers > 1)} on {device}, prompts: {', '.join(line['prompts'][:12])}"
         )
+    if kind == "faults":
+        return fault_summary(line["faults"], line["data_dir"])
     if kind == "step":
         terms = " ".join(f"{name} {value:.3g}" for name, value in line["terms"].items() if not name.endswith("_o2m"))
         return (
@@ -235,6 +242,9 @@ def describe_line(line: dict[str, Any]) -> str | None:
         return f"warning: {line['message']}"
     if kind == "skipped_image":
         return f"skipped image {line['path']}: {line['reason']}"
+    if kind == "end" and line.get("num_skipped"):
+        num = line["num_skipped"]
+        return f"{num} image{'s' * (num > 1)} could not be read and {'were' if num > 1 else 'was'} skipped"
     if kind == "early_stop":
         return f"stopped early: the best loss was {line['best_loss']:.4g} at step {line['best_step']}"
     return None

@@ -102,7 +102,7 @@ class Trainer:
         return min(total, training.max_steps or total)
 
     def _open_log(self, warnings: WarningsToMetrics | None) -> MetricsLog | None:
-        """The first worker's `metrics.jsonl`, with its ``start`` line."""
+        """The first worker's `metrics.jsonl`, with its ``start`` line and the faults of the data."""
         if distributed.rank() != 0:
             return None
         log = MetricsLog(self.output_dir, after_step=self.state.step, tensorboard=self.config.logging.tensorboard)
@@ -117,6 +117,9 @@ class Trainer:
             gradient_accumulation_steps=self.config.training.gradient_accumulation_steps,
             **self.metadata.data,
         )
+        if self.data.faults:
+            folder = self.config.training.data_dir
+            log.write("faults", step=self.state.step, data_dir=str(folder), faults=self.data.faults)
         if warnings:
             warnings.write_to(log)
         return log
@@ -205,7 +208,8 @@ class Trainer:
         state, counts = self.state, vision_counts(self)
         state.finished = True
         if self.log:
-            self.log.write("end", step=state.step, best_step=state.best_step, **counts)
+            skipped = {line["path"] for line in self.log.lines() if line["kind"] == "skipped_image"}
+            self.log.write("end", step=state.step, best_step=state.best_step, num_skipped=len(skipped), **counts)
         return {"step": state.step, "best_loss": state.best_loss, "best_step": state.best_step}
 
     def _validation_terms(self) -> TermSums | None:

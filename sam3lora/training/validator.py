@@ -45,6 +45,7 @@ def evaluation_settings(config: Config) -> EvaluationSettings:
         exhaustive=data.exhaustive,
         batch_size=EvaluationSettings.batch_size if batch_size == "auto" else batch_size,
         max_prompts_per_forward=config.training.max_prompts_per_forward,
+        skip_missing_images=config.training.on_bad_image == "skip",
     )
 
 

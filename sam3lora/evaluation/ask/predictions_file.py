@@ -6,22 +6,24 @@ import time
 from pathlib import Path
 
 from sam3lora.config.post_processing import PostProcessing
-from sam3lora.data.coco import CocoIndex
 from sam3lora.data.coco_results import read_results
 from sam3lora.data.prompts import prompt_key
-from sam3lora.evaluation.ask.run import asked_categories
+from sam3lora.evaluation.ask.run import asked_categories, read_split
 from sam3lora.evaluation.metrics.ground_truth import build_ground_truth
 from sam3lora.evaluation.metrics.measure import SplitMetrics, measure_split
 from sam3lora.evaluation.settings import EvaluationSettings
 from sam3lora.evaluation.split_results import SplitResults
 
 
-def evaluate_predictions(file: str | Path, split_dir: Path, settings: EvaluationSettings) -> SplitMetrics:
+def evaluate_predictions(
+    file: str | Path, split_dir: Path, settings: EvaluationSettings, *, progress: bool = False
+) -> SplitMetrics:
     """Measure a COCO results file on a split, as it is: nothing is suppressed or merged.
 
     Args:
         file: JSON list of image_id, category_id, segmentation (RLE or polygons), score, and optionally bbox (xywh).
         split_dir: Folder with the annotation file, whose ids the results use.
+        progress: Tell the faults of that file on standard error.
 
     Raises:
         UserError: The file is missing, truncated or no COCO results, belongs to another split, or nothing in it can be
@@ -29,7 +31,7 @@ def evaluate_predictions(file: str | Path, split_dir: Path, settings: Evaluation
     """
     started = time.perf_counter()
     source = Path(file)
-    index = CocoIndex.from_folder(split_dir, settings.annotation_file)
+    index, faults = read_split(split_dir, settings, tell=progress)
     asked = asked_categories(index, settings)
     found = read_results(source, index, {category.id for category in asked})
     if settings.num_samples is not None:
@@ -64,4 +66,5 @@ def evaluate_predictions(file: str | Path, split_dir: Path, settings: Evaluation
         settings={"data": str(split_dir), "predictions": str(source)},
         split_dir=split_dir,
         seconds=time.perf_counter() - started,
+        faults=faults,
     )

@@ -12,6 +12,7 @@ from typing import Any
 
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.data.coco import ANNOTATION_FILE, CocoIndex
+from sam3lora.data.fault_report import SplitFault, fault_lines, fault_summary, split_faults
 from sam3lora.errors import UserError
 from sam3lora.evaluation.ask.worker import BASE, EvaluationWorker, Models
 from sam3lora.evaluation.metrics.ground_truth import PromptedCategory, build_ground_truth, prompted_categories
@@ -95,7 +96,7 @@ def evaluate_models(
     """Measure several models on the same images, in the same way: metrics for each of `models.labels`."""
     started = time.perf_counter()
     models = models.with_absolute_paths()
-    index = CocoIndex.from_folder(split_dir, settings.annotation_file)
+    index, faults = read_split(split_dir, settings, tell=progress)
     if settings.num_samples is not None:
         index = index.select_rows(range(min(settings.num_samples, len(index))))
     categories = asked_categories(index, settings)
@@ -103,6 +104,7 @@ def evaluate_models(
         raise UserError(
             f"{index.source}: no category has an object, so there is nothing to ask: name some as "
             "data.categories of a configuration (--config)"
+            + (f". Faults of the file: {'; '.join(fault_lines(faults))}" if faults else "")
         )
     make_worker = functools.partial(EvaluationWorker, models, categories, settings)
     records = [index.record(row) for row in range(len(index))]
@@ -139,9 +141,21 @@ def evaluate_models(
             },
             split_dir=split_dir,
             seconds=seconds,
+            faults=faults,
         )
         for label in models.labels
     ]
+
+
+def read_split(split_dir: Path, settings: EvaluationSettings, *, tell: bool) -> tuple[CocoIndex, Sequence[SplitFault]]:
+    """All images of a split, and the faults of its annotation file; `tell` prints these to standard error."""
+    index = CocoIndex.from_folder(
+        split_dir, settings.annotation_file, on_bad_image="skip" if settings.skip_missing_images else "stop"
+    )
+    faults = split_faults(split_dir.name, index.faults)
+    if tell and faults:
+        print(fault_summary(faults, split_dir), file=sys.stderr, flush=True)
+    return index, faults
 
 
 def asked_categories(

@@ -12,6 +12,7 @@ from typing import Any
 from pycocotools.cocoeval import COCOeval
 
 from sam3lora.config.post_processing import PostProcessing
+from sam3lora.data.fault_report import SplitFault, fault_lines
 from sam3lora.evaluation.metrics.cgf1 import SCORE_THRESHOLD, UnitCounts, accumulate
 from sam3lora.evaluation.metrics.cgf1_units import SCORE_FLOOR, Units, count_units, split_units
 from sam3lora.evaluation.metrics.coco_map import CocoAverages, coco_map
@@ -38,7 +39,18 @@ class CategoryMetrics:
 
 # Fields of `SplitMetrics` that `to_dict` leaves out.
 _NOT_NUMBERS = frozenset(
-    ("thresholds", "predictions", "presence", "ground_truth", "units", "evaluation", "curves", "sweep", "split_dir")
+    (
+        "thresholds",
+        "predictions",
+        "presence",
+        "ground_truth",
+        "units",
+        "evaluation",
+        "curves",
+        "sweep",
+        "split_dir",
+        "faults",
+    )
 )
 
 
@@ -68,6 +80,7 @@ class SplitMetrics(CocoAverages):
         predictions, presence: The model's results.
         ground_truth: COCO dict that the predictions refer to, with masks as compressed RLE.
         split_dir: Folder of the images.
+        faults: Of the split's annotation file, from `split_faults`; `to_dict` adds them to the notes.
     """
 
     label: str
@@ -98,6 +111,7 @@ class SplitMetrics(CocoAverages):
     ground_truth: dict[str, Any] = field(repr=False)
     split_dir: Path | None = None
     seconds: float = 0.0
+    faults: Sequence[SplitFault] = ()
 
     @property
     def threshold_text(self) -> str:
@@ -110,6 +124,7 @@ class SplitMetrics(CocoAverages):
     def to_dict(self) -> dict[str, Any]:
         """The metrics as JSON values."""
         values = {name: value for name, value in vars(self).items() if name not in _NOT_NUMBERS}
+        values["notes"] = [*fault_lines(self.faults), *self.notes]
         values["per_category"] = {name: asdict(entry) for name, entry in self.per_category.items()}
         values["threshold_sweep"] = None if self.sweep is None else self.sweep.to_dict()
         return values
@@ -126,6 +141,7 @@ def measure_split(
     settings: Mapping[str, Any] | None = None,
     split_dir: Path | None = None,
     seconds: float = 0.0,
+    faults: Sequence[SplitFault] = (),
 ) -> SplitMetrics:
     """Compute all metrics of one model on one split.
 
@@ -137,7 +153,7 @@ def measure_split(
         exhaustive: Whether a missing annotation means absence. Otherwise only pairs with annotations are judged, and
             metrics that need absence are None.
         num_queries: Number of the model's object queries, to warn of images that hold more objects.
-        settings, split_dir, seconds: Stored in the result.
+        settings, split_dir, seconds, faults: Stored in the result.
 
     Raises:
         UserError: The results belong to other images or categories.
@@ -225,6 +241,7 @@ def measure_split(
         ground_truth=coco,
         split_dir=split_dir,
         seconds=seconds,
+        faults=faults,
     )
 
 

@@ -13,7 +13,7 @@ from sam3lora.evaluation.metrics.measure import CategoryMetrics, SplitMetrics
 from sam3lora.evaluation.metrics.ranking import most_different_images
 from sam3lora.evaluation.report.charts import interval_chart
 from sam3lora.evaluation.report.glossary import MEASURES, Measure
-from sam3lora.evaluation.report.html_page import change, render_page, score, setting_rows
+from sam3lora.evaluation.report.html_page import change, fault_box, render_page, score, setting_rows
 from sam3lora.evaluation.report.pictures import Gallery, Picture, threshold_texts
 
 Intervals = Mapping[str, Mapping[str, Interval]]
@@ -79,6 +79,7 @@ def render_comparison_report(
         without_picture=without,
         settings=setting_rows([result.settings for result in results]),
         notes=list(dict.fromkeys(note for result in results for note in result.notes)),
+        fault_box=fault_box(base.faults),
     )
 
 

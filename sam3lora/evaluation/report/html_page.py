@@ -9,6 +9,8 @@ from typing import Any
 
 import jinja2
 
+from sam3lora.data.fault_report import SplitFault, left_out_sentence, table_rows
+
 
 def render_page(template: str, **values: Any) -> str:
     """HTML that refers to no other file, from a file in `templates`; values are escaped."""
@@ -42,6 +44,18 @@ def setting_rows(settings: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[
         values = [_plain(entry.get(name)) for entry in settings]
         rows.append((name, values[:1] if len(set(values)) == 1 else values))
     return rows
+
+
+def fault_box(faults: Sequence[SplitFault]) -> dict[str, Any] | None:
+    """What the templates' `faults` shows of the data; None without a fault."""
+    if not faults:
+        return None
+    return {
+        "sentence": f"{left_out_sentence(faults).capitalize() or 'Nothing is left out'}. Counts are those of the whole "
+        "annotation file, also where fewer images or categories were chosen. sam3lora data check shows more.",
+        "rows": table_rows(faults),
+        "has_splits": len({fault["split"] for fault in faults}) > 1,
+    }
 
 
 def _plain(value: Any) -> str:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sam3lora.config.post_processing import PostProcessing
+from sam3lora.data.fault_report import left_out_sentence
 from sam3lora.errors import UserError
 from sam3lora.evaluation.metrics.comparison import differences_to_base
 from sam3lora.evaluation.metrics.measure import SplitMetrics
@@ -160,6 +161,8 @@ def _print(results: Sequence[SplitMetrics], report: Path, console: Console | Non
     table.add_row("detections", *(str(metrics.num_detections) for metrics in results))
     console.print(table)
     console.print(f"{first.num_images} images, {first.num_ground_truth} objects, threshold {threshold_texts(results)}")
+    if left_out := left_out_sentence(first.faults):
+        console.print(f"Note: {left_out}, see the report")
     for note in dict.fromkeys(note for metrics in results for note in metrics.notes):
         console.print(f"Note: {note}")
     console.print(f"Report: {report}")

@@ -13,7 +13,7 @@ from sam3lora.evaluation.metrics.measure import CategoryMetrics, SplitMetrics
 from sam3lora.evaluation.metrics.ranking import MatchCounts, best_images, false_alarms, worst_images
 from sam3lora.evaluation.report.charts import Line, histogram_chart, line_chart
 from sam3lora.evaluation.report.glossary import MEASURES
-from sam3lora.evaluation.report.html_page import render_page, setting_rows, share
+from sam3lora.evaluation.report.html_page import fault_box, render_page, setting_rows, share
 from sam3lora.evaluation.report.pictures import Gallery, Picture, threshold_texts
 
 
@@ -72,6 +72,7 @@ def render_validation_report(
         settings=setting_rows([result.settings for result in results]),
         seconds=max(result.seconds for result in results),
         notes=list(dict.fromkeys(note for result in results for note in result.notes)),
+        fault_box=fault_box(results[0].faults),
     )
 
 

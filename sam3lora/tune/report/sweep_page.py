@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sam3lora.evaluation.report.html_page import render_page, setting_rows
+from sam3lora.evaluation.report.html_page import fault_box, render_page, setting_rows
 from sam3lora.tune.estimate.sweep_time import duration
 from sam3lora.tune.report import charts as sweep_charts
 from sam3lora.tune.report.charts import ChartedTrials, short_count
@@ -46,7 +46,7 @@ def render_sweep(
         summary: `name`, `sweep_dir`, `metric`, `mode`, `algorithm`, `num_trials`, `sessions` (`started_at` and
             `ended_at` of each, seconds since 1970), `best` and `base` (numbers or None), `max_concurrent`, `versions`,
             `held_out` (from `measure_held_out`, or None), `vision` (`passes` through the vision trunk, `images`
-            of the data, or None).
+            of the data, or None), `faults` (of the training and validation splits, as from `split_faults`).
     """
     by_number = {record.number: record for record in records}
     best = by_number.get(summary["best"])
@@ -56,18 +56,20 @@ def render_sweep(
     short = short_names(list(space.parameters))
     free = list(space.free.values())
     importance = importances(records, free)
+    held_out = summary.get("held_out") or {}
     return render_page(
         "sweep_report.html.j2",
         title=f"Sweep {summary['name']}",
         answer=answer(space, records, best, base, summary),
-        held_out=held_out_sentence(summary.get("held_out")),
+        held_out=held_out_sentence(held_out),
+        fault_box=fault_box([*summary.get("faults", []), *held_out.get("faults", [])]),
         unfinished=_unfinished(records, summary),
         metric=metric,
         direction="lower is better" if summary["mode"] == "min" else "higher is better",
         best=best,
         base=base,
         best_against_base=_best_against_base(space, best, base),
-        models=list((summary.get("held_out") or {}).get("models", {}).items()),
+        models=list(held_out.get("models", {}).items()),
         best_folder=shlex.quote(str(Path(summary["sweep_dir"], "best"))),
         best_config=shlex.quote(str(Path(summary["sweep_dir"], "best", "config.yaml"))),
         charts={

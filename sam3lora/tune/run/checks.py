@@ -11,15 +11,15 @@ from sam3lora.evaluation.ask.run import asked_categories
 from sam3lora.evaluation.metrics.ground_truth import build_ground_truth
 from sam3lora.evaluation.metrics.measure import measure_split
 from sam3lora.evaluation.split_results import SplitResults
-from sam3lora.training.datasets import load_run_data
+from sam3lora.training.datasets import RunData, load_run_data
 from sam3lora.training.validator import evaluation_settings
 from sam3lora.tune.space.search_space import SearchSpace
 
 _ANY_RESOLUTION = 1008
 
 
-def check_data(space: SearchSpace) -> int:
-    """The number of training images, after a check that trials can be compared on both splits.
+def check_data(space: SearchSpace) -> RunData:
+    """The data of the base configuration, after a check that trials can be compared on both splits.
 
     Raises:
         UserError: A split is missing or damaged, or the metric is not defined on the validation images.
@@ -34,7 +34,7 @@ def check_data(space: SearchSpace) -> int:
                 f"search.metric {metric} cannot be measured on {root / config.data.valid_split}: {reason}. Choose "
                 "another metric, or other validation images"
             )
-    return len(data.train)
+    return data
 
 
 def checked_data_dir(space: SearchSpace) -> Path:

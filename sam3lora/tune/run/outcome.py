@@ -135,7 +135,8 @@ def measure_held_out(
         None if there is no such split. Otherwise JSON values: `split` (its name), `num_images`, `metric` (map or cgf1),
         `compared_with` ("base configuration" or "plain model"), the metric of that one as `base` and of the best trial
         as `best`, their `difference` with its 95 % paired bootstrap interval `low` to `high` (None where it cannot be
-        measured), `note` for a special case in words, and under `models` the metrics `SHOWN` of each.
+        measured), `note` for a special case in words, under `models` the metrics `SHOWN` of each, and the `faults` of
+        the split's annotation file.
 
     Raises:
         UserError: The split is damaged, or an adapter does not belong to the model.
@@ -171,6 +172,7 @@ def measure_held_out(
         "low": interval.low if interval else None,
         "high": interval.high if interval else None,
         "models": {label: {name: getattr(metrics, name) for name in SHOWN} for label, metrics in found.items()},
+        "faults": list(best.faults),
     }
     return result | {"note": _note(result, is_same=found[reference] is best)}
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from sam3lora.cluster import environment, ray_session
 from sam3lora.config import Config
+from sam3lora.data.fault_report import fault_summary
 from sam3lora.errors import RunFailed
 from sam3lora.tune.run.capacity import Concurrency, choose_concurrency, local_concurrency, local_cpus
 from sam3lora.tune.run.checks import check_data, checked_data_dir
@@ -80,13 +81,17 @@ def run_sweep(
     # Trials run in other processes, perhaps with other working directories.
     data_dir = {"training.data_dir": str(checked_data_dir(space))}
     space = dataclasses.replace(space, base=space.base.changed(data_dir))
-    num_train_images = check_data(space)
+    data = check_data(space)
+    num_train_images, faults = len(data.train), data.faults
+    del data  # the trials index it themselves
     Proposer(space)  # raises what is wrong with the base or with all samples, before anything is written
     with only_driver(sweep_dir, resume):
         ledger = prepare(space, sweep_dir, resume=resume, retry_failed=retry_failed)
         sessions = [*earlier_sessions(sweep_dir), {"started_at": started}]
-        summary: dict[str, Any] = {"sessions": sessions, "max_concurrent": None, "ran_out": False}
+        summary: dict[str, Any] = {"sessions": sessions, "max_concurrent": None, "ran_out": False, "faults": faults}
         write_summary(sweep_dir, summary)
+        if faults:
+            _print_step(space.base, fault_summary(faults, checked_data_dir(space)))
         try:
             if any(_open_numbers(space, ledger.records())):
                 summary |= _run_trials(space, ledger, num_train_images, address)

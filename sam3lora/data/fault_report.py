@@ -1,0 +1,107 @@
+"""What people are told of the faults of a data set: lines for a terminal, rows for a table, and a sentence.
+
+In files and between processes a fault is a dict: the values of `Fault.to_dict` and the name of its `split`.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sam3lora.data.faults import CHANGED, IMAGES_LEFT_OUT, LABELS_LEFT_OUT, LEVELS, LOST, Fault
+
+TOLD = (LOST, CHANGED)
+"""Levels that every command tells; those of level NOTE stand in the report of `sam3lora data check` only."""
+
+MAX_LINES = 6  # kinds of faults in a summary
+
+SplitFault = Mapping[str, Any]
+
+
+def split_faults(split: str, faults: Iterable[Fault], levels: Sequence[str] = TOLD) -> list[dict[str, Any]]:
+    """The faults of a split as JSON values: what is lost first, then what is changed, the most frequent first."""
+    kept = [fault for fault in faults if fault.level in levels]
+    kept.sort(key=lambda fault: (LEVELS.index(fault.level), -fault.count))
+    return [{"split": split, **fault.to_dict()} for fault in kept]
+
+
+def count_left_out(faults: Iterable[SplitFault]) -> dict[str, int]:
+    """Number of whole `labels` and whole `images` that are left out. Other labels of such an image are not counted."""
+    faults = list(faults)
+    kinds = {"labels": LABELS_LEFT_OUT, "images": IMAGES_LEFT_OUT}
+    return {what: sum(fault["count"] for fault in faults if fault["kind"] in kinds[what]) for what in kinds}
+
+
+def left_out_sentence(faults: Iterable[SplitFault]) -> str:
+    """For example "2 labels and 1 image are left out"; "" if none is.
+
+    >>> left_out_sentence([{"kind": "empty_object", "count": 2}, {"kind": "missing_image", "count": 1}])
+    '2 labels and 1 image are left out'
+    """
+    counts = {what: count for what, count in count_left_out(faults).items() if count}
+    named = [f"{count} {what if count > 1 else what.removesuffix('s')}" for what, count in counts.items()]
+    return f"{' and '.join(named)} {'are' if sum(counts.values()) > 1 else 'is'} left out" if named else ""
+
+
+def fault_lines(faults: Iterable[SplitFault]) -> list[str]:
+    """A line for each kind: count and splits, what is done, and an example. Missing images are named, the first few."""
+    by_kind: dict[str, list[SplitFault]] = defaultdict(list)
+    for fault in faults:
+        by_kind[fault["kind"]].append(fault)
+    kinds = sorted(by_kind.values(), key=lambda of_kind: of_kind[0]["level"] != LOST)
+    return [_line(of_kind) for of_kind in kinds]
+
+
+def fault_summary(faults: Sequence[SplitFault], folder: str | Path) -> str:
+    """The first kinds of faults of a data set, and the command that shows all; "" if there are none."""
+    lines = fault_lines(faults)
+    if not lines:
+        return ""
+    more = len(lines) - MAX_LINES
+    rest = [f"and {more} more kind{'s' * (more > 1)} of faults"] if more > 0 else []
+    return "\n  ".join(
+        [
+            f"The labels in {folder} have faults; {left_out_sentence(faults) or 'no label is left out'}:",
+            *lines[:MAX_LINES],
+            *rest,
+            f"details: sam3lora data check {shlex.quote(str(folder))}",
+        ]
+    )
+
+
+class FaultRow(NamedTuple):
+    """The texts of a fault in a table."""
+
+    split: str
+    level: str
+    number: str
+    description: str
+    action: str
+    examples: str
+
+
+def table_rows(faults: Iterable[SplitFault]) -> list[FaultRow]:
+    return [
+        FaultRow(
+            split=fault["split"],
+            level=fault["level"],
+            number=str(fault["count"]),
+            description=fault["description"],
+            action=fault["action"],
+            examples="; ".join(fault["examples"]),
+        )
+        for fault in faults
+    ]
+
+
+def _line(of_kind: Sequence[SplitFault]) -> str:
+    first = of_kind[0]
+    count = sum(fault["count"] for fault in of_kind)
+    is_one = len(of_kind) == 1
+    splits = first["split"] if is_one else ", ".join(f"{fault['split']} {fault['count']}" for fault in of_kind)
+    examples = first["examples"] if first["kind"] == "missing_image" else first["examples"][:1]
+    example = f", e.g. {'' if is_one else 'in ' + first['split'] + ' '}{'; '.join(examples)}" if examples else ""
+    return f"{count} x {first['description']} ({splits}): {first['action']}{example}"
