@@ -48,11 +48,13 @@ def left_out_sentence(faults: Iterable[SplitFault]) -> str:
 
 def fault_lines(faults: Iterable[SplitFault]) -> list[str]:
     """A line for each kind: count and splits, what is done, and an example. Missing images are named, the first few."""
-    by_kind: dict[str, list[SplitFault]] = defaultdict(list)
-    for fault in faults:
-        by_kind[fault["kind"]].append(fault)
-    kinds = sorted(by_kind.values(), key=lambda of_kind: of_kind[0]["level"] != LOST)
-    return [_line(of_kind) for of_kind in kinds]
+    return [_line(of_kind) for of_kind in _by_kind(faults)]
+
+
+def faults_as_reason(faults: Iterable[SplitFault]) -> str:
+    """The faults as a sentence to end an error that they may have caused; "" if there are none."""
+    lines = fault_lines(faults)
+    return f". Faults of the labels: {'; '.join(lines)}" if lines else ""
 
 
 def fault_summary(faults: Sequence[SplitFault], folder: str | Path) -> str:
@@ -73,28 +75,44 @@ def fault_summary(faults: Sequence[SplitFault], folder: str | Path) -> str:
 
 
 class FaultRow(NamedTuple):
-    """The texts of a fault in a table."""
+    """One kind of fault as the texts of a table; `counts` has a text for each of the table's splits."""
 
-    split: str
     level: str
-    number: str
+    counts: list[str]
     description: str
     action: str
     examples: str
 
 
-def table_rows(faults: Iterable[SplitFault]) -> list[FaultRow]:
-    return [
-        FaultRow(
-            split=fault["split"],
-            level=fault["level"],
-            number=str(fault["count"]),
-            description=fault["description"],
-            action=fault["action"],
-            examples="; ".join(fault["examples"]),
+def table_rows(faults: Iterable[SplitFault]) -> tuple[list[str], list[FaultRow]]:
+    """The names of the splits, and a row for each kind of fault."""
+    faults = list(faults)
+    splits = list(dict.fromkeys(fault["split"] for fault in faults))
+    rows = []
+    for of_kind in _by_kind(faults):
+        counts = {fault["split"]: fault["count"] for fault in of_kind}
+        examples = [
+            ("" if len(splits) == 1 else f"{fault['split']}: ") + "; ".join(fault["examples"]) for fault in of_kind
+        ]
+        first = of_kind[0]
+        rows.append(
+            FaultRow(
+                level=first["level"],
+                counts=[str(counts.get(split, 0)) for split in splits],
+                description=first["description"],
+                action=first["action"],
+                examples="; ".join(examples),
+            )
         )
-        for fault in faults
-    ]
+    return splits, rows
+
+
+def _by_kind(faults: Iterable[SplitFault]) -> list[list[SplitFault]]:
+    """The faults of each kind, in all splits; the order of levels and kinds is that of `split_faults`."""
+    kinds: dict[str, list[SplitFault]] = defaultdict(list)
+    for fault in faults:
+        kinds[fault["kind"]].append(fault)
+    return sorted(kinds.values(), key=lambda of_kind: LEVELS.index(of_kind[0]["level"]))
 
 
 def _line(of_kind: Sequence[SplitFault]) -> str:

@@ -104,8 +104,9 @@ def _print_splits(splits: dict[str, dict[str, Any]], console: Console) -> None:
 def _print_faults(faults: Iterable[Fault], console: Console) -> None:
     """One row per kind, what is lost first; nothing if there are no faults."""
     table = Table("level", "count", "fault", "what is done", Column("for example", overflow="fold"))
-    for row in table_rows(split_faults("", faults, LEVELS)):
-        table.add_row(*map(escape, row[1:]), style="bold" if row.level == LOST else None)
+    _, rows = table_rows(split_faults("", faults, LEVELS))
+    for level, counts, *texts in rows:
+        table.add_row(level, *counts, *map(escape, texts), style="bold" if level == LOST else None)
     if table.row_count:
         console.print(table)
 

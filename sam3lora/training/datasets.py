@@ -16,7 +16,7 @@ from sam3lora.config import Config
 from sam3lora.config.training import images_per_step
 from sam3lora.data.batch import Batch
 from sam3lora.data.coco import CocoIndex, merge_names
-from sam3lora.data.fault_report import count_left_out, fault_lines, split_faults
+from sam3lora.data.fault_report import count_left_out, faults_as_reason, split_faults
 from sam3lora.data.pipeline import iterate_batches, stream_batches
 from sam3lora.data.plan import BatchPlan, plan_run, plan_validation
 from sam3lora.data.prompts import prompt_key
@@ -191,11 +191,10 @@ def _index(config: Config, folder: Path) -> CocoIndex:
 def _with_queries(index: CocoIndex, settings: DecodeSettings) -> CocoIndex:
     rows = rows_with_queries(index.table, settings)
     if not rows:
-        faults = fault_lines(split_faults(Path(index.source).parent.name, index.faults))
         raise UserError(
             f"{index.source}: no image has a query: no object of the chosen categories and no negative prompt. "
             "Check data.categories, or list data.negative_prompts"
-            + (f". Faults of the file: {'; '.join(faults)}" if faults else "")
+            + faults_as_reason(split_faults(Path(index.source).parent.name, index.faults))
         )
     if len(rows) < len(index):
         num_left = len(index) - len(rows)

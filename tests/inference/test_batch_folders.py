@@ -26,15 +26,15 @@ def test_folder_is_searched_without_the_output_and_hidden_files(tmp_path):
     for name in ("b.JPG", "sub/b.jpg", "sub/.hidden.jpg", ".cache/a.jpg", "out/dataset/train/b.jpg", "notes.md"):
         draw_image(tmp_path / (name if name.lower().endswith("jpg") else "x.png")).rename(tmp_path / name)
     (tmp_path / "sub" / "circle").symlink_to(tmp_path)
-    images, categories = list_images(tmp_path, leave_out=tmp_path / "out")
+    images, categories, faults = list_images(tmp_path, leave_out=tmp_path / "out")
     assert [image.name for image in images] == ["b.JPG", "sub/b.jpg"]
     assert [image.image_id for image in images] == [1, 2]
-    assert categories == {}
+    assert (categories, faults) == ({}, [])
 
 
 def test_list_is_relative_to_its_file_and_may_name_what_is_missing(tmp_path):
     (tmp_path / "list.txt").write_text("x/a.jpg\n\n../elsewhere/a.jpg\nx/a.jpg\n")
-    images, _ = list_images(tmp_path / "list.txt", leave_out=tmp_path / "out")
+    images, _, _ = list_images(tmp_path / "list.txt", leave_out=tmp_path / "out")
     # A path listed twice is one image; names tell equal base names apart.
     assert [image.path for image in images] == [f"{tmp_path}/x/a.jpg", f"{tmp_path.parent}/elsewhere/a.jpg"]
     assert len({image.name for image in images}) == 2
@@ -50,10 +50,14 @@ def test_coco_file_keeps_its_ids_and_sizes(tmp_path):
     categories = [{"id": 5, "name": "Gear"}, {"id": 9, "name": "Gear"}, {"id": 2, "name": "leaf"}]
     raw = {"images": images, "annotations": [annotation], "categories": categories}
     (tmp_path / "labels.json").write_text(json.dumps(raw))
-    found, known = list_images(tmp_path / "labels.json", leave_out=tmp_path / "out")
+    found, known, faults = list_images(tmp_path / "labels.json", leave_out=tmp_path / "out")
     assert found == [
         ImageSource(7, str(tmp_path / "a.png"), "a.png", (40, 60)),
         ImageSource(0, str(tmp_path / "gone.png"), "gone.png", None),  # missing: to be reported, not forgotten
+    ]
+    # The missing one is told at the start; what concerns the labels (a repeated name) is not.
+    assert [(fault["kind"], fault["count"], fault["examples"]) for fault in faults] == [
+        ("missing_image", 1, ["image 0 gone.png"])
     ]
     # Of ids that share a name the one that annotations use counts.
     assert choose_categories(["gear", "bolt", "leaf"], known) == {"gear": 5, "bolt": 6, "leaf": 2}

@@ -418,6 +418,8 @@ def test_broken_images_are_left_out_and_named(make_config, scenes, tmp_path, cap
     assert [line["image_id"] for line in skipped] == [2, 3, 2]
     printed = capsys.readouterr().out
     assert printed.count("skipped image") == 3
+    # An image that validation meets twice is one.
+    assert lines_of(config, "end")[0]["num_skipped"] == 2
     assert "00002.jpg" in printed
 
 

@@ -19,6 +19,8 @@ from sam3lora.tune.search.proposals import Proposer
 from sam3lora.tune.search.ray_tune import LedgerSearcher
 from sam3lora.tune.space.reader import load_space
 
+from ..data.faulty_labels import FAULTS, add_faults, counts
+
 SPACE = {
     "name": "small",
     "base": "quick_test",
@@ -63,6 +65,24 @@ def test_a_folder_holds_one_sweep_of_one_space_and_one_driver(data_dir, tmp_path
         sweep.run_sweep(same, folder)
     with filelock.FileLock(folder / ".lock"), pytest.raises(UserError, match="another process is running the sweep"):
         sweep.run_sweep(same, folder)
+
+
+def test_faults_of_the_labels_are_told_once_at_the_start(data_dir, tmp_path, no_trials, capsys):
+    folder = tmp_path / "data"
+    shutil.copytree(data_dir, folder)
+    add_faults(folder / "valid")
+    with pytest.raises(no_trials):
+        sweep.run_sweep(space(folder, set={"training.on_bad_image": "skip"}), tmp_path / "sweep")
+    printed = capsys.readouterr().out
+    assert printed.count("1 label and 1 image are left out") == 1
+    assert "gone/a.jpg" in printed
+    summary = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    assert counts(summary["faults"]) == FAULTS
+    # A clean set tells nothing.
+    with pytest.raises(no_trials):
+        sweep.run_sweep(space(data_dir), tmp_path / "clean")
+    assert capsys.readouterr().out == ""
+    assert json.loads((tmp_path / "clean" / "sweep.json").read_text())["faults"] == []
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import pytest
 
+from sam3lora.data.fault_report import split_faults
+from sam3lora.data.faults import FaultLog
 from sam3lora.tune.report.charts import ChartedTrials, pareto_front
 from sam3lora.tune.report.sentences import held_out_sentence
 from sam3lora.tune.report.sweep_page import render_sweep
@@ -134,6 +136,10 @@ def test_held_out_images_speak_for_themselves():
     unmeasured = alone | {"best": None, "num_images": 1, "note": "map cannot be measured on them."}
     assert "1 held-out image of test" in held_out_sentence(unmeasured)
     assert "map cannot be measured" in held_out_sentence(unmeasured)
+    # A split that could not be read is named, with the reason, and the value stays optimistic.
+    failed = held_out_sentence({"split": "test", "failure": "1 listed image(s) not found, e.g. a.jpg"})
+    assert "test was not measured: 1 listed image(s) not found, e.g. a.jpg." in failed
+    assert "This value is optimistic" in failed
 
 
 def test_text_of_people_is_escaped():
@@ -174,3 +180,22 @@ def test_pareto_front(points, mode, expected):
     records = [trial(number, value, size) for number, (size, value) in enumerate(points)]
     failed = replace(trial(len(points), 0.9 if mode == "max" else 0.1, 10), status="failed")
     assert [record.number for record in pareto_front([*records, failed], mode)] == expected
+
+
+def test_faults_of_the_labels_are_shown_by_split():
+    space = make_space()
+    records = draw_trials(space, 3)
+    log = FaultLog()
+    log.add("missing_image", "image 4 gone.jpg")
+    log.add("unknown_category", "annotation 7", count=12)
+    faults = split_faults("train", log)
+    held_out = HELD_OUT | {"faults": [faults[0] | {"split": "test", "count": 34}]}
+    page = page_of(space, records, faults=faults, held_out=held_out)
+    assert "46 labels and 1 image are left out" in check_page(page)
+    box = page.split('<section class="faults">')[1].split("</section>")[0]
+    assert re.findall(r'<th class="number">(\w+)</th>', box) == ["train", "test"]
+    assert re.findall(r'<td class="number">(\d+)</td>', box) == ["12", "34", "1", "0"]
+    assert "gone.jpg" in box
+    # Without faults there is no box, in the report of an earlier version neither.
+    assert 'class="faults"' not in page_of(space, records, faults=[])
+    assert 'class="faults"' not in page_of(space, records)

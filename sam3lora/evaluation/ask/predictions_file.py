@@ -23,7 +23,7 @@ def evaluate_predictions(
     Args:
         file: JSON list of image_id, category_id, segmentation (RLE or polygons), score, and optionally bbox (xywh).
         split_dir: Folder with the annotation file, whose ids the results use.
-        progress: Tell the faults of that file on standard error.
+        progress: Print the faults of that file.
 
     Raises:
         UserError: The file is missing, truncated or no COCO results, belongs to another split, or nothing in it can be

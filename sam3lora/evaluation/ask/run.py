@@ -12,7 +12,7 @@ from typing import Any
 
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.data.coco import ANNOTATION_FILE, CocoIndex
-from sam3lora.data.fault_report import SplitFault, fault_lines, fault_summary, split_faults
+from sam3lora.data.fault_report import SplitFault, fault_summary, faults_as_reason, split_faults
 from sam3lora.errors import UserError
 from sam3lora.evaluation.ask.worker import BASE, EvaluationWorker, Models
 from sam3lora.evaluation.metrics.ground_truth import PromptedCategory, build_ground_truth, prompted_categories
@@ -103,8 +103,7 @@ def evaluate_models(
     if not categories:
         raise UserError(
             f"{index.source}: no category has an object, so there is nothing to ask: name some as "
-            "data.categories of a configuration (--config)"
-            + (f". Faults of the file: {'; '.join(fault_lines(faults))}" if faults else "")
+            "data.categories of a configuration (--config)" + faults_as_reason(faults)
         )
     make_worker = functools.partial(EvaluationWorker, models, categories, settings)
     records = [index.record(row) for row in range(len(index))]
@@ -148,13 +147,13 @@ def evaluate_models(
 
 
 def read_split(split_dir: Path, settings: EvaluationSettings, *, tell: bool) -> tuple[CocoIndex, Sequence[SplitFault]]:
-    """All images of a split, and the faults of its annotation file; `tell` prints these to standard error."""
+    """All images of a split, and the faults of its annotation file; `tell` prints these."""
     index = CocoIndex.from_folder(
         split_dir, settings.annotation_file, on_bad_image="skip" if settings.skip_missing_images else "stop"
     )
     faults = split_faults(split_dir.name, index.faults)
     if tell and faults:
-        print(fault_summary(faults, split_dir), file=sys.stderr, flush=True)
+        print(fault_summary(faults, split_dir), flush=True)
     return index, faults
 
 

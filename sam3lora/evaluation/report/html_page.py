@@ -50,12 +50,8 @@ def fault_box(faults: Sequence[SplitFault]) -> dict[str, Any] | None:
     """What the templates' `faults` shows of the data; None without a fault."""
     if not faults:
         return None
-    return {
-        "sentence": f"{left_out_sentence(faults).capitalize() or 'Nothing is left out'}. Counts are those of the whole "
-        "annotation file, also where fewer images or categories were chosen. sam3lora data check shows more.",
-        "rows": table_rows(faults),
-        "has_splits": len({fault["split"] for fault in faults}) > 1,
-    }
+    splits, rows = table_rows(faults)
+    return {"left_out": left_out_sentence(faults), "splits": splits, "rows": rows}
 
 
 def _plain(value: Any) -> str:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sam3lora.data.coco import CocoIndex, load_coco_json
+from sam3lora.data.fault_report import split_faults
 from sam3lora.data.images import IMAGE_SUFFIXES
 from sam3lora.data.prompts import prompt_key
 from sam3lora.errors import UserError
+
+# Faults of a COCO file that concern which images are asked; its labels play no part.
+_TOLD = ("missing_image", "bad_image_entry", "duplicate_image_id", "ambiguous_image_id", "duplicate_file_name")
 
 
 class ImageSource(NamedTuple):
@@ -26,8 +30,16 @@ class ImageSource(NamedTuple):
     size_hw: tuple[int, int] | None = None
 
 
-def list_images(source: str | Path, *, leave_out: Path) -> tuple[list[ImageSource], dict[str, int]]:
-    """The images, and the categories (name -> id) of a COCO file; there are none for a folder or a list.
+class ImageList(NamedTuple):
+    """The images of a run; of a COCO file also its categories (name -> id), and faults as from `split_faults`."""
+
+    images: list[ImageSource]
+    categories: dict[str, int]
+    faults: list[dict[str, Any]]
+
+
+def list_images(source: str | Path, *, leave_out: Path) -> ImageList:
+    """The images of a folder, a list or a COCO file.
 
     Args:
         source: A folder (with its subfolders, hidden ones left out), a text file with a path a line, relative to that
@@ -54,7 +66,8 @@ def list_images(source: str | Path, *, leave_out: Path) -> tuple[list[ImageSourc
         raise UserError(f"{source} holds no images: expected {expected}")
     paths = list(dict.fromkeys(paths))
     names = _names(paths)
-    return [ImageSource(number, path, name) for number, (path, name) in enumerate(zip(paths, names), start=1)], {}
+    images = [ImageSource(number, path, name) for number, (path, name) in enumerate(zip(paths, names), start=1)]
+    return ImageList(images, {}, [])
 
 
 def choose_categories(prompts: Sequence[str], known: dict[str, int]) -> dict[str, int]:
@@ -98,7 +111,7 @@ def _walk(root: Path, leave_out: Path) -> list[str]:
     return found
 
 
-def _coco_images(source: Path) -> tuple[list[ImageSource], dict[str, int]]:
+def _coco_images(source: Path) -> ImageList:
     index = CocoIndex.from_folder(source.parent, source.name, on_bad_image="skip")
     raw = load_coco_json(source)
     columns = (index.table.column(name).to_pylist() for name in ("image_id", "path", "height", "width"))
@@ -113,7 +126,9 @@ def _coco_images(source: Path) -> tuple[list[ImageSource], dict[str, int]]:
     images = [ImageSource(id_, path, name, size) for (id_, (path, size)), name in zip(known.items(), names)]
     # Names may repeat: ids that annotations use come last and win.
     categories = {category["name"]: category["id"] for category in raw["categories"]}
-    return images, categories | {name: id_ for id_, name in index.category_names.items()}
+    categories |= {name: id_ for id_, name in index.category_names.items()}
+    faults = split_faults(source.name, (fault for fault in index.faults if fault.kind in _TOLD))
+    return ImageList(images, categories, faults)
 
 
 def common_folder(paths: Sequence[str]) -> str:

@@ -19,6 +19,7 @@ from typing import Any, cast
 
 from sam3lora.cluster import check_job_path, ray_session
 from sam3lora.config.post_processing import PostProcessing, PostProcessingOptions
+from sam3lora.data.fault_report import fault_lines
 from sam3lora.errors import RunFailed, UserError
 from sam3lora.inference.batch.image_list import ImageSource, choose_categories, common_folder, list_images
 from sam3lora.inference.batch.merge import write_bad_images, write_dataset, write_predictions
@@ -104,8 +105,10 @@ def predict_batch(
         raise UserError(f"batch_size and num_workers must be positive, got {batch_size} and {num_workers}")
     source, output, choice = _absolute(source, output, choice or ModelChoice())
     identity, settled = _identity(choice, post or {})
-    images, known = list_images(source, leave_out=output)
+    images, known, faults = list_images(source, leave_out=output)
     categories = choose_categories(prompts, known)
+    for line in fault_lines(faults) if progress else ():
+        print(line, flush=True)
     identity |= {"categories": categories, "overlays": overlays}
     with open_output(output, identity, overwrite=overwrite):
         before = read_parts(output)

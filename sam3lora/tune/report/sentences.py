@@ -56,10 +56,11 @@ def answer(
 
 def held_out_sentence(held_out: Mapping[str, Any] | None) -> str:
     """The best trial on held-out images; without them, a warning that its value is optimistic."""
-    if not held_out:
+    if not held_out or "failure" in held_out:
+        failed = f"The held-out split {held_out['split']} was not measured: {held_out['failure']}. " if held_out else ""
         return (
-            "This value is optimistic: it was measured on the validation images, which also chose the epoch and the "
-            "trial. Expect a lower quality on other images, the more so the more trials there were."
+            f"{failed}This value is optimistic: it was measured on the validation images, which also chose the epoch "
+            "and the trial. Expect a lower quality on other images, the more so the more trials there were."
         )
     metric = METRIC_LABELS.get(held_out["metric"], held_out["metric"])
     number, note = held_out["num_images"], held_out.get("note")

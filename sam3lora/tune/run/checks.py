@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sam3lora.config import Config
 from sam3lora.data.coco import CocoIndex
+from sam3lora.data.fault_report import faults_as_reason
 from sam3lora.errors import UserError
 from sam3lora.evaluation.ask.run import asked_categories
 from sam3lora.evaluation.metrics.ground_truth import build_ground_truth
@@ -30,9 +31,10 @@ def check_data(space: SearchSpace) -> RunData:
     if metric != "valid_loss" and data.valid_complete is not None:
         reason = why_undefined(metric, data.valid_complete, config)
         if reason:
+            faults = [fault for fault in data.faults if fault["split"] == config.data.valid_split]
             raise UserError(
                 f"search.metric {metric} cannot be measured on {root / config.data.valid_split}: {reason}. Choose "
-                "another metric, or other validation images"
+                f"another metric, or other validation images{faults_as_reason(faults)}"
             )
     return data
 

@@ -83,7 +83,7 @@ def write_outcome(
 def _held_out(
     space: SearchSpace, ledger: Ledger, best: TrialRecord, base: TrialRecord | None, address: str | None
 ) -> dict[str, Any] | None:
-    """The measurement of the best adapter on the held-out split; None without one.
+    """The measurement of the best adapter on the held-out split, or its `split` and why it failed; None without one.
 
     On a cluster a Ray worker measures it, as the driver's host may have no GPU.
     """
@@ -104,7 +104,7 @@ def _held_out(
         )
     except (UserError, RuntimeError) as error:  # a fault in these images must not cost the results of the sweep
         logger.warning("the held-out split %s was not measured: %s", folder, error)
-        return None
+        return {"split": folder.name, "failure": str(error)}
 
 
 def measure_held_out(
