@@ -129,7 +129,8 @@ IMAGES_LEFT_OUT = frozenset(
     (
         "missing_image",
         "unreadable_image",
-        "duplicate_image_id",
+        "ambiguous_image_id",
+        "unclear_image",
         "bad_image_entry",
         "broken_source_image",
         "unlabelled_image",
@@ -140,6 +141,8 @@ LABELS_LEFT_OUT = frozenset(
         "unknown_category",
         "unknown_image",
         "bad_annotation",
+        "unreadable_label",
+        "shares",
         "empty_object",
         "skipped_shape",
         "dropped_crowd",

@@ -65,7 +65,7 @@ class Marked:
         return (x, y, np.ascontiguousarray(mask_HW[y : y + height, x : x + width])) if width and height else None
 
 
-def mark_coco(entries: Iterable[Mapping[str, Any]], names: Mapping[int, str], size_hw: tuple[int, int]) -> list[Marked]:
+def mark_coco(entries: Iterable[Mapping[str, Any]], names: Mapping[Any, str], size_hw: tuple[int, int]) -> list[Marked]:
     """COCO annotations or results as objects to draw; results carry their score in the label ("gear 0.87")."""
     marked = []
     for entry in entries:

@@ -65,9 +65,13 @@ def test_an_unlisted_category_is_told(split, answers):
     content = json.loads(file.read_text())
     content["annotations"] += [content["annotations"][1] | {"id": 50 + n, "category_id": 77} for n in range(2)]
     file.write_text(json.dumps(content))
+    # Image 1 is left out with them: it may show anything.
+    answers.write_text(json.dumps([result(0, CRACK, 5, 0.9)]))
     found = evaluate_predictions(answers, split, EvaluationSettings())
-    assert counts(found.faults)["unknown_category"] == 2
+    assert counts(found.faults) == {"unknown_category": 2, "unclear_image": 1}
     assert any("category 77" in note for note in found.to_dict()["notes"])
+    assert found.num_images == 2
+    assert "2 labels and 1 image are left out" in check_page(render_validation_report([found]))
 
 
 def test_a_clean_split_tells_nothing(split, answers, capsys):

@@ -17,6 +17,7 @@ from sam3lora.inference.batch.merge import write_bad_images, write_dataset
 from sam3lora.inference.batch.output_folder import open_output, part_path, read_parts, write_part
 from sam3lora.inference.batch.worker import ModelChoice
 
+from ..data.faulty_labels import counts
 from .batch_cases import PROMPTS, REPOSITORY, begin, draw_image
 
 # --- input ---
@@ -61,6 +62,41 @@ def test_coco_file_keeps_its_ids_and_sizes(tmp_path):
     ]
     # Of ids that share a name the one that annotations use counts.
     assert choose_categories(["gear", "bolt", "leaf"], known) == {"gear": 5, "bolt": 6, "leaf": 2}
+
+
+def test_ids_are_kept_as_the_coco_file_writes_them(tmp_path):
+    for name in "abc":
+        draw_image(tmp_path / f"{name}.png")
+    images = [
+        {"id": "left/1", "file_name": "a.png", "height": 40, "width": 60},
+        {"id": "0007", "file_name": "b.png", "height": 40, "width": 60},
+        # One id for two files: neither can be told from the other in the results.
+        {"id": 3, "file_name": "c.png", "height": 40, "width": 60},
+        {"id": 3, "file_name": "a.png", "height": 40, "width": 60},
+        {"file_name": "c.png"},
+    ]
+    categories = [{"id": "1", "name": "gear"}, {"id": "thing", "name": "bolt"}]
+    (tmp_path / "labels.json").write_text(json.dumps({"images": images, "annotations": [], "categories": categories}))
+    found, known, faults = list_images(tmp_path / "labels.json", leave_out=tmp_path / "out")
+    assert [(image.image_id, image.name) for image in found] == [("left/1", "a.png"), ("0007", "b.png")]
+    assert counts(faults) == {"ambiguous_image_id": 2, "bad_image_entry": 1}
+    assert known == {"gear": "1", "bolt": "thing"}
+    # The next free number is none that a text stands for.
+    assert choose_categories(["gear", "new", "bolt"], known) == {"gear": "1", "new": 2, "bolt": "thing"}
+
+
+def test_an_image_whose_label_is_unclear_is_asked(tmp_path):
+    # It is left out of training, but to be asked it needs no label.
+    draw_image(tmp_path / "a.png")
+    raw = {
+        "images": [{"id": 1, "file_name": "a.png", "height": 40, "width": 60}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 99, "bbox": [1, 1, 5, 5]}],
+        "categories": [],
+    }
+    (tmp_path / "labels.json").write_text(json.dumps(raw))
+    found, _, faults = list_images(tmp_path / "labels.json", leave_out=tmp_path / "out")
+    assert found == [ImageSource(1, str(tmp_path / "a.png"), "a.png", (40, 60))]
+    assert faults == []
 
 
 def test_input_and_prompts_that_cannot_be(tmp_path):

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sam3lora.data.coco import CocoIndex, load_coco_json
-from sam3lora.data.fault_report import split_faults
+from sam3lora.data.coco_file import CocoFile, read_coco_file
+from sam3lora.data.fault_report import faults_as_reason, split_faults
+from sam3lora.data.faults import FaultLog
+from sam3lora.data.ids import IdKey, id_key
+from sam3lora.data.image_files import ImageFiles
 from sam3lora.data.images import IMAGE_SUFFIXES
+from sam3lora.data.listed_entries import read_categories, read_images
 from sam3lora.data.prompts import prompt_key
 from sam3lora.errors import UserError
-
-# Faults of a COCO file that concern which images are asked; its labels play no part.
-_TOLD = ("missing_image", "bad_image_entry", "duplicate_image_id", "ambiguous_image_id", "duplicate_file_name")
 
 
 class ImageSource(NamedTuple):
@@ -24,17 +26,18 @@ class ImageSource(NamedTuple):
     in two folders differ in it. ``size_hw`` is the height and width that a COCO file gives, else None.
     """
 
-    image_id: int
+    image_id: IdKey
     path: str
     name: str
     size_hw: tuple[int, int] | None = None
 
 
 class ImageList(NamedTuple):
-    """The images of a run; of a COCO file also its categories (name -> id), and faults as from `split_faults`."""
+    """The images of a run; of a COCO file also its categories (name -> id), and the faults that concern its images, as
+    from `split_faults`. Its labels play no part."""
 
     images: list[ImageSource]
-    categories: dict[str, int]
+    categories: dict[str, IdKey]
     faults: list[dict[str, Any]]
 
 
@@ -70,7 +73,7 @@ def list_images(source: str | Path, *, leave_out: Path) -> ImageList:
     return ImageList(images, {}, [])
 
 
-def choose_categories(prompts: Sequence[str], known: dict[str, int]) -> dict[str, int]:
+def choose_categories(prompts: Sequence[str], known: Mapping[str, IdKey]) -> dict[str, IdKey]:
     """Prompt -> category id: that of the COCO file's category of this name, else the next free number from 1.
 
     Raises:
@@ -85,8 +88,8 @@ def choose_categories(prompts: Sequence[str], known: dict[str, int]) -> dict[str
         raise UserError(f"expected one or more prompts that are not empty, got {list(prompts)}")
     if len(set(keys)) < len(keys):
         raise UserError(f"a prompt is given twice: {', '.join(prompts)}")
-    next_id = max(ids.values(), default=0) + 1
-    chosen: dict[str, int] = {}
+    next_id = max((key for key in map(id_key, ids.values()) if isinstance(key, int)), default=0) + 1
+    chosen: dict[str, IdKey] = {}
     for prompt, key in zip(prompts, keys):
         if key not in ids:
             ids[key], next_id = next_id, next_id + 1
@@ -112,23 +115,34 @@ def _walk(root: Path, leave_out: Path) -> list[str]:
 
 
 def _coco_images(source: Path) -> ImageList:
-    index = CocoIndex.from_folder(source.parent, source.name, on_bad_image="skip")
-    raw = load_coco_json(source)
-    columns = (index.table.column(name).to_pylist() for name in ("image_id", "path", "height", "width"))
-    known = {id_: (os.path.abspath(path), (height, width)) for id_, path, height, width in zip(*columns)}
-    missing = [entry for entry in raw["images"] if isinstance(entry, dict) and entry.get("id") not in known]
-    known |= {
-        entry["id"]: (os.path.abspath(source.parent / entry["file_name"]), None)
-        for entry in missing
-        if isinstance(entry.get("id"), int) and isinstance(entry.get("file_name"), str)
+    """The images that a COCO file lists, found as `CocoIndex` finds them. A file listed under two ids is asked once."""
+    file, log = read_coco_file(source), FaultLog()
+    found = read_images(file.images, ImageFiles(source.parent), log)
+    faults = split_faults(source.name, log)
+    if not found.row_of:
+        raise UserError(f"{source}: none of its {len(file.images)} images can be used{faults_as_reason(faults)}")
+    places: dict[IdKey, tuple[str, tuple[int, int] | None]] = {
+        found.ids.written.get(number, number): (found.paths[row], found.sizes_hw[row])
+        for number, row in found.row_of.items()
     }
-    names = _names([path for path, _ in known.values()])
-    images = [ImageSource(id_, path, name, size) for (id_, (path, size)), name in zip(known.items(), names)]
-    # Names may repeat: ids that annotations use come last and win.
-    categories = {category["name"]: category["id"] for category in raw["categories"]}
-    categories |= {name: id_ for id_, name in index.category_names.items()}
-    faults = split_faults(source.name, (fault for fault in index.faults if fault.kind in _TOLD))
-    return ImageList(images, categories, faults)
+    missing: dict[IdKey, set[str]] = defaultdict(set)  # id -> names; an ambiguous id has several
+    for entry in file.images:
+        number = found.ids.find(entry.id)
+        if number is not None and number not in found.row_of and isinstance(entry.file_name, str):
+            missing[found.ids.written.get(number, number)].add(entry.file_name)
+    places |= {id_: (str(source.parent / min(names)), None) for id_, names in missing.items() if len(names) == 1}
+    paths = [os.path.abspath(path) for path, _ in places.values()]
+    sizes = [size_hw for _, size_hw in places.values()]
+    images = [ImageSource(*values) for values in zip(places, paths, _names(paths), sizes, strict=True)]
+    return ImageList(images, _categories(file, source), faults)
+
+
+def _categories(file: CocoFile, source: Path) -> dict[str, IdKey]:
+    """Name -> id as the file writes it. Of several ids with one name one that annotations use counts."""
+    listed = read_categories(file.categories, source, FaultLog())
+    used = {listed.ids.find(annotation.category_id) for annotation in file.annotations}
+    numbers = sorted(listed.names, key=lambda number: number in used)
+    return {listed.names[number]: listed.ids.written.get(number, number) for number in numbers}
 
 
 def common_folder(paths: Sequence[str]) -> str:

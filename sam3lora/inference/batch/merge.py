@@ -14,6 +14,7 @@ from typing import Any
 from PIL import ExifTags, Image, ImageOps
 
 from sam3lora.data.coco import ANNOTATION_FILE
+from sam3lora.data.ids import IdKey
 from sam3lora.engine.mask_codes import rle_area_px, rle_box_xyxy
 from sam3lora.files import replace_folder
 from sam3lora.inference.batch.image_list import ImageSource
@@ -51,7 +52,7 @@ def write_bad_images(path: Path, sources: Sequence[ImageSource], finished: Finis
 
 
 def write_dataset(
-    folder: Path, sources: Sequence[ImageSource], finished: Finished, categories: Mapping[str, int]
+    folder: Path, sources: Sequence[ImageSource], finished: Finished, categories: Mapping[str, IdKey]
 ) -> None:
     """The results as labels: ``folder``/train with its annotation file, as `sam3lora train` reads it.
 
@@ -80,7 +81,7 @@ def write_dataset(
     replace_folder(scratch, folder)
 
 
-def _annotation(detection: Mapping[str, Any], image_id: int, annotation_id: int) -> dict[str, Any] | None:
+def _annotation(detection: Mapping[str, Any], image_id: IdKey, annotation_id: int) -> dict[str, Any] | None:
     mask = detection["segmentation"]
     x0, y0, x1, y1 = rle_box_xyxy(mask)
     area_px = rle_area_px(mask)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from sam3lora.config.post_processing import PostProcessing
+from sam3lora.data.ids import IdKey
 from sam3lora.data.images import ImageError, read_image
 from sam3lora.engine.adapter_pool import AdapterPool
 from sam3lora.engine.detections import Detections
@@ -54,7 +55,7 @@ class WorkerSettings:
     input_root: Path
     run: str
     choice: ModelChoice
-    categories: Mapping[str, int]
+    categories: Mapping[str, IdKey]
     post: PostProcessing
     batch_size: int
     overlays: bool
@@ -174,10 +175,10 @@ def _read(source: ImageSource) -> np.ndarray | str:
         return f"{type(error).__name__}: {error}"
 
 
-def _results(found: Detections, category_id: int) -> list[dict[str, Any]]:
+def _results(found: Detections, category_id: IdKey) -> list[dict[str, Any]]:
     """COCO results without the image id, which is known at the end of the run."""
-    results = found.to_coco(0, category_id)
     return [
-        {name: value for name, value in result.items() if name != "image_id"} | {"score": round(result["score"], 6)}
-        for result in results
+        {name: value for name, value in result.items() if name != "image_id"}
+        | {"category_id": category_id, "score": round(result["score"], 6)}
+        for result in found.to_coco(0, 0)
     ]
