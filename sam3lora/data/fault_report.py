@@ -16,7 +16,7 @@ from sam3lora.data.faults import CHANGED, IMAGES_LEFT_OUT, LABELS_LEFT_OUT, LEVE
 TOLD = (LOST, CHANGED)
 """Levels that every command tells; those of level NOTE stand in the report of `sam3lora data check` only."""
 
-MAX_LINES = 6  # kinds of faults in a summary
+MAX_LINES = 8  # kinds of faults in a summary
 
 SplitFault = Mapping[str, Any]
 
