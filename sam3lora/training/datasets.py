@@ -16,6 +16,7 @@ from sam3lora.config import Config
 from sam3lora.config.training import images_per_step
 from sam3lora.data.batch import Batch
 from sam3lora.data.coco import CocoIndex, merge_names
+from sam3lora.data.index_columns import object_columns
 from sam3lora.data.pipeline import SharedTable, iterate_batches, stream_batches
 from sam3lora.data.plan import BatchPlan, plan_run, plan_validation
 from sam3lora.data.prompts import prompt_key
@@ -42,10 +43,7 @@ class RunData:
     prompts: tuple[str, ...]
 
     def summary(self) -> dict[str, Any]:
-        counts: dict[str, int] = dict.fromkeys(self.train.names, 0)
-        for objects in self.train.table["annotations"].to_pylist():
-            for annotation in objects:
-                counts[annotation["category"]] = counts.get(annotation["category"], 0) + 1
+        counts = dict.fromkeys(self.train.names, 0) | object_columns(self.train.table).count_per_category()
         return {
             "num_train_images": len(self.train),
             "num_valid_images": len(self.valid) if self.valid else 0,
@@ -193,4 +191,5 @@ def _with_queries(index: CocoIndex, settings: DecodeSettings) -> CocoIndex:
     if len(rows) < len(index):
         num_left = len(index) - len(rows)
         logger.warning("%s: left out %d of %d images, which have no query", index.source, num_left, len(index))
-    return index.select_rows(rows)
+        index = index.select_rows(rows)
+    return index
