@@ -25,7 +25,7 @@ from sam3lora.data.ids import IdTable
 from sam3lora.data.image_files import ImageFiles
 from sam3lora.data.images import ImageError
 from sam3lora.data.index_columns import keep_annotations, object_columns
-from sam3lora.data.label_table import SCHEMA, LabelTable
+from sam3lora.data.label_table import LabelTable
 from sam3lora.data.listed_entries import read_categories, read_images
 from sam3lora.data.prompts import prompt_key
 from sam3lora.errors import UserError
