@@ -56,21 +56,19 @@ class ObjectColumns:
 
 def object_columns(table: pa.Table) -> ObjectColumns:
     """The annotations of an index table, without their masks and boxes."""
-    rows, names, crowds = [np.zeros(0, dtype=np.int64)], [pa.array([], pa.string())], [np.zeros(0, dtype=bool)]
+    rows, codes, crowds = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0, bool)]
+    code_of: dict[str, int] = {}
     first_row = 0
     for chunk in table["annotations"].chunks:
         annotations = chunk.flatten()
         rows.append(np.repeat(np.arange(first_row, first_row + len(chunk)), pc.list_value_length(chunk).to_numpy()))
-        names.append(annotations.field("category"))
+        encoded = annotations.field("category").dictionary_encode()
+        own = [code_of.setdefault(name, len(code_of)) for name in encoded.dictionary.to_pylist()]
+        codes.append(np.array(own, np.int64)[encoded.indices.to_numpy()])
         crowds.append(annotations.field("iscrowd").to_numpy(zero_copy_only=False))
         first_row += len(chunk)
-    encoded = pa.chunked_array(names).combine_chunks().dictionary_encode()
     return ObjectColumns(
-        num_images=table.num_rows,
-        rows_T=np.concatenate(rows),
-        codes_T=encoded.indices.to_numpy().astype(np.int64),
-        crowd_T=np.concatenate(crowds),
-        categories=tuple(encoded.dictionary.to_pylist()),
+        table.num_rows, np.concatenate(rows), np.concatenate(codes), np.concatenate(crowds), tuple(code_of)
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from sam3lora.data.coco import SCHEMA
+from sam3lora.data.label_table import SCHEMA
 
 CATEGORIES = ("crack", "gear", "Red Bolt", "weed")
 

@@ -8,8 +8,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from sam3lora.data.coco import SCHEMA, CocoIndex
+from sam3lora.data.coco import CocoIndex
 from sam3lora.data.index_columns import keep_annotations, object_columns
+from sam3lora.data.label_table import SCHEMA
 from sam3lora.data.sample import DecodeSettings, record_queries, rows_with_queries
 
 from .random_index import CATEGORIES, draw_table
