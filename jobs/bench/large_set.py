@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import cv2
@@ -36,7 +36,15 @@ class SplitSize:
 COCO_2017 = {"train": SplitSize(118_000, 860_000), "valid": SplitSize(5_000, 37_000, 20)}
 
 
-def draw_large_set(root: Path, splits: dict[str, SplitSize] = COCO_2017, *, seed: int = 0) -> None:
+def scaled(share: float) -> dict[str, SplitSize]:
+    """Splits of a share of COCO's size."""
+    return {
+        name: SplitSize(*(max(1, round(share * number)) for number in astuple(size)))
+        for name, size in COCO_2017.items()
+    }
+
+
+def draw_large_set(root: Path, splits: dict[str, SplitSize], *, seed: int = 0) -> None:
     """Draw the splits that `root` lacks. The annotation file comes last: a split that has one is complete."""
     for position, (name, size) in enumerate(splits.items()):
         folder = root / name
@@ -61,12 +69,14 @@ def _annotation_file(names: list[str], size: SplitSize, generator: np.random.Gen
     ]
     yield f'{{"images": {json.dumps(images)}, "annotations": ['
     # Objects of an image and of a category are spread as widely as COCO's: some have a hundred times more than others.
-    of_image = generator.gamma(1.0, size=size.num_images) * (generator.random(size.num_images) > NEGATIVE_SHARE)
+    shown = image_ids[generator.random(size.num_images) >= NEGATIVE_SHARE]
+    weights = generator.gamma(1.0, size=len(shown))
+    more = generator.choice(shown, max(size.num_objects - len(shown), 0), p=weights / weights.sum())
+    owners = generator.permutation(np.concatenate([shown, more]))[: size.num_objects]
     of_category = 1.0 / np.arange(2, NUM_CATEGORIES + 2)
     for start in range(0, size.num_objects, _PIECE):
-        num = min(_PIECE, size.num_objects - start)
-        chosen = image_ids[generator.choice(size.num_images, num, p=of_image / of_image.sum())]
-        categories = 1 + generator.choice(NUM_CATEGORIES, num, p=of_category / of_category.sum())
+        chosen = owners[start : start + _PIECE]
+        categories = 1 + generator.choice(NUM_CATEGORIES, len(chosen), p=of_category / of_category.sum())
         lines = _annotations(start + 1, chosen, categories, generator)
         yield ("," if start else "") + ",".join(lines)
     rows = [{"id": id_, "name": f"thing {id_:02d}"} for id_ in range(1, NUM_CATEGORIES + 1)]
@@ -89,11 +99,13 @@ def _annotations(
         if crowds[row]:
             segmentation = _runs(box, generator)
         else:
-            parts = (_outline(box, num_points[row], part, num_parts[row], generator) for part in range(num_parts[row]))
+            parts = [_outline(box, num_points[row], part, num_parts[row], generator) for part in range(num_parts[row])]
+            corner = np.min([part.reshape(-1, 2).min(0) for part in parts], axis=0)
+            box = np.append(corner, np.max([part.reshape(-1, 2).max(0) for part in parts], axis=0) - corner) / 100
             segmentation = "[" + ",".join(f"[{texts.join(part)}]" for part in parts) + "]"
         yield (
             f'{{"segmentation": {segmentation}, "area": {0.6 * box[2] * box[3]:.4f}, "iscrowd": {int(crowds[row])}, '
-            f'"image_id": {image_ids[row]}, "bbox": [{texts.join((box * 100).astype(int))}], '
+            f'"image_id": {image_ids[row]}, "bbox": [{texts.join((box * 100).round().astype(int))}], '
             f'"category_id": {categories[row]}, "id": {first_id + row}}}'
         )
 
