@@ -6,6 +6,7 @@
     python jobs/bench.py adapters                      a batch that mixes adapters
     python jobs/bench.py data                          reading training data, against a torch DataLoader
     python jobs/bench.py data-wait                     what the trainer waits for its data
+    python jobs/bench.py large-set                     a data set of the size of COCO, some five minutes
     python jobs/bench.py evaluate                      a split to COCO results and mAP
     python jobs/bench.py postprocess                   mask logits to run-length codes
     python jobs/bench.py scaling                       two workers, against two processes on their own
@@ -178,6 +179,20 @@ def data_wait(
 
     reports = [compare_waiting(WaitWork(model, num_steps=steps), rounds=repeats) for model in ("tiny", "small")]
     _show(reports, json_path)
+
+
+@app.command("large-set")
+def large_set(
+    share: Annotated[float, typer.Option(min=0, help="Of COCO's 118,000 images.")] = 1.0,
+    folder: Annotated[
+        Path | None, typer.Option(help="Where the drawn set stays (default: a temporary folder).")
+    ] = None,
+    json_path: JsonPath = None,
+) -> None:
+    """Index, check, plan and first batch of a drawn data set of COCO's size, against pycocotools."""
+    from jobs.bench.large_data import compare_large_data
+
+    _show(compare_large_data(share, folder=folder), json_path)
 
 
 @app.command()

@@ -19,6 +19,7 @@ app = typer.Typer(help="Check, convert, split and make COCO data sets.", no_args
 Json = Annotated[
     str | None, typer.Option("--json", metavar="PATH", help="Write the report as JSON; - prints it instead.")
 ]
+MOST_PROCESSES = 16  # of `data check`, each of some 150 MB
 
 
 @app.command()
@@ -30,10 +31,12 @@ def check(
 
     Example:  sam3lora data check datasets/potholes --json report.json
     """
+    from sam3lora.cpus import usable_cpus
     from sam3lora.data.check import check_folder
     from sam3lora.data.report_tables import print_check
 
-    _show(check_folder(folder), print_check, json_path)
+    report = check_folder(folder, num_processes=min(usable_cpus(), MOST_PROCESSES), progress=True)
+    _show(report, print_check, json_path)
 
 
 @app.command()

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+import contextlib
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sam3lora.data.coco import ANNOTATION_FILE, CocoIndex
 from sam3lora.data.faults import FaultLog
-from sam3lora.data.images import ImageError, read_image
-from sam3lora.data.masks import mask_area
+from sam3lora.data.index_columns import object_columns
+from sam3lora.data.inspection import inspect_table
 from sam3lora.data.split.leakage import Leak, count_augmented_copies, find_leaks
 from sam3lora.errors import UserError
+from sam3lora.progress import Progress
 
 NUM_OBJECT_QUERIES = 200  # of SAM 3's decoder
 MAX_DETECTIONS = 100  # per image and category, of COCO's mAP
-SIZE_LIMITS = (32**2, 96**2)  # between COCO's small, medium and large, in pixels of the original image
+SIZES = ("small", "medium", "large")
 
 
 @dataclass
@@ -33,7 +34,7 @@ class CheckedSplit:
     num_crowd: int = 0
     num_augmented_copies: int = 0
     categories: dict[str, dict[str, int]] = field(default_factory=dict)
-    sizes: dict[str, int] = field(default_factory=lambda: {"small": 0, "medium": 0, "large": 0})
+    sizes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SIZES, 0))
     max_objects_per_image: int = 0
     max_objects_per_query: int = 0
     num_images_above_max_detections: int = 0
@@ -64,8 +65,16 @@ class CheckReport:
         }
 
 
-def check_folder(root: str | Path, annotation_file: str = ANNOTATION_FILE) -> CheckReport:
+def check_folder(
+    root: str | Path, annotation_file: str = ANNOTATION_FILE, *, num_processes: int = 0, progress: bool = False
+) -> CheckReport:
     """Read every annotation and decode every image of a data set: a folder of splits, or the folder of one.
+
+    Args:
+        root: Folder that holds `annotation_file`, or folders that do.
+        annotation_file: Name of the COCO files.
+        num_processes: See `inspect_table`.
+        progress: Show a bar on standard error, if that is a terminal.
 
     Raises:
         UserError: There is no such folder, no annotation file, no image at all, or the JSON is broken. Everything else
@@ -79,64 +88,55 @@ def check_folder(root: str | Path, annotation_file: str = ANNOTATION_FILE) -> Ch
     if not folders:
         found = ", ".join(sorted(p.name for p in root.iterdir())[:8]) or "nothing"
         raise UserError(f"no {annotation_file} in {root} or its subfolders; found {found}")
-    reports, hashes = [], {}
-    for folder in folders:
-        name = "." if folder == root else folder.name
-        report, hashes[name] = _check_split(name, CocoIndex.from_folder(folder, annotation_file, on_bad_image="skip"))
-        reports.append(report)
-    return CheckReport(str(root), reports, find_leaks(hashes))
+    reports, digests, num_images = [], {}, 0
+    style = "bar" if progress and sys.stderr.isatty() else "off"
+    with Progress(unit="images", style=style, stderr=True, transient=True) as bar:
+        for folder in folders:
+            name = "." if folder == root else folder.name
+            bar.update(num_images, note=f"{name}: reading {annotation_file}")
+            index = CocoIndex.from_folder(folder, annotation_file, on_bad_image="skip")
+            num_images += len(index)
+            bar.update(num_images - len(index), total=num_images, note=name)
+            report = _count_objects(name, index)
+            digests[name] = _inspect(index, report, bar, num_processes)
+            reports.append(report)
+    return CheckReport(str(root), reports, find_leaks(digests))
 
 
-def _check_split(name: str, index: CocoIndex) -> tuple[CheckedSplit, dict[str, str]]:
-    """The report, and the content hash of each image."""
-    records = index.table.to_pylist()
-    report = CheckedSplit(name, num_images=len(records), faults=index.faults)
-    report.categories = {category: {"images": 0, "objects": 0} for category in index.names}
-    for record in records:
-        _count_objects(record, report)
-    report.num_augmented_copies = count_augmented_copies(record["file_name"] for record in records)
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        hashes = dict(zip((r["file_name"] for r in records), pool.map(_inspect_image, records), strict=True))
-    for record in records:
-        kind, detail = hashes[record["file_name"]][1:]
-        if kind:
-            report.faults.add(kind, f"image {record['image_id']} {detail}")
-    return report, {file_name: digest for file_name, (digest, _, _) in hashes.items() if digest}
+def _count_objects(name: str, index: CocoIndex) -> CheckedSplit:
+    """The report of what the index alone tells."""
+    objects = object_columns(index.table)
+    is_object_T = ~objects.crowd_T
+    report = CheckedSplit(name, num_images=len(index), faults=index.faults)
+    report.num_objects, report.num_crowd = int(is_object_T.sum()), int(objects.crowd_T.sum())
+    report.num_negatives = int((objects.count_per_image() == 0).sum())
+    report.num_augmented_copies = count_augmented_copies(index.table["file_name"].to_pylist())
+    rows, positions, counts, names = objects.count_pairs(chosen_T=is_object_T)
+    images_of = np.bincount(positions, minlength=len(names)).tolist()
+    objects_of = np.bincount(positions, counts, minlength=len(names)).astype(int).tolist()
+    counted = {name: {"images": i, "objects": o} for name, i, o in zip(names, images_of, objects_of, strict=True)}
+    report.categories = {name: counted.get(name, {"images": 0, "objects": 0}) for name in index.names}
+    for pair in np.flatnonzero(counts > NUM_OBJECT_QUERIES).tolist():
+        image_id = index.table["image_id"][int(rows[pair])]
+        report.faults.add("many_objects", f"image {image_id}: {counts[pair]} {names[positions[pair]]}")
+    report.num_images_above_max_detections = len(np.unique(rows[counts > MAX_DETECTIONS]))
+    report.max_objects_per_query = int(counts.max(initial=0))
+    report.max_objects_per_image = int(objects.count_per_image(is_object_T).max(initial=0))
+    return report
 
 
-def _count_objects(record: dict[str, Any], report: CheckedSplit) -> None:
-    objects = [a for a in record["annotations"] if not a["iscrowd"]]
-    report.num_crowd += len(record["annotations"]) - len(objects)
-    report.num_negatives += not record["annotations"]
-    report.num_objects += len(objects)
-    per_category = Counter(a["category"] for a in objects)
-    for category, count in per_category.items():
-        report.categories[category]["images"] += 1
-        report.categories[category]["objects"] += count
-        if count > NUM_OBJECT_QUERIES:
-            report.faults.add("many_objects", f"image {record['image_id']}: {count} {category}")
-    largest = max(per_category.values(), default=0)
-    report.num_images_above_max_detections += largest > MAX_DETECTIONS
-    report.max_objects_per_query = max(report.max_objects_per_query, largest)
-    report.max_objects_per_image = max(report.max_objects_per_image, len(objects))
-    for annotation in objects:
-        area = mask_area(annotation["segmentation"], (record["height"], record["width"]))
-        area = area or annotation["bbox_xywh"][2] * annotation["bbox_xywh"][3]
-        size = "small" if area < SIZE_LIMITS[0] else "medium" if area < SIZE_LIMITS[1] else "large"
-        report.sizes[size] += 1
-
-
-def _inspect_image(record: dict[str, Any]) -> tuple[str, str, str]:
-    """(content hash, kind of fault or "", detail of the fault)."""
-    size_hw = (record["height"], record["width"])
-    digest = ""
-    try:
-        data = Path(record["path"]).read_bytes()
-        digest = hashlib.sha256(data).hexdigest()
-        height, width = read_image(data, expected_size_hw=size_hw).shape[:2]
-    except (ImageError, OSError) as error:
-        return digest, "unreadable_image", f"{record['file_name']}: {error}"
-    if (height, width) != size_hw:
-        detail = f"{record['file_name']}: file {width} x {height}, annotations {size_hw[1]} x {size_hw[0]}"
-        return digest, "size_mismatch", detail
-    return digest, "", ""
+def _inspect(index: CocoIndex, report: CheckedSplit, bar: Progress, num_processes: int) -> dict[str, str]:
+    """Add what files and masks tell to the report; returns the content hash of each file that can be read."""
+    digests: dict[str, str] = {}
+    image_ids = iter(index.table["image_id"].to_pylist())
+    with contextlib.closing(inspect_table(index.table, num_processes=num_processes)) as pieces:
+        for piece in pieces:
+            for image, image_id in zip(piece.images, image_ids, strict=False):
+                if image.fault:
+                    report.faults.add(image.fault, f"image {image_id} {image.detail}")
+                if image.digest:
+                    digests[image.file_name] = image.digest
+            for size, number in zip(SIZES, piece.num_of_size, strict=True):
+                report.sizes[size] += number
+            bar.advance(len(piece.images))
+    return digests

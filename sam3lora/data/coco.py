@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 
 from sam3lora.data import index_cache
@@ -23,7 +24,8 @@ from sam3lora.data.faults import NOTE, FaultLog
 from sam3lora.data.ids import IdTable
 from sam3lora.data.image_files import ImageFiles
 from sam3lora.data.images import ImageError
-from sam3lora.data.label_table import SCHEMA, LabelTable
+from sam3lora.data.index_columns import keep_annotations, object_columns
+from sam3lora.data.label_table import LabelTable
 from sam3lora.data.listed_entries import read_categories, read_images
 from sam3lora.data.prompts import prompt_key
 from sam3lora.errors import UserError
@@ -102,11 +104,11 @@ class CocoIndex:
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise UserError(f"{self.source}: no annotated category {name!r}; it has {', '.join(self.names)}{hint}")
         kept = {by_key[prompt_key(name)] for name in names}
-        records = self.table.to_pylist()
-        for record in records:
-            record["annotations"] = [a for a in record["annotations"] if a["category"] in kept]
+        objects = object_columns(self.table)
+        is_kept = np.array([name in kept for name in objects.categories], dtype=bool)
+        table = keep_annotations(self.table, is_kept[objects.codes_T])
         ids = {id_: name for id_, name in self.category_names.items() if name in kept}
-        return dataclasses.replace(self, table=pa.Table.from_pylist(records, schema=SCHEMA), category_names=ids)
+        return dataclasses.replace(self, table=table, category_names=ids)
 
     def select_rows(self, rows: Sequence[int]) -> CocoIndex:
         """Keep only the images of these rows, in this order."""

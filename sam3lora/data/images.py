@@ -30,6 +30,8 @@ IMAGE_SUFFIXES = frozenset(
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # its warnings repeat our errors
 
 _DECODE_FLAGS = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
+_CHECK_FLAGS = cv2.IMREAD_REDUCED_GRAYSCALE_8 | cv2.IMREAD_IGNORE_ORIENTATION
+_JPEG = b"\xff\xd8"
 _TURNED_BY_THE_DECODER = ("TIFF",)
 _EXIF_INTEGERS = {1: "B", 3: "H", 4: "I"}
 _FORMATS_WITH_FRAMES = ("GIF", "WEBP", "PNG", "TIFF", "AVIF")  # further frames of a phone's JPEG are previews
@@ -121,6 +123,28 @@ def read_size(path: str | Path) -> tuple[int, int]:
         raise ImageError(f"cannot read image {path}: {_reason(error)}") from None
 
 
+def check_image(source: str | Path | bytes, expected_size_hw: tuple[int, int] | None = None) -> tuple[int, int]:
+    """Height and width of what `read_image` gives, and the same errors, in half the time for a JPEG.
+
+    A JPEG is decoded at an eighth of its size and without colours. That still reads all of its data.
+
+    Raises:
+        ImageError: As `read_image`.
+    """
+    data = _read_bytes(source)
+    if data.startswith(_JPEG):
+        height, width = _check_header(data, _name(source), MAX_MEGAPIXELS)
+        try:
+            is_whole = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), _CHECK_FLAGS) is not None
+        except cv2.error:
+            is_whole = False
+        if is_whole:
+            turns = (height, width) != expected_size_hw == (width, height) and _orientation(data) >= 5
+            return (width, height) if turns else (height, width)
+    height, width = read_image(source, expected_size_hw).shape[:2]  # or its error
+    return height, width
+
+
 def exif_orientation(image: Image.Image, data: bytes) -> int:
     """EXIF orientation, 1 to 8, that OpenCV's decoder does not apply itself; 5 to 8 swap height and width.
 
@@ -205,13 +229,19 @@ def resize_image(image: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
 
 
 def _decode_first_frame(data: bytes, name: str, max_megapixels: float) -> np.ndarray:
+    _check_header(data, name, max_megapixels)
+    return _decode(data, name)
+
+
+def _check_header(data: bytes, name: str, max_megapixels: float) -> tuple[int, int]:
+    """Stored (height, width), within the limit."""
     height, width = _read_header(data, name)
     if height * width > max_megapixels * 1e6:
         raise ImageError(
             f"cannot read image {name}: it has {width} x {height} pixels, expected at most {max_megapixels:g} million: "
             "cut it into tiles or make it smaller"
         )
-    return _decode(data, name)
+    return height, width
 
 
 def _decode(data: bytes, name: str) -> np.ndarray:

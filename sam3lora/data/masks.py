@@ -6,11 +6,11 @@ A segmentation is a list of polygons `[[x0, y0, x1, y1, ...], ...]` in pixels of
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
 import cv2
+import msgspec
 import numpy as np
 from pycocotools import mask as coco_mask
 
@@ -23,7 +23,7 @@ Segmentation = str | list | dict | None
 def parse_segmentation(segmentation: Segmentation) -> list | dict | None:
     """Polygons or RLE of a segmentation; None if it is empty."""
     if isinstance(segmentation, str):
-        return json.loads(segmentation) or None
+        return msgspec.json.decode(segmentation) or None
     return segmentation or None
 
 
@@ -38,7 +38,8 @@ def encode_segmentation(segmentation: Segmentation, size_hw: tuple[int, int]) ->
     if isinstance(parsed, dict):
         return read_rle(parsed)
     height, width = size_hw
-    return coco_mask.merge(coco_mask.frPyObjects(parsed, height, width))
+    parts = coco_mask.frPyObjects(parsed, height, width)
+    return parts[0] if len(parts) == 1 else coco_mask.merge(parts)
 
 
 def decode_mask(segmentation: Segmentation, size_hw: tuple[int, int]) -> np.ndarray:

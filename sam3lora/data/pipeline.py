@@ -1,6 +1,6 @@
 """Decoded batches in the order of a plan: on Ray Data tasks, or in the calling process.
 
-Each worker builds its own small dataset, whose rows are positions in the plan. A task decodes a batch as late as
+Each worker builds its own small dataset, whose rows are batches of the plan. A task decodes a batch as late as
 possible and yields it whole. A dataset spans epochs, so that the first batches of an epoch are read while the last ones
 of the epoch before are trained on.
 """
@@ -8,9 +8,12 @@ of the epoch before are trained on.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import pickle
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import cv2
@@ -42,8 +45,21 @@ def iterate_batches(table: pa.Table, plans: Iterable[BatchPlan], settings: Decod
         yield decode_batch(table, BatchPlan(*plan), settings)
 
 
+@dataclass(frozen=True)
+class SharedTable:
+    """A table for several calls of `stream_batches`: it is put into Ray's object store once, when it is first read."""
+
+    table: pa.Table
+
+    @functools.cached_property
+    def ref(self) -> Any:
+        import ray
+
+        return ray.put(self.table)
+
+
 def stream_batches(
-    table: pa.Table,
+    table: pa.Table | SharedTable,
     plans: Iterable[BatchPlan],
     settings: DecodeSettings,
     *,
@@ -56,8 +72,8 @@ def stream_batches(
     forever where training workers have reserved all. The caller reserves CPUs for them together with its own.
 
     Args:
-        table: `CocoIndex.table`; put into the object store once.
-        plans: From `plan_run` or `plan_validation`.
+        table: `CocoIndex.table`.
+        plans: From `plan_run` or `plan_validation`; read some batches ahead of their use, never as a whole.
         num_cpus: Decoding tasks at a time, each busy on one CPU.
         prefetch_batches: Batches fetched to this process ahead of use.
 
@@ -66,16 +82,12 @@ def stream_batches(
     """
     import ray
 
-    plans = [BatchPlan(*plan) for plan in plans]
-    if not plans:
-        return
-    epochs, steps, rows = (list(column) for column in zip(*plans, strict=True))
-    plan_table = pa.table({"epoch": epochs, "step": steps, "rows": rows})
-    decode = _decode_row(ray.put(table), ray.put(plan_table), settings)
-    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-    for start in range(0, len(plans), _BATCHES_PER_DATASET):
+    shared = table if isinstance(table, SharedTable) else SharedTable(table)
+    remaining = iter(plans)
+    while plan_rows := [BatchPlan(*plan)._asdict() for plan in islice(remaining, _BATCHES_PER_DATASET)]:
+        decode = _decode_row(shared.ref, settings)
+        here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
         # The rows are made here: a reading task would ask for a CPU.
-        plan_rows = [{"id": row} for row in range(start, min(start + _BATCHES_PER_DATASET, len(plans)))]
         with _data_context(num_cpus):
             planned = ray.data.from_items(plan_rows, override_num_blocks=-(-len(plan_rows) // _BATCHES_PER_TASK))
             tasks = ray.data.TaskPoolStrategy(size=num_cpus)
@@ -89,13 +101,13 @@ def stream_batches(
             yield batch
 
 
-def _decode_row(table_ref: Any, plan_ref: Any, settings: DecodeSettings) -> Callable[[dict[str, Any]], dict[str, Any]]:
+def _decode_row(table_ref: Any, settings: DecodeSettings) -> Callable[[dict[str, Any]], dict[str, Any]]:
     def decode(row: dict[str, Any]) -> dict[str, Any]:
         import ray
 
         cv2.setNumThreads(1)  # each task has one CPU
-        table, plan_table = ray.get([table_ref, plan_ref])
-        plan = BatchPlan(**read_record(plan_table, row["id"]))
+        plan = BatchPlan(row["epoch"], row["step"], [int(position) for position in row["rows"]])
+        table = ray.get(table_ref)
         try:
             result: Batch | ImageError = decode_batch(table, plan, settings)
         except ImageError as error:  # raised where the batch is used, without Ray's wrapping

@@ -26,6 +26,28 @@ def plan_epoch(
     epoch: int = 0,
     shuffle: bool = True,
 ) -> list[list[int]]:
+    """A rank's batches of one epoch, as `epoch_batches` gives them."""
+    return epoch_batches(
+        num_images,
+        batch_size=batch_size,
+        world_size=world_size,
+        rank=rank,
+        seed=seed,
+        epoch=epoch,
+        shuffle=shuffle,
+    ).tolist()
+
+
+def epoch_batches(
+    num_images: int,
+    *,
+    batch_size: int,
+    world_size: int = 1,
+    rank: int = 0,
+    seed: int = 0,
+    epoch: int = 0,
+    shuffle: bool = True,
+) -> np.ndarray:
     """A rank's batches of one epoch.
 
     All ranks draw the same permutation and take batches from it in turn. The permutation is padded with its own first
@@ -34,7 +56,7 @@ def plan_epoch(
     Without `shuffle` the order is that of the index.
 
     Returns:
-        `ceil(num_images / (batch_size * world_size))` lists of `batch_size` positions.
+        Positions int64 (S, batch_size), in which S is `ceil(num_images / (batch_size * world_size))`.
     """
     assert num_images > 0
     assert batch_size > 0
@@ -44,7 +66,7 @@ def plan_epoch(
         order = np.random.default_rng([seed % 2**63, epoch]).permutation(num_images)
     num_steps = -(-num_images // (batch_size * world_size))
     padded = np.resize(order, num_steps * world_size * batch_size)
-    return padded.reshape(num_steps, world_size, batch_size)[:, rank].tolist()
+    return padded.reshape(num_steps, world_size, batch_size)[:, rank]
 
 
 def plan_run(
@@ -59,9 +81,12 @@ def plan_run(
     start_epoch: int = 0,
     start_step: int = 0,
 ) -> Iterator[BatchPlan]:
-    """A rank's batches of all epochs from a step on. A resumed run gets exactly the batches that were left."""
+    """A rank's batches of all epochs from a step on. A resumed run gets exactly the batches that were left.
+
+    No more than the order of one epoch is held at a time.
+    """
     for epoch in range(start_epoch, num_epochs):
-        batches = plan_epoch(
+        batches = epoch_batches(
             num_images,
             batch_size=batch_size,
             world_size=world_size,
@@ -72,16 +97,16 @@ def plan_run(
         )
         first = start_step if epoch == start_epoch else 0
         for step in range(first, len(batches)):
-            yield BatchPlan(epoch, step, batches[step])
+            yield BatchPlan(epoch, step, batches[step].tolist())
 
 
-def plan_validation(num_images: int, *, batch_size: int, world_size: int = 1, rank: int = 0) -> list[BatchPlan]:
+def plan_validation(num_images: int, *, batch_size: int, world_size: int = 1, rank: int = 0) -> Iterator[BatchPlan]:
     """A rank's share of a split, in order; each image belongs to one rank.
 
     Ranks may get different numbers of batches, also none, so a loop over them must make no collective call.
     """
     assert batch_size > 0
     assert 0 <= rank < world_size
-    rows = list(range(rank, num_images, world_size))
-    starts = range(0, len(rows), batch_size)
-    return [BatchPlan(0, step, rows[start : start + batch_size]) for step, start in enumerate(starts)]
+    rows = range(rank, num_images, world_size)
+    for step, start in enumerate(range(0, len(rows), batch_size)):
+        yield BatchPlan(0, step, list(rows[start : start + batch_size]))

@@ -13,7 +13,9 @@ from sam3lora.data.annotations import MIN_BOX_AREA
 from sam3lora.data.array_store import ArrayStore, digest, image_digest
 from sam3lora.data.augment import Augmentation, Placement, choose_placement, place_image
 from sam3lora.data.batch import Batch
+from sam3lora.data.coco import read_record
 from sam3lora.data.images import ImageError, read_image
+from sam3lora.data.index_columns import object_columns
 from sam3lora.data.masks import place_mask
 from sam3lora.data.prompts import Query, build_queries, sample_rng
 
@@ -80,7 +82,13 @@ def rows_with_queries(table: pa.Table, settings: DecodeSettings) -> list[int]:
     The others show, for example, only crowd regions of the only category, or no objects while absence is not known
     (`exhaustive` False and no list of negatives). The result is the same in every epoch.
     """
-    return [row for row, record in enumerate(table.to_pylist()) if record_queries(record, settings)]
+    objects = object_columns(table)
+    has_query_I = objects.count_per_image(~objects.crowd_T) > 0  # every object is asked for
+    is_empty_I = objects.count_per_image() == 0
+    has_query_I |= is_empty_I & bool(record_queries({"image_id": 0, "annotations": []}, settings))
+    for row in np.flatnonzero(~has_query_I & ~is_empty_I).tolist():  # only crowd regions
+        has_query_I[row] = bool(record_queries(read_record(table, row), settings))
+    return np.flatnonzero(has_query_I).tolist()
 
 
 def decode_record(record: Mapping[str, Any], settings: DecodeSettings, epoch: int = 0) -> Batch:

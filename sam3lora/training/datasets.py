@@ -6,7 +6,7 @@ import copy
 import logging
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from sam3lora.config.training import images_per_step
 from sam3lora.data.batch import Batch
 from sam3lora.data.coco import CocoIndex, merge_names
 from sam3lora.data.fault_report import count_left_out, faults_as_reason, split_faults
-from sam3lora.data.pipeline import iterate_batches, stream_batches
+from sam3lora.data.index_columns import object_columns
+from sam3lora.data.pipeline import SharedTable, iterate_batches, stream_batches
 from sam3lora.data.plan import BatchPlan, plan_run, plan_validation
 from sam3lora.data.prompts import prompt_key
 from sam3lora.data.sample import DecodeSettings, rows_with_queries
@@ -45,10 +46,7 @@ class RunData:
     faults: list[dict[str, Any]]
 
     def summary(self) -> dict[str, Any]:
-        counts: dict[str, int] = dict.fromkeys(self.train.names, 0)
-        for objects in self.train.table["annotations"].to_pylist():
-            for annotation in objects:
-                counts[annotation["category"]] = counts.get(annotation["category"], 0) + 1
+        counts = dict.fromkeys(self.train.names, 0) | object_columns(self.train.table).count_per_category()
         return {
             "num_train_images": len(self.train),
             "num_valid_images": len(self.valid) if self.valid else 0,
@@ -122,24 +120,26 @@ class BatchSource:
         self._data, self._training, self._use_ray = data, config.training, use_ray
         self._gpu = device if device is not None and device.type == "cuda" else None
         self._load_ahead = load_ahead
+        self._train_table = SharedTable(data.train.table)
+        self._valid_table = SharedTable(data.valid.table) if data.valid else None
         self.images_per_step = images_per_step(config.training) * distributed.world_size()
         self.steps_per_epoch = -(-len(data.train) // self.images_per_step)
 
     def training_batches(self, start_epoch: int, start_step: int) -> Generator[Batch]:
         """Batches from a step of an epoch to the end of the run, ``gradient_accumulation_steps`` for each step."""
-        plans = list(self._plans(start_epoch, start_step))
-        return self._decode(self._data.train, plans, self._data.train_settings)
+        plans = self._plans(start_epoch, start_step)
+        return self._decode(self._train_table, plans, self._data.train_settings)
 
     def validation_batches(self) -> Generator[Batch]:
         """This worker's share of the validation split, each image once over all workers."""
-        assert self._data.valid is not None
+        assert self._valid_table is not None
         plans = plan_validation(
-            len(self._data.valid),
+            self._valid_table.table.num_rows,
             batch_size=self._training.images_per_forward,
             world_size=distributed.world_size(),
             rank=distributed.rank(),
         )
-        return self._decode(self._data.valid, plans, self._data.valid_settings)
+        return self._decode(self._valid_table, plans, self._data.valid_settings)
 
     def _plans(self, start_epoch: int, start_step: int) -> Iterator[BatchPlan]:
         size = self._training.images_per_forward
@@ -157,18 +157,17 @@ class BatchSource:
             for start in range(0, len(rows), size):
                 yield BatchPlan(epoch, step, rows[start : start + size])
 
-    def _decode(self, index: CocoIndex, plans: list[BatchPlan], settings: DecodeSettings) -> Generator[Batch]:
+    def _decode(self, shared: SharedTable, plans: Iterator[BatchPlan], settings: DecodeSettings) -> Generator[Batch]:
         if self._use_ray:
-            batches = stream_batches(index.table, plans, settings, num_cpus=self._training.num_workers)
+            batches = stream_batches(shared, plans, settings, num_cpus=self._training.num_workers)
             yield from prefetch(batches, self._prepare)
             return
         # A copy for the decoding thread: two threads cannot share a store.
         settings = replace(settings, store=copy.copy(settings.store))
         # Where features are cached, decoding of an epoch waits for the features of the epoch before.
-        epoch_starts = [row for row in range(1, len(plans)) if plans[row].epoch > plans[row - 1].epoch]
-        ends = epoch_starts if settings.features is not None else []
-        for start, end in pairwise([0, *ends, len(plans)]):
-            yield from prefetch(iterate_batches(index.table, plans[start:end], settings), self._prepare)
+        epochs = groupby(plans, key=lambda plan: settings.features is not None and plan.epoch)
+        for _, plans_of_epoch in epochs:
+            yield from prefetch(iterate_batches(shared.table, plans_of_epoch, settings), self._prepare)
 
     def _prepare(self, batch: Batch) -> Batch:
         if self._gpu is not None:
@@ -199,4 +198,5 @@ def _with_queries(index: CocoIndex, settings: DecodeSettings) -> CocoIndex:
     if len(rows) < len(index):
         num_left = len(index) - len(rows)
         logger.warning("%s: left out %d of %d images, which have no query", index.source, num_left, len(index))
-    return index.select_rows(rows)
+        index = index.select_rows(rows)
+    return index

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
+import pyarrow as pa
 import torch
 from peft import PeftModel
 from torch import Tensor
@@ -19,7 +20,10 @@ from torch import Tensor
 from sam3lora.config import Config
 from sam3lora.config.training import images_per_step
 from sam3lora.data.batch import Batch
-from sam3lora.data.sample import record_queries
+from sam3lora.data.coco import read_record
+from sam3lora.data.index_columns import object_columns
+from sam3lora.data.prompts import ALL_NEGATIVES, prompt_key
+from sam3lora.data.sample import DecodeSettings, record_queries
 from sam3lora.engine.device import is_out_of_memory
 from sam3lora.errors import OutOfMemory
 from sam3lora.model.staged.forward import VisionFeatures
@@ -82,7 +86,7 @@ class _Backward:
     model_dropout: bool
 
     def __post_init__(self) -> None:
-        self._num_queries, self._num_objects = _most_queries_and_objects(self.data)
+        self._num_queries, self._num_objects = most_queries_and_objects(self.data.train.table, self.data.train_settings)
         images = cast(ImageEncoder, _NoiseEncoder(self.runner.images, self.data.train_settings.features is not None))
         self._runner = replace(self.runner, images=images)
 
@@ -148,15 +152,28 @@ class _NoiseEncoder:
             return encoder.trunk.features(tokens_ISC)
 
 
-def _most_queries_and_objects(data: RunData) -> tuple[int, int]:
-    """The largest numbers of any image of the training split, in its first epoch."""
-    most_queries = most_objects = 1
-    limit = data.train_settings.max_objects or 10**9
-    for record in data.train.table.to_pylist():
-        queries = record_queries(record, data.train_settings)
-        most_queries = max(most_queries, len(queries))
-        most_objects = max(most_objects, sum(min(limit, len(query.annotation_rows)) for query in queries))
-    return most_queries, most_objects
+def most_queries_and_objects(table: pa.Table, settings: DecodeSettings) -> tuple[int, int]:
+    """The largest numbers of queries and of objects to match of any image in an epoch; at least 1."""
+    prompts = {prompt_key(name): prompt for name, prompt in settings.prompts_map.items()}
+
+    def key_of(category: str) -> str:
+        return prompt_key(prompts.get(prompt_key(category), category))
+
+    objects = object_columns(table)
+    rows, _, num_of_query, _ = objects.count_pairs(key_of, ~objects.crowd_T)
+    if settings.max_objects is not None:
+        num_of_query = np.minimum(num_of_query, settings.max_objects)
+    num_objects_I = np.bincount(rows, num_of_query, minlength=objects.num_images)
+    # What an image shows is asked first, then negatives of what it does not show, as far as there are any.
+    num_positives_I = np.bincount(rows, minlength=objects.num_images)
+    num_shown_I = np.bincount(objects.count_pairs(key_of)[0], minlength=objects.num_images)
+    num_absent_I = len({key_of(name) for name in settings.names}) - num_shown_I
+    sampled = settings.num_negatives
+    every_one = sampled is None or sampled == ALL_NEGATIVES
+    num_negatives_I = num_absent_I if every_one else np.minimum(num_absent_I, sampled or 0)
+    row = int((num_positives_I + num_negatives_I * settings.exhaustive).argmax())
+    queries = record_queries(read_record(table, row), settings)
+    return max(1, len(queries)), max(1, int(num_objects_I.max()))
 
 
 def _workers_on(device: torch.device) -> int:

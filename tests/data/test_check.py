@@ -8,6 +8,7 @@ import json
 import pytest
 from rich.console import Console
 
+from sam3lora.data import inspection
 from sam3lora.data.check import check_folder
 from sam3lora.data.report_tables import print_check
 from sam3lora.data.split.leakage import count_augmented_copies, find_leaks, source_name
@@ -43,6 +44,24 @@ def test_wrong_sizes_and_too_many_objects_are_reported(folder):
     [split] = check_folder(path).splits
     assert {fault.kind for fault in split.faults} == {"size_mismatch", "many_objects"}
     assert (split.max_objects_per_query, split.num_images_above_max_detections) == (201, 1)
+
+
+def test_processes_find_what_threads_find(folder, monkeypatch):
+    # pieces of two images, so that their order matters
+    monkeypatch.setattr(inspection, "_ROWS", 2)
+    monkeypatch.setattr(inspection, "_PIECES_AHEAD", 2)
+    monkeypatch.setattr(inspection, "_ROWS_WORTH_PROCESSES", 1)
+    annotations = [annotation(i, image_id=i, segmentation=[square(0, 0, 12 * i + 3)]) for i in range(9)]
+    path = folder.write(annotations, num_images=11)
+    for number in (3, 4, 9):
+        (path / f"{number}.png").write_bytes(b"broken")
+    on_threads, in_processes = (check_folder(path, num_processes=number).to_dict() for number in (0, 2))
+    assert in_processes == on_threads
+    [split] = in_processes["splits"]
+    assert split["sizes"] == {"small": 3, "medium": 6, "large": 0}
+    [fault] = [issue for issue in split["issues"] if issue["kind"] == "unreadable_image"]
+    assert fault["count"] == 3
+    assert [example.split()[2] for example in fault["examples"]] == ["3.png:", "4.png:", "9.png:"]
 
 
 def test_leaks_between_splits_are_found_by_content_name_and_number():

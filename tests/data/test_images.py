@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sam3lora.data.images import ImageError, read_first_frame, read_image, read_size, resize_image
+from sam3lora.data.images import ImageError, check_image, read_first_frame, read_image, read_size, resize_image
 
 RAMP = np.stack(np.meshgrid(np.arange(0, 240, 6), np.arange(0, 240, 8)), axis=-1).astype(np.uint8)
 RGB = np.concatenate([RAMP, 255 - RAMP[..., :1]], axis=-1)  # (30, 40, 3)
+CUTS = (0.1, 0.5, 0.9, 0.99)
 
 
 def encode(image: Image.Image, kind: str, **options) -> bytes:
@@ -118,3 +119,45 @@ def test_resize_agrees_with_the_models_processor_on_photographs(shared_data):
                 resized = resize_image(image, size)
                 assert resized.dtype == np.uint8
                 assert np.abs(resized - expected.astype(float)).mean() < 0.3, (path.name, scale, ratio)
+
+
+def test_checking_an_image_finds_what_reading_it_finds(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (90, 200, 3), dtype=np.uint8)
+    noise = np.ascontiguousarray(cv2.resize(noise[:9, :20], (200, 90)))
+    turned = Image.Exif()
+    turned[0x0112] = 6  # on its side
+    picture = Image.fromarray(noise)
+    whole = {
+        "plain": encode(picture, "JPEG"),
+        "progressive": encode(picture, "JPEG", progressive=True),
+        "grey": encode(picture.convert("L"), "JPEG"),
+        "cmyk": encode(picture.convert("CMYK"), "JPEG"),
+        "turned": encode(picture, "JPEG", exif=turned),
+        "tiny": encode(picture.resize((3, 2)), "JPEG"),
+        "png": encode(picture, "PNG"),
+        "floats": encode(Image.fromarray(np.ones((4, 4), dtype=np.float32)), "TIFF"),
+        "text": b"\xff\xd8 is how a JPEG begins",
+        "empty": b"",
+    }
+    cut = {f"{name} cut to {share}": data[: int(len(data) * share)] for name, data in whole.items() for share in CUTS}
+    damaged = {f"{name} damaged": data[:300] + bytes(60) + data[360:] for name, data in whole.items()}
+
+    def found(look, data, expected):
+        try:
+            return look(data, expected)
+        except ImageError as error:
+            return str(error)
+
+    num_errors = 0
+    for name, data in (whole | cut | damaged).items():
+        for expected in (None, (90, 200), (200, 90), (7, 7)):
+            size = found(lambda *arguments: read_image(*arguments).shape[:2], data, expected)
+            assert found(check_image, data, expected) == size, (name, expected)
+            num_errors += isinstance(size, str)
+    assert num_errors > 4 * len(cut) * 0.9
+    assert check_image(whole["turned"], (200, 90)) == (200, 90)
+    assert check_image(whole["turned"], (90, 200)) == (90, 200)
+    assert check_image(whole["plain"], (200, 90)) == (90, 200)
+    (tmp_path / "cut.jpg").write_bytes(cut["plain cut to 0.5"])
+    with pytest.raises(ImageError, match=r"cut\.jpg"):
+        check_image(tmp_path / "cut.jpg")

@@ -52,8 +52,27 @@ def test_a_resumed_run_gets_what_was_left(epoch, step):
 
 
 def test_validation_takes_every_image_once_in_order():
-    ranks = [plan_validation(10, batch_size=2, world_size=3, rank=r) for r in range(3)]
+    ranks = [list(plan_validation(10, batch_size=2, world_size=3, rank=r)) for r in range(3)]
     rows = sorted(row for batches in ranks for batch in batches for row in batch.rows)
     assert rows == list(range(10))
     assert [b.rows for b in plan_validation(5, batch_size=2)] == [[0, 1], [2, 3], [4]]
-    assert plan_validation(1, batch_size=2, world_size=2, rank=1) == []
+    assert list(plan_validation(1, batch_size=2, world_size=2, rank=1)) == []
+
+
+def test_the_order_of_a_seed_stays():
+    # Checkpoints hold positions in this order: another one would train some images twice and others never.
+    assert plan_epoch(7, batch_size=2, world_size=2, rank=1, seed=3, epoch=1) == [[4, 0], [3, 2]]
+    plan = plan_run(5, batch_size=2, num_epochs=2, seed=11, start_step=1)
+    assert [tuple(batch) for batch in plan] == [
+        (0, 1, [2, 3]),
+        (0, 2, [0, 1]),
+        (1, 0, [3, 0]),
+        (1, 1, [4, 1]),
+        (1, 2, [2, 3]),
+    ]
+
+
+def test_a_long_run_is_planned_as_it_goes():
+    plan = plan_run(100_000, batch_size=1, num_epochs=10**9)
+    first = [next(plan).rows for _ in range(3)]
+    assert first == plan_epoch(100_000, batch_size=1)[:3]

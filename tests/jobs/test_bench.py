@@ -15,7 +15,18 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from jobs.bench import adapters, cost_model, data, data_wait, evaluation, feature_cache, postprocess, scaling, training
+from jobs.bench import (
+    adapters,
+    cost_model,
+    data,
+    data_wait,
+    evaluation,
+    feature_cache,
+    large_data,
+    postprocess,
+    scaling,
+    training,
+)
 from jobs.bench.collectives import time_collectives
 from jobs.bench.cost_model import FITTED, Setting, StepCost
 from jobs.bench.gpu import GpuReport
@@ -31,7 +42,18 @@ pytestmark = pytest.mark.slow
 
 REPOSITORY = Path(__file__).parents[2]
 JOB = REPOSITORY / "jobs/bench.py"
-USES_PROCESSES = (adapters, cost_model, data, data_wait, evaluation, feature_cache, postprocess, scaling, training)
+USES_PROCESSES = (
+    adapters,
+    cost_model,
+    data,
+    data_wait,
+    evaluation,
+    feature_cache,
+    large_data,
+    postprocess,
+    scaling,
+    training,
+)
 
 
 # ---- every command ---------------------------------------------------------------------------------------------------
@@ -67,6 +89,13 @@ def facts_of(command: str, options: str, folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("command", "options", "agrees"),
     [
+        (
+            "large-set",
+            "--share 0.002",
+            lambda labels, check, plan, first: (
+                labels["images and annotations are the same"] and plan["batches"] == 20 * first["training images"]
+            ),
+        ),
         (
             "train-step",
             "--preset light --model tiny --prompts 2 --repeats 1",

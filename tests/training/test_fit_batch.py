@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
+from sam3lora.data.index_columns import keep_annotations
+from sam3lora.data.sample import DecodeSettings, record_queries
 from sam3lora.errors import OutOfMemory
 from sam3lora.training import distributed, fit_batch
-from sam3lora.training.fit_batch import fitting, largest_that_fits
+from sam3lora.training.fit_batch import fitting, largest_that_fits, most_queries_and_objects
 
+from ..data.random_index import CATEGORIES, draw_table
 from .two_workers import make_trainer
 
 GB = 2**30
+MERGED = {"prompts_map": dict.fromkeys(CATEGORIES[:2], "defect")}
 
 
 def test_memory_is_extrapolated_from_one_and_two_images():
@@ -91,3 +98,17 @@ def test_all_workers_take_the_smallest(make_config, monkeypatch, others, size):
         return
     found = fit_batch.resolve_batch_size(config, worker.model, worker.runner, worker.data).training
     assert (found.batch_size, found.gradient_accumulation_steps) == (size, 6 // size)
+
+
+@pytest.mark.parametrize("num_negatives", [None, -1, 0, 2])
+@pytest.mark.parametrize("changes", [{}, {"exhaustive": False}, {"negative_prompts": ("rust", "dust")}, MERGED])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_costliest_image_is_the_one_of_all_records(seed, changes, num_negatives):
+    table = draw_table(seed)
+    settings = replace(DecodeSettings(names=(*CATEGORIES, "never seen")), num_negatives=num_negatives, max_objects=2)
+    settings = replace(settings, **changes)
+    asked = [record_queries(record, settings) for record in table.to_pylist()]
+    most_queries = max(len(queries) for queries in asked)
+    most_objects = max(sum(min(2, len(query.annotation_rows)) for query in queries) for queries in asked)
+    assert most_queries_and_objects(table, settings) == (most_queries, most_objects)
+    assert most_queries_and_objects(keep_annotations(table, np.zeros(200, dtype=bool)), settings)[1] == 1
