@@ -15,6 +15,7 @@ from sam3lora.data.faults import FaultLog
 from sam3lora.data.images import ImageError, read_image
 from sam3lora.data.masks import mask_area
 from sam3lora.data.split.leakage import Leak, count_augmented_copies, find_leaks
+from sam3lora.data.split_files import find_splits, no_splits
 from sam3lora.errors import UserError
 
 NUM_OBJECT_QUERIES = 200  # of SAM 3's decoder
@@ -74,15 +75,12 @@ def check_folder(root: str | Path, annotation_file: str = ANNOTATION_FILE) -> Ch
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"no folder {root}; expected a data set folder with train/ and valid/ inside")
-    folders = [root] if (root / annotation_file).is_file() else []
-    folders += sorted(p for p in root.iterdir() if p.is_dir() and (p / annotation_file).is_file())
-    if not folders:
-        found = ", ".join(sorted(p.name for p in root.iterdir())[:8]) or "nothing"
-        raise UserError(f"no {annotation_file} in {root} or its subfolders; found {found}")
+    splits = find_splits(root, annotation_file)
+    if not splits:
+        raise UserError(no_splits(root, annotation_file))
     reports, hashes = [], {}
-    for folder in folders:
-        name = "." if folder == root else folder.name
-        report, hashes[name] = _check_split(name, CocoIndex.from_folder(folder, annotation_file, on_bad_image="skip"))
+    for split in splits:
+        report, hashes[split.name] = _check_split(split.name, split.read("skip"))
         reports.append(report)
     return CheckReport(str(root), reports, find_leaks(hashes))
 

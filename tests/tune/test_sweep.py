@@ -68,7 +68,7 @@ def test_a_folder_holds_one_sweep_of_one_space_and_one_driver(data_dir, tmp_path
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"set": {"data.valid_split": "val"}}, "a sweep compares trials on validation images"),
+        ({"set": {"data.valid_split": "night"}}, "a sweep compares trials on validation images"),
         ({"constraints": {"max_trainable_parameters": 3}}, "over the budget"),
     ],
     ids=["no validation images", "a budget that nothing meets"],

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 
 from PIL import ExifTags, Image
@@ -14,42 +13,34 @@ from PIL import ExifTags, Image
 from sam3lora.data.convert.labelled_set import LabelledImage
 from sam3lora.data.faults import FaultLog
 from sam3lora.data.images import IMAGE_SUFFIXES, ImageError, read_size
+from sam3lora.data.split_files import WHOLE, split_name, subfolders
 from sam3lora.errors import UserError
 from sam3lora.files import whole_folder
 
-WHOLE = "."  # name of the only split of a data set without splits
-_ORDER = ("train", "valid", "test")
 
-
-def split_name(folder: str) -> str:
-    """Our name of a split.
-
-    >>> split_name("Val"), split_name("train"), split_name("night")
-    ('valid', 'train', 'night')
-    """
-    return {"val": "valid", "validation": "valid", "valid": "valid", "train": "train", "test": "test"}.get(
-        folder.lower(), folder
-    )
-
-
-def subfolders(folder: Path) -> list[Path]:
+def distinct_subfolders(folder: Path) -> list[Path]:
     """Subfolders, with train, valid and test first.
 
     Raises:
         UserError: Two of them are the same split, as `val` and `valid` are.
     """
-    found = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
-    order = {name: rank for rank, name in enumerate(_ORDER)}
-    found.sort(key=lambda path: (order.get(split_name(path.name), len(order)), path.name))
-    for first, second in pairwise(found):
-        if split_name(first.name) == split_name(second.name):
-            raise UserError(f"{first} and {second.name} would both be {split_name(first.name)}: join or rename them")
+    found = subfolders(folder)
+    check_distinct(found, [path.name for path in found])
     return found
+
+
+def check_distinct(paths: Sequence[Path], names: Sequence[str]) -> None:
+    """Raise UserError if two names are the same split; `paths` says where each is."""
+    seen: dict[str, Path] = {}
+    for path, name in zip(paths, map(split_name, names), strict=True):
+        if name in seen:
+            raise UserError(f"{seen[name]} and {path} would both be {name}: join or rename them")
+        seen[name] = path
 
 
 def split_folders(source: Path, pattern: str) -> dict[str, Path]:
     """Split -> folder with files of this pattern, among `source` itself and its subfolders."""
-    folders = {WHOLE: source} | {split_name(folder.name): folder for folder in subfolders(source)}
+    folders = {WHOLE: source} | {split_name(folder.name): folder for folder in distinct_subfolders(source)}
     return {split: folder for split, folder in folders.items() if any(folder.glob(pattern))}
 
 
@@ -69,9 +60,9 @@ def find_pairs(root: Path, labels: str) -> dict[str, tuple[Path, Path]]:
     if images.is_dir() and (root / labels).is_dir():
         if image_files(images):
             pairs[WHOLE] = (images, root / labels)
-        for folder in subfolders(images):
+        for folder in distinct_subfolders(images):
             pairs[split_name(folder.name)] = (folder, root / labels / folder.name)
-    for folder in subfolders(root):
+    for folder in distinct_subfolders(root):
         if (folder / "images").is_dir():
             pairs[split_name(folder.name)] = (folder / "images", folder / labels)
     return pairs

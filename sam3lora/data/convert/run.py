@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sam3lora.data.coco import ANNOTATION_FILE
 from sam3lora.data.convert.coco_folders import read_coco, write_coco
 from sam3lora.data.convert.labelled_set import LabelledSet, checked_names
 from sam3lora.data.convert.labelme import read_labelme
@@ -16,6 +15,7 @@ from sam3lora.data.convert.mask_images import read_masks, write_masks
 from sam3lora.data.convert.voc import read_voc
 from sam3lora.data.convert.yolo import read_yolo, write_yolo
 from sam3lora.data.faults import Fault, FaultLog
+from sam3lora.data.split_files import find_splits
 from sam3lora.errors import UserError
 
 SOURCE_FORMATS = {
@@ -103,7 +103,7 @@ def guess_format(source: Path) -> str:
     masks = [path for _, path in find_pairs(source, "masks").values()]
     json_files = (path for folder in split_folders(source, "*.json").values() for path in folder.glob("*.json"))
     found = {
-        "coco": bool(split_folders(source, ANNOTATION_FILE)),
+        "coco": bool(find_splits(source)),
         "yolo": any(any(folder.glob("*.txt")) for folder in labels),
         "voc": bool(split_folders(source, "*.xml")) or any((source / "Annotations").glob("*.xml")),
         "masks": any(folder.is_dir() for folder in masks),

@@ -13,8 +13,9 @@ from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
 from sam3lora.data.convert.labelled_set import LabelledImage, LabelledSet, order_names
-from sam3lora.data.convert.layout import WHOLE, image_files, open_image, split_folders, split_name
+from sam3lora.data.convert.layout import image_files, open_image, split_folders
 from sam3lora.data.faults import FaultLog
+from sam3lora.data.split_files import WHOLE, split_name
 from sam3lora.errors import UserError
 
 

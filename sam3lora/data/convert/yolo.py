@@ -14,9 +14,10 @@ import numpy as np
 import yaml
 
 from sam3lora.data.convert.labelled_set import LabelledImage, LabelledObject, LabelledSet, checked_names, read_names
-from sam3lora.data.convert.layout import WHOLE, find_pairs, image_files, open_image, place_images
+from sam3lora.data.convert.layout import find_pairs, image_files, open_image, place_images
 from sam3lora.data.faults import FaultLog
 from sam3lora.data.masks import join_outlines, trace_outlines
+from sam3lora.data.split_files import WHOLE
 from sam3lora.errors import UserError
 
 SLACK = 0.05  # more than rounding and objects cut by the border need; pixels taken for shares are far above

@@ -6,9 +6,9 @@ import time
 from pathlib import Path
 
 from sam3lora.config.post_processing import PostProcessing
-from sam3lora.data.coco import CocoIndex
 from sam3lora.data.coco_results import read_results
 from sam3lora.data.prompts import prompt_key
+from sam3lora.data.split_files import WHOLE, SplitFiles, find_split_or_whole
 from sam3lora.evaluation.ask.run import asked_categories
 from sam3lora.evaluation.metrics.ground_truth import build_ground_truth
 from sam3lora.evaluation.metrics.measure import SplitMetrics, measure_split
@@ -16,12 +16,12 @@ from sam3lora.evaluation.settings import EvaluationSettings
 from sam3lora.evaluation.split_results import SplitResults
 
 
-def evaluate_predictions(file: str | Path, split_dir: Path, settings: EvaluationSettings) -> SplitMetrics:
+def evaluate_predictions(file: str | Path, split: SplitFiles | Path, settings: EvaluationSettings) -> SplitMetrics:
     """Measure a COCO results file on a split, as it is: nothing is suppressed or merged.
 
     Args:
         file: JSON list of image_id, category_id, segmentation (RLE or polygons), score, and optionally bbox (xywh).
-        split_dir: Folder with the annotation file, whose ids the results use.
+        split: Images and labels, whose ids the results use, or their folder.
 
     Raises:
         UserError: The file is missing, truncated or no COCO results, belongs to another split, or nothing in it can be
@@ -29,7 +29,8 @@ def evaluate_predictions(file: str | Path, split_dir: Path, settings: Evaluation
     """
     started = time.perf_counter()
     source = Path(file)
-    index = CocoIndex.from_folder(split_dir, settings.annotation_file)
+    split = split if isinstance(split, SplitFiles) else find_split_or_whole(split, WHOLE, settings.annotation_file)
+    index = split.read()
     asked = asked_categories(index, settings)
     found = read_results(source, index, {category.id for category in asked})
     if settings.num_samples is not None:
@@ -61,7 +62,7 @@ def evaluate_predictions(file: str | Path, split_dir: Path, settings: Evaluation
         label=source.stem,
         post=settings.post_processing(PostProcessing()),
         exhaustive=settings.exhaustive,
-        settings={"data": str(split_dir), "predictions": str(source)},
-        split_dir=split_dir,
+        settings={"data": str(split), "predictions": str(source)},
+        split_dir=split.image_dir,
         seconds=time.perf_counter() - started,
     )

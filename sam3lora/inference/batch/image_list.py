@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from sam3lora.data.coco import CocoIndex, load_coco_json
+from sam3lora.data.coco import load_coco_json
 from sam3lora.data.images import IMAGE_SUFFIXES
 from sam3lora.data.prompts import prompt_key
+from sam3lora.data.split_files import split_of_file
 from sam3lora.errors import UserError
 
 
@@ -99,13 +100,14 @@ def _walk(root: Path, leave_out: Path) -> list[str]:
 
 
 def _coco_images(source: Path) -> tuple[list[ImageSource], dict[str, int]]:
-    index = CocoIndex.from_folder(source.parent, source.name, on_bad_image="skip")
+    split = split_of_file(source)
+    index = split.read("skip")
     raw = load_coco_json(source)
     columns = (index.table.column(name).to_pylist() for name in ("image_id", "path", "height", "width"))
     known = {id_: (os.path.abspath(path), (height, width)) for id_, path, height, width in zip(*columns)}
     missing = [entry for entry in raw["images"] if isinstance(entry, dict) and entry.get("id") not in known]
     known |= {
-        entry["id"]: (os.path.abspath(source.parent / entry["file_name"]), None)
+        entry["id"]: (os.path.abspath(split.image_dir / entry["file_name"]), None)
         for entry in missing
         if isinstance(entry.get("id"), int) and isinstance(entry.get("file_name"), str)
     }
