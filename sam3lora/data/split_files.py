@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from sam3lora.data.coco import ANNOTATION_FILE, CocoIndex
-from sam3lora.data.coco_text import first_file_names, is_coco
+from sam3lora.data.json_text import first_file_names, has_lists
 from sam3lora.errors import UserError
 
 WHOLE = "."  # name of the only split of a data set without splits
@@ -238,7 +238,7 @@ def _split_files(name: str, annotation_file: Path, candidates: Sequence[Path]) -
     names = first_file_names(annotation_file, _NUM_NAMES) if len(folders) > 1 else []
     best, most = folders[0], 0
     for folder in folders:
-        count = sum((folder / file_name).is_file() for file_name in names)
+        count = sum(os.path.isfile(folder / file_name) for file_name in names)
         if count > most:
             best, most = folder, count
         if most == len(names):
@@ -266,7 +266,7 @@ def _coco_files(folder: Path) -> list[Path]:
 
 
 def _holds_instances(path: Path) -> bool:
-    return path.name.startswith(_INSTANCES) or is_coco(path)
+    return path.name.startswith(_INSTANCES) or has_lists(path, "images", "annotations")
 
 
 def _no_annotation_file(folder: Path, annotation_file: str) -> str:

@@ -87,16 +87,16 @@ def test_layout_of_coco(tmp_path, images):
 
 
 def test_two_years_of_coco_are_told_apart_by_name(tmp_path):
+    root = tmp_path / "set"
     for year in (2014, 2017):
-        images = tmp_path / f"train{year}"
-        write_coco(tmp_path / "annotations" / f"instances_train{year}.json", "a.jpg", images=images)
+        write_coco(root / "annotations" / f"instances_train{year}.json", "a.jpg", images=root / f"train{year}")
     with pytest.raises(
         UserError, match=r"instances_train2014\.json and .*instances_train2017\.json.*data\.train_split"
     ):
-        find_split(tmp_path, "train")
-    assert paths_of(tmp_path, "train2014") == ["train2014/a.jpg"]
+        find_split(root, "train")
+    assert paths_of(root, "train2014") == ["train2014/a.jpg"]
     with pytest.raises(UserError, match=r"would both be train"):
-        convert_folder(tmp_path, tmp_path.parent / "out")
+        convert_folder(root, tmp_path / "out")
 
 
 @pytest.mark.parametrize(

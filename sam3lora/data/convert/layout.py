@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -38,33 +38,61 @@ def check_distinct(paths: Sequence[Path], names: Sequence[str]) -> None:
         seen[name] = path
 
 
-def split_folders(source: Path, pattern: str) -> dict[str, Path]:
-    """Split -> folder with files of this pattern, among `source` itself and its subfolders."""
-    folders = {WHOLE: source} | {split_name(folder.name): folder for folder in distinct_subfolders(source)}
-    return {split: folder for split, folder in folders.items() if any(folder.glob(pattern))}
+def split_folders(source: Path, suffix: str) -> dict[str, Path]:
+    """Split -> folder with label files of this suffix: `source` itself, or a subfolder with all folders in it."""
+    folders = {split_name(folder.name): folder for folder in distinct_subfolders(source)}
+    splits = {split: folder for split, folder in folders.items() if find_files(folder, [suffix])}
+    return ({WHOLE: source} if find_files(source, [suffix], nested=False) else {}) | splits
 
 
-def image_files(folder: Path) -> list[Path]:
-    """Image files directly in a folder."""
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+def find_files(folder: Path, suffixes: Collection[str], *, nested: bool = True) -> list[Path]:
+    """Files with these lower-case suffixes in a folder and, if `nested`, in all folders within it; no hidden ones."""
+    found: list[Path] = []
+    seen: set[str] = set()
+    for place, inner, names in os.walk(folder, followlinks=True):
+        inner[:] = sorted(name for name in inner if nested and not name.startswith("."))
+        if os.path.realpath(place) in seen:  # links may lead in a circle
+            inner.clear()
+            continue
+        seen.add(os.path.realpath(place))
+        found += (Path(place, name) for name in sorted(names) if not name.startswith("."))
+    return [path for path in found if path.suffix.lower() in suffixes]
+
+
+def image_files(folder: Path, *, nested: bool = True) -> list[Path]:
+    """Image files in a folder and, if `nested`, in all folders within it."""
+    return find_files(folder, IMAGE_SUFFIXES, nested=nested)
+
+
+def key_in(folder: Path, path: Path) -> str:
+    """What a file and its partner of another suffix share: the place in their folders and the name.
+
+    >>> key_in(Path("images"), Path("images/cam1/0.jpg"))
+    'cam1/0'
+    """
+    return path.relative_to(folder).with_suffix("").as_posix()
 
 
 def find_pairs(root: Path, labels: str) -> dict[str, tuple[Path, Path]]:
     """Split -> (folder of images, folder of labels, which may be missing).
 
     Three layouts are known: `images/<split>` with `<labels>/<split>`, `<split>/images` with `<split>/<labels>`, and
-    `images` with `<labels>` for a data set without splits.
+    `images` with `<labels>` for a data set without splits, whose files lie directly there. The files of a split may lie
+    in further folders, the same ones on both sides.
     """
     pairs: dict[str, tuple[Path, Path]] = {}
     images = root / "images"
     if images.is_dir() and (root / labels).is_dir():
-        if image_files(images):
+        if image_files(images, nested=False):
             pairs[WHOLE] = (images, root / labels)
         for folder in distinct_subfolders(images):
             pairs[split_name(folder.name)] = (folder, root / labels / folder.name)
     for folder in distinct_subfolders(root):
         if (folder / "images").is_dir():
-            pairs[split_name(folder.name)] = (folder / "images", folder / labels)
+            split = split_name(folder.name)
+            if split in pairs:
+                raise UserError(f"{pairs[split][0]} and {folder} would both be {split}: join or rename them")
+            pairs[split] = (folder / "images", folder / labels)
     return pairs
 
 

@@ -1,4 +1,4 @@
-"""What a COCO file holds, told from its text, which may be long: it is neither parsed nor kept in memory."""
+"""What a JSON file of labels holds, told from its text, which may be long: it is neither parsed nor kept in memory."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _WINDOW_BYTES, _OVERLAP_BYTES = 2**20, 2**12
 _FILE_NAME = re.compile(rb'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")')
 
 
-def is_coco(path: Path) -> bool:
-    """Whether a JSON file has lists of images and annotations, told without parsing it."""
-    missing = {re.compile(rb'"%s"\s*:\s*\[' % key) for key in (b"images", b"annotations")}
+def has_lists(path: Path, *keys: str) -> bool:
+    """Whether a JSON file has a list under each of these keys, at any depth."""
+    missing = {re.compile(rf'"{key}"\s*:\s*\['.encode()) for key in keys}
     for window in _windows(path):
         missing = {pattern for pattern in missing if not pattern.search(window)}
         if not missing:
@@ -23,7 +23,7 @@ def is_coco(path: Path) -> bool:
 
 
 def first_file_names(path: Path, number: int) -> list[str]:
-    """File names of the first images; the file is read only as far as needed."""
+    """File names of the first images of a COCO file; the file is read only as far as needed."""
     names: dict[str, None] = {}
     for window in _windows(path):
         for match in _FILE_NAME.finditer(window):
