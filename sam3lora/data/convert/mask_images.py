@@ -80,7 +80,7 @@ def _read_split(
         if mask_file is None:
             log.add("unlabelled_image", str(path))
         elif image := open_image(path, log):
-            values_HW = _fit(_read_values(mask_file, names, instances, log), image, mask_file, log)
+            values_HW = _fit(_read_values(mask_file, image, names, instances, log), image, mask_file, log)
             if not instances and len(names) == 1:
                 values_HW = _binarise(values_HW, mask_file, log)
             for name, mask_HW in _separate(values_HW, names, mask_file, instances, components):
@@ -101,21 +101,35 @@ def _find_names(source: Path) -> list[str]:
     return read_names(path)
 
 
-def _read_values(mask_file: Path, names: Sequence[str], instances: bool, log: FaultLog) -> np.ndarray:
+def _read_values(
+    mask_file: Path, image: LabelledImage, names: Sequence[str], instances: bool, log: FaultLog
+) -> np.ndarray:
     """Pixel values (H, W) int32. Palette indices and grey values stay as they are; colours become grey."""
     try:
-        with Image.open(mask_file) as image:
-            if image.mode not in ("RGB", "RGBA", "LA", "CMYK"):
-                return np.array(image).astype(np.int32)
-            if np.ptp(np.asarray(image.convert("RGB")), axis=2).any():
+        with Image.open(mask_file) as picture:
+            _check_shape(picture.size, image, mask_file)
+            if picture.mode not in ("RGB", "RGBA", "LA", "CMYK"):
+                return np.array(picture).astype(np.int32)
+            if np.ptp(np.asarray(picture.convert("RGB")), axis=2).any():
                 if instances or len(names) > 1:
                     raise UserError(f"{mask_file} is a colour image; expected one number a pixel (grey or palette)")
                 log.add("colour_mask", str(mask_file))
-            return np.array(image.convert("L")).astype(np.int32)
+            return np.array(picture.convert("L")).astype(np.int32)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"cannot read mask {mask_file}: {error}") from None
+
+
+def _check_shape(size_wh: tuple[int, int], image: LabelledImage, mask_file: Path) -> None:
+    """Refuse a mask of another shape than its image before it is decoded."""
+    stretch = (size_wh[0] / size_wh[1]) / (image.size_hw[1] / image.size_hw[0])
+    if not 1 / _MAX_STRETCH < stretch < _MAX_STRETCH:
+        raise UserError(f"{_sizes(size_wh, image, mask_file)}; a mask must have its image's shape")
+
+
+def _sizes(size_wh: tuple[int, ...], image: LabelledImage, mask_file: Path) -> str:
+    return f"{mask_file}: {size_wh[0]} x {size_wh[1]}, image {image.size_hw[1]} x {image.size_hw[0]}"
 
 
 def _fit(values_HW: np.ndarray, image: LabelledImage, mask_file: Path, log: FaultLog) -> np.ndarray:
@@ -123,11 +137,7 @@ def _fit(values_HW: np.ndarray, image: LabelledImage, mask_file: Path, log: Faul
     size_hw = values_HW.shape
     if size_hw == image.size_hw:
         return values_HW
-    detail = f"{mask_file}: {size_hw[1]} x {size_hw[0]}, image {image.size_hw[1]} x {image.size_hw[0]}"
-    stretch = (size_hw[1] / size_hw[0]) / (image.size_hw[1] / image.size_hw[0])
-    if not 1 / _MAX_STRETCH < stretch < _MAX_STRETCH:
-        raise UserError(f"{detail}; a mask must have its image's shape")
-    log.add("mask_resized", detail)
+    log.add("mask_resized", _sizes(size_hw[::-1], image, mask_file))
     return cv2.resize(values_HW, image.size_hw[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
 
 
