@@ -50,7 +50,6 @@ class RunData:
         return {
             "num_train_images": len(self.train),
             "num_valid_images": len(self.valid) if self.valid else 0,
-            "no_valid": self.no_valid,
             "objects_per_category": counts,
             "prompts": list(self.prompts),
             "prompt_of_category": dict(self.train_settings.prompts_map),
