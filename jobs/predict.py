@@ -26,7 +26,9 @@ from sam3lora.errors import RunFailed, UserError
 
 
 def main(
-    source: Annotated[Path, typer.Option("--input", help="Folder, list of paths (.txt) or COCO file (.json).")],
+    source: Annotated[
+        str, typer.Option("--input", metavar="PATH", help="Folder, list of paths (.txt) or COCO file (.json).")
+    ],
     prompt: Annotated[list[str], typer.Option(metavar="A B ...", help="What to look for.")],
     output: Annotated[Path, typer.Option(help="Folder of the results.")],
     weights: Annotated[str | None, typer.Option(help="Adapter folder; the base model without it.")] = None,
@@ -58,7 +60,7 @@ def main(
 
     try:
         summary = predict_batch(
-            source,
+            options.local_path(source, "--input"),
             output,
             prompt,
             choice=ModelChoice(model, weights, revision, resolution),

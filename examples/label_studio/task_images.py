@@ -88,6 +88,8 @@ class TaskImages:
     def _read_local(self, name: str) -> bytes:
         assert self._local_root is not None
         path = (self._local_root / name.lstrip("/")).resolve()
+        if "\\" in name and not path.exists():  # Label Studio on Windows
+            path = (self._local_root / name.replace("\\", "/").lstrip("/")).resolve()
         if not path.is_relative_to(self._local_root):
             raise ImageFault("the task's file lies outside the local root")
         try:

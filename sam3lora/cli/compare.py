@@ -39,7 +39,7 @@ def compare(
     adapters = options.adapter_folders(weights, settings_file)
     if not adapters:
         raise UserError("nothing to compare with the base: name adapters with --weights DIR")
-    folder = options.split_folder(val_data_dir, split, settings_file)
+    images = options.named_split(val_data_dir, split, settings_file)
     settings = options.settings_of(
         adapters,
         settings_file,
@@ -53,5 +53,5 @@ def compare(
     models = options.models_of(
         adapters, settings_file, with_base=True, model=model, resolution=resolution, device=device
     )
-    base, *others = evaluate_models(folder, models, settings, num_workers=num_workers, address=address, progress=True)
+    base, *others = evaluate_models(images, models, settings, num_workers=num_workers, address=address, progress=True)
     compare_and_save(base, others, output)

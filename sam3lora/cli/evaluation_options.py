@@ -13,6 +13,7 @@ from sam3lora.errors import UserError
 
 if TYPE_CHECKING:
     from sam3lora.config import Config
+    from sam3lora.data.split_files import SplitFiles
     from sam3lora.evaluation.ask.worker import Models
     from sam3lora.evaluation.settings import EvaluationSettings
 
@@ -58,14 +59,14 @@ def adapter_folders(weights: list[str] | None, config: Config | None) -> dict[st
     return folders
 
 
-def split_folder(data_dir: str | None, split: str, config: Config | None) -> Path:
+def named_split(data_dir: str | None, split: str, config: Config | None) -> SplitFiles:
     """The split named, or the validation split that a configuration names; UserError if neither names one."""
-    from sam3lora.evaluation.ask.run import find_split
+    from sam3lora.data.split_files import find_split_or_whole
 
     if data_dir is not None:
-        return find_split(data_dir, split, *([config.data.annotation_file] if config is not None else []))
+        return find_split_or_whole(data_dir, split, *([config.data.annotation_file] if config is not None else []))
     if config is not None and config.training.data_dir is not None:
-        return find_split(config.training.data_dir, config.data.valid_split, config.data.annotation_file)
+        return find_split_or_whole(config.training.data_dir, config.data.valid_split, config.data.annotation_file)
     raise UserError("no images to measure on: name a COCO split with --val-data-dir DIR, or a --config that has one")
 
 

@@ -24,7 +24,7 @@ _SHOWN = 10
 
 
 def infer(
-    image: Annotated[Path, typer.Option(help="Image file, or a folder of images.", show_default=False)],
+    image: Annotated[str, typer.Option(metavar="PATH", help="Image file, or a folder of images.", show_default=False)],
     prompt: Annotated[list[str] | None, typer.Option(metavar="A B ...", help="What to look for.")] = None,
     weights: Annotated[list[Path] | None, typer.Option(metavar="DIR", help="Adapter folder, such as best/.")] = None,
     output: Annotated[
@@ -75,14 +75,17 @@ def infer(
         if path is not None:
             check_job_path(path, option)
     show = {"show_masks": not no_masks, "show_boxes": no_masks if boundingbox is None else boundingbox}
-    if not image.is_dir():
+    images = options.local_path(image, "--image")
+    if not images.is_dir():
         labels = [1] * len(boxes) + [0] * len(not_meant)
-        _infer_image(image, prompt or [], boxes + not_meant, labels, output or Path("output.png"), json, show, settings)
+        _infer_image(
+            images, prompt or [], boxes + not_meant, labels, output or Path("output.png"), json, show, settings
+        )
     elif boxes or not_meant:
         raise UserError("--box and --negative-box are pixels of one image, but --image is a folder")
     else:
         output = output or Path("output")
-        _infer_folder(image, prompt or [], output, json or output / "results.json", show, settings)
+        _infer_folder(images, prompt or [], output, json or output / "results.json", show, settings)
 
 
 def _infer_image(

@@ -85,7 +85,6 @@ def validate(
             "--saco needs results to judge (--predictions FILE), or the folder of its images to ask a model of "
             "(--val-data-dir DIR)"
         )
-    folder = Path(val_data_dir) if saco and val_data_dir else options.split_folder(val_data_dir, split, settings_file)
     ask_adapters = predictions is None and (weights or not use_base_model)
     adapters = options.adapter_folders(weights, settings_file) if ask_adapters else {}
     if not adapters and not use_base_model and predictions is None:
@@ -105,21 +104,25 @@ def validate(
     if predictions is not None:
         from sam3lora.evaluation.ask.predictions_file import evaluate_predictions
 
-        save_validation([evaluate_predictions(predictions, folder, settings, progress=True)], output)
+        images = options.named_split(val_data_dir, split, settings_file)
+        save_validation([evaluate_predictions(predictions, images, settings, progress=True)], output)
         return
     from sam3lora.evaluation.ask.run import evaluate_models
 
     models = options.models_of(
         adapters, settings_file, with_base=use_base_model, model=model, resolution=resolution, device=device
     )
-    if saco:
+    if saco and val_data_dir is not None:
         from sam3lora.evaluation.ask.saco_phrases import ask_saco
         from sam3lora.evaluation.report.saving import save_saco, write_results
 
-        asked = ask_saco(saco[0], folder, models, settings, num_workers=num_workers, address=address, progress=True)
+        asked = ask_saco(
+            saco[0], val_data_dir, models, settings, num_workers=num_workers, address=address, progress=True
+        )
         save_saco(write_results(asked.by_label, output), saco, output, asked.image_ids)
         return
-    results = evaluate_models(folder, models, settings, num_workers=num_workers, address=address, progress=True)
+    images = options.named_split(val_data_dir, split, settings_file)
+    results = evaluate_models(images, models, settings, num_workers=num_workers, address=address, progress=True)
     save_validation(results, output)
     if save_threshold:
         from sam3lora.evaluation.report.saving import record_best_threshold

@@ -14,10 +14,14 @@ class DataSection(Section):
 
     model_config = ConfigDict(coerce_numbers_to_str=True)
 
-    train_split: str = Field(default="train", min_length=1, description="Folder of the training images.")
-    valid_split: str = Field(default="valid", min_length=1, description="Folder of the validation images.")
+    train_split: str = Field(default="train", min_length=1, description="Split to train on: its folder, or train2017.")
+    valid_split: str = Field(
+        default="valid", min_length=1, description="Split to validate on; val and validation are the same as valid."
+    )
     annotation_file: str = Field(
-        default="_annotations.coco.json", min_length=1, description="Name of the COCO file in each split."
+        default="_annotations.coco.json",
+        min_length=1,
+        description="COCO file in the folder of each split; the default also finds the layouts of other tools.",
     )
     categories: tuple[str, ...] | None = Field(
         default=None, min_length=1, description="Names of the categories to use; None = all that have objects."

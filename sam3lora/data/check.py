@@ -15,6 +15,7 @@ from sam3lora.data.faults import FaultLog
 from sam3lora.data.index_columns import object_columns
 from sam3lora.data.inspection import inspect_table
 from sam3lora.data.split.leakage import Leak, count_augmented_copies, find_leaks
+from sam3lora.data.split_files import find_splits, no_splits
 from sam3lora.errors import UserError
 from sam3lora.progress import Progress
 
@@ -83,22 +84,19 @@ def check_folder(
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"no folder {root}; expected a data set folder with train/ and valid/ inside")
-    folders = [root] if (root / annotation_file).is_file() else []
-    folders += sorted(p for p in root.iterdir() if p.is_dir() and (p / annotation_file).is_file())
-    if not folders:
-        found = ", ".join(sorted(p.name for p in root.iterdir())[:8]) or "nothing"
-        raise UserError(f"no {annotation_file} in {root} or its subfolders; found {found}")
+    splits = find_splits(root, annotation_file)
+    if not splits:
+        raise UserError(no_splits(root, annotation_file))
     reports, digests, num_images = [], {}, 0
     style = "bar" if progress and sys.stderr.isatty() else "off"
     with Progress(unit="images", style=style, stderr=True, transient=True) as bar:
-        for folder in folders:
-            name = "." if folder == root else folder.name
-            bar.update(num_images, note=f"{name}: reading {annotation_file}")
-            index = CocoIndex.from_folder(folder, annotation_file, on_bad_image="skip")
+        for split in splits:
+            bar.update(num_images, note=f"{split.name}: reading {split.annotation_file.name}")
+            index = split.read("skip", allow_empty=True)
             num_images += len(index)
-            bar.update(num_images - len(index), total=num_images, note=name)
-            report = _count_objects(name, index)
-            digests[name] = _inspect(index, report, bar, num_processes)
+            bar.update(num_images - len(index), total=num_images, note=split.name)
+            report = _count_objects(split.name, index)
+            digests[split.name] = _inspect(index, report, bar, num_processes)
             reports.append(report)
     return CheckReport(str(root), reports, find_leaks(digests))
 

@@ -93,6 +93,20 @@ _CONVERSION_KINDS = {
     "broken_source_image": ("image that cannot be read", "left out", LOST),
     "unlabelled_image": ("image without a label file", "left out: it may show objects", LOST),
     "unlabelled_negative": ("image without a label file", "kept as an image without objects", NOTE),
+    "unlisted_image": ("image that no list of a split names", "left out", LOST),
+    "missing_split": ("split that data.yaml names but that is not there", "left out", NOTE),
+    "repeated_split": ("split that data.yaml names with the images of another one", "left out", NOTE),
+    "incomplete_image": (
+        "image that would pass for one without a category because labels were lost",
+        "left out",
+        LOST,
+    ),
+    "shared_image": ("image with several label files", "their labels are joined", CHANGED),
+    "renamed_source_image": (
+        "label file that names an image which is not there",
+        "the image beside it with the label file's name is used",
+        CHANGED,
+    ),
     "unlabelled_split": ("split without any label file", "left out", LOST),
     "label_without_image": ("label file without an image", "left out", LOST),
     "turned_image": (

@@ -22,6 +22,7 @@ from sam3lora.data.pipeline import SharedTable, iterate_batches, stream_batches
 from sam3lora.data.plan import BatchPlan, plan_run, plan_validation
 from sam3lora.data.prompts import prompt_key
 from sam3lora.data.sample import DecodeSettings, rows_with_queries
+from sam3lora.data.split_files import SplitFiles, find_split, missing_split, required_split
 from sam3lora.errors import UserError
 from sam3lora.training import distributed
 from sam3lora.training.prefetch import prefetch
@@ -44,6 +45,7 @@ class RunData:
     valid_settings: DecodeSettings
     prompts: tuple[str, ...]
     faults: list[dict[str, Any]]
+    no_valid: str | None = None  # where validation images were looked for, if there are none
 
     def summary(self) -> dict[str, Any]:
         counts = dict.fromkeys(self.train.names, 0) | object_columns(self.train.table).count_per_category()
@@ -61,8 +63,9 @@ def load_run_data(config: Config, resolution: int) -> RunData:
     """Index both splits and leave out the images without a query, which have no loss."""
     data, training = config.data, config.training
     root = training.required_data_dir()
-    train = _index(config, root / data.train_split)
-    valid = _index(config, root / data.valid_split) if (root / data.valid_split).is_dir() else None
+    train = _index(config, required_split(root, data.train_split, data.annotation_file))
+    valid_files = find_split(root, data.valid_split, data.annotation_file)
+    valid = _index(config, valid_files) if valid_files is not None else None
     names = merge_names([train, valid] if valid else [train])
     known = {prompt_key(name) for name in names}
     for name in data.prompts:
@@ -98,6 +101,7 @@ def load_run_data(config: Config, resolution: int) -> RunData:
         prompts=tuple(dict.fromkeys([*asked, *data.negative_prompts])),
         faults=split_faults(data.train_split, train.faults)
         + (split_faults(data.valid_split, valid.faults) if valid else []),
+        no_valid=None if valid else missing_split(root, data.valid_split, data.annotation_file),
     )
 
 
@@ -178,8 +182,8 @@ class BatchSource:
         return batch
 
 
-def _index(config: Config, folder: Path) -> CocoIndex:
-    index = CocoIndex.from_folder(folder, config.data.annotation_file, on_bad_image=config.training.on_bad_image)
+def _index(config: Config, split: SplitFiles) -> CocoIndex:
+    index = split.read(config.training.on_bad_image)
     if config.data.categories is None:
         return index
     present = {prompt_key(name) for name in index.names}

@@ -219,6 +219,7 @@ def describe_line(line: dict[str, Any]) -> str | None:
     if kind == "start":
         device, workers = line["device"], line["num_workers"]
         images = f"{line['num_train_images']} training and {line['num_valid_images']} validation images"
+        images += f" ({line['no_valid']})" if line.get("no_valid") else ""
         return (
             f"{images}, {workers} worker{'s' * (workers > 1)} on {device}, prompts: {', '.join(line['prompts'][:12])}"
         )

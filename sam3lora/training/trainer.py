@@ -115,6 +115,7 @@ class Trainer:
             steps_per_epoch=self.batches.steps_per_epoch,
             batch_size=self.config.training.batch_size,
             gradient_accumulation_steps=self.config.training.gradient_accumulation_steps,
+            no_valid=self.data.no_valid,
             **self.metadata.data,
         )
         if self.data.faults:

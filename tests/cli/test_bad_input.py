@@ -119,7 +119,7 @@ CASES: dict[str, tuple[str, ...]] = {
     # data
     "validate --use-base-model --output new": ("--val-data-dir", "--config"),
     f"{BASE} nowhere": ("nowhere",),
-    f"{BASE} data --split train": ("data/train",),
+    f"{BASE} data --split train": ("no train split", "train/", "found valid"),
     f"{BASE} empty_data": ("empty_data",),
     f"{BASE} unlabelled": ("no category has an object",),
     f"{BASE} cut_data": ("cut_data", "JSON"),
@@ -148,6 +148,8 @@ CASES: dict[str, tuple[str, ...]] = {
     f"{INFER} huge.png": ("huge.png", "178 million"),
     f"{INFER} cut.png": ("cut.png", "truncated"),
     f"{INFER} missing.jpg": ("missing.jpg", "No such file"),
+    f"{INFER} https://example.org/a.jpg": ("https://example.org/a.jpg", "download"),
+    f"{INFER} s3://bucket//a.jpg": ("s3://bucket//a.jpg", "download"),
     f"{INFER} good": ("no images in",),
     f"{INFER} photo.png --prompt ' '": ("is empty",),
     f"{INFER} photo.png --weights a b": ("--weights takes one value",),

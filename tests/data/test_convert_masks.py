@@ -197,3 +197,29 @@ def test_real_masks_are_kept_to_the_pixel(shared_data, tmp_path):
     for image in read_coco(tmp_path / "out", None, FaultLog()).splits["valid"]:
         mask = np.array(Image.open(source / "valid" / "masks" / image.path.name))
         np.testing.assert_array_equal(image.objects[0].decode(image.size_hw), mask == 255)
+
+
+@pytest.mark.parametrize("layout", ["{kind}/train", "train/{kind}"])
+def test_masks_in_folders_within_a_split(tmp_path, layout):
+    # equal names in two folders: each image gets its own mask, in one of the two spellings of its name
+    images, masks = (tmp_path / layout.format(kind=kind) for kind in ("images", "masks"))
+    for folder, row, suffix in (("cam1", TOP, ""), ("cam2/deep", MIDDLE, "_mask")):
+        write_image(images / folder / "0.jpg", (8, 6))
+        (masks / folder).mkdir(parents=True)
+        Image.fromarray(mask_with(row)).save(masks / folder / f"0{suffix}.png")
+    labelled, faults = read_set(read_masks, tmp_path, ["crack"])
+    tops = {image.path.parent.name: image.objects[0].bbox_xywh[1] for image in labelled.splits["train"]}
+    assert (tops, faults) == ({"cam1": 0, "deep": 2}, {})
+    Image.fromarray(mask_with(TOP)).save(masks / "cam1" / "0_mask.png")
+    with pytest.raises(UserError, match=r"0\.png and .*0_mask\.png"):
+        read_set(read_masks, tmp_path, ["crack"])
+
+
+def test_an_image_of_which_only_void_is_known_is_no_negative(tmp_path):
+    root = tmp_path / "in"
+    masks = {"void": values(top=255), "both": values(top=255, middle=2), "negative": values(), "crack": values(top=1)}
+    for stem, mask in masks.items():
+        write_pair(root, mask, stem)
+    report = convert_folder(root, tmp_path / "out", names=["crack", "hole"])
+    assert {path.stem for path in (tmp_path / "out" / "train").glob("*.jpg")} == {"both", "negative", "crack"}
+    assert {fault.kind: fault.count for fault in report.faults} == {"void_pixels": 2, "incomplete_image": 1}

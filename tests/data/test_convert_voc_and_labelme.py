@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sam3lora.data.convert import convert_folder
 from sam3lora.data.convert.labelme import read_labelme
 from sam3lora.data.convert.voc import read_voc
 from sam3lora.errors import UserError
@@ -176,3 +177,44 @@ def test_labelme_polygons_of_a_group_are_one_object(tmp_path):
     )
     objects = read_first(read_labelme, tmp_path)[0].objects
     assert [(thing.category, len(thing.segmentation)) for thing in objects] == [("crack", 2), ("hole", 1), ("crack", 1)]
+
+
+@pytest.mark.parametrize("layout", ["Annotations", "train"])
+def test_voc_in_folders_within_a_split(tmp_path, layout):
+    for folder, box in (("cam1", (1, 1, 10, 10)), ("cam2", (11, 11, 20, 20))):
+        labels = tmp_path / layout / folder
+        labels.mkdir(parents=True)
+        images = tmp_path / "JPEGImages" / folder if layout == "Annotations" else labels
+        write_voc(labels, entry(box=box), images=images)
+    labelled, faults = read_set(read_voc, tmp_path)
+    [images] = labelled.splits.values()
+    assert {image.path.parent.name: image.objects[0].bbox_xywh[0] for image in images} == {"cam1": 0, "cam2": 10}
+    assert faults == {}
+
+
+def test_voc_images_that_no_list_names_are_counted(tmp_path):
+    (tmp_path / "Annotations").mkdir()
+    for stem in "ab":
+        write_voc(tmp_path / "Annotations", entry(), stem=stem, images=tmp_path / "JPEGImages")
+    write_image(tmp_path / "JPEGImages" / "a.jpg")  # besides a.png, with one label file for both
+    lists = tmp_path / "ImageSets" / "Main"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("a")
+    labelled, faults = read_set(read_voc, tmp_path)
+    assert [len(images) for images in labelled.splits.values()] == [1]
+    assert faults == {"unlisted_image": 1, "unlabelled_image": 1}
+
+
+def test_voc_boxes_that_are_lost_make_no_negatives(tmp_path):
+    for stem, box in (("kept", (1, 1, 10, 10)), ("lost", (500, 500, 510, 510)), ("huge", (1, 1, 1e300, 1e300))):
+        write_voc(tmp_path / "in", entry(box=box), stem=stem)
+    report = convert_folder(tmp_path / "in", tmp_path / "out")
+    assert {path.stem for path in (tmp_path / "out").glob("*.png")} == {"kept", "huge"}
+    faults = {fault.kind: fault.count for fault in report.faults}
+    assert faults == {"out_of_bounds": 2, "empty_object": 1, "incomplete_image": 1}
+
+
+def test_voc_label_of_an_impossible_image_size(tmp_path):
+    path = write_voc(tmp_path, entry(), size="<size><width>1e9</width><height>1e9</height></size>")
+    with pytest.raises(UserError, match=rf"{path.name}.*1000000000 x 1000000000"):
+        read_set(read_voc, tmp_path)

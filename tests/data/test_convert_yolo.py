@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 
 from sam3lora.data.convert import convert_folder
 from sam3lora.data.convert.labelled_set import LabelledImage, LabelledObject, LabelledSet
+from sam3lora.data.convert.run import guess_format
 from sam3lora.data.convert.yolo import read_yolo, write_yolo
 from sam3lora.data.faults import FaultLog
 from sam3lora.data.rle import encode_rle
@@ -76,6 +78,127 @@ def test_names_of_the_description(tmp_path, names, expected):
     labelled, _ = read_set(read_yolo, write_set(tmp_path, {"a": "2 .5 .5 .5 .5"}, names))
     assert labelled.categories == expected
     assert labelled.splits["train"][0].objects[0].category == (expected * 2)[2]
+
+
+def write_pair(root: Path, image: str, text: str | None = BOX) -> None:
+    """An image, and its label file in the folder `labels` in place of `images`."""
+    write_image(root / image)
+    label = root / Path(image.replace("images/", "labels/")).with_suffix(".txt")
+    label.parent.mkdir(parents=True, exist_ok=True)
+    if text is not None:
+        label.write_text(text)
+
+
+def describe(root: Path, **content: object) -> Path:
+    (root / "data.yaml").write_text(yaml.safe_dump({"names": ["crack"], **content}))
+    return root
+
+
+def split_paths(root: Path, labelled: LabelledSet) -> dict[str, list[str]]:
+    return {
+        split: [image.path.relative_to(root).as_posix() for image in images]
+        for split, images in labelled.splits.items()
+    }
+
+
+@pytest.mark.parametrize("layout", ["images/train/{}", "train/images/{}"])
+def test_images_in_folders_within_a_split(tmp_path, layout):
+    # equal names in two folders stay apart, each with its own label
+    source = tmp_path / "in"
+    for place, x in (("cam1/0.jpg", 0.25), ("cam2/0.jpg", 0.75), ("cam2/deep/1.jpg", 0.5), ("top.jpg", 0.5)):
+        write_pair(source, layout.format(place), f"0 {x} .5 .25 .5")
+    labels = source / layout.format("cam1/none.jpg").replace("images", "labels")
+    labels.with_suffix(".txt").write_text(BOX)
+    labelled, faults = read_set(read_yolo, source, ["crack"])
+    boxes = {image.path.relative_to(source).as_posix(): image.objects[0].bbox_xywh[0] for image in labelled.images()}
+    centres = {"cam1/0.jpg": 20, "cam2/0.jpg": 60, "cam2/deep/1.jpg": 40, "top.jpg": 40}
+    assert boxes == {layout.format(place): x - 10 for place, x in centres.items()}
+    assert faults == {"label_without_image": 1}
+    report = convert_folder(source, tmp_path / "out", names=["crack"])
+    assert report.splits["train"]["num_objects"] == 4
+    written = json.loads((tmp_path / "out" / "train" / "_annotations.coco.json").read_text())
+    assert len({entry["file_name"] for entry in written["images"]}) == 4
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        # Ultralytics: relative to path, which may be that of another machine
+        ({"path": ".", "train": "images/a", "val": "images/b"}, {"train": "a", "valid": "b"}),
+        ({"path": "../datasets/cracks", "train": "images/a", "val": "images/b"}, {"train": "a", "valid": "b"}),
+        # Roboflow: relative to a folder beside data.yaml; test is named whether or not it is there
+        ({"train": "../images/a", "val": "../images/b", "test": "../test/images"}, {"train": "a", "valid": "b"}),
+        ({"train": ["images/a", "images/b"], "test": "images/c"}, {"train": "ab", "test": "c"}),
+        ({"train": "train.txt", "val": "lists/val.txt"}, {"train": "ac", "valid": "b"}),
+        # the same images as training and validation images: there are no splits
+        ({"train": "images/a", "val": "images/a"}, {".": "a"}),
+    ],
+)
+def test_splits_that_the_description_names(tmp_path, content, expected):
+    for name in "abc":
+        write_pair(tmp_path, f"images/{name}/{name}.jpg")
+    (tmp_path / "train.txt").write_text("./images/a/a.jpg\n\nimages/c/c.jpg\n")
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "val.txt").write_text("images/b/b.jpg\n../images/b/gone.jpg\n")
+    labelled, faults = read_set(read_yolo, describe(tmp_path, **content))
+    found = {split: "".join(sorted(image.path.stem for image in images)) for split, images in labelled.splits.items()}
+    rest = set("abc") - set("".join(expected.values()))
+    assert found == expected | {name: name for name in rest}  # folders that no list touches are splits, as without one
+    assert all(image.objects for image in labelled.images())
+    named = [*content.values()]
+    lost = ["missing_split"] * ("../test/images" in named) + ["missing_image"] * ("lists/val.txt" in named)
+    assert faults == dict.fromkeys(lost, 1)
+    assert guess_format(tmp_path) == "yolo"
+
+
+def test_images_that_the_lists_leave_out_are_counted(tmp_path):
+    for name in "ab":
+        write_pair(tmp_path, f"images/{name}.jpg")
+    (tmp_path / "train.txt").write_text("images/a.jpg")
+    labelled, faults = read_set(read_yolo, describe(tmp_path, train="train.txt"))
+    assert split_paths(tmp_path, labelled) == {"train": ["images/a.jpg"]}
+    assert faults == {"unlisted_image": 1}
+
+
+def test_labels_beside_the_images(tmp_path):
+    write_pair(tmp_path, "frames/a.jpg")
+    labelled, faults = read_set(read_yolo, describe(tmp_path, train="frames"))
+    assert [len(image.objects) for image in labelled.splits["train"]] == [1]
+    assert faults == {}
+
+
+def test_pose_files_are_refused(tmp_path):
+    # a box and four key points with their visibility look like a polygon of eight points
+    source = tmp_path / "in"
+    write_pair(source, "images/train/a.jpg", "0 .5 .5 .5 .5" + " .4 .4 1" * 4)
+    for shape in ([4, 3], [17, 2]):
+        with pytest.raises(UserError, match=r"data\.yaml has kpt_shape"):
+            convert_folder(describe(source, kpt_shape=shape), tmp_path / "out")
+    # corners of turned boxes are a polygon
+    write_pair(source, "images/train/a.jpg", "0 .25 .25 .5 .25 .5 .5 .25 .5")
+    labelled, _ = read_set(read_yolo, describe(source))
+    assert labelled.splits["train"][0].objects[0].segmentation == [[20, 15, 40, 15, 40, 30, 20, 30]]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["names: !!python/object:os.system x", "a: [" + "[" * 5000, "names: 1" + "0" * 5000, "names: {1: a, [2]: b}"],
+    ids=["object", "deep", "long", "key"],
+)
+def test_a_hostile_description_is_one_message(tmp_path, text):
+    write_pair(tmp_path, "images/train/a.jpg")
+    (tmp_path / "data.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"data\.yaml"):
+        read_set(read_yolo, tmp_path)
+
+
+def test_an_image_whose_only_label_is_lost_is_no_negative(tmp_path):
+    # an empty box; beside another object of its category it costs nothing, and of another one it does
+    empty = "0 .5 .5 0 .5"
+    labels = {"lost": empty, "kept": f"{empty}\n{BOX}", "other": f"{empty}\n1 .5 .5 .5 .5", "negative": ""}
+    report = convert_folder(write_set(tmp_path / "in", labels), tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out" / "train").glob("*.png")} == {"kept.png", "negative.png"}
+    assert {fault.kind: fault.count for fault in report.faults} == {"empty_object": 3, "incomplete_image": 2}
 
 
 def test_missing_or_invalid_names(tmp_path):

@@ -113,11 +113,13 @@ def test_every_result_is_kept_or_counted(odd_set, tmp_path):
     assert len(found.results) > 1000
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs /proc")
 def test_memory_stays_below_a_gigabyte(odd_set):
     code = (
-        "import resource, sys; from sam3lora.data.coco import CocoIndex; CocoIndex.from_folder(sys.argv[1]);"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        "import sys; from pathlib import Path; from sam3lora.data.coco import CocoIndex;"
+        "CocoIndex.from_folder(sys.argv[1]); print(Path('/proc/self/status').read_text())"
     )
     done = subprocess.run([sys.executable, "-c", code, str(odd_set)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert int(done.stdout) < 1_000_000
+    peak_kb = int(done.stdout.split("VmHWM:")[1].split()[0])  # unlike ru_maxrss not inherited from this process
+    assert peak_kb < 1_000_000

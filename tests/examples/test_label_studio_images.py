@@ -121,7 +121,14 @@ def test_local_files_are_read_under_the_root_only(tmp_path):
     host = LabelStudio()
     images = host.images(local_root=root)
     assert images.read("/data/local-files/?d=a%20b.png") == b"inside"
-    for name in ("../secret", "link", "/../secret", "nosuch.png", ""):
+    # Label Studio on Windows separates folders by backslashes; elsewhere one may be part of a name
+    (root / "images").mkdir()
+    (root / "images" / "c.png").write_bytes(b"deep")
+    for name in ("images%5Cc.png", "%5Cimages%5Cc.png", "images/c.png"):
+        assert images.read(f"/data/local-files/?d={name}") == b"deep"
+    (root / "images\\c.png").write_bytes(b"flat")
+    assert images.read("/data/local-files/?d=images%5Cc.png") == b"flat"
+    for name in ("../secret", "link", "/../secret", "nosuch.png", "", "..%5Csecret", "images%5C..%5C..%5Csecret"):
         with pytest.raises(ImageFault):
             images.read(f"/data/local-files/?d={name}")
     assert images.read("/data/upload/a.png") == b"file"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from sam3lora.data.pipeline import iterate_batches
 from sam3lora.data.plan import plan_run
 from sam3lora.training.datasets import BatchSource, load_run_data
+from sam3lora.training.metrics_log import describe_line
 from sam3lora.training.setup import choose_device
 
 
@@ -63,3 +65,22 @@ def test_a_gpu_without_ray_has_a_number(config, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
     config = config.changed({"scaling.use_gpu": "auto"})
     assert choose_device(config, use_ray=False) == torch.device("cuda", 2)
+
+
+def test_layouts_of_other_tools_and_a_missing_validation_split(scenes, make_config, tmp_path):
+    shutil.copytree(scenes / "train", tmp_path / "images" / "train2017")
+    (tmp_path / "annotations").mkdir()
+    labels = tmp_path / "images" / "train2017" / "_annotations.coco.json"
+    labels.rename(tmp_path / "annotations" / "instances_train2017.json")
+    config = make_config(f"training.data_dir={tmp_path}")
+    data = load_run_data(config, 112)
+    assert len(data.train) == len(load_run_data(make_config(), 112).train)
+    assert data.valid is None
+    # the start of the run says where validation images were looked for
+    start = {"kind": "start", "device": "cpu", "num_workers": 1}
+    line = describe_line(start | data.summary() | {"no_valid": data.no_valid})
+    assert all(folder in line for folder in ("0 validation images", "valid/", "val/", "validation/"))
+    shutil.copytree(scenes / "valid", tmp_path / "val")
+    data = load_run_data(config, 112)
+    assert len(data.valid) == len(load_run_data(make_config(), 112).valid)
+    assert data.no_valid is None

@@ -188,8 +188,8 @@ def test_long_search_with_labels(make_space, monkeypatch):
 
 
 def test_missing_validation_split(make_space, data_dir, tmp_path):
-    (tmp_path / "data" / "train").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"there is no folder .*valid"):
+    shutil.copytree(data_dir / "train", tmp_path / "data" / "train")
+    with pytest.raises(UserError, match=r"no valid split.*val/"):
         explained(make_space(RANKS, f"training.data_dir='{tmp_path / 'data'}'"))
 
 

@@ -8,10 +8,14 @@ import pytest
 
 import serve_app
 from sam3lora.config import Config, load_config
+from sam3lora.data.coco import ANNOTATION_FILE
+from sam3lora.data.split_files import SplitFiles
 from sam3lora.data.synth.dataset import write_dataset
 from sam3lora.errors import UserError
 from sam3lora.tune.run import outcome as module
+from sam3lora.tune.run.checks import held_out_split
 from sam3lora.tune.run.outcome import measure_held_out
+from sam3lora.tune.space.reader import load_space
 
 SAMPLES = Path(serve_app.__file__).parent / "samples"
 PARTS, LIGHT = SAMPLES / "parts", SAMPLES / "parts-light"
@@ -28,6 +32,10 @@ def make_config(held_out) -> Config:
     return load_config("demo", [f"training.data_dir='{held_out.parent}'", "evaluation.num_samples=2"])
 
 
+def as_split(folder: Path) -> SplitFiles:
+    return SplitFiles(folder.name, folder / ANNOTATION_FILE, folder)
+
+
 @pytest.fixture
 def config(held_out) -> Config:
     return make_config(held_out)
@@ -40,15 +48,15 @@ def measured(held_out):
     with pytest.MonkeyPatch.context() as patch:
         real = module.evaluate_models
 
-        def remember(split_dir, models, settings, **options):
-            found = real(split_dir, models, settings, **options)
+        def remember(split, models, settings, **options):
+            found = real(split, models, settings, **options)
             seen.setdefault(settings.num_samples, {}).update(zip(models.labels, found, strict=True))
             return found
 
         patch.setattr(module, "evaluate_models", remember)
         config = make_config(held_out)
-        best = measure_held_out(held_out, LIGHT, PARTS, config)
-        single = measure_held_out(held_out, None, PARTS, config, metric="cgf1", num_samples=1)
+        best = measure_held_out(as_split(held_out), LIGHT, PARTS, config)
+        single = measure_held_out(as_split(held_out), None, PARTS, config, metric="cgf1", num_samples=1)
     return {"best": best, "single": single, "metrics": seen}
 
 
@@ -56,7 +64,7 @@ def measured(held_out):
 def again(measured, monkeypatch):
     """Answers with what `measured` has found."""
 
-    def answer(split_dir, models, settings, **options):
+    def answer(split, models, settings, **options):
         return [measured["metrics"][settings.num_samples][label] for label in models.labels]
 
     monkeypatch.setattr(module, "evaluate_models", answer)
@@ -79,7 +87,7 @@ def test_best_trial_against_the_base_configuration(measured):
 
 
 def test_the_base_configuration_can_be_the_best(held_out, config, again):
-    found = measure_held_out(held_out, LIGHT, SAMPLES / "parts" / ".." / "parts-light", config)
+    found = measure_held_out(as_split(held_out), LIGHT, SAMPLES / "parts" / ".." / "parts-light", config)
     assert (found["base"], found["difference"], found["low"], found["high"]) == (found["best"], 0, 0, 0)
     assert "itself the best" in found["note"]
     assert list(found["models"]) == ["plain model", "best trial", "base configuration"]
@@ -97,20 +105,23 @@ def test_without_an_adapter_of_the_base_configuration(measured):
 
 
 def test_validation_loss_is_compared_by_map(held_out, config, again):
-    found = measure_held_out(held_out, None, PARTS, config, metric="valid_loss", num_samples=1)
+    found = measure_held_out(as_split(held_out), None, PARTS, config, metric="valid_loss", num_samples=1)
     assert found["metric"] == "map"
     assert found["difference"] == found["best"] - found["base"]
     assert found["low"] is None
     assert "too few for an interval" in found["note"]
 
 
-def test_no_such_split(tmp_path, config):
-    assert measure_held_out(tmp_path / "test", None, PARTS, config) is None
+def test_no_such_split(tmp_path, caplog):
+    space = load_space("lora_quick", overrides=[f"training.data_dir={tmp_path}"])
+    assert held_out_split(space) is None
+    assert not caplog.messages
     (tmp_path / "test").mkdir()  # images that nobody has annotated
-    assert measure_held_out(tmp_path / "test", None, PARTS, config) is None
+    assert held_out_split(space) is None
+    assert "test" in caplog.text
 
 
 def test_damaged_split(tmp_path, config):
     (tmp_path / "_annotations.coco.json").write_text("{")
     with pytest.raises(UserError, match=r"_annotations\.coco\.json"):
-        measure_held_out(tmp_path, None, PARTS, config)
+        measure_held_out(as_split(tmp_path), None, PARTS, config)

@@ -88,7 +88,7 @@ def test_faults_of_the_labels_are_told_once_at_the_start(data_dir, tmp_path, no_
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"set": {"data.valid_split": "val"}}, "a sweep compares trials on validation images"),
+        ({"set": {"data.valid_split": "night"}}, "a sweep compares trials on validation images"),
         ({"constraints": {"max_trainable_parameters": 3}}, "over the budget"),
     ],
     ids=["no validation images", "a budget that nothing meets"],

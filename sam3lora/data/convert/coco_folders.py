@@ -1,4 +1,4 @@
-"""Reading and writing COCO folders: `_annotations.coco.json` beside the images, in one folder or one per split."""
+"""Reading COCO data sets in the layouts of `sam3lora.data.split_files`, and writing folders of splits."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sam3lora.data.coco import ANNOTATION_FILE, CocoIndex, load_coco_json
+from sam3lora.data.coco import ANNOTATION_FILE, load_coco_json
 from sam3lora.data.convert.labelled_set import LabelledImage, LabelledObject, LabelledSet, order_names
-from sam3lora.data.convert.layout import place_images, split_folders
+from sam3lora.data.convert.layout import check_distinct, place_images
 from sam3lora.data.faults import FaultLog
 from sam3lora.data.masks import mask_area, parse_segmentation
 from sam3lora.data.prompts import prompt_key
+from sam3lora.data.split_files import find_splits, split_name
 
 _NOT_FAULTS_HERE = ("unused_category", "crowd")  # kept, or counted by the writer of a format that cannot express them
 
@@ -27,11 +28,13 @@ def read_coco(source: Path, names: Sequence[str] | None, log: FaultLog) -> Label
     """
     splits: dict[str, list[LabelledImage]] = {}
     categories: list[str] = []
-    for split, folder in split_folders(source, ANNOTATION_FILE).items():
-        index = CocoIndex.from_folder(folder, on_bad_image="skip")
+    found = find_splits(source)
+    check_distinct([split.annotation_file for split in found], [split.name for split in found])
+    for split in found:
+        index = split.read("skip")
         log.include(fault for fault in index.faults if fault.kind not in _NOT_FAULTS_HERE)
-        splits[split] = [_labelled_image(record) for record in index.table.to_pylist()]
-        categories += _category_names(load_coco_json(folder / ANNOTATION_FILE)["categories"], index.names, log)
+        splits[split_name(split.name)] = [_labelled_image(record) for record in index.table.to_pylist()]
+        categories += _category_names(load_coco_json(split.annotation_file)["categories"], index.names, log)
     return LabelledSet(order_names(categories, names, source), splits)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from sam3lora.data.faults import FaultLog
+from sam3lora.data.images import MAX_MEGAPIXELS
 from sam3lora.data.masks import decode_mask, mask_box
 from sam3lora.data.prompts import prompt_key
 from sam3lora.errors import UserError
@@ -42,16 +44,29 @@ class LabelledObject:
 
 @dataclass
 class LabelledImage:
-    """An image file with its objects, whose coordinates refer to a size of `size_hw` pixels."""
+    """An image file with its objects, whose coordinates refer to a size of `size_hw` pixels.
+
+    `lost` has the categories of labels that could not be used; None for one whose category is not known.
+    """
 
     path: Path
     size_hw: tuple[int, int]
     objects: list[LabelledObject] = field(default_factory=list)
+    lost: set[str | None] = field(default_factory=set)
 
     def use_label_size(self, size_hw: tuple[int, int], log: FaultLog, where: str) -> None:
-        """Let coordinates refer to the size that the label file gives; another one than the image's is counted."""
+        """Let coordinates refer to the size that the label file gives; another one than the image's is counted.
+
+        Raises:
+            UserError: That size is larger than any image may be.
+        """
         if size_hw != self.size_hw:
             (height, width), (own_height, own_width) = size_hw, self.size_hw
+            if height * width > MAX_MEGAPIXELS * 1e6:
+                raise UserError(
+                    f"{where} gives an image size of {width} x {height}, and its image has {own_width} x {own_height}: "
+                    "correct it"
+                )
             log.add("label_size_mismatch", f"{where}: {width} x {height}, image {own_width} x {own_height}")
             self.size_hw = size_hw
 
@@ -62,26 +77,40 @@ class LabelledImage:
         """
         extent = None
         if isinstance(segmentation, list):
-            segmentation = [self._clip(part, log, where) for part in segmentation]
+            segmentation = [self.clip(part, log, where) for part in segmentation]
             extent = _extent(segmentation)  # a polygon thinner than a pixel may miss every pixel's centre
         self._append(category, segmentation, mask_box(segmentation, self.size_hw) or extent, log, where)
 
     def add_box(self, category: str, box_xyxy: Sequence[float], log: FaultLog, where: str) -> None:
         """Append an object without a mask; the box is in pixels. Otherwise as `add_mask`."""
-        self._append(category, None, _extent([self._clip(box_xyxy, log, where)]), log, where)
+        self._append(category, None, _extent([self.clip(box_xyxy, log, where)]), log, where)
+
+    def lose(self, category: str | None, kind: str, log: FaultLog, where: str) -> None:
+        """Count a label that cannot be used."""
+        log.add(kind, where)
+        self.lost.add(category)
+
+    def is_incomplete(self, categories: Iterable[str]) -> bool:
+        """Whether the image would pass for one without objects, or without one of these categories, only because
+        labels were lost."""
+        shown = {prompt_key(thing.category) for thing in self.objects}
+        missing = {prompt_key(name) for name in self.lost if name is not None} - shown
+        return bool(self.lost) and (not shown or bool(missing & set(map(prompt_key, categories))))
 
     def _append(
         self, category: str, segmentation: list | dict | None, box: BoxXywh | None, log: FaultLog, where: str
     ) -> None:
         if box is None:
-            log.add("empty_object", where)
+            self.lose(category, "empty_object", log, where)
         else:
             self.objects.append(LabelledObject(category, segmentation, box))
 
-    def _clip(self, coordinates: Sequence[float], log: FaultLog, where: str) -> list[float]:
-        """x0, y0, x1, y1, ... moved into the image."""
+    def clip(self, coordinates: Sequence[float], log: FaultLog, where: str) -> list[float]:
+        """x0, y0, x1, y1, ... moved into the image; UserError if one is not a finite number."""
         height, width = self.size_hw
         points = np.reshape(np.asarray(coordinates, dtype=float), (-1, 2))
+        if not np.isfinite(points).all():
+            raise UserError(f"{where}: coordinates must be finite numbers")
         clipped = np.clip(points, 0, (width, height))
         if np.abs(points - clipped).max() > 1:  # a smaller excess is rounding
             log.add("out_of_bounds", where)
@@ -115,8 +144,16 @@ class LabelledSet:
         for image in self.images():
             for thing in image.objects:
                 if thing.iscrowd:
-                    log.add("dropped_crowd", f"{image.path.name}, {thing.category}")
+                    image.lose(thing.category, "dropped_crowd", log, f"{image.path.name}, {thing.category}")
             image.objects = [thing for thing in image.objects if not thing.iscrowd]
+
+    def drop_incomplete(self, log: FaultLog) -> None:
+        """Leave out images that would pass for negatives because labels were lost."""
+        for split, images in self.splits.items():
+            for image in images:
+                if image.is_incomplete(self.categories):
+                    log.add("incomplete_image", str(image.path))
+            self.splits[split] = [image for image in images if not image.is_incomplete(self.categories)]
 
     def summary(self) -> dict[str, dict[str, Any]]:
         """Split -> `num_images`, `num_negatives`, `num_objects` and `categories` (name -> objects)."""
@@ -130,7 +167,7 @@ def checked_names(names: Sequence[Any], source: str) -> list[str]:
         UserError: There is no name, or one that is not text.
     """
     if not names or not all(isinstance(name, str) and name.strip() for name in names):
-        raise UserError(f"{source}: expected category names, got {list(names)!r}")
+        raise UserError(f"{source}: expected category names, got {reprlib.repr(list(names))}")
     return [name.strip() for name in names]
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 
 from PIL import ExifTags, Image
@@ -14,66 +13,86 @@ from PIL import ExifTags, Image
 from sam3lora.data.convert.labelled_set import LabelledImage
 from sam3lora.data.faults import FaultLog
 from sam3lora.data.images import IMAGE_SUFFIXES, ImageError, read_size
+from sam3lora.data.split_files import WHOLE, split_name, subfolders
 from sam3lora.errors import UserError
 from sam3lora.files import whole_folder
 
-WHOLE = "."  # name of the only split of a data set without splits
-_ORDER = ("train", "valid", "test")
 
-
-def split_name(folder: str) -> str:
-    """Our name of a split.
-
-    >>> split_name("Val"), split_name("train"), split_name("night")
-    ('valid', 'train', 'night')
-    """
-    return {"val": "valid", "validation": "valid", "valid": "valid", "train": "train", "test": "test"}.get(
-        folder.lower(), folder
-    )
-
-
-def subfolders(folder: Path) -> list[Path]:
+def distinct_subfolders(folder: Path) -> list[Path]:
     """Subfolders, with train, valid and test first.
 
     Raises:
         UserError: Two of them are the same split, as `val` and `valid` are.
     """
-    found = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
-    order = {name: rank for rank, name in enumerate(_ORDER)}
-    found.sort(key=lambda path: (order.get(split_name(path.name), len(order)), path.name))
-    for first, second in pairwise(found):
-        if split_name(first.name) == split_name(second.name):
-            raise UserError(f"{first} and {second.name} would both be {split_name(first.name)}: join or rename them")
+    found = subfolders(folder)
+    check_distinct(found, [path.name for path in found])
     return found
 
 
-def split_folders(source: Path, pattern: str) -> dict[str, Path]:
-    """Split -> folder with files of this pattern, among `source` itself and its subfolders."""
-    folders = {WHOLE: source} | {split_name(folder.name): folder for folder in subfolders(source)}
-    return {split: folder for split, folder in folders.items() if any(folder.glob(pattern))}
+def check_distinct(paths: Sequence[Path], names: Sequence[str]) -> None:
+    """Raise UserError if two names are the same split; `paths` says where each is."""
+    seen: dict[str, Path] = {}
+    for path, name in zip(paths, map(split_name, names), strict=True):
+        if name in seen:
+            raise UserError(f"{seen[name]} and {path} would both be {name}: join or rename them")
+        seen[name] = path
 
 
-def image_files(folder: Path) -> list[Path]:
-    """Image files directly in a folder."""
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+def split_folders(source: Path, suffix: str) -> dict[str, Path]:
+    """Split -> folder with label files of this suffix: `source` itself, or a subfolder with all folders in it."""
+    folders = {split_name(folder.name): folder for folder in distinct_subfolders(source)}
+    splits = {split: folder for split, folder in folders.items() if find_files(folder, [suffix])}
+    return ({WHOLE: source} if find_files(source, [suffix], nested=False) else {}) | splits
+
+
+def find_files(folder: Path, suffixes: Collection[str], *, nested: bool = True) -> list[Path]:
+    """Files with these lower-case suffixes in a folder and, if `nested`, in all folders within it; no hidden ones."""
+    found: list[Path] = []
+    seen: set[str] = set()
+    for place, inner, names in os.walk(folder, followlinks=True):
+        inner[:] = sorted(name for name in inner if nested and not name.startswith("."))
+        if os.path.realpath(place) in seen:  # links may lead in a circle
+            inner.clear()
+            continue
+        seen.add(os.path.realpath(place))
+        found += (Path(place, name) for name in sorted(names) if not name.startswith("."))
+    return [path for path in found if path.suffix.lower() in suffixes]
+
+
+def image_files(folder: Path, *, nested: bool = True) -> list[Path]:
+    """Image files in a folder and, if `nested`, in all folders within it."""
+    return find_files(folder, IMAGE_SUFFIXES, nested=nested)
+
+
+def key_in(folder: Path, path: Path) -> str:
+    """What a file and its partner of another suffix share: the place in their folders and the name.
+
+    >>> key_in(Path("images"), Path("images/cam1/0.jpg"))
+    'cam1/0'
+    """
+    return path.relative_to(folder).with_suffix("").as_posix()
 
 
 def find_pairs(root: Path, labels: str) -> dict[str, tuple[Path, Path]]:
     """Split -> (folder of images, folder of labels, which may be missing).
 
     Three layouts are known: `images/<split>` with `<labels>/<split>`, `<split>/images` with `<split>/<labels>`, and
-    `images` with `<labels>` for a data set without splits.
+    `images` with `<labels>` for a data set without splits, whose files lie directly there. The files of a split may lie
+    in further folders, the same ones on both sides.
     """
     pairs: dict[str, tuple[Path, Path]] = {}
     images = root / "images"
     if images.is_dir() and (root / labels).is_dir():
-        if image_files(images):
+        if image_files(images, nested=False):
             pairs[WHOLE] = (images, root / labels)
-        for folder in subfolders(images):
+        for folder in distinct_subfolders(images):
             pairs[split_name(folder.name)] = (folder, root / labels / folder.name)
-    for folder in subfolders(root):
+    for folder in distinct_subfolders(root):
         if (folder / "images").is_dir():
-            pairs[split_name(folder.name)] = (folder / "images", folder / labels)
+            split = split_name(folder.name)
+            if split in pairs:
+                raise UserError(f"{pairs[split][0]} and {folder} would both be {split}: join or rename them")
+            pairs[split] = (folder / "images", folder / labels)
     return pairs
 
 

@@ -17,9 +17,10 @@ import numpy as np
 from PIL import Image
 
 from sam3lora.data.convert.labelled_set import LabelledImage, LabelledSet, read_names
-from sam3lora.data.convert.layout import find_pairs, image_files, open_image, place_images
+from sam3lora.data.convert.layout import find_pairs, image_files, key_in, open_image, place_images
 from sam3lora.data.faults import FaultLog
 from sam3lora.data.rle import encode_rle
+from sam3lora.data.split_files import WHOLE
 from sam3lora.errors import UserError
 
 NAMES_FILE = "classes.txt"
@@ -52,25 +53,41 @@ def read_masks(
     splits = {}
     for split, (images, masks) in find_pairs(source, "masks").items():
         if masks.is_dir():
-            splits[split] = _read_split(images, masks, names, log, instances, components)
+            nested = split != WHOLE
+            splits[split] = _read_split(images, masks, nested, names, log, instances, components)
         else:
             log.add("unlabelled_split", f"{images}: no folder {masks}")
     return LabelledSet(names, splits)
 
 
 def _read_split(
-    images: Path, masks: Path, names: Sequence[str], log: FaultLog, instances: bool, components: bool
+    images: Path,
+    masks: Path,
+    nested: bool,
+    names: Sequence[str],
+    log: FaultLog,
+    instances: bool,
+    components: bool,
 ) -> list[LabelledImage]:
     split = []
-    mask_files = {path.stem.removesuffix("_mask"): path for path in image_files(masks)}
-    for path in image_files(images):
-        mask_file = mask_files.pop(path.stem, None)
+    mask_files: dict[str, Path] = {}
+    for path in image_files(masks, nested=nested):
+        other = mask_files.setdefault(key_in(masks, path).removesuffix("_mask"), path)
+        if other != path:
+            raise UserError(f"{other} and {path} would be masks of one image: remove one")
+    for path in image_files(images, nested=nested):
+        mask_file = mask_files.pop(key_in(images, path), None)
         if mask_file is None:
             log.add("unlabelled_image", str(path))
         elif image := open_image(path, log):
-            values_HW = _fit(_read_values(mask_file, names, instances, log), image, mask_file, log)
-            for name, mask_HW in _separate(values_HW, names, mask_file, log, instances, components):
-                image.add_mask(name, encode_rle(mask_HW), log, str(mask_file))
+            values_HW = _fit(_read_values(mask_file, image, names, instances, log), image, mask_file, log)
+            if not instances and len(names) == 1:
+                values_HW = _binarise(values_HW, mask_file, log)
+            for name, mask_HW in _separate(values_HW, names, mask_file, instances, components):
+                if name is None:
+                    image.lose(None, "void_pixels", log, str(mask_file))
+                else:
+                    image.add_mask(name, encode_rle(mask_HW), log, str(mask_file))
             split.append(image)
     for mask_file in mask_files.values():
         log.add("label_without_image", str(mask_file))
@@ -84,21 +101,35 @@ def _find_names(source: Path) -> list[str]:
     return read_names(path)
 
 
-def _read_values(mask_file: Path, names: Sequence[str], instances: bool, log: FaultLog) -> np.ndarray:
+def _read_values(
+    mask_file: Path, image: LabelledImage, names: Sequence[str], instances: bool, log: FaultLog
+) -> np.ndarray:
     """Pixel values (H, W) int32. Palette indices and grey values stay as they are; colours become grey."""
     try:
-        with Image.open(mask_file) as image:
-            if image.mode not in ("RGB", "RGBA", "LA", "CMYK"):
-                return np.array(image).astype(np.int32)
-            if np.ptp(np.asarray(image.convert("RGB")), axis=2).any():
+        with Image.open(mask_file) as picture:
+            _check_shape(picture.size, image, mask_file)
+            if picture.mode not in ("RGB", "RGBA", "LA", "CMYK"):
+                return np.array(picture).astype(np.int32)
+            if np.ptp(np.asarray(picture.convert("RGB")), axis=2).any():
                 if instances or len(names) > 1:
                     raise UserError(f"{mask_file} is a colour image; expected one number a pixel (grey or palette)")
                 log.add("colour_mask", str(mask_file))
-            return np.array(image.convert("L")).astype(np.int32)
+            return np.array(picture.convert("L")).astype(np.int32)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"cannot read mask {mask_file}: {error}") from None
+
+
+def _check_shape(size_wh: tuple[int, int], image: LabelledImage, mask_file: Path) -> None:
+    """Refuse a mask of another shape than its image before it is decoded."""
+    stretch = (size_wh[0] / size_wh[1]) / (image.size_hw[1] / image.size_hw[0])
+    if not 1 / _MAX_STRETCH < stretch < _MAX_STRETCH:
+        raise UserError(f"{_sizes(size_wh, image, mask_file)}; a mask must have its image's shape")
+
+
+def _sizes(size_wh: tuple[int, ...], image: LabelledImage, mask_file: Path) -> str:
+    return f"{mask_file}: {size_wh[0]} x {size_wh[1]}, image {image.size_hw[1]} x {image.size_hw[0]}"
 
 
 def _fit(values_HW: np.ndarray, image: LabelledImage, mask_file: Path, log: FaultLog) -> np.ndarray:
@@ -106,24 +137,18 @@ def _fit(values_HW: np.ndarray, image: LabelledImage, mask_file: Path, log: Faul
     size_hw = values_HW.shape
     if size_hw == image.size_hw:
         return values_HW
-    detail = f"{mask_file}: {size_hw[1]} x {size_hw[0]}, image {image.size_hw[1]} x {image.size_hw[0]}"
-    stretch = (size_hw[1] / size_hw[0]) / (image.size_hw[1] / image.size_hw[0])
-    if not 1 / _MAX_STRETCH < stretch < _MAX_STRETCH:
-        raise UserError(f"{detail}; a mask must have its image's shape")
-    log.add("mask_resized", detail)
+    log.add("mask_resized", _sizes(size_hw[::-1], image, mask_file))
     return cv2.resize(values_HW, image.size_hw[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
 
 
 def _separate(
-    values_HW: np.ndarray, names: Sequence[str], mask_file: Path, log: FaultLog, instances: bool, components: bool
-) -> Iterator[tuple[str, np.ndarray]]:
-    """(category name, boolean mask (H, W)) of every object."""
-    if not instances and len(names) == 1:
-        values_HW = _binarise(values_HW, mask_file, log)
+    values_HW: np.ndarray, names: Sequence[str], mask_file: Path, instances: bool, components: bool
+) -> Iterator[tuple[str | None, np.ndarray]]:
+    """(category name, boolean mask (H, W)) of every object; without a name for void pixels."""
     for value in np.unique(values_HW[values_HW != 0]).tolist():
         mask_HW = values_HW == value
         if not instances and value == VOID and len(names) < VOID:
-            log.add("void_pixels", str(mask_file))
+            yield None, mask_HW
             continue
         category = _category(value, names, instances)
         if category is None:

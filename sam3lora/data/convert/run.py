@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from sam3lora.data.coco import ANNOTATION_FILE
 from sam3lora.data.convert.coco_folders import read_coco, write_coco
 from sam3lora.data.convert.labelled_set import LabelledSet, checked_names
 from sam3lora.data.convert.labelme import read_labelme
-from sam3lora.data.convert.layout import find_pairs, new_folder, split_folders
+from sam3lora.data.convert.layout import find_files, find_pairs, new_folder, split_folders
 from sam3lora.data.convert.mask_images import read_masks, write_masks
 from sam3lora.data.convert.voc import read_voc
 from sam3lora.data.convert.yolo import read_yolo, write_yolo
+from sam3lora.data.convert.yolo_files import has_labels
 from sam3lora.data.faults import Fault, FaultLog
+from sam3lora.data.json_text import has_lists
+from sam3lora.data.split_files import find_splits
 from sam3lora.errors import UserError
 
 SOURCE_FORMATS = {
-    "coco": "_annotations.coco.json beside the images",
+    "coco": "_annotations.coco.json beside the images, or annotations/*.json with images/",
     "yolo": "text files in labels/ and images in images/",
     "voc": "XML files beside the images, or Annotations/ and JPEGImages/",
     "masks": "mask images in masks/ and images in images/",
@@ -89,6 +92,7 @@ def convert_folder(
             )
         if target_format != "coco":
             labelled.drop_crowds(log)
+        labelled.drop_incomplete(log)
         _write(labelled, folder, target_format, log, instances)
     return ConversionReport(str(target), source_format, target_format, labelled.summary(), list(log))
 
@@ -99,15 +103,16 @@ def guess_format(source: Path) -> str:
     Raises:
         UserError: There are no labels, or labels in several formats.
     """
-    labels = [path for _, path in find_pairs(source, "labels").values()]
     masks = [path for _, path in find_pairs(source, "masks").values()]
-    json_files = (path for folder in split_folders(source, "*.json").values() for path in folder.glob("*.json"))
+    json_files = chain.from_iterable(
+        find_files(folder, [".json"]) for folder in split_folders(source, ".json").values()
+    )
     found = {
-        "coco": bool(split_folders(source, ANNOTATION_FILE)),
-        "yolo": any(any(folder.glob("*.txt")) for folder in labels),
-        "voc": bool(split_folders(source, "*.xml")) or any((source / "Annotations").glob("*.xml")),
+        "coco": bool(find_splits(source)),
+        "yolo": has_labels(source),
+        "voc": bool(split_folders(source, ".xml")),
         "masks": any(folder.is_dir() for folder in masks),
-        "labelme": any(b'"shapes"' in path.read_bytes() for path in json_files),
+        "labelme": any(has_lists(path, "shapes") for path in json_files),
     }
     formats = [name for name, is_there in found.items() if is_there]
     if not formats:

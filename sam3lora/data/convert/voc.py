@@ -7,14 +7,17 @@ therefore reaches from `xmin - 1` to `xmax`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
 from sam3lora.data.convert.labelled_set import LabelledImage, LabelledSet, order_names
-from sam3lora.data.convert.layout import WHOLE, image_files, open_image, split_folders, split_name
+from sam3lora.data.convert.layout import find_files, key_in, open_image, split_folders
 from sam3lora.data.faults import FaultLog
+from sam3lora.data.images import IMAGE_SUFFIXES
+from sam3lora.data.split_files import WHOLE, split_name
 from sam3lora.errors import UserError
 
 
@@ -30,39 +33,60 @@ def read_voc(source: Path, names: Sequence[str] | None, log: FaultLog) -> Labell
         UserError: An XML file is invalid or declares a document type; the message names it.
     """
     splits: dict[str, list[LabelledImage]] = {}
-    for split, xml_folder, images, stems in _find_splits(source):
-        files = {path.stem: path for path in image_files(images)}
-        labels = {path.stem: path for path in sorted(xml_folder.glob("*.xml"))}
-        wanted = sorted(files.keys() | labels.keys()) if stems is None else stems
-        splits[split] = []
-        for stem in wanted:
-            if stem not in labels:
-                log.add("unlabelled_image", str(files.get(stem, images / stem)))
-            elif stem not in files:
-                log.add("label_without_image", str(labels[stem]))
-            elif image := open_image(files[stem], log):
-                _read_labels(labels[stem], image, log)
-                splits[split].append(image)
-    found = {thing.category for images in splits.values() for image in images for thing in image.objects}
-    return LabelledSet(order_names(sorted(found), names, source), splits)
-
-
-def _find_splits(source: Path) -> Iterator[tuple[str, Path, Path, list[str] | None]]:
-    """(split, folder of XML files, folder of images, stems or None for all)."""
     xml_folder, images = source / "Annotations", source / "JPEGImages"
     if xml_folder.is_dir():
         if not images.is_dir():
             raise UserError(f"{source} has Annotations but no JPEGImages beside it")
-        lists = [source / "ImageSets" / "Main" / f"{split}.txt" for split in ("train", "val", "test")]
-        lists = [path for path in lists if path.is_file()]
-        for path in lists:
-            stems = [line.split()[0] for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-            yield split_name(path.stem), xml_folder, images, stems
+        files, labels = _by_key(images, IMAGE_SUFFIXES, True, log), _by_key(xml_folder, [".xml"], True, log)
+        lists = _read_lists(source)
+        for split, keys in lists.items():
+            splits[split] = _read_split(keys, files, labels, images, log)
         if not lists:
-            yield WHOLE, xml_folder, images, None
-        return
-    for split, folder in split_folders(source, "*.xml").items():
-        yield split, folder, folder, None
+            splits[WHOLE] = _read_split(sorted(files.keys() | labels.keys()), files, labels, images, log)
+        for key in sorted((files.keys() | labels.keys()) - set(chain.from_iterable(lists.values())) if lists else ()):
+            log.add("unlisted_image", str(files.get(key, labels.get(key))))
+    else:
+        for split, folder in split_folders(source, ".xml").items():
+            nested = split != WHOLE
+            files, labels = (_by_key(folder, suffixes, nested, log) for suffixes in (IMAGE_SUFFIXES, [".xml"]))
+            splits[split] = _read_split(sorted(files.keys() | labels.keys()), files, labels, folder, log)
+    found = {thing.category for images in splits.values() for image in images for thing in image.objects}
+    return LabelledSet(order_names(sorted(found), names, source), splits)
+
+
+def _by_key(folder: Path, suffixes: Collection[str], nested: bool, log: FaultLog) -> dict[str, Path]:
+    files: dict[str, Path] = {}
+    for path in find_files(folder, suffixes, nested=nested):
+        if files.setdefault(key_in(folder, path), path) != path:  # another image of that name
+            log.add("unlabelled_image", str(path))
+    return files
+
+
+def _read_lists(source: Path) -> dict[str, list[str]]:
+    """Split -> names of its images without suffix."""
+    lists = [source / "ImageSets" / "Main" / f"{split}.txt" for split in ("train", "val", "test")]
+    return {
+        split_name(path.stem): [
+            line.split()[0] for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()
+        ]
+        for path in lists
+        if path.is_file()
+    }
+
+
+def _read_split(
+    keys: Iterable[str], files: dict[str, Path], labels: dict[str, Path], folder: Path, log: FaultLog
+) -> list[LabelledImage]:
+    split = []
+    for key in keys:
+        if key not in labels:
+            log.add("unlabelled_image", str(files.get(key, folder / key)))
+        elif key not in files:
+            log.add("label_without_image", str(labels[key]))
+        elif image := open_image(files[key], log):
+            _read_labels(labels[key], image, log)
+            split.append(image)
+    return split
 
 
 def _read_labels(label_file: Path, image: LabelledImage, log: FaultLog) -> None:

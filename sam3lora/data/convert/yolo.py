@@ -6,7 +6,8 @@ width and height. See https://docs.ultralytics.com/datasets/segment/.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ import numpy as np
 import yaml
 
 from sam3lora.data.convert.labelled_set import LabelledImage, LabelledObject, LabelledSet, checked_names, read_names
-from sam3lora.data.convert.layout import WHOLE, find_pairs, image_files, open_image, place_images
+from sam3lora.data.convert.layout import open_image, place_images
+from sam3lora.data.convert.yolo_files import find_label_files, read_description
 from sam3lora.data.faults import FaultLog
 from sam3lora.data.masks import join_outlines, trace_outlines
+from sam3lora.data.split_files import WHOLE
 from sam3lora.errors import UserError
 
 SLACK = 0.05  # more than rounding and objects cut by the border need; pixels taken for shares are far above
@@ -26,40 +29,28 @@ def read_yolo(source: Path, names: Sequence[str] | None, log: FaultLog) -> Label
     """Read all splits.
 
     Args:
-        source: Folder with `images/<split>` and `labels/<split>`, or `<split>/images` and `<split>/labels`.
+        source: Folder with `data.yaml`, or with `images/<split>` and `labels/<split>`, or `<split>/images` and
+            `<split>/labels`; see `sam3lora.data.convert.yolo_files`.
         names: Category names by class index; None reads them from `data.yaml` or `classes.txt`.
 
     Raises:
-        UserError: There are no names, or a label file is invalid; the message names file and line.
+        UserError: There are no names, or a label file is invalid or has key points; the message names file and line.
     """
-    by_class = dict(enumerate(names)) if names else _find_names(source)
-    splits = {}
-    for split, (images, labels) in find_pairs(source, "labels").items():
-        if labels.is_dir():
-            splits[split] = _read_split(images, labels, by_class, log)
-        else:
-            log.add("unlabelled_split", f"{images}: no folder {labels}")
+    description_file, description = read_description(source)
+    by_class = dict(enumerate(names)) if names else _find_names(source, description_file, description)
+    splits: dict[str, list[LabelledImage]] = {}
+    for split, files in find_label_files(source, description_file, description, log).items():
+        splits[split] = []
+        for path, label_file in files.items():
+            image = open_image(path, log)
+            if image is None:
+                continue
+            if label_file.is_file():
+                _read_labels(label_file, image, by_class, log)
+            else:
+                log.add("unlabelled_negative", str(path))
+            splits[split].append(image)
     return LabelledSet([by_class[index] for index in sorted(by_class)], splits)
-
-
-def _read_split(images: Path, labels: Path, names: dict[int, str], log: FaultLog) -> list[LabelledImage]:
-    split = []
-    files = image_files(images)
-    for path in files:
-        image = open_image(path, log)
-        if image is None:
-            continue
-        label_file = labels / f"{path.stem}.txt"
-        if label_file.is_file():
-            _read_labels(label_file, image, names, log)
-        else:
-            log.add("unlabelled_negative", str(path))
-        split.append(image)
-    stems = {path.stem for path in files} | {"classes"}
-    for label_file in sorted(labels.glob("*.txt")):
-        if label_file.stem not in stems:
-            log.add("label_without_image", str(label_file))
-    return split
 
 
 def _read_labels(label_file: Path, image: LabelledImage, names: dict[int, str], log: FaultLog) -> None:
@@ -108,15 +99,10 @@ def _parse_line(line: str, where: str, names: dict[int, str]) -> tuple[str, list
     return names[int(index)], coordinates
 
 
-def _find_names(source: Path) -> dict[int, str]:
-    """Class index -> name, from a YAML file or from `classes.txt`."""
-    for path in sorted([*source.glob("*.yaml"), *source.glob("*.yml")], key=lambda p: (p.stem != "data", p.name)):
-        try:
-            content: Any = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is not valid YAML: {error}") from None
-        if isinstance(content, dict) and content.get("names"):
-            return _indexed(content["names"], path)
+def _find_names(source: Path, description_file: Path, description: Mapping[str, Any]) -> dict[int, str]:
+    """Class index -> name, from the description or from `classes.txt`."""
+    if description.get("names"):
+        return _indexed(description["names"], description_file)
     for path in (source / "classes.txt", source / "labels" / "classes.txt"):
         if path.is_file():
             return dict(enumerate(read_names(path)))
@@ -126,10 +112,10 @@ def _find_names(source: Path) -> dict[int, str]:
 def _indexed(names: Any, path: Path) -> dict[int, str]:
     if isinstance(names, dict):
         if not all(isinstance(index, int) and index >= 0 for index in names):
-            raise UserError(f"{path}: names must be numbered 0, 1, ..., got {', '.join(map(str, names))}")
+            raise UserError(f"{path}: names must be numbered 0, 1, ..., got {reprlib.repr(list(names))}")
         return dict(zip(names, checked_names([*names.values()], str(path)), strict=True))
     if not isinstance(names, list):
-        raise UserError(f"{path}: names must be a list or numbered, got {names!r}")
+        raise UserError(f"{path}: names must be a list or numbered, got {reprlib.repr(names)}")
     return dict(enumerate(checked_names(names, str(path))))
 
 
@@ -148,10 +134,7 @@ def write_yolo(labelled: LabelledSet, folder: Path, log: FaultLog, *, boxes: boo
             for number, thing in enumerate(image.objects, 1):
                 where = f"{image.path}, object {number}"
                 shares = _box_shares(thing, image) if boxes else _polygon_shares(thing, image, log, where)
-                if shares.size:
-                    lines.append(" ".join([str(classes[thing.category]), *(f"{value:.6f}" for value in shares)]))
-                else:
-                    log.add("empty_object", where)
+                lines.append(" ".join([str(classes[thing.category]), *(f"{value:.6f}" for value in shares)]))
             (labels / f"{path.stem}.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     _write_description(labelled, folder)
 
@@ -172,10 +155,14 @@ def _polygon_shares(thing: LabelledObject, image: LabelledImage, log: FaultLog, 
         outlines, num_holes = trace_outlines(thing.decode(image.size_hw))
         for _ in range(num_holes):
             log.add("hole", where)
-        if not outlines:
-            return np.empty(0)
-        ring = join_outlines(outlines)
+        ring = join_outlines(outlines) if outlines else _box_corners(thing)
     return np.clip(ring / (width, height), 0, 1).ravel()
+
+
+def _box_corners(thing: LabelledObject) -> np.ndarray:
+    """The rectangle of a thing whose parts are so thin that its mask has no pixel."""
+    x, y, w, h = thing.bbox_xywh
+    return np.array([[x, y], [x + w, y], [x + w, y + h], [x, y + h]])
 
 
 def _write_description(labelled: LabelledSet, folder: Path) -> None:

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from sam3lora.data.coco import ANNOTATION_FILE
 from sam3lora.data.convert.coco_folders import read_coco, write_coco
 from sam3lora.data.convert.labelled_set import LabelledImage, LabelledSet
-from sam3lora.data.convert.layout import new_folder, split_folders
+from sam3lora.data.convert.layout import new_folder
 from sam3lora.data.faults import Fault, FaultLog
 from sam3lora.data.split.grouping import group_images, read_fingerprints
 from sam3lora.data.split.leakage import Leak, find_leaks
+from sam3lora.data.split_files import find_splits
 from sam3lora.errors import UserError
 
 SPLITS = ("train", "valid", "test")
@@ -66,7 +66,7 @@ def split_folder(
     if not 2 <= len(fractions) <= 3 or min(fractions) <= 0 or not math.isclose(sum(fractions), 1, abs_tol=1e-6):
         given = " ".join(f"{share:g}" for share in fractions)
         raise UserError(f"--fractions takes two or three positive numbers that add up to 1 (0.8 0.1 0.1), got {given}")
-    if not source.is_dir() or not split_folders(source, ANNOTATION_FILE):
+    if not source.is_dir() or not find_splits(source):
         raise UserError(f"no COCO data set in {source}; convert it first: sam3lora data convert {source} NEW_FOLDER")
     log = FaultLog()
     with new_folder(target, source) as folder:

@@ -8,6 +8,7 @@ from pathlib import Path
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.data.coco_results import read_results
 from sam3lora.data.prompts import prompt_key
+from sam3lora.data.split_files import SplitFiles
 from sam3lora.evaluation.ask.run import asked_categories, read_split
 from sam3lora.evaluation.metrics.ground_truth import build_ground_truth
 from sam3lora.evaluation.metrics.measure import SplitMetrics, measure_split
@@ -16,14 +17,14 @@ from sam3lora.evaluation.split_results import SplitResults
 
 
 def evaluate_predictions(
-    file: str | Path, split_dir: Path, settings: EvaluationSettings, *, progress: bool = False
+    file: str | Path, split: SplitFiles | Path, settings: EvaluationSettings, *, progress: bool = False
 ) -> SplitMetrics:
     """Measure a COCO results file on a split, as it is: nothing is suppressed or merged.
 
     Args:
         file: JSON list of image_id, category_id, segmentation (RLE or polygons), score, and optionally bbox (xywh).
-        split_dir: Folder with the annotation file, whose ids the results use.
-        progress: Print the faults of that file.
+        split: Images and labels, whose ids the results use, or their folder.
+        progress: Print the faults of the labels.
 
     Raises:
         UserError: The file is missing, truncated or no COCO results, belongs to another split, or nothing in it can be
@@ -31,7 +32,7 @@ def evaluate_predictions(
     """
     started = time.perf_counter()
     source = Path(file)
-    index, faults = read_split(split_dir, settings, tell=progress)
+    split, index, faults = read_split(split, settings, tell=progress)
     asked = asked_categories(index, settings)
     found = read_results(source, index, {category.id for category in asked})
     if settings.num_samples is not None:
@@ -63,8 +64,8 @@ def evaluate_predictions(
         label=source.stem,
         post=settings.post_processing(PostProcessing()),
         exhaustive=settings.exhaustive,
-        settings={"data": str(split_dir), "predictions": str(source)},
-        split_dir=split_dir,
+        settings={"data": str(split), "predictions": str(source)},
+        split_dir=split.image_dir,
         seconds=time.perf_counter() - started,
         faults=faults,
     )

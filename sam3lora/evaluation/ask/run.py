@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from sam3lora.config.post_processing import PostProcessing
-from sam3lora.data.coco import ANNOTATION_FILE, CocoIndex
+from sam3lora.data.coco import CocoIndex
 from sam3lora.data.fault_report import SplitFault, fault_summary, faults_as_reason, split_faults
+from sam3lora.data.split_files import WHOLE, SplitFiles, find_split_or_whole
 from sam3lora.errors import UserError
 from sam3lora.evaluation.ask.worker import BASE, EvaluationWorker, Models
 from sam3lora.evaluation.metrics.ground_truth import PromptedCategory, build_ground_truth, prompted_categories
@@ -74,7 +75,7 @@ def evaluate(
     settings = (settings or EvaluationSettings(prompts=recorded_prompts(adapters))).changed(**changes)
     models = Models(adapters, with_base=adapter is None, options=options)
     (metrics,) = evaluate_models(
-        find_split(data_dir, split, settings.annotation_file),
+        find_split_or_whole(data_dir, split, settings.annotation_file),
         models,
         settings,
         num_workers=num_workers,
@@ -85,7 +86,7 @@ def evaluate(
 
 
 def evaluate_models(
-    split_dir: Path,
+    split: SplitFiles | Path,
     models: Models,
     settings: EvaluationSettings,
     *,
@@ -93,10 +94,13 @@ def evaluate_models(
     address: str | None = None,
     progress: bool = False,
 ) -> list[SplitMetrics]:
-    """Measure several models on the same images, in the same way: metrics for each of `models.labels`."""
+    """Measure several models on the same images, in the same way: metrics for each of `models.labels`.
+
+    `split` may be the folder of a split.
+    """
     started = time.perf_counter()
     models = models.with_absolute_paths()
-    index, faults = read_split(split_dir, settings, tell=progress)
+    split, index, faults = read_split(split, settings, tell=progress)
     if settings.num_samples is not None:
         index = index.select_rows(range(min(settings.num_samples, len(index))))
     categories = asked_categories(index, settings)
@@ -131,14 +135,14 @@ def evaluate_models(
             exhaustive=settings.exhaustive,
             num_queries=facts["num_queries"],
             settings={
-                "data": str(split_dir),
+                "data": str(split),
                 "adapter": models.adapters.get(label),
                 **shown,
                 **posts[label].model_dump(mode="json"),
                 "geometry_cls": facts["geometry_cls"][label],
                 "versions": current_versions(),
             },
-            split_dir=split_dir,
+            split_dir=split.image_dir,
             seconds=seconds,
             faults=faults,
         )
@@ -146,15 +150,21 @@ def evaluate_models(
     ]
 
 
-def read_split(split_dir: Path, settings: EvaluationSettings, *, tell: bool) -> tuple[CocoIndex, Sequence[SplitFault]]:
-    """All images of a split, and the faults of its annotation file; `tell` prints these."""
-    index = CocoIndex.from_folder(
-        split_dir, settings.annotation_file, on_bad_image="skip" if settings.skip_missing_images else "stop"
-    )
-    faults = split_faults(split_dir.name, index.faults)
+def read_split(
+    split: SplitFiles | Path, settings: EvaluationSettings, *, tell: bool
+) -> tuple[SplitFiles, CocoIndex, Sequence[SplitFault]]:
+    """A split, found if only its folder is named, with all its images, and the faults of its annotation file.
+
+    `tell` prints the faults.
+    """
+    if not isinstance(split, SplitFiles):
+        split = find_split_or_whole(split, WHOLE, settings.annotation_file)
+    index = split.read("skip" if settings.skip_missing_images else "stop")
+    name = split.image_dir.name if split.name == WHOLE else split.name
+    faults = split_faults(name, index.faults)
     if tell and faults:
-        print(fault_summary(faults, split_dir), flush=True)
-    return index, faults
+        print(fault_summary(faults, split.folder), flush=True)
+    return split, index, faults
 
 
 def asked_categories(
@@ -166,12 +176,6 @@ def asked_categories(
     """
     known = settings.categories if settings.categories is not None else index.names
     return prompted_categories(index, [*known, *more, *settings.negative_prompts], settings.prompts)
-
-
-def find_split(data_dir: str | Path, split: str = "valid", annotation_file: str = ANNOTATION_FILE) -> Path:
-    """The split folder: what is named, if it holds annotations, or `split` in it; absolute, as workers need it."""
-    folder = Path(data_dir).expanduser().absolute()
-    return folder if (folder / annotation_file).is_file() else folder / split
 
 
 def label_of(adapter: str | Path, taken: Mapping[str, str] | Sequence[str] = ()) -> str:

@@ -81,7 +81,9 @@ def build_ground_truth(index: CocoIndex, categories: Sequence[PromptedCategory])
     for row in range(len(index)):
         record = index.record(row)
         size_hw = (record["height"], record["width"])
-        images.append({key: record[key] for key in ("file_name", "height", "width")} | {"id": record["image_id"]})
+        images.append(
+            {key: record[key] for key in ("file_name", "path", "height", "width")} | {"id": record["image_id"]}
+        )
         for annotation in record["annotations"]:
             category_id = id_of.get(prompt_key(annotation["category"]))
             if category_id is None:

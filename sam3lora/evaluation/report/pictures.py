@@ -102,9 +102,8 @@ class Gallery:
         return Picture(title, [self._panel(self._pixels(image_id), image_id, category_id, model)])
 
     def _pixels(self, image_id: int) -> np.ndarray:
-        image, split_dir = self.images[image_id], self.results[0].split_dir
-        assert split_dir is not None, "pictures need the folder of the images"
-        return read_image(split_dir / image["file_name"], expected_size_hw=(image["height"], image["width"]))
+        image = self.images[image_id]
+        return read_image(image["path"], expected_size_hw=(image["height"], image["width"]))
 
     def _panel(self, pixels_HW3: np.ndarray, image_id: int, category_id: int | None, model: int | None) -> Panel:
         by_image = self._labels if model is None else self._found[model]

@@ -16,6 +16,7 @@ from sam3lora.data.image_files import ImageFiles
 from sam3lora.data.images import IMAGE_SUFFIXES
 from sam3lora.data.listed_entries import read_categories, read_images
 from sam3lora.data.prompts import prompt_key
+from sam3lora.data.split_files import split_of_file
 from sam3lora.errors import UserError
 
 
@@ -116,8 +117,9 @@ def _walk(root: Path, leave_out: Path) -> list[str]:
 
 def _coco_images(source: Path) -> ImageList:
     """The images that a COCO file lists, found as `CocoIndex` finds them. A file listed under two ids is asked once."""
+    split = split_of_file(source)
     file, log = read_coco_file(source), FaultLog()
-    found = read_images(file.images, ImageFiles(source.parent), log)
+    found = read_images(file.images, ImageFiles(split.image_dir), log)
     faults = split_faults(source.name, log)
     if not found.row_of:
         raise UserError(f"{source}: none of its {len(file.images)} images can be used{faults_as_reason(faults)}")
@@ -130,7 +132,7 @@ def _coco_images(source: Path) -> ImageList:
         number = found.ids.find(entry.id)
         if number is not None and number not in found.row_of and isinstance(entry.file_name, str):
             missing[found.ids.written.get(number, number)].add(entry.file_name)
-    places |= {id_: (str(source.parent / min(names)), None) for id_, names in missing.items() if len(names) == 1}
+    places |= {id_: (str(split.image_dir / min(names)), None) for id_, names in missing.items() if len(names) == 1}
     paths = [os.path.abspath(path) for path, _ in places.values()]
     sizes = [size_hw for _, size_hw in places.values()]
     images = [ImageSource(*values) for values in zip(places, paths, _names(paths), sizes, strict=True)]

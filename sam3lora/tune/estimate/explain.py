@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from sam3lora.cluster import ray_session
+from sam3lora.data.split_files import required_split
 from sam3lora.tune.estimate.sweep_cost import print_cost, print_vision
 from sam3lora.tune.run.capacity import Concurrency, choose_concurrency, local_concurrency
-from sam3lora.tune.run.checks import checked_data_dir
+from sam3lora.tune.run.checks import checked_data_dir, held_out_split
 from sam3lora.tune.run.ledger import Rejection
 from sam3lora.tune.search.early_stopping import rungs
 from sam3lora.tune.search.proposals import Proposal, propose_all
@@ -81,13 +82,15 @@ def _print_subject(space: SearchSpace, data_dir: Path | None, console: Console) 
     if data_dir is None:
         console.print("Data        not named yet: --data-dir DIR, the folder that holds train/ and valid/")
         return
-    held_out = space.search.held_out_split
+    held_out = held_out_split(space)
     at_end = "no split is held out: the best value is an optimistic one"
-    if held_out and (data_dir / held_out / base.data.annotation_file).is_file():
-        at_end = f"base and best are measured on {held_out}/ at the end"
-    console.print(
-        f"Data        {data_dir}: trained on {base.data.train_split}/, chosen on {base.data.valid_split}/; {at_end}"
+    if held_out is not None:
+        at_end = f"base and best are measured on {held_out.name}/ at the end"
+    train, valid = (
+        required_split(data_dir, split, base.data.annotation_file).name
+        for split in (base.data.train_split, base.data.valid_split)
     )
+    console.print(f"Data        {data_dir}: trained on {train}/, chosen on {valid}/; {at_end}")
 
 
 def _print_parameters(space: SearchSpace, console: Console) -> None:

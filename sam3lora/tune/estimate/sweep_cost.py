@@ -14,6 +14,7 @@ from rich.table import Table
 
 from sam3lora.config import Config
 from sam3lora.data.coco import load_coco_json
+from sam3lora.data.split_files import required_split
 from sam3lora.errors import RunFailed
 from sam3lora.model.staged.trunk import unchanged_layers
 from sam3lora.training.features.codec import FeatureForm
@@ -51,7 +52,8 @@ def print_vision(space: SearchSpace, proposals: list[Proposal], data_dir: Path |
 
 def _num_images(space: SearchSpace, data_dir: Path) -> int:
     data = space.base.data
-    files = {data_dir / split / data.annotation_file for split in (data.train_split, data.valid_split)}
+    splits = (data.train_split, data.valid_split)
+    files = {required_split(data_dir, split, data.annotation_file).annotation_file for split in splits}
     return sum(len(load_coco_json(file)["images"]) for file in files)
 
 

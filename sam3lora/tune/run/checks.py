@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from sam3lora.config import Config
 from sam3lora.data.coco import CocoIndex
 from sam3lora.data.fault_report import faults_as_reason
+from sam3lora.data.split_files import SplitFiles, find_split, missing_split
 from sam3lora.errors import UserError
 from sam3lora.evaluation.ask.run import asked_categories
 from sam3lora.evaluation.metrics.ground_truth import build_ground_truth
@@ -15,6 +17,8 @@ from sam3lora.evaluation.split_results import SplitResults
 from sam3lora.training.datasets import RunData, load_run_data
 from sam3lora.training.validator import evaluation_settings
 from sam3lora.tune.space.search_space import SearchSpace
+
+logger = logging.getLogger(__name__)
 
 _ANY_RESOLUTION = 1008
 
@@ -43,12 +47,25 @@ def checked_data_dir(space: SearchSpace) -> Path:
     """The data folder of the base configuration; UserError if it lacks training or validation images."""
     data, root = space.base.data, space.base.training.required_data_dir().absolute()
     for split in (data.train_split, data.valid_split):
-        if not (root / split).is_dir():
+        if find_split(root, split, data.annotation_file) is None:
             raise UserError(
-                f"a sweep compares trials on validation images, but there is no folder {root / split}: make one with "
-                "sam3lora data split, or name it with data.train_split and data.valid_split"
+                "a sweep compares trials on validation images, but "
+                f"{missing_split(root, split, data.annotation_file)}. Make both splits with sam3lora data split, or "
+                "name them with data.train_split and data.valid_split"
             )
     return root
+
+
+def held_out_split(space: SearchSpace) -> SplitFiles | None:
+    """The split that is measured at the end, if there is one; one that cannot be used is logged."""
+    split, config = space.search.held_out_split, space.base
+    if split is None or config.training.data_dir is None:
+        return None
+    try:
+        return find_split(config.training.required_data_dir().absolute(), split, config.data.annotation_file)
+    except UserError as error:  # a fault in these images must not cost the results of the sweep
+        logger.warning("the held-out split %s cannot be measured: %s", split, error)
+        return None
 
 
 def why_undefined(metric: str, index: CocoIndex, config: Config) -> str | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sam3lora.config import Config
+from sam3lora.data.split_files import SplitFiles
 from sam3lora.errors import UserError
 from sam3lora.evaluation.ask.run import evaluate_models
 from sam3lora.evaluation.ask.worker import BASE, Models
@@ -23,6 +24,7 @@ from sam3lora.model.adapter.metadata import current_versions, read_metadata
 from sam3lora.training.validator import evaluation_settings
 from sam3lora.tune.report.sweep_page import render_sweep
 from sam3lora.tune.report.tables import copy_best, write_tables
+from sam3lora.tune.run.checks import held_out_split
 from sam3lora.tune.run.ledger import Ledger, TrialRecord
 from sam3lora.tune.run.trial_summary import num_images
 from sam3lora.tune.space.search_space import SearchSpace
@@ -88,13 +90,12 @@ def _held_out(
     On a cluster a Ray worker measures it, as the driver's host may have no GPU.
     """
     on_cluster = bool(address or os.environ.get("RAY_ADDRESS"))
-    split = space.search.held_out_split
-    folder = space.base.training.required_data_dir() / split if split else None
-    if folder is None or not folder.is_dir():
+    split = held_out_split(space)
+    if split is None:
         return None
     try:
         return measure_held_out(
-            folder,
+            split,
             ledger.folder(base.number) / "best" if base else None,
             ledger.folder(best.number) / "best",
             space.config_of(best.values),
@@ -103,12 +104,12 @@ def _held_out(
             address=address,
         )
     except (UserError, RuntimeError) as error:  # a fault in these images must not cost the results of the sweep
-        logger.warning("the held-out split %s was not measured: %s", folder, error)
-        return {"split": folder.name, "failure": str(error)}
+        logger.warning("the held-out split %s was not measured: %s", split, error)
+        return {"split": split.name, "failure": str(error)}
 
 
 def measure_held_out(
-    split_dir: Path,
+    split: SplitFiles,
     base_adapter: Path | None,
     best_adapter: Path,
     config: Config,
@@ -117,11 +118,11 @@ def measure_held_out(
     num_workers: int | None = 0,
     address: str | None = None,
     **changes: Any,
-) -> dict[str, Any] | None:
+) -> dict[str, Any]:
     """Measure the plain model, the adapter of the base configuration and the best one on a split.
 
     Args:
-        split_dir: COCO split.
+        split: Images that had no part in the choice.
         base_adapter: Adapter folder of the base configuration; None compares the best with the plain model.
         best_adapter: Adapter folder of the best trial; it may be the same one.
         config: The base configuration, for thresholds, prompts and categories. All images are measured, whatever its
@@ -132,7 +133,7 @@ def measure_held_out(
         changes: Fields of `EvaluationSettings` to change.
 
     Returns:
-        None if there is no such split. Otherwise JSON values: `split` (its name), `num_images`, `metric` (map or cgf1),
+        JSON values: `split` (its name), `num_images`, `metric` (map or cgf1),
         `compared_with` ("base configuration" or "plain model"), the metric of that one as `base` and of the best trial
         as `best`, their `difference` with its 95 % paired bootstrap interval `low` to `high` (None where it cannot be
         measured), `note` for a special case in words, under `models` the metrics `SHOWN` of each, and the `faults` of
@@ -141,8 +142,6 @@ def measure_held_out(
     Raises:
         UserError: The split is damaged, or an adapter does not belong to the model.
     """
-    if not (split_dir / config.data.annotation_file).is_file():
-        return None
     folders = {BEST_TRIAL: best_adapter}
     if base_adapter is not None and base_adapter.resolve() != best_adapter.resolve():
         folders = {BASE_CONFIGURATION: base_adapter, **folders}
@@ -150,9 +149,7 @@ def measure_held_out(
     device = {"auto": None, True: "cuda", False: "cpu"}[config.scaling.use_gpu]
     found: dict[str, SplitMetrics] = {}
     for models in _models(folders, config, device):
-        of_models = evaluate_models(
-            split_dir, models, settings, num_workers=num_workers, address=address, progress=False
-        )
+        of_models = evaluate_models(split, models, settings, num_workers=num_workers, address=address, progress=False)
         found |= zip(models.labels, of_models, strict=True)
     found = {PLAIN_MODEL: found.pop(BASE), **found}
     if base_adapter is not None:
@@ -162,7 +159,7 @@ def measure_held_out(
     best = found[BEST_TRIAL]
     interval = differences_to_base(found[reference], [best])[best.label].get(metric)
     result = {
-        "split": split_dir.name,
+        "split": split.name,
         "num_images": best.num_images,
         "metric": metric,
         "compared_with": reference,

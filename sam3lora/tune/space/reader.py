@@ -17,6 +17,7 @@ from sam3lora.config._section import Section
 from sam3lora.config.keys import known_keys
 from sam3lora.config.loading import describe_validation
 from sam3lora.config.yaml_text import parse_yaml
+from sam3lora.data.split_files import find_split
 from sam3lora.errors import UserError
 from sam3lora.tune.space.component_sets import COMPONENTS_KEY, read_own_sets
 from sam3lora.tune.space.parameters import (
@@ -175,13 +176,20 @@ def _split_in_use(split: str, base: Config) -> str | None:
     for key, used in (("data.train_split", base.data.train_split), ("data.valid_split", base.data.valid_split)):
         if os.path.normpath(split) == os.path.normpath(used):
             return key
-        try:
-            root = Path(base.training.data_dir or ".").expanduser()
-            if base.training.data_dir and (root / split).samefile(root / used):
-                return key
-        except (OSError, RuntimeError, ValueError):  # the folder is not there yet
-            continue
+        if base.training.data_dir and _is_same_split(Path(base.training.data_dir), split, used, base):
+            return key
     return None
+
+
+def _is_same_split(data_dir: Path, split: str, other: str, base: Config) -> bool:
+    try:
+        root = data_dir.expanduser()
+        if (root / split).exists() and (root / other).exists():
+            return (root / split).samefile(root / other)
+        found, used = (find_split(root, name, base.data.annotation_file) for name in (split, other))
+        return found is not None and used is not None and found.annotation_file.samefile(used.annotation_file)
+    except (OSError, RuntimeError, ValueError):  # the data are not there yet
+        return False
 
 
 class _Reader:
