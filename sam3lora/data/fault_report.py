@@ -1,6 +1,7 @@
 """What people are told of the faults of a data set: lines for a terminal, rows for a table, and a sentence.
 
-In files and between processes a fault is a dict: the values of `Fault.to_dict` and the name of its `split`.
+In files and between processes a fault is a dict: the values of `Fault.to_dict`, the name of its `split`, and
+`leaves_out`, which says what each count is if that is left out whole: "images", "labels" or "results", else None.
 """
 
 from __future__ import annotations
@@ -21,29 +22,39 @@ MAX_LINES = 8  # kinds of faults in a summary
 SplitFault = Mapping[str, Any]
 
 
-def split_faults(split: str, faults: Iterable[Fault], levels: Sequence[str] = TOLD) -> list[dict[str, Any]]:
-    """The faults of a split as JSON values: what is lost first, then what is changed, the most frequent first."""
+def split_faults(
+    split: str, faults: Iterable[Fault], levels: Sequence[str] = TOLD, *, labels: str = "labels"
+) -> list[dict[str, Any]]:
+    """The faults of a split as JSON values: what is lost first, then what is changed, the most frequent first.
+
+    `labels` says what the entries of the file are: "labels" or "results".
+    """
+    units = dict.fromkeys(IMAGES_LEFT_OUT, "images") | dict.fromkeys(LABELS_LEFT_OUT, labels)
     kept = [fault for fault in faults if fault.level in levels]
     kept.sort(key=lambda fault: (LEVELS.index(fault.level), -fault.count))
-    return [{"split": split, **fault.to_dict()} for fault in kept]
+    return [{"split": split, **fault.to_dict(), "leaves_out": units.get(fault.kind)} for fault in kept]
 
 
 def count_left_out(faults: Iterable[SplitFault]) -> dict[str, int]:
-    """Number of whole `labels` and whole `images` that are left out. Other labels of such an image are not counted."""
-    faults = list(faults)
-    kinds = {"labels": LABELS_LEFT_OUT, "images": IMAGES_LEFT_OUT}
-    return {what: sum(fault["count"] for fault in faults if fault["kind"] in kinds[what]) for what in kinds}
+    """Number of whole `labels`, `images` and `results` that are left out."""
+    counts = {"labels": 0, "images": 0, "results": 0}
+    for fault in faults:
+        if fault["leaves_out"]:
+            counts[fault["leaves_out"]] += fault["count"]
+    return counts
 
 
 def left_out_sentence(faults: Iterable[SplitFault]) -> str:
     """For example "2 labels and 1 image are left out"; "" if none is.
 
-    >>> left_out_sentence([{"kind": "empty_object", "count": 2}, {"kind": "missing_image", "count": 1}])
+    >>> left_out_sentence([{"leaves_out": "labels", "count": 2}, {"leaves_out": "images", "count": 1}])
     '2 labels and 1 image are left out'
     """
     counts = {what: count for what, count in count_left_out(faults).items() if count}
     named = [f"{count} {what if count > 1 else what.removesuffix('s')}" for what, count in counts.items()]
-    return f"{' and '.join(named)} {'are' if sum(counts.values()) > 1 else 'is'} left out" if named else ""
+    *first, last = named or [""]
+    said = f"{', '.join(first)} and {last}" if first else last
+    return f"{said} {'are' if sum(counts.values()) > 1 else 'is'} left out" if named else ""
 
 
 def fault_lines(faults: Iterable[SplitFault]) -> list[str]:
@@ -57,21 +68,19 @@ def faults_as_reason(faults: Iterable[SplitFault]) -> str:
     return f". Faults of the labels: {'; '.join(lines)}" if lines else ""
 
 
-def fault_summary(faults: Sequence[SplitFault], folder: str | Path) -> str:
-    """The first kinds of faults of a data set, and the command that shows all; "" if there are none."""
+def fault_summary(faults: Sequence[SplitFault], place: str | Path, what: str = "labels") -> str:
+    """The first kinds of faults of the labels in a folder, and the command that shows all; "" if there are none.
+
+    `what` is "results" for those of a predictions file, of which no command shows more.
+    """
     lines = fault_lines(faults)
     if not lines:
         return ""
     more = len(lines) - MAX_LINES
     rest = [f"and {more} more kind{'s' * (more > 1)} of faults"] if more > 0 else []
-    return "\n  ".join(
-        [
-            f"The labels in {folder} have faults; {left_out_sentence(faults) or 'no label is left out'}:",
-            *lines[:MAX_LINES],
-            *rest,
-            f"details: sam3lora data check {shlex.quote(str(folder))}",
-        ]
-    )
+    details = [f"details: sam3lora data check {shlex.quote(str(place))}"] if what == "labels" else []
+    heading = f"The {what} in {place} have faults; {left_out_sentence(faults) or f'none of the {what} is left out'}:"
+    return "\n  ".join([heading, *lines[:MAX_LINES], *rest, *details])
 
 
 class FaultRow(NamedTuple):

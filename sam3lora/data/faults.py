@@ -137,8 +137,8 @@ _CONVERSION_KINDS = {
 }
 KINDS = _COCO_KINDS | _RESULT_KINDS | _CONVERSION_KINDS
 
-# Kinds of which each count is a whole image, or a whole label, that is left out. The other kinds of level LOST count
-# parts: a polygon of a mask, a mask of an object that keeps its box, a file.
+# Kinds of which each count is a whole image, or a whole label (in a predictions file: a result), that is left out. The
+# other kinds of level LOST count parts: a polygon of a mask, a mask of an object that keeps its box, a file.
 IMAGES_LEFT_OUT = frozenset(
     (
         "missing_image",
@@ -157,10 +157,12 @@ LABELS_LEFT_OUT = frozenset(
         "bad_annotation",
         "unreadable_label",
         "shares",
+        "left_out_label",
         "empty_object",
         "skipped_shape",
         "dropped_crowd",
         "hidden",
+        *_RESULT_KINDS,
     )
 )
 

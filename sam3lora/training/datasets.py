@@ -49,10 +49,12 @@ class RunData:
 
     def summary(self) -> dict[str, Any]:
         counts = dict.fromkeys(self.train.names, 0) | object_columns(self.train.table).count_per_category()
+        left_out = count_left_out(self.faults)
         return {
             "num_train_images": len(self.train),
             "num_valid_images": len(self.valid) if self.valid else 0,
-            **{f"num_{what}_left_out": number for what, number in count_left_out(self.faults).items()},
+            "num_labels_left_out": left_out["labels"],
+            "num_images_left_out": left_out["images"],
             "objects_per_category": counts,
             "prompts": list(self.prompts),
             "prompt_of_category": dict(self.train_settings.prompts_map),

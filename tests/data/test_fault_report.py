@@ -47,7 +47,7 @@ def test_a_clean_set_tells_nothing():
         assert faults == fault_lines(faults) == []
         assert fault_summary(faults, "data") == left_out_sentence(faults) == ""
         assert table_rows(faults) == ([], [])
-        assert count_left_out(faults) == {"labels": 0, "images": 0}
+        assert count_left_out(faults) == {"labels": 0, "images": 0, "results": 0}
 
 
 def test_what_is_lost_comes_first_and_goes_into_files(two_splits):
@@ -63,10 +63,13 @@ def test_what_is_lost_comes_first_and_goes_into_files(two_splits):
 
 def test_whole_labels_and_images_are_counted(two_splits):
     # Neither what is changed (out_of_bounds) nor a part of a label (bad_polygon).
-    assert count_left_out(two_splits) == {"labels": 5, "images": 4}
+    assert count_left_out(two_splits) == {"labels": 5, "images": 4, "results": 0}
     assert left_out_sentence(two_splits) == "5 labels and 4 images are left out"
     assert left_out_sentence(split_faults("a", log_of(missing_image=1))) == "1 image is left out"
     assert left_out_sentence(split_faults("a", log_of(bad_rle=2))) == ""
+    # What is wrong with a predictions file leaves out results, and no labels.
+    results = split_faults("mine.json", log_of(bad_score=3, empty_object=1), labels="results")
+    assert left_out_sentence([*two_splits, *results]) == "5 labels, 4 images and 4 results are left out"
     assert {kind for kind, (_, _, level) in KINDS.items() if level == LOST} >= IMAGES_LEFT_OUT | LABELS_LEFT_OUT
 
 

@@ -65,13 +65,32 @@ def test_an_unlisted_category_is_told(split, answers):
     content = json.loads(file.read_text())
     content["annotations"] += [content["annotations"][1] | {"id": 50 + n, "category_id": 77} for n in range(2)]
     file.write_text(json.dumps(content))
-    # Image 1 is left out with them: it may show anything.
-    answers.write_text(json.dumps([result(0, CRACK, 5, 0.9)]))
+    # Image 1 is left out with them, with its good label and its result: it may show anything.
     found = evaluate_predictions(answers, split, EvaluationSettings())
-    assert counts(found.faults) == {"unknown_category": 2, "unclear_image": 1}
+    assert counts(found.faults) == {
+        "unknown_category": 2,
+        "left_out_label": 1,
+        "unclear_image": 1,
+        "result_of_unclear_image": 1,
+    }
     assert any("category 77" in note for note in found.to_dict()["notes"])
     assert found.num_images == 2
-    assert "2 labels and 1 image are left out" in check_page(render_validation_report([found]))
+    assert "3 labels, 1 image and 1 result are left out" in check_page(render_validation_report([found]))
+
+
+def test_results_that_are_left_out_are_told_beside_the_labels(split, answers, capsys):
+    add_faults(split)
+    good = json.loads(answers.read_text())
+    answers.write_text(json.dumps([*good, good[0] | {"score": None}, good[1] | {"score": "high"}]))
+    found = evaluate_predictions(answers, split, SKIP, progress=True)
+    assert counts(found.faults) == FAULTS | {"bad_score": 2}
+    printed = capsys.readouterr().out
+    assert "1 label and 1 image are left out" in printed
+    assert "2 results are left out" in printed
+    page = render_validation_report([found])
+    assert "1 label, 1 image and 2 results are left out" in check_page(page)
+    box = page.split('<section class="faults">')[1].split("</section>")[0]
+    assert re.findall(r'<th class="number">([^<]+)</th>', box) == ["valid", "mine.json"]
 
 
 def test_a_clean_split_tells_nothing(split, answers, capsys):

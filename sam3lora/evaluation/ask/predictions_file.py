@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.data.coco_results import read_results
+from sam3lora.data.fault_report import fault_summary, split_faults
 from sam3lora.data.prompts import prompt_key
 from sam3lora.data.split_files import SplitFiles
 from sam3lora.evaluation.ask.run import asked_categories, read_split
@@ -24,7 +25,7 @@ def evaluate_predictions(
     Args:
         file: JSON list of image_id, category_id, segmentation (RLE or polygons), score, and optionally bbox (xywh).
         split: Images and labels, whose ids the results use, or their folder.
-        progress: Print the faults of the labels.
+        progress: Print the faults of both files.
 
     Raises:
         UserError: The file is missing, truncated or no COCO results, belongs to another split, or nothing in it can be
@@ -35,6 +36,9 @@ def evaluate_predictions(
     split, index, faults = read_split(split, settings, tell=progress)
     asked = asked_categories(index, settings)
     found = read_results(source, index, {category.id for category in asked})
+    faults_of_results = split_faults(source.name, found.faults, labels="results")
+    if progress and faults_of_results:
+        print(fault_summary(faults_of_results, source, "results"), flush=True)
     if settings.num_samples is not None:
         index = index.select_rows(range(min(settings.num_samples, len(index))))
     if settings.categories is None:  # a program may have asked for categories that no label has
@@ -67,5 +71,5 @@ def evaluate_predictions(
         settings={"data": str(split), "predictions": str(source)},
         split_dir=split.image_dir,
         seconds=time.perf_counter() - started,
-        faults=faults,
+        faults=[*faults, *faults_of_results],
     )
