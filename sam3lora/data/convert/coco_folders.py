@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sam3lora.data.coco import ANNOTATION_FILE, load_coco_json
+import msgspec
+
+from sam3lora.data.coco import ANNOTATION_FILE
+from sam3lora.data.coco_file import read_category_entries
 from sam3lora.data.convert.labelled_set import LabelledImage, LabelledObject, LabelledSet, order_names
 from sam3lora.data.convert.layout import check_distinct, place_images
 from sam3lora.data.faults import FaultLog
-from sam3lora.data.masks import mask_area, parse_segmentation
+from sam3lora.data.ids import IdKey, id_key
+from sam3lora.data.masks import Segmentation, mask_area
 from sam3lora.data.prompts import prompt_key
 from sam3lora.data.split_files import find_splits, split_name
 
@@ -33,8 +36,9 @@ def read_coco(source: Path, names: Sequence[str] | None, log: FaultLog) -> Label
     for split in found:
         index = split.read("skip")
         log.include(fault for fault in index.faults if fault.kind not in _NOT_FAULTS_HERE)
-        splits[split_name(split.name)] = [_labelled_image(record) for record in index.table.to_pylist()]
-        categories += _category_names(load_coco_json(split.annotation_file)["categories"], index.names, log)
+        pieces = index.table.to_batches(max_chunksize=1000)
+        splits[split_name(split.name)] = [_labelled_image(record) for piece in pieces for record in piece.to_pylist()]
+        categories += _category_names(read_category_entries(split.annotation_file), index.names, log)
     return LabelledSet(order_names(categories, names, source), splits)
 
 
@@ -42,7 +46,7 @@ def _category_names(rows: list[dict[str, Any]], used: Sequence[str], log: FaultL
     """Names by ascending id, without unused rows that name a group of categories, as Roboflow exports have."""
     spelling = {prompt_key(name): name for name in used}
     names = []
-    for row in sorted(rows, key=lambda row: int(row["id"])):
+    for row in sorted(rows, key=_id_order):
         key = prompt_key(row["name"])
         parent = any(row is not other and prompt_key(str(other.get("supercategory"))) == key for other in rows)
         if key not in spelling and parent:
@@ -52,12 +56,19 @@ def _category_names(rows: list[dict[str, Any]], used: Sequence[str], log: FaultL
     return names
 
 
+def _id_order(row: dict[str, Any]) -> tuple[bool, IdKey]:
+    """Numbers by their value, then texts."""
+    key = id_key(row["id"])
+    assert key is not None  # the index has refused others
+    return isinstance(key, str), key
+
+
 def _labelled_image(record: dict[str, Any]) -> LabelledImage:
     objects = []
     for annotation in record["annotations"]:
-        segmentation = parse_segmentation(annotation["segmentation"])
         x, y, w, h = annotation["bbox_xywh"]
-        objects.append(LabelledObject(annotation["category"], segmentation, (x, y, w, h), annotation["iscrowd"]))
+        mask, is_crowd = annotation["segmentation"], annotation["iscrowd"]
+        objects.append(LabelledObject(annotation["category"], mask, (x, y, w, h), is_crowd))
     return LabelledImage(Path(record["path"]), (record["height"], record["width"]), objects)
 
 
@@ -67,7 +78,7 @@ def write_coco(labelled: LabelledSet, folder: Path, log: FaultLog) -> None:
     for split, images in labelled.splits.items():
         files = place_images(images, folder / split, log)
         content = _coco_content(images, [path.name for path in files], ids)
-        (folder / split / ANNOTATION_FILE).write_text(json.dumps(content), encoding="utf-8")
+        (folder / split / ANNOTATION_FILE).write_bytes(msgspec.json.encode(content))
 
 
 def _coco_content(images: list[LabelledImage], file_names: list[str], ids: dict[str, int]) -> dict[str, list]:
@@ -88,6 +99,12 @@ def _annotation_of(thing: LabelledObject, size_hw: tuple[int, int]) -> dict[str,
     return {
         "bbox": list(thing.bbox_xywh),
         "area": mask_area(thing.segmentation, size_hw) or box_area,
-        "segmentation": thing.segmentation or [],
+        "segmentation": _json_value(thing.segmentation),
         "iscrowd": int(thing.iscrowd),
     }
+
+
+def _json_value(segmentation: Segmentation) -> Any:
+    if isinstance(segmentation, str):
+        return msgspec.Raw(segmentation.encode())
+    return segmentation or []

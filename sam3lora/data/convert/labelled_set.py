@@ -14,7 +14,7 @@ import numpy as np
 
 from sam3lora.data.faults import FaultLog
 from sam3lora.data.images import MAX_MEGAPIXELS
-from sam3lora.data.masks import decode_mask, mask_box
+from sam3lora.data.masks import Segmentation, decode_mask, mask_box
 from sam3lora.data.prompts import prompt_key
 from sam3lora.errors import UserError
 
@@ -25,12 +25,13 @@ BoxXywh = tuple[float, float, float, float]
 class LabelledObject:
     """One object of an image, or an uncounted crowd.
 
-    `segmentation` holds polygons `[[x0, y0, ...], ...]` in pixels, a COCO RLE, or None for an object with only a box.
+    `segmentation` holds polygons `[[x0, y0, ...], ...]` in pixels, a COCO RLE, JSON text of either (see
+    `sam3lora.data.masks`), or None for an object with only a box.
     The box is in pixels, within the image.
     """
 
     category: str
-    segmentation: list | dict | None
+    segmentation: Segmentation
     bbox_xywh: BoxXywh
     iscrowd: bool = False
 

@@ -18,7 +18,7 @@ from sam3lora.data.convert.labelled_set import LabelledImage, LabelledObject, La
 from sam3lora.data.convert.layout import open_image, place_images
 from sam3lora.data.convert.yolo_files import find_label_files, read_description
 from sam3lora.data.faults import FaultLog
-from sam3lora.data.masks import join_outlines, trace_outlines
+from sam3lora.data.masks import join_outlines, parse_segmentation, trace_outlines
 from sam3lora.data.split_files import WHOLE
 from sam3lora.errors import UserError
 
@@ -147,10 +147,11 @@ def _box_shares(thing: LabelledObject, image: LabelledImage) -> np.ndarray:
 
 def _polygon_shares(thing: LabelledObject, image: LabelledImage, log: FaultLog, where: str) -> np.ndarray:
     height, width = image.size_hw
-    if isinstance(thing.segmentation, list) and len(thing.segmentation) == 1:
-        ring = np.reshape(thing.segmentation[0], (-1, 2))
+    segmentation = parse_segmentation(thing.segmentation)
+    if isinstance(segmentation, list) and len(segmentation) == 1:
+        ring = np.reshape(segmentation[0], (-1, 2))
     else:
-        if thing.segmentation is None:
+        if segmentation is None:
             log.add("box_as_mask", where)
         outlines, num_holes = trace_outlines(thing.decode(image.size_hw))
         for _ in range(num_holes):
