@@ -51,8 +51,13 @@ class SplitFiles:
         )
 
     @property
+    def title(self) -> str:
+        """Its name in reports: that of the folder for a set without splits."""
+        return self.folder.name if self.name == WHOLE else self.name
+
+    @property
     def folder(self) -> Path:
-        """A folder for which `find_splits` finds this split."""
+        """The folder of the annotation file, or of the data set if that is `annotations`."""
         folder = self.annotation_file.parent
         return folder.parent if folder.name == "annotations" else folder
 

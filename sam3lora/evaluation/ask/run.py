@@ -160,8 +160,7 @@ def read_split(
     if not isinstance(split, SplitFiles):
         split = find_split_or_whole(split, WHOLE, settings.annotation_file)
     index = split.read("skip" if settings.skip_missing_images else "stop")
-    name = split.image_dir.name if split.name == WHOLE else split.name
-    faults = split_faults(name, index.faults)
+    faults = split_faults(split.title, index.faults)
     if tell and faults:
         print(fault_summary(faults, split.folder), flush=True)
     return split, index, faults
