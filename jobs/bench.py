@@ -8,6 +8,7 @@
     python jobs/bench.py data-wait                     what the trainer waits for its data
     python jobs/bench.py large-set                     a data set of the size of COCO, some five minutes
     python jobs/bench.py evaluate                      a split to COCO results and mAP
+    python jobs/bench.py evaluate-large                drawn results on 5,000 images x 80 categories, some ten minutes
     python jobs/bench.py postprocess                   mask logits to run-length codes
     python jobs/bench.py scaling                       two workers, against two processes on their own
     python jobs/bench.py cost-model                    steps of several sizes, measured and predicted
@@ -207,6 +208,24 @@ def evaluate(
     from jobs.bench.evaluation import compare_evaluation
 
     _show([compare_evaluation(model, num_images=images, num_prompts=num_prompts, repeats=repeats)], json_path)
+
+
+@app.command("evaluate-large")
+def evaluate_large(
+    images: Annotated[int, typer.Option(min=1, help="Of 640 x 480.")] = 5_000,
+    categories: Annotated[int, typer.Option(min=3, help="Asked of every image.")] = 80,
+    present: Annotated[int, typer.Option(min=1, help="Detections of a category that the image shows.")] = 100,
+    absent: Annotated[
+        float, typer.Option(min=0, help="Of one that it lacks, on average; 100 = without a floor.")
+    ] = 1.0,
+    plain: Annotated[bool, typer.Option(help="pycocotools and hotcoco on everything, too.")] = True,
+    json_path: JsonPath = None,
+) -> None:
+    """Matching and measuring drawn results, against pycocotools and hotcoco on all of them at once."""
+    from jobs.bench.large_split import DrawnSplit, compare_large_split
+
+    split = DrawnSplit(images, categories, (present, absent))
+    _show([compare_large_split(split, plain=plain)], json_path)
 
 
 @app.command()

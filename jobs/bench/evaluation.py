@@ -24,9 +24,8 @@ from sam3lora.data.coco import CocoIndex
 from sam3lora.data.synth.dataset import write_dataset
 from sam3lora.evaluation.ask.worker import BASE, EvaluationWorker, Models
 from sam3lora.evaluation.metrics.coco_map import MAX_DETECTIONS, coco_map
-from sam3lora.evaluation.metrics.ground_truth import PromptedCategory, build_ground_truth, prompted_categories
+from sam3lora.evaluation.metrics.ground_truth import PromptedCategory, SplitTruth, prompted_categories
 from sam3lora.evaluation.settings import EvaluationSettings
-from sam3lora.evaluation.split_results import SplitResults
 from sam3lora.model.base_folder import find_base
 
 Result = dict[str, Any]
@@ -74,13 +73,11 @@ def make_ours(model: str, split_dir: Path, num_prompts: int) -> Round:
     models = Models(options={"model": model, "geometry_cls": False, "device": "cpu", "local_files_only": True})
     worker = EvaluationWorker(models, categories, EvaluationSettings({"nms": "none", "max_detections": MAX_DETECTIONS}))
     records = [index.record(row) for row in range(len(index))]
-    truth = build_ground_truth(index, categories).coco
+    truth = SplitTruth(index, categories).to_coco()
 
     def evaluate() -> Result:
-        answers = SplitResults.join(
-            [worker.ask([record])[BASE] for record in records], [one["image_id"] for one in records]
-        )
-        return _result(answers.predictions, coco_map(truth, answers.predictions, bbox=False).map)
+        predictions = [one for record in records for one in worker.results([record])[BASE].predictions]
+        return _result(predictions, coco_map(truth, predictions, bbox=False).map)
 
     return evaluate
 
@@ -92,7 +89,7 @@ def make_plain(model: str, split_dir: Path, num_prompts: int) -> Round:
     processor = Sam3Processor.from_pretrained(folder, local_files_only=True)
     stock = Sam3Model.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
     records = [index.record(row) for row in range(len(index))]
-    truth = build_ground_truth(index, categories).coco
+    truth = SplitTruth(index, categories).to_coco()
 
     @torch.inference_mode()
     def evaluate() -> Result:

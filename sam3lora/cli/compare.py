@@ -21,6 +21,7 @@ def compare(
     merge: shared.MergeOption = None,
     merge_iou: shared.MergeIouOption = None,
     max_detections: shared.MaxDetectionsOption = None,
+    lowest_score: options.LowestScoreOption = None,
     num_samples: options.SamplesOption = None,
     model: options.ModelOption = None,
     resolution: options.ResolutionOption = None,
@@ -44,6 +45,7 @@ def compare(
         adapters,
         settings_file,
         shared.post_of(locals()),
+        lowest_score=options.lowest_score_of(lowest_score),
         num_samples=num_samples,
         batch_size=batch_size,
     )

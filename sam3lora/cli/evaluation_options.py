@@ -36,6 +36,15 @@ WorkersOption = Annotated[
     typer.Option(min=0, help="Ray workers; 0 = in this process (default: one for each of several GPUs, or 0)."),
 ]
 BatchOption = Annotated[int | None, typer.Option(min=1, help="Images at a time.")]
+LowestScoreOption = Annotated[
+    str | None,
+    typer.Option(
+        "--lowest-score",
+        metavar="SCORE|auto",
+        help="Detections below it are not measured, which saves time and memory "
+        "(auto: 0 on up to 4,000 pairs of image and prompt, 0.001 on more).",
+    ),
+]
 AddressOption = Annotated[str | None, typer.Option(help="Ray cluster to work on.")]
 OutputOption = Annotated[Path, typer.Option("--output", metavar="DIR", help="Folder of the results.")]
 
@@ -93,6 +102,16 @@ def models_of(
         if says_nothing:
             options["geometry_cls"] = config.model.geometry_cls
     return Models(adapters, with_base=with_base, options=options)
+
+
+def lowest_score_of(text: str | None) -> float | str | None:
+    """The value of `--lowest-score`; UserError if it is neither a number nor auto."""
+    if text is None or text == "auto":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"--lowest-score must be a number or auto, got {text!r}") from None
 
 
 def settings_of(

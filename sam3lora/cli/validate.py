@@ -29,6 +29,7 @@ def validate(
     merge: shared.MergeOption = None,
     merge_iou: shared.MergeIouOption = None,
     max_detections: shared.MaxDetectionsOption = None,
+    lowest_score: options.LowestScoreOption = None,
     num_samples: options.SamplesOption = None,
     model: options.ModelOption = None,
     resolution: options.ResolutionOption = None,
@@ -65,6 +66,7 @@ def validate(
             "--merge": merge,
             "--merge-iou": merge_iou,
             "--max-detections": max_detections,
+            "--lowest-score": lowest_score,
             "--save-threshold": save_threshold,
         }
         if idle := [option for option, value in what_makes_them.items() if value]:
@@ -96,6 +98,7 @@ def validate(
         adapters,
         settings_file,
         shared.post_of(locals()),
+        lowest_score=options.lowest_score_of(lowest_score),
         num_samples=num_samples,
         batch_size=batch_size,
     )

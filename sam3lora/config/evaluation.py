@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -23,6 +23,12 @@ class EvaluationSection(PostProcessingFields):
     )
     base_loss: bool = Field(default=True, description="Measure the validation loss of the base before the first step.")
     num_samples: int | None = Field(default=None, ge=1, description="Measure on the first so many images; None = all.")
+
+    lowest_score: Annotated[float, Field(ge=0, le=0.05)] | Literal["auto"] = Field(
+        default="auto",
+        description="Lowest score of a detection that is measured; auto = 0 for up to 4,000 pairs of image and prompt, "
+        "0.001 for more.",
+    )
 
     @property
     def post_processing(self) -> PostProcessing:

@@ -87,6 +87,10 @@ class PostProcessing(PostProcessingFields, Settings):
         return own.get(prompt.strip().lower(), self.threshold)
 
     @property
+    def lowest_threshold(self) -> float:
+        return min([self.threshold, *self.prompt_thresholds.values()])
+
+    @property
     def needs_masks(self) -> bool:
         """Whether masks decide, also where nobody asked to see them."""
         return self.merge or self.nms == "mask"

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
+from sam3lora.config.evaluation import EvaluationSection
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.data.coco import ANNOTATION_FILE
 from sam3lora.errors import UserError
+from sam3lora.evaluation.metrics.cgf1_units import SCORE_FLOOR
+
+EXACT_UP_TO_PAIRS = 4_000
+LOW_SCORE = 0.001
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,9 @@ class EvaluationSettings:
         prompts: Category name -> prompt, where it is not the name.
         negative_prompts: Further prompts, which no image shows.
         exhaustive: Whether a missing annotation means absence.
+        lowest_score: Detections below it are not measured. "auto" is 0, which is exact, up to `EXACT_UP_TO_PAIRS` pairs
+            of image and prompt, and `LOW_SCORE` above: every pair has as many detections as the model has object
+            queries, nearly all with a score of about 0, and each takes the work of a mask.
         batch_size: Images at a time.
         max_prompts_per_forward: (image, prompt) pairs in one forward pass.
         skip_missing_images: Leave out listed images that do not exist, instead of refusing the split.
@@ -38,6 +46,7 @@ class EvaluationSettings:
     prompts: Mapping[str, str] = field(default_factory=dict)
     negative_prompts: tuple[str, ...] = ()
     exhaustive: bool = True
+    lowest_score: float | Literal["auto"] = EvaluationSection.model_fields["lowest_score"].default
     batch_size: int = 4
     max_prompts_per_forward: int = 8
     skip_missing_images: bool = False
@@ -48,6 +57,11 @@ class EvaluationSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} must be positive, got {value}")
+        if self.lowest_score != "auto" and not 0 <= self.lowest_score <= SCORE_FLOOR:
+            raise UserError(
+                f"lowest_score must be auto or between 0 and {SCORE_FLOOR}, got {self.lowest_score}: mAP counts low "
+                "scores too; for counts and pictures use threshold"
+            )
 
     def changed(self, **changes: Any) -> EvaluationSettings:
         """A copy with other values; fields of `PostProcessing` may be among them."""
@@ -62,6 +76,12 @@ class EvaluationSettings:
     def post_processing(self, recorded: PostProcessing) -> PostProcessing:
         """The post-processing of a model that records its own."""
         return recorded.changed(**self.post)
+
+    def score_floor(self, num_pairs: int) -> float:
+        """Lowest score of the detections that are measured on so many pairs of image and prompt."""
+        if self.lowest_score != "auto":
+            return self.lowest_score
+        return 0.0 if num_pairs <= EXACT_UP_TO_PAIRS else LOW_SCORE
 
     def to_dict(self) -> dict[str, Any]:
         """For reports, without what is at its default and says nothing, and without post-processing."""

@@ -1,12 +1,13 @@
-"""One model's results on a split: collected in any order and any number of processes, then joined."""
+"""One model's results on some images, with masks: what is matched to the ground truth, a few images at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from sam3lora.engine.detections import Detections
+from sam3lora.errors import UserError
 from sam3lora.evaluation.metrics.ground_truth import PromptedCategory
 
 Pair = tuple[int, int]
@@ -42,19 +43,33 @@ class SplitResults:
                 results.add(record["image_id"], category.id, detections)
         return results
 
+    def split(self, image_ids: Sequence[int], size: int) -> Iterator[tuple[range, SplitResults]]:
+        """The results of `size` images after `size` images, with their positions in `image_ids`.
+
+        Raises:
+            UserError: A result belongs to another image.
+        """
+        rows = {image_id: row for row, image_id in enumerate(image_ids)}
+        parts = [SplitResults() for _ in range(0, len(rows), size)]
+        for prediction in self.predictions:
+            if prediction["image_id"] not in rows:
+                raise UserError(foreign_result(prediction))
+            parts[rows[prediction["image_id"]] // size].predictions.append(prediction)
+        for pair, value in self.presence.items():
+            parts[rows[pair[0]] // size].presence[pair] = value
+        for number, part in enumerate(parts):
+            part.num_before_nms = self.num_before_nms if number == 0 else 0
+            yield range(number * size, min((number + 1) * size, len(rows))), part
+
     def add(self, image_id: int, category_id: int, detections: Detections) -> None:
         self.predictions += detections.to_coco(image_id, category_id)
         self.presence[image_id, category_id] = detections.presence
         self.num_before_nms += detections.num_before_nms
 
-    @classmethod
-    def join(cls, parts: Iterable[SplitResults], image_ids: Sequence[int]) -> SplitResults:
-        """All parts as one, in the order of `image_ids`, wherever they came from."""
-        joined = cls()
-        for part in parts:
-            joined.predictions += part.predictions
-            joined.presence |= part.presence
-            joined.num_before_nms += part.num_before_nms
-        position = {image_id: number for number, image_id in enumerate(image_ids)}
-        joined.predictions.sort(key=lambda prediction: position[prediction["image_id"]])
-        return joined
+
+def foreign_result(prediction: Mapping[str, Any]) -> str:
+    """What is wrong with a result of an image or a category that the ground truth lacks."""
+    return (
+        f"a prediction has image_id {prediction['image_id']!r} and category_id {prediction['category_id']!r}, which "
+        "the ground truth lacks: it belongs to another split"
+    )

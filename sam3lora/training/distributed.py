@@ -7,13 +7,16 @@ which ``DistributedDataParallel`` supports only with extra settings.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 from torch.utils.weak import WeakTensorKeyDictionary
+
+Result = TypeVar("Result")
 
 _BUFFERS = WeakTensorKeyDictionary()  # key: the first of the parameters
 
@@ -40,6 +43,27 @@ def gather_objects(value: object) -> list:
     gathered: list = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+def on_first_worker(value: object, compute: Callable[[list], Result]) -> Result:
+    """What `compute` makes of every worker's value, in order of rank: the first worker computes, the others are told.
+
+    An exception of `compute` is raised on all workers, so that none waits for the others.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return compute([value])
+    gathered: list | None = [None] * dist.get_world_size() if rank() == 0 else None
+    dist.gather_object(value, gathered)
+    outcome: list[Any] = [None, None]
+    if gathered is not None:
+        try:
+            outcome = [compute(gathered), None]
+        except Exception as error:
+            outcome = [None, error]
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 def average_gradients(parameters: Iterable[Parameter], extra: Tensor) -> Tensor:

@@ -14,14 +14,14 @@ from peft import PeftModel
 from torch import nn
 
 from sam3lora.config import Config
-from sam3lora.config.post_processing import PostProcessing
 from sam3lora.data.coco import CocoIndex
 from sam3lora.engine.engine import Engine, PromptedImage
 from sam3lora.engine.feature_cache import PreparedImage
 from sam3lora.evaluation.ask.run import asked_categories
-from sam3lora.evaluation.metrics.ground_truth import PromptedCategory, build_ground_truth, prompted_categories
-from sam3lora.evaluation.metrics.measure import measure_split
+from sam3lora.evaluation.metrics.ground_truth import SplitTruth, prompted_categories
+from sam3lora.evaluation.metrics.measure import measure_matches
 from sam3lora.evaluation.settings import EvaluationSettings
+from sam3lora.evaluation.split_matches import Matcher, SplitMatches
 from sam3lora.evaluation.split_results import SplitResults
 from sam3lora.model.loading import LoadedBase
 from sam3lora.model.staged.forward import VisionFeatures
@@ -43,6 +43,7 @@ def evaluation_settings(config: Config) -> EvaluationSettings:
         prompts=data.prompts,
         negative_prompts=data.negative_prompts,
         exhaustive=data.exhaustive,
+        lowest_score=config.evaluation.lowest_score,
         batch_size=EvaluationSettings.batch_size if batch_size == "auto" else batch_size,
         max_prompts_per_forward=config.training.max_prompts_per_forward,
         skip_missing_images=config.training.on_bad_image == "skip",
@@ -96,6 +97,7 @@ class Validator:
         index = index.select_rows(rows)
         categories = asked_categories(index, settings) or prompted_categories(index, self.data.prompts)
         runner.text.add([category.prompt for category in categories])
+        matcher = Matcher(categories, post, settings.exhaustive)
         with _evaluation_mode(self.model), torch.no_grad():
             engine = self._engine(settings.max_prompts_per_forward)
             engine.keep_text(runner.text.kept())
@@ -103,14 +105,18 @@ class Validator:
                 mine = ask_split(
                     engine,
                     index.select_rows(rows[distributed.rank() :: distributed.world_size()]),
-                    categories,
-                    post=post,
+                    matcher,
                     encode=runner.images.of_records,
+                    lowest_score=settings.score_floor(len(index) * len(categories)),
                     batch_size=settings.batch_size,
                 )
-        results = SplitResults.join(distributed.gather_objects(mine), index.table.column("image_id").to_pylist())
-        found = measure_split(build_ground_truth(index, categories), results, post=post, exhaustive=settings.exhaustive)
-        return {name: getattr(found, name) for name in LOGGED}
+        truth = SplitTruth(index, categories)
+
+        def measure(parts: list[SplitMatches]) -> dict[str, Any]:
+            found = measure_matches(truth, SplitMatches.join(parts, truth.image_ids, len(categories)), matcher)
+            return {name: getattr(found, name) for name in LOGGED}
+
+        return distributed.on_first_worker(mine, measure)
 
     def _engine(self, max_rows: int) -> Engine:
         """An engine on the model that is being trained, whose PEFT layers stay in it."""
@@ -144,27 +150,31 @@ _NO_PIXELS = np.zeros((0, 0, 3), dtype=np.uint8)
 def ask_split(
     engine: Engine,
     index: CocoIndex,
-    categories: Sequence[PromptedCategory],
+    matcher: Matcher,
     *,
-    post: PostProcessing,
     encode: Callable[[Sequence[Mapping[str, Any]]], VisionFeatures],
+    lowest_score: float = 0.0,
     batch_size: int = 4,
-) -> SplitResults:
-    """Ask the model of an engine, with what PEFT layers it has; detections of any score are kept, as mAP needs.
+) -> SplitMatches:
+    """Ask the model of an engine, with what PEFT layers it has, for the matcher's categories, and match what it finds.
 
-    ``encode`` maps records to the features of their images.
+    Args:
+        encode: Maps records to the features of their images.
+        lowest_score: Detections down to it are kept, or down to the lowest threshold.
 
     Raises:
         ImageError: An image cannot be read.
     """
     parts = []
+    categories, post = matcher.categories, matcher.post
     prompts = tuple(category.prompt for category in categories)
+    lowest_score = min(lowest_score, post.lowest_threshold)
     for start in range(0, len(index), batch_size):
         records = [index.record(row) for row in range(start, min(start + batch_size, len(index)))]
         images = [
             PreparedImage(str(row), _NO_PIXELS, (record["height"], record["width"]), features)
             for row, (record, features) in enumerate(zip(records, encode(records).split(), strict=True), start)
         ]
-        found = engine.detect([PromptedImage(image, prompts, post=post, lowest_score=0.0) for image in images])
-        parts.append(SplitResults.collect(records, categories, found))
-    return SplitResults.join(parts, index.table.column("image_id").to_pylist())
+        found = engine.detect([PromptedImage(image, prompts, post=post, lowest_score=lowest_score) for image in images])
+        parts.append(matcher.match(records, SplitResults.collect(records, categories, found)))
+    return SplitMatches.join(parts, index.table.column("image_id").to_pylist(), len(categories))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.data.coco import CocoIndex
-from sam3lora.evaluation.metrics.ground_truth import build_ground_truth, prompted_categories
+from sam3lora.evaluation.metrics.ground_truth import SplitTruth, prompted_categories
 from sam3lora.evaluation.metrics.measure import SplitMetrics, measure_split
 from sam3lora.evaluation.split_results import SplitResults
 
@@ -19,9 +19,10 @@ NAMES = {CRACK: "crack", HOLE: "hole"}
 def measured(folder: Path, predictions: list[dict], label: str = "base", names=NAMES, **options) -> SplitMetrics:
     """Metrics of these answers to the split in the folder; `names` are id -> category, asked even if none shows it."""
     index = CocoIndex.from_folder(folder)
-    truth = build_ground_truth(index, prompted_categories(index, list(names.values())))
-    pairs = [(image["id"], category["id"]) for image in truth.coco["images"] for category in truth.coco["categories"]]
-    presence = {pair: 0.9 if pair in truth.presence else 0.1 for pair in pairs}
+    truth = SplitTruth(index, prompted_categories(index, list(names.values())))
+    pairs = [(image_id, category.id) for image_id in truth.image_ids for category in truth.categories]
+    shown = {(entry["image_id"], entry["category_id"]) for entry in truth.annotations()}
+    presence = {pair: 0.9 if pair in shown else 0.1 for pair in pairs}
     options = {"split_dir": folder, "settings": {"model": "tiny", "versions": {"torch": "2.8"}}} | options
     options = {"post": PostProcessing(threshold=0.3)} | options
     return measure_split(truth, SplitResults(predictions, presence, len(predictions)), label=label, **options)

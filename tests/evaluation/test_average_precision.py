@@ -15,7 +15,7 @@ NAMES = ("c0", "c1", "c2", "c3")
 
 def weighted(result: MapResult, weights=None) -> float | None:
     weights_I = None if weights is None else np.asarray(weights)
-    return average_precision(category_detections(result.evaluation).values(), weights_I)
+    return average_precision(category_detections(result.table), weights_I)
 
 
 def random_case(num_images: int = 12, num_categories: int = 4) -> tuple[list, list]:
@@ -47,12 +47,13 @@ def test_equals_pycocotools_with_weights_of_one():
     assert 0.1 < result.map < 0.9
     assert weighted(result) == pytest.approx(result.map, abs=1e-12)
     assert weighted(result, [1] * 12) == weighted(result)
-    for category, detections in category_detections(result.evaluation).items():
-        value_T = detections.average_precision(np.ones(12, dtype=int))
+    for category, detections in enumerate(category_detections(result.table)):
+        precision_TR = detections.precision()
         entry = result.per_category[f"c{category}"]
         if entry.map is None:
-            assert value_T is None
+            assert precision_TR is None
             continue
+        value_T = precision_TR.mean(axis=1)
         found = [value_T.mean(), value_T[0], value_T[5]]
         np.testing.assert_allclose(found, [entry.map, entry.map_50, entry.map_75], rtol=0, atol=1e-12)
 
@@ -87,10 +88,10 @@ def test_flags_by_hand():
         [(0, 0, rle(2, 0), 0.3), (1, 0, rle(22, 22), 0.8), (1, 0, rle(0, 0), 0.5)],
         3,
     )
-    found = category_detections(result.evaluation)[0]
+    found = category_detections(result.table)[0]
     assert found.scores_D.tolist() == [0.8, 0.5, 0.3]
     assert found.image_index_D.tolist() == [1, 1, 0]
     assert found.is_matched_TD[[0, 3, 4]].tolist() == [[True, False, True], [True, False, True], [True, False, False]]
     assert found.is_ignored_TD.tolist() == [[True, False, False]] * 10
     assert found.num_objects_I.tolist() == [1, 0, 0]
-    assert found.has_crowd_I.tolist() == [False, True, False]
+    assert result.table.is_annotated_IC.tolist() == [[True], [True], [False]]

@@ -18,7 +18,7 @@ def mean_of(values):
 def evaluate(num_images: int, num_right: int, *, objects_from: int = 0):
     """One object per image, found in the first `num_right` of them."""
     objects = [(i, 0, rle(5, 5), 0) for i in range(objects_from, num_images)]
-    return map_of(objects, [(i, 0, rle(5, 5), 0.9) for i in range(num_right)], num_images).evaluation
+    return map_of(objects, [(i, 0, rle(5, 5), 0.9) for i in range(num_right)], num_images).table
 
 
 def test_nothing_to_draw_from():

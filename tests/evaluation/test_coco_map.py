@@ -15,8 +15,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from sam3lora.data.coco import CocoIndex
-from sam3lora.evaluation.metrics.coco_map import MAX_DETECTIONS, coco_map
-from sam3lora.evaluation.metrics.ground_truth import build_ground_truth, prompted_categories
+from sam3lora.evaluation.metrics.coco_map import coco_map
+from sam3lora.evaluation.metrics.ground_truth import SplitTruth, prompted_categories
+from sam3lora.evaluation.metrics.matching import MAX_DETECTIONS
 
 from .splits import hit, rle, truth
 
@@ -68,6 +69,14 @@ def test_detections_in_a_crowd_are_neither_right_nor_wrong():
     # without the crowd flag the same detections are two misses above the hit
     plain = [annotations[0], (1, 0, rle(20, 15, 20))]
     assert coco_map(truth(plain), hits).map < 0.5
+
+
+def test_hundreds_of_masks_at_once():
+    # more than a byte counts, over three images
+    hits = [hit(image, 0, rle(x % 50, x // 50, 1), 0.5) for image in (1, 2, 3) for x in range(99)]
+    annotations = [(image, 0, rle(2, 2)) for image in (1, 2, 3)]
+    found = coco_map(truth(annotations, images=(1, 2, 3)), [*hits, *(hit(i, 0, rle(2, 2)) for i in (1, 2, 3))])
+    assert (found.map, len(found.table.score_D)) == (ONE, 300)
 
 
 def test_mean_is_over_categories_with_objects():
@@ -205,7 +214,7 @@ def test_annotations_of_real_splits_as_predictions(name):
     if not folder.is_dir():
         pytest.skip(f"{folder} is absent: real data sets are not part of the project")
     index = CocoIndex.from_folder(folder)
-    ground_truth, _, _ = build_ground_truth(index, prompted_categories(index))
+    ground_truth = SplitTruth(index, prompted_categories(index)).to_coco()
     objects = [a for a in ground_truth["annotations"] if not a["iscrowd"]]
     keys = ("image_id", "category_id", "segmentation", "bbox")
     hits = [{key: a[key] for key in keys} | {"score": 1 - i / 1e5} for i, a in enumerate(objects)]

@@ -6,7 +6,7 @@ import pytest
 
 from sam3lora.data.coco import CocoIndex
 from sam3lora.evaluation.metrics.comparison import differences_to_base
-from sam3lora.evaluation.metrics.ground_truth import build_ground_truth, prompted_categories
+from sam3lora.evaluation.metrics.ground_truth import SplitTruth, prompted_categories
 from sam3lora.evaluation.metrics.measure import measure_split
 from sam3lora.evaluation.split_results import SplitResults
 
@@ -20,7 +20,7 @@ def truth(tmp_path_factory):
     """A crack in the even images."""
     objects = [(image, 1, 10) for image in range(0, NUM_IMAGES, 2)]
     index = CocoIndex.from_folder(write_split(tmp_path_factory.mktemp("s") / "s", objects, {1: "crack"}, NUM_IMAGES))
-    return build_ground_truth(index, prompted_categories(index))
+    return SplitTruth(index, prompted_categories(index))
 
 
 def measured(truth, label, predictions):

@@ -19,7 +19,7 @@ def counts(**bins) -> list[int]:
 
 
 def test_nothing_at_all():
-    found = evaluation_curves(map_of([], [], 0, names=()).evaluation)
+    found = evaluation_curves(map_of([], [], 0, names=()))
     assert (found.precision_recall_50.mean, found.precision_recall_50.per_category) == (None, {})
     assert (found.detection_scores.right, found.best_scores.wrong) == (counts(), counts())
 
@@ -32,7 +32,7 @@ def test_precision_over_recall():
         1,
         names=("crack", "hole"),
     )
-    found = evaluation_curves(result.evaluation)
+    found = evaluation_curves(result)
     assert found.precision_recall_50.recall == pytest.approx(np.arange(101) / 100)
     assert found.precision_recall_50.mean == pytest.approx([1] * 51 + [2 / 3] * 50)
     assert found.precision_recall_75.mean == pytest.approx([1] * 51 + [0] * 50)
@@ -45,7 +45,7 @@ def test_area_under_the_curve_is_the_average_precision():
     objects = [(0, 0, rle(0, 0), 0), (1, 0, rle(0, 0), 0), (1, 1, rle(20, 20), 0)]
     hits = [(0, 0, rle(3, 0), 0.4), (1, 0, rle(0, 0), 0.3), (0, 1, rle(0, 0), 0.9), (1, 1, rle(20, 21), 0.5)]
     result = map_of(objects, hits, 2, names)
-    found = evaluation_curves(result.evaluation)
+    found = evaluation_curves(result)
     assert 0 < result.map_75 < result.map_50 < 1
     assert np.mean(found.precision_recall_50.mean) == pytest.approx(result.map_50)
     assert np.mean(found.precision_recall_75.mean) == pytest.approx(result.map_75)
@@ -66,7 +66,7 @@ def test_scores_of_right_and_wrong_detections():
         1,
         names=("crack", "hole"),
     )
-    found = evaluation_curves(result.evaluation).detection_scores
+    found = evaluation_curves(result).detection_scores
     assert found.right == counts(_19=1, _8=1)
     assert found.wrong == counts(_3=1)
     assert found.edges == pytest.approx(np.arange(21) / 20)
@@ -79,7 +79,7 @@ def test_best_scores_of_present_and_absent_pairs():
         [(0, 0, rle(30, 30), 0.62), (1, 0, rle(0, 0), 0.11), (1, 0, rle(9, 9), 0.33), (3, 0, rle(0, 0), 0.9)],
         4,
     )
-    found = evaluation_curves(result.evaluation).best_scores
+    found = evaluation_curves(result).best_scores
     # the best score of a pair counts, whether or not that detection is right
     assert found.right == counts(_12=1)
     assert found.wrong == counts(_6=1, _0=1)

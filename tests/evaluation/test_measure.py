@@ -9,7 +9,7 @@ import pytest
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.data.coco import CocoIndex
 from sam3lora.errors import UserError
-from sam3lora.evaluation.metrics.ground_truth import build_ground_truth, prompted_categories
+from sam3lora.evaluation.metrics.ground_truth import SplitTruth, prompted_categories
 from sam3lora.evaluation.metrics.measure import measure_split
 from sam3lora.evaluation.split_results import SplitResults
 
@@ -21,7 +21,7 @@ NAMES = {CRACK: "crack", HOLE: "hole"}
 
 def truth_of(folder, objects, num_images=2, names=("crack", "hole")):
     index = CocoIndex.from_folder(write_split(folder, objects, NAMES, num_images))
-    return build_ground_truth(index, prompted_categories(index, names))
+    return SplitTruth(index, prompted_categories(index, names))
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_by_hand(truth):
     # at 0.5: image level right everywhere; 1 of 2 detections right, 1 of 3 objects found
     assert found.il_mcc == pytest.approx(1, abs=1e-5)
     assert found.cgf1 == pytest.approx(2 * (1 / 2) * (1 / 3) / (1 / 2 + 1 / 3), abs=1e-3)
-    json.dumps([found.to_dict(), found.predictions, found.ground_truth])
+    json.dumps([found.to_dict(), list(found.predictions)])
 
 
 def test_the_threshold_moves_counts_and_not_map(truth):
@@ -118,4 +118,4 @@ def test_objects_without_mask_leave_their_image_out_of_cgf1(tmp_path):
 def test_thresholds_below_the_usual_floor_count_everything(truth):
     found = measure_split(truth, SplitResults([result(2, CRACK, 10, 0.02)]), post=PostProcessing(threshold=0.01))
     assert found.off_prompt_fpr == 0.25
-    assert len(found.units[2, CRACK].scores_D) == 1
+    assert len(found.matches.units.of(2, 0).scores_D) == 1

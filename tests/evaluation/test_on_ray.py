@@ -64,7 +64,7 @@ def test_two_workers_give_the_metrics_of_one_process(split, models):
         assert [p["score"] for p in here.predictions] == pytest.approx(
             [p["score"] for p in there.predictions], abs=1e-5
         )
-        assert here.presence == pytest.approx(there.presence, abs=1e-5)
+        assert here.matches.presence_IC == pytest.approx(there.matches.presence_IC, abs=1e-5)
         assert (here.label, here.num_detections) == (there.label, there.num_detections)
         assert here.num_detections > 0
         first, second = (dict(metrics.to_dict(), seconds=0) for metrics in (here, there))

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 
+import numpy as np
 import pytest
 
 from sam3lora.data.coco import CocoIndex
 from sam3lora.errors import UserError
-from sam3lora.evaluation.metrics.cgf1 import accumulate
-from sam3lora.evaluation.metrics.cgf1_units import count_units, split_units
-from sam3lora.evaluation.metrics.ground_truth import build_ground_truth, prompted_categories
+from sam3lora.evaluation.metrics.cgf1 import accumulate, count_unit
+from sam3lora.evaluation.metrics.cgf1_units import collect_units, count_units
+from sam3lora.evaluation.metrics.ground_truth import SplitTruth, prompted_categories
+from sam3lora.evaluation.metrics.measure import measure_split
 from sam3lora.evaluation.metrics.saco import evaluate_saco
+from sam3lora.evaluation.split_results import SplitResults
 
 from .splits import hit, rle, truth
 
@@ -118,31 +122,35 @@ def test_wrong_boxes_and_missing_files_are_refused(evaluate, tmp_path):
         evaluate_saco([tmp_path / "nowhere.json"], tmp_path / "pred.json")
 
 
-def split(objects=(), images=(1,), categories=2) -> dict:
-    """COCO ground truth of categories 1, 2, ...; objects are (image id, category id, segmentation, iscrowd)."""
-    found = [(i, c, s, {"bbox": [0, 0, 15, 15], "iscrowd": crowd}) for i, c, s, crowd in objects]
-    coco = truth(found, images, [str(number) for number in range(categories + 1)])
-    return coco | {"categories": coco["categories"][1:]}
+def units_of(objects=(), hits=(), images=1, categories=2, iou_type="segm"):
+    """Units of a split; objects are (image, category, segmentation, more keys), hits (image, category, COCO result)."""
+    annotations = [
+        {"image": i, "category": c, "segmentation": s, "bbox": [0, 0, 15, 15], "iscrowd": 0} | dict(*more)
+        for i, c, s, *more in objects
+    ]
+    by_pair = defaultdict(list)
+    for image, category, result in sorted(hits, key=lambda entry: -entry[2]["score"]):
+        by_pair[image, category].append(result)
+    return collect_units(annotations, by_pair, (images, categories), iou_type=iou_type)
 
 
 def cgf1_of(units, threshold=0.5):
-    return accumulate(count_units(units, threshold).values())
+    return count_units(units, threshold).overall()
 
 
 def test_split_without_images_and_without_objects():
-    assert split_units(split(images=()), [], {}) == {}
+    assert cgf1_of(units_of(images=0)).counts()["units_evaluated"] == 0
     # every category in every image is a unit
-    units = split_units(split(images=(1, 2)), [], {})
-    assert units.keys() == {(1, 1), (1, 2), (2, 1), (2, 2)}
-    assert cgf1_of(units).counts()["IL_TN"] == 4
+    assert cgf1_of(units_of(images=2)).counts()["IL_TN"] == 4
 
 
 def test_split_units_hold_sorted_detections_above_the_floor():
-    ground_truth = split([(1, 1, rle(2, 2), 0), (1, 1, rle(15, 2, 5), 0)])
-    hits = [answer(1, rle(15, 2, 5), 0.3), answer(1, rle(2, 2), 0.7), answer(1, rle(0, 0, 3), 0.049)]
-    units = split_units(ground_truth, hits, {(1, 1): True})
-    assert units[1, 1].scores_D.tolist() == [0.7, 0.3]
-    assert units[1, 1].iou_DT.tolist() == [[1, 0], [0, 1]]
+    hits = [(0, 0, answer(1, rle(15, 2, 5), 0.3)), (0, 0, answer(1, rle(2, 2), 0.7))]
+    hits += [(0, c, answer(1, rle(0, 0, 3), 0.049)) for c in (0, 1)]
+    units = units_of([(0, 0, rle(2, 2)), (0, 0, rle(15, 2, 5))], hits)
+    assert units.of(0, 0).scores_D.tolist() == [0.7, 0.3]
+    assert units.of(0, 0).iou_DT.tolist() == [[1, 0], [0, 1]]
+    assert units.of(0, 1).scores_D.tolist() == []
     assert cgf1_of(units).counts()["TPs"][0] == 1
     assert cgf1_of(units, 0.3).counts()["TPs"][0] == 2
     with pytest.raises(ValueError, match=r"at least 0\.05"):
@@ -150,38 +158,56 @@ def test_split_units_hold_sorted_detections_above_the_floor():
 
 
 def test_split_crowds():
-    # category 1: an object beside a crowd, which is no target. 2: a crowd only. 3: an object without mask only, a crowd
-    # in this dict. The last two are neither present nor absent.
-    crowd = (rle(15, 2), 1)
-    ground_truth = split([(1, 1, rle(2, 2), 0), (1, 1, *crowd), (1, 2, *crowd), (1, 3, *crowd)], categories=3)
-    units = split_units(ground_truth, [answer(1, rle(15, 2), category=2)], {(1, 1): True, (1, 2): None, (1, 3): True})
-    assert units.keys() == {(1, 1)}
-    assert units[1, 1].iou_DT.shape == (0, 1)
+    # category 0: an object beside a crowd, which is no target. 1: a crowd only. 2: an object and one without mask. The
+    # last two cannot be judged.
+    crowd = (rle(15, 2), {"iscrowd": 1})
+    without_mask = (rle(15, 2), {"iscrowd": 1, "is_box_only": 1})
+    objects = [(0, 0, rle(2, 2)), (0, 0, *crowd), (0, 1, *crowd), (0, 2, rle(2, 2)), (0, 2, *without_mask)]
+    units = units_of(objects, [(0, 1, answer(1, rle(15, 2)))], categories=3)
+    assert units.of(0, 0).iou_DT.shape == (0, 1)
+    assert cgf1_of(units).counts()["units_evaluated"] == 1
+    for category in (1, 2):
+        with pytest.raises(KeyError):
+            units.of(0, category)
 
 
 def test_split_categories_and_boxes():
-    ground_truth = split([(1, 1, rle(2, 2), 0)])
-    hits = [answer(1, rle(2, 2)) | {"bbox": [0, 0, 15, 15]}, answer(1, rle(2, 2), category=2)]
-    units = split_units(ground_truth, hits, {(1, 1): True}, "bbox")
+    hits = [(0, 0, answer(1, rle(2, 2)) | {"bbox": [0, 0, 15, 15]}), (0, 1, answer(1, rle(2, 2)))]
+    units = units_of([(0, 0, rle(2, 2))], hits, iou_type="bbox")
     assert cgf1_of(units).counts()["IL_FP"] == 1
     assert cgf1_of(units).counts()["TPs"] == [1] * 10
-
-
-def test_split_refuses_predictions_of_another_split():
-    with pytest.raises(UserError, match=r"image_id 9 and category_id 1.*another split"):
-        split_units(split(), [answer(9, rle(2, 2, 5))], {})
-    with pytest.raises(UserError, match="category_id 5"):
-        split_units(split(), [answer(1, rle(2, 2, 5), category=5)], {})
 
 
 def test_annotations_as_predictions_are_perfect(shapes):
     # the whole way from a folder; "unicorn" is in no image, so there are negatives
     index = CocoIndex.from_folder(shapes / "valid")
-    ground_truth, presence, _ = build_ground_truth(index, prompted_categories(index, [*index.names, "unicorn"]))
-    perfect = [annotation | {"score": 1.0} for annotation in ground_truth["annotations"]]
-    for iou_type in ("segm", "bbox"):
-        result = cgf1_of(split_units(ground_truth, perfect, presence, iou_type))
-        counts = result.counts()
-        assert counts["TPs"] == [len(perfect)] * 10
-        assert (counts["FPs"], counts["FNs"], counts["IL_FP"], counts["IL_FN"]) == ([0] * 10, [0] * 10, 0, 0)
-        assert result.metrics()["cgF1"] > 0.999
+    truth = SplitTruth(index, prompted_categories(index, [*index.names, "unicorn"]))
+    perfect = [annotation | {"score": 1.0} for annotation in truth.annotations()]
+    counts = cgf1_of(measure_split(truth, SplitResults(perfect)).matches.units).counts()
+    assert counts["TPs"] == [len(perfect)] * 10
+    assert (counts["FPs"], counts["FNs"], counts["IL_FP"], counts["IL_FN"]) == ([0] * 10, [0] * 10, 0, 0)
+    assert measure_split(truth, SplitResults(perfect)).cgf1 > 0.999
+
+
+def test_sums_of_groups_are_those_of_units():
+    # by image and by category, with false alarms, misses and quiet units
+    rng = np.random.default_rng(0)
+    objects, hits = [], []
+    for image in range(6):
+        for category in range(3):
+            for _ in range(rng.integers(0, 3)):
+                x, y = (int(value) for value in rng.integers(0, 20, 2))
+                objects.append((image, category, rle(x, y)))
+                hits.append((image, category, answer(1, rle(x + int(rng.integers(0, 4)), y), float(rng.random()))))
+            if rng.random() < 0.5:
+                hits.append((image, category, answer(1, rle(1, 1), float(rng.random()))))
+    units = units_of(objects, hits, images=6, categories=3)
+    counts = count_units(units, 0.3)
+    by_hand = {(i, c): count_unit(units.of(i, c), 0.3) for i in range(6) for c in range(3)}
+    for axis, size in ((0, 6), (1, 3)):
+        sums = counts.sums(axis)
+        for group in range(size):
+            expected = vars(accumulate(entry for pair, entry in by_hand.items() if pair[axis] == group))
+            for name, value in expected.items():
+                np.testing.assert_allclose(sums[name][group], value, atol=1e-12)
+    assert counts.overall().metrics() == pytest.approx(accumulate(by_hand.values()).metrics(), abs=1e-12)

@@ -7,22 +7,21 @@ import json
 import numpy as np
 import pytest
 
-from sam3lora.evaluation.metrics.cgf1 import Unit, accumulate
-from sam3lora.evaluation.metrics.cgf1_units import count_units
+from sam3lora.evaluation.metrics.cgf1 import accumulate, count_unit
 from sam3lora.evaluation.metrics.curves import THRESHOLDS, sweep_thresholds
 
-
-def found(score: float, iou: float = 1.0) -> Unit:
-    """One object, one detection."""
-    return Unit(np.array([[iou]]), np.array([score]))
+from .units import false_alarm, found, made_units, unit
 
 
-def false_alarm(score: float) -> Unit:
-    return Unit(np.zeros((1, 0)), np.array([score]))
+def sweep_of(units: dict, thresholds=THRESHOLDS):
+    """Images and categories count from 1."""
+    moved = {(image - 1, category - 1): one for (image, category), one in units.items()}
+    shape_IC = tuple(np.max([*units, (0, 0)], axis=0))
+    return sweep_thresholds(made_units(moved, shape_IC), range(1, shape_IC[1] + 1), thresholds)
 
 
 def test_no_units():
-    sweep = sweep_thresholds({})
+    sweep = sweep_of({})
     assert (sweep.best_threshold, sweep.best_cgf1, sweep.per_category) == (None, None, {})
     assert "object" in sweep.reason
     assert sweep.thresholds == list(THRESHOLDS)
@@ -30,7 +29,7 @@ def test_no_units():
 
 def test_best_threshold_lies_between_false_alarms_and_objects():
     # objects are found at 0.3 and above, false alarms end at 0.2
-    sweep = sweep_thresholds({(1, 1): found(0.3), (2, 1): found(0.9), (3, 1): false_alarm(0.2)}, [0.1, 0.25, 0.5])
+    sweep = sweep_of({(1, 1): found(0.3), (2, 1): found(0.9), (3, 1): false_alarm(0.2)}, [0.1, 0.25, 0.5])
     assert sweep.best_threshold == 0.25
     assert sweep.best_cgf1 == sweep.cgf1[1] > 0.999
     assert sweep.reason is None
@@ -44,39 +43,39 @@ def test_best_threshold_lies_between_false_alarms_and_objects():
 def test_of_equal_thresholds_the_nearest_to_one_half():
     # everything from 0.25 to 0.70 is perfect; of 0.3 and 0.7, as near as each other, the lower
     units = {(1, 1): found(0.7), (2, 1): false_alarm(0.2)}
-    assert sweep_thresholds(units).best_threshold == 0.5
-    assert sweep_thresholds(units, [0.3, 0.7]).best_threshold == 0.3
-    assert sweep_thresholds({(1, 1): found(0.4), (2, 1): false_alarm(0.2)}).best_threshold == 0.4
-    assert sweep_thresholds({(1, 1): found(0.9), (2, 1): false_alarm(0.7)}).best_threshold == 0.75
+    assert sweep_of(units).best_threshold == 0.5
+    assert sweep_of(units, [0.3, 0.7]).best_threshold == 0.3
+    assert sweep_of({(1, 1): found(0.4), (2, 1): false_alarm(0.2)}).best_threshold == 0.4
+    assert sweep_of({(1, 1): found(0.9), (2, 1): false_alarm(0.7)}).best_threshold == 0.75
 
 
 def test_without_cgf1_positive_micro_f1_chooses():
     # no negatives; the second detection of the unit is wrong, and gone above 0.6
-    sweep = sweep_thresholds({(1, 1): Unit(np.array([[1.0], [0.0]]), np.array([0.9, 0.6]))})
+    sweep = sweep_of({(1, 1): unit([[1.0], [0.0]], [0.9, 0.6])})
     assert (sweep.best_threshold, sweep.best_cgf1) == (0.65, None)
     assert "negatives" in sweep.reason
     # as sure of the false alarm as of the object: IL_MCC is 0 at every threshold
-    sweep = sweep_thresholds({(1, 1): found(0.6), (2, 1): false_alarm(0.6)})
+    sweep = sweep_of({(1, 1): found(0.6), (2, 1): false_alarm(0.6)})
     assert (sweep.best_threshold, sweep.best_cgf1) == (0.5, None)
     assert "not above 0" in sweep.reason
 
 
 def test_without_positives_or_hits_nothing_is_offered():
-    sweep = sweep_thresholds({(1, 1): false_alarm(0.9)})
+    sweep = sweep_of({(1, 1): false_alarm(0.9)})
     assert (sweep.best_threshold, sweep.best_cgf1) == (None, None)
     assert "object" in sweep.reason
-    missed = sweep_thresholds({(1, 1): found(0.9, iou=0.1), (2, 1): false_alarm(0.2)})
+    missed = sweep_of({(1, 1): found(0.9, iou=0.1), (2, 1): false_alarm(0.2)})
     assert (missed.best_threshold, missed.best_cgf1) == (None, None)
     assert "not above 0" in missed.reason
 
 
 def test_categories_have_their_own_best():
     units = {(1, 1): found(0.3), (2, 1): false_alarm(0.2), (1, 2): found(0.9), (2, 2): false_alarm(0.8)}
-    sweep = sweep_thresholds(units)
+    sweep = sweep_of(units)
     written = json.loads(json.dumps(sweep.to_dict()))["per_category"]
     assert {id_: curve["best_threshold"] for id_, curve in written.items()} == {"1": 0.3, "2": 0.85}
     for position, threshold in enumerate(THRESHOLDS):
-        counts = count_units(units, threshold)
+        counts = {pair: count_unit(one, threshold) for pair, one in units.items()}
         assert sweep.cgf1[position] == accumulate(counts.values()).metrics()["cgF1"]
         for id_, curve in sweep.per_category.items():
             of_category = accumulate(entry for (_, category), entry in counts.items() if category == id_)
@@ -85,4 +84,4 @@ def test_categories_have_their_own_best():
 
 def test_thresholds_below_the_floor_are_refused():
     with pytest.raises(ValueError, match=r"at least 0\.05, got 0\.01"):
-        sweep_thresholds({(1, 1): found(0.3)}, [0.01, 0.5])
+        sweep_of({(1, 1): found(0.3)}, [0.01, 0.5])

@@ -65,8 +65,8 @@ def num_seen(monkeypatch):
     return seen
 
 
-def scores(answers) -> np.ndarray:
-    return np.array([prediction["score"] for prediction in answers.predictions])
+def scores(results) -> np.ndarray:
+    return np.array([prediction["score"] for prediction in results.predictions])
 
 
 def test_images_are_seen_once_by_all_models_that_share_a_vision_tower(make_worker, adapters, records, num_seen):
@@ -74,7 +74,7 @@ def test_images_are_seen_once_by_all_models_that_share_a_vision_tower(make_worke
     assert list(make_worker(both).ask(records)) == ["base", "two", "one"]
     assert num_seen == [2]
     nothing = make_worker(both, with_base=False).ask([])
-    assert [(label, found.predictions) for label, found in nothing.items()] == [("two", []), ("one", [])]
+    assert [(label, found.matches.num_predictions) for label, found in nothing.items()] == [("two", 0), ("one", 0)]
     # an adapter of the vision tower sees for itself, and only once
     num_seen.clear()
     make_worker(adapters).ask(records)
@@ -82,10 +82,10 @@ def test_images_are_seen_once_by_all_models_that_share_a_vision_tower(make_worke
 
 
 def test_answers_together_are_those_of_each_model_alone(make_worker, adapters, records):
-    together = make_worker(adapters).ask(records)
+    together = make_worker(adapters).results(records)
     for label, of_label in together.items():
         alone = {} if label == "base" else {label: adapters[label]}
-        expected = make_worker(alone, with_base=label == "base").ask(records)[label]
+        expected = make_worker(alone, with_base=label == "base").results(records)[label]
         np.testing.assert_allclose(scores(of_label), scores(expected), atol=2e-6)
         assert of_label.presence == pytest.approx(expected.presence, abs=2e-6)
         assert [p["segmentation"]["counts"] for p in of_label.predictions] == [

@@ -23,6 +23,7 @@ from jobs.bench import (
     evaluation,
     feature_cache,
     large_data,
+    large_split,
     postprocess,
     scaling,
     training,
@@ -50,6 +51,7 @@ USES_PROCESSES = (
     evaluation,
     feature_cache,
     large_data,
+    large_split,
     postprocess,
     scaling,
     training,
@@ -126,6 +128,11 @@ def facts_of(command: str, options: str, folder: Path) -> list[dict[str, Any]]:
             "evaluate",
             "--model tiny --images 1 --prompts 2 --repeats 1",
             lambda one: one["largest difference of scores"] < 1e-4,
+        ),
+        (
+            "evaluate-large",
+            "--images 6 --categories 4 --present 20",
+            lambda one: float(one["largest difference"]) < 1e-12,
         ),
         (
             "postprocess",

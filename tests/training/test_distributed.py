@@ -1,4 +1,4 @@
-"""Gradients averaged over workers. The exchange is replaced; `test_two_workers_equal_one` does it for real."""
+"""Gradients averaged and values gathered. The exchange is replaced; `test_two_workers_equal_one` does it for real."""
 
 from __future__ import annotations
 
@@ -47,3 +47,32 @@ def test_steps_do_not_mix():
         parameter.grad = None if gradient is None else torch.tensor(gradient)
         assert distributed.average_gradients([parameter], torch.ones(1)).tolist() == [0.5]
         assert parameter.grad.tolist() == mean
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_the_first_worker_makes_of_all_values_reaches_the_others(monkeypatch, rank):
+    sent = {}
+
+    def gather(value, gathered):
+        if gathered is not None:
+            gathered[:] = [value, value + 1]
+
+    def broadcast(outcome):
+        # the second worker is told what the first has sent before
+        outcome[:] = sent.setdefault("outcome", list(outcome))
+
+    monkeypatch.setattr(distributed.dist, "gather_object", gather)
+    monkeypatch.setattr(distributed.dist, "broadcast_object_list", broadcast)
+
+    def refuse(values):
+        raise ValueError(f"cannot measure {values}")
+
+    for compute in (sum, refuse):
+        sent.clear()
+        for now in range(rank + 1):
+            monkeypatch.setattr(distributed, "rank", lambda now=now: now)
+            if compute is sum:
+                assert distributed.on_first_worker(3, sum) == 7
+            else:
+                with pytest.raises(ValueError, match=r"cannot measure \[3, 4\]"):
+                    distributed.on_first_worker(3, refuse)

@@ -127,16 +127,18 @@ def two_workers(tmp_path_factory):
 
 
 def test_two_workers_equal_one(make_config, two_workers):
-    # Two workers of 2 images have the gradients, terms and validation loss of one worker of 4 images; and where one
-    # of them meets a loss that is not finite, both stop before their weights part.
+    # Two workers of 2 images have the gradients, terms, validation loss and metrics of one worker of 4 images.
+    # Where one of them meets a loss that is not finite, both stop before their weights part.
     reports, gradients = two_workers(make_config(NO_CLIPPING, output="two", batch_size=2))
     alone = make_trainer(make_config(NO_CLIPPING, output="one", batch_size=4))
     step, valid = recorded_step(alone), alone.validator.loss_terms()
+    metrics = alone.validator.metrics()
     assert reports[0]["image_ids"] + reports[1]["image_ids"] == step.image_ids
     for rank in (0, 1):
         assert_same_gradients(gradients[rank], step.gradients)
         assert reports[rank]["terms"] == pytest.approx(step.terms, rel=1e-5, abs=1e-7)
         assert reports[rank]["valid"] == pytest.approx(valid.means(), rel=1e-5, abs=1e-7)
+        assert reports[rank]["metrics"] == pytest.approx(metrics, rel=1e-5, abs=1e-7)
         assert reports[rank]["valid_loss"] == pytest.approx(valid.loss(), rel=1e-5)
         assert f"not finite at step 1: images {reports[1]['image_ids']} with" in reports[rank]["failure"]
 

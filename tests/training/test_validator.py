@@ -23,9 +23,9 @@ def asked(monkeypatch) -> list[tuple[int, list[str]]]:
     calls = []
     ask_split = module.ask_split
 
-    def spy(engine, index, categories, **options):
-        calls.append((len(index), [category.prompt for category in categories]))
-        return ask_split(engine, index, categories, **options)
+    def spy(engine, index, matcher, **options):
+        calls.append((len(index), [category.prompt for category in matcher.categories]))
+        return ask_split(engine, index, matcher, **options)
 
     monkeypatch.setattr(module, "ask_split", spy)
     return calls

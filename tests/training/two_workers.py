@@ -61,7 +61,14 @@ def main(config_file: str, rank: int, scratch: Path) -> None:
     step = recorded_step(trainer)
     save_file(step.gradients, scratch / f"gradients_{rank}.safetensors")
     valid = trainer.validator.loss_terms()
-    report = {"terms": step.terms, "image_ids": step.image_ids, "valid": valid.means(), "valid_loss": valid.loss()}
+    metrics = trainer.validator.metrics()
+    report = {
+        "metrics": metrics,
+        "terms": step.terms,
+        "image_ids": step.image_ids,
+        "valid": valid.means(),
+        "valid_loss": valid.loss(),
+    }
 
     # Only the second worker meets a loss that is not finite.
     if rank == 1:

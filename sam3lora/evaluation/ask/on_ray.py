@@ -8,26 +8,25 @@ from typing import Any
 
 from sam3lora import cluster
 from sam3lora.errors import RunFailed, UserError
-from sam3lora.evaluation.ask.worker import EvaluationWorker
-from sam3lora.evaluation.split_results import SplitResults
+from sam3lora.evaluation.ask.worker import Batches
 
 MAX_RESTARTS = 2
 
 
 def ask_on_ray(
-    make_worker: Callable[[], EvaluationWorker],
-    batches: Sequence[Sequence[dict[str, Any]]],
+    make_worker: Callable[[], Any],
+    batches: Batches,
     *,
     num_workers: int | None = None,
     use_gpu: bool | None = None,
     address: str | None = None,
-) -> Iterator[tuple[dict[str, SplitResults], dict[str, Any]]]:
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """The results of each batch as they come, in any order, with the worker's facts.
 
     A worker that dies is started again, and its batch with it.
 
     Args:
-        make_worker: Called on each worker.
+        make_worker: Called on each worker: an object with `ask(records)` and `facts()`.
         num_workers: None takes one for each GPU of the cluster, or one.
         use_gpu: Give each a GPU; None does so if the cluster has any.
         address: Of a Ray cluster; None takes `RAY_ADDRESS`, or starts a local Ray with two workers or one for each CPU.
@@ -43,7 +42,7 @@ def ask_on_ray(
     class Actor:
         """Loads when it is first asked: what goes wrong then arrives as itself, unlike an error of a constructor."""
 
-        worker: EvaluationWorker | None = None
+        worker: Any = None
 
         def ask(self, records: Sequence[dict[str, Any]]):
             self.worker = self.worker or make_worker()
@@ -60,7 +59,9 @@ def ask_on_ray(
         )
         actors: list[Any] = [remote.remote() for _ in range(num_workers)]
         try:
-            yield from ActorPool(actors).map_unordered(lambda actor, batch: actor.ask.remote(batch), list(batches))
+            # A batch is made when a worker is free for it.
+            ask = lambda actor, number: actor.ask.remote(batches[number])  # noqa: E731
+            yield from ActorPool(actors).map_unordered(ask, list(range(len(batches))))
         except RayTaskError as error:
             if isinstance(error.cause, UserError):
                 raise type(error.cause)(str(error.cause)) from None

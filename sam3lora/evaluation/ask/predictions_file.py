@@ -11,7 +11,7 @@ from sam3lora.data.fault_report import fault_summary, split_faults
 from sam3lora.data.prompts import prompt_key
 from sam3lora.data.split_files import SplitFiles
 from sam3lora.evaluation.ask.run import asked_categories, read_split
-from sam3lora.evaluation.metrics.ground_truth import build_ground_truth
+from sam3lora.evaluation.metrics.ground_truth import SplitTruth
 from sam3lora.evaluation.metrics.measure import SplitMetrics, measure_split
 from sam3lora.evaluation.settings import EvaluationSettings
 from sam3lora.evaluation.split_results import SplitResults
@@ -45,8 +45,8 @@ def evaluate_predictions(
         in_results = {result["category_id"] for result in found.results}
         unused = [name for number, name in index.listed_names.items() if number in in_results]
         asked = asked_categories(index, settings, unused)
-    truth = build_ground_truth(index, asked)
-    images = {image["id"] for image in truth.coco["images"]}
+    truth = SplitTruth(index, asked)
+    images = set(truth.image_ids)
     # Categories that share a prompt share an id.
     ids = {category.id: category.id for category in asked}
     id_of_name = {key: category.id for category in asked for key in category.name_keys}

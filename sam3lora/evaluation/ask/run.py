@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,12 @@ from sam3lora.data.coco import CocoIndex
 from sam3lora.data.fault_report import SplitFault, fault_summary, faults_as_reason, split_faults
 from sam3lora.data.split_files import WHOLE, SplitFiles, find_split_or_whole
 from sam3lora.errors import UserError
-from sam3lora.evaluation.ask.worker import BASE, EvaluationWorker, Models
-from sam3lora.evaluation.metrics.ground_truth import PromptedCategory, build_ground_truth, prompted_categories
-from sam3lora.evaluation.metrics.measure import SplitMetrics, measure_split
+from sam3lora.evaluation.ask.worker import BASE, Batches, EvaluationWorker, Models
+from sam3lora.evaluation.metrics.ground_truth import PromptedCategory, SplitTruth, prompted_categories
+from sam3lora.evaluation.metrics.measure import SplitMetrics, measure_matches
+from sam3lora.evaluation.predictions import Predictions
 from sam3lora.evaluation.settings import EvaluationSettings
-from sam3lora.evaluation.split_results import SplitResults
+from sam3lora.evaluation.split_matches import Matcher, SplitMatches
 from sam3lora.model.adapter.folder import read_metadata
 from sam3lora.model.adapter.metadata import current_versions
 from sam3lora.progress import Progress
@@ -109,30 +112,29 @@ def evaluate_models(
             f"{index.source}: no category has an object, so there is nothing to ask: name some as "
             "data.categories of a configuration (--config)" + faults_as_reason(faults)
         )
-    make_worker = functools.partial(EvaluationWorker, models, categories, settings)
-    records = [index.record(row) for row in range(len(index))]
-    size = settings.batch_size
-    batches = [records[start : start + size] for start in range(0, len(records), size)]
-    parts: dict[str, list[SplitResults]] = {label: [] for label in models.labels}
+    num_pairs = len(index) * len(categories)
+    make_worker = functools.partial(EvaluationWorker, models, categories, settings, settings.score_floor(num_pairs))
+    truth = SplitTruth(index, categories)
+    parts: dict[str, list[SplitMatches]] = {label: [] for label in models.labels}
+    predictions = {label: Predictions(truth.image_ids) for label in models.labels}
     facts: dict[str, Any] = {}
-    with progress_of(progress, len(records), "images", f"{len(categories)} prompts each") as bar:
-        for results, of_worker in ask_batches(make_worker, batches, num_workers, models, address):
+    with progress_of(progress, len(index), "images", f"{len(categories)} prompts each") as bar:
+        batches = RecordBatches(index, settings.batch_size)
+        for answers, of_worker in ask_batches(make_worker, batches, num_workers, models, address):
             facts = of_worker
-            for label, part in results.items():
-                parts[label].append(part)
-            bar.advance(max((len({image for image, _ in part.presence}) for part in results.values()), default=0))
-    truth = build_ground_truth(index, categories)
-    seconds = time.perf_counter() - started
-    image_ids = [record["image_id"] for record in records]
+            for label, (matches, encoded) in answers.items():
+                parts[label].append(matches)
+                predictions[label].add(encoded)
+            bar.advance(max((len(matches.image_ids) for matches, _ in answers.values()), default=0))
     posts: dict[str, PostProcessing] = facts["post"]
     shown = settings.to_dict() | {name: value for name, value in facts.items() if name not in ("num_queries", "post")}
     return [
-        measure_split(
+        measure_matches(
             truth,
-            SplitResults.join(parts[label], image_ids),
+            SplitMatches.join(parts.pop(label), truth.image_ids, len(categories)),
+            Matcher(categories, posts[label], settings.exhaustive),
             label=label,
-            post=posts[label],
-            exhaustive=settings.exhaustive,
+            predictions=predictions[label],
             num_queries=facts["num_queries"],
             settings={
                 "data": str(split),
@@ -143,7 +145,8 @@ def evaluate_models(
                 "versions": current_versions(),
             },
             split_dir=split.image_dir,
-            seconds=seconds,
+            seconds=time.perf_counter() - started,
+            notes=floor_notes(facts["lowest_score"], num_pairs),
             faults=faults,
         )
         for label in models.labels
@@ -164,6 +167,33 @@ def read_split(
     if tell and faults:
         print(fault_summary(faults, split.folder), flush=True)
     return split, index, faults
+
+
+@dataclass(frozen=True)
+class RecordBatches:
+    """The records of an index, `size` images at a time, read when they are asked for."""
+
+    index: CocoIndex
+    size: int
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.index) / self.size)
+
+    def __getitem__(self, number: int) -> list[dict[str, Any]]:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        start = number * self.size
+        return [self.index.record(row) for row in range(start, min(start + self.size, len(self.index)))]
+
+
+def floor_notes(lowest_score: float, num_pairs: int) -> list[str]:
+    """What to know of a floor for scores."""
+    if not lowest_score:
+        return []
+    return [
+        f"detections with a score below {lowest_score:g} are not measured ({num_pairs:,} pairs of image and prompt): "
+        "mAP can be slightly lower than with all of them (--lowest-score 0)"
+    ]
 
 
 def asked_categories(
@@ -212,8 +242,12 @@ def recorded_prompts(adapters: Mapping[str, str]) -> dict[str, str]:
 
 
 def ask_batches(
-    make_worker: Any, batches: list, num_workers: int | None, models: Models, address: str | None
-) -> Iterator[tuple[dict[str, SplitResults], dict[str, Any]]]:
+    make_worker: Callable[[], Any],
+    batches: Batches,
+    num_workers: int | None,
+    models: Models,
+    address: str | None,
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """The results of each batch with the worker's facts: from this process, or from Ray workers in any order."""
     device = models.options.get("device")
     kind, _, number = (f"cuda:{device}" if str(device).isdecimal() else str(device)).partition(":")
@@ -222,8 +256,8 @@ def ask_batches(
     is_alone = not is_cluster and (use_gpu is False or bool(number) or _num_gpus_here() < 2)
     if num_workers == 0 or (num_workers is None and is_alone):
         worker = make_worker()
-        for batch in batches:
-            yield worker.ask(batch), worker.facts()
+        for position in range(len(batches)):
+            yield worker.ask(batches[position]), worker.facts()
         return
     if number:
         raise UserError(

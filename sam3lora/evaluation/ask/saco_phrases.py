@@ -11,7 +11,7 @@ from sam3lora.config.post_processing import PostProcessing
 from sam3lora.data.coco import load_coco_json
 from sam3lora.errors import UserError
 from sam3lora.evaluation.ask.run import ask_batches, progress_of
-from sam3lora.evaluation.ask.worker import EvaluationWorker, Models, adapter_of
+from sam3lora.evaluation.ask.worker import Models, ModelWorker, adapter_of
 from sam3lora.evaluation.metrics.cgf1 import SCORE_THRESHOLD
 from sam3lora.evaluation.settings import EvaluationSettings
 from sam3lora.evaluation.split_results import SplitResults
@@ -26,7 +26,7 @@ class SacoResults(NamedTuple):
     image_ids: set[int]
 
 
-class SacoWorker(EvaluationWorker):
+class SacoWorker(ModelWorker):
     """Asks the images of an SA-Co file for the phrases that belong to each."""
 
     def ask(self, records: Sequence[Mapping[str, Any]]) -> dict[str, SplitResults]:
@@ -64,7 +64,7 @@ def ask_saco(
     models = models.with_absolute_paths()
     records = _read_records(Path(ground_truth_file), Path(image_dir).absolute())[: settings.num_samples]
     lowest_score = min(settings.post_processing(PostProcessing()).threshold, SCORE_THRESHOLD)
-    make_worker = functools.partial(SacoWorker, models, [], settings, lowest_score)
+    make_worker = functools.partial(SacoWorker, models, settings, lowest_score)
     size = settings.batch_size
     batches = [records[start : start + size] for start in range(0, len(records), size)]
     results: dict[str, list[dict[str, Any]]] = {label: [] for label in models.labels}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -13,7 +13,9 @@ from sam3lora.data.images import read_image
 from sam3lora.engine.adapter_pool import AdapterPool
 from sam3lora.engine.detections import Detections
 from sam3lora.evaluation.metrics.ground_truth import PromptedCategory
+from sam3lora.evaluation.predictions import EncodedResults, encode_results
 from sam3lora.evaluation.settings import EvaluationSettings
+from sam3lora.evaluation.split_matches import Matcher, SplitMatches
 from sam3lora.evaluation.split_results import SplitResults
 
 BASE = "base"
@@ -43,26 +45,27 @@ class Models:
         return replace(self, adapters=adapters, options={**self.options, "model": model})
 
 
-class EvaluationWorker:
+class Batches(Protocol):
+    """Batches of records by their numbers."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int, /) -> Sequence[dict[str, Any]]: ...
+
+
+class ModelWorker:
     """Loads the models once, then asks them for the images of one batch after the other.
 
-    Detections down to `lowest_score` are kept; mAP needs all of them.
+    Detections down to `lowest_score` are kept, or down to the lowest threshold of a model.
     """
 
-    def __init__(
-        self,
-        models: Models,
-        categories: Sequence[PromptedCategory],
-        settings: EvaluationSettings,
-        lowest_score: float = 0.0,
-    ) -> None:
+    def __init__(self, models: Models, settings: EvaluationSettings, lowest_score: float) -> None:
         self.labels = models.labels
         self._pool = AdapterPool(adapters=models.adapters, max_rows=settings.max_prompts_per_forward, **models.options)
-        self._categories = categories
-        self._lowest_score = lowest_score
         self._posts = {
             adapter_of(label): settings.post_processing(self._pool.recorded(adapter_of(label))) for label in self.labels
         }
+        self._lowest_score = min([lowest_score, *(post.lowest_threshold for post in self._posts.values())])
 
     def facts(self) -> dict[str, Any]:
         """The facts that the numbers depend on beside the settings."""
@@ -76,21 +79,54 @@ class EvaluationWorker:
             "post": {label: self._posts[adapter_of(label)] for label in self.labels},
             "precision": self._pool.engine.precision,
             "device": str(self._pool.engine.device),
+            "lowest_score": self._lowest_score,
             "num_queries": base.model.detr_decoder.query_embed.num_embeddings,
-        }
-
-    def ask(self, records: Sequence[Mapping[str, Any]]) -> dict[str, SplitResults]:
-        """Label -> results; all models are asked in one pass. Raises ImageError if an image cannot be read."""
-        prompts = [category.prompt for category in self._categories]
-        found = self.detect(records, [prompts] * len(records))
-        return {
-            label: SplitResults.collect(records, self._categories, found[adapter_of(label)]) for label in self.labels
         }
 
     def detect(
         self, records: Sequence[Mapping[str, Any]], prompts: Sequence[Sequence[str]]
     ) -> dict[str | None, list[list[Detections]]]:
+        """Adapter (None is the base) -> the detections of each image for each of its prompts."""
         return self._pool.detect_each(read_images(records), prompts, self._posts, lowest_score=self._lowest_score)
+
+
+class Answers(NamedTuple):
+    """One model's results on a batch of images: matched, and as JSON."""
+
+    matches: SplitMatches
+    encoded: dict[int, EncodedResults]
+
+
+class EvaluationWorker(ModelWorker):
+    """Asks for all categories in every image, and matches what is found: masks stay on the worker."""
+
+    def __init__(
+        self,
+        models: Models,
+        categories: Sequence[PromptedCategory],
+        settings: EvaluationSettings,
+        lowest_score: float = 0.0,
+    ) -> None:
+        super().__init__(models, settings, lowest_score)
+        self._categories = categories
+        self._exhaustive = settings.exhaustive
+
+    def ask(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Answers]:
+        """Label -> results; all models are asked in one pass. Raises ImageError if an image cannot be read."""
+        image_ids = [record["image_id"] for record in records]
+        answers = {}
+        for label, results in self.results(records).items():
+            matcher = Matcher(self._categories, self._posts[adapter_of(label)], self._exhaustive)
+            answers[label] = Answers(matcher.match(records, results), encode_results(results.predictions, image_ids))
+        return answers
+
+    def results(self, records: Sequence[Mapping[str, Any]]) -> dict[str, SplitResults]:
+        """Label -> results before they are matched."""
+        prompts = [category.prompt for category in self._categories]
+        found = self.detect(records, [prompts] * len(records))
+        return {
+            label: SplitResults.collect(records, self._categories, found[adapter_of(label)]) for label in self.labels
+        }
 
 
 def adapter_of(label: str) -> str | None:

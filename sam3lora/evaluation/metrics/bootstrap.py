@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from pycocotools.cocoeval import COCOeval
 
 from sam3lora.evaluation.metrics.average_precision import average_precision, category_detections
+from sam3lora.evaluation.metrics.matching import MASKS, MatchTable
 
 # weights on images (I,), whole numbers that sum to I -> value, None where it cannot be computed
 Metric = Callable[[np.ndarray], float | None]
@@ -84,32 +84,29 @@ def bootstrap_difference(
 
 
 def map_difference(
-    evaluation_a: COCOeval,
-    evaluation_b: COCOeval,
+    table_a: MatchTable,
+    table_b: MatchTable,
     *,
     num_resamples: int = 1000,
     seed: int = 0,
     confidence: float = 0.95,
 ) -> Interval:
-    """`bootstrap_difference` of the mAP of two models, from their `coco_map(...).evaluation` on the same ground truth.
+    """`bootstrap_difference` of the mAP of two models, from their matches with the same ground truth.
 
     Raises:
-        ValueError: The evaluations differ in images, categories or objects.
+        ValueError: The matches differ in images, categories or objects.
     """
-    detections_a, detections_b = category_detections(evaluation_a), category_detections(evaluation_b)
-    same_objects = detections_a.keys() == detections_b.keys() and all(
-        np.array_equal(detections_a[category].num_objects_I, detections_b[category].num_objects_I)
-        for category in detections_a
-    )
-    if evaluation_a.params.imgIds != evaluation_b.params.imgIds or not same_objects:
+    num_objects_IC = table_a.num_objects_KIC[MASKS]
+    if not np.array_equal(num_objects_IC, table_b.num_objects_KIC[MASKS]):
         raise ValueError(
             "expected two evaluations of one ground truth, got different images, categories or objects: "
             "evaluate both models on the same split and categories"
         )
+    detections_a, detections_b = category_detections(table_a), category_detections(table_b)
     return bootstrap_difference(
-        lambda image_weights_I: average_precision(detections_a.values(), image_weights_I),
-        lambda image_weights_I: average_precision(detections_b.values(), image_weights_I),
-        len(evaluation_a.params.imgIds),
+        lambda image_weights_I: average_precision(detections_a, image_weights_I),
+        lambda image_weights_I: average_precision(detections_b, image_weights_I),
+        len(num_objects_IC),
         num_resamples=num_resamples,
         seed=seed,
         confidence=confidence,

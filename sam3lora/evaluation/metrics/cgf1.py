@@ -53,7 +53,7 @@ class UnitCounts:
     @property
     def mean_f1(self) -> float:
         """F1 of this unit alone, averaged over the IoU thresholds."""
-        return float(_f1(self.true_positives_K, self.num_detections, self.num_targets).mean())
+        return float(unit_f1(self.true_positives_K, self.num_detections, self.num_targets).mean())
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def accumulate(counts: Iterable[UnitCounts]) -> CgF1:
     true_positives_UK = true_positives_UK.reshape(len(counts), len(IOU_THRESHOLDS))
     false_positives_UK = detections_U[:, None] - true_positives_UK
     positive_U, detected_U = targets_U > 0, detections_U > 0
-    f1_UK = _f1(true_positives_UK, detections_U[:, None], targets_U[:, None])
+    f1_UK = unit_f1(true_positives_UK, detections_U[:, None], targets_U[:, None])
     return CgF1(
         true_positives_K=true_positives_UK.sum(axis=0),
         false_positives_K=false_positives_UK.sum(axis=0),
@@ -208,7 +208,8 @@ def accumulate(counts: Iterable[UnitCounts]) -> CgF1:
     )
 
 
-def _f1(true_positives: np.ndarray, detections: np.ndarray | int, targets: np.ndarray | int) -> np.ndarray:
+def unit_f1(true_positives: np.ndarray, detections: np.ndarray | int, targets: np.ndarray | int) -> np.ndarray:
+    """F1 of each unit, with the evaluator's constant in both ratios."""
     return _harmonic(true_positives / (detections + _BOX_EPS), true_positives / (targets + _BOX_EPS))
 
 

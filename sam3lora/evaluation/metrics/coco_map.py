@@ -1,24 +1,31 @@
-"""Mask and box mAP by pycocotools, from plain COCO annotations and results."""
+"""Mask and box mAP by COCO's definition: from a table of matches, or from plain COCO annotations and results."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from sam3lora.data.masks import encode_segmentation
-
-MAX_DETECTIONS = 100
-IOU_50, IOU_75 = 0, 5  # positions in the thresholds 0.50, 0.55 ... 0.95
-ALL_AREAS, _SMALL, _MEDIUM, _LARGE = range(4)
+from sam3lora.evaluation.metrics.average_precision import RECALLS_R, CategoryDetections
+from sam3lora.evaluation.metrics.matching import (
+    BOXES,
+    IOU_50,
+    IOU_75,
+    LARGE_MASKS,
+    MASKS,
+    MAX_DETECTIONS,
+    MEDIUM_MASKS,
+    NUM_COMPARISONS,
+    NUM_THRESHOLDS,
+    SMALL_MASKS,
+    MatchTable,
+    match_pairs,
+)
 
 
 @dataclass(frozen=True)
@@ -65,13 +72,59 @@ class MapResult(CocoAverages):
     Attributes:
         per_category: Category name -> its averages.
         warnings: Reasons why the values cannot reach 1 on this ground truth.
-        evaluation: The accumulated mask evaluation, so that curves and intervals need not match again. Its arrays of
-            precision have the axes (IoU, recall, category, size, 1), with the sizes all, small, medium and large.
+        table: The matches, so that curves and intervals need not match again.
+        precision_KTRC: Precision by comparison, IoU threshold, recall and category; -1 for categories without objects.
     """
 
     per_category: dict[str, CategoryMap]
     warnings: list[str]
-    evaluation: COCOeval = field(repr=False, compare=False)
+    table: MatchTable = field(repr=False, compare=False)
+    precision_KTRC: np.ndarray = field(repr=False, compare=False)
+
+
+def average_table(table: MatchTable, names: Sequence[str], *, num_queries: int | None = None) -> MapResult:
+    """COCO's averages over IoU 0.50:0.95 from the matches; `names` are those of the categories.
+
+    `num_queries` is the number of the model's object queries, for `warnings`.
+    """
+    shape = (NUM_COMPARISONS, NUM_THRESHOLDS, len(RECALLS_R), len(names))
+    precision_KTRC, recall_TC = np.full(shape, -1.0), np.full((NUM_THRESHOLDS, len(names)), -1.0)
+    for column in range(len(names)):
+        for comparison in range(NUM_COMPARISONS):
+            detections = CategoryDetections.of(table, column, comparison)
+            precision_TR = detections.precision()
+            if precision_TR is None:
+                continue
+            precision_KTRC[comparison, :, :, column] = precision_TR
+            if comparison == MASKS:
+                recall_TC[:, column] = detections.recall()
+    masks_TRC, boxes_TRC = precision_KTRC[MASKS], precision_KTRC[BOXES]
+    num_objects_C = table.num_objects_KIC[MASKS].sum(axis=0)
+    per_category = {
+        name: CategoryMap(
+            map=_mean(masks_TRC[:, :, column]),
+            map_50=_mean(masks_TRC[IOU_50, :, column]),
+            map_75=_mean(masks_TRC[IOU_75, :, column]),
+            num_ground_truth=int(num_objects_C[column]),
+            mar_100=_mean(recall_TC[:, column]),
+        )
+        for column, name in enumerate(names)
+    }
+    return MapResult(
+        map=_mean(masks_TRC),
+        map_50=_mean(masks_TRC[IOU_50]),
+        map_75=_mean(masks_TRC[IOU_75]),
+        map_small=_mean(precision_KTRC[SMALL_MASKS]),
+        map_medium=_mean(precision_KTRC[MEDIUM_MASKS]),
+        map_large=_mean(precision_KTRC[LARGE_MASKS]),
+        mar_100=_mean(recall_TC),
+        bbox_map=_mean(boxes_TRC),
+        bbox_map_50=_mean(boxes_TRC[IOU_50]),
+        per_category=per_category,
+        warnings=_warnings(table.num_objects_KIC[MASKS], num_queries),
+        table=table,
+        precision_KTRC=precision_KTRC,
+    )
 
 
 def coco_map(
@@ -103,114 +156,31 @@ def coco_map(
     sizes = {image["id"]: (image["height"], image["width"]) for image in ground_truth["images"]}
     names = {category["id"]: category["name"] for category in ground_truth["categories"]}
     predictions = list(predictions)
-    _check(predictions, sizes, names)
-    masks = [encode_segmentation(a["segmentation"], sizes[a["image_id"]]) for a in ground_truth["annotations"]]
-    truth = _as_coco(sizes, names, ground_truth["annotations"], masks)
-    found = _as_coco(sizes, names, predictions, [prediction["segmentation"] for prediction in predictions])
-    num_objects = Counter(
-        (entry["image_id"], entry["category_id"]) for entry in truth.dataset["annotations"] if not entry["iscrowd"]
-    )
-
-    evaluation = _evaluate(truth, found, "segm")
-    precision = evaluation.eval["precision"][:, :, :, :, 0]
-    recall = evaluation.eval["recall"][:, :, ALL_AREAS, 0]
-    over_all = precision[:, :, :, ALL_AREAS]
-    with_boxes = [a | {"iscrowd": 0} if a.get("is_box_only") else a for a in ground_truth["annotations"]]
-    boxes = np.empty((10, 0))
-    if bbox:
-        boxes = _evaluate(_as_coco(sizes, names, with_boxes, masks), found, "bbox").eval["precision"]
-    per_category = {
-        names[category]: CategoryMap(
-            map=_mean(over_all[:, :, column]),
-            map_50=_mean(over_all[IOU_50, :, column]),
-            map_75=_mean(over_all[IOU_75, :, column]),
-            num_ground_truth=sum(num for (_, of), num in num_objects.items() if of == category),
-            mar_100=_mean(recall[:, column]),
-        )
-        for column, category in enumerate(evaluation.params.catIds)
-    }
-    return MapResult(
-        map=_mean(over_all),
-        map_50=_mean(over_all[IOU_50]),
-        map_75=_mean(over_all[IOU_75]),
-        map_small=_mean(precision[:, :, :, _SMALL]),
-        map_medium=_mean(precision[:, :, :, _MEDIUM]),
-        map_large=_mean(precision[:, :, :, _LARGE]),
-        mar_100=_mean(recall),
-        bbox_map=_mean(boxes),
-        bbox_map_50=_mean(boxes[IOU_50]),
-        per_category=per_category,
-        warnings=_warnings(num_objects, num_queries),
-        evaluation=evaluation,
-    )
+    _check(predictions, image_id=sizes, category_id=names)
+    rows, columns = ({id_: position for position, id_ in enumerate(ids)} for ids in (sizes, names))
+    found = defaultdict(list)
+    for prediction in sorted(predictions, key=lambda entry: -entry["score"]):
+        pair = (rows[prediction["image_id"]], columns[prediction["category_id"]])
+        found[pair].append(prediction)
+    annotations = []
+    for entry in ground_truth["annotations"]:
+        rle = encode_segmentation(entry["segmentation"], sizes[entry["image_id"]])
+        if rle is not None:
+            region = {"segmentation": rle, "area": float(coco_mask.area(rle)), "bbox": entry.get("bbox")}
+            place = {"image": rows[entry["image_id"]], "category": columns[entry["category_id"]]}
+            annotations.append(region | place | {key: int(entry.get(key, 0)) for key in ("iscrowd", "is_box_only")})
+    table = match_pairs(list(sizes.values()), len(names), annotations, found, boxes=bbox)
+    rank_of = {id_: rank for rank, id_ in enumerate(sorted(sizes))}
+    ranks_I = np.array([rank_of[id_] for id_ in sizes], np.int64)
+    table = MatchTable.join([table], [np.arange(len(sizes))], ranks_I, len(names))
+    return average_table(table, list(names.values()), num_queries=num_queries)
 
 
-class _Evaluation(COCOeval):
-    """Skips the masks of (image, category) pairs without objects, which most pairs are."""
-
-    def computeIoU(self, imgId: Any, catId: Any) -> Any:
-        return super().computeIoU(imgId, catId) if self._gts[imgId, catId] else []
-
-
-def _evaluate(truth: COCO, found: COCO, iou_type: Literal["segm", "bbox"]) -> COCOeval:
-    evaluation = _Evaluation(truth, found, iou_type)
-    evaluation.params.maxDets = [MAX_DETECTIONS]
-    if iou_type == "bbox":
-        evaluation.params.areaRng = evaluation.params.areaRng[: ALL_AREAS + 1]
-        evaluation.params.areaRngLbl = evaluation.params.areaRngLbl[: ALL_AREAS + 1]
-        for entry in truth.dataset["annotations"] + found.dataset["annotations"]:
-            entry["bbox"] = entry["bbox"] or coco_mask.toBbox(entry["segmentation"]).tolist()
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluation.evaluate()
-        evaluation.accumulate()
-    return evaluation
-
-
-def _check(
-    predictions: Sequence[Mapping[str, Any]], sizes: Mapping[Any, tuple[int, int]], names: Mapping[Any, str]
-) -> None:
+def _check(predictions: Iterable[Mapping[str, Any]], **known: Collection[Any]) -> None:
     for prediction in predictions:
-        for key, known in (("image_id", sizes), ("category_id", names)):
-            if prediction[key] not in known:
+        for key, ids in known.items():
+            if prediction[key] not in ids:
                 raise ValueError(f"a prediction has {key} {prediction[key]!r}, which the ground truth lacks")
-        size, expected = tuple(prediction["segmentation"]["size"]), sizes[prediction["image_id"]]
-        if size != expected:
-            raise ValueError(
-                f"a prediction of image {prediction['image_id']!r} has a mask of (height, width) {size}, "
-                f"expected the image's size {expected}"
-            )
-
-
-def _as_coco(
-    sizes: Mapping[Any, tuple[int, int]],
-    names: Mapping[Any, str],
-    annotations: Sequence[Mapping[str, Any]],
-    masks: Sequence[dict[str, Any] | None],
-) -> COCO:
-    """An indexed `COCO` with ids from 1: pycocotools treats a match with annotation id 0 as no match."""
-    kept = [(annotation, mask) for annotation, mask in zip(annotations, masks, strict=True) if mask]
-    entries = [
-        {
-            "id": number,
-            "image_id": annotation["image_id"],
-            "category_id": annotation["category_id"],
-            "segmentation": mask,
-            "area": float(coco_mask.area(mask)),
-            "bbox": [float(value) for value in annotation.get("bbox") or ()],
-            "iscrowd": int(annotation.get("iscrowd", 0)),
-            "score": float(annotation.get("score", 1.0)),
-        }
-        for number, (annotation, mask) in enumerate(kept, start=1)
-    ]
-    coco = COCO()
-    coco.dataset = {
-        "images": [{"id": image, "height": size[0], "width": size[1]} for image, size in sizes.items()],
-        "categories": [{"id": category, "name": name} for category, name in names.items()],
-        "annotations": entries,
-    }
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco.createIndex()
-    return coco
 
 
 def _mean(values: np.ndarray) -> float | None:
@@ -219,16 +189,15 @@ def _mean(values: np.ndarray) -> float | None:
     return float(valid.mean()) if valid.size else None
 
 
-def _warnings(num_objects: Mapping[tuple[Any, Any], int], num_queries: int | None) -> list[str]:
+def _warnings(num_objects_IC: np.ndarray, num_queries: int | None) -> list[str]:
     limits = {f"{MAX_DETECTIONS} objects of a category": MAX_DETECTIONS}
     if num_queries is not None:
         limits[f"{num_queries} objects of a category, the model's object queries"] = num_queries
     found = []
     for name, limit in limits.items():
-        beyond = {pair: num for pair, num in num_objects.items() if num > limit}
-        if beyond:
-            num_images = len({image for image, _ in beyond})
+        num_images = int((num_objects_IC > limit).any(axis=1).sum())
+        if num_images:
             found.append(
-                f"{num_images} image(s) hold more than {name}, up to {max(beyond.values())}: recall cannot reach 1"
+                f"{num_images} image(s) hold more than {name}, up to {num_objects_IC.max()}: recall cannot reach 1"
             )
     return found

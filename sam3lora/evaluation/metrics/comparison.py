@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
 
 from sam3lora.evaluation.metrics.bootstrap import Interval, Metric, bootstrap_difference, map_difference
-from sam3lora.evaluation.metrics.cgf1 import CgF1, UnitCounts, accumulate
+from sam3lora.evaluation.metrics.cgf1 import CgF1
 from sam3lora.evaluation.metrics.cgf1_units import count_units
 from sam3lora.evaluation.metrics.measure import SplitMetrics
+from sam3lora.evaluation.split_matches import ABSENT
 
 NOTICEABLE = 0.01
 """Smallest difference in mAP or cgF1 that reports count as one, however certain it is."""
@@ -32,7 +32,7 @@ def differences_to_base(
     options = {"num_resamples": num_resamples, "seed": seed}
     differences = {}
     for adapter in adapters:
-        of_adapter = {"map": map_difference(base.evaluation, adapter.evaluation, **options)}
+        of_adapter = {"map": map_difference(base.matches.table, adapter.matches.table, **options)}
         for name, make in (("cgf1", _cgf1_metric), ("off_prompt_fpr", _false_alarm_metric)):
             if getattr(base, name) is not None and getattr(adapter, name) is not None:
                 of_adapter[name] = bootstrap_difference(make(base), make(adapter), base.num_images, **options)
@@ -40,40 +40,20 @@ def differences_to_base(
     return differences
 
 
-def _image_rows(metrics: SplitMetrics) -> dict[int, int]:
-    return {image["id"]: row for row, image in enumerate(metrics.ground_truth["images"])}
-
-
 def _cgf1_metric(metrics: SplitMetrics) -> Metric:
     """cgF1 as a function of image weights, from counts summed once for each image."""
-    rows = _image_rows(metrics)
-    by_image: dict[int, list[UnitCounts]] = defaultdict(list)
-    for (image_id, _), counts in count_units(metrics.units).items():
-        by_image[rows[image_id]].append(counts)
-    of_image = [vars(accumulate(by_image[row])) for row in range(len(rows))]
-    stacked = {name: np.array([counts[name] for counts in of_image]) for name in of_image[0]}
+    sums = count_units(metrics.matches.units).sums(axis=0)
 
     def measure(image_weights_I: np.ndarray) -> float | None:
-        weighted = CgF1(**{name: image_weights_I @ values for name, values in stacked.items()})
+        weighted = CgF1(**{name: image_weights_I @ values for name, values in sums.items()})
         return None if weighted.undefined_reason else weighted.metrics()["cgF1"]
 
     return measure
 
 
 def _false_alarm_metric(metrics: SplitMetrics) -> Metric:
-    rows = _image_rows(metrics)
-    fired = {
-        (p["image_id"], p["category_id"])
-        for p in metrics.predictions
-        if p["score"] >= metrics.thresholds[p["category_id"]]
-    }
-    present = {(a["image_id"], a["category_id"]) for a in metrics.ground_truth["annotations"]}
-    absent_I, alarms_I = np.zeros(len(rows)), np.zeros(len(rows))
-    for image_id, row in rows.items():
-        for category in metrics.ground_truth["categories"]:
-            pair = (image_id, category["id"])
-            absent_I[row] += pair not in present
-            alarms_I[row] += pair not in present and pair in fired
+    absent_I = (metrics.matches.shown_IC == ABSENT).sum(axis=1)
+    alarms_I = metrics.is_alarm_IC.sum(axis=1)
 
     def measure(image_weights_I: np.ndarray) -> float | None:
         num_absent = image_weights_I @ absent_I

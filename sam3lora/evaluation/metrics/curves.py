@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-from pycocotools.cocoeval import COCOeval
 
-from sam3lora.evaluation.metrics.average_precision import CategoryDetections, category_detections
-from sam3lora.evaluation.metrics.cgf1 import CgF1, accumulate
+from sam3lora.evaluation.metrics.average_precision import RECALLS_R
+from sam3lora.evaluation.metrics.cgf1 import CgF1
 from sam3lora.evaluation.metrics.cgf1_units import Units, count_units
-from sam3lora.evaluation.metrics.coco_map import ALL_AREAS, IOU_50, IOU_75
+from sam3lora.evaluation.metrics.coco_map import MapResult
+from sam3lora.evaluation.metrics.matching import IOU_50, IOU_75, MASKS, MatchTable
 
 _NUM_BINS = 20
 _EDGES = [number / _NUM_BINS for number in range(_NUM_BINS + 1)]
@@ -67,48 +66,40 @@ class Curves:
     best_scores: ScoreHistogram
 
 
-def evaluation_curves(evaluation: COCOeval) -> Curves:
-    """Curves and histograms of `coco_map(ground_truth, predictions).evaluation`."""
-    categories = category_detections(evaluation).values()
-    best = [_best_score(category) for category in categories]
+def evaluation_curves(found: MapResult) -> Curves:
+    """Curves and histograms of masks of all sizes."""
+    table = found.table
+    right_D, counted_D = _right_and_counted(table, IOU_50)
+    best_IC = table.best_score_IC.clip(min=0)
     return Curves(
-        precision_recall_50=_precision_recall(evaluation, IOU_50),
-        precision_recall_75=_precision_recall(evaluation, IOU_75),
-        detection_scores=_histogram(
-            (category.scores_D[category.is_right_TD[IOU_50]] for category in categories),
-            (category.scores_D[category.is_wrong_TD[IOU_50]] for category in categories),
-        ),
-        best_scores=_histogram(
-            (best_I[category.num_objects_I > 0] for category, best_I in zip(categories, best, strict=True)),
-            (
-                best_I[(category.num_objects_I == 0) & ~category.has_crowd_I]
-                for category, best_I in zip(categories, best, strict=True)
-            ),
-        ),
+        precision_recall_50=_precision_recall(found, IOU_50),
+        precision_recall_75=_precision_recall(found, IOU_75),
+        detection_scores=_histogram(table.score_D[right_D], table.score_D[~right_D & counted_D]),
+        best_scores=_histogram(best_IC[table.num_objects_KIC[MASKS] > 0], best_IC[~table.is_annotated_IC]),
     )
 
 
-def _precision_recall(evaluation: COCOeval, threshold: int) -> PrecisionRecall:
-    precision_RK = evaluation.eval["precision"][threshold, :, :, ALL_AREAS, -1]
-    measured = np.flatnonzero((precision_RK > -1).all(axis=0))
-    categories = [evaluation.cocoGt.cats[category]["name"] for category in evaluation.params.catIds]
+def _right_and_counted(table: MatchTable, threshold: int) -> tuple[np.ndarray, np.ndarray]:
+    """Whether each detection is right, and whether it counts at all, at one of the IoU thresholds."""
+    matched_D, ignored_D = (
+        (bits_DK[:, MASKS] >> threshold) & 1 > 0 for bits_DK in (table.matched_DK, table.ignored_DK)
+    )
+    return matched_D & ~ignored_D, ~ignored_D
+
+
+def _precision_recall(found: MapResult, threshold: int) -> PrecisionRecall:
+    precision_RC = found.precision_KTRC[MASKS, threshold]
+    measured = np.flatnonzero((precision_RC > -1).all(axis=0))
+    names = list(found.per_category)
     return PrecisionRecall(
-        recall=evaluation.params.recThrs.tolist(),
-        mean=precision_RK[:, measured].mean(axis=1).tolist() if measured.size else None,
-        per_category={categories[column]: precision_RK[:, column].tolist() for column in measured},
+        recall=RECALLS_R.tolist(),
+        mean=precision_RC[:, measured].mean(axis=1).tolist() if measured.size else None,
+        per_category={names[column]: precision_RC[:, column].tolist() for column in measured},
     )
 
 
-def _best_score(category: CategoryDetections) -> np.ndarray:
-    """Best score per image (I,)."""
-    best_I = np.zeros(len(category.num_objects_I))
-    np.maximum.at(best_I, category.image_index_D, category.scores_D)
-    return best_I
-
-
-def _histogram(right: Iterable[np.ndarray], wrong: Iterable[np.ndarray]) -> ScoreHistogram:
-    counts = (np.histogram(np.concatenate([np.empty(0), *scores]), _EDGES)[0].tolist() for scores in (right, wrong))
-    return ScoreHistogram(list(_EDGES), *counts)
+def _histogram(right: np.ndarray, wrong: np.ndarray) -> ScoreHistogram:
+    return ScoreHistogram(list(_EDGES), *(np.histogram(scores, _EDGES)[0].tolist() for scores in (right, wrong)))
 
 
 THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
@@ -153,27 +144,27 @@ class ThresholdSweep(ThresholdCurve):
         return asdict(self) | {"per_category": {str(id_): curve.to_dict() for id_, curve in self.per_category.items()}}
 
 
-def sweep_thresholds(units: Units, thresholds: Sequence[float] = THRESHOLDS) -> ThresholdSweep:
+def sweep_thresholds(
+    units: Units, category_ids: Sequence[int], thresholds: Sequence[float] = THRESHOLDS
+) -> ThresholdSweep:
     """Measure a split at several score thresholds, over all categories and for each.
 
     The best threshold is chosen on the split on which it is measured, so its cgF1 is too high: choose it on one split
     and report the result on another.
 
     Args:
-        units: Of `split_units`.
-        thresholds: Score thresholds, none below `SCORE_FLOOR`.
+        units: Of the split.
+        category_ids: Of the categories of the units.
+        thresholds: Score thresholds, none below the units' lowest score.
     """
-    overall: list[CgF1] = []
-    of_category: dict[int, list[CgF1]] = defaultdict(list)
-    for threshold in thresholds:
-        by_category = defaultdict(list)
-        for (_, category), counts in count_units(units, threshold).items():
-            by_category[category].append(counts)
-        overall.append(accumulate(counts for group in by_category.values() for counts in group))
-        for category, group in by_category.items():
-            of_category[category].append(accumulate(group))
-    per_category = {category: ThresholdCurve(**_curve(thresholds, found)) for category, found in of_category.items()}
-    return ThresholdSweep(**_curve(thresholds, overall), per_category=per_category)
+    counts = [count_units(units, threshold) for threshold in thresholds]
+    by_category = zip(*(entry.per_category() for entry in counts), strict=True)
+    per_category = {
+        id_: ThresholdCurve(**_curve(thresholds, found))
+        for id_, found in zip(category_ids, by_category, strict=True)
+        if found[0].num_positives + found[0].num_negatives
+    }
+    return ThresholdSweep(**_curve(thresholds, [entry.overall() for entry in counts]), per_category=per_category)
 
 
 def _curve(thresholds: Sequence[float], found: Sequence[CgF1]) -> dict[str, Any]:

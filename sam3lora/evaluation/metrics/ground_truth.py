@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
 from sam3lora.data.coco import CocoIndex
-from sam3lora.data.masks import decode_mask
+from sam3lora.data.masks import decode_mask, encode_segmentation
 from sam3lora.data.prompts import prompt_key
-
-PresenceTable = dict[tuple[int, int], bool | None]
-
-
-class SplitTruth(NamedTuple):
-    """The ground truth of a split.
-
-    Attributes:
-        coco: COCO dict with the ids of images and categories of the file, and masks as compressed RLE.
-        presence: (image id, category id) -> True if there is an object, None if there are only crowd regions; absent
-            categories are left out.
-        num_without_mask: Number of objects that have only a box.
-    """
-
-    coco: dict[str, Any]
-    presence: PresenceTable
-    num_without_mask: int
 
 
 @dataclass
@@ -67,54 +51,92 @@ def prompted_categories(
     return list(found.values())
 
 
-def build_ground_truth(index: CocoIndex, categories: Sequence[PromptedCategory]) -> SplitTruth:
-    """The annotations of the asked categories, for `coco_map`.
+@dataclass(frozen=True)
+class SplitTruth:
+    """What is to be found in a split: read for one image at a time, because masks take much memory.
+
+    Attributes:
+        index: The images and their annotations.
+        categories: What is asked; annotations of other categories are left out.
+    """
+
+    index: CocoIndex
+    categories: Sequence[PromptedCategory]
+
+    @cached_property
+    def image_ids(self) -> list[int]:
+        return self.index.table.column("image_id").to_pylist()
+
+    @cached_property
+    def row_of(self) -> dict[int, int]:
+        """Image id -> row of the index."""
+        return {image_id: row for row, image_id in enumerate(self.image_ids)}
+
+    @cached_property
+    def sizes_hw(self) -> list[tuple[int, int]]:
+        """Height and width of each image in pixels."""
+        columns = (self.index.table.column(name).to_pylist() for name in ("height", "width"))
+        return list(zip(*columns, strict=True))
+
+    def annotations_of(self, image_id: int) -> list[dict[str, Any]]:
+        """COCO annotations of one image, as of `annotations_of_record`."""
+        return annotations_of_record(self.index.record(self.row_of[image_id]), self.categories)
+
+    def annotations(self) -> Iterator[dict[str, Any]]:
+        """COCO annotations of all images, in their order."""
+        for row in range(len(self.index)):
+            yield from annotations_of_record(self.index.record(row), self.categories)
+
+    def to_coco(self) -> dict[str, Any]:
+        """A COCO dict with the ids of images and categories of the file: all masks of the split in memory."""
+        columns = self.index.table.select(["image_id", "file_name", "height", "width"])
+        images = columns.rename_columns(["id", "file_name", "height", "width"]).to_pylist()
+        annotations = [{"id": number} | entry for number, entry in enumerate(self.annotations(), start=1)]
+        categories = [{"id": category.id, "name": category.name} for category in self.categories]
+        return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def annotations_of_record(record: Mapping[str, Any], categories: Sequence[PromptedCategory]) -> list[dict[str, Any]]:
+    """COCO annotations of one record of an index, with compressed RLE, for the asked categories.
 
     An object with a box and no mask (`is_box_only`) becomes a crowd region of its box, so that a detection in it is
     neither right nor wrong. Where boxes are compared it is an object.
     """
     id_of = {key: category.id for category in categories for key in category.name_keys}
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    presence: PresenceTable = {}
-    num_without_mask = 0
-    for row in range(len(index)):
-        record = index.record(row)
-        size_hw = (record["height"], record["width"])
-        images.append(
-            {key: record[key] for key in ("file_name", "path", "height", "width")} | {"id": record["image_id"]}
+    size_hw = (record["height"], record["width"])
+    found = []
+    for annotation in record["annotations"]:
+        category_id = id_of.get(prompt_key(annotation["category"]))
+        if category_id is None:
+            continue
+        rle = _rle_at(annotation["segmentation"], size_hw)
+        has_mask = rle is not None and coco_mask.area(rle) > 0
+        if rle is None or not has_mask:
+            rle = _filled_box(annotation["bbox_xywh"], size_hw)
+        found.append(
+            {
+                "image_id": record["image_id"],
+                "category_id": category_id,
+                "segmentation": {"size": list(size_hw), "counts": rle["counts"].decode("ascii")},
+                "bbox": list(annotation["bbox_xywh"]),
+                "area": int(coco_mask.area(rle)),
+                "iscrowd": int(annotation["iscrowd"] or not has_mask),
+                "is_box_only": int(not annotation["iscrowd"] and not has_mask),
+            }
         )
-        for annotation in record["annotations"]:
-            category_id = id_of.get(prompt_key(annotation["category"]))
-            if category_id is None:
-                continue
-            pair = (record["image_id"], category_id)
-            presence[pair] = True if presence.get(pair) or not annotation["iscrowd"] else None
-            mask = decode_mask(annotation["segmentation"], size_hw)
-            has_mask = bool(mask.any())
-            if not has_mask:
-                num_without_mask += not annotation["iscrowd"]
-                mask = _filled_box(annotation["bbox_xywh"], size_hw)
-            rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": record["image_id"],
-                    "category_id": category_id,
-                    "segmentation": {"size": list(size_hw), "counts": rle["counts"].decode("ascii")},
-                    "bbox": list(annotation["bbox_xywh"]),
-                    "area": int(mask.sum()),
-                    "iscrowd": int(annotation["iscrowd"] or not has_mask),
-                    "is_box_only": int(not annotation["iscrowd"] and not has_mask),
-                }
-            )
-    listed = [{"id": category.id, "name": category.name, "prompt": category.prompt} for category in categories]
-    coco = {"images": images, "annotations": annotations, "categories": listed}
-    return SplitTruth(coco, presence, num_without_mask)
+    return found
 
 
-def _filled_box(box_xywh: Sequence[float], size_hw: tuple[int, int]) -> np.ndarray:
+def _rle_at(segmentation: str | None, size_hw: tuple[int, int]) -> dict[str, Any] | None:
+    """The mask at the annotated size; None without one."""
+    rle = encode_segmentation(segmentation, size_hw)
+    if rle is None or tuple(rle["size"]) == size_hw:
+        return rle
+    return coco_mask.encode(np.asfortranarray(decode_mask(segmentation, size_hw), dtype=np.uint8))
+
+
+def _filled_box(box_xywh: Sequence[float], size_hw: tuple[int, int]) -> dict[str, Any]:
     x, y, width, height = box_xywh
-    mask = np.zeros(size_hw, dtype=bool)
-    mask[int(y) : int(np.ceil(y + height)), int(x) : int(np.ceil(x + width))] = True
-    return mask
+    mask = np.zeros(size_hw, dtype=np.uint8, order="F")
+    mask[int(y) : int(np.ceil(y + height)), int(x) : int(np.ceil(x + width))] = 1
+    return coco_mask.encode(mask)

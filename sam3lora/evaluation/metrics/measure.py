@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pycocotools.cocoeval import COCOeval
+import numpy as np
 
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.data.fault_report import SplitFault, fault_lines
-from sam3lora.evaluation.metrics.cgf1 import SCORE_THRESHOLD, UnitCounts, accumulate
-from sam3lora.evaluation.metrics.cgf1_units import SCORE_FLOOR, Units, count_units, split_units
-from sam3lora.evaluation.metrics.coco_map import CocoAverages, coco_map
+from sam3lora.evaluation.metrics.cgf1 import SCORE_THRESHOLD
+from sam3lora.evaluation.metrics.cgf1_units import count_units
+from sam3lora.evaluation.metrics.coco_map import CocoAverages, average_table
 from sam3lora.evaluation.metrics.curves import Curves, ThresholdSweep, evaluation_curves, sweep_thresholds
-from sam3lora.evaluation.metrics.ground_truth import PresenceTable, SplitTruth
-from sam3lora.evaluation.split_results import Pair, SplitResults
+from sam3lora.evaluation.metrics.ground_truth import SplitTruth
+from sam3lora.evaluation.predictions import Predictions, encode_results
+from sam3lora.evaluation.split_matches import ABSENT, ONLY_CROWDS, SHOWN, Matcher, SplitMatches
+from sam3lora.evaluation.split_results import SplitResults
 
 PRESENCE_THRESHOLD = 0.5
+IMAGES_AT_ONCE = 64  # whose results are matched together
 
 
 @dataclass(frozen=True)
@@ -38,20 +39,7 @@ class CategoryMetrics:
 
 
 # Fields of `SplitMetrics` that `to_dict` leaves out.
-_NOT_NUMBERS = frozenset(
-    (
-        "thresholds",
-        "predictions",
-        "presence",
-        "ground_truth",
-        "units",
-        "evaluation",
-        "curves",
-        "sweep",
-        "split_dir",
-        "faults",
-    )
-)
+_NOT_NUMBERS = frozenset(("thresholds", "predictions", "matches", "truth", "curves", "sweep", "split_dir", "faults"))
 
 
 @dataclass(frozen=True)
@@ -76,9 +64,9 @@ class SplitMetrics(CocoAverages):
         thresholds: Category id -> lowest score that counts as a detection.
         sweep: cgF1 by threshold, overall and by category.
         curves: Precision by recall, and scores of right and wrong detections.
-        units, evaluation: The matches behind cgF1 and mAP, for intervals.
-        predictions, presence: The model's results.
-        ground_truth: COCO dict that the predictions refer to, with masks as compressed RLE.
+        matches: What all was computed from, for intervals and rankings.
+        predictions: The model's COCO results; None if they were not kept.
+        truth: The ground truth.
         split_dir: Folder of the images.
         faults: Of the split's annotation file, from `split_faults`; `to_dict` adds them to the notes.
     """
@@ -104,11 +92,9 @@ class SplitMetrics(CocoAverages):
     thresholds: dict[int, float] = field(repr=False)
     sweep: ThresholdSweep | None = field(repr=False)
     curves: Curves = field(repr=False)
-    units: Units = field(repr=False)
-    evaluation: COCOeval = field(repr=False)
-    predictions: list[dict[str, Any]] = field(repr=False)
-    presence: dict[Pair, float] = field(repr=False)
-    ground_truth: dict[str, Any] = field(repr=False)
+    matches: SplitMatches = field(repr=False)
+    predictions: Predictions | None = field(repr=False)
+    truth: SplitTruth = field(repr=False)
     split_dir: Path | None = None
     seconds: float = 0.0
     faults: Sequence[SplitFault] = ()
@@ -117,9 +103,14 @@ class SplitMetrics(CocoAverages):
     def threshold_text(self) -> str:
         """The thresholds in words, such as "0.50" or "0.50 (crack: 0.30)"."""
         common = self.settings["threshold"]
-        names = {category["id"]: category["name"] for category in self.ground_truth["categories"]}
+        names = {category.id: category.name for category in self.truth.categories}
         others = [f"{names[id_]}: {value:.2f}" for id_, value in self.thresholds.items() if value != common]
         return f"{common:.2f}" + (f" ({', '.join(others)})" if others else "")
+
+    @property
+    def is_alarm_IC(self) -> np.ndarray:
+        """Pairs of image and absent category with a detection at the threshold."""
+        return self.matches.is_alarm_IC(self.thresholds)
 
     def to_dict(self) -> dict[str, Any]:
         """The metrics as JSON values."""
@@ -141,83 +132,112 @@ def measure_split(
     settings: Mapping[str, Any] | None = None,
     split_dir: Path | None = None,
     seconds: float = 0.0,
+    notes: Sequence[str] = (),
+    faults: Sequence[SplitFault] = (),
+) -> SplitMetrics:
+    """Compute all metrics of one model on one split from results that are in memory.
+
+    Args:
+        results: The model's results on all images of the split.
+        post: The post-processing of the results; None is the default. Its thresholds decide which detections count for
+            `off_prompt_fpr`, tables and pictures. mAP has no threshold, and cgF1 its own (0.5).
+        exhaustive: Whether a missing annotation means absence. Otherwise only pairs with annotations are judged, and
+            metrics that need absence are None.
+        label, num_queries, settings, split_dir, seconds, notes, faults: See `measure_matches`.
+
+    Raises:
+        UserError: The results belong to other images or categories.
+    """
+    matcher = Matcher(truth.categories, post or PostProcessing(), exhaustive)
+    predictions = Predictions(truth.image_ids)
+    parts = []
+    for rows, part in results.split(truth.image_ids, IMAGES_AT_ONCE):
+        parts.append(matcher.match([truth.index.record(row) for row in rows], part))
+        predictions.add(encode_results(part.predictions, [truth.image_ids[row] for row in rows]))
+    return measure_matches(
+        truth,
+        SplitMatches.join(parts, truth.image_ids, len(truth.categories)),
+        matcher,
+        label=label,
+        predictions=predictions,
+        num_queries=num_queries,
+        settings=settings,
+        split_dir=split_dir,
+        seconds=seconds,
+        notes=notes,
+        faults=faults,
+    )
+
+
+def measure_matches(
+    truth: SplitTruth,
+    matches: SplitMatches,
+    matcher: Matcher,
+    *,
+    label: str = "base",
+    predictions: Predictions | None = None,
+    num_queries: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+    split_dir: Path | None = None,
+    seconds: float = 0.0,
+    notes: Sequence[str] = (),
     faults: Sequence[SplitFault] = (),
 ) -> SplitMetrics:
     """Compute all metrics of one model on one split.
 
     Args:
-        results: The model's results on all images of the split.
+        matches: Of the model's results on all images of the split, by the matcher.
         label: Name of the model in tables.
-        post: The post-processing of the results; None is the default. Its thresholds decide which detections count for
-            `off_prompt_fpr`, tables and pictures. mAP has no threshold, and cgF1 its own (0.5).
-        exhaustive: Whether a missing annotation means absence. Otherwise only pairs with annotations are judged, and
-            metrics that need absence are None.
         num_queries: Number of the model's object queries, to warn of images that hold more objects.
-        settings, split_dir, seconds, faults: Stored in the result.
-
-    Raises:
-        UserError: The results belong to other images or categories.
+        predictions, settings, split_dir, seconds, faults: Stored in the result.
+        notes: What a reader should know of how it was asked; they come before those of the measuring.
     """
-    coco, presence = truth.coco, truth.presence
-    post = post or PostProcessing()
-    thresholds = {
-        category["id"]: post.threshold_of(category.get("prompt", category["name"])) for category in coco["categories"]
-    }
-    if not exhaustive:
-        known = {pair for pair, is_there in presence.items() if is_there}
-        results = dataclasses.replace(
-            results,
-            predictions=[p for p in results.predictions if (p["image_id"], p["category_id"]) in known],
-            presence={pair: value for pair, value in results.presence.items() if pair in known},
-        )
-    units = split_units(coco, results.predictions, presence, lowest_score=min([SCORE_FLOOR, *thresholds.values()]))
-    found = coco_map(coco, results.predictions, num_queries=num_queries)
-    alarms, absent = _false_alarms(coco, presence, results, thresholds)
-    verdicts = {pair: value > PRESENCE_THRESHOLD for pair, value in results.presence.items()}
-    right = [
-        says == bool(presence.get(pair)) for pair, says in verdicts.items() if presence.get(pair, False) is not None
-    ]
-    right_absent = [not verdicts[pair] for pair in absent if pair in verdicts]
-    counts: dict[int, list[UnitCounts]] = defaultdict(list)
-    for (_, category_id), unit in count_units(units).items():
-        counts[category_id].append(unit)
-    overall = accumulate(unit for of_category in counts.values() for unit in of_category)
+    post, exhaustive = matcher.post, matcher.exhaustive
+    found = average_table(matches.table, [category.name for category in truth.categories], num_queries=num_queries)
+    thresholds = matcher.thresholds
+    shown_IC, presence_IC = matches.shown_IC, matches.presence_IC
+    is_absent_IC = shown_IC == ABSENT
+    is_alarm_IC = matches.is_alarm_IC(thresholds)
+    is_asked_IC = ~np.isnan(presence_IC)
+    is_right_IC = (presence_IC > PRESENCE_THRESHOLD) == (shown_IC == SHOWN)
+    counts = count_units(matches.units)
+    overall, of_categories = counts.overall(), counts.per_category()
     reason = "absence is not annotated (data.exhaustive is false)" if not exhaustive else overall.undefined_reason
     values = {} if reason else overall.metrics()
-    sweep = sweep_thresholds(units) if exhaustive else None
+    sweep = sweep_thresholds(matches.units, list(thresholds)) if exhaustive else None
     num_ground_truth = sum(entry.num_ground_truth for entry in found.per_category.values())
     per_category = {}
-    for category in coco["categories"]:
-        entry, own = found.per_category[category["name"]], accumulate(counts[category["id"]])
-        of_category = [pair for pair in absent if pair[1] == category["id"]]
-        curve = None if sweep is None else sweep.per_category.get(category["id"])
-        per_category[category["name"]] = CategoryMetrics(
+    for column, category in enumerate(truth.categories):
+        entry, own = found.per_category[category.name], of_categories[column]
+        curve = None if sweep is None else sweep.per_category.get(category.id)
+        per_category[category.name] = CategoryMetrics(
             entry.map,
             entry.map_50,
             entry.map_75,
             entry.mar_100,
             entry.num_ground_truth,
             cgf1=None if own.undefined_reason or not exhaustive else own.metrics()["cgF1"],
-            off_prompt_fpr=_share([pair in alarms for pair in of_category]) if exhaustive else None,
+            off_prompt_fpr=_share(is_alarm_IC[:, column], is_absent_IC[:, column]) if exhaustive else None,
             best_threshold=None if curve is None else curve.best_threshold,
         )
-    notes = [*_notes(truth, num_ground_truth, right, absent if exhaustive else None), *found.warnings]
+    presence_accuracy = _share(is_right_IC, is_asked_IC & (shown_IC != ONLY_CROWDS))
+    num_absent = int(is_absent_IC.sum()) if exhaustive else None
+    all_notes = [*notes, *_notes(matches, num_ground_truth, presence_accuracy, num_absent), *found.warnings]
     if reason:
-        notes.append(f"cgf1 and il_mcc are null: {reason}")
+        all_notes.append(f"cgf1 and il_mcc are null: {reason}")
     if num_ground_truth and (
         no_such := [size for size in ("small", "medium", "large") if getattr(found, f"map_{size}") is None]
     ):
-        notes.append(f"{', '.join(f'map_{size}' for size in no_such)} null: the split has no object of that size")
-    num_detections = sum(p["score"] >= thresholds[p["category_id"]] for p in results.predictions)
-    if not num_detections:
-        notes.append(f"{label}: no detection reaches {post.threshold:g}; the lack of false alarms is no merit then")
+        all_notes.append(f"{', '.join(f'map_{size}' for size in no_such)} null: the split has no object of that size")
+    if not matches.num_detections:
+        all_notes.append(f"{label}: no detection reaches {post.threshold:g}; the lack of false alarms is no merit then")
     return SplitMetrics(
         label=label,
-        num_images=len(coco["images"]),
+        num_images=len(matches.image_ids),
         num_ground_truth=num_ground_truth,
-        num_predictions=len(results.predictions),
-        num_predictions_before_nms=results.num_before_nms,
-        num_detections=num_detections,
+        num_predictions=matches.num_predictions,
+        num_predictions_before_nms=matches.num_before_nms,
+        num_detections=matches.num_detections,
         **found.averages(),
         per_category=per_category,
         cgf1=values.get("cgF1"),
@@ -225,54 +245,45 @@ def measure_split(
         cgf1_75=values.get("cgF1@0.75"),
         positive_micro_f1=overall.metrics()["positive_micro_F1"] if overall.num_positives else None,
         il_mcc=values.get("IL_MCC"),
-        off_prompt_fpr=_share([pair in alarms for pair in absent]) if exhaustive else None,
-        presence_accuracy=_share(right),
-        presence_accuracy_absent=_share(right_absent) if exhaustive else None,
-        num_absent_prompts=len(absent) if exhaustive else 0,
+        off_prompt_fpr=_share(is_alarm_IC, is_absent_IC) if exhaustive else None,
+        presence_accuracy=presence_accuracy,
+        presence_accuracy_absent=_share(is_right_IC, is_asked_IC & is_absent_IC) if exhaustive else None,
+        num_absent_prompts=num_absent or 0,
         settings={**post.model_dump(mode="json"), "cgf1_threshold": SCORE_THRESHOLD, **(settings or {})},
-        notes=notes,
+        notes=all_notes,
         thresholds=thresholds,
         sweep=sweep,
-        curves=evaluation_curves(found.evaluation),
-        units=units,
-        evaluation=found.evaluation,
-        predictions=results.predictions,
-        presence=results.presence,
-        ground_truth=coco,
+        curves=evaluation_curves(found),
+        matches=matches,
+        predictions=predictions,
+        truth=truth,
         split_dir=split_dir,
         seconds=seconds,
         faults=faults,
     )
 
 
-def _false_alarms(
-    coco: Mapping[str, Any], presence: PresenceTable, results: SplitResults, thresholds: Mapping[int, float]
-) -> tuple[set[Pair], list[Pair]]:
-    """(image, category) pairs with a detection, and the pairs whose category is absent from the image."""
-    alarms = {
-        (p["image_id"], p["category_id"]) for p in results.predictions if p["score"] >= thresholds[p["category_id"]]
-    }
-    pairs = [(image["id"], category["id"]) for image in coco["images"] for category in coco["categories"]]
-    return alarms, [pair for pair in pairs if pair not in presence]
+def _share(is_so: np.ndarray, among: np.ndarray) -> float | None:
+    """The share of those `among` that are so; None if there are none."""
+    num = int(among.sum())
+    return int((is_so & among).sum()) / num if num else None
 
 
-def _share(verdicts: Sequence[bool]) -> float | None:
-    return sum(verdicts) / len(verdicts) if verdicts else None
-
-
-def _notes(truth: SplitTruth, num_ground_truth: int, right: Sequence[bool], absent: Sequence[Pair] | None) -> list[str]:
+def _notes(
+    matches: SplitMatches, num_ground_truth: int, presence_accuracy: float | None, num_absent: int | None
+) -> list[str]:
     notes = []
     if num_ground_truth == 0:
         notes.append("map is null: the split has no object with a mask")
-    if not right:
+    if presence_accuracy is None:
         notes.append("presence_accuracy is null: nothing could be asked, or the results carry no presence")
-    if absent is None:
+    if num_absent is None:
         notes.append("off_prompt_fpr is null: absence is not annotated (data.exhaustive is false)")
-    elif not absent:
+    elif not num_absent:
         notes.append("off_prompt_fpr is null: every image shows every category")
-    if truth.num_without_mask:
+    if matches.num_without_mask:
         notes.append(
-            f"{truth.num_without_mask} object(s) have a box and no mask: detections there count neither as right nor "
+            f"{matches.num_without_mask} object(s) have a box and no mask: detections there count neither as right nor "
             "as wrong in mask mAP, and their images not in cgF1 of their category"
         )
     return notes

@@ -172,11 +172,11 @@ def _category_pictures(
     base = results[0]
     if base.split_dir is None:
         return [], []
-    ids = {category["name"]: category["id"] for category in base.ground_truth["categories"]}
-    names = sorted(ids, key=lambda name: -base.per_category[name].num_ground_truth)
+    columns = {category.name: column for column, category in enumerate(base.truth.categories)}
+    names = sorted(columns, key=lambda name: -base.per_category[name].num_ground_truth)
     per_category = per_category if len(names) * per_category <= max_pictures else 1
     gallery = Gallery(results, (1 + len(results)) * min(max_pictures, len(names) * per_category))
-    chosen = {name: most_different_images(ids[name], gallery.counts, per_category) for name in names}
+    chosen = {name: most_different_images(columns[name], gallery.counts, per_category) for name in names}
     shown = [name for name in names if chosen[name]][:max_pictures]
-    pictures = [(name, [gallery.picture(image, ids[name]) for image in chosen[name]]) for name in shown]
+    pictures = [(name, [gallery.picture(image, columns[name]) for image in chosen[name]]) for name in shown]
     return pictures, [name for name in names if name not in shown]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -13,9 +12,9 @@ import cv2
 import numpy as np
 
 from sam3lora.data.images import read_image
+from sam3lora.evaluation.metrics.cgf1_units import count_units
 from sam3lora.evaluation.metrics.measure import SplitMetrics
-from sam3lora.evaluation.metrics.ranking import MatchCounts, count_matches, sum_categories
-from sam3lora.evaluation.split_results import Pair
+from sam3lora.evaluation.metrics.ranking import MatchCounts, PairCounts
 from sam3lora.inference.drawing import (
     ADAPTER_RGB,
     BASE_RGB,
@@ -67,59 +66,71 @@ class Gallery:
     num_panels: int
 
     def __post_init__(self) -> None:
-        truth = self.results[0].ground_truth
-        self.images = {image["id"]: image for image in truth["images"]}
-        self.names = {category["id"]: category["name"] for category in truth["categories"]}
-        self._labels = _by_image(truth["annotations"])
-        self._found = [
-            _by_image(p for p in result.predictions if p["score"] >= result.thresholds[p["category_id"]])
+        self._truth = self.results[0].truth
+        self.names = {category.id: category.name for category in self._truth.categories}
+        self._ids = list(self.names)
+
+    @cached_property
+    def counts(self) -> list[PairCounts]:
+        """For each model: right, wrong and missed, of every category in every image."""
+        return [
+            PairCounts.of(count_units(result.matches.units, np.array(list(result.thresholds.values()))))
             for result in self.results
         ]
 
     @cached_property
-    def counts(self) -> list[dict[Pair, MatchCounts]]:
-        """For each model: (image id, category id) -> right, wrong and missed."""
-        return [count_matches(result.units, result.thresholds) for result in self.results]
+    def totals(self) -> list[list[MatchCounts]]:
+        """For each model: right, wrong and missed in each image."""
+        return [counts.images() for counts in self.counts]
 
-    @cached_property
-    def totals(self) -> list[dict[int, MatchCounts]]:
-        """For each model: image id -> right, wrong and missed."""
-        return [sum_categories(counts) for counts in self.counts]
+    def file_name(self, image: int) -> str:
+        """The name of an image, by its position."""
+        return self._truth.index.table.column("file_name")[image].as_py()
 
-    def picture(self, image_id: int, category_id: int | None = None) -> Picture:
-        """An image with the labels and each model's detections, of one category or of all.
+    def picture(self, image: int, category: int | None = None) -> Picture:
+        """An image with the labels and each model's detections, of one category or of all; both by their positions.
 
         Raises:
             ImageError: The image can no longer be read.
         """
-        pixels = self._pixels(image_id)
-        panels = [self._panel(pixels, image_id, category_id, None)]
-        panels += [self._panel(pixels, image_id, category_id, model) for model in range(len(self.results))]
-        return Picture(self.images[image_id]["file_name"], panels)
+        pixels = self._pixels(image)
+        panels = [self._panel(pixels, image, category, None)]
+        panels += [self._panel(pixels, image, category, model) for model in range(len(self.results))]
+        return Picture(self.file_name(image), panels)
 
-    def detections(self, image_id: int, category_id: int, model: int, title: str) -> Picture:
+    def detections(self, image: int, category: int, model: int, title: str) -> Picture:
         """The detections of one model, by its position, for a category, without the labels."""
-        return Picture(title, [self._panel(self._pixels(image_id), image_id, category_id, model)])
+        return Picture(title, [self._panel(self._pixels(image), image, category, model)])
 
-    def _pixels(self, image_id: int) -> np.ndarray:
-        image = self.images[image_id]
-        return read_image(image["path"], expected_size_hw=(image["height"], image["width"]))
+    def _pixels(self, image: int) -> np.ndarray:
+        record = self._truth.index.record(image)
+        return read_image(record["path"], expected_size_hw=(record["height"], record["width"]))
 
-    def _panel(self, pixels_HW3: np.ndarray, image_id: int, category_id: int | None, model: int | None) -> Panel:
-        by_image = self._labels if model is None else self._found[model]
-        entries = [e for e in by_image[image_id] if category_id is None or e["category_id"] == category_id]
+    def _panel(self, pixels_HW3: np.ndarray, image: int, category: int | None, model: int | None) -> Panel:
+        entries = self._entries(image, model)
+        if category is not None:
+            entries = [entry for entry in entries if entry["category_id"] == self._ids[category]]
         if model is None:
             kind: Kind = "labels"
             caption = f"labels: {len(entries) or 'none'}"
         else:
             label = self.results[model].label
             kind = "base" if label == "base" else "adapter"
-            of_image, of_pair = self.totals[model].get(image_id), self.counts[model].get((image_id, category_id or 0))
-            caption = f"{label}: {describe((of_image if category_id is None else of_pair) or MatchCounts())}"
-        names = self.names if category_id is None else dict.fromkeys(self.names, "")
+            counts = self.totals[model][image] if category is None else self.counts[model].pair(image, category)
+            caption = f"{label}: {describe(counts)}"
+        names = self.names if category is None else dict.fromkeys(self.names, "")
         drawn = draw_panel(pixels_HW3, entries, names, COLOURS_RGB[kind], panel_side_px(self.num_panels))
         height, width = drawn.shape[:2]
         return Panel(kind, caption, (height, width), encode_within(drawn, _BUDGET_BYTES // max(1, self.num_panels)))
+
+    def _entries(self, image: int, model: int | None) -> list[dict[str, Any]]:
+        """The labels of an image, or a model's detections at its thresholds."""
+        image_id = self._truth.image_ids[image]
+        if model is None:
+            return self._truth.annotations_of(image_id)
+        result = self.results[model]
+        found = [] if result.predictions is None else result.predictions.of_image(image_id)
+        return [entry for entry in found if entry["score"] >= result.thresholds[entry["category_id"]]]
 
 
 def threshold_texts(results: Sequence[SplitMetrics]) -> str:
@@ -188,10 +199,3 @@ def _resized(marked: Marked, size_wh: tuple[int, int]) -> Marked:
         # An object smaller than a pixel stays visible: its pixel of greatest coverage is drawn.
         resized_HW[top:bottom, left:right] = coverage >= min(_VISIBLE * 255, coverage.max())
     return Marked(label, resized_HW)
-
-
-def _by_image(entries: Iterable[Mapping[str, Any]]) -> defaultdict[int, list[Mapping[str, Any]]]:
-    grouped = defaultdict(list)
-    for entry in entries:
-        grouped[entry["image_id"]].append(entry)
-    return grouped

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,9 @@ def _make_folder(path: str | Path) -> Path:
 
 def _write_model(metrics: SplitMetrics, folder: Path) -> None:
     _write_json(folder / "metrics.json", metrics.to_dict())
-    _write_json(folder / "predictions.json", metrics.predictions, indent=None)
+    if metrics.predictions is not None:
+        with _told(folder / "predictions.json"):
+            metrics.predictions.write(folder / "predictions.json")
 
 
 def _write_json(path: Path, values: Any, indent: int | None = 2) -> None:
@@ -139,8 +142,15 @@ def _write_json(path: Path, values: Any, indent: int | None = 2) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    try:
+    with _told(path):
         write_whole(path, text)
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """What the system refuses, as a mistake of the user."""
+    try:
+        yield
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror}): choose another --output") from None
 
@@ -184,10 +194,10 @@ def record_best_threshold(metrics: SplitMetrics, adapter: str | Path, *, per_pro
         raise UserError(f"{metrics.label}: no threshold was saved, because no detection is right at any threshold")
     thresholds = {}
     if per_prompt:
-        for category in metrics.ground_truth["categories"]:
-            curve = sweep.per_category.get(category["id"])
+        for category in metrics.truth.categories:
+            curve = sweep.per_category.get(category.id)
             if curve is not None and curve.best_threshold is not None:
-                thresholds[category["prompt"]] = curve.best_threshold
+                thresholds[category.prompt] = curve.best_threshold
     measured = PostProcessing(**{name: metrics.settings[name] for name in PostProcessing.model_fields})
     record_post_processing(adapter, measured.changed(threshold=sweep.best_threshold, prompt_thresholds=thresholds))
     own = "".join(f", {prompt}: {value:.2f}" for prompt, value in thresholds.items())

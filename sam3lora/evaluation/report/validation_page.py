@@ -53,7 +53,7 @@ def render_validation_report(
     chooser = max(range(len(results)), key=lambda model: results[model].map or 0.0)
     totals = gallery.totals[chooser]
     worst, best = worst_images(totals, num_worst), best_images(totals, num_best)
-    alarms = false_alarms(results[chooser].ground_truth, results[chooser].predictions, results[chooser].thresholds)
+    alarms = false_alarms(results[chooser].matches.table.best_score_IC, results[chooser].is_alarm_IC)
     has_images = results[0].split_dir is not None
     return render_page(
         "validation_report.html.j2",
@@ -124,14 +124,19 @@ def _section(result: SplitMetrics, gallery: Gallery, model: int) -> ModelSummary
     if result.sweep is not None:
         charts.append(_threshold_chart(result, result.settings["threshold"]))
     charts += _histograms(result)
-    total = sum(gallery.totals[model].values(), MatchCounts())
     categories = sorted(result.per_category.items(), key=lambda item: -item[1].num_ground_truth)
-    return ModelSummary(result.label, summary_sentence(result, total), threshold_advice(result), charts, categories)
+    return ModelSummary(
+        result.label,
+        summary_sentence(result, gallery.counts[model].total()),
+        threshold_advice(result),
+        charts,
+        categories,
+    )
 
 
-def _alarm(gallery: Gallery, model: int, image_id: int, category_id: int) -> Picture:
-    name, file_name = gallery.names[category_id], gallery.images[image_id]["file_name"]
-    return gallery.detections(image_id, category_id, model, f"prompt “{name}” in {file_name}")
+def _alarm(gallery: Gallery, model: int, image: int, category: int) -> Picture:
+    name = gallery.results[model].truth.categories[category].name
+    return gallery.detections(image, category, model, f"prompt “{name}” in {gallery.file_name(image)}")
 
 
 def _precision_recall(results: Sequence[SplitMetrics]) -> Markup | None:

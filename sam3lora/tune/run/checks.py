@@ -11,7 +11,7 @@ from sam3lora.data.fault_report import faults_as_reason
 from sam3lora.data.split_files import SplitFiles, find_split, missing_split
 from sam3lora.errors import UserError
 from sam3lora.evaluation.ask.run import asked_categories
-from sam3lora.evaluation.metrics.ground_truth import build_ground_truth
+from sam3lora.evaluation.metrics.ground_truth import SplitTruth
 from sam3lora.evaluation.metrics.measure import measure_split
 from sam3lora.evaluation.split_results import SplitResults
 from sam3lora.training.datasets import RunData, load_run_data
@@ -73,9 +73,7 @@ def why_undefined(metric: str, index: CocoIndex, config: Config) -> str | None:
     settings = evaluation_settings(config)
     index = index.select_rows(range(len(index))[: settings.num_samples])
     categories = asked_categories(index, settings)
-    image_ids = index.table.column("image_id").to_pylist()
-    silent = SplitResults(presence={(image, category.id): 0.0 for image in image_ids for category in categories})
-    found = measure_split(build_ground_truth(index, categories), silent, exhaustive=config.data.exhaustive)
+    found = measure_split(SplitTruth(index, categories), SplitResults(), exhaustive=config.data.exhaustive)
     if getattr(found, metric) is not None:
         return None
     return "; ".join(note for note in found.notes if metric in note.split(":")[0]) or "; ".join(found.notes)

@@ -79,7 +79,7 @@ def measured(run, monkeypatch):
 
         monkeypatch.setattr(validator, name, call)
 
-    for name in ("ask_split", "measure_split"):
+    for name in ("ask_split", "measure_matches"):
         spy(name)
 
     def make(*overrides):
@@ -98,7 +98,14 @@ def test_num_samples_limits_the_measured_images(measured):
 def test_validation_while_training_detects_as_configured(measured):
     # mAP has no score cut: the threshold counts false alarms, and says what may be merged
     calls = measured(*(f"evaluation.{key}={json.dumps(value)}" for key, value in CHANGED.items()))
-    assert calls["ask_split"][1]["post"] == calls["measure_split"][1]["post"] == PostProcessing(**CHANGED)
+    matchers = [calls[name][0][2] for name in ("ask_split", "measure_matches")]
+    assert [matcher.post for matcher in matchers] == [PostProcessing(**CHANGED)] * 2
+
+
+@acts("evaluation.lowest_score")
+@pytest.mark.parametrize(("overrides", "lowest"), [((), 0), (("evaluation.lowest_score=0.02",), 0.02)])
+def test_lowest_score_is_what_is_asked_for(measured, overrides, lowest):
+    assert measured(*overrides)["ask_split"][1]["lowest_score"] == lowest
 
 
 @acts("evaluation.nms", "evaluation.prompt_thresholds")
