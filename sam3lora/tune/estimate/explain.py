@@ -12,6 +12,7 @@ from rich.table import Table
 
 from sam3lora.cluster import ray_session
 from sam3lora.data.split_files import required_split
+from sam3lora.errors import UserError
 from sam3lora.tune.estimate.sweep_cost import print_cost, print_vision
 from sam3lora.tune.run.capacity import Concurrency, choose_concurrency, local_concurrency
 from sam3lora.tune.run.checks import checked_data_dir, held_out_split
@@ -82,10 +83,13 @@ def _print_subject(space: SearchSpace, data_dir: Path | None, console: Console) 
     if data_dir is None:
         console.print("Data        not named yet: --data-dir DIR, the folder that holds train/ and valid/")
         return
-    held_out = held_out_split(space)
     at_end = "no split is held out: the best value is an optimistic one"
-    if held_out is not None:
-        at_end = f"base and best are measured on {held_out.name}/ at the end"
+    try:
+        held_out = held_out_split(space)
+        if held_out is not None:
+            at_end = f"base and best are measured on {held_out.name}/ at the end"
+    except UserError as error:
+        at_end = f"{at_end} ({error})"
     train, valid = (
         required_split(data_dir, split, base.data.annotation_file).name
         for split in (base.data.train_split, base.data.valid_split)

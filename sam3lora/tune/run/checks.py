@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 from sam3lora.config import Config
@@ -17,8 +16,6 @@ from sam3lora.evaluation.split_results import SplitResults
 from sam3lora.training.datasets import RunData, load_run_data
 from sam3lora.training.validator import evaluation_settings
 from sam3lora.tune.space.search_space import SearchSpace
-
-logger = logging.getLogger(__name__)
 
 _ANY_RESOLUTION = 1008
 
@@ -57,15 +54,11 @@ def checked_data_dir(space: SearchSpace) -> Path:
 
 
 def held_out_split(space: SearchSpace) -> SplitFiles | None:
-    """The split that is measured at the end, if there is one; one that cannot be used is logged."""
+    """The split that is measured at the end, if there is one; UserError if it cannot be read."""
     split, config = space.search.held_out_split, space.base
     if split is None or config.training.data_dir is None:
         return None
-    try:
-        return find_split(config.training.required_data_dir().absolute(), split, config.data.annotation_file)
-    except UserError as error:  # a fault in these images must not cost the results of the sweep
-        logger.warning("the held-out split %s cannot be measured: %s", split, error)
-        return None
+    return find_split(config.training.required_data_dir().absolute(), split, config.data.annotation_file)
 
 
 def why_undefined(metric: str, index: CocoIndex, config: Config) -> str | None:

@@ -90,10 +90,10 @@ def _held_out(
     On a cluster a Ray worker measures it, as the driver's host may have no GPU.
     """
     on_cluster = bool(address or os.environ.get("RAY_ADDRESS"))
-    split = held_out_split(space)
-    if split is None:
-        return None
     try:
+        split = held_out_split(space)
+        if split is None:
+            return None
         return measure_held_out(
             split,
             ledger.folder(base.number) / "best" if base else None,
@@ -104,8 +104,8 @@ def _held_out(
             address=address,
         )
     except (UserError, RuntimeError) as error:  # a fault in these images must not cost the results of the sweep
-        logger.warning("the held-out split %s was not measured: %s", split, error)
-        return {"split": split.name, "failure": str(error)}
+        logger.warning("the held-out split %s was not measured: %s", space.search.held_out_split, error)
+        return {"split": space.search.held_out_split, "failure": str(error)}
 
 
 def measure_held_out(
