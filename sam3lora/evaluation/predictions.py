@@ -68,16 +68,31 @@ class Predictions:
     def of_image(self, image_id: int) -> list[dict[str, Any]]:
         return json.loads(b"[%b]" % self._text(image_id))
 
-    def write(self, path: Path) -> None:
-        """Write `predictions.json`, a list of COCO results."""
+    def write(
+        self, path: Path, image_ids: Mapping[int, Any] | None = None, category_ids: Mapping[int, Any] | None = None
+    ) -> None:
+        """Write `predictions.json`, a list of COCO results.
+
+        The maps hold ids that the annotation file writes in another way than the index numbers them.
+        """
         with whole_file(path) as scratch, scratch.open("wb") as file:
             file.write(b"[")
             separator = b""
             for image_id in self._image_ids:
-                if text := self._text(image_id):
+                text = self._text(image_id)
+                if text and (image_ids or category_ids):
+                    text = self._text_with_ids(image_id, image_ids or {}, category_ids or {})
+                if text:
                     file.write(separator + text)
                     separator = b", "
             file.write(b"]\n")
+
+    def _text_with_ids(self, image_id: int, image_ids: Mapping[int, Any], category_ids: Mapping[int, Any]) -> bytes:
+        results = self.of_image(image_id)
+        for result in results:
+            result["image_id"] = image_ids.get(image_id, image_id)
+            result["category_id"] = category_ids.get(result["category_id"], result["category_id"])
+        return json.dumps(results, ensure_ascii=False)[1:-1].encode()
 
     def _text(self, image_id: int) -> bytes:
         start, size = self._places.get(image_id, (0, 0))

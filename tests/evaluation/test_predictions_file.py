@@ -8,6 +8,7 @@ import pytest
 
 from sam3lora.errors import UserError
 from sam3lora.evaluation.ask.predictions_file import evaluate_predictions
+from sam3lora.evaluation.report.saving import save_validation
 from sam3lora.evaluation.settings import EvaluationSettings
 
 from .splits import result, write_split
@@ -152,3 +153,23 @@ def test_ids_are_those_of_the_file_in_any_spelling(tmp_path):
         json.dumps([result(0, 1, 10, 0.9) | {"image_id": "frame-a"}, result(1, 2, 10, 0.9) | {"image_id": 2**70}])
     )
     assert evaluate_predictions(file, split, EvaluationSettings()).map == pytest.approx(1)
+
+
+def test_results_are_written_with_the_ids_of_the_file(tmp_path):
+    split = write_split(tmp_path / "valid", [(0, 1, 10), (1, 2, 10)], {1: "crack", 2: "hole"})
+    source = split / "_annotations.coco.json"
+    content = json.loads(source.read_text())
+    for entry in content["images"]:
+        entry["id"] = f"00{entry['id']}"
+    for entry in content["annotations"]:
+        entry |= {"image_id": f"00{entry['image_id']}", "category_id": f"c{entry['category_id']}"}
+    for entry in content["categories"]:
+        entry["id"] = f"c{entry['id']}"
+    source.write_text(json.dumps(content))
+    entries = [result(i, i + 1, 10, 0.9) | {"image_id": f"00{i}", "category_id": f"c{i + 1}"} for i in range(2)]
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps(entries))
+    found = evaluate_predictions(file, split, EvaluationSettings())
+    assert found.map == pytest.approx(1)
+    save_validation([found], tmp_path / "report")
+    assert json.loads((tmp_path / "report/predictions.json").read_text()) == entries

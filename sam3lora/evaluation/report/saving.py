@@ -134,7 +134,8 @@ def _write_model(metrics: SplitMetrics, folder: Path) -> None:
     _write_json(folder / "metrics.json", metrics.to_dict())
     if metrics.predictions is not None:
         with _told(folder / "predictions.json"):
-            metrics.predictions.write(folder / "predictions.json")
+            index = metrics.truth.index
+            metrics.predictions.write(folder / "predictions.json", index.image_ids.written, index.category_ids.written)
 
 
 def _write_json(path: Path, values: Any, indent: int | None = 2) -> None:
