@@ -196,9 +196,12 @@ def _index(config: Config, split: SplitFiles) -> CocoIndex:
 def _with_queries(index: CocoIndex, settings: DecodeSettings) -> CocoIndex:
     rows = rows_with_queries(index.table, settings)
     if not rows:
+        advice = "no object of the chosen categories and no negative prompt. Check data.categories, or list "
+        advice += "data.negative_prompts"
+        if index.faults.count("all_crowd"):
+            advice = "all of its labels are crowd regions (iscrowd), which hold no object to find"
         raise UserError(
-            f"{index.source}: no image has a query: no object of the chosen categories and no negative prompt. "
-            "Check data.categories, or list data.negative_prompts"
+            f"{index.source}: no image has a query: {advice}"
             + faults_as_reason(split_faults(Path(index.source).parent.name, index.faults))
         )
     if len(rows) < len(index):

@@ -174,7 +174,7 @@ def times_done(output: Path) -> Counter[str]:
 def test_killed_half_way_and_started_again_it_finishes(ray_address, small_base, tmp_path):
     images, output = draw_images(tmp_path / "images", 200), tmp_path / "out"
     command = ["--input", str(images), "--output", str(output), "--prompt", *PROMPTS, "--model", str(small_base)]
-    options = ["--batch_size", "2", "--threshold", "0", "--nms_iou", "1", "--max-detections", "3", "--address"]
+    options = ["--batch_size", "2", "--threshold", "0", "--nms", "none", "--max-detections", "3", "--address"]
     first = subprocess.Popen([sys.executable, str(REPOSITORY / "jobs" / "predict.py"), *command, *options, ray_address])
     try:
         wait_until(lambda: num_parts(output) >= 3 or first.poll() is not None)
