@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from sam3lora.data import index_cache
-from sam3lora.data.coco_file import parse_json, read_coco_file
+from sam3lora.data.coco_file import read_coco_file
 from sam3lora.data.faults import NOTE, FaultLog
 from sam3lora.data.ids import IdTable
 from sam3lora.data.image_files import ImageFiles
@@ -129,12 +129,6 @@ def merge_names(indexes: Iterable[CocoIndex]) -> tuple[str, ...]:
         for name in index.names:
             names.setdefault(prompt_key(name), name)
     return tuple(names.values())
-
-
-def load_coco_json(source: Path) -> dict[str, Any]:
-    """All of a small annotation file as Python objects. Raises UserError as `read_coco_file` does."""
-    read_coco_file(source)
-    return parse_json(source, source.read_bytes())
 
 
 @contextlib.contextmanager

@@ -114,12 +114,22 @@ def _read_bytes(source: Path) -> bytes:
         raise UserError(f"cannot read {source}: {error.strerror}") from None
 
 
-def _parse_leniently(source: Path, data: bytes) -> CocoFile:
-    """What Python's own parser makes of a file: with NaN, numbers of any size, and entries that are not objects."""
+def load_coco_json(source: Path) -> dict[str, Any]:
+    """All of a small annotation file as Python objects. Raises UserError as `read_coco_file` does."""
+    return _parse_to_objects(source, _read_bytes(source))
+
+
+def _parse_to_objects(source: Path, data: bytes) -> dict[str, Any]:
     raw = parse_json(source, data)
     missing = [key for key in LISTS if not isinstance(raw, dict) or not isinstance(raw.get(key), list)]
     if missing:
         raise UserError(f"{source} is not a COCO file: expected lists {', '.join(LISTS)}, without {', '.join(missing)}")
+    return raw
+
+
+def _parse_leniently(source: Path, data: bytes) -> CocoFile:
+    """What Python's own parser makes of a file: with NaN, numbers of any size, and entries that are not objects."""
+    raw = _parse_to_objects(source, data)
     return CocoFile(
         [ImageEntry(**_fields(entry, ImageEntry)) for entry in raw["images"]],
         [_annotation_entry(entry) for entry in raw["annotations"]],

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sam3lora.config.post_processing import PostProcessing
-from sam3lora.data.coco import load_coco_json
+from sam3lora.data.coco_file import load_coco_json
 from sam3lora.errors import UserError
 from sam3lora.evaluation.ask.run import ask_batches, progress_of
 from sam3lora.evaluation.ask.worker import Models, ModelWorker, adapter_of

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sam3lora.config import Config
-from sam3lora.data.coco import load_coco_json
+from sam3lora.data.coco_file import count_listed_images
 from sam3lora.data.split_files import required_split
 from sam3lora.errors import RunFailed
 from sam3lora.model.staged.trunk import unchanged_layers
@@ -54,7 +54,7 @@ def _num_images(space: SearchSpace, data_dir: Path) -> int:
     data = space.base.data
     splits = (data.train_split, data.valid_split)
     files = {required_split(data_dir, split, data.annotation_file).annotation_file for split in splits}
-    return sum(len(load_coco_json(file)["images"]) for file in files)
+    return sum(map(count_listed_images, files))
 
 
 def print_cost(space: SearchSpace, proposals: list[Proposal], concurrency: Concurrency, console: Console) -> None:
