@@ -31,7 +31,7 @@ def split_faults(
     """
     units = dict.fromkeys(IMAGES_LEFT_OUT, "images") | dict.fromkeys(LABELS_LEFT_OUT, labels)
     kept = [fault for fault in faults if fault.level in levels]
-    kept.sort(key=lambda fault: (LEVELS.index(fault.level), -fault.count))
+    kept.sort(key=lambda fault: (*_rank(fault.kind, fault.level), -fault.count))
     return [{"split": split, **fault.to_dict(), "leaves_out": units.get(fault.kind)} for fault in kept]
 
 
@@ -121,7 +121,12 @@ def _by_kind(faults: Iterable[SplitFault]) -> list[list[SplitFault]]:
     kinds: dict[str, list[SplitFault]] = defaultdict(list)
     for fault in faults:
         kinds[fault["kind"]].append(fault)
-    return sorted(kinds.values(), key=lambda of_kind: LEVELS.index(of_kind[0]["level"]))
+    return sorted(kinds.values(), key=lambda of_kind: _rank(of_kind[0]["kind"], of_kind[0]["level"]))
+
+
+def _rank(kind: str, level: str) -> tuple[int, bool]:
+    """What is left out because of another fault comes after all that are."""
+    return LEVELS.index(level), kind == "left_out_label"
 
 
 def _line(of_kind: Sequence[SplitFault]) -> str:
