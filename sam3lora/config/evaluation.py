@@ -8,6 +8,10 @@ from pydantic import Field, model_validator
 
 from .post_processing import PostProcessing, PostProcessingFields
 
+LOWEST_THRESHOLD = 0.05  # no useful threshold is lower
+EXACT_UP_TO_PAIRS = 4_000  # of image and prompt, on which detections of any score are measured
+LOW_SCORE = 0.001  # of the lowest detections that are measured on more
+
 
 class EvaluationSection(PostProcessingFields):
     """Post-processing, which is recorded with the adapter, and when the adapter is measured."""
@@ -24,10 +28,10 @@ class EvaluationSection(PostProcessingFields):
     base_loss: bool = Field(default=True, description="Measure the validation loss of the base before the first step.")
     num_samples: int | None = Field(default=None, ge=1, description="Measure on the first so many images; None = all.")
 
-    lowest_score: Annotated[float, Field(ge=0, le=0.05)] | Literal["auto"] = Field(
+    lowest_score: Annotated[float, Field(ge=0, le=LOWEST_THRESHOLD)] | Literal["auto"] = Field(
         default="auto",
-        description="Lowest score of a detection that is measured; auto = 0 for up to 4,000 pairs of image and prompt, "
-        "0.001 for more.",
+        description="Lowest score of a detection that is measured; auto = 0 for up to "
+        f"{EXACT_UP_TO_PAIRS:,} pairs of image and prompt, {LOW_SCORE:g} for more.",
     )
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ SLACK_PX = 1.0  # labelling tools round coordinates: a smaller excess is not rep
 AGREEING_IOU = 0.5  # of a box and its mask; below, they disagree
 
 SHARE_SLACK = 1e-3
+_MAX_RLE_SHARE, _SMALL_RLE_PX = 16, 4_000_000  # a mask is decoded to be scaled: a byte for each of its pixels
 _MIN_SIDE_FOR_SHARES = 8  # of an image; a label within one pixel of a smaller one may be meant
 
 BoxXyxy = tuple[float, float, float, float]
@@ -132,6 +134,8 @@ def _clean_rle(
         parts = [read_rle(part) for part in raw]
         if len({tuple(part["size"]) for part in parts}) > 1:
             raise ValueError("its parts differ in size")
+        if any(math.prod(part["size"]) > max(_MAX_RLE_SHARE * math.prod(size_hw), _SMALL_RLE_PX) for part in parts):
+            raise ValueError("it is many times larger than its image")
     except ValueError as error:
         found.add("bad_rle", str(error))
         return None, None

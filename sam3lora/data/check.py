@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from sam3lora.data.coco import ANNOTATION_FILE, CocoIndex
+from sam3lora.data.coco_limits import MAX_DETECTIONS
 from sam3lora.data.faults import FaultLog
 from sam3lora.data.index_columns import object_columns
 from sam3lora.data.inspection import inspect_table
@@ -20,7 +21,6 @@ from sam3lora.errors import UserError
 from sam3lora.progress import Progress
 
 NUM_OBJECT_QUERIES = 200  # of SAM 3's decoder
-MAX_DETECTIONS = 100  # per image and category, of COCO's mAP
 SIZES = ("small", "medium", "large")
 
 
@@ -115,7 +115,7 @@ def _count_objects(name: str, index: CocoIndex) -> CheckedSplit:
     counted = {name: {"images": i, "objects": o} for name, i, o in zip(names, images_of, objects_of, strict=True)}
     report.categories = {name: counted.get(name, {"images": 0, "objects": 0}) for name in index.names}
     for pair in np.flatnonzero(counts > NUM_OBJECT_QUERIES).tolist():
-        image_id = index.table["image_id"][int(rows[pair])]
+        image_id = index.written_id(index.table["image_id"][int(rows[pair])].as_py())
         report.faults.add("many_objects", f"image {image_id}: {counts[pair]} {names[positions[pair]]}")
     report.num_images_above_max_detections = len(np.unique(rows[counts > MAX_DETECTIONS]))
     report.max_objects_per_query = int(counts.max(initial=0))
@@ -127,11 +127,14 @@ def _inspect(index: CocoIndex, report: CheckedSplit, bar: Progress, num_processe
     """Add what files and masks tell to the report; returns the content hash of each file that can be read."""
     digests: dict[str, str] = {}
     image_ids = iter(index.table["image_id"].to_pylist())
+    num_labels = iter(object_columns(index.table).count_per_image().tolist())
     with contextlib.closing(inspect_table(index.table, num_processes=num_processes)) as pieces:
         for piece in pieces:
-            for image, image_id in zip(piece.images, image_ids, strict=False):
+            for image, image_id, number in zip(piece.images, image_ids, num_labels, strict=False):
                 if image.fault:
-                    report.faults.add(image.fault, f"image {image_id} {image.detail}")
+                    report.faults.add(image.fault, f"image {index.written_id(image_id)} {image.detail}")
+                if image.fault == "unreadable_image" and number:
+                    report.faults.add("left_out_label", count=number)
                 if image.digest:
                     digests[image.file_name] = image.digest
             for size, number in zip(SIZES, piece.num_of_size, strict=True):

@@ -67,13 +67,12 @@ class CocoIndex:
             ImageError: A listed image is missing and `on_bad_image` is "stop".
         """
         source = Path(split_dir) / annotation_file
-        folder = source.parent if image_dir is None else Path(image_dir)
+        folder = (source.parent if image_dir is None else Path(image_dir)).absolute()  # a kept index is read anywhere
         with index_cache.kept_index(source, folder) as kept:
-            if kept.table is None:
+            index = _restore(kept, source)
+            if index is None:
                 with _without_garbage_collection():
                     index = _read_index(source, folder, kept)
-            else:
-                index = _restore(kept.table, kept.facts, source)
         _stop_on_missing(index.faults, source, on_bad_image)
         if not len(index) and not allow_empty:
             why = "; ".join(str(fault) for fault in index.faults if fault.level != NOTE) or "the list is empty"
@@ -87,6 +86,10 @@ class CocoIndex:
     def names(self) -> tuple[str, ...]:
         """Distinct names of the categories in use, by ascending id."""
         return tuple(dict.fromkeys(self.category_names.values()))
+
+    def written_id(self, image_id: int) -> Any:
+        """The id of an image as the annotation file writes it."""
+        return self.image_ids.written.get(image_id, image_id)
 
     def record(self, row: int) -> dict[str, Any]:
         return read_record(self.table, row)
@@ -156,8 +159,7 @@ def _read_index(source: Path, folder: Path, kept: index_cache.KeptIndex) -> Coco
     _report_categories(categories.names, used, log)
     names = {number: categories.names[number] for number in sorted(used)}
     index = CocoIndex(table, names, log, str(source), images.ids, categories.ids, categories.names)
-    if not log.count("no_size"):  # those depend on the content of images too
-        kept.save(table, _facts(index), files)
+    kept.save(table, _facts(index), files, images.measured)
     return index
 
 
@@ -172,19 +174,25 @@ def _facts(index: CocoIndex) -> dict[str, Any]:
     }
 
 
-def _restore(table: pa.Table, facts: Mapping[str, Any], source: Path) -> CocoIndex:
+def _restore(kept: index_cache.KeptIndex, source: Path) -> CocoIndex | None:
+    """The kept index; None if there is none, or a damaged one."""
+    if kept.table is None:
+        return None
     log = FaultLog()
-    for kind, count, examples in facts["faults"]:
-        log.add(kind, *examples, count=count)
-    return CocoIndex(
-        table,
-        dict(facts["category_names"]),
-        log,
-        str(source),
-        IdTable.from_json(facts["image_ids"]),
-        IdTable.from_json(facts["category_ids"]),
-        dict(facts["listed_names"]),
-    )
+    try:
+        for kind, count, examples in kept.facts["faults"]:
+            log.add(kind, *examples, count=count)
+        return CocoIndex(
+            kept.table,
+            dict(kept.facts["category_names"]),
+            log,
+            str(source),
+            IdTable.from_json(kept.facts["image_ids"]),
+            IdTable.from_json(kept.facts["category_ids"]),
+            dict(kept.facts["listed_names"]),
+        )
+    except (AssertionError, KeyError, TypeError, ValueError):
+        return None
 
 
 def _stop_on_missing(log: FaultLog, source: Path, on_bad_image: str) -> None:

@@ -14,6 +14,7 @@ import msgspec
 
 from sam3lora.errors import UserError
 
+_MAX_DIGITS = 1000  # of an integer
 LISTS = ("images", "annotations", "categories")
 
 
@@ -39,7 +40,7 @@ class AnnotationEntry(msgspec.Struct, gc=False):
     def to_dict(self) -> dict[str, Any]:
         """All values parsed."""
         values = {name: getattr(self, name) for name in ("id", "image_id", "category_id", "iscrowd")}
-        return values | {"bbox": _parse_text(self.bbox), "segmentation": _parse_text(self.segmentation)}
+        return values | {"bbox": parse_text(self.bbox), "segmentation": parse_text(self.segmentation)}
 
 
 class CocoFile(msgspec.Struct):
@@ -65,6 +66,7 @@ def read_coco_file(source: Path) -> CocoFile:
         UserError: The file is missing, truncated or not COCO. If missing, the message lists the JSON files there.
     """
     data = _read_bytes(source)
+    _refuse_repeated_lists(source, data)
     try:
         return msgspec.json.decode(data, type=CocoFile)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
@@ -94,7 +96,7 @@ def parse_json(source: Path, data: bytes) -> Any:
         UserError: It is not JSON in UTF-8, or nested thousands of lists deep.
     """
     try:
-        return json.loads(data.decode("utf-8-sig"))
+        return json.loads(data.decode("utf-8-sig"), parse_int=_parse_integer)
     except RecursionError:
         raise UserError(f"{source} is nested too deeply to be an annotation file") from None
     except ValueError as error:
@@ -150,6 +152,33 @@ def _fields(entry: Any, kind: type[msgspec.Struct]) -> dict[str, Any]:
     return {name: entry[name] for name in names if name in entry} if isinstance(entry, dict) else {}
 
 
-def _parse_text(text: msgspec.Raw) -> Any:
+def parse_text(text: msgspec.Raw) -> Any:
+    """The value of a text that was left; a str, which is neither a box nor a mask, if it cannot be parsed."""
     data = bytes(text)
-    return json.loads(data) if data else None
+    try:
+        return json.loads(data, parse_int=_parse_integer) if data else None
+    except (ValueError, RecursionError):
+        return "unreadable"
+
+
+def _parse_integer(text: str) -> int | str:
+    """Python converts thousands of digits only if asked to, as it takes long."""
+    return int(text) if len(text) <= _MAX_DIGITS else text
+
+
+def _refuse_repeated_lists(source: Path, data: bytes) -> None:
+    """Parsers take the last of two lists with one name, and drop the other without a word."""
+    if all(data.count(f'"{name}"'.encode()) < 2 for name in LISTS):
+        return
+    names: list[str] = []
+
+    def note(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names[:] = [name for name, _ in pairs]  # in the end those of the outermost object
+        return dict(pairs)
+
+    try:
+        json.loads(data, object_pairs_hook=note, parse_int=_parse_integer)
+    except (ValueError, RecursionError):
+        return  # told by the parser
+    if repeated := [name for name in LISTS if names.count(name) > 1]:
+        raise UserError(f"{source} has the list {repeated[0]!r} twice: join the two, or export the file again")

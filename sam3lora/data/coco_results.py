@@ -14,7 +14,7 @@ from pycocotools import mask as coco_mask
 
 from sam3lora.data.annotations import LabelError, clean_annotation
 from sam3lora.data.coco import CocoIndex
-from sam3lora.data.coco_file import parse_json
+from sam3lora.data.coco_file import parse_json, parse_text
 from sam3lora.data.faults import LOST, FaultLog
 from sam3lora.data.ids import id_key
 from sam3lora.data.masks import decode_mask, encode_segmentation
@@ -84,6 +84,9 @@ def read_results(source: Path, index: CocoIndex, further_categories: Collection[
                 f"{source}: {where} has {key} {getattr(entry, key)!r}, which {index.source} lacks: this is a "
                 "predictions file of another split or data set"
             )
+        if category not in index.listed_names and category not in further_categories:
+            found.faults.add("unknown_category", f"{where}: category {entry.category_id}")
+            continue
         if image not in rows:
             found.faults.add("result_of_unclear_image", f"{where}: image {entry.image_id}")
             continue
@@ -128,9 +131,11 @@ def _with_texts(entry: Any) -> dict[str, Any]:
 def _clean(entry: _Result, size_hw: tuple[int, int], log: FaultLog, where: str) -> dict[str, Any] | None:
     score = entry.score
     if not is_finite(score):
-        log.add("bad_score", f"{where}: {str(score)[:40]}")
+        log.add("bad_score", f"{where}: {repr(score)[:40]}")
         return None
-    raw = {"bbox": json.loads(bytes(entry.bbox)), "segmentation": json.loads(bytes(entry.segmentation))}
+    if not 0 <= score <= 1:
+        log.add("odd_score", f"{where}: {score:g}")
+    raw = {"bbox": parse_text(entry.bbox), "segmentation": parse_text(entry.segmentation)}
     own = FaultLog()
     try:
         clean = clean_annotation(raw, size_hw, own, where)

@@ -101,7 +101,9 @@ def table_rows(faults: Iterable[SplitFault]) -> tuple[list[str], list[FaultRow]]
     for of_kind in _by_kind(faults):
         counts = {fault["split"]: fault["count"] for fault in of_kind}
         examples = [
-            ("" if len(splits) == 1 else f"{fault['split']}: ") + "; ".join(fault["examples"]) for fault in of_kind
+            ("" if len(splits) == 1 else f"{fault['split']}: ") + "; ".join(fault["examples"])
+            for fault in of_kind
+            if fault["examples"]
         ]
         first = of_kind[0]
         rows.append(

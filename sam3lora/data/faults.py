@@ -40,6 +40,11 @@ _COCO_KINDS = {
     "no_size": ("image entry without a usable width and height", "the size is read from the image", NOTE),
     "unused_category": ("category row without any annotation", "not a prompt and not a negative", NOTE),
     "duplicate_category_name": ("several category ids with one name", "treated as one category", NOTE),
+    "unprintable_name": (
+        "category name with line ends or characters that cannot be shown",
+        "they become spaces",
+        CHANGED,
+    ),
     "ambiguous_category_id": ("category id used for several names", "annotations of that id are dropped", LOST),
     "unknown_category": ("annotation of a category that is not listed, or whose id is ambiguous", "dropped", LOST),
     "unknown_image": ("annotation of an image that is not listed", "dropped", LOST),
@@ -86,6 +91,7 @@ _COCO_KINDS = {
 _RESULT_KINDS = {
     "bad_result": ("result that is not an object, or names no image or no category", "left out", LOST),
     "bad_score": ("result whose score is not a number", "left out", LOST),
+    "odd_score": ("result with a score below 0 or above 1", "used as it is", CHANGED),
     "result_without_mask": ("result without a mask of any pixel in the image", "left out", LOST),
     "result_of_unclear_image": ("result of an image that is left out", "left out", LOST),
 }
@@ -114,7 +120,7 @@ _CONVERSION_KINDS = {
         "labels are taken for the stored pixels",
         CHANGED,
     ),
-    "renamed_image": ("image with the same name as another one of its split", "renamed", CHANGED),
+    "renamed_image": ("image with the name of another one of its split, or a name that is no text", "renamed", CHANGED),
     "repeated_label": ("label listed twice", "the copy is dropped", CHANGED),
     "label_size_mismatch": (
         "label file with another image size than its image",
@@ -148,6 +154,8 @@ IMAGES_LEFT_OUT = frozenset(
         "bad_image_entry",
         "broken_source_image",
         "unlabelled_image",
+        "unlisted_image",
+        "incomplete_image",
     )
 )
 LABELS_LEFT_OUT = frozenset(
@@ -162,7 +170,7 @@ LABELS_LEFT_OUT = frozenset(
         "skipped_shape",
         "dropped_crowd",
         "hidden",
-        *_RESULT_KINDS,
+        *(kind for kind, (_, _, level) in _RESULT_KINDS.items() if level == LOST),
     )
 )
 
@@ -202,6 +210,11 @@ class Fault:
         return f"{self.count} x {self.description}: {self.action}{examples}"
 
 
+def _printable(text: str) -> str:
+    """Names from files may hold what moves a terminal's cursor, or cannot be written at all."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
 class FaultLog:
     """Counts faults by kind and keeps the first few examples of each."""
 
@@ -212,7 +225,8 @@ class FaultLog:
         assert kind in KINDS, kind
         fault = self._faults.setdefault(kind, Fault(kind))
         fault.count += count
-        fault.examples = [*fault.examples, *examples][:MAX_EXAMPLES]
+        shown = map(_printable, examples[: MAX_EXAMPLES - len(fault.examples)])
+        fault.examples = [*fault.examples, *shown]
 
     def include(self, faults: Iterable[Fault]) -> None:
         """Add faults that another log has counted."""

@@ -64,7 +64,9 @@ class IdTable:
 
     def alias(self, number: int, other: int) -> None:
         """From now on the id of `number` means `other`."""
-        self._numbers = {key: other if own == number else own for key, own in self._numbers.items()}
+        key = id_key(self.written.get(number, number))
+        assert key is not None
+        self._numbers[key] = other
 
     def _keep(self, key: IdKey, number: int) -> None:
         self._numbers[key] = number

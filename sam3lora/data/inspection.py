@@ -17,11 +17,11 @@ import cv2
 import pyarrow as pa
 
 from sam3lora.cpus import usable_cpus
+from sam3lora.data.coco_limits import SIZE_LIMITS
 from sam3lora.data.images import ImageError, check_image
 from sam3lora.data.masks import mask_area
 from sam3lora.errors import RunFailed
 
-SIZE_LIMITS = (32**2, 96**2)  # between COCO's small, medium and large, in pixels of the original image
 _ROWS, _PIECES_AHEAD = 128, 32
 _ROWS_WORTH_PROCESSES = 2000  # whose inspection takes longer than starting processes
 

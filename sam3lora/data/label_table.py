@@ -90,6 +90,9 @@ class LabelTable:
         self._seen_in_merged: set[tuple[Any, ...]] = set()
         self._emptied: set[tuple[int, int]] = set()  # (row, category) of objects without area
         self._largest_id = 0
+        # By the ids as the file writes them, where these are the numbers that stand for them.
+        self._row_of_id = {n: row for n, row in images.row_of.items() if n not in images.ids.written}
+        self._plain_categories = categories.names.keys() - categories.ids.written.keys()
 
     def add(self, entries: Sequence[AnnotationEntry]) -> None:
         """Clean all annotations of the file."""
@@ -161,15 +164,15 @@ class LabelTable:
         return batch if len(left) == len(rows) else batch.take(pa.array(left, type=pa.int64()))
 
     def _add_chunk(self, entries: Sequence[AnnotationEntry], start: int) -> None:
-        images, names = self._images, self._categories.names
-        rows = [images.row_of.get(e.image_id, -1) if type(e.image_id) is int else -1 for e in entries]
+        images = self._images
+        rows = [self._row_of_id.get(e.image_id, -1) if type(e.image_id) is int else -1 for e in entries]
         simple = [
             number
             for number, (entry, row) in enumerate(zip(entries, rows, strict=True))
             if row >= 0
             and row not in images.merged
             and type(entry.category_id) is int
-            and entry.category_id in names
+            and entry.category_id in self._plain_categories
             and type(entry.id) is int
             and 0 <= entry.id < _MAX_ID
             and entry.id not in self._repeated

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from sam3lora.data.faults import FaultLog
 from sam3lora.data.ids import IdTable, id_key
 from sam3lora.data.image_files import ImageFiles
 from sam3lora.data.images import MAX_MEGAPIXELS, ImageError, read_size
-from sam3lora.data.prompts import prompt_key
+from sam3lora.data.prompts import plain_name, prompt_key
 from sam3lora.errors import UserError
 
 
@@ -28,6 +29,8 @@ class ListedImages:
     row_of: dict[int, int] = field(default_factory=dict)
     unclear: set[int] = field(default_factory=set)
     """Rows of which it is not known what they show."""
+    measured: list[str] = field(default_factory=list)
+    """Files whose size was read, because the entry has none."""
     merged: set[int] = field(default_factory=set)
     """Rows of files that are listed several times."""
 
@@ -55,18 +58,23 @@ def read_images(entries: Sequence[ImageEntry], files: ImageFiles, log: FaultLog)
         if path is None:
             log.add("missing_image", where)
             continue
-        size_hw = _read_size(entry, path, log, where)
+        size_hw = _listed_size(entry)
+        if size_hw is None:
+            log.add("no_size", where)
+            images.measured.append(path)
+            size_hw = _measure(path, log, where)
         if size_hw is None:
             continue
-        if path in row_of_path:
-            row = row_of_path[path]
+        plain_path = os.path.normpath(path)  # "./a.jpg" is "a.jpg"
+        if plain_path in row_of_path:
+            row = row_of_path[plain_path]
             log.add("duplicate_file_name", f"{where} and {images.label(row)}")
             images.merged.add(row)
             images.ids.alias(number, images.numbers[row])
             if size_hw != images.sizes_hw[row]:
                 images.unclear.add(row)
         else:
-            row = row_of_path[path] = len(images.numbers)
+            row = row_of_path[plain_path] = len(images.numbers)
             images.numbers.append(number)
             images.paths.append(path)
             images.file_names.append(entry.file_name)
@@ -91,7 +99,7 @@ def _listed_images(entries: Sequence[ImageEntry], images: ListedImages, log: Fau
             continue
         number = images.ids.find(entry.id)
         assert number is not None
-        if listed[number].file_name == name:
+        if listed[number].file_name == name and _listed_size(listed[number]) == _listed_size(entry):
             log.add("duplicate_image_id", where)
         else:
             log.add(
@@ -109,12 +117,16 @@ def _is_text(name: str) -> bool:
         return False
 
 
-def _read_size(entry: ImageEntry, path: str, log: FaultLog, where: str) -> tuple[int, int] | None:
-    """(height, width) as listed, else as the image's header says."""
+def _listed_size(entry: ImageEntry) -> tuple[int, int] | None:
+    """(height, width) of an entry; None if it has none that an image can have."""
     height, width = (id_key(value) for value in (entry.height, entry.width))
     if isinstance(height, int) and isinstance(width, int) and 0 < height * width <= MAX_MEGAPIXELS * 1e6 and height > 0:
         return height, width
-    log.add("no_size", where)
+    return None
+
+
+def _measure(path: str, log: FaultLog, where: str) -> tuple[int, int] | None:
+    """(height, width) as the image's header says."""
     try:
         return read_size(path)
     except ImageError:
@@ -133,9 +145,12 @@ def read_categories(entries: Sequence[Any], source: Path, log: FaultLog) -> List
     ambiguous: set[int] = set()
     for entry in entries:
         listed, name = (entry.get("id"), entry.get("name")) if isinstance(entry, dict) else (None, None)
-        if id_key(listed) is None or not isinstance(name, str) or not _is_text(name):
+        if id_key(listed) is None or not isinstance(name, str) or not plain_name(name):
             raise UserError(f"{source}: a category needs an id and a name, got {str(entry)[:200]}")
-        name = spelling.setdefault(prompt_key(name), name.strip())
+        plain = plain_name(name)
+        if plain != name.strip():
+            log.add("unprintable_name", f"id {listed}: {plain!r}")
+        name = spelling.setdefault(prompt_key(plain), plain)
         number = categories.ids.add(listed)
         if number is not None:
             categories.names[number] = name

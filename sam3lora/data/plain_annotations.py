@@ -35,7 +35,7 @@ class PlainAnnotations:
 
     is_plain_A: np.ndarray
     boxes_xywh_A4: np.ndarray  # NaN where not plain
-    masks_A: list[bytes | msgspec.Raw | None]
+    masks_A: list[bytes | None]
 
 
 def find_plain(entries: Sequence[AnnotationEntry], sizes_hw_A2: np.ndarray) -> PlainAnnotations:
@@ -55,7 +55,9 @@ def find_plain(entries: Sequence[AnnotationEntry], sizes_hw_A2: np.ndarray) -> P
     rows = np.flatnonzero(has_polygons_A & is_good_A)
     masks_A4[rows], has_mask_A[rows] = _read_polygons([texts[row] for row in rows])
     rows = np.flatnonzero(has_rle_A & is_good_A)
-    masks_A4[rows], has_mask_A[rows] = _read_rles([texts[row] for row in rows], sizes_hw_A2[rows])
+    masks_A4[rows], has_mask_A[rows], rles = _read_rles([texts[row] for row in rows], sizes_hw_A2[rows])
+    for row, rle in zip(rows, rles, strict=True):
+        texts[row] = rle
     has_mask_A &= _is_inside(masks_A4, limits_xy_A2)
     masks_A4 = _clip(masks_A4, limits_xy_A2)
     has_mask_A &= _has_area(masks_A4, limits_xy_A2) & (_iou(clipped_A4, masks_A4) >= AGREEING_IOU)
@@ -67,9 +69,12 @@ def find_plain(entries: Sequence[AnnotationEntry], sizes_hw_A2: np.ndarray) -> P
 
 
 def _compact(raw: msgspec.Raw) -> bytes:
-    """JSON text without space between its tokens; texts in it would lose theirs too, but make no plain mask."""
+    """JSON text without surrounding space, of polygons without any; what is text in them makes no plain mask."""
     text = bytes(raw)
-    return text.translate(None, _SPACE) if b" " in text or b"\n" in text else text
+    if b" " in text or b"\n" in text:
+        text = text.strip(_SPACE)
+        return text.translate(None, _SPACE) if text.startswith(b"[") else text
+    return text
 
 
 def _read_boxes(entries: Sequence[AnnotationEntry]) -> np.ndarray:
@@ -95,14 +100,17 @@ def _read_polygons(texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
     return boxes_A4, is_good_A
 
 
-def _read_rles(texts: Sequence[bytes], sizes_hw_A2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The same for compressed run-length masks."""
+def _read_rles(texts: Sequence[bytes], sizes_hw_A2: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[bytes]]:
+    """The same for compressed run-length masks, and their JSON text without other keys."""
     boxes_A4, is_good_A = np.full((len(texts), 4), np.nan), np.zeros(len(texts), dtype=bool)
+    alone = list(texts)
     for rows, rles in _decode(plain_rles.decoder, texts):
         kept = list(rows)
         if kept:
             boxes_A4[kept], is_good_A[kept] = plain_rles.measure_rles(rles, sizes_hw_A2[kept])
-    return boxes_A4, is_good_A
+            for row, rle in zip(kept, rles, strict=True):
+                alone[row] = msgspec.json.encode(rle)
+    return boxes_A4, is_good_A, alone
 
 
 def _are_usable(polygons: list[list[list[float]]]) -> np.ndarray:

@@ -21,6 +21,17 @@ class Query:
     is_positive: bool = False
 
 
+def plain_name(text: str) -> str:
+    """A name without surrounding space, in which what cannot be shown (line ends, escapes) is a space.
+
+    >>> plain_name(" Red  bolt "), plain_name("ge\\nar")
+    ('Red  bolt', 'ge ar')
+    """
+    if text.isprintable():
+        return text.strip()
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+
+
 def prompt_key(text: str) -> str:
     """Lower-case text with single spaces. Prompts with equal keys are the same to the model's tokenizer.
 

@@ -188,10 +188,12 @@ def no_splits(root: Path, annotation_file: str = ANNOTATION_FILE) -> str:
     """That a folder holds no COCO data set, and what it holds instead."""
     found = ", ".join(sorted(path.name for path in root.iterdir())[:8]) or "nothing"
     others = "" if annotation_file != ANNOTATION_FILE else " and no other COCO file"
-    return (
-        f"no {annotation_file} in {root} or its subfolders{others}; found {found}. Labels of another format are "
-        "converted with sam3lora data convert"
-    )
+    above = root.absolute().parent
+    if root.name == "annotations" or (above / "annotations").is_dir():
+        advice = f"In COCO's layout, name the folder that holds annotations/ and the images: {above}"
+    else:
+        advice = "Labels of another format are converted with sam3lora data convert"
+    return f"no {annotation_file} in {root} or its subfolders{others}; found {found}. {advice}"
 
 
 def subfolders(folder: Path) -> list[Path]:
@@ -271,7 +273,7 @@ def _coco_files(folder: Path) -> list[Path]:
     """COCO instance files in a folder, and in `annotations` within it."""
     found: list[Path] = []
     for place in (folder, folder / "annotations"):
-        files = sorted(place.glob("*.json"))
+        files = sorted(path for path in place.glob("*.json") if path.is_file())  # no pipes or devices
         if len(files) <= _MOST_JSON_FILES:
             found += (path for path in files if not path.name.startswith(_NOT_INSTANCES) and _holds_instances(path))
     return found

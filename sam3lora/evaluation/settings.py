@@ -6,14 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from sam3lora.config.evaluation import EvaluationSection
+from sam3lora.config.evaluation import EXACT_UP_TO_PAIRS, LOW_SCORE, LOWEST_THRESHOLD, EvaluationSection
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.data.coco import ANNOTATION_FILE
 from sam3lora.errors import UserError
-from sam3lora.evaluation.metrics.cgf1_units import SCORE_FLOOR
-
-EXACT_UP_TO_PAIRS = 4_000
-LOW_SCORE = 0.001
 
 
 @dataclass(frozen=True)
@@ -57,10 +53,10 @@ class EvaluationSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} must be positive, got {value}")
-        if self.lowest_score != "auto" and not 0 <= self.lowest_score <= SCORE_FLOOR:
+        if self.lowest_score != "auto" and not 0 <= self.lowest_score <= LOWEST_THRESHOLD:
             raise UserError(
-                f"lowest_score must be auto or between 0 and {SCORE_FLOOR}, got {self.lowest_score}: mAP counts low "
-                "scores too; for counts and pictures use threshold"
+                f"lowest_score must be auto or between 0 and {LOWEST_THRESHOLD}, got {self.lowest_score}: mAP counts "
+                "low scores too; for counts and pictures use threshold"
             )
 
     def changed(self, **changes: Any) -> EvaluationSettings:

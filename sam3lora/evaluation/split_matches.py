@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from sam3lora.config.evaluation import LOWEST_THRESHOLD
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.errors import UserError
-from sam3lora.evaluation.metrics.cgf1_units import SCORE_FLOOR, Units, collect_units
+from sam3lora.evaluation.metrics.cgf1_units import Units, collect_units
 from sam3lora.evaluation.metrics.ground_truth import PromptedCategory, annotations_of_record
 from sam3lora.evaluation.metrics.matching import MatchTable, match_pairs
 from sam3lora.evaluation.split_results import SplitResults, foreign_result
@@ -123,7 +124,7 @@ class Matcher:
         detections = _by_pair(results.predictions, rows, columns, sizes_hw)
         thresholds = self.thresholds
         units = collect_units(
-            annotations, detections, shown_IC.shape, lowest_score=min([SCORE_FLOOR, *thresholds.values()])
+            annotations, detections, shown_IC.shape, lowest_score=min([LOWEST_THRESHOLD, *thresholds.values()])
         )
         return SplitMatches(
             np.array(list(rows), np.int64),

@@ -7,7 +7,6 @@ import logging
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -95,8 +94,8 @@ def load_run_data(config: Config, resolution: int) -> RunData:
     prompt_of = {prompt_key(name): prompt for name, prompt in data.prompts.items()}
     asked = [prompt_of.get(prompt_key(name), name) for name in names]
     return RunData(
-        train=_with_queries(train, settings),
-        valid=_with_queries(valid, valid_settings) if valid else None,
+        train=_with_queries(train, settings, data.train_split),
+        valid=_with_queries(valid, valid_settings, data.valid_split) if valid else None,
         valid_complete=valid,
         train_settings=settings,
         valid_settings=valid_settings,
@@ -193,7 +192,7 @@ def _index(config: Config, split: SplitFiles) -> CocoIndex:
     return index.select_categories(wanted or config.data.categories)
 
 
-def _with_queries(index: CocoIndex, settings: DecodeSettings) -> CocoIndex:
+def _with_queries(index: CocoIndex, settings: DecodeSettings, split: str) -> CocoIndex:
     rows = rows_with_queries(index.table, settings)
     if not rows:
         advice = "no object of the chosen categories and no negative prompt. Check data.categories, or list "
@@ -201,8 +200,7 @@ def _with_queries(index: CocoIndex, settings: DecodeSettings) -> CocoIndex:
         if index.faults.count("all_crowd"):
             advice = "all of its labels are crowd regions (iscrowd), which hold no object to find"
         raise UserError(
-            f"{index.source}: no image has a query: {advice}"
-            + faults_as_reason(split_faults(Path(index.source).parent.name, index.faults))
+            f"{index.source}: no image has a query: {advice}" + faults_as_reason(split_faults(split, index.faults))
         )
     if len(rows) < len(index):
         num_left = len(index) - len(rows)

@@ -136,6 +136,7 @@ def test_shapes_that_are_lost_make_no_negatives(tmp_path):
         "out_of_bounds": 1,
         "unlabelled_image": 1,
         "incomplete_image": 7,
+        "left_out_label": 1,
     }
 
 

@@ -198,7 +198,11 @@ def test_an_image_whose_only_label_is_lost_is_no_negative(tmp_path):
     labels = {"lost": empty, "kept": f"{empty}\n{BOX}", "other": f"{empty}\n1 .5 .5 .5 .5", "negative": ""}
     report = convert_folder(write_set(tmp_path / "in", labels), tmp_path / "out")
     assert {path.name for path in (tmp_path / "out" / "train").glob("*.png")} == {"kept.png", "negative.png"}
-    assert {fault.kind: fault.count for fault in report.faults} == {"empty_object": 3, "incomplete_image": 2}
+    assert {fault.kind: fault.count for fault in report.faults} == {
+        "empty_object": 3,
+        "incomplete_image": 2,
+        "left_out_label": 1,
+    }
 
 
 def test_missing_or_invalid_names(tmp_path):

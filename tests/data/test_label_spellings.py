@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import unicodedata
 
+import cv2
+import numpy as np
 import pytest
 
 from sam3lora.data import index_cache
 from sam3lora.data.coco import CocoIndex
+from sam3lora.data.ids import IdTable
 from sam3lora.data.images import ImageError
 from sam3lora.data.masks import decode_mask, mask_area
+from sam3lora.data.rle import encode_rle
 from sam3lora.errors import UserError
 
 from .coco_builder import annotation, square
@@ -282,3 +286,136 @@ def test_a_kept_index_is_what_was_read(folder, tmp_path, monkeypatch):
         file.write_bytes(file.read_bytes()[:200])
     assert len(CocoIndex.from_folder(path)) == 3
     assert json.loads((path / "_annotations.coco.json").read_text())["images"] == images
+
+
+def test_a_number_that_no_list_has_means_no_image_and_no_category(folder):
+    """What stands for a text or a large number within the index is no id of the file."""
+    images = [
+        {"id": id_, "file_name": f"{i}.png", "width": 80, "height": 60} for i, id_ in enumerate(("b", "a", 2**70))
+    ]
+    names = (("crack", "c"), ("hole", 10**30), ("root", 2))
+    foreign = [annotation(i, image_id=i + 1, category_id=2) for i in range(3)]
+    foreign += [annotation(5 + i, image_id="b", category_id=i) for i in (1, 3)]
+    path = folder.write([*foreign, annotation(9, image_id="a", category_id=2)], images=images, categories=names)
+    index = CocoIndex.from_folder(path)
+    assert (faults(index)["unknown_image"], faults(index)["unknown_category"]) == (3, 2)
+    assert [[o["category"] for o in objects(index, row)] for row in range(len(index))] == [["root"], []]
+
+
+def test_seven_is_neither_of_two_that_could_be_meant(folder):
+    images = [{"id": id_, "file_name": f"{i}.png", "width": 80, "height": 60} for i, id_ in enumerate(("07", "007", 8))]
+    index = CocoIndex.from_folder(folder.write([annotation(0, image_id=7), annotation(1, image_id=8)], images=images))
+    assert (faults(index)["unknown_image"], index.image_ids.find(7)) == (1, None)
+
+
+def test_one_file_in_two_spellings_is_one_image(folder):
+    images = [
+        {"id": i, "file_name": name, "width": 80, "height": 60}
+        for i, name in enumerate(("0.png", "./0.png", "../train/0.png", "1.png"))
+    ]
+    path = folder.write([annotation(0, image_id=1)], num_images=2)
+    folder.write([annotation(0, image_id=1)], images=images, draw=False)
+    index = CocoIndex.from_folder(path)
+    assert [len(objects(index, row)) for row in range(len(index))] == [1, 0]
+    assert faults(index) == {"duplicate_file_name": 2}
+
+
+def test_an_image_listed_with_two_sizes_is_ambiguous(folder):
+    images = [
+        {"id": 0, "file_name": "0.png", "width": 80, "height": 60},
+        {"id": 0, "file_name": "0.png", "width": 40, "height": 30},
+        {"id": 1, "file_name": "1.png", "width": 80, "height": 60},
+    ]
+    path = folder.write([annotation(0)], num_images=2)
+    for order in (images, images[::-1]):
+        folder.write([annotation(0), annotation(1, image_id=1)], images=order, draw=False)
+        index = CocoIndex.from_folder(path)
+        assert (index.table["image_id"].to_pylist(), faults(index)["ambiguous_image_id"]) == ([1], 2)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b'"bbox": [10,', b'"bbox": [' + b"1" * 5000 + b","),  # Python refuses so many digits
+        (b'"segmentation": [[10,', b'"segmentation": [[' + b"1" * 5000 + b","),
+        (b'"segmentation": [[10, 10,', b'"segmentation": [["\xff", 10,'),  # no UTF-8
+        (b'"segmentation": [[10, 10,', b'"segmentation": [["\\ud800", 10,'),
+        (b'"iscrowd": 0', b'"iscrowd": "\\ud800"'),
+        (b'"id": 3, "image_id": 0', b'"id": 3, "image_id": "\\ud800"'),
+        (b'"id": 3, "image_id": 0', b'"id": 3, "image_id": ' + b"7" * 5000),
+    ],
+)
+def test_texts_that_a_parser_refuses_are_faults(folder, old, new):
+    path = folder.write([annotation(3), annotation(4, image_id=1)], num_images=2)
+    source = path / "_annotations.coco.json"
+    text = source.read_bytes()
+    assert old in text
+    source.write_bytes(text.replace(old, new, 1))
+    index = CocoIndex.from_folder(path)
+    assert faults(index)
+    assert all(str(fault).isprintable() for fault in index.faults)
+    assert index.table["image_id"].to_pylist()[-1] == 1
+
+
+def test_run_length_masks_keep_only_what_draws_them(folder):
+    rle = {"size": [60, 80], "counts": "PPYo0", "name": "é"}
+    mask = encode_rle(np.pad(np.ones((20, 20), bool), ((10, 30), (10, 50))))
+    path = folder.write([annotation(0, segmentation=mask | {"name": "NAME"}), annotation(1, segmentation=rle)])
+    source = path / "_annotations.coco.json"
+    source.write_bytes(source.read_bytes().replace(b"NAME", b"\xe9"))
+    index = CocoIndex.from_folder(path)
+    assert json.loads(objects(index)[0]["segmentation"]) in (mask, None)
+    # a space is no character of the code
+    spaced = mask | {"counts": mask["counts"][:4] + " " + mask["counts"][4:]}
+    assert faults(CocoIndex.from_folder(folder.write([annotation(0, segmentation=spaced)])))["bad_rle"] == 1
+
+
+def test_a_run_length_mask_far_larger_than_its_image_is_refused(folder):
+    large = {"size": [13000, 13000], "counts": [13000 * 13000 // 2, 13000 * 13000 // 2]}
+    assert faults(CocoIndex.from_folder(folder.write([annotation(0, segmentation=large)])))["bad_rle"] == 1
+
+
+def test_lists_that_come_twice_are_refused(folder):
+    path = folder.write([annotation(0)])
+    source = path / "_annotations.coco.json"
+    text = source.read_text()
+    source.write_text(text[:-1] + ', "annotations": []}')
+    with pytest.raises(UserError, match="'annotations' twice"):
+        CocoIndex.from_folder(path)
+    # the same word elsewhere is no second list
+    content = json.loads(text)
+    content["images"][0]["annotations"] = [1]
+    source.write_text(json.dumps(content))
+    assert len(objects(CocoIndex.from_folder(path))) == 1
+
+
+def test_names_that_cannot_be_shown_become_plain(folder):
+    path = folder.write([annotation(0, category_id=1)], categories=(("ge\nar\x1b[2J", 1), ("bolt", 2)))
+    index = CocoIndex.from_folder(path)
+    assert (index.names, faults(index)["unprintable_name"]) == (("ge ar [2J",), 1)
+
+
+def test_an_alias_of_an_id_leaves_the_others():
+    table = IdTable(range(40_000))
+    for number in range(40_000):
+        table.add(number)
+    for number in range(20_000, 40_000):
+        table.alias(number, number - 20_000)
+    assert table.find(39_999) == 19_999
+    assert len(table.shared_numbers()) == 20_000
+
+
+def test_kept_indexes_of_relative_paths_and_without_sizes(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(index_cache, "MIN_BYTES", 0)
+    monkeypatch.setenv("SAM3LORA_CACHE", str(tmp_path / "cache"))
+    path = folder.write([annotation(0)], num_images=1)
+    folder.write([annotation(0)], images=[{"id": 0, "file_name": "0.png"}], draw=False)
+    monkeypatch.chdir(path)
+    assert CocoIndex.from_folder(".").record(0)["path"] == str(path / "0.png")
+    monkeypatch.chdir(tmp_path)
+    # kept, although the size is that of the image: another image has another one
+    assert len(list((tmp_path / "cache/index").glob("*.arrow"))) == 1
+    assert CocoIndex.from_folder(path).record(0)["width"] == 80
+    cv2.imwrite(str(path / "0.png"), np.zeros((90, 100, 3), np.uint8))
+    assert CocoIndex.from_folder(path).record(0)["width"] == 100
+    assert len(list((tmp_path / "cache/index").glob("*.lock"))) <= 2

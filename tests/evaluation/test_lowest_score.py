@@ -7,12 +7,13 @@ import json
 import pytest
 
 import sam3lora
+from sam3lora.config.evaluation import EXACT_UP_TO_PAIRS, LOW_SCORE
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.errors import UserError
 from sam3lora.evaluation import predictions as predictions_module
 from sam3lora.evaluation.ask.predictions_file import evaluate_predictions
 from sam3lora.evaluation.predictions import Predictions, encode_results
-from sam3lora.evaluation.settings import EXACT_UP_TO_PAIRS, LOW_SCORE, EvaluationSettings
+from sam3lora.evaluation.settings import EvaluationSettings
 
 from .report_cases import CRACK, HOLE, NAMES, measured
 from .splits import result, write_split

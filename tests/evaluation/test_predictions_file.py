@@ -173,3 +173,30 @@ def test_results_are_written_with_the_ids_of_the_file(tmp_path):
     assert found.map == pytest.approx(1)
     save_validation([found], tmp_path / "report")
     assert json.loads((tmp_path / "report/predictions.json").read_text()) == entries
+
+
+def test_results_of_an_ambiguous_category_are_counted(tmp_path):
+    split = write_split(tmp_path / "valid", [(0, 1, 10)], {1: "crack"})
+    source = split / "_annotations.coco.json"
+    content = json.loads(source.read_text())
+    content["categories"] += [{"id": 2, "name": "hole"}, {"id": 2, "name": "leaf"}]
+    source.write_text(json.dumps(content))
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps([result(0, 1, 10, 0.9), result(0, 2, 40, 0.9), result(0, 1, 40, 1.5)]))
+    found = evaluate_predictions(file, split, EvaluationSettings())
+    counts = {fault["kind"]: fault["count"] for fault in found.faults if fault["split"] == "mine.json"}
+    assert (found.num_predictions, counts) == (2, {"unknown_category": 1, "odd_score": 1})
+
+
+def test_results_of_all_listings_of_a_file_count_once(tmp_path):
+    split = write_split(tmp_path / "valid", [(0, 1, 10), (1, 1, 10)], {1: "crack"})
+    source = split / "_annotations.coco.json"
+    content = json.loads(source.read_text())
+    content["images"].append(content["images"][0] | {"id": 99})
+    source.write_text(json.dumps(content))
+    file = tmp_path / "mine.json"
+    entries = [result(0, 1, 10, 0.9), result(1, 1, 10, 0.8)]
+    # the same for the other listing; twice for one listing is a duplicate of the program's own
+    file.write_text(json.dumps([*entries, entries[0] | {"image_id": 99}, entries[1]]))
+    found = evaluate_predictions(file, split, EvaluationSettings())
+    assert (found.num_images, found.num_predictions, found.map) == (2, 3, pytest.approx(1))

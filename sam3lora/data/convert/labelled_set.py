@@ -15,7 +15,7 @@ import numpy as np
 from sam3lora.data.faults import FaultLog
 from sam3lora.data.images import MAX_MEGAPIXELS
 from sam3lora.data.masks import Segmentation, decode_mask, mask_box
-from sam3lora.data.prompts import prompt_key
+from sam3lora.data.prompts import plain_name, prompt_key
 from sam3lora.errors import UserError
 
 BoxXywh = tuple[float, float, float, float]
@@ -131,11 +131,11 @@ class LabelledSet:
     def __post_init__(self) -> None:
         spelling: dict[str, str] = {}
         for name in self.categories:
-            spelling.setdefault(prompt_key(name), name)
+            spelling.setdefault(prompt_key(plain_name(name)), plain_name(name))
         self.categories = list(spelling.values())
         for image in self.images():
             for thing in image.objects:
-                thing.category = spelling[prompt_key(thing.category)]
+                thing.category = spelling[prompt_key(plain_name(thing.category))]
 
     def images(self) -> Iterator[LabelledImage]:
         return chain.from_iterable(self.splits.values())
@@ -154,6 +154,8 @@ class LabelledSet:
             for image in images:
                 if image.is_incomplete(self.categories):
                     log.add("incomplete_image", str(image.path))
+                    if image.objects:
+                        log.add("left_out_label", count=len(image.objects))
             self.splits[split] = [image for image in images if not image.is_incomplete(self.categories)]
 
     def summary(self) -> dict[str, dict[str, Any]]:

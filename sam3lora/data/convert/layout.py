@@ -136,11 +136,12 @@ def place_images(images: list[LabelledImage], folder: Path, log: FaultLog) -> li
     taken: set[str] = set()
     placed = []
     for image in images:
-        stem, number = image.path.stem, 1
+        own = image.path.stem.encode(errors="surrogateescape").decode(errors="replace")  # a name that is text
+        stem, number = own, 1
         while stem.casefold() in taken:
             number += 1
-            stem = f"{image.path.stem}_{number}"
-        if number > 1:
+            stem = f"{own}_{number}"
+        if stem != image.path.stem:
             log.add("renamed_image", f"{image.path} -> {stem}{image.path.suffix}")
         taken.add(stem.casefold())
         target = folder / f"{stem}{image.path.suffix}"

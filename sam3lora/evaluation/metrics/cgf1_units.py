@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from sam3lora.config.evaluation import LOWEST_THRESHOLD
 from sam3lora.evaluation.metrics.cgf1 import (
     IOU_THRESHOLDS,
     SCORE_THRESHOLD,
@@ -24,8 +25,6 @@ from sam3lora.evaluation.metrics.cgf1 import (
     iou_matrix,
     unit_f1,
 )
-
-SCORE_FLOOR = 0.05  # detections below it are not kept; no useful threshold is lower
 
 REGION_KEY = {"segm": "segmentation", "bbox": "bbox"}
 
@@ -47,7 +46,7 @@ class Units:
     alarm_pairs_D2: np.ndarray
     alarm_scores_D: np.ndarray
     is_negative_IC: np.ndarray
-    lowest_score: float = SCORE_FLOOR
+    lowest_score: float = LOWEST_THRESHOLD
 
     @classmethod
     def join(cls, parts: Sequence[Units], rows: Sequence[np.ndarray], num_images: int, num_categories: int) -> Units:
@@ -61,7 +60,7 @@ class Units:
             _join_pairs([part.alarm_pairs_D2 for part in parts], rows),
             np.concatenate([np.empty(0), *(part.alarm_scores_D for part in parts)]),
             is_negative_IC,
-            max((part.lowest_score for part in parts), default=SCORE_FLOOR),
+            max((part.lowest_score for part in parts), default=LOWEST_THRESHOLD),
         )
 
     def of(self, image: int, category: int) -> Unit:
@@ -86,7 +85,7 @@ def collect_units(
     shape_IC: tuple[int, int],
     *,
     iou_type: IouType = "segm",
-    lowest_score: float = SCORE_FLOOR,
+    lowest_score: float = LOWEST_THRESHOLD,
 ) -> Units:
     """Units of some images: every category in every image, whether the image shows it or not.
 

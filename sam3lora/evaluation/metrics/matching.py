@@ -18,11 +18,18 @@ import hotcoco
 import numpy as np
 from pycocotools import mask as coco_mask
 
-MAX_DETECTIONS = 100
+from sam3lora.data.coco_limits import MAX_DETECTIONS, SIZE_LIMITS
+
 NUM_THRESHOLDS = 10
 IOU_50, IOU_75 = 0, 5  # positions in the thresholds
 
-AREAS = {"all": (0.0, 1e10), "small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, 1e10)}
+_SMALL_TO_MEDIUM, _MEDIUM_TO_LARGE, _WITHOUT_LIMIT = (*map(float, SIZE_LIMITS), 1e10)
+AREAS = {
+    "all": (0.0, _WITHOUT_LIMIT),
+    "small": (0.0, _SMALL_TO_MEDIUM),
+    "medium": (_SMALL_TO_MEDIUM, _MEDIUM_TO_LARGE),
+    "large": (_MEDIUM_TO_LARGE, _WITHOUT_LIMIT),
+}
 """Sizes of objects in pixels, as COCO bounds them: a detection outside of them counts only if its object is inside."""
 
 NUM_COMPARISONS = 5

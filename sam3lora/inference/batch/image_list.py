@@ -125,7 +125,7 @@ def _coco_images(source: Path) -> ImageList:
         raise UserError(f"{source}: none of its {len(file.images)} images can be used{faults_as_reason(faults)}")
     places: dict[IdKey, tuple[str, tuple[int, int] | None]] = {
         found.ids.written.get(number, number): (found.paths[row], found.sizes_hw[row])
-        for number, row in found.row_of.items()
+        for row, number in enumerate(found.numbers)
     }
     missing: dict[IdKey, set[str]] = defaultdict(set)  # id -> names; an ambiguous id has several
     for entry in file.images:
