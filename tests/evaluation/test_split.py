@@ -61,6 +61,12 @@ def test_objects_without_mask_and_crowds_are_not_to_be_found(index_of):
     assert matches.shown_IC.tolist() == [[SHOWN], [ONLY_CROWDS]]
 
 
+def test_an_object_is_shown_whether_a_crowd_comes_before_or_after_it(index_of):
+    index = index_of([(0, 1, 10), (0, 1, 0, CROWD), (1, 1, 0, CROWD), (1, 1, 10)], {1: "crack"})
+    truth = SplitTruth(index, prompted_categories(index))
+    assert measure_split(truth, SplitResults()).matches.shown_IC.tolist() == [[SHOWN], [SHOWN]]
+
+
 def test_presence_is_not_judged_where_only_a_crowd_is(index_of):
     index = index_of([(0, 1, 0, CROWD)], {1: "crack"})
     absent = {(0, 1): 0.1, (1, 1): 0.1}
@@ -108,6 +114,9 @@ def test_results_are_collected_and_joined_in_the_order_of_the_images():
     assert (len(predictions), joined.num_predictions, joined.num_before_nms, joined.num_detections) == (2, 2, 5, 1)
     assert joined.shown_IC.tolist() == [[SHOWN], [ABSENT]]
     assert joined.presence_IC.tolist() == [[0.9], [0.9]]
+    # the unit with an object is that of the first image, the alarm that of the second
+    assert joined.units.pairs_P2.tolist() == [[0, 0]]
+    assert joined.units.alarm_pairs_D2.tolist() == [[1, 0]]
     assert joined.table.best_score_IC.tolist() == [[0.5], [0.25]]
     assert joined.units.of(0, 0).iou_DT.tolist() == [[1]]
     assert joined.units.of(1, 0).scores_D.tolist() == [0.25]
