@@ -54,6 +54,7 @@ _COCO_KINDS = {
         "both kept, the second gets a new id",
         CHANGED,
     ),
+    "named_by_file": ("annotation that names its image by the file instead of the id", "read", CHANGED),
     "bad_annotation": ("annotation that is not an object, or names no image", "dropped", LOST),
     "unreadable_label": ("annotation whose box and mask cannot be read", "dropped", LOST),
     "shares": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -90,6 +91,7 @@ class LabelTable:
         self._seen_in_merged: set[tuple[Any, ...]] = set()
         self._emptied: set[tuple[int, int]] = set()  # (row, category) of objects without area
         self._largest_id = 0
+        self._numbers_by_name: dict[str, set[int]] | None = None
         # By the ids as the file writes them, where these are the numbers that stand for them.
         self._row_of_id = {n: row for n, row in images.row_of.items() if n not in images.ids.written}
         self._plain_categories = categories.names.keys() - categories.ids.written.keys()
@@ -212,6 +214,10 @@ class LabelTable:
         where = _where(entry, position)
         image = images.ids.find(entry.image_id)
         if image is None:
+            image = self._number_by_name(entry.image_id)
+            if image is not None:
+                log.add("named_by_file", where)
+        if image is None:
             known = id_key(entry.image_id) is not None
             log.add("unknown_image" if known else "bad_annotation", where if known else f"annotations[{position}]")
             return
@@ -252,6 +258,19 @@ class LabelTable:
         mask = clean["segmentation"]
         text = None if mask is None else mask.encode()
         self._labels.add([row], [position], [key], [category], clean["bbox_xywh"], [clean["iscrowd"]], [text])
+
+    def _number_by_name(self, reference: Any) -> int | None:
+        """The number of the only image with this file name, with or without its suffix."""
+        if not isinstance(reference, str):
+            return None
+        if self._numbers_by_name is None:
+            self._numbers_by_name = {}
+            for number, row in self._images.row_of.items():
+                file_name = self._images.file_names[row]
+                for name in {file_name, os.path.splitext(file_name)[0]}:
+                    self._numbers_by_name.setdefault(name, set()).add(number)
+        numbers = self._numbers_by_name.get(reference, set())
+        return min(numbers) if len({self._images.row_of[number] for number in numbers}) == 1 else None
 
 
 def _where(entry: AnnotationEntry, position: int) -> str:

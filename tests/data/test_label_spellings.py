@@ -419,3 +419,19 @@ def test_kept_indexes_of_relative_paths_and_without_sizes(folder, tmp_path, monk
     cv2.imwrite(str(path / "0.png"), np.zeros((90, 100, 3), np.uint8))
     assert CocoIndex.from_folder(path).record(0)["width"] == 100
     assert len(list((tmp_path / "cache/index").glob("*.lock"))) <= 2
+
+
+def test_images_named_by_their_files(folder):
+    labels = [annotation(0, image_id="0.png"), annotation(1, image_id="1"), annotation(2, image_id="2.jpg")]
+    images = [{"id": 10 + i, "file_name": f"{i}.png", "width": 80, "height": 60} for i in range(3)]
+    index = CocoIndex.from_folder(folder.write(labels, images=images))
+    # "1" is a number for all that the file says
+    assert [len(objects(index, row)) for row in range(3)] == [1, 0, 0]
+    assert faults(index) == {"named_by_file": 1, "unknown_image": 2}
+
+
+def test_a_mask_that_leaves_the_image_by_more_than_rounding_is_clipped(folder):
+    for edge, is_told in ((-1.0, False), (-1.5, True)):
+        change = {"bbox": [edge, 10, 20, 20], "segmentation": [square(edge, 10, 20)]}
+        index = CocoIndex.from_folder(folder.write([annotation(0, **change)]))
+        assert ("out_of_bounds" in faults(index)) == is_told
