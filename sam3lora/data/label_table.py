@@ -261,6 +261,7 @@ class LabelTable:
 
     def _number_by_name(self, reference: Any) -> int | None:
         """The number of the only image with this file name, with or without its suffix."""
+        reference = id_key(reference)
         if not isinstance(reference, str):
             return None
         if self._numbers_by_name is None:
