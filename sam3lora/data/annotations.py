@@ -28,7 +28,7 @@ BoxXyxy = tuple[float, float, float, float]
 
 
 class LabelError(ValueError):
-    """A label of which it cannot be told what it marks; it is counted already."""
+    """A label whose box and mask cannot be interpreted; it is counted already."""
 
 
 def clean_annotation(

@@ -27,8 +27,8 @@ _COCO_KINDS = {
     ),
     "other_unicode_form": ("file name in another Unicode form than the file has", "found", NOTE),
     "unclear_image": (
-        "image with a label of which it is not known what it marks",
-        "left out with all its labels, as it can be neither an example nor a counterexample",
+        "image with a label that cannot be used",
+        "left out with all its labels: it can serve neither as an example nor as a counterexample",
         LOST,
     ),
     "bad_image_entry": ("image entry without usable id or file_name", "left out", LOST),
@@ -67,7 +67,7 @@ _COCO_KINDS = {
     "all_crowd": ("file whose labels are all crowd regions (iscrowd)", "there is no object to find in it", LOST),
     "short_polygon": ("polygon part with fewer than 3 points", "the part is dropped", LOST),
     "bad_polygon": (
-        "polygon part with an odd number of values, or of what cannot be pixels",
+        "polygon part with an odd number of values, or with values that cannot be pixels",
         "the part is dropped",
         LOST,
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,26 +16,9 @@ class BatchPlan(NamedTuple):
     rows: list[int]
 
 
-def plan_epoch(
-    num_images: int,
-    *,
-    batch_size: int,
-    world_size: int = 1,
-    rank: int = 0,
-    seed: int = 0,
-    epoch: int = 0,
-    shuffle: bool = True,
-) -> list[list[int]]:
-    """A rank's batches of one epoch, as `epoch_batches` gives them."""
-    return epoch_batches(
-        num_images,
-        batch_size=batch_size,
-        world_size=world_size,
-        rank=rank,
-        seed=seed,
-        epoch=epoch,
-        shuffle=shuffle,
-    ).tolist()
+def plan_epoch(num_images: int, **options: Any) -> list[list[int]]:
+    """A rank's batches of one epoch, as `epoch_batches` gives them with the same options."""
+    return epoch_batches(num_images, **options).tolist()
 
 
 def epoch_batches(
