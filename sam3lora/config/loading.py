@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -116,11 +117,14 @@ def _apply_overrides(raw: RawConfig, overrides: Iterable[str]) -> list[str]:
     return problems
 
 
+_UNION_BRANCH = re.compile(r"constrained-\w+|literal\[.*\]")  # where pydantic was in a type such as float | "auto"
+
+
 def describe_validation(error: ValidationError) -> list[str]:
     """One line for each wrong value: its key, the rule, the value."""
     lines = []
     for item in error.errors(include_url=False):
-        key = ".".join(str(part) for part in item["loc"])
+        key = ".".join(str(part) for part in item["loc"] if not _UNION_BRANCH.fullmatch(str(part)))
         kind, message = item["type"], item["msg"].removeprefix("Value error, ")
         message = message.replace("Input should", "should", 1).replace("a valid tuple", "a list")
         if kind.startswith(("int_", "float_", "bool_")):
