@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from sam3lora.errors import UserError
+
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, no quota, larger than a file may be
+_OLD = re.compile(r"\..+\.[0-9a-f]{32}\.old")  # what `_name_of_old` makes
 
 
 def cache_folder(named: str | None = None) -> Path:
@@ -38,9 +44,10 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     scratch = path.with_name(f".{uuid.uuid4().hex}.part{path.suffix}")
     try:
-        yield scratch
-        _sync(scratch)
-        os.replace(scratch, path)
+        with errors_of(path, scratch):
+            yield scratch
+            _sync(scratch)
+            os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
 
@@ -54,12 +61,13 @@ def whole_folder(target: str | Path) -> Iterator[Path]:
     """
     target = Path(target)
     scratch = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
-    scratch.mkdir(parents=True)
     try:
-        yield scratch
-        for path in (*scratch.rglob("*"), scratch):
-            _sync(path)
-        replace_folder(scratch, target)
+        with errors_of(target, scratch):
+            scratch.mkdir(parents=True)
+            yield scratch
+            for path in (*scratch.rglob("*"), scratch):
+                _sync(path)
+            replace_folder(scratch, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -73,17 +81,86 @@ def replace_folder(source: Path, target: Path) -> None:
     if not target.exists():
         os.rename(source, target)
         return
+    old = _name_of_old(target)
     if _exchange(source, target):
-        shutil.rmtree(source)
-        return
-    old = target.with_name(f".{target.name}.{uuid.uuid4().hex}.old")
-    os.rename(target, old)
+        os.rename(source, old)
+    else:
+        os.rename(target, old)
+        try:
+            os.rename(source, target)
+        except OSError:
+            os.rename(old, target)
+            raise
+    _delete_old(target.parent)
+
+
+def discard_folder(folder: Path) -> None:
+    """Remove a folder; it is gone for readers at once, even where some of its files cannot be deleted yet.
+
+    NFS keeps a deleted file that a process of this host still reads under a name like `.nfs0123`, so that its folder
+    cannot be deleted either. Such a folder stays beside the others under a hidden name; the next call deletes it.
+    """
+    os.rename(folder, _name_of_old(folder))
+    _delete_old(folder.parent)
+
+
+def _name_of_old(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.old")
+
+
+def _delete_old(parent: Path) -> None:
+    for path in parent.iterdir():
+        if _OLD.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def errors_of(path: Path, scratch: Path | None = None) -> Iterator[None]:
+    """Name `path` in what the system refuses while the block writes it, or the `scratch` that will take its place.
+
+    Python names a file only where it cannot be opened. safetensors' own exception becomes an OSError.
+
+    Raises:
+        OSError: With `errno`, `strerror` and `filename`.
+    """
     try:
-        os.rename(source, target)
-    except OSError:
-        os.rename(old, target)
-        raise
-    shutil.rmtree(old)
+        yield
+    except OSError as error:
+        unnamed = error.filename is None or (scratch is not None and str(scratch) in str(error.filename))
+        if error.errno is None or not unnamed:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+    except Exception as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if type(error).__name__ != "SafetensorError" or not number:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+
+
+def is_full(error: OSError) -> bool:
+    """Whether writing failed because there is no more space: on the disk, in the quota, or for one file."""
+    return error.errno in _FULL
+
+
+def check_folder(folder: Path) -> None:
+    """Try out in an existing folder what writing whole needs: to create, force to the disk, rename and replace.
+
+    Raises:
+        UserError: The file system, such as the mount of an object store, cannot do one of them.
+    """
+    try:
+        for _ in range(2):  # the second replaces the first
+            with whole_folder(folder / ".probe.part") as scratch:
+                write_whole(scratch / "file", "")
+    except OSError as error:
+        if is_full(error):
+            raise
+        raise UserError(
+            f"cannot write results to {folder} ({error.strerror}): expected a file system that can rename folders and "
+            "force files to the disk (fsync), which the mount of an object store often cannot. Give another folder"
+        ) from error
+    finally:
+        remove(folder / ".probe.part")
 
 
 def _sync(path: Path) -> None:

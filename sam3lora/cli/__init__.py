@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0 success, 1 failure (with a traceback where it is a fault in the program), 2 a user's mistake
-        (with one message), 130 interrupted.
+        (with one message), 130 interrupted, 143 a run that SIGTERM stopped after it had saved.
     """
     from sam3lora.cli.app import app
 
@@ -34,14 +34,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_USER
     except RunFailed as error:
         _print_error(str(error))
-        return EXIT_INTERNAL
+        return error.exit_status
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except Exception:
-        traceback.print_exc()
-        _print_error('this is a fault in sam3lora: please report it with the output of "sam3lora env"')
+    except OSError as error:
+        from sam3lora.files import is_full
+
+        if not is_full(error):
+            return _report_fault()
+        _print_error(
+            f"cannot write {error.filename or 'a file'} ({error.strerror}): make room for it, and run this again"
+        )
         return EXIT_INTERNAL
+    except Exception:
+        return _report_fault()
     return EXIT_OK
+
+
+def _report_fault() -> int:
+    traceback.print_exc()
+    _print_error('this is a fault in sam3lora: please report it with the output of "sam3lora env"')
+    return EXIT_INTERNAL
 
 
 def _print_error(message: str) -> None:

@@ -65,6 +65,9 @@ class TrainingSection(Section):
     logging_steps: int = Field(default=10, ge=1, description="Steps between lines of metrics.")
     eval_steps: int | None = Field(default=None, ge=1, description="Steps between validations; None = every epoch.")
     save_steps: int | None = Field(default=None, ge=1, description="Steps between checkpoints; None = every epoch.")
+    save_minutes: float | None = Field(
+        default=10.0, gt=0, description="Minutes after which a checkpoint is due in any case; None = never by time."
+    )
     save_total_limit: int = Field(default=3, ge=1, description="Checkpoints kept for --resume; older ones are deleted.")
     num_workers: int = Field(default=2, ge=1, description="CPUs that read and decode images, for each worker.")
     max_prompts_per_forward: int = Field(

@@ -10,7 +10,6 @@ and augmentation by (seed, epoch). So a step is the same whether or not the run 
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from sam3lora.config import Config
 from sam3lora.errors import UserError
-from sam3lora.files import whole_folder
+from sam3lora.files import discard_folder, whole_folder
 
 ADAPTER, OPTIMIZER, STATE = FILES = "adapter.safetensors", "optimizer.safetensors", "state.json"
 # Sections that decide what a step computes: a run cannot resume with other values of them.
@@ -63,7 +62,7 @@ def save_checkpoint(
         save_file(_cpu(_moments(model, optimizer)), scratch / OPTIMIZER)
         (scratch / STATE).write_text(json.dumps({"state": asdict(state), "settings": settings}, indent=1))
     for old in list_checkpoints(root)[:-keep]:
-        shutil.rmtree(old)
+        discard_folder(old)
     return target
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from sam3lora.config import Config
 from sam3lora.errors import UserError
-from sam3lora.files import remove_leftovers, write_whole
+from sam3lora.files import check_folder, remove_leftovers, write_whole
 from sam3lora.training.checkpoints import check_settings, list_checkpoints, read_state
 from sam3lora.training.metrics_log import METRICS_FILE, follow, read_metrics, write_plots
 
@@ -47,8 +47,9 @@ def train(
 
     Raises:
         UserError: a mistake in data, settings or cluster.
-        RunFailed: (a RuntimeError) a loss that is not finite (`NonFiniteLoss`), too little memory (`OutOfMemory`), or
-            workers lost more often than ``max_failures`` (`WorkerLost`).
+        RunFailed: (a RuntimeError) a loss that is not finite (`NonFiniteLoss`), too little memory (`OutOfMemory`) or
+            space on the disk (`DiskFull`), workers lost more often than ``max_failures`` (`WorkerLost`), or SIGTERM
+            (`RunStopped`), which saves first.
     """
     started = time.time()
     logging.getLogger("sam3lora").setLevel(config.logging.level)
@@ -98,6 +99,7 @@ def _prepare_folder(config: Config, output_dir: Path, resume: bool) -> None:
     except OSError as error:
         raise UserError(f"cannot write to output.output_dir {output_dir}: {error.strerror}") from error
     remove_leftovers(output_dir, checkpoints)
+    check_folder(output_dir)
     write_whole(output_dir / "config.yaml", config.to_yaml())
     if not resume:
         (output_dir / METRICS_FILE).write_text("")

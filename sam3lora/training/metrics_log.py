@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from sam3lora.data.fault_report import fault_summary
-from sam3lora.files import write_whole
+from sam3lora.files import errors_of, write_whole
 from sam3lora.progress import Progress, repeatedly
 
 METRICS_FILE = "metrics.jsonl"
@@ -39,7 +39,7 @@ class MetricsLog:
             self._writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=after_step + 1)
 
     def write(self, kind: str, **values: Any) -> None:
-        with self._file.open("a") as file:
+        with errors_of(self._file), self._file.open("a") as file:
             file.write(json.dumps({"kind": kind, **_finite(values), "unix_time": round(time.time(), 3)}) + "\n")
         if self._writer and "step" in values:
             for name, value in _flat(values):

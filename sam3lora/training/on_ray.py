@@ -20,7 +20,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from sam3lora.cluster import check_room, choose_gpu, environment, most_workers, ray_session, worker_resources
 from sam3lora.config import Config
-from sam3lora.errors import RunFailed, UserError, WorkerLost
+from sam3lora.errors import RunFailed, UserError, WorkerLost, WorkerStopped
+from sam3lora.training.notices import passed_on
 
 
 def run_on_ray(config: Config, payload: dict[str, Any], callbacks: Sequence[UserCallback] = ()) -> dict[str, Any]:
@@ -30,7 +31,7 @@ def run_on_ray(config: Config, payload: dict[str, Any], callbacks: Sequence[User
 
     Raises:
         UserError: a mistake that a worker met, or no room for the workers.
-        RunFailed: a loss that is not finite, or workers lost more often than `scaling.max_failures`.
+        RunFailed: a loss that is not finite, workers lost more often than `scaling.max_failures`, or SIGTERM.
         RuntimeError: a fault in the program; the worker's traceback is its cause.
         KeyboardInterrupt: interrupted; the workers are gone.
     """
@@ -40,7 +41,7 @@ def run_on_ray(config: Config, payload: dict[str, Any], callbacks: Sequence[User
     with session as is_local, _environment(config, is_local):
         trainer = _trainer(config, payload, storage, callbacks)
         try:
-            with _interruptible():
+            with _interruptible(), passed_on(Path(config.output.output_dir)):
                 result: Any = trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise as_user_error(error, config) from error
@@ -110,9 +111,8 @@ def as_user_error(error: ray.train.TrainingFailedError, config: Config) -> Excep
     kept = "Everything up to the last checkpoint is kept: train again with --resume"
     if not isinstance(cause, ray.train.WorkerGroupError):
         return RuntimeError(f"Ray Train failed: {_last_line(cause)}. {kept}")
-    # Ray Train's own exceptions mean that a worker is gone; the training function raised all others.
     failures = cause.worker_failures
-    lost = {rank: failure for rank, failure in failures.items() if type(failure).__module__.startswith("ray.train.")}
+    lost = {rank: failure for rank, failure in failures.items() if _is_loss(failure)}
     if not lost:
         return RuntimeError(f"training failed: {_last_line(next(iter(failures.values())))}. {kept}")
     restarts = config.scaling.max_failures
@@ -120,6 +120,11 @@ def as_user_error(error: ray.train.TrainingFailedError, config: Config) -> Excep
         f"worker {', '.join(map(str, lost))} was lost and scaling.max_failures={restarts} allows no further restart: "
         f"{_last_line(next(iter(lost.values())))} {kept}"
     )
+
+
+def _is_loss(failure: Exception) -> bool:
+    """Whether a worker is gone: Ray Train's own exceptions mean that; the training function raised all others."""
+    return isinstance(failure, WorkerStopped) or type(failure).__module__.startswith("ray.train.")
 
 
 def _last_line(error: Any) -> str:

@@ -14,13 +14,15 @@ from typing import Any
 from sam3lora.config import Config, load_config
 from sam3lora.data.batch import Batch
 from sam3lora.engine.device import is_out_of_memory
-from sam3lora.errors import OutOfMemory
+from sam3lora.errors import DiskFull, OutOfMemory
+from sam3lora.files import is_full
 from sam3lora.model.adapter.folder import save_adapter
 from sam3lora.training import distributed, setup
 from sam3lora.training.checkpoints import RunState, list_checkpoints, load_checkpoint, save_checkpoint
 from sam3lora.training.datasets import BatchSource, load_run_data
 from sam3lora.training.fit_batch import resolve_batch_size
 from sam3lora.training.metrics_log import MetricsLog, WarningsToMetrics
+from sam3lora.training.notices import HOST_ENDS_SAVE_S, Notices
 from sam3lora.training.reporting import log_epoch, log_skipped, log_step, vision_counts
 from sam3lora.training.step import StepCounts, TermSums
 from sam3lora.training.update import NonFiniteLoss, optimizer_step
@@ -42,6 +44,13 @@ def run_worker(payload: dict[str, Any], *, report: Report | None = None) -> dict
         if not is_out_of_memory(error):
             raise
         raise OutOfMemory(_too_large(config, error)) from error
+    except OSError as error:
+        if not is_full(error):
+            raise
+        raise DiskFull(
+            f"cannot write {error.filename or config.output.output_dir} ({error.strerror}). Everything up to the last "
+            "checkpoint is kept: make room on the disk, then train again with --resume"
+        ) from error
 
 
 class Trainer:
@@ -69,14 +78,17 @@ class Trainer:
         self.total_steps = self._plan_steps()
         self.log = self._open_log(warnings)
         self.report = setup.ray_report() if use_ray else report
+        self.notices = Notices(output_dir, use_ray=use_ray)
         self.looked_for_idle = False
+        self._saved_s = time.monotonic()
         self._clock_s = time.perf_counter()
 
     def run(self) -> dict[str, Any]:
         """Train to the last epoch, ``max_steps`` or an early stop."""
         if self.state.step == 0 and self.config.evaluation.base_loss:
             self.measure_base()
-        with closing(self.batches.training_batches(self.state.epoch, self.state.step_in_epoch)) as stream:
+        stream = self.batches.training_batches(self.state.epoch, self.state.step_in_epoch)
+        with self.notices.listening(), closing(stream):
             self.train_epochs(stream)
         return self.finish()
 
@@ -151,9 +163,11 @@ class Trainer:
                 state.epoch, state.step_in_epoch = state.epoch + 1, 0
                 sums = TermSums(self.runner.criterion.weights)
             state.epoch_sums, state.epoch_counts = dict(sums.sums), sums.counts.tensor().tolist()
-            save_due = _is_due(state.step, training.save_steps) if training.save_steps else epoch_ends
-            if save_due or last or state.finished:
+            ends = last or state.finished
+            if ends or self._save_is_due(epoch_ends):
                 self.save()
+            if not ends:
+                self.notices.obey(state.step)
             self._lap()
 
     def step(self, group: list[Batch], sums: TermSums) -> None:
@@ -204,6 +218,19 @@ class Trainer:
             root, keep = self.output_dir / "checkpoints", self.config.training.save_total_limit
             save_checkpoint(root, self.model, self.optimizer, self.state, _settings_of(self.config), keep=keep)
             self._save_adapter("last", {})
+            self._saved_s = time.monotonic()
+
+    def _save_is_due(self, epoch_ends: bool) -> bool:
+        """Whether a checkpoint is due in the middle of the run; times are those of the first worker, which saves."""
+        training = self.config.training
+        if training.save_steps:
+            by_step = _is_due(self.state.step, training.save_steps)
+        else:
+            by_step = epoch_ends
+        most_s = math.inf if training.save_minutes is None else 60 * training.save_minutes
+        if self.notices.host_ends:
+            most_s = HOST_ENDS_SAVE_S
+        return by_step or self.notices.save_at_once or time.monotonic() - self._saved_s >= most_s
 
     def finish(self) -> dict[str, Any]:
         state, counts = self.state, vision_counts(self)

@@ -49,8 +49,9 @@ def optimizer_step(trainer: Trainer, group: list[Batch]) -> tuple[dict[str, floa
     # Gradients, terms and "not finite" travel together: one exchange and one wait for the device in each step.
     parameters = [p for p in trainer.model.parameters() if p.requires_grad]
     finite = torch.stack([zero, *totals]).isfinite().all().float()
-    stats = torch.stack([1 - finite, *terms.values()])
-    stats = distributed.average_gradients(parameters, torch.nan_to_num(stats.float(), nan=0.0, posinf=0.0, neginf=0.0))
+    stats = torch.nan_to_num(torch.stack([1 - finite, *terms.values()]).float(), nan=0.0, posinf=0.0, neginf=0.0)
+    flags = torch.tensor(trainer.notices.flags()).to(stats, non_blocking=True)
+    stats = distributed.average_gradients(parameters, torch.cat([stats, flags]))
     grad_norm = nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
     values = torch.cat([stats, grad_norm.detach().reshape(1).to(stats)]).tolist()
     if values[0] > 0 or not math.isfinite(values[-1]):
@@ -65,7 +66,8 @@ def optimizer_step(trainer: Trainer, group: list[Batch]) -> tuple[dict[str, floa
     trainer.optimizer.step()
     trainer.optimizer.zero_grad(set_to_none=True)
     # Each worker divided its terms by (count / workers), so their mean over workers is the term of the whole step.
-    return dict(zip(terms, values[1:-1], strict=True)), counts, values[-1]
+    trainer.notices.agree(values[1 + len(terms) : -1])
+    return dict(zip(terms, values[1 : 1 + len(terms)], strict=True)), counts, values[-1]
 
 
 def _raise_non_finite(step: int, group: list[Batch], totals: list[torch.Tensor]) -> None:

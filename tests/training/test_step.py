@@ -128,7 +128,8 @@ def two_workers(tmp_path_factory):
 
 def test_two_workers_equal_one(make_config, two_workers):
     # Two workers of 2 images have the gradients, terms, validation loss and metrics of one worker of 4 images.
-    # Where one of them meets a loss that is not finite, both stop before their weights part.
+    # Where one of them meets a loss that is not finite, both stop before their weights part; where one of them gets
+    # SIGTERM, both know after the same step.
     reports, gradients = two_workers(make_config(NO_CLIPPING, output="two", batch_size=2))
     alone = make_trainer(make_config(NO_CLIPPING, output="one", batch_size=4))
     step, valid = recorded_step(alone), alone.validator.loss_terms()
@@ -141,6 +142,7 @@ def test_two_workers_equal_one(make_config, two_workers):
         assert reports[rank]["metrics"] == pytest.approx(metrics, rel=1e-5, abs=1e-7)
         assert reports[rank]["valid_loss"] == pytest.approx(valid.loss(), rel=1e-5)
         assert f"not finite at step 1: images {reports[1]['image_ids']} with" in reports[rank]["failure"]
+        assert reports[rank]["run_ends"]
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from dataclasses import dataclass
 from itertools import islice
@@ -61,6 +62,11 @@ def main(config_file: str, rank: int, scratch: Path) -> None:
     step = recorded_step(trainer)
     save_file(step.gradients, scratch / f"gradients_{rank}.safetensors")
     valid = trainer.validator.loss_terms()
+    # Only the second worker hears that it has to end.
+    with trainer.notices.listening():
+        if rank == 1:
+            signal.raise_signal(signal.SIGTERM)
+        recorded_step(trainer)
     metrics = trainer.validator.metrics()
     report = {
         "metrics": metrics,
@@ -68,6 +74,7 @@ def main(config_file: str, rank: int, scratch: Path) -> None:
         "image_ids": step.image_ids,
         "valid": valid.means(),
         "valid_loss": valid.loss(),
+        "run_ends": trainer.notices.run_ends,
     }
 
     # Only the second worker meets a loss that is not finite.

@@ -12,7 +12,6 @@ import functools
 import json
 import logging
 import os
-import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from sam3lora.errors import UserError
+from sam3lora.files import remove
 
 MANIFEST, PARTS, OVERLAYS, LOCK = "batch.json", "parts", "overlays", ".lock"
 PREDICTIONS, BAD_IMAGES, DATASET = "predictions.json", "bad_images.json", "dataset"
@@ -80,8 +80,7 @@ def _prepare(folder: Path, settings: Mapping[str, Any], overwrite: bool) -> None
         _check_same(earlier, json.loads(json.dumps(settings)), folder)
     else:
         for name in _RESULTS if earlier is not None else ():
-            path = folder / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            remove(folder / name)
         try:
             with written_whole(folder / MANIFEST) as handle:
                 json.dump({"sam3lora_batch": 1, "settings": settings}, handle, indent=2)
@@ -90,7 +89,7 @@ def _prepare(folder: Path, settings: Mapping[str, Any], overwrite: bool) -> None
     parts = folder / PARTS
     parts.mkdir(exist_ok=True)
     for stale in [*folder.glob(".*.tmp"), *parts.glob(".*.tmp"), *parts.glob("*.tries")]:
-        shutil.rmtree(stale) if stale.is_dir() else stale.unlink(missing_ok=True)
+        remove(stale)
 
 
 def part_path(folder: Path, run: str, number: int) -> Path:

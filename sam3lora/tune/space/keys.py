@@ -31,6 +31,7 @@ NOT_SEARCHED: dict[str, str] = {
     "training.logging_steps": _NO_EFFECT,
     "training.eval_steps": "a sweep measures every epoch",
     "training.save_steps": "a sweep keeps a checkpoint of every epoch",
+    "training.save_minutes": _NO_EFFECT,
     "training.save_total_limit": _NO_EFFECT,
     "training.num_workers": _NO_EFFECT,
     "training.feature_cache": _NO_EFFECT,

@@ -258,7 +258,7 @@ _COST = (
     "num_workers",
     "gradient_checkpointing",
 )
-_BOOKKEEPING = ("logging_steps", "eval_steps", "save_steps", "save_total_limit")
+_BOOKKEEPING = ("logging_steps", "eval_steps", "save_steps", "save_minutes", "save_total_limit")
 _MAY_DIFFER = (
     *("name", "base_name", "search.num_trials", "search.max_concurrent", "base.output", "base.logging"),
     *("base.evaluation.every_epochs", "base.evaluation.best_metric", "base.evaluation.base_loss"),  # see trial_config

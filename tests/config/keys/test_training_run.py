@@ -29,6 +29,12 @@ def test_max_steps_ends_the_run(run):
     assert run("training.num_epochs=3", "training.max_steps=3").steps == 3
 
 
+@acts("training.save_minutes")
+def test_checkpoints_are_saved_by_time(run):
+    saving = ["training.num_epochs=2", "training.save_steps=3", "training.save_minutes=1e-9"]
+    assert checkpoints_of(run(*saving)) == [f"step_{step:08}" for step in (2, 3, 4)]
+
+
 @acts("training.save_steps", "training.save_total_limit")
 @pytest.mark.parametrize(("limit", "left"), [(1, [4]), (3, [2, 3, 4])])
 def test_checkpoints_are_saved_at_steps_and_the_newest_kept(limit, left, run, plain_run):
