@@ -15,6 +15,7 @@
     python jobs/bench.py serve                         requests over HTTP, some five minutes
     python jobs/bench.py serve-threads                 torch_threads of the service, quiet and busy
     python jobs/bench.py serve-faults                  what clients see when its processes die, some four minutes
+    python jobs/bench.py drill                         training runs that are disturbed: docs/reliability.md
     python jobs/bench.py gpu                           SAM 3 at full size on one GPU
 
 Each prints the ratio of the times; `--json PATH` keeps what was found. With nothing else on the machine.
@@ -317,6 +318,21 @@ def serve_faults(
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     _show([measure_faults(clients=clients)], json_path)
+
+
+@app.command()
+def drill(
+    names: Annotated[list[str] | None, typer.Argument(help="Of drills (default: all).", show_default=False)] = None,
+    keep: Annotated[Path | None, typer.Option(help="Folder in which the runs stay.")] = None,
+    json_path: JsonPath = None,
+) -> None:
+    """Disturb training runs of the tiny model, one fault at a time, and compare them with undisturbed ones."""
+    from jobs.bench.drill.table import FAILED, run_drills
+
+    report = run_drills(names or (), keep=keep)
+    _show([report], json_path)
+    if any(row["status"] == FAILED for row in report.tables[0].rows):
+        raise typer.Exit(1)
 
 
 def _show(reports: Sequence[BenchReport | ServingReport], json_path: Path | None) -> None:

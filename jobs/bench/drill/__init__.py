@@ -1,0 +1,1 @@
+"""A drill: real runs that are disturbed, each beside the same run without the fault."""

@@ -1,0 +1,116 @@
+"""Drills on a Ray cluster of several nodes, all on this machine: hosts that are lost, taken away, or come and go."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jobs.bench.drill.runs import ENVIRONMENT, Drill, DrillFailed, check_whole, loss_of, workers_below
+
+if TYPE_CHECKING:
+    from ray.cluster_utils import Cluster
+
+NODE: dict[str, Any] = {"num_cpus": 2, "object_store_memory": int(1e8)}  # room for one worker
+TWO_HOSTS = ("scaling.num_workers=2", "scaling.worker_start_timeout_s=20")
+DEADLINE_S = 20
+"""From a notice until the host is gone: as short as clouds make it."""
+
+
+@contextlib.contextmanager
+def hosts(count: int) -> Iterator[Cluster]:
+    """A cluster with a head that trains nothing, and so many nodes for workers."""
+    os.environ.update(ENVIRONMENT)
+    from ray.cluster_utils import Cluster
+
+    head = {"num_cpus": 0, "object_store_memory": int(1e8), "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        for _ in range(count):
+            cluster.add_node(**NODE)
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+def _node_with_worker(cluster: Cluster):
+    """A node on which a worker trains now."""
+    for node in sorted(cluster.worker_nodes, key=lambda node: node.node_id):
+        raylet = node.all_processes["raylet"][0].process.pid
+        if workers_below(raylet):
+            return node
+    raise DrillFailed("no worker trains on any node")
+
+
+def host_lost(drill: Drill) -> dict[str, object]:
+    """kill -9 of a host, with a spare one"""
+    reference = drill.reference("scaling.num_workers=2")
+    with hosts(3) as cluster:
+        run = drill.train("host_lost", *TWO_HOSTS, options=["--address", cluster.address])
+        fault_s = run.wait_for_step(6)
+        cluster.remove_node(_node_with_worker(cluster), allow_graceful=False)
+        status = run.wait()
+    return {"status": status, **loss_of(run, fault_s), "adapter": check_whole(run.folder, reference)}
+
+
+def host_drained(drill: Drill) -> dict[str, object]:
+    """a host is drained and gone 20 s later, with a spare one; no other checkpoints"""
+    long = ("scaling.num_workers=2", "training.num_epochs=100", "training.save_steps=100000", "training.eval_steps=100")
+    reference = drill.reference(*long)
+    with hosts(3) as cluster:
+        run = drill.train("host_drained", *long, *TWO_HOSTS, options=["--address", cluster.address])
+        run.wait_for_step(6)
+        node = _node_with_worker(cluster)
+        _drain(cluster.address, node.node_id)
+        time.sleep(DEADLINE_S)
+        fault_s = time.time()
+        cluster.remove_node(node, allow_graceful=False)
+        status = run.wait()
+    return {"status": status, **loss_of(run, fault_s), "adapter": check_whole(run.folder, reference)}
+
+
+def _drain(address: str, node_id: str) -> None:
+    """What an autoscaler, or a cloud's notice that KubeRay passes on, tells Ray."""
+    command = [str(Path(sys.executable).with_name("ray")), "drain-node", "--address", address, "--node-id", node_id]
+    reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "drill"]
+    deadline = ["--deadline-remaining-seconds", str(DEADLINE_S)]
+    done = subprocess.run([*command, *reason, *deadline], capture_output=True, text=True, env={**os.environ})
+    if done.returncode:
+        raise DrillFailed(f"ray drain-node failed: {done.stderr[-500:]}")
+
+
+def elastic(drill: Drill) -> dict[str, object]:
+    """an elastic run gets a second host and loses it again"""
+    long = ("training.num_epochs=1000", "training.save_steps=100000", "training.eval_steps=100000")
+    often = ("training.save_minutes=0.1", "training.lr_scheduler=constant")
+    with hosts(1) as cluster:
+        options = ["--address", cluster.address]
+        run = drill.train(
+            "elastic", *long, *often, "scaling.num_workers=[1, 2]", "scaling.worker_start_timeout_s=20", options=options
+        )
+        run.wait_for_step(6)
+        came_s = time.time()
+        node = cluster.add_node(**NODE)
+        run.wait_until(lambda: len(run.starts()) == 2, "restart with a second worker")
+        grown = run.starts()[1]
+        run.wait_for_step(grown["step"] + 40, after=grown["unix_time"])
+        lost_s = time.time()
+        cluster.remove_node(node, allow_graceful=False)
+        run.wait_until(lambda: len(run.starts()) == 3, "restart with one worker")
+        shrunk = run.starts()[2]
+        run.wait_for_step(max(line["step"] for line in run.steps(before=shrunk["unix_time"])) + 5,
+                          after=shrunk["unix_time"])  # fmt: skip
+        run.process.terminate()
+        status, message = run.wait(), run.message()
+    workers = [start["num_workers"] for start in run.starts()]
+    if workers != [1, 2, 1] or status != 143:
+        raise DrillFailed(f"workers {workers}, status {status}: {message}")
+    growth, shrinking = loss_of(run, came_s), loss_of(run, lost_s)
+    return {"status": status, "message": message} | {
+        key: f"{growth[key]:.0f} growing, {shrinking[key]:.0f} shrinking" for key in ("steps repeated", "seconds")
+    }
