@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.bench.drill.runs import ENVIRONMENT, Drill, DrillFailed, check_whole, loss_of, workers_below
+from jobs.bench.drill.runs import ENVIRONMENT, Drill, DrillFailed, check_steps, check_whole, loss_of, workers_below
 
 if TYPE_CHECKING:
     from ray.cluster_utils import Cluster
@@ -60,7 +60,7 @@ def host_lost(drill: Drill) -> dict[str, object]:
 
 def host_drained(drill: Drill) -> dict[str, object]:
     """a host is drained and gone 20 s later, with a spare one; no other checkpoints"""
-    long = ("scaling.num_workers=2", "training.num_epochs=100", "training.save_steps=100000", "training.eval_steps=100")
+    long = ("scaling.num_workers=2", "training.num_epochs=60", "training.save_steps=100000", "training.eval_steps=100")
     reference = drill.reference(*long)
     with hosts(3) as cluster:
         run = drill.train("host_drained", *long, *TWO_HOSTS, options=["--address", cluster.address])
@@ -110,6 +110,7 @@ def elastic(drill: Drill) -> dict[str, object]:
     workers = [start["num_workers"] for start in run.starts()]
     if workers != [1, 2, 1] or status != 143:
         raise DrillFailed(f"workers {workers}, status {status}: {message}")
+    check_steps(run.folder, max(line["step"] for line in run.steps()))
     growth, shrinking = loss_of(run, came_s), loss_of(run, lost_s)
     return {"status": status, "message": message} | {
         key: f"{growth[key]:.0f} growing, {shrinking[key]:.0f} shrinking" for key in ("steps repeated", "seconds")

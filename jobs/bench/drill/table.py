@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from jobs.bench.drill import disk, hosts, lost, told
+from jobs.bench.drill import apart, disk, hosts, lost, told
 from jobs.bench.drill.runs import Drill, DrillFailed
 from jobs.bench.serving_report import Rows, ServingReport
 from sam3lora.errors import UserError
@@ -27,6 +27,12 @@ DRILLS: dict[str, Callable[[Drill], dict[str, object]]] = {
         hosts.host_lost,
         hosts.host_drained,
         hosts.elastic,
+        lost.not_finite,
+        lost.two_runs,
+        apart.sigterm_plain_worker,
+        apart.unequal_data,
+        apart.stale_listing,
+        apart.stale_for_good,
     )
 }
 FAILED = "FAILED"
