@@ -246,7 +246,7 @@ def test_finished_run_is_merged_again_without_ray(make_settings, small_base, tmp
     ShardWorker(settings)(row(list_images(images, leave_out=output)[0]))
 
     def merge_last(*args):
-        with pytest.raises(UserError, match="another run is writing"):  # the run is not over yet
+        with pytest.raises(UserError, match="another process is writing results"):  # the run is not over yet
             begin(output, {})
         return write_bad_images(*args)
 

@@ -3,13 +3,13 @@
 import json
 import shutil
 
-import filelock
 import pytest
 import ray.cloudpickle
 from ray.tune.search import Searcher
 
 from sam3lora.data.images import ImageError
 from sam3lora.errors import OutOfMemory, UserError, WorkerLost
+from sam3lora.folder_lock import locked_folder
 from sam3lora.training.update import NonFiniteLoss
 from sam3lora.tune.run import sweep, sweep_folder
 from sam3lora.tune.run import trial as trial_run
@@ -63,7 +63,7 @@ def test_a_folder_holds_one_sweep_of_one_space_and_one_driver(data_dir, tmp_path
     Ledger(folder).write(TrialRecord(0, {"lora.rank": 8}, is_base=True))
     with pytest.raises(UserError, match="already holds a sweep: give --resume"):
         sweep.run_sweep(same, folder)
-    with filelock.FileLock(folder / ".lock"), pytest.raises(UserError, match="another process is running the sweep"):
+    with locked_folder(folder, "running a sweep"), pytest.raises(UserError, match="another process is running a sweep"):
         sweep.run_sweep(same, folder)
 
 

@@ -7,10 +7,8 @@ moved into place, so that a part that is there is whole, after any crash; what i
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import json
-import logging
 import os
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,12 +18,11 @@ from typing import Any, NamedTuple, TextIO
 
 from sam3lora.errors import UserError
 from sam3lora.files import remove
+from sam3lora.folder_lock import LOCK_FILE, locked_folder
 
-MANIFEST, PARTS, OVERLAYS, LOCK = "batch.json", "parts", "overlays", ".lock"
+MANIFEST, PARTS, OVERLAYS = "batch.json", "parts", "overlays"
 PREDICTIONS, BAD_IMAGES, DATASET = "predictions.json", "bad_images.json", "dataset"
 _RESULTS = (PARTS, OVERLAYS, PREDICTIONS, BAD_IMAGES, DATASET)
-
-logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -53,23 +50,14 @@ def open_output(folder: Path, settings: Mapping[str, Any], *, overwrite: bool = 
     Raises:
         UserError: The folder holds a run with other settings, or something else, or another start has it open.
     """
-    is_unused = not folder.exists() or (folder.is_dir() and all(path.name == LOCK for path in folder.iterdir()))
+    is_unused = not folder.exists() or (folder.is_dir() and all(path.name == LOCK_FILE for path in folder.iterdir()))
     if _read_settings(folder) is None and not is_unused:
         raise UserError(f"--output {folder} is not empty and holds no batch run: choose a new folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK).open("ab")
-    except OSError as error:
-        raise UserError(f"cannot write to --output {folder}: {error.strerror}") from None
-    with lock:  # the system ends the lock with this process, however that ends; processes it starts do not inherit it
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another run is writing to {folder}: wait until it ends, or choose another --output"
-            ) from None
+            stack.enter_context(locked_folder(folder, "writing results"))
         except OSError as error:
-            logger.warning("%s has no file locks (%s): start no second run there", folder, error.strerror)
+            raise UserError(f"cannot write to --output {folder}: {error.strerror}") from None
         _prepare(folder, settings, overwrite)
         yield
 

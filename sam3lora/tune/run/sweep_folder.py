@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import filelock
-
 from sam3lora.errors import UserError
 from sam3lora.files import remove, remove_leftovers, write_whole
+from sam3lora.folder_lock import locked_folder
 from sam3lora.tune.run.ledger import REJECTED_FILE, SPACE_FILE, TRIAL_FILE, Ledger, TrialRecord
 from sam3lora.tune.run.trial import DECISION_FILE
 from sam3lora.tune.space.reader import load_space
@@ -25,18 +24,12 @@ def only_driver(sweep_dir: Path, resume: bool) -> Iterator[None]:
     """Lock the folder: two sweeps in it would overwrite each other's trials."""
     if resume and not (sweep_dir / SPACE_FILE).is_file():
         raise UserError(f"nothing to resume: {sweep_dir} holds no sweep; start one without --resume")
-    try:
-        sweep_dir.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(sweep_dir / ".lock", timeout=0)
-        lock.acquire()
-    except filelock.Timeout:
-        raise UserError(f"another process is running the sweep in {sweep_dir}: wait for it or stop it") from None
-    except OSError as error:
-        raise UserError(f"cannot write to {sweep_dir}: {error.strerror or error}") from error
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked_folder(sweep_dir, "running a sweep"))
+        except OSError as error:
+            raise UserError(f"cannot write to {sweep_dir}: {error.strerror or error}") from error
         yield
-    finally:
-        lock.release()
 
 
 def prepare(space: SearchSpace, sweep_dir: Path, *, resume: bool, retry_failed: bool) -> Ledger:
