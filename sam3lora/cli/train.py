@@ -26,6 +26,12 @@ def train(
         int | None, typer.Option(min=0, help="Training workers; 0 = in this process, without Ray.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint.")] = False,
+    resume_anyway: Annotated[
+        bool,
+        typer.Option(
+            "--resume-anyway", help="As --resume, also with other images, labels, seed or loss: the epoch begins again."
+        ),
+    ] = False,
     address: Annotated[str | None, typer.Option(help="Ray cluster to train on; a local Ray otherwise.")] = None,
 ) -> None:
     """Train an adapter.
@@ -43,7 +49,7 @@ def train(
 
     from sam3lora.training.launch import train as run
 
-    run(settings, resume=resume)
+    run(settings, resume="anyway" if resume_anyway else resume)
 
 
 def option_overrides(

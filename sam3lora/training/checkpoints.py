@@ -1,7 +1,7 @@
 """Checkpoints, from which a run resumes exactly where it stopped: ``checkpoints/step_00000042/``, written whole.
 
     adapter.safetensors    the adapter's weights          optimizer.safetensors  AdamW's moments, by parameter name
-    state.json             step, epoch, best value, partial epoch sums, and the settings the run was made with
+    state.json             step, epoch, best value, partial epoch sums; settings and data the run was made with
 
 No pickle is written or read. Random numbers need no state: dropout is seeded by (seed, step, rank); order, negatives
 and augmentation by (seed, epoch). So a step is the same whether or not the run was interrupted before it.
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -25,8 +26,18 @@ from sam3lora.errors import UserError
 from sam3lora.files import discard_folder, whole_folder
 
 ADAPTER, OPTIMIZER, STATE = FILES = "adapter.safetensors", "optimizer.safetensors", "state.json"
-# Sections that decide what a step computes: a run cannot resume with other values of them.
-FIXED_SECTIONS = ("model", "lora", "data")
+# Settings that decide what a step computes, or what the best loss is made of: a resumed run keeps them. How long to
+# train, in which batches and at which rate may change.
+FIXED_SETTINGS = (
+    "model",
+    "lora",
+    "data",
+    "training.loss",
+    "training.one_to_many",
+    "training.num_negatives",
+    "training.seed",
+)
+_OF_THE_WEIGHTS = ("model.", "lora.")  # without these, saved weights do not fit
 
 
 @dataclass
@@ -45,6 +56,26 @@ class RunState:
     finished: bool = False
     images_per_step: int = 1
 
+    def begin_anew(self) -> None:
+        """Train on with other data or another loss, from the begin of the epoch: earlier results do not compare."""
+        self.__dict__.update(asdict(RunState(step=self.step, epoch=self.epoch, images_per_step=self.images_per_step)))
+
+
+@dataclass
+class SavedRun:
+    """What a checkpoint says of its run. ``data`` is `RunData.digest`; None in checkpoints that are older than it."""
+
+    settings: dict[str, Any]
+    state: RunState
+    data: dict[str, str] | None
+
+    def changes(self, settings: dict[str, Any], data: dict[str, str]) -> list[str]:
+        """How these settings and data differ from those of the run, where that matters; each change in words."""
+        was, now = (_fixed_values(values) for values in (self.settings, settings))
+        was, now = was | (self.data or {}), now | (data if self.data is not None else {})
+        names = [name for name in {**was, **now} if was.get(name) != now.get(name)]
+        return [f"{name} (was {_show(was.get(name))}, is {_show(now.get(name))})" for name in names]
+
 
 def save_checkpoint(
     root: Path,
@@ -52,6 +83,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     state: RunState,
     settings: dict[str, Any],
+    data: dict[str, str],
     *,
     keep: int,
 ) -> Path:
@@ -60,7 +92,7 @@ def save_checkpoint(
     with whole_folder(target) as scratch:
         save_file(_cpu(get_peft_model_state_dict(model, save_embedding_layers=False)), scratch / ADAPTER)
         save_file(_cpu(_moments(model, optimizer)), scratch / OPTIMIZER)
-        (scratch / STATE).write_text(json.dumps({"state": asdict(state), "settings": settings}, indent=1))
+        (scratch / STATE).write_text(json.dumps({"state": asdict(state), "settings": settings, "data": data}, indent=1))
     for old in list_checkpoints(root)[:-keep]:
         discard_folder(old)
     return target
@@ -70,60 +102,79 @@ def list_checkpoints(root: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     if not root.is_dir():
         return []
-    return sorted(path for path in root.glob("step_*") if all((path / name).is_file() for name in FILES))
+    return sorted(path for path in root.glob("step_*") if is_complete(path))
 
 
-def load_checkpoint(
-    folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer, settings: dict[str, Any]
-) -> RunState:
-    """Restore adapter and optimizer in place and return the position of the run.
+def is_complete(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in FILES)
+
+
+def load_checkpoint(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer) -> None:
+    """Restore adapter and optimizer in place.
 
     Raises:
-        UserError: the checkpoint is damaged, or the run had other settings for the model, the adapter or the data.
+        UserError: The checkpoint is damaged.
     """
-    saved, state = read_state(folder)
-    check_settings(folder, saved, settings)
     try:
         adapter, moments = load_file(folder / ADAPTER), load_file(folder / OPTIMIZER)
     except (SafetensorError, OSError) as error:
         raise _damaged(folder, error) from error
     set_peft_model_state_dict(model, adapter)
     _restore_moments(model, optimizer, moments)
-    return state
 
 
-def check_settings(folder: Path, saved: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Refuse settings with which the run cannot be resumed.
+def read_state(folder: Path) -> SavedRun:
+    """Position, settings and data of the run.
 
     Raises:
-        UserError: naming the settings and both values.
+        UserError: The checkpoint is damaged.
     """
-    for section in FIXED_SECTIONS:
-        now = settings.get(section) or {}
-        was = _defaults(section) | (saved.get(section) or {})  # a setting that is newer than the run had its default
-        if was != _defaults(section) | now:
-            changed = sorted(key for key in {*was, *now} if was.get(key) != now.get(key))
-            names = ", ".join(f"{section}.{key} (was {was.get(key)!r}, is {now.get(key)!r})" for key in changed)
-            raise UserError(
-                f"cannot resume {folder.parent.parent} with other settings: {names}. Put them back, or start a new run "
-                "with another --output-dir"
-            )
-
-
-def _defaults(section: str) -> dict[str, Any]:
-    kind: Any = Config.model_fields[section].annotation
-    return to_jsonable_python(
-        {name: field.get_default(call_default_factory=True) for name, field in kind.model_fields.items()}
-    )
-
-
-def read_state(folder: Path) -> tuple[dict[str, Any], RunState]:
-    """The settings of the run, and its position."""
     try:
         content = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        return content["settings"], RunState(**content["state"])
+        return SavedRun(content["settings"], RunState(**content["state"]), content.get("data"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(folder, error) from error
+
+
+def refuse_changes(folder: Path, changes: list[str], *, accepted: bool = False) -> None:
+    """Refuse to go on from a checkpoint with these changes. Those of model and adapter cannot be accepted.
+
+    Raises:
+        UserError: naming the settings and data, and both values.
+    """
+    refused = [change for change in changes if not accepted or change.startswith(_OF_THE_WEIGHTS)]
+    if not refused:
+        return
+    advice = "Put back what has changed, or start a new run with another --output-dir"
+    if not any(change.startswith(_OF_THE_WEIGHTS) for change in refused):
+        advice += "; --resume-anyway goes on all the same, from the begin of the epoch"
+    raise UserError(f"cannot resume {folder.parent.parent}, which was made otherwise: {', '.join(refused)}. {advice}")
+
+
+def _fixed_values(settings: dict[str, Any]) -> dict[str, Any]:
+    """`FIXED_SETTINGS` by their full names; a setting that is newer than the run has its default."""
+    return {
+        name: value
+        for name, value in _flat(Config, settings).items()
+        if any(name == fixed or name.startswith(f"{fixed}.") for fixed in FIXED_SETTINGS)
+    }
+
+
+def _flat(section: type[BaseModel], values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, field_ in section.model_fields.items():
+        kind: Any = field_.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            found |= _flat(kind, values.get(name) or {}, f"{prefix}{name}.")
+        else:
+            default = None if field_.is_required() else field_.get_default(call_default_factory=True)
+            found[prefix + name] = values.get(name, to_jsonable_python(default))
+    return found | {prefix + name: values[name] for name in values.keys() - section.model_fields.keys()}
+
+
+def _show(value: Any) -> str:
+    """A setting, or what is known of the data."""
+    return str(value) if isinstance(value, str) and "digest" in value else repr(value)
 
 
 def _damaged(folder: Path, error: Exception) -> UserError:

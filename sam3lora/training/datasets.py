@@ -17,6 +17,7 @@ from sam3lora.data.batch import Batch
 from sam3lora.data.coco import CocoIndex, merge_names
 from sam3lora.data.fault_report import count_left_out, faults_as_reason, split_faults
 from sam3lora.data.index_columns import object_columns
+from sam3lora.data.index_digest import index_digest
 from sam3lora.data.pipeline import SharedTable, iterate_batches, stream_batches
 from sam3lora.data.plan import BatchPlan, plan_run, plan_validation
 from sam3lora.data.prompts import prompt_key
@@ -34,7 +35,7 @@ class RunData:
     """The training split, the validation split if there is one, and how their records are decoded.
 
     ``train`` and ``valid`` hold the images that have a loss; ``valid_complete`` holds all that metrics are measured on.
-    ``faults`` are those of both annotation files, from `split_faults`.
+    ``faults`` are those of both annotation files, from `split_faults`. ``digest`` is from `data_digest`.
     """
 
     train: CocoIndex
@@ -44,7 +45,13 @@ class RunData:
     valid_settings: DecodeSettings
     prompts: tuple[str, ...]
     faults: list[dict[str, Any]]
+    digest: dict[str, str]
     no_valid: str | None = None  # where validation images were looked for, if there are none
+
+    def file_names(self) -> dict[str, list[str]]:
+        """The images of each split, under the names that they have in ``digest``."""
+        splits = {"train images": self.train, "valid images": self.valid_complete}
+        return {name: index.table["file_name"].to_pylist() if index else [] for name, index in splits.items()}
 
     def summary(self) -> dict[str, Any]:
         counts = dict.fromkeys(self.train.names, 0) | object_columns(self.train.table).count_per_category()
@@ -60,13 +67,26 @@ class RunData:
         }
 
 
+def read_splits(config: Config) -> tuple[CocoIndex, CocoIndex | None]:
+    """The indexes of the training split, and of the validation split if there is one."""
+    data, root = config.data, config.training.required_data_dir()
+    train = _index(config, required_split(root, data.train_split, data.annotation_file))
+    valid_files = find_split(root, data.valid_split, data.annotation_file)
+    return train, _index(config, valid_files) if valid_files is not None else None
+
+
+def data_digest(train: CocoIndex, valid: CocoIndex | None) -> dict[str, str]:
+    """Number and digest of images and labels of both splits, by names for people."""
+    found = {f"train {what}": value for what, value in index_digest(train).items()}
+    of_valid = index_digest(valid) if valid is not None else dict.fromkeys(("images", "labels"), "none")
+    return found | {f"valid {what}": value for what, value in of_valid.items()}
+
+
 def load_run_data(config: Config, resolution: int) -> RunData:
     """Index both splits and leave out the images without a query, which have no loss."""
     data, training = config.data, config.training
     root = training.required_data_dir()
-    train = _index(config, required_split(root, data.train_split, data.annotation_file))
-    valid_files = find_split(root, data.valid_split, data.annotation_file)
-    valid = _index(config, valid_files) if valid_files is not None else None
+    train, valid = read_splits(config)
     names = merge_names([train, valid] if valid else [train])
     known = {prompt_key(name) for name in names}
     for name in data.prompts:
@@ -102,6 +122,7 @@ def load_run_data(config: Config, resolution: int) -> RunData:
         prompts=tuple(dict.fromkeys([*asked, *data.negative_prompts])),
         faults=split_faults(data.train_split, train.faults)
         + (split_faults(data.valid_split, valid.faults) if valid else []),
+        digest=data_digest(train, valid),
         no_valid=None if valid else missing_split(root, data.valid_split, data.annotation_file),
     )
 

@@ -66,6 +66,17 @@ def on_first_worker(value: object, compute: Callable[[list], Result]) -> Result:
     return outcome[0]
 
 
+def take_from_first_worker(parameters: Iterable[Parameter]) -> None:
+    """Give parameters of any types the values that they have on the first worker."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    with torch.no_grad():
+        for parameter in parameters:
+            values = parameter.detach().contiguous()
+            dist.broadcast(values, src=0)
+            parameter.copy_(values)
+
+
 def average_gradients(parameters: Iterable[Parameter], extra: Tensor) -> Tensor:
     """Replace each gradient by its mean over workers, and return the mean of ``extra`` (any 1D float tensor).
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sam3lora.config import Config
 from sam3lora.errors import UserError
 from sam3lora.files import check_folder, remove_leftovers, write_whole
-from sam3lora.training.checkpoints import check_settings, list_checkpoints, read_state
-from sam3lora.training.metrics_log import METRICS_FILE, follow, read_metrics, write_plots
+from sam3lora.folder_lock import locked_folder
+from sam3lora.training.checkpoints import list_checkpoints, read_state, refuse_changes
+from sam3lora.training.metrics_log import METRICS_FILE, append_line, follow, read_metrics, write_plots
 
 logger = logging.getLogger(__name__)
 
@@ -34,13 +36,16 @@ class TrainResult:
 def train(
     config: Config,
     *,
-    resume: bool = False,
+    resume: bool | Literal["anyway"] = False,
     report: Callable[[dict[str, Any]], None] | None = None,
     callbacks: Sequence[Any] = (),
 ) -> TrainResult:
     """Train an adapter as the configuration says and return where it is.
 
-    ``resume`` continues from the last checkpoint in the run folder; without it the folder must not hold a run.
+    ``resume`` continues from the last checkpoint in the run folder; without it the folder must not hold a run. Images,
+    labels and the settings that decide what is learned have to be those of the run. With ``"anyway"`` other data,
+    another seed and another loss are accepted: the epoch begins again, and ``best/`` is chosen anew. The folder is
+    locked: no other process can train in it.
     ``report`` is called after each validation with step, epoch (from 1), loss and metrics, where training happens in
     this process (``scaling.num_workers`` 0). ``callbacks`` of Ray Train (``ray.train.UserCallback``) get the same
     values where workers train.
@@ -56,13 +61,20 @@ def train(
     output_dir = Path(config.output.output_dir).expanduser().absolute()
     data_dir = config.training.required_data_dir().absolute()
     config = config.changed({"output.output_dir": str(output_dir), "training.data_dir": str(data_dir)})
-    _prepare_folder(config, output_dir, resume)
-    payload = {"config": config.model_dump(mode="json"), "use_ray": config.scaling.num_workers != 0}
-    try:
-        with follow(output_dir, config.logging.progress):
-            outcome = _run(config, payload, report, callbacks)
-    finally:
-        remove_leftovers(output_dir, output_dir / "checkpoints")
+    if resume:
+        _last_checkpoint(output_dir)  # before the folder is made for the lock
+    with _only_run_in(output_dir):
+        accepted_data = _prepare_folder(config, output_dir, resume)
+        payload = {
+            "config": config.model_dump(mode="json"),
+            "use_ray": config.scaling.num_workers != 0,
+            "accepted_data": accepted_data,
+        }
+        try:
+            with follow(output_dir, config.logging.progress):
+                outcome = _run(config, payload, report, callbacks)
+        finally:
+            remove_leftovers(output_dir, output_dir / "checkpoints")
     lines = read_metrics(output_dir / METRICS_FILE)
     if config.logging.plots:
         write_plots(lines, output_dir / "plots")
@@ -77,25 +89,41 @@ def train(
     )
 
 
-def _prepare_folder(config: Config, output_dir: Path, resume: bool) -> None:
+@contextlib.contextmanager
+def _only_run_in(output_dir: Path) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked_folder(output_dir, "training"))
+        except OSError as error:
+            raise UserError(f"cannot write to output.output_dir {output_dir}: {error.strerror}") from error
+        yield
+
+
+def _last_checkpoint(output_dir: Path) -> Path:
+    saved = list_checkpoints(output_dir / "checkpoints")
+    if not saved:
+        raise UserError(
+            f"nothing to resume: {output_dir / 'checkpoints'} holds no complete checkpoint; train without --resume"
+        )
+    return saved[-1]
+
+
+def _prepare_folder(config: Config, output_dir: Path, resume: bool | Literal["anyway"]) -> dict[str, str] | None:
     """Refuse a folder whose content could be lost or mixed up, then write the configuration.
 
-    A start that failed before its first checkpoint or adapter left nothing of value, so it may be repeated.
+    A start that failed before its first checkpoint or adapter left nothing of value, so it may be repeated. Returns the
+    digest of the data if other data are accepted.
     """
     checkpoints = output_dir / "checkpoints"
-    saved = list_checkpoints(checkpoints)
-    if resume and not saved:
-        raise UserError(f"nothing to resume: {checkpoints} holds no complete checkpoint; train without --resume")
-    if not resume and saved:
+    if not resume and list_checkpoints(checkpoints):
         raise UserError(
             f"{output_dir} already holds a run: give --resume to go on with it, or another --output-dir for a new one"
         )
     if not resume and any((output_dir / name).exists() for name in ("best", "last")):
         raise UserError(f"{output_dir} already holds an adapter of another run: give another --output-dir")
-    if resume:
-        check_settings(saved[-1], read_state(saved[-1])[0], config.model_dump(mode="json"))
+    warning, data = _check_resume(config, output_dir, resume) if resume else (None, None)
     try:
-        checkpoints.mkdir(parents=True, exist_ok=True)
+        checkpoints.mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to output.output_dir {output_dir}: {error.strerror}") from error
     remove_leftovers(output_dir, checkpoints)
@@ -103,6 +131,30 @@ def _prepare_folder(config: Config, output_dir: Path, resume: bool) -> None:
     write_whole(output_dir / "config.yaml", config.to_yaml())
     if not resume:
         (output_dir / METRICS_FILE).write_text("")
+    if warning:
+        logger.warning("%s", warning)
+        append_line(output_dir / METRICS_FILE, "warning", message=warning)
+    return data if resume == "anyway" else None
+
+
+def _check_resume(
+    config: Config, output_dir: Path, resume: bool | Literal["anyway"]
+) -> tuple[str | None, dict[str, str]]:
+    """Compare the run in the folder with what it is to go on with: a warning, if any, and the digest of the data."""
+    from sam3lora.training.datasets import data_digest, read_splits
+
+    last = _last_checkpoint(output_dir)
+    saved, data = read_state(last), data_digest(*read_splits(config))
+    changes = saved.changes(config.model_dump(mode="json"), data)
+    refuse_changes(last, changes, accepted=resume == "anyway")
+    if changes:
+        return (
+            f"resumed at step {saved.state.step}, from the begin of epoch {saved.state.epoch + 1}, with changes: "
+            f"{', '.join(changes)}. best/ is chosen anew"
+        ), data
+    if saved.data is None:
+        return f"{last} does not say which images and labels the run had, so they were not compared", data
+    return None, data
 
 
 def _run(

@@ -39,8 +39,7 @@ class MetricsLog:
             self._writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=after_step + 1)
 
     def write(self, kind: str, **values: Any) -> None:
-        with errors_of(self._file), self._file.open("a") as file:
-            file.write(json.dumps({"kind": kind, **_finite(values), "unix_time": round(time.time(), 3)}) + "\n")
+        append_line(self._file, kind, **values)
         if self._writer and "step" in values:
             for name, value in _flat(values):
                 if name != "step" and isinstance(value, int | float):
@@ -77,6 +76,11 @@ class WarningsToMetrics(logging.Handler):
             self._log.write("warning", message=record.getMessage())
         else:
             self._early.append(record.getMessage())
+
+
+def append_line(file: Path, kind: str, **values: Any) -> None:
+    with errors_of(file), file.open("a") as lines:
+        lines.write(json.dumps({"kind": kind, **_finite(values), "unix_time": round(time.time(), 3)}) + "\n")
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:

@@ -18,7 +18,8 @@ from sam3lora.errors import DiskFull, OutOfMemory
 from sam3lora.files import is_full
 from sam3lora.model.adapter.folder import save_adapter
 from sam3lora.training import distributed, setup
-from sam3lora.training.checkpoints import RunState, list_checkpoints, load_checkpoint, save_checkpoint
+from sam3lora.training.agreement import check_agreement, choose_checkpoint, worker_facts
+from sam3lora.training.checkpoints import RunState, load_checkpoint, read_state, refuse_changes, save_checkpoint
 from sam3lora.training.datasets import BatchSource, load_run_data
 from sam3lora.training.fit_batch import resolve_batch_size
 from sam3lora.training.metrics_log import MetricsLog, WarningsToMetrics
@@ -34,12 +35,19 @@ Report = Callable[[dict[str, Any]], None]
 def run_worker(payload: dict[str, Any], *, report: Report | None = None) -> dict[str, Any]:
     """The function that each worker of a run executes; returns the steps done, the best loss and its step.
 
-    `payload` has `config` (a dict) and `use_ray`. `report` gets what is measured at each validation; on Ray it goes to
-    Ray Train instead.
+    `payload` has `config` (a dict), `use_ray`, and `accepted_data` of `Trainer`. `report` gets what is measured at each
+    validation; on Ray it goes to Ray Train instead.
     """
     config = load_config(payload["config"])
     try:
-        return Trainer(config, Path(config.output.output_dir), use_ray=payload["use_ray"], report=report).run()
+        trainer = Trainer(
+            config,
+            Path(config.output.output_dir),
+            use_ray=payload["use_ray"],
+            report=report,
+            accepted_data=payload.get("accepted_data"),
+        )
+        return trainer.run()
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -56,11 +64,20 @@ def run_worker(payload: dict[str, Any], *, report: Report | None = None) -> dict
 class Trainer:
     """A training worker: the model, its data, the optimizer and the position in the run.
 
-    Making one loads data and model, adds the adapter and restores the last checkpoint if there is one. `run` does the
-    rest.
+    Making one loads data and model, adds the adapter, restores the last checkpoint if there is one, and compares what
+    came of it with the other workers. `run` does the rest. `accepted_data` is the `RunData.digest` with which a run may
+    go on although it was made with others, or with another loss or seed.
     """
 
-    def __init__(self, config: Config, output_dir: Path, *, use_ray: bool, report: Report | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        output_dir: Path,
+        *,
+        use_ray: bool,
+        report: Report | None = None,
+        accepted_data: dict[str, str] | None = None,
+    ) -> None:
         warnings = WarningsToMetrics() if use_ray else None
         self.output_dir = output_dir
         self.device = setup.choose_device(config, use_ray=use_ray)
@@ -69,7 +86,9 @@ class Trainer:
         self.model, self.runner = setup.add_adapter(config, base, self.data, self.device)
         self.optimizer = setup.make_optimizer(config, self.model)
         self.metadata = setup.adapter_metadata(config, base, self.data)
-        self.state = self._restore(config)
+        self.state = self._restore(config, accepted_data)
+        facts = worker_facts(config, self.model, base.fingerprint, self.state.step, self.data.digest)
+        check_agreement(facts, self.data.file_names)
         self.config = resolve_batch_size(config, self.model, self.runner, self.data)
         self.batches = BatchSource(
             self.data, self.config, use_ray=use_ray, device=self.device, load_ahead=self.runner.images.load_ahead
@@ -94,11 +113,24 @@ class Trainer:
 
     # ---- set-up ----------------------------------------------------------------------------------------------------
 
-    def _restore(self, config: Config) -> RunState:
-        saved = list_checkpoints(self.output_dir / "checkpoints")
-        if not saved:
+    def _restore(self, config: Config, accepted_data: dict[str, str] | None) -> RunState:
+        """Take adapter and optimizer from the newest checkpoint, if there is one, and return the position in the run.
+
+        Raises:
+            UserError: The checkpoint is of a run with other settings or data, unless these data are accepted.
+        """
+        chosen = choose_checkpoint(self.output_dir / "checkpoints")
+        if chosen is None:
+            # Hosts with other hardware may draw other weights from the same seed.
+            distributed.take_from_first_worker(p for p in self.model.parameters() if p.requires_grad)
             return RunState()
-        return load_checkpoint(saved[-1], self.model, self.optimizer, _settings_of(config))
+        saved = read_state(chosen)
+        changes = saved.changes(_settings_of(config), self.data.digest)
+        refuse_changes(chosen, changes, accepted=accepted_data == self.data.digest)
+        load_checkpoint(chosen, self.model, self.optimizer)
+        if changes:
+            saved.state.begin_anew()
+        return saved.state
 
     def _plan_steps(self) -> int:
         """Steps of the whole run, from the position in it.
@@ -216,7 +248,8 @@ class Trainer:
         """A checkpoint and the ``last`` adapter, by the first worker."""
         if distributed.rank() == 0:
             root, keep = self.output_dir / "checkpoints", self.config.training.save_total_limit
-            save_checkpoint(root, self.model, self.optimizer, self.state, _settings_of(self.config), keep=keep)
+            settings, data = _settings_of(self.config), self.data.digest
+            save_checkpoint(root, self.model, self.optimizer, self.state, settings, data, keep=keep)
             self._save_adapter("last", {})
             self._saved_s = time.monotonic()
 

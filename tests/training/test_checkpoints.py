@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -12,12 +13,21 @@ import torch
 from torch import nn
 
 from sam3lora import files
+from sam3lora.config.loss import LossSection
 from sam3lora.errors import UserError
 from sam3lora.model.adapter.lora_layers import LoraSettings, apply_lora
-from sam3lora.training.checkpoints import RunState, list_checkpoints, load_checkpoint, save_checkpoint
+from sam3lora.training.checkpoints import (
+    RunState,
+    list_checkpoints,
+    load_checkpoint,
+    read_state,
+    refuse_changes,
+    save_checkpoint,
+)
 from sam3lora.training.optimization import build_optimizer
 
 SETTINGS = {"model": {"name": "tiny"}, "lora": {"rank": 2, "alpha": 4}, "data": {}, "training": {"num_epochs": 3}}
+DATA = {"train images": "8 [digest aa]", "train labels": "20 [digest bb]"}
 
 
 def make_run(seed: int, steps: int):
@@ -39,7 +49,12 @@ def weights(model) -> dict[str, torch.Tensor]:
 
 def save(root: Path, step: int = 5, keep: int = 3, settings=None) -> Path:
     model, optimizer = make_run(seed=step, steps=2)
-    return save_checkpoint(root, model, optimizer, RunState(step=step, epoch=1), settings or SETTINGS, keep=keep)
+    return save_checkpoint(root, model, optimizer, RunState(step=step, epoch=1), settings or SETTINGS, DATA, keep=keep)
+
+
+def changes(folder: Path, sections=None, data=None) -> list[str]:
+    """What is told of going on with other values of sections."""
+    return read_state(folder).changes(SETTINGS | (sections or {}), data or DATA)
 
 
 def test_round_trip(tmp_path):
@@ -49,9 +64,11 @@ def test_round_trip(tmp_path):
         step=7, epoch=2, step_in_epoch=1, best_loss=0.1234567890123456, best_step=5, epoch_sums={"loss_ce": 1 / 3},
         epoch_counts=[1.0, 2.0, 3.0], images_per_step=4,
     )  # fmt: skip
-    folder = save_checkpoint(tmp_path, model, optimizer, state, SETTINGS, keep=1)
+    folder = save_checkpoint(tmp_path, model, optimizer, state, SETTINGS, DATA, keep=1)
     other, other_optimizer = make_run(seed=0, steps=1)
-    assert load_checkpoint(folder, other, other_optimizer, SETTINGS) == state
+    load_checkpoint(folder, other, other_optimizer)
+    saved = read_state(folder)
+    assert (saved.state, saved.settings, saved.data) == (state, SETTINGS, DATA)
     for name, value in weights(model).items():
         assert torch.equal(weights(other)[name], value), name
     for each, its_optimizer in ((model, optimizer), (other, other_optimizer)):
@@ -95,12 +112,26 @@ def test_saving_a_step_again_replaces_it(tmp_path):
 
 
 def test_a_setting_that_is_newer_than_the_run(tmp_path):
-    # The run went on as by its default; another value is refused as ever.
-    folder = save(tmp_path, settings={"model": {"name": "tiny"}})
-    model, optimizer = make_run(seed=0, steps=1)
-    load_checkpoint(folder, model, optimizer, {"model": {"name": "tiny", "quantization": "none"}})
-    with pytest.raises(UserError, match="quantization"):
-        load_checkpoint(folder, model, optimizer, {"model": {"name": "tiny", "quantization": "nf4"}})
+    # The run went on as by its default; another value is refused as ever. The same within the loss.
+    folder = save(tmp_path, settings=SETTINGS | {"training": {"loss": {"presence": 7}}})
+    model = {"name": "tiny", "quantization": "none"}
+    assert changes(folder, {"model": model, "training": {"loss": {"presence": 7, "mask": LossSection().mask}}}) == []
+    assert changes(
+        folder, {"model": model | {"quantization": "nf4"}, "training": {"loss": {"presence": 7, "mask": 1}}}
+    ) == [
+        "model.quantization (was 'none', is 'nf4')",
+        f"training.loss.mask (was {LossSection().mask}, is 1)",
+    ]
+
+
+def test_a_run_that_did_not_note_its_data(tmp_path):
+    # Checkpoints of earlier versions.
+    folder = save(tmp_path)
+    content = json.loads((folder / "state.json").read_text())
+    del content["data"], content["state"]["images_per_step"]
+    (folder / "state.json").write_text(json.dumps(content))
+    assert read_state(folder).data is None
+    assert changes(folder) == changes(folder, data={"train images": "9 [digest cc]"}) == []
 
 
 @pytest.mark.parametrize("missing", ["adapter.safetensors", "optimizer.safetensors", "state.json"])
@@ -153,18 +184,51 @@ def test_damaged_file(tmp_path, file, damage):
     damage(folder / file)
     model, optimizer = make_run(seed=1, steps=1)
     before = weights(model)
+
+    def resume() -> None:
+        read_state(folder)
+        load_checkpoint(folder, model, optimizer)
+
     with pytest.raises(UserError, match=r"step_00000005 is damaged .*remove it"):
-        load_checkpoint(folder, model, optimizer, SETTINGS)
+        resume()
     assert all(torch.equal(weights(model)[name], value) for name, value in before.items())
 
 
-def test_other_settings_are_refused_by_name(tmp_path):
-    # What decides the numbers of a step must be as it was; how long to train may change.
+def test_how_long_and_how_fast_may_change(tmp_path):
     folder = save(tmp_path)
-    model, optimizer = make_run(seed=1, steps=1)
-    other = SETTINGS | {"lora": {"rank": 8, "alpha": 4}}
-    with pytest.raises(UserError, match=r"lora\.rank \(was 2, is 8\)") as error:
-        load_checkpoint(folder, model, optimizer, other)
-    assert "alpha" not in str(error.value)
-    longer = SETTINGS | {"training": {"num_epochs": 9}}
-    assert load_checkpoint(folder, model, optimizer, longer).step == 5
+    other = {"num_epochs": 9, "max_steps": 7, "learning_rate": 0.5, "batch_size": 8, "warmup_steps": 3}
+    assert changes(folder, {"training": other}) == []
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "told"),
+    [
+        ("model", {"name": "other"}, "model.name (was 'tiny', is 'other')"),
+        ("lora", {"rank": 8, "alpha": 4}, "lora.rank (was 2, is 8)"),
+        ("data", {"categories": ["a"]}, "data.categories (was None, is ['a'])"),
+        ("training", {"seed": 7}, "training.seed (was 42, is 7)"),
+        ("training", {"loss": {"presence": 1}}, "training.loss.presence (was 20.0, is 1)"),
+        ("training", {"one_to_many": False}, "training.one_to_many (was True, is False)"),
+        ("training", {"num_negatives": 0}, "training.num_negatives (was 3, is 0)"),
+    ],
+)
+def test_what_decides_a_step_is_refused_by_name(tmp_path, section, value, told):
+    # The rank of the adapter, and the base, are never accepted: saved weights would not fit.
+    folder = save(tmp_path)
+    found = changes(folder, {section: value})
+    assert found == [told]
+    with pytest.raises(UserError, match=re.escape(told)) as error:
+        refuse_changes(folder, found)
+    assert ("--resume-anyway" in str(error.value)) == (section not in ("model", "lora"))
+    if section in ("model", "lora"):
+        with pytest.raises(UserError, match=re.escape(told)):
+            refuse_changes(folder, found, accepted=True)
+    else:
+        refuse_changes(folder, found, accepted=True)
+
+
+def test_other_data_are_told_apart(tmp_path):
+    folder = save(tmp_path)
+    assert changes(folder, data=DATA | {"train labels": "20 [digest cc]"}) == [
+        "train labels (was 20 [digest bb], is 20 [digest cc])"
+    ]
