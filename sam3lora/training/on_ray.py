@@ -23,6 +23,10 @@ from sam3lora.config import Config
 from sam3lora.errors import RunFailed, UserError, WorkerLost, WorkerStopped
 from sam3lora.training.notices import passed_on
 
+# A worker answers Ray from a thread of its own, however long a step takes. One that is silent for so long is taken for
+# dead, such as a stopped process; Ray's own default is ten minutes, in which all others would wait.
+_SILENT_WORKER_S = 45
+
 
 def run_on_ray(config: Config, payload: dict[str, Any], callbacks: Sequence[UserCallback] = ()) -> dict[str, Any]:
     """Train on the workers of a cluster and return what `run_worker` of the first one returned.
@@ -135,6 +139,9 @@ def _last_line(error: Any) -> str:
 def _environment(config: Config, is_local: bool) -> AbstractContextManager[None]:
     """Settings that Ray Train reads from the environment, for this run only."""
     names = {
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": os.environ.get(
+            "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(_SILENT_WORKER_S)
+        ),
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(config.scaling.worker_start_timeout_s),
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": os.environ.get("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5"),
     }

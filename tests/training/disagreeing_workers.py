@@ -1,0 +1,73 @@
+"""One of two workers whose host differs from the other's: ``disagreeing_workers.py SCRATCH RANK``.
+
+``SCRATCH/cases.json`` has the configuration and the cases, with what is special on each worker. What comes of each
+case is written to ``SCRATCH/outcomes_RANK.json``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+
+from sam3lora.config import load_config
+from sam3lora.errors import UserError
+from sam3lora.training import agreement, trainer
+from sam3lora.training.datasets import load_run_data
+from sam3lora.training.trainer import Trainer
+
+
+@contextlib.contextmanager
+def host(name: str, *, data_dir: str | None = None, hidden: str = "", hidden_s: float = 0, seed: int = 0) -> Iterator:
+    """A host of this name, which may have other data, see a checkpoint late, or draw other random numbers."""
+    is_file, manual_seed, seen_s = Path.is_file, torch.manual_seed, time.monotonic() + hidden_s
+
+    def late(path: Path) -> bool:
+        return is_file(path) and not (hidden and path.parent.name == hidden and time.monotonic() < seen_s)
+
+    def load(config, resolution):
+        return load_run_data(config.changed({"training.data_dir": data_dir}) if data_dir else config, resolution)
+
+    with (
+        patch.object(agreement.socket, "gethostname", lambda: name),
+        patch.object(Path, "is_file", late),
+        patch.object(trainer, "load_run_data", load),
+        patch.object(torch, "manual_seed", lambda value: manual_seed(value + seed)),
+    ):
+        yield
+
+
+def outcome(config, case: dict[str, Any]) -> dict[str, Any]:
+    """Where the worker begins and with which weights, or what it says."""
+    try:
+        with host(**case["host"]):
+            if "longest_wait_s" in case:
+                root = Path(case["folder"]) / "checkpoints"
+                return {"chosen": agreement.choose_checkpoint(root, longest_wait_s=case["longest_wait_s"]).name}
+            run = Trainer(config, Path(case["folder"]), use_ray=False)
+    except UserError as error:
+        return {"error": str(error)}
+    weights = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
+    return {"step": run.state.step, "weights": sum(weight.double().abs().sum().item() for weight in weights)}
+
+
+def main(scratch: Path, rank: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{scratch / 'rendezvous'}", rank=rank, world_size=2)
+    content = json.loads((scratch / "cases.json").read_text())
+    config = load_config(content["config"])
+    outcomes = {name: outcome(config, workers[rank]) for name, workers in content["cases"].items()}
+    (scratch / f"outcomes_{rank}.json").write_text(json.dumps(outcomes))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
