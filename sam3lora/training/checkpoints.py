@@ -57,7 +57,7 @@ class RunState:
     images_per_step: int = 1
 
     def begin_anew(self) -> None:
-        """Train on with other data or another loss, from the begin of the epoch: earlier results do not compare."""
+        """Train on with other data or another loss, from the start of the epoch: earlier results do not compare."""
         self.__dict__.update(asdict(RunState(step=self.step, epoch=self.epoch, images_per_step=self.images_per_step)))
 
 
@@ -147,7 +147,7 @@ def refuse_changes(folder: Path, changes: list[str], *, accepted: bool = False) 
         return
     advice = "Put back what has changed, or start a new run with another --output-dir"
     if not any(change.startswith(_OF_THE_WEIGHTS) for change in refused):
-        advice += "; --resume-anyway goes on all the same, from the begin of the epoch"
+        advice += "; --resume-anyway goes on all the same, from the start of the epoch"
     raise UserError(f"cannot resume {folder.parent.parent}, which was made otherwise: {', '.join(refused)}. {advice}")
 
 

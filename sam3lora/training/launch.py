@@ -149,7 +149,7 @@ def _check_resume(
     refuse_changes(last, changes, accepted=resume == "anyway")
     if changes:
         return (
-            f"resumed at step {saved.state.step}, from the begin of epoch {saved.state.epoch + 1}, with changes: "
+            f"resumed at step {saved.state.step}, from the start of epoch {saved.state.epoch + 1}, with changes: "
             f"{', '.join(changes)}. best/ is chosen anew"
         ), data
     if saved.data is None:

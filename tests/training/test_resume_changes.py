@@ -76,13 +76,15 @@ def test_other_data_are_refused(begun, split, change, told):
         ({"training.loss.presence": 1}, r"training\.loss\.presence \(was 20\.0, is 1\.0\)"),
     ],
 )
-def test_another_seed_or_loss_is_refused_in_one_message(begun, capfd, changes, told):
+def test_another_seed_or_loss_is_refused_in_one_message(begun, tmp_path, capfd, changes, told):
     with pytest.raises(UserError, match=told):
         train(begun.changed(changes), resume=True)
-    file = folder_of(begun) / "config.yaml"
-    overrides = [f"{key}={value}" for key, value in changes.items()]
-    assert main(["train", str(file), *overrides, "--resume"]) == 2
+    (tmp_path / "begun.yaml").write_text(begun.to_yaml())
+    command = ["train", str(tmp_path / "begun.yaml"), *(f"{key}={value}" for key, value in changes.items())]
+    assert main([*command, "--resume"]) == 2
     assert "--resume-anyway" in capfd.readouterr().err
+    assert main([*command, "training.max_steps=5", "--resume-anyway"]) == 0
+    assert lines_of(begun, "step")[-1]["step"] == 5
 
 
 def test_resume_anyway_goes_on_with_other_data(begun, scenes):
@@ -95,7 +97,7 @@ def test_resume_anyway_goes_on_with_other_data(begun, scenes):
     assert [line["epoch"] for line in lines_of(begun, "step")] == [1, 1, 1, 2, 2, 2, 2]
     assert result.history[-1]["step"] == state_of(begun)["best_step"] == 7
     [warning] = lines_of(begun, "warning")
-    assert "resumed at step 4, from the begin of epoch 2, with changes: train images (was 6 [" in warning["message"]
+    assert "resumed at step 4, from the start of epoch 2, with changes: train images (was 6 [" in warning["message"]
     # From here on it is a run on these data.
     train(begun.changed({"training.num_epochs": 3}), resume=True)
     assert len(lines_of(begun, "warning")) == 1
