@@ -16,6 +16,7 @@ from typing import Any
 
 import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train.constants import TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from sam3lora.cluster import check_room, choose_gpu, environment, most_workers, ray_session, worker_resources
@@ -25,7 +26,11 @@ from sam3lora.training.notices import passed_on
 
 # A worker answers Ray from a thread of its own, however long a step takes. One that is silent for so long is taken for
 # dead, such as a stopped process; Ray's own default is ten minutes, in which all others would wait.
-_SILENT_WORKER_S = 45
+_SILENT_WORKER_S = 40
+
+# After a failure the workers get so long to leave the process group before they are killed; one that is stopped never
+# does, and the run waits for it.
+_LEAVING_S = 5
 
 
 def run_on_ray(config: Config, payload: dict[str, Any], callbacks: Sequence[UserCallback] = ()) -> dict[str, Any]:
@@ -63,6 +68,7 @@ class EndOnMistake(UserCallback):
     """
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        os.environ.setdefault(TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S, str(_LEAVING_S))  # the controller's alone
         for error in worker_exceptions.values():
             if isinstance(error, UserError | RunFailed):
                 raise error
