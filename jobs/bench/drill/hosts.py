@@ -7,17 +7,23 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.bench.drill.runs import ENVIRONMENT, Drill, DrillFailed, check_steps, check_whole, loss_of, workers_below
+from jobs.bench.drill.runs import ENVIRONMENT, Drill, DrillFailed, Run, check_steps, check_whole, loss_of, workers_below
 
 if TYPE_CHECKING:
     from ray.cluster_utils import Cluster
 
 NODE: dict[str, Any] = {"num_cpus": 2, "object_store_memory": int(1e8)}  # room for one worker
 TWO_HOSTS = ("scaling.num_workers=2", "scaling.worker_start_timeout_s=20")
+ENDLESS = (  # until SIGTERM, and without checkpoints that are due by steps
+    "training.num_epochs=1000",
+    "training.save_steps=100000",
+    "training.eval_steps=100000",
+    "training.lr_scheduler=constant",
+)
 DEADLINE_S = 20
 """From a notice until the host is gone: as short as clouds make it."""
 
@@ -49,29 +55,48 @@ def _node_with_worker(cluster: Cluster):
 
 def host_lost(drill: Drill) -> dict[str, object]:
     """kill -9 of a host, with a spare one"""
+    return _host_ends(drill, "host_lost", graceful=False)
+
+
+def host_terminated(drill: Drill) -> dict[str, object]:
+    """SIGTERM to the Ray of a host, with a spare one"""
+    return _host_ends(drill, "host_terminated", graceful=True)
+
+
+def _host_ends(drill: Drill, name: str, *, graceful: bool) -> dict[str, object]:
     reference = drill.reference("scaling.num_workers=2")
     with hosts(3) as cluster:
-        run = drill.train("host_lost", *TWO_HOSTS, options=["--address", cluster.address])
+        run = drill.train(name, *TWO_HOSTS, options=["--address", cluster.address])
         fault_s = run.wait_for_step(6)
-        cluster.remove_node(_node_with_worker(cluster), allow_graceful=False)
+        cluster.remove_node(_node_with_worker(cluster), allow_graceful=graceful)
         status = run.wait()
     return {"status": status, **loss_of(run, fault_s), "adapter": check_whole(run.folder, reference)}
 
 
 def host_drained(drill: Drill) -> dict[str, object]:
     """a host is drained and gone 20 s later, with a spare one; no other checkpoints"""
-    long = ("scaling.num_workers=2", "training.num_epochs=60", "training.save_steps=100000", "training.eval_steps=100")
-    reference = drill.reference(*long)
+    two = ("scaling.num_workers=2", *ENDLESS)
     with hosts(3) as cluster:
-        run = drill.train("host_drained", *long, *TWO_HOSTS, options=["--address", cluster.address])
+        run = drill.train("host_drained", *two, *TWO_HOSTS, options=["--address", cluster.address])
         run.wait_for_step(6)
         node = _node_with_worker(cluster)
         _drain(cluster.address, node.node_id)
         time.sleep(DEADLINE_S)
         fault_s = time.time()
         cluster.remove_node(node, allow_graceful=False)
-        status = run.wait()
-    return {"status": status, **loss_of(run, fault_s), "adapter": check_whole(run.folder, reference)}
+        last = _stop_after_restart(run, 2)
+        row = {"status": run.wait(), **loss_of(run, fault_s), "message": run.message()}
+    reference = drill.reference(*two, f"training.max_steps={last()}")
+    return row | {"adapter": check_whole(run.folder, reference, names=("last",))}
+
+
+def _stop_after_restart(run: Run, number: int) -> Callable[[], int]:
+    """SIGTERM five new steps after the start of this number; a function that tells the last step once it has ended."""
+    run.wait_until(lambda: len(run.starts()) == number, f"start {number}")
+    moment = run.starts()[-1]["unix_time"]
+    run.wait_for_step(max(line["step"] for line in run.steps(before=moment)) + 5, after=moment)
+    run.process.terminate()
+    return lambda: max(line["step"] for line in run.steps())
 
 
 def _drain(address: str, node_id: str) -> None:
@@ -86,13 +111,10 @@ def _drain(address: str, node_id: str) -> None:
 
 def elastic(drill: Drill) -> dict[str, object]:
     """an elastic run gets a second host and loses it again"""
-    long = ("training.num_epochs=1000", "training.save_steps=100000", "training.eval_steps=100000")
-    often = ("training.save_minutes=0.1", "training.lr_scheduler=constant")
+    often = ("training.save_minutes=0.1", "scaling.num_workers=[1, 2]", "scaling.worker_start_timeout_s=20")
     with hosts(1) as cluster:
         options = ["--address", cluster.address]
-        run = drill.train(
-            "elastic", *long, *often, "scaling.num_workers=[1, 2]", "scaling.worker_start_timeout_s=20", options=options
-        )
+        run = drill.train("elastic", *ENDLESS, *often, options=options)
         run.wait_for_step(6)
         came_s = time.time()
         node = cluster.add_node(**NODE)
@@ -101,16 +123,12 @@ def elastic(drill: Drill) -> dict[str, object]:
         run.wait_for_step(grown["step"] + 40, after=grown["unix_time"])
         lost_s = time.time()
         cluster.remove_node(node, allow_graceful=False)
-        run.wait_until(lambda: len(run.starts()) == 3, "restart with one worker")
-        shrunk = run.starts()[2]
-        run.wait_for_step(max(line["step"] for line in run.steps(before=shrunk["unix_time"])) + 5,
-                          after=shrunk["unix_time"])  # fmt: skip
-        run.process.terminate()
+        last = _stop_after_restart(run, 3)
         status, message = run.wait(), run.message()
     workers = [start["num_workers"] for start in run.starts()]
     if workers != [1, 2, 1] or status != 143:
         raise DrillFailed(f"workers {workers}, status {status}: {message}")
-    check_steps(run.folder, max(line["step"] for line in run.steps()))
+    check_steps(run.folder, last())
     growth, shrinking = loss_of(run, came_s), loss_of(run, lost_s)
     return {"status": status, "message": message} | {
         key: f"{growth[key]:.0f} growing, {shrinking[key]:.0f} shrinking" for key in ("steps repeated", "seconds")

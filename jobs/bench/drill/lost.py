@@ -81,3 +81,13 @@ def two_runs(drill: Drill) -> dict[str, object]:
     if statuses != [0, 2, 2]:
         raise DrillFailed(f"statuses {statuses}: {messages}")
     return {"status": str(statuses), "adapter": check_whole(run.folder, reference), "message": messages[0]}
+
+
+def worker_hangs(drill: Drill) -> dict[str, object]:
+    """one of two workers is stopped (SIGSTOP) and never goes on"""
+    reference = drill.reference(*TWO)
+    run = drill.train("worker_hangs", *TWO)
+    fault_s = run.wait_for_step(6)
+    run.workers()[1].send_signal(signal.SIGSTOP)
+    status = run.wait()
+    return {"status": status, **loss_of(run, fault_s), "adapter": check_whole(run.folder, reference)}
