@@ -60,7 +60,9 @@ class TrainingSection(Section):
         default="cosine", description="Shape of the learning rate after the warm-up."
     )
     max_grad_norm: float = Field(default=1.0, gt=0, description="Gradients are scaled down to at most this L2 norm.")
-    mixed_precision: Literal["no", "bf16"] = Field(default="bf16", description="Number type in the forward pass.")
+    mixed_precision: Literal["auto", "bf16", "no"] = Field(
+        default="auto", description="Number type in the forward pass. auto = bf16, or no where a GPU does not have it."
+    )
     seed: int = Field(default=42, ge=0, lt=2**32, description="Seed of order, augmentation, negatives and new weights.")
     logging_steps: int = Field(default=10, ge=1, description="Steps between lines of metrics.")
     eval_steps: int | None = Field(default=None, ge=1, description="Steps between validations; None = every epoch.")
