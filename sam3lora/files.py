@@ -10,12 +10,16 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from sam3lora.local_paths import refuse_address
+
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
 
 def cache_folder(named: str | None = None) -> Path:
     """The folder that is named, else the environment's SAM3LORA_CACHE, else ~/.cache/sam3lora; it need not exist."""
+    if named is None:
+        refuse_address(os.environ.get("SAM3LORA_CACHE", ""), "SAM3LORA_CACHE")
     return Path(named or os.environ.get("SAM3LORA_CACHE") or "~/.cache/sam3lora").expanduser().absolute()
 
 

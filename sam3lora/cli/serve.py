@@ -21,6 +21,7 @@ import typer
 
 from sam3lora.cpus import usable_cpus
 from sam3lora.errors import RunFailed, UserError
+from sam3lora.local_paths import absolute_base
 
 if TYPE_CHECKING:
     from serve_app.settings import ServeSettings
@@ -192,7 +193,12 @@ def _settings(
         raise UserError(f"--config {config} must hold settings as `key: value`, got {type(values).__name__}")
     if "applications" in values:
         values = _application(values, config)
-    options = {"model": model, "resolution": resolution, "replicas": replicas, "num_gpus": gpus}
+    options = {
+        "model": model and absolute_base(model),
+        "resolution": resolution,
+        "replicas": replicas,
+        "num_gpus": gpus,
+    }
     values |= {name: value for name, value in options.items() if value is not None}
     if adapters is not None:
         if not adapters.is_dir():

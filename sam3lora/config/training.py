@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from ..errors import UserError
-from ._section import Section
+from ._section import LocalPath, Section
 from .components import COMPONENTS
 from .loss import LossSection
 
@@ -25,7 +25,7 @@ BATCH_SIZE = 2
 class TrainingSection(Section):
     """Data folder, batch, optimizer, schedule, checkpoints and caches. A step is one update of the weights."""
 
-    data_dir: str | None = Field(default=None, description="Folder that holds train/ and valid/ in COCO format.")
+    data_dir: LocalPath | None = Field(default=None, description="Folder that holds train/ and valid/ in COCO format.")
     batch_size: int | Literal["auto"] = Field(
         default=BATCH_SIZE,
         description="Images per worker and forward; all prompts of an image go with it. auto = as many as fit in "
@@ -103,7 +103,7 @@ class TrainingSection(Section):
         default=False,
         description="Cache decoded, resized images on disk where features are not cached.",
     )
-    cache_dir: str | None = Field(
+    cache_dir: LocalPath | None = Field(
         default=None, description="Folder of both caches; None = SAM3LORA_CACHE, else ~/.cache/sam3lora."
     )
     cache_gb: float = Field(

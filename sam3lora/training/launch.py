@@ -52,9 +52,9 @@ def train(
     """
     started = time.time()
     logging.getLogger("sam3lora").setLevel(config.logging.level)
-    output_dir = Path(config.output.output_dir).expanduser().absolute()
-    data_dir = config.training.required_data_dir().absolute()
-    config = config.changed({"output.output_dir": str(output_dir), "training.data_dir": str(data_dir)})
+    config.training.required_data_dir()
+    config = config.with_absolute_paths()
+    output_dir = Path(config.output.output_dir)
     _prepare_folder(config, output_dir, resume)
     payload = {"config": config.model_dump(mode="json"), "use_ray": config.scaling.num_workers != 0}
     try:
