@@ -11,6 +11,7 @@ from typing import Any
 
 from sam3lora.config import Config
 from sam3lora.errors import UserError
+from sam3lora.extras import check_extras
 from sam3lora.files import remove_leftovers, write_whole
 from sam3lora.training.checkpoints import check_settings, list_checkpoints, read_state
 from sam3lora.training.metrics_log import METRICS_FILE, follow, read_metrics, write_plots
@@ -53,6 +54,7 @@ def train(
     started = time.time()
     logging.getLogger("sam3lora").setLevel(config.logging.level)
     config.training.required_data_dir()
+    check_extras(config)
     config = config.with_absolute_paths()
     output_dir = Path(config.output.output_dir)
     _prepare_folder(config, output_dir, resume)

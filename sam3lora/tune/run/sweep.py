@@ -20,6 +20,7 @@ from sam3lora.cluster import environment, ray_session
 from sam3lora.config import Config
 from sam3lora.data.fault_report import fault_summary
 from sam3lora.errors import RunFailed
+from sam3lora.extras import check_extras
 from sam3lora.local_paths import refuse_address
 from sam3lora.tune.run.capacity import Concurrency, choose_concurrency, local_concurrency, local_cpus
 from sam3lora.tune.run.checks import check_data, checked_data_dir
@@ -81,6 +82,7 @@ def run_sweep(
     address = address or space.base.scaling.address
     sweep_dir = Path(output_dir).expanduser().absolute()
     checked_data_dir(space)
+    check_extras(space.base)
     # Trials run in other processes, perhaps with other working directories.
     space = dataclasses.replace(space, base=space.base.with_absolute_paths())
     data = check_data(space)
