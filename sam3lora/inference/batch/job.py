@@ -42,7 +42,7 @@ class BatchSummary:
     """What a batch run came to.
 
     ``num_before`` of the ``num_images`` were finished by earlier starts. ``bad_images`` holds `file_name`, `path` and
-    `reason` of those that could not be read. ``seconds`` is the wall clock of this start.
+    `reason` of those that could not be read, or that the model failed on. ``seconds`` is the wall clock of this start.
     """
 
     output: Path
@@ -59,7 +59,7 @@ class BatchSummary:
             f"{good} of {self.num_images} images, {self.num_detections} detections, {self.seconds:.0f} s: {self.output}"
         ]
         if self.bad_images:
-            lines += [f"{len(self.bad_images)} could not be read, see {self.output / BAD_IMAGES}:"]
+            lines += [f"{len(self.bad_images)} gave no result, see {self.output / BAD_IMAGES}:"]
             lines += [f"  {bad['file_name']}: {bad['reason']}" for bad in self.bad_images[:10]]
         return "\n".join(lines)
 
@@ -148,7 +148,7 @@ def predict_batch(
         num_detections = write_predictions(output / PREDICTIONS, images, finished)
         bad_images = write_bad_images(output / BAD_IMAGES, images, finished)
         if len(bad_images) == len(images):
-            raise UserError(f"none of {len(images)} images could be read, see {output / BAD_IMAGES}")
+            raise UserError(f"none of {len(images)} images gave a result, see {output / BAD_IMAGES}")
         if dataset:
             write_dataset(output / DATASET, images, finished, categories)
         seconds = time.monotonic() - started
