@@ -202,6 +202,12 @@ def _join(address: str, quiet: dict[str, Any]) -> None:
             f"cannot work through the Ray Client address {address}: submit a job on the cluster instead: "
             "ray job submit --working-dir . -- python jobs/train.py CONFIG, or jobs/validate.py, jobs/predict.py"
         )
+    if address.startswith(("http://", "https://")):
+        raise UserError(
+            f"{address} is the address for jobs (the dashboard's), not the cluster's own: submit a job to it by "
+            f"ray job submit --address {address} --working-dir . -- python jobs/train.py CONFIG, or give HOST:6379 "
+            "(auto on a host of the cluster) as RAY_ADDRESS or --address, or unset it to work on this machine alone"
+        )
     host, _, port = address.rpartition(":")
     if host and port.isdecimal():
         try:  # Ray itself would try for many minutes and ignore interrupts

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sam3lora.errors import UserError
+from sam3lora.local_paths import refuse_address
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -22,6 +23,8 @@ _OLD = re.compile(r"\..+\.[0-9a-f]{32}\.old")  # what `_name_of_old` makes
 
 def cache_folder(named: str | None = None) -> Path:
     """The folder that is named, else the environment's SAM3LORA_CACHE, else ~/.cache/sam3lora; it need not exist."""
+    if named is None:
+        refuse_address(os.environ.get("SAM3LORA_CACHE", ""), "SAM3LORA_CACHE")
     return Path(named or os.environ.get("SAM3LORA_CACHE") or "~/.cache/sam3lora").expanduser().absolute()
 
 

@@ -12,6 +12,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from sam3lora.local_paths import address_problem
+
 ADAPTER_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 ADAPTER_ID_RULE = (
     "an adapter id has up to 100 letters, digits, dots, hyphens and underscores and begins with a letter or a digit"
@@ -96,6 +98,13 @@ class AdapterSettings(_Settings):
     )
     allowed: tuple[str, ...] | None = Field(default=None, description="Serve only these; all of the root if not given.")
     preload: tuple[str, ...] = Field(default=(), description="Loaded before the replica is ready.")
+
+    @field_validator("root")
+    @classmethod
+    def _refuse_address(cls, root: Path | None) -> Path | None:
+        if root is not None and (problem := address_problem(root)):
+            raise ValueError(problem)
+        return root
 
 
 class ServeSettings(_Settings):

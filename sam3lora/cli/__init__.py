@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from sam3lora.cli.argv import normalize_argv
+from sam3lora.cli.argv import normalize_argv, refuse_addresses
 from sam3lora.errors import RunFailed, UserError
 
 EXIT_OK, EXIT_INTERNAL, EXIT_USER, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -25,8 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show must not end a command
             stream.reconfigure(errors="backslashreplace")
+    words = sys.argv[1:] if argv is None else argv
     try:
-        app(args=normalize_argv(sys.argv[1:] if argv is None else argv), prog_name="sam3lora")
+        refuse_addresses(words)
+        app(args=normalize_argv(words), prog_name="sam3lora")
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else (EXIT_OK if stop.code is None else EXIT_INTERNAL)
     except UserError as error:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
+from sam3lora.local_paths import refuse_address
+
 _DEVICE = re.compile(r"^(\d+(,\d+)*|cpu)$")
 _ANY = re.compile(r"^(?!-)")
 _NUMBER = re.compile(r"^(?!--)")
@@ -23,6 +25,27 @@ LIST_OPTIONS = {
 
 SWITCHES = {"--boundingbox": "--no-boundingbox"}
 """Option that may be followed by True or False -> its opposite."""
+
+TAKE_ADDRESSES = ("--address", "--prompt", "--names")
+"""Options whose value may look like an address."""
+
+
+def refuse_addresses(argv: Sequence[str]) -> None:
+    """Refuse `--output s3://...` and its like, of every option and argument: all others that take one name files.
+
+    Keys of a configuration (`a.b=s3://...`) are for `load_config` to refuse.
+
+    Raises:
+        UserError: An address where a path is expected.
+    """
+    option = "the argument"
+    for word in argv:
+        value = word
+        if word.startswith("--"):
+            option, _, value = word.partition("=")
+            option = option.replace("_", "-")
+        if option not in TAKE_ADDRESSES:
+            refuse_address(value, option)
 
 
 def normalize_argv(argv: Sequence[str], list_options: Mapping[str, re.Pattern[str]] = LIST_OPTIONS) -> list[str]:

@@ -75,7 +75,7 @@ def infer(
         if path is not None:
             check_job_path(path, option)
     show = {"show_masks": not no_masks, "show_boxes": no_masks if boundingbox is None else boundingbox}
-    images = options.local_path(image, "--image")
+    images = Path(image)
     if not images.is_dir():
         labels = [1] * len(boxes) + [0] * len(not_meant)
         _infer_image(

@@ -21,6 +21,7 @@ import typer
 
 from sam3lora.cpus import usable_cpus
 from sam3lora.errors import RunFailed, UserError
+from sam3lora.local_paths import absolute_base
 
 if TYPE_CHECKING:
     from serve_app.settings import ServeSettings
@@ -192,7 +193,12 @@ def _settings(
         raise UserError(f"--config {config} must hold settings as `key: value`, got {type(values).__name__}")
     if "applications" in values:
         values = _application(values, config)
-    options = {"model": model, "resolution": resolution, "replicas": replicas, "num_gpus": gpus}
+    options = {
+        "model": model and absolute_base(model),
+        "resolution": resolution,
+        "replicas": replicas,
+        "num_gpus": gpus,
+    }
     values |= {name: value for name, value in options.items() if value is not None}
     if adapters is not None:
         if not adapters.is_dir():
@@ -236,10 +242,13 @@ def _print_addresses(settings: ServeSettings, host: str, port: int) -> None:
     from rich.console import Console
 
     import serve_app
+    from serve_app.settings import ADAPTER_ID_PATTERN
 
     url = f"http://{'localhost' if host in (*LOCAL_HOSTS, '0.0.0.0', '::') else host}:{port}"
     root = settings.adapters.root
-    names = sorted(file.parent.name for file in root.glob("[!.]*/adapter_config.json")) if root else []
+    folders = sorted(file.parent.name for file in root.glob("[!.]*/adapter_config.json")) if root else []
+    names = [name for name in folders if re.match(ADAPTER_ID_PATTERN, name)]
+    misnamed = [name for name in folders if name not in names]
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     samples = Path(serve_app.__file__).parent
     image = samples / "static" / "sample.jpg" if root == samples / "samples" else "photo.jpg"
@@ -247,11 +256,22 @@ def _print_addresses(settings: ServeSettings, host: str, port: int) -> None:
     request = {"prompts": [known[0][1]], "adapter": known[0][0]} if known else {"prompts": ["gear"]}
     Console(markup=False, soft_wrap=True, highlight=False).print(
         f"{settings.model} with {shown or 'no adapters'}\n"
+        f"{_not_served(misnamed)}"
         f"page      {url}/\n"
         f"API       {url}/docs\n"
         f"try       curl -F image=@{image} -F {shlex.quote(f'request={json.dumps(request)}')} {url}/v1/segment\n"
         "Ctrl-C stops it"
     )
+
+
+def _not_served(misnamed: list[str]) -> str:
+    """A line for folders of adapters that nobody can ask for by their name; nothing if there are none."""
+    if not misnamed:
+        return ""
+    from serve_app.settings import ADAPTER_ID_RULE
+
+    shown = ", ".join(map(repr, misnamed[:8])) + (", ..." if len(misnamed) > 8 else "")
+    return f"not served: {shown}: rename the folder, {ADAPTER_ID_RULE}\n"
 
 
 def _first_prompt(folder: Path) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -97,13 +96,6 @@ def choose_gpus(device: Sequence[str], address: str | None) -> None:
             )
         chosen = [allowed[gpu] for gpu in gpus]
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(chosen)
-
-
-def local_path(text: str, option: str) -> Path:
-    """The path that an option names; UserError for an address, in whose `//` a path would lose a slash."""
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):
-        raise UserError(f"{option} is {text}, an address: expected a path; download the files and name where they are")
-    return Path(text)
 
 
 def check_output_folder(path: str | Path, option: str) -> None:

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from ..errors import UserError
+from ..local_paths import address_problem
+
+
+def _no_address(value: Any) -> Any:
+    if problem := address_problem(value):
+        raise ValueError(problem)
+    return value
+
+
+LocalPath = Annotated[str, BeforeValidator(_no_address)]
+"""A key that holds a path, or a name that may be one."""
 
 
 class Section(BaseModel):

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from ._section import Section
+from ._section import LocalPath, Section
 
 
 class DataSection(Section):
@@ -18,7 +18,7 @@ class DataSection(Section):
     valid_split: str = Field(
         default="valid", min_length=1, description="Split to validate on; val and validation are the same as valid."
     )
-    annotation_file: str = Field(
+    annotation_file: LocalPath = Field(
         default="_annotations.coco.json",
         min_length=1,
         description="COCO file in the folder of each split; the default also finds the layouts of other tools.",

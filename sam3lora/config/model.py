@@ -6,13 +6,13 @@ from typing import Literal
 
 from pydantic import Field
 
-from ._section import Section
+from ._section import LocalPath, Section
 
 
 class ModelSection(Section):
     """The frozen base model."""
 
-    name: str = Field(
+    name: LocalPath = Field(
         default="facebook/sam3",
         min_length=1,
         description='Base model: a Hugging Face id, a local folder, or "tiny" (the built-in small SAM 3 for a CPU).',

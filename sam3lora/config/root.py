@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from ._section import Section
+from ..local_paths import absolute_base, absolute_path
+from ._section import LocalPath, Section
 from .data import DataSection
 from .evaluation import EvaluationSection
 from .logging import LoggingSection
@@ -20,7 +21,7 @@ from .training import TrainingSection
 class OutputSection(Section):
     """The run folder."""
 
-    output_dir: str = Field(
+    output_dir: LocalPath = Field(
         default="outputs/run",
         min_length=1,
         description="Folder of the run; when it is not set, outputs/<name of the preset or file>.",
@@ -74,6 +75,16 @@ class Config(Section):
         for key, value in changes.items():
             set_key(raw, key, value)
         return Config.model_validate(raw)
+
+    def with_absolute_paths(self) -> Config:
+        """A copy whose paths mean the same in every working directory, such as those of Ray workers."""
+        paths = {
+            "output.output_dir": self.output.output_dir,
+            "training.data_dir": self.training.data_dir,
+            "training.cache_dir": self.training.cache_dir,
+        }
+        absolute = {key: absolute_path(path) for key, path in paths.items() if path is not None}
+        return self.changed({**absolute, "model.name": absolute_base(self.model.name)})
 
     def to_yaml(self) -> str:
         """The resolved configuration as YAML; `load_config` of it gives an equal configuration."""

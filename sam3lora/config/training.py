@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from ..errors import UserError
-from ._section import Section
+from ._section import LocalPath, Section
 from .components import COMPONENTS
 from .loss import LossSection
 
@@ -25,7 +25,7 @@ BATCH_SIZE = 2
 class TrainingSection(Section):
     """Data folder, batch, optimizer, schedule, checkpoints and caches. A step is one update of the weights."""
 
-    data_dir: str | None = Field(default=None, description="Folder that holds train/ and valid/ in COCO format.")
+    data_dir: LocalPath | None = Field(default=None, description="Folder that holds train/ and valid/ in COCO format.")
     batch_size: int | Literal["auto"] = Field(
         default=BATCH_SIZE,
         description="Images per worker and forward; all prompts of an image go with it. auto = as many as fit in "
@@ -60,7 +60,9 @@ class TrainingSection(Section):
         default="cosine", description="Shape of the learning rate after the warm-up."
     )
     max_grad_norm: float = Field(default=1.0, gt=0, description="Gradients are scaled down to at most this L2 norm.")
-    mixed_precision: Literal["no", "bf16"] = Field(default="bf16", description="Number type in the forward pass.")
+    mixed_precision: Literal["auto", "bf16", "no"] = Field(
+        default="auto", description="Number type in the forward pass. auto = bf16, or no where a GPU does not have it."
+    )
     seed: int = Field(default=42, ge=0, lt=2**32, description="Seed of order, augmentation, negatives and new weights.")
     logging_steps: int = Field(default=10, ge=1, description="Steps between lines of metrics.")
     eval_steps: int | None = Field(default=None, ge=1, description="Steps between validations; None = every epoch.")
@@ -104,7 +106,7 @@ class TrainingSection(Section):
         default=False,
         description="Cache decoded, resized images on disk where features are not cached.",
     )
-    cache_dir: str | None = Field(
+    cache_dir: LocalPath | None = Field(
         default=None, description="Folder of both caches; None = SAM3LORA_CACHE, else ~/.cache/sam3lora."
     )
     cache_gb: float = Field(

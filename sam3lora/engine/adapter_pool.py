@@ -158,6 +158,11 @@ class AdapterPool:
                 found[adapter][position[asked.image.key]] = detections
         return found
 
+    def free_memory(self) -> None:
+        """Free what is kept for later: caches of features, and the device's unused memory."""
+        for engine, _ in self._place.values():
+            engine.drop_features()
+
     def _check(self, adapter: str | None) -> tuple[Engine, int | None]:
         if adapter not in self._place:
             known = ", ".join(self.adapters) or "none"

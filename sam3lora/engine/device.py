@@ -30,10 +30,27 @@ def find_device(device: torch.device | str | None) -> torch.device:
 def find_precision(precision: str | None, device: torch.device) -> str:
     """The precision that a user means, or a UserError; None is bfloat16 on a GPU that has it, else float32."""
     if precision is None:
-        return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+        return "bfloat16" if device.type == "cuda" and has_bfloat16(device) else "float32"
     if precision not in PRECISIONS:
         raise UserError(f"precision must be {' or '.join(PRECISIONS)}, got {precision!r}")
+    if precision == "bfloat16" and not has_bfloat16(device):
+        raise UserError(f"precision is bfloat16, but {describe_gpu(device)} does not compute in it: use float32")
     return precision
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device computes in bfloat16; a GPU before Ampere (T4, V100, RTX 20) emulates it and lacks convolutions.
+
+    torch counts emulation unless it is told not to.
+    """
+    if device.type != "cuda":
+        return True
+    with torch.cuda.device(device):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def describe_gpu(device: torch.device) -> str:
+    return f"the GPU {torch.cuda.get_device_name(device)}"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from sam3lora.config import Config
 from sam3lora.errors import UserError
+from sam3lora.extras import check_extras
 from sam3lora.files import check_folder, remove_leftovers, write_whole
 from sam3lora.folder_lock import locked_folder
 from sam3lora.training.checkpoints import list_checkpoints, read_state, refuse_changes
@@ -58,9 +59,10 @@ def train(
     """
     started = time.time()
     logging.getLogger("sam3lora").setLevel(config.logging.level)
-    output_dir = Path(config.output.output_dir).expanduser().absolute()
-    data_dir = config.training.required_data_dir().absolute()
-    config = config.changed({"output.output_dir": str(output_dir), "training.data_dir": str(data_dir)})
+    config.training.required_data_dir()
+    check_extras(config)
+    config = config.with_absolute_paths()
+    output_dir = Path(config.output.output_dir)
     if resume:
         _last_checkpoint(output_dir)  # before the folder is made for the lock
     with _only_run_in(output_dir):

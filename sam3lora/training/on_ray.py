@@ -17,11 +17,12 @@ from typing import Any
 import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.constants import TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 
 from sam3lora.cluster import check_room, choose_gpu, environment, most_workers, ray_session, worker_resources
 from sam3lora.config import Config
 from sam3lora.errors import RunFailed, UserError, WorkerLost, WorkerStopped
+from sam3lora.training.network import TorchOnRayNetwork
 from sam3lora.training.notices import passed_on
 
 # A worker answers Ray from a thread of its own, however long a step takes. One that is silent for so long is taken for
@@ -92,7 +93,7 @@ def _trainer(config: Config, payload: dict[str, Any], storage: Path, callbacks: 
     options: dict[str, Any] = {
         "train_loop_config": payload,
         "scaling_config": ScalingConfig(use_gpu=use_gpu, placement_strategy=scaling.placement_strategy, **workers),
-        "torch_config": TorchConfig(backend="cpu:gloo,cuda:nccl" if whole_gpus else "gloo"),
+        "torch_config": TorchOnRayNetwork(backend="cpu:gloo,cuda:nccl" if whole_gpus else "gloo"),
         "run_config": RunConfig(**run),
     }
     entry: Any = worker_entry

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import socket
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -11,6 +13,7 @@ from torch import nn
 from transformers import Sam3Model
 
 from sam3lora.config import Config
+from sam3lora.engine.device import describe_gpu, has_bfloat16
 from sam3lora.errors import UserError
 from sam3lora.losses import Criterion
 from sam3lora.model.adapter.folder import AdapterMetadata
@@ -21,19 +24,28 @@ from sam3lora.model.loading import LoadedBase, load_base, tokenize
 from sam3lora.model.precision import store_matrices_in
 from sam3lora.model.staged.forward import StagedSam3
 from sam3lora.training.datasets import RunData
+from sam3lora.training.distributed import gather_objects
 from sam3lora.training.features.encoder import ImageEncoder, open_cache
 from sam3lora.training.features.trunk_cache import TrunkCache
 from sam3lora.training.optimization import build_optimizer
 from sam3lora.training.step import LossRunner
 from sam3lora.training.text_features import TextBank
 
+logger = logging.getLogger(__name__)
+
 
 def choose_device(config: Config, *, use_ray: bool) -> torch.device:
     """The device of this worker.
 
     Raises:
-        UserError: `scaling.use_gpu` is true and torch finds no GPU.
+        UserError: `scaling.use_gpu` is true and torch finds no GPU, or the settings need bfloat16 and the GPU lacks it.
     """
+    device = _own_device(config, use_ray)
+    _check_bfloat16(config, device)
+    return device
+
+
+def _own_device(config: Config, use_ray: bool) -> torch.device:
     if use_ray:
         import ray
         from ray.train.torch import get_device
@@ -47,6 +59,36 @@ def choose_device(config: Config, *, use_ray: bool) -> torch.device:
         raise UserError("scaling.use_gpu is true, but torch finds no GPU here: set it to auto or false")
     on_gpu = wanted and torch.cuda.is_available()
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+
+def _check_bfloat16(config: Config, device: torch.device) -> None:
+    """Refuse what is written in the configuration and needs bfloat16, on a GPU without it."""
+    model = config.model
+    needs = {
+        "training.mixed_precision is bf16": config.training.mixed_precision == "bf16",
+        "model.dtype is bfloat16": model.dtype == "bfloat16",
+        f"model.quantization is {model.quantization}": model.quantization != "none",
+    }
+    needing = [words for words, does in needs.items() if does]
+    if needing and not has_bfloat16(device):
+        raise UserError(
+            f"{' and '.join(needing)}, but {describe_gpu(device)} of host {socket.gethostname()} does not compute in "
+            "bfloat16: set training.mixed_precision=no model.dtype=float32 model.quantization=none"
+        )
+
+
+def computes_in_bf16(config: Config, device: torch.device) -> bool:
+    """Whether this run's forward passes are in bfloat16: the same answer on all workers, also where GPUs differ."""
+    if config.training.mixed_precision != "auto":
+        return config.training.mixed_precision == "bf16"
+    lacking = [gpu for gpu in gather_objects(None if has_bfloat16(device) else describe_gpu(device)) if gpu]
+    if lacking:
+        logger.warning(
+            "training.mixed_precision is auto: training in float32, since %s does not compute in bfloat16. This takes "
+            "more memory and time",
+            lacking[0],
+        )
+    return not lacking
 
 
 def load_base_model(config: Config, device: torch.device) -> LoadedBase:
@@ -72,7 +114,7 @@ def add_adapter(config: Config, base: LoadedBase, data: RunData, device: torch.d
     checkpointed = training.gradient_checkpointing
     components = worth_checkpointing(sam3, COMPONENTS if checkpointed is True else tuple(checkpointed or ()))
     enable_checkpointing(sam3, components)
-    bf16 = training.mixed_precision == "bf16"
+    bf16 = computes_in_bf16(config, device)
     if bf16:
         store_matrices_in(sam3, torch.bfloat16, text_tower=config.lora.apply_to_text_encoder)
     staged = StagedSam3(sam3, geometry_cls=config.model.geometry_cls, checkpointing=components)
@@ -84,7 +126,7 @@ def add_adapter(config: Config, base: LoadedBase, data: RunData, device: torch.d
     )
     text.add(data.prompts)
     text.release_tower()
-    trunk = open_cache(config, base, staged, data, device)
+    trunk = open_cache(config, base, staged, data, device, bf16=bf16)
     if training.compile:
         _compile(sam3, trunk, data, device)
     images = ImageEncoder(

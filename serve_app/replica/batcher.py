@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from sam3lora.engine.device import is_out_of_memory
+from sam3lora.engine.halving import run_in_halves
 from serve_app.http.errors import ServeError
 from serve_app.metrics import ReplicaMetrics
 from serve_app.replica.model_thread import ModelThread
@@ -267,24 +268,13 @@ class Batcher(Generic[Item, Result]):
 
     def _run_or_halve(self, items: list[Item]) -> Sequence[Result | Exception]:
         """In the model thread. Halves a batch that runs out of memory; a single item gets one further attempt."""
-        results = self._attempt(items)
-        if results is not None:
-            return results
-        self._free(f"a batch of {len(items)} requests")
-        if len(items) > 1:
-            half = len(items) // 2
-            return [*self._run_or_halve(items[:half]), *self._run_or_halve(items[half:])]
-        results = self._attempt(items)
-        if results is not None:
-            return results
+        results = run_in_halves(self._attempt, items, lambda num: self._free(f"a batch of {num} requests"))
         message = "memory ran out for this request alone: ask with fewer prompts or lower max_detections"
-        return [ServeError("out_of_memory", message, self._retry_after_s(len(self._waiting)))]
+        retry_after_s = self._retry_after_s(len(self._waiting))
+        return [ServeError("out_of_memory", message, retry_after_s) if result is None else result for result in results]
 
     def _attempt(self, items: list[Item]) -> Sequence[Result | Exception] | None:
-        """The results, or None if memory ran out.
-
-        It does not return the exception: its traceback would keep the batch's tensors alive during the next attempt.
-        """
+        """The results, or None if memory ran out."""
         if self.device_error is not None:
             return [self.device_error] * len(items)
         try:

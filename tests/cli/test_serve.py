@@ -23,6 +23,7 @@ import serve_app
 from sam3lora.cli import main
 from sam3lora.cli import serve as serve_verb
 from sam3lora.client import Client, SegmentationError
+from serve_app.settings import AdapterSettings, ServeSettings
 
 from ..serve_app.checked_load import Case, running_load, send_all
 from ..serve_app.large_messages import LIMITS, check_large_messages
@@ -114,6 +115,16 @@ def test_without_options_it_has_something_to_show(started):
     assert main(["serve", "--port", str(PORT)]) == 0
     root = started[0][0].adapters.root
     assert (root / "parts" / "adapter_config.json").is_file()
+
+
+def test_a_folder_that_cannot_be_asked_for_is_told_at_the_start(tmp_path, capsys):
+    for name in ("good", "my adapter"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text("{}")
+    serve_verb._print_addresses(ServeSettings(adapters=AdapterSettings(root=tmp_path)), "127.0.0.1", PORT)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "tiny with good"
+    assert lines[1].startswith("not served: 'my adapter': rename the folder")
 
 
 @pytest.mark.parametrize(

@@ -269,7 +269,7 @@ def test_images_that_all_fail(ray_address, small_base, tmp_path):
     images, output, choice = tmp_path / "images", tmp_path / "out", ModelChoice(str(small_base))
     images.mkdir()
     (images / "a.jpg").touch()
-    with pytest.raises(UserError, match="none of 1 images could be read"):
+    with pytest.raises(UserError, match="none of 1 images gave a result"):
         predict_batch(images, output, ["gear"], choice=choice)
     assert "empty" in (output / "bad_images.json").read_text()
     with pytest.raises(UserError, match=r"num-workers 10 with a GPU .*room for 0"):

@@ -9,7 +9,12 @@ from sam3lora.errors import UserError
 
 
 @pytest.mark.parametrize(
-    ("address", "message"), [("auto", "auto.*Could not find any"), ("ray://head:10001", "ray job submit")]
+    ("address", "message"),
+    [
+        ("auto", "auto.*Could not find any"),
+        ("ray://head:10001", "ray job submit"),
+        ("http://127.0.0.1:8265", r"ray job submit --address http://127.0.0.1:8265.*HOST:6379"),
+    ],
 )
 def test_cluster_that_cannot_be_joined(address, message, monkeypatch):
     import ray

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -17,6 +16,7 @@ from sam3lora.evaluation.predictions import EncodedResults, encode_results
 from sam3lora.evaluation.settings import EvaluationSettings
 from sam3lora.evaluation.split_matches import Matcher, SplitMatches
 from sam3lora.evaluation.split_results import SplitResults
+from sam3lora.local_paths import absolute_base, absolute_path
 
 BASE = "base"
 
@@ -38,10 +38,9 @@ class Models:
 
     def with_absolute_paths(self) -> Models:
         """For Ray workers, which run in other folders."""
-        adapters = {label: str(Path(folder).expanduser().absolute()) for label, folder in self.adapters.items()}
+        adapters = {label: absolute_path(folder) for label, folder in self.adapters.items()}
         model = self.options.get("model")
-        if model not in (None, "tiny") and Path(model).expanduser().is_dir():
-            model = str(Path(model).expanduser().absolute())
+        model = model and absolute_base(model)
         return replace(self, adapters=adapters, options={**self.options, "model": model})
 
 

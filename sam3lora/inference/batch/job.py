@@ -25,6 +25,7 @@ from sam3lora.inference.batch.image_list import ImageSource, choose_categories, 
 from sam3lora.inference.batch.merge import write_bad_images, write_dataset, write_predictions
 from sam3lora.inference.batch.output_folder import BAD_IMAGES, DATASET, PREDICTIONS, open_output, read_parts
 from sam3lora.inference.batch.worker import ModelChoice, ShardWorker, WorkerSettings
+from sam3lora.local_paths import absolute_base, refuse_address
 from sam3lora.model.adapter.folder import CONFIG_FILE, WEIGHTS_FILE, is_adapter_folder, read_metadata
 from sam3lora.model.adapter.metadata import recorded_post_processing
 from sam3lora.progress import Progress
@@ -41,7 +42,7 @@ class BatchSummary:
     """What a batch run came to.
 
     ``num_before`` of the ``num_images`` were finished by earlier starts. ``bad_images`` holds `file_name`, `path` and
-    `reason` of those that could not be read. ``seconds`` is the wall clock of this start.
+    `reason` of those that could not be read, or that the model failed on. ``seconds`` is the wall clock of this start.
     """
 
     output: Path
@@ -58,7 +59,7 @@ class BatchSummary:
             f"{good} of {self.num_images} images, {self.num_detections} detections, {self.seconds:.0f} s: {self.output}"
         ]
         if self.bad_images:
-            lines += [f"{len(self.bad_images)} could not be read, see {self.output / BAD_IMAGES}:"]
+            lines += [f"{len(self.bad_images)} gave no result, see {self.output / BAD_IMAGES}:"]
             lines += [f"  {bad['file_name']}: {bad['reason']}" for bad in self.bad_images[:10]]
         return "\n".join(lines)
 
@@ -147,7 +148,7 @@ def predict_batch(
         num_detections = write_predictions(output / PREDICTIONS, images, finished)
         bad_images = write_bad_images(output / BAD_IMAGES, images, finished)
         if len(bad_images) == len(images):
-            raise UserError(f"none of {len(images)} images could be read, see {output / BAD_IMAGES}")
+            raise UserError(f"none of {len(images)} images gave a result, see {output / BAD_IMAGES}")
         if dataset:
             write_dataset(output / DATASET, images, finished, categories)
         seconds = time.monotonic() - started
@@ -218,9 +219,10 @@ def _absolute(source: str | Path, output: str | Path, choice: ModelChoice) -> tu
     given = {"--input": source, "--output": output, "--weights": choice.adapter}
     for option, path in given.items():
         if path:
+            refuse_address(path, option)
             check_job_path(path, option)
     adapter = choice.adapter and os.path.abspath(Path(choice.adapter).expanduser())
-    model = os.path.abspath(choice.model) if choice.model and os.path.isdir(choice.model) else choice.model
+    model = choice.model and absolute_base(choice.model)
     resolved = [Path(os.path.abspath(Path(path).expanduser())) for path in (source, output)]
     return resolved[0], resolved[1], replace(choice, adapter=adapter, model=model)
 

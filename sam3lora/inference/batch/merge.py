@@ -39,7 +39,7 @@ def write_predictions(path: Path, sources: Sequence[ImageSource], finished: Fini
 
 
 def write_bad_images(path: Path, sources: Sequence[ImageSource], finished: Finished) -> list[dict[str, Any]]:
-    """A list of `file_name`, `path` and `reason`; empty if every image could be read."""
+    """A list of `file_name`, `path` and `reason`; empty if every image has a result."""
     errors = finished.errors
     bad = [
         {"file_name": source.name, "path": source.path, "reason": errors[source.path]}

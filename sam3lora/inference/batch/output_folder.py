@@ -120,7 +120,7 @@ class Finished:
 
     @functools.cached_property
     def errors(self) -> dict[str, str]:
-        """Path -> why the image could not be read."""
+        """Path -> why the image has no result."""
         return {path: place.error for path, place in self.places.items() if place.error is not None}
 
     def record(self, path: str) -> dict[str, Any]:

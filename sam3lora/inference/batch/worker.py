@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import socket
+import sys
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import cv2
 import numpy as np
@@ -19,6 +23,8 @@ from sam3lora.data.ids import IdKey
 from sam3lora.data.images import ImageError, read_image
 from sam3lora.engine.adapter_pool import AdapterPool
 from sam3lora.engine.detections import Detections
+from sam3lora.engine.device import is_device_error, is_out_of_memory
+from sam3lora.engine.halving import run_in_halves
 from sam3lora.errors import UserError
 from sam3lora.inference.batch.image_list import ImageSource
 from sam3lora.inference.batch.output_folder import MANIFEST, OVERLAYS, count_tries, part_path, read_part, write_part
@@ -119,12 +125,31 @@ class ShardWorker:
         for batch in self._batches(sources):
             good = [(source, image) for source, image in batch if isinstance(image, np.ndarray)]
             yield from ({"path": source.path, "error": error} for source, error in batch if isinstance(error, str))
-            found = self._pool.detect([image for _, image in good], prompts, adapter=adapter, post=settings.post)
+            asked = functools.partial(self._ask, prompts=prompts, adapter=adapter)
+            found = (
+                run_in_halves(asked, [image for _, image in good], lambda _: self._pool.free_memory()) if good else []
+            )
             for (source, image), of_image in zip(good, found, strict=True):
+                if of_image is None or isinstance(of_image, Exception):
+                    yield {"path": source.path, "error": _reason(of_image)}
+                    continue
                 detections = [entry for one in of_image for entry in _results(one, settings.categories[one.prompt])]
                 if settings.overlays:
                     self._draw(source, image, detections)
                 yield {"path": source.path, "size_hw": image.shape[:2], "detections": detections}
+
+    def _ask(
+        self, images: list[np.ndarray], *, prompts: list[str], adapter: str | None
+    ) -> Sequence[list[Detections] | Exception] | None:
+        """The detections of each image, or the error of a single one; None if fewer images may succeed."""
+        try:
+            return self._pool.detect(images, prompts, adapter=adapter, post=self._settings.post)
+        except Exception as error:
+            if is_device_error(error):
+                end_process(error)
+            if len(images) > 1 or is_out_of_memory(error):
+                return None
+            return [error]
 
     def _batches(self, sources: Sequence[ImageSource]) -> Iterator[list[tuple[ImageSource, np.ndarray | str]]]:
         """Decoded images, or why not; the next batch is read while the model is busy with one."""
@@ -143,6 +168,20 @@ class ShardWorker:
         path = self._settings.output / OVERLAYS / f"{source.name}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encode_image(draw_instances(image, mark_coco(detections, names, image.shape[:2]))))
+
+
+def end_process(error: Exception) -> NoReturn:
+    """End a worker whose device no longer answers: another takes its images. An exception would end the run."""
+    traceback.print_exception(error)
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def _reason(error: Exception | None) -> str:
+    """Why the model gave no answer for an image."""
+    if error is None:
+        return "memory ran out for this image alone"
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
 def _load(settings: WorkerSettings) -> AdapterPool:

@@ -103,7 +103,7 @@ class ImageEncoder:
 
 
 def open_cache(
-    config: Config, base: LoadedBase, staged: StagedSam3, data: RunData, device: torch.device
+    config: Config, base: LoadedBase, staged: StagedSam3, data: RunData, device: torch.device, *, bf16: bool
 ) -> TrunkCache | None:
     """Open the cache that the configuration asks for and the adapter allows, and set it in the splits of ``data``.
 
@@ -132,7 +132,7 @@ def open_cache(
             staged,
             store,
             device=device,
-            bf16=training.mixed_precision == "bf16",
+            bf16=bf16,
             int8=training.feature_cache_type == "int8",
             compiled=training.compile and augmented,
             memory_bytes=int(training.cache_memory_gb * 1e9),

@@ -143,7 +143,7 @@ def feature_bytes(configs: Iterable[Config]) -> int:
     """Bytes per image of the features of trials that keep them; trials that share features count once."""
     sizes: dict[tuple[Any, ...], int] = {}
     for config in configs:
-        model, bf16 = config.model, config.training.mixed_precision == "bf16"
+        model, bf16 = config.model, config.training.mixed_precision != "no"
         trunk = _trunk_config(config)
         tokens = ((model.resolution or _side(trunk.image_size)) // _side(trunk.patch_size)) ** 2
         adapted, weights = adapted_modules(config), getattr(torch, model.dtype)

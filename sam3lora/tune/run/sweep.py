@@ -20,6 +20,8 @@ from sam3lora.cluster import environment, ray_session
 from sam3lora.config import Config
 from sam3lora.data.fault_report import fault_summary
 from sam3lora.errors import RunFailed
+from sam3lora.extras import check_extras
+from sam3lora.local_paths import refuse_address
 from sam3lora.tune.run.capacity import Concurrency, choose_concurrency, local_concurrency, local_cpus
 from sam3lora.tune.run.checks import check_data, checked_data_dir
 from sam3lora.tune.run.ledger import Ledger, TrialRecord, best_record
@@ -76,11 +78,13 @@ def run_sweep(
         RunFailed: No trial produced an adapter. The report says why.
     """
     started = time.time()
+    refuse_address(output_dir, "--output-dir")
     address = address or space.base.scaling.address
     sweep_dir = Path(output_dir).expanduser().absolute()
+    checked_data_dir(space)
+    check_extras(space.base)
     # Trials run in other processes, perhaps with other working directories.
-    data_dir = {"training.data_dir": str(checked_data_dir(space))}
-    space = dataclasses.replace(space, base=space.base.changed(data_dir))
+    space = dataclasses.replace(space, base=space.base.with_absolute_paths())
     data = check_data(space)
     num_train_images, faults = len(data.train), data.faults
     del data  # the trials index it themselves
