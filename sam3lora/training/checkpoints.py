@@ -45,6 +45,8 @@ class RunState:
     epoch_counts: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
     finished: bool = False
     images_per_step: int = 1
+    warmup_steps: int | None = None  # as planned at the start; None in checkpoints of earlier versions
+    best_values: dict[str, list[float]] = field(default_factory=dict)  # measurement -> [best value, its step]
 
 
 def save_checkpoint(
