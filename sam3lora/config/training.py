@@ -179,7 +179,7 @@ class TrainingSection(Section):
         if self.images_per_step is not None and self.gradient_accumulation_steps != 1:
             raise ValueError(
                 f"gradient_accumulation_steps {self.gradient_accumulation_steps} has no effect beside images_per_step "
-                f"{self.images_per_step}, which takes as many forwards as it needs: leave one of them out"
+                f"{self.images_per_step}, made of as many forwards as it needs: set images_per_step alone, or to null"
             )
         return self
 

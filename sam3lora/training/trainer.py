@@ -268,7 +268,9 @@ def _settings_of(config: Config) -> dict[str, Any]:
 def _too_large(config: Config, error: BaseException) -> str:
     training = config.training
     first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    smaller = "half the batch_size and twice the gradient_accumulation_steps (the same step)"
+    smaller = "half the batch_size"
+    smaller += "" if training.images_per_step else " and twice the gradient_accumulation_steps"
+    smaller += " (the same step)"
     if training.batch_size == "auto":
         smaller = "a number in place of batch_size: auto, which takes what fits when the run starts"
     return (

@@ -35,9 +35,9 @@ def test_workers_share_the_images_of_a_step(make_config, tmp_path, world_size):
     train(alone)
     train_on(together, world_size, tmp_path / "scratch")
     assert len(losses_of(alone)) == 4
-    assert losses_of(together) == pytest.approx(losses_of(alone), rel=1e-4)
-    # Sums are in another order, and AdamW makes a whole step of a gradient that is all rounding.
-    assert distance(together, alone) < 1e-3
+    assert losses_of(together) == pytest.approx(losses_of(alone), rel=1e-5)
+    # Only the order of sums differs.
+    assert distance(together, alone) < 1e-5
 
 
 def test_a_resumed_run_keeps_the_step_it_began_with(make_config):
@@ -61,5 +61,5 @@ def test_a_run_keeps_its_step_when_the_number_of_workers_changes(make_config, tm
     train_on(resumed, 2, tmp_path / "two")
     train(alone)
     assert len(losses_of(alone)) == 4
-    assert losses_of(resumed) == pytest.approx(losses_of(alone), rel=1e-4)
-    assert distance(resumed, alone) < 1e-3
+    assert losses_of(resumed) == pytest.approx(losses_of(alone), rel=1e-5)
+    assert distance(resumed, alone) < 1e-5
