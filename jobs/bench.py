@@ -16,6 +16,7 @@
     python jobs/bench.py serve-threads                 torch_threads of the service, quiet and busy
     python jobs/bench.py serve-faults                  what clients see when its processes die, some four minutes
     python jobs/bench.py drill                         training runs that are disturbed: docs/reliability.md
+    python jobs/bench.py recipes                       two training recipes at equal processor seconds, half an hour
     python jobs/bench.py gpu                           SAM 3 at full size on one GPU
 
 Each prints the ratio of the times; `--json PATH` keeps what was found. With nothing else on the machine.
@@ -37,6 +38,7 @@ import typer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 if TYPE_CHECKING:
+    from jobs.bench.recipes import RecipeReport
     from jobs.bench.report import BenchReport
     from jobs.bench.serving_report import ServingReport
 
@@ -261,6 +263,23 @@ def cost_model(
     _show([compare_prediction(preset, model=model, rounds=repeats, num_threads=threads)], json_path)
 
 
+@app.command()
+def recipes(
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each recipe on each set.")] = 3,
+    images: Annotated[int, typer.Option(min=8, help="Training images of a set.")] = 24,
+    held_out: Annotated[int, typer.Option("--held-out", min=1, help="Images to measure on.")] = 64,
+    results: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Append each run to it, and do not repeat those it holds.")
+    ] = None,
+    json_path: JsonPath = None,
+) -> None:
+    """The former recipe of the presets and the present one, on three drawn sets: mAP on held-out images."""
+    from jobs.bench.recipes import compare_recipes
+
+    numbers = range(1, seeds + 1)
+    _show([compare_recipes(seeds=numbers, num_train=images, num_test=held_out, results=results)], json_path)
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def gpu(context: typer.Context) -> None:
     """SAM 3 at full size on one GPU; python -m jobs.bench.gpu is the same with little installed."""
@@ -335,7 +354,7 @@ def drill(
         raise typer.Exit(1)
 
 
-def _show(reports: Sequence[BenchReport | ServingReport], json_path: Path | None) -> None:
+def _show(reports: Sequence[BenchReport | RecipeReport | ServingReport], json_path: Path | None) -> None:
     from rich.console import Console
 
     for report in reports:

@@ -163,8 +163,7 @@ def check_room(config: Config, resources: dict[str, float]) -> None:
 
 def most_workers(config: Config) -> int:
     """Number of workers of a run, the largest one if it is elastic."""
-    workers = config.scaling.num_workers
-    return workers if isinstance(workers, int) else workers[1]
+    return config.scaling.most_workers
 
 
 def _least_workers(config: Config) -> int:

@@ -92,9 +92,9 @@ def make_trainer(folder: str, work: WaitWork, ahead: bool) -> Round:
     def train() -> dict[str, object]:
         batches: Iterator[Batch]
         if ahead:
-            batches = BatchSource(data, config, use_ray=False).training_batches(0, 0)
+            batches = BatchSource(data, config, images_per_step=1, use_ray=False).training_batches(0, 0)
         else:
-            plans = plan_run(len(data.train), batch_size=1, num_epochs=1, seed=config.training.seed)
+            plans = plan_run(len(data.train), images_per_step=1, num_epochs=1, seed=config.training.seed)
             batches = iterate_batches(data.train.table, plans, data.train_settings)
         next(batches)
         losses, waited, start = [], 0.0, time.perf_counter()

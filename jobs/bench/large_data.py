@@ -146,7 +146,7 @@ def _keep_peaks(peaks: dict[int, int]) -> None:
 
 def make_plan(num_images: int) -> Round:
     def run() -> dict[str, Any]:
-        return {"batches": sum(1 for _ in plan_run(num_images, batch_size=1, num_epochs=NUM_EPOCHS))}
+        return {"batches": sum(1 for _ in plan_run(num_images, images_per_step=1, num_epochs=NUM_EPOCHS))}
 
     return _with_processor_time(run)
 
@@ -157,7 +157,9 @@ def make_first_batch(root: Path, cache: Path) -> Round:
 
     def run() -> dict[str, Any]:
         data = load_run_data(config, 336)
-        with contextlib.closing(BatchSource(data, config, use_ray=False).training_batches(0, 0)) as batches:
+        with contextlib.closing(
+            BatchSource(data, config, images_per_step=1, use_ray=False).training_batches(0, 0)
+        ) as batches:
             batch = next(batches)
         return {"training images": data.summary()["num_train_images"], "queries of the first batch": batch.num_queries}
 

@@ -65,7 +65,6 @@ REFUSED_KEYS: dict[str, str] = {
     "training.save_strategy": "write training.save_steps (a number of steps, or null for every epoch)",
     "training.evaluation_strategy": "write training.eval_steps (a number of steps, or null for every epoch)",
     "training.eval_strategy": "write training.eval_steps (a number of steps, or null for every epoch)",
-    "training.warmup_ratio": "write training.warmup_steps",
     "output.logging_dir": "remove it; metrics.jsonl and plots/ are in output.output_dir",
     "output.save_lora_only": "remove it; only the adapter is saved, sam3lora export --merge writes the whole model",
     "output.push_to_hub": _HUB,

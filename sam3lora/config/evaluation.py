@@ -19,11 +19,12 @@ class EvaluationSection(PostProcessingFields):
     every_epochs: int = Field(
         default=0,
         ge=0,
-        description="Epochs between measurements of mAP and cgF1; 0 = only the validation loss.",
+        description="Epochs between measurements of mAP and cgF1, also at the end; 0 = only the validation loss.",
     )
-    best_metric: Literal["auto", "valid_loss", "map", "cgf1"] = Field(
+    best_metric: Literal["auto", "valid_loss", "map", "bbox_map", "cgf1"] = Field(
         default="auto",
-        description="Metric that decides best/ and early stopping; auto = map where it is measured, else valid_loss.",
+        description="Metric that decides best/ and early stopping; auto = map where it is measured, else valid_loss. "
+        "One without a value on the validation images is replaced by bbox_map, then by the loss.",
     )
     base_loss: bool = Field(default=True, description="Measure the validation loss of the base before the first step.")
     num_samples: int | None = Field(default=None, ge=1, description="Measure on the first so many images; None = all.")
@@ -39,7 +40,7 @@ class EvaluationSection(PostProcessingFields):
         return PostProcessing(**{name: getattr(self, name) for name in PostProcessing.model_fields})
 
     @property
-    def chosen_best_metric(self) -> Literal["valid_loss", "map", "cgf1"]:
+    def chosen_best_metric(self) -> Literal["valid_loss", "map", "bbox_map", "cgf1"]:
         """`best_metric`, where auto is replaced by the metric it stands for."""
         if self.best_metric == "auto":
             return "map" if self.every_epochs else "valid_loss"
@@ -47,7 +48,7 @@ class EvaluationSection(PostProcessingFields):
 
     @model_validator(mode="after")
     def _check_best_metric(self) -> EvaluationSection:
-        if self.best_metric in ("map", "cgf1") and not self.every_epochs:
+        if self.best_metric in ("map", "bbox_map", "cgf1") and not self.every_epochs:
             raise ValueError(
                 f"best_metric {self.best_metric} is never measured while every_epochs is 0: set every_epochs to 1"
             )

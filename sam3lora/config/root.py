@@ -56,6 +56,12 @@ class Config(Section):
                 f'model.quantization "{self.model.quantization}" needs training.mixed_precision bf16, got no: change '
                 "one of the two"
             )
+        workers, images = self.scaling.most_workers, self.training.images_per_step
+        if images is not None and workers > images:
+            raise ValueError(
+                f"scaling.num_workers {workers} is more than training.images_per_step {images}, so some workers would "
+                f"have no image: use at most {images} workers, or larger steps"
+            )
         if not self.data.exhaustive and not self.data.negative_prompts and self.training.num_negatives != 0:
             raise ValueError(
                 "training.num_negatives has no effect while data.exhaustive is false and data.negative_prompts is "

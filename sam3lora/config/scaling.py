@@ -34,6 +34,11 @@ class ScalingSection(Section):
         default=60.0, gt=0, description="Seconds to wait until all workers have their resources."
     )
 
+    @property
+    def most_workers(self) -> int:
+        """Number of workers, the largest one of an elastic run."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
     @field_validator("num_workers", mode="before")
     @classmethod
     def _read_num_workers(cls, value: Any) -> int | tuple[int, int]:

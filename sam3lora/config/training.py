@@ -28,14 +28,14 @@ class TrainingSection(Section):
     data_dir: LocalPath | None = Field(default=None, description="Folder that holds train/ and valid/ in COCO format.")
     batch_size: int | Literal["auto"] = Field(
         default=BATCH_SIZE,
-        description="Images per worker and forward; all prompts of an image go with it. auto = as many as fit in "
-        "memory, measured when the run starts.",
+        description="Most images of a worker in one forward; all prompts of an image go with it. auto = as many as fit "
+        "in memory, measured when the run starts.",
     )
     images_per_step: int | None = Field(
         default=None,
         ge=1,
-        description="Images per worker and step where batch_size is auto, which then takes one of its divisors; None = "
-        f"{BATCH_SIZE} x gradient_accumulation_steps, whose place it takes otherwise.",
+        description="Images of one step over all workers, of which each takes its share. None = batch_size (auto: "
+        f"{BATCH_SIZE}) x gradient_accumulation_steps x workers at the start of the run.",
     )
     num_epochs: int = Field(default=20, ge=1, description="Passes over the training images.")
     max_steps: int | None = Field(
@@ -54,8 +54,15 @@ class TrainingSection(Section):
         ge=-1,
         description="Prompts per image whose object is absent; None or -1 = all that are known absent.",
     )
-    gradient_accumulation_steps: int = Field(default=1, ge=1, description="Batches whose gradients make one step.")
-    warmup_steps: int = Field(default=100, ge=0, description="Steps over which the learning rate rises from 0.")
+    gradient_accumulation_steps: int = Field(
+        default=1, ge=1, description="Batches of a worker that make one step, where images_per_step is not set."
+    )
+    warmup_ratio: float = Field(
+        default=0.1, ge=0, le=0.5, description="Share of the run over which the learning rate rises from 0."
+    )
+    warmup_steps: int | None = Field(
+        default=None, ge=0, description="The same as a number of steps, at most half of the run; None = warmup_ratio."
+    )
     lr_scheduler: Literal["cosine", "constant", "inverse_sqrt"] = Field(
         default="cosine", description="Shape of the learning rate after the warm-up."
     )
@@ -65,7 +72,9 @@ class TrainingSection(Section):
     )
     seed: int = Field(default=42, ge=0, lt=2**32, description="Seed of order, augmentation, negatives and new weights.")
     logging_steps: int = Field(default=10, ge=1, description="Steps between lines of metrics.")
-    eval_steps: int | None = Field(default=None, ge=1, description="Steps between validations; None = every epoch.")
+    eval_steps: int | None = Field(
+        default=None, ge=1, description="Steps between measurements of the validation loss; None = every epoch."
+    )
     save_steps: int | None = Field(default=None, ge=1, description="Steps between checkpoints; None = every epoch.")
     save_minutes: float | None = Field(
         default=10.0, gt=0, description="Minutes after which a checkpoint is due in any case; None = never by time."
@@ -172,10 +181,10 @@ class TrainingSection(Section):
 
     @model_validator(mode="after")
     def _check_step(self) -> TrainingSection:
-        if self.batch_size != "auto" and self.images_per_step is not None:
+        if self.images_per_step is not None and self.gradient_accumulation_steps != 1:
             raise ValueError(
-                "images_per_step has no effect while batch_size is a number: set batch_size to auto, or "
-                "gradient_accumulation_steps in place of images_per_step"
+                f"gradient_accumulation_steps {self.gradient_accumulation_steps} has no effect beside images_per_step "
+                f"{self.images_per_step}, made of as many forwards as it needs: set images_per_step alone, or to null"
             )
         return self
 
@@ -205,8 +214,16 @@ class TrainingSection(Section):
         return path
 
 
-def images_per_step(training: TrainingSection) -> int:
-    """Images of one worker that make one step."""
-    if training.batch_size == "auto":
-        return training.images_per_step or BATCH_SIZE * training.gradient_accumulation_steps
-    return training.batch_size * training.gradient_accumulation_steps
+def images_per_step(training: TrainingSection, num_workers: int) -> int:
+    """Images of one step over all workers of a run that starts with so many."""
+    if training.images_per_step is not None:
+        return training.images_per_step
+    batch_size = BATCH_SIZE if training.batch_size == "auto" else training.batch_size
+    return batch_size * training.gradient_accumulation_steps * num_workers
+
+
+def warmup_steps(training: TrainingSection, total_steps: int) -> int:
+    """Steps over which the learning rate rises in a run of so many."""
+    if training.warmup_steps is not None:
+        return min(training.warmup_steps, total_steps // 2)
+    return round(training.warmup_ratio * total_steps)

@@ -55,10 +55,21 @@ class RunState:
     epoch_counts: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
     finished: bool = False
     images_per_step: int = 1
+    warmup_steps: int | None = None  # as planned at the start; None in checkpoints of earlier versions
+    best_values: dict[str, list[float]] = field(default_factory=dict)  # measurement -> [best value, its step]
+    best_metric: str | None = None  # the measurement that decided so far
 
     def begin_anew(self) -> None:
         """Train on with other data or another loss, from the start of the epoch: earlier results do not compare."""
-        self.__dict__.update(asdict(RunState(step=self.step, epoch=self.epoch, images_per_step=self.images_per_step)))
+        kept = {name: getattr(self, name) for name in ("step", "epoch", "images_per_step", "warmup_steps")}
+        self.__dict__.update(asdict(RunState(**kept)))
+
+    def judge_by(self, metric: str) -> None:
+        """Let this measurement decide what is best: earlier values of another one do not compare."""
+        if self.best_metric not in (None, metric):
+            self.best_loss = self.best_metric_value = self.best_step = None
+            self.evaluations_without_improvement = 0
+        self.best_metric = metric
 
 
 @dataclass

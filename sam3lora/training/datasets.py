@@ -12,14 +12,13 @@ from typing import Any
 import torch
 
 from sam3lora.config import Config
-from sam3lora.config.training import images_per_step
 from sam3lora.data.batch import Batch
 from sam3lora.data.coco import CocoIndex, merge_names
 from sam3lora.data.fault_report import count_left_out, faults_as_reason, split_faults
 from sam3lora.data.index_columns import object_columns
 from sam3lora.data.index_digest import index_digest
 from sam3lora.data.pipeline import SharedTable, iterate_batches, stream_batches
-from sam3lora.data.plan import BatchPlan, plan_run, plan_validation
+from sam3lora.data.plan import BatchPlan, plan_run, plan_validation, share_of
 from sam3lora.data.prompts import prompt_key
 from sam3lora.data.sample import DecodeSettings, rows_with_queries
 from sam3lora.data.split_files import SplitFiles, find_split, missing_split, required_split
@@ -130,6 +129,9 @@ def load_run_data(config: Config, resolution: int) -> RunData:
 class BatchSource:
     """Batches of this worker, decoded ahead of use by Ray Data, or without Ray by a thread of this process.
 
+    A step takes ``images_per_step`` images over all workers; this one's share comes in ``forwards_per_step`` batches of
+    at most ``batch_size`` images, none where there are more workers than images.
+
     For a GPU the batches are in page-locked memory. ``load_ahead`` is called with each batch before its use, on the
     thread that prepares the batches.
     """
@@ -139,6 +141,7 @@ class BatchSource:
         data: RunData,
         config: Config,
         *,
+        images_per_step: int,
         use_ray: bool,
         device: torch.device | None = None,
         load_ahead: Callable[[Batch], object] | None = None,
@@ -148,11 +151,13 @@ class BatchSource:
         self._load_ahead = load_ahead
         self._train_table = SharedTable(data.train.table)
         self._valid_table = SharedTable(data.valid.table) if data.valid else None
-        self.images_per_step = images_per_step(config.training) * distributed.world_size()
-        self.steps_per_epoch = -(-len(data.train) // self.images_per_step)
+        self.images_per_step = images_per_step
+        self.steps_per_epoch = -(-len(data.train) // images_per_step)
+        share = share_of(images_per_step, distributed.world_size(), distributed.rank())
+        self.forwards_per_step = -(-(share.stop - share.start) // config.training.images_per_forward)
 
     def training_batches(self, start_epoch: int, start_step: int) -> Generator[Batch]:
-        """Batches from a step of an epoch to the end of the run, ``gradient_accumulation_steps`` for each step."""
+        """Batches from a step of an epoch to the end of the run, ``forwards_per_step`` for each step."""
         plans = self._plans(start_epoch, start_step)
         return self._decode(self._train_table, plans, self._data.train_settings)
 
@@ -168,10 +173,12 @@ class BatchSource:
         return self._decode(self._valid_table, plans, self._data.valid_settings)
 
     def _plans(self, start_epoch: int, start_step: int) -> Iterator[BatchPlan]:
+        if not self.forwards_per_step:
+            return
         size = self._training.images_per_forward
         steps = plan_run(
             len(self._data.train),
-            batch_size=size * self._training.gradient_accumulation_steps,
+            images_per_step=self.images_per_step,
             num_epochs=self._training.num_epochs,
             world_size=distributed.world_size(),
             rank=distributed.rank(),

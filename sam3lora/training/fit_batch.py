@@ -18,7 +18,6 @@ from peft import PeftModel
 from torch import Tensor
 
 from sam3lora.config import Config
-from sam3lora.config.training import images_per_step
 from sam3lora.data.batch import Batch
 from sam3lora.data.coco import read_record
 from sam3lora.data.index_columns import object_columns
@@ -40,10 +39,12 @@ GPU_SHARE, CPU_SHARE = 0.9, 0.7
 """Shares of the free memory that a run may take. On a CPU, decoding of images needs the rest."""
 
 
-def resolve_batch_size(config: Config, model: PeftModel, runner: LossRunner, data: RunData) -> Config:
+def resolve_batch_size(
+    config: Config, model: PeftModel, runner: LossRunner, data: RunData, images_per_step: int
+) -> Config:
     """The configuration with a number in place of `training.batch_size: auto`, the same on all workers.
 
-    The step stays `training.images_per_step` images, whatever fits, so a resumed run may measure again.
+    The step stays `images_per_step` images over all workers, whatever fits, so a resumed run may measure again.
 
     Raises:
         OutOfMemory: One image does not fit on some worker.
@@ -51,26 +52,23 @@ def resolve_batch_size(config: Config, model: PeftModel, runner: LossRunner, dat
     training = config.training
     if training.batch_size != "auto":
         return config
-    divisors = [size for size in range(1, images_per_step(training) + 1) if images_per_step(training) % size == 0]
+    share = -(-images_per_step // distributed.world_size())
+    sizes = sorted(
+        {-(-share // forwards) for forwards in range(1, share + 1)}
+    )  # each with fewer forwards than the last
     backward = _Backward(model, runner, data, model_dropout=training.model_dropout)
-    share = 1 / _workers_on(runner.device)
+    workers = _workers_on(runner.device)
     if runner.device.type == "cuda":
-        fits = _fitting_on_gpu(backward, divisors, GPU_SHARE * share)
+        fits = _fitting_on_gpu(backward, sizes, GPU_SHARE / workers)
     else:
-        fits = _fitting_on_cpu(backward, divisors, CPU_SHARE * share)
+        fits = _fitting_on_cpu(backward, sizes, CPU_SHARE / workers)
     size = min(distributed.gather_objects(fits))
     if size == 0:
         raise OutOfMemory(
             "out of memory with one image at a time: lower training.max_prompts_per_forward or model.resolution, or "
             "set training.gradient_checkpointing to true"
         )
-    return config.changed(
-        {
-            "training.batch_size": size,
-            "training.images_per_step": None,
-            "training.gradient_accumulation_steps": images_per_step(training) // size,
-        }
-    )
+    return config.changed({"training.batch_size": size})
 
 
 @dataclass

@@ -245,6 +245,8 @@ def describe_line(line: dict[str, Any]) -> str | None:
         return f"base: valid loss {line['valid_loss']:.4g}"
     if kind == "warning":
         return f"warning: {line['message']}"
+    if kind == "note":
+        return f"note: {line['message']}"
     if kind == "skipped_image":
         return f"skipped image {line['path']}: {line['reason']}"
     if kind == "end" and line.get("num_skipped"):

@@ -46,7 +46,8 @@ def build_optimizer(
 def learning_rate_factor(schedule: str, step: int, *, total_steps: int, warmup_steps: int) -> float:
     """The factor on the peak learning rate at ``step`` (0-based); always above 0.
 
-    All schedules rise linearly over ``warmup_steps`` (at most half of the run). Then: ``constant`` stays,
+    All schedules rise linearly over ``warmup_steps`` (at most half of the run: see `warmup_steps` of the configuration
+    for a share of it). Then: ``constant`` stays,
     ``cosine`` falls to 1 % at the last step, ``inverse_sqrt`` falls with 1 / sqrt(1 + t / warm-up) and cools down
     linearly over the last ``warmup_steps``, as in SAM 3's recipe.
     """

@@ -14,6 +14,26 @@ if TYPE_CHECKING:
     from sam3lora.training.trainer import Trainer
 
 
+FEW_STEPS, ENOUGH_STEPS = 200, 500
+
+
+def log_plan(trainer: Trainer, best_metric: str, reason: str | None) -> None:
+    """What a user should know of the plan of a run before its first step."""
+    training, batches, workers = trainer.config.training, trainer.batches, distributed.world_size()
+    assert trainer.log
+    if reason:
+        trainer.log.write("warning", step=trainer.state.step, message=f"best/ is chosen by {best_metric}: {reason}")
+    if training.images_per_step is None and workers > 1:
+        message = f"a step takes {batches.images_per_step} images, and would take others with another number of "
+        message += f"workers: training.images_per_step={batches.images_per_step} says so for every run"
+        trainer.log.write("note", step=trainer.state.step, message=message)
+    if trainer.total_steps < FEW_STEPS and training.max_steps is None:
+        epochs = -(-ENOUGH_STEPS // batches.steps_per_epoch)
+        message = f"{trainer.total_steps} steps in all, where recipes of this kind take some hundreds: "
+        message += f"training.num_epochs={epochs} takes {epochs * batches.steps_per_epoch}"
+        trainer.log.write("note", step=trainer.state.step, message=message)
+
+
 def log_step(
     trainer: Trainer, group: list[Batch], terms: dict[str, float], grad_norm: float, seconds: float, waited: float
 ) -> None:
@@ -27,7 +47,6 @@ def log_step(
             log_skipped(trainer, skipped)
     if not trainer.log or (state.step > 1 and state.step % training.logging_steps):
         return
-    images = sum(batch.num_images for batch in group) * distributed.world_size()
     trainer.log.write(
         "step",
         step=state.step,
@@ -37,7 +56,7 @@ def log_step(
         terms=terms,
         lr=trainer.optimizer.param_groups[0]["lr"],
         grad_norm=grad_norm,
-        images_per_second=images / max(seconds + waited, 1e-9),
+        images_per_second=trainer.batches.images_per_step / max(seconds + waited, 1e-9),
         data_wait_share=waited / max(seconds + waited, 1e-9),
         memory_mb=memory_mb(trainer.device),
     )

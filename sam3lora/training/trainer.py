@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sam3lora.config import Config, load_config
+from sam3lora.config.training import images_per_step, warmup_steps
 from sam3lora.data.batch import Batch
 from sam3lora.engine.device import is_out_of_memory
 from sam3lora.errors import DiskFull, OutOfMemory
@@ -19,12 +20,13 @@ from sam3lora.files import is_full
 from sam3lora.model.adapter.folder import save_adapter
 from sam3lora.training import distributed, setup
 from sam3lora.training.agreement import check_agreement, choose_checkpoint, worker_facts
+from sam3lora.training.best import deciding_metric, disagreement, is_improved
 from sam3lora.training.checkpoints import RunState, load_checkpoint, read_state, refuse_changes, save_checkpoint
 from sam3lora.training.datasets import BatchSource, load_run_data
 from sam3lora.training.fit_batch import resolve_batch_size
 from sam3lora.training.metrics_log import MetricsLog, WarningsToMetrics
 from sam3lora.training.notices import HOST_ENDS_SAVE_S, Notices
-from sam3lora.training.reporting import log_epoch, log_skipped, log_step, vision_counts
+from sam3lora.training.reporting import log_epoch, log_plan, log_skipped, log_step, vision_counts
 from sam3lora.training.step import StepCounts, TermSums
 from sam3lora.training.update import NonFiniteLoss, optimizer_step
 from sam3lora.training.validator import Validator
@@ -89,13 +91,23 @@ class Trainer:
         self.state = self._restore(config, accepted_data)
         facts = worker_facts(config, self.model, base.fingerprint, self.state.step, self.data.digest)
         check_agreement(facts, self.data.file_names)
-        self.config = resolve_batch_size(config, self.model, self.runner, self.data)
+        step_images = self._images_per_step(config)
+        self.config = resolve_batch_size(config, self.model, self.runner, self.data, step_images)
         self.batches = BatchSource(
-            self.data, self.config, use_ray=use_ray, device=self.device, load_ahead=self.runner.images.load_ahead
+            self.data,
+            self.config,
+            images_per_step=step_images,
+            use_ray=use_ray,
+            device=self.device,
+            load_ahead=self.runner.images.load_ahead,
         )
         self.validator = Validator(self.config, base, self.model, self.runner, self.data, self.batches)
         self.total_steps = self._plan_steps()
+        self.best_metric, reason = distributed.on_first_worker(None, lambda _: deciding_metric(config, self.data))
+        self.state.judge_by(self.best_metric)
         self.log = self._open_log(warnings)
+        if self.log:
+            log_plan(self, self.best_metric, reason)
         self.report = setup.ray_report() if use_ray else report
         self.notices = Notices(output_dir, use_ray=use_ray)
         self.looked_for_idle = False
@@ -132,18 +144,26 @@ class Trainer:
             saved.state.begin_anew()
         return saved.state
 
+    def _images_per_step(self, config: Config) -> int:
+        """Images of one step over all workers: as configured, else as the run began, whatever workers it has now."""
+        if self.state.step and config.training.images_per_step is None:
+            return self.state.images_per_step
+        return images_per_step(config.training, distributed.world_size())
+
     def _plan_steps(self) -> int:
         """Steps of the whole run, from the position in it.
 
-        With other workers or batches than before, a step takes another number of images. Then the run continues at the
-        same place in the epoch.
+        If a resumed run is given another `images_per_step`, it continues at the same place in the epoch.
         """
         state, training, batches = self.state, self.config.training, self.batches
         state.step_in_epoch = state.step_in_epoch * state.images_per_step // batches.images_per_step
         state.images_per_step = batches.images_per_step
         epochs_left = training.num_epochs - state.epoch
         total = state.step + epochs_left * batches.steps_per_epoch - state.step_in_epoch
-        return min(total, training.max_steps or total)
+        total = min(total, training.max_steps or total)
+        if state.warmup_steps is None or training.warmup_steps is not None:
+            state.warmup_steps = warmup_steps(training, total)
+        return total
 
     def _open_log(self, warnings: WarningsToMetrics | None) -> MetricsLog | None:
         """The first worker's `metrics.jsonl`, with its ``start`` line and the faults of the data."""
@@ -158,7 +178,7 @@ class Trainer:
             num_workers=distributed.world_size(),
             steps_per_epoch=self.batches.steps_per_epoch,
             batch_size=self.config.training.batch_size,
-            gradient_accumulation_steps=self.config.training.gradient_accumulation_steps,
+            images_per_step=self.batches.images_per_step,
             no_valid=self.data.no_valid,
             **self.metadata.data,
         )
@@ -184,8 +204,8 @@ class Trainer:
         self._lap()
         while not state.finished and state.step < self.total_steps:
             # A group never mixes epochs: the plan gives every epoch a whole number of groups.
-            group = list(islice(stream, training.gradient_accumulation_steps))
-            assert group, "the plan of a run has a batch for every step"
+            group = list(islice(stream, self.batches.forwards_per_step))
+            assert len(group) == self.batches.forwards_per_step, "the plan of a run has the batches of every step"
             self.step(group, sums)
             epoch_ends = state.step_in_epoch == self.batches.steps_per_epoch
             last = state.step == self.total_steps
@@ -213,26 +233,25 @@ class Trainer:
     def validate(self, sums: TermSums, *, epoch_ends: bool, forced: bool) -> None:
         """Log the epoch so far with the validation loss and metrics, keep the best adapter, and stop early if due.
 
-        `forced` validates even where `eval_steps` and `every_epochs` say that it is not due.
+        The loss is due every `eval_steps`, else every epoch, and wherever the metrics are: every `every_epochs`.
+        `forced` measures both.
         """
-        state, training, evaluation = self.state, self.config.training, self.config.evaluation
-        if training.eval_steps and not forced and not _is_due(state.step, training.eval_steps):
+        state, training, every = self.state, self.config.training, self.config.evaluation.every_epochs
+        metrics_due = every > 0 and (forced or (epoch_ends and (state.epoch + 1) % every == 0))
+        loss_due = forced or training.eval_steps is None or _is_due(state.step, training.eval_steps)
+        if not (loss_due or metrics_due):
             log_epoch(self, sums, None, {})
             return
         valid = self._validation_terms()
         measured = valid if valid is not None else sums
         name, loss = ("train_loss" if valid is None else "valid_loss"), measured.loss()
-        metrics = {}
-        every = evaluation.every_epochs
-        if valid is not None and every and (forced or (epoch_ends and (state.epoch + 1) % every == 0)):
-            metrics = self.validator.metrics()
+        metrics = self.validator.metrics() if valid is not None and metrics_due else {}
         if not math.isfinite(loss):
             raise NonFiniteLoss(
                 f"validation loss is not finite after step {state.step}. The last checkpoint is intact. "
                 "Try a lower training.learning_rate, or mixed_precision: no"
             )
-        best_metric = evaluation.chosen_best_metric if valid is not None else "valid_loss"
-        improved = _improved(state, loss, metrics, best_metric)
+        improved = is_improved(state, self.best_metric, {name: loss, **metrics})
         log_epoch(self, sums, valid, metrics)
         if improved:
             self._save_adapter("best", {name: loss, **metrics})
@@ -268,7 +287,15 @@ class Trainer:
     def finish(self) -> dict[str, Any]:
         state, counts = self.state, vision_counts(self)
         state.finished = True
+        if state.best_step is None:  # the metric had no value, although the labels allow one: every image was skipped
+            self._save_adapter("best", {})
         if self.log:
+            if state.best_step is None:
+                self.log.write(
+                    "warning", step=state.step, message=f"{self.best_metric} had no value: best/ is the last adapter"
+                )
+            if differs := disagreement(state, self.best_metric):
+                self.log.write("note", step=state.step, message=differs)
             skipped = {line["path"] for line in self.log.lines() if line["kind"] == "skipped_image"}
             self.log.write("end", step=state.step, best_step=state.best_step, num_skipped=len(skipped), **counts)
         return {"step": state.step, "best_loss": state.best_loss, "best_step": state.best_step}
@@ -290,26 +317,6 @@ class Trainer:
         return self._clock_s - before
 
 
-def _improved(state: RunState, loss: float, metrics: dict[str, Any], best_metric: str) -> bool:
-    """Whether this is the best adapter so far by `best_metric`; updates the best values in `state`.
-
-    Loss and metrics can disagree: the classification term is small for a model that finds nothing, and grows when it
-    begins to find something.
-    """
-    if best_metric == "valid_loss":
-        better = state.best_loss is None or loss < state.best_loss
-    else:
-        value = metrics.get(best_metric)
-        if value is None:
-            return False
-        better = state.best_metric_value is None or value > state.best_metric_value
-    if better:
-        state.best_loss, state.best_step = loss, state.step
-        state.best_metric_value = metrics.get(best_metric)
-    state.evaluations_without_improvement = 0 if better else state.evaluations_without_improvement + 1
-    return better
-
-
 def _is_due(step: int, every: int | None) -> bool:
     """Whether something that is done every so many steps is due after `step`; never with None."""
     return every is not None and step % every == 0
@@ -322,7 +329,9 @@ def _settings_of(config: Config) -> dict[str, Any]:
 def _too_large(config: Config, error: BaseException) -> str:
     training = config.training
     first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    smaller = "half the batch_size and twice the gradient_accumulation_steps (the same step)"
+    smaller = "half the batch_size"
+    smaller += "" if training.images_per_step else " and twice the gradient_accumulation_steps"
+    smaller += " (the same step)"
     if training.batch_size == "auto":
         smaller = "a number in place of batch_size: auto, which takes what fits when the run starts"
     return (

@@ -60,7 +60,7 @@ def optimizer_step(trainer: Trainer, group: list[Batch]) -> tuple[dict[str, floa
         trainer.looked_for_idle = True
         report_idle(trainer)
     factor = learning_rate_factor(
-        training.lr_scheduler, state.step, total_steps=trainer.total_steps, warmup_steps=training.warmup_steps
+        training.lr_scheduler, state.step, total_steps=trainer.total_steps, warmup_steps=state.warmup_steps or 0
     )
     set_learning_rate(trainer.optimizer, factor)
     trainer.optimizer.step()

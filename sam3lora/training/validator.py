@@ -29,7 +29,7 @@ from sam3lora.training import distributed
 from sam3lora.training.datasets import BatchSource, RunData
 from sam3lora.training.step import LossRunner, StepCounts, TermSums
 
-LOGGED = ("map", "map_50", "map_75", "cgf1", "off_prompt_fpr", "presence_accuracy")
+LOGGED = ("map", "map_50", "map_75", "bbox_map", "cgf1", "off_prompt_fpr", "presence_accuracy")
 
 
 def evaluation_settings(config: Config) -> EvaluationSettings:

@@ -28,7 +28,7 @@ def test_stream_equals_iterate_over_epochs(folder, ray_session, monkeypatch):
     annotations = [annotation(10 * i + k, image_id=i) for i in range(11) for k in range(i % 3)]
     index = CocoIndex.from_folder(folder.write(annotations, num_images=11))
     settings = DecodeSettings(names=index.names, resolution=64, mask_size=32, augmentation="sam3", horizontal_flip=0.5)
-    plans = list(plan_run(len(index), batch_size=2, num_epochs=3, seed=5))
+    plans = list(plan_run(len(index), images_per_step=2, num_epochs=3, seed=5))
     expected = list(iterate_batches(index.table, plans, settings))
     streamed = list(stream_batches(index.table, plans, settings, num_cpus=2))
     assert [(b.epoch, b.step) for b in streamed] == [(p.epoch, p.step) for p in plans]
@@ -43,7 +43,7 @@ def test_broken_image_stops_the_stream_with_its_name_or_is_listed(folder, ray_se
     path = folder.write([annotation(i, image_id=i) for i in range(4)], num_images=4)
     (path / "2.png").write_bytes(b"no image")
     index = CocoIndex.from_folder(path)
-    plans = list(plan_run(4, batch_size=1, num_epochs=1, shuffle=False))
+    plans = list(plan_run(4, images_per_step=1, num_epochs=1, shuffle=False))
     settings = {"names": index.names, "resolution": 32, "mask_size": 32}
     batches = stream_batches(index.table, plans, DecodeSettings(**settings))
     assert [next(batches).image_ids.tolist() for _ in range(2)] == [[0], [1]]

@@ -102,7 +102,7 @@ def test_a_broken_image_in_the_middle(folder):
     path = folder.write([annotation(i, image_id=i) for i in range(4)], num_images=4)
     (path / "2.png").write_bytes(b"no image")
     index = CocoIndex.from_folder(path)
-    plans = list(plan_run(4, batch_size=2, num_epochs=1, shuffle=False))
+    plans = list(plan_run(4, images_per_step=2, num_epochs=1, shuffle=False))
     stop = DecodeSettings(names=index.names, resolution=32, mask_size=32)
     with pytest.raises(ImageError, match=r"2\.png"):
         list(iterate_batches(index.table, plans, stop))

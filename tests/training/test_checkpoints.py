@@ -232,3 +232,11 @@ def test_other_data_are_told_apart(tmp_path):
     assert changes(folder, data=DATA | {"train labels": "20 [digest cc]"}) == [
         "train labels (was 20 [digest bb], is 20 [digest cc])"
     ]
+
+
+def test_a_run_that_goes_on_by_another_metric_forgets_the_best_value_of_the_first():
+    state = RunState(step=8, best_metric="map", best_metric_value=0.4, best_loss=9.0, best_step=4)
+    state.judge_by("map")
+    assert (state.best_metric_value, state.best_step) == (0.4, 4)
+    state.judge_by("bbox_map")
+    assert (state.best_metric_value, state.best_loss, state.best_step) == (None, None, None)

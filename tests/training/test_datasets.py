@@ -29,9 +29,11 @@ def test_batches_are_those_of_the_plan_from_any_step_on(config, start):
     def load_ahead(batch):
         seen.append((batch.image_ids.tolist(), threading.current_thread().name))
 
-    batches = list(BatchSource(data, config, use_ray=False, load_ahead=load_ahead).training_batches(*start))
+    batches = list(
+        BatchSource(data, config, images_per_step=2, use_ray=False, load_ahead=load_ahead).training_batches(*start)
+    )
     epoch, step = start
-    plans = plan_run(len(data.train), batch_size=2, num_epochs=2, seed=config.training.seed,
+    plans = plan_run(len(data.train), images_per_step=2, num_epochs=2, seed=config.training.seed,
                      start_epoch=epoch, start_step=step)  # fmt: skip
     expected = list(iterate_batches(data.train.table, plans, data.train_settings))
     assert [(b.epoch, b.step) for b in batches] == [(b.epoch, b.step) for b in expected]
@@ -49,13 +51,13 @@ def test_batches_for_a_gpu_are_pinned_by_its_own_thread(config, monkeypatch):
     )
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.clone())
     data, gpu, ahead = load_run_data(config, 112), torch.device("cuda:1"), []
-    source = BatchSource(data, config, use_ray=False, device=gpu, load_ahead=ahead.append)
+    source = BatchSource(data, config, images_per_step=2, use_ray=False, device=gpu, load_ahead=ahead.append)
     batches = list(source.training_batches(1, 0))
     # what is read ahead is held as long as the very batch that is used
     assert [id(batch) for batch in ahead] == [id(batch) for batch in batches]
     assert chosen == [(torch.device("cuda:1"), "sam3lora-prefetch")] * len(batches)
     chosen.clear()
-    next(BatchSource(data, config, use_ray=False, device=torch.device("cpu")).training_batches(1, 0))
+    next(BatchSource(data, config, images_per_step=2, use_ray=False, device=torch.device("cpu")).training_batches(1, 0))
     assert chosen == []
 
 

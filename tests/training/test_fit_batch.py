@@ -65,9 +65,9 @@ def test_measuring_leaves_nothing_behind(make_config, monkeypatch, override):
         "backward",
         lambda runner, batch, *rest: measured.append(batch) or backward(runner, batch, *rest),
     )
-    config = worker.config.changed({"training.batch_size": "auto", "training.images_per_step": 6})
-    found = fit_batch.resolve_batch_size(config, worker.model, worker.runner, worker.data).training
-    assert (found.batch_size, found.gradient_accumulation_steps, found.images_per_step) == (6, 1, None)
+    config = worker.config.changed({"training.batch_size": "auto"})
+    found = fit_batch.resolve_batch_size(config, worker.model, worker.runner, worker.data, 6).training
+    assert found.batch_size == 6
     assert {batch.num_images for batch in measured} == {1, 2}
     # an adapted text tower keeps a graph of each distinct prompt
     assert all(len(set(b.prompts_B)) == min(b.num_queries, len(worker.data.prompts)) for b in measured)
@@ -87,17 +87,17 @@ def test_measuring_leaves_nothing_behind(make_config, monkeypatch, override):
 def test_all_workers_take_the_smallest(make_config, monkeypatch, others, size):
     # This worker could take 6 images; one of the others takes fewer, or not even one.
     worker = make_trainer(make_config())
-    config = worker.config.changed({"training.batch_size": "auto", "training.images_per_step": 6})
+    config = worker.config.changed({"training.batch_size": "auto"})
     monkeypatch.setattr(fit_batch, "_fitting_on_cpu", lambda backward, sizes, share: sizes[-1])
     monkeypatch.setattr(
         distributed, "gather_objects", lambda value: [value, *others] if isinstance(value, int) else [value]
     )
     if size is None:
         with pytest.raises(OutOfMemory):
-            fit_batch.resolve_batch_size(config, worker.model, worker.runner, worker.data)
+            fit_batch.resolve_batch_size(config, worker.model, worker.runner, worker.data, 6)
         return
-    found = fit_batch.resolve_batch_size(config, worker.model, worker.runner, worker.data).training
-    assert (found.batch_size, found.gradient_accumulation_steps) == (size, 6 // size)
+    found = fit_batch.resolve_batch_size(config, worker.model, worker.runner, worker.data, 6).training
+    assert found.batch_size == size
 
 
 @pytest.mark.parametrize("num_negatives", [None, -1, 0, 2])

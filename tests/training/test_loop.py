@@ -194,7 +194,8 @@ def test_max_steps_then_more(make_config):
     assert all(torch.allclose(ours[key], value, rtol=1e-6, atol=1e-8) for key, value in theirs.items())
 
 
-def test_resume_with_another_batch_size_covers_the_epoch(make_config, monkeypatch):
+@pytest.mark.parametrize("keeps", [True, False])
+def test_resume_with_another_batch_size_covers_the_epoch(make_config, monkeypatch, keeps):
     # Stopped after 2 steps of 2 of the 6 images; going on with single images leaves the 2 others of that epoch.
     config = make_config(save_steps=1, num_epochs=1)
     seen = []
@@ -210,9 +211,11 @@ def test_resume_with_another_batch_size_covers_the_epoch(make_config, monkeypatc
         stop_before_step(patched, 3)
         with pytest.raises(Stopped):
             train(config)
-    result = train(make_config(save_steps=1, num_epochs=1, batch_size=1), resume=True)
+    # A step keeps its images, whatever a forward takes; asked for, it takes others from here on.
+    others, step = ({"batch_size": 1}, 3) if keeps else ({"batch_size": 2, "images_per_step": 1}, 4)
+    result = train(make_config(save_steps=1, num_epochs=1, **others), resume=True)
     assert sorted(seen) == [1, 2, 3, 4, 5, 6]
-    assert result.steps == 4
+    assert result.steps == step
 
 
 def test_a_folder_with_a_run_is_refused(make_config):

@@ -46,7 +46,7 @@ def image_of(scenes: Path, row: int) -> str:
 
 
 def rows_of_rank(rank: int) -> list[int]:
-    batches = plan_epoch(NUM_IMAGES, batch_size=1, world_size=2, rank=rank, seed=SEED)
+    batches = plan_epoch(NUM_IMAGES, images_per_step=2, world_size=2, rank=rank, seed=SEED)
     return [row for [row] in batches]
 
 

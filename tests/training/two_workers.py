@@ -50,7 +50,7 @@ def recorded_step(trainer: Trainer) -> RecordedStep:
                 gradients[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
 
     trainer.optimizer.step = record
-    group = list(islice(trainer.batches.training_batches(0, 0), trainer.config.training.gradient_accumulation_steps))
+    group = list(islice(trainer.batches.training_batches(0, 0), trainer.batches.forwards_per_step))
     terms, _, _ = optimizer_step(trainer, group)
     return RecordedStep(gradients, terms, [number for batch in group for number in batch.image_ids.tolist()])
 

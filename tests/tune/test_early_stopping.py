@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import pytest
 from ray.tune.schedulers import ASHAScheduler
 
+from sam3lora.config.scaling import ScalingSection
+from sam3lora.config.training import TrainingSection
 from sam3lora.tune.run.ledger import TrialRecord
 from sam3lora.tune.run.trial import StoppedEarly, await_decision, write_decision
 from sam3lora.tune.search.early_stopping import SuccessiveHalving, rungs
@@ -17,8 +19,8 @@ from sam3lora.tune.search.ray_tune import build_scheduler
 def space(epochs=9, *, scheduler="asha", grace=1, factor=3, metric="valid_loss", every=0):
     return SimpleNamespace(
         base=SimpleNamespace(
-            training=SimpleNamespace(num_epochs=epochs, max_steps=None, batch_size=2, gradient_accumulation_steps=1),
-            scaling=SimpleNamespace(num_workers=3),
+            training=TrainingSection(num_epochs=epochs, batch_size=2),
+            scaling=ScalingSection(num_workers=3),
         ),
         search=SimpleNamespace(metric=metric, mode="min" if metric == "valid_loss" else "max", every_epochs=every),
         early_stopping=SimpleNamespace(scheduler=scheduler, grace_epochs=grace, reduction_factor=factor),
@@ -54,7 +56,7 @@ def test_rungs(settings, expected):
 def test_rungs_lie_where_training_gets_to(max_steps, images, expected):
     """Six images a step: two a batch and worker."""
     settings = space(9)
-    settings.base.training.max_steps = max_steps
+    settings.base.training = TrainingSection(num_epochs=9, batch_size=2, max_steps=max_steps)
     assert rungs(settings, images) == expected
 
 

@@ -206,6 +206,11 @@ def test_half_a_batch_keeps_the_images_of_a_step(data_dir, batch, accumulation, 
     assert (changed["batch_size"], changed["gradient_accumulation_steps"]) == halved
 
 
+def test_half_a_batch_leaves_a_fixed_step(data_dir):
+    settings = space(data_dir).config_of({"lora.rank": 4}, {"training.batch_size": 4, "training.images_per_step": 6})
+    assert trial_run._half_the_batch(settings) == {"batch_size": 2, "gradient_accumulation_steps": 1}
+
+
 def test_a_trial_that_is_given_up_keeps_what_it_measured(data_dir, tmp_path, monkeypatch):
     ledger = Ledger(tmp_path)
     ledger.write(TrialRecord(0, {"lora.rank": 4}))

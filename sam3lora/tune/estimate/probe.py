@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 
+from sam3lora.cluster import most_workers
 from sam3lora.config import Config
+from sam3lora.config.training import images_per_step
 from sam3lora.data.batch import Batch
 from sam3lora.data.images import ImageError
 from sam3lora.engine.device import is_out_of_memory
@@ -88,11 +90,16 @@ def run_probe(config: Config) -> Probe:
         RunFailed: The steps cannot be done as configured: too little memory (`OutOfMemory`), an unreadable image, a
             loss that is not finite. The message says what to change.
     """
+    training, workers = config.training, max(1, most_workers(config))
+    share = -(-images_per_step(training, workers) // workers)
+    one_batch = share if training.batch_size == "auto" else min(share, training.batch_size)
     try:
         with tempfile.TemporaryDirectory(prefix="sam3lora-probe-") as folder, _threads_of_a_worker(config):
             changes = {
                 "training.cache_dir": f"{folder}/cache",
                 "training.gradient_accumulation_steps": 1,
+                "training.images_per_step": one_batch,
+                "scaling.num_workers": 0,
                 "training.num_epochs": _STEPS,
                 "output.output_dir": f"{folder}/run",
                 "logging.tensorboard": False,
@@ -126,7 +133,7 @@ def _measure(config: Config, folder: Path) -> Probe:
     uses_features = trainer.runner.images.features_loaded > loaded
     metrics_s, num_measured = _metrics(trainer)
     num_train, num_valid = len(trainer.data.train), len(trainer.data.valid or ())
-    size = trainer.config.training.images_per_forward
+    size = trainer.batches.images_per_step
     cache_bytes = sum(file.stat().st_size for file in (folder / "cache").rglob("*") if file.is_file())
     num_visited = min(_STEPS * size, num_train) + min(_BATCHES * size, num_valid)
     return Probe(

@@ -62,7 +62,7 @@ def trial_seconds(config: Config, probe: Probe, share: float = 1.0) -> float:
     On Ray each worker takes its share of the images, and data tasks decode ahead.
     """
     training, workers = config.training, max(most_workers(config), 1)
-    steps_per_epoch = -(-probe.num_train // (images_per_step(training) * workers))
+    steps_per_epoch = -(-probe.num_train // images_per_step(training, workers))
     steps = training.num_epochs * steps_per_epoch
     epochs = min(steps, training.max_steps or steps) / steps_per_epoch
     decoders = data_workers(config)

@@ -12,7 +12,7 @@ from sam3lora.tune.run.ledger import TrialRecord, has_value
 from sam3lora.tune.space.parameters import Tied
 from sam3lora.tune.space.search_space import SearchSpace
 
-METRIC_LABELS = {"valid_loss": "validation loss", "map": "mAP", "cgf1": "cgF1"}
+METRIC_LABELS = {"valid_loss": "validation loss", "map": "mAP", "bbox_map": "box mAP", "cgf1": "cgF1"}
 
 
 def answer(

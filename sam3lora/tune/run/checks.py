@@ -4,17 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sam3lora.config import Config
-from sam3lora.data.coco import CocoIndex
 from sam3lora.data.fault_report import faults_as_reason
 from sam3lora.data.split_files import SplitFiles, find_split, missing_split
 from sam3lora.errors import UserError
-from sam3lora.evaluation.ask.run import asked_categories
-from sam3lora.evaluation.metrics.ground_truth import SplitTruth
-from sam3lora.evaluation.metrics.measure import measure_split
-from sam3lora.evaluation.split_results import SplitResults
+from sam3lora.training.best import why_undefined
 from sam3lora.training.datasets import RunData, load_run_data
-from sam3lora.training.validator import evaluation_settings
 from sam3lora.tune.space.search_space import SearchSpace
 
 _ANY_RESOLUTION = 1008
@@ -59,14 +53,3 @@ def held_out_split(space: SearchSpace) -> SplitFiles | None:
     if split is None or config.training.data_dir is None:
         return None
     return find_split(config.training.required_data_dir().absolute(), split, config.data.annotation_file)
-
-
-def why_undefined(metric: str, index: CocoIndex, config: Config) -> str | None:
-    """Why a metric has no value on a split, whatever a model predicts; None if it has one."""
-    settings = evaluation_settings(config)
-    index = index.select_rows(range(len(index))[: settings.num_samples])
-    categories = asked_categories(index, settings)
-    found = measure_split(SplitTruth(index, categories), SplitResults(), exhaustive=config.data.exhaustive)
-    if getattr(found, metric) is not None:
-        return None
-    return "; ".join(note for note in found.notes if metric in note.split(":")[0]) or "; ".join(found.notes)

@@ -119,8 +119,11 @@ def _train(space: SearchSpace, ledger: Ledger, record: TrialRecord, report: Repo
 
 def _half_the_batch(config: Config) -> dict[str, int]:
     """Settings of a step of as many images, or nearly, in smaller batches."""
-    batch_size = config.training.images_per_forward // 2
-    return {"batch_size": batch_size, "gradient_accumulation_steps": -(-images_per_step(config.training) // batch_size)}
+    training = config.training
+    batch_size, batches = training.images_per_forward // 2, training.gradient_accumulation_steps
+    if training.images_per_step is None:
+        batches = -(-images_per_step(training, 1) // batch_size)
+    return {"batch_size": batch_size, "gradient_accumulation_steps": batches}
 
 
 def _start(config: Config, report: Report, *, may_stop: bool) -> None:

@@ -38,7 +38,7 @@ def _num_epochs(space: SearchSpace, num_train_images: int | None) -> int:
     training = space.base.training
     if training.max_steps is None or num_train_images is None:
         return training.num_epochs
-    images = images_per_step(training) * max(1, most_workers(space.base))
+    images = images_per_step(training, max(1, most_workers(space.base)))
     return min(training.num_epochs, math.ceil(training.max_steps / math.ceil(num_train_images / images)))
 
 

@@ -53,8 +53,10 @@ class Search(Section):
     )
     num_trials: int | None = Field(default=None, ge=1, le=MOST_TRIALS, description="None = 12, or the whole grid.")
     seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of the samples.")
-    metric: Literal["valid_loss", "map", "cgf1"] = Field(default="map", description="What makes a trial the best.")
-    every_epochs: int = Field(default=1, ge=1, description="Measure map or cgf1 every so many epochs.")
+    metric: Literal["valid_loss", "map", "bbox_map", "cgf1"] = Field(
+        default="map", description="What makes a trial the best."
+    )
+    every_epochs: int = Field(default=1, ge=1, description="Measure mAP and cgF1 every so many epochs.")
     objective: Literal["quality", "quality_and_size"] = Field(
         default="quality", description='"quality_and_size" = few trainable parameters count too (optuna).'
     )

@@ -161,7 +161,7 @@ def first_batch(worker: Trainer) -> Batch:
 
 
 def batches_of_an_epoch(worker: Trainer) -> list[Batch]:
-    size = worker.batches.steps_per_epoch * worker.config.training.gradient_accumulation_steps
+    size = worker.batches.steps_per_epoch * worker.batches.forwards_per_step
     return list(islice(worker.batches.training_batches(0, 0), size))
 
 
@@ -169,7 +169,7 @@ def take_step(worker: Trainer) -> tuple[dict[str, float], float]:
     """One update of the adapter: loss terms, and the norm of the gradient before clipping."""
     from sam3lora.training.update import optimizer_step
 
-    group = list(islice(worker.batches.training_batches(0, 0), worker.config.training.gradient_accumulation_steps))
+    group = list(islice(worker.batches.training_batches(0, 0), worker.batches.forwards_per_step))
     terms, _, norm = optimizer_step(worker, group)
     return terms, norm
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sam3lora.model.components import component_of
+from sam3lora.training.launch import train
 
 from ...training.run_folder import lines_of
 from .conftest import acts, take_step
@@ -94,6 +95,27 @@ def test_warmup_steps_rise_to_the_peak(plain_run, changed_run):
     assert rates(plain_run) == pytest.approx([1e-3] * 2)
     # Steps 1, 2 and 4 are logged.
     assert rates(changed_run) == pytest.approx([5e-4, 1e-3, 1e-3])
+
+
+@acts("training.warmup_ratio")
+def test_warmup_ratio_is_a_share_of_the_run(build):
+    def steps(*overrides):
+        return build("training.num_epochs=20", *overrides).state.warmup_steps
+
+    # 40 steps
+    assert steps("training.warmup_steps=null", "training.warmup_ratio=0.2") == 8
+    assert steps("training.warmup_steps=3", "training.warmup_ratio=0.2") == 3
+    assert steps("training.warmup_steps=100", "training.warmup_ratio=0.2") == 20
+
+
+def test_a_longer_run_is_resumed_with_the_warmup_it_began_with(run, settings):
+    # Warmed up over 2 of 4 steps; with 16 epochs more the rate does not begin to rise again.
+    ratio = ("training.warmup_steps=null", "training.warmup_ratio=0.5")
+    short = run("training.num_epochs=2", *ratio)
+    assert rates(short) == pytest.approx([5e-4, 1e-3, 1e-3, 1e-3])
+    folder = f"output.output_dir={short.output_dir}"
+    longer = train(settings("training.num_epochs=4", *ratio, folder), resume=True)
+    assert rates(longer) == pytest.approx([5e-4, *[1e-3] * 7])
 
 
 @acts("training.lr_scheduler")

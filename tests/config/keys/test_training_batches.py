@@ -40,15 +40,26 @@ def test_batch_size_is_chosen_where_it_is_auto(build, monkeypatch):
         assert {batch.num_images for batch in batches_of_an_epoch(worker)} == {fits["sizes"]}
         assert worker.total_steps == 2
         [start] = [line for line in read_metrics(worker.output_dir / METRICS_FILE) if line["kind"] == "start"]
-        assert start["batch_size"] * start["gradient_accumulation_steps"] == 2
+        assert (start["batch_size"], start["images_per_step"]) == (fits["sizes"], 2)
 
 
 @acts("training.images_per_step")
-def test_images_per_step_is_the_step_of_a_chosen_batch_size(build, settings):
-    assert build("training.batch_size=auto", "training.images_per_step=4").total_steps == 1
-    assert build("training.batch_size=auto", "training.images_per_step=1").total_steps == 4
-    with pytest.raises(UserError, match="images_per_step has no effect while batch_size is a number"):
-        settings("training.batch_size=2", "training.images_per_step=4")
+def test_images_per_step_is_the_step_of_any_batch_size(build, settings):
+    for batch_size in ("auto", 1, 2, 3):
+        for images in (4, 3, 1):
+            worker = build(f"training.batch_size={batch_size}", f"training.images_per_step={images}")
+            assert worker.total_steps == -(-4 // images)
+            sizes = [batch.num_images for batch in batches_of_an_epoch(worker)]
+            assert sum(sizes) == worker.total_steps * images
+            assert max(sizes) <= worker.config.training.batch_size
+    with pytest.raises(UserError, match="gradient_accumulation_steps 2 has no effect beside images_per_step 4"):
+        settings("training.images_per_step=4", "training.gradient_accumulation_steps=2")
+    with pytest.raises(UserError, match="some workers would have no image: use at most 4 workers"):
+        settings("training.images_per_step=4", "scaling.num_workers=[1, 5]")
+    assert settings("training.images_per_step=4", "scaling.num_workers=[1, 4]").scaling.most_workers == 4
+
+
+def test_without_images_per_step_it_is_what_a_batch_takes(build):
     assert build("training.batch_size=auto").total_steps == 2
     assert build("training.batch_size=auto", "training.gradient_accumulation_steps=2").total_steps == 1
 
@@ -97,7 +108,7 @@ def test_num_workers_are_the_decoding_tasks(build, monkeypatch):
     monkeypatch.setattr(datasets, "stream_batches", lambda *args, num_cpus, **options: asked.append(num_cpus) or [])
     for count in (1, 3):
         worker = build(f"training.num_workers={count}")
-        source = datasets.BatchSource(worker.data, worker.config, use_ray=True)
+        source = datasets.BatchSource(worker.data, worker.config, images_per_step=2, use_ray=True)
         list(source.training_batches(0, 0))
     assert asked == [1, 3]
 
