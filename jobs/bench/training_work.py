@@ -160,6 +160,7 @@ def _as_batch(samples: list[_Sample], mask_size: int) -> Batch:
         query_image_B=np.repeat(np.arange(len(samples)), len(samples[0].prompts)),
         prompts_B=[prompt for sample in samples for prompt in sample.prompts],
         num_B=num_B,
+        exhaustive_B=np.ones(len(num_B), dtype=bool),
         boxes_cxcywh_T4=np.stack([_box_cxcywh(mask) for mask in masks_THW]).astype(np.float32),
         masks_packed=np.packbits(masks_THW[:, rows[:, None], rows].reshape(len(masks_THW), -1), axis=1),
         mask_size=mask_size,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 
@@ -30,8 +29,7 @@ from sam3lora.model.staged.forward import StagedSam3, VisionFeatures
 
 LOCATING_SHARE = 0.3
 TEXTURED_BOOST = 3.0
-# Beyond +-10 the model clamps presence logits and their gradient is zero: an adapter could not teach such a base that
-# a word it is sure to be absent is there after all.
+# Presence logits beyond +-5 are drawn back, so that an adapter needs few steps to teach that a word is there after all.
 PRESENCE_LIMIT = 5.0
 MASKED_QUERIES = 8  # the mask branch is the dearest part of a step at this size
 
@@ -109,7 +107,6 @@ def train_joint(
     )
     first_step = snapshot.load(optimizer) if snapshot else 0
     rng = np.random.default_rng([seed, first_step])
-    clamp, model.detr_decoder.clamp_presence_logit_max_val = model.detr_decoder.clamp_presence_logit_max_val, math.inf
     model.train()
     started = time.time()
     seen: dict[str, float] = {}
@@ -164,7 +161,7 @@ def train_joint(
         predictions = Predictions(
             logits_LBQ=found.logits_LBQ,
             boxes_cxcywh_LBQ4=found.boxes_cxcywh_LBQ4,
-            presence_logits_LB=found.presence_logits_LB,
+            presence_logits_LB=found.raw_presence_logits_LB,
             logits_o2m_LBQ=found.logits_o2m_LBQ,
             boxes_o2m_LBQ4=found.boxes_o2m_LBQ4,
             mask_logits=mask_head.branch_logits,
@@ -182,7 +179,7 @@ def train_joint(
         absent = targets.num_B == 0
         refused = found.logits_LBQ[:, absent].float()
         refusal = (refused.sigmoid().square() * F.softplus(refused)).mean(2).sum() / len(prompts)
-        excess = (found.presence_logits_LB.float().abs() - PRESENCE_LIMIT).clamp(min=0).square().mean()
+        excess = (found.raw_presence_logits_LB.float().abs() - PRESENCE_LIMIT).clamp(min=0).square().mean()
         total = output.total + 10 * refusal + 2.5 * token_loss + 0.7 * sum(dense.values()) + excess
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * group["scale"] * cosine(step, steps, 150)
@@ -203,4 +200,3 @@ def train_joint(
             seen, right = {}, []
             if snapshot:
                 snapshot.save(step + 1, optimizer)
-    model.detr_decoder.clamp_presence_logit_max_val = clamp

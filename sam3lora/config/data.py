@@ -32,10 +32,11 @@ class DataSection(Section):
     negative_prompts: tuple[str, ...] = Field(
         default=(), description="Further prompts, none of which any image of the data shows."
     )
-    exhaustive: bool = Field(
+    exhaustive: bool | tuple[str, ...] = Field(
         default=True,
         description="Every object of every category is annotated, so a category without objects is truly absent. "
-        "false: only negative_prompts are used as negatives.",
+        "A list of names: this holds of these categories only. false: of none. The others are asked only of images "
+        "with a label of them, and what has no label there is not taught to be background.",
     )
     augmentation: Literal["none", "sam3"] = Field(
         default="none", description='"sam3" = random size and position on a padded square, as in the training of SAM 3.'
@@ -47,12 +48,23 @@ class DataSection(Section):
 
     @model_validator(mode="after")
     def _check_words(self) -> DataSection:
-        for key, words in (("categories", self.categories or ()), ("negative_prompts", self.negative_prompts)):
+        complete = self.exhaustive if isinstance(self.exhaustive, tuple) else ()
+        listed = {
+            "categories": self.categories or (),
+            "negative_prompts": self.negative_prompts,
+            "exhaustive": complete,
+        }
+        for key, words in listed.items():
             if any(not word.strip() for word in words):
                 raise ValueError(f"{key} holds an empty text: remove it")
             if len(set(words)) < len(words):
                 twice = next(word for word in words if words.count(word) > 1)
                 raise ValueError(f'{key} holds "{twice}" twice: remove one')
+        if isinstance(self.exhaustive, tuple) and not self.exhaustive:
+            raise ValueError("exhaustive holds no name: write false if no category is annotated completely")
+        for name in complete:
+            if self.categories is not None and name not in self.categories:
+                raise ValueError(f'exhaustive names "{name}", which is not in categories: add it there or remove it')
         for name, prompt in self.prompts.items():
             if not prompt.strip():
                 raise ValueError(f'prompts gives "{name}" an empty prompt: write what to look for')

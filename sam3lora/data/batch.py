@@ -34,6 +34,7 @@ class Batch:
         original_sizes_hw: int64 (I, 2), of the decoded images; as annotated for those without pixels.
         query_image_B: int64 (B,), the image of each query.
         num_B: int64 (B,), targets of each query, 0 for an absent prompt. Query b owns consecutive rows of the targets.
+        exhaustive_B: bool (B,), False where the image may show more of what is asked for than the targets.
         boxes_cxcywh_T4: float32 (T, 4), relative to the frame.
         masks_packed: uint8 (T, ceil(M * M / 8)), the bits of (M, M) masks; None for boxes only.
         mask_size: M, or None.
@@ -50,6 +51,7 @@ class Batch:
     query_image_B: np.ndarray
     prompts_B: list[str]
     num_B: np.ndarray
+    exhaustive_B: np.ndarray
     boxes_cxcywh_T4: np.ndarray
     masks_packed: np.ndarray | None
     mask_size: int | None
@@ -88,6 +90,11 @@ class Batch:
         """int64 (T,): the query of each target."""
         return np.repeat(np.arange(self.num_queries), self.num_B)
 
+    def target_rows(self, queries: slice) -> slice:
+        """The rows of the targets that belong to consecutive queries."""
+        start, stop, _ = queries.indices(self.num_queries)
+        return slice(int(self.num_B[:start].sum()), int(self.num_B[:stop].sum()))
+
     @property
     def num_semantic(self) -> int:
         """Queries whose semantic target, the union of their masks, is not empty."""
@@ -104,32 +111,42 @@ class Batch:
                 pinned[field.name] = torch.from_numpy(value).pin_memory().numpy()
         return replace(self, **pinned)
 
-    def masks(self, device: torch.device | str = "cpu") -> Tensor | None:
-        """Target masks (T, M, M) bool, unpacked on `device`; None when the batch carries boxes only."""
+    def masks(self, device: torch.device | str = "cpu", rows: slice = slice(None)) -> Tensor | None:
+        """Masks (T, M, M) bool of all targets or of some, unpacked on `device`; None when there are boxes only."""
         import torch
 
         if self.masks_packed is None or self.mask_size is None:
             return None
-        side = self.mask_size
+        side, own = self.mask_size, self.masks_packed[rows]
         if torch.device(device).type == "cpu":
-            flat = np.unpackbits(self.masks_packed, axis=1, count=side**2)
+            flat = np.unpackbits(own, axis=1, count=side**2)
             return torch.from_numpy(flat).view(torch.bool).view(-1, side, side)
-        packed = torch.from_numpy(self.masks_packed).to(device, non_blocking=True)
+        packed = torch.from_numpy(own).to(device, non_blocking=True)
         shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
         bits = packed.unsqueeze(-1).bitwise_right_shift(shifts).bitwise_and_(1).flatten(1)
         return bits[:, : side**2].reshape(-1, side, side).to(torch.bool)
 
-    def targets(self, device: torch.device | str = "cpu") -> Targets:
-        """The criterion's targets, on `device`."""
+    def targets(self, device: torch.device | str = "cpu", queries: slice = slice(None)) -> Targets:
+        """The criterion's targets of all queries or of some consecutive ones, on `device`.
+
+        Masks take an eighth of the memory until they are unpacked here, so that few queries at a time need less of it.
+        """
         import torch
 
         from sam3lora.losses import Targets
 
-        num_B, boxes_T4, valid_T = (
+        rows = self.target_rows(queries)
+        num_B, boxes_T4, valid_T, exhaustive_B = (
             torch.from_numpy(array).to(device, non_blocking=True)
-            for array in (self.num_B, self.boxes_cxcywh_T4, self.mask_valid_T)
+            for array in (
+                self.num_B[queries],
+                self.boxes_cxcywh_T4[rows],
+                self.mask_valid_T[rows],
+                self.exhaustive_B[queries],
+            )
         )
-        return Targets(num_B, boxes_T4, self.masks(device), valid_T)
+        complete = self.exhaustive_B[queries].all()
+        return Targets(num_B, boxes_T4, self.masks(device, rows), valid_T, None if complete else exhaustive_B)
 
 
 def to_pixel_values(

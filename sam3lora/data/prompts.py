@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ class Query:
     category: str | None  # None for a prompt of the user's own negative list
     annotation_rows: tuple[int, ...] = ()  # positions of the objects to find in the record's annotations
     is_positive: bool = False
+    is_exhaustive: bool = True  # False: the image may show more of it than these objects
 
 
 def plain_name(text: str) -> str:
@@ -49,6 +50,25 @@ def sample_rng(seed: int, epoch: int, image_id: int, stream: int = 0) -> np.rand
     return np.random.default_rng([seed % 2**63, epoch, image_id % 2**63, stream])
 
 
+def incomplete_prompts(
+    names: Sequence[str], prompts_map: Mapping[str, str], exhaustive: bool | Sequence[str]
+) -> set[str]:
+    """Keys of the prompts of which an image may show objects without a label.
+
+    `exhaustive` is True or False for all categories, or has the names of those whose objects are all annotated. A
+    prompt of several categories is complete if all of them are.
+
+    >>> sorted(incomplete_prompts(["Crack", "weed", "moss"], {"moss": "plant", "weed": "plant"}, ["crack", "moss"]))
+    ['plant']
+    """
+    if exhaustive is True:
+        return set()
+    prompts = {prompt_key(name): prompt for name, prompt in prompts_map.items()}
+    complete = {prompt_key(name) for name in exhaustive or ()}
+    keys = {prompt_key(name) for name in names} - complete
+    return {prompt_key(prompts.get(key, key)) for key in keys}
+
+
 def build_queries(
     record: Mapping[str, Any],
     names: Sequence[str],
@@ -57,13 +77,15 @@ def build_queries(
     prompts_map: Mapping[str, str] | None = None,
     negative_prompts: Sequence[str] = (),
     num_negatives: int | None = None,
-    exhaustive: bool = True,
+    exhaustive: bool | Sequence[str] = True,
 ) -> list[Query]:
     """The queries of one image: positives in category order, then sampled negatives, then the user's own negatives.
 
     A category with only crowd regions in the image is not asked at all. It is present, so it cannot be a negative, and
-    it has no object to match, so it cannot be a positive. If `exhaustive`, an image without objects is asked at least
-    one category, even with `num_negatives` 0: it is in the data set to teach absence.
+    it has no object to match, so it cannot be a positive. Beside objects, a crowd region makes the query one that is
+    not exhaustive. A category that is not annotated exhaustively is asked only of images with a label of it. An image
+    without objects is asked at least one category that is, even with `num_negatives` 0: it is in the data set to teach
+    absence.
 
     Args:
         names: Distinct category names of the data set; negatives are sampled from them.
@@ -72,23 +94,25 @@ def build_queries(
         negative_prompts: The user's list of prompts that occur nowhere in the data. They are asked of every image,
             except one that does contain an equal prompt.
         num_negatives: Number of absent categories to sample, without replacement; None or -1 for all of them.
-        exhaustive: Whether everything is annotated, so that a missing annotation means absence.
+        exhaustive: Whether everything is annotated, so that a missing annotation means absence; or the names of the
+            categories of which this holds.
 
     Returns:
         Queries with different prompts; empty if nothing can be asked truthfully.
     """
     prompts = {prompt_key(k): v for k, v in (prompts_map or {}).items()}
     prompt_of = {name: prompts.get(prompt_key(name), name) for name in names}
-    positives, present = _positive_queries(record, prompt_of, prompts)
+    incomplete = incomplete_prompts(names, prompts, exhaustive)
+    positives, present = _positive_queries(record, prompt_of, prompts, incomplete)
 
     absent: dict[str, Query] = {}
-    if exhaustive:
-        for name in names:
-            key = prompt_key(prompt_of[name])
-            if key not in present:
-                absent.setdefault(key, Query(prompt_of[name], name))
+    for name in names:
+        key = prompt_key(prompt_of[name])
+        if key not in present and key not in incomplete:
+            absent.setdefault(key, Query(prompt_of[name], name))
     wanted = len(absent) if num_negatives in (None, ALL_NEGATIVES) else num_negatives
-    own = [p for p in negative_prompts if prompt_key(p) not in present]
+    not_absent = present | incomplete
+    own = [prompt for prompt in negative_prompts if prompt_key(prompt) not in not_absent]
     if not present and not own:
         wanted = max(wanted, 1)
     pool = list(absent.values())
@@ -100,23 +124,27 @@ def build_queries(
 
 
 def _positive_queries(
-    record: Mapping[str, Any], prompt_of: Mapping[str, str], prompts: Mapping[str, str]
+    record: Mapping[str, Any], prompt_of: Mapping[str, str], prompts: Mapping[str, str], incomplete: Set[str]
 ) -> tuple[list[Query], set[str]]:
     """Positive queries in the order of `prompt_of`, and the keys of all prompts present in the image."""
     groups: dict[str, list[int]] = {}
     texts: dict[str, tuple[str, str]] = {}
     present: set[str] = set()
+    crowded: set[str] = set()
     for row, annotation in enumerate(record["annotations"]):
         name = annotation["category"]
         prompt = prompts.get(prompt_key(name), name)
         key = prompt_key(prompt)
         present.add(key)
-        if not annotation["iscrowd"]:
+        if annotation["iscrowd"]:
+            crowded.add(key)
+        else:
             groups.setdefault(key, []).append(row)
             texts.setdefault(key, (prompt, name))
     order = {prompt_key(prompt): position for position, prompt in enumerate(prompt_of.values())}
     queries = []
     for key in sorted(groups, key=lambda k: (order.get(k, len(order)), k)):
         rows = tuple(groups[key])
-        queries.append(Query(*texts[key], annotation_rows=rows, is_positive=True))
+        is_exhaustive = key not in incomplete and key not in crowded
+        queries.append(Query(*texts[key], annotation_rows=rows, is_positive=True, is_exhaustive=is_exhaustive))
     return queries, present

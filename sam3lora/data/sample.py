@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -50,7 +50,7 @@ class DecodeSettings:
     prompts_map: Mapping[str, str] = field(default_factory=dict)
     negative_prompts: tuple[str, ...] = ()
     num_negatives: int | None = None
-    exhaustive: bool = True
+    exhaustive: bool | tuple[str, ...] = True
     max_objects: int | None = None
     on_bad_image: Literal["stop", "skip"] = "stop"
     seed: int = 0
@@ -80,7 +80,7 @@ def rows_with_queries(table: pa.Table, settings: DecodeSettings) -> list[int]:
     """Positions of the images with at least one query; only these are trained on.
 
     The others show, for example, only crowd regions of the only category, or no objects while absence is not known
-    (`exhaustive` False and no list of negatives). The result is the same in every epoch.
+    (no `exhaustive` category and no list of negatives). The result is the same in every epoch.
     """
     objects = object_columns(table)
     has_query_I = objects.count_per_image(~objects.crowd_T) > 0  # every object is asked for
@@ -136,6 +136,7 @@ def decode_record(record: Mapping[str, Any], settings: DecodeSettings, epoch: in
         query_image_B=np.zeros(len(asked), dtype=np.int64),
         prompts_B=[query.prompt for query, _ in asked],
         num_B=np.array([len(rows) for _, rows in asked], dtype=np.int64),
+        exhaustive_B=np.array([query.is_exhaustive for query, _ in asked], dtype=bool),
         boxes_cxcywh_T4=_place_boxes([item["bbox_xywh"] for item in objects], _size_hw(record), placement),
         masks_packed=masks_packed,
         mask_size=settings.mask_size,
@@ -190,7 +191,8 @@ def matched_objects(
     """The queries that have a loss, each with the positions of its objects among the record's annotations.
 
     A present category whose objects all lack area is left out: nothing of it can be matched, so it is neither positive
-    nor negative. Of a query with more than `max_objects` objects `rng` draws a subset.
+    nor negative. Of a query with more than `max_objects` objects `rng` draws a subset, and of a subset, or of objects
+    some of which lack area, the query is no longer exhaustive.
     """
     annotations, size_hw = record["annotations"], _size_hw(record)
     found = []
@@ -201,6 +203,8 @@ def matched_objects(
         if max_objects is not None and len(rows) > max_objects:
             chosen = rng.choice(len(rows), size=max_objects, replace=False)
             rows = [rows[i] for i in sorted(chosen)]
+        if len(rows) < len(query.annotation_rows):
+            query = replace(query, is_exhaustive=False)
         found.append((query, rows))
     return found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ from sam3lora.config.evaluation import EXACT_UP_TO_PAIRS, LOW_SCORE, LOWEST_THRE
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.data.coco import ANNOTATION_FILE
 from sam3lora.errors import UserError
+from sam3lora.evaluation.metrics.ground_truth import PromptedCategory, incomplete_categories
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class EvaluationSettings:
         categories: Names to ask for; None takes those of the split.
         prompts: Category name -> prompt, where it is not the name.
         negative_prompts: Further prompts, which no image shows.
-        exhaustive: Whether a missing annotation means absence.
+        exhaustive: Whether a missing annotation means absence, or the names of the categories of which it does.
         lowest_score: Detections below it are not measured. "auto" is 0, which is exact, up to `EXACT_UP_TO_PAIRS` pairs
             of image and prompt, and `LOW_SCORE` above: every pair has as many detections as the model has object
             queries, nearly all with a score of about 0, and each takes the work of a mask.
@@ -41,7 +42,7 @@ class EvaluationSettings:
     categories: tuple[str, ...] | None = None
     prompts: Mapping[str, str] = field(default_factory=dict)
     negative_prompts: tuple[str, ...] = ()
-    exhaustive: bool = True
+    exhaustive: bool | tuple[str, ...] = True
     lowest_score: float | Literal["auto"] = EvaluationSection.model_fields["lowest_score"].default
     batch_size: int = 4
     max_prompts_per_forward: int = 8
@@ -78,6 +79,10 @@ class EvaluationSettings:
         if self.lowest_score != "auto":
             return self.lowest_score
         return 0.0 if num_pairs <= EXACT_UP_TO_PAIRS else LOW_SCORE
+
+    def incomplete(self, categories: Sequence[PromptedCategory]) -> frozenset[int]:
+        """Ids of the categories whose objects are not all annotated."""
+        return incomplete_categories(categories, self.exhaustive, self.negative_prompts)
 
     def to_dict(self) -> dict[str, Any]:
         """For reports, without what is at its default and says nothing, and without post-processing."""

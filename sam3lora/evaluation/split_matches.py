@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,8 +21,9 @@ from sam3lora.evaluation.metrics.ground_truth import PromptedCategory, annotatio
 from sam3lora.evaluation.metrics.matching import MatchTable, match_pairs
 from sam3lora.evaluation.split_results import SplitResults, foreign_result
 
-ABSENT, SHOWN, ONLY_CROWDS = range(3)
-"""What an image shows of a category: nothing, an object, or crowd regions alone, which say neither yes nor no."""
+ABSENT, SHOWN, ONLY_CROWDS, UNKNOWN = range(4)
+"""What an image shows of a category: nothing, an object, crowd regions alone, which say neither yes nor no, or what is
+not known, because it has no label of a category that is not annotated exhaustively."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,14 @@ class SplitMatches:
 
     Attributes:
         image_ids: In the order of all `I`.
-        shown_IC: ABSENT, SHOWN or ONLY_CROWDS.
+        shown_IC: ABSENT, SHOWN, ONLY_CROWDS or UNKNOWN.
         presence_IC: Probability that the image shows the category; NaN where it was not asked.
         table: Matches for average precision.
         units: Units of cgF1.
         num_predictions, num_before_nms: Detections after and before suppression, merging and the limit.
         num_detections: Detections at or above the threshold of their category.
         num_without_mask: Objects that have only a box.
+        incomplete: Columns of the categories that are not annotated exhaustively, from the `Matcher`.
     """
 
     image_ids: np.ndarray
@@ -49,6 +51,7 @@ class SplitMatches:
     num_before_nms: int = 0
     num_detections: int = 0
     num_without_mask: int = 0
+    incomplete: tuple[int, ...] = ()
 
     @classmethod
     def join(cls, parts: Iterable[SplitMatches], image_ids: Sequence[int], num_categories: int) -> SplitMatches:
@@ -68,11 +71,17 @@ class SplitMatches:
             presence_IC,
             MatchTable.join([part.table for part in parts], rows, ids_I, num_categories),
             Units.join([part.units for part in parts], rows, *shown_IC.shape),
-            *(
-                sum(getattr(part, name) for part in parts)
+            **{
+                name: sum(getattr(part, name) for part in parts)
                 for name in ("num_predictions", "num_before_nms", "num_detections", "num_without_mask")
-            ),
+            },
+            incomplete=tuple(sorted({column for part in parts for column in part.incomplete})),
         )
+
+    @property
+    def complete_units(self) -> Units:
+        """The units of the categories that are annotated exhaustively: only these say what a model found too much."""
+        return self.units.without(self.incomplete) if self.incomplete else self.units
 
     def is_alarm_IC(self, thresholds: Mapping[int, float]) -> np.ndarray:
         """Pairs of image and absent category with a detection at the category's threshold."""
@@ -85,12 +94,13 @@ class Matcher:
 
     Attributes:
         post: The post-processing of the results; its thresholds decide what counts as a detection.
-        exhaustive: Whether a missing annotation means absence. Otherwise results for pairs without one are left out.
+        incomplete: Ids of the categories whose objects are not all annotated, from `incomplete_categories`. Of these,
+            results count only in images with a labelled object.
     """
 
     categories: Sequence[PromptedCategory]
     post: PostProcessing
-    exhaustive: bool = True
+    incomplete: Set[int] = frozenset()
 
     @property
     def thresholds(self) -> dict[int, float]:
@@ -116,15 +126,22 @@ class Matcher:
             is_object = not entry["iscrowd"] or entry["is_box_only"]
             pair = (entry["image"], entry["category"])
             shown_IC[pair] = SHOWN if is_object or shown_IC[pair] == SHOWN else ONLY_CROWDS
-        if not self.exhaustive:
-            results = _only_shown(results, rows, columns, shown_IC)
+        incomplete = sorted(columns[id_] for id_ in self.incomplete)
+        unclear_IC = np.zeros(shown_IC.shape, bool)
+        unclear_IC[:, incomplete] = shown_IC[:, incomplete] != SHOWN
+        shown_IC[unclear_IC & (shown_IC == ABSENT)] = UNKNOWN
+        if unclear_IC.any():
+            results = _left_out(results, rows, columns, unclear_IC)
         presence_IC = np.full(shown_IC.shape, np.nan)
         for (image_id, category_id), value in results.presence.items():
             presence_IC[rows[image_id], columns[category_id]] = value
         detections = _by_pair(results.predictions, rows, columns, sizes_hw)
         thresholds = self.thresholds
         units = collect_units(
-            annotations, detections, shown_IC.shape, lowest_score=min([LOWEST_THRESHOLD, *thresholds.values()])
+            annotations,
+            detections,
+            shown_IC.shape,
+            lowest_score=min([LOWEST_THRESHOLD, *thresholds.values()]),
         )
         return SplitMatches(
             np.array(list(rows), np.int64),
@@ -136,19 +153,23 @@ class Matcher:
             num_before_nms=results.num_before_nms,
             num_detections=sum(p["score"] >= thresholds[p["category_id"]] for p in results.predictions),
             num_without_mask=sum(entry["is_box_only"] for entry in annotations),
+            incomplete=tuple(incomplete),
         )
 
 
-def _only_shown(
-    results: SplitResults, rows: Mapping[int, int], columns: Mapping[int, int], shown_IC: np.ndarray
+def _left_out(
+    results: SplitResults, rows: Mapping[int, int], columns: Mapping[int, int], unclear_IC: np.ndarray
 ) -> SplitResults:
-    def is_shown(image_id: int, category_id: int) -> bool:
-        return shown_IC[rows[image_id], columns[category_id]] == SHOWN
+    """The results without those of unclear pairs; a result of another split stays, and is refused where it is used."""
+
+    def counts(image_id: int, category_id: int) -> bool:
+        known = image_id in rows and category_id in columns
+        return not known or not unclear_IC[rows[image_id], columns[category_id]]
 
     return dataclasses.replace(
         results,
-        predictions=[p for p in results.predictions if is_shown(p["image_id"], p["category_id"])],
-        presence={pair: value for pair, value in results.presence.items() if is_shown(*pair)},
+        predictions=[p for p in results.predictions if counts(p["image_id"], p["category_id"])],
+        presence={pair: value for pair, value in results.presence.items() if counts(*pair)},
     )
 
 

@@ -6,6 +6,12 @@
                             + 20 semantic_seg + 30 semantic_dice }
 
 Every term is a sum divided by a count of the whole optimizer step. So chunks, micro-batches and workers add up.
+
+Where labels may be incomplete (`Targets.exhaustive_B` False), unmatched object queries have no classification loss in
+either branch, as in SAM 3's weak loss, whose one class serves both; pixels without a label have no semantic loss. The
+presence loss stays, as there: such a query has a target, so "present" is right whatever else the image shows. So do
+boxes and masks, which are compared for matched pairs only.
+
 Shapes as in `targets.py`.
 """
 
@@ -121,10 +127,13 @@ class Criterion:
         device = predictions.logits_LBQ.device
         target_boxes = targets.boxes_cxcywh_T4.to(device)
         present_B = visible_queries(target_boxes, targets.query_index().to(device), len(targets.num_B))
+        exhaustive_B = None if targets.exhaustive_B is None else targets.exhaustive_B.to(device)
 
         def branch_terms(logits: Tensor, boxes: Tensor, pairs: Pairs, suffix: str) -> tuple[dict[str, Tensor], Tensor]:
             bbox, giou = box_terms(boxes, target_boxes, pairs, normalizer.num_boxes)
-            ce, matched = self._classify(logits, boxes, target_boxes, pairs, present_B, normalizer.num_queries)
+            ce, matched = self._classify(
+                logits, boxes, target_boxes, pairs, present_B, normalizer.num_queries, exhaustive_B=exhaustive_B
+            )
             return {f"loss_bbox{suffix}": bbox, f"loss_giou{suffix}": giou, f"loss_ce{suffix}": ce}, matched
 
         per_layer, matched = branch_terms(predictions.logits_LBQ, predictions.boxes_cxcywh_LBQ4, matches.o2o, "")
@@ -183,9 +192,13 @@ class Criterion:
             ends = np.cumsum(matches.num_targets_B)
             ranges = [(int(ends[query] - matches.num_targets_B[query]), int(ends[query])) for query in queries]
             valid = targets.mask_valid_T.to(masks.device)
-            logits = predictions.semantic_logits(torch.from_numpy(queries))
+            rows = torch.from_numpy(queries)
+            exhaustive_B = targets.exhaustive_B
             focal, dice = semantic_loss_sums(
-                logits, lambda start, end: union_of_masks(masks, valid, ranges[start:end]), chunk_size=self._mask_chunk
+                predictions.semantic_logits(rows),
+                lambda start, end: union_of_masks(masks, valid, ranges[start:end]),
+                chunk_size=self._mask_chunk,
+                exhaustive_K=None if exhaustive_B is None else exhaustive_B[rows.to(exhaustive_B.device)],
             )
         elif self._must_touch(targets):
             first = torch.zeros(1, dtype=torch.long)

@@ -62,18 +62,24 @@ def mask_loss_sums(
 
 
 def semantic_loss_sums(
-    logits_Khw: Tensor, target_of: Callable[[int, int], Tensor], chunk_size: int = 16
+    logits_Khw: Tensor,
+    target_of: Callable[[int, int], Tensor],
+    chunk_size: int = 16,
+    exhaustive_K: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sum over queries of the mean focal loss (alpha 0.6, gamma 2) and of the dice loss; divide by the number of such
-    queries.
+    """Sum over queries of the mean focal loss (alpha 0.6, gamma 2) and of the dice loss; divide by their number.
 
     No target may be empty. `target_of` maps (start, end) to the targets of these rows, (end - start, H, W) bool. It is
-    a function, so that not all targets exist at once.
+    a function, so that not all targets exist at once. Where `exhaustive_K` (bool) is False, pixels outside of a target
+    may show objects without a label: they have no loss, and the mean still divides by all pixels.
     """
 
     def compare(logits: Tensor, start: int, end: int) -> Tensor:
         masks = target_of(start, end).to(logits.device)
-        return _focal_and_dice(resize(logits, masks.shape[1:]), masks, alpha=0.6)
+        known = None
+        if exhaustive_K is not None:
+            known = masks | exhaustive_K[start:end, None, None].to(logits.device)
+        return _focal_and_dice(resize(logits, masks.shape[1:]), masks, alpha=0.6, known=known)
 
     sums = logits_Khw.new_zeros(2, dtype=torch.float32)
     for start in range(0, len(logits_Khw), chunk_size):
@@ -115,11 +121,13 @@ def choose_points(logits_Mhw: Tensor, sampling: PointSampling) -> Tensor:
     return torch.cat([candidates.gather(1, uncertain[..., None].expand(-1, -1, 2)), uniform], dim=1)
 
 
-def _focal_and_dice(logits: Tensor, targets: Tensor, alpha: float) -> Tensor:
+def _focal_and_dice(logits: Tensor, targets: Tensor, alpha: float, known: Tensor | None = None) -> Tensor:
     logits, targets = logits.flatten(1), targets.flatten(1).float()
-    return torch.stack(
-        [sigmoid_focal(logits, targets, alpha, gamma=2.0).mean(dim=1).sum(), soft_dice(logits, targets).sum()]
-    )
+    focal = sigmoid_focal(logits, targets, alpha, gamma=2.0)
+    if known is not None:
+        known = known.flatten(1)
+        focal = focal * known
+    return torch.stack([focal.mean(dim=1).sum(), soft_dice(logits, targets, known).sum()])
 
 
 def _recomputed(function: Callable[..., Tensor], logits: Tensor, *arguments: Tensor | int) -> Tensor:

@@ -23,7 +23,8 @@ class Targets:
 
     0 targets mean that the prompt is absent from the image. Boxes are normalised to the model input. Masks are bool at
     any resolution, cover the whole model input, and may stay on another device than the predictions; None trains
-    without masks. `mask_valid_T` (bool) is False where a target has a box but no mask.
+    without masks. `mask_valid_T` (bool) is False where a target has a box but no mask. `exhaustive_B` (bool) is False
+    where the image may show more of what is asked for than the targets; None means that no query has more.
 
     Raises:
         ValueError: the parts disagree in the number of targets (`num_B` is checked only on the CPU, where that
@@ -34,6 +35,7 @@ class Targets:
     boxes_cxcywh_T4: Tensor
     masks_THW: Tensor | None
     mask_valid_T: Tensor
+    exhaustive_B: Tensor | None = None
 
     def __post_init__(self) -> None:
         num_targets = self.boxes_cxcywh_T4.shape[0]
@@ -45,6 +47,10 @@ class Targets:
             raise ValueError(f"mask_valid_T must be ({num_targets},), got {tuple(self.mask_valid_T.shape)}")
         if self.masks_THW is not None and (self.masks_THW.ndim != 3 or self.masks_THW.shape[0] != num_targets):
             raise ValueError(f"masks_THW must be ({num_targets}, H, W), got {tuple(self.masks_THW.shape)}")
+        if self.exhaustive_B is not None and self.exhaustive_B.shape != self.num_B.shape:
+            raise ValueError(
+                f"exhaustive_B must be {tuple(self.num_B.shape)} as num_B is, got {tuple(self.exhaustive_B.shape)}"
+            )
 
     def query_index(self) -> Tensor:
         """(T,) long: which query each target belongs to."""

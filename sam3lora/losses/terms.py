@@ -63,12 +63,15 @@ def sigmoid_focal(logits: Tensor, targets: Tensor, alpha: float, gamma: float) -
     return loss
 
 
-def soft_dice(logits_MP: Tensor, targets_MP: Tensor) -> Tensor:
+def soft_dice(logits_MP: Tensor, targets_MP: Tensor, known_MP: Tensor | None = None) -> Tensor:
     """(M,) 1 - (2 sum s y + 1) / (sum s + sum y + 1) of each row, s = sigmoid(x), in [0, 1).
 
-    Source: Milletari et al. 2016, https://arxiv.org/abs/1606.04797, with the usual smoothing by one.
+    The sums are over the pixels of `known_MP` (bool), or over all. Source: Milletari et al. 2016,
+    https://arxiv.org/abs/1606.04797, with the usual smoothing by one.
     """
     probability, targets = logits_MP.float().sigmoid(), targets_MP.float()
+    if known_MP is not None:
+        probability, targets = probability * known_MP, targets * known_MP
     overlap = (probability * targets).sum(-1)
     return 1 - (2 * overlap + 1) / (probability.sum(-1) + targets.sum(-1) + 1)
 
@@ -155,16 +158,22 @@ def iabce_term(
     *,
     pad_n_queries: int | None,
     pos_weight: float,
+    exhaustive_B: Tensor | None = None,
     **focal: float,
 ) -> tuple[Tensor, Tensor]:
     """Classification term per layer (L,): sum of `iabce_elements` / (num_queries max(Q, pad_n_queries)).
 
-    Only queries with a visible target (`present_B` 1) have a loss. Also returns (L, B, Q) bool, which predictions are
-    matched.
+    Only queries with a visible target (`present_B` 1) have a loss. Where `exhaustive_B` is False, an unmatched
+    prediction may be an object without a label and has no loss, as with `weak_loss` in SAM 3's `IABCEMdetr`. There the
+    other predictions of the batch are averaged. Here the divisor stays the same: how many others there are depends on
+    the matches, which chunks and workers do not know of each other, and where few queries are exhaustive, the average
+    would give positives many times their usual weight. Also returns (L, B, Q) bool, which predictions are matched.
     """
     loss, matched = iabce_elements(
         logits_LBQ, boxes_cxcywh_LBQ4, target_boxes_T4, pairs, pos_weight=pos_weight, **focal
     )
     loss = loss * present_B[:, None]
+    if exhaustive_B is not None:
+        loss = loss * (matched | exhaustive_B[:, None])
     num_object_queries = max(logits_LBQ.shape[2], pad_n_queries or 0)
     return loss.sum(dim=(1, 2)) / (num_queries * num_object_queries), matched

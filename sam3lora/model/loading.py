@@ -43,6 +43,12 @@ class LoadedBase:
     image_mean: tuple[float, float, float]
     image_std: tuple[float, float, float]
 
+    @property
+    def patch_size(self) -> int:
+        """The side in pixels of the patches that the vision tower makes tokens of."""
+        vit: Any = self.model.config.vision_config.backbone_config  # type: ignore[union-attr]
+        return _side(vit.patch_size)
+
 
 def load_base(
     name: str = "tiny",

@@ -23,7 +23,12 @@ def why_undefined(metric: str, index: CocoIndex, config: Config) -> str | None:
     settings = evaluation_settings(config)
     index = index.select_rows(range(len(index))[: settings.num_samples])
     categories = asked_categories(index, settings)
-    found = measure_split(SplitTruth(index, categories), SplitResults(), exhaustive=config.data.exhaustive)
+    found = measure_split(
+        SplitTruth(index, categories),
+        SplitResults(),
+        exhaustive=settings.exhaustive,
+        negative_prompts=settings.negative_prompts,
+    )
     if getattr(found, metric) is not None:
         return None
     return "; ".join(note for note in found.notes if metric in note.split(":")[0]) or "; ".join(found.notes)

@@ -19,7 +19,7 @@ from sam3lora.data.index_columns import object_columns
 from sam3lora.data.index_digest import index_digest
 from sam3lora.data.pipeline import SharedTable, iterate_batches, stream_batches
 from sam3lora.data.plan import BatchPlan, plan_run, plan_validation, share_of
-from sam3lora.data.prompts import prompt_key
+from sam3lora.data.prompts import incomplete_prompts, prompt_key
 from sam3lora.data.sample import DecodeSettings, rows_with_queries
 from sam3lora.data.split_files import SplitFiles, find_split, missing_split, required_split
 from sam3lora.errors import UserError
@@ -81,23 +81,35 @@ def data_digest(train: CocoIndex, valid: CocoIndex | None) -> dict[str, str]:
     return found | {f"valid {what}": value for what, value in of_valid.items()}
 
 
-def load_run_data(config: Config, resolution: int) -> RunData:
-    """Index both splits and leave out the images without a query, which have no loss."""
+def load_run_data(config: Config, resolution: int, patch_size: int = 14) -> RunData:
+    """Index both splits and leave out the images without a query, which have no loss.
+
+    `resolution` and `patch_size` are the model's, in pixels.
+    """
     data, training = config.data, config.training
     root = training.required_data_dir()
     train, valid = read_splits(config)
     names = merge_names([train, valid] if valid else [train])
     known = {prompt_key(name) for name in names}
-    for name in data.prompts:
-        if prompt_key(name) not in known:
+    complete = () if isinstance(data.exhaustive, bool) else data.exhaustive
+    for key, written in (("prompts", data.prompts), ("exhaustive", complete)):
+        for name in written:
+            if prompt_key(name) not in known:
+                raise UserError(
+                    f"data.{key} names {name!r}, which no annotation of {root} has; it has {', '.join(names)}"
+                )
+    incomplete = incomplete_prompts(names, data.prompts, data.exhaustive)
+    for prompt in data.negative_prompts:
+        if prompt_key(prompt) in incomplete:
             raise UserError(
-                f"data.prompts names {name!r}, which no annotation of {root} has; it has {', '.join(names)}"
+                f"data.negative_prompts says that no image shows {prompt!r}, but it is a category of {root} whose "
+                "objects are not all annotated (data.exhaustive): remove it there or name its category here"
             )
-    patch_grid = resolution // 14 * 4  # predicted masks have a quarter of the input's side in patches of 14
+    mask_grid = resolution // patch_size * 4  # predicted masks have 4 x 4 pixels to a patch
     settings = DecodeSettings(
         names=names,
         resolution=resolution,
-        mask_size=patch_grid if training.loss.mask_resolution == "low" else resolution,
+        mask_size=mask_grid if training.loss.mask_resolution == "low" else resolution,
         augmentation=data.augmentation,
         horizontal_flip=data.horizontal_flip,
         prompts_map=data.prompts,

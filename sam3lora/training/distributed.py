@@ -80,12 +80,17 @@ def take_from_first_worker(parameters: Iterable[Parameter]) -> None:
 def average_gradients(parameters: Iterable[Parameter], extra: Tensor) -> Tensor:
     """Replace each gradient by its mean over workers, and return the mean of ``extra`` (any 1D float tensor).
 
-    A parameter without a gradient counts as zero, so that all workers take the same step. Afterwards the gradients of
-    float32 parameters are views of one buffer, which the next call overwrites.
+    A parameter without a gradient gets a gradient of zero, so that all workers take the same step, which is also that
+    of one worker alone: AdamW passes over a parameter without a gradient, but lets one of zero decay and counts the
+    step. With several workers, the gradients of float32 parameters are views of one buffer, which the next call
+    overwrites.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return extra
     parameters = list(parameters)
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return extra
     buffer = _buffer_of(parameters, len(extra))
     mean_extra, *pieces = buffer.split([len(extra), *[p.numel() for p in parameters]])
     mean_extra.copy_(extra)

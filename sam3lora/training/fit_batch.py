@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import socket
@@ -21,7 +22,7 @@ from sam3lora.config import Config
 from sam3lora.data.batch import Batch
 from sam3lora.data.coco import read_record
 from sam3lora.data.index_columns import object_columns
-from sam3lora.data.prompts import ALL_NEGATIVES, prompt_key
+from sam3lora.data.prompts import ALL_NEGATIVES, incomplete_prompts, prompt_key
 from sam3lora.data.sample import DecodeSettings, record_queries
 from sam3lora.engine.device import is_out_of_memory
 from sam3lora.errors import OutOfMemory
@@ -121,6 +122,7 @@ class _Backward:
             # Different prompts on every image, as far as there are any: an adapted text tower encodes each one once.
             prompts_B=[self.data.prompts[row % len(self.data.prompts)] for row in range(queries * num_images)],
             num_B=num_B,
+            exhaustive_B=np.ones(len(num_B), dtype=bool),
             boxes_cxcywh_T4=rng.uniform(0.25, 0.5, (num_targets, 4)).astype(np.float32),
             masks_packed=packed,
             mask_size=mask_size,
@@ -162,14 +164,18 @@ def most_queries_and_objects(table: pa.Table, settings: DecodeSettings) -> tuple
     if settings.max_objects is not None:
         num_of_query = np.minimum(num_of_query, settings.max_objects)
     num_objects_I = np.bincount(rows, num_of_query, minlength=objects.num_images)
-    # What an image shows is asked first, then negatives of what it does not show, as far as there are any.
+    # What an image shows is asked first, then negatives of what it is known not to show, as far as there are any.
     num_positives_I = np.bincount(rows, minlength=objects.num_images)
-    num_shown_I = np.bincount(objects.count_pairs(key_of)[0], minlength=objects.num_images)
-    num_absent_I = len({key_of(name) for name in settings.names}) - num_shown_I
+    incomplete = incomplete_prompts(settings.names, settings.prompts_map, settings.exhaustive)
+    complete = {key_of(name) for name in settings.names} - incomplete
+    shown_rows, positions, _, keys = objects.count_pairs(key_of)
+    is_complete = np.array([key in complete for key in keys], dtype=bool)
+    num_shown_I = np.bincount(shown_rows[is_complete[positions]], minlength=objects.num_images)
+    num_absent_I = len(complete) - num_shown_I
     sampled = settings.num_negatives
     every_one = sampled is None or sampled == ALL_NEGATIVES
     num_negatives_I = num_absent_I if every_one else np.minimum(num_absent_I, sampled or 0)
-    row = int((num_positives_I + num_negatives_I * settings.exhaustive).argmax())
+    row = int((num_positives_I + num_negatives_I).argmax())
     queries = record_queries(read_record(table, row), settings)
     return max(1, len(queries)), max(1, int(num_objects_I.max()))
 
@@ -195,6 +201,7 @@ def _fitting_on_gpu(backward: Callable[[int], None], sizes: list[int], share: fl
         return torch.cuda.max_memory_reserved()
 
     fits = largest_that_fits(sizes, peak_bytes, allowed)
+    gc.collect()  # after a failure, cycles of the recomputed graph hold tensors that could not be given back otherwise
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     return fits

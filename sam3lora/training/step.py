@@ -6,7 +6,7 @@ gradient does not depend on how a step is divided.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sam3lora.data.batch import Batch
-from sam3lora.losses import Criterion, LossOutput, Normalizer, Predictions, Targets
+from sam3lora.losses import Criterion, LossOutput, Normalizer, Predictions
 from sam3lora.model.staged.forward import StagedSam3, TextFeatures, VisionFeatures
 from sam3lora.training.features.encoder import ImageEncoder
 from sam3lora.training.text_features import TextBank
@@ -121,8 +121,8 @@ class LossRunner:
             vision = self.staged.prepare(self.images.of_batch(batch))
             text, text_index = self.text.features(batch.prompts_B)
         try:
-            for chunk in _chunks(batch, self.max_prompts, self.device):
-                _add_terms(terms, self._loss(vision, text, text_index, chunk, normalizer).terms)
+            for rows in _chunks(batch.num_queries, self.max_prompts):
+                _add_terms(terms, self._loss(vision, text, text_index, batch, rows, normalizer).terms)
         except FloatingPointError:
             return dict.fromkeys(self.term_names, torch.tensor(torch.nan))
         return terms
@@ -131,19 +131,20 @@ class LossRunner:
         with self._autocast():
             vision = self.staged.prepare(self.images.of_batch(batch))
             text, text_index = self.text.features(batch.prompts_B)
-        chunks = list(_chunks(batch, self.max_prompts, self.device))
+        chunks = _chunks(batch.num_queries, self.max_prompts)
         # Each chunk's backward pass ends at detached copies of the shared features, where the gradients of all chunks
         # add up. Then one backward pass goes through the encoders.
         shared = len(chunks) > 1
         vision_leaf, text_leaf = (vision.detached(), text.detached()) if shared else (vision, text)
         total = torch.zeros((), device=self.device)
         terms: dict[str, Tensor] = {}
-        for chunk in chunks:
-            output = self._loss(vision_leaf, text_leaf, text_index, chunk, normalizer)
+        for rows in chunks:
+            output = self._loss(vision_leaf, text_leaf, text_index, batch, rows, normalizer)
             if output.total.requires_grad:
                 output.total.backward()
             total += output.total.detach()
             _add_terms(terms, output.terms)
+            del output  # its graph holds the unpacked masks, and the next chunk unpacks its own
         if shared:
             _backward_into(
                 [
@@ -158,62 +159,39 @@ class LossRunner:
         vision: VisionFeatures,
         text: TextFeatures,
         text_index: Tensor,
-        chunk: _Chunk,
+        batch: Batch,
+        rows: slice,
         normalizer: Normalizer,
     ) -> LossOutput:
+        """The loss of consecutive find queries of the batch."""
         weights = self.criterion.weights
-        wants_masks = len(chunk.masked_K) > 0 and any(weights[term] for term in _MASK_TERMS)
+        targets = batch.targets(self.device, rows)
+        packed = batch.target_rows(rows)
+        masked_K = np.unique(batch.query_T[packed][batch.mask_valid_T[packed]]) - rows.start
+        wants_masks = len(masked_K) > 0 and any(weights[term] for term in _MASK_TERMS)
+        image_index_B = torch.from_numpy(batch.query_image_B[rows]).to(self.device, non_blocking=True)
         with self._autocast():
-            found = self.staged.detect(
-                vision, text, chunk.image_index_B, text_index[chunk.rows], one_to_many=self.one_to_many
-            )
+            found = self.staged.detect(vision, text, image_index_B, text_index[rows], one_to_many=self.one_to_many)
         predictions = Predictions(
             logits_LBQ=found.logits_LBQ,
             boxes_cxcywh_LBQ4=found.boxes_cxcywh_LBQ4,
-            presence_logits_LB=found.presence_logits_LB,
+            presence_logits_LB=found.raw_presence_logits_LB,
             logits_o2m_LBQ=found.logits_o2m_LBQ,
             boxes_o2m_LBQ4=found.boxes_o2m_LBQ4,
         )
-        pending = self.criterion.begin(predictions, chunk.targets)
+        pending = self.criterion.begin(predictions, targets)
         if wants_masks:  # the device makes masks while the host matches
             with self._autocast():
-                head = self.staged.mask_head(found, chunk.masked_K)
+                head = self.staged.mask_head(found, torch.from_numpy(masked_K))
             predictions.mask_logits, predictions.semantic_logits = head.branch_logits, head.semantic_logits
-        return self.criterion(predictions, chunk.targets, normalizer, pending)
+        return self.criterion(predictions, targets, normalizer, pending)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    """Consecutive find queries: their images and packed targets on the device, and which have masks (K,) on the CPU."""
-
-    rows: slice
-    image_index_B: Tensor
-    targets: Targets
-    masked_K: Tensor
-
-
-def _chunks(batch: Batch, size: int, device: torch.device) -> Iterator[_Chunk]:
-    targets = batch.targets(device)
-    image_index_B = torch.from_numpy(batch.query_image_B).to(device, non_blocking=True)
-    ends = [0, *np.cumsum(batch.num_B).tolist()]
-    for start in range(0, batch.num_queries, size):
-        rows = slice(start, min(start + size, batch.num_queries))
-        packed = slice(ends[rows.start], ends[rows.stop])
-        masked = np.unique(batch.query_T[packed][batch.mask_valid_T[packed]]) - rows.start
-        yield _Chunk(
-            rows,
-            image_index_B[rows],
-            Targets(
-                targets.num_B[rows],
-                targets.boxes_cxcywh_T4[packed],
-                None if targets.masks_THW is None else targets.masks_THW[packed],
-                targets.mask_valid_T[packed],
-            ),
-            torch.from_numpy(masked),
-        )
+def _chunks(num_queries: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, num_queries)) for start in range(0, num_queries, size)]
 
 
 def _add_terms(total: dict[str, Tensor], terms: dict[str, Tensor]) -> None:

@@ -84,7 +84,7 @@ class Trainer:
         self.output_dir = output_dir
         self.device = setup.choose_device(config, use_ray=use_ray)
         base = setup.load_base_model(config, self.device)
-        self.data = load_run_data(config, base.resolution)
+        self.data = load_run_data(config, base.resolution, base.patch_size)
         self.model, self.runner = setup.add_adapter(config, base, self.data, self.device)
         self.optimizer = setup.make_optimizer(config, self.model)
         self.metadata = setup.adapter_metadata(config, base, self.data)

@@ -97,7 +97,7 @@ class Validator:
         index = index.select_rows(rows)
         categories = asked_categories(index, settings) or prompted_categories(index, self.data.prompts)
         runner.text.add([category.prompt for category in categories])
-        matcher = Matcher(categories, post, settings.exhaustive)
+        matcher = Matcher(categories, post, settings.incomplete(categories))
         with _evaluation_mode(self.model), torch.no_grad():
             engine = self._engine(settings.max_prompts_per_forward)
             engine.keep_text(runner.text.kept())

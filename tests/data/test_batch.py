@@ -67,6 +67,23 @@ def test_targets_fit_the_criterion(make):
     assert make([0], mask_size=None).targets().masks_THW is None
 
 
+def test_targets_of_some_queries(make):
+    # Each query takes its own rows, whatever its neighbours have.
+    batch = make([0, 1, 2, 0], exhaustive=False, negative_prompts=("zebra",))
+    assert batch.num_B.tolist() == [2, 0, 1, 0, 0, 2, 0]
+    assert batch.exhaustive_B.tolist() == [False, True, False, True, True, False, True]
+    whole = batch.targets()
+    assert whole.exhaustive_B.tolist() == batch.exhaustive_B.tolist()
+    part = batch.targets(queries=slice(2, 6))
+    assert part.num_B.tolist() == [1, 0, 0, 2]
+    assert part.exhaustive_B.tolist() == [False, True, True, False]
+    assert torch.equal(part.boxes_cxcywh_T4, whole.boxes_cxcywh_T4[2:])
+    assert torch.equal(part.masks_THW, whole.masks_THW[2:])
+    # without an incomplete query the loss has nothing to leave out
+    assert batch.targets(queries=slice(3, 5)).exhaustive_B is None
+    assert len(batch.targets(queries=slice(3, 5)).boxes_cxcywh_T4) == 0
+
+
 def test_empty_batch(folder):
     path = folder.write([annotation(0)])
     (path / "0.png").write_bytes(b"")

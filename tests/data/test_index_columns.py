@@ -61,6 +61,7 @@ def test_selected_categories_keep_all_images_and_the_order(seed):
     [
         {},
         {"exhaustive": False},
+        {"exhaustive": ("weed",)},
         {"num_negatives": 0},
         {"negative_prompts": ("rust",), "exhaustive": False},
         {"negative_prompts": ("crack",), "exhaustive": False},

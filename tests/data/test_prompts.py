@@ -71,6 +71,31 @@ def test_without_exhaustive_annotation_only_the_users_list_is_negative():
     assert ask(record(), exhaustive=False) == []
 
 
+def test_completeness_by_category():
+    # Roots and weeds are all annotated, cracks and potholes are not: these are asked where they have a label, and are
+    # never negatives, not even through the user's own list.
+    queries = ask(record("crack", "root"), exhaustive=("Root", "weed"), negative_prompts=["pothole", "shadow"])
+    assert [(q.prompt, q.is_positive, q.is_exhaustive) for q in queries] == [
+        ("crack", True, False),
+        ("root", True, True),
+        ("weed", False, True),
+        ("shadow", False, True),
+    ]
+    # an image without a label is asked about what is known to be absent
+    assert prompts(ask(record(), exhaustive=("root",), num_negatives=0), False) == ["root"]
+    assert ask(record("crack"), exhaustive=False)[0].is_exhaustive is False
+    # one prompt of two categories is complete if both are
+    mapping = {"crack": "damage", "pothole": "damage"}
+    assert prompts(ask(record(), exhaustive=("crack", "root", "weed"), prompts_map=mapping), False) == ["root", "weed"]
+    assert "damage" in prompts(ask(record(), exhaustive=("crack", "pothole"), prompts_map=mapping), False)
+
+
+def test_a_crowd_beside_objects_makes_a_query_incomplete():
+    # The objects of the region have no label of their own, and finding them is no mistake.
+    queries = ask(record("root", "crack", crowd=("root",)), num_negatives=0)
+    assert [(q.prompt, q.is_exhaustive) for q in queries] == [("crack", True), ("root", False)]
+
+
 def test_prompt_map_merges_categories_with_one_prompt():
     mapping = {"crack": "road damage", "Pothole": "Road  damage", "weed": "plant"}
     queries = ask(record("pothole", "crack"), prompts_map=mapping)

@@ -78,6 +78,13 @@ def test_max_objects_keeps_a_reproducible_subset(folder):
     assert first.num_B.tolist() == [4]
     assert first.boxes_cxcywh_T4.tolist() == second.boxes_cxcywh_T4.tolist()
     assert first.boxes_cxcywh_T4.tolist() != decode(path, max_objects=4, seed=1).boxes_cxcywh_T4.tolist()
+    # the objects left out are there: the query no longer has all
+    assert (first.exhaustive_B.tolist(), decode(path).exhaustive_B.tolist()) == ([False], [True])
+
+
+def test_objects_too_small_to_match_make_a_query_incomplete(folder):
+    sample = decode(folder.write([annotation(0), annotation(1, bbox=[10, 10, 0, 0])]))
+    assert (sample.num_B.tolist(), sample.exhaustive_B.tolist()) == ([1], [False])
 
 
 def test_the_real_size_wins_and_coordinates_stay_relative(folder):

@@ -88,6 +88,45 @@ def test_absence_that_is_not_annotated_is_not_judged(truth):
     assert any("cgf1 and il_mcc are null: absence is not annotated" in note for note in found.notes)
 
 
+def test_absence_of_some_categories_is_known(truth):
+    # Cracks are all annotated, holes are not: the hole in image 2 may be there, that in image 1 is.
+    predictions = [
+        result(0, CRACK, 10, 0.9),
+        result(0, CRACK, 40, 0.8),
+        result(2, CRACK, 10, 0.7),
+        result(1, HOLE, 10, 0.9),
+        result(2, HOLE, 10, 0.99),
+    ]
+    claimed = presence(p01=0.9, p12=0.9, p21=0.9, p22=0.9)
+    found = measure_split(truth, SplitResults(predictions, claimed), exhaustive=("Crack",))
+    assert found.per_category["hole"].map == pytest.approx(1)
+    # cracks: one of two images without one has a false alarm; presence is right in images 0 and 1, and for the hole
+    assert (found.off_prompt_fpr, found.num_absent_prompts) == (0.5, 2)
+    assert found.presence_accuracy == 3 / 4
+    assert found.presence_accuracy_absent == 0.5
+    hole = found.per_category["hole"]
+    assert hole.off_prompt_fpr is hole.cgf1 is hole.best_threshold is None
+    # nothing else is different from a split without holes
+    only_cracks = SplitTruth(truth.index, truth.categories[:1])
+    cracks = SplitResults([p for p in predictions if p["category_id"] == CRACK])
+    alone = measure_split(only_cracks, cracks)
+    for name in ("cgf1", "il_mcc", "positive_micro_f1"):
+        assert getattr(found, name) == getattr(alone, name) is not None
+    assert found.sweep.cgf1 == alone.sweep.cgf1
+    assert any("not annotated exhaustively" in note and "hole" in note for note in found.notes)
+    assert sum(found.curves.best_scores.wrong) == 2
+
+
+def test_negative_prompts_are_known_to_be_absent(tmp_path):
+    # No category is annotated exhaustively; false alarms are those for the word that no image shows.
+    truth = truth_of(tmp_path / "s", [(0, CRACK, 10)], names=("crack", "zebra"))
+    zebra = truth.categories[1].id
+    results = SplitResults([result(0, CRACK, 10, 0.9), result(1, CRACK, 10, 0.9), result(1, zebra, 10, 0.9)])
+    found = measure_split(truth, results, exhaustive=False, negative_prompts=("Zebra",))
+    assert found.off_prompt_fpr == found.per_category["zebra"].off_prompt_fpr == 0.5
+    assert found.per_category["crack"].off_prompt_fpr is None
+
+
 def test_every_category_in_every_image_has_no_cgf1(tmp_path):
     truth = truth_of(tmp_path / "s", [(0, CRACK, 10), (0, HOLE, 40)], num_images=1)
     found = measure_split(truth, SplitResults([result(0, CRACK, 10, 0.9)]))

@@ -11,7 +11,16 @@ def part_of(targets: Targets, queries: slice) -> Targets:
     chosen = range(*queries.indices(len(num_B)))
     rows = torch.cat([torch.arange(int(ends[b] - num_B[b]), int(ends[b])) for b in chosen])
     boxes, masks = targets.boxes_cxcywh_T4[rows], targets.masks_THW[rows]
-    return Targets(num_B[queries], boxes, masks, targets.mask_valid_T[rows])
+    exhaustive_B = None if targets.exhaustive_B is None else targets.exhaustive_B[queries]
+    return Targets(num_B[queries], boxes, masks, targets.mask_valid_T[rows], exhaustive_B)
+
+
+@pytest.fixture(params=[None, [False, True, False, True], [True, True, True, False]], ids=["all", "some", "most"])
+def mixed(request, load_case):
+    """The case, with queries that are exhaustive and others that are not."""
+    case = load_case("mixed")
+    case.targets.exhaustive_B = None if request.param is None else torch.tensor(request.param)
+    return case
 
 
 def count_semantic(targets: Targets) -> int:
@@ -35,9 +44,9 @@ def assert_same_gradients(actual, expected):
 @pytest.mark.parametrize(
     "chunks", [[slice(0, 2), slice(2, 4)], [slice(0, 3), slice(3, 4)], [slice(b, b + 1) for b in range(4)]]
 )
-def test_chunks_add_up(chunks, load_case, make_predictions):
+def test_chunks_add_up(chunks, mixed, make_predictions):
     # Totals, terms and gradients of chunks sum to those of the whole, also where a chunk has no target (query 1).
-    case, criterion = load_case("mixed"), Criterion()
+    case, criterion = mixed, Criterion()
     whole = criterion(make_predictions(case.leaves), case.targets)
     whole.total.backward()
     expected = gradients(case)
@@ -53,9 +62,9 @@ def test_chunks_add_up(chunks, load_case, make_predictions):
     assert_same_gradients(gradients(case), expected)
 
 
-def test_workers_average_to_one_worker(load_case, make_predictions):
+def test_workers_average_to_one_worker(mixed, make_predictions):
     # Each of two workers has half of the queries; the mean of their gradients is that of one worker with all.
-    case, criterion = load_case("mixed"), Criterion()
+    case, criterion = mixed, Criterion()
     criterion(make_predictions(case.leaves), case.targets).total.backward()
     expected = gradients(case)
     normalizer = Normalizer.from_counts(4, int(case.targets.num_B.sum()), count_semantic(case.targets), world_size=2)

@@ -144,6 +144,19 @@ def test_presence_is_clamped_as_in_stock(sam3):
     assert (actual["presence_logits"] == 10).all()
 
 
+def test_presence_beyond_its_limits_keeps_its_gradient(sam3):
+    # A word that the model firmly rejects has the limit in every answer, but its loss can still teach that it is there.
+    sam3.detr_decoder.presence_head.layer3.bias.data.fill_(-50.0)
+    staged, index = StagedSam3(sam3), torch.tensor([0])
+    found = staged.detect(*encode(staged), index, index)
+    assert (found.presence_logits_LB == -10).all()
+    assert (found.raw_presence_logits_LB < -40).all()
+    weight = sam3.detr_decoder.presence_head.layer3.weight.requires_grad_()
+    loss = torch.nn.functional.softplus(-found.raw_presence_logits_LB).sum()  # of "the word is there"
+    [gradient] = torch.autograd.grad(loss, weight)
+    assert gradient.any()
+
+
 @torch.no_grad()
 def test_every_decoder_layer_is_returned(sam3):
     # Layer k's outputs are the final ones of a model cut off after layer k.

@@ -33,8 +33,10 @@ def host(name: str, *, data_dir: str | None = None, hidden: str = "", hidden_s: 
     def late(path: Path) -> bool:
         return is_file(path) and not (hidden and path.parent.name == hidden and time.monotonic() < seen_s)
 
-    def load(config, resolution):
-        return load_run_data(config.changed({"training.data_dir": data_dir}) if data_dir else config, resolution)
+    def load(config, resolution, patch_size):
+        return load_run_data(
+            config.changed({"training.data_dir": data_dir}) if data_dir else config, resolution, patch_size
+        )
 
     with (
         patch.object(agreement.socket, "gethostname", lambda: name),

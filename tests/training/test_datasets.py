@@ -11,6 +11,7 @@ import torch
 
 from sam3lora.data.pipeline import iterate_batches
 from sam3lora.data.plan import plan_run
+from sam3lora.errors import UserError
 from sam3lora.training.datasets import BatchSource, load_run_data
 from sam3lora.training.metrics_log import describe_line
 from sam3lora.training.setup import choose_device
@@ -67,6 +68,21 @@ def test_a_gpu_without_ray_has_a_number(config, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
     config = config.changed({"scaling.use_gpu": "auto"})
     assert choose_device(config, use_ray=False) == torch.device("cuda", 2)
+
+
+def test_names_of_complete_categories_are_those_of_the_data(make_config):
+    with pytest.raises(UserError, match=r"data\.exhaustive names 'gaer'.*it has .*gear"):
+        load_run_data(make_config("data.exhaustive=[gaer]"), 112)
+    data = load_run_data(make_config("data.exhaustive=[Gear]"), 112)
+    assert data.train_settings.exhaustive == ("Gear",)
+    # a word cannot be in no image and have objects without a label
+    with pytest.raises(UserError, match="no image shows 'Bolt'"):
+        load_run_data(make_config("data.exhaustive=[gear]", "data.negative_prompts=[Bolt]"), 112)
+
+
+def test_low_masks_follow_the_patches_of_the_base(make_config):
+    config = make_config("training.loss.mask_resolution=low")
+    assert [load_run_data(config, 112, patch_size).train_settings.mask_size for patch_size in (14, 16)] == [32, 28]
 
 
 def test_layouts_of_other_tools_and_a_missing_validation_split(scenes, make_config, tmp_path):

@@ -49,6 +49,27 @@ def test_steps_do_not_mix():
         assert parameter.grad.tolist() == mean
 
 
+def test_one_worker_takes_the_step_of_several(monkeypatch):
+    # A parameter has a gradient in the first of three steps only, another in none. All workers hold the same, so that
+    # the mean is what each has; AdamW's decay and its count of steps must not depend on how many there are.
+    def trained(num_workers: int) -> list[list[float]]:
+        monkeypatch.setattr(distributed.dist, "is_initialized", lambda: num_workers > 1)
+        monkeypatch.setattr(distributed.dist, "all_reduce", lambda buffer: buffer.mul_(num_workers))
+        parameters = [Parameter(torch.ones(2)), Parameter(torch.ones(1))]
+        optimizer = torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.5)
+        for gradient in (torch.tensor([1.0, -2.0]), None, None):
+            parameters[0].grad = gradient
+            distributed.average_gradients(parameters, torch.zeros(1))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return [parameter.tolist() for parameter in parameters]
+
+    alone, together = trained(1), trained(2)
+    assert alone == together
+    # the idle one decays in each of three steps
+    assert alone[1] == pytest.approx([0.95**3])
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_what_the_first_worker_makes_of_all_values_reaches_the_others(monkeypatch, rank):
     sent = {}

@@ -101,7 +101,10 @@ def test_all_workers_take_the_smallest(make_config, monkeypatch, others, size):
 
 
 @pytest.mark.parametrize("num_negatives", [None, -1, 0, 2])
-@pytest.mark.parametrize("changes", [{}, {"exhaustive": False}, {"negative_prompts": ("rust", "dust")}, MERGED])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"exhaustive": False}, {"exhaustive": CATEGORIES[:2]}, {"negative_prompts": ("rust", "dust")}, MERGED],
+)
 @pytest.mark.parametrize("seed", range(4))
 def test_the_costliest_image_is_the_one_of_all_records(seed, changes, num_negatives):
     table = draw_table(seed)

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sam3lora.data.batch import Batch
 from sam3lora.model.staged.forward import StagedSam3
 from sam3lora.training.launch import train
 from sam3lora.training.step import StepCounts, TermSums
@@ -24,6 +25,8 @@ from .two_workers import make_trainer, recorded_step
 TEXT_TOO = "lora.apply_to_text_encoder=true"
 VISION_FROZEN = "lora.apply_to_vision_encoder=false"
 NO_CLIPPING = "training.max_grad_norm=1e9"
+NO_MASKS = [f"training.loss.{term}=0" for term in ("mask", "dice", "semantic", "semantic_dice")]
+SOME_COMPLETE = "data.exhaustive=[gear, bolt]"
 
 
 def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -52,7 +55,9 @@ def gradients_of(trainer: Trainer, max_prompts: int) -> tuple[dict[str, Tensor],
     return gradients, {"total": total.item(), **{name: value.item() for name, value in terms.items()}}
 
 
-@pytest.mark.parametrize("override", ["lora.rank=4", TEXT_TOO, VISION_FROZEN], ids=["vision", "text", "frozen"])
+@pytest.mark.parametrize(
+    "override", ["lora.rank=4", TEXT_TOO, VISION_FROZEN, SOME_COMPLETE], ids=["vision", "text", "frozen", "labels"]
+)
 def test_chunks_of_prompts(make_config, override):
     # One, two, three or all prompts at a time: the towers that the chunks share get the sum of their gradients.
     worker = make_trainer(make_config(override, num_negatives=-1))
@@ -63,6 +68,33 @@ def test_chunks_of_prompts(make_config, override):
         gradients, terms = gradients_of(worker, max_prompts)
         assert_same_gradients(gradients, expected)
         assert terms == pytest.approx(expected_terms, rel=1e-5, abs=1e-7)
+
+
+def test_masks_are_unpacked_for_one_chunk_at_a_time(make_config, monkeypatch):
+    # The largest part of a batch's memory depends on the prompts of a forward, not on those of the batch.
+    worker, unpacked = make_trainer(make_config()), []
+    of_targets = Batch.masks
+
+    def spy(batch, *arguments):
+        unpacked.append(len(masks := of_targets(batch, *arguments)))
+        return masks
+
+    monkeypatch.setattr(Batch, "masks", spy)
+    batch = first_batch(worker)
+    gradients_of(worker, 1)
+    worker.runner.evaluate(batch, StepCounts.of([batch]).normalizer())
+    assert unpacked == 2 * batch.num_B.tolist()
+    assert max(unpacked) < sum(batch.num_B)
+
+
+def test_a_rejected_word_is_taught(make_config):
+    # The base puts the presence of every prompt far below the limit of -10, and the adapter still gets a gradient.
+    worker = make_trainer(make_config("training.loss.ce=0", "training.loss.bbox=0", "training.loss.giou=0", *NO_MASKS))
+    head = worker.runner.staged.model.detr_decoder.presence_head.layer3
+    getattr(head, "base_layer", head).bias.data.fill_(-50.0)
+    gradients, terms = gradients_of(worker, 8)
+    assert terms["presence_loss"] > 10
+    assert any(gradient.any() for gradient in gradients.values())
 
 
 def test_chunks_with_boxes_only(make_config, monkeypatch):
@@ -127,11 +159,11 @@ def two_workers(tmp_path_factory):
 
 
 def test_two_workers_equal_one(make_config, two_workers):
-    # Two workers of 2 images have the gradients, terms, validation loss and metrics of one worker of 4 images.
-    # Where one of them meets a loss that is not finite, both stop before their weights part; where one of them gets
-    # SIGTERM, both know after the same step.
-    reports, gradients = two_workers(make_config(NO_CLIPPING, output="two", batch_size=2))
-    alone = make_trainer(make_config(NO_CLIPPING, output="one", batch_size=4))
+    # Two workers of 2 images have the gradients, terms, validation loss and metrics of one worker of 4 images, where
+    # labels are complete for two of four categories. Where one of them meets a loss that is not finite, both stop
+    # before their weights part; where one of them gets SIGTERM, both know after the same step.
+    reports, gradients = two_workers(make_config(NO_CLIPPING, SOME_COMPLETE, output="two", batch_size=2))
+    alone = make_trainer(make_config(NO_CLIPPING, SOME_COMPLETE, output="one", batch_size=4))
     step, valid = recorded_step(alone), alone.validator.loss_terms()
     metrics = alone.validator.metrics()
     assert reports[0]["image_ids"] + reports[1]["image_ids"] == step.image_ids

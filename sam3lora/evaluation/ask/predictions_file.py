@@ -68,6 +68,7 @@ def evaluate_predictions(
         label=source.stem,
         post=settings.post_processing(PostProcessing()),
         exhaustive=settings.exhaustive,
+        negative_prompts=settings.negative_prompts,
         settings={"data": str(split), "predictions": str(source)},
         split_dir=split.image_dir,
         seconds=time.perf_counter() - started,

@@ -132,7 +132,7 @@ def evaluate_models(
         measure_matches(
             truth,
             SplitMatches.join(parts.pop(label), truth.image_ids, len(categories)),
-            Matcher(categories, posts[label], settings.exhaustive),
+            Matcher(categories, posts[label], settings.incomplete(categories)),
             label=label,
             predictions=predictions[label],
             num_queries=facts["num_queries"],

@@ -108,14 +108,14 @@ class EvaluationWorker(ModelWorker):
     ) -> None:
         super().__init__(models, settings, lowest_score)
         self._categories = categories
-        self._exhaustive = settings.exhaustive
+        self._incomplete = settings.incomplete(categories)
 
     def ask(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Answers]:
         """Label -> results; all models are asked in one pass. Raises ImageError if an image cannot be read."""
         image_ids = [record["image_id"] for record in records]
         answers = {}
         for label, results in self.results(records).items():
-            matcher = Matcher(self._categories, self._posts[adapter_of(label)], self._exhaustive)
+            matcher = Matcher(self._categories, self._posts[adapter_of(label)], self._incomplete)
             answers[label] = Answers(matcher.match(records, results), encode_results(results.predictions, image_ids))
         return answers
 

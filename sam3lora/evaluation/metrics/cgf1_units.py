@@ -9,7 +9,7 @@ detections, `K` the ten IoU thresholds.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -61,6 +61,21 @@ class Units:
             np.concatenate([np.empty(0), *(part.alarm_scores_D for part in parts)]),
             is_negative_IC,
             max((part.lowest_score for part in parts), default=LOWEST_THRESHOLD),
+        )
+
+    def without(self, categories: Sequence[int]) -> Units:
+        """The units of the other categories, by positions."""
+        kept_P = ~np.isin(self.pairs_P2[:, 1], categories)
+        kept_D = ~np.isin(self.alarm_pairs_D2[:, 1], categories)
+        is_negative_IC = self.is_negative_IC.copy()
+        is_negative_IC[:, list(categories)] = False
+        return replace(
+            self,
+            positives=[unit for unit, kept in zip(self.positives, kept_P.tolist(), strict=True) if kept],
+            pairs_P2=self.pairs_P2[kept_P],
+            alarm_pairs_D2=self.alarm_pairs_D2[kept_D],
+            alarm_scores_D=self.alarm_scores_D[kept_D],
+            is_negative_IC=is_negative_IC,
         )
 
     def of(self, image: int, category: int) -> Unit:

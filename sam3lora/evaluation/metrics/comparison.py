@@ -42,7 +42,7 @@ def differences_to_base(
 
 def _cgf1_metric(metrics: SplitMetrics) -> Metric:
     """cgF1 as a function of image weights, from counts summed once for each image."""
-    sums = count_units(metrics.matches.units).sums(axis=0)
+    sums = count_units(metrics.matches.complete_units).sums(axis=0)
 
     def measure(image_weights_I: np.ndarray) -> float | None:
         weighted = CgF1(**{name: image_weights_I @ values for name, values in sums.items()})

@@ -57,7 +57,7 @@ class Curves:
         detection_scores: Scores of detections that match an object at IoU 0.50, and of those that do not; ignored ones
             are left out.
         best_scores: Best score of each (image, category) pair, 0 without a detection, for pairs with and without
-            objects; pairs with only crowd regions are left out.
+            objects; pairs with only crowd regions, or of which no absence is known, are left out.
     """
 
     precision_recall_50: PrecisionRecall
@@ -66,8 +66,11 @@ class Curves:
     best_scores: ScoreHistogram
 
 
-def evaluation_curves(found: MapResult) -> Curves:
-    """Curves and histograms of masks of all sizes."""
+def evaluation_curves(found: MapResult, is_absent_IC: np.ndarray | None = None) -> Curves:
+    """Curves and histograms of masks of all sizes.
+
+    `is_absent_IC` are the pairs that are known to be without objects; None takes all pairs without an annotation.
+    """
     table = found.table
     right_D, counted_D = _right_and_counted(table, IOU_50)
     best_IC = table.best_score_IC.clip(min=0)
@@ -75,7 +78,10 @@ def evaluation_curves(found: MapResult) -> Curves:
         precision_recall_50=_precision_recall(found, IOU_50),
         precision_recall_75=_precision_recall(found, IOU_75),
         detection_scores=_histogram(table.score_D[right_D], table.score_D[~right_D & counted_D]),
-        best_scores=_histogram(best_IC[table.num_objects_KIC[MASKS] > 0], best_IC[~table.is_annotated_IC]),
+        best_scores=_histogram(
+            best_IC[table.num_objects_KIC[MASKS] > 0],
+            best_IC[~table.is_annotated_IC if is_absent_IC is None else is_absent_IC],
+        ),
     )
 
 

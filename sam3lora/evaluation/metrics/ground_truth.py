@@ -51,6 +51,20 @@ def prompted_categories(
     return list(found.values())
 
 
+def incomplete_categories(
+    categories: Sequence[PromptedCategory], exhaustive: bool | Sequence[str], negative_prompts: Sequence[str] = ()
+) -> frozenset[int]:
+    """Ids of the categories of which images may show objects without a label.
+
+    `exhaustive` is True or False for all, or has the names of the categories whose objects are all annotated.
+    `negative_prompts` are known to be absent everywhere.
+    """
+    if exhaustive is True:
+        return frozenset()
+    complete = {prompt_key(name) for name in [*(exhaustive or ()), *negative_prompts]}
+    return frozenset(category.id for category in categories if not category.name_keys <= complete)
+
+
 @dataclass(frozen=True)
 class SplitTruth:
     """What is to be found in a split: read for one image at a time, because masks take much memory.

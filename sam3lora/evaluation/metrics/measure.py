@@ -15,9 +15,9 @@ from sam3lora.evaluation.metrics.cgf1 import SCORE_THRESHOLD
 from sam3lora.evaluation.metrics.cgf1_units import count_units
 from sam3lora.evaluation.metrics.coco_map import CocoAverages, average_table
 from sam3lora.evaluation.metrics.curves import Curves, ThresholdSweep, evaluation_curves, sweep_thresholds
-from sam3lora.evaluation.metrics.ground_truth import SplitTruth
+from sam3lora.evaluation.metrics.ground_truth import SplitTruth, incomplete_categories
 from sam3lora.evaluation.predictions import Predictions, encode_results
-from sam3lora.evaluation.split_matches import ABSENT, ONLY_CROWDS, SHOWN, Matcher, SplitMatches
+from sam3lora.evaluation.split_matches import ABSENT, SHOWN, Matcher, SplitMatches
 from sam3lora.evaluation.split_results import SplitResults
 
 PRESENCE_THRESHOLD = 0.5
@@ -52,8 +52,9 @@ class SplitMetrics(CocoAverages):
         num_predictions, num_predictions_before_nms: Detections without a score cut, after and before suppression.
         num_detections: Detections at or above the threshold.
         per_category: Category name -> its metrics.
-        cgf1, cgf1_50, cgf1_75, positive_micro_f1, il_mcc: As in SAM 3's evaluator, at score 0.5; cgf1 and il_mcc are
-            in [-1, 1].
+        cgf1, cgf1_50, cgf1_75, positive_micro_f1, il_mcc: As in SAM 3's evaluator, at score 0.5, over the categories
+            that are annotated exhaustively; cgf1 and il_mcc are in [-1, 1]. If none of these has an object,
+            positive_micro_f1 is that of the others.
         off_prompt_fpr: Share of (image, absent category) pairs with any detection at the threshold.
         presence_accuracy: Share of (image, category) pairs in which presence > 0.5 agrees with the annotations; pairs
             with crowd regions only are left out.
@@ -127,7 +128,8 @@ def measure_split(
     *,
     label: str = "base",
     post: PostProcessing | None = None,
-    exhaustive: bool = True,
+    exhaustive: bool | Sequence[str] = True,
+    negative_prompts: Sequence[str] = (),
     num_queries: int | None = None,
     settings: Mapping[str, Any] | None = None,
     split_dir: Path | None = None,
@@ -141,14 +143,15 @@ def measure_split(
         results: The model's results on all images of the split.
         post: The post-processing of the results; None is the default. Its thresholds decide which detections count for
             `off_prompt_fpr`, tables and pictures. mAP has no threshold, and cgF1 its own (0.5).
-        exhaustive: Whether a missing annotation means absence. Otherwise only pairs with annotations are judged, and
-            metrics that need absence are None.
+        exhaustive, negative_prompts: See `incomplete_categories`. Of an incomplete category only images with a label
+            are judged, and metrics that need absence leave it out; they are None if no category is complete.
         label, num_queries, settings, split_dir, seconds, notes, faults: See `measure_matches`.
 
     Raises:
         UserError: The results belong to other images or categories.
     """
-    matcher = Matcher(truth.categories, post or PostProcessing(), exhaustive)
+    incomplete = incomplete_categories(truth.categories, exhaustive, negative_prompts)
+    matcher = Matcher(truth.categories, post or PostProcessing(), incomplete)
     predictions = Predictions(truth.image_ids)
     parts = []
     for rows, part in results.split(truth.image_ids, IMAGES_AT_ONCE):
@@ -192,7 +195,8 @@ def measure_matches(
         predictions, settings, split_dir, seconds, faults: Stored in the result.
         notes: What a reader should know of how it was asked; they come before those of the measuring.
     """
-    post, exhaustive = matcher.post, matcher.exhaustive
+    post, incomplete = matcher.post, matcher.incomplete
+    some_complete = len(incomplete) < len(truth.categories) or not incomplete
     found = average_table(matches.table, [category.name for category in truth.categories], num_queries=num_queries)
     thresholds = matcher.thresholds
     shown_IC, presence_IC = matches.shown_IC, matches.presence_IC
@@ -200,11 +204,12 @@ def measure_matches(
     is_alarm_IC = matches.is_alarm_IC(thresholds)
     is_asked_IC = ~np.isnan(presence_IC)
     is_right_IC = (presence_IC > PRESENCE_THRESHOLD) == (shown_IC == SHOWN)
-    counts = count_units(matches.units)
+    counts = count_units(matches.complete_units)
     overall, of_categories = counts.overall(), counts.per_category()
-    reason = "absence is not annotated (data.exhaustive is false)" if not exhaustive else overall.undefined_reason
+    reason = overall.undefined_reason if some_complete else "absence is not annotated (data.exhaustive)"
     values = {} if reason else overall.metrics()
-    sweep = sweep_thresholds(matches.units, list(thresholds)) if exhaustive else None
+    positives = overall if overall.num_positives else count_units(matches.units).overall()
+    sweep = sweep_thresholds(matches.complete_units, list(thresholds)) if some_complete else None
     num_ground_truth = sum(entry.num_ground_truth for entry in found.per_category.values())
     per_category = {}
     for column, category in enumerate(truth.categories):
@@ -216,13 +221,19 @@ def measure_matches(
             entry.map_75,
             entry.mar_100,
             entry.num_ground_truth,
-            cgf1=None if own.undefined_reason or not exhaustive else own.metrics()["cgF1"],
-            off_prompt_fpr=_share(is_alarm_IC[:, column], is_absent_IC[:, column]) if exhaustive else None,
+            cgf1=None if own.undefined_reason else own.metrics()["cgF1"],
+            off_prompt_fpr=_share(is_alarm_IC[:, column], is_absent_IC[:, column]),
             best_threshold=None if curve is None else curve.best_threshold,
         )
-    presence_accuracy = _share(is_right_IC, is_asked_IC & (shown_IC != ONLY_CROWDS))
-    num_absent = int(is_absent_IC.sum()) if exhaustive else None
-    all_notes = [*notes, *_notes(matches, num_ground_truth, presence_accuracy, num_absent), *found.warnings]
+    presence_accuracy = _share(is_right_IC, is_asked_IC & ((shown_IC == SHOWN) | is_absent_IC))
+    num_absent = int(is_absent_IC.sum())
+    all_notes = [*notes, *_notes(matches, num_ground_truth, presence_accuracy), *found.warnings]
+    if incomplete:
+        names = ", ".join(category.name for category in truth.categories if category.id in incomplete)
+        all_notes.append(
+            f"not annotated exhaustively (data.exhaustive): {names}. cgF1 and false alarms leave it out, and so does "
+            "mAP in images without a label of it; elsewhere a detection of an object without a label counts as wrong"
+        )
     if reason:
         all_notes.append(f"cgf1 and il_mcc are null: {reason}")
     if num_ground_truth and (
@@ -243,17 +254,17 @@ def measure_matches(
         cgf1=values.get("cgF1"),
         cgf1_50=values.get("cgF1@0.5"),
         cgf1_75=values.get("cgF1@0.75"),
-        positive_micro_f1=overall.metrics()["positive_micro_F1"] if overall.num_positives else None,
+        positive_micro_f1=positives.metrics()["positive_micro_F1"] if positives.num_positives else None,
         il_mcc=values.get("IL_MCC"),
-        off_prompt_fpr=_share(is_alarm_IC, is_absent_IC) if exhaustive else None,
+        off_prompt_fpr=_share(is_alarm_IC, is_absent_IC),
         presence_accuracy=presence_accuracy,
-        presence_accuracy_absent=_share(is_right_IC, is_asked_IC & is_absent_IC) if exhaustive else None,
-        num_absent_prompts=num_absent or 0,
+        presence_accuracy_absent=_share(is_right_IC, is_asked_IC & is_absent_IC),
+        num_absent_prompts=num_absent,
         settings={**post.model_dump(mode="json"), "cgf1_threshold": SCORE_THRESHOLD, **(settings or {})},
         notes=all_notes,
         thresholds=thresholds,
         sweep=sweep,
-        curves=evaluation_curves(found),
+        curves=evaluation_curves(found, is_absent_IC),
         matches=matches,
         predictions=predictions,
         truth=truth,
@@ -269,18 +280,17 @@ def _share(is_so: np.ndarray, among: np.ndarray) -> float | None:
     return int((is_so & among).sum()) / num if num else None
 
 
-def _notes(
-    matches: SplitMatches, num_ground_truth: int, presence_accuracy: float | None, num_absent: int | None
-) -> list[str]:
+def _notes(matches: SplitMatches, num_ground_truth: int, presence_accuracy: float | None) -> list[str]:
     notes = []
     if num_ground_truth == 0:
         notes.append("map is null: the split has no object with a mask")
     if presence_accuracy is None:
         notes.append("presence_accuracy is null: nothing could be asked, or the results carry no presence")
-    if num_absent is None:
-        notes.append("off_prompt_fpr is null: absence is not annotated (data.exhaustive is false)")
-    elif not num_absent:
-        notes.append("off_prompt_fpr is null: every image shows every category")
+    if not (matches.shown_IC == ABSENT).any():
+        known = (
+            "absence is not annotated (data.exhaustive)" if matches.incomplete else "every image shows every category"
+        )
+        notes.append(f"off_prompt_fpr is null: {known}")
     if matches.num_without_mask:
         notes.append(
             f"{matches.num_without_mask} object(s) have a box and no mask: detections there count neither as right nor "

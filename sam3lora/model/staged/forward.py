@@ -275,11 +275,10 @@ class StagedSam3:
             stored_references = (inverse_sigmoid(references) + offsets).sigmoid()
             references = stored_references.detach()
             states.append(normed)
-            presence_logits = decoder.presence_head(decoder.presence_layer_norm(hidden[:, 0]))
-            limit = decoder.clamp_presence_logit_max_val
-            presence.append(presence_logits.squeeze(-1).clamp(-limit, limit))
+            presence.append(decoder.presence_head(decoder.presence_layer_norm(hidden[:, 0])).squeeze(-1))
 
-        states_LBQC, boxes_LBQ4 = torch.stack(states), torch.stack(boxes)
+        states_LBQC, boxes_LBQ4, presence_LB = torch.stack(states), torch.stack(boxes), torch.stack(presence)
+        limit = decoder.clamp_presence_logit_max_val
         scores = self._run("scoring", self.model.dot_product_scoring, states_LBQC, prompt_BTC, prompt_mask_BT)
         logits_LBQ = scores.squeeze(-1)
         split = num_queries
@@ -287,7 +286,8 @@ class StagedSam3:
         return DetectorOutput(
             logits_LBQ=logits_LBQ[:, :, :split],
             boxes_cxcywh_LBQ4=boxes_LBQ4[:, :, :split],
-            presence_logits_LB=torch.stack(presence),
+            presence_logits_LB=presence_LB.clamp(-limit, limit),
+            raw_presence_logits_LB=presence_LB,
             logits_o2m_LBQ=logits_LBQ[:, :, split:] if one_to_many else None,
             boxes_o2m_LBQ4=boxes_LBQ4[:, :, split:] if one_to_many else None,
             hidden_BQC=hidden_BQC,

@@ -80,13 +80,16 @@ def _leaf(values: Tensor) -> Tensor:
 class DetectorOutput:
     """Output of the decoder for ``B`` find queries, with the inputs of the mask head.
 
-    ``boxes_cxcywh_LBQ4`` are float32 in units of the input's sides; ``presence_logits_LB`` and the logits are raw.
-    The ``o2m`` fields are None unless the one-to-many branch was asked for.
+    ``boxes_cxcywh_LBQ4`` are float32 in units of the input's sides; presence is not multiplied into the logits.
+    ``presence_logits_LB`` are limited to +-10, as by the stock model; beyond the limits they have no gradient. A loss
+    takes ``raw_presence_logits_LB``, as SAM 3's own training does, where the result of the limit is discarded. The
+    ``o2m`` fields are None unless the one-to-many branch was asked for.
     """
 
     logits_LBQ: Tensor
     boxes_cxcywh_LBQ4: Tensor
     presence_logits_LB: Tensor
+    raw_presence_logits_LB: Tensor
     logits_o2m_LBQ: Tensor | None
     boxes_o2m_LBQ4: Tensor | None
     hidden_BQC: dict[str, Tensor]

@@ -74,6 +74,7 @@ def test_without_exhaustive_annotation_only_the_listed_prompts_are_negatives(sha
 
     assert negatives() == {"crack", "hole", "moss", "paint stain"}
     assert negatives("data.exhaustive=false") == {"paint stain"}
+    assert negatives("data.exhaustive=[hole]") == {"hole", "paint stain"}
 
 
 @acts("data.augmentation")
