@@ -86,7 +86,10 @@ class RecipeRun:
 def train_and_measure(
     set_name: str, recipe: str, seed: int, folder: Path, settings: Mapping[str, Any] | None = None
 ) -> RecipeRun:
-    """Train one adapter on a set that lies in `folder`, with one thread, and measure its last state on `test/`."""
+    """Train one adapter on a set that lies in `folder`, with one thread, and measure its last state on `test/`.
+
+    `settings` are changes to the recipe, such as `{"max_grad_norm": 0.1}`.
+    """
     from sam3lora.config import load_config
     from sam3lora.evaluation.ask.run import evaluate
     from sam3lora.training.launch import train
@@ -130,12 +133,18 @@ def train_and_measure(
 
 
 def compare_recipes(
-    *, seeds: Sequence[int], num_train: int = 24, num_test: int = 64, results: Path | None = None
+    *,
+    seeds: Sequence[int],
+    num_train: int = 24,
+    num_test: int = 64,
+    results: Path | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> RecipeReport:
     """Every set and seed with both recipes, one process at a time.
 
     Args:
         results: A file to which each run is appended as a line of JSON; runs that it holds are not repeated.
+        settings: Changes to both recipes.
     """
     runs = _read(results)
     known = {(run.set_name, run.recipe, run.seed) for run in runs}
@@ -150,7 +159,7 @@ def compare_recipes(
                 for name, folder in folders.items():
                     for recipe in RECIPES:
                         if (name, recipe, seed) not in known:
-                            run = processes.submit(train_and_measure, name, recipe, seed, folder).result()
+                            run = processes.submit(train_and_measure, name, recipe, seed, folder, settings).result()
                             runs.append(run)
                             _append(results, run)
     return RecipeReport([run for run in runs if run.seed in seeds])

@@ -60,7 +60,7 @@ class Config(Section):
         if images is not None and workers > images:
             raise ValueError(
                 f"scaling.num_workers {workers} is more than training.images_per_step {images}, so some workers would "
-                f"have no image: use at most {images} workers, or larger steps"
+                f"have no image: use at most {images} workers, or set training.images_per_step to {workers} or more"
             )
         if not self.data.exhaustive and not self.data.negative_prompts and self.training.num_negatives != 0:
             raise ValueError(
