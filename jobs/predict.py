@@ -20,7 +20,7 @@ import typer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sam3lora.cli import shared_options as options
-from sam3lora.cli.argv import normalize_argv, refuse_addresses
+from sam3lora.cli.argv import normalize_argv, refuse_bad_paths
 from sam3lora.cli.shared_options import choose_gpus, gpu_indices
 from sam3lora.errors import RunFailed, UserError
 
@@ -83,7 +83,7 @@ def run() -> int:
     try:
         app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
         app.command()(main)
-        refuse_addresses(sys.argv[1:])
+        refuse_bad_paths(sys.argv[1:])
         app(args=normalize_argv(sys.argv[1:]), prog_name="jobs/predict.py")
     except (UserError, RunFailed) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -13,18 +13,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sam3lora.errors import UserError
-from sam3lora.local_paths import refuse_address
+from sam3lora.local_paths import refuse_bad_path
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, no quota, larger than a file may be
 _OLD = re.compile(r"\..+\.[0-9a-f]{32}\.old")  # what `_name_of_old` makes
+_LEFTOVER = re.compile(r"\.(.+\.)?[0-9a-f]{32}\.(part(\..+)?|tmp|old)")
 
 
 def cache_folder(named: str | None = None) -> Path:
     """The folder that is named, else the environment's SAM3LORA_CACHE, else ~/.cache/sam3lora; it need not exist."""
     if named is None:
-        refuse_address(os.environ.get("SAM3LORA_CACHE", ""), "SAM3LORA_CACHE")
+        refuse_bad_path(os.environ.get("SAM3LORA_CACHE", ""), "SAM3LORA_CACHE")
     return Path(named or os.environ.get("SAM3LORA_CACHE") or "~/.cache/sam3lora").expanduser().absolute()
 
 
@@ -151,9 +152,10 @@ def check_folder(folder: Path) -> None:
     Raises:
         UserError: The file system, such as the mount of an object store, cannot do one of them.
     """
+    probe = scratch_folder(folder)
     try:
         for _ in range(2):  # the second replaces the first
-            with whole_folder(folder / ".probe.part") as scratch:
+            with whole_folder(probe) as scratch:
                 write_whole(scratch / "file", "")
     except OSError as error:
         if is_full(error):
@@ -163,7 +165,7 @@ def check_folder(folder: Path) -> None:
             "force files to the disk (fsync), which the mount of an object store often cannot. Give another folder"
         ) from error
     finally:
-        remove(folder / ".probe.part")
+        remove(probe)
 
 
 def _sync(path: Path) -> None:
@@ -183,11 +185,19 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 def remove_leftovers(*folders: Path) -> None:
-    """Remove the half-written files and folders of killed processes from these folders; they have hidden names."""
+    """Remove the half-written files and folders of killed processes from these folders.
+
+    Their names are hidden and hold 32 random digits, so nothing that a user has put there is taken for one.
+    """
     for folder in folders:
-        for pattern in (".ray", ".*.part*", ".*.tmp", ".*.old"):
-            for leftover in folder.glob(pattern):
-                remove(leftover)
+        for path in folder.glob(".*"):
+            if _LEFTOVER.fullmatch(path.name):
+                remove(path)
+
+
+def scratch_folder(parent: Path) -> Path:
+    """A name, not yet taken, for a folder that `remove_leftovers` removes if its process is killed."""
+    return parent / f".{uuid.uuid4().hex}.part"
 
 
 def remove(path: Path) -> None:

@@ -48,7 +48,7 @@ def locked_folder(folder: Path, doing: str) -> Iterator[None]:
 def _open_locked(file: Path, doing: str) -> int:
     """A descriptor of the lock file, which is still under its name once it is locked."""
     while True:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_at(file, descriptor):

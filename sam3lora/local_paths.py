@@ -1,4 +1,4 @@
-"""Paths that users give: an address in place of one is refused, a relative one means the folder of the command."""
+"""Paths that users give: an address or an unknown home is refused, a relative one means the folder of the command."""
 
 from __future__ import annotations
 
@@ -11,16 +11,20 @@ from sam3lora.errors import UserError
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
 
 
-def address_problem(path: object) -> str | None:
-    """What is wrong with `s3://...`, `gs://...`, `file://...` or `https://...` in place of a path; None for a path.
+def path_problem(path: object) -> str | None:
+    """What is wrong with `s3://...`, `file://...`, `https://...` or `~nobody/...` in place of a path; None for a path.
 
-    >>> address_problem("s3://bucket/run")[:32]
+    >>> path_problem("s3://bucket/run")[:32]
     's3://bucket/run is an address: e'
-    >>> address_problem("runs/s3"), address_problem("C:/runs")
+    >>> path_problem("runs/s3"), path_problem("C:/runs")
     (None, None)
     """
     found = _ADDRESS.match(str(path))
     if found is None:
+        try:
+            Path(str(path)).expanduser()
+        except RuntimeError:
+            return f"{path}: the home folder of {Path(str(path)).parts[0]} is not known here. Write the path in full"
         return None
     address = path if isinstance(path, str) else f"{found[1]}://{str(path)[found.end() :]}"
     return (
@@ -29,17 +33,17 @@ def address_problem(path: object) -> str | None:
     )
 
 
-def refuse_address(path: object, name: str) -> None:
-    """Refuse an address where files are read or written.
+def refuse_bad_path(path: object, name: str) -> None:
+    """Refuse an address, or the home of an unknown user, where files are read or written.
 
     Args:
         path: as the user gave it.
         name: of the option, key or argument.
 
     Raises:
-        UserError: It is an address; the message names it.
+        UserError: The message names it.
     """
-    if problem := address_problem(path):
+    if problem := path_problem(path):
         raise UserError(f"{name}: {problem}")
 
 

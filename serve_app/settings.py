@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from sam3lora.local_paths import address_problem
+from sam3lora.local_paths import path_problem
 
 ADAPTER_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 ADAPTER_ID_RULE = (
@@ -102,7 +102,7 @@ class AdapterSettings(_Settings):
     @field_validator("root")
     @classmethod
     def _refuse_address(cls, root: Path | None) -> Path | None:
-        if root is not None and (problem := address_problem(root)):
+        if root is not None and (problem := path_problem(root)):
             raise ValueError(problem)
         return root
 

@@ -126,3 +126,19 @@ def test_a_file_system_that_cannot(tmp_path, monkeypatch, function, number):
         files.check_folder(tmp_path)
     assert str(tmp_path) in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_only_names_with_random_digits_are_taken_for_leftovers(tmp_path):
+    digits = "0123456789abcdef" * 2
+    ours = [
+        f".{digits}.part.json",
+        f".{digits}.part",
+        f".best.{digits}.old",
+        f".cracks.{digits}.part",
+        f".{digits}.tmp",
+    ]
+    theirs = [".bashrc.old", ".notes.tmp", ".song.part1", ".photos.old", ".ray", f"{digits}.part", f".{digits}"]
+    for name in ours + theirs:
+        (tmp_path / name).mkdir()
+    files.remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(theirs)

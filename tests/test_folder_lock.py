@@ -80,3 +80,12 @@ def test_file_system_without_locks(tmp_path, monkeypatch, caplog):
         (tmp_path / "result").touch()
     assert f"{tmp_path} has no file locks (No locks available)" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["result"]
+
+
+def test_a_link_in_the_place_of_the_lock_keeps_its_target(tmp_path):
+    (tmp_path / "important").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "important")
+    with pytest.raises(OSError, match="symbolic"), locked_folder(tmp_path / "run", "training"):
+        pass
+    assert (tmp_path / "important").read_text() == "mine"

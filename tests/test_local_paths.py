@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from sam3lora import evaluate, load_config, train
-from sam3lora.cli.argv import refuse_addresses
+from sam3lora.cli.argv import refuse_bad_paths
 from sam3lora.config.keys import known_keys
 from sam3lora.errors import UserError
 from sam3lora.files import cache_folder
 from sam3lora.inference.batch.job import ModelChoice, predict_batch
-from sam3lora.local_paths import absolute_base, address_problem
+from sam3lora.local_paths import absolute_base, path_problem
 from sam3lora.model.base_folder import find_base
 from sam3lora.tune.run.sweep import run_sweep
 from serve_app.settings import AdapterSettings
@@ -24,16 +24,16 @@ MASKS = {"lora": {"apply_to_mask_decoder": True}}
 
 @pytest.mark.parametrize("address", [S3, "gs://b/x", "hdfs://host/x", "file:///tmp/x", "https://example.org/a.jpg"])
 def test_an_address_is_shown_as_typed(address):
-    assert address in str(address_problem(address))
+    assert address in str(path_problem(address))
 
 
 def test_an_address_that_has_lost_a_slash_to_a_path_is_one():
-    assert "s3://bucket/run is" in str(address_problem(Path("s3://bucket/run")))
+    assert "s3://bucket/run is" in str(path_problem(Path("s3://bucket/run")))
 
 
 @pytest.mark.parametrize("path", ["runs/s3", "/shared/a:b/c", "C:/runs", "../x", "facebook/sam3", "a b", "s3:"])
 def test_a_path_is_none(path):
-    assert address_problem(path) is None
+    assert path_problem(path) is None
 
 
 PATH_KEYS = {"model.name", "training.data_dir", "training.cache_dir", "output.output_dir", "data.annotation_file"}
@@ -62,12 +62,12 @@ def test_keys_refuse_addresses_by_name(key):
 )
 def test_options_refuse_addresses_by_name(words, name):
     with pytest.raises(UserError, match=rf"^{name}: {S3} is"):
-        refuse_addresses(words)
+        refuse_bad_paths(words)
 
 
 def test_clusters_prompts_and_keys_pass():
-    refuse_addresses(["train", "light", "--address", "ray://host:1", "output.output_dir=s3://x", "--device", "0"])
-    refuse_addresses(["infer", "--prompt", "a sign that says http://x"])
+    refuse_bad_paths(["train", "light", "--address", "ray://host:1", "output.output_dir=s3://x", "--device", "0"])
+    refuse_bad_paths(["infer", "--prompt", "a sign that says http://x"])
 
 
 @pytest.mark.parametrize(
@@ -137,3 +137,9 @@ def test_workers_and_adapters_get_absolute_paths(tmp_path, monkeypatch):
     assert config["training"]["cache_dir"] == f"{tmp_path}/cache"
     assert config["training"]["data_dir"] == f"{tmp_path}/data"
     assert load_config(str(tmp_path / "run" / "config.yaml")).model.name == f"{tmp_path}/base"
+
+
+def test_the_home_of_an_unknown_user_is_told():
+    with pytest.raises(UserError, match=r"--output: ~nobody-here/run"):
+        refuse_bad_paths(["validate", "--output", "~nobody-here/run"])
+    assert path_problem("~/run") is None

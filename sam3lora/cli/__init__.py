@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
 
-from sam3lora.cli.argv import normalize_argv, refuse_addresses
-from sam3lora.errors import RunFailed, UserError
+from sam3lora.cli.argv import normalize_argv, refuse_bad_paths
+from sam3lora.errors import RunFailed, RunStopped, UserError
 
 EXIT_OK, EXIT_INTERNAL, EXIT_USER, EXIT_INTERRUPTED = 0, 1, 2, 130
+EXIT_TERMINATED = RunStopped.exit_status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,9 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     words = sys.argv[1:] if argv is None else argv
     try:
-        refuse_addresses(words)
+        refuse_bad_paths(words)
         app(args=normalize_argv(words), prog_name="sam3lora")
     except SystemExit as stop:
+        if stop.code == signal.SIGTERM:  # Ray's handler, while Ray starts
+            return EXIT_TERMINATED
         return stop.code if isinstance(stop.code, int) else (EXIT_OK if stop.code is None else EXIT_INTERNAL)
     except UserError as error:
         _print_error(str(error))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from sam3lora.local_paths import refuse_address
+from sam3lora.local_paths import refuse_bad_path
 
 _DEVICE = re.compile(r"^(\d+(,\d+)*|cpu)$")
 _ANY = re.compile(r"^(?!-)")
@@ -30,13 +30,13 @@ TAKE_ADDRESSES = ("--address", "--prompt", "--names")
 """Options whose value may look like an address."""
 
 
-def refuse_addresses(argv: Sequence[str]) -> None:
+def refuse_bad_paths(argv: Sequence[str]) -> None:
     """Refuse `--output s3://...` and its like, of every option and argument: all others that take one name files.
 
     Keys of a configuration (`a.b=s3://...`) are for `load_config` to refuse.
 
     Raises:
-        UserError: An address where a path is expected.
+        UserError: An address, or the home of an unknown user, where a path is expected.
     """
     option = "the argument"
     for word in argv:
@@ -45,7 +45,7 @@ def refuse_addresses(argv: Sequence[str]) -> None:
             option, _, value = word.partition("=")
             option = option.replace("_", "-")
         if option not in TAKE_ADDRESSES:
-            refuse_address(value, option)
+            refuse_bad_path(value, option)
 
 
 def normalize_argv(argv: Sequence[str], list_options: Mapping[str, re.Pattern[str]] = LIST_OPTIONS) -> list[str]:

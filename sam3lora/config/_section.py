@@ -7,11 +7,11 @@ from typing import Annotated, Any, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from ..errors import UserError
-from ..local_paths import address_problem
+from ..local_paths import path_problem
 
 
 def _no_address(value: Any) -> Any:
-    if problem := address_problem(value):
+    if problem := path_problem(value):
         raise ValueError(problem)
     return value
 

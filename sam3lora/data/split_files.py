@@ -21,7 +21,7 @@ from typing import Literal
 from sam3lora.data.coco import ANNOTATION_FILE, CocoIndex
 from sam3lora.data.json_text import first_file_names, has_lists
 from sam3lora.errors import UserError
-from sam3lora.local_paths import refuse_address
+from sam3lora.local_paths import refuse_bad_path
 
 WHOLE = "."  # name of the only split of a data set without splits
 SPLITS = ("train", "valid", "test")
@@ -159,7 +159,7 @@ def required_split(root: Path, split: str, annotation_file: str = ANNOTATION_FIL
 
 def find_split_or_whole(root: str | Path, split: str = "valid", annotation_file: str = ANNOTATION_FILE) -> SplitFiles:
     """All of a folder that is itself a split, or a set without splits; else `required_split`. Paths are absolute."""
-    refuse_address(root, "the data folder")
+    refuse_bad_path(root, "the data folder")
     root = Path(root).expanduser().absolute()
     if (root / annotation_file).is_file():
         return _beside_images(WHOLE, root / annotation_file)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sam3lora.errors import UserError
-from sam3lora.local_paths import refuse_address
+from sam3lora.local_paths import refuse_bad_path
 from sam3lora.model.tiny import TINY, TINY_FOLDER
 
 # Never *.pt, *.bin or *.pth: loading a pickle runs code.
@@ -35,7 +35,7 @@ def find_base(name: str, *, revision: str | None = None, local_files_only: bool 
     Raises:
         UserError: The model is not found, not accessible, not complete, or not a SAM 3 checkpoint.
     """
-    refuse_address(name, "the base model")
+    refuse_bad_path(name, "the base model")
     commit = None
     if name == TINY:
         path = TINY_FOLDER

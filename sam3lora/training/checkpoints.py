@@ -10,6 +10,7 @@ and augmentation by (seed, epoch). So a step is the same whether or not the run 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ FIXED_SETTINGS = (
     "training.num_negatives",
     "training.seed",
 )
+_NAME = re.compile(r"step_[0-9]{8,}")
 _OF_THE_WEIGHTS = ("model.", "lora.")  # without these, saved weights do not fit
 
 
@@ -105,15 +107,17 @@ def save_checkpoint(
         save_file(_cpu(_moments(model, optimizer)), scratch / OPTIMIZER)
         (scratch / STATE).write_text(json.dumps({"state": asdict(state), "settings": settings, "data": data}, indent=1))
     for old in list_checkpoints(root)[:-keep]:
-        discard_folder(old)
+        if old != target:  # a later one lies there if the run went back to an earlier one
+            discard_folder(old)
     return target
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
+    """Complete checkpoints, oldest first; folders of other names, such as copies, do not count."""
     if not root.is_dir():
         return []
-    return sorted(path for path in root.glob("step_*") if is_complete(path))
+    found = [path for path in root.glob("step_*") if _NAME.fullmatch(path.name) and is_complete(path)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def is_complete(folder: Path) -> bool:

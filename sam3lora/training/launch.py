@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -79,7 +80,10 @@ def train(
             remove_leftovers(output_dir, output_dir / "checkpoints")
     lines = read_metrics(output_dir / METRICS_FILE)
     if config.logging.plots:
-        write_plots(lines, output_dir / "plots")
+        try:
+            write_plots(lines, output_dir / "plots")
+        except OSError as error:  # the run is complete without them
+            logger.warning("the curves could not be drawn into %s: %s", output_dir / "plots", error.strerror)
     return TrainResult(
         output_dir=output_dir,
         best_adapter=output_dir / "best",
@@ -121,22 +125,37 @@ def _prepare_folder(config: Config, output_dir: Path, resume: bool | Literal["an
         raise UserError(
             f"{output_dir} already holds a run: give --resume to go on with it, or another --output-dir for a new one"
         )
-    if not resume and any((output_dir / name).exists() for name in ("best", "last")):
+    if not resume and any(os.path.lexists(output_dir / name) for name in ("best", "last")):
         raise UserError(f"{output_dir} already holds an adapter of another run: give another --output-dir")
+    if not resume:
+        _refuse_foreign_files(output_dir)
     warning, data = _check_resume(config, output_dir, resume) if resume else (None, None)
     try:
         checkpoints.mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to output.output_dir {output_dir}: {error.strerror}") from error
     remove_leftovers(output_dir, checkpoints)
-    check_folder(output_dir)
-    write_whole(output_dir / "config.yaml", config.to_yaml())
+    for folder in (output_dir, checkpoints):
+        check_folder(folder)
     if not resume:
         (output_dir / METRICS_FILE).write_text("")
+    write_whole(output_dir / "config.yaml", config.to_yaml())
     if warning:
         logger.warning("%s", warning)
         append_line(output_dir / METRICS_FILE, "warning", message=warning)
     return data if resume == "anyway" else None
+
+
+def _refuse_foreign_files(output_dir: Path) -> None:
+    """Refuse a folder whose files a run would replace and that no run has written."""
+    metrics, is_run = output_dir / METRICS_FILE, False
+    if metrics.is_file():
+        with contextlib.suppress(UnicodeDecodeError):
+            first = next(iter(read_metrics(metrics)), None)
+            is_run = metrics.stat().st_size == 0 or (isinstance(first, dict) and "kind" in first)
+    for file in (output_dir / "config.yaml", metrics):
+        if os.path.lexists(file) and not is_run:
+            raise UserError(f"{file} is not of a run, and training would replace it: give another --output-dir")
 
 
 def _check_resume(

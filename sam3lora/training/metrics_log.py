@@ -79,8 +79,12 @@ class WarningsToMetrics(logging.Handler):
 
 
 def append_line(file: Path, kind: str, **values: Any) -> None:
-    with errors_of(file), file.open("a") as lines:
-        lines.write(json.dumps({"kind": kind, **_finite(values), "unix_time": round(time.time(), 3)}) + "\n")
+    """Append a line, and before it end one that a killed process has left half-written."""
+    with errors_of(file), file.open("a+b") as lines:
+        if lines.tell() and os.pread(lines.fileno(), 1, lines.tell() - 1) != b"\n":
+            lines.write(b"\n")
+        line = json.dumps({"kind": kind, **_finite(values), "unix_time": round(time.time(), 3)})
+        lines.write(f"{line}\n".encode())
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ from sam3lora.files import remove
 from sam3lora.training import distributed
 
 STOP_FILE = ".stop"  # in the run folder
-STOP_WAIT_S = 60.0  # for which the waiting process leaves the workers time to save
+STOP_WAIT_S = 300.0  # for which the waiting process leaves the workers time to save
 ASK_RAY_S = 5.0  # Ray's own interval; asking takes all workers some milliseconds
 HOST_ENDS_SAVE_S = 10.0
 NUM_FLAGS = 3
@@ -129,6 +129,13 @@ def passed_on(output_dir: Path) -> Iterator[None]:
     try:
         with on_sigterm(pass_on):
             yield
+    except SystemExit as stop:  # Ray's own handler, at the second SIGTERM
+        if not stop_file.exists():
+            raise
+        raise RunStopped(
+            "stopped by SIGTERM before the workers had saved: steps since the last checkpoint are lost. Train again, "
+            "with --resume if there is a checkpoint"
+        ) from stop
     finally:
         again.cancel()
         remove(stop_file)

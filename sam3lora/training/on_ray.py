@@ -22,6 +22,7 @@ from ray.train.torch import TorchTrainer
 from sam3lora.cluster import check_room, choose_gpu, environment, most_workers, ray_session, worker_resources
 from sam3lora.config import Config
 from sam3lora.errors import RunFailed, UserError, WorkerLost, WorkerStopped
+from sam3lora.files import scratch_folder
 from sam3lora.training.network import TorchOnRayNetwork
 from sam3lora.training.notices import passed_on
 
@@ -45,7 +46,7 @@ def run_on_ray(config: Config, payload: dict[str, Any], callbacks: Sequence[User
         RuntimeError: a fault in the program; the worker's traceback is its cause.
         KeyboardInterrupt: interrupted; the workers are gone.
     """
-    storage = Path(config.output.output_dir) / ".ray"
+    storage = scratch_folder(Path(config.output.output_dir))
     cpus = most_workers(config) * worker_resources(config, use_gpu=False)["CPU"]
     session = ray_session(config.scaling.address, num_cpus=cpus)
     with session as is_local, _environment(config, is_local):

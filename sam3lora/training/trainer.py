@@ -15,9 +15,10 @@ from sam3lora.config import Config, load_config
 from sam3lora.config.training import images_per_step, warmup_steps
 from sam3lora.data.batch import Batch
 from sam3lora.engine.device import is_out_of_memory
-from sam3lora.errors import DiskFull, OutOfMemory
+from sam3lora.errors import DiskFull, OutOfMemory, RunFailed
 from sam3lora.files import is_full
 from sam3lora.model.adapter.folder import save_adapter
+from sam3lora.model.adapter.metadata import read_metadata_values
 from sam3lora.training import distributed, setup
 from sam3lora.training.agreement import check_agreement, choose_checkpoint, worker_facts
 from sam3lora.training.best import deciding_metric, disagreement, is_improved
@@ -55,11 +56,13 @@ def run_worker(payload: dict[str, Any], *, report: Report | None = None) -> dict
             raise
         raise OutOfMemory(_too_large(config, error)) from error
     except OSError as error:
-        if not is_full(error):
+        run = Path(config.output.output_dir)
+        if not is_full(error) and not (error.filename and Path(str(error.filename)).is_relative_to(run)):
             raise
-        raise DiskFull(
-            f"cannot write {error.filename or config.output.output_dir} ({error.strerror}). Everything up to the last "
-            "checkpoint is kept: make room on the disk, then train again with --resume"
+        kind, advice = (DiskFull, "make room on the disk") if is_full(error) else (RunFailed, "mend that")
+        raise kind(
+            f"cannot write {error.filename or run} ({error.strerror}). Everything up to the last checkpoint is kept: "
+            f"{advice}, then train again with --resume"
         ) from error
 
 
@@ -287,6 +290,9 @@ class Trainer:
     def finish(self) -> dict[str, Any]:
         state, counts = self.state, vision_counts(self)
         state.finished = True
+        saved = read_metadata_values(self.output_dir / "last") or {}
+        if saved.get("metrics", {}).get("step") != state.step:  # killed after the last checkpoint, before this
+            self._save_adapter("last", {})
         if state.best_step is None:  # the metric had no value, although the labels allow one: every image was skipped
             self._save_adapter("best", {})
         if self.log:

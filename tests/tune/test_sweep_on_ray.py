@@ -91,7 +91,7 @@ def test_a_lost_worker_fails_its_trial_only(faulty_ray, data_dir, tmp_path):
     assert by_seed[42].status == "finished"
     assert (by_seed[faults.KILLED].status, by_seed[faults.KILLED].failure) == ("failed", "worker lost")
     assert (by_seed[faults.EXCEPTION].status, by_seed[faults.EXCEPTION].failure) == ("failed", "exception")
-    assert not list((tmp_path / "sweep").rglob(".ray"))
+    assert not list((tmp_path / "sweep").rglob(".*.part"))
 
 
 def test_trials_that_are_given_up_make_room_for_the_next(faulty_ray, data_dir, tmp_path):

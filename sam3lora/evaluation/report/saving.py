@@ -18,7 +18,7 @@ from sam3lora.evaluation.metrics.comparison import differences_to_base
 from sam3lora.evaluation.metrics.measure import SplitMetrics
 from sam3lora.evaluation.report.pictures import threshold_texts
 from sam3lora.files import write_whole
-from sam3lora.local_paths import refuse_address
+from sam3lora.local_paths import refuse_bad_path
 
 _SHOWN = {
     "mAP": "map",
@@ -123,7 +123,7 @@ def save_saco(
 
 
 def _make_folder(path: str | Path) -> Path:
-    refuse_address(path, "the output folder")
+    refuse_bad_path(path, "the output folder")
     folder = Path(path).expanduser().absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ from sam3lora.inference.batch.image_list import ImageSource, choose_categories, 
 from sam3lora.inference.batch.merge import write_bad_images, write_dataset, write_predictions
 from sam3lora.inference.batch.output_folder import BAD_IMAGES, DATASET, PREDICTIONS, open_output, read_parts
 from sam3lora.inference.batch.worker import ModelChoice, ShardWorker, WorkerSettings
-from sam3lora.local_paths import absolute_base, refuse_address
+from sam3lora.local_paths import absolute_base, refuse_bad_path
 from sam3lora.model.adapter.folder import CONFIG_FILE, WEIGHTS_FILE, is_adapter_folder, read_metadata
 from sam3lora.model.adapter.metadata import recorded_post_processing
 from sam3lora.progress import Progress
@@ -219,7 +219,7 @@ def _absolute(source: str | Path, output: str | Path, choice: ModelChoice) -> tu
     given = {"--input": source, "--output": output, "--weights": choice.adapter}
     for option, path in given.items():
         if path:
-            refuse_address(path, option)
+            refuse_bad_path(path, option)
             check_job_path(path, option)
     adapter = choice.adapter and os.path.abspath(Path(choice.adapter).expanduser())
     model = choice.model and absolute_base(choice.model)

@@ -11,7 +11,7 @@ from typing import Any
 from peft import LoraConfig
 
 from sam3lora.errors import UserError
-from sam3lora.local_paths import refuse_address
+from sam3lora.local_paths import refuse_bad_path
 from sam3lora.model.adapter.folder_files import CONFIG_FILE, WEIGHTS_FILE, read_json_object, shown
 from sam3lora.model.adapter.name_patterns import (
     MAX_EXPRESSION_CHARS,
@@ -57,7 +57,7 @@ def read_config(folder: Path) -> LoraConfig:
 
 
 def _check_files(folder: Path) -> None:
-    refuse_address(folder, "the adapter folder")
+    refuse_bad_path(folder, "the adapter folder")
     missing = [file for file in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / file).is_file()]
     if not missing:
         return

@@ -21,7 +21,8 @@ from sam3lora.config import Config
 from sam3lora.data.fault_report import fault_summary
 from sam3lora.errors import RunFailed
 from sam3lora.extras import check_extras
-from sam3lora.local_paths import refuse_address
+from sam3lora.files import scratch_folder
+from sam3lora.local_paths import refuse_bad_path
 from sam3lora.tune.run.capacity import Concurrency, choose_concurrency, local_concurrency, local_cpus
 from sam3lora.tune.run.checks import check_data, checked_data_dir
 from sam3lora.tune.run.ledger import Ledger, TrialRecord, best_record
@@ -78,7 +79,7 @@ def run_sweep(
         RunFailed: No trial produced an adapter. The report says why.
     """
     started = time.time()
-    refuse_address(output_dir, "--output-dir")
+    refuse_bad_path(output_dir, "--output-dir")
     address = address or space.base.scaling.address
     sweep_dir = Path(output_dir).expanduser().absolute()
     checked_data_dir(space)
@@ -155,7 +156,7 @@ def _tune(space: SearchSpace, ledger: Ledger, room: Concurrency, milestones: lis
     )
     in_process = space.base.scaling.num_workers == 0
     needs = trial_needs(space.base, use_gpu=choose_gpu(space.base))[0] if in_process else DRIVER_RESOURCES
-    scratch = ledger.sweep_dir / ".ray"
+    scratch = scratch_folder(ledger.sweep_dir)
     trial = tune.with_parameters(run_trial, space=space, sweep_dir=ledger.sweep_dir)
     tuner = tune.Tuner(
         tune.with_resources(trial, needs),
