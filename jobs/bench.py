@@ -348,6 +348,7 @@ def drill(
     """Disturb training runs of the tiny model, one fault at a time, and compare them with undisturbed ones."""
     from jobs.bench.drill.table import FAILED, run_drills
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     report = run_drills(names or (), keep=keep)
     _show([report], json_path)
     if any(row["status"] == FAILED for row in report.tables[0].rows):

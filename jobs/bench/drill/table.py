@@ -52,7 +52,10 @@ def run_drills(names: Sequence[str] = (), *, keep: Path | None = None) -> Servin
     with tempfile.TemporaryDirectory(prefix="drill-") as scratch:
         drill = Drill(keep or Path(scratch))
         drill.scratch.mkdir(parents=True, exist_ok=True)
-        rows = [_row(name, drill) for name in names or DRILLS]
+        try:
+            rows = [_row(name, drill) for name in names or DRILLS]
+        finally:
+            drill.end()
     note = (
         "status: of the run, and of the one that resumed it; seconds: from the fault to the first step that was not "
         "done before; adapter: last and best beside those of an undisturbed run. Each step is in metrics.jsonl once."
