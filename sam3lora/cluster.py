@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import os
+import secrets
 import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -54,7 +56,7 @@ def ray_session(address: str | None, *, num_cpus: float, dashboard: bool = False
             "object_store_memory": _store_bytes(),
             **quiet,
         }
-        with _on_loopback():
+        with _on_loopback(), environment(_token_of_local_ray()):
             ray.init(address=address, num_cpus=math.ceil(num_cpus), **options)
     try:
         yield address == "local"
@@ -77,6 +79,24 @@ def _on_loopback() -> Iterator[None]:
             yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def _token_of_local_ray() -> dict[str, str]:
+    """The variable by which a local Ray gets a token of this process, unless the user has one or wants none.
+
+    Ray would else write a token to the home folder, and every later `ray start --head` of this user would ask for it,
+    while `ray job submit` does not send it.
+    """
+    named = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
+    has_one = named or (Path.home() / ".ray" / "auth_token").is_file()
+    is_off = os.environ.get("RAY_AUTH_MODE", "token").lower() != "token"
+    return {} if has_one or is_off else {"RAY_AUTH_TOKEN": _own_token()}
+
+
+@functools.cache
+def _own_token() -> str:
+    """One for all local Rays of this process, as Ray keeps the first that it reads."""
+    return secrets.token_hex(32)
 
 
 def check_job_path(path: str | Path, option: str) -> None:
@@ -218,8 +238,11 @@ def _join(address: str, quiet: dict[str, Any]) -> None:
             ) from error
     try:
         ray.init(address=address, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise UserError(f"cannot join the Ray cluster at {address}: {error}. Expected auto or HOST:PORT") from error
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.AuthenticationError) as error:
+        raise UserError(
+            f"cannot join the Ray cluster at {address}: {error}. Expected auto or HOST:PORT, and for a cluster that "
+            "asks for a token RAY_AUTH_MODE=token with the cluster's ~/.ray/auth_token or RAY_AUTH_TOKEN"
+        ) from error
 
 
 def _store_bytes() -> int:
