@@ -18,8 +18,11 @@
     python jobs/bench.py drill                         training runs that are disturbed: docs/reliability.md
     python jobs/bench.py recipes                       two training recipes at equal processor seconds, half an hour
     python jobs/bench.py gpu                           SAM 3 at full size on one GPU
+    python jobs/bench.py incomplete-labels             learning with half of the labels, some ten minutes
+    python jobs/bench.py rejected-word                 learning a word that the base firmly rejects, some five minutes
 
-Each prints the ratio of the times; `--json PATH` keeps what was found. With nothing else on the machine.
+Each prints the ratio of the times, the last two what was learned; `--json PATH` keeps what was found. With nothing else
+on the machine.
 """
 
 from __future__ import annotations
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
     from jobs.bench.recipes import RecipeReport
     from jobs.bench.report import BenchReport
     from jobs.bench.serving_report import ServingReport
+    from jobs.bench.study import StudyReport
 
 NUMBER = re.compile(r"^\d+$")
 LIST_OPTIONS = {"--clients": NUMBER, "--adapters": NUMBER, "--threads": NUMBER}
@@ -355,7 +359,39 @@ def drill(
         raise typer.Exit(1)
 
 
-def _show(reports: Sequence[BenchReport | RecipeReport | ServingReport], json_path: Path | None) -> None:
+Seeds = Annotated[int, typer.Option(min=1, help="Runs of each way.")]
+Results = Annotated[
+    Path | None, typer.Option(help="A file to which every run is appended; those that it holds are not repeated.")
+]
+
+
+@app.command("incomplete-labels")
+def incomplete_labels(
+    seeds: Seeds = 3,
+    epochs: Annotated[int, typer.Option(min=1, help="Over 32 drawn images.")] = 10,
+    results: Results = None,
+    json_path: JsonPath = None,
+) -> None:
+    """All labels of a drawn set, and half of them with data.exhaustive true and false: mAP on complete labels."""
+    from jobs.bench.incomplete_labels import study_incomplete_labels
+
+    _show([study_incomplete_labels(seeds=range(1, seeds + 1), epochs=epochs, results=results)], json_path)
+
+
+@app.command("rejected-word")
+def rejected_word(
+    seeds: Seeds = 3,
+    epochs: Annotated[int, typer.Option(min=1, help="Over 24 drawn images.")] = 8,
+    results: Results = None,
+    json_path: JsonPath = None,
+) -> None:
+    """Presence of a word that the base is sure not to see, before and after training, with and without a limit."""
+    from jobs.bench.rejected_word import study_rejected_word
+
+    _show([study_rejected_word(seeds=range(1, seeds + 1), epochs=epochs, results=results)], json_path)
+
+
+def _show(reports: Sequence[BenchReport | RecipeReport | ServingReport | StudyReport], json_path: Path | None) -> None:
     from rich.console import Console
 
     for report in reports:

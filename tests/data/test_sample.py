@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,8 @@ from sam3lora.data.coco import CocoIndex
 from sam3lora.data.images import ImageError
 from sam3lora.data.pipeline import iterate_batches
 from sam3lora.data.plan import plan_run
-from sam3lora.data.sample import DecodeSettings, decode_record, rows_with_queries
+from sam3lora.data.prompts import Query
+from sam3lora.data.sample import DecodeSettings, decode_record, matched_objects, rows_with_queries
 
 from .coco_builder import annotation, square
 
@@ -82,9 +85,13 @@ def test_max_objects_keeps_a_reproducible_subset(folder):
     assert (first.exhaustive_B.tolist(), decode(path).exhaustive_B.tolist()) == ([False], [True])
 
 
-def test_objects_too_small_to_match_make_a_query_incomplete(folder):
-    sample = decode(folder.write([annotation(0), annotation(1, bbox=[10, 10, 0, 0])]))
-    assert (sample.num_B.tolist(), sample.exhaustive_B.tolist()) == ([1], [False])
+def test_objects_too_small_to_match_make_a_query_incomplete():
+    objects = [{"bbox_xywh": [10, 10, side, side]} for side in (20, 0.01)]
+    record = {"height": 60, "width": 80, "annotations": objects}
+    rng, query = np.random.default_rng(0), Query("crack", "crack", (0, 1), is_positive=True)
+    assert matched_objects(record, [query], None, rng) == [(replace(query, is_exhaustive=False), [0])]
+    [(whole, rows)] = matched_objects(record, [replace(query, annotation_rows=(0,))], None, rng)
+    assert (whole.is_exhaustive, rows) == (True, [0])
 
 
 def test_the_real_size_wins_and_coordinates_stay_relative(folder):

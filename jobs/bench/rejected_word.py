@@ -1,0 +1,133 @@
+"""Learning a word that the base firmly rejects: presence before and after, with its gradient and with the old limit.
+
+The built-in tiny model's presence logits are moderate, so a copy of it is made surer of itself: the last layer of its
+presence head is multiplied. Its answers stay the same, yes for yes and no for no, with the logits farther from zero.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jobs.bench.study import StudyReport, keep_run, read_runs, short_run
+
+WORD = "bolt"
+FACTOR = 4.0
+WAYS = {"limited in training (before)": True, "raw in training (now)": False}
+
+
+def study_rejected_word(
+    *, seeds: Sequence[int], num_train: int = 24, num_valid: int = 32, epochs: int = 8, results: Path | None = None
+) -> StudyReport:
+    """Both ways with every seed, which draws images and trains.
+
+    Args:
+        results: A file to which each run is appended; runs that it holds are not repeated.
+    """
+    from sam3lora.data.synth.dataset import write_dataset
+
+    torch.set_num_threads(1)
+    runs = read_runs(results)
+    known = {(run["way"], run["seed"]) for run in runs}
+    with TemporaryDirectory() as scratch:
+        base = surer_base(Path(scratch) / "base", FACTOR)
+        for seed in seeds:
+            data = Path(scratch) / f"data{seed}"
+            write_dataset(data, num_train=num_train, num_valid=num_valid, seed=seed, progress=False)
+            for way, limited in WAYS.items():
+                if (way, seed) not in known:
+                    run = train_and_measure(base, data, Path(scratch) / f"{len(runs)}", seed, epochs, limited=limited)
+                    runs.append({"way": way, "seed": seed, **run})
+                    keep_run(results, runs[-1])
+    facts = {"base": f"tiny, the last layer of its presence head times {FACTOR:g}", "word": WORD}
+    facts["steps"] = f"{epochs} epochs of {num_train} images, 4 a step"
+    facts["measured on"] = f"{num_valid} held-out images; presence logits before any limit, means over images"
+    return StudyReport(f'presence of "{WORD}"', runs, facts)
+
+
+def surer_base(folder: Path, factor: float) -> Path:
+    """A copy of the tiny model whose presence logits are multiplied by `factor`."""
+    from safetensors.torch import load_file, save_file
+
+    from sam3lora.model.base_folder import find_base
+
+    shutil.copytree(find_base("tiny").path, folder)
+    [file] = folder.glob("*.safetensors")
+    weights = load_file(file)
+    last = [name for name in weights if "presence_head.layer3." in name]
+    assert last, "the presence head has another layout"
+    save_file({name: value * factor if name in last else value for name, value in weights.items()}, file)
+    return folder
+
+
+def train_and_measure(
+    base: Path, data: Path, folder: Path, seed: int, epochs: int, *, limited: bool
+) -> dict[str, float]:
+    """Presence logits on held-out images before and after training, and the adapter's mAP there.
+
+    `limited` trains on the logits of the stock model, which have no gradient beyond their limits.
+    """
+    from sam3lora.evaluation.ask.run import evaluate
+    from sam3lora.training.trainer import Trainer
+
+    config = short_run(
+        folder,
+        data,
+        seed,
+        f"model.name={base}",
+        f"data.categories=[{WORD}]",
+        "data.valid_split=valid",
+        "evaluation.base_loss=false",
+        f"training.num_epochs={epochs}",
+    )
+    folder.mkdir(parents=True)
+    trainer = Trainer(config, folder, use_ray=False)
+    before = mean_presence(trainer)
+    if limited:
+        staged = trainer.runner.staged
+        detect = staged.detect
+
+        def detect_with_limit(*arguments: Any, **options: Any) -> Any:
+            found = detect(*arguments, **options)
+            return replace(found, raw_presence_logits_LB=found.presence_logits_LB)
+
+        staged.detect = detect_with_limit  # type: ignore[method-assign]
+    trainer.run()
+    if limited:
+        staged.detect = detect  # type: ignore[method-assign]
+    after = mean_presence(trainer)
+    found = evaluate(data, adapter=folder / "last", device="cpu", categories=(WORD,))
+    return {
+        "shown, before": before[0],
+        "shown, after": after[0],
+        "absent, before": before[1],
+        "absent, after": after[1],
+        "presence right": found.presence_accuracy or 0.0,
+        "mask mAP": found.map or 0.0,
+    }
+
+
+@torch.no_grad()
+def mean_presence(trainer: Any) -> tuple[float, float]:
+    """Mean presence logit of the last layer, over validation images that show the word and over those that do not."""
+    runner, logits, shown = trainer.runner, [], []
+    trainer.model.eval()
+    for batch in trainer.batches.validation_batches():
+        vision = runner.images.of_batch(batch)
+        text, text_index = runner.text.features(batch.prompts_B)
+        found = runner.staged.detect(vision, text, torch.from_numpy(batch.query_image_B), text_index)
+        logits.append(found.raw_presence_logits_LB[-1].float())
+        shown.append(torch.from_numpy(batch.num_B) > 0)
+    logits_B, shown_B = torch.cat(logits), torch.cat(shown)
+    return _mean(logits_B[shown_B]), _mean(logits_B[~shown_B])
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.mean()) if len(values) else float("nan")
