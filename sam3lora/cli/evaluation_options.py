@@ -121,11 +121,11 @@ def settings_of(
 
     `adapters` maps labels to folders; `post` and `given` are options, None where one was not given.
     """
-    from sam3lora.evaluation.ask.run import recorded_prompts
+    from sam3lora.evaluation.ask.run import recorded_data
     from sam3lora.evaluation.settings import EvaluationSettings
 
     if config is None:
-        settings = EvaluationSettings(prompts=recorded_prompts(adapters))
+        settings = EvaluationSettings(**recorded_data(adapters))
     else:
         from sam3lora.training.validator import evaluation_settings
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from ._section import LocalPath, Section
 
@@ -45,6 +45,13 @@ class DataSection(Section):
     max_objects_per_query: int | None = Field(
         default=None, ge=1, description="Most objects of a prompt that are kept, drawn at random; None = all."
     )
+
+    @field_validator("exhaustive", mode="before")
+    @classmethod
+    def _read_exhaustive(cls, value: Any) -> Any:
+        if isinstance(value, bool | list | tuple):
+            return value
+        raise ValueError("should be true, false or a list of category names")
 
     @model_validator(mode="after")
     def _check_words(self) -> DataSection:

@@ -62,7 +62,15 @@ class Config(Section):
                 f"scaling.num_workers {workers} is more than training.images_per_step {images}, so some workers would "
                 f"have no image: use at most {images} workers, or set training.images_per_step to {workers} or more"
             )
-        if not self.data.exhaustive and not self.data.negative_prompts and self.training.num_negatives != 0:
+        if (
+            not self.data.exhaustive
+            and not self.data.negative_prompts
+            and self.training.num_negatives
+            not in (
+                0,
+                TrainingSection.model_fields["num_negatives"].default,
+            )
+        ):
             raise ValueError(
                 "training.num_negatives has no effect while data.exhaustive is false and data.negative_prompts is "
                 "empty: list negative_prompts, or set num_negatives to 0"

@@ -173,6 +173,14 @@ class TrainingSection(Section):
         return rates
 
     @model_validator(mode="after")
+    def _check_warmup(self) -> TrainingSection:
+        if self.warmup_steps is not None and self.warmup_ratio != type(self).model_fields["warmup_ratio"].default:
+            raise ValueError(
+                f"warmup_ratio has no effect beside warmup_steps {self.warmup_steps}: remove one of the two"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_cache(self) -> TrainingSection:
         for name in ("feature_cache_type", "cache_memory_gb"):
             if self.feature_cache is False and getattr(self, name) != type(self).model_fields[name].default:

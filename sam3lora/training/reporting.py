@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from sam3lora.config.training import images_per_step
 from sam3lora.data.batch import Batch
 from sam3lora.training import distributed
 from sam3lora.training.metrics_log import memory_mb
@@ -23,10 +24,23 @@ def log_plan(trainer: Trainer, best_metric: str, reason: str | None) -> None:
     assert trainer.log
     if reason:
         trainer.log.write("warning", step=trainer.state.step, message=f"best/ is chosen by {best_metric}: {reason}")
-    if training.images_per_step is None and workers > 1:
+    usual = images_per_step(training, workers)
+    if usual != batches.images_per_step:
+        message = f"a step takes {batches.images_per_step} images, as when the run began; batch_size and "
+        message += (
+            f"gradient_accumulation_steps of {workers} workers make {usual} now: training.images_per_step={usual} "
+        )
+        message += "takes so many"
+        trainer.log.write("warning", step=trainer.state.step, message=message)
+    elif training.images_per_step is None and workers > 1:
         message = f"a step takes {batches.images_per_step} images, and would take others with another number of "
         message += f"workers: training.images_per_step={batches.images_per_step} says so for every run"
         trainer.log.write("note", step=trainer.state.step, message=message)
+    if training.warmup_steps is not None and training.warmup_steps > trainer.total_steps // 2:
+        message = (
+            f"training.warmup_steps={training.warmup_steps} is cut to half of the run's {trainer.total_steps} steps"
+        )
+        trainer.log.write("warning", step=trainer.state.step, message=message)
     if trainer.total_steps < FEW_STEPS and training.max_steps is None:
         epochs = -(-ENOUGH_STEPS // batches.steps_per_epoch)
         message = f"{trainer.total_steps} steps in all, where recipes of this kind take some hundreds: "

@@ -173,7 +173,7 @@ def adapter_metadata(config: Config, base: LoadedBase, data: RunData) -> Adapter
         resolution=base.resolution,
         geometry_cls=config.model.geometry_cls,
         post_processing=config.evaluation.post_processing,
-        data=data.summary(),
+        data=data.summary() | {"exhaustive": config.data.exhaustive},
         lora=config.lora.settings.to_dict(),
     )
 

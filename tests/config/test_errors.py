@@ -108,7 +108,7 @@ def test_wrong_value_names_key_bound_and_value(override, part):
         (["training.loss.num_points=64"], 'set it to "points"'),
         (["training.one_to_many=false", "training.loss.o2m=1"], "one_to_many"),
         (["model.dtype=bfloat16", "training.mixed_precision=no"], "mixed_precision bf16"),
-        (["data.exhaustive=false"], "negative_prompts"),
+        (["data.exhaustive=false", "training.num_negatives=5"], "negative_prompts"),
         (["data.exhaustive=[]"], "write false"),
         (["data.exhaustive=[crack, crack]"], "twice"),
         (["data.categories=[crack]", "data.exhaustive=[hole]"], '"hole"'),

@@ -8,7 +8,7 @@ import pytest
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.data.coco import CocoIndex
 from sam3lora.errors import UserError
-from sam3lora.evaluation.ask.run import recorded_prompts
+from sam3lora.evaluation.ask.run import recorded_data
 from sam3lora.evaluation.ask.worker import EvaluationWorker, Models
 from sam3lora.evaluation.metrics.ground_truth import prompted_categories
 from sam3lora.evaluation.settings import EvaluationSettings
@@ -135,6 +135,17 @@ def test_each_adapter_is_measured_as_it_is_served(make_worker, small_base, tmp_p
     posts = make_worker({"a": a, "b": b}, settings=EvaluationSettings({"threshold": 0.4})).facts()["post"]
     assert posts == {label: post.changed(threshold=0.4) for label, post in own.items()}
     # prompts must be the same
-    assert recorded_prompts({"a": a, "b": b}) == {"D40": "pothole"}
-    with pytest.raises(UserError, match="a, c were trained with different prompts"):
-        recorded_prompts({"a": a, "c": c})
+    assert recorded_data({"a": a, "b": b}) == {"prompts": {"D40": "pothole"}, "exhaustive": True}
+    with pytest.raises(UserError, match=r"a, c were trained with different data\.prompts"):
+        recorded_data({"a": a, "c": c})
+
+
+def test_what_is_complete_is_as_the_adapter_was_trained(small_base, tmp_path):
+    def write(label, **data):
+        return str(write_adapter(tmp_path / label, small_base, data=data))
+
+    a, b, old = write("a", exhaustive=["crack"]), write("b", exhaustive=False), write("old")
+    assert [recorded_data({"one": folder})["exhaustive"] for folder in (a, b, old)] == [("crack",), False, True]
+    assert recorded_data({}) == {}
+    with pytest.raises(UserError, match=r"data\.exhaustive"):
+        recorded_data({"a": a, "old": old})

@@ -93,3 +93,25 @@ def test_pixels_without_a_label_stay_out_of_the_semantic_term():
     first = sigmoid_focal(rows[:1], wanted[:1], 0.6, 2).mean() + soft_dice(rows[:1], wanted[:1])[0]
     second = -0.6 * (1 - p) ** 2 * p.log() / 4 + 1 - (2 * p + 1) / (p + 2)
     torch.testing.assert_close((focal + dice).detach(), first + second)
+
+
+def test_unlabelled_pixels_of_an_incomplete_query_are_not_background():
+    # Two queries with the same semantic logits and mask, of which only the second has all of its labels.
+    mask = torch.zeros(2, 4, 4, dtype=torch.bool)
+    mask[:, :2, :2] = True
+    semantic = torch.full((2, 4, 4), 0.5, requires_grad=True)
+    predictions = Predictions(
+        torch.zeros(1, 2, 3),
+        BOXES.repeat(1, 2, 1, 1),
+        torch.zeros(1, 2),
+        mask_logits=lambda branch, query, object_query: torch.zeros(len(query), 4, 4),
+        semantic_logits=lambda queries: semantic[queries],
+    )
+    targets = Targets(
+        torch.tensor([1, 1]), BOXES[[0, 0]], mask, torch.ones(2, dtype=torch.bool), torch.tensor([False, True])
+    )
+    Criterion()(predictions, targets).total.backward()
+    incomplete, complete = semantic.grad
+    assert (incomplete[~mask[0]] == 0).all()
+    assert (complete[~mask[1]] > 0).all()
+    assert (incomplete[mask[0]] < 0).all()

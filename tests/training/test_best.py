@@ -60,6 +60,13 @@ def test_a_metric_without_a_value_is_replaced(make_config, scenes, tmp_path, cha
     assert why is None or why in reason
 
 
+def test_a_metric_of_absence_has_no_value_where_no_category_is_complete(make_config):
+    options = ("evaluation.every_epochs=1", "evaluation.best_metric=cgf1")
+    for incomplete, decides in (("data.exhaustive=true", "cgf1"), ("data.exhaustive=false", "bbox_map")):
+        config = make_config(*options, incomplete, "training.num_negatives=0")
+        assert deciding_metric(config, load_run_data(config, 112))[0] == decides
+
+
 def test_without_validation_images_the_training_loss_decides(make_config):
     for override, told in (("evaluation.every_epochs=1", True), ("evaluation.every_epochs=0", False)):
         config = make_config(override, "data.valid_split=none")

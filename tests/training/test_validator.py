@@ -110,3 +110,11 @@ def test_features_kept_under_autocast_have_the_precision_of_the_weights(make_con
         features, _ = bank.features(["zebra"])
     assert features.embeds_PTC.dtype == torch.float32
     assert bank.kept()["zebra"].embeds_PTC.dtype == torch.float32
+
+
+def test_what_is_complete_is_measured_as_it_is_trained(make_config):
+    settings = evaluation_settings(make_config("data.exhaustive=[gear]"))
+    assert settings.exhaustive == ("gear",)
+    metrics = make_trainer(make_config("data.exhaustive=false", "training.num_negatives=0")).validator.metrics()
+    assert metrics["off_prompt_fpr"] is None
+    assert metrics["map"] is not None

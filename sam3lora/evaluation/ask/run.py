@@ -75,7 +75,7 @@ def evaluate(
         "precision": precision,
     }
     adapters = {} if adapter is None else {label_of(adapter): str(adapter)}
-    settings = (settings or EvaluationSettings(prompts=recorded_prompts(adapters))).changed(**changes)
+    settings = (settings or EvaluationSettings(**recorded_data(adapters))).changed(**changes)
     models = Models(adapters, with_base=adapter is None, options=options)
     (metrics,) = evaluate_models(
         find_split_or_whole(data_dir, split, settings.annotation_file),
@@ -225,20 +225,25 @@ def label_of(adapter: str | Path, taken: Mapping[str, str] | Sequence[str] = ())
     return unique
 
 
-def recorded_prompts(adapters: Mapping[str, str]) -> dict[str, str]:
-    """Category name -> prompt, where it is not the name, as the adapters were trained.
+def recorded_data(adapters: Mapping[str, str]) -> dict[str, Any]:
+    """What the adapters record of their data, as fields of `EvaluationSettings`: `prompts` and `exhaustive`, or none.
 
     Raises:
-        UserError: They were trained with different prompts for the categories.
+        UserError: They were trained with different ones.
     """
     known = {label: metadata for label, folder in adapters.items() if (metadata := read_metadata(folder)) is not None}
-    prompts = {label: metadata.data.get("prompt_of_category") or {} for label, metadata in known.items()}
-    if any(other != next(iter(prompts.values())) for other in prompts.values()):
-        raise UserError(
-            f"the adapters {', '.join(prompts)} were trained with different prompts for the categories: measure them "
-            "one at a time, or give data.prompts for all in a --config"
-        )
-    return next(iter(prompts.values()), {})
+    complete = [metadata.data.get("exhaustive", True) for metadata in known.values()]
+    recorded = {
+        "prompts": [metadata.data.get("prompt_of_category") or {} for metadata in known.values()],
+        "exhaustive": [tuple(names) if isinstance(names, list) else names for names in complete],
+    }
+    for name, values in recorded.items():
+        if any(other != values[0] for other in values):
+            raise UserError(
+                f"the adapters {', '.join(known)} were trained with different data.{name}: measure them one at a time, "
+                f"or give data.{name} for all in a --config"
+            )
+    return {name: values[0] for name, values in recorded.items() if values}
 
 
 def ask_batches(
