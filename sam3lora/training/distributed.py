@@ -7,6 +7,7 @@ which ``DistributedDataParallel`` supports only with extra settings.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -59,11 +60,22 @@ def on_first_worker(value: object, compute: Callable[[list], Result]) -> Result:
         try:
             outcome = [compute(gathered), None]
         except Exception as error:
-            outcome = [None, error]
+            outcome = [None, _as_sendable(error)]
     dist.broadcast_object_list(outcome)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def _as_sendable(error: Exception) -> Exception:
+    """The exception, or one with its type and text if it does not survive pickling."""
+    try:
+        pickle.loads(pickle.dumps(error))  # noqa: S301 - own bytes
+    except Exception:
+        told = RuntimeError(f"{type(error).__name__}: {error}")
+        told.__cause__ = error
+        return told
+    return error
 
 
 def take_from_first_worker(parameters: Iterable[Parameter]) -> None:

@@ -71,6 +71,7 @@ def train(
         payload = {
             "config": config.model_dump(mode="json"),
             "use_ray": config.scaling.num_workers != 0,
+            "resumed_from": _last_checkpoint(output_dir).name if resume else None,
             "accepted_data": accepted_data,
         }
         try:

@@ -20,7 +20,7 @@ from sam3lora.files import is_full
 from sam3lora.model.adapter.folder import save_adapter
 from sam3lora.model.adapter.metadata import read_metadata_values
 from sam3lora.training import distributed, setup
-from sam3lora.training.agreement import check_agreement, choose_checkpoint, worker_facts
+from sam3lora.training.agreement import check_agreement, choose_checkpoint, position_facts, run_facts
 from sam3lora.training.best import deciding_metric, disagreement, is_improved
 from sam3lora.training.checkpoints import RunState, load_checkpoint, read_state, refuse_changes, save_checkpoint
 from sam3lora.training.datasets import BatchSource, load_run_data
@@ -38,8 +38,8 @@ Report = Callable[[dict[str, Any]], None]
 def run_worker(payload: dict[str, Any], *, report: Report | None = None) -> dict[str, Any]:
     """The function that each worker of a run executes; returns the steps done, the best loss and its step.
 
-    `payload` has `config` (a dict), `use_ray`, and `accepted_data` of `Trainer`. `report` gets what is measured at each
-    validation; on Ray it goes to Ray Train instead.
+    `payload` has `config` (a dict), `use_ray`, and `resumed_from` and `accepted_data` of `Trainer`. `report` gets what
+    is measured at each validation; on Ray it goes to Ray Train instead.
     """
     config = load_config(payload["config"])
     try:
@@ -48,6 +48,7 @@ def run_worker(payload: dict[str, Any], *, report: Report | None = None) -> dict
             Path(config.output.output_dir),
             use_ray=payload["use_ray"],
             report=report,
+            resumed_from=payload.get("resumed_from"),
             accepted_data=payload.get("accepted_data"),
         )
         return trainer.run()
@@ -70,8 +71,9 @@ class Trainer:
     """A training worker: the model, its data, the optimizer and the position in the run.
 
     Making one loads data and model, adds the adapter, restores the last checkpoint if there is one, and compares what
-    came of it with the other workers. `run` does the rest. `accepted_data` is the `RunData.digest` with which a run may
-    go on although it was made with others, or with another loss or seed.
+    came of it with the other workers. `run` does the rest. `resumed_from` names the checkpoint that ``--resume`` found:
+    the run goes on from it or from a newer one. `accepted_data` is the `RunData.digest` with which a run may go on
+    although it was made with others, or with another loss or seed.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Trainer:
         *,
         use_ray: bool,
         report: Report | None = None,
+        resumed_from: str | None = None,
         accepted_data: dict[str, str] | None = None,
     ) -> None:
         warnings = WarningsToMetrics() if use_ray else None
@@ -91,9 +94,9 @@ class Trainer:
         self.model, self.runner = setup.add_adapter(config, base, self.data, self.device)
         self.optimizer = setup.make_optimizer(config, self.model)
         self.metadata = setup.adapter_metadata(config, base, self.data)
-        self.state = self._restore(config, accepted_data)
-        facts = worker_facts(config, self.model, base.fingerprint, self.state.step, self.data.digest)
-        check_agreement(facts, self.data.file_names)
+        check_agreement(run_facts(config, self.model, base.fingerprint, self.data.digest), self.data.file_names)
+        self.state = self._restore(config, resumed_from, accepted_data)
+        check_agreement(position_facts(self.model, self.state.step))
         step_images = self._images_per_step(config)
         self.config = resolve_batch_size(config, self.model, self.runner, self.data, step_images)
         self.batches = BatchSource(
@@ -128,13 +131,13 @@ class Trainer:
 
     # ---- set-up ----------------------------------------------------------------------------------------------------
 
-    def _restore(self, config: Config, accepted_data: dict[str, str] | None) -> RunState:
+    def _restore(self, config: Config, resumed_from: str | None, accepted_data: dict[str, str] | None) -> RunState:
         """Take adapter and optimizer from the newest checkpoint, if there is one, and return the position in the run.
 
         Raises:
             UserError: The checkpoint is of a run with other settings or data, unless these data are accepted.
         """
-        chosen = choose_checkpoint(self.output_dir / "checkpoints")
+        chosen = choose_checkpoint(self.output_dir / "checkpoints", resumed_from)
         if chosen is None:
             # Hosts with other hardware may draw other weights from the same seed.
             distributed.take_from_first_worker(p for p in self.model.parameters() if p.requires_grad)

@@ -20,25 +20,45 @@ import torch.distributed as dist
 
 from sam3lora.config import load_config
 from sam3lora.errors import UserError
-from sam3lora.training import agreement, trainer
+from sam3lora.training import agreement, setup, trainer
 from sam3lora.training.datasets import load_run_data
 from sam3lora.training.trainer import Trainer
 
 
 @contextlib.contextmanager
-def host(name: str, *, data_dir: str | None = None, hidden: str = "", hidden_s: float = 0, seed: int = 0) -> Iterator:
-    """A host of this name, which may have other data, see a checkpoint late, or draw other random numbers."""
+def host(
+    name: str,
+    *,
+    data_dir: str | None = None,
+    base: str | None = None,
+    rank: int | None = None,
+    hidden: str = "",
+    hidden_s: float = 0,
+    seed: int = 0,
+) -> Iterator:
+    """A host of this name, which may have other data, another base, an adapter of another rank, see a checkpoint late
+    (or several: the start of their names), or draw other random numbers."""
     is_file, manual_seed, seen_s = Path.is_file, torch.manual_seed, time.monotonic() + hidden_s
 
     def late(path: Path) -> bool:
-        return is_file(path) and not (hidden and path.parent.name == hidden and time.monotonic() < seen_s)
+        return is_file(path) and not (hidden and path.parent.name.startswith(hidden) and time.monotonic() < seen_s)
 
     def load(config, resolution, patch_size):
         return load_run_data(
             config.changed({"training.data_dir": data_dir}) if data_dir else config, resolution, patch_size
         )
 
+    load_base, add_adapter = setup.load_base_model, setup.add_adapter
+
+    def load_other_base(config, device):
+        return load_base(config.changed({"model.name": base}) if base else config, device)
+
+    def add_other_adapter(config, *arguments):
+        return add_adapter(config.changed({"lora.rank": rank}) if rank else config, *arguments)
+
     with (
+        patch.object(setup, "load_base_model", load_other_base),
+        patch.object(setup, "add_adapter", add_other_adapter),
         patch.object(agreement.socket, "gethostname", lambda: name),
         patch.object(Path, "is_file", late),
         patch.object(trainer, "load_run_data", load),
@@ -53,7 +73,8 @@ def outcome(config, case: dict[str, Any]) -> dict[str, Any]:
         with host(**case["host"]):
             if "longest_wait_s" in case:
                 root = Path(case["folder"]) / "checkpoints"
-                return {"chosen": agreement.choose_checkpoint(root, longest_wait_s=case["longest_wait_s"]).name}
+                chosen = agreement.choose_checkpoint(root, case.get("known"), longest_wait_s=case["longest_wait_s"])
+                return {"chosen": chosen and chosen.name}
             run = Trainer(config, Path(case["folder"]), use_ray=False)
     except UserError as error:
         return {"error": str(error)}

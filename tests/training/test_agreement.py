@@ -56,6 +56,9 @@ def outcomes(make_config, scenes, tmp_path):
         first = {"folder": str(tmp_path / folder), "host": {"name": "a"}, **(of_both or {})}
         return [first, first | {"folder": str(tmp_path / (second or folder)), "host": {"name": "b", **second_host}}]
 
+    def stale_first(hidden: str, **of_both) -> list[dict]:
+        return workers(saved, of_both={"host": {"name": "a", "hidden": hidden, "hidden_s": 60}, **of_both})
+
     cases = {
         "same": workers("new", seed=1),
         "incomplete": workers("new", data_dir=str(incomplete)),
@@ -63,6 +66,13 @@ def outcomes(make_config, scenes, tmp_path):
         "no validation": workers("new", data_dir=str(no_valid)),
         "other labels": workers("new", data_dir=str(relabelled)),
         "late": workers(saved, hidden=LATE, hidden_s=1),
+        "late first": workers(saved, of_both={"host": {"name": "a", "hidden": "step_", "hidden_s": 1}}),
+        "first never": stale_first(LATE, longest_wait_s=0.2),
+        "first sees none": stale_first("step_", longest_wait_s=0.2),
+        "nobody sees it": workers("new", of_both={"longest_wait_s": 0.2, "known": LATE}),
+        "newer than known": workers(saved, of_both={"longest_wait_s": 0.2, "known": "step_00000002"}),
+        "other base": workers("new", base="tiny"),
+        "other rank": workers("new", rank=8),
         "never": workers(saved, of_both={"longest_wait_s": 0.2}, hidden=LATE, hidden_s=60),
         "own copy": workers(saved, other),
     }
@@ -97,14 +107,29 @@ def test_workers_agree_or_stop(outcomes):
         assert all(text in first for text in told), first
     assert "images:" not in outcomes["other labels"][0]["error"]
     assert "images:" not in outcomes["own copy"][0]["error"]
-    # A checkpoint that the second host sees late is waited for; one that it never sees is named, and the host.
-    first, second = outcomes["late"]
-    assert first == second
-    assert first["step"] == 4
-    first, second = outcomes["never"]
-    assert first == {"chosen": LATE}
-    assert "host b does not see checkpoint" in second["error"]
-    assert LATE in second["error"]
+    # Shapes are compared before any weights are exchanged.
+    for case, told in (("other base", "base model: fingerprint"), ("other rank", "adapter shapes: ")):
+        first, second = (outcome["error"] for outcome in outcomes[case])
+        assert first == second
+        assert told in first
+    assert "fingerprint" not in outcomes["other rank"][0]["error"]
+    # A checkpoint that either host sees late is waited for, also where the first would have begun at step 0.
+    for case in ("late", "late first"):
+        first, second = outcomes[case]
+        assert first == second
+        assert first["step"] == 4
+    # One that a host never sees is named on both, and the host, also if only the process that resumed saw it.
+    for case, told in {
+        "never": ("host b (worker 1)",),
+        "first never": ("host a (worker 0)",),
+        "first sees none": ("host a (worker 0)",),
+        "nobody sees it": ("host a (worker 0)", "host b (worker 1)"),
+    }.items():
+        first, second = (outcome["error"] for outcome in outcomes[case])
+        assert first == second
+        assert f"{LATE}, from which the run goes on, is not seen by {', '.join(told)}:" in first
+    # A restart finds newer checkpoints than the start did.
+    assert outcomes["newer than known"] == [{"chosen": LATE}] * 2
 
 
 def test_many_missing_images_are_counted(monkeypatch):
@@ -120,3 +145,13 @@ def test_many_missing_images_are_counted(monkeypatch):
         check_agreement(facts, lambda: {"train images": names})
     assert "h1" not in str(error.value)
     assert "torch" not in str(error.value)
+
+
+def test_workers_with_other_facts(monkeypatch):
+    # Another version of the package may know other facts, in either direction.
+    seen = iter([[("h0", {"torch": "2", "old": "x"}), ("h1", {"torch": "2", "new": "y"})], [{"a": ["1"]}, {}]])
+    monkeypatch.setattr(distributed, "gather_objects", lambda value: next(seen))
+    with pytest.raises(agreement.UserError) as error:
+        check_agreement({}, dict)
+    assert "old: x on host h0 (worker 0); unknown on host h1 (worker 1)" in str(error.value)
+    assert "new: unknown on host h0 (worker 0); y on host h1 (worker 1)" in str(error.value)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from torch.nn import Parameter
@@ -97,3 +99,23 @@ def test_what_the_first_worker_makes_of_all_values_reaches_the_others(monkeypatc
             else:
                 with pytest.raises(ValueError, match=r"cannot measure \[3, 4\]"):
                     distributed.on_first_worker(3, refuse)
+
+
+class OfTwo(Exception):
+    """An exception that pickles but does not come back: its text is not what it is made of."""
+
+    def __init__(self, value: int, unit: str) -> None:
+        super().__init__(f"{value} {unit} is too much")
+
+
+def test_the_reason_reaches_all_workers_if_the_exception_cannot_be_sent():
+    class Local(Exception):
+        """One that cannot be pickled at all."""
+
+    for error, told in ((OfTwo(3, "GB"), "OfTwo: 3 GB is too much"), (Local("no space"), "Local: no space")):
+        sendable = distributed._as_sendable(error)
+        received = pickle.loads(pickle.dumps(sendable))  # noqa: S301 - own bytes
+        assert repr(received) == repr(RuntimeError(told))
+        assert sendable.__cause__ is error
+    kept = ValueError("plain")
+    assert distributed._as_sendable(kept) is kept
