@@ -169,14 +169,22 @@ def _check_resume(
     saved, data = read_state(last), data_digest(*read_splits(config))
     changes = saved.changes(config.model_dump(mode="json"), data)
     refuse_changes(last, changes, accepted=resume == "anyway")
+    none_left = saved.why_no_step_left(config, anew=bool(changes))
+    if none_left and resume == "anyway":
+        raise UserError(f"no step is left of the run in {output_dir}: {none_left}")
+    if none_left:
+        return f"no step is left of this run, so nothing is trained: {none_left}", data
     if changes:
         return (
             f"resumed at step {saved.state.step}, from the start of epoch {saved.state.epoch + 1}, with changes: "
             f"{', '.join(changes)}. best/ is chosen anew"
         ), data
+    unknown = []
     if saved.data is None:
-        return f"{last} does not say which images and labels the run had, so they were not compared", data
-    return None, data
+        unknown.append("which images and labels the run had, so they were not compared")
+    if saved.base is None:
+        unknown.append("the fingerprint of its base model, so that only the name was compared")
+    return f"{last} does not say {', nor '.join(unknown)}" if unknown else None, data
 
 
 def _run(

@@ -111,6 +111,7 @@ class Trainer:
         self.total_steps = self._plan_steps()
         self.best_metric, reason = distributed.on_first_worker(None, lambda _: deciding_metric(config, self.data))
         self.state.judge_by(self.best_metric)
+        self.state.finished = self.state.stays_stopped(config.training.early_stopping_patience)
         self.log = self._open_log(warnings)
         if self.log:
             log_plan(self, self.best_metric, reason)
@@ -143,7 +144,7 @@ class Trainer:
             distributed.take_from_first_worker(p for p in self.model.parameters() if p.requires_grad)
             return RunState()
         saved = read_state(chosen)
-        changes = saved.changes(_settings_of(config), self.data.digest)
+        changes = saved.changes(_settings_of(config), self.data.digest, self.metadata.base_fingerprint)
         refuse_changes(chosen, changes, accepted=accepted_data == self.data.digest)
         load_checkpoint(chosen, self.model, self.optimizer)
         if changes:
@@ -274,7 +275,8 @@ class Trainer:
         if distributed.rank() == 0:
             root, keep = self.output_dir / "checkpoints", self.config.training.save_total_limit
             settings, data = _settings_of(self.config), self.data.digest
-            save_checkpoint(root, self.model, self.optimizer, self.state, settings, data, keep=keep)
+            base = self.metadata.base_fingerprint
+            save_checkpoint(root, self.model, self.optimizer, self.state, settings, data, keep=keep, base=base)
             self._save_adapter("last", {})
             self._saved_s = time.monotonic()
 

@@ -10,14 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sam3lora import files
+from sam3lora.config import load_config
 from sam3lora.config.loss import LossSection
 from sam3lora.errors import UserError
 from sam3lora.model.adapter.lora_layers import LoraSettings, apply_lora
 from sam3lora.training.checkpoints import (
     RunState,
+    SavedRun,
     list_checkpoints,
     load_checkpoint,
     read_state,
@@ -47,9 +50,10 @@ def weights(model) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def save(root: Path, step: int = 5, keep: int = 3, settings=None) -> Path:
+def save(root: Path, step: int = 5, keep: int = 3, settings=None, base=None) -> Path:
     model, optimizer = make_run(seed=step, steps=2)
-    return save_checkpoint(root, model, optimizer, RunState(step=step, epoch=1), settings or SETTINGS, DATA, keep=keep)
+    state = RunState(step=step, epoch=1)
+    return save_checkpoint(root, model, optimizer, state, settings or SETTINGS, DATA, keep=keep, base=base)
 
 
 def changes(folder: Path, sections=None, data=None) -> list[str]:
@@ -167,6 +171,25 @@ def truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
+def with_values(**changed):
+    """A valid file with values of another type."""
+
+    def write(path: Path) -> None:
+        path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+
+    return write
+
+
+def with_tensors(name_of, value_of=lambda value: value):
+    """A valid file with other names, without those that become None, or with other shapes."""
+
+    def write(path: Path) -> None:
+        changed = {name_of(name): value_of(value).contiguous() for name, value in load_file(path).items()}
+        save_file({name: value for name, value in changed.items() if name is not None}, path)
+
+    return write
+
+
 @pytest.mark.parametrize(
     ("file", "damage"),
     [
@@ -176,6 +199,24 @@ def truncate(path: Path) -> None:
         ("state.json", lambda path: path.write_text("{}")),
         ("state.json", lambda path: path.write_text(json.dumps({"settings": SETTINGS, "state": {"other": 1}}))),
         ("adapter.safetensors", lambda path: path.write_bytes(b"")),
+        ("state.json", with_values(settings=[])),
+        ("state.json", with_values(settings={"model": ["a"]})),
+        ("state.json", with_values(settings={"training": {"loss": "a"}})),
+        ("state.json", with_values(data=["a"])),
+        ("state.json", with_values(base=3)),
+        ("state.json", with_values(state={"step": "12"})),
+        ("state.json", with_values(state={"step": -1})),
+        ("state.json", with_values(state={"epoch_counts": [1.0]})),
+        ("adapter.safetensors", with_tensors(lambda name: f"other.{name}")),
+        ("adapter.safetensors", with_tensors(lambda name: None if "lora_A" in name else name)),
+        ("adapter.safetensors", with_tensors(lambda name: name, lambda value: value[:1])),
+        ("optimizer.safetensors", with_tensors(lambda name: f"other.{name}")),
+        ("optimizer.safetensors", with_tensors(lambda name: None)),
+        ("optimizer.safetensors", with_tensors(lambda name: None if name.endswith("exp_avg") else name)),
+        (
+            "optimizer.safetensors",
+            with_tensors(lambda name: name, lambda value: value[..., :1] if value.ndim else value),
+        ),
     ],
 )
 def test_damaged_file(tmp_path, file, damage):
@@ -240,3 +281,47 @@ def test_a_run_that_goes_on_by_another_metric_forgets_the_best_value_of_the_firs
     assert (state.best_metric_value, state.best_step) == (0.4, 4)
     state.judge_by("bbox_map")
     assert (state.best_metric_value, state.best_loss, state.best_step) == (None, None, None)
+
+
+def test_where_the_base_comes_from_may_change(tmp_path):
+    # By its fingerprint the base is known wherever it lies; without a model, as in the driver, it is not compared.
+    saved = read_state(save(tmp_path, base="a" * 64))
+    moved = SETTINGS | {"model": {"name": "elsewhere", "revision": "v2", "local_files_only": True}}
+    assert saved.changes(moved, DATA, "a" * 64) == saved.changes(moved, DATA) == []
+    other = saved.changes(SETTINGS, DATA, "b" * 64)
+    assert other == ["base model (was fingerprint aaaaaaaaaaaa, is fingerprint bbbbbbbbbbbb)"]
+    with pytest.raises(UserError, match="base model"):
+        refuse_changes(tmp_path, other, accepted=True)
+
+
+def test_how_the_base_computes_may_be_accepted(tmp_path):
+    # Attention and type leave the adapter what it is; another input or another base does not.
+    folder = save(tmp_path)
+    how = changes(folder, {"model": {"name": "tiny", "attention": "eager", "dtype": "bfloat16"}})
+    assert [change.split()[0] for change in how] == ["model.dtype", "model.attention"]
+    with pytest.raises(UserError, match="--resume-anyway"):
+        refuse_changes(folder, how)
+    refuse_changes(folder, how, accepted=True)
+    for model in ({"resolution": 28}, {"geometry_cls": False}, {"quantization": "nf4"}):
+        with pytest.raises(UserError, match=f"model.{next(iter(model))}"):
+            refuse_changes(folder, changes(folder, {"model": {"name": "tiny"} | model}), accepted=True)
+
+
+@pytest.mark.parametrize(
+    ("training", "anew", "named"),
+    [
+        ({"num_epochs": 3}, False, []),
+        ({"num_epochs": 2}, False, ["num_epochs"]),
+        ({"num_epochs": 2, "max_steps": 8}, True, ["num_epochs", "max_steps"]),
+        ({"num_epochs": 3, "max_steps": 9}, False, []),
+        ({"num_epochs": 3, "early_stopping_patience": 4}, False, ["early_stopping_patience"]),
+        ({"num_epochs": 3, "early_stopping_patience": 4}, True, []),
+        ({"num_epochs": 3, "early_stopping_patience": 5}, False, []),
+    ],
+)
+def test_whether_a_step_is_left(training, anew, named):
+    # After two epochs, eight steps, and an early stop after four validations without a better one.
+    state = RunState(step=8, epoch=2, finished=True, evaluations_without_improvement=4)
+    config = load_config({"lora": {"apply_to_scoring": True}, "training": training})
+    told = SavedRun(config.model_dump(mode="json"), state).why_no_step_left(config, anew=anew)
+    assert re.findall(r"set training\.(\w+)", told or "") == named

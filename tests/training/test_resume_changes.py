@@ -115,11 +115,39 @@ def test_checkpoint_that_does_not_say_its_data(begun):
     for name in checkpoints_of(begun):
         file = folder_of(begun) / "checkpoints" / name / "state.json"
         content = json.loads(file.read_text())
-        del content["data"]
+        del content["data"], content["base"]
         file.write_text(json.dumps(content))
     assert train(begun, resume=True).steps == 6
     [warning] = lines_of(begun, "warning")
-    assert "were not compared" in warning["message"]
+    assert "were not compared, nor the fingerprint of its base model" in warning["message"]
+
+
+def test_a_moved_base_is_the_same_and_another_is_refused(begun, tmp_path):
+    moved = shutil.copytree(begun.model.name, tmp_path / "moved")
+    assert train(begun.changed({"model.name": str(moved), "training.max_steps": 5}), resume=True).steps == 5
+    with pytest.raises(UserError, match=r"base model \(was fingerprint \w{12}, is fingerprint \w{12}\)"):
+        train(begun.changed({"model.name": "tiny"}), resume="anyway")
+
+
+def test_no_step_is_left(begun):
+    # `--resume` says so and succeeds; `--resume-anyway` was to do something, and does not touch the folder.
+    done = begun.changed({"training.max_steps": 4})
+    before = {path: path.stat().st_mtime_ns for path in folder_of(begun).rglob("*")}
+    with pytest.raises(UserError, match=r"no step is left .*training\.max_steps \(now 4\)"):
+        train(done.changed({"training.seed": 7}), resume="anyway")
+    assert {path: path.stat().st_mtime_ns for path in folder_of(begun).rglob("*")} == before
+    assert train(done, resume=True).steps == 4
+    [warning] = lines_of(begun, "warning")
+    assert "no step is left of this run" in warning["message"]
+
+
+def test_a_run_that_stopped_early_goes_on_with_more_patience(begun):
+    file = folder_of(begun) / "checkpoints" / checkpoints_of(begun)[-1] / "state.json"
+    content = json.loads(file.read_text())
+    content["state"] |= {"finished": True, "evaluations_without_improvement": 2, "best_loss": 0.0}
+    file.write_text(json.dumps(content))
+    assert train(begun.changed({"training.early_stopping_patience": 2}), resume=True).steps == 4
+    assert train(begun.changed({"training.early_stopping_patience": 4}), resume=True).steps == 6
 
 
 def test_a_second_run_in_the_folder_is_refused(make_config, monkeypatch):
