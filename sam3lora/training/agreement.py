@@ -44,7 +44,7 @@ def choose_checkpoint(root: Path, known: str | None = None, *, longest_wait_s: f
     names = [name for theirs in distributed.gather_objects(own) for name in theirs] + ([known] if known else [])
     if not names:
         return None
-    chosen = root / max(names)
+    chosen = root / max(names, key=lambda name: int(name.removeprefix("step_")))
     give_up_s = time.monotonic() + longest_wait_s
     while not (seen := is_complete(chosen)) and time.monotonic() < give_up_s:
         time.sleep(min(0.5, longest_wait_s))
