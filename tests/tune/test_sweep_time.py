@@ -37,7 +37,7 @@ PROBE = Probe(
 
 def make_config(*overrides: str) -> Config:
     """Four epochs of five steps."""
-    short = ["training.num_epochs=4", "training.batch_size=2", "training.gradient_accumulation_steps=1"]
+    short = ["training.num_epochs=4", "training.batch_size=2", "training.images_per_step=2"]
     return load_config("demo", [*short, "scaling.num_workers=0", *overrides])
 
 

@@ -114,7 +114,8 @@ def test_best_is_the_adapter_and_a_configuration_that_loads(tmp_path, monkeypatc
         {"reason": "out of memory", "batch_size": 1, "gradient_accumulation_steps": 4},
     ]
     make_adapter(tmp_path, 1, "one")
-    config = space.config_of(record.values).changed({"training.data_dir": "data", "training.batch_size": 4})
+    step = {"training.batch_size": 4, "training.images_per_step": None}
+    config = space.config_of(record.values).changed({"training.data_dir": "data", **step})
     folder = copy_best(tmp_path, record, config)
     assert folder == tmp_path / "best"
     assert {path.name for path in folder.iterdir()} == {*FILES, "config.yaml"}
