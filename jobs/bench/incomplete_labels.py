@@ -78,12 +78,12 @@ def train_and_measure(data: Path, folder: Path, exhaustive: str, seed: int, epoc
     )
     adapter = train(config).last_adapter
     found = evaluate(data, adapter=adapter, device="cpu", prompts=prompts, negative_prompts=ABSENT)
-    part = found.per_category[next(iter(found.per_category))]
     return {
         "mask mAP": found.map or 0.0,
         "mask mAP50": found.map_50 or 0.0,
         "box mAP": found.bbox_map or 0.0,
-        "recall": part.mar_100 or 0.0,
+        "F1 at score 0.5": found.positive_micro_f1 or 0.0,
+        "detections / objects": found.num_detections / found.num_ground_truth,
         "false alarms": found.off_prompt_fpr or 0.0,
         "presence right": found.presence_accuracy or 0.0,
     }

@@ -40,7 +40,7 @@ def log_plan(trainer: Trainer, best_metric: str, reason: str | None) -> None:
         message = (
             f"training.warmup_steps={training.warmup_steps} is cut to half of the run's {trainer.total_steps} steps"
         )
-        trainer.log.write("warning", step=trainer.state.step, message=message)
+        trainer.log.write("note", step=trainer.state.step, message=message)
     if trainer.total_steps < FEW_STEPS and training.max_steps is None:
         epochs = -(-ENOUGH_STEPS // batches.steps_per_epoch)
         message = f"{trainer.total_steps} steps in all, where recipes of this kind take some hundreds: "

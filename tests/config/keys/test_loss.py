@@ -69,7 +69,7 @@ def test_mask_resolution_is_where_masks_are_compared(shared, monkeypatch):
     monkeypatch.setattr(
         masks,
         "_focal_and_dice",
-        lambda logits, targets, alpha: compared.append(tuple(logits.shape[1:])) or sums(logits, targets, alpha),
+        lambda logits, *rest, **options: compared.append(tuple(logits.shape[1:])) or sums(logits, *rest, **options),
     )
 
     def shapes(*overrides):

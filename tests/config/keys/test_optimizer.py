@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sam3lora.errors import UserError
 from sam3lora.model.components import component_of
 from sam3lora.training.launch import train
 
@@ -104,8 +105,10 @@ def test_warmup_ratio_is_a_share_of_the_run(build):
 
     # 40 steps
     assert steps("training.warmup_steps=null", "training.warmup_ratio=0.2") == 8
-    assert steps("training.warmup_steps=3", "training.warmup_ratio=0.2") == 3
-    assert steps("training.warmup_steps=100", "training.warmup_ratio=0.2") == 20
+    assert steps("training.warmup_steps=3") == 3
+    assert steps("training.warmup_steps=100") == 20
+    with pytest.raises(UserError, match="warmup_ratio has no effect"):
+        steps("training.warmup_steps=3", "training.warmup_ratio=0.2")
 
 
 def test_a_longer_run_is_resumed_with_the_warmup_it_began_with(run, settings):
