@@ -175,7 +175,7 @@ class LossRunner:
         predictions = Predictions(
             logits_LBQ=found.logits_LBQ,
             boxes_cxcywh_LBQ4=found.boxes_cxcywh_LBQ4,
-            presence_logits_LB=found.raw_presence_logits_LB,
+            presence_logits_LB=found.presence_to_learn_LB(),
             logits_o2m_LBQ=found.logits_o2m_LBQ,
             boxes_o2m_LBQ4=found.boxes_o2m_LBQ4,
         )

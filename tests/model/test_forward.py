@@ -152,9 +152,16 @@ def test_presence_beyond_its_limits_keeps_its_gradient(sam3):
     assert (found.presence_logits_LB == -10).all()
     assert (found.raw_presence_logits_LB < -40).all()
     weight = sam3.detr_decoder.presence_head.layer3.weight.requires_grad_()
-    loss = torch.nn.functional.softplus(-found.raw_presence_logits_LB).sum()  # of "the word is there"
+    learned, raw = found.presence_to_learn_LB(), found.raw_presence_logits_LB
+    torch.testing.assert_close(learned, -10 + 0.1 * (raw + 10))
+    loss = torch.nn.functional.softplus(-learned).sum()  # of "the word is there"
     [gradient] = torch.autograd.grad(loss, weight)
     assert gradient.any()
+    # within the limits all three are the same
+    sam3.detr_decoder.presence_head.layer3.bias.data.fill_(0.0)
+    found = staged.detect(*encode(staged), index, index)
+    assert torch.equal(found.presence_to_learn_LB(), found.raw_presence_logits_LB)
+    assert torch.equal(found.presence_logits_LB, found.raw_presence_logits_LB)
 
 
 @torch.no_grad()

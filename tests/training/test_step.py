@@ -93,7 +93,7 @@ def test_a_rejected_word_is_taught(make_config):
     head = worker.runner.staged.model.detr_decoder.presence_head.layer3
     getattr(head, "base_layer", head).bias.data.fill_(-50.0)
     gradients, terms = gradients_of(worker, 8)
-    assert terms["presence_loss"] > 10
+    assert terms["presence_loss"] > 5
     assert any(gradient.any() for gradient in gradients.values())
 
 

@@ -76,14 +76,16 @@ def _leaf(values: Tensor) -> Tensor:
     return values.detach().requires_grad_(values.requires_grad)
 
 
+SLOPE_BEYOND_LIMITS = 0.1
+
+
 @dataclass
 class DetectorOutput:
     """Output of the decoder for ``B`` find queries, with the inputs of the mask head.
 
     ``boxes_cxcywh_LBQ4`` are float32 in units of the input's sides; presence is not multiplied into the logits.
-    ``presence_logits_LB`` are limited to +-10, as by the stock model; beyond the limits they have no gradient. A loss
-    takes ``raw_presence_logits_LB``, as SAM 3's own training does, where the result of the limit is discarded. The
-    ``o2m`` fields are None unless the one-to-many branch was asked for.
+    ``presence_logits_LB`` are limited to +-10, as by the stock model, ``raw_presence_logits_LB`` are not. The ``o2m``
+    fields are None unless the one-to-many branch was asked for.
     """
 
     logits_LBQ: Tensor
@@ -102,3 +104,13 @@ class DetectorOutput:
     def scores_BQ(self) -> Tensor:
         """Probability that each object query is an instance of its prompt: sigmoid(logit) x sigmoid(presence)."""
         return self.logits_LBQ[-1].float().sigmoid() * self.presence_logits_LB[-1].float().sigmoid()[:, None]
+
+    def presence_to_learn_LB(self) -> Tensor:
+        """Presence logits for a loss: beyond their limits they go on, with a part of the slope.
+
+        Limited logits have no gradient there, so a word that the base firmly rejects could not be taught. SAM 3's own
+        training takes raw ones (the result of its limit is discarded), in which the presence of such a word outweighs
+        all other terms for many steps.
+        """
+        limited_LB = self.presence_logits_LB
+        return limited_LB + SLOPE_BEYOND_LIMITS * (self.raw_presence_logits_LB - limited_LB)
