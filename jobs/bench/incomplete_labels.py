@@ -8,13 +8,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import torch
 
-from jobs.bench.study import StudyReport, keep_run, read_runs, short_run
+from jobs.bench.study import StudyReport, run_study, short_run
 from sam3lora.data.coco import ANNOTATION_FILE
 
 WORD = "part"
@@ -25,28 +23,18 @@ ABSENT = ("circle", "star", "square", "cat", "car")  # words that no image shows
 def study_incomplete_labels(
     *, seeds: Sequence[int], num_train: int = 32, num_valid: int = 48, epochs: int = 10, results: Path | None = None
 ) -> StudyReport:
-    """Every way with every seed, which draws images, removes labels and trains.
+    """Train every way with every seed; `results` as in `run_study`."""
+    complete_of: dict[Path, str] = {}  # as each set was drawn
 
-    Args:
-        results: A file to which each run is appended; runs that it holds are not repeated.
-    """
-    from sam3lora.data.synth.dataset import write_dataset
+    def measure(data: Path, folder: Path, seed: int, way: tuple[float, str]) -> dict[str, float]:
+        share, exhaustive = way
+        file = data / "train" / ANNOTATION_FILE
+        complete = complete_of.setdefault(data, file.read_text(encoding="utf-8"))
+        labels = keep_labels(json.loads(complete), share, seed)
+        file.write_text(json.dumps(labels), encoding="utf-8")
+        return {"labels": len(labels["annotations"]), **train_and_measure(data, folder, exhaustive, seed, epochs)}
 
-    torch.set_num_threads(1)
-    runs = read_runs(results)
-    known = {(run["way"], run["seed"]) for run in runs}
-    with TemporaryDirectory() as scratch:
-        for seed in seeds:
-            data = Path(scratch) / f"data{seed}"
-            write_dataset(data, num_train=num_train, num_valid=num_valid, seed=seed, progress=False)
-            complete = (data / "train" / ANNOTATION_FILE).read_text(encoding="utf-8")
-            for way, (share, exhaustive) in WAYS.items():
-                if (way, seed) not in known:
-                    labels = keep_labels(json.loads(complete), share, seed)
-                    (data / "train" / ANNOTATION_FILE).write_text(json.dumps(labels), encoding="utf-8")
-                    run = train_and_measure(data, Path(scratch) / f"{len(runs)}", exhaustive, seed, epochs)
-                    runs.append({"way": way, "seed": seed, "labels": len(labels["annotations"]), **run})
-                    keep_run(results, runs[-1])
+    runs = run_study(WAYS, seeds, num_train, num_valid, results, measure)
     facts = {"steps": f"{epochs} epochs of {num_train} images, 4 a step", "validation images": num_valid}
     facts["negative prompts"] = ", ".join(ABSENT)
     return StudyReport(f'"{WORD}" on complete validation labels', runs, facts)

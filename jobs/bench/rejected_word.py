@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from jobs.bench.study import StudyReport, keep_run, read_runs, short_run
+from jobs.bench.study import StudyReport, run_study, short_run
 
 WORD = "bolt"
 FACTOR = 4.0
@@ -26,26 +26,14 @@ WAYS = {"limited": 0.0, "a tenth of the slope (ours)": 0.1, "raw (SAM 3)": 1.0}
 def study_rejected_word(
     *, seeds: Sequence[int], num_train: int = 24, num_valid: int = 32, epochs: int = 8, results: Path | None = None
 ) -> StudyReport:
-    """Every way with every seed, which draws images and trains.
-
-    Args:
-        results: A file to which each run is appended; runs that it holds are not repeated.
-    """
-    from sam3lora.data.synth.dataset import write_dataset
-
-    torch.set_num_threads(1)
-    runs = read_runs(results)
-    known = {(run["way"], run["seed"]) for run in runs}
+    """Train every way with every seed; `results` as in `run_study`."""
     with TemporaryDirectory() as scratch:
         base = surer_base(Path(scratch) / "base", FACTOR)
-        for seed in seeds:
-            data = Path(scratch) / f"data{seed}"
-            write_dataset(data, num_train=num_train, num_valid=num_valid, seed=seed, progress=False)
-            for way, slope in WAYS.items():
-                if (way, seed) not in known:
-                    run = train_and_measure(base, data, Path(scratch) / f"{len(runs)}", seed, epochs, slope)
-                    runs.append({"way": way, "seed": seed, **run})
-                    keep_run(results, runs[-1])
+
+        def measure(data: Path, folder: Path, seed: int, slope: float) -> dict[str, float]:
+            return train_and_measure(base, data, folder, seed, epochs, slope)
+
+        runs = run_study(WAYS, seeds, num_train, num_valid, results, measure)
     facts = {"base": f"tiny, the last layer of its presence head times {FACTOR:g}", "word": WORD}
     facts["steps"] = f"{epochs} epochs of {num_train} images, 4 a step"
     facts["measured on"] = f"{num_valid} held-out images; presence logits before any limit, means over images"

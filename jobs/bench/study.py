@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -76,6 +78,40 @@ def _text(values: Sequence[float]) -> str:
     return f"{mean:.3f}" if len(values) < 2 else f"{mean:.3f} +- {half:.3f}"
 
 
+def run_study(
+    ways: Mapping[str, Any],
+    seeds: Sequence[int],
+    num_train: int,
+    num_valid: int,
+    results: Path | None,
+    measure: Callable[[Path, Path, int, Any], Mapping[str, Any]],
+) -> list[dict[str, Any]]:
+    """Every way with every seed, which also draws the images. One thread each.
+
+    Args:
+        ways: Name -> what `measure` gets.
+        num_train: Images of the drawn set; so is `num_valid`.
+        results: A file to which each run is appended; runs that it holds are not repeated.
+        measure: Called with the folder of the drawn set, one for the run, the seed and the way; returns its values.
+    """
+    from sam3lora.data.synth.dataset import write_dataset
+
+    torch.set_num_threads(1)
+    runs = read_runs(results)
+    known = {(run["way"], run["seed"]) for run in runs}
+    with TemporaryDirectory() as scratch:
+        for seed in seeds:
+            data = write_dataset(
+                Path(scratch) / f"data{seed}", num_train=num_train, num_valid=num_valid, seed=seed, progress=False
+            )
+            for name, way in ways.items():
+                if (name, seed) not in known:
+                    values = measure(data, Path(scratch) / f"{len(runs)}", seed, way)
+                    runs.append({"way": name, "seed": seed, **values})
+                    _keep_run(results, runs[-1])
+    return runs
+
+
 def read_runs(results: Path | None) -> list[dict[str, Any]]:
     """Runs of an earlier call, which are not repeated: a line of JSON each."""
     if results is None or not results.is_file():
@@ -83,7 +119,7 @@ def read_runs(results: Path | None) -> list[dict[str, Any]]:
     return [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
 
 
-def keep_run(results: Path | None, run: Mapping[str, Any]) -> None:
+def _keep_run(results: Path | None, run: Mapping[str, Any]) -> None:
     if results is not None:
         with results.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(run) + "\n")

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from jobs.bench.drill.namespaces import enter, mounted
 from jobs.bench.drill.runs import SETTINGS, Drill, DrillFailed, Run, check_whole, loss_of
 from sam3lora.config import load_config
 from sam3lora.training.checkpoints import list_checkpoints
@@ -33,9 +34,14 @@ class Pair:
 
 
 def start_pair(
-    drill: Drill, name: str, *overrides: str, folder: Path | None = None, prefix: Sequence[str] = ()
+    drill: Drill,
+    name: str,
+    *overrides: str,
+    folder: Path | None = None,
+    prefix: Sequence[str] = (),
+    prefixed_rank: int = 1,
 ) -> Pair:
-    """Start both; the words of `prefix` run the second."""
+    """Start both; the words of `prefix` run one of them."""
     folder = folder or drill.scratch / name
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     paths = [f"training.data_dir={drill.data}", f"output.output_dir={folder}"]
@@ -45,7 +51,7 @@ def start_pair(
     for rank in (0, 1):
         log = f"{name}_{rank}"
         words = ["-m", "jobs.bench.drill.plain_worker", str(config_file), str(rank), "2", str(rendezvous)]
-        process = drill.start(log, [*(prefix if rank else ()), sys.executable, *words])
+        process = drill.start(log, [*(prefix if rank == prefixed_rank else ()), sys.executable, *words])
         runs.append(Run(folder, process, drill.scratch / f"{log}.log"))
     return Pair((runs[0], runs[1]))
 
@@ -57,18 +63,8 @@ def other_view(folder: Path, instead: Path) -> Iterator[tuple[list[str], list[st
     Raises:
         DrillFailed: This system allows no mounts in a user namespace.
     """
-    mount = f"mount --bind '{instead}' '{folder}' && echo ready && exec sleep infinity"
-    holder = subprocess.Popen(
-        ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount], stdout=subprocess.PIPE, text=True
-    )
-    try:
-        if holder.stdout is None or holder.stdout.readline().strip() != "ready":
-            raise DrillFailed("cannot mount a folder here (unshare --user --mount)")
-        enter = ["nsenter", "-U", "-m", "--preserve-credentials", "-t", str(holder.pid)]
-        yield enter, [*enter, "umount", "-l", str(folder)]
-    finally:
-        holder.kill()
-        holder.wait()
+    with mounted(f"mount --bind '{instead}' '{folder}'") as holder:
+        yield enter(holder), [*enter(holder), "umount", "-l", str(folder)]
 
 
 def sigterm_plain_worker(drill: Drill) -> dict[str, object]:
@@ -94,8 +90,8 @@ def unequal_data(drill: Drill) -> dict[str, object]:
     shutil.copytree(drill.data / "train", instead)
     for image in sorted(path for path in instead.iterdir() if path.suffix != ".json")[:2]:
         image.unlink()
-    with other_view(drill.data / "train", instead) as (enter, _):
-        pair = start_pair(drill, "unequal_data", "training.on_bad_image=skip", prefix=enter)
+    with other_view(drill.data / "train", instead) as (inside, _):
+        pair = start_pair(drill, "unequal_data", "training.on_bad_image=skip", prefix=inside)
         began = time.time()
         statuses = pair.wait()
     messages = {run.message() for run in pair.runs}
@@ -107,10 +103,19 @@ def unequal_data(drill: Drill) -> dict[str, object]:
 
 def stale_listing(drill: Drill) -> dict[str, object]:
     """one of two hosts sees the newest checkpoint 5 s late"""
-    reference = start_pair(drill, "stale_reference", *LONGER)
+    return _stale_for_a_while(drill, "stale_listing", 1)
+
+
+def stale_first(drill: Drill) -> dict[str, object]:
+    """the same on the host of the first worker"""
+    return _stale_for_a_while(drill, "stale_first", 0)
+
+
+def _stale_for_a_while(drill: Drill, name: str, rank: int) -> dict[str, object]:
+    reference = start_pair(drill, f"{name}_reference", *LONGER)
     if reference.wait() != [0, 0]:
         raise DrillFailed(reference.runs[0].output()[-800:])
-    with _stale(drill, "stale_listing") as (pair, end):
+    with _stale(drill, name, rank) as (pair, end):
         time.sleep(5)
         subprocess.run(end, check=True)
         statuses = pair.wait()
@@ -123,7 +128,7 @@ def stale_listing(drill: Drill) -> dict[str, object]:
 
 def stale_for_good(drill: Drill) -> dict[str, object]:
     """one of two hosts never sees the newest checkpoint"""
-    with _stale(drill, "stale_for_good") as (pair, _):
+    with _stale(drill, "stale_for_good", 1) as (pair, _):
         began = time.time()
         statuses = pair.wait()
     message = pair.runs[1].message()
@@ -133,8 +138,8 @@ def stale_for_good(drill: Drill) -> dict[str, object]:
 
 
 @contextlib.contextmanager
-def _stale(drill: Drill, name: str) -> Iterator[tuple[Pair, list[str]]]:
-    """A run that goes on from step 8, of which the second worker sees step 4 only; words that end that."""
+def _stale(drill: Drill, name: str, rank: int) -> Iterator[tuple[Pair, list[str]]]:
+    """A run that goes on from step 8, of which the worker of this rank sees step 4 only; words that end that."""
     first = start_pair(drill, name, *SAVED)
     if first.wait() != [0, 0]:
         raise DrillFailed(first.runs[0].output()[-800:])
@@ -143,5 +148,6 @@ def _stale(drill: Drill, name: str) -> Iterator[tuple[Pair, list[str]]]:
     instead = drill.scratch / f"{name}_view"
     shutil.copytree(folder / "checkpoints", instead)
     shutil.rmtree(instead / newest.name)
-    with other_view(folder / "checkpoints", instead) as (enter, end):
-        yield start_pair(drill, f"{name}_resumed", *LONGER, folder=folder, prefix=enter), end
+    with other_view(folder / "checkpoints", instead) as (inside, end):
+        pair = start_pair(drill, f"{name}_resumed", *LONGER, folder=folder, prefix=inside, prefixed_rank=rank)
+        yield pair, end

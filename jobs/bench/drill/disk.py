@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from jobs.bench.drill.namespaces import enter, mounted
 from jobs.bench.drill.runs import Drill, DrillFailed, check_whole, loss_of
 from sam3lora.training.checkpoints import list_checkpoints
 from sam3lora.training.metrics_log import METRICS_FILE
@@ -18,12 +18,11 @@ SIZE_MB = 24
 
 
 class SmallDisk:
-    """A tmpfs at `folder` in a mount namespace of its own, which one sleeping process keeps alive."""
+    """A tmpfs at `folder` in the mount namespace of a process."""
 
-    def __init__(self, folder: Path, holder: subprocess.Popen[str]) -> None:
-        self.folder = folder
-        self.enter = ["nsenter", "-U", "-m", "--preserve-credentials", "-t", str(holder.pid)]
-        self.seen_from_here = Path(f"/proc/{holder.pid}/root{folder}")
+    def __init__(self, folder: Path, holder: int) -> None:
+        self.folder, self.enter = folder, enter(holder)
+        self.seen_from_here = Path(f"/proc/{holder}/root{folder}")
         self._filler = self.seen_from_here / "filler"
 
     def fill(self, leave_bytes: int) -> float:
@@ -44,17 +43,8 @@ def small_disk(folder: Path) -> Iterator[SmallDisk]:
         DrillFailed: This system allows no mounts in a user namespace.
     """
     folder.mkdir(parents=True)
-    mount = f"mount -t tmpfs -o size={SIZE_MB}m tmpfs '{folder}' && echo ready && exec sleep infinity"
-    holder = subprocess.Popen(
-        ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount], stdout=subprocess.PIPE, text=True
-    )
-    try:
-        if holder.stdout is None or holder.stdout.readline().strip() != "ready":
-            raise DrillFailed("cannot mount a small disk here (unshare --user --mount)")
+    with mounted(f"mount -t tmpfs -o size={SIZE_MB}m tmpfs '{folder}'") as holder:
         yield SmallDisk(folder, holder)
-    finally:
-        holder.kill()
-        holder.wait()
 
 
 def disk_full_checkpoint(drill: Drill) -> dict[str, object]:

@@ -15,42 +15,42 @@ TWO = ("scaling.num_workers=2",)
 
 def worker_killed(drill: Drill) -> dict[str, object]:
     """kill -9 of one of two workers"""
+    return _worker_gets(signal.SIGKILL, drill, "worker_killed")
+
+
+def worker_hangs(drill: Drill) -> dict[str, object]:
+    """one of two workers is stopped (SIGSTOP) and never goes on"""
+    return _worker_gets(signal.SIGSTOP, drill, "worker_hangs")
+
+
+def _worker_gets(number: signal.Signals, drill: Drill, name: str) -> dict[str, object]:
     reference = drill.reference(*TWO)
-    run = drill.train("worker_killed", *TWO)
+    run = drill.train(name, *TWO)
     fault_s = run.wait_for_step(6)
-    run.workers()[0].send_signal(signal.SIGKILL)
+    run.workers()[1].send_signal(number)
     status = run.wait()
     return {"status": status, **loss_of(run, fault_s), "adapter": check_whole(run.folder, reference)}
 
 
 def driver_killed(drill: Drill) -> dict[str, object]:
     """kill -9 of the process that waits for the worker, and --resume"""
-    reference = drill.reference(*ON_RAY)
-    run = drill.train("driver_killed", *ON_RAY)
-    fault_s = run.wait_for_step(6)
-    run.process.send_signal(signal.SIGKILL)
-    status = run.wait()
-    resumed = drill.resume(run, *ON_RAY)
-    return {
-        "status": f"{status}, {resumed.wait()}",
-        **loss_of(run, fault_s, resumed),
-        "adapter": check_whole(run.folder, reference),
-    }
+    return _killed_and_resumed(drill, "driver_killed", *ON_RAY)
 
 
 def process_killed(drill: Drill) -> dict[str, object]:
     """kill -9 of a run without Ray, and --resume"""
-    reference = drill.reference()
-    run = drill.train("process_killed")
+    return _killed_and_resumed(drill, "process_killed")
+
+
+def _killed_and_resumed(drill: Drill, name: str, *overrides: str) -> dict[str, object]:
+    reference = drill.reference(*overrides)
+    run = drill.train(name, *overrides)
     fault_s = run.wait_for_step(6)
     run.process.send_signal(signal.SIGKILL)
     status = run.wait()
-    resumed = drill.resume(run)
-    return {
-        "status": f"{status}, {resumed.wait()}",
-        **loss_of(run, fault_s, resumed),
-        "adapter": check_whole(run.folder, reference),
-    }
+    resumed = drill.resume(run, *overrides)
+    row = {"status": f"{status}, {resumed.wait()}", **loss_of(run, fault_s, resumed)}
+    return row | {"adapter": check_whole(run.folder, reference)}
 
 
 def not_finite(drill: Drill) -> dict[str, object]:
@@ -81,13 +81,3 @@ def two_runs(drill: Drill) -> dict[str, object]:
     if statuses != [0, 2, 2]:
         raise DrillFailed(f"statuses {statuses}: {messages}")
     return {"status": str(statuses), "adapter": check_whole(run.folder, reference), "message": messages[0]}
-
-
-def worker_hangs(drill: Drill) -> dict[str, object]:
-    """one of two workers is stopped (SIGSTOP) and never goes on"""
-    reference = drill.reference(*TWO)
-    run = drill.train("worker_hangs", *TWO)
-    fault_s = run.wait_for_step(6)
-    run.workers()[1].send_signal(signal.SIGSTOP)
-    status = run.wait()
-    return {"status": status, **loss_of(run, fault_s), "adapter": check_whole(run.folder, reference)}

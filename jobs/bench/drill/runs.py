@@ -206,8 +206,10 @@ def loss_of(run: Run, fault_s: float, resumed: Run | None = None) -> dict[str, o
     if restart is None:
         raise DrillFailed(f"the run was not started again: {after.output()[-500:]}")
     before = max(line["step"] for line in run.steps(before=restart["unix_time"]))
-    new_s = next(line for line in after.steps(after=restart["unix_time"]) if line["step"] == before + 1)["unix_time"]
-    return {"steps repeated": before - restart["step"], "seconds": new_s - fault_s}
+    new = [line for line in after.steps(after=restart["unix_time"]) if line["step"] == before + 1]
+    if not new:
+        raise DrillFailed(f"no step after {before} was done: {after.output()[-500:]}")
+    return {"steps repeated": before - restart["step"], "seconds": new[0]["unix_time"] - fault_s}
 
 
 def check_steps(folder: Path, last: int) -> None:

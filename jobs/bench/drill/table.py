@@ -34,6 +34,7 @@ DRILLS: dict[str, Callable[[Drill], dict[str, object]]] = {
         apart.sigterm_plain_worker,
         apart.unequal_data,
         apart.stale_listing,
+        apart.stale_first,
         apart.stale_for_good,
     )
 }
