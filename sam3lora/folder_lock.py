@@ -30,15 +30,19 @@ def locked_folder(folder: Path, doing: str) -> Iterator[None]:
         doing: What the holder does, for the message, such as "training".
 
     Raises:
-        UserError: Another process holds the lock; the message names its host and process.
-        OSError: The folder cannot be written to.
+        UserError: Another process holds the lock, whose host and process the message names; or the folder cannot be
+            written to.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / LOCK_FILE
-    descriptor = _open_locked(file, doing)
     try:
-        os.truncate(descriptor, 0)
-        os.write(descriptor, json.dumps({"host": socket.gethostname(), "process": os.getpid()}).encode())
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = _open_locked(file, doing)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error.strerror or error}): choose another folder") from error
+    try:
+        with contextlib.suppress(OSError):  # on a full disk the lock holds, without a name
+            os.truncate(descriptor, 0)
+            os.write(descriptor, json.dumps({"host": socket.gethostname(), "process": os.getpid()}).encode())
         yield
     finally:
         file.unlink(missing_ok=True)  # before the lock ends, so that nobody else's file is removed

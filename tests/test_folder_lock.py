@@ -86,6 +86,6 @@ def test_a_link_in_the_place_of_the_lock_keeps_its_target(tmp_path):
     (tmp_path / "important").write_text("mine")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".lock").symlink_to(tmp_path / "important")
-    with pytest.raises(OSError, match="symbolic"), locked_folder(tmp_path / "run", "training"):
+    with pytest.raises(UserError, match="symbolic"), locked_folder(tmp_path / "run", "training"):
         pass
     assert (tmp_path / "important").read_text() == "mine"

@@ -34,9 +34,9 @@ class DataSection(Section):
     )
     exhaustive: bool | tuple[str, ...] = Field(
         default=True,
-        description="Every object of every category is annotated, so a category without objects is truly absent. "
-        "A list of names: this holds of these categories only. false: of none. The others are asked only of images "
-        "with a label of them, and what has no label there is not taught to be background.",
+        description="Whether every object of a category is annotated, so that an image without a label of it does not "
+        "show it: true for all categories, a list of names for these alone, false for none. The others are asked only "
+        "of images with a label of them, and what has no label there is not taught to be background.",
     )
     augmentation: Literal["none", "sam3"] = Field(
         default="none", description='"sam3" = random size and position on a padded square, as in the training of SAM 3.'

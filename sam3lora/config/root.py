@@ -17,6 +17,8 @@ from .model import ModelSection
 from .scaling import ScalingSection
 from .training import TrainingSection
 
+_DEFAULT_NEGATIVES = TrainingSection.model_fields["num_negatives"].default
+
 
 class OutputSection(Section):
     """The run folder."""
@@ -62,15 +64,8 @@ class Config(Section):
                 f"scaling.num_workers {workers} is more than training.images_per_step {images}, so some workers would "
                 f"have no image: use at most {images} workers, or set training.images_per_step to {workers} or more"
             )
-        if (
-            not self.data.exhaustive
-            and not self.data.negative_prompts
-            and self.training.num_negatives
-            not in (
-                0,
-                TrainingSection.model_fields["num_negatives"].default,
-            )
-        ):
+        has_negatives = self.data.exhaustive or self.data.negative_prompts
+        if not has_negatives and self.training.num_negatives not in (0, _DEFAULT_NEGATIVES):
             raise ValueError(
                 "training.num_negatives has no effect while data.exhaustive is false and data.negative_prompts is "
                 "empty: list negative_prompts, or set num_negatives to 0"

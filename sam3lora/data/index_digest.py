@@ -1,4 +1,4 @@
-"""What tells whether two indexes hold the same images with the same labels, as short texts to compare and to show."""
+"""Short digests that tell whether two indexes hold the same images with the same labels."""
 
 from __future__ import annotations
 

@@ -53,9 +53,9 @@ def choose_checkpoint(root: Path, known: str | None = None, *, longest_wait_s: f
     blind = [f"host {host} (worker {rank})" for rank, (host, sees) in enumerate(everywhere) if not sees]
     if blind:
         raise UserError(
-            f"checkpoint {chosen}, from which the run goes on, is not seen by {', '.join(blind)}: expected a folder "
-            "that all hosts share. Look whether that host has mounted it, and how long it keeps the names of files, "
-            "then train again with --resume"
+            f"{', '.join(blind)} cannot see checkpoint {chosen}, from which the run goes on: expected a folder that "
+            "all hosts share. Check whether that host has mounted it, and how long it caches the names of files, then "
+            "train again with --resume"
         )
     return chosen
 
@@ -117,8 +117,9 @@ def check_agreement(
                 line += f", which lacks {lacking[rank][name]}" if lacking[rank].get(name) else ""
         lines.append(line)
     raise UserError(
-        f"the workers do not train the same run, so they stopped before a step. {'. '.join(lines)}. All hosts need the "
-        "same data, base model, checkpoints and packages: mend the host that differs, or use a folder that all share"
+        "the workers disagree on what to train, so the run stopped before its first step. "
+        f"{'. '.join(lines)}. All hosts need the same data, base model, checkpoints and packages: correct the host "
+        "that differs, or use a folder that all share"
     )
 
 

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,8 +16,9 @@ from sam3lora.errors import UserError
 from sam3lora.extras import check_extras
 from sam3lora.files import check_folder, remove_leftovers, write_whole
 from sam3lora.folder_lock import locked_folder
-from sam3lora.training.checkpoints import list_checkpoints, read_state, refuse_changes
+from sam3lora.training.checkpoints import list_checkpoints, read_state
 from sam3lora.training.metrics_log import METRICS_FILE, append_line, follow, read_metrics, write_plots
+from sam3lora.training.saved_run import refuse_changes
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ def train(
     output_dir = Path(config.output.output_dir)
     if resume:
         _last_checkpoint(output_dir)  # before the folder is made for the lock
-    with _only_run_in(output_dir):
+    with locked_folder(output_dir, "training"):
         accepted_data = _prepare_folder(config, output_dir, resume)
         payload = {
             "config": config.model_dump(mode="json"),
@@ -94,16 +95,6 @@ def train(
         seconds=time.time() - started,
         history=[line for line in lines if line["kind"] == "epoch"],
     )
-
-
-@contextlib.contextmanager
-def _only_run_in(output_dir: Path) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(locked_folder(output_dir, "training"))
-        except OSError as error:
-            raise UserError(f"cannot write to output.output_dir {output_dir}: {error.strerror}") from error
-        yield
 
 
 def _last_checkpoint(output_dir: Path) -> Path:
@@ -156,7 +147,9 @@ def _refuse_foreign_files(output_dir: Path) -> None:
             is_run = metrics.stat().st_size == 0 or (isinstance(first, dict) and "kind" in first)
     for file in (output_dir / "config.yaml", metrics):
         if os.path.lexists(file) and not is_run:
-            raise UserError(f"{file} is not of a run, and training would replace it: give another --output-dir")
+            raise UserError(
+                f"{file} was not written by a run, and training would replace it: give another --output-dir"
+            )
 
 
 def _check_resume(
@@ -197,6 +190,6 @@ def _run(
         from sam3lora.training.on_ray import run_on_ray  # seconds of imports
 
         return run_on_ray(config, payload, callbacks)
-    from sam3lora.training.trainer import run_worker
+    from sam3lora.training.worker import run_worker
 
     return run_worker(payload, report=report)

@@ -108,7 +108,7 @@ def worker_entry(payload: dict[str, Any]) -> dict[str, Any]:
             f"the worker on host {socket.gethostname()} does not see the run folder {output_dir}: give an "
             "--output-dir on storage that all hosts of the cluster share"
         )
-    from sam3lora.training.trainer import run_worker
+    from sam3lora.training.worker import run_worker
 
     return run_worker(payload)
 

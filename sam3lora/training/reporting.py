@@ -21,31 +21,27 @@ FEW_STEPS, ENOUGH_STEPS = 200, 500
 def log_plan(trainer: Trainer, best_metric: str, reason: str | None) -> None:
     """What a user should know of the plan of a run before its first step."""
     training, batches, workers = trainer.config.training, trainer.batches, distributed.world_size()
-    assert trainer.log
+    lines: list[tuple[str, str]] = []
     if reason:
-        trainer.log.write("warning", step=trainer.state.step, message=f"best/ is chosen by {best_metric}: {reason}")
-    usual = images_per_step(training, workers)
-    if usual != batches.images_per_step:
-        message = f"a step takes {batches.images_per_step} images, as when the run began; batch_size and "
-        message += (
-            f"gradient_accumulation_steps of {workers} workers make {usual} now: training.images_per_step={usual} "
-        )
-        message += "takes so many"
-        trainer.log.write("warning", step=trainer.state.step, message=message)
+        lines.append(("warning", f"best/ is chosen by {best_metric}: {reason}"))
+    images, now = batches.images_per_step, images_per_step(training, workers)
+    if now != images:
+        message = f"a step takes {images} images, as when the run began, and not the {now} that batch_size and "
+        message += f"gradient_accumulation_steps make now: to take these, set training.images_per_step={now}"
+        lines.append(("warning", message))
     elif training.images_per_step is None and workers > 1:
-        message = f"a step takes {batches.images_per_step} images, and would take others with another number of "
-        message += f"workers: training.images_per_step={batches.images_per_step} says so for every run"
-        trainer.log.write("note", step=trainer.state.step, message=message)
-    if training.warmup_steps is not None and training.warmup_steps > trainer.total_steps // 2:
-        message = (
-            f"training.warmup_steps={training.warmup_steps} is cut to half of the run's {trainer.total_steps} steps"
-        )
-        trainer.log.write("note", step=trainer.state.step, message=message)
-    if trainer.total_steps < FEW_STEPS and training.max_steps is None:
+        message = f"a step takes {images} images; with another number of workers it would take more or fewer. To fix "
+        lines.append(("note", f"{message}it for every run, set training.images_per_step={images}"))
+    steps, warmup = trainer.total_steps, training.warmup_steps
+    if warmup is not None and warmup > steps // 2:
+        lines.append(("note", f"training.warmup_steps={warmup} is cut to half of the {steps} steps of the run"))
+    if steps < FEW_STEPS and training.max_steps is None:
         epochs = -(-ENOUGH_STEPS // batches.steps_per_epoch)
-        message = f"{trainer.total_steps} steps in all, where recipes of this kind take some hundreds: "
-        message += f"training.num_epochs={epochs} takes {epochs * batches.steps_per_epoch}"
-        trainer.log.write("note", step=trainer.state.step, message=message)
+        message = f"{steps} steps in all, where recipes of this kind take some hundreds: training.num_epochs={epochs} "
+        lines.append(("note", f"{message}takes {epochs * batches.steps_per_epoch}"))
+    assert trainer.log
+    for kind, text in lines:
+        trainer.log.write(kind, step=trainer.state.step, message=text)
 
 
 def log_step(

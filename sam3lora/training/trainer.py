@@ -11,60 +11,26 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from sam3lora.config import Config, load_config
+from sam3lora.config import Config
 from sam3lora.config.training import images_per_step, warmup_steps
 from sam3lora.data.batch import Batch
-from sam3lora.engine.device import is_out_of_memory
-from sam3lora.errors import DiskFull, OutOfMemory, RunFailed
-from sam3lora.files import is_full
 from sam3lora.model.adapter.folder import save_adapter
 from sam3lora.model.adapter.metadata import read_metadata_values
 from sam3lora.training import distributed, setup
 from sam3lora.training.agreement import check_agreement, choose_checkpoint, position_facts, run_facts
 from sam3lora.training.best import deciding_metric, disagreement, is_improved
-from sam3lora.training.checkpoints import RunState, load_checkpoint, read_state, refuse_changes, save_checkpoint
+from sam3lora.training.checkpoints import load_checkpoint, read_state, save_checkpoint
 from sam3lora.training.datasets import BatchSource, load_run_data
 from sam3lora.training.fit_batch import resolve_batch_size
 from sam3lora.training.metrics_log import MetricsLog, WarningsToMetrics
 from sam3lora.training.notices import HOST_ENDS_SAVE_S, Notices
 from sam3lora.training.reporting import log_epoch, log_plan, log_skipped, log_step, vision_counts
+from sam3lora.training.saved_run import RunState, refuse_changes
 from sam3lora.training.step import StepCounts, TermSums
 from sam3lora.training.update import NonFiniteLoss, optimizer_step
 from sam3lora.training.validator import Validator
 
 Report = Callable[[dict[str, Any]], None]
-
-
-def run_worker(payload: dict[str, Any], *, report: Report | None = None) -> dict[str, Any]:
-    """The function that each worker of a run executes; returns the steps done, the best loss and its step.
-
-    `payload` has `config` (a dict), `use_ray`, and `resumed_from` and `accepted_data` of `Trainer`. `report` gets what
-    is measured at each validation; on Ray it goes to Ray Train instead.
-    """
-    config = load_config(payload["config"])
-    try:
-        trainer = Trainer(
-            config,
-            Path(config.output.output_dir),
-            use_ray=payload["use_ray"],
-            report=report,
-            resumed_from=payload.get("resumed_from"),
-            accepted_data=payload.get("accepted_data"),
-        )
-        return trainer.run()
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise OutOfMemory(_too_large(config, error)) from error
-    except OSError as error:
-        run = Path(config.output.output_dir)
-        if not is_full(error) and not (error.filename and Path(str(error.filename)).is_relative_to(run)):
-            raise
-        kind, advice = (DiskFull, "make room on the disk") if is_full(error) else (RunFailed, "mend that")
-        raise kind(
-            f"cannot write {error.filename or run} ({error.strerror}). Everything up to the last checkpoint is kept: "
-            f"{advice}, then train again with --resume"
-        ) from error
 
 
 class Trainer:
@@ -335,18 +301,3 @@ def _is_due(step: int, every: int | None) -> bool:
 
 def _settings_of(config: Config) -> dict[str, Any]:
     return config.model_dump(mode="json")
-
-
-def _too_large(config: Config, error: BaseException) -> str:
-    training = config.training
-    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    smaller = "half the batch_size"
-    smaller += "" if training.images_per_step else " and twice the gradient_accumulation_steps"
-    smaller += " (the same step)"
-    if training.batch_size == "auto":
-        smaller = "a number in place of batch_size: auto, which takes what fits when the run starts"
-    return (
-        f"out of memory with training.batch_size={training.batch_size} and training.max_prompts_per_forward="
-        f"{training.max_prompts_per_forward}: {first_line}. Try {smaller}, fewer prompts per forward, "
-        "gradient_checkpointing: true, or model.dtype: bfloat16"
-    )

@@ -140,7 +140,7 @@ def test_each_adapter_is_measured_as_it_is_served(make_worker, small_base, tmp_p
         recorded_data({"a": a, "c": c})
 
 
-def test_what_is_complete_is_as_the_adapter_was_trained(small_base, tmp_path):
+def test_complete_categories_are_those_that_the_adapter_records(small_base, tmp_path):
     def write(label, **data):
         return str(write_adapter(tmp_path / label, small_base, data=data))
 

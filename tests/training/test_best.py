@@ -9,9 +9,9 @@ import pytest
 
 from sam3lora.training import trainer
 from sam3lora.training.best import deciding_metric, disagreement, is_improved
-from sam3lora.training.checkpoints import RunState
 from sam3lora.training.datasets import load_run_data
 from sam3lora.training.launch import train
+from sam3lora.training.saved_run import RunState
 from sam3lora.training.validator import Validator
 
 from .changed_scenes import rewritten

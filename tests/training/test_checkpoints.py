@@ -18,16 +18,9 @@ from sam3lora.config import load_config
 from sam3lora.config.loss import LossSection
 from sam3lora.errors import UserError
 from sam3lora.model.adapter.lora_layers import LoraSettings, apply_lora
-from sam3lora.training.checkpoints import (
-    RunState,
-    SavedRun,
-    list_checkpoints,
-    load_checkpoint,
-    read_state,
-    refuse_changes,
-    save_checkpoint,
-)
+from sam3lora.training.checkpoints import list_checkpoints, load_checkpoint, read_state, save_checkpoint
 from sam3lora.training.optimization import build_optimizer
+from sam3lora.training.saved_run import RunState, SavedRun, refuse_changes
 
 SETTINGS = {"model": {"name": "tiny"}, "lora": {"rank": 2, "alpha": 4}, "data": {}, "training": {"num_epochs": 3}}
 DATA = {"train images": "8 [digest aa]", "train labels": "20 [digest bb]"}

@@ -112,7 +112,7 @@ def test_features_kept_under_autocast_have_the_precision_of_the_weights(make_con
     assert bank.kept()["zebra"].embeds_PTC.dtype == torch.float32
 
 
-def test_what_is_complete_is_measured_as_it_is_trained(make_config):
+def test_metrics_take_the_complete_categories_of_training(make_config):
     settings = evaluation_settings(make_config("data.exhaustive=[gear]"))
     assert settings.exhaustive == ("gear",)
     metrics = make_trainer(make_config("data.exhaustive=false", "training.num_negatives=0")).validator.metrics()

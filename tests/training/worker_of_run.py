@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from sam3lora.config import Config, load_config
-from sam3lora.training.trainer import run_worker
+from sam3lora.training.worker import run_worker
 
 
 def train_on(config: Config, world_size: int, scratch: Path) -> None:

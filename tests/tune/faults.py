@@ -15,7 +15,7 @@ def install():
     def watching_import(name, *args, **kwargs):
         module = plain_import(name, *args, **kwargs)
         trainer = sys.modules.get("sam3lora.training.trainer")
-        if trainer is not None and hasattr(trainer, "run_worker") and not hasattr(trainer, "_plain_step"):
+        if trainer is not None and hasattr(trainer, "Trainer") and not hasattr(trainer, "_plain_step"):
             builtins.__import__ = plain_import
             _patch(trainer)
         return module

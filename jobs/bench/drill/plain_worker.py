@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from sam3lora.config import load_config
 from sam3lora.errors import RunFailed, UserError
-from sam3lora.training.trainer import run_worker
+from sam3lora.training.worker import run_worker
 
 
 def main(config_file: str, rank: int, num_workers: int, rendezvous: Path) -> int:

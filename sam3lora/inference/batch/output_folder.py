@@ -53,11 +53,7 @@ def open_output(folder: Path, settings: Mapping[str, Any], *, overwrite: bool = 
     is_unused = not folder.exists() or (folder.is_dir() and all(path.name == LOCK_FILE for path in folder.iterdir()))
     if _read_settings(folder) is None and not is_unused:
         raise UserError(f"--output {folder} is not empty and holds no batch run: choose a new folder")
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(locked_folder(folder, "writing results"))
-        except OSError as error:
-            raise UserError(f"cannot write to --output {folder}: {error.strerror}") from None
+    with locked_folder(folder, "writing results"):
         _prepare(folder, settings, overwrite)
         yield
 

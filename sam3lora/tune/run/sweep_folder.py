@@ -24,11 +24,7 @@ def only_driver(sweep_dir: Path, resume: bool) -> Iterator[None]:
     """Lock the folder: two sweeps in it would overwrite each other's trials."""
     if resume and not (sweep_dir / SPACE_FILE).is_file():
         raise UserError(f"nothing to resume: {sweep_dir} holds no sweep; start one without --resume")
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(locked_folder(sweep_dir, "running a sweep"))
-        except OSError as error:
-            raise UserError(f"cannot write to {sweep_dir}: {error.strerror or error}") from error
+    with locked_folder(sweep_dir, "running a sweep"):
         yield
 
 
