@@ -17,12 +17,13 @@
     python jobs/bench.py serve-faults                  what clients see when its processes die, some four minutes
     python jobs/bench.py drill                         training runs that are disturbed: docs/reliability.md
     python jobs/bench.py recipes                       two training recipes at equal processor seconds, half an hour
+    python jobs/bench.py launches                      kernels of an inference and of a training step, counted
     python jobs/bench.py gpu                           SAM 3 at full size on one GPU
     python jobs/bench.py incomplete-labels             learning with half of the labels, some ten minutes
     python jobs/bench.py rejected-word                 learning a word that the base firmly rejects, some five minutes
 
-Each prints the ratio of the times, the last two what was learned; `--json PATH` keeps what was found. With nothing else
-on the machine.
+Each prints the ratio of the times, `launches` the counts, the last two what was learned; `--json PATH` keeps what was
+found. With nothing else on the machine.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ import typer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 if TYPE_CHECKING:
+    from jobs.bench.launches import LaunchReport
     from jobs.bench.recipes import RecipeReport
     from jobs.bench.report import BenchReport
     from jobs.bench.serving_report import ServingReport
@@ -359,6 +361,14 @@ def drill(
         raise typer.Exit(1)
 
 
+@app.command()
+def launches(json_path: JsonPath = None) -> None:
+    """Kernels that a GPU would start, counted part by part without one, and the bytes that the mask loss moves."""
+    from jobs.bench.launches import count_launches
+
+    _show([count_launches()], json_path)
+
+
 Seeds = Annotated[int, typer.Option(min=1, help="Runs of each way.")]
 Results = Annotated[
     Path | None, typer.Option(help="A file to which every run is appended; those that it holds are not repeated.")
@@ -391,7 +401,9 @@ def rejected_word(
     _show([study_rejected_word(seeds=range(1, seeds + 1), epochs=epochs, results=results)], json_path)
 
 
-def _show(reports: Sequence[BenchReport | RecipeReport | ServingReport | StudyReport], json_path: Path | None) -> None:
+def _show(
+    reports: Sequence[BenchReport | LaunchReport | RecipeReport | ServingReport | StudyReport], json_path: Path | None
+) -> None:
     from rich.console import Console
 
     for report in reports:

@@ -83,7 +83,7 @@ def make_runner(
     """
     settings = settings or OurSettings()
     training, lora = work.config.training, work.config.lora
-    sam3, device = sam3_of(model), torch.device("cpu")
+    sam3, device = sam3_of(model), torch.device(work.device)
     components = worth_checkpointing(sam3, wanted_checkpointing(work, settings))
     enable_checkpointing(sam3, components)
     if work.bf16:

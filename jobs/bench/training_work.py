@@ -40,6 +40,7 @@ class TrainingWork:
         precision: "bf16" is bfloat16 autocast.
         geometry_cls: Whether prompts carry the geometry CLS token. The stock forward leaves it out.
         dropout: Of the adapter; None takes the preset's.
+        device: Where the model is made.
 
     Raises:
         UserError: An unknown model, or a number below 1.
@@ -52,6 +53,7 @@ class TrainingWork:
     precision: Literal["fp32", "bf16"] = "fp32"
     geometry_cls: bool = False
     dropout: float | None = None
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if self.model not in CONFIGS:
@@ -83,7 +85,7 @@ class TrainingWork:
 
     def adapted_model(self) -> PeftModel:
         """The model with the adapter in training mode; B is not zero, so that every adapter weight has a gradient."""
-        model = apply_lora(random_model(self.model), self.lora, geometry_cls=self.geometry_cls)
+        model = apply_lora(random_model(self.model, device=self.device), self.lora, geometry_cls=self.geometry_cls)
         torch.manual_seed(1)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:

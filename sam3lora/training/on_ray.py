@@ -24,7 +24,7 @@ from sam3lora.config import Config
 from sam3lora.errors import RunFailed, UserError, WorkerLost, WorkerStopped
 from sam3lora.files import scratch_folder
 from sam3lora.training.network import TorchOnRayNetwork
-from sam3lora.training.notices import passed_on
+from sam3lora.training.notices import ASK_RAY_S, passed_on
 
 # A worker answers Ray from a thread of its own, however long a step takes. One that is silent for so long is taken for
 # dead, such as a stopped process; Ray's own default is ten minutes, in which all others would wait.
@@ -146,13 +146,13 @@ def _last_line(error: Any) -> str:
 
 def _environment(config: Config, is_local: bool) -> AbstractContextManager[None]:
     """Settings that Ray Train reads from the environment, for this run only."""
-    names = {
-        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": os.environ.get(
-            "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(_SILENT_WORKER_S)
-        ),
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(config.scaling.worker_start_timeout_s),
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": os.environ.get("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5"),
-    }
+    names = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(config.scaling.worker_start_timeout_s)}
+    for name, seconds in {  # a user's own setting goes first
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": _SILENT_WORKER_S,
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": 0.5,
+        "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": ASK_RAY_S,
+    }.items():
+        names[name] = os.environ.get(name, str(seconds))
     if is_local:  # nobody preempts this machine
         names["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
     return environment(names)
