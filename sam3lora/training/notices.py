@@ -27,7 +27,7 @@ from sam3lora.training import distributed
 
 STOP_FILE = ".stop"  # in the run folder
 STOP_WAIT_S = 300.0  # for which the waiting process leaves the workers time to save
-# Of the workers and of Ray itself. A host that is drained starts no decoding tasks any more, so training goes on only as
+# Of the workers and of Ray. A host that is drained starts no decoding tasks any more, so training goes on only as
 # long as the batches last that were read ahead. Asking takes all workers some milliseconds.
 ASK_RAY_S = 1.0
 HOST_ENDS_SAVE_S = 10.0
