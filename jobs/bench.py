@@ -52,7 +52,9 @@ NUMBER = re.compile(r"^\d+$")
 LIST_OPTIONS = {"--clients": NUMBER, "--adapters": NUMBER, "--threads": NUMBER}
 
 app = typer.Typer(help="Benchmarks beside the plain way.", no_args_is_help=True, add_completion=False)
-JsonPath = Annotated[Path | None, typer.Option("--json", metavar="PATH", help="Write what was found as JSON.")]
+JsonPath = Annotated[
+    Path | None, typer.Option("--json", metavar="PATH", dir_okay=False, help="Write what was found as JSON.")
+]
 Repeats = Annotated[int, typer.Option(min=1, help="Rounds; the median counts.")]
 Model = Annotated[Literal["tiny", "small"], typer.Option(help="Configuration, with random weights.")]
 Prompts = Annotated[int, typer.Option("--prompts", min=1, help="Prompts on each image.")]
@@ -371,7 +373,8 @@ def launches(json_path: JsonPath = None) -> None:
 
 Seeds = Annotated[int, typer.Option(min=1, help="Runs of each way.")]
 Results = Annotated[
-    Path | None, typer.Option(help="A file to which every run is appended; those that it holds are not repeated.")
+    Path | None,
+    typer.Option(dir_okay=False, help="A file to which every run is appended; those that it holds are not repeated."),
 ]
 
 
