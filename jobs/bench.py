@@ -58,6 +58,10 @@ JsonPath = Annotated[
 Repeats = Annotated[int, typer.Option(min=1, help="Rounds; the median counts.")]
 Model = Annotated[Literal["tiny", "small"], typer.Option(help="Configuration, with random weights.")]
 Prompts = Annotated[int, typer.Option("--prompts", min=1, help="Prompts on each image.")]
+Results = Annotated[
+    Path | None,
+    typer.Option(dir_okay=False, help="A file to which every run is appended; those that it holds are not repeated."),
+]
 Precision = Annotated[Literal["fp32", "bf16"], typer.Option(help="bf16 = bfloat16 autocast, all ways alike.")]
 
 
@@ -276,9 +280,7 @@ def recipes(
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each recipe on each set.")] = 3,
     images: Annotated[int, typer.Option(min=8, help="Training images of a set.")] = 24,
     held_out: Annotated[int, typer.Option("--held-out", min=1, help="Images to measure on.")] = 64,
-    results: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Append each run to it, and do not repeat those it holds.")
-    ] = None,
+    results: Results = None,
     json_path: JsonPath = None,
 ) -> None:
     """The former recipe of the presets and the present one, on three drawn sets: mAP on held-out images."""
@@ -372,10 +374,6 @@ def launches(json_path: JsonPath = None) -> None:
 
 
 Seeds = Annotated[int, typer.Option(min=1, help="Runs of each way.")]
-Results = Annotated[
-    Path | None,
-    typer.Option(dir_okay=False, help="A file to which every run is appended; those that it holds are not repeated."),
-]
 
 
 @app.command("incomplete-labels")
