@@ -6,6 +6,7 @@ their intersection and union alike.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from sam3lora.config.post_processing import PostProcessing
+from sam3lora.engine.transfers import download
 
 
 class Selection(NamedTuple):
@@ -37,6 +39,7 @@ def select(
     settings: PostProcessing,
     *,
     merge_threshold: float = 0.0,
+    mask_overlaps_NN: np.ndarray | None = None,
 ) -> Selection:
     """Merge or suppress overlapping detections, then keep the best `max_detections`.
 
@@ -45,8 +48,10 @@ def select(
         boxes_xyxy_N4: In any unit.
         mask_logits_NHW: None where neither merging nor suppression needs them.
         merge_threshold: Detections with a lower score are not merged; suppression still applies to them.
+        mask_overlaps_NN: IoU of every pair of masks, if the caller has it: without merging no masks are needed then.
     """
-    if len(scores_N) and settings.needs_masks and mask_logits_NHW is None:
+    has_overlaps = mask_overlaps_NN is not None and not settings.merge
+    if len(scores_N) and settings.needs_masks and mask_logits_NHW is None and not has_overlaps:
         raise ValueError(f"nms={settings.nms!r}, merge={settings.merge} need masks")
     index = np.arange(len(scores_N))
     is_merged = np.zeros(len(index), dtype=bool)
@@ -56,12 +61,15 @@ def select(
         mask_logits_NHW, index, is_merged = _merge(mask_logits_NHW, num_mergeable, settings.merge_iou)
     if settings.nms != "none" and settings.nms_iou < 1 and len(index) > 1:
         rows = torch.from_numpy(index).to(scores_N.device)
-        if settings.nms == "mask" or settings.merge:  # the boxes of unions are not known yet
+        if has_overlaps and settings.nms == "mask":
+            assert mask_overlaps_NN is not None
+            overlaps = mask_overlaps_NN
+        elif settings.nms == "mask" or settings.merge:  # the boxes of unions are not known yet
             assert mask_logits_NHW is not None
-            overlaps = mask_iou(mask_logits_NHW > 0)
+            overlaps = mask_iou(mask_logits_NHW > 0).cpu().numpy()
         else:
-            overlaps = box_iou(boxes_xyxy_N4[rows].float(), boxes_xyxy_N4[rows].float())
-        kept = suppress(overlaps.cpu().numpy(), settings.nms_iou)
+            overlaps = box_iou(boxes_xyxy_N4[rows].float(), boxes_xyxy_N4[rows].float()).cpu().numpy()
+        kept = suppress(overlaps, settings.nms_iou)
     else:
         kept = np.arange(len(index))
     kept = kept[: settings.max_detections]
@@ -77,6 +85,26 @@ def mask_iou(masks_NHW: Tensor) -> Tensor:
         intersection_NN = flat_NP @ flat_NP.T
     area_N = intersection_NN.diagonal()
     return intersection_NN / (area_N[:, None] + area_N[None, :] - intersection_NN).clamp(min=1)
+
+
+def mask_iou_of_groups(masks_MHW: Tensor, counts: Sequence[int]) -> list[np.ndarray]:
+    """`mask_iou` (N, N) within each group of consecutive boolean masks, on the host.
+
+    A GPU multiplies all masks with all others, as one product and one copy take less time than many small ones.
+    """
+    if masks_MHW.device.type == "cpu":
+        return [mask_iou(masks_NHW).numpy() for masks_NHW in masks_MHW.split(list(counts))]
+    return blocks_of(download(mask_iou(masks_MHW)).numpy(), counts)
+
+
+def blocks_of(pairs_MM: np.ndarray, counts: Sequence[int]) -> list[np.ndarray]:
+    """The square blocks along the diagonal, of the given sizes.
+
+    >>> [block.tolist() for block in blocks_of(np.arange(9).reshape(3, 3), [1, 2])]
+    [[[0]], [[4, 5], [7, 8]]]
+    """
+    ends = np.cumsum(counts)
+    return [pairs_MM[end - count : end, end - count : end] for end, count in zip(ends, counts, strict=True)]
 
 
 def suppress(overlaps_NN: np.ndarray, iou_threshold: float) -> np.ndarray:

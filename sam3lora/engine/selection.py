@@ -17,7 +17,8 @@ from torch import Tensor
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.engine.detections import Detections
 from sam3lora.engine.mask_codes import encode_logits, has_pixel, rle_area_px, rle_box_xyxy
-from sam3lora.engine.postprocess import Selection, select
+from sam3lora.engine.postprocess import Selection, mask_iou_of_groups, select
+from sam3lora.engine.transfers import download, upload
 from sam3lora.errors import UserError
 from sam3lora.model.staged.stage_outputs import DetectorOutput
 
@@ -133,6 +134,18 @@ class _Candidates(NamedTuple):
     query_N: Tensor
     selection: Selection | None
 
+    @property
+    def num_masks(self) -> int:
+        return len(self.query_N if self.selection is None else self.selection.index_N)
+
+
+def pack_answers(output: DetectorOutput) -> Tensor:
+    """Score, box (cx, cy, w, h) and presence of each object query (B, Q, 6): what the host needs, in one tensor."""
+    scores_BQ = output.scores_BQ()
+    boxes_BQ4 = output.boxes_cxcywh_LBQ4[-1].float()
+    presence_BQ = output.presence_logits_LB[-1].float().sigmoid()[:, None].expand_as(scores_BQ)
+    return torch.cat([scores_BQ[..., None], boxes_BQ4, presence_BQ[..., None]], -1)
+
 
 def select_detections(
     output: DetectorOutput, wanted_B: Sequence[Wanted], mask_head: Callable[[list[int]], MaskLogits]
@@ -142,30 +155,28 @@ def select_detections(
     `mask_head` is called once with the find queries that need masks, and returns the function that makes them. Indices
     are on the CPU.
     """
-    scores_BQ, query_BQ = output.scores_BQ().sort(dim=1, descending=True, stable=True)
-    boxes_BQ4 = output.boxes_cxcywh_LBQ4[-1].float().gather(1, query_BQ[:, :, None].expand(-1, -1, 4)).cpu()
-    scores_BQ, query_BQ = scores_BQ.cpu(), query_BQ.cpu()
-    presence_B = output.presence_logits_LB[-1].float().sigmoid().tolist()
-    is_finite_B = (scores_BQ.isfinite().all(1) & boxes_BQ4.isfinite().flatten(1).all(1)).tolist()
+    return select_answers(download(pack_answers(output)), wanted_B, mask_head)
+
+
+def select_answers(
+    answers_BQ6: Tensor, wanted_B: Sequence[Wanted], mask_head: Callable[[list[int]], MaskLogits]
+) -> Iterator[SmallDetections]:
+    """As `select_detections`, from `pack_answers` on the host."""
+    is_finite_B = answers_BQ6.isfinite().flatten(1).all(1).tolist()
     found_B = []
-    for scores_Q, boxes_Q4, query_Q, is_finite, wanted in zip(
-        scores_BQ, boxes_BQ4, query_BQ, is_finite_B, wanted_B, strict=True
-    ):
+    for answers_Q6, is_finite, wanted in zip(answers_BQ6, is_finite_B, wanted_B, strict=True):
+        scores_Q, query_Q = answers_Q6[:, 0].sort(descending=True, stable=True)
         num = int((scores_Q >= wanted.score_cut).sum()) if is_finite else 0
-        scores_N, boxes_N4 = scores_Q[:num], boxes_Q4[:num]
+        scores_N, query_N = scores_Q[:num], query_Q[:num]
+        boxes_N4 = answers_Q6[query_N, 1:5]
         # Boxes alone can decide now, and masks are then made for the selected detections only.
         selection = None if wanted.post.needs_masks and num else select(scores_N, _xyxy(boxes_N4), None, wanted.post)
-        found_B.append(_Candidates(scores_N, boxes_N4, query_Q[:num], selection))
-    logits_B = _mask_logits(found_B, wanted_B, mask_head)
-    for wanted, found, logits_NHW, presence, is_finite in zip(
-        wanted_B, found_B, logits_B, presence_B, is_finite_B, strict=True
+        found_B.append(_Candidates(scores_N, boxes_N4, query_N, selection))
+    masks_B = _with_masks(found_B, wanted_B, mask_head)
+    presence_B = answers_BQ6[:, 0, 5].tolist()
+    for wanted, found, (selection, small_NHW), presence, is_finite in zip(
+        wanted_B, found_B, masks_B, presence_B, is_finite_B, strict=True
     ):
-        selection = found.selection
-        if selection is None:
-            boxes_xyxy_N4 = _xyxy(found.boxes_cxcywh_N4)
-            selection = select(found.scores_N, boxes_xyxy_N4, logits_NHW, wanted.post, merge_threshold=wanted.threshold)
-            logits_NHW = selection.mask_logits_NHW
-        small_NHW = None if logits_NHW is None else logits_NHW.cpu().float().numpy()
         yield SmallDetections(
             wanted,
             presence,
@@ -178,35 +189,96 @@ def select_detections(
         )
 
 
-def _mask_logits(
+def _with_masks(
     found_B: Sequence[_Candidates], wanted_B: Sequence[Wanted], mask_head: Callable[[list[int]], MaskLogits]
-) -> Iterator[Tensor | None]:
-    """Mask logits (N, h, w) of the selected detections, or of all candidates where masks select; None for no masks."""
-    query_of = {
-        b: found.query_N if found.selection is None else found.query_N[found.selection.index_N]
+) -> Iterator[tuple[Selection, np.ndarray | None]]:
+    """For each find query what is selected, and its mask logits (N, h, w); None for no masks."""
+    num_of = {
+        b: found.num_masks
         for b, (found, wanted) in enumerate(zip(found_B, wanted_B, strict=True))
-        if (wanted.masks or found.selection is None) and len(found.query_N)
+        if (wanted.masks or found.selection is None) and found.num_masks
     }
-    logits_of = mask_head(list(query_of)) if query_of else None
-    made: dict[int, Tensor] = {}
-    for b in range(len(found_B)):
-        if logits_of and b in query_of and b not in made:
-            group = _group_from(query_of, b)
-            b_index_M = torch.tensor([row for row in group for _ in query_of[row]])
-            logits_MHW = logits_of(b_index_M, torch.cat([query_of[row] for row in group]))
-            if all(found_B[row].selection for row in group):
-                logits_MHW = logits_MHW.cpu()
-            made = dict(zip(group, logits_MHW.split([len(query_of[row]) for row in group]), strict=True))
-        yield made.get(b)
+    logits_of = mask_head(list(num_of)) if num_of else None
+    made: dict[int, tuple[Selection, np.ndarray]] = {}
+    for b, found in enumerate(found_B):
+        if logits_of is not None and b in num_of and b not in made:
+            group = _group_from(num_of, b)
+            together = _select_by_masks(
+                [found_B[row] for row in group], [wanted_B[row] for row in group], group, logits_of
+            )
+            made = dict(zip(group, together, strict=True))
+        if b in made:
+            yield made.pop(b)
+        else:
+            assert found.selection is not None
+            yield found.selection, None
 
 
-def _group_from(query_of: dict[int, Tensor], first: int) -> list[int]:
+def _select_by_masks(
+    found_G: Sequence[_Candidates], wanted_G: Sequence[Wanted], rows_G: Sequence[int], logits_of: MaskLogits
+) -> list[tuple[Selection, np.ndarray]]:
+    """Selections and mask logits (N, h, w) of find queries whose masks are made together.
+
+    A GPU is asked twice, whatever the number of find queries: for the overlaps, and for the masks that stay.
+    """
+    counts = [found.num_masks for found in found_G]
+    queries_G = [one.query_N if one.selection is None else one.query_N[one.selection.index_N] for one in found_G]
+    row_M = torch.tensor(rows_G).repeat_interleave(torch.tensor(counts))
+    logits_MHW = logits_of(row_M, torch.cat(queries_G))
+    overlaps_G = _overlaps(logits_MHW, found_G, wanted_G, counts)
+    selections: list[Selection] = []
+    stays_M: list[Tensor] = []
+    for found, wanted, position_N, overlaps_NN in zip(
+        found_G, wanted_G, torch.arange(len(row_M)).split(counts), overlaps_G, strict=True
+    ):
+        selection = found.selection
+        if selection is None:
+            logits_NHW = logits_MHW[position_N[0] : position_N[-1] + 1] if overlaps_NN is None else None
+            selection = select(
+                found.scores_N,
+                _xyxy(found.boxes_cxcywh_N4),
+                logits_NHW,
+                wanted.post,
+                merge_threshold=wanted.threshold,
+                mask_overlaps_NN=overlaps_NN,
+            )
+            position_N = position_N[selection.index_N]
+        selections.append(selection)
+        # Unions are new masks.
+        stays_M.append(position_N[:0] if selection.mask_logits_NHW is not None else position_N)
+    stays = torch.cat(stays_M)
+    if len(stays) < len(logits_MHW):
+        logits_MHW = logits_MHW.index_select(0, upload(stays, logits_MHW.device))
+    kept_G = download(logits_MHW).float().split([len(position_N) for position_N in stays_M])
+    return [
+        (
+            selection,
+            (kept_NHW if selection.mask_logits_NHW is None else selection.mask_logits_NHW.cpu().float()).numpy(),
+        )
+        for selection, kept_NHW in zip(selections, kept_G, strict=True)
+    ]
+
+
+def _overlaps(
+    logits_MHW: Tensor, found_G: Sequence[_Candidates], wanted_G: Sequence[Wanted], counts: Sequence[int]
+) -> list[np.ndarray | None]:
+    """The IoU of every pair of masks of each find query; None where masks do not select, or where they are merged."""
+    needed = [
+        found.selection is None and not wanted.post.merge for found, wanted in zip(found_G, wanted_G, strict=True)
+    ]
+    if not any(count > 1 for count, needs in zip(counts, needed, strict=True) if needs):
+        return [np.ones((count, count)) if needs else None for count, needs in zip(counts, needed, strict=True)]
+    overlaps_G = mask_iou_of_groups(logits_MHW > 0, counts)
+    return [overlaps if needs else None for overlaps, needs in zip(overlaps_G, needed, strict=True)]
+
+
+def _group_from(num_of: dict[int, int], first: int) -> list[int]:
     """Find queries from `first` on, as many as have at most `MASKS_AT_ONCE` masks together, and at least one."""
     group: list[int] = []
     num = 0
-    for b, query_N in query_of.items():
+    for b, num_masks in num_of.items():
         if b >= first:
-            num += len(query_N)
+            num += num_masks
             if group and num > MASKS_AT_ONCE:
                 break
             group.append(b)

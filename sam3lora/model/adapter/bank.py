@@ -11,9 +11,10 @@ Shapes: ``B`` rows, ``G`` groups of rows with their own weights, ``N`` positions
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from typing import cast
 
 import torch
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sam3lora.model.adapter.weights import AdapterWeights, LoraWeights
-from sam3lora.model.components import unwrap
+from sam3lora.model.components import component_of, unwrap
 
 # The input of these modules is (layers, rows, queries, channels) where it has four dimensions.
 _ROWS_ON_AXIS_1 = ("dot_product_scoring.query_proj", "detr_decoder.box_head.")
@@ -29,10 +30,12 @@ _ROWS_ON_AXIS_1 = ("dot_product_scoring.query_proj", "detr_decoder.box_head.")
 
 @dataclass(frozen=True)
 class _Rows:
-    """The slot of each row of the running batch; slot ``num_slots`` stands for the base."""
+    """The slot of each row of the running batch; slot ``num_slots`` stands for the base.
 
-    slots: tuple[int, ...]
-    distinct: frozenset[int]
+    ``distinct`` is None where the host does not know the slots: they are in the tensor only, and may change in it.
+    """
+
+    distinct: frozenset[int] | None
     slots_B: Tensor
 
 
@@ -60,6 +63,9 @@ class AdapterBank:
     torch.compile: a graph that was compiled without hooks never runs them. Use a compiled part of the model only while
     ``adapts`` is False for its component.
 
+    CUDA graphs: one that was captured in `rows_on_device` serves every mixture of adapters, and the adapters that take
+    the places of others, as long as `layout` of its components stays the same.
+
     The model has no PEFT layers, and is in eval mode and on its device. Empty slots take no memory.
     """
 
@@ -71,6 +77,8 @@ class AdapterBank:
         self._current = _CurrentRows()
         self._stacks: dict[str, _Stack] = {}
         self._placed: dict[int, _PlacedAdapter] = {}
+        self._layouts: dict[str | None, int] = {}
+        self._numbers = count(1)
 
     def put(self, slot: int, weights: AdapterWeights) -> None:
         """Copy an adapter into ``slot``, replacing the one that was there. If that fails (memory), the slot is empty.
@@ -78,15 +86,22 @@ class AdapterBank:
         ``weights`` must have been read for this model.
         """
         assert 0 <= slot < self.num_slots, f"expected a slot below {self.num_slots}, got {slot}"
-        self.clear(slot)
+        before = self._placed.pop(slot, _PlacedAdapter(frozenset(), frozenset())).modules
+        alike = {
+            name for name in before & weights.modules.keys() if self._stacks[name].is_made_for(weights.modules[name])
+        }
+        self._forget(slot, before - alike)
         try:
             with torch.inference_mode(False), torch.no_grad():
+                for name in alike:  # the hook and the memory stay, as another adapter takes the place at once
+                    self._stacks[name].forget(slot)
                 for name, update in weights.modules.items():
                     if name not in self._stacks:
                         self._stacks[name] = _Stack(name, self._modules[name], self.num_slots, self._current)
-                    self._stacks[name].add(slot, update)
+                    if self._stacks[name].add(slot, update):
+                        self._change_layout(name)
         except BaseException:
-            self._forget(slot, weights.modules)
+            self._forget(slot, alike | weights.modules.keys())
             raise
         self._placed[slot] = _PlacedAdapter(weights.components, frozenset(weights.modules))
 
@@ -106,6 +121,10 @@ class AdapterBank:
     def adapts(self, component: str) -> bool:
         return any(component in placed.components for placed in self._placed.values())
 
+    def layout(self, components: Iterable[str]) -> tuple[int, ...]:
+        """Numbers that change when a module of these components gets or loses its hook or moves to other memory."""
+        return tuple(self._layouts.get(component, 0) for component in components)
+
     @property
     def size_bytes(self) -> int:
         """Memory of all stacks on the model's device."""
@@ -120,19 +139,38 @@ class AdapterBank:
         """
         empty = {slot for slot in slots_B if slot is not None} - self._placed.keys()
         assert not empty, f"slots {sorted(empty)} are empty"
-        slots = tuple(self.num_slots if slot is None else slot for slot in slots_B)
+        slots = [self.num_slots if slot is None else slot for slot in slots_B]
+        on_device = torch.tensor(slots, dtype=torch.long, device=self._device)
+        with self._running(_Rows(frozenset(slots), on_device)):
+            yield
+
+    @contextmanager
+    def rows_on_device(self, slots_B: Tensor) -> Iterator[None]:
+        """As `rows`, with the slots (int64, `num_slots` for the base) in a tensor that the host does not look at.
+
+        The same operations run whatever it holds, so that they can be captured once. An empty slot is the base.
+        """
+        with self._running(_Rows(None, slots_B)):
+            yield
+
+    @contextmanager
+    def _running(self, rows: _Rows) -> Iterator[None]:
         before = self._current.rows
-        self._current.rows = _Rows(slots, frozenset(slots), torch.tensor(slots, dtype=torch.long, device=self._device))
+        self._current.rows = rows
         try:
             yield
         finally:
             self._current.rows = before
 
-    def _forget(self, slot: int, modules: Mapping[str, LoraWeights] | frozenset[str]) -> None:
+    def _forget(self, slot: int, modules: Iterable[str]) -> None:
         for name in modules:
             if (stack := self._stacks.get(name)) is not None and stack.forget(slot):
                 stack.unhook()
                 del self._stacks[name]
+                self._change_layout(name)
+
+    def _change_layout(self, module: str) -> None:
+        self._layouts[component_of(module)] = next(self._numbers)
 
 
 class _Stack:
@@ -160,9 +198,11 @@ class _Stack:
     def unhook(self) -> None:
         self._handle.remove()
 
-    def add(self, slot: int, update: LoraWeights) -> None:
-        """Write one more update into a free place, or into larger stacks if there is none."""
-        if self._free and update.rank <= self._max_rank and (update.gain is None or self._gain_SO is not None):
+    def add(self, slot: int, update: LoraWeights) -> bool:
+        """Write one more update into a free place, or into larger stacks if there is none: then return True."""
+        has_gain = update.gain is None or self._gain_SO is not None
+        in_place = bool(self._free) and update.rank <= self._max_rank and has_gain
+        if in_place:
             place = self._free[-1]
             self._updates[slot] = _write(list(self._stacks.values()), self._gain_SO, place, update)
             self._place_of[slot] = self._free.pop()
@@ -170,6 +210,7 @@ class _Stack:
         else:
             self._rebuild(self._updates | {slot: update})
         self._rank_of = {slot: update.rank for slot, update in self._updates.items()}
+        return not in_place
 
     def _rebuild(self, updates: dict[int, LoraWeights]) -> None:
         """Build the stacks anew for the largest rank.
@@ -194,6 +235,11 @@ class _Stack:
         self._stacks = {dtype: (down_SRI, up_SOR)}
         self._free = list(range(num_places - 1, len(updates), -1))
 
+    def is_made_for(self, update: LoraWeights) -> bool:
+        """Whether stacks for this update alone would be the same."""
+        down_SRI, _ = next(iter(self._stacks.values()))
+        return down_SRI.shape[:2] == (2, update.rank) and (update.gain is None) == (self._gain_SO is None)
+
     def forget(self, slot: int) -> bool:
         """Drop the slot's update and free its place. Return whether no update is left."""
         if self._updates.pop(slot, None) is not None:
@@ -212,20 +258,24 @@ class _Stack:
         rows = self._current.rows
         if rows is None or not output.numel():
             return None
-        places = {self._place_of.get(slot, 0) for slot in rows.distinct}
-        if not any(places):
-            return None
+        # Each row gets the weights of its place, cut to the largest rank in the batch. If all rows have the same place
+        # they form one group (G = 1) and nothing is gathered; otherwise each row is a group (G = B).
+        chosen: int | Tensor
+        if rows.distinct is None:
+            chosen, rank = self._place_of_slot[rows.slots_B], self._max_rank
+        else:
+            places = {self._place_of.get(slot, 0) for slot in rows.distinct}
+            if not any(places):
+                return None
+            chosen = places.pop() if len(places) == 1 else self._place_of_slot[rows.slots_B]
+            rank = max(self._rank_of.get(slot, 0) for slot in rows.distinct)
         x, by_row = args[0], output
         transposed = self._rows_on_axis_1 and x.dim() == 4
         if transposed:
             x, by_row = x.transpose(0, 1), output.transpose(0, 1)
-        assert len(x) % len(rows.slots) == 0, (
-            f"{self._name} got an input {tuple(args[0].shape)} for {len(rows.slots)} rows"
+        assert len(x) % len(rows.slots_B) == 0, (
+            f"{self._name} got an input {tuple(args[0].shape)} for {len(rows.slots_B)} rows"
         )
-        # Each row gets the weights of its place, cut to the largest rank in the batch. If all rows have the same place
-        # they form one group (G = 1) and nothing is gathered; otherwise each row is a group (G = B).
-        chosen = places.pop() if len(places) == 1 else self._place_of_slot[rows.slots_B]
-        rank = max(self._rank_of.get(slot, 0) for slot in rows.distinct)
         down_SRI, up_SOR = self._in_dtype(output.dtype)
         down_GRI, up_GOR = down_SRI[:, :rank][chosen], up_SOR[:, :, :rank][chosen]
         gain_GO = None if self._gain_SO is None else self._gain_SO[chosen]

@@ -84,8 +84,10 @@ class StagedSam3:
 
     def encode_text(self, input_ids_PT: Tensor, attention_mask_PT: Tensor) -> TextFeatures:
         """One pass of the text tower over ``P`` distinct prompts of (P, 32) token ids."""
-        output = self.model.get_text_features(input_ids=input_ids_PT, attention_mask=attention_mask_PT)
-        return TextFeatures(output.pooler_output, attention_mask_PT.bool())
+        mask_PT = attention_mask_PT.bool()
+        mask_P1TT = self._attention_mask(mask_PT, self.model.dtype, causal=True)
+        output = self.model.get_text_features(input_ids=input_ids_PT, attention_mask=mask_P1TT)
+        return TextFeatures(output.pooler_output, mask_PT)
 
     def encode_geometry(
         self, vision: VisionFeatures, boxes_cxcywh_BN4: Tensor, labels_BN: Tensor, image_index_B: Tensor
@@ -213,15 +215,19 @@ class StagedSam3:
             hidden = self._run("detr_encoder", layer, hidden, prompt_BTC, positions_1SC, attention_mask)
         return hidden
 
-    def _attention_mask(self, prompt_mask_BT: Tensor, dtype: torch.dtype) -> Tensor:
+    def _attention_mask(self, prompt_mask_BT: Tensor, dtype: torch.dtype, *, causal: bool = False) -> Tensor:
         """Attention mask (B, 1, 1, T) that hides padding tokens, made without reading a value.
 
-        transformers' own function tests whether all tokens are real, for which the host has to wait for the GPU.
+        ``causal`` hides later tokens too: (B, 1, T, T). transformers' own functions test whether all tokens are real,
+        for which the host has to wait for the GPU.
         """
-        mask_B11T = prompt_mask_BT.bool()[:, None, None]
+        mask = prompt_mask_BT.bool()[:, None, None]
+        if causal:
+            length = mask.shape[-1]
+            mask = mask & torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
         if self.model.config._attn_implementation == "sdpa":
-            return mask_B11T
-        return torch.zeros_like(mask_B11T, dtype=dtype).masked_fill_(~mask_B11T, torch.finfo(dtype).min)
+            return mask
+        return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
 
     def _decode(
         self,
@@ -352,17 +358,26 @@ class StagedSam3:
         """
         rows_K = rows_K.cpu()
         rows = rows_K.to(detections.prompt_BTC.device, non_blocking=True)
-        decoder = self.model.mask_decoder
         memory, prompt = detections.encoder_hidden_BSC[rows], detections.prompt_BTC[rows]
-        normed = decoder.prompt_cross_attn_norm(memory)
-        attention_mask = self._attention_mask(detections.prompt_mask_BT[rows], prompt.dtype)
-        attended, _ = decoder.prompt_cross_attn(query=normed, key=prompt, value=prompt, attention_mask=attention_mask)
-        memory = memory + decoder.prompt_cross_attn_dropout(attended)
         image_index_B = detections.image_index_B  # on the CPU for some callers
         maps = detections.vision.select(image_index_B[rows_K.to(image_index_B.device, non_blocking=True)])
-        maps[-1] = memory.transpose(1, 2).reshape(maps[-1].shape)
-        pixels_KCHW = self._run("mask_decoder", decoder.pixel_decoder, maps)
+        pixels_KCHW = self.embed_pixels(memory, prompt, detections.prompt_mask_BT[rows], maps)
         return MaskHead(self.model, detections, rows_K, pixels_KCHW)
+
+    def embed_pixels(
+        self, memory_KSC: Tensor, prompt_KTC: Tensor, prompt_mask_KT: Tensor, maps_KCHW: list[Tensor]
+    ) -> Tensor:
+        """Pixel embeddings (K, C, h, w) from the detector's memory and the maps of each find query's image."""
+        decoder = self.model.mask_decoder
+        normed = decoder.prompt_cross_attn_norm(memory_KSC)
+        attention_mask = self._attention_mask(prompt_mask_KT, prompt_KTC.dtype)
+        attended, _ = decoder.prompt_cross_attn(
+            query=normed, key=prompt_KTC, value=prompt_KTC, attention_mask=attention_mask
+        )
+        memory_KSC = memory_KSC + decoder.prompt_cross_attn_dropout(attended)
+        *fine, coarse = maps_KCHW
+        coarse = memory_KSC.transpose(1, 2).reshape(coarse.shape)
+        return self._run("mask_decoder", decoder.pixel_decoder, [*fine, coarse])
 
     # ---- gradient checkpointing -----------------------------------------------------------------------------------
 
