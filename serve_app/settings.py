@@ -118,6 +118,10 @@ class ServeSettings(_Settings):
     compile_vision: bool = Field(
         default=False, description="torch.compile of the vision encoder: slower start, faster images."
     )
+    cuda_graphs: bool | None = Field(
+        default=None,
+        description="Capture the model's stages as CUDA graphs on a GPU; yes, unless SAM3LORA_CUDA_GRAPHS is 0.",
+    )
     adapters: AdapterSettings = AdapterSettings()
     max_resident_adapters: int = Field(default=16, gt=0, description="Adapters in a replica's memory.")
     max_adapter_rank: int = Field(default=256, gt=0)

@@ -8,10 +8,11 @@ Everything else runs once for a batch, in which every row may have an adapter of
 from __future__ import annotations
 
 import contextlib
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,9 @@ from sam3lora.engine.detections import BoxPrompt, Detections
 from sam3lora.engine.device import find_device, find_precision, is_device_error, is_out_of_memory
 from sam3lora.engine.feature_cache import PreparedImage
 from sam3lora.engine.features import BASE, FeatureSource, SlotAdapter
-from sam3lora.engine.forward import MixedForward, Row
+from sam3lora.engine.forward import Forward, MixedForward, Row
+from sam3lora.engine.graphs.capture import Capturer, CudaCapturer, wants_cuda_graphs
+from sam3lora.engine.graphs.forward import GraphedForward
 from sam3lora.engine.selection import NotFiniteError, SmallDetections, Wanted
 from sam3lora.errors import UserError
 from sam3lora.model.adapter.bank import AdapterBank
@@ -37,6 +40,7 @@ BOXES_ALONE_PROMPT = "visual"
 """SAM 3 was trained to read this text beside boxes that have no text of their own."""
 
 WARM_UP_KEY = "warm-up"
+WARM_UP_S = 30.0
 _PROBE_POST = PostProcessing(threshold=0.0, nms="none", max_detections=10)
 
 
@@ -77,6 +81,9 @@ class Engine:
         geometry_cls: Whether the geometry CLS token follows text prompts; None does as each adapter was trained, and
             True for the base.
         compile_vision: `torch.compile` of the vision encoder, used while no adapter in a slot changes it.
+        cuda_graphs: Whether the stages of the model are captured as CUDA graphs (`sam3lora.engine.graphs`) on a GPU;
+            None does unless the environment variable SAM3LORA_CUDA_GRAPHS is 0.
+        capturer: What captures them, for tests without a GPU.
         in_training: The model is being trained, with PEFT layers in it that slot None then includes. Weights stay as
             they are, and nothing is made that autograd could not use later.
     """
@@ -94,6 +101,8 @@ class Engine:
         max_images: int = 8,
         geometry_cls: bool | None = None,
         compile_vision: bool = False,
+        cuda_graphs: bool | None = None,
+        capturer: Capturer | None = None,
         in_training: bool = False,
     ) -> None:
         self.base = base
@@ -102,7 +111,15 @@ class Engine:
         if self.precision == "bfloat16" and not in_training:
             store_matrices_in(base.model, torch.bfloat16, text_tower=True)
         self._bank = AdapterBank(base.model, num_slots)
-        self._forward = MixedForward(StagedSam3(base.model), self._bank, compile_vision=compile_vision)
+        staged = StagedSam3(base.model)
+        plain = MixedForward(staged, self._bank, compile_vision=compile_vision)
+        self._forward: Forward = plain
+        if capturer is None and self.device.type == "cuda" and wants_cuda_graphs(cuda_graphs) and not in_training:
+            capturer = CudaCapturer(self.device)
+        if capturer is not None:
+            self._forward = GraphedForward(
+                staged, self._bank, plain, capturer, max_images=max_images, max_rows=max_rows
+            )
         self._features = FeatureSource(
             base,
             self._forward,
@@ -260,26 +277,37 @@ class Engine:
         self._features.keep_text(features)
 
     def drop_features(self) -> None:
-        """Free the memory of cached image features; images stay cached."""
+        """Free the memory of cached image features and of CUDA graphs; images stay cached."""
         self._features.images.drop_features()
+        self._forward.free_memory()
         self._probe = replace(self._probe, features=None)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def warm_up(self) -> None:
-        """Run the shapes that the first requests will have, so that they do not wait for compilation."""
-        image = replace(self._probe, features=None)
-        noise = image.pixels_RR3
+        """Run the shapes that the first requests will have, so that they do not wait for compilation or capture.
+
+        Begins no further shape after `WARM_UP_S`.
+        """
+        noise = self._probe.pixels_RR3
         everything = PostProcessing(threshold=0.0)
         box = BoxPrompt((0, 0, self.resolution / 2, self.resolution / 2))
-        others = [PreparedImage(f"{WARM_UP_KEY} {n}", noise, noise.shape[:2]) for n in range(self._warm_up_images)]
-        for num_rows in sorted({1, self._max_rows}):
-            prompts = tuple(f"object {number}" for number in range(num_rows))
-            for boxes in ((), (box,)):
-                self.detect([PromptedImage(image, prompts, boxes, post=everything)])
-        self.detect([PromptedImage(other, ("object",), post=everything) for other in others])
-        for used in (image, *others):
-            self._features.images.forget(used.key)
+        numbers = count()
+        end = time.monotonic() + WARM_UP_S
+        image = replace(self._probe, features=None)
+        rows = self._forward.warm_up_sizes(self._max_rows)
+        for turn, num_rows in enumerate(rows):
+            prompts = tuple(f"object {next(numbers)}" for _ in range(num_rows))  # which no cache knows
+            for boxes in ((),) if num_rows in rows[:turn] else ((), (box,)):
+                if time.monotonic() < end:
+                    self.detect([PromptedImage(image, prompts, boxes, post=everything)])
+        self._features.images.forget(image.key)
+        for num_images in self._forward.warm_up_sizes(self._warm_up_images):
+            images = [PreparedImage(f"{WARM_UP_KEY} {n}", noise, noise.shape[:2]) for n in range(num_images)]
+            if time.monotonic() < end:
+                self.detect([PromptedImage(image, ("object",), post=everything) for image in images])
+            for image in images:
+                self._features.images.forget(image.key)
         self._features.reset_counters()
         self._counts.clear()
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from sam3lora.data.images import resize_image
 from sam3lora.engine.feature_cache import ImageCache, LruCache, PreparedImage
-from sam3lora.engine.forward import MixedForward
+from sam3lora.engine.forward import Forward
+from sam3lora.engine.transfers import upload
 from sam3lora.model.loading import LoadedBase
 from sam3lora.model.staged.forward import TextFeatures, VisionFeatures
 from sam3lora.model.tokenization import tokenize
@@ -43,7 +44,7 @@ class FeatureSource:
     def __init__(
         self,
         base: LoadedBase,
-        forward: MixedForward,
+        forward: Forward,
         *,
         image_cache_bytes: int,
         max_cached_prompts: int,
@@ -140,8 +141,7 @@ class FeatureSource:
         self._counts["text_cache_hits"] += len(found)
         self._counts["text_cache_misses"] += len(missing)
         if missing:
-            device = next(self._base.model.parameters()).device
-            ids, masks = (torch.cat(one).to(device) for one in zip(*map(self.token_ids, [p for p, _ in missing])))
+            ids, masks = (torch.cat(one) for one in zip(*map(self.token_ids, [p for p, _ in missing])))
             made = self._forward.encode_text(ids, masks, list(missing.values()))
             for key, features in zip(missing, made, strict=True):
                 found[key] = features
@@ -165,6 +165,6 @@ def to_pixel_values(
     if not images:
         return torch.zeros(0, 3, resolution, resolution, device=device, dtype=dtype)
     pixels_IHWC = np.stack([resize_image(image, (resolution, resolution)) for image in images])
-    pixels_ICHW = torch.from_numpy(pixels_IHWC).to(device).permute(0, 3, 1, 2).float() / 255
+    pixels_ICHW = upload(pixels_IHWC, torch.device(device)).permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(list(values), device=device).view(3, 1, 1) for values in (image_mean, image_std))
     return ((pixels_ICHW - mean) / std).to(dtype)

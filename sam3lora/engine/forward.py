@@ -7,14 +7,16 @@ Shapes: ``I`` images, ``P`` prompts, ``B`` rows (find queries), ``K`` rows with 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from sam3lora.engine.selection import MaskLogits, SmallDetections, Wanted, select_detections
+from sam3lora.engine.transfers import upload
 from sam3lora.model.adapter.bank import AdapterBank
 from sam3lora.model.staged.forward import StagedSam3, TextFeatures, VisionFeatures, rows_of
 
@@ -56,6 +58,32 @@ class FeaturesOfImages(VisionFeatures):
         return [torch.cat([one.maps_ICHW[level] for one in chosen]) for level in levels]
 
 
+class Forward(Protocol):
+    """Runs a base model, and the adapters over it, on batches in which every row has an adapter of its own."""
+
+    def encode_images(self, pixel_values_ICHW: Tensor, slots_I: Sequence[int | None]) -> list[VisionFeatures]:
+        """Features of each image (I = 1), in memory of their own."""
+        ...
+
+    def encode_text(
+        self, input_ids_PT: Tensor, attention_mask_PT: Tensor, slots_P: Sequence[int | None]
+    ) -> list[TextFeatures]:
+        """Features of each prompt (P = 1), in memory of their own. Ids and mask may be on the host."""
+        ...
+
+    def detect(self, rows: Sequence[Row], max_rows: int) -> Iterator[SmallDetections]:
+        """The detections of each row, as if it were alone, in their order; rows of one image best stand together."""
+        ...
+
+    def warm_up_sizes(self, most: int) -> list[int]:
+        """Numbers of rows, or of images, up to `most` to run once before they are needed, the most important first."""
+        ...
+
+    def free_memory(self) -> None:
+        """Free what is kept for later calls."""
+        ...
+
+
 class MixedForward:
     """A base model and the adapters over it, run on batches in which every row has an adapter of its own.
 
@@ -71,8 +99,8 @@ class MixedForward:
 
     def encode_images(self, pixel_values_ICHW: Tensor, slots_I: Sequence[int | None]) -> list[VisionFeatures]:
         """Features of each image (I = 1), in memory of their own."""
-        if self._compiled_vision is not None and not self._bank.adapts("vision_encoder"):
-            together = VisionFeatures.from_output(self._compiled_vision(pixel_values_ICHW))
+        if (compiled := self.compiled_vision()) is not None:
+            together = VisionFeatures.from_output(compiled(pixel_values_ICHW))
         else:
             with self._rows(slots_I):
                 together = self._staged.encode_images(pixel_values_ICHW)
@@ -83,12 +111,17 @@ class MixedForward:
             for i in range(len(slots_I))
         ]
 
+    def compiled_vision(self) -> Callable[[Tensor], Any] | None:
+        """The compiled vision encoder, while no adapter changes it."""
+        return None if self._bank.adapts("vision_encoder") else self._compiled_vision
+
     def encode_text(
         self, input_ids_PT: Tensor, attention_mask_PT: Tensor, slots_P: Sequence[int | None]
     ) -> list[TextFeatures]:
-        """Features of each prompt (P = 1), in memory of their own."""
+        """Features of each prompt (P = 1), in memory of their own. Ids and mask may be on the host."""
+        device = self._staged.model.text_projection.weight.device
         with self._rows(slots_P):
-            together = self._staged.encode_text(input_ids_PT, attention_mask_PT)
+            together = self._staged.encode_text(upload(input_ids_PT, device), upload(attention_mask_PT, device))
         return [
             TextFeatures(together.embeds_PTC[p : p + 1].clone(), together.mask_PT[p : p + 1].clone())
             for p in range(len(slots_P))
@@ -101,6 +134,12 @@ class MixedForward:
             chunk = rows[start : start + max_rows]
             self._begin_fusion(chunk, begun)
             yield from self._detect_together(chunk, begun)
+
+    def warm_up_sizes(self, most: int) -> list[int]:
+        return sorted({1, most}) if most else []
+
+    def free_memory(self) -> None:
+        pass
 
     def _detect_together(self, rows: Sequence[Row], begun: dict[tuple, Tensor]) -> Iterator[SmallDetections]:
         position = {id(row.vision): row.vision for row in rows}
@@ -156,7 +195,20 @@ class MixedForward:
         has_geometry_B = [row.geometry_cls or bool(row.boxes) for row in rows]
         if not any(has_geometry_B):
             return prompt_BTC, prompt_mask_BT
-        # Geometry tokens do not depend on the text, so rows with the same image, boxes and adapter share them.
+        tokens_UTC, mask_UT, index_B = self.geometry_tokens(rows, vision, image_index_B)
+        mask_BT = mask_UT[index_B]
+        if not all(has_geometry_B):
+            mask_BT = mask_BT & torch.tensor(has_geometry_B, device=prompt_BTC.device)[:, None]
+        tokens_BTC = tokens_UTC.to(prompt_BTC.dtype)[index_B]
+        return torch.cat([prompt_BTC, tokens_BTC], 1), torch.cat([prompt_mask_BT, mask_BT], 1)
+
+    def geometry_tokens(
+        self, rows: Sequence[Row], vision: VisionFeatures, image_index_B: Tensor
+    ) -> tuple[Tensor, Tensor, list[int]]:
+        """Tokens of the rows' boxes, then the CLS token (U, T, C), their mask, and for each row its place among them.
+
+        They do not depend on the text: rows with the same image, boxes and adapter share them.
+        """
         distinct: dict[tuple, int] = {}
         index_B: list[int] = []
         first_U: list[int] = []
@@ -174,16 +226,12 @@ class MixedForward:
             if boxes := rows[b].boxes:
                 boxes_UN4[u, : len(boxes)] = torch.tensor([box for box, _ in boxes])
                 labels_UN[u, : len(boxes)] = torch.tensor([label for _, label in boxes])
-        device = prompt_BTC.device
+        device = vision.maps_ICHW[-1].device
         with self._rows([key[1] for key in distinct]):
             tokens_UTC, mask_UT = self._staged.encode_geometry(
                 vision, boxes_UN4.to(device), labels_UN.to(device), image_index_B[first_U]
             )
-        mask_BT = mask_UT.bool()[index_B]
-        if not all(has_geometry_B):
-            mask_BT = mask_BT & torch.tensor(has_geometry_B, device=device)[:, None]
-        tokens_BTC = tokens_UTC.to(prompt_BTC.dtype)[index_B]
-        return torch.cat([prompt_BTC, tokens_BTC], 1), torch.cat([prompt_mask_BT, mask_BT], 1)
+        return tokens_UTC, mask_UT.bool(), index_B
 
     def _rows(self, slots: Sequence[int | None]) -> AbstractContextManager[None]:
         if all(slot is None for slot in slots):  # outside of `rows` the modules compute what the base does

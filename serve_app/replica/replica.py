@@ -321,6 +321,7 @@ def _build_engine(settings: ServeSettings) -> Engine:
         max_rows=settings.batching.max_rows,
         max_images=settings.batching.max_images,
         compile_vision=settings.compile_vision,
+        cuda_graphs=settings.cuda_graphs,
         local_files_only=settings.local_files_only,
     )
 

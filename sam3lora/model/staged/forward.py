@@ -109,7 +109,7 @@ class StagedSam3:
             )
         return output.last_hidden_state, output.attention_mask
 
-    def _geometry_cls_tokens(self, vision: VisionFeatures) -> Tensor:
+    def geometry_cls_tokens(self, vision: VisionFeatures) -> Tensor:
         """The geometry CLS token (I, 1, C) of each image where no boxes are given.
 
         It depends on the image only, not on the prompt. The result is that of ``geometry_encoder`` without boxes; the
@@ -126,7 +126,7 @@ class StagedSam3:
 
     def prepare(self, vision: VisionFeatures) -> VisionFeatures:
         """Add the part of `detect` that is the same for all prompts of an image, so that chunks of prompts share it."""
-        cls_I1C = self._geometry_cls_tokens(vision) if self.geometry_cls else None
+        cls_I1C = self.geometry_cls_tokens(vision) if self.geometry_cls else None
         return replace(vision, begun_ISC=self.begin_fusion(vision), cls_I1C=cls_I1C)
 
     def begin_fusion(self, vision: VisionFeatures, image_index: Tensor | None = None) -> Tensor:
@@ -169,7 +169,7 @@ class StagedSam3:
             prompt = torch.cat([prompt, tokens.to(prompt.dtype)], 1)
             prompt_mask = torch.cat([prompt_mask, tokens_mask], 1)
         elif self.geometry_cls:
-            cls_I1C = self._geometry_cls_tokens(vision) if vision.cls_I1C is None else vision.cls_I1C
+            cls_I1C = self.geometry_cls_tokens(vision) if vision.cls_I1C is None else vision.cls_I1C
             prompt = torch.cat([prompt, rows_of(cls_I1C, image_index_B).to(prompt.dtype)], 1)
             prompt_mask = torch.cat([prompt_mask, prompt_mask.new_ones(len(prompt), 1)], 1)
         return self.detect_prompted(vision, prompt, prompt_mask, image_index_B, one_to_many=one_to_many)

@@ -1,0 +1,64 @@
+"""Capturing: the operations of a function recorded once, and then started together.
+
+What a function does in Python, such as choosing a shape or looking at a setting, happens at the capture and never
+again. It may read no value of a tensor and copy nothing from or to the host.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+SWITCH = "SAM3LORA_CUDA_GRAPHS"
+"""Environment variable: 0 leaves CUDA graphs out wherever nothing else is said."""
+
+
+def wants_cuda_graphs(setting: bool | None) -> bool:
+    return os.environ.get(SWITCH, "1") != "0" if setting is None else setting
+
+
+class Capturer(Protocol):
+    """Records functions that read and write tensors whose memory stays."""
+
+    def capture(self, function: Callable[[], None]) -> Callable[[], None]:
+        """A function that repeats the operations of `function` on the same memory.
+
+        What `function` has written is undefined until the first repetition.
+        """
+        ...
+
+
+class CudaCapturer:
+    """Captures CUDA graphs, which share the memory of their intermediate tensors: only one may run at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        with torch.cuda.device(device):
+            self._stream = torch.cuda.Stream()
+            self._pool = torch.cuda.graph_pool_handle()
+
+    def capture(self, function: Callable[[], None]) -> Callable[[], None]:
+        # Autocast would keep casts of trainable weights until its block ends; a graph must not read what is freed then.
+        caches_casts = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
+        try:
+            with torch.cuda.device(self._device):
+                self._warm_up(function)
+                graph = torch.cuda.CUDAGraph()
+                # Other threads of a service may use the GPU meanwhile.
+                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                    function()
+        finally:
+            torch.set_autocast_cache_enabled(caches_casts)
+        return graph.replay
+
+    def _warm_up(self, function: Callable[[], None]) -> None:
+        """Run on the stream of the capture: libraries set themselves up, which they could not during a capture."""
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            function()
+        current.wait_stream(self._stream)
