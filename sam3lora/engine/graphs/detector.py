@@ -41,7 +41,7 @@ class ImagePartStage:
         coarse = [one.maps_ICHW[-1] for one in vision_U]
         target = self.tensors.like("coarse", coarse[0])
         torch.cat(coarse, out=target[: len(coarse)])
-        self.stage.run(slots_U, [()] * len(slots_U), ())
+        self.stage.run(slots_U, [()] * len(slots_U))
 
     def vision(self, size: int) -> VisionFeatures:
         """The coarse maps of the first images, all that the detector reads."""
@@ -95,7 +95,7 @@ class DetectorStage:
         controls = [
             (image, int(has_cls), num) for image, has_cls, num in zip(image_B, has_cls_B, num_shown_B, strict=True)
         ]
-        self.stage.run(slots_B, controls, controls[0])
+        self.stage.run(slots_B, controls)
         return self.tensors["answers"][:num_rows]
 
     def _detect(self, size: int) -> None:
@@ -124,16 +124,15 @@ class MaskStage:
     All of them take less memory than the pixel embeddings that they are products of.
     """
 
-    _FIELDS = 3
-    """Slot, row of the detector, place of the logits."""
+    _FIELDS = 2
+    """Slot, row of the detector and of the logits."""
 
     def __init__(self, staged: StagedSam3, stage: Callable[..., Stage], detector: DetectorStage, capacity: int) -> None:
         self._staged = staged
         self._detector = detector
         self._maps = StaticTensors(1)
         self._num_fine = 0
-        self._padding_place = capacity
-        self._logits = StaticTensors(capacity + 1)
+        self._logits = StaticTensors(capacity)
         components = ("mask_decoder",)
         self.stage = stage("masks", self._embed, components=components, fields=self._FIELDS, capacity=MAX_MASK_ROWS)
 
@@ -144,8 +143,7 @@ class MaskStage:
         self._num_fine = len(vision.maps_ICHW) - 1
         for start in range(0, len(rows_K), MAX_MASK_ROWS):
             part = rows_K[start : start + MAX_MASK_ROWS]
-            controls = [(row, row) for row in part]
-            self.stage.run(slots_K[start : start + MAX_MASK_ROWS], controls, (part[0], self._padding_place))
+            self.stage.run(slots_K[start : start + MAX_MASK_ROWS], [(row,) for row in part])
 
     def logits(self, row_M: Tensor, query_M: Tensor) -> Tensor:
         """Mask logits (M, h, w) of rows for which `run` was called; indices are on the host."""
@@ -154,7 +152,7 @@ class MaskStage:
         return logits_BQHW.flatten(0, 1).index_select(0, upload(index_M, logits_BQHW.device))
 
     def _embed(self, size: int) -> None:
-        row_K, place_K = self.stage.controls_BF[:size, 1:].unbind(1)
+        row_K = self.stage.controls_BF[:size, 1]
         memory, hidden, prompt, mask = (
             self._detector.tensors[name].index_select(0, row_K) for name in ("memory", "hidden", "prompt", "mask")
         )
@@ -165,4 +163,4 @@ class MaskStage:
         decoder = self._staged.model.mask_decoder
         instance_KCHW = decoder.instance_projection(pixels_KCHW)
         logits_KQHW = (decoder.mask_embedder(hidden) @ instance_KCHW.flatten(2)).unflatten(2, instance_KCHW.shape[2:])
-        self._logits.like("logits", logits_KQHW).index_copy_(0, place_K, logits_KQHW)
+        self._logits.like("logits", logits_KQHW).index_copy_(0, row_K, logits_KQHW)

@@ -91,17 +91,15 @@ class Stage:
         """The slot whose adapter changes what the stage computes; None if the base computes the same."""
         return slot if self._bank.components(slot).intersection(self._components) else None
 
-    def run(
-        self, slots_B: Sequence[int | None], controls_B: Sequence[Sequence[int]], padding: Sequence[int]
-    ) -> None:
-        """Run for the given rows, whose other controls are `controls_B`; those of the added rows are `padding`."""
+    def run(self, slots_B: Sequence[int | None], controls_B: Sequence[Sequence[int]]) -> None:
+        """Run for rows with these slots and other controls. The first row is repeated as often as padding asks for."""
         size = padded_size(len(slots_B))
         makers = [self.maker(slot) for slot in slots_B]
         of_base = self._bank.num_slots
         rows = [
             (of_base if maker is None else maker, *controls) for maker, controls in zip(makers, controls_B, strict=True)
         ]
-        rows += [(rows[0][0], *padding)] * (size - len(rows))
+        rows += rows[:1] * (size - len(rows))
         write(self.controls_BF[:size], torch.tensor(rows))
         self._run(size, None if all(maker is None for maker in makers) else self._bank.layout(self._components))
 

@@ -54,7 +54,7 @@ class VisionStage:
     def _encode_some(self, pixel_values_ICHW: Tensor, slots_I: Sequence[int | None]) -> list[VisionFeatures]:
         num_images = len(slots_I)
         self._tensors.keep("pixels", pixel_values_ICHW)
-        self.stage.run(slots_I, [()] * num_images, ())
+        self.stage.run(slots_I, [()] * num_images)
         together = [self._tensors[f"map {level}"] for level in range(len(self._neck.fpn_layers) - 1)]
         if not self._positions_1CHW:  # the same for all images
             encoding = self._neck.position_encoding
@@ -110,7 +110,7 @@ class TextStage:
         return found
 
     def _encode_some(self, tokens_P: list[list[int]], slots_P: Sequence[int | None]) -> list[TextFeatures]:
-        self.stage.run(slots_P, tokens_P, tokens_P[0])
+        self.stage.run(slots_P, tokens_P)
         parts = []
         for name in ("embeds", "mask"):
             rows = list(self._tensors[name][: len(slots_P)].split(1))
