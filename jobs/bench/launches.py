@@ -7,6 +7,7 @@ a pretended GPU: the engine with its selection of detections, and a training ste
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from rich.console import Console
 from jobs.bench.models import random_model
 from jobs.bench.our_training import OurSettings, make_runner, our_step
 from jobs.bench.pretend_gpu import DEVICE, Launches, pretend_gpu
+from jobs.bench.recorded_graphs import RecordingCapturer
 from jobs.bench.training_work import PIXEL_MEAN_STD, TrainingWork, tokenizer
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.engine.engine import Engine, PromptedImage
@@ -88,15 +90,26 @@ class LaunchReport:
 
 def count_launches(presets: Sequence[str] = PRESETS, prompts: Sequence[int] = PROMPTS) -> LaunchReport:
     """Inference with so many prompts, a step of each preset, and the bytes of the mask loss (some 10 GB of memory)."""
-    counts = [count for number in prompts for count in count_inference(number)]
+    counts = [
+        count for graphs in (False, True) for number in prompts for count in count_inference(number, graphs=graphs)
+    ]
     counts += [count_training_step(preset) for preset in presets]
     return LaunchReport(counts, count_loss_bytes())
 
 
-def count_inference(num_prompts: int, *, model: str = MODEL, **engine_options: Any) -> list[Count]:
-    """A first question with this many prompts on one image, and the same question again, through `Engine`."""
+def count_inference(
+    num_prompts: int, *, model: str = MODEL, graphs: bool = False, **engine_options: Any
+) -> list[Count]:
+    """A first question with this many prompts on one image, and the same question again, through `Engine`.
+
+    With `graphs`, its stages are captured before, as they are after an engine's warm-up.
+    """
     with pretend_gpu() as launches:
-        engine = Engine(_base(model), precision="bfloat16", **{"max_rows": 32} | engine_options)
+        capturer = RecordingCapturer(
+            capturing=lambda: _without_transfers(launches), replaying=lambda: launches.as_one("graph")
+        )
+        engine_options = {"max_rows": 32, "capturer": capturer if graphs else None} | engine_options
+        engine = Engine(_base(model), precision="bfloat16", cuda_graphs=graphs, **engine_options)
         pixels = np.random.default_rng(0).integers(0, 256, (100, 150, 3), dtype=np.uint8)
 
         def ask(key: str) -> None:
@@ -104,10 +117,13 @@ def count_inference(num_prompts: int, *, model: str = MODEL, **engine_options: A
             prompts = tuple(f"{key} {number}" for number in range(num_prompts))
             engine.detect_small([PromptedImage(image, prompts, post=PostProcessing(threshold=0.0, max_detections=10))])
 
-        ask("before")  # what is made once
+        for key in ("before", "captured") if graphs else ("before",):  # what is made once
+            ask(key)
+        how = ", graphs" if graphs else ""
         with _parts_of_stages(launches):
             return [
-                _counted(launches, f"{num_prompts} prompts, {way}", lambda: ask("asked")) for way in ("first", "again")
+                _counted(launches, f"{num_prompts} prompts, {way}{how}", lambda: ask("asked"))
+                for way in ("first", "again")
             ]
 
 
@@ -152,6 +168,15 @@ def _counted(launches: Launches, work: str, run: Callable[[], object]) -> Count:
     run()
     reads, parts = launches.reads.total(), dict(launches.by_part)
     return Count(work, launches.total, parts, reads)
+
+
+@contextmanager
+def _without_transfers(launches: Launches) -> Iterator[None]:
+    """A capture may copy nothing between host and device."""
+    before = Counter(launches.by_operator)
+    yield
+    copies = {name for name in launches.by_operator - before if name.startswith("copy_to_")}
+    assert not copies, f"a capture cannot do {copies}"
 
 
 @contextmanager

@@ -122,6 +122,7 @@ def pretend_gpu() -> Iterator[Launches]:
             "torch.cuda._lazy_init": lambda: None,
             "torch.cuda.device": lambda *_: nullcontext(),
             "torch.cuda.Event": lambda **_: _Event(launches),
+            "torch.cuda.current_stream": lambda *_: _Event(launches),
             "torch.__future__.get_swap_module_params_on_conversion": lambda: True,
             "torch.optim.Optimizer._accelerator_graph_capture_health_check": lambda self: None,
             "torch.nn.utils.clip_grad._has_foreach_support": lambda *_: True,

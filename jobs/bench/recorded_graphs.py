@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import DispatchKey
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from jobs.bench.pretend_gpu import DeviceTensor
+
+Block = AbstractContextManager[Any]
 
 READS_A_VALUE = (
     "_local_scalar_dense",
@@ -33,28 +38,34 @@ class RecordingCapturer:
 
     A capture refuses what a GPU could not capture, and leaves undefined what it would not have computed.
 
+    Args:
+        capturing, replaying: Blocks around every capture and every repetition.
+
     Attributes:
         num_captures: How many functions were captured.
         num_replays: How many times one of them was repeated.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, *, capturing: Callable[[], Block] = nullcontext, replaying: Callable[[], Block] = nullcontext
+    ) -> None:
         self.num_captures = 0
         self.num_replays = 0
+        self._capturing = capturing
+        self._replaying = replaying
 
     def capture(self, function: Callable[[], None]) -> Callable[[], None]:
         record = _Record()
-        with _disable_current_modes():
-            function()  # the warm-up
-            with record:
-                function()
-            record.spoil()
+        function()  # the warm-up
+        with self._capturing(), record:
+            function()
+        record.spoil()
         self.num_captures += 1
 
         def replay() -> None:
             self.num_replays += 1
             # Casts were recorded as operations of their own.
-            with _disable_current_modes(), torch.autocast("cpu", enabled=False):
+            with self._replaying(), torch.autocast("cpu", enabled=False):
                 record.repeat()
 
         return replay
@@ -109,4 +120,5 @@ def _refuse(name: str, args: tuple) -> None:
 
 
 def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    """Of the memory; a tensor of a pretended GPU holds that of another."""
+    return (tensor.inner if isinstance(tensor, DeviceTensor) else tensor).untyped_storage()._cdata

@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from sam3lora.config.post_processing import PostProcessing
-from sam3lora.engine.transfers import download
+from sam3lora.engine.transfers import download, upload
 
 
 class Selection(NamedTuple):
@@ -88,23 +88,29 @@ def mask_iou(masks_NHW: Tensor) -> Tensor:
 
 
 def mask_iou_of_groups(masks_MHW: Tensor, counts: Sequence[int]) -> list[np.ndarray]:
-    """`mask_iou` (N, N) within each group of consecutive boolean masks, on the host.
-
-    A GPU multiplies all masks with all others, as one product and one copy take less time than many small ones.
-    """
+    """`mask_iou` (N, N) within each group of consecutive boolean masks, on the host."""
     if masks_MHW.device.type == "cpu":
         return [mask_iou(masks_NHW).numpy() for masks_NHW in masks_MHW.split(list(counts))]
-    return blocks_of(download(mask_iou(masks_MHW)).numpy(), counts)
+    return padded_mask_iou(masks_MHW, counts)
 
 
-def blocks_of(pairs_MM: np.ndarray, counts: Sequence[int]) -> list[np.ndarray]:
-    """The square blocks along the diagonal, of the given sizes.
-
-    >>> [block.tolist() for block in blocks_of(np.arange(9).reshape(3, 3), [1, 2])]
-    [[[0]], [[4, 5], [7, 8]]]
-    """
-    ends = np.cumsum(counts)
-    return [pairs_MM[end - count : end, end - count : end] for end, count in zip(ends, counts, strict=True)]
+def padded_mask_iou(masks_MHW: Tensor, counts: Sequence[int]) -> list[np.ndarray]:
+    """As `mask_iou_of_groups`, for a GPU: one batched product of groups padded to the largest, and one copy."""
+    most = max(counts)
+    flat_MP = masks_MHW.flatten(1)
+    if min(counts) < most:  # padding repeats the first mask
+        of_group = zip(torch.arange(len(flat_MP)).split(list(counts)), counts, strict=True)
+        index = torch.cat([torch.cat([own, own.new_zeros(most - count)]) for own, count in of_group])
+        flat_MP = flat_MP.index_select(0, upload(index, flat_MP.device))
+    flat_GNP = flat_MP.unflatten(0, (len(counts), most)).float()
+    with torch.autocast(flat_GNP.device.type, enabled=False):  # bfloat16 counts to 256
+        intersections_GNN = download(torch.bmm(flat_GNP, flat_GNP.mT)).numpy()
+    found = []
+    for intersection_NN, count in zip(intersections_GNN, counts, strict=True):
+        shared = intersection_NN[:count, :count]
+        area = shared.diagonal()
+        found.append(shared / (area[:, None] + area[None, :] - shared).clip(min=1))
+    return found
 
 
 def suppress(overlaps_NN: np.ndarray, iou_threshold: float) -> np.ndarray:

@@ -22,7 +22,15 @@ from sam3lora.engine.transfers import download, upload
 from sam3lora.errors import UserError
 from sam3lora.model.staged.stage_outputs import DetectorOutput
 
-MASKS_AT_ONCE = 256  # 85 MB of logits at 1008
+MASKS_AT_ONCE = 256
+"""Masks of several find queries that are in memory together: 85 MB of logits at 1008."""
+
+MASKS_AT_ONCE_ON_GPU = 1024
+"""The same on a GPU, where every group of find queries costs two waits."""
+
+
+def masks_at_once(device: torch.device) -> int:
+    return MASKS_AT_ONCE_ON_GPU if device.type == "cuda" else MASKS_AT_ONCE
 
 
 class NotFiniteError(UserError):
@@ -155,13 +163,15 @@ def select_detections(
     `mask_head` is called once with the find queries that need masks, and returns the function that makes them. Indices
     are on the CPU.
     """
-    return select_answers(download(pack_answers(output)), wanted_B, mask_head)
+    return select_answers(pack_answers(output), wanted_B, mask_head)
 
 
 def select_answers(
     answers_BQ6: Tensor, wanted_B: Sequence[Wanted], mask_head: Callable[[list[int]], MaskLogits]
 ) -> Iterator[SmallDetections]:
-    """As `select_detections`, from `pack_answers` on the host."""
+    """As `select_detections`, from `pack_answers`."""
+    most_masks = masks_at_once(answers_BQ6.device)
+    answers_BQ6 = download(answers_BQ6)
     is_finite_B = answers_BQ6.isfinite().flatten(1).all(1).tolist()
     found_B = []
     for answers_Q6, is_finite, wanted in zip(answers_BQ6, is_finite_B, wanted_B, strict=True):
@@ -172,7 +182,7 @@ def select_answers(
         # Boxes alone can decide now, and masks are then made for the selected detections only.
         selection = None if wanted.post.needs_masks and num else select(scores_N, _xyxy(boxes_N4), None, wanted.post)
         found_B.append(_Candidates(scores_N, boxes_N4, query_N, selection))
-    masks_B = _with_masks(found_B, wanted_B, mask_head)
+    masks_B = _with_masks(found_B, wanted_B, mask_head, most_masks)
     presence_B = answers_BQ6[:, 0, 5].tolist()
     for wanted, found, (selection, small_NHW), presence, is_finite in zip(
         wanted_B, found_B, masks_B, presence_B, is_finite_B, strict=True
@@ -190,7 +200,10 @@ def select_answers(
 
 
 def _with_masks(
-    found_B: Sequence[_Candidates], wanted_B: Sequence[Wanted], mask_head: Callable[[list[int]], MaskLogits]
+    found_B: Sequence[_Candidates],
+    wanted_B: Sequence[Wanted],
+    mask_head: Callable[[list[int]], MaskLogits],
+    most_masks: int,
 ) -> Iterator[tuple[Selection, np.ndarray | None]]:
     """For each find query what is selected, and its mask logits (N, h, w); None for no masks."""
     num_of = {
@@ -202,7 +215,7 @@ def _with_masks(
     made: dict[int, tuple[Selection, np.ndarray]] = {}
     for b, found in enumerate(found_B):
         if logits_of is not None and b in num_of and b not in made:
-            group = _group_from(num_of, b)
+            group = _group_from(num_of, b, most_masks)
             together = _select_by_masks(
                 [found_B[row] for row in group], [wanted_B[row] for row in group], group, logits_of
             )
@@ -272,14 +285,14 @@ def _overlaps(
     return [overlaps if needs else None for overlaps, needs in zip(overlaps_G, needed, strict=True)]
 
 
-def _group_from(num_of: dict[int, int], first: int) -> list[int]:
-    """Find queries from `first` on, as many as have at most `MASKS_AT_ONCE` masks together, and at least one."""
+def _group_from(num_of: dict[int, int], first: int, most_masks: int) -> list[int]:
+    """Find queries from `first` on, as many as have at most `most_masks` masks together, and at least one."""
     group: list[int] = []
     num = 0
     for b, num_masks in num_of.items():
         if b >= first:
             num += num_masks
-            if group and num > MASKS_AT_ONCE:
+            if group and num > most_masks:
                 break
             group.append(b)
     return group

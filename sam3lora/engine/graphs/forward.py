@@ -18,7 +18,6 @@ from sam3lora.engine.graphs.detector import MAX_SHOWN, DetectorStage, ImagePartS
 from sam3lora.engine.graphs.stage import SIZES, Stage, padded_size
 from sam3lora.engine.graphs.towers import MAX_IMAGES, TextStage, VisionStage
 from sam3lora.engine.selection import MaskLogits, SmallDetections, select_answers
-from sam3lora.engine.transfers import download
 from sam3lora.model.adapter.bank import AdapterBank
 from sam3lora.model.staged.forward import StagedSam3, TextFeatures, VisionFeatures
 
@@ -124,7 +123,7 @@ class GraphedForward:
                 self._masks.run(together, rows[together[0]].vision, [slots_B[row] for row in together])
             return self._masks.logits
 
-        return select_answers(download(answers_BQ6), [row.wanted for row in rows], mask_head)
+        return select_answers(answers_BQ6, [row.wanted for row in rows], mask_head)
 
     def _box_tokens(self, rows: Sequence[Row]) -> dict[int, Tensor]:
         """By row with boxes, the tokens (T, C) of its boxes and their CLS token."""
