@@ -11,7 +11,7 @@ from torchvision.ops import nms
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.engine.engine import Engine, PromptedImage
 from sam3lora.engine.mask_codes import rle_box_xyxy
-from sam3lora.engine.postprocess import mask_iou, select, suppress
+from sam3lora.engine.postprocess import mask_iou, mask_iou_of_groups, padded_mask_iou, select, suppress
 from sam3lora.errors import UserError
 
 LENGTH = 12
@@ -176,6 +176,17 @@ def test_mask_iou_is_that_of_pycocotools(seed):
     rles = coco_mask.encode(np.asfortranarray(masks.permute(1, 2, 0).numpy().astype(np.uint8)))
     expected = coco_mask.iou(rles, rles, [0] * len(rles))
     np.testing.assert_allclose(mask_iou(masks).numpy(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("counts", [[3], [1, 4, 2], [2, 2], [5, 1]])
+def test_groups_of_masks_are_each_alone(counts):
+    # one empty mask among them; padding is of no group
+    masks = torch.rand(sum(counts), 9, 11, generator=torch.Generator().manual_seed(1)) > 0.6
+    masks[0] = False
+    expected = [mask_iou(group).numpy() for group in masks.split(counts)]
+    for way in (mask_iou_of_groups, padded_mask_iou):
+        for found, alone in zip(way(masks, counts), expected, strict=True):
+            np.testing.assert_allclose(found, alone, atol=1e-6)
 
 
 def test_mask_iou_is_exact_within_autocast():

@@ -10,6 +10,7 @@ from jobs.bench.pretend_gpu import pretend_gpu
 
 # Upper limits: lower them when a count falls.
 FIRST, AGAIN, LIGHT_STEP = 2800, 1170, 6460
+FIRST_WITH_GRAPHS, AGAIN_WITH_GRAPHS = 46, 31  # of eight prompts
 
 
 def test_kernels_copies_and_reads_are_counted():
@@ -49,10 +50,17 @@ def test_what_is_on_the_device_is_not_on_the_host():
 
 
 def test_an_inference_starts_no_more_kernels():
-    first, again = count_inference(1)
+    first, again = count_inference(1, graphs=False)
     assert first.launches <= FIRST
     assert again.launches <= AGAIN
     assert again.by_part.get("vision", 0) == again.by_part.get("text", 0) == 0
+
+
+def test_with_graphs_a_question_is_a_few_launches():
+    first, again = count_inference(8, graphs=True)
+    assert first.launches <= FIRST_WITH_GRAPHS
+    assert again.launches <= AGAIN_WITH_GRAPHS
+    assert again.reads == 5  # the answers, then overlaps and masks of two groups of prompts
 
 
 def test_a_training_step_starts_no_more_kernels():

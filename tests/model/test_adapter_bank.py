@@ -65,6 +65,71 @@ def test_each_row_gets_its_own_update():
         assert base(x).tolist() == [[11, 22]] * 3
 
 
+def test_slots_in_a_tensor_are_read_when_the_model_runs():
+    # The host knows none of them: the same operations give whatever the tensor holds, and an empty slot is the base.
+    base = identity()
+    bank = AdapterBank(base, 4)
+    bank.put(0, adapter(l0=FIRST_TO_SECOND))
+    bank.put(3, adapter(l0=SWAP))
+    x, slots_B = torch.tensor([[1.0, 2.0]] * 3), torch.zeros(3, dtype=torch.long)
+    with torch.no_grad(), bank.rows_on_device(slots_B):
+        assert base(x).tolist() == [[11, 27]] * 3
+        slots_B.copy_(torch.tensor([bank.num_slots, 3, 1]))
+        assert base(x).tolist() == [[11, 22], [13, 23], [11, 22]]
+        with torch.no_grad(), bank.rows([0, 3, None]):
+            assert base(x).tolist() == [[11, 27], [13, 23], [11, 22]]
+
+
+def test_the_layout_changes_with_hooks_and_memory_alone():
+    parts = {name: nn.Linear(2, 2) for name in ("detr_encoder", "detr_decoder")}
+    base = nn.ModuleDict(parts).eval()
+    bank = AdapterBank(base, 4)
+
+    def layout() -> tuple[int, ...]:
+        return bank.layout(["detr_encoder", "detr_decoder"])
+
+    empty = layout()
+    bank.put(0, adapter(detr_encoder=FIRST_TO_SECOND))
+    first = layout()
+    assert (first[0] != empty[0], first[1] == empty[1]) == (True, True)
+    memory = bank.size_bytes
+    # another of the same rank takes its place, and it counts
+    bank.put(0, adapter(detr_encoder=LoraWeights(FIRST_TO_SECOND.down, 2 * FIRST_TO_SECOND.up)))
+    assert (layout(), bank.size_bytes) == (first, memory)
+    with torch.no_grad():
+        x = torch.tensor([[1.0, 2.0]])
+        plain = base["detr_encoder"](x)
+        with bank.rows([0]):
+            assert (base["detr_encoder"](x) - plain).tolist() == [[0, 10]]
+    seen = [first]
+    for step in (
+        lambda: bank.put(1, adapter(detr_encoder=FIRST_TO_SECOND)),  # one more place
+        lambda: bank.put(1, adapter(detr_encoder=SWAP)),  # a larger rank
+        lambda: bank.put(2, adapter(detr_decoder=SWAP)),  # another module
+        lambda: bank.clear(2),
+    ):
+        step()
+        assert layout() not in seen
+        seen.append(layout())
+    # a place is given back and taken again
+    bank.clear(1)
+    assert layout() == seen[-1]
+    bank.put(3, adapter(detr_encoder=FIRST_TO_SECOND))
+    assert layout() == seen[-1]
+
+
+def test_an_adapter_that_does_not_fit_leaves_an_empty_slot():
+    base = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).eval()
+    bank = AdapterBank(base, 2)
+    bank.put(0, adapter(l0=SWAP, l1=SWAP))
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        bank.put(0, adapter(l0=SWAP, l1=LoraWeights(torch.ones(2, 3), torch.ones(2, 2))))
+    assert bank.components(0) == frozenset()
+    assert (bank.size_bytes, hooked(base)) == (0, set())
+    with pytest.raises(AssertionError, match="empty"), bank.rows([0]):
+        pass
+
+
 def test_gain_leaves_the_bias_alone():
     # DoRA doubles what the weight gives, (1, 2), and not the bias (10, 20); the row beside it is plain.
     base = identity()

@@ -31,8 +31,15 @@ class Capturer(Protocol):
         ...
 
 
+MIN_FREE = 1 / 8
+"""Share of a GPU's memory that captures leave free, for what runs without them."""
+
+
 class CudaCapturer:
-    """Captures CUDA graphs, which share the memory of their intermediate tensors: only one may run at a time."""
+    """Captures CUDA graphs, which share the memory of their intermediate tensors: only one may run at a time.
+
+    A capture that would leave less than `MIN_FREE` raises torch.OutOfMemoryError.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -51,8 +58,11 @@ class CudaCapturer:
                 # Other threads of a service may use the GPU meanwhile.
                 with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                     function()
+                free, total = torch.cuda.mem_get_info()
         finally:
             torch.set_autocast_cache_enabled(caches_casts)
+        if free < MIN_FREE * total:
+            raise torch.OutOfMemoryError(f"a graph would leave {free >> 20} of {total >> 20} MiB")
         return graph.replay
 
     def _warm_up(self, function: Callable[[], None]) -> None:
