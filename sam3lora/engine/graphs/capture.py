@@ -54,10 +54,15 @@ class CudaCapturer:
         try:
             with torch.cuda.device(self._device):
                 self._warm_up(function)
+                # cuBLAS keeps a workspace for each stream, and torch frees it with any graph of the stream: others then
+                # read memory that is gone (https://github.com/pytorch/pytorch/issues/193402). Without a workspace the
+                # capture makes one in the graphs' own memory, which stays as long as a graph does.
+                torch._C._cuda_clearCublasWorkspaces()
                 graph = torch.cuda.CUDAGraph()
                 # Other threads of a service may use the GPU meanwhile.
                 with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                     function()
+                torch._C._cuda_clearCublasWorkspaces()
                 free, total = torch.cuda.mem_get_info()
         finally:
             torch.set_autocast_cache_enabled(caches_casts)
