@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from unittest import mock
+
 import pytest
 import torch
 
 from jobs.bench.recorded_graphs import CaptureError, RecordingCapturer
-from sam3lora.engine.graphs.capture import SWITCH, wants_cuda_graphs
+from sam3lora.engine.graphs.capture import SWITCH, CudaCapturer, wants_cuda_graphs
 
 VALUES = torch.arange(4.0)
 
@@ -53,3 +56,51 @@ def test_one_setting_switches_them_off(monkeypatch):
     monkeypatch.setenv(SWITCH, "0")
     assert not wants_cuda_graphs(None)
     assert wants_cuda_graphs(True)
+
+
+@pytest.fixture
+def cuda(monkeypatch) -> mock.Mock:
+    """Stands for torch.cuda: notes what is asked of it, in order."""
+    asked = mock.Mock()
+
+    @contextmanager
+    def block(name, *arguments, **options):
+        asked(name)
+        yield
+        asked("end of " + name)
+
+    for name in ("Stream", "CUDAGraph", "graph_pool_handle", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, mock.Mock())
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *args, name=name, **options: block(name, *args, **options))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: block("device"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (40 << 30, 80 << 30))
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: asked("clear"))
+    return asked
+
+
+def test_a_capture_comes_after_a_run_on_its_stream_and_owns_its_memory(cuda):
+    capturer = CudaCapturer(torch.device("cuda"))
+    cuda.reset_mock()
+
+    def function() -> None:
+        cuda("run")
+        assert not torch.is_autocast_cache_enabled()
+
+    capturer.capture(function)
+    order = [call.args[0] for call in cuda.call_args_list]
+    warm_up = ["stream", "run", "end of stream"]
+    assert order == ["device", *warm_up, "clear", "graph", "run", "end of graph", "clear", "end of device"]
+    assert torch.is_autocast_cache_enabled()
+
+
+def test_a_capture_leaves_memory_for_what_runs_without(cuda, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (9 << 30, 80 << 30))
+    with pytest.raises(torch.OutOfMemoryError, match="9216 of 81920 MiB"):
+        CudaCapturer(torch.device("cuda")).capture(lambda: None)
+
+
+def test_a_failed_capture_leaves_autocast_as_it_was(cuda):
+    with pytest.raises(ZeroDivisionError):
+        CudaCapturer(torch.device("cuda")).capture(lambda: 1 / 0)
+    assert torch.is_autocast_cache_enabled()
