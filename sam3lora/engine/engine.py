@@ -287,25 +287,31 @@ class Engine:
     def warm_up(self) -> None:
         """Run the shapes that the first requests will have, so that they do not wait for compilation or capture.
 
-        Begins no further shape after `WARM_UP_S`.
+        After `WARM_UP_S` only the smallest and the largest are begun.
         """
         noise = self._probe.pixels_RR3
-        everything = PostProcessing(threshold=0.0)
+        everything = PostProcessing(threshold=0.0, max_detections=10)
         box = BoxPrompt((0, 0, self.resolution / 2, self.resolution / 2))
         numbers = count()
         end = time.monotonic() + WARM_UP_S
+
+        def sizes(most: int) -> Iterator[tuple[int, bool]]:
+            """Numbers of rows or images, and whether each comes for the first time."""
+            done: set[int] = set()
+            for size in self._forward.warm_up_sizes(most):
+                if time.monotonic() < end or size in (1, most):
+                    yield size, size not in done
+                    done.add(size)
+
         image = replace(self._probe, features=None)
-        rows = self._forward.warm_up_sizes(self._max_rows)
-        for turn, num_rows in enumerate(rows):
+        for num_rows, is_first in sizes(self._max_rows):
             prompts = tuple(f"object {next(numbers)}" for _ in range(num_rows))  # which no cache knows
-            for boxes in ((),) if num_rows in rows[:turn] else ((), (box,)):
-                if time.monotonic() < end:
-                    self.detect([PromptedImage(image, prompts, boxes, post=everything)])
+            for boxes in ((), (box,)) if is_first else ((),):
+                self.detect([PromptedImage(image, prompts, boxes, post=everything)])
         self._features.images.forget(image.key)
-        for num_images in self._forward.warm_up_sizes(self._warm_up_images):
+        for num_images, _ in sizes(self._warm_up_images):
             images = [PreparedImage(f"{WARM_UP_KEY} {n}", noise, noise.shape[:2]) for n in range(num_images)]
-            if time.monotonic() < end:
-                self.detect([PromptedImage(image, ("object",), post=everything) for image in images])
+            self.detect([PromptedImage(image, ("object",), post=everything) for image in images])
             for image in images:
                 self._features.images.forget(image.key)
         self._features.reset_counters()

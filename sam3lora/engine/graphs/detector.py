@@ -88,7 +88,7 @@ class DetectorStage:
         torch.cat([one.embeds_PTC for one in text_B], out=text[:num_rows])
         mask = self.tensors.like("text mask", text_B[0].mask_PT)
         torch.cat([one.mask_PT for one in text_B], out=mask[:num_rows])
-        shown = self.tensors.like("shown", text_B[0].embeds_PTC.new_zeros(1, MAX_SHOWN, text.shape[-1]))
+        shown = self.tensors.like("shown", text[:1, :1].expand(-1, MAX_SHOWN, -1))
         for row, tokens_TC in shown_BTC.items():
             shown[row, : len(tokens_TC)].copy_(tokens_TC)
         num_shown_B = [len(shown_BTC.get(row, ())) for row in range(num_rows)]

@@ -33,14 +33,17 @@ class StaticTensors:
     def __getitem__(self, name: str) -> Tensor:
         return self._kept[name]
 
-    def like(self, name: str, example: Tensor, *, capacity: int | None = None) -> Tensor:
+    def like(self, name: str, example: Tensor) -> Tensor:
         """The tensor of this name, made at the first call with rows such as those of `example`."""
         kept = self._kept.get(name)
         if kept is None:
-            shape = (self.capacity if capacity is None else capacity, *example.shape[1:])
             is_nhwc = example.dim() == 4 and example[:1].permute(0, 2, 3, 1).is_contiguous()
-            kept = torch.empty(shape, dtype=example.dtype, device=example.device)
-            kept = kept.to(memory_format=torch.channels_last) if is_nhwc else kept
+            kept = torch.empty(
+                (self.capacity, *example.shape[1:]),
+                dtype=example.dtype,
+                device=example.device,
+                memory_format=torch.channels_last if is_nhwc else torch.contiguous_format,
+            )
             # A row that was never written must not hold a NaN: it would survive a product with zero.
             self._kept[name] = kept.zero_()
         assert kept.shape[1:] == example.shape[1:], f"{name} holds rows of {kept.shape[1:]}, got {example.shape[1:]}"
@@ -102,11 +105,6 @@ class Stage:
         rows += rows[:1] * (size - len(rows))
         write(self.controls_BF[:size], torch.tensor(rows))
         self._run(size, None if all(maker is None for maker in makers) else self._bank.layout(self._components))
-
-    def forget(self) -> None:
-        """Drop all captures and their memory."""
-        self._replays.clear()
-        self._seen.clear()
 
     def _run(self, size: int, layout: tuple[int, ...] | None) -> None:
         key = (size, layout)
