@@ -5,7 +5,6 @@ Shapes: ``I`` images, ``P`` prompts, ``T`` tokens of a prompt, ``S`` image token
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,7 +23,7 @@ MAX_PROMPTS = 32
 
 
 class VisionStage:
-    """The vision tower and its neck, without the coarsest map, which SAM 3 discards.
+    """The vision tower and its neck.
 
     `compiled` returns the compiled vision encoder, or None while it may not be used. At most `capacity` images go
     together.
@@ -52,20 +51,20 @@ class VisionStage:
         return found
 
     def _encode_some(self, pixel_values_ICHW: Tensor, slots_I: Sequence[int | None]) -> list[VisionFeatures]:
-        num_images = len(slots_I)
         self._tensors.keep("pixels", pixel_values_ICHW)
-        self.stage.run(slots_I, [()] * num_images)
+        self.stage.run(slots_I, [()] * len(slots_I))
         together = [self._tensors[f"map {level}"] for level in range(len(self._neck.fpn_layers) - 1)]
         if not self._positions_1CHW:  # the same for all images
             encoding = self._neck.position_encoding
             self._positions_1CHW = [encoding(one[:1].shape, one.device, one.dtype).clone() for one in together]
-        made = [(torch.empty_like(one[:1]), one[i : i + 1]) for i in range(num_images) for one in together]
-        torch._foreach_copy_([copy for copy, _ in made], [one for _, one in made])
-        maps = [copy for copy, _ in made]
-        return [
-            VisionFeatures(maps[i * len(together) : (i + 1) * len(together)], self._positions_1CHW)
-            for i in range(num_images)
+        images = [
+            VisionFeatures([torch.empty_like(one[:1]) for one in together], self._positions_1CHW) for _ in slots_I
         ]
+        torch._foreach_copy_(
+            [one for image in images for one in image.maps_ICHW],
+            [one[i : i + 1] for i in range(len(images)) for one in together],
+        )
+        return images
 
     @property
     def _neck(self) -> Any:
@@ -74,13 +73,10 @@ class VisionStage:
     def _encode(self, size: int) -> None:
         pixels_ICHW = self._tensors["pixels"][:size]
         if (compiled := self._compiled()) is not None:
-            maps = VisionFeatures.from_output(compiled(pixels_ICHW)).maps_ICHW
+            vision = VisionFeatures.from_output(compiled(pixels_ICHW))
         else:
-            trunk_ISC = self._staged.encode_trunk(pixels_ICHW)
-            side = math.isqrt(trunk_ISC.shape[1])
-            trunk_ICHW = trunk_ISC.unflatten(1, (side, side)).permute(0, 3, 1, 2)
-            maps = [layer(trunk_ICHW) for layer in self._neck.fpn_layers[:-1]]
-        for level, of_level in enumerate(maps):
+            vision = self._staged.encode_images(pixels_ICHW)
+        for level, of_level in enumerate(vision.maps_ICHW):
             self._tensors.keep(f"map {level}", of_level)
 
 
@@ -111,12 +107,11 @@ class TextStage:
 
     def _encode_some(self, tokens_P: list[list[int]], slots_P: Sequence[int | None]) -> list[TextFeatures]:
         self.stage.run(slots_P, tokens_P)
-        parts = []
-        for name in ("embeds", "mask"):
-            rows = list(self._tensors[name][: len(slots_P)].split(1))
-            parts.append([torch.empty_like(one) for one in rows])
-            torch._foreach_copy_(parts[-1], rows)
-        return [TextFeatures(embeds, mask) for embeds, mask in zip(*parts, strict=True)]
+        embeds, mask = (self._tensors[name][: len(slots_P)] for name in ("embeds", "mask"))
+        prompts = [TextFeatures(torch.empty_like(embeds[:1]), torch.empty_like(mask[:1])) for _ in slots_P]
+        torch._foreach_copy_([one.embeds_PTC for one in prompts], embeds.split(1))
+        torch._foreach_copy_([one.mask_PT for one in prompts], mask.split(1))
+        return prompts
 
     def _encode(self, size: int) -> None:
         ids_PT, mask_PT = self.stage.controls_BF[:size, 1:].split(MAX_PROMPT_TOKENS, 1)
