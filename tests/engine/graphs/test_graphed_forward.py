@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jobs.bench.pretend_gpu import pretend_gpu
 from jobs.bench.recorded_graphs import RecordingCapturer
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.engine.detections import BoxPrompt
 from sam3lora.engine.engine import Engine, PromptedImage
 from sam3lora.engine.forward import MixedForward
+from sam3lora.engine.graphs.capture import SWITCH
 from sam3lora.engine.graphs.forward import GraphedForward
 
 from ..engine_cases import EVERY, make_engine, make_images, write_adapter, write_adapters
@@ -65,6 +67,47 @@ def bare(spread_base) -> Graphed:
 def test_a_cpu_has_no_graphs(spread_base):
     assert isinstance(make_engine(spread_base, {})[0]._forward, MixedForward)
     assert isinstance(make_engine(spread_base, {}, capturer=RecordingCapturer())[0]._forward, GraphedForward)
+
+
+def test_a_gpu_has_them_unless_it_trains_or_somebody_says_no(spread_base, monkeypatch):
+    monkeypatch.setattr("sam3lora.engine.engine.CudaCapturer", lambda device: RecordingCapturer())
+    monkeypatch.delenv(SWITCH, raising=False)
+
+    def kind(**options) -> type:
+        return type(Engine.load(str(spread_base), device="cuda", precision="float32", **options)._forward)
+
+    with pretend_gpu():
+        assert kind() is GraphedForward
+        assert kind(in_training=True) is kind(cuda_graphs=False) is MixedForward
+        monkeypatch.setenv(SWITCH, "0")
+        assert kind() is MixedForward
+        assert kind(cuda_graphs=True) is GraphedForward
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_what_a_gpu_does_gives_what_a_cpu_gives(spread_base, adapters, graphs):
+    # Uploads, downloads and overlaps of masks go other ways there.
+    plain, slots = make_engine(spread_base, adapters, **OPTIONS)
+    post = PostProcessing(threshold=0.0, nms="mask", nms_iou=0.3)
+    pixels = make_images(1)[0]
+
+    def questions(engine: Engine) -> list[PromptedImage]:
+        image = engine.prepare_image(pixels, "image")
+        asked = PromptedImage(image, ("crack", "hole", "leaf"), slot=slots["text"], post=post)
+        few = replace(asked, slot=slots["vision"], post=post.changed(max_detections=2, nms="box"), boxes=BOXES[:2])
+        return [asked, few, replace(asked, slot=None, post=post.changed(merge=True))]
+
+    expected = ask(plain, questions(plain))
+    with pretend_gpu():
+        capturer = RecordingCapturer()
+        options = {"capturer": capturer if graphs else None, "cuda_graphs": graphs, "precision": "float32"} | OPTIONS
+        engine = Engine.load(str(spread_base), device="cuda", **options)
+        for name, slot in slots.items():
+            if slot is not None:
+                engine.place_adapter(slot, engine.read_adapter(adapters[name]))
+        for _ in range(3 if graphs else 1):
+            assert_same(ask(engine, questions(engine)), expected)
+        assert (capturer.num_replays > 0) == graphs
 
 
 def test_any_number_of_prompts_is_as_plain(bare):
