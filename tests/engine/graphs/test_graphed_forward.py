@@ -87,7 +87,8 @@ def test_a_gpu_has_them_unless_it_trains_or_somebody_says_no(spread_base, monkey
 @pytest.mark.parametrize("graphs", [True, False])
 def test_what_a_gpu_does_gives_what_a_cpu_gives(spread_base, adapters, graphs):
     # Uploads, downloads and overlaps of masks go other ways there.
-    plain, slots = make_engine(spread_base, adapters, **OPTIONS)
+    two = {name: adapters[name] for name in ("text", "vision")}
+    plain, slots = make_engine(spread_base, two, **OPTIONS)
     post = PostProcessing(threshold=0.0, nms="mask", nms_iou=0.3)
     pixels = make_images(1)[0]
 
@@ -102,22 +103,21 @@ def test_what_a_gpu_does_gives_what_a_cpu_gives(spread_base, adapters, graphs):
         capturer = RecordingCapturer()
         options = {"capturer": capturer if graphs else None, "cuda_graphs": graphs, "precision": "float32"} | OPTIONS
         engine = Engine.load(str(spread_base), device="cuda", **options)
-        for name, slot in slots.items():
-            if slot is not None:
-                engine.place_adapter(slot, engine.read_adapter(adapters[name]))
+        for name in two:
+            engine.place_adapter(slots[name], engine.read_adapter(two[name]))
         for _ in range(3 if graphs else 1):
             assert_same(ask(engine, questions(engine)), expected)
         assert (capturer.num_replays > 0) == graphs
 
 
 def test_any_number_of_prompts_is_as_plain(bare):
-    # 1, 2, 3 (padded to 4), 5 (to 8), 8, and 12 (8 and 4)
-    for num_prompts in (1, 2, 3, 5, 8, 12):
+    # 1, 2, 3 (padded to 4), 8, and 12 (8 and 4)
+    for num_prompts in (1, 2, 3, 8, 12):
         bare.check([bare.question(*PROMPTS[:num_prompts])])
     captured = bare.capturer.num_captures
     assert captured
     # from now on every shape is known
-    for num_prompts in (7, 6, 4, 11, 1):
+    for num_prompts in (5, 4, 11, 1):
         bare.check([bare.question(*PROMPTS[:num_prompts])], turns=1)
     assert bare.capturer.num_captures == captured
 
@@ -133,11 +133,9 @@ def test_every_adapter_in_every_mixture_and_order(every):
     every.check(questions)
     # other mixtures of the same numbers of rows are no new shapes
     generator = np.random.default_rng(0)
-    for _ in range(2):
-        every.check([questions[place] for place in generator.permutation(len(questions))], turns=1)
+    every.check([questions[place] for place in generator.permutation(len(questions))], turns=2)
     captured = every.capturer.num_captures
-    for _ in range(2):
-        every.check([questions[place] for place in generator.permutation(len(questions))], turns=1)
+    every.check([questions[place] for place in generator.permutation(len(questions))], turns=1)
     assert every.capturer.num_captures == captured
 
 
@@ -178,7 +176,7 @@ def test_more_adapters_larger_ranks_and_none_at_all(spread_base, adapters):
 
 
 def test_boxes_few_and_many(every):
-    for num_boxes in (1, 3, 6, 7, 9):
+    for num_boxes in (1, 6, 7):
         shown = every.question("crack", "hole", boxes=BOXES[:num_boxes], slot="geometry")
         every.check([shown, every.question("crack", slot="text"), replace(shown, boxes=BOXES[:1], slot=None)])
     # the tokens of boxes are gone when nobody shows any
@@ -187,7 +185,7 @@ def test_boxes_few_and_many(every):
 
 
 def test_images_of_different_numbers_of_prompts(every):
-    for asked in ((1, 3), (2, 1, 4), (1, 1, 1, 1)):
+    for asked in ((1, 3), (1, 1, 1, 1)):
         questions = [
             every.question(*PROMPTS[:num], image=image, slot="vision" if image == 1 else None)
             for image, num in enumerate(asked)
@@ -275,7 +273,7 @@ def test_warm_up_captures_what_requests_need(bare):
     engine.warm_up()
     assert set(engine.counters.values()) == {0}
     captured = bare.capturer.num_captures
-    for num_prompts in (1, 2, 3, 8):
-        bare.check([bare.question(*PROMPTS[:num_prompts])], turns=2)
-    bare.check([bare.question("crack", image=image) for image in range(3)], turns=2)
+    for num_prompts in (1, 3, 8):
+        bare.check([bare.question(*PROMPTS[:num_prompts])], turns=1)
+    bare.check([bare.question("crack", image=image) for image in range(3)], turns=1)
     assert bare.capturer.num_captures == captured
