@@ -85,7 +85,11 @@ class StagedSam3:
     def encode_text(self, input_ids_PT: Tensor, attention_mask_PT: Tensor) -> TextFeatures:
         """One pass of the text tower over ``P`` distinct prompts of (P, 32) token ids."""
         mask_PT = attention_mask_PT.bool()
-        mask_P1TT = self._attention_mask(mask_PT, self.model.dtype, causal=True)
+        mask_P1TT = _causal_mask(mask_PT)
+        if self.model.config._attn_implementation != "sdpa":
+            mask_P1TT = torch.zeros_like(mask_P1TT, dtype=self.model.dtype).masked_fill_(
+                ~mask_P1TT, torch.finfo(self.model.dtype).min
+            )
         output = self.model.get_text_features(input_ids=input_ids_PT, attention_mask=mask_P1TT)
         return TextFeatures(output.pooler_output, mask_PT)
 
@@ -215,19 +219,15 @@ class StagedSam3:
             hidden = self._run("detr_encoder", layer, hidden, prompt_BTC, positions_1SC, attention_mask)
         return hidden
 
-    def _attention_mask(self, prompt_mask_BT: Tensor, dtype: torch.dtype, *, causal: bool = False) -> Tensor:
+    def _attention_mask(self, prompt_mask_BT: Tensor, dtype: torch.dtype) -> Tensor:
         """Attention mask (B, 1, 1, T) that hides padding tokens, made without reading a value.
 
-        ``causal`` hides later tokens too: (B, 1, T, T). transformers' own functions test whether all tokens are real,
-        for which the host has to wait for the GPU.
+        transformers' own function tests whether all tokens are real, for which the host has to wait for the GPU.
         """
-        mask = prompt_mask_BT.bool()[:, None, None]
-        if causal:
-            length = mask.shape[-1]
-            mask = mask & torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
+        mask_B11T = prompt_mask_BT.bool()[:, None, None]
         if self.model.config._attn_implementation == "sdpa":
-            return mask
-        return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+            return mask_B11T
+        return torch.zeros_like(mask_B11T, dtype=dtype).masked_fill_(~mask_B11T, torch.finfo(dtype).min)
 
     def _decode(
         self,
@@ -385,6 +385,16 @@ class StagedSam3:
         if component in self.checkpointing and torch.is_grad_enabled():
             return checkpoint(function, *arguments, use_reentrant=False)
         return function(*arguments)
+
+
+def _causal_mask(mask_PT: Tensor) -> Tensor:
+    """Which tokens a token of a text reads (P, 1, T, T): those before it and itself, without padding.
+
+    transformers takes it as it is. Its own function tests whether all tokens are real, for which the host has to wait
+    for the GPU.
+    """
+    length = mask_PT.shape[1]
+    return mask_PT[:, None, None] & torch.ones(length, length, dtype=torch.bool, device=mask_PT.device).tril()
 
 
 def _cls_tokens(geometry: Any, tokens_ISC: Tensor, positions_1SC: Tensor) -> Tensor:
