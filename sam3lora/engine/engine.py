@@ -303,15 +303,21 @@ class Engine:
                     yield size, size not in done
                     done.add(size)
 
+        def run(asked: Sequence[PromptedImage]) -> None:
+            """Without the codes of masks, which the device has no part in."""
+            with self._inference():
+                for found in self._run(asked):
+                    found.check_finite()
+
         image = replace(self._probe, features=None)
         for num_rows, is_first in sizes(self._max_rows):
             prompts = tuple(f"object {next(numbers)}" for _ in range(num_rows))  # which no cache knows
             for boxes in ((), (box,)) if is_first else ((),):
-                self.detect([PromptedImage(image, prompts, boxes, post=everything)])
+                run([PromptedImage(image, prompts, boxes, post=everything)])
         self._features.images.forget(image.key)
         for num_images, _ in sizes(self._warm_up_images):
             images = [PreparedImage(f"{WARM_UP_KEY} {n}", noise, noise.shape[:2]) for n in range(num_images)]
-            self.detect([PromptedImage(image, ("object",), post=everything) for image in images])
+            run([PromptedImage(image, ("object",), post=everything) for image in images])
             for image in images:
                 self._features.images.forget(image.key)
         self._features.reset_counters()

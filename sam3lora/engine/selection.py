@@ -94,6 +94,14 @@ class SmallDetections:
         assert self.mask_logits_NHW is not None
         return encode_logits(self.mask_logits_NHW[row], self.wanted.size_hw)
 
+    def check_finite(self) -> None:
+        """Raise NotFiniteError if an output of the model is NaN or infinite."""
+        if not self.is_finite:
+            raise NotFiniteError(
+                f"the outputs for {self.wanted.prompt!r} are NaN or infinite: the training of the adapter or the model "
+                "diverged, use another one"
+            )
+
     def at_full_size(self, rles: list[dict] | None = None) -> Detections:
         """Boxes in pixels of the image, and masks as RLE: from `encode` for each row, if the caller has made them.
 
@@ -102,11 +110,7 @@ class SmallDetections:
         Raises:
             NotFiniteError: An output of the model is NaN or infinite.
         """
-        if not self.is_finite:
-            raise NotFiniteError(
-                f"the outputs for {self.wanted.prompt!r} are NaN or infinite: the training of the adapter or the model "
-                "diverged, use another one"
-            )
+        self.check_finite()
         if rles is None and self.mask_logits_NHW is not None and self.wanted.masks:
             rles = [self.encode(row) for row in range(len(self.scores_N))]
         boxes_xyxy = _to_pixels(self.boxes_cxcywh_N4, self.wanted.size_hw)
