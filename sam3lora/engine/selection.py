@@ -176,20 +176,21 @@ def select_answers(
     """As `select_detections`, from `pack_answers`."""
     most_masks = masks_at_once(answers_BQ6.device)
     answers_BQ6 = download(answers_BQ6)
-    is_finite_B = answers_BQ6.isfinite().flatten(1).all(1).tolist()
+    is_finite_B = answers_BQ6.isfinite().flatten(1).all(1)
+    scores_BQ, query_BQ = answers_BQ6[..., 0].sort(dim=1, descending=True, stable=True)
+    boxes_BQ4 = answers_BQ6[..., 1:5].gather(1, query_BQ[..., None].expand(-1, -1, 4))
+    cut_B = torch.tensor([wanted.score_cut for wanted in wanted_B])
+    num_B = (scores_BQ >= cut_B[:, None]).sum(1).where(is_finite_B, 0).tolist()
     found_B = []
-    for answers_Q6, is_finite, wanted in zip(answers_BQ6, is_finite_B, wanted_B, strict=True):
-        scores_Q, query_Q = answers_Q6[:, 0].sort(descending=True, stable=True)
-        num = int((scores_Q >= wanted.score_cut).sum()) if is_finite else 0
-        scores_N, query_N = scores_Q[:num], query_Q[:num]
-        boxes_N4 = answers_Q6[query_N, 1:5]
+    for b, (num, wanted) in enumerate(zip(num_B, wanted_B, strict=True)):
+        scores_N, boxes_N4 = scores_BQ[b, :num], boxes_BQ4[b, :num]
         # Boxes alone can decide now, and masks are then made for the selected detections only.
         selection = None if wanted.post.needs_masks and num else select(scores_N, _xyxy(boxes_N4), None, wanted.post)
-        found_B.append(_Candidates(scores_N, boxes_N4, query_N, selection))
+        found_B.append(_Candidates(scores_N, boxes_N4, query_BQ[b, :num], selection))
     masks_B = _with_masks(found_B, wanted_B, mask_head, most_masks)
     presence_B = answers_BQ6[:, 0, 5].tolist()
     for wanted, found, (selection, small_NHW), presence, is_finite in zip(
-        wanted_B, found_B, masks_B, presence_B, is_finite_B, strict=True
+        wanted_B, found_B, masks_B, presence_B, is_finite_B.tolist(), strict=True
     ):
         yield SmallDetections(
             wanted,
