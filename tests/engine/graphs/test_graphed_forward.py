@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from jobs.bench.pretend_gpu import pretend_gpu
 from jobs.bench.recorded_graphs import RecordingCapturer
@@ -108,6 +109,49 @@ def test_what_a_gpu_does_gives_what_a_cpu_gives(spread_base, adapters, graphs):
         for _ in range(3 if graphs else 1):
             assert_same(ask(engine, questions(engine)), expected)
         assert (capturer.num_replays > 0) == graphs
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="captures CUDA graphs: needs a GPU")
+def test_cuda_graphs_give_what_single_launches_give(spread_base, adapters):
+    two = {name: adapters[name] for name in ("text", "vision")}
+    options = {"device": "cuda", "precision": "float32", "num_slots": 4} | OPTIONS
+    engines = [Engine.load(str(spread_base), cuda_graphs=graphs, **options) for graphs in (False, True)]
+    pixels = make_images(2)
+
+    def check(*slots: int | None) -> None:
+        for num_prompts in (1, 3, 8):
+            for _ in range(3):  # new, captured, repeated
+                plain, graphed = (
+                    ask(
+                        engine,
+                        [
+                            PromptedImage(
+                                engine.prepare_image(pixels[number % 2], f"image {number % 2}"),
+                                PROMPTS[:num_prompts],
+                                BOXES[:number],
+                                slot,
+                                PostProcessing(threshold=0.0),
+                            )
+                            for number, slot in enumerate(slots)
+                        ],
+                    )
+                    for engine in engines
+                )
+                assert_same(graphed, plain, atol=1e-4)
+
+    check(None, None)
+    for slot, name in enumerate(two):
+        for engine in engines:
+            engine.place_adapter(slot, engine.read_adapter(two[name]))
+    check(0, None, 1)
+    for engine in engines:  # the adapters' memory moves, and captures of before go
+        engine.place_adapter(2, engine.read_adapter(adapters["detector"]))
+    check(2, 0, 1)
+    for engine in engines:
+        engine.clear_adapter(0)
+        engine.drop_features()
+    check(2, None, 1)
+    assert all(stage._replays for stage in engines[1]._forward.stages)
 
 
 def test_any_number_of_prompts_is_as_plain(bare):
