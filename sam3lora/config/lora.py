@@ -17,7 +17,12 @@ class LoraFields(Section):
     alpha: float = Field(
         default=32, gt=0, le=4096, description="Scale: the update is multiplied by alpha / rank (rsLoRA: / sqrt(rank))."
     )
-    dropout: float = Field(default=0.1, ge=0, lt=1, description="Dropout on the input of each adapter while training.")
+    dropout: float = Field(
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="Dropout on the input of adapters in training, once for layers of one input.",
+    )
     target_modules: tuple[str, ...] = Field(
         default=("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"),
         min_length=1,

@@ -24,6 +24,7 @@ from sam3lora.config.post_processing import PostProcessing
 from sam3lora.errors import UserError
 from sam3lora.files import whole_folder, write_whole
 from sam3lora.model.adapter.folder_files import CONFIG_FILE, FILES, WEIGHTS_FILE, is_adapter_folder, shown
+from sam3lora.model.adapter.lora_products import take_over
 from sam3lora.model.adapter.metadata import (
     AdapterMetadata,
     check_prompt_thresholds,
@@ -136,6 +137,7 @@ def load_adapter(
                 peft_model = cast(PeftModel, get_peft_model(model, config, adapter_name=adapter_name))  # type: ignore
     except (ValueError, TypeError, AttributeError, KeyError) as error:  # the configuration may ask for anything
         raise UserError(f"{folder} does not fit {type(unwrap(model)).__name__}: {error}") from error
+    take_over(peft_model)
     try:
         _fill(peft_model, adapter_name, tensors, folder)
     except UserError:

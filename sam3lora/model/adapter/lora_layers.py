@@ -1,5 +1,7 @@
 """LoRA layers on SAM 3 or any torch model: PEFT's own layers, on the modules that the settings select.
 
+`lora_products.py` makes them run in fewer kernels.
+
 LoRA: https://arxiv.org/abs/2106.09685, rank-stabilised: https://arxiv.org/abs/2312.03732,
 DoRA: https://arxiv.org/abs/2402.09353.
 """
@@ -13,6 +15,7 @@ from torch import nn
 
 from sam3lora.config.lora import LoraSettings
 from sam3lora.model.adapter.folder import load_adapter, save_adapter
+from sam3lora.model.adapter.lora_products import take_over
 from sam3lora.model.adapter.targets import select_modules
 from sam3lora.model.components import adapted_modules
 from sam3lora.model.parameter_counts import ParameterTable, count_parameters
@@ -60,6 +63,7 @@ def apply_lora(model: nn.Module, settings: LoraSettings, *, geometry_cls: bool =
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT asks by the old name
         peft_model = get_peft_model(model, config, low_cpu_mem_usage=on_meta)
+    take_over(peft_model)
     assert adapted_modules(peft_model) == names, "PEFT adapted other modules than the ones selected"
     return peft_model
 
