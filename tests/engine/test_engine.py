@@ -218,7 +218,7 @@ def test_masks_are_made_a_few_rows_at_a_time(engine, slots, images, monkeypatch)
 def encoded(engine, monkeypatch) -> list[int]:
     """Images of each pass of the vision tower."""
     passes: list[int] = []
-    handle = engine.base.model.vision_encoder.register_forward_pre_hook(
+    handle = engine.base.model.vision_encoder.backbone.embeddings.register_forward_pre_hook(
         lambda _, arguments: passes.append(len(arguments[0]))
     )
     yield passes

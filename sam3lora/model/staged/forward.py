@@ -18,12 +18,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import Sam3Model
-from transformers.models.sam3.modeling_sam3 import inverse_sigmoid
 
+from sam3lora.model.adapter.lora_products import lowered
+from sam3lora.model.staged.attention import attend
+from sam3lora.model.staged.box_encoding import BoxEncoding
 from sam3lora.model.staged.mask_head import MaskHead
 from sam3lora.model.staged.stage_outputs import DetectorOutput, TextFeatures, VisionFeatures, rows_of
 from sam3lora.model.staged.trunk import first_layers, frozen_layers, last_layers
@@ -54,9 +55,7 @@ class StagedSam3:
         The layers of the tower before the first trainable one keep no activations for the backward pass.
         """
         frozen = frozen_layers(self._trunk) if torch.is_grad_enabled() else 0
-        if not frozen:
-            return VisionFeatures.from_output(self.model.vision_encoder(pixel_values_ICHW))
-        with torch.no_grad():
+        with torch.set_grad_enabled(torch.is_grad_enabled() and frozen == 0):
             tokens_ISC = self.encode_trunk(pixel_values_ICHW, frozen)
         return self.encode_rest(tokens_ISC, frozen)
 
@@ -70,10 +69,10 @@ class StagedSam3:
 
     def encode_neck(self, trunk_ISC: Tensor) -> VisionFeatures:
         """Feature maps of square images from the tokens after all layers of the vision tower."""
-        side = math.isqrt(trunk_ISC.shape[1])
-        tokens_ICHW = trunk_ISC.unflatten(1, (side, side)).permute(0, 3, 1, 2)
-        maps, positions = self.model.vision_encoder.neck(tokens_ICHW)
-        return VisionFeatures(list(maps[:-1]), [position[:1] for position in positions[:-1]])
+        neck, side = self.model.vision_encoder.neck, math.isqrt(trunk_ISC.shape[1])
+        tokens_ICHW = lowered(trunk_ISC.unflatten(1, (side, side)).permute(0, 3, 1, 2))
+        maps = [layer(tokens_ICHW) for layer in neck.fpn_layers[:-1]]
+        return VisionFeatures(maps, [neck.position_encoding((1, *m.shape[1:]), m.device, m.dtype) for m in maps])
 
     @property
     def _trunk(self) -> Any:
@@ -198,36 +197,28 @@ class StagedSam3:
         if begun_BSC is None:
             begun_ISC = self.begin_fusion(vision) if vision.begun_ISC is None else vision.begun_ISC
             begun_BSC = rows_of(begun_ISC, image_index_B)
-        memory = self._fuse(begun_BSC, positions_1SC, prompt_BTC, prompt_mask_BT)
+        read_BTC = lowered(prompt_BTC)  # by attention layers
+        read = (read_BTC, _attention_mask(prompt_mask_BT, read_BTC.dtype))
+        memory = self._fuse(begun_BSC, positions_1SC, *read)
         return self._decode(
             memory,
             positions_1SC,
             prompt_BTC,
             prompt_mask_BT,
+            read,
             size_hw,
             one_to_many,
             image_index_B=image_index_B,
             vision=vision,
         )
 
-    def _fuse(self, begun_BSC: Tensor, positions_1SC: Tensor, prompt_BTC: Tensor, prompt_mask_BT: Tensor) -> Tensor:
+    def _fuse(self, begun_BSC: Tensor, positions_1SC: Tensor, prompt_BTC: Tensor, mask: Tensor) -> Tensor:
         """The DETR encoder after its first self-attention: tokens attend to the prompt and again to each other."""
         first, *others = self.model.detr_encoder.layers
-        attention_mask = self._attention_mask(prompt_mask_BT, prompt_BTC.dtype)
-        hidden = self._run("detr_encoder", _attend_to_prompt, first, begun_BSC, prompt_BTC, attention_mask)
+        hidden = self._run("detr_encoder", _attend_to_prompt, first, begun_BSC, prompt_BTC, mask)
         for layer in others:
-            hidden = self._run("detr_encoder", layer, hidden, prompt_BTC, positions_1SC, attention_mask)
+            hidden = self._run("detr_encoder", _encoder_layer, layer, hidden, positions_1SC, prompt_BTC, mask)
         return hidden
-
-    def _attention_mask(self, prompt_mask_BT: Tensor, dtype: torch.dtype) -> Tensor:
-        """Attention mask (B, 1, 1, T) that hides padding tokens, made without reading a value.
-
-        transformers' own function tests whether all tokens are real, for which the host has to wait for the GPU.
-        """
-        mask_B11T = prompt_mask_BT.bool()[:, None, None]
-        if self.model.config._attn_implementation == "sdpa":
-            return mask_B11T
-        return torch.zeros_like(mask_B11T, dtype=dtype).masked_fill_(~mask_B11T, torch.finfo(dtype).min)
 
     def _decode(
         self,
@@ -235,6 +226,7 @@ class StagedSam3:
         positions_1SC: Tensor,
         prompt_BTC: Tensor,
         prompt_mask_BT: Tensor,
+        read: tuple[Tensor, Tensor],
         size_hw: tuple[int, int],
         one_to_many: bool,
         **context,
@@ -248,54 +240,50 @@ class StagedSam3:
         decoder = self.model.detr_decoder
         num_queries = decoder.query_embed.num_embeddings
         copies = 2 if one_to_many else 1
-        batch = len(memory_BSC)
+        batch, num_objects = len(memory_BSC), copies * num_queries
         queries = torch.cat([decoder.presence_token.weight, *[decoder.query_embed.weight] * copies])
         hidden = queries.unsqueeze(0).expand(batch, -1, -1)
-        references = decoder.reference_points.weight.float().sigmoid().repeat(copies, 1).unsqueeze(0)
-        references = references.expand(batch, -1, -1)
-        # As in the stock decoder: a layer's boxes are refined from `stored_references` with gradient, while the queries
-        # of the next layer see the same boxes, `references`, detached.
-        stored_references = references
-        attention_mask = self._attention_mask(prompt_mask_BT, prompt_BTC.dtype)
-        keys_BSC = memory_BSC + positions_1SC
-        states, boxes, presence = [], [], []
-        for layer in decoder.layers:
-            hidden = self._run(
-                "detr_decoder",
-                self._decoder_layer,
-                layer,
-                hidden,
-                references,
-                prompt_BTC,
-                attention_mask,
-                memory_BSC,
-                keys_BSC,
-                size_hw,
-                1 + num_queries,
-            )
-            normed = decoder.output_layer_norm(hidden[:, 1:])
+        references = decoder.reference_points.weight.float().sigmoid().repeat(copies, 1)
+        references = references.unsqueeze(0).expand(batch, -1, -1)
+        shared = (
+            *read,
+            lowered(memory_BSC + positions_1SC),
+            lowered(memory_BSC),
+            BoxEncoding(decoder, references, size_hw),
+            1 + num_queries,
+        )
+        states, presence_states, offsets, all_references = [], [], [], [references]
+        for number, layer in enumerate(decoder.layers):
+            hidden = self._run("detr_decoder", self._decoder_layer, layer, hidden, references, *shared)
+            presence_B1C, objects_BQC = hidden.split([1, num_objects], dim=1)
+            normed = decoder.output_layer_norm(objects_BQC)
             # Boxes stay in float32: bfloat16 would be off by several pixels at 1008.
             with torch.autocast(hidden.device.type, enabled=False):
-                offsets = decoder.box_head(normed.to(decoder.box_head.layer1.weight.dtype)).float()
-            boxes.append((inverse_sigmoid(stored_references) + offsets).sigmoid())
-            stored_references = (inverse_sigmoid(references) + offsets).sigmoid()
-            references = stored_references.detach()
+                offsets.append(decoder.box_head(normed.to(decoder.box_head.layer1.weight.dtype)).float())
             states.append(normed)
-            presence.append(decoder.presence_head(decoder.presence_layer_norm(hidden[:, 0])).squeeze(-1))
+            presence_states.append(presence_B1C)
+            if number + 1 < len(decoder.layers):  # the queries of the next layer see its boxes without gradient
+                with torch.no_grad():
+                    references = (_inverse_sigmoid(references) + offsets[-1]).sigmoid()
+                all_references.append(references)
 
-        states_LBQC, boxes_LBQ4, presence_LB = torch.stack(states), torch.stack(boxes), torch.stack(presence)
+        states_LBQC = torch.stack(states)
+        presence_BLC = decoder.presence_layer_norm(torch.cat(presence_states, dim=1))  # rows first, for adapters by row
+        presence_LB = decoder.presence_head(presence_BLC).squeeze(-1).transpose(0, 1)
         limit = decoder.clamp_presence_logit_max_val
         scores = self._run("scoring", self.model.dot_product_scoring, states_LBQC, prompt_BTC, prompt_mask_BT)
-        logits_LBQ = scores.squeeze(-1)
-        split = num_queries
-        hidden_BQC = {"o2o": states_LBQC[-1][:, :split], "o2m": states_LBQC[-1][:, split:]}
+        boxes_LBQ4 = _refined(torch.stack(all_references), torch.stack(offsets))
+        logits, boxes, hidden_BQC = (
+            dict(zip(("o2o", "o2m"), values.split(num_queries, dim=dim), strict=False))
+            for values, dim in ((scores.squeeze(-1), 2), (boxes_LBQ4, 2), (states_LBQC[-1], 1))
+        )
         return DetectorOutput(
-            logits_LBQ=logits_LBQ[:, :, :split],
-            boxes_cxcywh_LBQ4=boxes_LBQ4[:, :, :split],
+            logits_LBQ=logits["o2o"],
+            boxes_cxcywh_LBQ4=boxes["o2o"],
             presence_logits_LB=presence_LB.clamp(-limit, limit),
             raw_presence_logits_LB=presence_LB,
-            logits_o2m_LBQ=logits_LBQ[:, :, split:] if one_to_many else None,
-            boxes_o2m_LBQ4=boxes_LBQ4[:, :, split:] if one_to_many else None,
+            logits_o2m_LBQ=logits.get("o2m"),
+            boxes_o2m_LBQ4=boxes.get("o2m"),
             hidden_BQC=hidden_BQC,
             encoder_hidden_BSC=memory_BSC,
             prompt_BTC=prompt_BTC,
@@ -304,50 +292,33 @@ class StagedSam3:
         )
 
     def _decoder_layer(
-        self, layer, hidden, references, prompt, prompt_attention_mask, memory, keys, size_hw, num_self_attended
+        self,
+        layer: Any,
+        hidden: Tensor,
+        references: Tensor,
+        prompt: Tensor,
+        prompt_mask: Tensor,
+        keys: Tensor,
+        memory: Tensor,
+        encoding: BoxEncoding,
+        num_self_attended: int,
     ) -> Tensor:
-        decoder = self.model.detr_decoder
-        sine = decoder.position_encoding.encode_boxes(references)
-        query_pos = decoder.ref_point_head(sine.to(decoder.ref_point_head.layer1.weight.dtype))
-        query_pos = F.pad(query_pos.to(hidden.dtype), (0, 0, 1, 0))
-        bias = self._box_bias(references, size_hw)
+        query_pos, bias = encoding.query_positions(references), encoding.attention_bias(references)
         if not torch.is_autocast_enabled(bias.device.type):  # autocast would cast for the attention itself
             bias = bias.to(hidden.dtype)
 
-        attending, bypassing = hidden[:, :num_self_attended], hidden[:, num_self_attended:]
+        attending, bypassing = hidden.split([num_self_attended, hidden.shape[1] - num_self_attended], dim=1)
         with_pos = attending + query_pos[:, :num_self_attended]
-        attended, _ = layer.self_attn(query=with_pos, key=with_pos, value=attending, attention_mask=None)
+        attended = attend(layer.self_attn, with_pos, with_pos, attending)
         hidden = torch.cat([attending + layer.self_attn_dropout(attended), bypassing], 1)
         hidden = layer.self_attn_layer_norm(hidden)
 
-        attended, _ = layer.text_cross_attn(
-            query=hidden + query_pos, key=prompt, value=prompt, attention_mask=prompt_attention_mask
-        )
+        attended = attend(layer.text_cross_attn, hidden + query_pos, prompt, prompt, prompt_mask)
         hidden = layer.text_cross_attn_layer_norm(hidden + layer.text_cross_attn_dropout(attended))
 
-        attended, _ = layer.vision_cross_attn(query=hidden + query_pos, key=keys, value=memory, attention_mask=bias)
+        attended = attend(layer.vision_cross_attn, hidden + query_pos, keys, memory, bias)
         hidden = layer.vision_cross_attn_layer_norm(hidden + layer.vision_cross_attn_dropout(attended))
         return layer.mlp_layer_norm(hidden + layer.mlp_dropout(layer.mlp(hidden)))
-
-    def _box_bias(self, references_BQ4: Tensor, size_hw: tuple[int, int]) -> Tensor:
-        """Attention bias (B, heads, 1 + Q, S) of each object query to each image token, from the query's box.
-
-        It is the sum of a term for the token's row and one for its column, and zero for the presence token. Both terms
-        are small; the sum, the largest tensor of the decoder, is written once.
-        """
-        decoder, (height, width) = self.model.detr_decoder, size_hw
-        center, half = references_BQ4[..., :2], references_BQ4[..., 2:] / 2
-        edges_BQ22 = torch.stack([center - half, center + half], -2)
-
-        def part(embed: Any, axis: int, count: int) -> Tensor:
-            positions = torch.arange(count, device=references_BQ4.device, dtype=references_BQ4.dtype) / count
-            deltas_BQn2 = (positions[:, None] - edges_BQ22[..., axis].unsqueeze(2)) * 8
-            scaled = deltas_BQn2.sign() * torch.log2(deltas_BQn2.abs() + 1) / math.log2(8)
-            # In the order of the sum, which would otherwise be made in another one and copied.
-            return F.pad(embed(scaled).permute(0, 3, 1, 2), (0, 0, 1, 0)).contiguous()
-
-        rows, columns = part(decoder.box_rpb_embed_y, 1, height), part(decoder.box_rpb_embed_x, 0, width)
-        return (rows.unsqueeze(-1) + columns.unsqueeze(-2)).flatten(-2)
 
     # ---- masks ----------------------------------------------------------------------------------------------------
 
@@ -370,10 +341,9 @@ class StagedSam3:
         """Pixel embeddings (K, C, h, w) from the detector's memory and the maps of each find query's image."""
         decoder = self.model.mask_decoder
         normed = decoder.prompt_cross_attn_norm(memory_KSC)
-        attention_mask = self._attention_mask(prompt_mask_KT, prompt_KTC.dtype)
-        attended, _ = decoder.prompt_cross_attn(
-            query=normed, key=prompt_KTC, value=prompt_KTC, attention_mask=attention_mask
-        )
+        prompt_KTC = lowered(prompt_KTC)
+        mask = _attention_mask(prompt_mask_KT, prompt_KTC.dtype)
+        attended = attend(decoder.prompt_cross_attn, normed, prompt_KTC, prompt_KTC, mask)
         memory_KSC = memory_KSC + decoder.prompt_cross_attn_dropout(attended)
         *fine, coarse = maps_KCHW
         coarse = memory_KSC.transpose(1, 2).reshape(coarse.shape)
@@ -407,18 +377,44 @@ def _cls_tokens(geometry: Any, tokens_ISC: Tensor, positions_1SC: Tensor) -> Ten
     return geometry.output_layer_norm(hidden)
 
 
+def _encoder_layer(layer: Any, hidden: Tensor, positions: Tensor, prompt: Tensor, mask: Tensor) -> Tensor:
+    """A DETR encoder layer."""
+    return _attend_to_prompt(layer, _attend_to_itself(layer, hidden, positions), prompt, mask)
+
+
 def _attend_to_itself(layer: Any, tokens: Tensor, positions: Tensor) -> Tensor:
     """The first part of a DETR encoder layer: self-attention."""
     normed = layer.layer_norm1(tokens)
     with_positions = normed + positions
-    attended, _ = layer.self_attn(query=with_positions, key=with_positions, value=normed)
-    return tokens + layer.dropout(attended)
+    return tokens + layer.dropout(attend(layer.self_attn, with_positions, with_positions, normed))
 
 
-def _attend_to_prompt(layer: Any, hidden: Tensor, prompt: Tensor, attention_mask: Tensor) -> Tensor:
+def _attend_to_prompt(layer: Any, hidden: Tensor, prompt: Tensor, mask: Tensor) -> Tensor:
     """The rest of a DETR encoder layer: cross-attention to the prompt, and the MLP."""
-    attended, _ = layer.cross_attn(
-        query=layer.layer_norm2(hidden), key=prompt, value=prompt, attention_mask=attention_mask
-    )
+    attended = attend(layer.cross_attn, layer.layer_norm2(hidden), prompt, prompt, mask)
     hidden = hidden + layer.dropout(attended)
     return hidden + layer.dropout(layer.mlp(layer.layer_norm3(hidden)))
+
+
+def _attention_mask(prompt_mask_BT: Tensor, dtype: torch.dtype) -> Tensor:
+    """What attention adds to its scores (B, 1, 1, T) to hide padding tokens, made once and without reading a value.
+
+    transformers' own function tests whether all tokens are real, for which the host has to wait for the GPU.
+    """
+    padding_B11T = ~prompt_mask_BT.bool()[:, None, None]
+    return torch.zeros_like(padding_B11T, dtype=dtype).masked_fill_(padding_B11T, torch.finfo(dtype).min)
+
+
+def _inverse_sigmoid(values: Tensor, limit: float = 1e-3) -> Tensor:
+    """As the stock decoder's, for values that are in [0, 1]."""
+    return torch.log(values.clamp(min=limit) / (1 - values).clamp(min=limit))
+
+
+def _refined(references_LBQ4: Tensor, offsets_LBQ4: Tensor) -> Tensor:
+    """Boxes (L, B, Q, 4) of every decoder layer.
+
+    ``references_LBQ4`` are the boxes that a layer's queries saw, detached. As in the stock decoder, a layer's boxes are
+    refined from those of the layer before with gradient, that is, with the gradient of that layer's offsets.
+    """
+    refined = (_inverse_sigmoid(references_LBQ4[:-1]) + offsets_LBQ4[:-1]).sigmoid()
+    return (_inverse_sigmoid(torch.cat([references_LBQ4[:1], refined])) + offsets_LBQ4).sigmoid()

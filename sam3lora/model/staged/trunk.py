@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sam3lora.model.staged.vit_layer import run_layers
+
 TRUNK = "vision_encoder.backbone."
 _LAYER = re.compile(re.escape(TRUNK) + r"layers\.(\d+)\.")
 
@@ -43,17 +45,12 @@ def first_layers(trunk: Any, pixel_values_ICHW: Tensor, num_layers: int) -> Tens
     """Tokens (I, S, C) after the first ``num_layers`` layers of a ``Sam3ViTModel``."""
     tokens_ISC = trunk.embeddings(pixel_values_ICHW)
     tokens_IHWC = trunk.layer_norm(_as_map(tokens_ISC))
-    for layer in trunk.layers[:num_layers]:
-        tokens_IHWC = layer(tokens_IHWC)
-    return tokens_IHWC.flatten(1, 2)
+    return run_layers(trunk.layers[:num_layers], tokens_IHWC).flatten(1, 2)
 
 
 def last_layers(trunk: Any, tokens_ISC: Tensor, num_layers: int) -> Tensor:
     """Tokens (I, S, C) after all layers, from those after the first ``num_layers``."""
-    tokens_IHWC = _as_map(tokens_ISC)
-    for layer in trunk.layers[num_layers:]:
-        tokens_IHWC = layer(tokens_IHWC)
-    return tokens_IHWC.flatten(1, 2)
+    return run_layers(trunk.layers[num_layers:], _as_map(tokens_ISC)).flatten(1, 2)
 
 
 def weights_of_first_layers(trunk: Any, num_layers: int) -> dict[str, Tensor]:
