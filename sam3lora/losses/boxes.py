@@ -18,23 +18,28 @@ def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
     >>> cxcywh_to_xyxy(torch.tensor([0.5, 0.5, 0.2, 0.4])).tolist() == torch.tensor([0.4, 0.3, 0.6, 0.7]).tolist()
     True
     """
-    centre, half_size = boxes[..., :2], boxes[..., 2:] * 0.5
-    return torch.cat([centre - half_size, centre + half_size], dim=-1)
+    centre, size = boxes.split(2, dim=-1)
+    return torch.cat([torch.add(centre, size, alpha=-0.5), torch.add(centre, size, alpha=0.5)], dim=-1)
 
 
 def box_area(boxes_xyxy: Tensor) -> Tensor:
     """Area of (..., 4) boxes, (...)."""
-    return (boxes_xyxy[..., 2] - boxes_xyxy[..., 0]) * (boxes_xyxy[..., 3] - boxes_xyxy[..., 1])
+    low, high = boxes_xyxy.split(2, dim=-1)
+    return _product(high - low)
 
 
 def box_iou_and_union(a_xyxy: Tensor, b_xyxy: Tensor) -> tuple[Tensor, Tensor]:
     """Intersection over union in [0, 1], and the area of the union, of boxes that broadcast against each other."""
-    low = torch.maximum(a_xyxy[..., :2], b_xyxy[..., :2])
-    high = torch.minimum(a_xyxy[..., 2:], b_xyxy[..., 2:])
-    overlap = (high - low).clamp(min=0)
-    intersection = overlap[..., 0] * overlap[..., 1]
-    union = box_area(a_xyxy) + box_area(b_xyxy) - intersection
+    a_low, a_high = a_xyxy.split(2, dim=-1)
+    b_low, b_high = b_xyxy.split(2, dim=-1)
+    intersection = _product((torch.minimum(a_high, b_high) - torch.maximum(a_low, b_low)).clamp(min=0))
+    union = _product(a_high - a_low) + _product(b_high - b_low) - intersection
     return intersection / union, union
+
+
+def _product(sizes: Tensor) -> Tensor:
+    width, height = sizes.unbind(-1)
+    return width * height
 
 
 def box_iou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
@@ -54,9 +59,13 @@ def box_giou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
     >>> box_giou(torch.tensor([0.0, 0.0, 1.0, 1.0]), torch.tensor([3.0, 0.0, 4.0, 1.0])).item()
     -0.5
     """
+    return box_iou_and_giou(a_xyxy, b_xyxy)[1]
+
+
+def box_iou_and_giou(a_xyxy: Tensor, b_xyxy: Tensor) -> tuple[Tensor, Tensor]:
+    """`box_iou` and `box_giou` of the same boxes."""
     iou, union = box_iou_and_union(a_xyxy, b_xyxy)
-    low = torch.minimum(a_xyxy[..., :2], b_xyxy[..., :2])
-    high = torch.maximum(a_xyxy[..., 2:], b_xyxy[..., 2:])
-    side = high - low
-    enclosing = side[..., 0] * side[..., 1]
-    return iou - (enclosing - union) / enclosing
+    a_low, a_high = a_xyxy.split(2, dim=-1)
+    b_low, b_high = b_xyxy.split(2, dim=-1)
+    enclosing = _product(torch.maximum(a_high, b_high) - torch.minimum(a_low, b_low))
+    return iou, iou - (enclosing - union) / enclosing

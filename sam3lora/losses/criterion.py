@@ -17,6 +17,7 @@ Shapes as in `targets.py`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -67,7 +68,7 @@ class Criterion:
         hungarian: HungarianCost | None = None,
         one_to_many: OneToManyRule | None = None,
         pad_n_queries: int | None = 200,
-        mask_chunk: int = 16,
+        mask_chunk: int = 32,
         touch_unused: bool = True,
     ) -> None:
         settings = settings or LossSection()
@@ -76,6 +77,7 @@ class Criterion:
         self._classify = partial(iabce_term, pad_n_queries=pad_n_queries, pos_weight=settings.pos_weight)
         self._sampling = None if settings.mask_points is None else PointSampling(settings.mask_points)
         self._mask_chunk, self._touch_unused = mask_chunk, touch_unused
+        self._sent_weights: dict[tuple, Tensor] = {}
 
     def begin(self, predictions: Predictions, targets: Targets) -> PendingMatches:
         """Start matching, which needs only logits and boxes, so that masks can be made while the host assigns."""
@@ -96,120 +98,121 @@ class Criterion:
             FloatingPointError: a matching cost is not finite; the message names the query.
             ValueError: predictions and targets disagree in shape.
         """
-        matches = (pending or self.begin(predictions, targets)).finish()
+        pending = pending or self.begin(predictions, targets)
+        matches = pending.finish()
         query_of_target = np.repeat(np.arange(len(matches.num_targets_B)), matches.num_targets_B)
         semantic_queries = np.unique(query_of_target[matches.has_mask_pixels_T])
         if normalizer is None:
             num_boxes = len(targets.boxes_cxcywh_T4)
             normalizer = Normalizer.from_counts(len(targets.num_B), num_boxes, len(semantic_queries))
 
-        per_layer, diagnostics = self._layer_terms(predictions, targets, matches, normalizer)
-        scalars = {
-            **self._mask_terms("o2o", matches.o2o, predictions, targets, matches, normalizer),
-            **self._mask_terms("o2m", matches.o2m, predictions, targets, matches, normalizer),
-            **self._semantic_terms(semantic_queries, predictions, targets, matches, normalizer),
-        }
-        terms = {name: values.sum() for name, values in per_layer.items()} | scalars
-        total = torch.zeros((), device=predictions.logits_LBQ.device)
-        for name, value in terms.items():
-            total = total + self.weights[name] * value
+        per_layer, diagnostics = self._layer_terms(predictions, pending.joined, targets, matches, normalizer)
+        names, values = list(per_layer), [torch.stack([*per_layer.values()]).sum(dim=1)]
+        for branch, pairs, suffix in (("o2o", matches.o2o, ""), ("o2m", matches.o2m, "_o2m")):
+            if pairs is not None:
+                names += [f"loss_mask{suffix}", f"loss_dice{suffix}"]
+                values.append(self._mask_sums(branch, pairs, predictions, targets, matches) / normalizer.num_boxes)
+        names += ["loss_semantic_seg", "loss_semantic_dice"]
+        values.append(self._semantic_sums(semantic_queries, predictions, targets, matches) / normalizer.num_semantic)
+        terms = torch.cat(values)
+        total = normalizer.scale * (terms * self._weights_of(names, terms)).sum()
         return LossOutput(
-            total=normalizer.scale * total,
-            terms={name: value.detach() for name, value in terms.items()},
-            per_layer={name: values.detach() for name, values in per_layer.items()},
+            total=total,
+            terms=dict(zip(names, terms.detach().unbind(), strict=True)),
+            per_layer={name: values_L.detach() for name, values_L in per_layer.items()},
             matches=matches,
             diagnostics=diagnostics,
         )
 
+    def _weights_of(self, names: Sequence[str], like: Tensor) -> Tensor:
+        """Weights of terms, on the device of the terms; they are sent there once."""
+        key = (*names, like.device, like.dtype)
+        if key not in self._sent_weights:
+            self._sent_weights[key] = like.new_tensor([self.weights[name] for name in names])
+        return self._sent_weights[key]
+
     def _layer_terms(
-        self, predictions: Predictions, targets: Targets, matches: Matches, normalizer: Normalizer
+        self,
+        predictions: Predictions,
+        joined: tuple[Tensor, Tensor],
+        targets: Targets,
+        matches: Matches,
+        normalizer: Normalizer,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        device = predictions.logits_LBQ.device
+        """Terms of every decoder layer (L,), those of both branches computed at once."""
+        logits_KBQ, boxes_KBQ4 = joined
+        device, pairs = logits_KBQ.device, matches.joined
         target_boxes = targets.boxes_cxcywh_T4.to(device)
         present_B = visible_queries(target_boxes, targets.query_index().to(device), len(targets.num_B))
         exhaustive_B = None if targets.exhaustive_B is None else targets.exhaustive_B.to(device)
-
-        def branch_terms(logits: Tensor, boxes: Tensor, pairs: Pairs, suffix: str) -> tuple[dict[str, Tensor], Tensor]:
-            bbox, giou = box_terms(boxes, target_boxes, pairs, normalizer.num_boxes)
-            ce, matched = self._classify(
-                logits, boxes, target_boxes, pairs, present_B, normalizer.num_queries, exhaustive_B=exhaustive_B
-            )
-            return {f"loss_bbox{suffix}": bbox, f"loss_giou{suffix}": giou, f"loss_ce{suffix}": ce}, matched
-
-        per_layer, matched = branch_terms(predictions.logits_LBQ, predictions.boxes_cxcywh_LBQ4, matches.o2o, "")
-        presence = predictions.presence_logits_LB
+        bbox, giou, iou_M = box_terms(boxes_KBQ4, target_boxes, pairs, normalizer.num_boxes)
+        ce, matched = self._classify(
+            logits_KBQ,
+            boxes_KBQ4,
+            target_boxes,
+            pairs,
+            present_B,
+            normalizer.num_queries,
+            exhaustive_B=exhaustive_B,
+            iou_M=iou_M,
+        )
+        num_layers, presence = len(predictions.logits_LBQ), predictions.presence_logits_LB
+        per_layer: dict[str, Tensor] = {}
+        for name, values_K in {"loss_bbox": bbox, "loss_giou": giou, "loss_ce": ce}.items():
+            per_layer |= zip((name, f"{name}_o2m"), values_K.split(num_layers), strict=False)
         per_layer["presence_loss"] = presence_term(presence, present_B, normalizer.num_queries)
-        logits_o2m, boxes_o2m = predictions.logits_o2m_LBQ, predictions.boxes_o2m_LBQ4
-        if logits_o2m is not None and boxes_o2m is not None and matches.o2m is not None:
-            per_layer |= branch_terms(logits_o2m, boxes_o2m, matches.o2m, "_o2m")[0]
         diagnostics = {
-            "ce_f1": _f1(predictions.logits_LBQ.detach() > 0, matched),
+            "ce_f1": _f1(predictions.logits_LBQ.detach() > 0, matched[:num_layers]),
             "presence_accuracy": ((presence.detach() > 0) == (present_B > 0)).float().mean(dim=1),
         }
         return per_layer, diagnostics
 
-    def _mask_terms(
-        self,
-        branch: str,
-        pairs: Pairs | None,
-        predictions: Predictions,
-        targets: Targets,
-        matches: Matches,
-        normalizer: Normalizer,
-    ) -> dict[str, Tensor]:
-        if pairs is None:
-            return {}
-        suffix, device = ("" if branch == "o2o" else "_o2m"), predictions.logits_LBQ.device
-        focal = dice = torch.zeros((), device=device)
-        if predictions.mask_logits is None:
-            return {f"loss_mask{suffix}": focal, f"loss_dice{suffix}": dice}
-        rows = pairs.host_M4[pairs.host_M4[:, 0] == len(pairs.num_per_layer) - 1]
-        rows = rows[matches.mask_valid_T[rows[:, 3]]]
-        if targets.masks_THW is not None and len(rows):
-            _, query, object_query, target = torch.from_numpy(np.ascontiguousarray(rows.T))
-            logits = predictions.mask_logits(branch, query, object_query)
-            target = target.to(targets.masks_THW.device, non_blocking=True)
-            focal, dice = mask_loss_sums(logits, targets.masks_THW, target, self._sampling, self._mask_chunk)
-        elif self._must_touch(targets):
-            first = torch.zeros(1, dtype=torch.long)
-            focal = 0.0 * predictions.mask_logits(branch, first, first).float().sum()
-        return {f"loss_mask{suffix}": focal / normalizer.num_boxes, f"loss_dice{suffix}": dice / normalizer.num_boxes}
+    def _mask_sums(
+        self, branch: str, pairs: Pairs, predictions: Predictions, targets: Targets, matches: Matches
+    ) -> Tensor:
+        """Sums over pairs of the last layer (2,): focal and dice."""
+        if predictions.mask_logits is not None:
+            rows = pairs.host_M4[pairs.host_M4[:, 0] == len(pairs.num_per_layer) - 1]
+            rows = rows[matches.mask_valid_T[rows[:, 3]]]
+            if targets.masks_THW is not None and len(rows):
+                _, query, object_query, target = torch.from_numpy(np.ascontiguousarray(rows.T))
+                logits = predictions.mask_logits(branch, query, object_query)
+                target = target.to(targets.masks_THW.device, non_blocking=True)
+                return mask_loss_sums(logits, targets.masks_THW, target, self._sampling, self._mask_chunk)
+            if self._must_touch(targets):
+                first = torch.zeros(1, dtype=torch.long)
+                return _zero_of(predictions.mask_logits(branch, first, first))
+        return torch.zeros(2, device=predictions.logits_LBQ.device)
 
-    def _semantic_terms(
-        self,
-        queries: np.ndarray,
-        predictions: Predictions,
-        targets: Targets,
-        matches: Matches,
-        normalizer: Normalizer,
-    ) -> dict[str, Tensor]:
-        device = predictions.logits_LBQ.device
-        focal = dice = torch.zeros((), device=device)
-        if predictions.semantic_logits is None:
-            return {"loss_semantic_seg": focal, "loss_semantic_dice": dice}
-        masks = targets.masks_THW
-        if masks is not None and len(queries):
-            ends = np.cumsum(matches.num_targets_B)
-            ranges = [(int(ends[query] - matches.num_targets_B[query]), int(ends[query])) for query in queries]
-            valid = targets.mask_valid_T.to(masks.device)
-            rows = torch.from_numpy(queries)
-            exhaustive_B = targets.exhaustive_B
-            focal, dice = semantic_loss_sums(
-                predictions.semantic_logits(rows),
-                lambda start, end: union_of_masks(masks, valid, ranges[start:end]),
-                chunk_size=self._mask_chunk,
-                exhaustive_K=None if exhaustive_B is None else exhaustive_B[rows.to(exhaustive_B.device)],
-            )
-        elif self._must_touch(targets):
-            first = torch.zeros(1, dtype=torch.long)
-            focal = 0.0 * predictions.semantic_logits(first).float().sum()
-        return {
-            "loss_semantic_seg": focal / normalizer.num_semantic,
-            "loss_semantic_dice": dice / normalizer.num_semantic,
-        }
+    def _semantic_sums(
+        self, queries: np.ndarray, predictions: Predictions, targets: Targets, matches: Matches
+    ) -> Tensor:
+        """Sums over queries with a semantic target (2,): focal and dice."""
+        if predictions.semantic_logits is not None:
+            masks = targets.masks_THW
+            if masks is not None and len(queries):
+                ends = np.cumsum(matches.num_targets_B)
+                ranges = [(int(ends[query] - matches.num_targets_B[query]), int(ends[query])) for query in queries]
+                valid = targets.mask_valid_T.to(masks.device)
+                rows = torch.from_numpy(queries)
+                exhaustive_B = targets.exhaustive_B
+                return semantic_loss_sums(
+                    predictions.semantic_logits(rows),
+                    lambda start, end: union_of_masks(masks, valid, ranges[start:end]),
+                    chunk_size=self._mask_chunk,
+                    exhaustive_K=None if exhaustive_B is None else exhaustive_B[rows.to(exhaustive_B.device)],
+                )
+            if self._must_touch(targets):
+                return _zero_of(predictions.semantic_logits(torch.zeros(1, dtype=torch.long)))
+        return torch.zeros(2, device=predictions.logits_LBQ.device)
 
     def _must_touch(self, targets: Targets) -> bool:
         return self._touch_unused and torch.is_grad_enabled() and len(targets.num_B) > 0
+
+
+def _zero_of(logits: Tensor) -> Tensor:
+    """Zeros (2,) that depend on the logits."""
+    return (0.0 * logits.float().sum()).expand(2)
 
 
 def _f1(predicted_LBQ: Tensor, matched_LBQ: Tensor) -> Tensor:

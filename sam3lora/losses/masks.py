@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .focal_dice import focal_and_dice, resize
 from .terms import sigmoid_focal, soft_dice
 
 
@@ -35,70 +36,53 @@ def mask_loss_sums(
     masks_THW: Tensor,
     target_index_M: Tensor,
     sampling: PointSampling | None = None,
-    chunk_size: int = 16,
-) -> tuple[Tensor, Tensor]:
-    """Sum over pairs of the mean focal loss (alpha 0.25, gamma 2) and of the dice loss; divide by the number of boxes.
+    chunk_size: int = 32,
+) -> Tensor:
+    """(2,): sum over pairs of the mean focal loss (alpha 0.25, gamma 2), and of the dice loss; divide by the boxes.
 
-    Unless points are sampled, logits are resized bilinearly to the size of the masks, which are bool. The masks and
-    `target_index_M` (long) may be on another device than the logits. The backward pass recomputes each chunk of pairs
-    instead of keeping its buffers.
+    Unless points are sampled, logits are resized bilinearly to the size of the masks. The masks and `target_index_M`
+    (long) may be on another device than the logits. Masks that are not bool, such as samples of masks, are soft labels.
+    The backward pass recomputes the terms of points and soft labels instead of keeping their buffers.
     """
-
-    def compare(logits: Tensor, target_index: Tensor) -> Tensor:
-        masks = masks_THW[target_index].to(logits.device)
-        return _focal_and_dice(resize(logits, masks.shape[1:]), masks, alpha=0.25)
-
-    def compare_points(logits: Tensor, target_index: Tensor, coords: Tensor) -> Tensor:
-        masks = masks_THW[target_index].to(logits.device)
-        return _focal_and_dice(sample_points(logits, coords), sample_points(masks, coords), alpha=0.25)
-
-    sums = logits_Mhw.new_zeros(2, dtype=torch.float32)
+    sums = []
     for logits, target_index in zip(logits_Mhw.split(chunk_size), target_index_M.split(chunk_size), strict=True):
-        if sampling is None:
-            sums = sums + _recomputed(compare, logits, target_index)
+        masks = masks_THW[target_index].to(logits.device)
+        if sampling is not None:
+            sums.append(_recomputed(_compare_points, logits, masks, choose_points(logits, sampling)))
+        elif masks.dtype != torch.bool:
+            sums.append(_recomputed(_compare, logits, masks))
         else:
-            sums = sums + _recomputed(compare_points, logits, target_index, choose_points(logits, sampling))
-    return sums[0], sums[1]
+            sums.append(focal_and_dice(logits, masks, alpha=0.25))
+    return _total(sums, logits_Mhw)
 
 
 def semantic_loss_sums(
     logits_Khw: Tensor,
     target_of: Callable[[int, int], Tensor],
-    chunk_size: int = 16,
+    chunk_size: int = 32,
     exhaustive_K: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Sum over queries of the mean focal loss (alpha 0.6, gamma 2) and of the dice loss; divide by their number.
+) -> Tensor:
+    """(2,): sum over queries of the mean focal loss (alpha 0.6, gamma 2), and of the dice loss; divide by their number.
 
     No target may be empty. `target_of` maps (start, end) to the targets of these rows, (end - start, H, W) bool. It is
     a function, so that not all targets exist at once. Where `exhaustive_K` (bool) is False, pixels outside of a target
     may show objects without a label: they have no loss, and the mean still divides by all pixels.
     """
-
-    def compare(logits: Tensor, start: int, end: int) -> Tensor:
-        masks = target_of(start, end).to(logits.device)
-        known = None
-        if exhaustive_K is not None:
-            known = masks | exhaustive_K[start:end, None, None].to(logits.device)
-        return _focal_and_dice(resize(logits, masks.shape[1:]), masks, alpha=0.6, known=known)
-
-    sums = logits_Khw.new_zeros(2, dtype=torch.float32)
+    sums = []
+    if exhaustive_K is not None:
+        exhaustive_K = exhaustive_K.to(logits_Khw.device)
     for start in range(0, len(logits_Khw), chunk_size):
         end = min(start + chunk_size, len(logits_Khw))
-        sums = sums + _recomputed(compare, logits_Khw[start:end], start, end)
-    return sums[0], sums[1]
+        masks = target_of(start, end).to(logits_Khw.device)
+        exhaustive = None if exhaustive_K is None else exhaustive_K[start:end]
+        sums.append(focal_and_dice(logits_Khw[start:end], masks, 0.6, exhaustive))
+    return _total(sums, logits_Khw)
 
 
 def union_of_masks(masks_THW: Tensor, mask_valid_T: Tensor, ranges: list[tuple[int, int]]) -> Tensor:
     """(len(ranges), H, W) bool: for each range of packed targets, the pixels of any valid mask."""
     unions = [(masks_THW[start:end].bool() & mask_valid_T[start:end, None, None]).any(dim=0) for start, end in ranges]
     return torch.stack(unions) if unions else masks_THW.new_zeros((0, *masks_THW.shape[1:]), dtype=torch.bool)
-
-
-def resize(values_Mhw: Tensor, size_hw: tuple[int, ...]) -> Tensor:
-    """Bilinear (M, H, W) in fp32 with align_corners False."""
-    if tuple(values_Mhw.shape[1:]) == tuple(size_hw):
-        return values_Mhw.float()
-    return F.interpolate(values_Mhw.float()[:, None], size=tuple(size_hw), mode="bilinear", align_corners=False)[:, 0]
 
 
 def sample_points(values_Mhw: Tensor, coords_xy_MP2: Tensor) -> Tensor:
@@ -121,16 +105,27 @@ def choose_points(logits_Mhw: Tensor, sampling: PointSampling) -> Tensor:
     return torch.cat([candidates.gather(1, uncertain[..., None].expand(-1, -1, 2)), uniform], dim=1)
 
 
-def _focal_and_dice(logits: Tensor, targets: Tensor, alpha: float, known: Tensor | None = None) -> Tensor:
+def _total(sums: list[Tensor], like: Tensor) -> Tensor:
+    if len(sums) > 1:
+        return torch.stack(sums).sum(dim=0)
+    return sums[0] if sums else like.new_zeros(2, dtype=torch.float32)
+
+
+def _compare_points(logits: Tensor, masks: Tensor, coords: Tensor) -> Tensor:
+    return _focal_and_dice(sample_points(logits, coords), sample_points(masks, coords))
+
+
+def _compare(logits: Tensor, masks: Tensor) -> Tensor:
+    return _focal_and_dice(resize(logits, masks.shape[1:]), masks)
+
+
+def _focal_and_dice(logits: Tensor, targets: Tensor) -> Tensor:
     logits, targets = logits.flatten(1), targets.flatten(1).float()
-    focal = sigmoid_focal(logits, targets, alpha, gamma=2.0)
-    if known is not None:
-        known = known.flatten(1)
-        focal = focal * known
-    return torch.stack([focal.mean(dim=1).sum(), soft_dice(logits, targets, known).sum()])
+    focal = sigmoid_focal(logits, targets, alpha=0.25, gamma=2.0)
+    return torch.stack([focal.mean(dim=1).sum(), soft_dice(logits, targets).sum()])
 
 
-def _recomputed(function: Callable[..., Tensor], logits: Tensor, *arguments: Tensor | int) -> Tensor:
+def _recomputed(function: Callable[..., Tensor], logits: Tensor, *arguments: Tensor) -> Tensor:
     if not (torch.is_grad_enabled() and logits.requires_grad):
         return function(logits, *arguments)
     result = checkpoint(function, logits, *arguments, use_reentrant=False, preserve_rng_state=False)

@@ -8,6 +8,7 @@ Shapes: `L` layers, `B` queries, `Q` object queries, `T` packed targets, `M` mat
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from .boxes import box_giou, box_iou, cxcywh_to_xyxy
+from .boxes import box_iou_and_giou, cxcywh_to_xyxy
 from .targets import Predictions, Targets
 
 
@@ -36,13 +37,16 @@ class HungarianCost:
     @torch.no_grad()
     def __call__(self, logits_LBQ: Tensor, boxes_cxcywh_LBQ4: Tensor, targets: Targets) -> Tensor:
         """(L, T, Q) fp32 cost of every object query for every target of the same find query."""
-        logits_LTQ, boxes_LTQ4, target_T14 = _of_each_target(logits_LBQ, boxes_cxcywh_LBQ4, targets)
-        l1 = (boxes_LTQ4 - target_T14).abs().sum(-1)
-        giou = box_giou(cxcywh_to_xyxy(boxes_LTQ4), cxcywh_to_xyxy(target_T14))
-        probability = logits_LTQ.sigmoid()
-        positive = self.alpha * (1 - probability) ** self.gamma * F.softplus(-logits_LTQ)
-        negative = (1 - self.alpha) * probability**self.gamma * F.softplus(logits_LTQ)
-        return self.cost_bbox * l1 + self.cost_class * (positive - negative) - self.cost_giou * giou
+        return self.of(_Candidates.of(logits_LBQ, boxes_cxcywh_LBQ4, targets))
+
+    def of(self, candidates: _Candidates) -> Tensor:
+        """The costs (L, T, Q) of candidates."""
+        logits, probability = candidates.logits_LTQ, candidates.probability_LTQ
+        positive = (1 - probability) ** self.gamma * F.softplus(-logits)
+        negative = probability**self.gamma * F.softplus(logits)
+        cost = torch.add(self.cost_class * self.alpha * positive, negative, alpha=-self.cost_class * (1 - self.alpha))
+        cost = torch.add(cost, candidates.l1_LTQ, alpha=self.cost_bbox)
+        return torch.add(cost, candidates.giou_LTQ, alpha=-self.cost_giou)
 
 
 @dataclass(frozen=True)
@@ -60,27 +64,38 @@ class OneToManyRule:
     @torch.no_grad()
     def __call__(self, logits_BQ: Tensor, boxes_cxcywh_BQ4: Tensor, targets: Targets) -> Tensor:
         """(T, Q) fp32: 1 where matched, 0 where not, NaN where the score is not finite."""
-        logits_TQ, boxes_TQ4, target_T14 = _of_each_target(logits_BQ, boxes_cxcywh_BQ4, targets, query_dim=0)
-        if logits_TQ.numel() == 0:
-            return torch.zeros_like(logits_TQ)
-        iou = box_iou(cxcywh_to_xyxy(boxes_TQ4), cxcywh_to_xyxy(target_T14))
-        score = self.alpha * logits_TQ.sigmoid() + (1 - self.alpha) * iou
+        return self.of(_Candidates.of(logits_BQ[None], boxes_cxcywh_BQ4[None], targets))
+
+    def of(self, candidates: _Candidates) -> Tensor:
+        """The matches (T, Q) of the last layer of candidates."""
+        probability_TQ, iou_TQ = candidates.probability_LTQ[-1], candidates.iou_LTQ[-1]
+        if iou_TQ.numel() == 0:
+            return torch.zeros_like(iou_TQ)
+        score = self.alpha * probability_TQ + (1 - self.alpha) * iou_TQ
         best = score > torch.quantile(score, max(0.0, 1 - self.topk / score.shape[1]), dim=1, keepdim=True)
         matched = (best & (score > self.threshold)).float()
         return matched.masked_fill(~score.isfinite(), float("nan"))
 
 
-def _of_each_target(
-    logits: Tensor, boxes: Tensor, targets: Targets, query_dim: int = 1
-) -> tuple[Tensor, Tensor, Tensor]:
-    """fp32 predictions of each target's own query, and the targets' boxes (T, 1, 4) to broadcast against them."""
-    query_index = targets.query_index().to(logits.device)
-    target_boxes = targets.boxes_cxcywh_T4.to(logits.device)
-    return (
-        logits.index_select(query_dim, query_index).float(),
-        boxes.index_select(query_dim, query_index).float(),
-        target_boxes.float()[:, None],
-    )
+@dataclass(frozen=True)
+class _Candidates:
+    """Every object query beside every target of the same find query: what both rules of matching look at."""
+
+    logits_LTQ: Tensor
+    probability_LTQ: Tensor
+    l1_LTQ: Tensor
+    iou_LTQ: Tensor
+    giou_LTQ: Tensor
+
+    @classmethod
+    def of(cls, logits_LBQ: Tensor, boxes_cxcywh_LBQ4: Tensor, targets: Targets) -> _Candidates:
+        query_index_T = targets.query_index().to(logits_LBQ.device)
+        logits_LTQ = logits_LBQ.index_select(1, query_index_T).float()
+        boxes_LTQ4 = boxes_cxcywh_LBQ4.index_select(1, query_index_T).float()
+        target_T14 = targets.boxes_cxcywh_T4.to(logits_LBQ.device).float()[:, None]
+        iou, giou = box_iou_and_giou(cxcywh_to_xyxy(boxes_LTQ4), cxcywh_to_xyxy(target_T14))
+        l1 = (boxes_LTQ4 - target_T14).abs().sum(-1)
+        return cls(logits_LTQ, logits_LTQ.sigmoid(), l1, iou, giou)
 
 
 @dataclass(frozen=True)
@@ -102,8 +117,13 @@ class Pairs:
     def from_rows(cls, rows_M4: np.ndarray, num_layers: int, device: torch.device | str = "cpu") -> Pairs:
         """From integer rows (layer, query, object query, packed target), sorted by layer."""
         columns = torch.from_numpy(np.ascontiguousarray(rows_M4.T, dtype=np.int64)).to(device, non_blocking=True)
+        return cls._from_columns(columns, rows_M4, num_layers)
+
+    @classmethod
+    def _from_columns(cls, columns_4M: Sequence[Tensor] | Tensor, rows_M4: np.ndarray, num_layers: int) -> Pairs:
         counts = np.bincount(rows_M4[:, 0], minlength=num_layers).tolist()
-        return cls(columns[0], columns[1], columns[2], columns[3], counts, rows_M4)
+        layer, query, object_query, target = columns_4M
+        return cls(layer, query, object_query, target, counts, rows_M4)
 
 
 @dataclass(frozen=True)
@@ -111,10 +131,12 @@ class Matches:
     """Matches of a batch, and facts about its targets on the host.
 
     `o2o` is Hungarian on all layers; `o2m` is Hungarian on the auxiliary layers and one-to-many on the final one.
+    `joined` has the pairs of both, with the one-to-many layers numbered after the one-to-one layers.
     """
 
     o2o: Pairs
     o2m: Pairs | None
+    joined: Pairs
     num_targets_B: np.ndarray
     mask_valid_T: np.ndarray
     has_mask_pixels_T: np.ndarray
@@ -144,34 +166,36 @@ def begin_match(
         ValueError: the branches differ in shape, or the targets are of another number of queries.
     """
     hungarian, one_to_many = hungarian or HungarianCost(), one_to_many or OneToManyRule()
-    logits, boxes = predictions.logits_LBQ.detach(), predictions.boxes_cxcywh_LBQ4.detach()
-    num_layers, num_queries, num_object_queries = logits.shape
+    num_layers, num_queries, num_object_queries = predictions.logits_LBQ.shape
     if len(targets.num_B) != num_queries:
         raise ValueError(
             f"targets.num_B must have one count for each of {num_queries} queries, got {len(targets.num_B)}"
         )
-    tables = [hungarian(logits, boxes, targets)]
-    if predictions.logits_o2m_LBQ is not None and predictions.boxes_o2m_LBQ4 is not None:
-        logits_o2m, boxes_o2m = predictions.logits_o2m_LBQ.detach(), predictions.boxes_o2m_LBQ4.detach()
-        if logits_o2m.shape != logits.shape:
-            raise ValueError(
-                f"both branches must have the same shape, got {tuple(logits.shape)} and {tuple(logits_o2m.shape)}"
-            )
-        tables.append(hungarian(logits_o2m[:-1], boxes_o2m[:-1], targets))
-        tables.append(one_to_many(logits_o2m[-1], boxes_o2m[-1], targets)[None])
-
-    facts = [targets.num_B, targets.mask_valid_T, targets.has_mask_pixels()]
-    num_targets = len(targets.boxes_cxcywh_T4)
-    packed = torch.cat([part.to(logits.device, torch.float32).flatten() for part in [*tables, *facts]])
-    shape = (sum(map(len, tables)), num_targets, num_object_queries)
-    return PendingMatches(packed, num_layers, num_queries, shape)
+    logits, boxes = predictions.joined()
+    with torch.no_grad():
+        candidates = _Candidates.of(logits, boxes, targets)
+        tables = [hungarian.of(candidates)]
+        if len(logits) > num_layers:  # another rule for the last one-to-many layer
+            tables = [tables[0][:-1], one_to_many.of(candidates)]
+        facts = [targets.num_B, targets.mask_valid_T, targets.has_mask_pixels()]
+        packed = torch.cat([part.to(logits.device, torch.float32).flatten() for part in [*tables, *facts]])
+    shape = (len(logits), len(targets.boxes_cxcywh_T4), num_object_queries)
+    return PendingMatches(packed, num_layers, num_queries, shape, (logits, boxes))
 
 
 class PendingMatches:
-    """Costs on their way from the device to the host."""
+    """Costs on their way from the device to the host; `joined` are the predictions of which they are."""
 
-    def __init__(self, packed: Tensor, num_layers: int, num_queries: int, shape: tuple[int, int, int]) -> None:
+    def __init__(
+        self,
+        packed: Tensor,
+        num_layers: int,
+        num_queries: int,
+        shape: tuple[int, int, int],
+        joined: tuple[Tensor, Tensor],
+    ) -> None:
         self._num_layers, self._num_queries, self._shape = num_layers, num_queries, shape
+        self.joined = joined
         self._device = packed.device
         self._arrived: torch.cuda.Event | None = None
         if packed.is_cuda:
@@ -198,16 +222,28 @@ class PendingMatches:
         query_of_target = np.repeat(np.arange(num_queries), num_B)
         _check_finite(table, query_of_target, num_layers)
 
-        o2o = Pairs.from_rows(assign(table[:num_layers], num_B), num_layers, self._device)
-        o2m = None
+        rows = [assign(table[:num_layers], num_B)]
         if len(table) > num_layers:
-            aux = assign(table[num_layers:-1], num_B)
             target, object_query = np.nonzero(table[-1])
             layer = np.full_like(target, num_layers - 1)
             final = np.stack([layer, query_of_target[target], object_query, target], axis=1)
             final = final[np.lexsort((final[:, 3], final[:, 2], final[:, 1]))]
-            o2m = Pairs.from_rows(np.concatenate([aux, final]), num_layers, self._device)
-        return Matches(o2o, o2m, num_B, mask_valid > 0, has_pixels > 0)
+            rows.append(np.concatenate([assign(table[num_layers:-1], num_B), final]))
+        return Matches(*self._on_device(rows), num_B, mask_valid > 0, has_pixels > 0)
+
+    def _on_device(self, rows: list[np.ndarray]) -> tuple[Pairs, Pairs | None, Pairs]:
+        """The pairs of each branch and of both, whose columns travel to the device together."""
+        shifted = [rows_M4 + np.array([number * self._num_layers, 0, 0, 0]) for number, rows_M4 in enumerate(rows)]
+        joined_M4, own_layer_M = np.concatenate(shifted), np.concatenate(rows)[:, 0]
+        columns_5M = torch.from_numpy(np.vstack([joined_M4.T, own_layer_M])).to(self._device, non_blocking=True)
+        joined = Pairs._from_columns(columns_5M[:4], joined_M4, len(rows) * self._num_layers)
+        own = [columns_5M[4], *columns_5M[1:4]]
+        split = zip(*(column.split([len(part) for part in rows]) for column in own), strict=True)
+        branches = [
+            Pairs._from_columns(columns, rows_M4, self._num_layers)
+            for columns, rows_M4 in zip(split, rows, strict=True)
+        ]
+        return branches[0], branches[1] if len(branches) > 1 else None, joined
 
 
 def assign(cost_LTQ: np.ndarray, num_B: np.ndarray) -> np.ndarray:

@@ -81,3 +81,18 @@ class Predictions:
     boxes_o2m_LBQ4: Tensor | None = None
     mask_logits: MaskLogits | None = None
     semantic_logits: SemanticLogits | None = None
+
+    def joined(self) -> tuple[Tensor, Tensor]:
+        """Logits (K, B, Q) and boxes (K, B, Q, 4) in fp32 of all layers, those of the one-to-many branch as the last L.
+
+        Raises:
+            ValueError: the branches differ in shape.
+        """
+        logits_LBQ, boxes_LBQ4 = self.logits_LBQ, self.boxes_cxcywh_LBQ4
+        if self.logits_o2m_LBQ is not None and self.boxes_o2m_LBQ4 is not None:
+            if self.logits_o2m_LBQ.shape != logits_LBQ.shape:
+                shapes = f"{tuple(logits_LBQ.shape)} and {tuple(self.logits_o2m_LBQ.shape)}"
+                raise ValueError(f"both branches must have the same shape, got {shapes}")
+            logits_LBQ = torch.cat([logits_LBQ, self.logits_o2m_LBQ])
+            boxes_LBQ4 = torch.cat([boxes_LBQ4, self.boxes_o2m_LBQ4])
+        return logits_LBQ.float(), boxes_LBQ4.float()

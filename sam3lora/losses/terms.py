@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .boxes import box_giou, box_iou, cxcywh_to_xyxy
+from .boxes import box_iou, box_iou_and_giou, cxcywh_to_xyxy
 from .matching import Pairs
 
 
@@ -78,17 +79,20 @@ def soft_dice(logits_MP: Tensor, targets_MP: Tensor, known_MP: Tensor | None = N
 
 def box_terms(
     boxes_cxcywh_LBQ4: Tensor, target_boxes_T4: Tensor, pairs: Pairs, num_boxes: float
-) -> tuple[Tensor, Tensor]:
-    """Per layer (L,), over matched pairs: sum |cxcywh - target| / num_boxes, and sum (1 - GIoU) / num_boxes."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per layer (L,), over matched pairs: sum |cxcywh - target| / num_boxes, and sum (1 - GIoU) / num_boxes.
+
+    Also returns the IoU of each pair (M,), without gradient.
+    """
     predicted_M4 = boxes_cxcywh_LBQ4.float()[pairs.layer_M, pairs.query_M, pairs.object_query_M]
     target_M4 = target_boxes_T4.float()[pairs.target_M]
     l1_M = (predicted_M4 - target_M4).abs().sum(-1)
-    giou_M = box_giou(cxcywh_to_xyxy(predicted_M4), cxcywh_to_xyxy(target_M4))
-    return _sum_per_layer(l1_M, pairs) / num_boxes, _sum_per_layer(1 - giou_M, pairs) / num_boxes
-
-
-def _sum_per_layer(values_M: Tensor, pairs: Pairs) -> Tensor:
-    return torch.stack([part.sum() for part in values_M.split(pairs.num_per_layer)])
+    iou_M, giou_M = box_iou_and_giou(cxcywh_to_xyxy(predicted_M4), cxcywh_to_xyxy(target_M4))
+    # Summed by a product with "is of this layer": `index_add` would sum in no fixed order on a GPU.
+    layers_L1 = torch.arange(len(pairs.num_per_layer), device=pairs.layer_M.device)[:, None]
+    is_of_layer_LM = pairs.layer_M == layers_L1
+    bbox_L, giou_L = (torch.stack([l1_M, 1 - giou_M])[:, None] * is_of_layer_LM).sum(-1).div(num_boxes).unbind()
+    return bbox_L, giou_L, iou_M.detach()
 
 
 def visible_queries(target_boxes_T4: Tensor, query_index_T: Tensor, num_queries: int) -> Tensor:
@@ -117,19 +121,21 @@ def iabce_elements(
     pos_weight: float,
     alpha: float = 0.25,
     gamma: float = 2.0,
+    iou_M: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """IoU-aware binary cross-entropy of every prediction, before masking and averaging.
 
     Matched: pos_weight BCE(x, t), t = max(p^alpha IoU^(1-alpha), 0.01) without gradient. Unmatched: p^gamma BCE(x, 0),
     gradient also through p^gamma. A prediction matched with several targets takes the t of its last pair. Returns
-    (L, B, Q) losses and (L, B, Q) bool, which predictions are matched. Source: Align-DETR,
-    https://arxiv.org/abs/2304.07527.
+    (L, B, Q) losses and (L, B, Q) bool, which predictions are matched. `iou_M` is the IoU of each pair if the caller
+    has it. Source: Align-DETR, https://arxiv.org/abs/2304.07527.
     """
     logits_LBQ = logits_LBQ.float()
     index = (pairs.layer_M, pairs.query_M, pairs.object_query_M)
     with torch.no_grad():
-        predicted_M4 = boxes_cxcywh_LBQ4.float()[index]
-        iou_M = box_iou(cxcywh_to_xyxy(predicted_M4), cxcywh_to_xyxy(target_boxes_T4.float()[pairs.target_M]))
+        if iou_M is None:
+            predicted_M4 = boxes_cxcywh_LBQ4.float()[index]
+            iou_M = box_iou(cxcywh_to_xyxy(predicted_M4), cxcywh_to_xyxy(target_boxes_T4.float()[pairs.target_M]))
         quality_M = (logits_LBQ[index].sigmoid() ** alpha * iou_M ** (1 - alpha)).clamp(min=0.01)
         # The pair with the highest number wins: on a GPU, writing quality_M to repeated indices has no defined order.
         last_pair = _last_pair_of_each_prediction(pairs, logits_LBQ.shape)
@@ -159,7 +165,7 @@ def iabce_term(
     pad_n_queries: int | None,
     pos_weight: float,
     exhaustive_B: Tensor | None = None,
-    **focal: float,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Classification term per layer (L,): sum of `iabce_elements` / (num_queries max(Q, pad_n_queries)).
 
@@ -167,10 +173,11 @@ def iabce_term(
     prediction may be an object without a label and has no loss, as with `weak_loss` in SAM 3's `IABCEMdetr`. There the
     other predictions of the batch are averaged. Here the divisor stays the same: how many others there are depends on
     the matches, which chunks and workers do not know of each other, and where few queries are exhaustive, the average
-    would give positives many times their usual weight. Also returns (L, B, Q) bool, which predictions are matched.
+    would give positives many times their usual weight. `options` are those of `iabce_elements`. Also returns (L, B, Q)
+    bool, which predictions are matched.
     """
     loss, matched = iabce_elements(
-        logits_LBQ, boxes_cxcywh_LBQ4, target_boxes_T4, pairs, pos_weight=pos_weight, **focal
+        logits_LBQ, boxes_cxcywh_LBQ4, target_boxes_T4, pairs, pos_weight=pos_weight, **options
     )
     loss = loss * present_B[:, None]
     if exhaustive_B is not None:

@@ -19,11 +19,11 @@ def blobs():
 
 def test_uniform_points_approximate_all_pixels(blobs):
     # Many uniform points estimate both terms; the tolerance is a few standard errors.
-    full = torch.stack(mask_loss_sums(*blobs))
-    points = torch.stack(mask_loss_sums(*blobs, PointSampling(50_000, importance_ratio=0.0)))
+    full = mask_loss_sums(*blobs)
+    points = mask_loss_sums(*blobs, PointSampling(50_000, importance_ratio=0.0))
     torch.testing.assert_close(points, full, rtol=0.02, atol=0)
     # A shifted target is far outside of that tolerance.
-    other = torch.stack(mask_loss_sums(blobs[0], blobs[1].roll(12, dims=2), blobs[2]))
+    other = mask_loss_sums(blobs[0], blobs[1].roll(12, dims=2), blobs[2])
     assert ((other - full).abs() > 0.1 * full).all()
 
 
