@@ -7,6 +7,7 @@ gradient does not depend on how a step is divided.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from sam3lora.data.batch import Batch
 from sam3lora.losses import Criterion, LossOutput, Normalizer, Predictions
+from sam3lora.model.adapter.lora_products import adapters_cast_once
 from sam3lora.model.staged.forward import StagedSam3, TextFeatures, VisionFeatures
 from sam3lora.training.features.encoder import ImageEncoder
 from sam3lora.training.text_features import TextBank
@@ -109,7 +111,8 @@ class LossRunner:
     def backward(self, batch: Batch, normalizer: Normalizer) -> tuple[Tensor, dict[str, Tensor]]:
         """Add the gradients of the batch to the parameters; return the detached total and the terms."""
         try:
-            return self._backward(batch, normalizer)
+            with self._adapters():
+                return self._backward(batch, normalizer)
         except FloatingPointError:
             return torch.tensor(torch.nan, device=self.device), {}
 
@@ -185,6 +188,10 @@ class LossRunner:
                 head = self.staged.mask_head(found, torch.from_numpy(masked_K))
             predictions.mask_logits, predictions.semantic_logits = head.branch_logits, head.semantic_logits
         return self.criterion(predictions, targets, normalizer, pending)
+
+    def _adapters(self) -> AbstractContextManager[None]:
+        """Around forward and backward of a batch."""
+        return adapters_cast_once(self.staged.model, torch.bfloat16) if self.bf16 else nullcontext()
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
