@@ -64,15 +64,12 @@ def sigmoid_focal(logits: Tensor, targets: Tensor, alpha: float, gamma: float) -
     return loss
 
 
-def soft_dice(logits_MP: Tensor, targets_MP: Tensor, known_MP: Tensor | None = None) -> Tensor:
+def soft_dice(logits_MP: Tensor, targets_MP: Tensor) -> Tensor:
     """(M,) 1 - (2 sum s y + 1) / (sum s + sum y + 1) of each row, s = sigmoid(x), in [0, 1).
 
-    The sums are over the pixels of `known_MP` (bool), or over all. Source: Milletari et al. 2016,
-    https://arxiv.org/abs/1606.04797, with the usual smoothing by one.
+    Source: Milletari et al. 2016, https://arxiv.org/abs/1606.04797, with the usual smoothing by one.
     """
     probability, targets = logits_MP.float().sigmoid(), targets_MP.float()
-    if known_MP is not None:
-        probability, targets = probability * known_MP, targets * known_MP
     overlap = (probability * targets).sum(-1)
     return 1 - (2 * overlap + 1) / (probability.sum(-1) + targets.sum(-1) + 1)
 

@@ -125,7 +125,7 @@ class LossRunner:
             text, text_index = self.text.features(batch.prompts_B)
         try:
             for rows in _chunks(batch.num_queries, self.max_prompts):
-                _add_terms(terms, self._loss(vision, text, text_index, batch, rows, normalizer).terms)
+                add_terms(terms, self._loss(vision, text, text_index, batch, rows, normalizer).terms)
         except FloatingPointError:
             return dict.fromkeys(self.term_names, torch.tensor(torch.nan))
         return terms
@@ -146,7 +146,7 @@ class LossRunner:
             if output.total.requires_grad:
                 output.total.backward()
             total += output.total.detach()
-            _add_terms(terms, output.terms)
+            add_terms(terms, output.terms)
             del output  # its graph holds the unpacked masks, and the next chunk unpacks its own
         if shared:
             _backward_into(
@@ -201,9 +201,13 @@ def _chunks(num_queries: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, num_queries)) for start in range(0, num_queries, size)]
 
 
-def _add_terms(total: dict[str, Tensor], terms: dict[str, Tensor]) -> None:
-    for name, value in terms.items():
-        total[name] = total[name] + value if name in total else value
+def add_terms(total: dict[str, Tensor], terms: Mapping[str, Tensor]) -> None:
+    """Add terms to those of the same name, by one kernel."""
+    names = list(terms)
+    if names and names[0] in total:
+        total |= zip(names, torch._foreach_add([total[name] for name in names], list(terms.values())), strict=True)
+    else:
+        total |= terms
 
 
 def _backward_into(pairs) -> None:

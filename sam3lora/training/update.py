@@ -14,7 +14,7 @@ from sam3lora.errors import RunFailed
 from sam3lora.training import distributed
 from sam3lora.training.optimization import learning_rate_factor, set_learning_rate, set_training_mode
 from sam3lora.training.reporting import report_idle
-from sam3lora.training.step import StepCounts
+from sam3lora.training.step import StepCounts, add_terms
 
 if TYPE_CHECKING:
     from sam3lora.training.trainer import Trainer
@@ -44,8 +44,7 @@ def optimizer_step(trainer: Trainer, group: list[Batch]) -> tuple[dict[str, floa
         if batch.num_queries:
             total, batch_terms = runner.backward(batch, normalizer)
             totals.append(total)
-            for name, value in batch_terms.items():
-                terms[name] = terms[name] + value
+            add_terms(terms, batch_terms)
     # Gradients, terms and "not finite" travel together: one exchange and one wait for the device in each step.
     parameters = [p for p in trainer.model.parameters() if p.requires_grad]
     finite = torch.stack([zero, *totals]).isfinite().all().float()

@@ -16,7 +16,7 @@ def written_out(logits: Tensor, masks: Tensor, alpha: float, exhaustive: Tensor 
     large, labels = resize(logits, masks.shape[1:]).flatten(1), masks.flatten(1)
     known = torch.ones_like(labels) if exhaustive is None else labels | exhaustive[:, None]
     focal = (sigmoid_focal(large, labels, alpha, gamma=2.0) * known).mean(dim=1).sum()
-    return torch.stack([focal, soft_dice(large, labels, known).sum()])
+    return torch.stack([focal, soft_dice(large.masked_fill(~known, -1e9), labels).sum()])
 
 
 def blobs(num_masks: int, side: int = 24, small: int = 8, scale: float = 3.0) -> tuple[Tensor, Tensor]:

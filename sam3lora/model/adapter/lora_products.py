@@ -32,7 +32,7 @@ from sam3lora.model.adapter.lora_casts import (
 
 
 class LoraLinear(lora.Linear):
-    """PEFT's LoRA layer with the forward of this module; `copies` are those of `cast_once`."""
+    """PEFT's LoRA layer with the forward of this module; `copies` are those of `adapters_cast_once`."""
 
     copies: AdapterCopies | None = None
 
