@@ -104,6 +104,31 @@ def test_casting_all_adapters_at_once_changes_nothing(settings):
         assert_same(results(model, together), results(ours(adapted(**settings)), together), 0.0)
 
 
+@pytest.mark.parametrize(
+    "names", [("q_proj", "v_proj"), ("k_proj", "q_proj"), ("k_proj", "v_proj"), ("v_proj", "wide")]
+)
+def test_any_layers_may_have_one_input(names):
+    # In any order, with other layers between them, of different widths: each gets its own copies.
+    model = ours(adapted())
+
+    def run(module: nn.Module, x: Tensor) -> list[Tensor]:
+        return linear_outputs([getattr(module, name) for name in names], x)
+
+    expected = results(model, lambda module, x: [getattr(module, name)(x) for name in names], bf16=True)
+    with adapters_cast_once(model, torch.bfloat16):
+        assert_same(results(model, run, bf16=True), expected, 0.02)
+
+
+def test_layers_of_different_dropout_share_none():
+    model = ours(adapted(dropout=0.9))
+    model.q_proj.lora_dropout["default"].p = 0.0
+    x = torch.randn(5, 6)
+    q, k = linear_outputs([model.q_proj, model.k_proj], x)
+    model.eval()
+    torch.testing.assert_close(q, model.q_proj(x))
+    assert not torch.allclose(k, model.k_proj(x))
+
+
 def test_several_backward_passes_add_up_through_the_copies():
     # As for chunks of prompts: each pass ends in the same copies.
     model = ours(adapted())

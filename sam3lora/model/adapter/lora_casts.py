@@ -46,13 +46,11 @@ def copy_adapters(weights: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) 
 def stacked_copies(copies: Sequence[AdapterCopies]) -> Stacked | None:
     """The copies of layers as one A and one B, without copying them; None unless they lie one after the other."""
     first, (first_a, first_b) = copies[0], copies[0].a_b
-    sizes = range(len(copies))
     is_row = all(
         one.all_a is first.all_a
         and (one.a_b[0].shape, one.a_b[1].shape) == (first_a.shape, first_b.shape)
         and one.start_a == first.start_a + number * first_a.numel()
-        and one.start_b == first.start_b + number * first_b.numel()
-        for number, one in zip(sizes, copies, strict=True)
+        for number, one in enumerate(copies)
     )
     if not is_row:
         return None
