@@ -52,7 +52,7 @@ def mask_loss_sums(
         elif masks.dtype != torch.bool:
             sums.append(_recomputed(_compare, logits, masks))
         else:
-            sums.append(focal_and_dice(logits, masks, alpha=0.25))
+            sums.append(focal_and_dice(logits, masks, 0.25))
     return _total(sums, logits_Mhw)
 
 

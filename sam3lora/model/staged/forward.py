@@ -72,7 +72,10 @@ class StagedSam3:
         neck, side = self.model.vision_encoder.neck, math.isqrt(trunk_ISC.shape[1])
         tokens_ICHW = lowered(trunk_ISC.unflatten(1, (side, side)).permute(0, 3, 1, 2))
         maps = [layer(tokens_ICHW) for layer in neck.fpn_layers[:-1]]
-        return VisionFeatures(maps, [neck.position_encoding((1, *m.shape[1:]), m.device, m.dtype) for m in maps])
+        positions = [neck.position_encoding((1, *m.shape[1:]), m.device, m.dtype) for m in maps]
+        # transformers keeps them: those made in inference mode cannot take part in training
+        positions = [one.clone() if one.is_inference() else one for one in positions]
+        return VisionFeatures(maps, positions)
 
     @property
     def _trunk(self) -> Any:

@@ -65,12 +65,15 @@ def test_pos_weight_changes_the_classification_term_alone(build, shared):
 @acts("training.loss.mask_resolution")
 def test_mask_resolution_is_where_masks_are_compared(shared, monkeypatch):
     compared = []
-    sums = masks._focal_and_dice
-    monkeypatch.setattr(
-        masks,
-        "_focal_and_dice",
-        lambda logits, *rest, **options: compared.append(tuple(logits.shape[1:])) or sums(logits, *rest, **options),
-    )
+
+    def watch(name, compares):
+        sums = getattr(masks, name)
+        monkeypatch.setattr(
+            masks, name, lambda *arguments: compared.append(tuple(arguments[compares].shape[1:])) or sums(*arguments)
+        )
+
+    watch("focal_and_dice", 1)  # of all pixels of the masks
+    watch("_focal_and_dice", 0)  # of points
 
     def shapes(*overrides):
         compared.clear()
