@@ -23,7 +23,7 @@ from sam3lora.model.tokenization import tokenize
 from sam3lora.training.features.encoder import ImageEncoder
 from sam3lora.training.features.trunk_cache import TrunkCache
 from sam3lora.training.graphs.gradient_graphs import GradientGraphs
-from sam3lora.training.graphs.graphed_sam3 import GraphedSam3
+from sam3lora.training.graphs.graphed_sam3 import GraphedCosts, GraphedSam3
 from sam3lora.training.optimization import build_optimizer
 from sam3lora.training.step import LossRunner
 from sam3lora.training.text_features import TextBank
@@ -94,15 +94,17 @@ def make_runner(
     if work.bf16:
         store_matrices_in(sam3, torch.bfloat16, text_tower=lora.apply_to_text_encoder)
     staged = StagedSam3(sam3, geometry_cls=work.geometry_cls, checkpointing=components)
+    loss = criterion(work, LastLayerCriterion if settings.same_loss else Criterion)
     if capturer:
         graphs = GradientGraphs(capturer)
         staged = GraphedSam3(sam3, geometry_cls=work.geometry_cls, checkpointing=components, graphs=graphs)
+        loss.tables = GraphedCosts(loss.tables, graphs)
     words = tokenizer()
     frames = DecodeSettings(names=(), resolution=work.resolution)
     trunk = open_trunk(staged) if open_trunk else None
     return LossRunner(
         staged=staged,
-        criterion=criterion(work, LastLayerCriterion if settings.same_loss else Criterion),
+        criterion=loss,
         images=ImageEncoder(staged, device, lora.apply_to_vision_encoder, frames, *PIXEL_MEAN_STD, trunk),
         text=TextBank(
             staged, lambda asked: tokenize(words, asked), trainable=lora.apply_to_text_encoder, device=device

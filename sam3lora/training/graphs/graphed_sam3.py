@@ -1,7 +1,7 @@
-"""The stages of SAM 3 in training, each captured with its gradients and then started as one.
+"""The stages of SAM 3 in training, each captured with its gradients and then started as one; and the costs of matching.
 
 A step of training starts thousands of small kernels, and on a GPU it waits for the host to start them. What depends on
-values, matching and the loss, stays outside.
+values, the assignment and the loss of what was assigned, stays outside.
 
 Shapes: ``B`` find queries, ``K`` of them with masks, ``I`` images; the others as in `model.staged.stage_outputs`.
 """
@@ -147,8 +147,31 @@ class GraphedSam3(StagedSam3):
             self._positions[name] = [position.detach().clone() for position in positions_1CHW]
 
 
-def _size_for(num_rows: int) -> int:
-    return next((size for size in SIZES if size >= num_rows), num_rows)
+class GraphedCosts:
+    """`CostTables` in graphs, for numbers of targets that are padded as find queries are."""
+
+    def __init__(self, tables: Callable[..., Tensor], graphs: GradientGraphs) -> None:
+        self._tables, self._graphs = tables, graphs
+        self._functions: dict[bool, GraphedFunction] = {}
+
+    @torch.no_grad()
+    def __call__(
+        self, logits_KBQ: Tensor, boxes_KBQ4: Tensor, query_index_T: Tensor, target_boxes_T4: Tensor, *, both: bool
+    ) -> Tensor:
+        num = len(target_boxes_T4)
+        if num == 0:
+            return self._tables(logits_KBQ, boxes_KBQ4, query_index_T, target_boxes_T4, both=both)
+        if both not in self._functions:
+            self._functions[both] = GraphedFunction(
+                "matching", lambda *tensors: (self._tables(*tensors, both=both),), (), self._graphs
+            )
+        padded = [_padded(one, _size_for(num, smallest=8)) for one in (query_index_T, target_boxes_T4)]
+        (costs_KTQ,) = self._functions[both](logits_KBQ, boxes_KBQ4, *padded)
+        return costs_KTQ[:, :num]
+
+
+def _size_for(num_rows: int, *, smallest: int = 1) -> int:
+    return next((size for size in SIZES if size >= max(num_rows, smallest)), num_rows)
 
 
 def _padded(rows_B: Tensor, size: int) -> Tensor:

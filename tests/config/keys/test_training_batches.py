@@ -209,7 +209,7 @@ def test_stages_are_graphs_on_a_gpu_unless_told_otherwise(settings, monkeypatch)
     monkeypatch.setattr(setup, "CudaCapturer", lambda device: RecordingCapturer())
 
     def kind(device, *overrides):
-        return type(setup.make_stages(base, (), settings(*overrides), device))
+        return type(setup.make_stages(base, (), settings(*overrides), device)[0])
 
     assert kind(gpu) is GraphedSam3
     assert kind(gpu, "training.cuda_graphs=false") is kind(torch.device("cpu")) is StagedSam3
