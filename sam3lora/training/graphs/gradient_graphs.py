@@ -122,6 +122,7 @@ class _Captured:
         self.inputs = [one.detach().clone().requires_grad_(learns and one.requires_grad) for one in inputs]
         self.outputs: Tensors = ()
         self._learning: list[int] = []  # numbers of the outputs that have a gradient
+        self._zero: set[int] = set()  # of those, whose gradient was none
         self.input_gradients: list[Tensor | None] = []
 
         def run_forward() -> None:
@@ -160,17 +161,20 @@ class _Captured:
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensors:
         with torch.no_grad():
-            for kept, one in zip(self.inputs, inputs, strict=True):
-                kept.copy_(one)
+            _copy_all(self.inputs, inputs)
             self._replay_forward()
         return tuple(output.detach() for output in self.outputs)
 
     def backward(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Gradients of the inputs; those of the parameters are added to theirs."""
         self._graphs.gradients(self._parameters)
-        for number, kept in zip(self._learning, self.output_gradients, strict=True):
-            found = gradients[number]
-            kept.zero_() if found is None else kept.copy_(found)
+        given = [(number, gradients[number]) for number in self._learning]
+        places = dict(zip(self._learning, self.output_gradients, strict=True))
+        for number in {number for number, found in given if found is None} - self._zero:
+            places[number].zero_()
+        self._zero = {number for number, found in given if found is None}
+        found = [(places[number], one) for number, one in given if one is not None]
+        _copy_all([place for place, _ in found], [one for _, one in found])
         self._replay_backward()
         return [None if one is None else one.clone() for one in self.input_gradients]
 
@@ -213,6 +217,13 @@ class _Captured:
             torch._foreach_copy_(sums, before)
         pairs = zip(mine, plain, strict=True)
         return [(one, other) for one, other in pairs if one is not None and other is not None]
+
+
+def _copy_all(places: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Copy each value to its place, all of one type at a time."""
+    for dtype in dict.fromkeys(place.dtype for place in places):
+        pairs = [(place, value) for place, value in zip(places, values, strict=True) if place.dtype == dtype]
+        torch._foreach_copy_([place for place, _ in pairs], [value for _, value in pairs])
 
 
 def _gradients(
