@@ -9,13 +9,15 @@ Shapes: ``B`` find queries, ``K`` of them with masks, ``I`` images; the others a
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sam3lora.model.components import component_of
+from sam3lora.model.adapter.lora_products import adapters_cast_once
+from sam3lora.model.components import COMPONENTS, component_of
 from sam3lora.model.staged.forward import StagedSam3
 from sam3lora.model.staged.stage_outputs import DetectorOutput, VisionFeatures, rows_of
 from sam3lora.training.graphs.gradient_graphs import GradientGraphs, GraphedFunction, Tensors
@@ -37,15 +39,17 @@ class GraphedSam3(StagedSam3):
         super().__init__(*args, **kwargs)
         self._plain = StagedSam3(*args, **kwargs)  # what is captured: no graph starts another
         self._graphs = graphs
+        # What is computed again in the backward pass needs the random numbers of the forward pass, and another graph
+        # draws others. The text tower runs once for a prompt.
+        self._captured = frozenset(COMPONENTS) - {"text_encoder"} - self.checkpointing
         self._functions: dict[Hashable, GraphedFunction] = {}
         self._positions: dict[str, list[Tensor]] = {}  # the same for all images
 
-    def encode_images(self, pixel_values_ICHW: Tensor) -> VisionFeatures:
-        if "vision_encoder" in self.checkpointing and torch.is_grad_enabled():
-            # What is computed again in the backward pass needs the random numbers of the forward pass: another graph
-            # draws others.
-            return self._plain.encode_images(pixel_values_ICHW)
+    def adapters_cast_once(self, dtype: torch.dtype) -> AbstractContextManager[None]:
+        """Only of adapters outside of the graphs: a graph casts its own, for it does not see the copies of a step."""
+        return adapters_cast_once(self.model, dtype, set(COMPONENTS) - self._captured)
 
+    def encode_images(self, pixel_values_ICHW: Tensor) -> VisionFeatures:
         def encode(pixels_ICHW: Tensor) -> Tensors:
             vision = self._plain.encode_images(pixels_ICHW)
             self._keep_positions("images", vision.positions_1CHW)
@@ -131,14 +135,23 @@ class GraphedSam3(StagedSam3):
 
     def _graphed(
         self, name: str, components: tuple[str, ...], function: Callable[..., Tensors], *settings: Hashable
-    ) -> GraphedFunction:
+    ) -> Callable[..., Tensors]:
         """The graphs of this name and settings; `function` is taken at the first call."""
+        if not self._captured.issuperset(components):
+            return function
         key = (name, self.model.training, *settings)
         if key not in self._functions:
-            parameters = [
-                parameter for path, parameter in self.model.named_parameters() if component_of(path) in components
-            ]
-            self._functions[key] = GraphedFunction(name, function, parameters, self._graphs)
+            named = self.model.named_parameters()
+            parameters = [parameter for path, parameter in named if component_of(path) in components]
+
+            def casting(*inputs: Tensor) -> Tensors:
+                device = inputs[0].device.type
+                if not torch.is_autocast_enabled(device):
+                    return function(*inputs)
+                with adapters_cast_once(self.model, torch.get_autocast_dtype(device), components):
+                    return function(*inputs)
+
+            self._functions[key] = GraphedFunction(name, casting, parameters, self._graphs)
         return self._functions[key]
 
     def _keep_positions(self, name: str, positions_1CHW: list[Tensor]) -> None:

@@ -46,3 +46,29 @@ def test_gradients_are_those_without_graphs(preset, checkpointing, max_prompts):
         assert loss == pytest.approx(expected_loss, rel=1e-6)
         torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
     assert capturer.num_replays > 20
+
+
+@pytest.mark.parametrize(("preset", "checkpointing"), [("light", ()), ("full", ("vision_encoder",))])
+def test_steps_in_bfloat16_see_each_update(preset, checkpointing):
+    work = TrainingWork(preset, "tiny", num_prompts=2, dropout=0.0, geometry_cls=True, precision="bf16")
+
+    def train(capturer):
+        model = work.adapted_model()
+        runner = make_runner(work, model, OurSettings(checkpointing), capturer=capturer)
+        batch, found = work.batch(), []
+        torch.manual_seed(0)
+        for _ in range(5):
+            total = runner.backward(batch, normalizer(batch))[0].item()
+            found.append((total, gradients(model)))
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.requires_grad:
+                        parameter.add_(torch.randn_like(parameter), alpha=0.02)
+                        parameter.grad = None
+        return found
+
+    plain, mine = train(None), train(RecordingCapturer())
+    for (loss, values), (expected_loss, expected) in zip(mine, plain, strict=True):
+        assert loss == pytest.approx(expected_loss, rel=0.01)
+        assert torch.cosine_similarity(values, expected, dim=0) > 0.999
+    assert torch.cosine_similarity(plain[2][1], plain[4][1], dim=0) < 0.99  # so what was captured is not enough
