@@ -105,10 +105,7 @@ def count_inference(
     With `graphs`, its stages are captured before, as they are after an engine's warm-up.
     """
     with pretend_gpu() as launches:
-        capturer = RecordingCapturer(
-            capturing=lambda: _without_transfers(launches), replaying=lambda: launches.as_one("graph")
-        )
-        engine_options = {"max_rows": 32, "capturer": capturer if graphs else None} | engine_options
+        engine_options = {"max_rows": 32, "capturer": _capturer(launches) if graphs else None} | engine_options
         engine = Engine(_base(model), precision="bfloat16", cuda_graphs=graphs, **engine_options)
         pixels = np.random.default_rng(0).integers(0, 256, (100, 150, 3), dtype=np.uint8)
 
@@ -128,19 +125,31 @@ def count_inference(
 
 
 def count_training_step(
-    preset: str, *, num_prompts: int = 4, model: str = MODEL, max_prompts: int | None = None
+    preset: str,
+    *,
+    num_prompts: int = 4,
+    model: str = MODEL,
+    max_prompts: int | None = None,
+    graphs: bool = False,
+    checkpointing: tuple[str, ...] | None = None,
 ) -> Count:
-    """A step of a preset on one image: gradients, clipping and AdamW, as the trainer does them."""
+    """A step of a preset on one image: gradients, clipping and AdamW, as the trainer does them.
+
+    With `graphs`, its stages are captured before, as they are after two steps.
+    """
     with pretend_gpu() as launches:
         work = TrainingWork(preset, model, num_prompts=num_prompts, precision="bf16", geometry_cls=True, device="cuda")
         adapted = work.adapted_model()
-        runner = make_runner(work, adapted, OurSettings(max_prompts=max_prompts))
+        settings = OurSettings(max_prompts=max_prompts, checkpointing=checkpointing)
+        runner = make_runner(work, adapted, settings, capturer=_capturer(launches) if graphs else None)
         step = our_step(work, adapted, runner)
         batch = work.batch()
-        step(batch)  # what is made once
+        for _ in range(3 if graphs else 1):  # what is made once
+            step(batch)
         runner.criterion = _LossInParts(runner.criterion, launches)  # type: ignore[assignment]
         with _parts_of_stages(launches):
-            return _counted(launches, f"step of {preset}", lambda: step(batch))
+            how = ", graphs" if graphs else ""
+            return _counted(launches, f"step of {preset}{how}", lambda: step(batch))
 
 
 def count_loss_bytes(num_masks: int = 80, *, side: int = 1008) -> int:
@@ -168,6 +177,10 @@ def _counted(launches: Launches, work: str, run: Callable[[], object]) -> Count:
     run()
     reads, parts = launches.reads.total(), dict(launches.by_part)
     return Count(work, launches.total, parts, reads)
+
+
+def _capturer(launches: Launches) -> RecordingCapturer:
+    return RecordingCapturer(capturing=lambda: _without_transfers(launches), replaying=lambda: launches.as_one("graph"))
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from jobs.bench.training_work import PIXEL_MEAN_STD, TrainingWork, criterion, normalizer, sam3_of, tokenizer
 from sam3lora.data.batch import Batch
 from sam3lora.data.sample import DecodeSettings
+from sam3lora.engine.graphs.capture import Capturer
 from sam3lora.losses import Criterion, LossOutput, Normalizer, Predictions, Targets
 from sam3lora.losses.matching import PendingMatches
 from sam3lora.model.checkpointing import enable_checkpointing, worth_checkpointing
@@ -21,6 +22,8 @@ from sam3lora.model.staged.forward import StagedSam3
 from sam3lora.model.tokenization import tokenize
 from sam3lora.training.features.encoder import ImageEncoder
 from sam3lora.training.features.trunk_cache import TrunkCache
+from sam3lora.training.graphs.gradient_graphs import GradientGraphs
+from sam3lora.training.graphs.graphed_sam3 import GraphedCosts, GraphedSam3
 from sam3lora.training.optimization import build_optimizer
 from sam3lora.training.step import LossRunner
 from sam3lora.training.text_features import TextBank
@@ -72,6 +75,7 @@ def make_runner(
     settings: OurSettings | None = None,
     *,
     open_trunk: Callable[[StagedSam3], TrunkCache] | None = None,
+    capturer: Capturer | None = None,
 ) -> LossRunner:
     """What computes the loss in training.
 
@@ -80,6 +84,7 @@ def make_runner(
         model: From `work.adapted_model()`.
         settings: Where they differ from the preset's.
         open_trunk: Makes what keeps the trunk's outputs; None keeps none.
+        capturer: Makes graphs of the stages; None makes none.
     """
     settings = settings or OurSettings()
     training, lora = work.config.training, work.config.lora
@@ -89,12 +94,17 @@ def make_runner(
     if work.bf16:
         store_matrices_in(sam3, torch.bfloat16, text_tower=lora.apply_to_text_encoder)
     staged = StagedSam3(sam3, geometry_cls=work.geometry_cls, checkpointing=components)
+    loss = criterion(work, LastLayerCriterion if settings.same_loss else Criterion)
+    if capturer:
+        graphs = GradientGraphs(capturer)
+        staged = GraphedSam3(sam3, geometry_cls=work.geometry_cls, checkpointing=components, graphs=graphs)
+        loss.tables = GraphedCosts(loss.tables, graphs)
     words = tokenizer()
     frames = DecodeSettings(names=(), resolution=work.resolution)
     trunk = open_trunk(staged) if open_trunk else None
     return LossRunner(
         staged=staged,
-        criterion=criterion(work, LastLayerCriterion if settings.same_loss else Criterion),
+        criterion=loss,
         images=ImageEncoder(staged, device, lora.apply_to_vision_encoder, frames, *PIXEL_MEAN_STD, trunk),
         text=TextBank(
             staged, lambda asked: tokenize(words, asked), trainable=lora.apply_to_text_encoder, device=device

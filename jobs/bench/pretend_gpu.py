@@ -127,6 +127,7 @@ def pretend_gpu() -> Iterator[Launches]:
             "torch.optim.Optimizer._accelerator_graph_capture_health_check": lambda self: None,
             "torch.nn.utils.clip_grad._has_foreach_support": lambda *_: True,
             "torch.inference_mode": lambda mode=True: torch.no_grad() if mode else nullcontext(),
+            "torch.random.fork_rng": lambda *_, **__: nullcontext(),
             "torch.autocast": _autocast,
             "torch.is_autocast_enabled": _of_the_cpu(torch.is_autocast_enabled),
             "torch.get_autocast_dtype": _of_the_cpu(torch.get_autocast_dtype),

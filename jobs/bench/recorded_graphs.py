@@ -64,8 +64,8 @@ class RecordingCapturer:
 
         def replay() -> None:
             self.num_replays += 1
-            # Casts were recorded as operations of their own.
-            with self._replaying(), torch.autocast("cpu", enabled=False):
+            # Casts were recorded as operations of their own, and so was a backward pass.
+            with self._replaying(), torch.autocast("cpu", enabled=False), torch.no_grad():
                 record.repeat()
 
         return replay
@@ -95,17 +95,26 @@ class _Record(TorchDispatchMode):
             self._steps.append((func, args, kwargs, made))
         return out
 
+    @torch.no_grad()
     def spoil(self) -> None:
         """Overwrite everything that was made."""
         for _, _, _, made in self._steps:
             for tensor in made.values():
-                tensor.fill_(float("nan") if tensor.is_floating_point() else 1)
+                with _unseen_by_autograd([tensor]):
+                    tensor.fill_(float("nan") if tensor.is_floating_point() else 1)
 
     def repeat(self) -> None:
         for func, args, kwargs, made in self._steps:
-            leaves = tree_leaves(func(*args, **kwargs))
-            for place, tensor in made.items():
-                tensor.copy_(leaves[place])
+            with _unseen_by_autograd([*tree_leaves((args, kwargs)), *made.values()]):
+                leaves = tree_leaves(func(*args, **kwargs))
+                for place, tensor in made.items():
+                    tensor.copy_(leaves[place])
+
+
+def _unseen_by_autograd(leaves: list[Any]) -> Block:
+    """Of the tensors among the leaves: a GPU that repeats a graph tells autograd nothing."""
+    tensors = {id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)}
+    return torch.autograd._unsafe_preserve_version_counter(tuple(tensors.values()))  # type: ignore[no-any-return]
 
 
 def _refuse(name: str, args: tuple) -> None:

@@ -91,6 +91,11 @@ class TrainingSection(Section):
         default=False,
         description="Compile the layers of the vision trunk by torch.compile: slower to start, then faster.",
     )
+    cuda_graphs: bool | None = Field(
+        default=None,
+        description="Start the stages of the model on a GPU as CUDA graphs: fewer launches, more memory. None = unless "
+        "the environment variable SAM3LORA_CUDA_GRAPHS is 0.",
+    )
     model_dropout: bool = Field(default=False, description="Keep SAM 3's own dropout on while training.")
     one_to_many: bool = Field(default=True, description="Train the one-to-many branch too, as SAM 3 does.")
     early_stopping_patience: int | None = Field(

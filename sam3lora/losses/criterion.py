@@ -17,8 +17,8 @@ Shapes as in `targets.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -28,7 +28,7 @@ from torch import Tensor
 from sam3lora.config.loss import LossSection
 
 from .masks import PointSampling, mask_loss_sums, semantic_loss_sums, union_of_masks
-from .matching import HungarianCost, Matches, OneToManyRule, Pairs, PendingMatches, begin_match
+from .matching import CostTables, HungarianCost, Matches, OneToManyRule, Pairs, PendingMatches, begin_match
 from .targets import Predictions, Targets
 from .terms import Normalizer, box_terms, iabce_term, presence_term, visible_queries
 
@@ -38,16 +38,20 @@ class LossOutput:
     """The loss of one call; `total` is a scalar with its graph, weighted and scaled.
 
     `terms` (scalars, summed over layers) and `per_layer` (L,) are detached, unweighted and without the square root;
-    those of chunks add up. `diagnostics` are means (L,): `ce_f1`, F1 in [0, 1] of one-to-one logits at probability 0.5
-    against matched or not (0 when undefined), and `presence_accuracy`, the share of queries whose presence is right at
-    probability 0.5.
+    those of chunks add up.
     """
 
     total: Tensor
     terms: dict[str, Tensor]
     per_layer: dict[str, Tensor]
     matches: Matches
-    diagnostics: dict[str, Tensor] = field(default_factory=dict)
+    _diagnose: Callable[[], dict[str, Tensor]]
+
+    def diagnostics(self) -> dict[str, Tensor]:
+        """Means (L,): `ce_f1`, F1 in [0, 1] of one-to-one logits at probability 0.5 against matched or not (0 when
+        undefined), and `presence_accuracy`, the share of queries whose presence is right at probability 0.5.
+        """
+        return self._diagnose()
 
 
 class Criterion:
@@ -73,7 +77,7 @@ class Criterion:
     ) -> None:
         settings = settings or LossSection()
         self.weights = settings.by_term()
-        self.hungarian, self.one_to_many = hungarian or HungarianCost(), one_to_many or OneToManyRule()
+        self.tables: Callable[..., Tensor] = CostTables(hungarian or HungarianCost(), one_to_many or OneToManyRule())
         self._classify = partial(iabce_term, pad_n_queries=pad_n_queries, pos_weight=settings.pos_weight)
         self._sampling = None if settings.mask_points is None else PointSampling(settings.mask_points)
         self._mask_chunk, self._touch_unused = mask_chunk, touch_unused
@@ -81,7 +85,7 @@ class Criterion:
 
     def begin(self, predictions: Predictions, targets: Targets) -> PendingMatches:
         """Start matching, which needs only logits and boxes, so that masks can be made while the host assigns."""
-        return begin_match(predictions, targets, self.hungarian, self.one_to_many)
+        return begin_match(predictions, targets, self.tables)
 
     def __call__(
         self,
@@ -106,7 +110,7 @@ class Criterion:
             num_boxes = len(targets.boxes_cxcywh_T4)
             normalizer = Normalizer.from_counts(len(targets.num_B), num_boxes, len(semantic_queries))
 
-        per_layer, diagnostics = self._layer_terms(predictions, pending.joined, targets, matches, normalizer)
+        per_layer, diagnose = self._layer_terms(predictions, pending.joined, targets, matches, normalizer)
         names, values = list(per_layer), [torch.stack([*per_layer.values()]).sum(dim=1)]
         for branch, pairs, suffix in (("o2o", matches.o2o, ""), ("o2m", matches.o2m, "_o2m")):
             if pairs is not None:
@@ -121,7 +125,7 @@ class Criterion:
             terms=dict(zip(names, terms.detach().unbind(), strict=True)),
             per_layer={name: values_L.detach() for name, values_L in per_layer.items()},
             matches=matches,
-            diagnostics=diagnostics,
+            _diagnose=diagnose,
         )
 
     def _weights_of(self, names: Sequence[str], like: Tensor) -> Tensor:
@@ -138,8 +142,8 @@ class Criterion:
         targets: Targets,
         matches: Matches,
         normalizer: Normalizer,
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Terms of every decoder layer (L,), those of both branches computed at once."""
+    ) -> tuple[dict[str, Tensor], Callable[[], dict[str, Tensor]]]:
+        """Terms of every decoder layer (L,), those of both branches computed at once, and what gives diagnostics."""
         logits_KBQ, boxes_KBQ4 = joined
         device, pairs = logits_KBQ.device, matches.joined
         target_boxes = targets.boxes_cxcywh_T4.to(device)
@@ -161,11 +165,14 @@ class Criterion:
         for name, values_K in {"loss_bbox": bbox, "loss_giou": giou, "loss_ce": ce}.items():
             per_layer |= zip((name, f"{name}_o2m"), values_K.split(num_layers), strict=False)
         per_layer["presence_loss"] = presence_term(presence, present_B, normalizer.num_queries)
-        diagnostics = {
-            "ce_f1": _f1(predictions.logits_LBQ.detach() > 0, matched[:num_layers]),
-            "presence_accuracy": ((presence.detach() > 0) == (present_B > 0)).float().mean(dim=1),
-        }
-        return per_layer, diagnostics
+
+        def diagnose() -> dict[str, Tensor]:
+            return {
+                "ce_f1": _f1(predictions.logits_LBQ.detach() > 0, matched[:num_layers]),
+                "presence_accuracy": ((presence.detach() > 0) == (present_B > 0)).float().mean(dim=1),
+            }
+
+        return per_layer, diagnose
 
     def _mask_sums(
         self, branch: str, pairs: Pairs, predictions: Predictions, targets: Targets, matches: Matches

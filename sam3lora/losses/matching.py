@@ -8,7 +8,7 @@ Shapes: `L` layers, `B` queries, `Q` object queries, `T` packed targets, `M` mat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,7 +37,7 @@ class HungarianCost:
     @torch.no_grad()
     def __call__(self, logits_LBQ: Tensor, boxes_cxcywh_LBQ4: Tensor, targets: Targets) -> Tensor:
         """(L, T, Q) fp32 cost of every object query for every target of the same find query."""
-        return self.of(_Candidates.of(logits_LBQ, boxes_cxcywh_LBQ4, targets))
+        return self.of(_Candidates.of(logits_LBQ, boxes_cxcywh_LBQ4, *_packed(targets, logits_LBQ.device)))
 
     def of(self, candidates: _Candidates) -> Tensor:
         """The costs (L, T, Q) of candidates."""
@@ -64,7 +64,7 @@ class OneToManyRule:
     @torch.no_grad()
     def __call__(self, logits_BQ: Tensor, boxes_cxcywh_BQ4: Tensor, targets: Targets) -> Tensor:
         """(T, Q) fp32: 1 where matched, 0 where not, NaN where the score is not finite."""
-        return self.of(_Candidates.of(logits_BQ[None], boxes_cxcywh_BQ4[None], targets))
+        return self.of(_Candidates.of(logits_BQ[None], boxes_cxcywh_BQ4[None], *_packed(targets, logits_BQ.device)))
 
     def of(self, candidates: _Candidates) -> Tensor:
         """The matches (T, Q) of the last layer of candidates."""
@@ -72,9 +72,18 @@ class OneToManyRule:
         if iou_TQ.numel() == 0:
             return torch.zeros_like(iou_TQ)
         score = self.alpha * probability_TQ + (1 - self.alpha) * iou_TQ
-        best = score > torch.quantile(score, max(0.0, 1 - self.topk / score.shape[1]), dim=1, keepdim=True)
+        best = score > _quantile(score, max(0.0, 1 - self.topk / score.shape[1]))
         matched = (best & (score > self.threshold)).float()
         return matched.masked_fill(~score.isfinite(), float("nan"))
+
+
+def _quantile(values_TQ: Tensor, share: float) -> Tensor:
+    """`torch.quantile` of each row (T, 1) to rounding; where the share is large, most values need not be sorted."""
+    num = values_TQ.shape[1]
+    rank = share * (num - 1)
+    largest = values_TQ.topk(num - int(rank), dim=1).values
+    above = largest[:, -2:-1] if largest.shape[1] > 1 else largest
+    return torch.lerp(largest[:, -1:], above, rank % 1)
 
 
 @dataclass(frozen=True)
@@ -88,14 +97,39 @@ class _Candidates:
     giou_LTQ: Tensor
 
     @classmethod
-    def of(cls, logits_LBQ: Tensor, boxes_cxcywh_LBQ4: Tensor, targets: Targets) -> _Candidates:
-        query_index_T = targets.query_index().to(logits_LBQ.device)
+    def of(
+        cls, logits_LBQ: Tensor, boxes_cxcywh_LBQ4: Tensor, query_index_T: Tensor, target_boxes_T4: Tensor
+    ) -> _Candidates:
         logits_LTQ = logits_LBQ.index_select(1, query_index_T).float()
         boxes_LTQ4 = boxes_cxcywh_LBQ4.index_select(1, query_index_T).float()
-        target_T14 = targets.boxes_cxcywh_T4.to(logits_LBQ.device).float()[:, None]
+        target_T14 = target_boxes_T4.float()[:, None]
         iou, giou = box_iou_and_giou(cxcywh_to_xyxy(boxes_LTQ4), cxcywh_to_xyxy(target_T14))
         l1 = (boxes_LTQ4 - target_T14).abs().sum(-1)
         return cls(logits_LTQ, logits_LTQ.sigmoid(), l1, iou, giou)
+
+
+def _packed(targets: Targets, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Find query and box of each target."""
+    return targets.query_index().to(device), targets.boxes_cxcywh_T4.to(device)
+
+
+@dataclass(frozen=True)
+class CostTables:
+    """What the host assigns by, for all layers of both branches at once."""
+
+    hungarian: HungarianCost
+    one_to_many: OneToManyRule
+
+    @torch.no_grad()
+    def __call__(
+        self, logits_KBQ: Tensor, boxes_KBQ4: Tensor, query_index_T: Tensor, target_boxes_T4: Tensor, *, both: bool
+    ) -> Tensor:
+        """Costs (K, T, Q) of each target's candidates; with `both`, the last layer has the one-to-many matches."""
+        candidates = _Candidates.of(logits_KBQ, boxes_KBQ4, query_index_T, target_boxes_T4)
+        costs_KTQ = self.hungarian.of(candidates)
+        if both:
+            costs_KTQ[-1] = self.one_to_many.of(candidates)
+        return costs_KTQ
 
 
 @dataclass(frozen=True)
@@ -149,23 +183,19 @@ def match(
     one_to_many: OneToManyRule | None = None,
 ) -> Matches:
     """Match both branches of a batch with its targets: `begin_match` and `PendingMatches.finish`."""
-    return begin_match(predictions, targets, hungarian, one_to_many).finish()
+    tables = CostTables(hungarian or HungarianCost(), one_to_many or OneToManyRule())
+    return begin_match(predictions, targets, tables).finish()
 
 
-def begin_match(
-    predictions: Predictions,
-    targets: Targets,
-    hungarian: HungarianCost | None = None,
-    one_to_many: OneToManyRule | None = None,
-) -> PendingMatches:
+def begin_match(predictions: Predictions, targets: Targets, tables: Callable[..., Tensor]) -> PendingMatches:
     """Compute the costs of both branches on the device and send them on their way to the host, waiting for nothing.
 
-    What the device is given to do before `PendingMatches.finish` runs while the host assigns.
+    `tables` is a `CostTables`, or does the same. What the device is given to do before `PendingMatches.finish` runs
+    while the host assigns.
 
     Raises:
         ValueError: the branches differ in shape, or the targets are of another number of queries.
     """
-    hungarian, one_to_many = hungarian or HungarianCost(), one_to_many or OneToManyRule()
     num_layers, num_queries, num_object_queries = predictions.logits_LBQ.shape
     if len(targets.num_B) != num_queries:
         raise ValueError(
@@ -173,12 +203,10 @@ def begin_match(
         )
     logits, boxes = predictions.joined()
     with torch.no_grad():
-        candidates = _Candidates.of(logits, boxes, targets)
-        tables = [hungarian.of(candidates)]
-        if len(logits) > num_layers:  # another rule for the last one-to-many layer
-            tables = [tables[0][:-1], one_to_many.of(candidates)]
+        query_index_T, target_boxes_T4 = _packed(targets, logits.device)
+        costs = tables(logits, boxes, query_index_T, target_boxes_T4, both=len(logits) > num_layers)
         facts = [targets.num_B, targets.mask_valid_T, targets.has_mask_pixels()]
-        packed = torch.cat([part.to(logits.device, torch.float32).flatten() for part in [*tables, *facts]])
+        packed = torch.cat([part.to(logits.device, torch.float32).flatten() for part in [costs, *facts]])
     shape = (len(logits), len(targets.boxes_cxcywh_T4), num_object_queries)
     return PendingMatches(packed, num_layers, num_queries, shape, (logits, boxes))
 

@@ -8,7 +8,7 @@ predicted ones.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ class Targets:
     masks_THW: Tensor | None
     mask_valid_T: Tensor
     exhaustive_B: Tensor | None = None
+    _query_index_T: Tensor | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         num_targets = self.boxes_cxcywh_T4.shape[0]
@@ -54,8 +55,10 @@ class Targets:
 
     def query_index(self) -> Tensor:
         """(T,) long: which query each target belongs to."""
-        queries = torch.arange(len(self.num_B), device=self.num_B.device)
-        return queries.repeat_interleave(self.num_B, output_size=len(self.boxes_cxcywh_T4))
+        if self._query_index_T is None:
+            queries = torch.arange(len(self.num_B), device=self.num_B.device)
+            self._query_index_T = queries.repeat_interleave(self.num_B, output_size=len(self.boxes_cxcywh_T4))
+        return self._query_index_T
 
     def has_mask_pixels(self) -> Tensor:
         """(T,) bool: the target's mask is valid and not empty."""

@@ -14,6 +14,7 @@ from transformers import Sam3Model
 
 from sam3lora.config import Config
 from sam3lora.engine.device import describe_gpu, has_bfloat16
+from sam3lora.engine.graphs.capture import CudaCapturer, wants_cuda_graphs
 from sam3lora.errors import UserError
 from sam3lora.losses import Criterion
 from sam3lora.model.adapter.folder import AdapterMetadata
@@ -27,6 +28,8 @@ from sam3lora.training.datasets import RunData
 from sam3lora.training.distributed import gather_objects
 from sam3lora.training.features.encoder import ImageEncoder, open_cache
 from sam3lora.training.features.trunk_cache import TrunkCache
+from sam3lora.training.graphs.gradient_graphs import GradientGraphs
+from sam3lora.training.graphs.graphed_sam3 import GraphedCosts, GraphedSam3
 from sam3lora.training.optimization import build_optimizer
 from sam3lora.training.step import LossRunner
 from sam3lora.training.text_features import TextBank
@@ -117,7 +120,7 @@ def add_adapter(config: Config, base: LoadedBase, data: RunData, device: torch.d
     bf16 = computes_in_bf16(config, device)
     if bf16:
         store_matrices_in(sam3, torch.bfloat16, text_tower=config.lora.apply_to_text_encoder)
-    staged = StagedSam3(sam3, geometry_cls=config.model.geometry_cls, checkpointing=components)
+    staged, criterion = make_stages(sam3, components, config, device)
     text = TextBank(
         staged,
         lambda prompts: tokenize(base.tokenizer, prompts),
@@ -140,8 +143,7 @@ def add_adapter(config: Config, base: LoadedBase, data: RunData, device: torch.d
     )
     runner = LossRunner(
         staged=staged,
-        # Gradients are averaged without DistributedDataParallel, so parameters may lack one.
-        criterion=Criterion(training.loss, touch_unused=False),
+        criterion=criterion,
         images=images,
         text=text,
         device=device,
@@ -150,6 +152,20 @@ def add_adapter(config: Config, base: LoadedBase, data: RunData, device: torch.d
         one_to_many=training.one_to_many,
     )
     return model, runner
+
+
+def make_stages(
+    sam3: Sam3Model, checkpointing: Iterable[str], config: Config, device: torch.device
+) -> tuple[StagedSam3, Criterion]:
+    """The model in stages and its loss, which are graphs on a GPU unless `training.cuda_graphs` is false."""
+    settings: dict[str, Any] = {"geometry_cls": config.model.geometry_cls, "checkpointing": checkpointing}
+    # Gradients are averaged without DistributedDataParallel, so parameters may lack one.
+    criterion = Criterion(config.training.loss, touch_unused=False)
+    if device.type != "cuda" or not wants_cuda_graphs(config.training.cuda_graphs):
+        return StagedSam3(sam3, **settings), criterion
+    graphs = GradientGraphs(CudaCapturer(device))
+    criterion.tables = GraphedCosts(criterion.tables, graphs)
+    return GraphedSam3(sam3, graphs=graphs, **settings), criterion
 
 
 def make_optimizer(config: Config, model: PeftModel) -> torch.optim.AdamW:

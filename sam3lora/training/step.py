@@ -16,7 +16,6 @@ from torch import Tensor
 
 from sam3lora.data.batch import Batch
 from sam3lora.losses import Criterion, LossOutput, Normalizer, Predictions
-from sam3lora.model.adapter.lora_products import adapters_cast_once
 from sam3lora.model.staged.forward import StagedSam3, TextFeatures, VisionFeatures
 from sam3lora.training.features.encoder import ImageEncoder
 from sam3lora.training.text_features import TextBank
@@ -191,7 +190,7 @@ class LossRunner:
 
     def _adapters(self) -> AbstractContextManager[None]:
         """Around forward and backward of a batch."""
-        return adapters_cast_once(self.staged.model, torch.bfloat16) if self.bf16 else nullcontext()
+        return self.staged.adapters_cast_once(torch.bfloat16) if self.bf16 else nullcontext()
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)

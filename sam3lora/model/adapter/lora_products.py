@@ -12,7 +12,7 @@ Shapes: `N` tokens, `n` layers of one input, `r` the rank, `R` the sum of the la
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -29,6 +29,7 @@ from sam3lora.model.adapter.lora_casts import (
     copy_adapters,
     stacked_copies,
 )
+from sam3lora.model.components import component_of
 
 
 class LoraLinear(lora.Linear):
@@ -75,13 +76,23 @@ def lowered(x: Tensor) -> Tensor:
 
 
 @contextmanager
-def adapters_cast_once(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+def adapters_cast_once(
+    model: nn.Module, dtype: torch.dtype, components: Collection[str] | None = None
+) -> Iterator[None]:
     """Inside, all plain adapters of the model are used in copies of this type, which are made at once.
+
+    `components` are those of whose adapters copies are made; None means all.
 
     A forward pass and its backward pass belong inside together, for recomputed layers use the copies again, and the
     adapters must not change inside. Gradients reach the adapters, cast back at once.
     """
-    layers = [module for module in model.modules() if isinstance(module, LoraLinear) and _plain_adapter(module)]
+    layers = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLinear)
+        and _plain_adapter(module)
+        and (components is None or component_of(name) in components)
+    ]
     weights = [_matrices(layer) for layer in layers]
     if all(a.dtype == b.dtype == dtype for a, b in weights):
         yield

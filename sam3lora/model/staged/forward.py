@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import Sam3Model
 
-from sam3lora.model.adapter.lora_products import lowered
+from sam3lora.model.adapter.lora_products import adapters_cast_once, lowered
 from sam3lora.model.staged.attention import attend
 from sam3lora.model.staged.box_encoding import BoxEncoding
 from sam3lora.model.staged.mask_head import MaskHead
@@ -46,6 +47,10 @@ class StagedSam3:
         self.model = model
         self.geometry_cls = geometry_cls
         self.checkpointing = frozenset(checkpointing)
+
+    def adapters_cast_once(self, dtype: torch.dtype) -> AbstractContextManager[None]:
+        """Around forward and backward of a batch: `adapters_cast_once` of the adapters that a forward would cast."""
+        return adapters_cast_once(self.model, dtype)
 
     # ---- encoders -------------------------------------------------------------------------------------------------
 

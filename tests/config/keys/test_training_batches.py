@@ -7,8 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from jobs.bench.recorded_graphs import RecordingCapturer
 from sam3lora.errors import UserError
-from sam3lora.training import datasets, fit_batch
+from sam3lora.model.loading import load_base
+from sam3lora.model.staged.forward import StagedSam3
+from sam3lora.training import datasets, fit_batch, setup
+from sam3lora.training.graphs.graphed_sam3 import GraphedSam3
 from sam3lora.training.metrics_log import METRICS_FILE, read_metrics
 
 from ...training.run_folder import lines_of
@@ -197,3 +201,18 @@ def test_on_bad_image_stops_or_names_it_in_the_log(run, tmp_path):
     result = run(f"training.data_dir={folder}", "training.on_bad_image=skip")
     assert result.steps == 2
     assert [line["image_id"] for line in lines_of(result, "skipped_image")] == [2]
+
+
+@acts("training.cuda_graphs")
+def test_stages_are_graphs_on_a_gpu_unless_told_otherwise(settings, monkeypatch):
+    base, gpu = load_base("tiny").model, torch.device("cuda")
+    monkeypatch.setattr(setup, "CudaCapturer", lambda device: RecordingCapturer())
+
+    def kind(device, *overrides):
+        return type(setup.make_stages(base, (), settings(*overrides), device)[0])
+
+    assert kind(gpu) is GraphedSam3
+    assert kind(gpu, "training.cuda_graphs=false") is kind(torch.device("cpu")) is StagedSam3
+    monkeypatch.setenv("SAM3LORA_CUDA_GRAPHS", "0")
+    assert kind(gpu) is StagedSam3
+    assert kind(gpu, "training.cuda_graphs=true") is GraphedSam3
