@@ -3,8 +3,9 @@
     python -m jobs.bench.gpu --json gpu.json
     python -m jobs.bench.gpu --model tiny --device cpu --repeats 1      the same program, tried without a GPU
 
-Each section has a time limit of its own, so the whole takes less than six minutes. A row is printed and written to the
-JSON file the moment it is known. With a file that exists, only what it lacks is measured, and what --again names.
+Each section has a time limit of its own, so the whole takes less than six minutes; "compiled" is measured only if it is
+named. A row is printed and written to the JSON file the moment it is known. With a file that exists, only what it lacks is
+measured, and what --again names.
 
 Needs torch, transformers, PEFT, SciPy and NumPy; run-length codes need pycocotools and OpenCV, serving needs all.
 """
@@ -26,8 +27,9 @@ import transformers
 from jobs.bench.gpu_adapters import adapter_cases, attention_cases
 from jobs.bench.gpu_cards import card_cases
 from jobs.bench.gpu_cases import GpuCase, is_finished, measure_cases
+from jobs.bench.gpu_engine import engine_cases
 from jobs.bench.gpu_goals import goals_of
-from jobs.bench.gpu_inference import inference_cases
+from jobs.bench.gpu_inference import compiled_cases, inference_cases
 from jobs.bench.gpu_serving import serving_cases
 from jobs.bench.gpu_stock import stock_cases
 from jobs.bench.gpu_timing import Row
@@ -39,16 +41,20 @@ from sam3lora.errors import UserError
 
 LIMITS_S = {
     "attention": 10,
-    "inference": 65,
+    "engine": 55,
+    "inference": 35,
     "stock": 20,
     "training": 80,
-    "cards": 35,
+    "cards": 30,
     "adapters": 15,
-    "serving": 105,
+    "serving": 100,
+    "compiled": 90,
 }
 """Seconds of each section, in their order."""
 
-KEYS = {"attention": 1, "inference": 2, "stock": 2, "training": 4, "cards": 2, "adapters": 1, "serving": 2}
+DEFAULT = tuple(name for name in LIMITS_S if name != "compiled")
+
+KEYS = {"engine": 2, "inference": 2, "compiled": 2, "stock": 2, "training": 4, "cards": 2, "serving": 2}
 """First columns, which tell the rows of a section from each other."""
 
 
@@ -87,7 +93,7 @@ def measure_gpu(
     model: str = FULL_SIZE,
     device: str | None = None,
     *,
-    sections: Sequence[str] = tuple(LIMITS_S),
+    sections: Sequence[str] = DEFAULT,
     repeats: int = 12,
     prompts: Sequence[int] = (1, 8, 32),
     presets: Sequence[str] = ("light", "balanced", "full", "maximum"),
@@ -122,7 +128,9 @@ def measure_gpu(
     few, steps = min(repeats, 5), max(1, repeats // 4)
     cases: dict[str, Callable[[], Iterable[GpuCase]]] = {
         "attention": lambda: attention_cases(model, where),
+        "engine": lambda: engine_cases(model, where, prompts=prompts, repeats=repeats),
         "inference": lambda: inference_cases(model, where, prompts=prompts, repeats=repeats),
+        "compiled": lambda: compiled_cases(model, where, repeats=repeats),
         "stock": lambda: stock_cases(model, where, prompts=prompts[:2], repeats=few),
         "training": lambda: training_cases(model, where, presets=presets, batches=batches, repeats=steps),
         "cards": lambda: card_cases(model, where, presets=presets, repeats=min(steps, 2)),
@@ -172,6 +180,8 @@ def read_report(path: Path | None, again: Sequence[str]) -> GpuReport | None:
     """
     if path is None or not path.exists():
         return None
+    if path.is_dir():
+        raise UserError(f"--json takes a file, and {path} is a folder")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         sections = {
@@ -188,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m jobs.bench.gpu", description=__doc__.split("\n")[0])
     parser.add_argument("--model", default=FULL_SIZE, choices=list(CONFIGS))
     parser.add_argument("--device", choices=("cuda", "cpu"), help="a GPU if there is one")
-    parser.add_argument("--sections", nargs="+", default=tuple(LIMITS_S), choices=tuple(LIMITS_S))
+    parser.add_argument("--sections", nargs="+", default=DEFAULT, choices=tuple(LIMITS_S))
     parser.add_argument("--repeats", type=int, default=12, help="calls whose median counts")
     parser.add_argument("--prompts", type=int, nargs="+", default=(1, 8, 32), help="on the image of inference")
     parser.add_argument(

@@ -65,4 +65,6 @@ def _start(running: ExitStack, model_name: str, device: torch.device, clients: S
     generator = running.enter_context(LoadGenerator())
     work = ask_thresholds(name, adapters, num_pictures=NUM_PICTURES, device=device)
     plan = ServingPlan(clients=tuple(clients), adapters=(NUM_ADAPTERS,), seconds=seconds)
-    return Bench(plan, work, generator, plain.wait(time_left_s()), ours.wait(time_left_s()))
+    bench = Bench(plan, work, generator, plain.wait(time_left_s()), ours.wait(time_left_s()))
+    generator.in_order(bench.ours.url, work.requests(NUM_ADAPTERS, "pool"))  # the plain server has its adapters already
+    return bench

@@ -37,6 +37,7 @@ def test_whole_program_on_a_cpu_without_the_packages_that_a_bare_machine_lacks(t
     assert max(map(len, done.stdout.splitlines()[1:])) <= 80
     sections = json.loads(path.read_text())["sections"]
     assert [row["attention"] for row in sections["attention"]] == ["fused everywhere"] * 2
+    assert [row["graphs"] for row in sections["engine"]] == ["on", "off"]
     assert sections["inference"][0]["vision ms"] > 0
     assert {row["way"] for row in sections["stock"]} == {
         "transformers, float32",
@@ -164,8 +165,6 @@ def test_a_section_ends_in_time_and_says_what_it_left_out():
     assert time.monotonic() - start < 20  # and not 50
     assert fast == {"case": 0, "value": 0}
     assert cut["note"].startswith("cut")
-    [long] = measure_cases([GpuCase({"case": 0}, slow, needs_s=60)], [], limit_s=50)
-    assert long["note"].startswith("left out")
     assert left_out["note"].startswith("left out")
     assert median_ms(lambda: None, cpu, repeats=1) >= 0  # nothing of the limit remains
 
