@@ -4,8 +4,8 @@
     python -m jobs.bench.gpu --model tiny --device cpu --repeats 1      the same program, tried without a GPU
 
 Each section has a time limit of its own, so the whole takes less than six minutes; "compiled" is measured only if it is
-named. A row is printed and written to the JSON file the moment it is known. With a file that exists, only what it lacks is
-measured, and what --again names.
+named. A row is printed and written to the JSON file the moment it is known. With a file that exists, only what it lacks
+is measured, and what --again names.
 
 Needs torch, transformers, PEFT, SciPy and NumPy; run-length codes need pycocotools and OpenCV, serving needs all.
 """
