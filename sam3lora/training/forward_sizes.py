@@ -44,9 +44,9 @@ def largest_that_fits(
 ) -> tuple[int, int]:
     """Numbers of images in a forward and of prompts at a time, of which `allowed` bytes are enough; (0, 0) for none.
 
-    Prompts come first: a chunk of them starts some three times as many kernels as the vision trunk does for all images
-    of a forward. The most prompts that fit with no more images than have so many, then the most images beside them.
-    Many prompts are tried first, as they are measured fastest.
+    Prompts come first: a chunk of them starts about as many kernels as the vision trunk does, and an image of several
+    prompts would take several chunks. The most prompts that fit with no more images than have so many, then the most
+    images beside them. Many prompts are tried first, as they are measured fastest.
 
     Args:
         images, prompts: To choose from, in ascending order.
