@@ -28,7 +28,7 @@ from jobs.bench.models import FULL_SIZE, random_model
 from jobs.bench.pretend_gpu import DEVICE, pretend_gpu
 from jobs.bench.report import print_table
 from jobs.bench.tensor_memory import TensorMemory
-from sam3lora.losses.matching import Matches, OneToManyRule, Pairs, PendingMatches
+from sam3lora.losses.matching import Matches, OneToManyRule, PendingMatches
 from sam3lora.training.forward_sizes import GPU_SHARE, largest_that_fits, prompt_sizes
 
 PRESETS = ("light", "balanced", "full", "maximum")
@@ -179,23 +179,21 @@ class _FusedAttention(torch.autograd.Function):
         return tuple(torch.empty_like(one) if needs and one is not None else None for one, needs in wanted)
 
 
+_finish = PendingMatches.finish
+
+
 def _drawn_matches(pending: Any, copies: int) -> Matches:
     """Equally many targets of each query, with `copies` object queries each at the end of the one-to-many branch."""
-    (num_tables, num_targets, _), num_layers = pending._shape, pending._num_layers
-    per_query = num_targets // pending._num_queries
+    (num_tables, num_targets, _), num_queries = pending._shape, pending._num_queries
     target_T = np.arange(num_targets)
-    query_T, place_T = target_T // per_query, target_T % per_query
-
-    def rows(layer: int, copies: int = 1) -> np.ndarray:
-        targets = target_T.repeat(copies)
-        object_queries = place_T.repeat(copies) * copies + np.tile(np.arange(copies), num_targets)
-        return np.stack([np.full_like(targets, layer), query_T.repeat(copies), object_queries, targets], axis=1)
-
-    def pairs(parts: list[np.ndarray]) -> Pairs:
-        return Pairs.from_rows(np.concatenate(parts), num_layers, pending._device)
-
-    o2o = [rows(layer) for layer in range(num_layers)]
-    o2m = [*o2o[:-1], rows(num_layers - 1, copies)]
-    every = np.ones(num_targets, dtype=bool)
-    num_B = np.full(pending._num_queries, per_query)
-    return Matches(pairs(o2o), pairs(o2m) if num_tables > num_layers else None, num_B, every, every)
+    place_T = target_T % (num_targets // num_queries)
+    costs = np.ones(pending._shape, dtype=np.float32)
+    costs[:, target_T, place_T] = 0
+    if num_tables > pending._num_layers:
+        costs[-1] = 0  # of the rule that matches many: 1 where it does
+        for number in range(copies):
+            costs[-1, target_T, place_T * copies + number] = 1
+    facts = [num_targets / num_queries] * num_queries + [1.0] * 2 * num_targets  # every mask is valid and not empty
+    pending._packed = torch.from_numpy(np.concatenate([costs.flatten(), np.array(facts, dtype=np.float32)]))
+    pending._arrived = None
+    return _finish(pending)

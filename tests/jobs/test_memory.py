@@ -12,7 +12,8 @@ from jobs.bench import memory
 from jobs.bench.memory import _as_on_a_gpu, _drawn_matches, card_rows, chosen_on, peak_bytes
 from jobs.bench.pretend_gpu import DEVICE, pretend_gpu
 from jobs.bench.tensor_memory import TensorMemory
-from sam3lora.losses.matching import PendingMatches
+from sam3lora.losses.matching import begin_match
+from sam3lora.losses.targets import Predictions, Targets
 
 GB = 1e9
 
@@ -50,9 +51,15 @@ def test_attention_keeps_no_matrix_of_weights():
 
 
 def test_matches_are_drawn_for_every_target():
-    # Two queries with two targets each, three layers, both branches: 6 tables.
-    pending = PendingMatches(torch.zeros(1), 3, 2, (6, 4, 200))
-    found = _drawn_matches(pending, copies=4)
+    # Two queries with two targets each, three layers, both branches.
+    shape = (3, 2, 200)
+    predictions = Predictions(torch.zeros(shape), torch.rand(*shape, 4), torch.zeros(3, 2))
+    predictions.logits_o2m_LBQ, predictions.boxes_o2m_LBQ4 = torch.zeros(shape), torch.rand(*shape, 4)
+    boxes = torch.rand(4, 4)
+    masks = torch.zeros(4, 1, 1, dtype=torch.bool)  # which the drawn matches say to be valid and not empty
+    targets = Targets(torch.tensor([2, 2]), boxes, masks, torch.ones(4, dtype=torch.bool))
+    found = _drawn_matches(begin_match(predictions, targets), copies=4)
+    assert found.has_mask_pixels_T.all()
     assert found.num_targets_B.tolist() == [2, 2]
     o2o = found.o2o.host_M4
     assert found.o2o.num_per_layer == [4, 4, 4]
@@ -61,7 +68,8 @@ def test_matches_are_drawn_for_every_target():
     assert found.o2m.num_per_layer == [4, 4, 16]
     last = found.o2m.host_M4[8:]
     assert len(np.unique(last[:, [1, 2]], axis=0)) == 16  # each has an object query of its own
-    assert _drawn_matches(pending, copies=0).o2m.num_per_layer == [4, 4, 0]  # type: ignore[union-attr]
+    few = _drawn_matches(begin_match(predictions, targets), copies=0)
+    assert few.o2m.num_per_layer == [4, 4, 0]  # type: ignore[union-attr]
 
 
 @pytest.fixture
