@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -21,7 +19,6 @@ if TYPE_CHECKING:
     from sam3lora.engine.engine import Engine
 
 MOST_ROWS = 32
-SWITCH = "SAM3LORA_CUDA_GRAPHS"
 
 
 def engine_cases(model_name: str, device: torch.device, *, prompts: Sequence[int], repeats: int) -> Iterator[GpuCase]:
@@ -49,10 +46,9 @@ def _warm_engine(model_name: str, device: torch.device, graphs: str) -> tuple[En
     tokenizer = AutoTokenizer.from_pretrained(TINY_FOLDER, local_files_only=True)
     half = (0.5, 0.5, 0.5)
     base = LoadedBase(model, tokenizer, model_name, None, "", model.config.image_size, half, half)
-    with mock.patch.dict(os.environ, {SWITCH: "1" if graphs == "on" else "0"}):
-        engine = Engine(base, precision="bfloat16", max_rows=MOST_ROWS)
-        start = time.perf_counter()
-        engine.warm_up()
+    engine = Engine(base, precision="bfloat16", max_rows=MOST_ROWS, cuda_graphs=graphs == "on")
+    start = time.perf_counter()
+    engine.warm_up()
     return engine, time.perf_counter() - start
 
 
