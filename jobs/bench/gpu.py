@@ -125,7 +125,7 @@ def measure_gpu(
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if where.type == "cuda" and not torch.cuda.is_available():
         raise UserError("torch finds no GPU here: use --device cpu, with --model tiny")
-    few, steps = min(repeats, 5), max(1, repeats // 4)
+    few, steps = min(repeats, 3), max(1, repeats // 4)
     cases: dict[str, Callable[[], Iterable[GpuCase]]] = {
         "attention": lambda: attention_cases(model, where),
         "engine": lambda: engine_cases(model, where, prompts=prompts, repeats=repeats),

@@ -38,7 +38,7 @@ def _on_card(training_of: Callable[[], Training], card_gb: int, device: torch.de
     training = training_of()
     training.forget_gradients()
     forget_peak(device)
-    with _memory_of(card_gb):
+    with _memory_of(card_gb, device):
         images = IMAGES
         while images:
             case = Case(images, PROMPTS)
@@ -52,9 +52,9 @@ def _on_card(training_of: Callable[[], Training], card_gb: int, device: torch.de
 
 
 @contextmanager
-def _memory_of(card_gb: int) -> Iterator[None]:
+def _memory_of(card_gb: int, device: torch.device) -> Iterator[None]:
     """Inside, this process may take what a card of so many GB (2^30 bytes) would leave to it."""
-    total = torch.cuda.get_device_properties().total_memory
+    total = torch.cuda.get_device_properties(device).total_memory
     share = min(1.0, (card_gb - TAKEN_GB) * 2**30 / total)
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(share)

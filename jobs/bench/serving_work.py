@@ -197,14 +197,16 @@ def _threshold(scores_Q: Tensor) -> float:
 def write_random(folder: Path, model: str, device: torch.device | str = "cpu") -> Path:
     """A configuration with random weights and the tokenizer of the tiny model.
 
-    At full size the masks have the resolution of the patches: from all levels of the pyramid, random weights make noise
-    that takes longer to encode than any real mask.
+    At full size a mask is the whole image or nothing: random weights make noise, which takes longer to encode than any
+    real mask.
     """
     sam3 = random_model(model, device=device)
     side = cast(Any, sam3.config).image_size
     if model == FULL_SIZE:
-        for level in cast(Any, sam3).vision_encoder.neck.fpn_layers[:2]:
-            nn.init.zeros_(level.proj2.weight)
+        projection = cast(Any, sam3).mask_decoder.instance_projection
+        nn.init.zeros_(projection.weight)
+        nn.init.ones_(projection.bias)
+        sam3.bfloat16()  # half the file
     sam3.save_pretrained(folder)
     mask_side = side // 14 * 4
     processor = Sam3Processor(
