@@ -27,7 +27,7 @@ class Rows:
         console.print(f"\n[bold]{self.title}[/]\n", highlight=False)
         print_table(self.rows, console, keys=self.keys)
         if self.note:
-            console.print(self.note, highlight=False)
+            console.print(f"\n{self.note}", highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)
