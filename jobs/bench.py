@@ -18,7 +18,8 @@
     python jobs/bench.py drill                         training runs that are disturbed: docs/reliability.md
     python jobs/bench.py recipes                       two training recipes at equal processor seconds, half an hour
     python jobs/bench.py launches                      kernels of an inference and of a training step, counted
-    python jobs/bench.py gpu                           SAM 3 at full size on one GPU
+    python jobs/bench.py gpu                           SAM 3 at full size on one GPU, less than six minutes
+    python jobs/bench.py memory                        what smaller GPUs can train, counted without one
     python jobs/bench.py incomplete-labels             learning with half of the labels, some ten minutes
     python jobs/bench.py rejected-word                 learning a word that the base firmly rejects, some five minutes
 
@@ -43,6 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 if TYPE_CHECKING:
     from jobs.bench.launches import LaunchReport
+    from jobs.bench.memory import MemoryReport
     from jobs.bench.recipes import RecipeReport
     from jobs.bench.report import BenchReport
     from jobs.bench.serving_report import ServingReport
@@ -299,6 +301,18 @@ def gpu(context: typer.Context) -> None:
 
 
 @app.command()
+def memory(
+    presets: Annotated[list[str] | None, typer.Argument(help="Names (default: all for the full-size model).")] = None,
+    model: Annotated[Literal["tiny", "small", "facebook/sam3"], typer.Option(help="Configuration.")] = "facebook/sam3",
+    json_path: JsonPath = None,
+) -> None:
+    """Peak memory of a training step, and what GPUs of 8, 12, 16 and 24 GB can train: counted, without a GPU."""
+    from jobs.bench.memory import PRESETS, count_memory
+
+    _show([count_memory(presets or PRESETS, model=model)], json_path)
+
+
+@app.command()
 def serve(
     model: Annotated[Literal["tiny", "small"], typer.Option(help="The built-in one, or random weights.")] = "tiny",
     clients: Annotated[list[int] | None, typer.Option(min=1, help="Numbers of clients (default: 1 8 32).")] = None,
@@ -403,7 +417,8 @@ def rejected_word(
 
 
 def _show(
-    reports: Sequence[BenchReport | LaunchReport | RecipeReport | ServingReport | StudyReport], json_path: Path | None
+    reports: Sequence[BenchReport | LaunchReport | MemoryReport | RecipeReport | ServingReport | StudyReport],
+    json_path: Path | None,
 ) -> None:
     from rich.console import Console
 

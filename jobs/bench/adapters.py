@@ -113,11 +113,11 @@ def compare_adapters(
 
 
 def _write(folder: Path, model_name: str) -> tuple[str, dict[str, tuple[Path, ...]]]:
-    from jobs.bench.serving_work import write_adapter, write_small
+    from jobs.bench.serving_work import write_adapter, write_random
     from sam3lora.model.loading import load_base
 
     disable_progress_bar()
-    model = "tiny" if model_name == "tiny" else str(write_small(folder / "model"))
+    model = "tiny" if model_name == "tiny" else str(write_random(folder / "model", "small"))
     base = load_base(model, local_files_only=True)
     adapters = {
         kind: tuple(

@@ -47,12 +47,12 @@ def compare_evaluation(
         num_prompts: Prompts that each of them is asked.
         repeats: Rounds; the median counts.
     """
-    from jobs.bench.serving_work import write_small
+    from jobs.bench.serving_work import write_random
 
     with tempfile.TemporaryDirectory(prefix="sam3lora-bench-") as name:
         folder = Path(name)
         disable_progress_bar()
-        model = "tiny" if model_name == "tiny" else str(write_small(folder / "model"))
+        model = "tiny" if model_name == "tiny" else str(write_random(folder / "model", "small"))
         side = Sam3Config.from_pretrained(find_base(model).path).image_size
         data = write_dataset(
             folder / "data", num_train=1, num_valid=num_images, size=side, domain="base", progress=False

@@ -3,7 +3,11 @@
     python -m jobs.bench.gpu --json gpu.json
     python -m jobs.bench.gpu --model tiny --device cpu --repeats 1      the same program, tried without a GPU
 
-Needs torch, transformers, PEFT, SciPy and NumPy; run-length codes need pycocotools and OpenCV and are left out without.
+Each section has a time limit of its own, so the whole takes less than six minutes; "compiled" is measured only if it is
+named. A row is printed and written to the JSON file the moment it is known. With a file that exists, only what it lacks
+is measured, and what --again names.
+
+Needs torch, transformers, PEFT, SciPy and NumPy; run-length codes need pycocotools and OpenCV, serving needs all.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import argparse
 import json
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,20 +24,43 @@ from typing import Any
 import torch
 import transformers
 
-from jobs.bench.gpu_inference import check_attention, measure_adapters, measure_inference
+from jobs.bench.gpu_adapters import adapter_cases, attention_cases
+from jobs.bench.gpu_cards import card_cases
+from jobs.bench.gpu_cases import GpuCase, is_finished, measure_cases
+from jobs.bench.gpu_engine import engine_cases
+from jobs.bench.gpu_goals import goals_of
+from jobs.bench.gpu_inference import compiled_cases, inference_cases
+from jobs.bench.gpu_serving import serving_cases
+from jobs.bench.gpu_stock import stock_cases
 from jobs.bench.gpu_timing import Row
 from jobs.bench.gpu_training import PRESETS
-from jobs.bench.gpu_training_rows import measure_training
-from jobs.bench.models import CONFIGS
+from jobs.bench.gpu_training_rows import training_cases
+from jobs.bench.models import CONFIGS, FULL_SIZE
+from jobs.bench.tables import as_text, text_table
 from sam3lora.errors import UserError
 
-FULL_SIZE = "facebook/sam3"
-SECTIONS = ("attention", "inference", "adapters", "training")
+LIMITS_S = {
+    "attention": 10,
+    "engine": 55,
+    "inference": 35,
+    "stock": 20,
+    "training": 80,
+    "cards": 30,
+    "adapters": 15,
+    "serving": 100,
+    "compiled": 90,
+}
+"""Seconds of each section, in their order."""
+
+DEFAULT = tuple(name for name in LIMITS_S if name != "compiled")
+
+KEYS = {"engine": 2, "inference": 2, "compiled": 2, "stock": 2, "training": 4, "cards": 2, "serving": 2}
+"""First columns, which tell the rows of a section from each other."""
 
 
 @dataclass
 class GpuReport:
-    """Rows of each section, and the goals that they meet or miss. It can be printed after each section."""
+    """Rows of each section, and the goals that they meet or miss."""
 
     machine: Row
     settings: Row
@@ -41,109 +68,88 @@ class GpuReport:
 
     def goals(self) -> list[Row]:
         """Those whose figures were measured: on a GPU at full size."""
-        found: list[Row] = []
-        if not self.machine["gpu"] or self.settings["model"] != FULL_SIZE:
-            return found
-        for goal in GOALS:
-            rows = [row for row in self.sections.get(goal.section, []) if goal.of.items() <= row.items()]
-            values = [row[goal.figure] for row in rows if row.get(goal.figure) is not None]
-            if values:
-                value = max(values)
-                met = value < goal.limit if goal.figure == "peak GB" else value <= goal.limit
-                found.append({"goal": goal.name, "limit": goal.limit, "measured": value, "met": met})
-        return found
+        at_full_size = self.machine["gpu"] and self.settings["model"] == FULL_SIZE
+        return goals_of(self.sections) if at_full_size else []
 
     @property
     def failed(self) -> bool:
-        """Whether a section could not be measured; memory that ran out is a result."""
-        return any("failed" in row.get("note", "") for rows in self.sections.values() for row in rows)
+        """Whether something could not be measured; memory or time that ran out is a result."""
+        return any(row.get("note", "").startswith("failed") for rows in self.sections.values() for row in rows)
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "goals": self.goals()}
 
-    def text(self) -> str:
+    def text(self, width: int = 80) -> str:
         lines = [", ".join(f"{name}: {value}" for name, value in (self.machine | self.settings).items())]
         for name, rows in (self.sections | {"goals": self.goals()}).items():
             if rows:
-                lines += ["", name, *_table(rows)]
+                lines += ["", name, "", *text_table(rows, width=width, keys=KEYS.get(name, 1))]
         if not self.machine["gpu"]:
             lines += ["", "peak memory, compilation and the goals need a GPU"]
         return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class Goal:
-    """The largest `figure` of a section's rows that have the values `of`."""
-
-    name: str
-    section: str
-    of: Row
-    figure: str
-    limit: float
-
-
-_OURS = {"way": "sam3lora"}
-GOALS = (
-    Goal("light, 1 image: GB", "training", {"preset": "light", "images": 1, **_OURS}, "peak GB", 4),
-    Goal("balanced r16, 1 image: GB", "training", {"preset": "balanced", "images": 1, **_OURS}, "peak GB", 8),
-    Goal("maximum r32, 2 images: GB", "training", {"preset": "maximum", "images": 2, **_OURS}, "peak GB", 16),
-    Goal("eager, 1 prompt: ms", "inference", {"way": "eager", "prompts": 1}, "first call ms", 100),
-    Goal("compiled, 1 prompt: ms", "inference", {"way": "compiled vision, default"}, "first call ms", 60),
-    Goal("same image again, share of a first call", "inference", {"way": "eager", "prompts": 1}, "again / first", 0.4),
-    Goal("adapter overhead, bank: %", "adapters", {"way": "bank"}, "overhead %", 15),
-)
 
 
 def measure_gpu(
     model: str = FULL_SIZE,
     device: str | None = None,
     *,
-    sections: Sequence[str] = SECTIONS,
-    repeats: int = 20,
+    sections: Sequence[str] = DEFAULT,
+    repeats: int = 12,
     prompts: Sequence[int] = (1, 8, 32),
     presets: Sequence[str] = ("light", "balanced", "full", "maximum"),
     batches: Sequence[int] = (1, 2, 4),
-    after_section: Callable[[GpuReport, str], None] = lambda report, section: None,
+    known: GpuReport | None = None,
+    after_row: Callable[[GpuReport, str, Row], None] = lambda report, section, row: None,
 ) -> GpuReport:
-    """Measure the sections; what fails in one is a row of it, and the others go on.
+    """Measure the sections; what fails in one case is a row of it, and the others go on.
 
     Args:
         model: A configuration, filled with random weights.
         device: None takes a GPU if there is one.
-        sections: Of `SECTIONS`.
+        sections: Of `LIMITS_S`.
         repeats: Calls whose median counts; of training steps a quarter.
         prompts: Numbers of prompts on the image of inference.
         presets: To train.
         batches: Numbers of images in a training batch.
-        after_section: Gets the report so far and the name of the section.
+        known: What an earlier call found: not measured again.
+        after_row: Gets the report so far, the section and its new row.
 
     Raises:
-        UserError: No such model or section, or a GPU is asked for and there is none.
+        UserError: No such model or section, a GPU is asked for and there is none, or `known` is of something else.
     """
     for section in sections:
-        if section not in SECTIONS:
-            raise UserError(f"sections must be of {', '.join(SECTIONS)}, got {section!r}")
+        if section not in LIMITS_S:
+            raise UserError(f"sections must be of {', '.join(LIMITS_S)}, got {section!r}")
     if model not in CONFIGS:
         raise UserError(f"model must be one of {', '.join(CONFIGS)}, got {model!r}")
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if where.type == "cuda" and not torch.cuda.is_available():
         raise UserError("torch finds no GPU here: use --device cpu, with --model tiny")
-    work: dict[str, Callable[[], list[Row]]] = {
-        "attention": lambda: [check_attention(model, where)],
-        "inference": lambda: measure_inference(model, where, prompts=tuple(prompts), repeats=repeats),
-        "adapters": lambda: measure_adapters(model, where, repeats=repeats),
-        "training": lambda: measure_training(
-            model, where, presets=presets, batches=batches, repeats=max(1, repeats // 4)
-        ),
+    few, steps = min(repeats, 3), max(1, repeats // 4)
+    cases: dict[str, Callable[[], Iterable[GpuCase]]] = {
+        "attention": lambda: attention_cases(model, where),
+        "engine": lambda: engine_cases(model, where, prompts=prompts, repeats=repeats),
+        "inference": lambda: inference_cases(model, where, prompts=prompts, repeats=repeats),
+        "compiled": lambda: compiled_cases(model, where, repeats=repeats),
+        "stock": lambda: stock_cases(model, where, prompts=prompts[:2], repeats=few),
+        "training": lambda: training_cases(model, where, presets=presets, batches=batches, repeats=steps),
+        "cards": lambda: card_cases(model, where, presets=presets, repeats=min(steps, 2)),
+        "adapters": lambda: adapter_cases(model, where, repeats=repeats),
+        "serving": lambda: serving_cases(model, where),
     }
-    report = GpuReport(_machine(where), {"model": model, "weights": "random", "precision": "bfloat16 autocast"})
+    settings = {"model": model, "weights": "random", "precision": "bfloat16 autocast"}
+    report = GpuReport(_machine(where), settings, dict(known.sections) if known else {})
+    if known and (known.machine, known.settings) != (report.machine, report.settings):
+        raise UserError(
+            f"the rows that are kept were measured on {_words(known)}, this is {_words(report)}: give another --json"
+        )
     for section in sections:
-        try:
-            report.sections[section] = work[section]()
-        except Exception as error:  # an hour of the GPU is not lost to one section
-            first_line = (str(error).splitlines() or [""])[0]
-            report.sections[section] = [{"note": f"failed: {type(error).__name__}: {first_line}"}]
-        after_section(report, section)
+        kept, rows = report.sections.get(section, []), []
+        for row in measure_cases(cases[section](), kept, LIMITS_S[section]):
+            rows.append(row)
+            report.sections[section] = rows + [one for one in kept if one not in rows]
+            after_row(report, section, row)
+        report.sections[section] = rows
     return report
 
 
@@ -157,17 +163,8 @@ def _machine(device: torch.device) -> Row:
     return {"gpu": gpu, **versions}
 
 
-def _table(rows: Sequence[Row]) -> list[str]:
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    cells = [names, *([_cell(row.get(name)) for name in names] for row in rows)]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
-    return "-" if value is None else str(value)
+def _words(report: GpuReport) -> str:
+    return ", ".join(f"{name} {value}" for name, value in (report.machine | report.settings).items())
 
 
 def preset_files() -> list[str]:
@@ -175,23 +172,48 @@ def preset_files() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
+def read_report(path: Path | None, again: Sequence[str]) -> GpuReport | None:
+    """The rows that the file of an earlier call holds, but for those to measure again or still; None without a file.
+
+    Raises:
+        UserError: The file is of something else.
+    """
+    if path is None or not path.exists():
+        return None
+    if path.is_dir():
+        raise UserError(f"--json takes a file, and {path} is a folder")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        sections = {
+            name: [row for row in rows if is_finished(row)]
+            for name, rows in found["sections"].items()
+            if name not in again
+        }
+        return GpuReport(found["machine"], found["settings"], sections)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is no report of this benchmark: give --json another file, or remove it") from None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m jobs.bench.gpu", description=__doc__.split("\n")[0])
     parser.add_argument("--model", default=FULL_SIZE, choices=list(CONFIGS))
     parser.add_argument("--device", choices=("cuda", "cpu"), help="a GPU if there is one")
-    parser.add_argument("--sections", nargs="+", default=SECTIONS, choices=SECTIONS)
-    parser.add_argument("--repeats", type=int, default=20, help="calls whose median counts")
+    parser.add_argument("--sections", nargs="+", default=DEFAULT, choices=tuple(LIMITS_S))
+    parser.add_argument("--repeats", type=int, default=12, help="calls whose median counts")
     parser.add_argument("--prompts", type=int, nargs="+", default=(1, 8, 32), help="on the image of inference")
     parser.add_argument(
         "--presets", nargs="+", default=("light", "balanced", "full", "maximum"), choices=preset_files(), metavar="NAME"
     )
     parser.add_argument("--batches", type=int, nargs="+", default=(1, 2, 4), help="images of a training batch")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write what was found as JSON")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write each row to it; rows that it has are kept")
+    parser.add_argument("--again", nargs="+", default=(), choices=tuple(LIMITS_S), help="sections to measure anew")
     given = parser.parse_args(argv)
 
-    def keep(report: GpuReport, section: str) -> None:
-        print(f"{section}: measured", file=sys.stderr, flush=True)
+    def keep(report: GpuReport, section: str, row: Row) -> None:
+        words = ", ".join(f"{name} {as_text(value)}" for name, value in row.items() if value is not None)
+        print(f"{section}: {words}", file=sys.stderr, flush=True)
         if given.json:
+            given.json.parent.mkdir(parents=True, exist_ok=True)
             given.json.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     try:
@@ -203,7 +225,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             prompts=given.prompts,
             presets=given.presets,
             batches=given.batches,
-            after_section=keep,
+            known=read_report(given.json, given.again),
+            after_row=keep,
         )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

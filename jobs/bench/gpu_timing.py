@@ -2,15 +2,46 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 
 Row = dict[str, Any]
+
+
+_END = ContextVar("end of the time", default=math.inf)
+
+
+class OutOfTime(Exception):
+    """The time is over."""
+
+
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """In the block, a `Stopwatch` raises `OutOfTime` at the first part that begins after so many seconds."""
+    token = _END.set(time.monotonic() + seconds)
+    try:
+        yield
+    finally:
+        _END.reset(token)
+
+
+def time_left_s() -> float:
+    """Seconds that the innermost `at_most` leaves.
+
+    Raises:
+        OutOfTime: None.
+    """
+    left = _END.get() - time.monotonic()
+    if left <= 0:
+        raise OutOfTime
+    return left
 
 
 class Stopwatch:
@@ -22,6 +53,7 @@ class Stopwatch:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
+        time_left_s()
         start = self._mark()
         yield
         self._marks.append((name, start, self._mark()))

@@ -30,17 +30,13 @@ Part = Callable[[str], AbstractContextManager[Any]]
 
 PRESETS = Path(sam3lora.__file__).parent / "config" / "presets"
 
-MAX_PROMPTS = 8
-"""Find queries at a time, as `training.max_prompts_per_forward` has it unless told otherwise."""
-
 
 @dataclass(frozen=True)
 class Preset:
-    """What a shipped preset says: the adapter, the components that it checkpoints, and find queries at a time."""
+    """What a shipped preset says: the adapter, and the components that it checkpoints."""
 
     lora: LoraSettings
     checkpointing: tuple[str, ...]
-    max_prompts: int
 
     @classmethod
     def read(cls, name: str) -> Preset:
@@ -49,8 +45,7 @@ class Preset:
         training = values["training"]
         wanted = training.get("gradient_checkpointing", False)
         checkpointing = COMPONENTS if wanted is True else tuple(wanted or ())
-        max_prompts = training.get("max_prompts_per_forward", MAX_PROMPTS)
-        return cls(LoraSection(**values["lora"]).settings, checkpointing, max_prompts)
+        return cls(LoraSection(**values["lora"]).settings, checkpointing)
 
     @property
     def adapts_vision(self) -> bool:
@@ -59,23 +54,19 @@ class Preset:
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table: what is trained on what.
+    """What a step is taken on.
 
     Args:
-        preset: Of the adapter.
         images: In a batch.
         prompts: Of each image.
         objects: Of each prompt.
         cached: The trunk's outputs are there already.
-        checkpointing: Components that recompute their activations; None takes the preset's.
     """
 
-    preset: str
     images: int = 1
     prompts: int = 4
     objects: int = 4
     cached: bool = False
-    checkpointing: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -134,46 +125,43 @@ class Inputs:
 
 
 class Training:
-    """A model with the adapter of a case, trained as `sam3lora train` does.
+    """A model with the adapter of a preset, trained as `sam3lora train` does.
 
     Args:
         model: Frozen, without adapter; it is changed in place.
-        case: What is trained.
+        preset: Its name.
     """
 
-    def __init__(self, model: Sam3Model, case: Case) -> None:
-        preset = Preset.read(case.preset)
-        components = preset.checkpointing if case.checkpointing is None else case.checkpointing
-        self.case, self.preset, self._criterion = case, preset, Criterion(touch_unused=False)
-        self.peft = apply_lora(model, preset.lora)
+    def __init__(self, model: Sam3Model, preset: str) -> None:
+        self.preset, self._criterion = Preset.read(preset), Criterion(touch_unused=False)
+        self.peft = apply_lora(model, self.preset.lora)
         store_matrices_in(model, torch.bfloat16)
-        enable_checkpointing(model, components)
-        self.staged = StagedSam3(model, checkpointing=components)
+        enable_checkpointing(model, self.preset.checkpointing)
+        self.staged = StagedSam3(model, checkpointing=self.preset.checkpointing)
         train_adapter_alone(self.peft)
         self.parameters = [parameter for parameter in self.peft.parameters() if parameter.requires_grad]
         self._optimizer = make_optimizer(self.parameters)
 
-    def step(self, inputs: Inputs, part: Part = nullcontext) -> Tensor:
+    def step(self, inputs: Inputs, max_prompts: int, part: Part = nullcontext) -> Tensor:
         """One update of the adapter; the loss."""
-        total = self.gradients(inputs, part)
+        total = self.gradients(inputs, max_prompts, part)
         with part("optimizer"):
             update(self._optimizer, self.parameters)
         return total
 
-    def gradients(self, inputs: Inputs, part: Part = nullcontext) -> Tensor:
-        """One vision pass, and the rest of forward and backward for a chunk of find queries at a time."""
-        case, num_queries, device = self.case, inputs.num_queries, inputs.pixels_ICHW.device
+    def gradients(self, inputs: Inputs, max_prompts: int, part: Part = nullcontext) -> Tensor:
+        """One vision pass, and the rest of forward and backward for `max_prompts` find queries at a time."""
+        case, num_queries, device = inputs.case, inputs.num_queries, inputs.pixels_ICHW.device
         autocast = torch.autocast(device.type, dtype=torch.bfloat16)
         with part("vision"), autocast:
             vision = self.staged.prepare(self._vision(inputs))
         image_B = torch.arange(case.images, device=device).repeat_interleave(case.prompts)
         text_B = torch.arange(case.prompts, device=device).repeat(case.images)
-        size = self.preset.max_prompts
-        shared = num_queries > size
+        shared = num_queries > max_prompts
         leaf = vision.detached() if shared else vision
         total = torch.zeros((), device=device)
-        for start in range(0, num_queries, size):
-            rows = slice(start, min(start + size, num_queries))
+        for start in range(0, num_queries, max_prompts):
+            rows = slice(start, min(start + max_prompts, num_queries))
             with part("detector"), autocast:
                 found = self.staged.detect(leaf, inputs.text, image_B[rows], text_B[rows], one_to_many=True)
                 head = self.staged.mask_head(found, torch.arange(rows.stop - rows.start))
@@ -190,6 +178,9 @@ class Training:
             with part("backward"):
                 torch.autograd.backward([made for made, _ in pairs], [grad for _, grad in pairs])
         return total
+
+    def forget_gradients(self) -> None:
+        self.peft.zero_grad(set_to_none=True)
 
     def _vision(self, inputs: Inputs) -> VisionFeatures:
         with torch.set_grad_enabled(self.preset.adapts_vision):

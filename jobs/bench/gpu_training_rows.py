@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any, cast
+from functools import cache, partial
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import Sam3Model
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from jobs.bench.gpu_cases import GpuCase
 from jobs.bench.gpu_timing import Row, Stopwatch, forget_peak, medians, peak_gb
 from jobs.bench.gpu_training import (
     Case,
@@ -25,67 +27,108 @@ from jobs.bench.gpu_training import (
 from jobs.bench.models import random_model
 from sam3lora.losses import Criterion, Predictions
 from sam3lora.model.adapter.lora_layers import apply_lora
+from sam3lora.training.forward_sizes import (
+    allowed_on_gpu,
+    largest_that_fits,
+    peak_on_gpu,
+    prompt_sizes,
+    prompts_on_cpu,
+)
+
+OURS, CACHED, STOCK = "sam3lora", "sam3lora, trunk cached", "transformers + PEFT"
+PROMPTS = 4
+"""Of each image."""
+
+Prompts = int | Literal["auto"]
 
 
-def measure_training(
-    model_name: str,
-    device: torch.device,
-    *,
-    presets: Sequence[str] = ("light", "balanced", "full", "maximum"),
-    batches: Sequence[int] = (1, 2, 4),
-    prompts: int = 4,
-    repeats: int = 5,
-) -> list[Row]:
-    """A row for each preset and batch, ours and the plain way; where memory runs out the row says so."""
-    rows = []
+def training_cases(
+    model_name: str, device: torch.device, *, presets: Sequence[str], batches: Sequence[int], repeats: int
+) -> Iterator[GpuCase]:
+    """Rows of each preset and batch, in which at most 1, 8, or as many prompts at a time as fit, are trained.
+
+    Args:
+        presets: Names.
+        batches: Numbers of images.
+        repeats: Steps whose median counts.
+    """
     for preset in presets:
-        for images in batches:
-            ways: list[tuple[str, type[Training | StockTraining], bool]] = [("sam3lora", Training, False)]
+        ours = cache(partial(adapted, Training, preset, model_name, device))
+        stock = cache(partial(adapted, StockTraining, preset, model_name, device))
+        for images in sorted(batches):
+            ways: list[tuple[str, Prompts]] = [(OURS, "auto")]
             if preset == "light":
-                ways.append(("sam3lora, trunk cached", Training, True))
-            if preset in ("light", "full"):
-                ways.append(("transformers + PEFT", StockTraining, False))
-            for name, make, cached in ways:
-                case = Case(preset, images, prompts, cached=cached)
-                rows.append(
-                    {
-                        "preset": preset,
-                        "images": images,
-                        "way": name,
-                        **_measure(make, case, model_name, device, repeats),
-                    }
-                )
-    return rows
+                ways.append((CACHED, "auto"))
+            if images == min(batches):
+                ways.append((OURS, 1))
+            if images == max(batches):
+                ways.append((OURS, 8))
+            for way, prompts in ways:
+                case = Case(images, PROMPTS, cached=way == CACHED)
+                key = {"preset": preset, "images": images, "way": way, "prompts at a time": prompts}
+                yield GpuCase(key, partial(_ours, ours, case, prompts, device, repeats))
+            if images == min(batches) and preset != "maximum":
+                key = {"preset": preset, "images": images, "way": STOCK, "prompts at a time": "pair by pair"}
+                yield GpuCase(key, partial(_stock, stock, Case(images, PROMPTS), device, repeats))
+                stock.cache_clear()
+        ours.cache_clear()
 
 
-def _measure(
-    make: type[Training | StockTraining], case: Case, model_name: str, device: torch.device, repeats: int
-) -> Row:
-    forget_peak(device)
-    try:
-        return _steps(make, case, model_name, device, repeats)
-    except torch.OutOfMemoryError:
-        return {"note": "out of memory"}
-
-
-def _steps(
-    make: type[Training | StockTraining], case: Case, model_name: str, device: torch.device, repeats: int
-) -> Row:
+def adapted(make: Callable[[Sam3Model, str], Any], preset: str, model_name: str, device: torch.device) -> Any:
     model = random_model(model_name, device=device)
     cast(nn.Module, model.text_encoder).to("cpu")  # frozen: its features of the prompts are kept, and it is sent away
-    training, inputs, watch = make(model, case), Inputs.draw(model, case, device), Stopwatch(device)
-    for _ in range(2):
-        training.step(inputs)
+    return make(model, preset)
+
+
+def _ours(training_of: Callable[[], Training], case: Case, prompts: Prompts, device: torch.device, repeats: int) -> Row:
+    training = training_of()
+    training.forget_gradients()  # of a case that ran out of memory
     forget_peak(device)
-    rounds, whole = [], Stopwatch(device)
+    inputs = Inputs.draw(training.staged.model, case, device)
+    number = prompts_that_fit(training, inputs) if prompts == "auto" else prompts
+    row = measured_steps(partial(training.step, inputs, number), case, device, repeats)
+    return ({"chosen": number} if prompts == "auto" else {}) | row
+
+
+def _stock(training_of: Callable[[], StockTraining], case: Case, device: torch.device, repeats: int) -> Row:
+    training = training_of()
+    forget_peak(device)
+    inputs = Inputs.draw(cast(Sam3Model, training.peft.get_base_model()), case, device)
+    return measured_steps(partial(training.step, inputs), case, device, repeats)
+
+
+def prompts_that_fit(training: Training, inputs: Inputs) -> int:
+    """What `training.max_prompts_per_forward: auto` chooses; 0 if not even one prompt at a time fits."""
+    device = inputs.pixels_ICHW.device
+    if device.type != "cuda":
+        return min(prompts_on_cpu(inputs.pixels_ICHW.shape[-1]), inputs.num_queries)
+
+    def backward(num_images: int, max_prompts: int) -> None:
+        try:
+            training.gradients(inputs, max_prompts)
+        finally:
+            training.forget_gradients()
+
+    sizes = prompt_sizes(inputs.num_queries)
+    return largest_that_fits(
+        [inputs.case.images], sizes, inputs.case.prompts, partial(peak_on_gpu, backward), allowed_on_gpu(1, 1.0)
+    )[1]
+
+
+def measured_steps(step: Callable[[Part], Tensor], case: Case, device: torch.device, repeats: int) -> Row:
+    """The median step of some, after one that does not count."""
+    watch, whole = Stopwatch(device), Stopwatch(device)
+    step(nullcontext)
+    forget_peak(device)
+    rounds = []
     for _ in range(repeats):
         with whole.part("step"):
-            loss = training.step(inputs, watch.part)
+            loss = step(watch.part)
         rounds.append(watch.milliseconds() | whole.milliseconds())
     parts = medians(rounds)
     return {
-        "peak GB": peak_gb(device),
         "images/s": 1000 * case.images / parts["step"],
+        "peak GB": peak_gb(device),
         **{f"{name} ms": taken for name, taken in parts.items()},
         "loss": float(loss),
     }
@@ -98,11 +141,10 @@ class StockTraining:
     features are kept, as ours are.
     """
 
-    def __init__(self, model: Sam3Model, case: Case) -> None:
-        lora = Preset.read(case.preset).lora
+    def __init__(self, model: Sam3Model, preset: str) -> None:
+        lora = Preset.read(preset).lora
         # Without boxes the stock forward leaves the geometry encoder out.
         components = tuple(name for name in lora.components or () if name != "geometry_encoder")
-        self.case = case
         self.peft = apply_lora(model, lora.model_copy(update={"components": components}), geometry_cls=False)
         train_adapter_alone(self.peft)
         self.parameters = [parameter for parameter in self.peft.parameters() if parameter.requires_grad]
@@ -114,7 +156,7 @@ class StockTraining:
         device, normalizer = inputs.pixels_ICHW.device, inputs.normalizer()
         total = torch.zeros((), device=device)
         for row in range(inputs.num_queries):
-            image, prompt = divmod(row, self.case.prompts)
+            image, prompt = divmod(row, inputs.case.prompts)
             with part("forward"), torch.autocast(device.type, dtype=torch.bfloat16):
                 output = self.peft(
                     pixel_values=inputs.pixels_ICHW[image : image + 1],

@@ -91,11 +91,13 @@ def narrow_config() -> Sam3Config:
     )
 
 
+FULL_SIZE = "facebook/sam3"
+
 CONFIGS: dict[str, Callable[[], Sam3Config]] = {
     "tiny": partial(tiny_config, vocab_size=1000),
     "small": small_config,
     "narrow": narrow_config,
-    "facebook/sam3": Sam3Config,
+    FULL_SIZE: Sam3Config,
 }
 
 

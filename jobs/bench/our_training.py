@@ -22,6 +22,7 @@ from sam3lora.model.staged.forward import StagedSam3
 from sam3lora.model.tokenization import tokenize
 from sam3lora.training.features.encoder import ImageEncoder
 from sam3lora.training.features.trunk_cache import TrunkCache
+from sam3lora.training.forward_sizes import prompts_on_cpu
 from sam3lora.training.graphs.gradient_graphs import GradientGraphs
 from sam3lora.training.graphs.graphed_sam3 import GraphedCosts, GraphedSam3
 from sam3lora.training.optimization import build_optimizer
@@ -111,7 +112,7 @@ def make_runner(
         ),
         device=device,
         bf16=work.bf16,
-        max_prompts=settings.max_prompts or training.max_prompts_per_forward,
+        max_prompts=settings.max_prompts or wanted_prompts(work),
         one_to_many=training.one_to_many and not settings.same_loss,
     )
 
@@ -122,6 +123,12 @@ def wanted_checkpointing(work: TrainingWork, settings: OurSettings) -> tuple[str
         return settings.checkpointing
     chosen = work.config.training.gradient_checkpointing
     return COMPONENTS if chosen is True else tuple(chosen or ())
+
+
+def wanted_prompts(work: TrainingWork) -> int:
+    """Find queries at a time, as a run of the preset takes them on a CPU."""
+    given = work.config.training.max_prompts_per_forward
+    return prompts_on_cpu(work.resolution) if given == "auto" else given
 
 
 def step_of(

@@ -29,11 +29,17 @@ from transformers import Sam3Model, Sam3Processor
 
 
 class PlainSegmenter:
-    """Stock model, processor and post-processing; each folder in `adapters` is an adapter, called by its name."""
+    """Stock model, processor and post-processing; each folder in `adapters` is an adapter, called by its name.
 
-    def __init__(self, model: str | Path, adapters: str | Path) -> None:
+    It computes in float32 on a CPU and in bfloat16 on a GPU.
+    """
+
+    def __init__(self, model: str | Path, adapters: str | Path, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.processor = Sam3Processor.from_pretrained(model, local_files_only=True)
-        base = Sam3Model.from_pretrained(model, local_files_only=True, dtype=torch.float32)
+        base: Any = Sam3Model.from_pretrained(model, local_files_only=True, dtype=self.dtype)
+        base = base.to(self.device)
         first, *others = sorted(folder for folder in Path(adapters).iterdir() if folder.is_dir())
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT asks by the old name
@@ -52,7 +58,7 @@ class PlainSegmenter:
         detections = [
             {"score": score, "box_xyxy": box, "area_px": int(mask.sum()), "mask": _rle(mask)}
             for score, box, mask in zip(
-                found["scores"].tolist(), found["boxes"].tolist(), found["masks"].bool().numpy(), strict=True
+                found["scores"].tolist(), found["boxes"].tolist(), found["masks"].bool().cpu().numpy(), strict=True
             )
         ]
         return {
@@ -65,13 +71,18 @@ class PlainSegmenter:
         """Of all object queries, (Q,)."""
         image = Image.open(io.BytesIO(data)).convert("RGB")
         output = self._forward(self.processor(images=image, text=prompt, return_tensors="pt"), adapter)
-        return (output.pred_logits.sigmoid() * output.presence_logits.sigmoid())[0]
+        return (output.pred_logits.sigmoid() * output.presence_logits.sigmoid())[0].float().cpu()
 
     def _forward(self, inputs: Any, adapter: str) -> Any:
+        inputs = inputs.to(self.device, self.dtype)  # its token ids keep their type
         with self._lock, torch.inference_mode():
             if self.model.active_adapter != adapter:
                 self.model.set_adapter(adapter)
-            return self.model(**inputs)
+            output = self.model(**inputs)
+        # post-processing computes quantities that bfloat16 is too coarse for
+        for name in ("pred_logits", "presence_logits", "pred_boxes", "pred_masks"):
+            setattr(output, name, getattr(output, name).float())
+        return output
 
 
 def create_app(segmenter: PlainSegmenter) -> FastAPI:
@@ -95,8 +106,9 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--adapters", required=True)
     parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    app = create_app(PlainSegmenter(options.model, options.adapters))
+    app = create_app(PlainSegmenter(options.model, options.adapters, options.device))
     uvicorn.run(app, host="127.0.0.1", port=options.port, log_level="warning")
 
 

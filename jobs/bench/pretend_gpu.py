@@ -105,8 +105,10 @@ class Launches:
 
 
 @contextmanager
-def pretend_gpu() -> Iterator[Launches]:
+def pretend_gpu(*, with_values: bool = True) -> Iterator[Launches]:
     """Inside, "cuda" is a device on which everything can be made and computed; yields what was started there.
+
+    Without values its tensors have shapes alone, on "meta": nothing is computed, and what the host reads is zero.
 
     Streams, events and pinned memory are there and do nothing. Models and tensors that were made inside can be used
     inside only.
@@ -133,17 +135,18 @@ def pretend_gpu() -> Iterator[Launches]:
             "torch.get_autocast_dtype": _of_the_cpu(torch.get_autocast_dtype),
         }.items():
             stack.enter_context(mock.patch(name, value))
-        stack.enter_context(_Kernels(launches))
-        stack.enter_context(_Transfers(launches))
+        place = torch.device("cpu" if with_values else "meta")
+        stack.enter_context(_Kernels(launches, place))
+        stack.enter_context(_Transfers(launches, place))
         yield launches
 
 
 class _Kernels(TorchDispatchMode):
     """Computes operators of device tensors on what they hold, and counts them."""
 
-    def __init__(self, launches: Launches) -> None:
+    def __init__(self, launches: Launches, place: torch.device) -> None:
         super().__init__()
-        self._launches = launches
+        self._launches, self._place = launches, place
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -155,7 +158,7 @@ class _Kernels(TorchDispatchMode):
             return func(*args, **kwargs)
         if kwargs.pop("pin_memory", None):
             kwargs["pin_memory"] = False
-        result = func(*tree_map(_inner, args), **tree_map(_inner, kwargs))
+        result = func(*tree_map(self._inner, args), **tree_map(self._inner, kwargs))
         name = func.__name__.split(".")[0]
         if name in _READS:
             self._launches.add_read(name)
@@ -170,6 +173,13 @@ class _Kernels(TorchDispatchMode):
 
         return tree_map(wrapped, result)
 
+    def _inner(self, value: Any) -> Any:
+        if isinstance(value, DeviceTensor):
+            return value.inner
+        if isinstance(value, Tensor) and self._place.type == "meta":
+            return value.to(self._place)  # a scalar or an index beside a tensor of the device
+        return self._place if isinstance(value, torch.device) else value
+
 
 def _is_kernel(func: Any, name: str) -> bool:
     if name.startswith(_NO_KERNEL):
@@ -179,18 +189,12 @@ def _is_kernel(func: Any, name: str) -> bool:
     return not is_view
 
 
-def _inner(value: Any) -> Any:
-    if isinstance(value, DeviceTensor):
-        return value.inner
-    return torch.device("cpu") if isinstance(value, torch.device) else value
-
-
 class _Transfers(TorchFunctionMode):
     """Copies between host and device, which PyTorch decides before any operator is seen."""
 
-    def __init__(self, launches: Launches) -> None:
+    def __init__(self, launches: Launches, place: torch.device) -> None:
         super().__init__()
-        self._launches = launches
+        self._launches, self._place = launches, place
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -240,9 +244,10 @@ class _Transfers(TorchFunctionMode):
         if isinstance(tensor, DeviceTensor):
             self._launches.add("copy_to_host", num_bytes)
             self._launches.add_read("copy_to_host")
-            return tensor.inner.detach().clone()
+            inner = tensor.inner.detach()
+            return torch.zeros_like(inner, device="cpu") if inner.is_meta else inner.clone()
         self._launches.add("copy_to_device", num_bytes)
-        moved = DeviceTensor(tensor.detach().clone())
+        moved = DeviceTensor(tensor.detach().to(self._place, copy=True))
         return moved.requires_grad_(tensor.requires_grad)
 
 

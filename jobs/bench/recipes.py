@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
-from jobs.bench.report import machine, machine_line
+from jobs.bench.report import machine, machine_line, print_table
 from sam3lora.data.coco import ANNOTATION_FILE
 
 OLD, NEW = "old", "new"
@@ -225,12 +224,15 @@ class RecipeReport:
         return {"machine": machine(), "recipes": RECIPES, "common": COMMON, "runs": runs, "rows": list(self.rows())}
 
     def print(self, console: Console) -> None:
-        table = Table("set", "value", *(f"{name}, 95 % interval" for name in (OLD, NEW, "new - old, paired")))
+        rows = []
         for row in self.rows():
             digits = 1 if row["value"] in ("cpu_s", "steps") else 3
-            texts = (f"{row[key][0]:.{digits}f} +- {row[key][1]:.{digits}f}" for key in (OLD, NEW, "difference"))
-            table.add_row(row["set"], row["value"], *texts)
-        console.print(table)
+            values = zip((OLD, NEW, "new - old, paired"), (row[OLD], row[NEW], row["difference"]), strict=True)
+            texts = {
+                f"{name}, 95 % interval": f"{mean:.{digits}f} +- {half:.{digits}f}" for name, (mean, half) in values
+            }
+            rows.append({"set": row["set"], "value": row["value"]} | texts)
+        print_table(rows, console, keys=2)
         for name, settings in RECIPES.items():
             console.print(f"{name}: {settings}", highlight=False, soft_wrap=True)
         console.print(machine_line(), highlight=False, soft_wrap=True)

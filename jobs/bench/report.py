@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+
+from jobs.bench.tables import text_table
 
 
 @dataclass(frozen=True)
@@ -42,20 +43,25 @@ class BenchReport:
 
     def print(self, console: Console) -> None:
         memory = any(way.extra_mib is not None for way in self.ways)
-        console.print(f"\n{self.title}", highlight=False)
-        table = Table("way")
-        for heading in ("seconds", *(["extra memory, MiB"] if memory else []), "ours / this"):
-            table.add_column(heading, justify="right")
+        console.print(f"\n{self.title}\n", highlight=False)
+        rows = []
         for way in self.ways:
-            extra = [] if not memory else ["-" if way.extra_mib is None else f"{way.extra_mib:.0f}"]
-            ratio = "" if way is self.ways[0] else f"{self.ratio(way):.3f}"
-            table.add_row(way.name, f"{way.seconds:.3f}", *extra, ratio)
-        console.print(table)
+            row = {"way": way.name, "seconds": f"{way.seconds:.3f}"}
+            if memory:
+                row["extra memory, MiB"] = "-" if way.extra_mib is None else f"{way.extra_mib:.0f}"
+            rows.append(row | {"ours / this": "" if way is self.ways[0] else f"{self.ratio(way):.3f}"})
+        print_table(rows, console)
         for name, value in self.facts.items():
             if isinstance(value, Mapping):
                 value = "; ".join(f"{part} {figure}" for part, figure in value.items())
             console.print(f"{name}: {value}", highlight=False, soft_wrap=True)
         console.print(machine_line(), highlight=False, soft_wrap=True)
+
+
+def print_table(rows: Sequence[Mapping[str, Any]], console: Console, *, keys: int = 1) -> None:
+    """A table of plain text as wide as the console: nothing of it is cut off."""
+    lines = text_table(rows, width=console.width, keys=keys)
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
 
 def time_in_turns(

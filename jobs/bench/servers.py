@@ -31,16 +31,26 @@ class Server:
     start_s: float
 
 
-@contextlib.contextmanager
-def plain_server(model: str | Path, adapters: Path, log: Path) -> Iterator[Server]:
+def plain_command(model: str | Path, adapters: Path, *, device: str = "cpu") -> list[str]:
     """FastAPI around stock transformers and PEFT (`jobs.bench.plain_server`)."""
     from sam3lora.model.base_folder import find_base
 
     # transformers does not know "tiny"
     folder = find_base(str(model), local_files_only=True).path
-    command = [sys.executable, "-m", "jobs.bench.plain_server", "--model", str(folder)]
-    with _running([*command, "--adapters", str(adapters)], log) as server:
-        yield server
+    command = [sys.executable, "-m", "jobs.bench.plain_server", "--model", str(folder), "--device", device]
+    return [*command, "--adapters", str(adapters)]
+
+
+def our_command(model: str | Path, adapters: Path, *, haproxy: bool = False, config: Path | None = None) -> list[str]:
+    """`sam3lora serve` as a user starts it."""
+    command = [sys.executable, "-m", "sam3lora", "serve", "--model", str(model), "--adapters", str(adapters)]
+    return [*command, *(["--haproxy"] if haproxy else []), *(["--config", str(config)] if config else [])]
+
+
+@contextlib.contextmanager
+def plain_server(model: str | Path, adapters: Path, log: Path) -> Iterator[Server]:
+    with started(plain_command(model, adapters), log) as starting:
+        yield starting.wait()
 
 
 @contextlib.contextmanager
@@ -53,23 +63,35 @@ def our_server(
     port: int | None = None,
     config: Path | None = None,
 ) -> Iterator[Server]:
-    """`sam3lora serve` as a user starts it; on any free port if none is given."""
-    command = [sys.executable, "-m", "sam3lora", "serve", "--model", str(model), "--adapters", str(adapters)]
-    command += ["--haproxy"] if haproxy else []
-    command += ["--config", str(config)] if config else []
-    with _running(command, log, port) as server:
-        yield server
+    """On any free port if none is given."""
+    with started(our_command(model, adapters, haproxy=haproxy, config=config), log, port) as starting:
+        yield starting.wait()
+
+
+@dataclass(frozen=True)
+class StartingServer:
+    """A process that becomes a server, and what it prints."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+    begin_s: float
+
+    def wait(self, timeout_s: float = START_TIMEOUT_S) -> Server:
+        """The server, when it is ready.
+
+        Raises:
+            UserError: It ended, or was not ready in time; the message holds the end of what it printed.
+        """
+        _wait_until_ready(self.url, self.process, self.log, timeout_s)
+        return Server(self.url, self.process.pid, time.monotonic() - self.begin_s)
 
 
 @contextlib.contextmanager
-def _running(command: Sequence[str], log: Path, port: int | None = None) -> Iterator[Server]:
-    """The command with `--port P` until the end of the block.
-
-    Raises:
-        UserError: It ended, or was not ready in time; the message holds the end of what it printed.
-    """
+def started(command: Sequence[str], log: Path, port: int | None = None) -> Iterator[StartingServer]:
+    """The command with `--port P`, stopped at the end of the block."""
     port = port or free_port()
-    start = time.monotonic()
+    begin_s = time.monotonic()
     with log.open("wb") as output:
         # A session of its own: an interrupt at the keyboard reaches this process alone, which then stops the server.
         process = subprocess.Popen(
@@ -80,15 +102,13 @@ def _running(command: Sequence[str], log: Path, port: int | None = None) -> Iter
             start_new_session=True,
         )
     try:
-        url = f"http://127.0.0.1:{port}"
-        _wait_until_ready(url, process, log)
-        yield Server(url, process.pid, time.monotonic() - start)
+        yield StartingServer(f"http://127.0.0.1:{port}", process, log, begin_s)
     finally:
         _stop(process)
 
 
-def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
+def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
     while not _answers(f"{url}/readyz"):
         if process.poll() is not None or time.monotonic() > deadline:
             became = "was not ready in time" if process.returncode is None else f"ended with {process.returncode}"

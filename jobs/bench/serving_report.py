@@ -7,29 +7,27 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
-from jobs.bench.report import machine, machine_line
+from jobs.bench.report import machine, machine_line, print_table
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A table: the keys of the rows are its headings. `note` says how to read it."""
+    """A table: the keys of the rows are its headings, the first `keys` of them say what a row is about.
+
+    `note` says how to read it.
+    """
 
     title: str
     rows: Sequence[Mapping[str, Any]]
     note: str = ""
+    keys: int = 1
 
     def print(self, console: Console) -> None:
-        table = Table()
-        for heading, value in self.rows[0].items():
-            table.add_column(heading, justify="left" if isinstance(value, str) else "right")
-        for row in self.rows:
-            table.add_row(*map(_cell, row.values()))
-        console.print(f"\n[bold]{self.title}[/]", highlight=False)
-        console.print(table)
+        console.print(f"\n[bold]{self.title}[/]\n", highlight=False)
+        print_table(self.rows, console, keys=self.keys)
         if self.note:
-            console.print(self.note, highlight=False)
+            console.print(f"\n{self.note}", highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)
@@ -56,11 +54,3 @@ class ServingReport:
         for name, value in self.facts.items():
             console.print(f"{name}: {value}", highlight=False)
         console.print(machine_line(), highlight=False, soft_wrap=True)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
-    return str(value)

@@ -74,7 +74,7 @@ def grid(bench: Bench) -> Rows:
         for clients, adapters in itertools.product(bench.plan.clients, bench.plan.adapters)
     ]
     note = "A client sends its next request when the last is answered. Latencies are those of status 200."
-    return Rows(f"Closed loop, images: {bench.plan.images}", rows, note)
+    return Rows(f"Closed loop, images: {bench.plan.images}", rows, note, keys=2)
 
 
 def image_patterns(bench: Bench) -> Rows:

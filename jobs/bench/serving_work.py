@@ -6,18 +6,18 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 from urllib.parse import urlencode
 
 import cv2
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, Sam3ImageProcessor, Sam3Model, Sam3Processor
+from transformers import AutoTokenizer, Sam3ImageProcessor, Sam3Processor
 from transformers.utils.logging import disable_progress_bar
 
 from jobs.bench.load import LoadRequest, with_new_bytes
-from jobs.bench.models import small_config
+from jobs.bench.models import FULL_SIZE, random_model
 from jobs.bench.prompts import KEPT
 from sam3lora.data.synth.scenes import draw_scene
 from sam3lora.errors import UserError
@@ -135,19 +135,36 @@ class ServingWork:
         return found
 
 
-def prepare_work(folder: Path, model: Literal["tiny", "small"], *, num_adapters: int, num_pictures: int) -> ServingWork:
-    """Write the model (unless it is built in) and the adapters to `folder`, and choose the thresholds."""
-    from jobs.bench.plain_server import PlainSegmenter
+def prepare_work(folder: Path, model: str, *, num_adapters: int, num_pictures: int) -> ServingWork:
+    """Write the model and the adapters to `folder`, and choose the thresholds."""
+    name = write_models(folder, model, num_adapters=num_adapters)
+    return ask_thresholds(name, folder / "adapters", num_pictures=num_pictures)
 
+
+def write_models(folder: Path, model: str, *, num_adapters: int, device: torch.device | str = "cpu") -> str:
+    """Write the model, unless it is built in, and folders of adapters under `adapters`; the name of the model.
+
+    Args:
+        folder: Where to.
+        model: "tiny", "small" or "facebook/sam3"; the last two have random weights.
+        num_adapters: How many.
+        device: Where they are made.
+    """
     disable_progress_bar()
-    name = "tiny" if model == "tiny" else str(write_small(folder / "small"))
-    base = load_base(name, local_files_only=True)
-    adapters = folder / "adapters"
+    name = "tiny" if model == "tiny" else str(write_random(folder / "model", model, device))
+    base = load_base(name, local_files_only=True, device=device)
     for number in range(num_adapters):
         lora = LoraSettings(rank=RANK, alpha=2 * RANK, components=_KINDS[number % len(_KINDS)])
-        write_adapter(base, adapters / f"adapter_{number:02d}", lora, seed=number)
+        write_adapter(base, folder / "adapters" / f"adapter_{number:02d}", lora, seed=number)
+    return name
+
+
+def ask_thresholds(name: str, adapters: Path, *, num_pictures: int, device: torch.device | str = "cpu") -> ServingWork:
+    """Ask every adapter about every picture, for thresholds that keep as many object queries as usual."""
+    from jobs.bench.plain_server import PlainSegmenter
+
     pictures = [draw_picture(number) for number in range(num_pictures)]
-    plain = PlainSegmenter(find_base(name).path, adapters)
+    plain = PlainSegmenter(find_base(name).path, adapters, device)
     questions = {
         adapter.name: [
             PictureQuestion(picture, adapter.name, _threshold(plain.scores(picture.jpeg, picture.prompt, adapter.name)))
@@ -177,12 +194,20 @@ def _threshold(scores_Q: Tensor) -> float:
     return float(best[num_kept - 1 : num_kept + 1].mean())
 
 
-def write_small(folder: Path) -> Path:
-    """Random weights in real proportions, with the tokenizer of the tiny model."""
-    torch.manual_seed(0)
-    config = small_config()
-    Sam3Model(config).save_pretrained(folder)
-    side = config.image_size
+def write_random(folder: Path, model: str, device: torch.device | str = "cpu") -> Path:
+    """A configuration with random weights and the tokenizer of the tiny model.
+
+    At full size a mask is the whole image or nothing: random weights make noise, which takes longer to encode than any
+    real mask.
+    """
+    sam3 = random_model(model, device=device)
+    side = cast(Any, sam3.config).image_size
+    if model == FULL_SIZE:
+        projection = cast(Any, sam3).mask_decoder.instance_projection
+        nn.init.zeros_(projection.weight)
+        nn.init.ones_(projection.bias)
+        sam3.bfloat16()  # half the file
+    sam3.save_pretrained(folder)
     mask_side = side // 14 * 4
     processor = Sam3Processor(
         image_processor=Sam3ImageProcessor(

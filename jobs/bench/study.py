@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from jobs.bench.recipes import interval
-from jobs.bench.report import machine, machine_line
+from jobs.bench.report import machine, machine_line, print_table
 from sam3lora.config import Config, load_config
 
 
@@ -54,17 +53,15 @@ class StudyReport:
         return [run[name] for run in self.runs if run["way"] == way]
 
     def print(self, console: Console) -> None:
-        console.print(f"\n{self.title}", highlight=False)
+        console.print(f"\n{self.title}\n", highlight=False)
         names = [name for name in self.runs[0] if name not in ("way", "seed")]
-        table = Table("way", *names)
         ways = list(dict.fromkeys(run["way"] for run in self.runs))
-        for way in ways:
-            table.add_row(way, *(_text(self.values(way, name)) for name in names))
+        rows = [{"way": way} | {name: _text(self.values(way, name)) for name in names} for way in ways]
         for way in ways[1:]:
             pairs = {name: zip(self.values(way, name), self.values(ways[0], name), strict=True) for name in names}
-            differences = [_text([mine - first for mine, first in pair]) for pair in pairs.values()]
-            table.add_row(f"{way}, minus {ways[0]}", *differences)
-        console.print(table)
+            differences = {name: _text([mine - first for mine, first in pair]) for name, pair in pairs.items()}
+            rows.append({"way": f"{way}, minus {ways[0]}"} | differences)
+        print_table(rows, console)
         for name, value in self.facts.items():
             console.print(f"{name}: {value}", highlight=False, soft_wrap=True)
         console.print(machine_line(), highlight=False, soft_wrap=True)

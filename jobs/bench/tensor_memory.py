@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -13,23 +14,32 @@ from torch.utils._pytree import tree_iter
 class TensorMemory(TorchDispatchMode):
     """Counts the bytes of tensors that are made inside the block and still alive; the allocator may hold more.
 
+    Args:
+        device: Of the tensors that count; None counts all.
+
     Attributes:
         live_bytes: Of the tensors that are alive now.
         peak_bytes: The largest that `live_bytes` has been.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
         super().__init__()
+        self._device = device
         self.live_bytes = 0
         self.peak_bytes = 0
         self._storages: dict[int, weakref.ref] = {}
+
+    def forget_peak(self) -> None:
+        self.peak_bytes = self.live_bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         known = {_address(leaf) for leaf in tree_iter((args, kwargs)) if isinstance(leaf, Tensor)}
         out = func(*args, **kwargs)
         for leaf in tree_iter(out):
-            if isinstance(leaf, Tensor) and _address(leaf) not in known | self._storages.keys():
+            if not isinstance(leaf, Tensor) or self._device not in (None, leaf.device):
+                continue
+            if _address(leaf) not in known and _address(leaf) not in self._storages:
                 self._add(leaf)
         return out
 

@@ -81,8 +81,10 @@ class TrainingSection(Section):
     )
     save_total_limit: int = Field(default=3, ge=1, description="Checkpoints kept for --resume; older ones are deleted.")
     num_workers: int = Field(default=2, ge=1, description="CPUs that read and decode images, for each worker.")
-    max_prompts_per_forward: int = Field(
-        default=8, ge=1, description="Most (image, prompt) pairs at a time: bounds memory when there are many classes."
+    max_prompts_per_forward: int | Literal["auto"] = Field(
+        default="auto",
+        description="Most (image, prompt) pairs at a time: bounds memory when there are many classes. auto = as many "
+        "as fit on a GPU, measured when the run starts; on a CPU by the size of the images.",
     )
     gradient_checkpointing: bool | tuple[str, ...] = Field(
         default=False, description="Recompute activations to save memory: true, false, or a list of components."
@@ -128,9 +130,9 @@ class TrainingSection(Section):
     )
     loss: LossSection = Field(default_factory=LossSection, description="Weights and options of the loss.")
 
-    @field_validator("batch_size", mode="before")
+    @field_validator("batch_size", "max_prompts_per_forward", mode="before")
     @classmethod
-    def _read_batch_size(cls, value: Any) -> Any:
+    def _read_number_or_auto(cls, value: Any) -> Any:
         if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
             return value
         raise ValueError('should be a whole number of at least 1, or "auto"')
@@ -214,6 +216,13 @@ class TrainingSection(Section):
         if self.batch_size == "auto":
             raise ValueError("training.batch_size is auto: it is known when the run has been set up")
         return self.batch_size
+
+    @property
+    def prompts_per_forward(self) -> int:
+        """`max_prompts_per_forward` as a number, which it is once a run has been set up."""
+        if self.max_prompts_per_forward == "auto":
+            raise ValueError("training.max_prompts_per_forward is auto: it is known when the run has been set up")
+        return self.max_prompts_per_forward
 
     def required_data_dir(self) -> Path:
         """The data folder; UserError if `data_dir` is not set, or is no folder."""

@@ -148,7 +148,6 @@ def add_adapter(config: Config, base: LoadedBase, data: RunData, device: torch.d
         text=text,
         device=device,
         bf16=bf16,
-        max_prompts=training.max_prompts_per_forward,
         one_to_many=training.one_to_many,
     )
     return model, runner

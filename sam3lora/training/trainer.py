@@ -21,7 +21,7 @@ from sam3lora.training.agreement import check_agreement, choose_checkpoint, posi
 from sam3lora.training.best import deciding_metric, disagreement, is_improved
 from sam3lora.training.checkpoints import load_checkpoint, read_state, save_checkpoint
 from sam3lora.training.datasets import BatchSource, load_run_data
-from sam3lora.training.fit_batch import resolve_batch_size
+from sam3lora.training.fit_batch import resolve_forward_size
 from sam3lora.training.metrics_log import MetricsLog, WarningsToMetrics
 from sam3lora.training.notices import HOST_ENDS_SAVE_S, Notices
 from sam3lora.training.reporting import log_epoch, log_plan, log_skipped, log_step, vision_counts
@@ -64,7 +64,8 @@ class Trainer:
         self.state = self._restore(config, resumed_from, accepted_data)
         check_agreement(position_facts(self.model, self.state.step))
         step_images = self._images_per_step(config)
-        self.config = resolve_batch_size(config, self.model, self.runner, self.data, step_images)
+        self.config = resolve_forward_size(config, self.model, self.runner, self.data, step_images)
+        self.runner.max_prompts = self.config.training.prompts_per_forward
         self.batches = BatchSource(
             self.data,
             self.config,
@@ -151,6 +152,7 @@ class Trainer:
             num_workers=distributed.world_size(),
             steps_per_epoch=self.batches.steps_per_epoch,
             batch_size=self.config.training.batch_size,
+            max_prompts_per_forward=self.config.training.max_prompts_per_forward,
             images_per_step=self.batches.images_per_step,
             no_valid=self.data.no_valid,
             **self.metadata.data,

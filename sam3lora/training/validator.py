@@ -34,7 +34,8 @@ LOGGED = ("map", "map_50", "map_75", "bbox_map", "cgf1", "off_prompt_fpr", "pres
 
 def evaluation_settings(config: Config) -> EvaluationSettings:
     """The settings of a configuration for measuring its models."""
-    data, batch_size = config.data, config.training.batch_size
+    data, training = config.data, config.training
+    sizes = {name: getattr(training, name) for name in ("batch_size", "max_prompts_per_forward")}
     return EvaluationSettings(
         post=dict(config.evaluation.post_processing),
         num_samples=config.evaluation.num_samples,
@@ -44,9 +45,8 @@ def evaluation_settings(config: Config) -> EvaluationSettings:
         negative_prompts=data.negative_prompts,
         exhaustive=data.exhaustive,
         lowest_score=config.evaluation.lowest_score,
-        batch_size=EvaluationSettings.batch_size if batch_size == "auto" else batch_size,
-        max_prompts_per_forward=config.training.max_prompts_per_forward,
-        skip_missing_images=config.training.on_bad_image == "skip",
+        skip_missing_images=training.on_bad_image == "skip",
+        **{name: number for name, number in sizes.items() if number != "auto"},
     )
 
 

@@ -19,6 +19,7 @@ def run_worker(payload: dict[str, Any], *, report: Report | None = None) -> dict
     is measured at each validation; on Ray it goes to Ray Train instead.
     """
     config = load_config(payload["config"])
+    trainer: Trainer | None = None
     try:
         trainer = Trainer(
             config,
@@ -32,7 +33,7 @@ def run_worker(payload: dict[str, Any], *, report: Report | None = None) -> dict
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise OutOfMemory(_too_large(config, error)) from error
+        raise OutOfMemory(_too_large(config, trainer.config if trainer else config, error)) from error
     except OSError as error:
         run = Path(config.output.output_dir)
         if not is_full(error) and not (error.filename and Path(str(error.filename)).is_relative_to(run)):
@@ -44,16 +45,20 @@ def run_worker(payload: dict[str, Any], *, report: Report | None = None) -> dict
         ) from error
 
 
-def _too_large(config: Config, error: BaseException) -> str:
+def _too_large(config: Config, chosen: Config, error: BaseException) -> str:
+    """What did not fit and what to try; `chosen` has the numbers that the run found in place of `auto`."""
     training = config.training
     first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    batch_size, max_prompts = (
+        f"training.{name}={getattr(chosen.training, name)}" + " (auto)" * (getattr(training, name) == "auto")
+        for name in ("batch_size", "max_prompts_per_forward")
+    )
     smaller = "half the batch_size"
     smaller += "" if training.images_per_step else " and twice the gradient_accumulation_steps"
     smaller += " (the same step)"
     if training.batch_size == "auto":
-        smaller = "a number in place of batch_size: auto, which takes what fits when the run starts"
+        smaller = "a smaller number in place of batch_size: auto"
     return (
-        f"out of memory with training.batch_size={training.batch_size} and training.max_prompts_per_forward="
-        f"{training.max_prompts_per_forward}: {first_line}. Try {smaller}, fewer prompts per forward, "
-        "gradient_checkpointing: true, or model.dtype: bfloat16"
+        f"out of memory with {batch_size} and {max_prompts}: {first_line}. Try {smaller}, a smaller "
+        "max_prompts_per_forward, gradient_checkpointing: true, or model.dtype: bfloat16"
     )

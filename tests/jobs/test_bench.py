@@ -30,7 +30,6 @@ from jobs.bench import (
 )
 from jobs.bench.collectives import time_collectives
 from jobs.bench.cost_model import FITTED, Setting, StepCost
-from jobs.bench.gpu import GpuReport
 from jobs.bench.load import NO_ANSWER, LoadResult, LoadSample
 from jobs.bench.models import CONFIGS
 from jobs.bench.processes import Measured
@@ -153,52 +152,6 @@ def test_command_finds_the_same_both_ways(command, options, agrees, in_this_proc
     assert agrees(*facts_of(command, options, tmp_path))
 
 
-def test_gpu_program_on_a_cpu(tmp_path, monkeypatch):
-    # Without the packages that a bare GPU machine lacks.
-    path = tmp_path / "gpu.json"
-    options = [
-        "--model",
-        "tiny",
-        "--device",
-        "cpu",
-        "--repeats",
-        "1",
-        "--presets",
-        "light",
-        "--batches",
-        "1",
-        "--prompts",
-        "1",
-    ]
-    done = subprocess.run(
-        [sys.executable, "-c", BARE, *options, "--json", path], cwd=REPOSITORY, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    sections = json.loads(path.read_text())["sections"]
-    assert sections["attention"] == [{"inference": "fused everywhere", "training": "fused everywhere"}]
-    assert sections["inference"][0]["vision ms"] > 0
-    assert {row["way"] for row in sections["adapters"]} == {"bank", "PEFT"}
-    assert [row["way"] for row in sections["training"]] == ["sam3lora", "sam3lora, trunk cached", "transformers + PEFT"]
-
-
-BARE = """
-import sys
-
-class Without:
-    names = {"ray", "typer", "rich", "pyarrow", "optuna", "cv2", "pycocotools", "fastapi", "pandas"}
-    def __init__(self, finder):
-        self.finder = finder
-    def __getattr__(self, name):
-        return getattr(self.finder, name)
-    def find_spec(self, name, path=None, target=None):
-        return None if name.partition(".")[0] in self.names else self.finder.find_spec(name, path, target)
-
-sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
-from jobs.bench.gpu import main
-sys.exit(main(sys.argv[1:]))
-"""
-
-
 def test_serving_asks_both_servers_the_same(tmp_path):
     path = tmp_path / "found.json"
     options = ["--clients", "1", "4", "--adapters", "1", "4", "--seconds", "2", "--no-repeated", "--json", str(path)]
@@ -297,18 +250,6 @@ def test_cost_model_finds_what_the_steps_were_made_of():
     cost = StepCost(fixed=0.5, vision=2.0, detector=0.25)
     found = StepCost.fit({setting: cost(setting) for setting in FITTED})
     assert found(Setting(2, 4)) == pytest.approx(0.5 + 2 * (2.0 + 4 * 0.25))
-
-
-def test_gpu_goals_are_about_the_full_size_on_a_gpu():
-    rows = [
-        {"preset": "light", "images": 1, "way": "sam3lora", "peak GB": 3.5},
-        {"preset": "light", "images": 1, "way": "transformers + PEFT", "peak GB": 30.0},
-        {"preset": "balanced", "images": 1, "way": "sam3lora", "peak GB": 9.0},
-        {"preset": "maximum", "images": 2, "way": "sam3lora", "note": "out of memory"},
-    ]
-    report = GpuReport({"gpu": "a GPU"}, {"model": "facebook/sam3"}, {"training": rows})
-    assert [row["met"] for row in report.goals()] == [True, False]
-    assert not GpuReport({"gpu": None}, {"model": "facebook/sam3"}, {"training": rows}).goals()
 
 
 def test_latencies_are_those_of_one_status():

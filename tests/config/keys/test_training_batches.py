@@ -128,7 +128,7 @@ def test_max_prompts_per_forward_bounds_the_queries_at_a_time(build, monkeypatch
         take_step(worker)
         return seen
 
-    [everything] = sizes()
+    [everything] = sizes()  # auto
     assert everything > 2
     parts = sizes("training.max_prompts_per_forward=2")
     assert max(parts) == 2
