@@ -22,6 +22,7 @@ import typer
 from sam3lora.cpus import usable_cpus
 from sam3lora.errors import RunFailed, UserError
 from sam3lora.local_paths import absolute_base
+from sam3lora.start_marks import mark
 
 if TYPE_CHECKING:
     from serve_app.settings import ServeSettings
@@ -54,6 +55,7 @@ def serve(
     Example:  sam3lora serve --adapters outputs/adapters --port 8000
     """
     settings = _settings(config, adapters, model, resolution, replicas, gpus)
+    mark("settings")
     _check_port(host, port)
     from serve_app.http.auth import keys_from_environment
     from serve_app.settings import prepare_environment
@@ -81,6 +83,7 @@ def _run(settings: ServeSettings, host: str, port: int, address: str | None) -> 
     replicas = settings.most_replicas
     num_cpus = replicas * settings.num_cpus + settings.ingress_replicas + 1
     with ray_session(address, num_cpus=num_cpus) as is_local:
+        mark("Ray")
         if is_local and settings.torch_threads is None and not settings.num_gpus:
             # One core is left to the HTTP processes: a thread that is not scheduled holds all others up.
             threads = max(1, (usable_cpus() - 1) // replicas)
@@ -93,6 +96,7 @@ def _run(settings: ServeSettings, host: str, port: int, address: str | None) -> 
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         # request_timeout_s stays unset: the application has its own limit, and answers in JSON.
         ray_serve.start(http_options={"host": host, "port": port}, logging_config=QUIET)
+        mark("Ray Serve")
         try:
             _deploy(ray_serve, build(settings), stop)
             if not stop.is_set():

@@ -23,6 +23,7 @@ from sam3lora.cluster import check_room, choose_gpu, environment, most_workers, 
 from sam3lora.config import Config
 from sam3lora.errors import RunFailed, UserError, WorkerLost, WorkerStopped
 from sam3lora.files import scratch_folder
+from sam3lora.start_marks import mark
 from sam3lora.training.network import TorchOnRayNetwork
 from sam3lora.training.notices import ASK_RAY_S, passed_on
 
@@ -50,6 +51,7 @@ def run_on_ray(config: Config, payload: dict[str, Any], callbacks: Sequence[User
     cpus = most_workers(config) * worker_resources(config, use_gpu=False)["CPU"]
     session = ray_session(config.scaling.address, num_cpus=cpus)
     with session as is_local, _environment(config, is_local):
+        mark("Ray")
         trainer = _trainer(config, payload, storage, callbacks)
         try:
             with _interruptible(), passed_on(Path(config.output.output_dir)):
@@ -102,6 +104,7 @@ def _trainer(config: Config, payload: dict[str, Any], storage: Path, callbacks: 
 
 
 def worker_entry(payload: dict[str, Any]) -> dict[str, Any]:
+    mark("training worker")
     output_dir = Path(payload["config"]["output"]["output_dir"])
     if not (output_dir / "config.yaml").is_file():
         raise UserError(

@@ -16,6 +16,7 @@ from sam3lora.config.training import images_per_step, warmup_steps
 from sam3lora.data.batch import Batch
 from sam3lora.model.adapter.folder import save_adapter
 from sam3lora.model.adapter.metadata import read_metadata_values
+from sam3lora.start_marks import mark
 from sam3lora.training import distributed, setup
 from sam3lora.training.agreement import check_agreement, choose_checkpoint, position_facts, run_facts
 from sam3lora.training.best import deciding_metric, disagreement, is_improved
@@ -52,11 +53,14 @@ class Trainer:
         resumed_from: str | None = None,
         accepted_data: dict[str, str] | None = None,
     ) -> None:
+        mark("imports of training")
         warnings = WarningsToMetrics() if use_ray else None
         self.output_dir = output_dir
         self.device = setup.choose_device(config, use_ray=use_ray)
         base = setup.load_base_model(config, self.device)
+        mark("model")
         self.data = load_run_data(config, base.resolution, base.patch_size)
+        mark("data")
         self.model, self.runner = setup.add_adapter(config, base, self.data, self.device)
         self.optimizer = setup.make_optimizer(config, self.model)
         self.metadata = setup.adapter_metadata(config, base, self.data)
@@ -86,11 +90,13 @@ class Trainer:
         self.looked_for_idle = False
         self._saved_s = time.monotonic()
         self._clock_s = time.perf_counter()
+        mark("adapter, text features")
 
     def run(self) -> dict[str, Any]:
         """Train to the last epoch, ``max_steps`` or an early stop."""
         if self.state.step == 0 and self.config.evaluation.base_loss:
             self.measure_base()
+            mark("loss of the base")
         stream = self.batches.training_batches(self.state.epoch, self.state.step_in_epoch)
         with self.notices.listening(), closing(stream):
             self.train_epochs(stream)
@@ -200,6 +206,8 @@ class Trainer:
         waited = self._lap()
         terms, counts, grad_norm = optimizer_step(self, group)
         sums.add(terms, counts)
+        if not self.state.step:
+            mark("first step")
         self.state.step, self.state.step_in_epoch = self.state.step + 1, self.state.step_in_epoch + 1
         log_step(self, group, terms, grad_norm, self._lap(), waited)
 
