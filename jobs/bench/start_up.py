@@ -20,8 +20,8 @@ import serve_app
 from jobs.bench.servers import REPOSITORY, our_server
 from jobs.bench.serving_report import Rows, ServingReport
 from sam3lora.client import Client
-from sam3lora.cluster import environment
 from sam3lora.errors import UserError
+from sam3lora.local_ray import environment
 from sam3lora.start_marks import FILE_VARIABLE, read_marks
 
 FIRST_STEP, FIRST_ANSWER = "first step", "first answer"

@@ -20,7 +20,8 @@ from sam3lora.start_marks import mark
 from sam3lora.training import distributed, setup
 from sam3lora.training.agreement import check_agreement, choose_checkpoint, position_facts, run_facts
 from sam3lora.training.best import deciding_metric, disagreement, is_improved
-from sam3lora.training.checkpoints import load_checkpoint, read_state, save_checkpoint
+from sam3lora.training.checkpoint_folders import read_state
+from sam3lora.training.checkpoints import load_checkpoint, save_checkpoint
 from sam3lora.training.datasets import BatchSource, load_run_data
 from sam3lora.training.fit_batch import resolve_batch_size
 from sam3lora.training.metrics_log import MetricsLog, WarningsToMetrics
