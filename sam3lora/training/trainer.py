@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import UTC, datetime
 from itertools import islice
@@ -22,7 +23,7 @@ from sam3lora.training.agreement import check_agreement, choose_checkpoint, posi
 from sam3lora.training.best import deciding_metric, disagreement, is_improved
 from sam3lora.training.checkpoint_folders import read_state
 from sam3lora.training.checkpoints import load_checkpoint, save_checkpoint
-from sam3lora.training.datasets import BatchSource, load_run_data
+from sam3lora.training.datasets import BatchSource, load_run_data, read_splits
 from sam3lora.training.fit_batch import resolve_batch_size
 from sam3lora.training.metrics_log import MetricsLog, WarningsToMetrics
 from sam3lora.training.notices import HOST_ENDS_SAVE_S, Notices
@@ -58,9 +59,11 @@ class Trainer:
         warnings = WarningsToMetrics() if use_ray else None
         self.output_dir = output_dir
         self.device = setup.choose_device(config, use_ray=use_ray)
-        base = setup.load_base_model(config, self.device)
-        mark("model")
-        self.data = load_run_data(config, base.resolution, base.patch_size)
+        with ThreadPoolExecutor(1) as beside:  # a large set takes seconds to index, and a large model to load
+            reading = beside.submit(read_splits, config)
+            base = setup.load_base_model(config, self.device)
+            mark("model")
+            self.data = load_run_data(config, base.resolution, base.patch_size, splits=reading.result())
         mark("data")
         self.model, self.runner = setup.add_adapter(config, base, self.data, self.device)
         self.optimizer = setup.make_optimizer(config, self.model)
