@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 MESSAGE_HEAD_BYTES = 1 << 20  # beside the image or the masks
 QUIET = {"enable_access_log": False, "log_level": logging.WARNING}
-MODEL_REPLICA = "serve_app.replica.replica.ModelReplica"
+MODEL_REPLICA = "serve_app.replica.deployed.ModelReplica"
 """By name: only the replicas import torch, not the process that builds the application."""
 
 

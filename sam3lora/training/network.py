@@ -24,6 +24,8 @@ from ray.train.constants import (
 )
 from ray.train.v2._internal.util import TrainingFramework
 
+from sam3lora.heavy_imports import heavy_imports
+
 logger = logging.getLogger(__name__)
 
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
@@ -80,7 +82,8 @@ class _TorchBackend(Backend):
 
 def join_process_group(address: tuple[str, int], rank: int, size: int, config: TorchOnRayNetwork) -> None:
     """In a worker: wait for the others at the address of the first one, and set what `torchrun` would set."""
-    from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group
+    with heavy_imports():
+        from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group
 
     use_interface_of_ray()
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = address[0], str(address[1])

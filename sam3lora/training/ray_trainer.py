@@ -18,6 +18,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from sam3lora.cluster import check_room, choose_gpu, worker_resources
 from sam3lora.config import Config
 from sam3lora.errors import RunFailed, UserError, WorkerLost, WorkerStopped
+from sam3lora.heavy_imports import heavy_imports
 from sam3lora.start_marks import mark
 from sam3lora.training.network import TorchOnRayNetwork
 
@@ -92,9 +93,10 @@ def worker_entry(payload: dict[str, Any]) -> dict[str, Any]:
             f"the worker on host {socket.gethostname()} does not see the run folder {output_dir}: give an "
             "--output-dir on storage that all hosts of the cluster share"
         )
-    from ray.train.torch import TorchConfig
+    with heavy_imports():
+        from ray.train.torch import TorchConfig
 
-    from sam3lora.training.worker import run_worker
+        from sam3lora.training.worker import run_worker
 
     with TorchConfig().train_func_context():  # chooses this worker's GPU
         return run_worker(payload)
