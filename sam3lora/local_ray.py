@@ -9,6 +9,7 @@ import os
 import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 
@@ -50,13 +51,9 @@ def _on_loopback() -> Iterator[None]:
     """
     from ray._private import ray_constants
 
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    try:
-        with environment({ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}):
-            yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
+    off = environment({ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"})
+    with replaced(ray_constants, "ENABLE_RAY_CLUSTER", False), off:
+        yield
 
 
 @contextlib.contextmanager
@@ -68,15 +65,25 @@ def _with_few_processes(*, dashboard: bool) -> Iterator[None]:
     """
     from ray._private import parameter, services
 
-    patched: Any = parameter, services  # the modules in which Ray looks them up
-    parameters, api_server = parameter.RayParams, services.start_api_server
-    patched[0].RayParams = functools.partial(parameters, no_monitor=True, include_log_monitor=False)
-    if not dashboard:
-        patched[1].start_api_server = lambda *_, **__: ("", None)  # its address and its process
-    try:
+    with contextlib.ExitStack() as changed:
+        options: Any = {"no_monitor": True, "include_log_monitor": False}
+        few = functools.partial(parameter.RayParams, **options)
+        changed.enter_context(replaced(parameter, "RayParams", few))
+        if not dashboard:
+            none = "", None  # its address and its process
+            changed.enter_context(replaced(services, "start_api_server", lambda *_, **__: none))
         yield
+
+
+@contextlib.contextmanager
+def replaced(module: ModuleType, name: str, value: Any) -> Iterator[Any]:
+    """A function or class of Ray's that has another value for the duration of the block; yields its own."""
+    own = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield own
     finally:
-        patched[0].RayParams, patched[1].start_api_server = parameters, api_server
+        setattr(module, name, own)
 
 
 def _token_of_local_ray() -> dict[str, str]:

@@ -18,6 +18,7 @@ import typer
 
 from sam3lora.cpus import usable_cpus
 from sam3lora.errors import RunFailed, UserError
+from sam3lora.local_ray import replaced
 from sam3lora.start_marks import mark
 
 if TYPE_CHECKING:
@@ -96,12 +97,8 @@ def _start(ray_serve: Any, http_options: dict[str, Any], logging_config: dict[st
         waiting.extend(http)
         return controller, []
 
-    patched: Any = api
-    patched._create_controller_and_proxy_refs = create_only
-    try:
+    with replaced(api, create.__name__, create_only):
         ray_serve.start(http_options=http_options, logging_config=logging_config)
-    finally:
-        patched._create_controller_and_proxy_refs = create
     return waiting
 
 
