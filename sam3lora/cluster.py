@@ -22,13 +22,16 @@ _CONNECT_TIMEOUT_S = 5.0
 
 
 @contextlib.contextmanager
-def ray_session(address: str | None, *, num_cpus: float, dashboard: bool = False) -> Iterator[bool]:
+def ray_session(
+    address: str | None, *, num_cpus: float, dashboard: bool = False, workers_ahead: bool = True
+) -> Iterator[bool]:
     """Connect to the Ray cluster that is running or named, or to a new local one, for the duration of the block.
 
     Args:
         address: of a cluster; None takes `RAY_ADDRESS`, or starts a local Ray if that is not set.
         num_cpus: logical CPUs of a local Ray, however many the machine has.
         dashboard: start one with a local Ray. Ray Train needs it to free the reservations of a killed run.
+        workers_ahead: a local Ray starts a process for each CPU at once.
 
     Yields:
         Whether it is a local one that ends with the block.
@@ -48,7 +51,7 @@ def ray_session(address: str | None, *, num_cpus: float, dashboard: bool = False
         _join(address, quiet)
     else:
         address = "local"
-        start_local_ray(num_cpus, dashboard=dashboard, **quiet)
+        start_local_ray(num_cpus, dashboard=dashboard, workers_ahead=workers_ahead, **quiet)
     try:
         yield address == "local"
     finally:

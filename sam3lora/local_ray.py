@@ -13,11 +13,22 @@ from types import ModuleType
 from typing import Any
 
 
-def start_local_ray(num_cpus: float, *, dashboard: bool = False, **options: Any) -> None:
-    """Start Ray and connect to it; `options` are those of `ray.init`."""
+def start_local_ray(num_cpus: float, *, dashboard: bool = False, workers_ahead: bool = True, **options: Any) -> None:
+    """Start Ray and connect to it.
+
+    Args:
+        num_cpus: Logical CPUs.
+        dashboard: Start its server, too.
+        workers_ahead: Start a process for each CPU at once. Those of Ray Train have an environment of their own, so
+            that they cannot take one.
+        **options: Of `ray.init`.
+    """
     import ray
 
-    with _on_loopback(), _with_few_processes(dashboard=dashboard), environment(_token_of_local_ray()):
+    variables = _token_of_local_ray()
+    if not workers_ahead:
+        variables["RAY_prestart_worker_first_driver"] = "0"
+    with _on_loopback(), _with_few_processes(dashboard=dashboard), environment(variables):
         ray.init(
             address="local",
             num_cpus=math.ceil(num_cpus),

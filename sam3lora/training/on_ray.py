@@ -45,7 +45,7 @@ def run_on_ray(config: Config, payload: dict[str, Any], callbacks: Sequence[User
     """
     storage = scratch_folder(Path(config.output.output_dir))
     cpus = most_workers(config) * worker_resources(config, use_gpu=False)["CPU"]
-    session = ray_session(config.scaling.address, num_cpus=cpus)
+    session = ray_session(config.scaling.address, num_cpus=cpus, workers_ahead=False)
     with session as is_local, _environment(config, is_local):
         mark("Ray")
         # Imported while the processes of a local Ray start; the workers alone import torch.

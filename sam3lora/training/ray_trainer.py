@@ -7,19 +7,20 @@ import socket
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.constants import TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from sam3lora.cluster import check_room, choose_gpu, worker_resources
 from sam3lora.config import Config
+from sam3lora.data.pipeline import warm_up_reading
 from sam3lora.errors import RunFailed, UserError, WorkerLost, WorkerStopped
 from sam3lora.heavy_imports import heavy_imports
 from sam3lora.start_marks import mark
+from sam3lora.training.local_trainer import LocalTrainer, PlainTrainer
 from sam3lora.training.network import TorchOnRayNetwork
 
 # After a failure the workers get so long to leave the process group before they are killed; one that is stopped never
@@ -40,17 +41,9 @@ class EndOnMistake(UserCallback):
                 raise error
 
 
-class _LocalTrainer(DataParallelTrainer):
-    """A trainer without the actor that frees the reservations of a killed run: a local Ray ends with its run."""
-
-    def _create_default_callbacks(self) -> list[Any]:
-        every = super()._create_default_callbacks()
-        return [callback for callback in every if not isinstance(callback, PlacementGroupCleanerCallback)]
-
-
 def make_trainer(
     config: Config, payload: dict[str, Any], storage: Path, callbacks: Sequence[UserCallback], *, is_local: bool
-) -> DataParallelTrainer:
+) -> PlainTrainer:
     """The job of this configuration for the Ray that runs.
 
     Args:
@@ -82,7 +75,7 @@ def make_trainer(
         "run_config": RunConfig(**run),
     }
     entry: Any = worker_entry
-    return (_LocalTrainer if is_local else DataParallelTrainer)(entry, **options)
+    return (LocalTrainer if is_local else PlainTrainer)(entry, **options)
 
 
 def worker_entry(payload: dict[str, Any]) -> dict[str, Any]:
@@ -93,6 +86,7 @@ def worker_entry(payload: dict[str, Any]) -> dict[str, Any]:
             f"the worker on host {socket.gethostname()} does not see the run folder {output_dir}: give an "
             "--output-dir on storage that all hosts of the cluster share"
         )
+    Thread(target=warm_up_reading, daemon=True).start()
     with heavy_imports():
         from ray.train.torch import TorchConfig
 
