@@ -50,7 +50,10 @@ def serve(
     from serve_app.http.auth import keys_from_environment
     from serve_app.settings import prepare_environment
 
-    prepare_environment(haproxy=haproxy)
+    # One HTTP process can listen itself; several need one in front that shares requests out.
+    is_local = (address or os.environ.get("RAY_ADDRESS") or "local") == "local"
+    alone = is_local and settings.ingress_replicas == 1 and not haproxy
+    is_direct = prepare_environment(haproxy=haproxy, direct_port=port if alone else None)
     has_keys = bool(keys_from_environment(settings.api_keys_variable))
     if host not in LOCAL_HOSTS and not has_keys:
         _warn(
@@ -62,11 +65,14 @@ def serve(
         settings = settings.model_copy(update={"allowed_hosts": LOCAL_HOSTS})
     if os.environ.get("RAY_AUTH_MODE") == "disabled":
         _warn("RAY_AUTH_MODE=disabled: anyone who can reach Ray's ports on this machine can run programs. Unset it")
-    _run(settings, host, port, address)
+    _run(settings, host, port, address, is_direct)
 
 
-def _run(settings: ServeSettings, host: str, port: int, address: str | None) -> None:
-    run_service(settings, host, port, address, lambda: _print_addresses(settings, host, port))
+def _run(settings: ServeSettings, host: str, port: int, address: str | None, is_direct: bool) -> None:
+    def announce() -> None:
+        _print_addresses(settings, host, port)
+
+    run_service(settings, host, port, address, is_direct=is_direct, announce=announce)
 
 
 def _settings(

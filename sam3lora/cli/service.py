@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import threading
 import time
 import urllib.request
@@ -30,9 +31,18 @@ _HTTP_START_S = 60.0
 
 
 def run_service(
-    settings: ServeSettings, host: str, port: int, address: str | None, announce: Callable[[], None]
+    settings: ServeSettings,
+    host: str,
+    port: int,
+    address: str | None,
+    *,
+    is_direct: bool = False,
+    announce: Callable[[], None],
 ) -> None:
     """Run the service until a signal; `announce` is called when it answers.
+
+    With `is_direct` the application's HTTP process listens on the port itself, as `serve_app.settings.DIRECT` has it.
+    Ray's own, which nobody needs then, gets another one.
 
     Raises:
         UserError: a mistake in the settings that the service itself meets.
@@ -57,17 +67,24 @@ def run_service(
 
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         # request_timeout_s stays unset: the application has its own limit, and answers in JSON.
-        http = _start(ray_serve, {"host": host, "port": port}, QUIET)
+        http = _start(ray_serve, {"host": host, "port": _unused_port(host) if is_direct else port}, QUIET)
         mark("Ray Serve")
         try:
             _deploy(ray_serve, build(settings), stop)
             if not stop.is_set():
-                _wait_for_http(http)
+                if not is_direct:
+                    _wait_for_http(http)
                 announce()
                 stop.wait()
                 typer.echo("stopping after the requests in progress; Ctrl-C again stops at once", err=True)
         finally:
             _finish(ray_serve, settings, f"http://{_reachable(host)}:{port}", is_local=is_local)
+
+
+def _unused_port(host: str) -> int:
+    family = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
+    with socket.create_server((host, 0), family=family) as listener:
+        return listener.getsockname()[1]
 
 
 def _stop_by_signal(stop: threading.Event) -> None:
