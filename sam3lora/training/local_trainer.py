@@ -28,8 +28,9 @@ class LocalTrainer(PlainTrainer):
     unused = (DatasetsCallback, PlacementGroupCleanerCallback)
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
-        if not self.scaling_config.elasticity_enabled:
-            options["scaling_policy"] = _OneHost(self.scaling_config)
+        scaling: Any = self.scaling_config
+        if not scaling.elasticity_enabled:
+            options["scaling_policy"] = _OneHost(scaling)
         return super()._initialize_and_run_controller(**options)
 
 

@@ -22,9 +22,8 @@ from sam3lora.training.sigterm import passed_on
 if TYPE_CHECKING:
     from ray.train import UserCallback
 
-# Seconds between two questions whether a host is drained, of the workers and of Ray. Such a host starts no decoding tasks
-# any more, so training goes on only as long as the batches last that were read ahead. Asking takes all workers some
-# milliseconds.
+# How often the workers and Ray ask whether a host is drained. Such a host starts no decoding tasks any more, so a run
+# goes on only as long as the batches last that were read ahead. Asking takes all workers some milliseconds.
 ASK_RAY_S = 1.0
 
 # A worker answers Ray from a thread of its own, however long a step takes. One that is silent for so long is taken for
