@@ -31,8 +31,7 @@ PROMPTS = ("gear", "arrow")
 ADAPTERS = ("parts", "parts-light", None)
 KILLED = {
     "kill -9 of the model's process": "Segmenter",
-    "kill -9 of the application's HTTP process": "Ingress",
-    "kill -9 of Ray's HTTP process": "ProxyActor",
+    "kill -9 of the HTTP process": "Ingress",
 }
 STOPPED = {"kill -9 of `sam3lora serve`, and a new start": signal.SIGKILL, "stop, and a new start": signal.SIGTERM}
 QUIET_S = 6.0
