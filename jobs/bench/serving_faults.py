@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import urlencode
 
@@ -150,6 +151,8 @@ def _plain(url: str, number: int) -> Iterator[str]:
             yield _kind_of(error)
         except (urllib.error.URLError, OSError):
             yield "no connection"
+        except HTTPException:
+            yield "half an answer"
 
 
 def _kind_of(error: urllib.error.HTTPError) -> str:
