@@ -13,6 +13,8 @@
     python jobs/bench.py scaling                       two workers, against two processes on their own
     python jobs/bench.py cost-model                    steps of several sizes, measured and predicted
     python jobs/bench.py serve                         requests over HTTP, some five minutes
+    python jobs/bench.py serve-hops                    what HTTP adds to a request, process by process
+    python jobs/bench.py start-up                      from a command to its first step or answer, split
     python jobs/bench.py serve-threads                 torch_threads of the service, quiet and busy
     python jobs/bench.py serve-faults                  what clients see when its processes die, some four minutes
     python jobs/bench.py drill                         training runs that are disturbed: docs/reliability.md
@@ -333,6 +335,27 @@ def serve(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     plan = ServingPlan(model, clients or (1, 8, 32), adapters or (1, 4, 16), seconds, images, repeated, haproxy)
     _show([compare_serving(plan)], json_path)
+
+
+@app.command("serve-hops")
+def serve_hops(
+    requests: Annotated[int, typer.Option(min=1, help="Of each way to start the service.")] = 300,
+    json_path: JsonPath = None,
+) -> None:
+    """What HTTP adds to the model's work for one client, with nothing, Ray Serve or HAProxy in front."""
+    from jobs.bench.serving_hops import measure_hops
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    _show([measure_hops(requests=requests)], json_path)
+
+
+@app.command("start-up")
+def start_up(repeats: Repeats = 3, json_path: JsonPath = None) -> None:
+    """From `sam3lora train` to its first step, and from `sam3lora serve` to its first answer, split by what is done."""
+    from jobs.bench.start_up import measure_start_up
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    _show([measure_start_up(repeats=repeats)], json_path)
 
 
 @app.command("serve-threads")

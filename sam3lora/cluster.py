@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
-import math
 import os
-import secrets
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sam3lora.errors import UserError
+from sam3lora.local_ray import start_local_ray
 
 if TYPE_CHECKING:
     from sam3lora.config import Config
@@ -24,13 +22,16 @@ _CONNECT_TIMEOUT_S = 5.0
 
 
 @contextlib.contextmanager
-def ray_session(address: str | None, *, num_cpus: float, dashboard: bool = False) -> Iterator[bool]:
+def ray_session(
+    address: str | None, *, num_cpus: float, dashboard: bool = False, workers_ahead: bool = True
+) -> Iterator[bool]:
     """Connect to the Ray cluster that is running or named, or to a new local one, for the duration of the block.
 
     Args:
         address: of a cluster; None takes `RAY_ADDRESS`, or starts a local Ray if that is not set.
         num_cpus: logical CPUs of a local Ray, however many the machine has.
         dashboard: start one with a local Ray. Ray Train needs it to free the reservations of a killed run.
+        workers_ahead: a local Ray starts a process for each CPU at once.
 
     Yields:
         Whether it is a local one that ends with the block.
@@ -50,53 +51,11 @@ def ray_session(address: str | None, *, num_cpus: float, dashboard: bool = False
         _join(address, quiet)
     else:
         address = "local"
-        options = {
-            "include_dashboard": dashboard,
-            "dashboard_host": "127.0.0.1",
-            "object_store_memory": _store_bytes(),
-            **quiet,
-        }
-        with _on_loopback(), environment(_token_of_local_ray()):
-            ray.init(address=address, num_cpus=math.ceil(num_cpus), **options)
+        start_local_ray(num_cpus, dashboard=dashboard, workers_ahead=workers_ahead, **quiet)
     try:
         yield address == "local"
     finally:
         ray.shutdown()
-
-
-@contextlib.contextmanager
-def _on_loopback() -> Iterator[None]:
-    """A Ray that starts within the block, and its later processes, listen on 127.0.0.1 instead of all interfaces.
-
-    Ray has this switch for desktop systems, and reads its variable when it is imported.
-    """
-    from ray._private import ray_constants
-
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    try:
-        with environment({ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}):
-            yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
-
-
-def _token_of_local_ray() -> dict[str, str]:
-    """The variable by which a local Ray gets a token of this process, unless the user has one or wants none.
-
-    Ray would else write a token to the home folder, and every later `ray start --head` of this user would ask for it,
-    while `ray job submit` does not send it.
-    """
-    named = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
-    has_one = named or (Path.home() / ".ray" / "auth_token").is_file()
-    is_off = os.environ.get("RAY_AUTH_MODE", "token").lower() != "token"
-    return {} if has_one or is_off else {"RAY_AUTH_TOKEN": _own_token()}
-
-
-@functools.cache
-def _own_token() -> str:
-    """One for all local Rays of this process, as Ray keeps the first that it reads."""
-    return secrets.token_hex(32)
 
 
 def check_job_path(path: str | Path, option: str) -> None:
@@ -110,21 +69,6 @@ def check_job_path(path: str | Path, option: str) -> None:
             f"{option} is {path}, but a submitted job runs in a temporary copy of the working directory: give {option} "
             "an absolute path on storage that all hosts see"
         )
-
-
-@contextlib.contextmanager
-def environment(names: Mapping[str, str]) -> Iterator[None]:
-    """Environment variables that Ray reads, set for the duration of the block."""
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(names)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def worker_resources(config: Config, *, use_gpu: bool) -> dict[str, float]:
@@ -243,9 +187,3 @@ def _join(address: str, quiet: dict[str, Any]) -> None:
             f"cannot join the Ray cluster at {address}: {error}. Expected auto or HOST:PORT, and for a cluster that "
             "asks for a token RAY_AUTH_MODE=token with the cluster's ~/.ray/auth_token or RAY_AUTH_TOKEN"
         ) from error
-
-
-def _store_bytes() -> int:
-    """Bytes of a local object store, which holds only images in flight."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return int(min(4e9, max(3e8, 0.15 * total)))

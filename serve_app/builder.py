@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import logging
+import socket
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
 from ray.serve import Application
+from ray.serve._private import http_util, replica
 from ray.serve._private.constants import RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH, RAY_SERVE_USE_GRPC_BY_DEFAULT
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 MESSAGE_HEAD_BYTES = 1 << 20  # beside the image or the masks
 QUIET = {"enable_access_log": False, "log_level": logging.WARNING}
-MODEL_REPLICA = "serve_app.replica.replica.ModelReplica"
+MODEL_REPLICA = "serve_app.replica.deployed.ModelReplica"
 """By name: only the replicas import torch, not the process that builds the application."""
 
 
@@ -36,6 +38,7 @@ class Ingress:
         self._settings = settings
         self._segmenter = segmenter
         log_as_serve()
+        reuse_port_of_the_dead()
 
     def __serve_build_asgi_app__(self) -> Any:
         from serve_app.http.backend import ServeBackend
@@ -48,6 +51,22 @@ class Ingress:
     async def drain(self, timeout_s: float) -> None:
         """Refuse new requests with 503 `not_ready`; returns when those in progress are finished, or late."""
         await self._api.state.drain(timeout_s)
+
+
+def reuse_port_of_the_dead() -> None:
+    """Let this process listen on the port of one that died, whose connections would block it for a minute.
+
+    Where the application's HTTP process listens itself, Ray binds its socket without SO_REUSEADDR, and never tries a
+    port again that was taken. (SO_REUSEPORT, as Ray has it elsewhere, would let two services share a port.)
+    """
+    patched: Any = http_util, replica
+    start = http_util.start_asgi_http_server
+
+    def start_with_reuse(*arguments: Any, **options: Any) -> Any:
+        return start(*arguments, **options | {"enable_so_reuseport": True})
+
+    patched[0].set_socket_reuse_port = lambda listener: listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    patched[1].start_asgi_http_server = start_with_reuse
 
 
 def build(args: ServeSettings) -> Application:

@@ -189,10 +189,33 @@ HAPROXY = {
 """HAProxy in front instead of Serve's own Python proxy."""
 
 
-def prepare_environment(*, haproxy: bool = False) -> None:
-    """Set the variables that are not set; call it before `ray.serve` is imported."""
-    for name, value in (ENVIRONMENT | (HAPROXY if haproxy else {})).items():
+DIRECT = {
+    "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1",
+    "RAY_SERVE_PORT_QUARANTINE_S": "0",  # a new HTTP process takes the port of one that died at once
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+}
+"""The application's HTTP process listens itself: no Ray process in front, which would pass every body on."""
+
+
+def prepare_environment(*, haproxy: bool = False, direct_port: int | None = None) -> bool:
+    """Set the variables that are not set; call it before `ray.serve` is imported.
+
+    Args:
+        haproxy: Put HAProxy in front.
+        direct_port: For the application's only HTTP process to listen on itself; None leaves it behind Ray's.
+
+    Returns:
+        Whether it will listen itself: not if the variables that are set say otherwise.
+    """
+    variables = ENVIRONMENT | (HAPROXY if haproxy else {})
+    is_direct = direct_port is not None and os.environ.get("RAY_SERVE_ENABLE_DIRECT_INGRESS", "1") == "1"
+    if direct_port is not None and is_direct:
+        variables |= DIRECT
+        os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT"] = str(direct_port)
+        os.environ["RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT"] = str(direct_port + 1)  # excluded
+    for name, value in variables.items():
         os.environ.setdefault(name, value)
+    return is_direct
 
 
 if __name__ == "__main__":

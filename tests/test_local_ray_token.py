@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sam3lora import cluster
+from sam3lora import local_ray
 
 NAMES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
@@ -22,7 +22,7 @@ def home(tmp_path, monkeypatch) -> Path:
 
 
 def test_without_any_it_gets_one_for_the_process():
-    first, second = cluster._token_of_local_ray(), cluster._token_of_local_ray()
+    first, second = local_ray._token_of_local_ray(), local_ray._token_of_local_ray()
     assert first == second
     assert len(first["RAY_AUTH_TOKEN"]) == 64
 
@@ -32,18 +32,19 @@ def test_without_any_it_gets_one_for_the_process():
 )
 def test_what_the_user_has_set_stays(name, value, monkeypatch):
     monkeypatch.setenv(name, value)
-    assert cluster._token_of_local_ray() == {}
+    assert local_ray._token_of_local_ray() == {}
 
 
 def test_the_users_own_token_stays(home):
     (home / ".ray").mkdir()
     (home / ".ray" / "auth_token").write_text("own")
-    assert cluster._token_of_local_ray() == {}
+    assert local_ray._token_of_local_ray() == {}
 
 
 SESSIONS = """
 import os, subprocess, sys, ray
-from sam3lora.cluster import ray_session, _own_token
+from sam3lora.cluster import ray_session
+from sam3lora.local_ray import _own_token
 
 JOIN = "import ray, sys; ray.init(address=sys.argv[1]); print('joined')"
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import urlencode
 
@@ -31,8 +32,7 @@ PROMPTS = ("gear", "arrow")
 ADAPTERS = ("parts", "parts-light", None)
 KILLED = {
     "kill -9 of the model's process": "Segmenter",
-    "kill -9 of the application's HTTP process": "Ingress",
-    "kill -9 of Ray's HTTP process": "ProxyActor",
+    "kill -9 of the HTTP process": "Ingress",
 }
 STOPPED = {"kill -9 of `sam3lora serve`, and a new start": signal.SIGKILL, "stop, and a new start": signal.SIGTERM}
 QUIET_S = 6.0
@@ -151,6 +151,8 @@ def _plain(url: str, number: int) -> Iterator[str]:
             yield _kind_of(error)
         except (urllib.error.URLError, OSError):
             yield "no connection"
+        except HTTPException:
+            yield "half an answer"
 
 
 def _kind_of(error: urllib.error.HTTPError) -> str:

@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
 import os
 import re
 import shlex
-import signal
 import socket
-import threading
-import time
-import urllib.request
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sam3lora.cpus import usable_cpus
-from sam3lora.errors import RunFailed, UserError
+from sam3lora.cli.service import LOCAL_HOSTS, run_service
+from sam3lora.errors import UserError
 from sam3lora.local_paths import absolute_base
+from sam3lora.start_marks import mark
 
 if TYPE_CHECKING:
     from serve_app.settings import ServeSettings
-
-APPLICATION = "sam3lora"
-LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
 def serve(
@@ -54,11 +45,15 @@ def serve(
     Example:  sam3lora serve --adapters outputs/adapters --port 8000
     """
     settings = _settings(config, adapters, model, resolution, replicas, gpus)
+    mark("settings")
     _check_port(host, port)
     from serve_app.http.auth import keys_from_environment
     from serve_app.settings import prepare_environment
 
-    prepare_environment(haproxy=haproxy)
+    # One HTTP process can listen itself; several need one in front that shares requests out.
+    is_local = (address or os.environ.get("RAY_ADDRESS") or "local") == "local"
+    alone = is_local and settings.ingress_replicas == 1 and not haproxy
+    is_direct = prepare_environment(haproxy=haproxy, direct_port=port if alone else None)
     has_keys = bool(keys_from_environment(settings.api_keys_variable))
     if host not in LOCAL_HOSTS and not has_keys:
         _warn(
@@ -70,105 +65,14 @@ def serve(
         settings = settings.model_copy(update={"allowed_hosts": LOCAL_HOSTS})
     if os.environ.get("RAY_AUTH_MODE") == "disabled":
         _warn("RAY_AUTH_MODE=disabled: anyone who can reach Ray's ports on this machine can run programs. Unset it")
-    _run(settings, host, port, address)
+    _run(settings, host, port, address, is_direct)
 
 
-def _run(settings: ServeSettings, host: str, port: int, address: str | None) -> None:
-    from sam3lora.cluster import ray_session
+def _run(settings: ServeSettings, host: str, port: int, address: str | None, is_direct: bool) -> None:
+    def announce() -> None:
+        _print_addresses(settings, host, port)
 
-    stop = threading.Event()
-    _stop_by_signal(stop)
-    replicas = settings.most_replicas
-    num_cpus = replicas * settings.num_cpus + settings.ingress_replicas + 1
-    with ray_session(address, num_cpus=num_cpus) as is_local:
-        if is_local and settings.torch_threads is None and not settings.num_gpus:
-            # One core is left to the HTTP processes: a thread that is not scheduled holds all others up.
-            threads = max(1, (usable_cpus() - 1) // replicas)
-            settings = settings.model_copy(update={"torch_threads": threads})
-        _stop_by_signal(stop)  # again: Ray has replaced the handlers by its own, which abort
-        from ray import serve as ray_serve
-
-        from serve_app.builder import QUIET, build
-
-        logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        # request_timeout_s stays unset: the application has its own limit, and answers in JSON.
-        ray_serve.start(http_options={"host": host, "port": port}, logging_config=QUIET)
-        try:
-            _deploy(ray_serve, build(settings), stop)
-            if not stop.is_set():
-                _print_addresses(settings, host, port)
-                stop.wait()
-                typer.echo("stopping after the requests in progress; Ctrl-C again stops at once", err=True)
-        finally:
-            _finish(ray_serve, settings, f"http://{_reachable(host)}:{port}", is_local=is_local)
-
-
-def _stop_by_signal(stop: threading.Event) -> None:
-    """The first signal stops the service after the requests in progress, a second one at once."""
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        if stop.is_set():
-            signal.default_int_handler(number, frame)
-        stop.set()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
-
-
-def _deploy(ray_serve: Any, application: Any, stop: threading.Event) -> None:
-    try:
-        target = ray_serve.RunTarget(application, name=APPLICATION, route_prefix="/")
-        ray_serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
-        while (status := ray_serve.status().applications[APPLICATION]).status == "DEPLOYING":
-            if stop.wait(0.1):
-                return
-    except (RuntimeError, TimeoutError) as error:
-        raise RunFailed(f"Ray Serve did not start: {error}") from error
-    if status.status == "RUNNING":
-        return
-    messages = [status.message, *(deployment.message for deployment in status.deployments.values())]
-    text = "\n".join(message for message in messages if message)
-    if mistakes := re.findall(r"^(?:[\w.]+\.)?(?:UserError|ImageError): (.+)$", text, re.MULTILINE):
-        raise UserError(mistakes[-1])
-    raise RunFailed(f"the application did not start ({status.status}): {text or 'Ray gave no reason'}")
-
-
-def _finish(ray_serve: Any, settings: ServeSettings, url: str, *, is_local: bool) -> None:
-    """Refuse new requests, let those in progress end, and delete the application from a shared cluster.
-
-    A local Ray ends with this process, and its HTTP process answers in our words until then. Serve's own shutdown would
-    take the route away first: clients would read 404.
-    """
-    with contextlib.suppress(Exception):  # nothing was deployed, or an HTTP process died: nothing to wait for
-        ingress = ray_serve.get_deployment_handle("Ingress", APPLICATION)
-        ingress._init(_run_router_in_separate_loop=True)  # this thread has no event loop
-        ingress.broadcast("drain", settings.limits.timeout_s).results(timeout_s=settings.limits.timeout_s + 5)
-        if is_local:
-            _wait_until_sent(url, settings.limits.timeout_s)
-    if not is_local or os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":  # Serve alone can stop HAProxy
-        with contextlib.suppress(TimeoutError, RuntimeError):  # after a minute; or nothing was deployed
-            ray_serve.delete(APPLICATION)
-        if is_local:
-            ray_serve.shutdown()
-
-
-def _wait_until_sent(url: str, timeout_s: float) -> None:
-    """Until the HTTP process has sent all answers."""
-    from serve_app.http.front import NUM_BUSY
-
-    give_up_at = time.monotonic() + timeout_s
-    while time.monotonic() < give_up_at:
-        with urllib.request.urlopen(f"{url}{NUM_BUSY}", timeout=timeout_s) as answer:
-            if int(answer.read()) <= 0:
-                return
-        time.sleep(0.05)
-
-
-def _reachable(host: str) -> str:
-    """The name by which this machine reaches what listens on `host`."""
-    if host in ("0.0.0.0", "::", *LOCAL_HOSTS):
-        return "[::1]" if ":" in host else "127.0.0.1"
-    return f"[{host}]" if ":" in host else host
+    run_service(settings, host, port, address, is_direct=is_direct, announce=announce)
 
 
 def _settings(

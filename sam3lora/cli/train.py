@@ -10,6 +10,7 @@ import typer
 from sam3lora.cli.shared_options import choose_gpus, gpu_indices
 from sam3lora.cluster import check_job_path
 from sam3lora.errors import UserError
+from sam3lora.start_marks import mark
 
 
 def train(
@@ -46,6 +47,7 @@ def train(
     check_job_path(settings.output.output_dir, "--output-dir")
     if device:
         choose_gpus(device, settings.scaling.address)
+    mark("settings")
 
     from sam3lora.training.launch import train as run
 

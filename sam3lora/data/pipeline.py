@@ -11,6 +11,7 @@ import contextlib
 import functools
 import logging
 import pickle
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -27,6 +28,7 @@ from sam3lora.data.sample import DecodeSettings, decode_record
 
 _BATCHES_PER_DATASET = 1024  # starting a dataset takes time and memory for each of its tasks
 _BATCHES_PER_TASK = 4  # batches share Ray Data's cost of a task, some 10 ms, and leave the task one by one
+_CONTEXT_LOCK = threading.Lock()
 
 
 def decode_batch(table: pa.Table, plan: BatchPlan, settings: DecodeSettings) -> Batch:
@@ -88,7 +90,7 @@ def stream_batches(
         decode = _decode_row(shared.ref, settings)
         here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
         # The rows are made here: a reading task would ask for a CPU.
-        with _data_context(num_cpus):
+        with _data_context():
             planned = ray.data.from_items(plan_rows, override_num_blocks=-(-len(plan_rows) // _BATCHES_PER_TASK))
             tasks = ray.data.TaskPoolStrategy(size=num_cpus)
             dataset = planned.map(decode, num_cpus=0, label_selector=here, compute=tasks)
@@ -99,6 +101,25 @@ def stream_batches(
             if isinstance(batch, ImageError):
                 raise batch
             yield batch
+
+
+def warm_up_reading() -> None:
+    """Start what `stream_batches` needs on this node, while the caller has other things to do: some seconds.
+
+    These are two processes of Ray Data, and one for a task, which imports the modules for decoding.
+    """
+    import ray
+
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    with contextlib.suppress(Exception):  # whatever it is, reading itself will tell
+        with _data_context():
+            one = ray.data.from_items([BatchPlan(0, 0, [])._asdict()])
+            dataset = one.map(_import_decoding, num_cpus=0, label_selector=here)
+        dataset.take_all()
+
+
+def _import_decoding(row: dict[str, Any]) -> dict[str, Any]:
+    return {"batch": pickle.dumps(row)}  # finding this function has imported the module
 
 
 def _decode_row(table_ref: Any, settings: DecodeSettings) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -118,18 +139,22 @@ def _decode_row(table_ref: Any, settings: DecodeSettings) -> Callable[[dict[str,
 
 
 @contextlib.contextmanager
-def _data_context(num_cpus: int) -> Iterator[None]:
-    """Settings that a new dataset copies: order of the plan, no progress output, one batch a block, bounded memory."""
+def _data_context() -> Iterator[None]:
+    """Settings that a new dataset copies: order of the plan, no progress output, one batch a block, bounded memory.
+
+    They are those of the whole process, so one thread at a time has them.
+    """
     from ray.data import DataContext
 
     for name in ("progress", "execution.streaming_executor"):  # each prints one uninformative line a run
         logging.getLogger(f"ray.data._internal.{name}").setLevel(logging.ERROR)
-    context = DataContext.get_current().copy()
-    context.execution_options.preserve_order = True
-    context.execution_options.verbose_progress = False
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.target_max_block_size = 1  # every batch is a block of its own
-    context.target_min_block_size = 1
-    with DataContext.current(context):
-        yield
+    with _CONTEXT_LOCK:
+        context = DataContext.get_current().copy()
+        context.execution_options.preserve_order = True
+        context.execution_options.verbose_progress = False
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        context.target_max_block_size = 1  # every batch is a block of its own
+        context.target_min_block_size = 1
+        with DataContext.current(context):
+            yield

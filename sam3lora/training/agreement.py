@@ -22,7 +22,7 @@ from sam3lora import __version__
 from sam3lora.config import Config
 from sam3lora.errors import UserError
 from sam3lora.training import distributed
-from sam3lora.training.checkpoints import is_complete, list_checkpoints
+from sam3lora.training.checkpoint_folders import is_complete, list_checkpoints
 
 _LONGEST_WAIT_S = 60.0  # NFS keeps the names in a folder for up to 60 s (acdirmax)
 _PACKAGES = ("torch", "transformers", "peft")

@@ -10,7 +10,6 @@ and augmentation by (seed, epoch). So a step is the same whether or not the run 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -18,17 +17,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from sam3lora.config import Config
-from sam3lora.errors import UserError
 from sam3lora.files import discard_folder, whole_folder
-from sam3lora.training.saved_run import RunState, SavedRun, flat_settings
-
-ADAPTER, OPTIMIZER, STATE = FILES = "adapter.safetensors", "optimizer.safetensors", "state.json"
-_NAME = re.compile(r"step_[0-9]{8,}")
+from sam3lora.training.checkpoint_folders import ADAPTER, OPTIMIZER, STATE, damaged, list_checkpoints
+from sam3lora.training.saved_run import RunState, SavedRun
 
 
 def save_checkpoint(
@@ -54,18 +48,6 @@ def save_checkpoint(
     return target
 
 
-def list_checkpoints(root: Path) -> list[Path]:
-    """Complete checkpoints, oldest first; folders of other names, such as copies, do not count."""
-    if not root.is_dir():
-        return []
-    found = [path for path in root.glob("step_*") if _NAME.fullmatch(path.name) and is_complete(path)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
-
-
-def is_complete(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in FILES)
-
-
 def load_checkpoint(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer) -> None:
     """Restore adapter and optimizer in place.
 
@@ -77,30 +59,9 @@ def load_checkpoint(folder: Path, model: PeftModel, optimizer: torch.optim.Optim
         _check_tensors(ADAPTER, adapter, get_peft_model_state_dict(model, save_embedding_layers=False))
         _check_tensors(OPTIMIZER, moments, _expected_moments(model, optimizer, moments))
     except (SafetensorError, OSError, ValueError) as error:
-        raise _damaged(folder, error) from error
+        raise damaged(folder, error) from error
     set_peft_model_state_dict(model, adapter)
     _restore_moments(model, optimizer, moments)
-
-
-def read_state(folder: Path) -> SavedRun:
-    """Position, settings and data of the run.
-
-    Raises:
-        UserError: The checkpoint is damaged.
-    """
-    try:
-        saved = TypeAdapter(SavedRun).validate_json((folder / STATE).read_bytes())
-        flat_settings(Config, saved.settings)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise _damaged(folder, f"{STATE}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-    except (OSError, ValueError) as error:
-        raise _damaged(folder, error) from error
-    return saved
-
-
-def _damaged(folder: Path, error: object) -> UserError:
-    return UserError(f"checkpoint {folder} is damaged ({error}): remove it to resume from the one before")
 
 
 def _cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

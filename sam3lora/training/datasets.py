@@ -66,8 +66,11 @@ class RunData:
         }
 
 
-def read_splits(config: Config) -> tuple[CocoIndex, CocoIndex | None]:
-    """The indexes of the training split, and of the validation split if there is one."""
+Splits = tuple[CocoIndex, CocoIndex | None]
+"""The indexes of the training split, and of the validation split if there is one."""
+
+
+def read_splits(config: Config) -> Splits:
     data, root = config.data, config.training.required_data_dir()
     train = _index(config, required_split(root, data.train_split, data.annotation_file))
     valid_files = find_split(root, data.valid_split, data.annotation_file)
@@ -81,14 +84,14 @@ def data_digest(train: CocoIndex, valid: CocoIndex | None) -> dict[str, str]:
     return found | {f"valid {what}": value for what, value in of_valid.items()}
 
 
-def load_run_data(config: Config, resolution: int, patch_size: int = 14) -> RunData:
+def load_run_data(config: Config, resolution: int, patch_size: int = 14, *, splits: Splits | None = None) -> RunData:
     """Index both splits and leave out the images without a query, which have no loss.
 
-    `resolution` and `patch_size` are the model's, in pixels.
+    `resolution` and `patch_size` are the model's, in pixels. `splits` are from `read_splits`, if they are read already.
     """
     data, training = config.data, config.training
     root = training.required_data_dir()
-    train, valid = read_splits(config)
+    train, valid = splits or read_splits(config)
     names = merge_names([train, valid] if valid else [train])
     known = {prompt_key(name) for name in names}
     complete = () if isinstance(data.exhaustive, bool) else data.exhaustive

@@ -15,13 +15,14 @@ import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from sam3lora.data.fault_report import fault_summary
 from sam3lora.files import errors_of, write_whole
 from sam3lora.progress import Progress, repeatedly
+
+if TYPE_CHECKING:
+    import torch
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -103,6 +104,8 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 def memory_mb(device: torch.device) -> float:
     """Peak memory: of the device's allocator, or of this process on a CPU, in megabytes."""
     if device.type == "cuda":
+        import torch  # not by the process that starts a run and shows its progress
+
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 

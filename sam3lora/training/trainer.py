@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import UTC, datetime
 from itertools import islice
@@ -16,11 +17,13 @@ from sam3lora.config.training import images_per_step, warmup_steps
 from sam3lora.data.batch import Batch
 from sam3lora.model.adapter.folder import save_adapter
 from sam3lora.model.adapter.metadata import read_metadata_values
+from sam3lora.start_marks import mark
 from sam3lora.training import distributed, setup
 from sam3lora.training.agreement import check_agreement, choose_checkpoint, position_facts, run_facts
 from sam3lora.training.best import deciding_metric, disagreement, is_improved
-from sam3lora.training.checkpoints import load_checkpoint, read_state, save_checkpoint
-from sam3lora.training.datasets import BatchSource, load_run_data
+from sam3lora.training.checkpoint_folders import read_state
+from sam3lora.training.checkpoints import load_checkpoint, save_checkpoint
+from sam3lora.training.datasets import BatchSource, load_run_data, read_splits
 from sam3lora.training.fit_batch import resolve_forward_size
 from sam3lora.training.metrics_log import MetricsLog, WarningsToMetrics
 from sam3lora.training.notices import HOST_ENDS_SAVE_S, Notices
@@ -52,11 +55,16 @@ class Trainer:
         resumed_from: str | None = None,
         accepted_data: dict[str, str] | None = None,
     ) -> None:
+        mark("imports of training")
         warnings = WarningsToMetrics() if use_ray else None
         self.output_dir = output_dir
         self.device = setup.choose_device(config, use_ray=use_ray)
-        base = setup.load_base_model(config, self.device)
-        self.data = load_run_data(config, base.resolution, base.patch_size)
+        with ThreadPoolExecutor(1) as beside:  # a large set takes seconds to index, and a large model to load
+            reading = beside.submit(read_splits, config)
+            base = setup.load_base_model(config, self.device)
+            mark("model")
+            self.data = load_run_data(config, base.resolution, base.patch_size, splits=reading.result())
+        mark("data")
         self.model, self.runner = setup.add_adapter(config, base, self.data, self.device)
         self.optimizer = setup.make_optimizer(config, self.model)
         self.metadata = setup.adapter_metadata(config, base, self.data)
@@ -87,11 +95,13 @@ class Trainer:
         self.looked_for_idle = False
         self._saved_s = time.monotonic()
         self._clock_s = time.perf_counter()
+        mark("adapter, text features")
 
     def run(self) -> dict[str, Any]:
         """Train to the last epoch, ``max_steps`` or an early stop."""
         if self.state.step == 0 and self.config.evaluation.base_loss:
             self.measure_base()
+            mark("loss of the base")
         stream = self.batches.training_batches(self.state.epoch, self.state.step_in_epoch)
         with self.notices.listening(), closing(stream):
             self.train_epochs(stream)
@@ -202,6 +212,8 @@ class Trainer:
         waited = self._lap()
         terms, counts, grad_norm = optimizer_step(self, group)
         sums.add(terms, counts)
+        if not self.state.step:
+            mark("first step")
         self.state.step, self.state.step_in_epoch = self.state.step + 1, self.state.step_in_epoch + 1
         log_step(self, group, terms, grad_norm, self._lap(), waited)
 

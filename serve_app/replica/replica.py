@@ -24,6 +24,7 @@ from sam3lora.engine.feature_cache import PreparedImage
 from sam3lora.engine.selection import NotFiniteError, SmallDetections
 from sam3lora.errors import UserError
 from sam3lora.model.tokenization import PromptError
+from sam3lora.start_marks import mark
 from serve_app.http.errors import ServeError, answer_too_large, refuse_as
 from serve_app.http.schemas import check_boxes
 from serve_app.logs import log_as_serve
@@ -58,6 +59,7 @@ class ModelReplica:
     """
 
     def __init__(self, settings: ServeSettings, *, engine: Engine | None = None) -> None:
+        mark("imports of the replica")
         log_as_serve()
         limits = settings.limits
         self._limits = limits
@@ -83,6 +85,7 @@ class ModelReplica:
         self._decoding: SharedCalls[PreparedImage] = SharedCalls(self._decoders)
         self._prepared: WeakValueDictionary[str, PreparedImage] = WeakValueDictionary()
         self._engine = engine or self._batcher.run_at_start(lambda: _build_engine(settings))
+        mark("model")
         self._encoder = MaskEncoder(threads, pause=self._batcher.pause, resume=self._batcher.resume)
         self._store = AdapterStore(
             self._engine,
@@ -93,6 +96,7 @@ class ModelReplica:
             most_detections=limits.max_detections,
         )
         self._batcher.run_at_start(self._engine.warm_up)
+        mark("warm-up")
         logger.info(
             "replica is ready: model %s on %s, %s, %d pixels",
             settings.model,

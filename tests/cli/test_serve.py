@@ -98,10 +98,35 @@ def test_options_win_over_the_file(started, tmp_path):
     file.write_text("replicas: 2\nresolution: 112\nadapters: {root: elsewhere, allowed: [a]}")
     words = ["--config", str(file), "--adapters", str(tmp_path), "--replicas", "3", "--num-gpus", "0"]
     assert main(["serve", "--port", str(PORT), *words]) == 0
-    settings, host, port, address = started[0]
+    settings, host, port, address, _ = started[0]
     assert (host, port, address) == ("127.0.0.1", PORT, None)
     assert (settings.replicas, settings.resolution, settings.num_gpus, settings.model) == (3, 112, 0, "tiny")
     assert (settings.adapters.root, settings.adapters.allowed) == (tmp_path, ("a",))
+
+
+@pytest.mark.parametrize(
+    ("words", "variables", "listens_itself"),
+    [
+        ([], {}, True),
+        (["--address", "local"], {}, True),
+        (["--haproxy"], {}, False),
+        (["--config", "two.yaml"], {}, False),  # several need one in front
+        (["--address", "10.0.0.1:6379"], {}, False),  # Ray Serve, or its port, may have another owner there
+        ([], {"RAY_ADDRESS": "10.0.0.1:6379"}, False),
+        ([], {"RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}, False),
+    ],
+)
+def test_the_only_http_process_of_a_local_ray_listens_itself(
+    words, variables, listens_itself, started, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("two.yaml").write_text("ingress_replicas: 2")
+    os.environ.pop("RAY_ADDRESS", None)
+    os.environ.update(variables)
+    assert main(["serve", "--port", str(PORT), *words]) == 0
+    assert started[0][-1] is listens_itself
+    ports = [os.environ.get(f"RAY_SERVE_DIRECT_INGRESS_{end}_HTTP_PORT") for end in ("MIN", "MAX")]
+    assert ports == ([str(PORT), str(PORT + 1)] if listens_itself else [None, None])
 
 
 def test_a_file_for_serve_run_is_taken_too(started):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from threading import Thread
+
 import numpy as np
 import pytest
+from ray.data import DataContext
 
 from sam3lora.data import pipeline
 from sam3lora.data.batch import Batch
 from sam3lora.data.coco import CocoIndex
 from sam3lora.data.images import ImageError
-from sam3lora.data.pipeline import iterate_batches, stream_batches
+from sam3lora.data.pipeline import iterate_batches, stream_batches, warm_up_reading
 from sam3lora.data.plan import plan_run
 from sam3lora.data.sample import DecodeSettings
 
@@ -64,6 +67,20 @@ def test_stream_needs_no_free_cpu(folder, ray_session):
         return batch.image_ids.tolist()
 
     assert ray_session.get(read.remote(), timeout=120) == [0]
+
+
+def test_warming_up_beside_it_changes_nothing_that_is_read(folder, ray_session):
+    # Both set the options of Ray Data, which are those of the whole process, and put them back.
+    index = CocoIndex.from_folder(folder.write([annotation(i, image_id=i) for i in range(4)], num_images=4))
+    settings, before = DecodeSettings(names=index.names, resolution=32, mask_size=32), DataContext.get_current()
+    plans = list(plan_run(4, images_per_step=1, num_epochs=1, shuffle=False))
+    beside = Thread(target=warm_up_reading)
+    beside.start()
+    streamed = list(stream_batches(index.table, plans, settings))
+    beside.join()
+    for expected, found in zip(iterate_batches(index.table, plans, settings), streamed, strict=True):
+        assert_same(expected, found)
+    assert DataContext.get_current() is before
 
 
 def test_no_batches_need_no_ray(folder):

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from sam3lora.config import load_config
 from sam3lora.errors import UserError
 from sam3lora.training import agreement, setup, trainer
-from sam3lora.training.datasets import load_run_data
+from sam3lora.training.datasets import read_splits
 from sam3lora.training.trainer import Trainer
 
 
@@ -43,10 +43,8 @@ def host(
     def late(path: Path) -> bool:
         return is_file(path) and not (hidden and path.parent.name.startswith(hidden) and time.monotonic() < seen_s)
 
-    def load(config, resolution, patch_size):
-        return load_run_data(
-            config.changed({"training.data_dir": data_dir}) if data_dir else config, resolution, patch_size
-        )
+    def read(config):
+        return read_splits(config.changed({"training.data_dir": data_dir}) if data_dir else config)
 
     load_base, add_adapter = setup.load_base_model, setup.add_adapter
 
@@ -61,7 +59,7 @@ def host(
         patch.object(setup, "add_adapter", add_other_adapter),
         patch.object(agreement.socket, "gethostname", lambda: name),
         patch.object(Path, "is_file", late),
-        patch.object(trainer, "load_run_data", load),
+        patch.object(trainer, "read_splits", read),
         patch.object(torch, "manual_seed", lambda value: manual_seed(value + seed)),
     ):
         yield

@@ -18,7 +18,8 @@ from sam3lora.config import load_config
 from sam3lora.config.loss import LossSection
 from sam3lora.errors import UserError
 from sam3lora.model.adapter.lora_layers import LoraSettings, apply_lora
-from sam3lora.training.checkpoints import list_checkpoints, load_checkpoint, read_state, save_checkpoint
+from sam3lora.training.checkpoint_folders import list_checkpoints, read_state
+from sam3lora.training.checkpoints import load_checkpoint, save_checkpoint
 from sam3lora.training.optimization import build_optimizer
 from sam3lora.training.saved_run import RunState, SavedRun, refuse_changes
 

@@ -11,7 +11,7 @@ from sam3lora.cli import main
 from sam3lora.errors import DiskFull, RunStopped
 from sam3lora.training import trainer
 from sam3lora.training.launch import train
-from sam3lora.training.notices import STOP_FILE, on_sigterm, passed_on
+from sam3lora.training.sigterm import STOP_FILE, on_sigterm, passed_on
 
 from .run_folder import adapter_of, assert_equal, checkpoints_of, lines_of
 

@@ -12,7 +12,7 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from sam3lora.data.images import ImageError
 from sam3lora.errors import RunFailed, UserError
-from sam3lora.training import on_ray
+from sam3lora.training import on_ray, ray_trainer
 from sam3lora.training.metrics_log import MetricsLog, WarningsToMetrics, read_metrics
 from sam3lora.training.update import NonFiniteLoss
 
@@ -24,26 +24,26 @@ def test_mistakes_end_the_run_at_once(mistake):
     # Raised in the controller they are final; beside the error of a worker that waited for the first one, too.
     errors = {0: RuntimeError("connection closed by peer"), 1: mistake}
     with pytest.raises(type(mistake), match=str(mistake)):
-        on_ray.EndOnMistake().after_exception(run_context=None, worker_exceptions=errors)
+        ray_trainer.EndOnMistake().after_exception(run_context=None, worker_exceptions=errors)
 
 
 def test_lost_workers_are_left_to_the_restarts():
-    on_ray.EndOnMistake().after_exception(run_context=None, worker_exceptions={0: LOST, 1: RuntimeError("closed")})
+    ray_trainer.EndOnMistake().after_exception(run_context=None, worker_exceptions={0: LOST, 1: RuntimeError("closed")})
 
 
 def test_errors_say_what_they_are_to_the_user(make_config):
     config = make_config("scaling.max_failures=3")
     # A mistake arrives as the cause of a failed controller, or of one that wraps another.
     mistake = UserError("no prompts")
-    assert on_ray.as_user_error(ray.train.ControllerError(ray.train.ControllerError(mistake)), config) is mistake
+    assert ray_trainer.as_user_error(ray.train.ControllerError(ray.train.ControllerError(mistake)), config) is mistake
     # A lost worker explains the errors of the others: no traceback is needed.
     both = ray.train.WorkerGroupError("...", {0: RuntimeError("connection closed by peer"), 1: LOST})
-    lost = on_ray.as_user_error(both, config)
+    lost = ray_trainer.as_user_error(both, config)
     assert isinstance(lost, RunFailed)
     assert "worker 1 was lost and scaling.max_failures=3" in str(lost)
     assert "killed by SIGKILL" in str(lost)
     # Anything else is a fault in the program, to be shown with its traceback.
-    fault = on_ray.as_user_error(ray.train.WorkerGroupError("...", {0: KeyError("masks")}), config)
+    fault = ray_trainer.as_user_error(ray.train.WorkerGroupError("...", {0: KeyError("masks")}), config)
     assert type(fault) is RuntimeError
     assert "masks" in str(fault)
 
@@ -61,8 +61,8 @@ def test_settings_in_the_environment_last_as_long_as_the_run(make_config, monkey
 def test_worker_that_does_not_see_the_run_folder_says_where_it_runs(make_config, tmp_path):
     # Hosts that do not share the output would train and leave nothing.
     payload = {"config": make_config(output="elsewhere").model_dump(mode="json"), "use_ray": True}
-    with pytest.raises(UserError, match=rf"worker on host {on_ray.socket.gethostname()} does not see .*elsewhere"):
-        on_ray.worker_entry(payload)
+    with pytest.raises(UserError, match=rf"worker on host {ray_trainer.socket.gethostname()} does not see .*elsewhere"):
+        ray_trainer.worker_entry(payload)
 
 
 def test_warnings_of_a_worker_go_where_the_user_looks(tmp_path: Path):

@@ -98,7 +98,7 @@ def test_run_goes_on_after_a_worker_is_killed_as_if_nothing_had_happened(make_co
 
         def kill() -> None:
             # What writers that were killed could have left must not be taken for a checkpoint.
-            for name in (".0123.tmp", "step_00000099"):
+            for name in (f".{'0123' * 8}.part", "step_00000099"):
                 (output_dir / "checkpoints" / name).mkdir()
                 (output_dir / "checkpoints" / name / "adapter.safetensors").write_bytes(b"half")
             worker_processes()[0].kill()

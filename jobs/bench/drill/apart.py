@@ -16,7 +16,7 @@ from pathlib import Path
 from jobs.bench.drill.namespaces import enter, mounted
 from jobs.bench.drill.runs import SETTINGS, Drill, DrillFailed, Run, check_whole, loss_of
 from sam3lora.config import load_config
-from sam3lora.training.checkpoints import list_checkpoints
+from sam3lora.training.checkpoint_folders import list_checkpoints
 from sam3lora.training.metrics_log import METRICS_FILE, read_metrics
 
 SAVED = ("training.max_steps=8", "training.num_epochs=4", "training.lr_scheduler=constant")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jobs.bench.drill.namespaces import enter, mounted
 from jobs.bench.drill.runs import Drill, DrillFailed, check_whole, loss_of
-from sam3lora.training.checkpoints import list_checkpoints
+from sam3lora.training.checkpoint_folders import list_checkpoints
 from sam3lora.training.metrics_log import METRICS_FILE
 
 SIZE_MB = 24

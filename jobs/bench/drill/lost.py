@@ -7,7 +7,7 @@ import signal
 from safetensors.torch import load_file
 
 from jobs.bench.drill.runs import Drill, DrillFailed, check_whole, loss_of
-from sam3lora.training.checkpoints import ADAPTER, list_checkpoints
+from sam3lora.training.checkpoint_folders import ADAPTER, list_checkpoints
 
 ON_RAY = ("scaling.num_workers=1",)
 TWO = ("scaling.num_workers=2",)

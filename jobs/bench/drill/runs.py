@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from sam3lora.data.synth.dataset import write_dataset
 from sam3lora.model.adapter.metadata import read_metadata
-from sam3lora.training.checkpoints import list_checkpoints
+from sam3lora.training.checkpoint_folders import list_checkpoints
 from sam3lora.training.metrics_log import METRICS_FILE, read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[3]

@@ -16,13 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sam3lora.cluster import environment, ray_session
+from sam3lora.cluster import ray_session
 from sam3lora.config import Config
 from sam3lora.data.fault_report import fault_summary
 from sam3lora.errors import RunFailed
 from sam3lora.extras import check_extras
 from sam3lora.files import scratch_folder
 from sam3lora.local_paths import refuse_bad_path
+from sam3lora.local_ray import environment
 from sam3lora.tune.run.capacity import Concurrency, choose_concurrency, local_concurrency, local_cpus
 from sam3lora.tune.run.checks import check_data, checked_data_dir
 from sam3lora.tune.run.ledger import Ledger, TrialRecord, best_record

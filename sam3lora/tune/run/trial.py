@@ -24,7 +24,7 @@ from sam3lora.config.training import images_per_step
 from sam3lora.data.images import ImageError
 from sam3lora.errors import OutOfMemory, RunFailed, UserError, WorkerLost
 from sam3lora.files import write_whole
-from sam3lora.training.checkpoints import list_checkpoints
+from sam3lora.training.checkpoint_folders import list_checkpoints
 from sam3lora.training.launch import train
 from sam3lora.training.update import NonFiniteLoss
 from sam3lora.tune.run.ledger import FailureKind, Ledger, TrialRecord
