@@ -113,7 +113,7 @@ class _Record(TorchDispatchMode):
 
 def _unseen_by_autograd(leaves: list[Any]) -> Block:
     """Of the tensors among the leaves: a GPU that repeats a graph tells autograd nothing."""
-    tensors = {id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)}
+    tensors = {id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()}
     return torch.autograd._unsafe_preserve_version_counter(tuple(tensors.values()))  # type: ignore[no-any-return]
 
 

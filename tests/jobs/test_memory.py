@@ -12,10 +12,11 @@ from jobs.bench import memory
 from jobs.bench.memory import _as_on_a_gpu, _drawn_matches, card_rows, chosen_on, peak_bytes
 from jobs.bench.pretend_gpu import DEVICE, pretend_gpu
 from jobs.bench.tensor_memory import TensorMemory
-from sam3lora.losses.matching import begin_match
+from sam3lora.losses.matching import CostTables, HungarianCost, OneToManyRule, begin_match
 from sam3lora.losses.targets import Predictions, Targets
 
 GB = 1e9
+TABLES = CostTables(HungarianCost(), OneToManyRule())
 
 
 def test_tensors_without_values_are_counted_as_long_as_they_live():
@@ -58,7 +59,7 @@ def test_matches_are_drawn_for_every_target():
     boxes = torch.rand(4, 4)
     masks = torch.zeros(4, 1, 1, dtype=torch.bool)  # which the drawn matches say to be valid and not empty
     targets = Targets(torch.tensor([2, 2]), boxes, masks, torch.ones(4, dtype=torch.bool))
-    found = _drawn_matches(begin_match(predictions, targets), copies=4)
+    found = _drawn_matches(begin_match(predictions, targets, TABLES), copies=4)
     assert found.has_mask_pixels_T.all()
     assert found.num_targets_B.tolist() == [2, 2]
     o2o = found.o2o.host_M4
@@ -68,7 +69,7 @@ def test_matches_are_drawn_for_every_target():
     assert found.o2m.num_per_layer == [4, 4, 16]
     last = found.o2m.host_M4[8:]
     assert len(np.unique(last[:, [1, 2]], axis=0)) == 16  # each has an object query of its own
-    few = _drawn_matches(begin_match(predictions, targets), copies=0)
+    few = _drawn_matches(begin_match(predictions, targets, TABLES), copies=0)
     assert few.o2m.num_per_layer == [4, 4, 0]  # type: ignore[union-attr]
 
 

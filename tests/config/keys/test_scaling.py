@@ -18,7 +18,7 @@ def ask(settings, monkeypatch):
     import ray
 
     from sam3lora import cluster
-    from sam3lora.training import on_ray
+    from sam3lora.training import ray_trainer
     from sam3lora.training.launch import train
 
     asked = SimpleNamespace(init=None, trainer=None, start_timeout=None)
@@ -42,7 +42,8 @@ def ask(settings, monkeypatch):
     for name in ("cluster_resources", "available_resources"):
         monkeypatch.setattr(ray, name, lambda: resources)
     monkeypatch.setattr(cluster, "_join", lambda address, quiet: ray.init(address=address, **quiet))
-    monkeypatch.setattr(on_ray, "TorchTrainer", Trainer)
+    for name in ("LocalTrainer", "PlainTrainer"):
+        monkeypatch.setattr(ray_trainer, name, Trainer)
 
     def make(*overrides):
         asked.init = asked.trainer = None
@@ -65,7 +66,7 @@ def test_num_workers_train_side_by_side(ask, run):
 def test_use_gpu_gives_each_worker_one(value, use_gpu, backend, ask):
     trainer = ask(f"scaling.use_gpu={value}").trainer
     assert trainer.scaling_config.use_gpu is use_gpu
-    assert backend in trainer.torch_config.backend
+    assert backend in trainer.backend_config.backend
 
 
 @acts("scaling.resources_per_worker")
