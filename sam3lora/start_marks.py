@@ -5,6 +5,7 @@ Each process of a run or of the service appends its own lines, so the file shows
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -29,7 +30,8 @@ def mark(done: str) -> None:
     """Say that this process has done a part of its start."""
     if file := os.environ.get(FILE_VARIABLE):
         line = json.dumps(asdict(StartMark(done, time.time(), os.getpid())))
-        with open(file, "a", encoding="utf-8") as marks:  # a short line is appended whole
+        # A short line is appended whole. What is started goes on where it cannot be written.
+        with contextlib.suppress(OSError), open(file, "a", encoding="utf-8") as marks:
             marks.write(f"{line}\n")
 
 

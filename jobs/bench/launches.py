@@ -93,7 +93,8 @@ def count_launches(presets: Sequence[str] = PRESETS, prompts: Sequence[int] = PR
     counts = [
         count for graphs in (False, True) for number in prompts for count in count_inference(number, graphs=graphs)
     ]
-    counts += [count_training_step(preset) for preset in presets]
+    counts += [count_training_step(preset, graphs=graphs) for graphs in (False, True) for preset in presets]
+    counts += [count_training_step(preset, graphs=True, checkpointing=()) for preset in presets]
     return LaunchReport(counts, count_loss_bytes())
 
 
@@ -148,7 +149,7 @@ def count_training_step(
             step(batch)
         runner.criterion = _LossInParts(runner.criterion, launches)  # type: ignore[assignment]
         with _parts_of_stages(launches):
-            how = ", graphs" if graphs else ""
+            how = (", graphs" if graphs else "") + (", none recomputed" if checkpointing == () else "")
             return _counted(launches, f"step of {preset}{how}", lambda: step(batch))
 
 

@@ -97,7 +97,7 @@ def make_runner(
     staged = StagedSam3(sam3, geometry_cls=work.geometry_cls, checkpointing=components)
     loss = criterion(work, LastLayerCriterion if settings.same_loss else Criterion)
     if capturer:
-        graphs = GradientGraphs(capturer)
+        graphs = GradientGraphs(lambda: capturer)
         staged = GraphedSam3(sam3, geometry_cls=work.geometry_cls, checkpointing=components, graphs=graphs)
         loss.tables = GraphedCosts(loss.tables, graphs)
     words = tokenizer()

@@ -51,6 +51,7 @@ def serve(
     from serve_app.settings import prepare_environment
 
     # One HTTP process can listen itself; several need one in front that shares requests out.
+    haproxy = haproxy or os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
     is_local = (address or os.environ.get("RAY_ADDRESS") or "local") == "local"
     alone = is_local and settings.ingress_replicas == 1 and not haproxy
     is_direct = prepare_environment(haproxy=haproxy, direct_port=port if alone else None)

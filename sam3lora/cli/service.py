@@ -74,6 +74,7 @@ def run_service(
             if not stop.is_set():
                 if not is_direct:
                     _wait_for_http(http)
+                _wait_for_port(_reachable(host), port, stop)
                 announce()
                 stop.wait()
                 typer.echo("stopping after the requests in progress; Ctrl-C again stops at once", err=True)
@@ -126,6 +127,19 @@ def _wait_for_http(waiting: list[Any]) -> None:
         ray.get(waiting, timeout=_HTTP_START_S)
     except (ray.exceptions.RayError, TimeoutError) as error:
         raise RunFailed(f"Ray Serve does not listen: {str(error).strip().splitlines()[-1]}") from error
+
+
+def _wait_for_port(host: str, port: int, stop: threading.Event) -> None:
+    """Whoever listens, in front or not: an address is announced when it answers."""
+    end_s = time.monotonic() + _HTTP_START_S
+    while not stop.is_set():
+        try:
+            socket.create_connection((host.strip("[]"), port), timeout=1).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end_s:
+                raise RunFailed(f"the service does not listen on {host}:{port}: {error.strerror or error}") from error
+        stop.wait(0.1)
 
 
 def _deploy(ray_serve: Any, application: Any, stop: threading.Event) -> None:

@@ -7,6 +7,7 @@ Shapes: `I` images, `N` of them with pixels, `B` find queries, `T` packed target
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -165,5 +166,13 @@ def to_pixel_values(
 
     images = torch.from_numpy(images_IHWC).to(device, non_blocking=True).permute(0, 3, 1, 2)
     pixels = images.to(torch.float32, memory_format=torch.contiguous_format)
-    mean, std = (torch.tensor([*values], device=device).view(3, 1, 1) for values in (image_mean, image_std))
+    mean, std = (_by_channel(tuple(values), str(device)) for values in (image_mean, image_std))
     return pixels.div_(255).sub_(mean).div_(std).to(dtype or torch.float32)
+
+
+@functools.cache
+def _by_channel(values: tuple[float, ...], device: str) -> Tensor:
+    """(3, 1, 1), sent to the device once."""
+    import torch
+
+    return torch.tensor(values, device=device).view(3, 1, 1)

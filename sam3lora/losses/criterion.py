@@ -119,7 +119,7 @@ class Criterion:
         names += ["loss_semantic_seg", "loss_semantic_dice"]
         values.append(self._semantic_sums(semantic_queries, predictions, targets, matches) / normalizer.num_semantic)
         terms = torch.cat(values)
-        total = normalizer.scale * (terms * self._weights_of(names, terms)).sum()
+        total = normalizer.scale * torch.dot(terms, self._weights_of(names, terms))
         return LossOutput(
             total=total,
             terms=dict(zip(names, terms.detach().unbind(), strict=True)),

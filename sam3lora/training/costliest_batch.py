@@ -47,9 +47,12 @@ class CostliestBackward:
         device = runner.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(0)
+            runner.staged.forget_graphs()
             try:
-                runner.backward(batch, StepCounts.of([batch]).normalizer())
+                for _ in range(runner.staged.runs_to_settle):
+                    runner.backward(batch, StepCounts.of([batch]).normalizer())
             finally:
+                runner.staged.forget_graphs()
                 self.model.zero_grad(set_to_none=True)
                 self.model.eval()
 

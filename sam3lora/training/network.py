@@ -6,6 +6,7 @@ would import torch as well. Here the workers alone do.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import socket
@@ -61,6 +62,8 @@ class _TorchBackend(Backend):
     share_cuda_visible_devices = True  # a worker sees the GPUs of all workers on its host, as NCCL expects
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        # First what takes seconds: between its choice and its use, somebody else could take the port.
+        worker_group.execute(import_torch)
         address = worker_group.execute_single(0, get_address_and_port)
         size = len(worker_group)
         joining = [
@@ -80,10 +83,14 @@ class _TorchBackend(Backend):
             logger.warning("the workers did not leave their process group within %g s", timeout_s)
 
 
+def import_torch() -> None:
+    with heavy_imports():
+        importlib.import_module("ray.train.torch.config")
+
+
 def join_process_group(address: tuple[str, int], rank: int, size: int, config: TorchOnRayNetwork) -> None:
     """In a worker: wait for the others at the address of the first one, and set what `torchrun` would set."""
-    with heavy_imports():
-        from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group
+    from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group
 
     use_interface_of_ray()
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = address[0], str(address[1])

@@ -162,7 +162,10 @@ def make_stages(
     criterion = Criterion(config.training.loss, touch_unused=False)
     if device.type != "cuda" or not wants_cuda_graphs(config.training.cuda_graphs):
         return StagedSam3(sam3, **settings), criterion
-    graphs = GradientGraphs(CudaCapturer(device))
+    # Gradients add up on the stream of a capture, whatever ran a weight's backward pass before.
+    torch.autograd.graph.set_override_stale_capture_stream(True)
+    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
+    graphs = GradientGraphs(lambda: CudaCapturer(device))
     criterion.tables = GraphedCosts(criterion.tables, graphs)
     return GraphedSam3(sam3, graphs=graphs, **settings), criterion
 

@@ -130,6 +130,7 @@ class LossRunner:
         return terms
 
     def _backward(self, batch: Batch, normalizer: Normalizer) -> tuple[Tensor, dict[str, Tensor]]:
+        self.staged.begin_batch()
         with self._autocast():
             vision = self.staged.prepare(self.images.of_batch(batch))
             text, text_index = self.text.features(batch.prompts_B)

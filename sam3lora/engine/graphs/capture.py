@@ -7,6 +7,7 @@ again. It may read no value of a tensor and copy nothing from or to the host.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from typing import Protocol
 
@@ -31,12 +32,16 @@ class Capturer(Protocol):
         ...
 
 
+_ONE_AT_A_TIME = threading.Lock()  # of the process, as torch asks
 MIN_FREE = 1 / 8
 """Share of a GPU's memory that captures leave free, for what runs without them."""
 
 
 class CudaCapturer:
-    """Captures CUDA graphs, which share the memory of their intermediate tensors: only one may run at a time.
+    """Captures CUDA graphs, which share the memory of their intermediate tensors.
+
+    So they may run in any order only if nothing that one of them has made in its capture is read after another has run:
+    results go to tensors from outside.
 
     A capture that would leave less than `MIN_FREE` raises torch.OutOfMemoryError.
     """
@@ -52,7 +57,7 @@ class CudaCapturer:
         caches_casts = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)
         try:
-            with torch.cuda.device(self._device):
+            with _ONE_AT_A_TIME, torch.cuda.device(self._device):
                 self._warm_up(function)
                 # cuBLAS keeps a workspace for each stream, and torch frees it with any graph of the stream: others then
                 # read memory that is gone (https://github.com/pytorch/pytorch/issues/193402). Without a workspace the

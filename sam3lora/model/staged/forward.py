@@ -52,6 +52,15 @@ class StagedSam3:
         """Around forward and backward of a batch: `adapters_cast_once` of the adapters that a forward would cast."""
         return adapters_cast_once(self.model, dtype)
 
+    runs_to_settle = 1
+    """Runs of a batch after which one more takes no other memory."""
+
+    def begin_batch(self) -> None:
+        """Before forward and backward of a batch."""
+
+    def forget_graphs(self) -> None:
+        """Free what was kept to run again."""
+
     # ---- encoders -------------------------------------------------------------------------------------------------
 
     def encode_images(self, pixel_values_ICHW: Tensor) -> VisionFeatures:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -112,5 +113,4 @@ class DetectorOutput:
         training takes raw ones (the result of its limit is discarded), in which the presence of such a word outweighs
         all other terms for many steps.
         """
-        limited_LB = self.presence_logits_LB
-        return limited_LB + SLOPE_BEYOND_LIMITS * (self.raw_presence_logits_LB - limited_LB)
+        return torch.lerp(self.presence_logits_LB, self.raw_presence_logits_LB, SLOPE_BEYOND_LIMITS)

@@ -45,6 +45,14 @@ class GraphedSam3(StagedSam3):
         self._functions: dict[Hashable, GraphedFunction] = {}
         self._positions: dict[str, list[Tensor]] = {}  # the same for all images
 
+    runs_to_settle = 3  # as it is, captured, repeated
+
+    def begin_batch(self) -> None:
+        self._graphs.begin()
+
+    def forget_graphs(self) -> None:
+        self._graphs.forget()
+
     def adapters_cast_once(self, dtype: torch.dtype) -> AbstractContextManager[None]:
         """Only of adapters outside of the graphs: a graph casts its own, for it does not see the copies of a step."""
         return adapters_cast_once(self.model, dtype, set(COMPONENTS) - self._captured)
@@ -59,6 +67,9 @@ class GraphedSam3(StagedSam3):
         return VisionFeatures(list(maps), self._positions["images"])
 
     def encode_neck(self, trunk_ISC: Tensor) -> VisionFeatures:
+        if any(one.requires_grad for one in self.model.vision_encoder.parameters()):
+            return self._plain.encode_neck(trunk_ISC)  # of a trunk that runs outside of a graph
+
         def encode(tokens_ISC: Tensor) -> Tensors:
             vision = self._plain.encode_neck(tokens_ISC)
             self._keep_positions("images", vision.positions_1CHW)

@@ -24,7 +24,9 @@ def layer():
 
 
 def graphed(layer, capturer, function=None):
-    return GraphedFunction("it", function or (lambda x: (layer(x),)), layer.parameters(), GradientGraphs(capturer))
+    return GraphedFunction(
+        "it", function or (lambda x: (layer(x),)), layer.parameters(), GradientGraphs(lambda: capturer)
+    )
 
 
 def gradients_of(layer, function, chunks):
@@ -159,3 +161,51 @@ def test_a_step_in_the_middle_of_which_is_captured(layer, capturer):
     expected = gradients_of(layer, lambda x: (layer(x),), [x, x, x])
     for mine, other in zip(gradients_of(layer, run, [x, x, x]), expected, strict=True):  # the second chunk captures
         torch.testing.assert_close(mine, other)
+
+
+def test_every_function_has_memory_of_its_own(layer):
+    # A graph of one may run between forward and backward of another.
+    made = []
+    graphs = GradientGraphs(lambda: made.append(RecordingCapturer()) or made[-1])
+    first, second = (GraphedFunction(name, lambda x: (layer(x),), layer.parameters(), graphs) for name in "ab")
+    for _ in range(3):
+        x = torch.randn(5, 3)
+        for parameter in layer.parameters():
+            parameter.grad = None
+        (y,), (z,) = first(x), second(2 * x)
+        (y.sum() + z.square().sum()).backward()
+        mine = [parameter.grad.clone() for parameter in layer.parameters()]
+        for parameter in layer.parameters():
+            parameter.grad = None
+        (layer(x).sum() + layer(2 * x).square().sum()).backward()
+        torch.testing.assert_close(mine, [parameter.grad for parameter in layer.parameters()])
+    assert [one.num_captures for one in made] == [2, 2]
+
+
+def test_what_is_forgotten_is_captured_anew(layer, capturer):
+    graphs = GradientGraphs(lambda: capturer)
+    run = GraphedFunction("it", lambda x: (layer(x),), layer.parameters(), graphs)
+    for _ in range(2):
+        for _ in range(3):
+            chunks = [torch.randn(5, 3)]
+            expected = gradients_of(layer, lambda x: (layer(x),), chunks)
+            torch.testing.assert_close(gradients_of(layer, run, chunks), expected)
+        graphs.forget()
+    assert capturer.num_captures == 4
+
+
+def test_a_shape_without_room_leaves_the_others(layer, capturer, monkeypatch, caplog):
+    run, capture = graphed(layer, capturer), capturer.capture
+
+    def with_little_memory(function):
+        if len(x) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return capture(function)
+
+    monkeypatch.setattr(capturer, "capture", with_little_memory)
+    for x in (torch.randn(5, 3), torch.randn(2, 3)):
+        for _ in range(3):
+            expected = gradients_of(layer, lambda x: (layer(x),), [x])
+            torch.testing.assert_close(gradients_of(layer, run, [x]), expected)
+    assert capturer.num_captures == 2
+    assert len(caplog.records) == 1
