@@ -60,8 +60,9 @@ class _FocalAndDice(torch.autograd.Function):
         all_M, size_M = s.sum(dim=(1, 2)), y.sum(dim=(1, 2))
         missed_M = (signed.sum(dim=(1, 2)) - all_M) / ratio  # the sum of s inside
         found_M = size_M - missed_M
-        size_of_both_M = all_M + 2 * found_M + 1
-        share_M = (2 * found_M + 1) / size_of_both_M
+        twice_found_M = (2 * found_M).add_(1)
+        size_of_both_M = all_M + twice_found_M
+        share_M = twice_found_M / size_of_both_M
         dice = (1 - share_M).sum()
 
         signed.mul_(s)
