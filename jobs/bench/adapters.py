@@ -207,7 +207,9 @@ def make_mixed(requests: Requests) -> Round:
         for one in answers:
             if isinstance(one, Exception):
                 raise one
-            found += [small.at_full_size().scores.tolist() for small in one]
+            for small in one:
+                small.at_full_size()
+                found.append(small.scores_N.tolist())  # with those whose mask is empty, as the plain way has them
         return found
 
     if requests.kept:
