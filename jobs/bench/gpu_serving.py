@@ -35,17 +35,12 @@ def serving_cases(
             for words, images in IMAGES.items():
 
                 def measure(number: int = number, images: Images = images) -> Row:
+                    from jobs.bench.serving_tables import rates_beside
+
                     servers = bench()
                     time_left_s()
                     plain, ours = servers.closed_loops(number, NUM_ADAPTERS, images)
-                    return {
-                        "plain /s": plain.per_second,
-                        "ours /s": ours.per_second,
-                        "ours / plain": ours.per_second / plain.per_second if plain.per_second else None,
-                        "plain p50 ms": plain.latency_ms(50),
-                        "ours p50 ms": ours.latency_ms(50),
-                        "errors": plain.num_errors + ours.num_errors,
-                    }
+                    return rates_beside(plain, ours) | {"errors": plain.num_errors + ours.num_errors}
 
                 yield GpuCase({"clients": number, "images": words}, measure)
 

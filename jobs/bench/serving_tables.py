@@ -162,13 +162,19 @@ def repeated_image(folder: Path, generator: LoadGenerator, *, haproxy: bool = Fa
     return Rows("A repeated image, small model (336 pixels, random weights), one client", rows, note)
 
 
-def _beside(plain: LoadResult, ours: LoadResult) -> dict[str, Any]:
+def rates_beside(plain: LoadResult, ours: LoadResult) -> dict[str, Any]:
+    """Requests a second of both servers and how long the median request takes."""
     return {
         "plain /s": plain.per_second,
         "ours /s": ours.per_second,
         "ours / plain": ours.per_second / plain.per_second if plain.per_second else None,
         "plain p50 ms": plain.latency_ms(50),
         "ours p50 ms": ours.latency_ms(50),
+    }
+
+
+def _beside(plain: LoadResult, ours: LoadResult) -> dict[str, Any]:
+    return rates_beside(plain, ours) | {
         "plain p99 ms": plain.latency_ms(99),
         "ours p99 ms": ours.latency_ms(99),
         "plain errors": plain.num_errors,

@@ -6,11 +6,9 @@ reading, with what was done about it.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
-import gc
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +27,7 @@ from sam3lora.data.label_table import LabelTable
 from sam3lora.data.listed_entries import read_categories, read_images
 from sam3lora.data.prompts import prompt_key
 from sam3lora.errors import UserError
+from sam3lora.garbage_collection import no_garbage_collection
 
 ANNOTATION_FILE = "_annotations.coco.json"
 
@@ -71,7 +70,7 @@ class CocoIndex:
         with index_cache.kept_index(source, folder) as kept:
             index = _restore(kept, source)
             if index is None:
-                with _without_garbage_collection():
+                with no_garbage_collection():
                     index = _read_index(source, folder, kept)
         _stop_on_missing(index.faults, source, on_bad_image)
         if not len(index) and not allow_empty:
@@ -132,18 +131,6 @@ def merge_names(indexes: Iterable[CocoIndex]) -> tuple[str, ...]:
         for name in index.names:
             names.setdefault(prompt_key(name), name)
     return tuple(names.values())
-
-
-@contextlib.contextmanager
-def _without_garbage_collection() -> Iterator[None]:
-    """Millions of new objects, none of them garbage, would be searched again and again."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _read_index(source: Path, folder: Path, kept: index_cache.KeptIndex) -> CocoIndex:

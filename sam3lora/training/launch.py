@@ -16,7 +16,7 @@ from sam3lora.errors import UserError
 from sam3lora.extras import check_extras
 from sam3lora.files import check_folder, remove_leftovers, write_whole
 from sam3lora.folder_lock import locked_folder
-from sam3lora.heavy_imports import heavy_imports
+from sam3lora.garbage_collection import no_garbage_collection
 from sam3lora.training.checkpoint_folders import list_checkpoints, read_state
 from sam3lora.training.metrics_log import METRICS_FILE, append_line, follow, read_metrics, write_plots
 from sam3lora.training.saved_run import refuse_changes
@@ -191,7 +191,7 @@ def _run(
         from sam3lora.training.on_ray import run_on_ray
 
         return run_on_ray(config, payload, callbacks)
-    with heavy_imports():
+    with no_garbage_collection():
         from sam3lora.training.worker import run_worker
 
     return run_worker(payload, report=report)

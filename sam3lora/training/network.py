@@ -25,7 +25,7 @@ from ray.train.constants import (
 )
 from ray.train.v2._internal.util import TrainingFramework
 
-from sam3lora.heavy_imports import heavy_imports
+from sam3lora.garbage_collection import no_garbage_collection
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class _TorchBackend(Backend):
 
 
 def import_torch() -> None:
-    with heavy_imports():
+    with no_garbage_collection():
         importlib.import_module("ray.train.torch.config")
 
 

@@ -18,7 +18,7 @@ from sam3lora.cluster import check_room, choose_gpu, worker_resources
 from sam3lora.config import Config
 from sam3lora.data.pipeline import warm_up_reading
 from sam3lora.errors import RunFailed, UserError, WorkerLost, WorkerStopped
-from sam3lora.heavy_imports import heavy_imports
+from sam3lora.garbage_collection import no_garbage_collection
 from sam3lora.start_marks import mark
 from sam3lora.training.local_trainer import LocalTrainer, PlainTrainer
 from sam3lora.training.network import TorchOnRayNetwork
@@ -87,7 +87,7 @@ def worker_entry(payload: dict[str, Any]) -> dict[str, Any]:
             "--output-dir on storage that all hosts of the cluster share"
         )
     Thread(target=warm_up_reading, daemon=True).start()
-    with heavy_imports():
+    with no_garbage_collection():
         from ray.train.torch import TorchConfig
 
         from sam3lora.training.worker import run_worker

@@ -16,14 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sam3lora.engine.graphs.stage import SIZES
 from sam3lora.model.adapter.lora_products import adapters_cast_once
 from sam3lora.model.components import COMPONENTS, component_of
 from sam3lora.model.staged.forward import StagedSam3
 from sam3lora.model.staged.stage_outputs import DetectorOutput, VisionFeatures, rows_of
 from sam3lora.training.graphs.gradient_graphs import GradientGraphs, GraphedFunction, Tensors
-
-SIZES = (1, 2, 4, 8, 16, 32)
-"""Find queries for which a stage is captured; other numbers are padded to the next, and more run without a graph."""
 
 _BY_LAYER = ("logits_LBQ", "boxes_cxcywh_LBQ4", "presence_logits_LB", "raw_presence_logits_LB")
 _BY_LAYER_O2M = ("logits_o2m_LBQ", "boxes_o2m_LBQ4")
@@ -58,24 +56,20 @@ class GraphedSam3(StagedSam3):
         return adapters_cast_once(self.model, dtype, set(COMPONENTS) - self._captured)
 
     def encode_images(self, pixel_values_ICHW: Tensor) -> VisionFeatures:
-        def encode(pixels_ICHW: Tensor) -> Tensors:
-            vision = self._plain.encode_images(pixels_ICHW)
-            self._keep_positions("images", vision.positions_1CHW)
-            return tuple(vision.maps_ICHW)
-
-        maps = self._graphed("the vision encoder", ("vision_encoder",), encode)(pixel_values_ICHW)
-        return VisionFeatures(list(maps), self._positions["images"])
+        return self._maps("the vision encoder", self._plain.encode_images, pixel_values_ICHW)
 
     def encode_neck(self, trunk_ISC: Tensor) -> VisionFeatures:
         if any(one.requires_grad for one in self.model.vision_encoder.parameters()):
             return self._plain.encode_neck(trunk_ISC)  # of a trunk that runs outside of a graph
+        return self._maps("the neck", self._plain.encode_neck, trunk_ISC)
 
-        def encode(tokens_ISC: Tensor) -> Tensors:
-            vision = self._plain.encode_neck(tokens_ISC)
+    def _maps(self, name: str, encode: Callable[[Tensor], VisionFeatures], given: Tensor) -> VisionFeatures:
+        def maps_of(inputs: Tensor) -> Tensors:
+            vision = encode(inputs)
             self._keep_positions("images", vision.positions_1CHW)
             return tuple(vision.maps_ICHW)
 
-        maps = self._graphed("the neck", ("vision_encoder",), encode)(trunk_ISC)
+        maps = self._graphed(name, ("vision_encoder",), maps_of)(given)
         return VisionFeatures(list(maps), self._positions["images"])
 
     def prepare(self, vision: VisionFeatures) -> VisionFeatures:
@@ -195,6 +189,7 @@ class GraphedCosts:
 
 
 def _size_for(num_rows: int, *, smallest: int = 1) -> int:
+    """The number to pad to; larger numbers stay, and run without a graph unless they recur."""
     return next((size for size in SIZES if size >= max(num_rows, smallest)), num_rows)
 
 
