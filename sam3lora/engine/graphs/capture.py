@@ -16,9 +16,13 @@ import torch
 SWITCH = "SAM3LORA_CUDA_GRAPHS"
 """Environment variable: 0 leaves CUDA graphs out wherever nothing else is said."""
 
+_OFF = ("0", "false", "no", "off")
+
 
 def wants_cuda_graphs(setting: bool | None) -> bool:
-    return os.environ.get(SWITCH, "1") != "0" if setting is None else setting
+    if setting is not None:
+        return setting
+    return os.environ.get(SWITCH, "1").strip().lower() not in _OFF
 
 
 class Capturer(Protocol):
