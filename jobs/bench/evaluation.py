@@ -119,6 +119,8 @@ def _as_coco(found: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
     best = found["scores"].argsort(descending=True, stable=True)[:MAX_DETECTIONS]
     detections = []
     for score, box, mask in zip(*(found[name][best].numpy() for name in ("scores", "boxes", "masks")), strict=True):
+        if not mask.any():  # nothing is found where no pixel is: `validate` leaves it out
+            continue
         rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
         x0, y0, x1, y1 = box.tolist()
         detections.append(
