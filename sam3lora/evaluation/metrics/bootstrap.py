@@ -1,4 +1,4 @@
-"""Bootstrap intervals of the difference between two models: how much it depends on the choice of images."""
+"""Bootstrap intervals of a metric and of the difference between two models: how much the choice of images matters."""
 
 from __future__ import annotations
 
@@ -31,6 +31,21 @@ class Interval:
     num_resamples: int
 
 
+@dataclass(frozen=True)
+class ValueInterval:
+    """A metric of one model and its interval; None where they cannot be computed.
+
+    Attributes:
+        low, high: Ends of the interval; None also with fewer than two images.
+        num_resamples: Number of resamples on which the model could be measured.
+    """
+
+    value: float | None
+    low: float | None
+    high: float | None
+    num_resamples: int
+
+
 def bootstrap_difference(
     metric_a: Metric,
     metric_b: Metric,
@@ -60,27 +75,36 @@ def bootstrap_difference(
     Raises:
         ValueError: `confidence` or `num_resamples` is out of range.
     """
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
-    if num_resamples < 1:
-        raise ValueError(f"num_resamples must be positive, got {num_resamples}")
 
     def difference(image_weights_I: np.ndarray) -> float | None:
         a, b = metric_a(image_weights_I), metric_b(image_weights_I)
         return None if a is None or b is None else b - a
 
-    observed = difference(np.ones(num_images, dtype=int))
+    found = bootstrap_value(difference, num_images, num_resamples=num_resamples, seed=seed, confidence=confidence)
+    excludes_zero = found.low is not None and found.high is not None and (found.low > 0 or found.high < 0)
+    return Interval(found.value, found.low, found.high, excludes_zero, found.num_resamples)
+
+
+def bootstrap_value(
+    metric: Metric, num_images: int, *, num_resamples: int = 1000, seed: int = 0, confidence: float = 0.95
+) -> ValueInterval:
+    """Percentile bootstrap over images of one model's metric; arguments and errors as in `bootstrap_difference`."""
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
+    if num_resamples < 1:
+        raise ValueError(f"num_resamples must be positive, got {num_resamples}")
+    observed = metric(np.ones(num_images, dtype=int))
     if observed is None or num_images < 2:
-        return Interval(observed, None, None, False, 0)
+        return ValueInterval(observed, None, None, 0)
     rng = np.random.default_rng(seed)
     shares_I = np.full(num_images, 1 / num_images)
-    drawn = (difference(rng.multinomial(num_images, shares_I)) for _ in range(num_resamples))
-    differences = [value for value in drawn if value is not None]
-    if not differences:
-        return Interval(observed, None, None, False, 0)
+    drawn = (metric(rng.multinomial(num_images, shares_I)) for _ in range(num_resamples))
+    values = [value for value in drawn if value is not None]
+    if not values:
+        return ValueInterval(observed, None, None, 0)
     tail = (1 - confidence) / 2
-    low, high = (float(value) for value in np.quantile(differences, [tail, 1 - tail]))
-    return Interval(observed, low, high, low > 0 or high < 0, len(differences))
+    low, high = (float(value) for value in np.quantile(values, [tail, 1 - tail]))
+    return ValueInterval(observed, low, high, len(values))
 
 
 def map_difference(
