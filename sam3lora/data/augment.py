@@ -23,12 +23,13 @@ SAM3_FRAME = 1008
 @dataclass(frozen=True)
 class Placement:
     """The image's square in the frame, in units of the frame's side: `x' = offset + scale * x`, after mirroring
-    left to right if `flip`."""
+    left to right if `flip`, and top to bottom if `flip_vertical`."""
 
     scale: float = 1.0
     offset_x: float = 0.0
     offset_y: float = 0.0
     flip: bool = False
+    flip_vertical: bool = False
 
     @property
     def is_full_frame(self) -> bool:
@@ -42,6 +43,7 @@ class Placement:
         """
         x, y = points_xy[:, 0], points_xy[:, 1]
         x = 1.0 - x if self.flip else x
+        y = 1.0 - y if self.flip_vertical else y
         return np.stack([self.offset_x + self.scale * x, self.offset_y + self.scale * y], axis=1)
 
     def map_boxes(self, boxes_xyxy: np.ndarray) -> np.ndarray:
@@ -56,18 +58,20 @@ def choose_placement(
     *,
     augmentation: Augmentation = "none",
     horizontal_flip: float = 0.0,
+    vertical_flip: float = 0.0,
 ) -> Placement:
     """Draw a placement in a frame of `resolution` pixels; how often `rng` is asked depends on the settings only.
 
     "none" fills the frame, "sam3" is SAM 3's random square resize and offset, which does not mirror.
     """
     flip = bool(rng.random() < horizontal_flip)
+    flip_vertical = vertical_flip > 0 and bool(rng.random() < vertical_flip)
     if augmentation == "none":
-        return Placement(flip=flip)
+        return Placement(flip=flip, flip_vertical=flip_vertical)
     assert augmentation == "sam3", augmentation
     side = max(1, round(int(rng.choice(SAM3_SIDES)) * resolution / SAM3_FRAME))
     left, top = (int(v) for v in rng.integers(0, resolution - side, size=2, endpoint=True))
-    return Placement(side / resolution, left / resolution, top / resolution, flip)
+    return Placement(side / resolution, left / resolution, top / resolution, flip, flip_vertical)
 
 
 def place_image(image: np.ndarray, placement: Placement, resolution: int) -> np.ndarray:
@@ -76,6 +80,8 @@ def place_image(image: np.ndarray, placement: Placement, resolution: int) -> np.
     resized = resize_image(image, (side, side))
     if placement.flip:
         resized = resized[:, ::-1]
+    if placement.flip_vertical:
+        resized = resized[::-1]
     if side == resolution:
         return np.ascontiguousarray(resized)
     left, top = round(placement.offset_x * resolution), round(placement.offset_y * resolution)

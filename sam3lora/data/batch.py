@@ -41,6 +41,7 @@ class Batch:
         mask_size: M, or None.
         mask_valid_T: bool (T,), whether the target has a mask with at least one pixel.
         skipped: (image id, path, reason) of images left out.
+        label_maps: uint8 (I, N, M, M), see `label_maps.LabelMaps`; None where prompts are asked.
     """
 
     images_NHWC: np.ndarray
@@ -60,6 +61,7 @@ class Batch:
     skipped: list[tuple[int, str, str]]
     epoch: int = 0
     step: int = 0
+    label_maps: np.ndarray | None = None
 
     @classmethod
     def join(cls, parts: Sequence[Batch], *, epoch: int = 0, step: int = 0) -> Batch:

@@ -114,6 +114,8 @@ def _place_points(points: list[float], size_hw: tuple[int, int], placement: Plac
     found[1::2] /= size_hw[0]
     if placement.flip:
         found[0::2] = 1.0 - found[0::2]
+    if placement.flip_vertical:
+        found[1::2] = 1.0 - found[1::2]
     found *= placement.scale
     found[0::2] += placement.offset_x
     found[1::2] += placement.offset_y
@@ -135,6 +137,8 @@ def _place_bitmap(mask: np.ndarray, placement: Placement, mask_size: int) -> np.
     coverage = _resize_coverage(mask, (side, side))
     if placement.flip:
         coverage = coverage[:, ::-1]
+    if placement.flip_vertical:
+        coverage = coverage[::-1]
     if side == mask_size and placement.is_full_frame:
         return coverage > 0.5
     # pixel centres: u' = (u + 0.5) * extent / side + offset - 0.5

@@ -16,6 +16,7 @@ from sam3lora.data.batch import Batch
 from sam3lora.data.coco import read_record
 from sam3lora.data.images import ImageError, read_image
 from sam3lora.data.index_columns import object_columns
+from sam3lora.data.label_maps import LabelMaps
 from sam3lora.data.masks import place_mask
 from sam3lora.data.prompts import Query, build_queries, sample_rng
 
@@ -31,7 +32,7 @@ class DecodeSettings:
         names: Category names of the data set (`CocoIndex.names`, or `merge_names` of its splits).
         resolution: Side S of the model's square input in pixels.
         mask_size: Side M of the target masks, which cover the whole frame; None for boxes only.
-        augmentation, horizontal_flip: See `choose_placement`.
+        augmentation, horizontal_flip, vertical_flip: See `choose_placement`.
         prompts_map, negative_prompts, num_negatives, exhaustive: See `build_queries`.
         max_objects: A query with more objects keeps a random subset of this size; None keeps all.
         on_bad_image: "stop" raises, "skip" leaves the image out and lists it.
@@ -40,6 +41,7 @@ class DecodeSettings:
         features: Identity of the features that are kept (`TrunkCache.identity`); None where none are. An image whose
             features the store has is not decoded.
         keep_frames: Keep decoded frames in the store. Both need frames that no augmentation changes.
+        label_maps: Nothing is asked; each image gets label maps of side `mask_size`.
     """
 
     names: tuple[str, ...]
@@ -47,6 +49,7 @@ class DecodeSettings:
     mask_size: int | None = 1008
     augmentation: Augmentation = "none"
     horizontal_flip: float = 0.0
+    vertical_flip: float = 0.0
     prompts_map: Mapping[str, str] = field(default_factory=dict)
     negative_prompts: tuple[str, ...] = ()
     num_negatives: int | None = None
@@ -57,10 +60,11 @@ class DecodeSettings:
     store: ArrayStore | None = None
     features: str | None = None
     keep_frames: bool = False
+    label_maps: LabelMaps | None = None
 
     @property
     def is_augmented(self) -> bool:
-        return self.augmentation != "none" or self.horizontal_flip > 0
+        return self.augmentation != "none" or self.horizontal_flip > 0 or self.vertical_flip > 0
 
 
 def record_queries(record: Mapping[str, Any], settings: DecodeSettings, epoch: int = 0) -> list[Query]:
@@ -107,6 +111,7 @@ def decode_record(record: Mapping[str, Any], settings: DecodeSettings, epoch: in
             sample_rng(settings.seed, epoch, record["image_id"], _PLACEMENT_STREAM),
             augmentation=settings.augmentation,
             horizontal_flip=settings.horizontal_flip,
+            vertical_flip=settings.vertical_flip,
         )
     side, size_hw = settings.resolution, _size_hw(record)
     images = np.zeros((0, side, side, 3), dtype=np.uint8)
@@ -121,7 +126,7 @@ def decode_record(record: Mapping[str, Any], settings: DecodeSettings, epoch: in
                 raise
             skipped = [(record["image_id"], record["path"], str(error))]
     kept = 1 - len(skipped)  # images of the batch: 1 or 0
-    queries = record_queries(record, settings, epoch) if kept else []
+    queries = record_queries(record, settings, epoch) if kept and settings.label_maps is None else []
     subset_rng = sample_rng(settings.seed, epoch, record["image_id"], _SUBSET_STREAM)
     asked = matched_objects(record, queries, settings.max_objects, subset_rng)
     objects = [record["annotations"][row] for _, rows in asked for row in rows]
@@ -142,7 +147,21 @@ def decode_record(record: Mapping[str, Any], settings: DecodeSettings, epoch: in
         mask_size=settings.mask_size,
         mask_valid_T=mask_valid_T,
         skipped=skipped,
+        label_maps=_label_maps(record, settings, placement, kept),
     )
+
+
+def _label_maps(
+    record: Mapping[str, Any], settings: DecodeSettings, placement: Placement, kept: int
+) -> np.ndarray | None:
+    """(kept, N, M, M): of the one image, or of none."""
+    if settings.label_maps is None:
+        return None
+    assert settings.mask_size is not None, "label maps have a size"
+    side = settings.mask_size
+    if not kept:
+        return np.zeros((0, settings.label_maps.num_maps, side, side), dtype=np.uint8)
+    return settings.label_maps.placed(record, placement, side)[None]
 
 
 def feature_key(record: Mapping[str, Any], settings: DecodeSettings) -> str | None:
