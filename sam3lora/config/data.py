@@ -42,6 +42,9 @@ class DataSection(Section):
         default="none", description='"sam3" = random size and position on a padded square, as in the training of SAM 3.'
     )
     horizontal_flip: float = Field(default=0.0, ge=0, le=1, description="Probability of mirroring an image.")
+    vertical_flip: float = Field(
+        default=0.0, ge=0, le=1, description="Probability of turning an image upside down; for images without an up."
+    )
     max_objects_per_query: int | None = Field(
         default=None, ge=1, description="Most objects of a prompt that are kept, drawn at random; None = all."
     )

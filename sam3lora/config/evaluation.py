@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from .post_processing import PostProcessing, PostProcessingFields
 
+BestMetric = Literal["valid_loss", "map", "bbox_map", "cgf1", "mean_iou"]
+
 LOWEST_THRESHOLD = 0.05  # no useful threshold is lower
 EXACT_UP_TO_PAIRS = 4_000  # of image and prompt, on which detections of any score are measured
 LOW_SCORE = 0.001  # of the lowest detections that are measured on more
@@ -21,10 +23,11 @@ class EvaluationSection(PostProcessingFields):
         ge=0,
         description="Epochs between measurements of mAP and cgF1, also at the end; 0 = only the validation loss.",
     )
-    best_metric: Literal["auto", "valid_loss", "map", "bbox_map", "cgf1"] = Field(
+    best_metric: Literal["auto", "valid_loss", "map", "bbox_map", "cgf1", "mean_iou"] = Field(
         default="auto",
-        description="Metric that decides best/ and early stopping; auto = map where it is measured, else valid_loss. "
-        "One without a value on the validation images is replaced by bbox_map, then by the loss.",
+        description="Metric that decides best/ and early stopping; auto = map (mean_iou of task dense) where it is "
+        "measured, else valid_loss. A metric of detections without a value on the validation images is replaced by "
+        "bbox_map, then by the loss.",
     )
     base_loss: bool = Field(default=True, description="Measure the validation loss of the base before the first step.")
     num_samples: int | None = Field(default=None, ge=1, description="Measure on the first so many images; None = all.")
@@ -39,16 +42,15 @@ class EvaluationSection(PostProcessingFields):
     def post_processing(self) -> PostProcessing:
         return PostProcessing(**{name: getattr(self, name) for name in PostProcessing.model_fields})
 
-    @property
-    def chosen_best_metric(self) -> Literal["valid_loss", "map", "bbox_map", "cgf1"]:
-        """`best_metric`, where auto is replaced by the metric it stands for."""
+    def chosen_best_metric(self, measured: BestMetric) -> BestMetric:
+        """`best_metric`, where auto is replaced by the metric `measured` of the task, or the loss."""
         if self.best_metric == "auto":
-            return "map" if self.every_epochs else "valid_loss"
+            return measured if self.every_epochs else "valid_loss"
         return self.best_metric
 
     @model_validator(mode="after")
     def _check_best_metric(self) -> EvaluationSection:
-        if self.best_metric in ("map", "bbox_map", "cgf1") and not self.every_epochs:
+        if self.best_metric not in ("auto", "valid_loss") and not self.every_epochs:
             raise ValueError(
                 f"best_metric {self.best_metric} is never measured while every_epochs is 0: set every_epochs to 1"
             )

@@ -75,6 +75,11 @@ class LoraSection(LoraFields):
         default=False, description="Adapt the prompt-to-object scores; target text_proj and query_proj as well."
     )
 
+    @classmethod
+    def flags(cls) -> tuple[str, ...]:
+        """The keys of which one at least is true where there is an adapter."""
+        return tuple(f"apply_to_{name}" for name in COMPONENTS)
+
     @property
     def components(self) -> tuple[str, ...]:
         """Names of the adapted components, in the order of `COMPONENTS`."""
@@ -88,9 +93,6 @@ class LoraSection(LoraFields):
 
     @model_validator(mode="after")
     def _check_places(self) -> LoraSection:
-        if not self.components:
-            flags = ", ".join(f"apply_to_{name}" for name in COMPONENTS)
-            raise ValueError(f"adapts nothing: set at least one of {flags} to true")
         if self.vision_last_layers is not None and not self.apply_to_vision_encoder:
             raise ValueError("vision_last_layers has no effect while apply_to_vision_encoder is false: set it to true")
         return self

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from ..local_paths import absolute_base, absolute_path
 from ._section import LocalPath, Section
 from .data import DataSection
+from .dense import DenseSection, task_problems
 from .evaluation import EvaluationSection
 from .logging import LoggingSection
 from .lora import LoraSection
@@ -33,10 +34,15 @@ class OutputSection(Section):
 class Config(Section):
     """What a run is. Made by `load_config`; immutable."""
 
+    task: Literal["detection", "dense"] = Field(
+        default="detection",
+        description="What is learned: the objects of prompts, or with dense a label for each pixel.",
+    )
     model: ModelSection = Field(default_factory=ModelSection, description="The frozen base model.")
     lora: LoraSection = Field(description="The adapters.")
     training: TrainingSection = Field(default_factory=TrainingSection, description="Data folder, batch, optimizer.")
     data: DataSection = Field(default_factory=DataSection, description="Prompts, negatives, augmentation.")
+    dense: DenseSection = Field(default_factory=DenseSection, description="Classes and head of task dense.")
     scaling: ScalingSection = Field(default_factory=ScalingSection, description="Workers.")
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="Detections and metrics.")
     output: OutputSection = Field(default_factory=OutputSection, description="The run folder.")
@@ -44,6 +50,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_across_sections(self) -> Config:
+        if problem := next(task_problems(self), None):
+            raise ValueError(problem)
         frozen = [name for name in self.training.component_learning_rates if name not in self.lora.components]
         if frozen:
             raise ValueError(

@@ -70,7 +70,7 @@ class DenseCriterion:
 
     @property
     def term_names(self) -> tuple[str, str]:
-        return ("loss_ce", "loss_dice") if self.mode == "multiclass" else ("loss_bce", "loss_iou")
+        return ("dense_ce", "dense_dice") if self.mode == "multiclass" else ("dense_bce", "dense_iou")
 
     def __call__(self, logits: Sequence[Tensor], labels: Tensor, num_images: float) -> DenseLossOutput:
         """Loss of some images of an optimizer step.
@@ -91,7 +91,7 @@ class DenseCriterion:
                 weight * self._sums(one_INhw.to(torch.promote_types(one_INhw.dtype, torch.float32)), labels)
                 for weight, one_INhw in zip(self.level_weights, logits, strict=False)
             ]
-            terms_2 = torch.stack(sums_L2).sum(dim=0) / max(num_images, 1)
+            terms_2 = torch.stack(sums_L2).sum(dim=0) / num_images
         return DenseLossOutput(terms_2.sum(), dict(zip(self.term_names, terms_2.detach().unbind(), strict=True)))
 
     def _sums(self, logits_INhw: Tensor, labels: Tensor) -> Tensor:

@@ -31,15 +31,19 @@ class Normalizer:
     num_boxes: float
     num_semantic: float
     scale: float
+    num_images: float = 1.0
 
     @classmethod
-    def from_counts(cls, num_queries: float, num_boxes: float, num_semantic: float, world_size: int = 1) -> Normalizer:
-        """From the step's totals over all workers: queries, targets, and queries with a non-empty semantic target."""
+    def from_counts(
+        cls, num_queries: float, num_boxes: float, num_semantic: float, num_images: float = 0, *, world_size: int = 1
+    ) -> Normalizer:
+        """From the step's totals over all workers: queries, targets, queries with a semantic target, and images."""
         return cls(
             num_queries=max(num_queries, 1) / world_size,
             num_boxes=max(num_boxes, 1) / world_size,
             num_semantic=(num_semantic + 1e-6) / world_size,
             scale=math.sqrt(num_queries),
+            num_images=max(num_images, 1) / world_size,
         )
 
 

@@ -125,7 +125,9 @@ def main() -> None:
     from sam3lora.model.tiny import TINY
 
     configs = {preset: load_config(preset) for preset in preset_names()}
-    configs = {preset: config for preset, config in configs.items() if config.model.name != TINY}
+    configs = {
+        preset: config for preset, config in configs.items() if config.model.name != TINY and config.lora.components
+    }
     settings = {preset: config.lora.settings for preset, config in configs.items()}
     tables = {
         preset: count_on_full_size(settings[preset], geometry_cls=config.model.geometry_cls)

@@ -40,7 +40,7 @@ def deciding_metric(config: Config, data: RunData) -> tuple[str, str | None]:
     A metric that has no value on the validation images, whatever the model predicts, is replaced by box mAP, and where
     that has none either by the validation loss; without validation images the training loss decides.
     """
-    chosen = config.evaluation.chosen_best_metric
+    chosen = config.evaluation.chosen_best_metric("map")
     if data.valid is None or data.valid_complete is None:
         reason = None if chosen == "valid_loss" else f"there are no validation images to measure {chosen} on"
         return "train_loss", reason
@@ -62,7 +62,7 @@ def is_improved(state: RunState, metric: str, measured: Mapping[str, Any]) -> bo
         measured: The loss, and the metrics where they were due, by name.
     """
     for name, value in measured.items():
-        if name in (*LOSSES, "map", "bbox_map", "cgf1") and value is not None:
+        if name in (*LOSSES, "map", "bbox_map", "cgf1", "mean_iou") and value is not None:
             before = state.best_values.get(name)
             if before is None or _is_better(name, value, before[0]):
                 state.best_values[name] = [value, state.step]

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from sam3lora.files import discard_folder, whole_folder
 from sam3lora.training.checkpoint_folders import ADAPTER, OPTIMIZER, STATE, damaged, list_checkpoints
@@ -27,7 +27,8 @@ from sam3lora.training.saved_run import RunState, SavedRun
 
 def save_checkpoint(
     root: Path,
-    model: PeftModel,
+    learned: dict[str, torch.Tensor],
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
     state: RunState,
     settings: dict[str, Any],
@@ -36,10 +37,10 @@ def save_checkpoint(
     keep: int,
     base: str | None = None,
 ) -> Path:
-    """Write ``root/step_<step>`` and remove all but the newest ``keep``."""
+    """Write ``root/step_<step>`` and remove all but the newest ``keep``; ``learned`` is from `Task.learned`."""
     target = root / f"step_{state.step:08d}"
     with whole_folder(target) as scratch:
-        save_file(_cpu(get_peft_model_state_dict(model, save_embedding_layers=False)), scratch / ADAPTER)
+        save_file(_cpu(learned), scratch / ADAPTER)
         save_file(_cpu(_moments(model, optimizer)), scratch / OPTIMIZER)
         (scratch / STATE).write_text(json.dumps(asdict(SavedRun(settings, state, data, base)), indent=1))
     for old in list_checkpoints(root)[:-keep]:
@@ -48,20 +49,22 @@ def save_checkpoint(
     return target
 
 
-def load_checkpoint(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer) -> None:
-    """Restore adapter and optimizer in place.
+def load_checkpoint(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, expected: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Restore the optimizer in place, and return what was learned: tensors in the shapes of ``expected``.
 
     Raises:
         UserError: The checkpoint is damaged, or its tensors are not those of this adapter; nothing is restored.
     """
     try:
         adapter, moments = load_file(folder / ADAPTER), load_file(folder / OPTIMIZER)
-        _check_tensors(ADAPTER, adapter, get_peft_model_state_dict(model, save_embedding_layers=False))
+        _check_tensors(ADAPTER, adapter, expected)
         _check_tensors(OPTIMIZER, moments, _expected_moments(model, optimizer, moments))
     except (SafetensorError, OSError, ValueError) as error:
         raise damaged(folder, error) from error
-    set_peft_model_state_dict(model, adapter)
     _restore_moments(model, optimizer, moments)
+    return adapter
 
 
 def _cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -81,7 +84,7 @@ def _check_tensors(file: str, found: dict[str, torch.Tensor], expected: Mapping[
 
 
 def _expected_moments(
-    model: PeftModel, optimizer: torch.optim.Optimizer, found: Mapping[str, object]
+    model: nn.Module, optimizer: torch.optim.Optimizer, found: Mapping[str, object]
 ) -> dict[str, torch.Tensor]:
     """Tensors in the shapes of AdamW's state. A parameter that never had a gradient may lack it, but not all may."""
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -96,7 +99,7 @@ def _expected_moments(
     }
 
 
-def _moments(model: PeftModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {
         f"{names[id(parameter)]}/{key}": torch.as_tensor(value)
@@ -105,7 +108,7 @@ def _moments(model: PeftModel, optimizer: torch.optim.Optimizer) -> dict[str, to
     }
 
 
-def _restore_moments(model: PeftModel, optimizer: torch.optim.Optimizer, moments: dict[str, torch.Tensor]) -> None:
+def _restore_moments(model: nn.Module, optimizer: torch.optim.Optimizer, moments: dict[str, torch.Tensor]) -> None:
     by_parameter: dict[str, dict[str, torch.Tensor]] = {}
     for name, value in moments.items():
         parameter, _, key = name.rpartition("/")

@@ -24,7 +24,7 @@ from sam3lora.training.step import LossRunner, StepCounts
 
 
 @dataclass
-class CostliestBackward:
+class CostliestPrompts:
     """Computes gradients of images of the costliest kind, and discards them.
 
     The pixels are random. Each image has as many queries and objects as the image of the split that has most of them.

@@ -11,12 +11,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from torch import nn
 
 from sam3lora.config import Config
 from sam3lora.errors import OutOfMemory
 from sam3lora.training import distributed
-from sam3lora.training.costliest_batch import CostliestBackward
 from sam3lora.training.datasets import RunData
 from sam3lora.training.forward_sizes import (
     allowed_on_gpu,
@@ -26,7 +25,7 @@ from sam3lora.training.forward_sizes import (
     prompt_sizes,
     prompts_on_cpu,
 )
-from sam3lora.training.step import LossRunner
+from sam3lora.training.task import CostliestBackward, Runner, Task
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +35,7 @@ CPU_SHARE = 0.7
 
 
 def resolve_forward_size(
-    config: Config, model: PeftModel, runner: LossRunner, data: RunData, images_per_step: int
+    config: Config, task: Task, model: nn.Module, runner: Runner, data: RunData, images_per_step: int
 ) -> Config:
     """The configuration with numbers in place of `auto`, the same on all workers.
 
@@ -49,19 +48,19 @@ def resolve_forward_size(
     """
     on_gpu = runner.device.type == "cuda"
     if config.training.max_prompts_per_forward == "auto" and not on_gpu:
-        number = prompts_on_cpu(data.train_settings.resolution)
+        number = prompts_on_cpu(data.train_settings.resolution) if task.asks_prompts else 1
         config = config.changed({"training.max_prompts_per_forward": number})
     training = config.training
     if "auto" not in (training.batch_size, training.max_prompts_per_forward):
         return config
     share = -(-images_per_step // distributed.world_size())
     images = image_sizes(share) if training.batch_size == "auto" else [min(training.batch_size, share)]
-    backward = CostliestBackward(model, runner, data, model_dropout=training.model_dropout)
+    backward = task.costliest(model, runner, data, model_dropout=training.model_dropout)
     workers = _workers_on(runner.device)
     if on_gpu:
         most = images[-1] * backward.num_queries
         given = training.max_prompts_per_forward
-        prompts = prompt_sizes(most) if given == "auto" else [given]
+        prompts = prompt_sizes(most if task.asks_prompts else 1) if given == "auto" else [given]
         allowed = allowed_on_gpu(workers, config.scaling.resources_per_worker.get("GPU", 1.0))
         fits = _fitting_on_gpu(backward, images, prompts, allowed)
     else:

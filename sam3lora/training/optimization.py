@@ -29,7 +29,7 @@ def build_optimizer(
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            rate = rates.get(component_of(name) or "", learning_rate)
+            rate = rates.get(component_of(name) or name.partition(".")[0], learning_rate)
             groups.setdefault((rate, parameter.dim() > 1), []).append(parameter)
     fused = any(parameter.is_cuda for parameters in groups.values() for parameter in parameters)
     return torch.optim.AdamW(

@@ -62,7 +62,7 @@ def log_step(
         step=state.step,
         total_steps=trainer.total_steps,
         epoch=state.epoch + 1,
-        loss=weighted_loss(terms, trainer.runner.criterion.weights),
+        loss=weighted_loss(terms, trainer.runner.weights),
         terms=terms,
         lr=trainer.optimizer.param_groups[0]["lr"],
         grad_norm=grad_norm,

@@ -15,8 +15,10 @@ from sam3lora.errors import UserError
 # Settings that decide what a step computes, or what the best loss is made of: a resumed run keeps them. How long to
 # train, in which batches and at which rate may change.
 FIXED_SETTINGS = (
+    "task",
     "model",
     "lora",
+    "dense",
     "data",
     "training.loss",
     "training.one_to_many",
@@ -44,8 +46,8 @@ class RunState:
     best_step: int | None = None
     evaluations_without_improvement: int = 0
     epoch_sums: dict[str, float] = field(default_factory=dict)
-    epoch_counts: Annotated[list[float], Field(min_length=3, max_length=3)] = field(
-        default_factory=lambda: [0.0, 0.0, 0.0]
+    epoch_counts: Annotated[list[float], Field(min_length=3, max_length=4)] = field(
+        default_factory=lambda: [0.0] * 4  # 3 in checkpoints of earlier versions
     )
     finished: bool = False  # stopped early
     images_per_step: PositiveInt = 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -170,12 +170,13 @@ def make_stages(
     return GraphedSam3(sam3, graphs=graphs, **settings), criterion
 
 
-def make_optimizer(config: Config, model: PeftModel) -> torch.optim.AdamW:
+def make_optimizer(config: Config, model: nn.Module, rates: Mapping[str, float]) -> torch.optim.AdamW:
+    """`rates` are peak learning rates of components that have one of their own."""
     training = config.training
     return build_optimizer(
         model,
         learning_rate=training.learning_rate,
-        component_learning_rates=training.component_learning_rates,
+        component_learning_rates=rates,
         weight_decay=training.weight_decay,
         betas=(training.adam_beta1, training.adam_beta2),
         epsilon=training.adam_epsilon,

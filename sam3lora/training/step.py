@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 import numpy as np
 import torch
@@ -25,11 +25,12 @@ _MASK_TERMS = ("loss_mask", "loss_dice", "loss_semantic_seg", "loss_semantic_dic
 
 @dataclass(frozen=True)
 class StepCounts:
-    """Divisors of a step's loss terms: find queries, target boxes, queries with a semantic target."""
+    """Divisors of a step's loss terms: find queries, target boxes, queries with a semantic target, images."""
 
     num_queries: float = 0
     num_boxes: float = 0
     num_semantic: float = 0
+    num_images: float = 0
 
     @classmethod
     def of(cls, batches: Sequence[Batch]) -> StepCounts:
@@ -37,6 +38,7 @@ class StepCounts:
             sum(batch.num_queries for batch in batches),
             sum(len(batch.boxes_cxcywh_T4) for batch in batches),
             sum(batch.num_semantic for batch in batches),
+            sum(batch.num_images for batch in batches),
         )
 
     @classmethod
@@ -44,13 +46,15 @@ class StepCounts:
         return cls(*values.tolist())
 
     def tensor(self) -> Tensor:
-        return torch.tensor([self.num_queries, self.num_boxes, self.num_semantic], dtype=torch.float64)
+        return torch.tensor(astuple(self), dtype=torch.float64)
 
     def normalizer(self, world_size: int = 1) -> Normalizer:
-        return Normalizer.from_counts(self.num_queries, self.num_boxes, self.num_semantic, world_size)
+        return Normalizer.from_counts(*astuple(self), world_size=world_size)
 
     def divisor_of(self, term: str) -> float:
         """The count that a term was divided by."""
+        if term.startswith("dense_"):
+            return self.num_images
         if term.startswith("loss_semantic"):
             return self.num_semantic
         if term.startswith(("loss_ce", "presence")):
@@ -104,8 +108,15 @@ class LossRunner:
     one_to_many: bool = True
 
     @property
+    def weights(self) -> Mapping[str, float]:
+        return self.criterion.weights
+
+    @property
     def term_names(self) -> list[str]:
-        return [name for name in self.criterion.weights if self.one_to_many or not name.endswith("_o2m")]
+        return [name for name in self.weights if self.one_to_many or not name.endswith("_o2m")]
+
+    def has_loss(self, batch: Batch) -> bool:
+        return batch.num_queries > 0
 
     def backward(self, batch: Batch, normalizer: Normalizer) -> tuple[Tensor, dict[str, Tensor]]:
         """Add the gradients of the batch to the parameters; return the detached total and the terms."""

@@ -15,23 +15,22 @@ from typing import Any
 from sam3lora.config import Config
 from sam3lora.config.training import images_per_step, warmup_steps
 from sam3lora.data.batch import Batch
-from sam3lora.model.adapter.folder import save_adapter
 from sam3lora.model.adapter.metadata import read_metadata_values
 from sam3lora.start_marks import mark
 from sam3lora.training import distributed, setup
 from sam3lora.training.agreement import check_agreement, choose_checkpoint, position_facts, run_facts
-from sam3lora.training.best import deciding_metric, disagreement, is_improved
+from sam3lora.training.best import disagreement, is_improved
 from sam3lora.training.checkpoint_folders import read_state
 from sam3lora.training.checkpoints import load_checkpoint, save_checkpoint
-from sam3lora.training.datasets import BatchSource, load_run_data, read_splits
+from sam3lora.training.datasets import BatchSource, read_splits
 from sam3lora.training.fit_batch import resolve_forward_size
 from sam3lora.training.metrics_log import MetricsLog, WarningsToMetrics
 from sam3lora.training.notices import HOST_ENDS_SAVE_S, Notices
 from sam3lora.training.reporting import log_epoch, log_plan, log_skipped, log_step, vision_counts
 from sam3lora.training.saved_run import RunState, refuse_changes
 from sam3lora.training.step import StepCounts, TermSums
+from sam3lora.training.task import task_of
 from sam3lora.training.update import NonFiniteLoss, optimizer_step
-from sam3lora.training.validator import Validator
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -57,22 +56,22 @@ class Trainer:
     ) -> None:
         mark("imports of training")
         warnings = WarningsToMetrics() if use_ray else None
-        self.output_dir = output_dir
+        self.task, self.output_dir = task_of(config), output_dir
         self.device = setup.choose_device(config, use_ray=use_ray)
         with ThreadPoolExecutor(1) as beside:  # a large set takes seconds to index, and a large model to load
             reading = beside.submit(read_splits, config)
             base = setup.load_base_model(config, self.device)
             mark("model")
-            self.data = load_run_data(config, base.resolution, base.patch_size, splits=reading.result())
+            self.data = self.task.load_data(config, base.resolution, base.patch_size, reading.result())
         mark("data")
-        self.model, self.runner = setup.add_adapter(config, base, self.data, self.device)
-        self.optimizer = setup.make_optimizer(config, self.model)
-        self.metadata = setup.adapter_metadata(config, base, self.data)
+        self.model, self.runner = self.task.build(config, base, self.data, self.device)
+        self.optimizer = setup.make_optimizer(config, self.model, self.task.learning_rates(config))
+        self.metadata = self.task.metadata(config, base, self.data)
         check_agreement(run_facts(config, self.model, base.fingerprint, self.data.digest), self.data.file_names)
         self.state = self._restore(config, resumed_from, accepted_data)
         check_agreement(position_facts(self.model, self.state.step))
         step_images = self._images_per_step(config)
-        self.config = resolve_forward_size(config, self.model, self.runner, self.data, step_images)
+        self.config = resolve_forward_size(config, self.task, self.model, self.runner, self.data, step_images)
         self.runner.max_prompts = self.config.training.prompts_per_forward
         self.batches = BatchSource(
             self.data,
@@ -82,9 +81,11 @@ class Trainer:
             device=self.device,
             load_ahead=self.runner.images.load_ahead,
         )
-        self.validator = Validator(self.config, base, self.model, self.runner, self.data, self.batches)
+        self.validator = self.task.validator(self.config, base, self.model, self.runner, self.data, self.batches)
         self.total_steps = self._plan_steps()
-        self.best_metric, reason = distributed.on_first_worker(None, lambda _: deciding_metric(config, self.data))
+        self.best_metric, reason = distributed.on_first_worker(
+            None, lambda _: self.task.deciding_metric(config, self.data)
+        )
         self.state.judge_by(self.best_metric)
         self.state.finished = self.state.stays_stopped(config.training.early_stopping_patience)
         self.log = self._open_log(warnings)
@@ -123,7 +124,8 @@ class Trainer:
         saved = read_state(chosen)
         changes = saved.changes(_settings_of(config), self.data.digest, self.metadata.base_fingerprint)
         refuse_changes(chosen, changes, accepted=accepted_data == self.data.digest)
-        load_checkpoint(chosen, self.model, self.optimizer)
+        learned = load_checkpoint(chosen, self.model, self.optimizer, self.task.learned(self.model))
+        self.task.restore(self.model, learned)
         if changes:
             saved.state.begin_anew()
         return saved.state
@@ -185,7 +187,7 @@ class Trainer:
     def train_epochs(self, stream: Iterator[Batch]) -> None:
         """Steps, with validation and checkpoints where they are due."""
         state, training = self.state, self.config.training
-        sums = TermSums(self.runner.criterion.weights, dict(state.epoch_sums), StepCounts(*state.epoch_counts))
+        sums = TermSums(self.runner.weights, dict(state.epoch_sums), StepCounts(*state.epoch_counts))
         self._lap()
         while not state.finished and state.step < self.total_steps:
             # A group never mixes epochs: the plan gives every epoch a whole number of groups.
@@ -198,7 +200,7 @@ class Trainer:
                 self.validate(sums, epoch_ends=epoch_ends, forced=last)
             if epoch_ends:
                 state.epoch, state.step_in_epoch = state.epoch + 1, 0
-                sums = TermSums(self.runner.criterion.weights)
+                sums = TermSums(self.runner.weights)
             state.epoch_sums, state.epoch_counts = dict(sums.sums), sums.counts.tensor().tolist()
             ends = last or state.finished
             if ends or self._save_is_due(epoch_ends):
@@ -256,7 +258,8 @@ class Trainer:
             root, keep = self.output_dir / "checkpoints", self.config.training.save_total_limit
             settings, data = _settings_of(self.config), self.data.digest
             base = self.metadata.base_fingerprint
-            save_checkpoint(root, self.model, self.optimizer, self.state, settings, data, keep=keep, base=base)
+            learned = self.task.learned(self.model)
+            save_checkpoint(root, learned, self.model, self.optimizer, self.state, settings, data, keep=keep, base=base)
             self._save_adapter("last", {})
             self._saved_s = time.monotonic()
 
@@ -300,7 +303,7 @@ class Trainer:
         if distributed.rank() == 0:
             epoch = self.state.epoch + (self.state.step_in_epoch > 0)  # begun or finished
             self.metadata.metrics = {"step": self.state.step, "epoch": epoch, **metrics}
-            save_adapter(self.model, self.output_dir / name, self.metadata)
+            self.task.save(self.model, self.output_dir / name, self.metadata)
 
     def _lap(self) -> float:
         """Seconds since the last call."""

@@ -41,7 +41,7 @@ def optimizer_step(trainer: Trainer, group: list[Batch]) -> tuple[dict[str, floa
     zero = torch.zeros((), device=trainer.device)
     totals, terms = [], dict.fromkeys(runner.term_names, zero)
     for batch in group:
-        if batch.num_queries:
+        if runner.has_loss(batch):
             total, batch_terms = runner.backward(batch, normalizer)
             totals.append(total)
             add_terms(terms, batch_terms)
@@ -54,7 +54,7 @@ def optimizer_step(trainer: Trainer, group: list[Batch]) -> tuple[dict[str, floa
     grad_norm = nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
     values = torch.cat([stats, grad_norm.detach().reshape(1).to(stats)]).tolist()
     if values[0] > 0 or not math.isfinite(values[-1]):
-        _raise_non_finite(state.step, group, totals)
+        _raise_non_finite(state.step, group, [batch for batch in group if runner.has_loss(batch)], totals)
     if not trainer.looked_for_idle and counts.num_boxes:  # without objects, boxes and masks get no gradient
         trainer.looked_for_idle = True
         report_idle(trainer)
@@ -69,11 +69,12 @@ def optimizer_step(trainer: Trainer, group: list[Batch]) -> tuple[dict[str, floa
     return dict(zip(terms, values[1 : 1 + len(terms)], strict=True)), counts, values[-1]
 
 
-def _raise_non_finite(step: int, group: list[Batch], totals: list[torch.Tensor]) -> None:
+def _raise_non_finite(step: int, group: list[Batch], learned_from: list[Batch], totals: list[torch.Tensor]) -> None:
     """Called on all workers; each of them names the images of all."""
     bad = [
-        f"images {batch.image_ids.tolist()} with prompts {sorted(set(batch.prompts_B))}"
-        for batch, total in zip([b for b in group if b.num_queries], totals, strict=True)
+        f"images {batch.image_ids.tolist()}"
+        + (f" with prompts {prompts}" if (prompts := sorted(set(batch.prompts_B))) else "")
+        for batch, total in zip(learned_from, totals, strict=True)
         if not torch.isfinite(total)
     ]
     images = [number for batch in group for number in batch.image_ids.tolist()]

@@ -28,6 +28,7 @@ from sam3lora.model.staged.forward import VisionFeatures
 from sam3lora.training import distributed
 from sam3lora.training.datasets import BatchSource, RunData
 from sam3lora.training.step import LossRunner, StepCounts, TermSums
+from sam3lora.training.task import Runner
 
 LOGGED = ("map", "map_50", "map_75", "bbox_map", "cgf1", "off_prompt_fpr", "presence_accuracy")
 
@@ -52,15 +53,15 @@ def evaluation_settings(config: Config) -> EvaluationSettings:
 
 @dataclass
 class Validator:
-    """Measures the adapter on the validation split. Each worker takes its own share of the images.
+    """Measures what learns on the validation split. Each worker takes its own share of the images.
 
     ``skipped`` has (image id, path, reason) of the bad images that the last `loss_terms` left out, of all workers.
     """
 
     config: Config
     base: LoadedBase
-    model: PeftModel
-    runner: LossRunner
+    model: nn.Module
+    runner: Runner
     data: RunData
     batches: BatchSource
     skipped: list[tuple[int, str, str]] = field(default_factory=list)
@@ -71,11 +72,11 @@ class Validator:
         if self.data.valid is None:
             return None
         self.model.eval()
-        sums, skipped = TermSums(self.runner.criterion.weights), []
+        sums, skipped = TermSums(self.runner.weights), []
         with closing(self.batches.validation_batches()) as batches:
             for batch in batches:
                 skipped += batch.skipped
-                if batch.num_queries:
+                if self.runner.has_loss(batch):
                     counts = StepCounts.of([batch])
                     terms = self.runner.evaluate(batch, counts.normalizer())
                     sums.add({name: value.item() for name, value in terms.items()}, counts)
@@ -86,6 +87,18 @@ class Validator:
             merged.counts = StepCounts.from_tensor(merged.counts.tensor() + other_counts.tensor())
             self.skipped += other_skipped
         return merged
+
+    def metrics(self) -> dict[str, Any]:
+        """Metrics of the task, over ``evaluation.num_samples`` images or all."""
+        raise NotImplementedError
+
+
+@dataclass
+class DetectionValidator(Validator):
+    """Measures an adapter that finds objects of prompts."""
+
+    model: PeftModel
+    runner: LossRunner
 
     def metrics(self) -> dict[str, Any]:
         """The `LOGGED` metrics, as `validate` measures them, over ``evaluation.num_samples`` images or all."""

@@ -212,7 +212,7 @@ def test_gradient(mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_no_image(mode):
     logits, labels = example(mode)
-    output = DenseCriterion(mode)([one[:0] for one in logits], labels[:0], 0)
+    output = DenseCriterion(mode)([one[:0] for one in logits], labels[:0], 0.5)
     assert output.total == 0
     output.total.backward()
 

@@ -12,7 +12,7 @@ from sam3lora.training.best import deciding_metric, disagreement, is_improved
 from sam3lora.training.datasets import load_run_data
 from sam3lora.training.launch import train
 from sam3lora.training.saved_run import RunState
-from sam3lora.training.validator import Validator
+from sam3lora.training.validator import DetectionValidator, Validator
 
 from .changed_scenes import rewritten
 from .run_folder import lines_of
@@ -89,7 +89,7 @@ def test_boxes_alone_leave_a_best_adapter(make_config, scenes, tmp_path):
 
 
 def test_a_metric_that_had_no_value_leaves_the_last_adapter(make_config, monkeypatch):
-    monkeypatch.setattr(Validator, "metrics", lambda validator: {"map": None})
+    monkeypatch.setattr(DetectionValidator, "metrics", lambda validator: {"map": None})
     config = make_config("evaluation.every_epochs=1")
     result = train(config)
     assert json.loads((result.best_adapter / "sam3lora.json").read_text())["metrics"]["step"] == 6
@@ -98,7 +98,7 @@ def test_a_metric_that_had_no_value_leaves_the_last_adapter(make_config, monkeyp
 
 def test_loss_and_metrics_are_measured_where_either_is_due(make_config, monkeypatch):
     # Epochs of 3 steps: the loss every 2 steps, metrics every epoch and with them the loss.
-    monkeypatch.setattr(Validator, "metrics", lambda validator: {"map": 0.5})
+    monkeypatch.setattr(DetectionValidator, "metrics", lambda validator: {"map": 0.5})
     config = make_config("evaluation.every_epochs=1", eval_steps=2, num_epochs=3)
     train(config)
     found = [
@@ -153,7 +153,7 @@ def test_a_run_says_how_it_was_chosen_and_what_to_change(make_config, monkeypatc
         return terms
 
     monkeypatch.setattr(Validator, "loss_terms", scripted)
-    monkeypatch.setattr(Validator, "metrics", lambda validator: next(measured))
+    monkeypatch.setattr(DetectionValidator, "metrics", lambda validator: next(measured))
     config = make_config("evaluation.every_epochs=1", "evaluation.base_loss=false")
     train(config)
     few, differs = (line["message"] for line in lines_of(config, "note"))

@@ -20,11 +20,13 @@ from sam3lora.errors import UserError
 from sam3lora.model.adapter.lora_layers import LoraSettings, apply_lora
 from sam3lora.training.checkpoint_folders import list_checkpoints, read_state
 from sam3lora.training.checkpoints import load_checkpoint, save_checkpoint
+from sam3lora.training.detection import Detection
 from sam3lora.training.optimization import build_optimizer
 from sam3lora.training.saved_run import RunState, SavedRun, refuse_changes
 
 SETTINGS = {"model": {"name": "tiny"}, "lora": {"rank": 2, "alpha": 4}, "data": {}, "training": {"num_epochs": 3}}
 DATA = {"train images": "8 [digest aa]", "train labels": "20 [digest bb]"}
+DETECTION = Detection()
 
 
 def make_run(seed: int, steps: int):
@@ -47,7 +49,9 @@ def weights(model) -> dict[str, torch.Tensor]:
 def save(root: Path, step: int = 5, keep: int = 3, settings=None, base=None) -> Path:
     model, optimizer = make_run(seed=step, steps=2)
     state = RunState(step=step, epoch=1)
-    return save_checkpoint(root, model, optimizer, state, settings or SETTINGS, DATA, keep=keep, base=base)
+    return save_checkpoint(
+        root, DETECTION.learned(model), model, optimizer, state, settings or SETTINGS, DATA, keep=keep, base=base
+    )
 
 
 def changes(folder: Path, sections=None, data=None) -> list[str]:
@@ -62,9 +66,9 @@ def test_round_trip(tmp_path):
         step=7, epoch=2, step_in_epoch=1, best_loss=0.1234567890123456, best_step=5, epoch_sums={"loss_ce": 1 / 3},
         epoch_counts=[1.0, 2.0, 3.0], images_per_step=4,
     )  # fmt: skip
-    folder = save_checkpoint(tmp_path, model, optimizer, state, SETTINGS, DATA, keep=1)
+    folder = save_checkpoint(tmp_path, DETECTION.learned(model), model, optimizer, state, SETTINGS, DATA, keep=1)
     other, other_optimizer = make_run(seed=0, steps=1)
-    load_checkpoint(folder, other, other_optimizer)
+    DETECTION.restore(other, load_checkpoint(folder, other, other_optimizer, DETECTION.learned(other)))
     saved = read_state(folder)
     assert (saved.state, saved.settings, saved.data) == (state, SETTINGS, DATA)
     for name, value in weights(model).items():
@@ -222,7 +226,7 @@ def test_damaged_file(tmp_path, file, damage):
 
     def resume() -> None:
         read_state(folder)
-        load_checkpoint(folder, model, optimizer)
+        load_checkpoint(folder, model, optimizer, DETECTION.learned(model))
 
     with pytest.raises(UserError, match=r"step_00000005 is damaged .*remove it"):
         resume()

@@ -155,7 +155,7 @@ def test_a_gpu_is_asked_for_what_is_auto(make_config, pretend_gpu, monkeypatch):
 
     def resolve(**changes):
         config = trainer.config.changed({f"training.{name}": value for name, value in changes.items()})
-        found = fit_batch.resolve_forward_size(config, trainer.model, runner, trainer.data, 6).training
+        found = fit_batch.resolve_forward_size(config, trainer.task, trainer.model, runner, trainer.data, 6).training
         return found.batch_size, found.max_prompts_per_forward
 
     assert resolve(batch_size=2, max_prompts_per_forward="auto") == (2, 2 * asked["queries"])
@@ -190,7 +190,7 @@ def test_measuring_leaves_nothing_behind(make_config, monkeypatch, override):
         lambda runner, batch, *rest: measured.append((batch, runner.max_prompts)) or backward(runner, batch, *rest),
     )
     config = worker.config.changed(AUTO)
-    found = fit_batch.resolve_forward_size(config, worker.model, worker.runner, worker.data, 6).training
+    found = fit_batch.resolve_forward_size(config, worker.task, worker.model, worker.runner, worker.data, 6).training
     assert (found.batch_size, found.max_prompts_per_forward) == (6, 32)
     assert {number for _, number in measured} == {32}
     measured = [batch for batch, _ in measured]
@@ -223,9 +223,9 @@ def test_all_workers_take_the_smallest(make_config, monkeypatch, others, chosen)
     config = worker.config.changed(AUTO)
     if chosen is None:
         with pytest.raises(OutOfMemory):
-            fit_batch.resolve_forward_size(config, worker.model, runner, worker.data, 6)
+            fit_batch.resolve_forward_size(config, worker.task, worker.model, runner, worker.data, 6)
         return
-    found = fit_batch.resolve_forward_size(config, worker.model, runner, worker.data, 6).training
+    found = fit_batch.resolve_forward_size(config, worker.task, worker.model, runner, worker.data, 6).training
     assert (found.batch_size, found.max_prompts_per_forward) == chosen
 
 

@@ -10,7 +10,8 @@ import copy
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar, cast
@@ -30,6 +31,7 @@ from sam3lora.model.adapter.metadata import (
     check_prompt_thresholds,
     read_metadata,
     read_metadata_values,
+    refuse_dense,
     write_metadata,
 )
 from sam3lora.model.adapter.peft_config import read_config
@@ -69,11 +71,38 @@ def save_adapter(
         UserError: ``folder`` exists and is no adapter folder, so replacing it could destroy something.
         ValueError: The model has no such adapter, or its weights are not finite.
     """
-    if not isinstance(model, PeftModel) or adapter_name not in model.peft_config:
-        raise ValueError(f"expected a PEFT model with an adapter {adapter_name!r}, got {type(model).__name__}")
+    with adapter_folder(folder) as scratch:
+        write_adapter(model, scratch, metadata, adapter_name=adapter_name)
+        if metadata is not None:
+            write_metadata(scratch, metadata.to_dict())
+            (scratch / CARD_FILE).write_text(render_model_card(metadata), encoding="utf-8")
+    return Path(folder)
+
+
+@contextmanager
+def adapter_folder(folder: str | Path) -> Iterator[Path]:
+    """A folder to write an adapter to, which takes the place of ``folder`` when it is whole.
+
+    Raises:
+        UserError: ``folder`` exists and is no adapter folder, so replacing it could destroy something.
+    """
     folder = Path(folder)
     if folder.exists() and not (is_adapter_folder(folder) or (folder.is_dir() and not any(folder.iterdir()))):
         raise UserError(f"{folder} exists and is no adapter folder: choose another place or remove it")
+    with whole_folder(folder) as scratch:
+        yield scratch
+
+
+def write_adapter(
+    model: PeftModel, scratch: Path, metadata: AdapterMetadata | None, *, adapter_name: str = "default"
+) -> None:
+    """Write the two files of PEFT into a folder.
+
+    Raises:
+        ValueError: The model has no such adapter, or its weights are not finite.
+    """
+    if not isinstance(model, PeftModel) or adapter_name not in model.peft_config:
+        raise ValueError(f"expected a PEFT model with an adapter {adapter_name!r}, got {type(model).__name__}")
     state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     check_finite(tensors, "the adapter in memory", ValueError)
@@ -85,15 +114,10 @@ def save_adapter(
         if isinstance(getattr(config, field), set):
             setattr(config, field, sorted(getattr(config, field)))
 
-    with whole_folder(folder) as scratch:
-        save_file(tensors, scratch / WEIGHTS_FILE, metadata={"format": "pt"})
-        config.save_pretrained(str(scratch))
-        # safetensors lets only the owner read its file; other accounts that can read the folder may serve the adapter.
-        shutil.copymode(scratch / CONFIG_FILE, scratch / WEIGHTS_FILE)
-        if metadata is not None:
-            write_metadata(scratch, metadata.to_dict())
-            (scratch / CARD_FILE).write_text(render_model_card(metadata), encoding="utf-8")
-    return folder
+    save_file(tensors, scratch / WEIGHTS_FILE, metadata={"format": "pt"})
+    config.save_pretrained(str(scratch))
+    # safetensors lets only the owner read its file; other accounts that can read the folder may serve the adapter.
+    shutil.copymode(scratch / CONFIG_FILE, scratch / WEIGHTS_FILE)
 
 
 def load_adapter(
@@ -114,10 +138,18 @@ def load_adapter(
             The model is then as it was before.
     """
     folder = Path(folder)
-    config = read_config(folder)
     metadata = read_metadata(folder)
+    refuse_dense(metadata, folder)
     if check_base and metadata is not None:
         refuse_other_base(model, metadata, folder)
+    return add_saved_adapter(model, folder, adapter_name=adapter_name, trainable=trainable), metadata
+
+
+def add_saved_adapter(
+    model: nn.Module, folder: Path, *, adapter_name: str = "default", trainable: bool = False
+) -> PeftModel:
+    """`load_adapter` of PEFT's two files alone."""
+    config = read_config(folder)
     modules = base_modules(unwrap(model))
     _check_ranks(config, modules, folder)
     tensors, _ = read_tensors(folder)
@@ -146,7 +178,7 @@ def load_adapter(
         else:
             peft_model.unload()
         raise
-    return peft_model.eval() if not trainable else peft_model, metadata
+    return peft_model.eval() if not trainable else peft_model
 
 
 def record_post_processing(folder: str | Path, post: PostProcessing) -> None:
@@ -161,7 +193,9 @@ def record_post_processing(folder: str | Path, post: PostProcessing) -> None:
     check_prompt_thresholds(post)
     if not is_adapter_folder(folder):
         raise UserError(f"{folder} is no adapter folder: expected {CONFIG_FILE} and {WEIGHTS_FILE} in it")
-    metadata = replace(read_metadata(folder) or AdapterMetadata(versions={}), post_processing=post)
+    recorded = read_metadata(folder)
+    refuse_dense(recorded, folder)
+    metadata = replace(recorded or AdapterMetadata(versions={}), post_processing=post)
     # From the file itself: it may have keys of a newer version. The old name of the settings goes.
     values = (read_metadata_values(folder) or {}) | metadata.to_dict()
     values.pop("thresholds", None)

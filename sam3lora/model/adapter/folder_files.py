@@ -20,15 +20,17 @@ from sam3lora.errors import UserError
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 METADATA_FILE = "sam3lora.json"
-FILES = (CONFIG_FILE, WEIGHTS_FILE, METADATA_FILE)
+HEAD_FILE = "dense_head.safetensors"
+FILES = (CONFIG_FILE, WEIGHTS_FILE, METADATA_FILE, HEAD_FILE)
 
 MAX_JSON_BYTES = 4 * 2**20
 MAX_JSON_VALUES = 100_000
 
 
 def is_adapter_folder(folder: str | Path) -> bool:
-    """Whether the folder has the files of a complete adapter; they are not opened."""
-    return all((Path(folder) / file).is_file() for file in (CONFIG_FILE, WEIGHTS_FILE))
+    """Whether the folder has the files of a complete adapter, or of a dense head; they are not opened."""
+    complete = ((CONFIG_FILE, WEIGHTS_FILE), (HEAD_FILE, METADATA_FILE))
+    return any(all((Path(folder) / file).is_file() for file in files) for files in complete)
 
 
 @contextmanager

@@ -15,6 +15,8 @@ from sam3lora.files import write_whole
 from sam3lora.model.adapter.folder_files import METADATA_FILE, read_json_object, shown
 
 FORMAT_VERSION = 1
+DENSE_FORMAT_VERSION = 2  # so that a version without dense prediction refuses the folder
+DETECTION, DENSE = "detection", "dense"
 MAX_TEXT_CHARS = 4096
 MAX_PROMPT_THRESHOLDS = 5_000
 MAX_THRESHOLD_CHARS = 200_000  # of their prompts together: listings show them
@@ -37,7 +39,8 @@ class AdapterMetadata:
 
     ``resolution`` is the side of the model input in pixels. With ``geometry_cls`` the geometry CLS token follows the
     text tokens. ``post_processing`` holds the defaults wherever the adapter is used. ``data`` and ``metrics`` are
-    summaries; ``versions`` are those of the packages that wrote it.
+    summaries; ``versions`` are those of the packages that wrote it. ``dense`` holds the `DenseSettings` of a folder
+    whose ``task`` is dense.
     """
 
     base_model: str | None = None
@@ -52,10 +55,15 @@ class AdapterMetadata:
     lora: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=current_versions)
     format_version: int = FORMAT_VERSION
+    task: str = DETECTION
+    dense: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         post = self.post_processing
-        return asdict(self) | {"post_processing": None if post is None else post.model_dump(mode="json")}
+        values = asdict(self) | {"post_processing": None if post is None else post.model_dump(mode="json")}
+        if self.task == DETECTION:
+            del values["task"], values["dense"]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> AdapterMetadata:
@@ -65,16 +73,17 @@ class AdapterMetadata:
             UserError: The format is newer than this version can read, or a value is invalid.
         """
         found = values.get("format_version", FORMAT_VERSION)
-        if not isinstance(found, int) or found > FORMAT_VERSION:
+        if not isinstance(found, int) or found > DENSE_FORMAT_VERSION:
             raise UserError(
-                f"{METADATA_FILE} has format {shown(found)}; this sam3lora reads up to {FORMAT_VERSION}: install a "
-                "newer one"
+                f"{METADATA_FILE} has format {shown(found)}; this sam3lora reads up to {DENSE_FORMAT_VERSION}: install "
+                "a newer one"
             )
         known = {item.name for item in fields(cls)}
         metadata = cls(**{name: value for name, value in values.items() if name in known})
         expected: dict[str, tuple[type, ...]] = dict.fromkeys(("data", "metrics", "lora", "versions"), (dict,))
         expected |= dict.fromkeys(("base_model", "base_revision", "base_fingerprint"), (str, type(None)))
         expected |= {"prompts": (list,), "resolution": (int, type(None)), "geometry_cls": (bool,)}
+        expected |= {"task": (str,), "dense": (dict, type(None))}
         for name, types in expected.items():
             value = getattr(metadata, name)
             if not isinstance(value, types):
@@ -85,6 +94,10 @@ class AdapterMetadata:
                     f"{METADATA_FILE}: expected texts of characters that can be shown, at most {MAX_TEXT_CHARS}, got "
                     f"{shown(text)}"
                 )
+        if metadata.task not in (DETECTION, DENSE) or (metadata.task == DENSE) != (metadata.dense is not None):
+            raise UserError(
+                f"{METADATA_FILE}: expected task {DETECTION}, or {DENSE} and its settings, got {shown(metadata.task)}"
+            )
         return replace(metadata, post_processing=_read_post_processing(values))
 
 
@@ -143,6 +156,15 @@ def read_metadata(folder: str | Path) -> AdapterMetadata | None:
         return None if values is None else AdapterMetadata.from_dict(values)
     except UserError as error:
         raise UserError(f"{Path(folder)}: {error}") from None
+
+
+def refuse_dense(metadata: AdapterMetadata | None, folder: Path) -> None:
+    """Raise a UserError for a folder that labels pixels, where one that finds objects of prompts is needed."""
+    if metadata is not None and metadata.task == DENSE:
+        raise UserError(
+            f"{folder} is of task dense: it labels each pixel and finds no objects of prompts. Use `sam3lora infer` "
+            "without --prompt, or Predictor.predict_dense"
+        )
 
 
 def read_metadata_values(folder: str | Path) -> dict[str, Any] | None:

@@ -134,7 +134,14 @@ def check_finite(tensors: Mapping[str, Tensor], where: str, error: type[ValueErr
             raise error(f"{where}: {name} has NaN or infinite values, the training that made it diverged")
 
 
-def check_shapes(expected: Mapping[str, Sequence[int]], found: Mapping[str, object], folder: Path) -> None:
+def check_shapes(
+    expected: Mapping[str, Sequence[int]],
+    found: Mapping[str, object],
+    folder: Path,
+    *,
+    file: str = WEIGHTS_FILE,
+    settings: str = CONFIG_FILE,
+) -> None:
     """Raise a UserError unless a weights file has exactly the expected tensors; both map a name to a shape."""
     problems = []
     for verb, names in (("lacks", expected.keys() - found.keys()), ("has unexpected", found.keys() - expected.keys())):
@@ -147,7 +154,7 @@ def check_shapes(expected: Mapping[str, Sequence[int]], found: Mapping[str, obje
             break
     if problems:
         raise UserError(
-            f"{folder / WEIGHTS_FILE} does not fit {CONFIG_FILE} and this base model: it {'; it '.join(problems)}. "
+            f"{folder / file} does not fit {settings} and this base model: it {'; it '.join(problems)}. "
             "Use the base model the adapter was trained on"
         )
 

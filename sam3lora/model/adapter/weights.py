@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sam3lora.errors import UserError
 from sam3lora.model.adapter.folder import FolderSignature, read_unchanged, refuse_other_base
 from sam3lora.model.adapter.folder_files import CONFIG_FILE, METADATA_FILE, WEIGHTS_FILE, read_small
-from sam3lora.model.adapter.metadata import AdapterMetadata, read_metadata
+from sam3lora.model.adapter.metadata import AdapterMetadata, read_metadata, refuse_dense
 from sam3lora.model.adapter.peft_config import read_config
 from sam3lora.model.adapter.peft_files import (
     TENSOR_PREFIX,
@@ -140,9 +140,10 @@ def read_summary(folder: str | Path, model: nn.Module | None = None, *, max_rank
         OSError: A file cannot be read.
     """
     folder = Path(folder)
+    metadata = read_metadata(folder)
+    refuse_dense(metadata, folder)
     config = read_config(folder)
     _check_supported(config, folder)
-    metadata = read_metadata(folder)
     if model is not None and metadata is not None:
         refuse_other_base(model, metadata, folder, fingerprint_of=_fingerprint_once)
     rank = max([config.r, *(config.rank_pattern or {}).values()])

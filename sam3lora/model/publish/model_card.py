@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sam3lora.model.publish.export import ExportReport
 
 CARD_FILE = "README.md"
-_FOLDER = "PATH_OF_THIS_FOLDER"
+FOLDER = "PATH_OF_THIS_FOLDER"
 _SCORE = "A detection's score is sigmoid(logit) x sigmoid(presence)."
 
 
@@ -23,19 +23,19 @@ def render_model_card(metadata: AdapterMetadata) -> str:
     base = metadata.base_model or "unknown"
     post = metadata.post_processing
     sections = [
-        _front_matter("peft", base),
+        front_matter("peft", base),
         "# SAM 3 LoRA adapter",
         f"Teaches [SAM 3](https://huggingface.co/facebook/sam3) these prompts: {_prompts(metadata)}.",
-        f"Base model: {_base(metadata, base)}. Input: {metadata.resolution or 'the model own'} pixels square. "
+        f"Base model: {base_in_words(metadata, base)}. Input: {metadata.resolution or 'the model own'} pixels square. "
         f"Geometry CLS token: {_cls_state(metadata)}. {_SCORE}",
         "## With sam3lora",
-        _python(
+        python_block(
             "from sam3lora import Predictor",
-            f'predictor = Predictor("{base}", adapter="{_FOLDER}")',
+            f'predictor = Predictor("{base}", adapter="{FOLDER}")',
             f'results = predictor.predict("image.jpg", prompts=[{_first_prompt(metadata)}])',
         ),
         "## With transformers and PEFT alone",
-        _python(
+        python_block(
             "import torch",
             "from peft import PeftModel",
             "from PIL import Image",
@@ -53,7 +53,7 @@ def render_model_card(metadata: AdapterMetadata) -> str:
         ("Versions", metadata.versions),
     ):
         if values:
-            sections += [f"## {title}", _table(values)]
+            sections += [f"## {title}", values_table(values)]
     return "\n\n".join(sections) + "\n"
 
 
@@ -61,19 +61,20 @@ def render_merged_card(report: ExportReport, metadata: AdapterMetadata) -> str:
     """The card of a merged model, in Markdown with the hub's front matter."""
     rows = [f"| {name} | {item.absolute:.2g} | {item.scale:.3g} |" for name, item in report.differences.items()]
     sections = [
-        _front_matter("transformers", report.base_model),
+        front_matter("transformers", report.base_model),
         "# SAM 3 with a merged LoRA adapter",
         f"[SAM 3](https://huggingface.co/facebook/sam3) that was taught these prompts: {_prompts(metadata)}.",
-        f"Base model: {_base(metadata, report.base_model)}, whose licence holds for these weights too. Weights in "
-        f"{report.dtype}; input {report.resolution} pixels square; geometry CLS token {_cls_state(metadata)}. {_SCORE}",
+        f"Base model: {base_in_words(metadata, report.base_model)}, whose licence holds for these weights too. Weights "
+        f"in {report.dtype}; input {report.resolution} pixels square; geometry CLS token {_cls_state(metadata)}. "
+        f"{_SCORE}",
         "## With transformers alone",
-        _python(
+        python_block(
             "import torch",
             "from PIL import Image",
             "from transformers import Sam3Model, Sam3Processor",
             "",
-            f'model = Sam3Model.from_pretrained("{_FOLDER}", dtype=torch.float32).eval()',
-            f'processor = Sam3Processor.from_pretrained("{_FOLDER}")',
+            f'model = Sam3Model.from_pretrained("{FOLDER}", dtype=torch.float32).eval()',
+            f'processor = Sam3Processor.from_pretrained("{FOLDER}")',
             *_detect(metadata, None),
         ),
         "## How exact the merge is",
@@ -81,14 +82,14 @@ def render_merged_card(report: ExportReport, metadata: AdapterMetadata) -> str:
         "\n".join(["| output | difference | largest value |", "|---|---|---|", *rows]),
     ]
     if numbers := {name: value for name, value in metadata.metrics.items() if isinstance(value, int | float)}:
-        sections += ["## Metrics", _table(numbers)]
+        sections += ["## Metrics", values_table(numbers)]
     return "\n\n".join(sections) + "\n"
 
 
 def update_post_processing(card: str, post: PostProcessing) -> str:
     """A card with other post-processing settings; the rest of the text, which somebody may have edited, stays."""
     card = re.sub(r"(post_process_instance_segmentation\(outputs, threshold=)[^,)]+", rf"\g<1>{post.threshold}", card)
-    section = f"## Post-processing\n\n{_table(post.model_dump(mode='json'))}\n"
+    section = f"## Post-processing\n\n{values_table(post.model_dump(mode='json'))}\n"
     # "Thresholds" is the heading that earlier versions wrote.
     earlier = re.search(r"^## (Post-processing|Thresholds)\n.*?(?=\n^## |\Z)", card, re.MULTILINE | re.DOTALL)
     if earlier is None:
@@ -96,8 +97,8 @@ def update_post_processing(card: str, post: PostProcessing) -> str:
     return card[: earlier.start()] + section + card[earlier.end() :]
 
 
-def _front_matter(library: str, base: str) -> str:
-    lines = ["---", f"library_name: {library}", "pipeline_tag: mask-generation"]
+def front_matter(library: str, base: str, pipeline: str = "mask-generation") -> str:
+    lines = ["---", f"library_name: {library}", f"pipeline_tag: {pipeline}"]
     lines.append("tags: [sam3, lora, image-segmentation]")
     if base.count("/") == 1 and not base.startswith((".", "/", "~")):  # a name on the hub
         lines.append(f"base_model: {base}")
@@ -115,7 +116,7 @@ def _load_base_and_adapter(metadata: AdapterMetadata, base: str) -> list[str]:
             f"config.image_size = {metadata.resolution}",
         ]
         load = "model = Sam3Model.from_pretrained(base, config=config)"
-    peft = f'model = PeftModel.from_pretrained(model, "{_FOLDER}").eval()'
+    peft = f'model = PeftModel.from_pretrained(model, "{FOLDER}").eval()'
     return [*lines, load, peft, "processor = Sam3Processor.from_pretrained(base)", ""]
 
 
@@ -150,7 +151,7 @@ def _prompts(metadata: AdapterMetadata) -> str:
     return ", ".join(f"`{prompt}`" for prompt in metadata.prompts) or "not recorded"
 
 
-def _base(metadata: AdapterMetadata, base: str) -> str:
+def base_in_words(metadata: AdapterMetadata, base: str) -> str:
     return f"`{base}`" + (f" at revision `{metadata.base_revision}`" if metadata.base_revision else "")
 
 
@@ -163,11 +164,11 @@ def _first_prompt(metadata: AdapterMetadata) -> str:
     return json.dumps((metadata.prompts or ["crack"])[0], ensure_ascii=False)
 
 
-def _python(*lines: str) -> str:
+def python_block(*lines: str) -> str:
     return "\n".join(["```python", *lines, "```"])
 
 
-def _table(values: dict[str, Any]) -> str:
+def values_table(values: dict[str, Any]) -> str:
     rows = ["| | |", "|---|---|"]
     for name, value in values.items():
         text = f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -51,6 +51,23 @@ def first_layers(trunk: Any, pixel_values_ICHW: Tensor, num_layers: int) -> Tens
 def last_layers(trunk: Any, tokens_ISC: Tensor, num_layers: int) -> Tensor:
     """Tokens (I, S, C) after all layers, from those after the first ``num_layers``."""
     return run_layers(trunk.layers[num_layers:], _as_map(tokens_ISC)).flatten(1, 2)
+
+
+def layer_outputs(trunk: Any, pixel_values_ICHW: Tensor, layers: Sequence[int]) -> list[Tensor]:
+    """Tokens (I, S, C) after each of some layers of a ``Sam3ViTModel``, whose numbers ascend from 0.
+
+    Layers after the last of them do not run, and those before the first trainable one keep no activations.
+    """
+    frozen = frozen_layers(trunk) if torch.is_grad_enabled() else 0
+    with torch.set_grad_enabled(torch.is_grad_enabled() and frozen == 0):
+        tokens_IHWC = trunk.layer_norm(_as_map(trunk.embeddings(pixel_values_ICHW)))
+    found, start = {}, 0
+    for stop in sorted({frozen, *(number + 1 for number in layers)} - {0}):
+        if start <= max(layers):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and start >= frozen):
+                tokens_IHWC = run_layers(trunk.layers[start:stop], tokens_IHWC)
+            found[stop - 1], start = tokens_IHWC.flatten(1, 2), stop
+    return [found[number] for number in layers]
 
 
 def weights_of_first_layers(trunk: Any, num_layers: int) -> dict[str, Tensor]:

@@ -176,7 +176,7 @@ def _cost(trainer: Trainer, batches: Iterator[Batch], compute: Callable[[Batch],
     cost = ImageCost()
     decode_s, batch = _timed(trainer, lambda: next(batches, None))
     while batch is not None:
-        if batch.num_images and batch.num_queries:
+        if batch.num_images and trainer.runner.has_loss(batch):
             compute_s, _ = _timed(trainer, lambda: compute(batch))  # noqa: B023
             cost = ImageCost(decode_s / batch.num_images, compute_s / batch.num_images)
         decode_s, batch = _timed(trainer, lambda: next(batches, None))

@@ -8,10 +8,11 @@ from sam3lora.data.fault_report import faults_as_reason
 from sam3lora.data.split_files import SplitFiles, find_split, missing_split
 from sam3lora.errors import UserError
 from sam3lora.training.best import why_undefined
-from sam3lora.training.datasets import RunData, load_run_data
+from sam3lora.training.datasets import RunData
+from sam3lora.training.task import task_of
 from sam3lora.tune.space.search_space import SearchSpace
 
-_ANY_RESOLUTION = 1008
+_ANY_RESOLUTION, _ANY_PATCH = 1008, 14
 
 
 def check_data(space: SearchSpace) -> RunData:
@@ -21,7 +22,7 @@ def check_data(space: SearchSpace) -> RunData:
         UserError: A split is missing or damaged, or the metric is not defined on the validation images.
     """
     config, root = space.base, checked_data_dir(space)
-    data = load_run_data(config, config.model.resolution or _ANY_RESOLUTION)
+    data = task_of(config).load_data(config, config.model.resolution or _ANY_RESOLUTION, _ANY_PATCH)
     metric = space.search.metric
     if metric != "valid_loss" and data.valid_complete is not None:
         reason = why_undefined(metric, data.valid_complete, config)

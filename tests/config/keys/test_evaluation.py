@@ -10,7 +10,7 @@ from sam3lora.config import load_config
 from sam3lora.config.post_processing import PostProcessing, PostProcessingFields
 from sam3lora.errors import UserError
 from sam3lora.training import validator
-from sam3lora.training.validator import Validator
+from sam3lora.training.validator import DetectionValidator, Validator
 
 from ...training.run_folder import lines_of
 from .conftest import acts
@@ -46,7 +46,7 @@ def test_best_metric_chooses_the_adapter_and_when_to_stop(metric, epochs, best, 
         return terms
 
     monkeypatch.setattr(Validator, "loss_terms", scripted)
-    monkeypatch.setattr(Validator, "metrics", lambda validator: next(measured))
+    monkeypatch.setattr(DetectionValidator, "metrics", lambda validator: next(measured))
     result = run(
         f"evaluation.best_metric={metric}",
         "evaluation.every_epochs=1",
@@ -62,7 +62,9 @@ def test_best_metric_has_to_be_measured():
     for metric in ("map", "cgf1"):
         with pytest.raises(UserError, match=f"best_metric {metric} is never measured while every_epochs is 0"):
             load_config("light", ["evaluation.every_epochs=0", f"evaluation.best_metric={metric}"])
-    assert load_config("light", ["evaluation.best_metric=valid_loss"]).evaluation.chosen_best_metric == "valid_loss"
+    assert (
+        load_config("light", ["evaluation.best_metric=valid_loss"]).evaluation.chosen_best_metric("map") == "valid_loss"
+    )
 
 
 @pytest.fixture

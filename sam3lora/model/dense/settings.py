@@ -1,0 +1,32 @@
+"""`DenseSettings`: all that is needed to build the model of a dense run again."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from sam3lora.config._section import Settings
+
+Mode = Literal["binary", "multiclass", "multilabel"]
+BACKGROUND = "background"
+
+
+class DenseSettings(Settings):
+    """What the folder of a dense run records of its model.
+
+    `classes` are the names of the head's outputs in their order; the first of mode multiclass is the background.
+    `layers` are numbers of the trunk's layers, ascending.
+    """
+
+    mode: Mode
+    classes: tuple[str, ...] = Field(min_length=1, max_length=255)
+    layers: tuple[int, ...] = Field(min_length=1, max_length=4)
+    width: int = Field(ge=1, le=1024)
+    norm: Literal["group", "batch"] = "group"
+    bottleneck_width: int | None = Field(default=None, ge=1, le=1024)
+    threshold: float = Field(default=0.5, gt=0, lt=1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; `DenseSettings(**values)` gives equal settings."""
+        return self.model_dump(mode="json")

@@ -1,0 +1,94 @@
+"""`DenseRunner`: the loss of a batch of images with label maps, and its gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sam3lora.data.batch import Batch, to_pixel_values
+from sam3lora.data.sample import DecodeSettings, read_frame
+from sam3lora.losses import Normalizer
+from sam3lora.losses.dense import DenseCriterion, DenseLossOutput
+from sam3lora.model.dense.model import DenseSam3
+
+
+@dataclass
+class DenseImages:
+    """Makes the model's input of the images of a run, and counts them."""
+
+    model: DenseSam3
+    device: torch.device
+    settings: DecodeSettings
+    image_mean: Sequence[float]
+    image_std: Sequence[float]
+    vision_passes: int = 0
+    features_loaded: int = 0
+
+    def of_batch(self, batch: Batch) -> list[Tensor]:
+        """The outputs (I, S, C) of the head's layers of the trunk for a batch's images."""
+        return self._encode(batch.images_NHWC)
+
+    def of_records(self, records: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+        """The same for images of records of an index.
+
+        Raises:
+            ImageError: An image cannot be read.
+        """
+        return self._encode(np.stack([read_frame(record, self.settings)[0] for record in records]))
+
+    def load_ahead(self, batch: Batch) -> None:
+        """Nothing is kept."""
+
+    def _encode(self, frames_IHWC: np.ndarray) -> list[Tensor]:
+        self.vision_passes += len(frames_IHWC)
+        dtype = next(self.model.trunk.parameters()).dtype
+        pixels = to_pixel_values(frames_IHWC, self.image_mean, self.image_std, self.device, dtype)
+        return self.model.encode(pixels)
+
+
+@dataclass
+class DenseRunner:
+    """A `Runner`. The terms are sums over images, divided by the images of the whole step."""
+
+    model: DenseSam3
+    criterion: DenseCriterion
+    images: DenseImages
+    device: torch.device
+    bf16: bool = False
+    max_prompts: int = 1
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """The terms are weighted already, by level."""
+        return dict.fromkeys(self.criterion.term_names, 1.0)
+
+    @property
+    def term_names(self) -> list[str]:
+        return list(self.criterion.term_names)
+
+    def has_loss(self, batch: Batch) -> bool:
+        return batch.num_images > 0
+
+    def backward(self, batch: Batch, normalizer: Normalizer) -> tuple[Tensor, dict[str, Tensor]]:
+        """Add the gradients of the batch to the parameters; return the detached total and the terms."""
+        loss = self._loss(batch, normalizer)
+        loss.total.backward()
+        return loss.total.detach(), loss.terms
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch, normalizer: Normalizer) -> dict[str, Tensor]:
+        """The terms of the batch, the same ones as in training."""
+        return self._loss(batch, normalizer).terms
+
+    def _loss(self, batch: Batch, normalizer: Normalizer) -> DenseLossOutput:
+        assert batch.label_maps is not None, "a dense run decodes label maps"
+        labels_INMM = torch.from_numpy(batch.label_maps).to(self.device, non_blocking=True)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            logits = self.model.logits(self.images.of_batch(batch), len(self.criterion.level_weights))
+        labels = labels_INMM if self.criterion.mode == "multilabel" else labels_INMM[:, 0]
+        return self.criterion(logits, labels, normalizer.num_images)
