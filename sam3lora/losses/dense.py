@@ -28,9 +28,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sam3lora.label_values import IGNORE
+
 Mode = Literal["binary", "multiclass", "multilabel"]
-IGNORE = 255
-"""Label of pixels without a loss."""
 _WINDOW, _WINDOW_SIDE = 31, 336  # the original's window, in pixels of a map of this side
 
 

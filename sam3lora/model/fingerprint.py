@@ -10,14 +10,15 @@ from torch import nn
 from sam3lora.model.components import bare_name, unwrap
 
 SAMPLES_PER_TENSOR = 64
+_OF_ADAPTERS = (".lora_", ".modules_to_save.", ".bottleneck.")
 
 
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 (64 hexadecimal digits) over names, shapes and sampled values of a model's parameters.
 
     Up to 64 evenly spaced values of each parameter count, rounded to bfloat16: the same weights in float32 and in
-    bfloat16 have the same fingerprint, on any device and at any input resolution. LoRA parameters are left out, so that
-    a model with an unmerged adapter has the fingerprint of its base.
+    bfloat16 have the same fingerprint, on any device and at any input resolution. Parameters of adapters are left out,
+    so that a model with an unmerged adapter has the fingerprint of its base.
 
     Raises:
         ValueError: The model is on the meta device and has no values.
@@ -27,7 +28,7 @@ def fingerprint(model: nn.Module) -> str:
     parameters = sorted(
         (bare_name(name), parameter)
         for name, parameter in unwrap(model).named_parameters()
-        if ".lora_" not in name and ".modules_to_save." not in name
+        if not any(part in name for part in _OF_ADAPTERS)
     )
     for name, parameter in parameters:
         if parameter.is_meta:

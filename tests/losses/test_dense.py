@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from sam3lora.label_values import IGNORE
 from sam3lora.losses.dense import (
-    IGNORE,
     DenseCriterion,
     at_centres,
     boundary_weights,

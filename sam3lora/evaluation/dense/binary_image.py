@@ -10,7 +10,7 @@ from functools import cached_property
 
 import numpy as np
 
-from sam3lora.evaluation.dense.class_counts import IGNORE
+from sam3lora.label_values import IGNORE
 
 NUM_LEVELS = 256
 """Thresholds of all curves: those of an 8-bit map."""

@@ -19,7 +19,6 @@ import cv2
 import numpy as np
 
 from sam3lora.evaluation.dense.class_counts import (
-    BACKGROUND,
     ClassCounts,
     Counts,
     check_names,
@@ -29,6 +28,7 @@ from sam3lora.evaluation.dense.class_counts import (
     weighted,
 )
 from sam3lora.evaluation.metrics.bootstrap import Metric
+from sam3lora.label_values import BACKGROUND
 
 DILATION_RATIO = 0.02
 """Width of the boundary as a share of the image's diagonal."""

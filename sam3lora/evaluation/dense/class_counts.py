@@ -11,10 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sam3lora.evaluation.dense.image_rows import ImageRows
-
-IGNORE = 255
-"""Label of pixels that nothing is asked of."""
-BACKGROUND = 0
+from sam3lora.label_values import IGNORE
 
 
 class Counts(NamedTuple):

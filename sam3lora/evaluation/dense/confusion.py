@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from sam3lora.evaluation.dense.class_counts import (
-    BACKGROUND,
     ClassCounts,
     Counts,
     check_names,
@@ -22,6 +21,7 @@ from sam3lora.evaluation.dense.class_counts import (
     weighted,
 )
 from sam3lora.evaluation.metrics.bootstrap import Metric
+from sam3lora.label_values import BACKGROUND
 
 
 @dataclass(frozen=True)

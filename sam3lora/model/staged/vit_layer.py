@@ -38,6 +38,8 @@ def run_layers(layers: Iterable[Any], tokens_IHWC: Tensor) -> Tensor:
 
 
 def _layer(layer: Any, tokens_IHWC: Tensor, rotation_2S1c: Tensor) -> Tensor:
+    for hook in layer._forward_pre_hooks.values():  # as where the layer is called
+        (tokens_IHWC,) = hook(layer, (tokens_IHWC,))
     normed_IHWC = layer.layer_norm1(tokens_IHWC)
     windows_NSC, add_windows = _windows(normed_IHWC, layer.window_size)
     query, key, value = project(layer.attention, windows_NSC, windows_NSC, windows_NSC)
