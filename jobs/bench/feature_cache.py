@@ -21,7 +21,7 @@ from sam3lora.data.array_store import ArrayStore
 from sam3lora.data.batch import Batch
 from sam3lora.errors import UserError
 from sam3lora.model.staged.forward import StagedSam3
-from sam3lora.training.features.trunk_cache import TrunkCache
+from sam3lora.training.features.trunk_cache import TrunkCache, frozen_part
 
 CACHED, UNCACHED, PLAIN = "sam3lora", "sam3lora, nothing kept", "transformers + PEFT"
 STORE_BYTES = 20 * 10**9
@@ -134,7 +134,8 @@ def _make_ours(work: TrainingWork, folder: Path | None) -> Callable[[], _Epoch]:
         device, training = torch.device("cpu"), work.config.training
         memory_bytes = int(training.cache_memory_gb * 1e9)
         store = ArrayStore(folder, STORE_BYTES)
-        trunk = TrunkCache(staged, store, device=device, bf16=work.bf16, memory_bytes=memory_bytes)
+        frozen = frozen_part(staged, bf16=work.bf16)
+        trunk = TrunkCache(frozen, store, device=device, bf16=work.bf16, memory_bytes=memory_bytes)
         opened_s = time.perf_counter() - start
         return trunk
 

@@ -103,6 +103,7 @@ _NO_OBJECTS = "no object is found"
 _REFUSED = {
     "training.num_negatives": _NO_PROMPTS,
     "training.one_to_many": _NO_OBJECTS,
+    "training.cuda_graphs": "graphs are of the detector",
     "training.component_learning_rates": "the head has dense.learning_rate, the trunk training.learning_rate",
     "training.loss": "the weights are dense.deep_supervision and dense.boundary_weight",
     "model.geometry_cls": _NO_PROMPTS,

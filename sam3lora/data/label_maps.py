@@ -1,6 +1,6 @@
 """Label maps: the value of each pixel of an image, painted from its labelled objects.
 
-Where objects overlap, the smaller one is on top. `VOID` pixels are not to be learned from: crowd regions, boxes of
+Where objects overlap, the smaller one is on top. `IGNORE` pixels are not to be learned from: crowd regions, boxes of
 objects without a mask, and what lies beside an image in its frame.
 
 Shapes: `N` maps of an image, `H` `W` pixels, `M` the side of a map in the model's frame.
@@ -17,9 +17,9 @@ import numpy as np
 from sam3lora.data.augment import Placement
 from sam3lora.data.masks import Segmentation, decode_mask, mask_area, place_mask
 from sam3lora.data.prompts import prompt_key
+from sam3lora.label_values import IGNORE
 
-VOID = 255
-MOST_CLASSES = VOID - 1
+MOST_CLASSES = IGNORE - 1
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class LabelMaps:
             whole: Segmentation = [[0, 0, width, 0, width, height, 0, height]]
             inside = place_mask(whole, size_hw, placement, side)
             assert inside is not None
-            maps[:, ~inside] = VOID
+            maps[:, ~inside] = IGNORE
         return maps
 
     def of_record(self, record: Mapping[str, Any], size_hw: tuple[int, int] | None = None) -> np.ndarray:
@@ -78,7 +78,7 @@ class LabelMaps:
                 mask, is_void = draw(_corners(annotation["bbox_xywh"])), True
             assert mask is not None
             number, painted = (value - 1, 1) if self.overlapping else (0, value)
-            maps[number, mask] = VOID if is_void else painted
+            maps[number, mask] = IGNORE if is_void else painted
         return maps
 
 

@@ -104,7 +104,7 @@ class _NoiseEncoder:
                 return encoder.staged.encode_images(encoder.pixel_values(batch.images_NHWC))
         tokens_ISC = encoder.trunk.fetch([None] * batch.num_images, pixel_values)
         with torch.set_grad_enabled(encoder.trainable):
-            return encoder.trunk.features(tokens_ISC)
+            return encoder.rest(tokens_ISC)
 
 
 def most_queries_and_objects(table: pa.Table, settings: DecodeSettings) -> tuple[int, int]:

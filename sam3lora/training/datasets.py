@@ -34,7 +34,8 @@ class RunData:
     """The training split, the validation split if there is one, and how their records are decoded.
 
     ``train`` and ``valid`` hold the images that have a loss; ``valid_complete`` holds all that metrics are measured on.
-    ``faults`` are those of both annotation files, from `split_faults`. ``digest`` is from `data_digest`.
+    ``faults`` are those of both annotation files, from `split_faults`. ``digest`` is from `data_digest`. Of a dense
+    run ``prompts`` are its classes.
     """
 
     train: CocoIndex
@@ -61,9 +62,13 @@ class RunData:
             "num_labels_left_out": left_out["labels"],
             "num_images_left_out": left_out["images"],
             "objects_per_category": counts,
-            "prompts": list(self.prompts),
-            "prompt_of_category": dict(self.train_settings.prompts_map),
+            **self._asked(),
         }
+
+    def _asked(self) -> dict[str, Any]:
+        if self.train_settings.label_maps is not None:
+            return {"classes": list(self.prompts)}
+        return {"prompts": list(self.prompts), "prompt_of_category": dict(self.train_settings.prompts_map)}
 
 
 Splits = tuple[CocoIndex, CocoIndex | None]

@@ -79,6 +79,9 @@ class WarningsToMetrics(logging.Handler):
             self._early.append(record.getMessage())
 
 
+_SHOWN = ("map", "map_50", "mean_iou", "mean_iou_foreground")
+
+
 def append_line(file: Path, kind: str, **values: Any) -> None:
     """Append a line, and before it end one that a killed process has left half-written."""
     with errors_of(file), file.open("a+b") as lines:
@@ -224,6 +227,11 @@ class _NewLines:
         return [json.loads(line) for line in complete.splitlines()]
 
 
+def _asked(line: dict[str, Any]) -> str:
+    name = "classes" if "classes" in line else "prompts"
+    return f"{name}: {', '.join(line[name][:12])}"
+
+
 def describe_line(line: dict[str, Any]) -> str | None:
     """A line of metrics in words; None for one that is not worth showing."""
     kind = line["kind"]
@@ -231,9 +239,7 @@ def describe_line(line: dict[str, Any]) -> str | None:
         device, workers = line["device"], line["num_workers"]
         images = f"{line['num_train_images']} training and {line['num_valid_images']} validation images"
         images += f" ({line['no_valid']})" if line.get("no_valid") else ""
-        return (
-            f"{images}, {workers} worker{'s' * (workers > 1)} on {device}, prompts: {', '.join(line['prompts'][:12])}"
-        )
+        return f"{images}, {workers} worker{'s' * (workers > 1)} on {device}, {_asked(line)}"
     if kind == "faults":
         return fault_summary(line["faults"], line["data_dir"])
     if kind == "step":
@@ -246,7 +252,7 @@ def describe_line(line: dict[str, Any]) -> str | None:
         valid = line.get("valid_loss")
         parts = [f"epoch {line['epoch']}: train loss {line['train_loss']:.4g}"]
         parts += [f"valid loss {valid:.4g}"] if valid is not None else []
-        parts += [f"{name} {line[name]:.3f}" for name in ("map", "map_50") if line.get(name) is not None]
+        parts += [f"{name} {line[name]:.3f}" for name in _SHOWN if line.get(name) is not None]
         return ", ".join(parts)
     if kind == "base":
         return f"base: valid loss {line['valid_loss']:.4g}"

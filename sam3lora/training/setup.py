@@ -20,14 +20,14 @@ from sam3lora.losses import Criterion
 from sam3lora.model.adapter.folder import AdapterMetadata
 from sam3lora.model.adapter.lora_layers import apply_lora
 from sam3lora.model.checkpointing import enable_checkpointing, worth_checkpointing
-from sam3lora.model.components import COMPONENTS
+from sam3lora.model.components import COMPONENTS, adapted_modules
 from sam3lora.model.loading import LoadedBase, load_base, tokenize
 from sam3lora.model.precision import store_matrices_in
 from sam3lora.model.staged.forward import StagedSam3
 from sam3lora.training.datasets import RunData
 from sam3lora.training.distributed import gather_objects
 from sam3lora.training.features.encoder import ImageEncoder, open_cache
-from sam3lora.training.features.trunk_cache import TrunkCache
+from sam3lora.training.features.trunk_cache import TrunkCache, frozen_part, why_trunk_changes
 from sam3lora.training.graphs.gradient_graphs import GradientGraphs
 from sam3lora.training.graphs.graphed_sam3 import GraphedCosts, GraphedSam3
 from sam3lora.training.optimization import build_optimizer
@@ -129,7 +129,9 @@ def add_adapter(config: Config, base: LoadedBase, data: RunData, device: torch.d
     )
     text.add(data.prompts)
     text.release_tower()
-    trunk = open_cache(config, base, staged, data, device, bf16=bf16)
+    changing = why_trunk_changes(config, adapted_modules(sam3), cast(Any, sam3).vision_encoder.backbone.config)
+    frozen = frozen_part(staged, bf16=bf16)
+    trunk = open_cache(config, base, frozen, data, device, bf16=bf16, changing=changing)
     if training.compile:
         _compile(sam3, trunk, data, device)
     images = ImageEncoder(

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from sam3lora.data.augment import Placement
-from sam3lora.data.label_maps import VOID, LabelMaps
+from sam3lora.data.label_maps import LabelMaps
+from sam3lora.label_values import IGNORE
 
 EXCLUSIVE = LabelMaps({"crack": 1, "hole": 2})
 OVERLAPPING = LabelMaps({"crack": 1, "hole": 2}, overlapping=True)
@@ -26,7 +27,7 @@ def record(*annotations: dict, height: int = 4, width: int = 6) -> dict:
 
 
 def rows(*lines: str) -> list[list[int]]:
-    return [[VOID if letter == "x" else int(letter) for letter in line] for line in lines]
+    return [[IGNORE if letter == "x" else int(letter) for letter in line] for line in lines]
 
 
 @pytest.mark.parametrize("order", [1, -1])

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sam3lora.errors import UserError
@@ -15,7 +16,7 @@ from sam3lora.model.components import unwrap
 from sam3lora.model.dense.bottleneck import add_bottlenecks
 from sam3lora.model.dense.head import DenseHead
 from sam3lora.model.dense.settings import DenseSettings
-from sam3lora.model.staged.trunk import layer_outputs
+from sam3lora.model.staged.trunk import first_layers, frozen_layers, layer_outputs
 
 _UNUSED = (
     "text_encoder",
@@ -55,9 +56,32 @@ class DenseSam3(nn.Module):
         """The `Sam3ViTModel`."""
         return unwrap(self.sam3).vision_encoder.backbone  # type: ignore[union-attr]
 
+    @property
+    def constant_layers(self) -> tuple[int, ...]:
+        """The layers whose output does not learn, as far as `encode` needs it; empty where the first layer learns."""
+        layers, frozen = self.settings.layers, min(frozen_layers(self.trunk), self.settings.layers[-1] + 1)
+        return tuple(sorted({number for number in layers if number < frozen} | {frozen - 1} - {-1}))
+
     def encode(self, pixel_values_ICHW: Tensor) -> list[Tensor]:
-        """The outputs (I, S, C) of the head's layers, ascending."""
-        return layer_outputs(self.trunk, pixel_values_ICHW, self.settings.layers)
+        """The outputs (I, S, C) of the head's layers, ascending; frozen layers keep no activations."""
+        return self.encode_rest(self.encode_constant(pixel_values_ICHW))
+
+    @torch.no_grad()
+    def encode_constant(self, pixel_values_ICHW: Tensor) -> Tensor:
+        """The outputs (I, layers x S, C) of `constant_layers` one after the other, or the input of the first layer."""
+        tokens_ISC = first_layers(self.trunk, pixel_values_ICHW, 0)
+        constant = layer_outputs(self.trunk, tokens_ISC, self.constant_layers)
+        return torch.cat(constant, 1) if constant else tokens_ISC
+
+    def encode_rest(self, constant: Tensor) -> list[Tensor]:
+        """What `encode` returns, from what `encode_constant` returned."""
+        layers, known = self.settings.layers, self.constant_layers
+        parts = constant.chunk(max(len(known), 1), dim=1)
+        outputs = dict(zip(known, parts, strict=False))
+        start = known[-1] + 1 if known else 0
+        later = [number for number in layers if number >= start]
+        outputs |= zip(later, layer_outputs(self.trunk, parts[-1], later, start), strict=True)
+        return [outputs[number] for number in layers]
 
     def bottlenecks(self) -> dict[str, Tensor]:
         """The weights of the trunk's bottlenecks, by their names in it; empty where there are none."""

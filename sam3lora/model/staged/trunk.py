@@ -53,21 +53,17 @@ def last_layers(trunk: Any, tokens_ISC: Tensor, num_layers: int) -> Tensor:
     return run_layers(trunk.layers[num_layers:], _as_map(tokens_ISC)).flatten(1, 2)
 
 
-def layer_outputs(trunk: Any, pixel_values_ICHW: Tensor, layers: Sequence[int]) -> list[Tensor]:
-    """Tokens (I, S, C) after each of some layers of a ``Sam3ViTModel``, whose numbers ascend from 0.
+def layer_outputs(trunk: Any, tokens_ISC: Tensor, layers: Sequence[int], start: int = 0) -> list[Tensor]:
+    """Tokens (I, S, C) after each of some layers of a ``Sam3ViTModel``, from those after the first ``start`` layers.
 
-    Layers after the last of them do not run, and those before the first trainable one keep no activations.
+    The numbers of the layers ascend from ``start``; layers after the last of them do not run.
     """
-    frozen = frozen_layers(trunk) if torch.is_grad_enabled() else 0
-    with torch.set_grad_enabled(torch.is_grad_enabled() and frozen == 0):
-        tokens_IHWC = trunk.layer_norm(_as_map(trunk.embeddings(pixel_values_ICHW)))
-    found, start = {}, 0
-    for stop in sorted({frozen, *(number + 1 for number in layers)} - {0}):
-        if start <= max(layers):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and start >= frozen):
-                tokens_IHWC = run_layers(trunk.layers[start:stop], tokens_IHWC)
-            found[stop - 1], start = tokens_IHWC.flatten(1, 2), stop
-    return [found[number] for number in layers]
+    found, tokens_IHWC = [], _as_map(tokens_ISC)
+    for number in layers:
+        tokens_IHWC = run_layers(trunk.layers[start : number + 1], tokens_IHWC)
+        found.append(tokens_IHWC.flatten(1, 2))
+        start = number + 1
+    return found
 
 
 def weights_of_first_layers(trunk: Any, num_layers: int) -> dict[str, Tensor]:

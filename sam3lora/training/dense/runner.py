@@ -4,51 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from sam3lora.data.batch import Batch, to_pixel_values
-from sam3lora.data.sample import DecodeSettings, read_frame
+from sam3lora.data.batch import Batch
+from sam3lora.data.sample import DecodeSettings
 from sam3lora.losses import Normalizer
 from sam3lora.losses.dense import DenseCriterion, DenseLossOutput
 from sam3lora.model.dense.model import DenseSam3
+from sam3lora.training.features.encoder import EncodedImages
+from sam3lora.training.features.trunk_cache import TrunkCache
 
 
 @dataclass
-class DenseImages:
-    """Makes the model's input of the images of a run, and counts them."""
+class DenseImages(EncodedImages[list[Tensor]]):
+    """Computes the outputs (I, S, C) of the layers that the head reads."""
 
     model: DenseSam3
     device: torch.device
     settings: DecodeSettings
     image_mean: Sequence[float]
     image_std: Sequence[float]
+    trunk: TrunkCache | None = None
     vision_passes: int = 0
     features_loaded: int = 0
 
-    def of_batch(self, batch: Batch) -> list[Tensor]:
-        """The outputs (I, S, C) of the head's layers of the trunk for a batch's images."""
-        return self._encode(batch.images_NHWC)
+    @property
+    def pixel_type(self) -> torch.dtype:
+        return next(self.model.trunk.parameters()).dtype
 
-    def of_records(self, records: Sequence[Mapping[str, Any]]) -> list[Tensor]:
-        """The same for images of records of an index.
+    def whole(self, pixel_values_ICHW: Tensor) -> list[Tensor]:
+        return self.model.encode(pixel_values_ICHW)
 
-        Raises:
-            ImageError: An image cannot be read.
-        """
-        return self._encode(np.stack([read_frame(record, self.settings)[0] for record in records]))
-
-    def load_ahead(self, batch: Batch) -> None:
-        """Nothing is kept."""
-
-    def _encode(self, frames_IHWC: np.ndarray) -> list[Tensor]:
-        self.vision_passes += len(frames_IHWC)
-        dtype = next(self.model.trunk.parameters()).dtype
-        pixels = to_pixel_values(frames_IHWC, self.image_mean, self.image_std, self.device, dtype)
-        return self.model.encode(pixels)
+    def rest(self, tokens_ISC: Tensor) -> list[Tensor]:
+        return self.model.encode_rest(tokens_ISC)
 
 
 @dataclass

@@ -22,12 +22,15 @@ from sam3lora.model.dense.model import DenseSam3, chosen_layers, keep_trunk_only
 from sam3lora.model.dense.settings import DenseSettings
 from sam3lora.model.loading import LoadedBase
 from sam3lora.model.precision import store_matrices_in
+from sam3lora.model.staged.trunk import frozen_layers
 from sam3lora.training import setup
 from sam3lora.training.datasets import BatchSource, RunData, Splits
 from sam3lora.training.dense.classes import DenseClasses
 from sam3lora.training.dense.datasets import load_dense_data
 from sam3lora.training.dense.runner import DenseImages, DenseRunner
 from sam3lora.training.dense.validator import DenseValidator
+from sam3lora.training.features.encoder import open_cache
+from sam3lora.training.features.trunk_cache import FrozenPart, why_trunk_changes
 from sam3lora.training.optimization import set_training_mode
 from sam3lora.training.step import StepCounts
 
@@ -74,7 +77,15 @@ class Dense:
         bf16 = setup.computes_in_bf16(config, device)
         if bf16:
             store_matrices_in(base.model, torch.bfloat16, text_tower=False)
-        images = DenseImages(model, device, data.valid_settings, image_mean=base.image_mean, image_std=base.image_std)
+        if training.compile:
+            layers = base.model.vision_encoder.backbone.layers[frozen_layers(model.trunk) :]
+            setup.compile_layers(layers, device)
+        trunk = open_cache(
+            config, base, _frozen_part(model), data, device, bf16=bf16, changing=_why_changing(config, model)
+        )
+        images = DenseImages(
+            model, device, data.valid_settings, image_mean=base.image_mean, image_std=base.image_std, trunk=trunk
+        )
         criterion = DenseCriterion(
             self.classes.mode, level_weights=dense.level_weights, boundary_weight=dense.boundary_weight
         )
@@ -127,6 +138,17 @@ class Dense:
 
     def save(self, model: DenseSam3, folder: Path, metadata: AdapterMetadata) -> None:
         save_dense(model, folder, replace(metadata, dense=model.settings.to_dict()))
+
+
+def _frozen_part(model: DenseSam3) -> FrozenPart:
+    *others, last = model.constant_layers or (-1,)
+    return FrozenPart(model.trunk, last + 1, model.encode_constant, others=tuple(others))
+
+
+def _why_changing(config: Config, model: DenseSam3) -> str | None:
+    if not model.constant_layers:
+        return "the adapter changes the first layer of the vision trunk; see lora.vision_last_layers and dense.adapter"
+    return why_trunk_changes(config, (), model.trunk.config)
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -17,36 +17,33 @@ from sam3lora.data.batch import Batch, to_pixel_values
 from sam3lora.data.sample import DecodeSettings, feature_key, read_frame
 from sam3lora.errors import UserError
 from sam3lora.files import cache_folder
-from sam3lora.model.components import adapted_modules
 from sam3lora.model.loading import LoadedBase
 from sam3lora.model.staged.forward import StagedSam3, VisionFeatures
 from sam3lora.training.datasets import RunData
-from sam3lora.training.features.trunk_cache import TrunkCache, why_trunk_changes
+from sam3lora.training.features.trunk_cache import FrozenPart, TrunkCache
 
 logger = logging.getLogger(__name__)
 
+Features = TypeVar("Features")
 
-@dataclass
-class ImageEncoder:
-    """Computes the feature maps of a run's images and counts how many came from the cache.
 
-    Unless ``trainable`` (the vision encoder carries an adapter), no graph is kept. ``settings`` read single images
-    without augmentation. Mean and standard deviation are per channel, of pixels in [0, 1]. ``vision_passes`` counts
-    images that went through the trunk, or through its frozen part where that is cached; ``features_loaded`` counts
-    those whose cached features were used instead.
+class EncodedImages(Generic[Features]):
+    """What the trunk makes of a run's images, from the cache where its first layers are frozen; counts where from.
+
+    ``settings`` read single images without augmentation. Mean and standard deviation are per channel, of pixels in
+    [0, 1]. ``vision_passes`` counts images that went through the trunk, or through its frozen part where that is
+    cached; ``features_loaded`` counts those whose cached features were used instead.
     """
 
-    staged: StagedSam3
     device: torch.device
-    trainable: bool
     settings: DecodeSettings
     image_mean: Sequence[float]
     image_std: Sequence[float]
-    trunk: TrunkCache | None = None
-    vision_passes: int = 0
-    features_loaded: int = 0
+    trunk: TrunkCache | None
+    vision_passes: int
+    features_loaded: int
 
-    def of_batch(self, batch: Batch) -> VisionFeatures:
+    def of_batch(self, batch: Batch) -> Features:
         """Features of a batch's images; its keys tell which of them are cached."""
         if self.trunk is None or not any(batch.feature_keys_I):
             return self._encode(self.pixel_values(batch.images_NHWC))
@@ -66,7 +63,7 @@ class ImageEncoder:
         if self.trunk is not None:
             self.trunk.load_ahead(batch.feature_keys_I, batch)
 
-    def of_records(self, records: Sequence[Mapping[str, Any]]) -> VisionFeatures:
+    def of_records(self, records: Sequence[Mapping[str, Any]]) -> Features:
         """Features of the images of records of an index.
 
         Raises:
@@ -80,17 +77,28 @@ class ImageEncoder:
 
     def pixel_values(self, frames_IHWC: np.ndarray) -> Tensor:
         """uint8 frames (I, S, S, 3) as the model's input (I, 3, S, S), normalised as the base requires."""
-        dtype = next(self.staged.model.vision_encoder.parameters()).dtype
-        return to_pixel_values(frames_IHWC, self.image_mean, self.image_std, self.device, dtype)
+        return to_pixel_values(frames_IHWC, self.image_mean, self.image_std, self.device, self.pixel_type)
 
-    def _encode(self, pixel_values_ICHW: Tensor) -> VisionFeatures:
+    @property
+    def pixel_type(self) -> torch.dtype:
+        """The type of the model's input."""
+        raise NotImplementedError
+
+    def whole(self, pixel_values_ICHW: Tensor) -> Features:
+        """Features of images that are not cached."""
+        raise NotImplementedError
+
+    def rest(self, tokens_ISC: Tensor) -> Features:
+        """Features from what the cache keeps."""
+        raise NotImplementedError
+
+    def _encode(self, pixel_values_ICHW: Tensor) -> Features:
         self.vision_passes += len(pixel_values_ICHW)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trainable):
-            return self.staged.encode_images(pixel_values_ICHW)
+        return self.whole(pixel_values_ICHW)
 
     def _from_trunk(
         self, trunk: TrunkCache, keys: Sequence[str | None], frame: Callable[[int], np.ndarray]
-    ) -> VisionFeatures:
+    ) -> Features:
         def pixel_values_1CHW(image: int) -> Tensor:
             self.vision_passes += 1
             return self.pixel_values(np.array(frame(image))[None])
@@ -98,21 +106,60 @@ class ImageEncoder:
         before = self.vision_passes
         tokens_ISC = trunk.fetch(keys, pixel_values_1CHW)
         self.features_loaded += len(keys) - (self.vision_passes - before)
+        return self.rest(tokens_ISC)
+
+
+@dataclass
+class ImageEncoder(EncodedImages[VisionFeatures]):
+    """Computes the feature maps of a run's images.
+
+    Unless ``trainable`` (the vision encoder carries an adapter), no graph is kept.
+    """
+
+    staged: StagedSam3
+    device: torch.device
+    trainable: bool
+    settings: DecodeSettings
+    image_mean: Sequence[float]
+    image_std: Sequence[float]
+    trunk: TrunkCache | None = None
+    vision_passes: int = 0
+    features_loaded: int = 0
+
+    @property
+    def pixel_type(self) -> torch.dtype:
+        return next(self.staged.model.vision_encoder.parameters()).dtype
+
+    def whole(self, pixel_values_ICHW: Tensor) -> VisionFeatures:
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trainable):
-            return trunk.features(tokens_ISC)
+            return self.staged.encode_images(pixel_values_ICHW)
+
+    def rest(self, tokens_ISC: Tensor) -> VisionFeatures:
+        assert self.trunk is not None
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trainable):
+            return self.staged.encode_rest(tokens_ISC, self.trunk.num_layers)
 
 
 def open_cache(
-    config: Config, base: LoadedBase, staged: StagedSam3, data: RunData, device: torch.device, *, bf16: bool
+    config: Config,
+    base: LoadedBase,
+    frozen: FrozenPart,
+    data: RunData,
+    device: torch.device,
+    *,
+    bf16: bool,
+    changing: str | None,
 ) -> TrunkCache | None:
     """Open the cache that the configuration asks for and the adapter allows, and set it in the splits of ``data``.
+
+    Args:
+        frozen: What may be kept.
+        changing: Why nothing may be kept, if so; see `why_trunk_changes`.
 
     Raises:
         UserError: `training.feature_cache` is true and it cannot be used.
     """
     training = config.training
-    trunk_config: Any = staged.model.vision_encoder.backbone.config
-    changing = why_trunk_changes(config, adapted_modules(staged.model), trunk_config)
     augmented = data.train_settings.is_augmented
     if training.feature_cache is True and (changing or augmented):
         reason = changing or "data.augmentation and data.horizontal_flip change the training images in every epoch"
@@ -129,7 +176,7 @@ def open_cache(
     trunk = None
     if keep_features:
         trunk = TrunkCache(
-            staged,
+            frozen,
             store,
             device=device,
             bf16=bf16,

@@ -1,7 +1,8 @@
 """`TrunkCache`: outputs of the frozen layers of the vision trunk, computed once and kept in memory and on disk.
 
-It keeps the tokens before the first layer that an adapter changes, or the output of the whole trunk where none does:
-72 x 72 x 1024 values for an image at 1008 pixels, a fifth of the neck's feature maps. An adapted neck can use them too.
+Of a prompted model it keeps the tokens before the first layer that an adapter changes, or the output of the whole trunk
+where none does: 72 x 72 x 1024 values for an image at 1008 pixels, a fifth of the neck's feature maps. An adapted neck
+can use them too. Of a dense model it keeps the tokens after each frozen layer that the head reads.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor
 from sam3lora.config import Config
 from sam3lora.data.array_store import ArrayStore, digest
 from sam3lora.model.components import adapted_modules
-from sam3lora.model.staged.forward import StagedSam3, VisionFeatures
+from sam3lora.model.staged.forward import StagedSam3
 from sam3lora.model.staged.trunk import TRUNK, token_type, unchanged_layers, weights_of_first_layers
 from sam3lora.training.features.codec import FeatureForm
 from sam3lora.training.features.memory import FeatureMemory
@@ -26,6 +28,35 @@ from sam3lora.training.features.memory import FeatureMemory
 _NECK = "vision_encoder.neck."
 _VERSION = 2  # raise it when the same image gives other values
 _SECONDS_BETWEEN_TOUCHES = 60.0
+
+
+@dataclass(frozen=True)
+class FrozenPart:
+    """The part of a ``Sam3ViTModel`` whose output for an image is the same in every epoch.
+
+    Args:
+        num_layers: How many of its first layers that takes.
+        encode: Maps (1, 3, H, W) to the tokens (1, layers x S, C) that are kept.
+        others: Further layers of which tokens are kept, before those of the last.
+        dtype: The type to keep them in; None for the type between layers.
+    """
+
+    trunk: Any
+    num_layers: int
+    encode: Callable[[Tensor], Tensor]
+    others: tuple[int, ...] = ()
+    dtype: torch.dtype | None = None
+
+
+def frozen_part(staged: StagedSam3, *, bf16: bool) -> FrozenPart:
+    """That of a prompted model, whose neck reads the trunk's output."""
+    vision: Any = staged.model.vision_encoder
+    adapted = adapted_modules(staged.model)
+    num_layers = unchanged_layers(adapted, len(vision.backbone.layers))
+    weights = vision.neck.fpn_layers[0].proj1.weight.dtype
+    is_whole = num_layers == len(vision.backbone.layers)
+    dtype = kept_type(adapted, bf16=bf16, weights=weights) if is_whole else None
+    return FrozenPart(vision.backbone, num_layers, lambda pixels: staged.encode_trunk(pixels, num_layers), dtype=dtype)
 
 
 class TrunkCache:
@@ -39,7 +70,7 @@ class TrunkCache:
 
     def __init__(
         self,
-        staged: StagedSam3,
+        frozen: FrozenPart,
         store: ArrayStore,
         *,
         device: torch.device,
@@ -48,23 +79,19 @@ class TrunkCache:
         compiled: bool = False,
         memory_bytes: int = 0,
     ) -> None:
-        vision: Any = staged.model.vision_encoder
-        trunk = vision.backbone
-        self._staged, self._store, self._device = staged, store, device
+        trunk = frozen.trunk
+        self._encode, self._store, self._device = frozen.encode, store, device
         self._touched_s = time.monotonic()
         self.memory = FeatureMemory(memory_bytes, pinned=device.type == "cuda")
-        adapted = adapted_modules(staged.model)
-        self.num_layers = unchanged_layers(adapted, len(trunk.layers))
+        self.num_layers = frozen.num_layers
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
-            between = token_type(trunk)
-        weights = vision.neck.fpn_layers[0].proj1.weight.dtype
-        is_whole = self.num_layers == len(trunk.layers)
-        kept = kept_type(adapted, bf16=bf16, weights=weights) if is_whole else between
+            kept = frozen.dtype or token_type(trunk)
         side = trunk.config.image_size // trunk.config.patch_size
-        self._form = FeatureForm((side * side, trunk.config.hidden_size), kept, int8)
+        self._form = FeatureForm(((1 + len(frozen.others)) * side * side, trunk.config.hidden_size), kept, int8)
         self.identity = digest(
             _digest(weights_of_first_layers(trunk, self.num_layers)),
             self.num_layers,
+            *frozen.others,
             trunk.config.to_json_string(use_diff=False),
             trunk.config._attn_implementation,
             str(kept),
@@ -104,10 +131,6 @@ class TrunkCache:
             [self._make(pixel_values(image)) if key is None else found[key] for image, key in enumerate(keys)]
         )
 
-    def features(self, tokens_ISC: Tensor) -> VisionFeatures:
-        """Feature maps from tokens, through the remaining layers and the neck."""
-        return self._staged.encode_rest(tokens_ISC, self.num_layers)
-
     def load_ahead(self, keys: Iterable[str | None], user: object) -> None:
         """Read the stored tokens of images into memory for `fetch`; any thread may call this.
 
@@ -128,7 +151,7 @@ class TrunkCache:
         return self._tokens(pixel_values_1CHW).to(self._form.dtype)
 
     def _tokens(self, pixel_values_1CHW: Tensor) -> Tensor:
-        return self._staged.encode_trunk(pixel_values_1CHW, self.num_layers)[0]
+        return self._encode(pixel_values_1CHW)[0]
 
     def _load(self, key: str) -> Tensor | None:
         kept = self.memory.get(key)
