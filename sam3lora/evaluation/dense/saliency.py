@@ -22,8 +22,9 @@ from sam3lora.evaluation.dense.threshold_measures import (
     balanced_error,
     e_measure,
     f_measure,
+    f_of,
     intersection_over_union,
-    mirror_f_max,
+    smoothed_precision_recall,
 )
 from sam3lora.evaluation.dense.weighted_f import weighted_f
 from sam3lora.evaluation.metrics.bootstrap import Metric
@@ -42,7 +43,7 @@ class SaliencyMetrics:
             has P / (P - 1), slightly more than 1.
         e_adaptive: E measure at twice the image's mean probability, at most 1.
         f_max, f_mean, f_adaptive: The same of the F measure, with precision weighted by beta^2 = 0.3.
-        f_max_mirror: F as papers on mirrors have it; see `mirror_f_max`.
+        f_max_mirror: F as papers on mirrors have it; see `smoothed_precision_recall`.
         weighted_f: In `weighted_f.py`.
         iou_per_image: Mean intersection over union at probability 0.5; 1 for an image without foreground in both.
         iou_pooled: The same of the pixels of all images together; None if no image has any foreground.
@@ -212,11 +213,17 @@ class SaliencyRows:
     def _predicted_IT(self) -> np.ndarray:
         return _from_above(self.histograms_I2T.sum(axis=1))
 
+    @cached_property
+    def _mirror_curves_2IT(self) -> np.ndarray:
+        """Smoothed precision and recall of each image at probability > t / 255."""
+        hits_IT, predicted_IT = (_strictly_above(pixels_IT) for pixels_IT in (self._hits_IT, self._predicted_IT))
+        return smoothed_precision_recall(hits_IT, predicted_IT, self.positives_I[:, None])
+
     def _mean(self, name: str, weights_I: np.ndarray) -> float | None:
         values_I = self.columns[name]
         known_I = ~np.isnan(values_I)
         weights_I = weights_I[known_I]
-        return float(np.average(values_I[known_I], weights=weights_I)) if weights_I.any() else None
+        return float(_average(values_I[known_I], weights_I)) if weights_I.any() else None
 
     def _iou_pooled(self, weights_I: np.ndarray) -> float | None:
         hits, predicted, positives = (
@@ -225,8 +232,12 @@ class SaliencyRows:
         return number_or_none(float(ratio(hits, predicted + positives - hits)))
 
     def _f_max_mirror(self, weights_I: np.ndarray) -> float:
-        hits_IT, predicted_IT = (_strictly_above(pixels_IT) for pixels_IT in (self._hits_IT, self._predicted_IT))
-        return mirror_f_max(hits_IT, predicted_IT, self.positives_I[:, None], weights_I)
+        return float(f_of(*(_average(values_IT, weights_I) for values_IT in self._mirror_curves_2IT)).max())
+
+
+def _average(values: np.ndarray, weights_I: np.ndarray) -> np.ndarray:
+    """Weighted mean over the first axis."""
+    return weights_I.astype(np.float64) @ values / weights_I.sum()
 
 
 def _from_above(pixels_IT: np.ndarray) -> np.ndarray:
@@ -241,7 +252,7 @@ def _strictly_above(pixels_IT: np.ndarray) -> np.ndarray:
 def _of_curve(
     curves: str, summary: Callable[[np.ndarray], float], rows: SaliencyRows, weights_I: np.ndarray
 ) -> float | None:
-    return float(summary(np.average(getattr(rows, curves), axis=0, weights=weights_I)))
+    return float(summary(_average(getattr(rows, curves), weights_I)))
 
 
 def _mean_of(name: str) -> Callable[[SaliencyRows, np.ndarray], float | None]:
