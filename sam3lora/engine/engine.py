@@ -69,7 +69,7 @@ class Engine:
     """One base model, adapters in numbered slots, and batches that mix them.
 
     One thread, the model thread, may call the methods that run or change the model; the first group of methods may be
-    called from any thread.
+    called from any thread. `encode_ahead` is for a second thread beside the model thread.
 
     Args:
         precision: "float32", or "bfloat16" to compute by autocast; None is bfloat16 on a GPU that has it.
@@ -225,14 +225,43 @@ class Engine:
         """
         return read_summary(folder, self.base.model, max_rank=self._max_rank)
 
+    # ---- from a second thread -------------------------------------------------------------------------------------
+
+    @property
+    def may_encode_ahead(self) -> bool:
+        """Whether `encode_ahead` may run beside the model thread: on a CPU, where threads share no graphs."""
+        return self.device.type == "cpu" and isinstance(self._forward, MixedForward)
+
+    def has_features(self, image: PreparedImage, slot: int | None) -> bool:
+        """Whether the image's features under the adapter in a slot are at hand. From any thread."""
+        adapter = self._adapters.get(slot)
+        return image.features is not None or (adapter is not None and self._features.has_features(image.key, adapter))
+
+    def encode_ahead(self, wanted: Sequence[tuple[PreparedImage, int | None]]) -> list[PreparedImage]:
+        """The images with their features under the adapters in these slots, while the model thread works on others.
+
+        Raises:
+            LookupError: A slot is empty.
+        """
+        with self._features.vision_lock, self._inference():  # no slot changes meanwhile
+            adapters = [self._adapters[slot] for _, slot in wanted]
+            for image, _ in wanted:
+                self._features.images.keep_image(replace(image, features=None))
+            found = self._features.vision(list(zip([image for image, _ in wanted], adapters, strict=True)))
+        return [
+            replace(image, features=found[image.key, adapter.of("vision_encoder").version])
+            for (image, _), adapter in zip(wanted, adapters, strict=True)
+        ]
+
     # ---- from the model thread only -------------------------------------------------------------------------------
 
     def place_adapter(self, slot: int, weights: AdapterWeights) -> None:
         """Put an adapter into a slot; an adapter that is there is replaced."""
-        self._adapters.pop(slot, None)
-        self._bank.put(slot, weights)
-        geometry_cls = weights.geometry_cls if self._geometry_cls is None else self._geometry_cls
-        self._adapters[slot] = SlotAdapter(slot, weights.version, weights.components, geometry_cls)
+        with self._features.vision_lock:
+            self._adapters.pop(slot, None)
+            self._bank.put(slot, weights)
+            geometry_cls = weights.geometry_cls if self._geometry_cls is None else self._geometry_cls
+            self._adapters[slot] = SlotAdapter(slot, weights.version, weights.components, geometry_cls)
 
     def check_adapter(self, slot: int) -> None:
         """Ask a fixed image under the adapter in a slot, so that every part that it changes runs once.
@@ -259,8 +288,9 @@ class Engine:
                 )
 
     def clear_adapter(self, slot: int) -> None:
-        self._adapters.pop(slot, None)
-        self._bank.clear(slot)
+        with self._features.vision_lock:
+            self._adapters.pop(slot, None)
+            self._bank.clear(slot)
 
     def geometry_cls(self, slot: int | None) -> bool:
         """Whether the geometry CLS token follows text prompts."""
@@ -268,7 +298,7 @@ class Engine:
 
     def keep_image(self, image: PreparedImage) -> None:
         """Embed an image with the base, and cache it."""
-        self._features.images.keep_image(image)
+        self._features.images.keep_image(replace(image, features=None))
         with self._inference():
             self._features.vision([(image, BASE)])
 

@@ -9,14 +9,14 @@ import socket
 import time
 import traceback
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
-from weakref import WeakValueDictionary
 
 import torch
 
 from sam3lora.config.post_processing import PostProcessing
+from sam3lora.cpus import usable_cpus
 from sam3lora.engine.detections import Detections
 from sam3lora.engine.device import is_device_error, is_out_of_memory
 from sam3lora.engine.engine import Engine, PromptedImage
@@ -25,7 +25,7 @@ from sam3lora.engine.selection import NotFiniteError, SmallDetections
 from sam3lora.errors import UserError
 from sam3lora.model.tokenization import PromptError
 from sam3lora.start_marks import mark
-from serve_app.http.errors import ServeError, answer_too_large, refuse_as
+from serve_app.http.errors import ServeError, answer_too_large
 from serve_app.http.schemas import check_boxes
 from serve_app.logs import log_as_serve
 from serve_app.messages import (
@@ -39,12 +39,16 @@ from serve_app.messages import (
 )
 from serve_app.metrics import ReplicaMetrics, StageClock
 from serve_app.replica.adapter_store import AdapterStore
+from serve_app.replica.ahead import Ahead
 from serve_app.replica.batcher import Batcher
+from serve_app.replica.image_decoder import ImageDecoder
 from serve_app.replica.mask_encoder import MaskEncoder
-from serve_app.replica.shared_calls import SharedCalls
 from serve_app.settings import AdapterSettings, ServeSettings
 
 logger = logging.getLogger(__name__)
+
+Asked = PromptedImage | PreparedImage
+"""An image to be searched, or one to be kept."""
 
 STUCK_AFTER_S = 120.0
 
@@ -72,7 +76,7 @@ class ModelReplica:
             queue_length=lambda: self._batcher.queue_length + self._preparing,
             resident_adapters=lambda: self._store.num_resident,
         )
-        self._batcher: Batcher[PromptedImage | PreparedImage, list[SmallDetections] | PreparedImage] = Batcher(
+        self._batcher: Batcher[Asked, list[SmallDetections] | PreparedImage] = Batcher(
             self._run_batch,
             max_rows=settings.batching.max_rows,
             max_queued=limits.max_queued,
@@ -80,12 +84,13 @@ class ModelReplica:
             free_memory=lambda: self._engine.drop_features(),
             metrics=self._metrics,
         )
-        threads = min(8, max(2, os.cpu_count() or 2))
-        self._decoders = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-        self._decoding: SharedCalls[PreparedImage] = SharedCalls(self._decoders)
-        self._prepared: WeakValueDictionary[str, PreparedImage] = WeakValueDictionary()
         self._engine = engine or self._batcher.run_at_start(lambda: _build_engine(settings))
         mark("model")
+        if _encodes_ahead(self._engine, settings):
+            most = settings.batching.max_images
+            self._batcher.work_ahead(Ahead(self._lacks_features, self._with_features, most=most))
+        threads = min(8, max(2, os.cpu_count() or 2))
+        self._decoder = ImageDecoder(self._engine, threads, max_megapixels=limits.max_megapixels)
         self._encoder = MaskEncoder(threads, pause=self._batcher.pause, resume=self._batcher.resume)
         self._store = AdapterStore(
             self._engine,
@@ -164,7 +169,7 @@ class ModelReplica:
 
     def _stop(self) -> None:
         self._store.close()
-        self._decoders.shutdown(wait=False, cancel_futures=True)
+        self._decoder.close()
         self._encoder.close()
 
     async def _answered(self, work: Awaitable[T]) -> T | ServeError:
@@ -197,7 +202,7 @@ class ModelReplica:
         clock = StageClock()
         async with AsyncExitStack() as held:
             with self._place_in_queue():
-                image = await self._image(call.image, deadline)
+                image = await self._decoder.image(call.image, deadline)
                 check_boxes(call.boxes, image.size_hw)  # of an uploaded image the ingress does not know the size
                 clock.lap("decode")
                 adapter = await held.enter_async_context(self._store.hold(call.adapter, deadline - time.monotonic()))
@@ -222,7 +227,7 @@ class ModelReplica:
             return ImageReply(file.key, known.size_hw, cached=True)
         deadline = time.monotonic() + timeout_s
         with self._place_in_queue():
-            image = await self._image(file, deadline)
+            image = await self._decoder.image(file, deadline)
         await self._batcher.submit(image, rows=1, timeout_s=deadline - time.monotonic())
         return ImageReply(file.key, image.size_hw, cached=False)
 
@@ -241,30 +246,18 @@ class ModelReplica:
         finally:
             self._preparing -= 1
 
-    async def _image(self, file: ImageFile, deadline: float) -> PreparedImage:
-        """The decoded image. Concurrent requests with the same image decode it once, and so does the engine's cache."""
-        known = self._engine.cached_image(file.key) or self._prepared.get(file.key)
-        if known is not None:
-            return known
-        data = file.data
-        if data is None:
-            raise ServeError("image_not_found", "this image is not in the cache: upload it again with POST /v1/images")
-        try:
-            async with asyncio.timeout(deadline - time.monotonic()) as limit:
-                image = await self._decoding.run(file.key, lambda: self._decode(data, file.key))
-        except TimeoutError:
-            if not limit.expired():
-                raise
-            raise ServeError("timeout", "the image was not decoded in time: try again", 1.0) from None
-        return self._prepared.setdefault(file.key, image)
+    def _lacks_features(self, asked: Asked) -> bool:
+        return not self._engine.has_features(*_image_and_slot(asked))
 
-    def _decode(self, data: bytes, key: str) -> PreparedImage:
-        with refuse_as("invalid_image"):
-            return self._engine.prepare_image(data, key, max_megapixels=self._limits.max_megapixels)
+    def _with_features(self, asked: list[Asked]) -> list[Asked]:
+        """In the thread ahead: the same with the features of their images."""
+        images = self._engine.encode_ahead([_image_and_slot(one) for one in asked])
+        return [
+            image if isinstance(one, PreparedImage) else replace(one, image=image)
+            for one, image in zip(asked, images, strict=True)
+        ]
 
-    def _run_batch(
-        self, items: list[PromptedImage | PreparedImage]
-    ) -> list[list[SmallDetections] | PreparedImage | Exception]:
+    def _run_batch(self, items: list[Asked]) -> list[list[SmallDetections] | PreparedImage | Exception]:
         """In the model thread: uploaded images are encoded, prompted ones answered together."""
         kept = [self._keep_now(item) if isinstance(item, PreparedImage) else None for item in items]
         found = iter(self._engine.detect_small([item for item in items if isinstance(item, PromptedImage)]))
@@ -308,6 +301,18 @@ def _not_finite(adapter: str | None) -> ServeError:
         f"the outputs of adapter {adapter!r} for this image are NaN or infinite: train it again, or ask another one"
     )
     return ServeError("invalid_adapter", message)
+
+
+def _image_and_slot(asked: Asked) -> tuple[PreparedImage, int | None]:
+    return (asked, None) if isinstance(asked, PreparedImage) else (asked.image, asked.slot)
+
+
+def _encodes_ahead(engine: Engine, settings: ServeSettings) -> bool:
+    """Where the settings do not say: if the model has one thread, and would leave cores idle."""
+    wanted = settings.batching.encode_ahead
+    if wanted is None:
+        wanted = torch.get_num_threads() == 1 and usable_cpus() > settings.most_replicas
+    return wanted and engine.may_encode_ahead
 
 
 def _build_engine(settings: ServeSettings) -> Engine:
