@@ -246,7 +246,7 @@ class Engine:
         with self._features.vision_lock, self._inference():  # no slot changes meanwhile
             adapters = [self._adapters[slot] for _, slot in wanted]
             for image, _ in wanted:
-                self._features.images.keep_image(replace(image, features=None))
+                self._features.images.keep_image(image)
             found = self._features.vision(list(zip([image for image, _ in wanted], adapters, strict=True)))
         return [
             replace(image, features=found[image.key, adapter.of("vision_encoder").version])
@@ -298,7 +298,7 @@ class Engine:
 
     def keep_image(self, image: PreparedImage) -> None:
         """Embed an image with the base, and cache it."""
-        self._features.images.keep_image(replace(image, features=None))
+        self._features.images.keep_image(image)
         with self._inference():
             self._features.vision([(image, BASE)])
 
