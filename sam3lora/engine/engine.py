@@ -28,6 +28,7 @@ from sam3lora.engine.forward import Forward, MixedForward, Row
 from sam3lora.engine.graphs.capture import Capturer, CudaCapturer, wants_cuda_graphs
 from sam3lora.engine.graphs.forward import GraphedForward
 from sam3lora.engine.selection import NotFiniteError, SmallDetections, Wanted
+from sam3lora.engine.transfers import pinned
 from sam3lora.errors import UserError
 from sam3lora.model.adapter.bank import AdapterBank
 from sam3lora.model.adapter.weights import AdapterSummary, AdapterWeights, read_adapter_weights, read_summary
@@ -193,7 +194,8 @@ class Engine:
         if data.dtype != np.uint8 or data.ndim != 3 or data.shape[2] != 3 or 0 in data.shape:
             raise ImageError(f"expected an image of uint8 (H, W, 3), got {data.dtype} {data.shape}")
         height, width = data.shape[:2]
-        return PreparedImage(key, resize_image(data, (self.resolution, self.resolution)), (height, width))
+        pixels_RR3 = resize_image(data, (self.resolution, self.resolution))
+        return PreparedImage(key, pinned(pixels_RR3, self.device), (height, width))
 
     def cached_image(self, key: str) -> PreparedImage | None:
         """A cached image; None if it was never kept or has been evicted."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from sam3lora.data.images import resize_image
 from sam3lora.engine.feature_cache import ImageCache, LruCache, PreparedImage
 from sam3lora.engine.forward import Forward
-from sam3lora.engine.transfers import upload
+from sam3lora.engine.transfers import write
 from sam3lora.model.loading import LoadedBase
 from sam3lora.model.staged.forward import TextFeatures, VisionFeatures
 from sam3lora.model.tokenization import tokenize
@@ -190,7 +190,9 @@ def to_pixel_values(
     """
     if not images:
         return torch.zeros(0, 3, resolution, resolution, device=device, dtype=dtype)
-    pixels_IHWC = np.stack([resize_image(image, (resolution, resolution)) for image in images])
-    pixels_ICHW = upload(pixels_IHWC, torch.device(device)).permute(0, 3, 1, 2).float() / 255
+    pixels_IHWC = torch.empty(len(images), resolution, resolution, 3, dtype=torch.uint8, device=device)
+    for pixels_HWC, image in zip(pixels_IHWC, images, strict=True):
+        write(pixels_HWC, np.require(resize_image(image, (resolution, resolution)), requirements="W"))
+    pixels_ICHW = pixels_IHWC.permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(list(values), device=device).view(3, 1, 1) for values in (image_mean, image_std))
     return ((pixels_ICHW - mean) / std).to(dtype)
