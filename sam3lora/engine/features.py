@@ -145,7 +145,8 @@ class FeatureSource:
             device=weight.device,
             dtype=weight.dtype,
         )
-        return self._forward.encode_images(pixel_values_ICHW, slots)
+        with self.vision_lock:
+            return self._forward.encode_images(pixel_values_ICHW, slots)
 
     def keep_text(self, features: Mapping[str, TextFeatures]) -> None:
         """Cache text features (P = 1 each) of the base's text tower."""

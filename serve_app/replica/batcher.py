@@ -7,7 +7,6 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Generic
 
 from sam3lora.engine.device import is_out_of_memory
@@ -16,17 +15,11 @@ from serve_app.http.errors import ServeError
 from serve_app.metrics import ReplicaMetrics
 from serve_app.replica.ahead import Ahead
 from serve_app.replica.model_thread import ModelThread
-from serve_app.replica.waiting import Item, Outcome, Result, Waiting, too_late
+from serve_app.replica.waiting import Item, Job, Outcome, Result, Waiting, too_late
 
 logger = logging.getLogger(__name__)
 
 _NEWEST = 0.2  # weight of the newest batch in the running mean of seconds per item
-
-
-@dataclass(eq=False)
-class _Job:
-    run: Callable[[], Any]
-    future: asyncio.Future[Any]
 
 
 class Batcher(Generic[Item, Result]):
@@ -61,7 +54,7 @@ class Batcher(Generic[Item, Result]):
         self._ahead: Ahead[Item] | None = None
         self._thread = ModelThread()
         self._waiting: deque[Waiting[Item, Result]] = deque()
-        self._jobs: deque[_Job] = deque()
+        self._jobs: deque[Job] = deque()
         self._draining: asyncio.Task[None] | None = None
         self._closed = False
         self._paused = False
@@ -139,7 +132,7 @@ class Batcher(Generic[Item, Result]):
     async def run_in_model_thread(self, fn: Callable[[], Any]) -> Any:
         """Run `fn` between two batches, before the waiting ones; once more if memory runs out."""
         self._check_alive(closing=not self._working())
-        job = _Job(fn, asyncio.get_running_loop().create_future())
+        job = Job(fn, asyncio.get_running_loop().create_future())
         self._jobs.append(job)
         self._start_draining()
         return await job.future
@@ -196,14 +189,17 @@ class Batcher(Generic[Item, Result]):
                 if self._jobs:
                     await self._do(self._jobs.popleft())
                 elif batch := self._next_batch():
+                    self._runs_batch = True
+                    self._look_ahead()
                     await self._compute(batch)
+                    self._runs_batch = False
                     # Let the callers of this batch run before the next one starts: one whose masks take too much memory
                     # calls `pause`, and has to do so in time.
                     await asyncio.sleep(0)
         finally:
-            self._draining = None
+            self._draining, self._runs_batch = None, False
 
-    async def _do(self, job: _Job) -> None:
+    async def _do(self, job: Job) -> None:
         if job.future.cancelled():
             return
         try:
@@ -239,14 +235,6 @@ class Batcher(Generic[Item, Result]):
         return batch
 
     async def _compute(self, batch: list[Waiting[Item, Result]]) -> None:
-        self._runs_batch = True
-        self._look_ahead()
-        try:
-            await self._run_batch(batch)
-        finally:
-            self._runs_batch = False
-
-    async def _run_batch(self, batch: list[Waiting[Item, Result]]) -> None:
         started = time.monotonic()
         waited_s = [started - waiting.since for waiting in batch]
         if self._metrics is not None:

@@ -10,13 +10,9 @@ import time
 import traceback
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager
-from dataclasses import replace
 from typing import Any, TypeVar
 
-import torch
-
 from sam3lora.config.post_processing import PostProcessing
-from sam3lora.cpus import usable_cpus
 from sam3lora.engine.detections import Detections
 from sam3lora.engine.device import is_device_error, is_out_of_memory
 from sam3lora.engine.engine import Engine, PromptedImage
@@ -39,16 +35,13 @@ from serve_app.messages import (
 )
 from serve_app.metrics import ReplicaMetrics, StageClock
 from serve_app.replica.adapter_store import AdapterStore
-from serve_app.replica.ahead import Ahead
 from serve_app.replica.batcher import Batcher
+from serve_app.replica.engine_work import Asked, build_engine, encoding_ahead, run_batch
 from serve_app.replica.image_decoder import ImageDecoder
 from serve_app.replica.mask_encoder import MaskEncoder
 from serve_app.settings import AdapterSettings, ServeSettings
 
 logger = logging.getLogger(__name__)
-
-Asked = PromptedImage | PreparedImage
-"""An image to be searched, or one to be kept."""
 
 STUCK_AFTER_S = 120.0
 
@@ -77,18 +70,17 @@ class ModelReplica:
             resident_adapters=lambda: self._store.num_resident,
         )
         self._batcher: Batcher[Asked, list[SmallDetections] | PreparedImage] = Batcher(
-            self._run_batch,
+            lambda asked: run_batch(self._engine, asked),
             max_rows=settings.batching.max_rows,
             max_queued=limits.max_queued,
             overload_type="too_many_requests" if limits.overload_status == 429 else "overloaded",
             free_memory=lambda: self._engine.drop_features(),
             metrics=self._metrics,
         )
-        self._engine = engine or self._batcher.run_at_start(lambda: _build_engine(settings))
+        self._engine = engine or self._batcher.run_at_start(lambda: build_engine(settings))
         mark("model")
-        if _encodes_ahead(self._engine, settings):
-            most = settings.batching.max_images
-            self._batcher.work_ahead(Ahead(self._lacks_features, self._with_features, most=most))
+        if (ahead := encoding_ahead(self._engine, settings)) is not None:
+            self._batcher.work_ahead(ahead)
         threads = min(8, max(2, os.cpu_count() or 2))
         self._decoder = ImageDecoder(self._engine, threads, max_megapixels=limits.max_megapixels)
         self._encoder = MaskEncoder(threads, pause=self._batcher.pause, resume=self._batcher.resume)
@@ -246,32 +238,6 @@ class ModelReplica:
         finally:
             self._preparing -= 1
 
-    def _lacks_features(self, asked: Asked) -> bool:
-        return not self._engine.has_features(*_image_and_slot(asked))
-
-    def _with_features(self, asked: list[Asked]) -> list[Asked]:
-        """In the thread ahead: the same with the features of their images."""
-        images = self._engine.encode_ahead([_image_and_slot(one) for one in asked])
-        return [
-            image if isinstance(one, PreparedImage) else replace(one, image=image)
-            for one, image in zip(asked, images, strict=True)
-        ]
-
-    def _run_batch(self, items: list[Asked]) -> list[list[SmallDetections] | PreparedImage | Exception]:
-        """In the model thread: uploaded images are encoded, prompted ones answered together."""
-        kept = [self._keep_now(item) if isinstance(item, PreparedImage) else None for item in items]
-        found = iter(self._engine.detect_small([item for item in items if isinstance(item, PromptedImage)]))
-        return [next(found) if result is None else result for result in kept]
-
-    def _keep_now(self, image: PreparedImage) -> PreparedImage | Exception:
-        try:
-            self._engine.keep_image(image)
-        except Exception as error:
-            if is_out_of_memory(error) or is_device_error(error):
-                raise
-            return error
-        return image
-
 
 def _post_processing(recorded: PostProcessing, requested: Mapping[str, Any], most_detections: int) -> PostProcessing:
     """The adapter's settings, changed by those of the request, within the limit of the service.
@@ -301,38 +267,6 @@ def _not_finite(adapter: str | None) -> ServeError:
         f"the outputs of adapter {adapter!r} for this image are NaN or infinite: train it again, or ask another one"
     )
     return ServeError("invalid_adapter", message)
-
-
-def _image_and_slot(asked: Asked) -> tuple[PreparedImage, int | None]:
-    return (asked, None) if isinstance(asked, PreparedImage) else (asked.image, asked.slot)
-
-
-def _encodes_ahead(engine: Engine, settings: ServeSettings) -> bool:
-    """Where the settings do not say: if the model has one thread, and would leave cores idle."""
-    wanted = settings.batching.encode_ahead
-    if wanted is None:
-        wanted = torch.get_num_threads() == 1 and usable_cpus() > settings.most_replicas
-    return wanted and engine.may_encode_ahead
-
-
-def _build_engine(settings: ServeSettings) -> Engine:
-    if settings.torch_threads is not None:
-        torch.set_num_threads(settings.torch_threads)
-    return Engine.load(
-        settings.model,
-        revision=settings.revision,
-        resolution=settings.resolution,
-        precision=settings.precision,
-        num_slots=settings.max_resident_adapters,
-        max_rank=settings.max_adapter_rank,
-        image_cache_bytes=settings.caches.images_mb * 2**20,
-        max_cached_prompts=settings.caches.prompts,
-        max_rows=settings.batching.max_rows,
-        max_images=settings.batching.max_images,
-        compile_vision=settings.compile_vision,
-        cuda_graphs=settings.cuda_graphs,
-        local_files_only=settings.local_files_only,
-    )
 
 
 def _log(error: Exception) -> None:

@@ -1,11 +1,12 @@
-"""A request in the queue of a replica's model, and its outcome."""
+"""What waits for the model thread of a replica: requests, with their outcome, and other work."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from serve_app.http.errors import ServeError
 
@@ -38,6 +39,14 @@ class Waiting(Generic[Item, Result]):
     since: float = field(default_factory=time.monotonic)
     needs_work: bool = False
     is_prepared: bool = False
+
+
+@dataclass(eq=False)
+class Job:
+    """Work of another kind, for between two batches."""
+
+    run: Callable[[], Any]
+    future: asyncio.Future[Any]
 
 
 def too_late() -> ServeError:
