@@ -8,11 +8,10 @@ Everything else runs once for a batch, in which every row may have an adapter of
 from __future__ import annotations
 
 import contextlib
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +28,7 @@ from sam3lora.engine.graphs.capture import Capturer, CudaCapturer, wants_cuda_gr
 from sam3lora.engine.graphs.forward import GraphedForward
 from sam3lora.engine.selection import NotFiniteError, SmallDetections, Wanted
 from sam3lora.engine.transfers import pinned
+from sam3lora.engine.warm_up import run_first_shapes
 from sam3lora.errors import UserError
 from sam3lora.model.adapter.bank import AdapterBank
 from sam3lora.model.adapter.weights import AdapterSummary, AdapterWeights, read_adapter_weights, read_summary
@@ -41,7 +41,6 @@ BOXES_ALONE_PROMPT = "visual"
 """SAM 3 was trained to read this text beside boxes that have no text of their own."""
 
 WARM_UP_KEY = "warm-up"
-WARM_UP_S = 30.0
 _PROBE_POST = PostProcessing(threshold=0.0, nms="none", max_detections=10)
 
 
@@ -317,41 +316,22 @@ class Engine:
             torch.cuda.empty_cache()
 
     def warm_up(self) -> None:
-        """Run the shapes that the first requests will have, so that they do not wait for compilation or capture.
-
-        After `WARM_UP_S` only the smallest and the largest are begun.
-        """
-        noise = self._probe.pixels_RR3
+        """Run the shapes that the first requests will have, so that they do not wait for compilation or capture."""
         everything = PostProcessing(threshold=0.0, max_detections=10)
-        box = BoxPrompt((0, 0, self.resolution / 2, self.resolution / 2))
-        numbers = count()
-        end = time.monotonic() + WARM_UP_S
 
-        def sizes(most: int) -> Iterator[tuple[int, bool]]:
-            """Numbers of rows or images, and whether each comes for the first time."""
-            done: set[int] = set()
-            for size in self._forward.warm_up_sizes(most):
-                if time.monotonic() < end or size in (1, most):
-                    yield size, size not in done
-                    done.add(size)
-
-        def run(asked: Sequence[PromptedImage]) -> None:
+        def run(images: Sequence[PreparedImage], prompts: tuple[str, ...], boxes: tuple[BoxPrompt, ...]) -> None:
             """Without the codes of masks, which the device has no part in."""
             with self._inference():
-                for found in self._run(asked):
+                for found in self._run([PromptedImage(image, prompts, boxes, post=everything) for image in images]):
                     found.check_finite()
 
-        image = replace(self._probe, features=None)
-        for num_rows, is_first in sizes(self._max_rows):
-            prompts = tuple(f"object {next(numbers)}" for _ in range(num_rows))  # which no cache knows
-            for boxes in ((), (box,)) if is_first else ((),):
-                run([PromptedImage(image, prompts, boxes, post=everything)])
-        self._features.images.forget(image.key)
-        for num_images, _ in sizes(self._warm_up_images):
-            images = [PreparedImage(f"{WARM_UP_KEY} {n}", noise, noise.shape[:2]) for n in range(num_images)]
-            run([PromptedImage(image, ("object",), post=everything) for image in images])
-            for image in images:
-                self._features.images.forget(image.key)
+        run_first_shapes(
+            run,
+            replace(self._probe, features=None),
+            self._features.images.forget,
+            row_sizes=self._forward.warm_up_sizes(self._max_rows),
+            image_sizes=self._forward.warm_up_sizes(self._warm_up_images),
+        )
         self._features.reset_counters()
         self._counts.clear()
 

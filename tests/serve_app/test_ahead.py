@@ -6,12 +6,17 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from serve_app.http.errors import ServeError
+from serve_app.replica import engine_work
 from serve_app.replica.ahead import Ahead
 from serve_app.replica.batcher import Batcher
+from serve_app.settings import Batching, ServeSettings
 
 pytestmark = pytest.mark.anyio
 LONG_S = 60.0
@@ -91,6 +96,32 @@ async def serving(most: int = 4) -> AsyncIterator[Service]:
 async def until(condition: Callable[[], object]) -> None:
     while not condition():
         await asyncio.sleep(0.001)
+
+
+@pytest.mark.parametrize(
+    ("setting", "model_threads", "cores", "replicas", "expected"),
+    [
+        (None, 1, 2, 1, True),
+        (None, 2, 4, 1, False),  # the model's own threads take the cores
+        (None, 1, 2, 2, False),  # and here its other replicas
+        (False, 1, 2, 1, False),
+        (True, 2, 1, 1, True),
+    ],
+)
+def test_images_are_encoded_ahead_where_cores_would_be_idle(
+    monkeypatch: pytest.MonkeyPatch,
+    setting: bool | None,
+    model_threads: int,
+    cores: int,
+    replicas: int,
+    expected: bool,
+):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: model_threads)
+    monkeypatch.setattr(engine_work, "usable_cpus", lambda: cores)
+    settings = ServeSettings(replicas=replicas, batching=Batching(encode_ahead=setting))
+    for may in (True, False):  # as on a CPU, as on a GPU
+        engine: Any = SimpleNamespace(may_encode_ahead=may)
+        assert (engine_work.encoding_ahead(engine, settings) is not None) == (expected and may)
 
 
 async def test_a_lone_item_goes_to_the_idle_model_as_it_is():
