@@ -95,6 +95,16 @@ def computes_in_bf16(config: Config, device: torch.device) -> bool:
     return not lacking
 
 
+def nodes_of_other_workers(*, use_ray: bool) -> tuple[str, ...]:
+    """Ids of Ray's nodes on which other workers of this run read the same images; called by all workers."""
+    if not use_ray:
+        return ()
+    import ray
+
+    own = ray.get_runtime_context().get_node_id()
+    return tuple(sorted(set(gather_objects(own)) - {own}))
+
+
 def find_base_model(config: Config) -> BaseFolder:
     """The files of the base model, with what a look at them tells before anything is loaded.
 

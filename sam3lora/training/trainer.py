@@ -82,6 +82,7 @@ class Trainer:
             use_ray=use_ray,
             device=self.device,
             load_ahead=self.runner.images.load_ahead,
+            other_nodes=setup.nodes_of_other_workers(use_ray=use_ray),
         )
         self.validator = Validator(self.config, base, self.model, self.runner, self.data, self.batches)
         self.total_steps = self._plan_steps()
