@@ -62,7 +62,7 @@ class StagedSam3:
         """Free what was kept to run again."""
 
     def give_up_graphs(self) -> bool:
-        """Free what was kept to run again and keep nothing more; False if there was nothing."""
+        """Free what was kept to run again and keep nothing more; False if nothing ever is."""
         return False
 
     # ---- encoders -------------------------------------------------------------------------------------------------

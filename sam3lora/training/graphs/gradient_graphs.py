@@ -48,11 +48,10 @@ class GradientGraphs:
             function.forget()
 
     def give_up(self) -> bool:
-        """Drop all graphs and capture no more; False if there were none."""
-        self.are_wanted = False
-        had_any = any(function.num_graphs for function in self.functions)
+        """Drop all graphs and capture no more; False if that was so already."""
+        were_wanted, self.are_wanted = self.are_wanted, False
         self.forget()
-        return had_any
+        return were_wanted
 
     def begin(self) -> None:
         """Before the first backward pass of a batch, so that no other stream adds to what is replaced here."""
@@ -105,10 +104,6 @@ class GraphedFunction:
         for kept in (self._seen, self._captured, self._refused):
             kept.clear()
         self._capturer = self._graphs.make_capturer()
-
-    @property
-    def num_graphs(self) -> int:
-        return len(self._captured)
 
     def __call__(self, *inputs: Tensor) -> Tensors:
         learns = torch.is_grad_enabled() and (bool(self._parameters) or any(one.requires_grad for one in inputs))
