@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from itertools import count
+from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
@@ -12,12 +13,14 @@ import pytest
 import torch
 
 from jobs.bench.recorded_graphs import RecordingCapturer
+from sam3lora.errors import OutOfMemory
 from sam3lora.losses import Criterion
 from sam3lora.training import setup
 from sam3lora.training.costliest_batch import CostliestBackward
 from sam3lora.training.graphs.gradient_graphs import GradientGraphs
 from sam3lora.training.graphs.graphed_sam3 import GraphedCosts, GraphedSam3
 from sam3lora.training.trainer import Trainer
+from sam3lora.training.worker import run_worker
 
 from ..two_workers import make_trainer, recorded_step
 
@@ -45,16 +48,19 @@ def capturer() -> WatchedCapturer:
     return WatchedCapturer()
 
 
-@pytest.fixture
-def trainer(make_config, monkeypatch, capturer) -> Trainer:
-    """A worker with graphs, whose steps have two chunks of prompts."""
-
+@pytest.fixture(autouse=True)
+def _with_graphs(monkeypatch, capturer) -> None:
     def make_stages(sam3, checkpointing, config, device):
         criterion, graphs = Criterion(config.training.loss, touch_unused=False), GradientGraphs(lambda: capturer)
         criterion.tables = GraphedCosts(criterion.tables, graphs)
         return GraphedSam3(sam3, graphs=graphs, checkpointing=checkpointing), criterion
 
     monkeypatch.setattr(setup, "make_stages", make_stages)
+
+
+@pytest.fixture
+def trainer(make_config) -> Trainer:
+    """A worker whose steps have two chunks of prompts."""
     trainer = make_trainer(make_config())
     batch = next(trainer.batches.training_batches(0, 0))
     trainer.runner.max_prompts = -(-batch.num_queries // 2)
@@ -117,3 +123,21 @@ def test_a_trial_that_runs_out_of_memory_leaves_no_graph(trainer, capturer, fill
         backward(2, trainer.runner.max_prompts)
     assert capturer.num_captures > 0
     assert capturer.num_kept == 0
+
+
+def test_a_run_that_ends_out_of_memory_leaves_no_graph(make_config, monkeypatch, capturer):
+    step, numbers = torch.optim.AdamW.step, count(1)
+
+    def step_twice(*args: Any) -> Any:
+        if next(numbers) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(*args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step_twice)
+    config = make_config()
+    Path(config.output.output_dir).mkdir()
+    with pytest.raises(OutOfMemory) as told:
+        run_worker({"config": config.model_dump(mode="json"), "use_ray": False})
+    assert capturer.num_captures > 0
+    assert capturer.num_kept == 0
+    assert told.value.__cause__ is not None  # which holds all that the run had made
