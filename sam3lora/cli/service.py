@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 APPLICATION = "sam3lora"
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
+_SPARE_HOST = "127.0.0.1"
 _HTTP_START_S = 60.0
 
 
@@ -42,7 +43,7 @@ def run_service(
     """Run the service until a signal; `announce` is called when it answers.
 
     With `is_direct` the application's HTTP process listens on the port itself, as `serve_app.settings.DIRECT` has it.
-    Ray's own, which nobody needs then, gets another one.
+    Ray's own, which nobody needs then, gets another one of this machine alone.
 
     Raises:
         UserError: a mistake in the settings that the service itself meets.
@@ -63,14 +64,16 @@ def run_service(
         _stop_by_signal(stop)  # again: Ray has replaced the handlers by its own, which abort
         from ray import serve as ray_serve
 
-        from serve_app.builder import QUIET, build
+        from serve_app.builder import QUIET, build_application
 
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         # request_timeout_s stays unset: the application has its own limit, and answers in JSON.
-        http = _start(ray_serve, {"host": host, "port": _unused_port(host) if is_direct else port}, QUIET)
+        ray_host, ray_port = (_SPARE_HOST, _unused_port(_SPARE_HOST)) if is_direct else (host, port)
+        http = _start(ray_serve, {"host": ray_host, "port": ray_port}, QUIET)
         mark("Ray Serve")
         try:
-            _deploy(ray_serve, build(settings), stop)
+            application = build_application(settings, direct_host=host if is_direct else None)
+            _deploy(ray_serve, application, stop)
             if not stop.is_set():
                 if not is_direct:
                     _wait_for_http(http)
@@ -83,8 +86,7 @@ def run_service(
 
 
 def _unused_port(host: str) -> int:
-    family = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
-    with socket.create_server((host, 0), family=family) as listener:
+    with socket.create_server((host, 0)) as listener:
         return listener.getsockname()[1]
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ray.train import UserCallback
 
 # How often the workers and Ray ask whether a host is drained. Such a host starts no decoding tasks any more, so a run
-# goes on only as long as the batches last that were read ahead. Asking takes all workers some milliseconds.
+# without another host goes on only as long as the batches last that were read ahead. Asking takes some milliseconds.
 ASK_RAY_S = 1.0
 
 # A worker answers Ray from a thread of its own, however long a step takes. One that is silent for so long is taken for

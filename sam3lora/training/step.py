@@ -18,6 +18,7 @@ from sam3lora.data.batch import Batch
 from sam3lora.losses import Criterion, LossOutput, Normalizer, Predictions
 from sam3lora.model.staged.forward import StagedSam3, TextFeatures, VisionFeatures
 from sam3lora.training.features.encoder import ImageEncoder
+from sam3lora.training.graphs.out_of_memory import again_without_graphs
 from sam3lora.training.text_features import TextBank
 
 _MASK_TERMS = ("loss_mask", "loss_dice", "loss_semantic_seg", "loss_semantic_dice")
@@ -118,6 +119,9 @@ class LossRunner:
     @torch.no_grad()
     def evaluate(self, batch: Batch, normalizer: Normalizer) -> dict[str, Tensor]:
         """The terms of the batch, the same ones as in training."""
+        return again_without_graphs(self.staged, lambda: self._evaluate(batch, normalizer))
+
+    def _evaluate(self, batch: Batch, normalizer: Normalizer) -> dict[str, Tensor]:
         terms: dict[str, Tensor] = {}
         with self._autocast():
             vision = self.staged.prepare(self.images.of_batch(batch))

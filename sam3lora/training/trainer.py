@@ -59,9 +59,10 @@ class Trainer:
         warnings = WarningsToMetrics() if use_ray else None
         self.output_dir = output_dir
         self.device = setup.choose_device(config, use_ray=use_ray)
+        folder = setup.find_base_model(config)  # first: a mistake there would be told after the data are read
         with ThreadPoolExecutor(1) as beside:  # a large set takes seconds to index, and a large model to load
             reading = beside.submit(read_splits, config)
-            base = setup.load_base_model(config, self.device)
+            base = setup.load_base_model(config, folder, self.device)
             mark("model")
             self.data = load_run_data(config, base.resolution, base.patch_size, splits=reading.result())
         mark("data")
@@ -81,6 +82,7 @@ class Trainer:
             use_ray=use_ray,
             device=self.device,
             load_ahead=self.runner.images.load_ahead,
+            other_nodes=setup.nodes_of_other_workers(use_ray=use_ray),
         )
         self.validator = Validator(self.config, base, self.model, self.runner, self.data, self.batches)
         self.total_steps = self._plan_steps()

@@ -61,6 +61,10 @@ class StagedSam3:
     def forget_graphs(self) -> None:
         """Free what was kept to run again."""
 
+    def give_up_graphs(self) -> bool:
+        """Free what was kept to run again and keep nothing more; False if nothing ever is."""
+        return False
+
     # ---- encoders -------------------------------------------------------------------------------------------------
 
     def encode_images(self, pixel_values_ICHW: Tensor) -> VisionFeatures:

@@ -51,6 +51,9 @@ class GraphedSam3(StagedSam3):
     def forget_graphs(self) -> None:
         self._graphs.forget()
 
+    def give_up_graphs(self) -> bool:
+        return self._graphs.give_up()
+
     def adapters_cast_once(self, dtype: torch.dtype) -> AbstractContextManager[None]:
         """Only of adapters outside of the graphs: a graph casts its own, for it does not see the copies of a step."""
         return adapters_cast_once(self.model, dtype, set(COMPONENTS) - self._captured)
