@@ -12,6 +12,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+_KEEP_PROCESSES = {"RAY_idle_worker_killing_time_threshold_ms": "60000"}
+"""Ray would end those beyond one for each CPU after an idle second, such as one that has just imported decoding."""
+
 
 def start_local_ray(num_cpus: float, *, dashboard: bool = False, workers_ahead: bool = True, **options: Any) -> None:
     """Start Ray and connect to it.
@@ -25,7 +28,7 @@ def start_local_ray(num_cpus: float, *, dashboard: bool = False, workers_ahead: 
     """
     import ray
 
-    variables = _token_of_local_ray()
+    variables = {**_token_of_local_ray(), **_KEEP_PROCESSES}
     if not workers_ahead:
         variables["RAY_prestart_worker_first_driver"] = "0"
     with _on_loopback(), _with_few_processes(dashboard=dashboard), environment(variables):

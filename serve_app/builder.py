@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import socket
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -75,7 +76,11 @@ def build(args: ServeSettings) -> Application:
     Calls of equal affinity go to the same model replica (consistent hashing), so that an adapter is loaded on few
     replicas and an uploaded image is found again. A full replica passes the call to the next one on the ring.
     """
-    settings = ServeSettings.model_validate(args)
+    return build_application(ServeSettings.model_validate(args))
+
+
+def build_application(settings: ServeSettings, *, replica_variables: Mapping[str, str] | None = None) -> Application:
+    """`build` with environment variables for the model replicas."""
     _check_message_length(settings.limits)
     limits, batching = settings.limits, settings.batching
     num_gpus = settings.num_gpus
@@ -83,11 +88,12 @@ def build(args: ServeSettings) -> Application:
         num_gpus = 1.0 if ray.is_initialized() and ray.cluster_resources().get("GPU") else 0.0
     # The replica's own queue refuses a surplus at once and with a message: Serve must let those calls through to it.
     most_ongoing = limits.max_queued + 4 * batching.max_rows
+    environment = {"runtime_env": {"env_vars": dict(replica_variables)}} if replica_variables else {}
     segmenter = serve.deployment(
         name="Segmenter",
         max_ongoing_requests=most_ongoing,
         max_queued_requests=limits.max_queued,
-        ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": num_gpus},
+        ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": num_gpus, **environment},
         user_config=settings.adapters.model_dump(mode="json"),
         request_router_config=RequestRouterConfig(request_router_class=ROUTER),  # type: ignore[arg-type]
         max_constructor_retry_count=2,
