@@ -6,7 +6,7 @@ import contextlib
 import importlib
 from threading import Thread
 
-from sam3lora.garbage_collection import no_garbage_collection
+from sam3lora.garbage_collection import importing_for_good
 from sam3lora.processes_ahead import is_ahead
 from sam3lora.start_marks import mark
 
@@ -39,6 +39,6 @@ def _import_early() -> None:
 
 
 def _import_all() -> None:
-    with no_garbage_collection():
+    with importing_for_good():
         importlib.import_module("ray.train.torch.config")
         importlib.import_module("sam3lora.training.worker")
