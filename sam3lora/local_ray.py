@@ -28,7 +28,8 @@ def start_local_ray(num_cpus: float, *, dashboard: bool = False, workers_ahead: 
     """
     import ray
 
-    variables = {**_token_of_local_ray(), **_KEEP_PROCESSES}
+    variables = _token_of_local_ray()
+    variables |= {name: os.environ.get(name, value) for name, value in _KEEP_PROCESSES.items()}
     if not workers_ahead:
         variables["RAY_prestart_worker_first_driver"] = "0"
     with _on_loopback(), _with_few_processes(dashboard=dashboard), environment(variables):
