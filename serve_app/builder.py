@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -58,10 +59,13 @@ def build(args: ServeSettings) -> Application:
     return build_application(ServeSettings.model_validate(args))
 
 
-def build_application(settings: ServeSettings, *, direct_host: str | None = None) -> Application:
+def build_application(
+    settings: ServeSettings, *, direct_host: str | None = None, replica_variables: Mapping[str, str] | None = None
+) -> Application:
     """The application of these settings; must be called where Ray runs.
 
-    `direct_host` is what its HTTP process listens on where it listens itself: see `serve_app.settings.DIRECT`.
+    `direct_host` is what its HTTP process listens on where it listens itself: see `serve_app.settings.DIRECT`. Model
+    replicas get the environment `replica_variables`.
 
     Calls of equal affinity go to the same model replica (consistent hashing), so that an adapter is loaded on few
     replicas and an uploaded image is found again. A full replica passes the call to the next one on the ring.
@@ -73,11 +77,12 @@ def build_application(settings: ServeSettings, *, direct_host: str | None = None
         num_gpus = 1.0 if ray.is_initialized() and ray.cluster_resources().get("GPU") else 0.0
     # The replica's own queue refuses a surplus at once and with a message: Serve must let those calls through to it.
     most_ongoing = limits.max_queued + 4 * batching.max_rows
+    environment = {"runtime_env": {"env_vars": dict(replica_variables)}} if replica_variables else {}
     segmenter = serve.deployment(
         name="Segmenter",
         max_ongoing_requests=most_ongoing,
         max_queued_requests=limits.max_queued,
-        ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": num_gpus},
+        ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": num_gpus, **environment},
         user_config=settings.adapters.model_dump(mode="json"),
         request_router_config=RequestRouterConfig(request_router_class=ROUTER),  # type: ignore[arg-type]
         max_constructor_retry_count=2,

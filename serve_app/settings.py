@@ -165,6 +165,10 @@ class ServeSettings(_Settings):
         return self.autoscaling.max_replicas if self.autoscaling else self.replicas
 
     @property
+    def first_replicas(self) -> int:
+        return self.autoscaling.min_replicas if self.autoscaling else self.replicas
+
+    @property
     def most_in_flight(self) -> int:
         """Requests that all replicas together can queue, and some in transit: the ingress reads no more bodies."""
         return self.most_replicas * (self.limits.max_queued + 2 * self.batching.max_rows)

@@ -20,6 +20,7 @@ import typer
 from sam3lora.cpus import usable_cpus
 from sam3lora.errors import RunFailed, UserError
 from sam3lora.local_ray import replaced
+from sam3lora.processes_ahead import calls, start_ahead
 from sam3lora.start_marks import mark
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def run_service(
         RunFailed: Ray Serve or the application did not start.
     """
     from sam3lora.cluster import ray_session
+    from serve_app.replica.imports import IMPORT
 
     stop = threading.Event()
     _stop_by_signal(stop)
@@ -57,6 +59,8 @@ def run_service(
     num_cpus = replicas * settings.num_cpus + settings.ingress_replicas + 1
     with ray_session(address, num_cpus=num_cpus) as is_local:
         mark("Ray")
+        if is_local:
+            start_ahead(IMPORT, {}, count=settings.first_replicas, made_by_actor=False)
         if is_local and settings.torch_threads is None and not settings.num_gpus:
             # One core is left to the HTTP processes: a thread that is not scheduled holds all others up.
             threads = max(1, (usable_cpus() - 1) // replicas)
@@ -72,7 +76,11 @@ def run_service(
         http = _start(ray_serve, {"host": ray_host, "port": ray_port}, QUIET)
         mark("Ray Serve")
         try:
-            application = build_application(settings, direct_host=host if is_direct else None)
+            application = build_application(
+                settings,
+                direct_host=host if is_direct else None,
+                replica_variables=calls(IMPORT) if is_local else None,
+            )
             _deploy(ray_serve, application, stop)
             if not stop.is_set():
                 if not is_direct:
