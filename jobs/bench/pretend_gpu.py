@@ -158,10 +158,12 @@ class _Kernels(TorchDispatchMode):
             return func(*args, **kwargs)
         if kwargs.pop("pin_memory", None):
             kwargs["pin_memory"] = False
-        result = func(*tree_map(self._inner, args), **tree_map(self._inner, kwargs))
         name = func.__name__.split(".")[0]
         if name in _READS:
             self._launches.add_read(name)
+            if name == "_local_scalar_dense" and self._place.type == "meta":
+                return torch.zeros((), dtype=args[0].dtype).item()
+        result = func(*tree_map(self._inner, args), **tree_map(self._inner, kwargs))
         if _is_kernel(func, name):
             moved = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
             self._launches.add(name, sum(leaf.numel() * leaf.element_size() for leaf in moved))
