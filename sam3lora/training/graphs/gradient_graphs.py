@@ -39,12 +39,19 @@ class GradientGraphs:
         # not lie where a graph of another function, which may run in between, puts its intermediate tensors.
         self.make_capturer = make_capturer
         self.functions: list[GraphedFunction] = []
+        self.are_wanted = True
         self._gradients: dict[Parameter, Tensor] = {}
 
     def forget(self) -> None:
         """Drop all graphs and their memory, and what is known of shapes."""
         for function in self.functions:
             function.forget()
+
+    def give_up(self) -> bool:
+        """Drop all graphs and capture no more; False if that was so already."""
+        were_wanted, self.are_wanted = self.are_wanted, False
+        self.forget()
+        return were_wanted
 
     def begin(self) -> None:
         """Before the first backward pass of a batch, so that no other stream adds to what is replaced here."""
@@ -101,7 +108,7 @@ class GraphedFunction:
     def __call__(self, *inputs: Tensor) -> Tensors:
         learns = torch.is_grad_enabled() and (bool(self._parameters) or any(one.requires_grad for one in inputs))
         key = (learns, *((one.shape, one.dtype, learns and one.requires_grad) for one in inputs))
-        may_capture = self._may_capture and len(self._captured) < MAX_SHAPES
+        may_capture = self._may_capture and self._graphs.are_wanted and len(self._captured) < MAX_SHAPES
         if may_capture and key in self._seen and key not in self._captured and key not in self._refused:
             self._capture(key, inputs, learns)
         self._seen.add(key)
