@@ -14,7 +14,7 @@ from transformers import Sam3Model
 
 from sam3lora.config import Config
 from sam3lora.engine.device import describe_gpu, has_bfloat16
-from sam3lora.engine.graphs.capture import CudaCapturer, wants_cuda_graphs
+from sam3lora.engine.graphs.capture import wants_cuda_graphs
 from sam3lora.errors import UserError
 from sam3lora.losses import Criterion
 from sam3lora.model.adapter.folder import AdapterMetadata
@@ -29,7 +29,7 @@ from sam3lora.training.datasets import RunData
 from sam3lora.training.distributed import gather_objects
 from sam3lora.training.features.encoder import ImageEncoder, open_cache
 from sam3lora.training.features.trunk_cache import TrunkCache, frozen_part, why_trunk_changes
-from sam3lora.training.graphs.gradient_graphs import GradientGraphs
+from sam3lora.training.graphs.gradient_graphs import cuda_gradient_graphs
 from sam3lora.training.graphs.graphed_sam3 import GraphedCosts, GraphedSam3
 from sam3lora.training.optimization import build_optimizer
 from sam3lora.training.step import LossRunner
@@ -185,10 +185,7 @@ def make_stages(
     criterion = Criterion(config.training.loss, touch_unused=False)
     if device.type != "cuda" or not wants_cuda_graphs(config.training.cuda_graphs):
         return StagedSam3(sam3, **settings), criterion
-    # Gradients add up on the stream of a capture, whatever ran a weight's backward pass before.
-    torch.autograd.graph.set_override_stale_capture_stream(True)
-    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
-    graphs = GradientGraphs(lambda: CudaCapturer(device))
+    graphs = cuda_gradient_graphs(device)
     criterion.tables = GraphedCosts(criterion.tables, graphs)
     return GraphedSam3(sam3, graphs=graphs, **settings), criterion
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from sam3lora.engine.device import is_out_of_memory
-from sam3lora.engine.graphs.capture import Capturer
+from sam3lora.engine.graphs.capture import Capturer, CudaCapturer
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +74,14 @@ class GradientGraphs:
                     kept.copy_(parameter.grad)
                 parameter.grad = kept
         return [self._gradients[parameter] for parameter in parameters]
+
+
+def cuda_gradient_graphs(device: torch.device) -> GradientGraphs:
+    """Graphs of a GPU."""
+    # Gradients add up on the stream of a capture, whatever ran a weight's backward pass before.
+    torch.autograd.graph.set_override_stale_capture_stream(True)
+    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
+    return GradientGraphs(lambda: CudaCapturer(device))
 
 
 class GraphedFunction:
