@@ -14,6 +14,7 @@ from sam3lora.data.convert import convert_folder
 from sam3lora.data.label_maps import LabelMaps
 from sam3lora.data.prompts import build_queries, sample_rng
 from sam3lora.data.split.splitting import split_folder
+from sam3lora.evaluation.metrics.ground_truth import annotations_of_record, prompted_categories
 
 from .coco_builder import annotation, square
 from .convert_cases import write_image
@@ -175,3 +176,17 @@ def test_void_survives_the_making_of_splits(tmp_path, converted):
     convert_folder(tmp_path / "split", tmp_path / "out", target_format="masks")
     found = rows(tmp_path / "out" / "train" / "masks") | rows(tmp_path / "out" / "valid" / "masks")
     assert found == NUMBERED
+
+
+def test_void_is_nothing_to_be_found(converted):
+    index = CocoIndex.from_folder(converted / "train")
+    categories = prompted_categories(index)
+    assert [category.name for category in categories] == ["crack", "hole"]
+
+    def truth(stem: str) -> list[tuple[int, int]]:
+        found = annotations_of_record(records(converted)[stem], categories)
+        return [(annotation["category_id"], annotation["iscrowd"]) for annotation in found]
+
+    assert truth("both") == [(1, 0), (2, 0)]
+    # whether an image of void alone shows a category is not known, as with a crowd of it
+    assert truth("void") == [(1, 1), (2, 1)]
