@@ -144,12 +144,25 @@ def test_detection_asks_for_no_void_and_takes_it_as_background(converted):
     assert asked("negative") == {"crack": False, "hole": False}
     # of an image that shows nothing but void, nothing is known
     assert asked("void") == {}
+    # where none of the chosen categories is left, the image teaches absence, as one without labels does
+    border = CocoIndex.from_folder(converted / "train").select_categories(["hole"]).record(0)
+    assert [one["category"] for one in border["annotations"]] == ["void"]
+    assert len(build_queries(border, ["hole"], rng=sample_rng(0, 0, 0), num_negatives=0)) == 1
 
 
 def test_a_category_named_void_with_objects_is_a_category(folder):
     whole = annotation(0, category_id=1, segmentation=[square(10, 10, 20)])
     path = folder.write([whole, annotation(1, category_id=2, iscrowd=1)], categories=(("Void", 1), ("crack", 2)))
     assert CocoIndex.from_folder(path).names == ("Void", "crack")
+
+
+def test_crowds_of_categories_are_void_in_masks_where_no_object_is(folder, tmp_path):
+    regions = [annotation(0, segmentation=[square(10, 10, 20)]), annotation(1, segmentation=[square(20, 20, 20)])]
+    folder.path = tmp_path / "in" / "train"
+    folder.write([regions[0], regions[1] | {"iscrowd": 1, "bbox": [20, 20, 20, 20]}])
+    convert_folder(tmp_path / "in", tmp_path / "out", target_format="masks")
+    values_HW = np.array(Image.open(tmp_path / "out" / "train" / "masks" / "0.png"))
+    assert {value: int((values_HW == value).sum()) for value in (0, 1, 255)} == {0: 80 * 60 - 700, 1: 400, 255: 300}
 
 
 def test_other_programs_read_void_as_a_crowd(converted):
