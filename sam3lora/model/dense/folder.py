@@ -53,11 +53,11 @@ def save_dense(model: DenseSam3, folder: str | Path, metadata: AdapterMetadata) 
     return Path(folder)
 
 
-def load_dense(base: LoadedBase, folder: str | Path, *, check_base: bool = True) -> tuple[DenseSam3, AdapterMetadata]:
-    """The model of a folder on a base, in evaluation mode; the base is changed in place.
+def read_dense_metadata(folder: str | Path) -> AdapterMetadata:
+    """The metadata of a dense folder, before its base is loaded.
 
     Raises:
-        UserError: The folder is none of task dense, is incomplete or damaged, or belongs to another base or resolution.
+        UserError: The folder is none of task dense, or lacks its head.
     """
     folder = Path(folder)
     metadata = read_metadata(folder)
@@ -65,6 +65,17 @@ def load_dense(base: LoadedBase, folder: str | Path, *, check_base: bool = True)
         raise UserError(f"{folder} is not of task dense: expected {HEAD_FILE} and its settings in sam3lora.json")
     if not (folder / HEAD_FILE).is_file():
         raise UserError(f"{folder} lacks {HEAD_FILE}: copy the whole folder again")
+    return metadata
+
+
+def load_dense(base: LoadedBase, folder: str | Path, *, check_base: bool = True) -> tuple[DenseSam3, AdapterMetadata]:
+    """The model of a folder on a base, in evaluation mode; the base is changed in place.
+
+    Raises:
+        UserError: The folder is none of task dense, is incomplete or damaged, or belongs to another base or resolution.
+    """
+    folder, metadata = Path(folder), read_dense_metadata(folder)
+    assert metadata.dense is not None
     if metadata.resolution not in (None, base.resolution):
         raise UserError(
             f"{folder} was trained at {metadata.resolution} pixels, the model is loaded at {base.resolution}: load it "
