@@ -58,7 +58,7 @@ def test_an_image_does_not_depend_on_the_others(engine, images):
     assert engine.logits([]) == []
     assert together[0].shape == (3, 4 * 8, 4 * 8)
     for image, logits in zip(images, together, strict=True):
-        np.testing.assert_allclose(engine.logits([image])[0], logits, atol=1e-4)
+        np.testing.assert_allclose(engine.logits([image])[0], logits, atol=1e-3)
     assert np.abs(together[0] - together[1]).max() > 0.1
 
 
@@ -75,7 +75,7 @@ def test_halves_where_memory_runs_out(engine, images, monkeypatch):
         monkeypatch.setattr(engine.model, "forward", attempt)
 
     small(1)
-    np.testing.assert_allclose(engine.logits(images), expected, atol=1e-4)
+    np.testing.assert_allclose(engine.logits(images), expected, atol=1e-3)
     assert asked == [3, 1, 2, 1, 1]
     small(0)
     with pytest.raises(UserError, match="single image"):

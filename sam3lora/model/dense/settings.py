@@ -43,6 +43,14 @@ class DenseSettings(Settings):
             raise UserError(f"there is no class {name!r}: expected one of {', '.join(self.classes)}")
         return self.classes.index(name)
 
+    def value(self, name: str) -> int:
+        """The value of a class in label maps: 0 is the background, from 1 on the foreground.
+
+        Raises:
+            UserError: There is no such class.
+        """
+        return self.number(name) + len(self.foreground) + 1 - len(self.classes)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON values; `DenseSettings(**values)` gives equal settings."""
         return self.model_dump(mode="json")
