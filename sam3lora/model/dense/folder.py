@@ -20,7 +20,8 @@ from sam3lora.model.adapter.folder import adapter_folder, add_saved_adapter, ref
 from sam3lora.model.adapter.folder_files import CONFIG_FILE, HEAD_FILE, METADATA_FILE
 from sam3lora.model.adapter.metadata import DENSE, AdapterMetadata, read_metadata, write_metadata
 from sam3lora.model.adapter.peft_files import check_finite, check_shapes
-from sam3lora.model.dense.model import DenseSam3
+from sam3lora.model.components import adapted_modules
+from sam3lora.model.dense.model import DenseSam3, keep_trunk_only
 from sam3lora.model.dense.settings import DenseSettings
 from sam3lora.model.loading import LoadedBase
 from sam3lora.model.publish.dense_card import render_dense_card
@@ -45,7 +46,9 @@ def save_dense(model: DenseSam3, folder: str | Path, metadata: AdapterMetadata) 
     check_finite({name: one for name, one in tensors.items() if one.is_floating_point()}, "the head", ValueError)
     with adapter_folder(folder) as scratch:
         if isinstance(model.sam3, PeftModel):
-            write_adapter(model.sam3, scratch, metadata)
+            # PEFT shortens many names to ends, which are unique in the trunk alone: a whole SAM 3 has them elsewhere.
+            names = list(adapted_modules(model.sam3))
+            write_adapter(model.sam3, scratch, metadata, target_modules=names)
         save_file(tensors, scratch / HEAD_FILE, metadata={"format": "pt"})
         (scratch / HEAD_FILE).chmod(0o644)
         write_metadata(scratch, metadata.to_dict())
@@ -85,6 +88,7 @@ def load_dense(base: LoadedBase, folder: str | Path, *, check_base: bool = True)
         refuse_other_base(base.model, metadata, folder, fingerprint_of=lambda _: base.fingerprint)
     settings = DenseSettings(**metadata.dense)
     sam3: torch.nn.Module = base.model
+    keep_trunk_only(sam3)
     if (folder / CONFIG_FILE).is_file():
         sam3 = add_saved_adapter(base.model, folder)
     model = DenseSam3(sam3, settings).to(next(base.model.parameters()).device)

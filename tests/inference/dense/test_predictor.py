@@ -74,7 +74,7 @@ def test_questions_of_the_other_task(predictor, pixels, spread_base, tmp_path):
             ask()
     prompted = write_adapter(spread_base, tmp_path / "prompts")
     for other in (Predictor(adapter=prompted, device="cpu"), Predictor(str(spread_base), device="cpu")):
-        with pytest.raises(UserError, match="Use predict$"):
+        with pytest.raises(UserError, match=r"Use predict$"):
             other.predict_dense(pixels)
 
 
