@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -112,7 +112,7 @@ def write_adapter(
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     check_finite(tensors, "the adapter in memory", ValueError)
 
-    config = copy.deepcopy(model.peft_config[adapter_name])
+    config: Any = copy.deepcopy(model.peft_config[adapter_name])
     config.inference_mode = True
     config.target_modules = target_modules or config.target_modules
     config.base_model_name_or_path = (metadata.base_model if metadata else None) or config.base_model_name_or_path
