@@ -17,7 +17,7 @@ from sam3lora.data.images import read_first_frame, rgb_from_pil
 from sam3lora.engine.adapter_pool import AdapterPool
 from sam3lora.engine.detections import BoxPrompt, Detections
 from sam3lora.errors import UserError
-from sam3lora.inference.dense.predictor import DensePredictor
+from sam3lora.inference.dense.predictor import DensePredictor, settings_of
 from sam3lora.inference.dense.result import DenseResult
 from sam3lora.inference.result_pictures import draw_results, write_picture
 from sam3lora.model.adapter.metadata import is_dense_folder, refuse_dense
@@ -82,7 +82,8 @@ class Predictor:
         }
         self._dense: DensePredictor | None = None
         if self.adapter is not None and is_dense_folder(self.adapter):
-            self._dense = DensePredictor(self.adapter, model, asked={**post, "geometry_cls": geometry_cls}, **options)
+            settings = settings_of(self.adapter, {**post, "geometry_cls": geometry_cls})
+            self._dense = DensePredictor(self.adapter, model, settings=settings, **options)
             return
         adapters = {} if self.adapter is None else {_ADAPTER: self.adapter}
         self._pool = AdapterPool(model, adapters=adapters, geometry_cls=geometry_cls, **options)

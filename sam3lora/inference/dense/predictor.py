@@ -19,20 +19,19 @@ class DensePredictor:
     """The engine of a dense folder, and the threshold that counts.
 
     Args:
-        model: As for `DenseEngine.load`, like the further ``options``.
-        asked: Settings that were given: `threshold` counts for classes that are each found by themselves; any other is
-            refused. None stands for one that was not given.
+        settings: From `settings_of`; None takes those that the folder records.
+        options: Of `DenseEngine.load`, like ``model``.
 
     Raises:
-        UserError: A setting has no effect or is out of range, or the folder cannot be loaded.
+        UserError: The folder cannot be loaded.
     """
 
     def __init__(
-        self, folder: str | Path, model: str | None = None, *, asked: Mapping[str, Any] | None = None, **options: Any
+        self, folder: str | Path, model: str | None = None, *, settings: DenseSettings | None = None, **options: Any
     ) -> None:
         self.folder = Path(folder)
-        self.settings = settings_of(folder, asked or {})  # before the model is loaded, which may take long
         self.engine = DenseEngine.load(folder, model, **options)
+        self.settings = self.engine.settings if settings is None else settings
 
     def predict(self, images: Sequence[np.ndarray]) -> list[DenseResult]:
         """The labels of images, which pass the model together: uint8 (H, W, 3) RGB of any sizes.
@@ -62,6 +61,10 @@ class DensePredictor:
 
 def settings_of(folder: str | Path, asked: Mapping[str, Any]) -> DenseSettings:
     """What a dense folder records, with the settings that were given in their place.
+
+    Args:
+        asked: Settings of a question; None stands for one that was not given. `threshold` counts for classes that are
+            each found by themselves, any other is refused.
 
     Raises:
         UserError: A setting has no effect or is out of range, or the folder is none of task dense.
