@@ -16,7 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sam3lora.errors import UserError
-from sam3lora.model.adapter.folder import adapter_folder, add_saved_adapter, refuse_other_base, write_adapter
+from sam3lora.model.adapter.folder import (
+    adapter_folder,
+    add_saved_adapter,
+    check_adapter_folder,
+    refuse_other_base,
+    write_adapter,
+)
 from sam3lora.model.adapter.folder_files import CONFIG_FILE, HEAD_FILE, METADATA_FILE
 from sam3lora.model.adapter.metadata import DENSE, AdapterMetadata, read_metadata, write_metadata
 from sam3lora.model.adapter.peft_files import check_finite, check_shapes
@@ -96,12 +102,23 @@ def load_dense(base: LoadedBase, folder: str | Path, *, check_base: bool = True)
     return model.eval(), metadata
 
 
+def check_dense_folder(folder: str | Path) -> None:
+    """Read and check all files of a dense folder, without a model.
+
+    Raises:
+        UserError: The folder is none of task dense, or a file is missing or damaged, or a weight is not finite.
+    """
+    folder = Path(folder)
+    metadata = read_dense_metadata(folder)
+    assert metadata.dense is not None
+    DenseSettings(**metadata.dense)
+    _read_head(folder)
+    if (folder / CONFIG_FILE).is_file():
+        check_adapter_folder(folder)
+
+
 def _fill(model: DenseSam3, folder: Path) -> None:
-    try:
-        found = load_file(folder / HEAD_FILE)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{folder / HEAD_FILE} is damaged: {error}") from None
-    expected = head_tensors(model)
+    found, expected = _read_head(folder), head_tensors(model)
     check_shapes(
         {name: tensor.shape for name, tensor in expected.items()},
         {name: tensor.shape for name, tensor in found.items()},
@@ -109,8 +126,16 @@ def _fill(model: DenseSam3, folder: Path) -> None:
         file=HEAD_FILE,
         settings=METADATA_FILE,
     )
-    weights = {name: one for name, one in found.items() if one.is_floating_point()}
-    check_finite(weights, str(folder / HEAD_FILE), UserError)
     with torch.no_grad():
         for name, tensor in expected.items():
             tensor.copy_(found[name])
+
+
+def _read_head(folder: Path) -> dict[str, Tensor]:
+    try:
+        found = load_file(folder / HEAD_FILE)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{folder / HEAD_FILE} is damaged: {error}") from None
+    weights = {name: one for name, one in found.items() if one.is_floating_point()}
+    check_finite(weights, str(folder / HEAD_FILE), UserError)
+    return found
