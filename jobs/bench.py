@@ -14,6 +14,7 @@
     python jobs/bench.py cost-model                    steps of several sizes, measured and predicted
     python jobs/bench.py serve                         requests over HTTP, some five minutes
     python jobs/bench.py serve-hops                    what HTTP adds to a request, process by process
+    python jobs/bench.py serve-images                  a new image in every request, encoded ahead or not
     python jobs/bench.py start-up                      from a command to its first step or answer, split
     python jobs/bench.py serve-threads                 torch_threads of the service, quiet and busy
     python jobs/bench.py serve-faults                  what clients see when its processes die, some four minutes
@@ -347,6 +348,22 @@ def serve_hops(
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     _show([measure_hops(requests=requests)], json_path)
+
+
+@app.command("serve-images")
+def serve_images(
+    model: Annotated[Literal["tiny", "small"], typer.Option(help="The built-in one, or random weights.")] = "tiny",
+    clients: Annotated[list[int] | None, typer.Option(min=1, help="Numbers of clients (default: 1 8 32).")] = None,
+    seconds: Annotated[float, typer.Option(min=1, help="Of each measurement.")] = 5.0,
+    repeats: Repeats = 3,
+    json_path: JsonPath = None,
+) -> None:
+    """A new image in every request: with and without encoding ahead, beside the plain server."""
+    from jobs.bench.serving_images import measure_new_images
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    report = measure_new_images(model=model, clients=clients or (1, 8, 32), seconds=seconds, repeats=repeats)
+    _show([report], json_path)
 
 
 @app.command("start-up")

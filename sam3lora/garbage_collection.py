@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 from collections.abc import Iterator
@@ -20,3 +21,16 @@ def no_garbage_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+@contextlib.contextmanager
+def importing_for_good() -> Iterator[None]:
+    """Import in the block, in a process of our own, without passes of the collector through what was imported: ever.
+
+    Torch and transformers are half a million objects. The first passes after them would take most of a second, and each
+    full pass later on a third.
+    """
+    with no_garbage_collection():
+        yield
+        gc.freeze()
+        atexit.register(gc.unfreeze)  # libraries complain about objects that are left at the end

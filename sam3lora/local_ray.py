@@ -12,6 +12,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+_KEEP_PROCESSES = {"RAY_idle_worker_killing_time_threshold_ms": "60000"}
+"""Ray would end those beyond one for each CPU after an idle second, such as one that has just imported decoding."""
+
 
 def start_local_ray(num_cpus: float, *, dashboard: bool = False, workers_ahead: bool = True, **options: Any) -> None:
     """Start Ray and connect to it.
@@ -26,6 +29,7 @@ def start_local_ray(num_cpus: float, *, dashboard: bool = False, workers_ahead: 
     import ray
 
     variables = _token_of_local_ray()
+    variables |= {name: os.environ.get(name, value) for name, value in _KEEP_PROCESSES.items()}
     if not workers_ahead:
         variables["RAY_prestart_worker_first_driver"] = "0"
     with _on_loopback(), _with_few_processes(dashboard=dashboard), environment(variables):

@@ -6,17 +6,17 @@
 from __future__ import annotations
 
 import logging
-import socket
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
 from ray.serve import Application
-from ray.serve._private import http_util, replica
 from ray.serve._private.constants import RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH, RAY_SERVE_USE_GRPC_BY_DEFAULT
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
 from sam3lora.errors import UserError
+from serve_app.direct_port import listen_on
 from serve_app.logs import log_as_serve
 from serve_app.settings import ENVIRONMENT, MESSAGE_LENGTH_VARIABLE, Limits, ServeSettings
 
@@ -34,11 +34,12 @@ MODEL_REPLICA = "serve_app.replica.deployed.ModelReplica"
 class Ingress:
     """The HTTP deployment; its routes are in `serve_app.http.ingress`."""
 
-    def __init__(self, settings: ServeSettings, segmenter: DeploymentHandle) -> None:
+    def __init__(self, settings: ServeSettings, segmenter: DeploymentHandle, direct_host: str | None) -> None:
         self._settings = settings
         self._segmenter = segmenter
         log_as_serve()
-        reuse_port_of_the_dead()
+        if direct_host is not None:
+            listen_on(direct_host)
 
     def __serve_build_asgi_app__(self) -> Any:
         from serve_app.http.backend import ServeBackend
@@ -53,29 +54,22 @@ class Ingress:
         await self._api.state.drain(timeout_s)
 
 
-def reuse_port_of_the_dead() -> None:
-    """Let this process listen on the port of one that died, whose connections would block it for a minute.
-
-    Where the application's HTTP process listens itself, Ray binds its socket without SO_REUSEADDR, and never tries a
-    port again that was taken. (SO_REUSEPORT, as Ray has it elsewhere, would let two services share a port.)
-    """
-    patched: Any = http_util, replica
-    start = http_util.start_asgi_http_server
-
-    def start_with_reuse(*arguments: Any, **options: Any) -> Any:
-        return start(*arguments, **options | {"enable_so_reuseport": True})
-
-    patched[0].set_socket_reuse_port = lambda listener: listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    patched[1].start_asgi_http_server = start_with_reuse
-
-
 def build(args: ServeSettings) -> Application:
+    """The application behind Ray Serve's HTTP process; Ray calls this with the `args` of a file."""
+    return build_application(ServeSettings.model_validate(args))
+
+
+def build_application(
+    settings: ServeSettings, *, direct_host: str | None = None, replica_variables: Mapping[str, str] | None = None
+) -> Application:
     """The application of these settings; must be called where Ray runs.
+
+    `direct_host` is what its HTTP process listens on where it listens itself: see `serve_app.settings.DIRECT`. Model
+    replicas get the environment `replica_variables`.
 
     Calls of equal affinity go to the same model replica (consistent hashing), so that an adapter is loaded on few
     replicas and an uploaded image is found again. A full replica passes the call to the next one on the ring.
     """
-    settings = ServeSettings.model_validate(args)
     _check_message_length(settings.limits)
     limits, batching = settings.limits, settings.batching
     num_gpus = settings.num_gpus
@@ -83,11 +77,12 @@ def build(args: ServeSettings) -> Application:
         num_gpus = 1.0 if ray.is_initialized() and ray.cluster_resources().get("GPU") else 0.0
     # The replica's own queue refuses a surplus at once and with a message: Serve must let those calls through to it.
     most_ongoing = limits.max_queued + 4 * batching.max_rows
+    environment = {"runtime_env": {"env_vars": dict(replica_variables)}} if replica_variables else {}
     segmenter = serve.deployment(
         name="Segmenter",
         max_ongoing_requests=most_ongoing,
         max_queued_requests=limits.max_queued,
-        ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": num_gpus},
+        ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": num_gpus, **environment},
         user_config=settings.adapters.model_dump(mode="json"),
         request_router_config=RequestRouterConfig(request_router_class=ROUTER),  # type: ignore[arg-type]
         max_constructor_retry_count=2,
@@ -97,6 +92,8 @@ def build(args: ServeSettings) -> Application:
         logging_config=QUIET,
         **_scale(settings, most_ongoing),
     )(MODEL_REPLICA)  # type: ignore[arg-type]
+    # What fails in a process that listens itself is the port, which it has waited for.
+    once: dict[str, Any] = {} if direct_host is None else {"max_constructor_retry_count": 1}
     ingress = serve.deployment(
         name="Ingress",
         num_replicas=settings.ingress_replicas,
@@ -105,8 +102,9 @@ def build(args: ServeSettings) -> Application:
         max_surge_percent=100,  # it needs few resources: a new one answers before the old one ends
         graceful_shutdown_timeout_s=limits.timeout_s,
         logging_config=QUIET,
+        **once,
     )(Ingress)
-    return ingress.bind(settings, segmenter.bind(settings))
+    return ingress.bind(settings, segmenter.bind(settings), direct_host)
 
 
 def _check_message_length(limits: Limits) -> None:

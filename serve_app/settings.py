@@ -64,6 +64,11 @@ class Batching(_Settings):
 
     max_rows: int = Field(default=16, gt=0, description="(image, prompt) pairs.")
     max_images: int = Field(default=8, gt=0, description="Images that pass the vision tower together.")
+    encode_ahead: bool | None = Field(
+        default=None,
+        description="Encode images of waiting requests in a second thread while a batch runs, on a CPU; yes, if torch "
+        "has one thread and there are more cores than replicas.",
+    )
 
 
 class Caches(_Settings):
@@ -158,6 +163,10 @@ class ServeSettings(_Settings):
     @property
     def most_replicas(self) -> int:
         return self.autoscaling.max_replicas if self.autoscaling else self.replicas
+
+    @property
+    def first_replicas(self) -> int:
+        return self.autoscaling.min_replicas if self.autoscaling else self.replicas
 
     @property
     def most_in_flight(self) -> int:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
-from jobs.bench.start_up import Start, _table
+import pytest
+
+from jobs.bench.start_up import Start, _drawn_data, _table, serve_start, train_start
 from sam3lora.start_marks import FILE_VARIABLE, mark, read_marks
 
 
@@ -35,3 +38,22 @@ def test_the_table_splits_the_medians():
         ("Ray", 2.0, 2.0),
         ("model", 3.0, 5.0),
     ]
+
+
+@pytest.mark.slow
+def test_the_worker_of_a_run_is_the_process_that_imported_ahead(tmp_path):
+    train_start(tmp_path / "run", _drawn_data(tmp_path / "data"))
+    assert_imported_ahead(tmp_path / "run" / "marks", "training worker")
+
+
+@pytest.mark.slow
+def test_the_model_replica_is_the_process_that_imported_ahead(tmp_path):
+    start = serve_start(tmp_path / "service")
+    assert_imported_ahead(tmp_path / "service" / "marks", "model")
+    assert start.with_torch == 1
+
+
+def assert_imported_ahead(marks: Path, of_actor: str) -> None:
+    pids = {done: [one.pid for one in read_marks(marks) if one.done == done] for done in ("imports ahead", of_actor)}
+    assert len(pids["imports ahead"]) == 1
+    assert pids["imports ahead"] == pids[of_actor]

@@ -24,6 +24,8 @@ from sam3lora.model.checkpointing import enable_checkpointing
 from sam3lora.model.components import COMPONENTS
 from sam3lora.model.precision import store_matrices_in
 from sam3lora.model.staged.forward import DetectorOutput, MaskHead, StagedSam3, TextFeatures, VisionFeatures
+from sam3lora.training.graphs.gradient_graphs import GradientGraphs
+from sam3lora.training.graphs.graphed_sam3 import GraphedCosts, GraphedSam3
 
 Part = Callable[[str], AbstractContextManager[Any]]
 """Entered with the name of what comes next: "vision", "detector", "loss", "backward" or "optimizer"."""
@@ -130,14 +132,19 @@ class Training:
     Args:
         model: Frozen, without adapter; it is changed in place.
         preset: Its name.
+        make_graphs: Of the stages; None runs them as they are.
     """
 
-    def __init__(self, model: Sam3Model, preset: str) -> None:
+    def __init__(self, model: Sam3Model, preset: str, make_graphs: Callable[[], GradientGraphs] | None = None) -> None:
         self.preset, self._criterion = Preset.read(preset), Criterion(touch_unused=False)
         self.peft = apply_lora(model, self.preset.lora)
         store_matrices_in(model, torch.bfloat16)
         enable_checkpointing(model, self.preset.checkpointing)
         self.staged = StagedSam3(model, checkpointing=self.preset.checkpointing)
+        if make_graphs is not None:
+            graphs = make_graphs()
+            self._criterion.tables = GraphedCosts(self._criterion.tables, graphs)
+            self.staged = GraphedSam3(model, checkpointing=self.preset.checkpointing, graphs=graphs)
         train_adapter_alone(self.peft)
         self.parameters = [parameter for parameter in self.peft.parameters() if parameter.requires_grad]
         self._optimizer = make_optimizer(self.parameters)
@@ -151,6 +158,11 @@ class Training:
 
     def gradients(self, inputs: Inputs, max_prompts: int, part: Part = nullcontext) -> Tensor:
         """One vision pass, and the rest of forward and backward for `max_prompts` find queries at a time."""
+        self.staged.begin_batch()
+        with self.staged.adapters_cast_once(torch.bfloat16):
+            return self._gradients(inputs, max_prompts, part)
+
+    def _gradients(self, inputs: Inputs, max_prompts: int, part: Part) -> Tensor:
         case, num_queries, device = inputs.case, inputs.num_queries, inputs.pixels_ICHW.device
         autocast = torch.autocast(device.type, dtype=torch.bfloat16)
         with part("vision"), autocast:

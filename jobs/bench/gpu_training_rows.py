@@ -25,6 +25,7 @@ from jobs.bench.gpu_training import (
     update,
 )
 from jobs.bench.models import random_model
+from sam3lora.engine.graphs.capture import wants_cuda_graphs
 from sam3lora.losses import Criterion, Predictions
 from sam3lora.model.adapter.lora_layers import apply_lora
 from sam3lora.training.forward_sizes import (
@@ -34,6 +35,7 @@ from sam3lora.training.forward_sizes import (
     prompt_sizes,
     prompts_on_cpu,
 )
+from sam3lora.training.graphs.gradient_graphs import GradientGraphs, cuda_gradient_graphs
 
 OURS, CACHED, STOCK = "sam3lora", "sam3lora, trunk cached", "transformers + PEFT"
 PROMPTS = 4
@@ -53,7 +55,7 @@ def training_cases(
         repeats: Steps whose median counts.
     """
     for preset in presets:
-        ours = cache(partial(adapted, Training, preset, model_name, device))
+        ours = cache(partial(adapted, partial(Training, make_graphs=_graphs(device)), preset, model_name, device))
         stock = cache(partial(adapted, StockTraining, preset, model_name, device))
         for images in sorted(batches):
             ways: list[tuple[str, Prompts]] = [(OURS, "auto")]
@@ -74,6 +76,11 @@ def training_cases(
         ours.cache_clear()
 
 
+def _graphs(device: torch.device) -> Callable[[], GradientGraphs] | None:
+    """As `sam3lora train` has them: on a GPU, unless the environment says otherwise."""
+    return partial(cuda_gradient_graphs, device) if device.type == "cuda" and wants_cuda_graphs(None) else None
+
+
 def adapted(make: Callable[[Sam3Model, str], Any], preset: str, model_name: str, device: torch.device) -> Any:
     model = random_model(model_name, device=device)
     cast(nn.Module, model.text_encoder).to("cpu")  # frozen: its features of the prompts are kept, and it is sent away
@@ -83,10 +90,12 @@ def adapted(make: Callable[[Sam3Model, str], Any], preset: str, model_name: str,
 def _ours(training_of: Callable[[], Training], case: Case, prompts: Prompts, device: torch.device, repeats: int) -> Row:
     training = training_of()
     training.forget_gradients()  # of a case that ran out of memory
+    training.staged.forget_graphs()
     forget_peak(device)
     inputs = Inputs.draw(training.staged.model, case, device)
     number = prompts_that_fit(training, inputs) if prompts == "auto" else prompts
-    row = measured_steps(partial(training.step, inputs, number), case, device, repeats)
+    settle = training.staged.runs_to_settle
+    row = measured_steps(partial(training.step, inputs, number), case, device, repeats, settle=settle)
     return ({"chosen": number} if prompts == "auto" else {}) | row
 
 
@@ -105,8 +114,10 @@ def prompts_that_fit(training: Training, inputs: Inputs) -> int:
 
     def backward(num_images: int, max_prompts: int) -> None:
         try:
-            training.gradients(inputs, max_prompts)
+            for _ in range(training.staged.runs_to_settle):
+                training.gradients(inputs, max_prompts)
         finally:
+            training.staged.forget_graphs()
             training.forget_gradients()
 
     sizes = prompt_sizes(inputs.num_queries)
@@ -115,10 +126,13 @@ def prompts_that_fit(training: Training, inputs: Inputs) -> int:
     )[1]
 
 
-def measured_steps(step: Callable[[Part], Tensor], case: Case, device: torch.device, repeats: int) -> Row:
-    """The median step of some, after one that does not count."""
+def measured_steps(
+    step: Callable[[Part], Tensor], case: Case, device: torch.device, repeats: int, *, settle: int = 1
+) -> Row:
+    """The median step of some, after `settle` steps that do not count."""
     watch, whole = Stopwatch(device), Stopwatch(device)
-    step(nullcontext)
+    for _ in range(settle):
+        step(nullcontext)
     forget_peak(device)
     rounds = []
     for _ in range(repeats):

@@ -94,7 +94,6 @@ def count_launches(presets: Sequence[str] = PRESETS, prompts: Sequence[int] = PR
         count for graphs in (False, True) for number in prompts for count in count_inference(number, graphs=graphs)
     ]
     counts += [count_training_step(preset, graphs=graphs) for graphs in (False, True) for preset in presets]
-    counts += [count_training_step(preset, graphs=True, checkpointing=()) for preset in presets]
     return LaunchReport(counts, count_loss_bytes())
 
 
@@ -132,7 +131,6 @@ def count_training_step(
     model: str = MODEL,
     max_prompts: int | None = None,
     graphs: bool = False,
-    checkpointing: tuple[str, ...] | None = None,
 ) -> Count:
     """A step of a preset on one image: gradients, clipping and AdamW, as the trainer does them.
 
@@ -141,7 +139,7 @@ def count_training_step(
     with pretend_gpu() as launches:
         work = TrainingWork(preset, model, num_prompts=num_prompts, precision="bf16", geometry_cls=True, device="cuda")
         adapted = work.adapted_model()
-        settings = OurSettings(max_prompts=max_prompts, checkpointing=checkpointing)
+        settings = OurSettings(max_prompts=max_prompts)
         runner = make_runner(work, adapted, settings, capturer=_capturer(launches) if graphs else None)
         step = our_step(work, adapted, runner)
         batch = work.batch()
@@ -149,7 +147,7 @@ def count_training_step(
             step(batch)
         runner.criterion = _LossInParts(runner.criterion, launches)  # type: ignore[assignment]
         with _parts_of_stages(launches):
-            how = (", graphs" if graphs else "") + (", none recomputed" if checkpointing == () else "")
+            how = ", graphs" if graphs else ""
             return _counted(launches, f"step of {preset}{how}", lambda: step(batch))
 
 

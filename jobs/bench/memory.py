@@ -117,7 +117,7 @@ def peak_bytes(preset: str, images: int, max_prompts: int, *, model: str = FULL_
     """
     finish = partial(_drawn_matches, copies=OneToManyRule().topk if many_matches else 0)
     prompts = min(PROMPTS, -(-2 * max_prompts // images))
-    with TensorMemory(torch.device("meta")) as memory, pretend_gpu(with_values=False), _as_on_a_gpu(finish):
+    with TensorMemory(torch.device("meta")) as memory, pretend_gpu(with_values=False), as_on_a_gpu(finish):
         sam3 = random_model(model, device=DEVICE)
         cast(Any, sam3).text_encoder = None  # it leaves the GPU
         training = Training(sam3, preset)
@@ -129,7 +129,7 @@ def peak_bytes(preset: str, images: int, max_prompts: int, *, model: str = FULL_
 
 
 @contextmanager
-def _as_on_a_gpu(finish: Callable[[Any], Matches]) -> Iterator[None]:
+def as_on_a_gpu(finish: Callable[[Any], Matches] | None = None) -> Iterator[None]:
     """Attention, norms and softmax as autocast has them on a GPU, and matches that need no values."""
     with ExitStack() as stack:
         for place, name, function in (
@@ -137,9 +137,10 @@ def _as_on_a_gpu(finish: Callable[[Any], Matches]) -> Iterator[None]:
             (F, "layer_norm", _in_float32(F.layer_norm)),
             (F, "group_norm", _in_float32(F.group_norm)),
             (F, "softmax", _in_float32(F.softmax)),
-            (PendingMatches, "finish", lambda pending: finish(pending)),
         ):
             stack.enter_context(mock.patch.object(place, name, function))
+        if finish is not None:
+            stack.enter_context(mock.patch.object(PendingMatches, "finish", lambda pending: finish(pending)))
         yield
 
 

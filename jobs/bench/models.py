@@ -101,8 +101,10 @@ CONFIGS: dict[str, Callable[[], Sam3Config]] = {
 }
 
 
-def random_model(name: str, *, device: torch.device | str = "cpu", seed: int = 0) -> Sam3Model:
-    """A frozen model with random weights, the same ones for the same seed and device.
+def random_model(
+    name: str, *, device: torch.device | str = "cpu", seed: int = 0, resolution: int | None = None
+) -> Sam3Model:
+    """A frozen model with random weights, the same ones for the same seed and device; in its own size by default.
 
     Raises:
         UserError: No such configuration.
@@ -110,5 +112,8 @@ def random_model(name: str, *, device: torch.device | str = "cpu", seed: int = 0
     if name not in CONFIGS:
         raise UserError(f"model must be one of {', '.join(CONFIGS)}, got {name!r}")
     torch.manual_seed(seed)
+    config = CONFIGS[name]()
+    if resolution is not None:
+        config.image_size = resolution
     with torch.device(device):
-        return Sam3Model(CONFIGS[name]()).eval().requires_grad_(False)
+        return Sam3Model(config).eval().requires_grad_(False)

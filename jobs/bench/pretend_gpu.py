@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Self
 from unittest import mock
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+from transformers.models.sam3.modeling_sam3 import Sam3SinePositionEmbedding
 
 DEVICE = torch.device("cuda:0")
 _NO_KERNEL = ("empty", "new_empty", "detach", "alias", "_unsafe_view", "lift_fresh", "_reshape_alias", "set_")
@@ -135,6 +137,10 @@ def pretend_gpu(*, with_values: bool = True) -> Iterator[Launches]:
             "torch.get_autocast_dtype": _of_the_cpu(torch.get_autocast_dtype),
         }.items():
             stack.enter_context(mock.patch(name, value))
+        # transformers keeps these for all models of a device; those of this GPU must not outlive it
+        build = Sam3SinePositionEmbedding.build_sine_position_embedding.__wrapped__
+        kept = staticmethod(lru_cache(maxsize=4)(build))
+        stack.enter_context(mock.patch.object(Sam3SinePositionEmbedding, "build_sine_position_embedding", kept))
         place = torch.device("cpu" if with_values else "meta")
         stack.enter_context(_Kernels(launches, place))
         stack.enter_context(_Transfers(launches, place))
@@ -158,10 +164,12 @@ class _Kernels(TorchDispatchMode):
             return func(*args, **kwargs)
         if kwargs.pop("pin_memory", None):
             kwargs["pin_memory"] = False
-        result = func(*tree_map(self._inner, args), **tree_map(self._inner, kwargs))
         name = func.__name__.split(".")[0]
         if name in _READS:
             self._launches.add_read(name)
+            if name == "_local_scalar_dense" and self._place.type == "meta":
+                return torch.zeros((), dtype=args[0].dtype).item()
+        result = func(*tree_map(self._inner, args), **tree_map(self._inner, kwargs))
         if _is_kernel(func, name):
             moved = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
             self._launches.add(name, sum(leaf.numel() * leaf.element_size() for leaf in moved))

@@ -134,13 +134,14 @@ def _application(values: dict[str, Any], config: Path | None) -> dict[str, Any]:
 
 
 def _check_port(host: str, port: int) -> None:
+    from serve_app.direct_port import cannot_listen
+
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         with socket.create_server((host, port), family=family):
             pass
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or error
-        raise UserError(f"cannot listen on {host}:{port}: {reason}. Choose another --port") from None
+        raise cannot_listen(host, port, error) from None
 
 
 def _print_addresses(settings: ServeSettings, host: str, port: int) -> None:

@@ -20,6 +20,7 @@ import typer
 from sam3lora.cpus import usable_cpus
 from sam3lora.errors import RunFailed, UserError
 from sam3lora.local_ray import replaced
+from sam3lora.processes_ahead import calls, start_ahead
 from sam3lora.start_marks import mark
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 APPLICATION = "sam3lora"
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
+_SPARE_HOST = "127.0.0.1"
 _HTTP_START_S = 60.0
 
 
@@ -42,13 +44,14 @@ def run_service(
     """Run the service until a signal; `announce` is called when it answers.
 
     With `is_direct` the application's HTTP process listens on the port itself, as `serve_app.settings.DIRECT` has it.
-    Ray's own, which nobody needs then, gets another one.
+    Ray's own, which nobody needs then, gets another one of this machine alone.
 
     Raises:
         UserError: a mistake in the settings that the service itself meets.
         RunFailed: Ray Serve or the application did not start.
     """
     from sam3lora.cluster import ray_session
+    from serve_app.replica.imports import IMPORT
 
     stop = threading.Event()
     _stop_by_signal(stop)
@@ -56,6 +59,8 @@ def run_service(
     num_cpus = replicas * settings.num_cpus + settings.ingress_replicas + 1
     with ray_session(address, num_cpus=num_cpus) as is_local:
         mark("Ray")
+        if is_local:
+            start_ahead(IMPORT, {}, count=settings.first_replicas, made_by_actor=False)
         if is_local and settings.torch_threads is None and not settings.num_gpus:
             # One core is left to the HTTP processes: a thread that is not scheduled holds all others up.
             threads = max(1, (usable_cpus() - 1) // replicas)
@@ -63,14 +68,20 @@ def run_service(
         _stop_by_signal(stop)  # again: Ray has replaced the handlers by its own, which abort
         from ray import serve as ray_serve
 
-        from serve_app.builder import QUIET, build
+        from serve_app.builder import QUIET, build_application
 
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         # request_timeout_s stays unset: the application has its own limit, and answers in JSON.
-        http = _start(ray_serve, {"host": host, "port": _unused_port(host) if is_direct else port}, QUIET)
+        ray_host, ray_port = (_SPARE_HOST, _unused_port(_SPARE_HOST)) if is_direct else (host, port)
+        http = _start(ray_serve, {"host": ray_host, "port": ray_port}, QUIET)
         mark("Ray Serve")
         try:
-            _deploy(ray_serve, build(settings), stop)
+            application = build_application(
+                settings,
+                direct_host=host if is_direct else None,
+                replica_variables=calls(IMPORT) if is_local else None,
+            )
+            _deploy(ray_serve, application, stop)
             if not stop.is_set():
                 if not is_direct:
                     _wait_for_http(http)
@@ -83,8 +94,7 @@ def run_service(
 
 
 def _unused_port(host: str) -> int:
-    family = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
-    with socket.create_server((host, 0), family=family) as listener:
+    with socket.create_server((host, 0)) as listener:
         return listener.getsockname()[1]
 
 

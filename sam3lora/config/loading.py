@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..errors import UserError
-from .keys import RawConfig, rename_old_keys, set_key, split_known
+from .keys import RawConfig, known_keys, rename_old_keys, set_key, split_known
 from .root import Config
 from .yaml_text import parse_yaml
 
@@ -110,7 +110,7 @@ def _apply_overrides(raw: RawConfig, overrides: Iterable[str]) -> list[str]:
         except UserError as error:
             problems.append(str(error))
             continue
-        if "." not in key and not isinstance(value, dict):
+        if "." not in key and not isinstance(value, dict) and key not in known_keys():
             problems.append(f'"{override}": expected section.key=value, such as lora.rank=8')
             continue
         set_key(raw, key, value)

@@ -12,7 +12,7 @@ import functools
 import logging
 import pickle
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -67,17 +67,20 @@ def stream_batches(
     *,
     num_cpus: int = 1,
     prefetch_batches: int = 2,
+    other_nodes: Collection[str] = (),
 ) -> Iterator[Batch]:
     """Decode batches on Ray Data tasks, ahead of their use and exactly in the order of the plan.
 
     Ray must be running. The tasks run on the caller's node and reserve no CPU, because tasks that did would wait
-    forever where training workers have reserved all. The caller reserves CPUs for them together with its own.
+    forever where training workers have reserved all. The caller reserves CPUs for them together with its own. A node
+    that Ray drains takes no tasks any more: they go on at the other nodes.
 
     Args:
         table: `CocoIndex.table`.
         plans: From `plan_run` or `plan_validation`; read some batches ahead of their use, never as a whole.
         num_cpus: Decoding tasks at a time, each busy on one CPU.
         prefetch_batches: Batches fetched to this process ahead of use.
+        other_nodes: Ids of nodes that have the images too.
 
     Raises:
         ImageError: A bad image with `on_bad_image` "stop", when its batch is reached.
@@ -88,12 +91,13 @@ def stream_batches(
     remaining = iter(plans)
     while plan_rows := [BatchPlan(*plan)._asdict() for plan in islice(remaining, _BATCHES_PER_DATASET)]:
         decode = _decode_row(shared.ref, settings)
-        here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+        here, others = _on_nodes(ray.get_runtime_context().get_node_id()), _on_nodes(*other_nodes)
         # The rows are made here: a reading task would ask for a CPU.
         with _data_context():
             planned = ray.data.from_items(plan_rows, override_num_blocks=-(-len(plan_rows) // _BATCHES_PER_TASK))
             tasks = ray.data.TaskPoolStrategy(size=num_cpus)
-            dataset = planned.map(decode, num_cpus=0, label_selector=here, compute=tasks)
+            elsewhere = [{"label_selector": others}] if other_nodes else None
+            dataset = planned.map(decode, num_cpus=0, label_selector=here, fallback_strategy=elsewhere, compute=tasks)
         batches = dataset.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=prefetch_batches)
         block: Any
         for block in batches:
@@ -110,12 +114,17 @@ def warm_up_reading() -> None:
     """
     import ray
 
-    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    here = _on_nodes(ray.get_runtime_context().get_node_id())
     with contextlib.suppress(Exception):  # whatever it is, reading itself will tell
         with _data_context():
             one = ray.data.from_items([BatchPlan(0, 0, [])._asdict()])
             dataset = one.map(_import_decoding, num_cpus=0, label_selector=here)
         dataset.take_all()
+
+
+def _on_nodes(*ids: str) -> dict[str, str]:
+    """What Ray calls a label selector: any of these nodes."""
+    return {"ray.io/node-id": f"in({','.join(ids)})"}
 
 
 def _import_decoding(row: dict[str, Any]) -> dict[str, Any]:

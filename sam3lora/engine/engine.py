@@ -8,11 +8,10 @@ Everything else runs once for a batch, in which every row may have an adapter of
 from __future__ import annotations
 
 import contextlib
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +27,8 @@ from sam3lora.engine.forward import Forward, MixedForward, Row
 from sam3lora.engine.graphs.capture import Capturer, CudaCapturer, wants_cuda_graphs
 from sam3lora.engine.graphs.forward import GraphedForward
 from sam3lora.engine.selection import NotFiniteError, SmallDetections, Wanted
+from sam3lora.engine.transfers import pinned
+from sam3lora.engine.warm_up import run_first_shapes
 from sam3lora.errors import UserError
 from sam3lora.model.adapter.bank import AdapterBank
 from sam3lora.model.adapter.weights import AdapterSummary, AdapterWeights, read_adapter_weights, read_summary
@@ -40,7 +41,6 @@ BOXES_ALONE_PROMPT = "visual"
 """SAM 3 was trained to read this text beside boxes that have no text of their own."""
 
 WARM_UP_KEY = "warm-up"
-WARM_UP_S = 30.0
 _PROBE_POST = PostProcessing(threshold=0.0, nms="none", max_detections=10)
 
 
@@ -69,7 +69,7 @@ class Engine:
     """One base model, adapters in numbered slots, and batches that mix them.
 
     One thread, the model thread, may call the methods that run or change the model; the first group of methods may be
-    called from any thread.
+    called from any thread. `encode_ahead` is for a second thread beside the model thread.
 
     Args:
         precision: "float32", or "bfloat16" to compute by autocast; None is bfloat16 on a GPU that has it.
@@ -193,7 +193,8 @@ class Engine:
         if data.dtype != np.uint8 or data.ndim != 3 or data.shape[2] != 3 or 0 in data.shape:
             raise ImageError(f"expected an image of uint8 (H, W, 3), got {data.dtype} {data.shape}")
         height, width = data.shape[:2]
-        return PreparedImage(key, resize_image(data, (self.resolution, self.resolution)), (height, width))
+        pixels_RR3 = resize_image(data, (self.resolution, self.resolution))
+        return PreparedImage(key, pinned(pixels_RR3, self.device), (height, width))
 
     def cached_image(self, key: str) -> PreparedImage | None:
         """A cached image; None if it was never kept or has been evicted."""
@@ -225,14 +226,43 @@ class Engine:
         """
         return read_summary(folder, self.base.model, max_rank=self._max_rank)
 
+    # ---- from a second thread -------------------------------------------------------------------------------------
+
+    @property
+    def may_encode_ahead(self) -> bool:
+        """Whether `encode_ahead` may run beside the model thread: on a CPU, where threads share no graphs."""
+        return self.device.type == "cpu" and isinstance(self._forward, MixedForward)
+
+    def has_features(self, image: PreparedImage, slot: int | None) -> bool:
+        """Whether the image's features under the adapter in a slot are at hand. From any thread."""
+        adapter = self._adapters.get(slot)
+        return image.features is not None or (adapter is not None and self._features.has_features(image.key, adapter))
+
+    def encode_ahead(self, wanted: Sequence[tuple[PreparedImage, int | None]]) -> list[PreparedImage]:
+        """The images with their features under the adapters in these slots, while the model thread works on others.
+
+        Raises:
+            LookupError: A slot is empty.
+        """
+        with self._features.vision_lock, self._inference():  # no slot changes meanwhile
+            adapters = [self._adapters[slot] for _, slot in wanted]
+            for image, _ in wanted:
+                self._features.images.keep_image(image)
+            found = self._features.vision(list(zip([image for image, _ in wanted], adapters, strict=True)))
+        return [
+            replace(image, features=found[image.key, adapter.of("vision_encoder").version])
+            for (image, _), adapter in zip(wanted, adapters, strict=True)
+        ]
+
     # ---- from the model thread only -------------------------------------------------------------------------------
 
     def place_adapter(self, slot: int, weights: AdapterWeights) -> None:
         """Put an adapter into a slot; an adapter that is there is replaced."""
-        self._adapters.pop(slot, None)
-        self._bank.put(slot, weights)
-        geometry_cls = weights.geometry_cls if self._geometry_cls is None else self._geometry_cls
-        self._adapters[slot] = SlotAdapter(slot, weights.version, weights.components, geometry_cls)
+        with self._features.vision_lock:
+            self._adapters.pop(slot, None)
+            self._bank.put(slot, weights)
+            geometry_cls = weights.geometry_cls if self._geometry_cls is None else self._geometry_cls
+            self._adapters[slot] = SlotAdapter(slot, weights.version, weights.components, geometry_cls)
 
     def check_adapter(self, slot: int) -> None:
         """Ask a fixed image under the adapter in a slot, so that every part that it changes runs once.
@@ -259,8 +289,9 @@ class Engine:
                 )
 
     def clear_adapter(self, slot: int) -> None:
-        self._adapters.pop(slot, None)
-        self._bank.clear(slot)
+        with self._features.vision_lock:
+            self._adapters.pop(slot, None)
+            self._bank.clear(slot)
 
     def geometry_cls(self, slot: int | None) -> bool:
         """Whether the geometry CLS token follows text prompts."""
@@ -285,41 +316,22 @@ class Engine:
             torch.cuda.empty_cache()
 
     def warm_up(self) -> None:
-        """Run the shapes that the first requests will have, so that they do not wait for compilation or capture.
-
-        After `WARM_UP_S` only the smallest and the largest are begun.
-        """
-        noise = self._probe.pixels_RR3
+        """Run the shapes that the first requests will have, so that they do not wait for compilation or capture."""
         everything = PostProcessing(threshold=0.0, max_detections=10)
-        box = BoxPrompt((0, 0, self.resolution / 2, self.resolution / 2))
-        numbers = count()
-        end = time.monotonic() + WARM_UP_S
 
-        def sizes(most: int) -> Iterator[tuple[int, bool]]:
-            """Numbers of rows or images, and whether each comes for the first time."""
-            done: set[int] = set()
-            for size in self._forward.warm_up_sizes(most):
-                if time.monotonic() < end or size in (1, most):
-                    yield size, size not in done
-                    done.add(size)
-
-        def run(asked: Sequence[PromptedImage]) -> None:
+        def run(images: Sequence[PreparedImage], prompts: tuple[str, ...], boxes: tuple[BoxPrompt, ...]) -> None:
             """Without the codes of masks, which the device has no part in."""
             with self._inference():
-                for found in self._run(asked):
+                for found in self._run([PromptedImage(image, prompts, boxes, post=everything) for image in images]):
                     found.check_finite()
 
-        image = replace(self._probe, features=None)
-        for num_rows, is_first in sizes(self._max_rows):
-            prompts = tuple(f"object {next(numbers)}" for _ in range(num_rows))  # which no cache knows
-            for boxes in ((), (box,)) if is_first else ((),):
-                run([PromptedImage(image, prompts, boxes, post=everything)])
-        self._features.images.forget(image.key)
-        for num_images, _ in sizes(self._warm_up_images):
-            images = [PreparedImage(f"{WARM_UP_KEY} {n}", noise, noise.shape[:2]) for n in range(num_images)]
-            run([PromptedImage(image, ("object",), post=everything) for image in images])
-            for image in images:
-                self._features.images.forget(image.key)
+        run_first_shapes(
+            run,
+            replace(self._probe, features=None),
+            self._features.images.forget,
+            row_sizes=self._forward.warm_up_sizes(self._max_rows),
+            image_sizes=self._forward.warm_up_sizes(self._warm_up_images),
+        )
         self._features.reset_counters()
         self._counts.clear()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -102,7 +102,10 @@ class ImageCache:
         return self._kept.get(("pixels", key))
 
     def keep_image(self, image: PreparedImage) -> None:
+        """Keep the pixels; features are kept by themselves."""
         if self.image(image.key) is None:
+            if image.features is not None:
+                image = replace(image, features=None)
             self._kept.put(("pixels", image.key), image, image.pixels_RR3.nbytes)
 
     def features(self, key: str, version: str | None) -> VisionFeatures | None:

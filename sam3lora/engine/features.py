@@ -14,7 +14,7 @@ from torch import Tensor
 from sam3lora.data.images import resize_image
 from sam3lora.engine.feature_cache import ImageCache, LruCache, PreparedImage
 from sam3lora.engine.forward import Forward
-from sam3lora.engine.transfers import upload
+from sam3lora.engine.transfers import write
 from sam3lora.model.loading import LoadedBase
 from sam3lora.model.staged.forward import TextFeatures, VisionFeatures
 from sam3lora.model.tokenization import tokenize
@@ -57,7 +57,10 @@ class FeatureSource:
         self._text: LruCache[tuple[str, str | None], TextFeatures] = LruCache(max_cached_prompts)
         self._tokens: LruCache[str, tuple[Tensor, Tensor]] = LruCache(max_cached_prompts)
         self._tokenizer_lock = threading.Lock()  # tokenizers are not safe to share between threads
+        self.vision_lock = threading.RLock()
+        """Whoever runs the vision tower holds it: images that two threads want are encoded once."""
         self._counts: Counter[str] = Counter()
+        self._counts_lock = threading.Lock()
 
     @property
     def counters(self) -> dict[str, int]:
@@ -83,7 +86,7 @@ class FeatureSource:
     def vision(
         self, wanted: Sequence[tuple[PreparedImage, SlotAdapter]]
     ) -> dict[tuple[str, str | None], VisionFeatures]:
-        """Features of images (I = 1) by the image's key and the version of the adapter that made them."""
+        """Features of images by the image's key and the version of the adapter that made them; from any thread."""
         found: dict[tuple[str, str | None], VisionFeatures] = {}
         missing: dict[tuple[str, str | None], tuple[PreparedImage, int | None]] = {}
         for image, adapter in wanted:
@@ -91,21 +94,45 @@ class FeatureSource:
             key = (image.key, maker.version)
             if key in found or key in missing:
                 continue
-            if (features := image.features or self.images.features(*key)) is not None:
+            if image.features is not None:
+                found[key] = image.features
+            elif (features := self._kept(key)) is not None:
                 found[key] = features
             else:
                 missing[key] = (image, maker.slot)
-        self._counts["image_cache_hits"] += len(found)
-        self._counts["image_cache_misses"] += len(missing)
-        todo = list(missing.items())
+        if missing:
+            with self.vision_lock:
+                found |= self._encode_missing(missing)
+        return found
+
+    def has_features(self, key: str, adapter: SlotAdapter) -> bool:
+        return self.images.features(key, adapter.of("vision_encoder").version) is not None
+
+    def _encode_missing(
+        self, missing: Mapping[tuple[str, str | None], tuple[PreparedImage, int | None]]
+    ) -> dict[tuple[str, str | None], VisionFeatures]:
+        # Another thread may have made some of them while this one waited for the tower.
+        found = {key: features for key in missing if (features := self._kept(key)) is not None}
+        todo = [(key, of_key) for key, of_key in missing.items() if key not in found]
+        self._count(image_cache_misses=len(todo))
         for start in range(0, len(todo), self._max_images):
             chunk = todo[start : start + self._max_images]
             made = self.encode([image for _, (image, _) in chunk], [slot for _, (_, slot) in chunk])
-            self._counts["images_encoded"] += len(chunk)
+            self._count(images_encoded=len(chunk))
             for (key, _), features in zip(chunk, made, strict=True):
                 found[key] = features
                 self.images.keep_features(*key, features)
         return found
+
+    def _kept(self, key: tuple[str, str | None]) -> VisionFeatures | None:
+        features = self.images.features(*key)
+        if features is not None:
+            self._count(image_cache_hits=1)
+        return features
+
+    def _count(self, **numbers: int) -> None:
+        with self._counts_lock:
+            self._counts.update(numbers)
 
     def encode(self, images: Sequence[PreparedImage], slots: Sequence[int | None]) -> list[VisionFeatures]:
         """Features of images (I = 1) under the adapters in these slots, made anew and not cached."""
@@ -118,7 +145,8 @@ class FeatureSource:
             device=weight.device,
             dtype=weight.dtype,
         )
-        return self._forward.encode_images(pixel_values_ICHW, slots)
+        with self.vision_lock:
+            return self._forward.encode_images(pixel_values_ICHW, slots)
 
     def keep_text(self, features: Mapping[str, TextFeatures]) -> None:
         """Cache text features (P = 1 each) of the base's text tower."""
@@ -138,8 +166,7 @@ class FeatureSource:
                 found[key] = features
             else:
                 missing[key] = maker.slot
-        self._counts["text_cache_hits"] += len(found)
-        self._counts["text_cache_misses"] += len(missing)
+        self._count(text_cache_hits=len(found), text_cache_misses=len(missing))
         if missing:
             ids, masks = (torch.cat(one) for one in zip(*map(self.token_ids, [p for p, _ in missing])))
             made = self._forward.encode_text(ids, masks, list(missing.values()))
@@ -164,7 +191,9 @@ def to_pixel_values(
     """
     if not images:
         return torch.zeros(0, 3, resolution, resolution, device=device, dtype=dtype)
-    pixels_IHWC = np.stack([resize_image(image, (resolution, resolution)) for image in images])
-    pixels_ICHW = upload(pixels_IHWC, torch.device(device)).permute(0, 3, 1, 2).float() / 255
+    pixels_IHWC = torch.empty(len(images), resolution, resolution, 3, dtype=torch.uint8, device=device)
+    for pixels_HWC, image in zip(pixels_IHWC, images, strict=True):
+        write(pixels_HWC, np.require(resize_image(image, (resolution, resolution)), requirements="W"))
+    pixels_ICHW = pixels_IHWC.permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(list(values), device=device).view(3, 1, 1) for values in (image_mean, image_std))
     return ((pixels_ICHW - mean) / std).to(dtype)

@@ -72,14 +72,17 @@ class DenseCriterion:
     def term_names(self) -> tuple[str, str]:
         return ("dense_ce", "dense_dice") if self.mode == "multiclass" else ("dense_bce", "dense_iou")
 
-    def __call__(self, logits: Sequence[Tensor], labels: Tensor, num_images: float) -> DenseLossOutput:
+    def __call__(
+        self, logits: Sequence[Tensor], labels: Tensor, num_images: float, world_size: int = 1
+    ) -> DenseLossOutput:
         """Loss of some images of an optimizer step.
 
         Args:
             logits: (I, N, h, w) of each level, the finest first. There may be fewer levels than weights. Their sides
                 divide those of the labels; a coarser level is compared to the labels at its pixels' centres.
             labels: uint8 (I, H, W), or (I, N, H, W) of 0 and 1 for `multilabel`; 255 is ignored.
-            num_images: Images of the whole step, divided by the number of workers where gradients are averaged.
+            num_images: Images of the whole step, of all its batches and workers.
+            world_size: Number of workers whose gradients are averaged.
 
         Raises:
             ValueError: The shapes do not fit.
@@ -91,7 +94,7 @@ class DenseCriterion:
                 weight * self._sums(one_INhw.to(torch.promote_types(one_INhw.dtype, torch.float32)), labels)
                 for weight, one_INhw in zip(self.level_weights, logits, strict=False)
             ]
-            terms_2 = torch.stack(sums_L2).sum(dim=0) / num_images
+            terms_2 = torch.stack(sums_L2).sum(dim=0) * (world_size / (num_images or 1))
         return DenseLossOutput(terms_2.sum(), dict(zip(self.term_names, terms_2.detach().unbind(), strict=True)))
 
     def _sums(self, logits_INhw: Tensor, labels: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,13 @@ class BaseFolder:
 
 
 def find_base(name: str, *, revision: str | None = None, local_files_only: bool = False) -> BaseFolder:
-    """Find a base model and check that its files are complete, without loading weights.
+    """Find a base model and check that its files are complete and can be read, without loading weights.
 
     ``name`` is ``"tiny"`` (built in), a folder, or a hub id such as ``facebook/sam3``. A hub model is downloaded once;
     ``local_files_only`` takes it from the local cache. ``revision`` is a branch, tag or commit on the hub.
 
     Raises:
-        UserError: The model is not found, not accessible, not complete, or not a SAM 3 checkpoint.
+        UserError: The model is not found, not accessible, not complete, damaged, or not a SAM 3 checkpoint.
     """
     refuse_bad_path(name, "the base model")
     commit = None
@@ -85,16 +86,13 @@ def _download(name: str, revision: str | None, local_files_only: bool) -> Path:
 
 
 def _check_files(path: Path, name: str) -> None:
-    missing = [] if (path / "config.json").is_file() else ["config.json"]
     index = path / "model.safetensors.index.json"
-    if index.is_file():
-        shards = sorted(set(_read_json(index).get("weight_map", {}).values()))
-        missing += [shard for shard in shards if not (path / shard).is_file()]
-    elif not (path / "model.safetensors").is_file():
-        missing.append("model.safetensors")
+    shards = set(_read_json(index).get("weight_map", {}).values()) if index.is_file() else {"model.safetensors"}
+    missing = [file for file in ("config.json", *sorted(shards)) if not (path / file).is_file()]
     if not any(all((path / file).is_file() for file in files) for files in _TOKENIZER_FILES):
         missing.append("tokenizer.json (or vocab.json and merges.txt)")
     if not missing:
+        _check_weights(path, shards)
         return
     pickles = sorted(file.name for pattern in ("*.pt", "*.pth", "*.bin") for file in path.glob(pattern))
     note = f" ({', '.join(pickles)} there is a pickle and is never loaded)" if pickles else ""
@@ -102,6 +100,18 @@ def _check_files(path: Path, name: str) -> None:
         f"base model {name!r}: {path} lacks {', '.join(missing)}{note}. Expected a SAM 3 saved by transformers: "
         "config.json, model.safetensors and the tokenizer's files"
     )
+
+
+def _check_weights(path: Path, shards: Iterable[str]) -> None:
+    """Check that the length of each file is that of its header: a download that broke off is shorter."""
+    from safetensors import SafetensorError, safe_open
+
+    for shard in shards:
+        try:
+            with safe_open(path / shard, framework="np"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"the weights {path / shard} could not be loaded: {error}") from error
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class LoadedBase:
 
 
 def load_base(
-    name: str = "tiny",
+    name: str | BaseFolder = "tiny",
     *,
     revision: str | None = None,
     dtype: torch.dtype | str = torch.float32,
@@ -63,10 +63,10 @@ def load_base(
 ) -> LoadedBase:
     """Load a base model; only safetensors is read.
 
-    ``name`` is as for :func:`find_base`; of a ``Sam3VideoModel`` the tracker is left out. Weights are float32 or
-    bfloat16, ``attention`` is ``"sdpa"`` or ``"eager"``. ``resolution`` is the side of the model input in pixels, None
-    for the model's own; see :func:`check_resolution`. ``quantization`` is ``"none"``, or ``"nf4"`` for linear layers in
-    4 bits; the fingerprint is that of the file.
+    ``name`` is as for :func:`find_base`, or what that found; of a ``Sam3VideoModel`` the tracker is left out. Weights
+    are float32 or bfloat16, ``attention`` is ``"sdpa"`` or ``"eager"``. ``resolution`` is the side of the model input
+    in pixels, None for the model's own; see :func:`check_resolution`. ``quantization`` is ``"none"``, or ``"nf4"`` for
+    linear layers in 4 bits; the fingerprint is that of the file.
 
     Raises:
         UserError: The model cannot be found, used or loaded whole, or an argument is out of range.
@@ -74,15 +74,12 @@ def load_base(
     dtype = _check_dtype(dtype)
     if attention not in ("sdpa", "eager"):
         raise UserError(f"model.attention must be 'sdpa' or 'eager', got {attention!r}")
-    folder = find_base(name, revision=revision, local_files_only=local_files_only)
-    if quantization != "none" and "quantization_config" in folder.config:
-        raise UserError(f"model.quantization is {quantization}, but {name} is quantised already: set it to none")
-    config = build_model_config(folder)
-    if resolution is not None:
-        check_resolution(config, resolution)
-        config.image_size = resolution
+    folder = name
+    if not isinstance(folder, BaseFolder):
+        folder = find_base(folder, revision=revision, local_files_only=local_files_only)
+    config = fitting_config(folder, resolution, quantization)
     model = _load_weights(folder, config, dtype, attention)
-    model.name_or_path = model.config.name_or_path = name
+    model.name_or_path = model.config.name_or_path = folder.name
     processor = read_processor_settings(folder.path)
     identity = fingerprint(model)
     model.requires_grad_(False)
@@ -91,13 +88,28 @@ def load_base(
     return LoadedBase(
         model=model.eval().to(device),
         tokenizer=_load_tokenizer(folder),
-        name=name,
+        name=folder.name,
         revision=folder.revision,
         fingerprint=identity,
         resolution=_side(config.image_size),
         image_mean=tuple(processor.get("image_mean") or (0.5, 0.5, 0.5)),
         image_std=tuple(processor.get("image_std") or (0.5, 0.5, 0.5)),
     )
+
+
+def fitting_config(folder: BaseFolder, resolution: int | None, quantization: str) -> Sam3Config:
+    """The configuration to load a base model with, at a resolution of its own (None) or another; takes no time.
+
+    Raises:
+        UserError: The model is no SAM 3, is quantised already, or has no such resolution.
+    """
+    if quantization != "none" and "quantization_config" in folder.config:
+        raise UserError(f"model.quantization is {quantization}, but {folder.name} is quantised already: set it to none")
+    config = build_model_config(folder)
+    if resolution is not None:
+        check_resolution(config, resolution)
+        config.image_size = resolution
+    return config
 
 
 def resolution_step(config: Sam3Config) -> int:

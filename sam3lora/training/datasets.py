@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -153,7 +153,7 @@ class BatchSource:
     at most ``batch_size`` images, none where there are more workers than images.
 
     For a GPU the batches are in page-locked memory. ``load_ahead`` is called with each batch before its use, on the
-    thread that prepares the batches.
+    thread that prepares the batches. ``other_nodes`` of Ray are those that `stream_batches` may use.
     """
 
     def __init__(
@@ -165,7 +165,9 @@ class BatchSource:
         use_ray: bool,
         device: torch.device | None = None,
         load_ahead: Callable[[Batch], object] | None = None,
+        other_nodes: Collection[str] = (),
     ) -> None:
+        self._other_nodes = other_nodes
         self._data, self._training, self._use_ray = data, config.training, use_ray
         self._gpu = device if device is not None and device.type == "cuda" else None
         self._load_ahead = load_ahead
@@ -212,7 +214,8 @@ class BatchSource:
 
     def _decode(self, shared: SharedTable, plans: Iterator[BatchPlan], settings: DecodeSettings) -> Generator[Batch]:
         if self._use_ray:
-            batches = stream_batches(shared, plans, settings, num_cpus=self._training.num_workers)
+            num_cpus, others = self._training.num_workers, self._other_nodes
+            batches = stream_batches(shared, plans, settings, num_cpus=num_cpus, other_nodes=others)
             yield from prefetch(batches, self._prepare)
             return
         # A copy for the decoding thread: two threads cannot share a store.

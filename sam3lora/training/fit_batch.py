@@ -93,7 +93,15 @@ def _workers_on(device: torch.device) -> int:
 def _fitting_on_gpu(
     backward: CostliestBackward, images: Sequence[int], prompts: Sequence[int], allowed: float
 ) -> tuple[int, int]:
-    fits = largest_that_fits(images, prompts, backward.num_queries, partial(peak_on_gpu, backward), allowed)
+    """What fits with the memory of the graphs, or without any where they alone are too much."""
+
+    def largest() -> tuple[int, int]:
+        return largest_that_fits(images, prompts, backward.num_queries, partial(peak_on_gpu, backward), allowed)
+
+    fits = largest()
+    if not fits[0] and backward.runner.give_up_graphs():
+        logger.warning("the memory does not suffice for CUDA graphs: training without them")
+        fits = largest()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     return fits

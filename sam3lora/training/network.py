@@ -6,12 +6,12 @@ would import torch as well. Here the workers alone do.
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 import socket
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from threading import Thread
 from typing import Any
 
 import psutil
@@ -25,7 +25,9 @@ from ray.train.constants import (
 )
 from ray.train.v2._internal.util import TrainingFramework
 
-from sam3lora.garbage_collection import no_garbage_collection
+from sam3lora.data.pipeline import warm_up_reading
+from sam3lora.start_marks import mark
+from sam3lora.training.imports import finish_imports
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +64,9 @@ class _TorchBackend(Backend):
     share_cuda_visible_devices = True  # a worker sees the GPUs of all workers on its host, as NCCL expects
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        worker_group.execute(start_reading)
         # First what takes seconds: between its choice and its use, somebody else could take the port.
-        worker_group.execute(import_torch)
+        worker_group.execute(finish_imports)
         address = worker_group.execute_single(0, get_address_and_port)
         size = len(worker_group)
         joining = [
@@ -83,9 +86,10 @@ class _TorchBackend(Backend):
             logger.warning("the workers did not leave their process group within %g s", timeout_s)
 
 
-def import_torch() -> None:
-    with no_garbage_collection():
-        importlib.import_module("ray.train.torch.config")
+def start_reading() -> None:
+    """In a worker: start the processes that read data, while torch is imported."""
+    mark("training worker")
+    Thread(target=warm_up_reading, daemon=True).start()
 
 
 def join_process_group(address: tuple[str, int], rank: int, size: int, config: TorchOnRayNetwork) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import runpy
 import shutil
 import signal
 import threading
@@ -16,14 +17,16 @@ from sam3lora.cluster import most_workers, ray_session, worker_resources
 from sam3lora.config import Config
 from sam3lora.files import scratch_folder
 from sam3lora.local_ray import environment
+from sam3lora.processes_ahead import start_ahead
 from sam3lora.start_marks import mark
+from sam3lora.training.imports import BEGIN
 from sam3lora.training.sigterm import passed_on
 
 if TYPE_CHECKING:
     from ray.train import UserCallback
 
 # How often the workers and Ray ask whether a host is drained. Such a host starts no decoding tasks any more, so a run
-# goes on only as long as the batches last that were read ahead. Asking takes all workers some milliseconds.
+# without another host goes on only as long as the batches last that were read ahead. Asking takes some milliseconds.
 ASK_RAY_S = 1.0
 
 # A worker answers Ray from a thread of its own, however long a step takes. One that is silent for so long is taken for
@@ -47,6 +50,8 @@ def run_on_ray(config: Config, payload: dict[str, Any], callbacks: Sequence[User
     session = ray_session(config.scaling.address, num_cpus=cpus, workers_ahead=False)
     with session as is_local, _environment(config, is_local):
         mark("Ray")
+        if is_local:
+            start_ahead(BEGIN, _variables_of_workers(), count=most_workers(config), made_by_actor=True)
         # Imported while the processes of a local Ray start; the workers alone import torch.
         import ray.train
 
@@ -77,6 +82,20 @@ def _environment(config: Config, is_local: bool) -> AbstractContextManager[None]
     if is_local:  # nobody preempts this machine
         names["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
     return environment(names)
+
+
+def _variables_of_workers() -> dict[str, str]:
+    """The environment variables that Ray Train gives its workers.
+
+    To import its function would import all of Ray Train first, most of a second.
+    """
+    import ray
+
+    constants = runpy.run_path(str(Path(ray.__file__).parent / "train/v2/_internal/constants.py"))
+    return {
+        constants["RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR"]: "0",  # its controller's
+        **constants["get_env_vars_to_propagate"](),
+    }
 
 
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ import socket
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import ray.train
@@ -16,10 +15,9 @@ from ray.train.constants import TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S
 
 from sam3lora.cluster import check_room, choose_gpu, worker_resources
 from sam3lora.config import Config
-from sam3lora.data.pipeline import warm_up_reading
 from sam3lora.errors import RunFailed, UserError, WorkerLost, WorkerStopped
-from sam3lora.garbage_collection import no_garbage_collection
-from sam3lora.start_marks import mark
+from sam3lora.processes_ahead import calls
+from sam3lora.training.imports import BEGIN
 from sam3lora.training.local_trainer import LocalTrainer, PlainTrainer
 from sam3lora.training.network import TorchOnRayNetwork
 
@@ -67,6 +65,7 @@ def make_trainer(
         "storage_path": str(storage),
         "failure_config": FailureConfig(max_failures=scaling.max_failures),
         "callbacks": [EndOnMistake(), *callbacks],
+        "worker_runtime_env": {"env_vars": calls(BEGIN) if is_local else {}},
     }
     options: dict[str, Any] = {
         "train_loop_config": payload,
@@ -79,18 +78,15 @@ def make_trainer(
 
 
 def worker_entry(payload: dict[str, Any]) -> dict[str, Any]:
-    mark("training worker")
     output_dir = Path(payload["config"]["output"]["output_dir"])
     if not (output_dir / "config.yaml").is_file():
         raise UserError(
             f"the worker on host {socket.gethostname()} does not see the run folder {output_dir}: give an "
             "--output-dir on storage that all hosts of the cluster share"
         )
-    Thread(target=warm_up_reading, daemon=True).start()
-    with no_garbage_collection():
-        from ray.train.torch import TorchConfig
+    from ray.train.torch import TorchConfig
 
-        from sam3lora.training.worker import run_worker
+    from sam3lora.training.worker import run_worker
 
     with TorchConfig().train_func_context():  # chooses this worker's GPU
         return run_worker(payload)

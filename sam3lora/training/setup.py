@@ -14,21 +14,22 @@ from transformers import Sam3Model
 
 from sam3lora.config import Config
 from sam3lora.engine.device import describe_gpu, has_bfloat16
-from sam3lora.engine.graphs.capture import CudaCapturer, wants_cuda_graphs
+from sam3lora.engine.graphs.capture import wants_cuda_graphs
 from sam3lora.errors import UserError
 from sam3lora.losses import Criterion
 from sam3lora.model.adapter.folder import AdapterMetadata
 from sam3lora.model.adapter.lora_layers import apply_lora
+from sam3lora.model.base_folder import BaseFolder, find_base
 from sam3lora.model.checkpointing import enable_checkpointing, worth_checkpointing
 from sam3lora.model.components import COMPONENTS, adapted_modules
-from sam3lora.model.loading import LoadedBase, load_base, tokenize
+from sam3lora.model.loading import LoadedBase, fitting_config, load_base, tokenize
 from sam3lora.model.precision import store_matrices_in
 from sam3lora.model.staged.forward import StagedSam3
 from sam3lora.training.datasets import RunData
 from sam3lora.training.distributed import gather_objects
 from sam3lora.training.features.encoder import ImageEncoder, open_cache
 from sam3lora.training.features.trunk_cache import TrunkCache, frozen_part, why_trunk_changes
-from sam3lora.training.graphs.gradient_graphs import GradientGraphs
+from sam3lora.training.graphs.gradient_graphs import cuda_gradient_graphs
 from sam3lora.training.graphs.graphed_sam3 import GraphedCosts, GraphedSam3
 from sam3lora.training.optimization import build_optimizer
 from sam3lora.training.step import LossRunner
@@ -94,15 +95,35 @@ def computes_in_bf16(config: Config, device: torch.device) -> bool:
     return not lacking
 
 
-def load_base_model(config: Config, device: torch.device) -> LoadedBase:
+def nodes_of_other_workers(*, use_ray: bool) -> tuple[str, ...]:
+    """Ids of Ray's nodes on which other workers of this run read the same images; called by all workers."""
+    if not use_ray:
+        return ()
+    import ray
+
+    own = ray.get_runtime_context().get_node_id()
+    return tuple(sorted(set(gather_objects(own)) - {own}))
+
+
+def find_base_model(config: Config) -> BaseFolder:
+    """The files of the base model, with what a look at them tells before anything is loaded.
+
+    Raises:
+        UserError: The base model is not found, not readable, or does not fit the settings.
+    """
+    model = config.model
+    folder = find_base(model.name, revision=model.revision, local_files_only=model.local_files_only)
+    fitting_config(folder, model.resolution, model.quantization)
+    return folder
+
+
+def load_base_model(config: Config, folder: BaseFolder, device: torch.device) -> LoadedBase:
     model = config.model
     return load_base(
-        model.name,
-        revision=model.revision,
+        folder,
         dtype=model.dtype,
         device=device,
         attention=model.attention,
-        local_files_only=model.local_files_only,
         resolution=model.resolution,
         quantization=model.quantization,
     )
@@ -164,10 +185,7 @@ def make_stages(
     criterion = Criterion(config.training.loss, touch_unused=False)
     if device.type != "cuda" or not wants_cuda_graphs(config.training.cuda_graphs):
         return StagedSam3(sam3, **settings), criterion
-    # Gradients add up on the stream of a capture, whatever ran a weight's backward pass before.
-    torch.autograd.graph.set_override_stale_capture_stream(True)
-    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
-    graphs = GradientGraphs(lambda: CudaCapturer(device))
+    graphs = cuda_gradient_graphs(device)
     criterion.tables = GraphedCosts(criterion.tables, graphs)
     return GraphedSam3(sam3, graphs=graphs, **settings), criterion
 

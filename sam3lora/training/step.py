@@ -18,6 +18,7 @@ from sam3lora.data.batch import Batch
 from sam3lora.losses import Criterion, LossOutput, Normalizer, Predictions
 from sam3lora.model.staged.forward import StagedSam3, TextFeatures, VisionFeatures
 from sam3lora.training.features.encoder import ImageEncoder
+from sam3lora.training.graphs.out_of_memory import again_without_graphs
 from sam3lora.training.text_features import TextBank
 
 _MASK_TERMS = ("loss_mask", "loss_dice", "loss_semantic_seg", "loss_semantic_dice")
@@ -115,6 +116,12 @@ class LossRunner:
     def term_names(self) -> list[str]:
         return [name for name in self.weights if self.one_to_many or not name.endswith("_o2m")]
 
+    def forget_graphs(self) -> None:
+        self.staged.forget_graphs()
+
+    def give_up_graphs(self) -> bool:
+        return self.staged.give_up_graphs()
+
     def has_loss(self, batch: Batch) -> bool:
         return batch.num_queries > 0
 
@@ -129,6 +136,9 @@ class LossRunner:
     @torch.no_grad()
     def evaluate(self, batch: Batch, normalizer: Normalizer) -> dict[str, Tensor]:
         """The terms of the batch, the same ones as in training."""
+        return again_without_graphs(self.staged, lambda: self._evaluate(batch, normalizer))
+
+    def _evaluate(self, batch: Batch, normalizer: Normalizer) -> dict[str, Tensor]:
         terms: dict[str, Tensor] = {}
         with self._autocast():
             vision = self.staged.prepare(self.images.of_batch(batch))

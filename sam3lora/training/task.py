@@ -51,6 +51,14 @@ class Runner(Protocol):
     @property
     def term_names(self) -> list[str]: ...
 
+    def forget_graphs(self) -> None:
+        """Free what was kept to run again."""
+        ...
+
+    def give_up_graphs(self) -> bool:
+        """The same for good; whether there was anything to give up."""
+        ...
+
     def has_loss(self, batch: Batch) -> bool:
         """Whether there is anything to learn from the batch."""
         ...
@@ -68,6 +76,9 @@ class CostliestBackward(Protocol):
     """Computes gradients of images of the costliest kind, and discards them; `num_queries` prompts are on each."""
 
     num_queries: int
+
+    @property
+    def runner(self) -> Runner: ...
 
     def __call__(self, num_images: int, max_prompts: int) -> None: ...
 

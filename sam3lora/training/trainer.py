@@ -58,9 +58,10 @@ class Trainer:
         warnings = WarningsToMetrics() if use_ray else None
         self.task, self.output_dir = task_of(config), output_dir
         self.device = setup.choose_device(config, use_ray=use_ray)
+        folder = setup.find_base_model(config)  # first: a mistake there would be told after the data are read
         with ThreadPoolExecutor(1) as beside:  # a large set takes seconds to index, and a large model to load
             reading = beside.submit(read_splits, config)
-            base = setup.load_base_model(config, self.device)
+            base = setup.load_base_model(config, folder, self.device)
             mark("model")
             self.data = self.task.load_data(config, base.resolution, base.patch_size, reading.result())
         mark("data")
@@ -80,6 +81,7 @@ class Trainer:
             use_ray=use_ray,
             device=self.device,
             load_ahead=self.runner.images.load_ahead,
+            other_nodes=setup.nodes_of_other_workers(use_ray=use_ray),
         )
         self.validator = self.task.validator(self.config, base, self.model, self.runner, self.data, self.batches)
         self.total_steps = self._plan_steps()

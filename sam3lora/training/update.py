@@ -12,6 +12,7 @@ from torch import nn
 from sam3lora.data.batch import Batch
 from sam3lora.errors import RunFailed
 from sam3lora.training import distributed
+from sam3lora.training.graphs.out_of_memory import again_without_graphs
 from sam3lora.training.optimization import learning_rate_factor, set_learning_rate, set_training_mode
 from sam3lora.training.reporting import report_idle
 from sam3lora.training.step import StepCounts, add_terms
@@ -36,15 +37,22 @@ def optimizer_step(trainer: Trainer, group: list[Batch]) -> tuple[dict[str, floa
     counts = StepCounts.from_tensor(distributed.sum_over_workers(StepCounts.of(group).tensor()))
     normalizer = counts.normalizer(distributed.world_size())
     set_training_mode(trainer.model, model_dropout=training.model_dropout)
-    dropout_seeds = np.random.SeedSequence([training.seed, state.step, distributed.rank()])
-    torch.manual_seed(int(dropout_seeds.generate_state(1, np.uint64)[0] >> 1))
+    seeds = np.random.SeedSequence([training.seed, state.step, distributed.rank()])
+    dropout_seed = int(seeds.generate_state(1, np.uint64)[0] >> 1)
     zero = torch.zeros((), device=trainer.device)
-    totals, terms = [], dict.fromkeys(runner.term_names, zero)
-    for batch in group:
-        if runner.has_loss(batch):
-            total, batch_terms = runner.backward(batch, normalizer)
-            totals.append(total)
-            add_terms(terms, batch_terms)
+
+    def compute_gradients() -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+        trainer.optimizer.zero_grad(set_to_none=True)
+        torch.manual_seed(dropout_seed)
+        totals, terms = [], dict.fromkeys(runner.term_names, zero)
+        for batch in group:
+            if runner.has_loss(batch):
+                total, batch_terms = runner.backward(batch, normalizer)
+                totals.append(total)
+                add_terms(terms, batch_terms)
+        return totals, terms
+
+    totals, terms = again_without_graphs(runner, compute_gradients)
     # Gradients, terms and "not finite" travel together: one exchange and one wait for the device in each step.
     parameters = [p for p in trainer.model.parameters() if p.requires_grad]
     finite = torch.stack([zero, *totals]).isfinite().all().float()

@@ -33,6 +33,8 @@ def run_worker(payload: dict[str, Any], *, report: Report | None = None) -> dict
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
+        if trainer:
+            trainer.runner.forget_graphs()  # the error keeps the trainer: a notebook may train again meanwhile
         raise OutOfMemory(_too_large(config, trainer.config if trainer else config, error)) from error
     except OSError as error:
         run = Path(config.output.output_dir)

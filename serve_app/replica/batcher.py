@@ -7,44 +7,19 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic
 
 from sam3lora.engine.device import is_out_of_memory
 from sam3lora.engine.halving import run_in_halves
 from serve_app.http.errors import ServeError
 from serve_app.metrics import ReplicaMetrics
+from serve_app.replica.ahead import Ahead
 from serve_app.replica.model_thread import ModelThread
+from serve_app.replica.waiting import Item, Job, Outcome, Result, Waiting, too_late
 
 logger = logging.getLogger(__name__)
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
 _NEWEST = 0.2  # weight of the newest batch in the running mean of seconds per item
-
-
-class Outcome(NamedTuple, Generic[Result]):
-    """The result of one item, its waiting time, and the time that its batch ran."""
-
-    result: Result
-    waited_s: float
-    ran_s: float
-
-
-@dataclass(eq=False)
-class _Waiting(Generic[Item, Result]):
-    item: Item
-    rows: int
-    deadline: float
-    future: asyncio.Future[Outcome[Result]]
-    since: float = field(default_factory=time.monotonic)
-
-
-@dataclass(eq=False)
-class _Job:
-    run: Callable[[], Any]
-    future: asyncio.Future[Any]
 
 
 class Batcher(Generic[Item, Result]):
@@ -76,13 +51,19 @@ class Batcher(Generic[Item, Result]):
         self._overload_type = overload_type
         self._free_memory = free_memory
         self._metrics = metrics
+        self._ahead: Ahead[Item] | None = None
         self._thread = ModelThread()
-        self._waiting: deque[_Waiting[Item, Result]] = deque()
-        self._jobs: deque[_Job] = deque()
+        self._waiting: deque[Waiting[Item, Result]] = deque()
+        self._jobs: deque[Job] = deque()
         self._draining: asyncio.Task[None] | None = None
         self._closed = False
         self._paused = False
+        self._runs_batch = False
         self._seconds_per_item = 0.0
+
+    def work_ahead(self, ahead: Ahead[Item]) -> None:
+        """Have waiting items worked on while a batch runs; before anything is submitted."""
+        self._ahead = ahead
 
     @property
     def queue_length(self) -> int:
@@ -90,8 +71,8 @@ class Batcher(Generic[Item, Result]):
 
     @property
     def busy_s(self) -> float:
-        """Seconds that the model thread's current work has taken; 0 when it is idle."""
-        return self._thread.busy_s
+        """Seconds that the current work with the model has taken; 0 when it is idle."""
+        return max(self._thread.busy_s, self._ahead.busy_s if self._ahead else 0.0)
 
     @property
     def device_error(self) -> Exception | None:
@@ -132,24 +113,26 @@ class Batcher(Generic[Item, Result]):
         """
         self.check_room()
         future: asyncio.Future[Outcome[Result]] = asyncio.get_running_loop().create_future()
-        waiting: _Waiting[Item, Result] = _Waiting(item, rows, time.monotonic() + timeout_s, future)
+        waiting: Waiting[Item, Result] = Waiting(item, rows, time.monotonic() + timeout_s, future)
+        waiting.needs_work = self._ahead is not None and self._ahead.is_needed(item)
         self._waiting.append(waiting)
         self._start_draining()
+        self._look_ahead()
         try:
             async with asyncio.timeout(timeout_s) as limit:
                 return await waiting.future
         except TimeoutError:
             if not limit.expired():
                 raise
-            raise _too_late() from None
+            raise too_late() from None
         finally:
             if waiting in self._waiting:
                 self._waiting.remove(waiting)
 
     async def run_in_model_thread(self, fn: Callable[[], Any]) -> Any:
         """Run `fn` between two batches, before the waiting ones; once more if memory runs out."""
-        self._check_alive(closing=self._draining is None)
-        job = _Job(fn, asyncio.get_running_loop().create_future())
+        self._check_alive(closing=not self._working())
+        job = Job(fn, asyncio.get_running_loop().create_future())
         self._jobs.append(job)
         self._start_draining()
         return await job.future
@@ -162,14 +145,20 @@ class Batcher(Generic[Item, Result]):
         """Refuse new items and finish the waiting ones."""
         self._closed = True
         self.resume()
-        while self._draining is not None:
-            await asyncio.wait([self._draining])
+        while working := self._working():
+            await asyncio.wait(working)
         self.stop()
 
     def stop(self) -> None:
         """Let the model thread end after its current work."""
         self._closed = True
         self._thread.stop()
+        if self._ahead is not None:
+            self._ahead.stop()
+
+    def _working(self) -> list[asyncio.Task[None]]:
+        tasks = (self._draining, self._ahead.task if self._ahead else None)
+        return [task for task in tasks if task is not None]
 
     def _check_alive(self, closing: bool = True) -> None:
         if self.device_error is not None:
@@ -184,21 +173,33 @@ class Batcher(Generic[Item, Result]):
         if self._draining is None:
             self._draining = asyncio.create_task(self._drain())
 
+    def _look_ahead(self) -> None:
+        if self._ahead is not None and self._runs_batch:
+            self._ahead.begin(self._waiting, self._ahead_changed)
+
+    def _ahead_changed(self) -> None:
+        if self._waiting:
+            self._start_draining()
+        self._look_ahead()
+
     async def _drain(self) -> None:
         """Run until nothing waits. It is the only task that uses the model thread, so nothing runs beside a batch."""
         try:
-            while self._jobs or (self._waiting and not self._paused):
+            while self._jobs or self._choices():
                 if self._jobs:
                     await self._do(self._jobs.popleft())
                 elif batch := self._next_batch():
+                    self._runs_batch = True
+                    self._look_ahead()
                     await self._compute(batch)
+                    self._runs_batch = False
                     # Let the callers of this batch run before the next one starts: one whose masks take too much memory
                     # calls `pause`, and has to do so in time.
                     await asyncio.sleep(0)
         finally:
-            self._draining = None
+            self._draining, self._runs_batch = None, False
 
-    async def _do(self, job: _Job) -> None:
+    async def _do(self, job: Job) -> None:
         if job.future.cancelled():
             return
         try:
@@ -210,22 +211,30 @@ class Batcher(Generic[Item, Result]):
             if not job.future.done():
                 job.future.set_result(result)
 
-    def _next_batch(self) -> list[_Waiting[Item, Result]]:
+    def _choices(self) -> list[Waiting[Item, Result]]:
+        """What a batch may take now, in order. Without items that are worked on ahead: `_ahead_changed` follows."""
+        if self._paused:
+            return []
+        return list(self._waiting) if self._ahead is None else self._ahead.choose(self._waiting)
+
+    def _next_batch(self) -> list[Waiting[Item, Result]]:
         """As many items from the front of the queue as fit, in order."""
-        batch: list[_Waiting[Item, Result]] = []
+        batch: list[Waiting[Item, Result]] = []
         rows = 0
-        while self._waiting and (not batch or rows + self._waiting[0].rows <= self._max_rows):
-            waiting = self._waiting.popleft()
+        for waiting in self._choices():
+            if batch and rows + waiting.rows > self._max_rows:
+                break
+            self._waiting.remove(waiting)
             if waiting.future.done():  # its caller left
                 continue
             if waiting.deadline <= time.monotonic():
-                waiting.future.set_exception(_too_late())
+                waiting.future.set_exception(too_late())
                 continue
             batch.append(waiting)
             rows += waiting.rows
         return batch
 
-    async def _compute(self, batch: list[_Waiting[Item, Result]]) -> None:
+    async def _compute(self, batch: list[Waiting[Item, Result]]) -> None:
         started = time.monotonic()
         waited_s = [started - waiting.since for waiting in batch]
         if self._metrics is not None:
@@ -287,7 +296,3 @@ class Batcher(Generic[Item, Result]):
                 return None
             self._thread.note(error)
             return [error] * len(items)
-
-
-def _too_late() -> ServeError:
-    return ServeError("timeout", "the time for this request is up: try again, or send a smaller request", 1.0)

@@ -1,4 +1,4 @@
-"""The one thread that may use the model, and the error after which the device is unusable."""
+"""A thread that uses the model, and the error after which the device is unusable."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ logger = logging.getLogger(__name__)
 class ModelThread:
     """Runs one function at a time, and keeps the error that made the device unusable for this process."""
 
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+    def __init__(self, name: str = "model") -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
         self._busy_since: float | None = None
         self.device_error: Exception | None = None
 

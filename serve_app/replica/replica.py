@@ -9,12 +9,8 @@ import socket
 import time
 import traceback
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, contextmanager
 from typing import Any, TypeVar
-from weakref import WeakValueDictionary
-
-import torch
 
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.engine.detections import Detections
@@ -25,7 +21,7 @@ from sam3lora.engine.selection import NotFiniteError, SmallDetections
 from sam3lora.errors import UserError
 from sam3lora.model.tokenization import PromptError
 from sam3lora.start_marks import mark
-from serve_app.http.errors import ServeError, answer_too_large, refuse_as
+from serve_app.http.errors import ServeError, answer_too_large
 from serve_app.http.schemas import check_boxes
 from serve_app.logs import log_as_serve
 from serve_app.messages import (
@@ -40,8 +36,9 @@ from serve_app.messages import (
 from serve_app.metrics import ReplicaMetrics, StageClock
 from serve_app.replica.adapter_store import AdapterStore
 from serve_app.replica.batcher import Batcher
+from serve_app.replica.engine_work import Asked, build_engine, encoding_ahead, run_batch
+from serve_app.replica.image_decoder import ImageDecoder
 from serve_app.replica.mask_encoder import MaskEncoder
-from serve_app.replica.shared_calls import SharedCalls
 from serve_app.settings import AdapterSettings, ServeSettings
 
 logger = logging.getLogger(__name__)
@@ -72,20 +69,20 @@ class ModelReplica:
             queue_length=lambda: self._batcher.queue_length + self._preparing,
             resident_adapters=lambda: self._store.num_resident,
         )
-        self._batcher: Batcher[PromptedImage | PreparedImage, list[SmallDetections] | PreparedImage] = Batcher(
-            self._run_batch,
+        self._batcher: Batcher[Asked, list[SmallDetections] | PreparedImage] = Batcher(
+            lambda asked: run_batch(self._engine, asked),
             max_rows=settings.batching.max_rows,
             max_queued=limits.max_queued,
             overload_type="too_many_requests" if limits.overload_status == 429 else "overloaded",
             free_memory=lambda: self._engine.drop_features(),
             metrics=self._metrics,
         )
-        threads = min(8, max(2, os.cpu_count() or 2))
-        self._decoders = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-        self._decoding: SharedCalls[PreparedImage] = SharedCalls(self._decoders)
-        self._prepared: WeakValueDictionary[str, PreparedImage] = WeakValueDictionary()
-        self._engine = engine or self._batcher.run_at_start(lambda: _build_engine(settings))
+        self._engine = engine or self._batcher.run_at_start(lambda: build_engine(settings))
         mark("model")
+        if (ahead := encoding_ahead(self._engine, settings)) is not None:
+            self._batcher.work_ahead(ahead)
+        threads = min(8, max(2, os.cpu_count() or 2))
+        self._decoder = ImageDecoder(self._engine, threads, max_megapixels=limits.max_megapixels)
         self._encoder = MaskEncoder(threads, pause=self._batcher.pause, resume=self._batcher.resume)
         self._store = AdapterStore(
             self._engine,
@@ -164,7 +161,7 @@ class ModelReplica:
 
     def _stop(self) -> None:
         self._store.close()
-        self._decoders.shutdown(wait=False, cancel_futures=True)
+        self._decoder.close()
         self._encoder.close()
 
     async def _answered(self, work: Awaitable[T]) -> T | ServeError:
@@ -197,7 +194,7 @@ class ModelReplica:
         clock = StageClock()
         async with AsyncExitStack() as held:
             with self._place_in_queue():
-                image = await self._image(call.image, deadline)
+                image = await self._decoder.image(call.image, deadline)
                 check_boxes(call.boxes, image.size_hw)  # of an uploaded image the ingress does not know the size
                 clock.lap("decode")
                 adapter = await held.enter_async_context(self._store.hold(call.adapter, deadline - time.monotonic()))
@@ -222,7 +219,7 @@ class ModelReplica:
             return ImageReply(file.key, known.size_hw, cached=True)
         deadline = time.monotonic() + timeout_s
         with self._place_in_queue():
-            image = await self._image(file, deadline)
+            image = await self._decoder.image(file, deadline)
         await self._batcher.submit(image, rows=1, timeout_s=deadline - time.monotonic())
         return ImageReply(file.key, image.size_hw, cached=False)
 
@@ -240,44 +237,6 @@ class ModelReplica:
             yield
         finally:
             self._preparing -= 1
-
-    async def _image(self, file: ImageFile, deadline: float) -> PreparedImage:
-        """The decoded image. Concurrent requests with the same image decode it once, and so does the engine's cache."""
-        known = self._engine.cached_image(file.key) or self._prepared.get(file.key)
-        if known is not None:
-            return known
-        data = file.data
-        if data is None:
-            raise ServeError("image_not_found", "this image is not in the cache: upload it again with POST /v1/images")
-        try:
-            async with asyncio.timeout(deadline - time.monotonic()) as limit:
-                image = await self._decoding.run(file.key, lambda: self._decode(data, file.key))
-        except TimeoutError:
-            if not limit.expired():
-                raise
-            raise ServeError("timeout", "the image was not decoded in time: try again", 1.0) from None
-        return self._prepared.setdefault(file.key, image)
-
-    def _decode(self, data: bytes, key: str) -> PreparedImage:
-        with refuse_as("invalid_image"):
-            return self._engine.prepare_image(data, key, max_megapixels=self._limits.max_megapixels)
-
-    def _run_batch(
-        self, items: list[PromptedImage | PreparedImage]
-    ) -> list[list[SmallDetections] | PreparedImage | Exception]:
-        """In the model thread: uploaded images are encoded, prompted ones answered together."""
-        kept = [self._keep_now(item) if isinstance(item, PreparedImage) else None for item in items]
-        found = iter(self._engine.detect_small([item for item in items if isinstance(item, PromptedImage)]))
-        return [next(found) if result is None else result for result in kept]
-
-    def _keep_now(self, image: PreparedImage) -> PreparedImage | Exception:
-        try:
-            self._engine.keep_image(image)
-        except Exception as error:
-            if is_out_of_memory(error) or is_device_error(error):
-                raise
-            return error
-        return image
 
 
 def _post_processing(recorded: PostProcessing, requested: Mapping[str, Any], most_detections: int) -> PostProcessing:
@@ -308,26 +267,6 @@ def _not_finite(adapter: str | None) -> ServeError:
         f"the outputs of adapter {adapter!r} for this image are NaN or infinite: train it again, or ask another one"
     )
     return ServeError("invalid_adapter", message)
-
-
-def _build_engine(settings: ServeSettings) -> Engine:
-    if settings.torch_threads is not None:
-        torch.set_num_threads(settings.torch_threads)
-    return Engine.load(
-        settings.model,
-        revision=settings.revision,
-        resolution=settings.resolution,
-        precision=settings.precision,
-        num_slots=settings.max_resident_adapters,
-        max_rank=settings.max_adapter_rank,
-        image_cache_bytes=settings.caches.images_mb * 2**20,
-        max_cached_prompts=settings.caches.prompts,
-        max_rows=settings.batching.max_rows,
-        max_images=settings.batching.max_images,
-        compile_vision=settings.compile_vision,
-        cuda_graphs=settings.cuda_graphs,
-        local_files_only=settings.local_files_only,
-    )
 
 
 def _log(error: Exception) -> None:

@@ -162,6 +162,36 @@ def test_as_many_rows_as_decoder_layers(engine, peft, slots, images, num_rows):
     assert_as_peft(peft, slots, images, questions, ask(engine, questions))
 
 
+def test_images_encoded_ahead_in_a_second_thread_give_the_same_answers(engine, slots, images):
+    # under every adapter, while the model thread answers the same questions with features of its own
+    questions = prompted_by_all(engine, images, slots)
+    expected = ask(engine, questions)
+    for _ in range(3):
+        forget(engine)
+        with ThreadPoolExecutor(2) as threads:
+            ahead = threads.submit(engine.encode_ahead, [(question.image, question.slot) for question in questions])
+            beside = threads.submit(ask, engine, questions[::-1])
+            encoded = ahead.result()
+            assert_same(beside.result()[::-1], expected)
+        prepared = [replace(question, image=image) for question, image in zip(questions, encoded, strict=True)]
+        forget(engine)
+        engine._features.reset_counters()
+        assert_same(ask(engine, prepared), expected)
+        assert engine.counters["images_encoded"] == engine.counters["image_cache_misses"] == 0
+
+
+def test_an_image_that_two_threads_want_is_encoded_once(engine, images):
+    prepared = [engine.prepare_image(image, f"image {number}") for number, image in enumerate(images)]
+    engine._features.reset_counters()
+    assert not any(engine.has_features(image, None) for image in prepared)
+    with ThreadPoolExecutor(2) as threads:
+        for made in threads.map(engine.encode_ahead, [[(image, None) for image in prepared]] * 2):
+            assert all(engine.has_features(image, None) for image in made)
+    assert engine.counters["images_encoded"] == engine.counters["image_cache_misses"] == len(images)
+    assert engine.counters["image_cache_hits"] == len(images)
+    assert all(engine.cached_image(image.key).features is None for image in prepared)  # memory counts once
+
+
 def test_windows_that_do_not_divide_the_image(tmp_path, images):
     # 8 x 8 patches in windows of 3 are filled up to 9 x 9
     windowed = write_base(tmp_path / "base", window=3)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from jobs.bench import memory
-from jobs.bench.memory import _as_on_a_gpu, _drawn_matches, card_rows, chosen_on, peak_bytes
+from jobs.bench.memory import _drawn_matches, as_on_a_gpu, card_rows, chosen_on, peak_bytes
 from jobs.bench.pretend_gpu import DEVICE, pretend_gpu
 from jobs.bench.tensor_memory import TensorMemory
 from sam3lora.losses.matching import CostTables, HungarianCost, OneToManyRule, begin_match
@@ -38,7 +38,7 @@ def test_tensors_without_values_are_counted_as_long_as_they_live():
 
 def test_attention_keeps_no_matrix_of_weights():
     def kept_bytes(length):
-        with TensorMemory(torch.device("meta")) as found, pretend_gpu(with_values=False), _as_on_a_gpu(_drawn_matches):
+        with TensorMemory(torch.device("meta")) as found, pretend_gpu(with_values=False), as_on_a_gpu(_drawn_matches):
             query = torch.rand(1, 2, length, 8, device=DEVICE, requires_grad=True)
             key, value = (torch.rand(1, 2, 1000, 8, device=DEVICE) for _ in range(2))
             with torch.autocast("cuda", dtype=torch.bfloat16):

@@ -149,14 +149,15 @@ def test_ignored_pixels_change_nothing(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_parts_of_a_step_add_up(mode):
-    # One worker with all images, micro-batches, and the mean over two workers of the summed gradients.
+    # One worker with all images, micro-batches, and the mean over workers, of whom one has no image.
     logits, labels = example(mode)
     criterion = DenseCriterion(mode)
     whole = criterion(logits, labels, 3)
     parts = [criterion([one[rows] for one in logits], labels[rows], 3) for rows in (slice(0, 1), slice(1, 3))]
-    workers = [criterion([one[rows] for one in logits], labels[rows], 3 / 2) for rows in (slice(0, 1), slice(1, 3))]
+    rows_of_workers = (slice(0, 1), slice(1, 2), slice(2, 3), slice(3, 3))
+    workers = [criterion([one[rows] for one in logits], labels[rows], 3, 4) for rows in rows_of_workers]
     expected = torch.autograd.grad(whole.total, logits)
-    for found in (sum(part.total for part in parts), sum(worker.total for worker in workers) / 2):
+    for found in (sum(part.total for part in parts), sum(worker.total for worker in workers) / 4):
         torch.testing.assert_close(found, whole.total)
         for one, other in zip(torch.autograd.grad(found, logits, retain_graph=True), expected, strict=True):
             torch.testing.assert_close(one, other)

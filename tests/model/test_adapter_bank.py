@@ -1,8 +1,10 @@
 """Slots and single modules: drawn by hand, and against their merged weights."""
 
 import gc
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from functools import partial
+from threading import Barrier
 
 import pytest
 import torch
@@ -48,6 +50,24 @@ def identity(size: int = 2) -> nn.Sequential:
 
 FIRST_TO_SECOND = LoraWeights(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0], [5.0]]))  # y2 += 5 x1
 SWAP = LoraWeights(torch.eye(2), torch.tensor([[0.0, 1.0], [1.0, 0.0]]))  # y += (x2, x1)
+
+
+def test_each_thread_has_rows_of_its_own():
+    base = identity()
+    bank = AdapterBank(base, 2)
+    bank.put(0, adapter(l0=FIRST_TO_SECOND))
+    bank.put(1, adapter(l0=SWAP))
+    both_inside = Barrier(2)
+
+    def run(slot: int | None) -> list[float]:
+        with torch.no_grad(), bank.rows([slot]):
+            both_inside.wait(60)
+            found = base(torch.tensor([[1.0, 2.0]]))
+            both_inside.wait(60)
+        return found[0].tolist()
+
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(run, (0, 1))) == [[11, 27], [13, 23]]
 
 
 def test_each_row_gets_its_own_update():

@@ -70,11 +70,19 @@ def call(seed: int = 0, prompts: tuple[str, ...] = ("crack",), **options: Any) -
 
 @pytest.fixture
 def play(spread_base: Path, root: Path) -> Callable[..., AbstractAsyncContextManager[ModelReplica]]:
-    """Opens a replica, which is closed at the end of the block."""
+    """Opens a replica, which is closed at the end of the block.
+
+    It encodes no images ahead unless a test asks for it: batches then depend on the requests alone.
+    """
 
     @asynccontextmanager
     async def play(engine: Any = None, **settings: Any) -> AsyncIterator[ModelReplica]:
-        values = {"model": str(spread_base), "adapters": AdapterSettings(root=root), "max_resident_adapters": 2}
+        values = {
+            "model": str(spread_base),
+            "adapters": AdapterSettings(root=root),
+            "max_resident_adapters": 2,
+            "batching": Batching(encode_ahead=False),
+        }
         service = ModelReplica(ServeSettings(**values | settings), engine=engine)
         async with asyncio.timeout(LONG_S):
             yield service
@@ -114,10 +122,10 @@ class Gate(Engine):
     async def busy(self) -> None:
         assert await asyncio.to_thread(self.entered.acquire, timeout=LONG_S)
 
-    async def occupy(self, service: ModelReplica) -> asyncio.Task[SegmentReply]:
+    async def occupy(self, service: ModelReplica, seed: int = 0) -> asyncio.Task[SegmentReply]:
         """The model has the batch of a first request in hand, until `open` is set."""
         self.open.clear()
-        first = asyncio.create_task(answered(service, call(0)))
+        first = asyncio.create_task(answered(service, call(seed)))
         await self.busy()
         return first
 
@@ -166,7 +174,10 @@ def assert_same(found: Any, expected: list[Detections]) -> None:
             np.testing.assert_allclose(one.areas_px, other.areas_px, atol=5)
 
 
-async def test_mixed_batches_equal_single_requests(play: Callable, gate: Gate, spread_base: Path, root: Path):
+@pytest.mark.parametrize("encode_ahead", [False, True])
+async def test_mixed_batches_equal_single_requests(
+    play: Callable, gate: Gate, spread_base: Path, root: Path, encode_ahead: bool
+):
     calls = [
         call(0, ("crack", "hole")),
         call(0, ("crack",), adapter="towers"),
@@ -187,7 +198,7 @@ async def test_mixed_batches_equal_single_requests(play: Callable, gate: Gate, s
         post = PostProcessing(**POST)
         asked = PromptedImage(prepared, one.prompts, one.boxes, slots[one.adapter], post, one.masks)
         expected += alone.detect([asked])
-    async with play(engine=gate) as service:
+    async with play(engine=gate, batching=Batching(encode_ahead=encode_ahead)) as service:
         for replies in (
             [await answered(service, one) for one in calls],
             await asyncio.gather(*(answered(service, one) for one in calls)),
@@ -596,6 +607,49 @@ async def test_requests_that_wait_for_masks_count_as_queued(
         masks.open.set()
         await asyncio.gather(*first)
         await answered(service, call(2))
+
+
+async def test_every_stage_works_on_another_request_at_the_same_time(
+    play: Callable, gate: Gate, monkeypatch: pytest.MonkeyPatch
+):
+    masks = SlowMasks(monkeypatch)
+    async with play(engine=gate, batching=Batching(encode_ahead=True)) as service:
+        first = asyncio.create_task(answered(service, call(0)))
+        await masks.busy()  # its masks are being encoded, until `masks.open` is set
+        await gate.busy()
+        second = await gate.occupy(service, 1)
+        third = asyncio.create_task(answered(service, call(2)))
+        await until(lambda: (known := gate.cached_image(image(2).key)) and gate.has_features(known, None))
+        gate.open.set()
+        await gate.busy()  # the third is in the model
+        assert not any(task.done() for task in (first, second, third))
+        masks.open.set()
+        await asyncio.gather(first, second, third)
+    assert [len(batch) for batch in gate.batches] == [1, 1, 1]
+    assert [asked.image.features is not None for (asked,) in gate.batches] == [False, False, True]
+    assert await metric(service, "images_encoded_total") == 3
+
+
+async def test_an_uploaded_image_may_be_encoded_ahead(play: Callable, gate: Gate):
+    async with play(engine=gate, batching=Batching(encode_ahead=True)) as service:
+        first = await gate.occupy(service)
+        upload = asyncio.create_task(service.keep_image(image(1)))
+        await until(lambda: (known := gate.cached_image(image(1).key)) and gate.has_features(known, None))
+        gate.open.set()
+        await first
+        assert await upload == ImageReply(image(1).key, (60, 90), cached=False)
+        await answered(service, replace(call(1), image=ImageFile(image(1).key)))
+        assert await metric(service, "images_encoded_total") == 2
+
+
+async def test_encoding_ahead_can_be_switched_off(play: Callable, gate: Gate):
+    async with play(engine=gate) as service:
+        first = await gate.occupy(service)
+        rest = [asyncio.create_task(answered(service, call(seed))) for seed in (1, 2)]
+        await until_queued(service, 2)
+        gate.open.set()
+        await asyncio.gather(first, *rest)
+    assert [asked.image.features for batch in gate.batches for asked in batch] == [None] * 3
 
 
 @pytest.mark.parametrize("how", ["timeout", "cancel"])

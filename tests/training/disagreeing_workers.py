@@ -46,16 +46,16 @@ def host(
     def read(config):
         return read_splits(config.changed({"training.data_dir": data_dir}) if data_dir else config)
 
-    load_base, add_adapter = setup.load_base_model, setup.add_adapter
+    find_base, add_adapter = setup.find_base_model, setup.add_adapter
 
-    def load_other_base(config, device):
-        return load_base(config.changed({"model.name": base}) if base else config, device)
+    def find_other_base(config):
+        return find_base(config.changed({"model.name": base}) if base else config)
 
     def add_other_adapter(config, *arguments):
         return add_adapter(config.changed({"lora.rank": rank}) if rank else config, *arguments)
 
     with (
-        patch.object(setup, "load_base_model", load_other_base),
+        patch.object(setup, "find_base_model", find_other_base),
         patch.object(setup, "add_adapter", add_other_adapter),
         patch.object(agreement.socket, "gethostname", lambda: name),
         patch.object(Path, "is_file", late),

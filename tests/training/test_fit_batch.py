@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -168,6 +171,38 @@ def test_a_gpu_is_asked_for_what_is_auto(make_config, pretend_gpu, monkeypatch):
     asked.clear()
     assert resolve(batch_size=2, max_prompts_per_forward=3) == (2, 3)
     assert not asked  # nothing is measured where nothing is auto
+
+
+@dataclass
+class MeasuredBackward:
+    """In the place of `CostliestBackward`."""
+
+    run: Callable[[int, int], None]
+    runner: Any
+    num_queries: int = 4
+
+    def __call__(self, num_images: int, max_prompts: int) -> None:
+        self.run(num_images, max_prompts)
+
+
+def test_graphs_are_given_up_where_nothing_fits_beside_them(pretend_gpu):
+    # A unit for each prompt at a time, and three for graphs.
+    def choose(allowed):
+        staged, tried = SimpleNamespace(give_up_graphs=lambda: kept.pop() if kept else False), []
+
+        def backward(num_images, max_prompts):
+            pretend_gpu["peak"] = max_prompts + (3 if kept else 0)
+            tried.append((max_prompts, bool(kept)))
+
+        kept = [True]
+        backward = MeasuredBackward(backward, SimpleNamespace(staged=staged))
+        return fit_batch._fitting_on_gpu(backward, [1], [1, 2, 4], allowed), tried
+
+    assert choose(7) == ((1, 4), [(4, True)])
+    assert choose(4) == ((1, 1), [(4, True), (2, True), (1, True)])  # fewer prompts rather than no graphs
+    with_graphs = [(4, True), (2, True), (1, True)]
+    assert choose(3.9) == ((1, 2), [*with_graphs, (4, False), (2, False)])
+    assert choose(0) == ((0, 0), [*with_graphs, (4, False), (2, False), (1, False)])
 
 
 # ---- in a run --------------------------------------------------------------------------------------------------------

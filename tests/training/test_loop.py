@@ -428,6 +428,28 @@ def test_broken_images_are_left_out_and_named(make_config, scenes, tmp_path, cap
     assert "00002.jpg" in printed
 
 
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("model.name=./none", "does not exist"),
+        ("model.name={folder}", r"weights .*model\.safetensors could not be loaded"),
+        ("model.resolution=100", "multiple of 56"),
+    ],
+)
+def test_a_base_model_that_cannot_be_used_is_told_before_the_data_are_read(
+    key, message, make_config, lively_base, tmp_path, monkeypatch
+):
+    # An index of a large set takes minutes.
+    folder = shutil.copytree(lively_base, tmp_path / "broken")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    read = []
+    monkeypatch.setattr(trainer, "read_splits", read.append)
+    with pytest.raises(UserError, match=message):
+        train(make_config(key.format(folder=folder)))
+    assert not read
+
+
 def test_gpu_that_is_not_there(make_config, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"scaling\.use_gpu"):

@@ -94,7 +94,8 @@ def test_all_workers_join_at_the_address_of_the_first_one_and_leave(monkeypatch)
     config.backend_cls().on_shutdown(workers, config)
     address = ("10.0.0.7", 29500)
     assert workers.asked == [
-        ("import_torch", ()),  # before the port is chosen, which is then used at once
+        ("start_reading", ()),
+        ("finish_imports", ()),  # before the port is chosen, which is then used at once
         ("get_address_and_port", 0),
         ("join_process_group", 0, (address, 0, 2, config)),
         ("join_process_group", 1, (address, 1, 2, config)),

@@ -22,24 +22,20 @@ def f_measure(hits: ArrayLike, predicted: ArrayLike, positives: ArrayLike) -> np
     Source: Achanta et al. 2009, "Frequency-tuned salient region detection".
     """
     precision, recall = hits / np.maximum(predicted, 1), hits / np.maximum(positives, 1)
-    return _f(precision, recall)
+    return f_of(precision, recall)
 
 
-def mirror_f_max(
-    hits_IT: np.ndarray, predicted_IT: np.ndarray, positives_I1: np.ndarray, weights_I: np.ndarray
-) -> float:
-    """Greatest F of mean precision and mean recall over thresholds, as papers on mirrors have it (HetNet's script).
+def smoothed_precision_recall(hits: np.ndarray, predicted: np.ndarray, positives: np.ndarray) -> np.ndarray:
+    """Precision and recall (2, ...) in (0, 1], each part and whole increased by 1e-4, as papers on mirrors have them.
 
-    Precision and recall, each smoothed by 1e-4, are averaged over images first; so an image without foreground counts,
-    and a value is not comparable to the maximum of the mean F.
+    They average both over images first, and take F of the means; so an image without foreground counts, and the
+    greatest F is not comparable to that of `f_measure`. Source: the evaluation script of HetNet (He et al. 2023).
     """
-    precision = (hits_IT + _MIRROR_SMOOTHING) / (predicted_IT + _MIRROR_SMOOTHING)
-    recall = (hits_IT + _MIRROR_SMOOTHING) / (positives_I1 + _MIRROR_SMOOTHING)
-    means_T = (np.average(values_IT, axis=0, weights=weights_I) for values_IT in (precision, recall))
-    return float(_f(*means_T).max())
+    return (hits + _MIRROR_SMOOTHING) / (np.stack(np.broadcast_arrays(predicted, positives)) + _MIRROR_SMOOTHING)
 
 
-def _f(precision: np.ndarray, recall: np.ndarray) -> np.ndarray:
+def f_of(precision: np.ndarray, recall: np.ndarray) -> np.ndarray:
+    """(1 + b) P R / (b P + R), with b = 0.3; 0 where both are 0."""
     return np.nan_to_num(ratio((1 + BETA_SQUARED) * precision * recall, BETA_SQUARED * precision + recall))
 
 

@@ -25,15 +25,14 @@ def weighted_f(image: BinaryImage) -> float:
     truth_HW, error_HW = image.truth_HW, image.error_HW
     if not truth_HW.any():
         return 0.0
-    distance_HW, (rows_HW, columns_HW) = distance_transform_edt(~truth_HW, return_indices=True)
+    outside_HW = ~truth_HW
+    distance_HW, nearest_2HW = distance_transform_edt(outside_HW, return_indices=True)
     # outside of the object each pixel takes the error of the nearest object pixel, so that the mean does not mix both
-    spread_HW = _smoothed(error_HW[rows_HW, columns_HW])
-    own_HW = np.where(truth_HW, np.minimum(error_HW, spread_HW), error_HW)
-    missed = own_HW[truth_HW]
+    spread_HW = _smoothed(error_HW[tuple(nearest_2HW)])
+    missed = np.minimum(error_HW, spread_HW)[truth_HW]
     positives = missed.size
     hits = positives - missed.sum()
-    outside = ~truth_HW
-    false_alarms = (own_HW[outside] * (2 - np.exp(_DECAY * distance_HW[outside]))).sum()
+    false_alarms = (error_HW[outside_HW] * (2 - np.exp(_DECAY * distance_HW[outside_HW]))).sum()
     recall = 1 - missed.mean()
     precision = hits / (hits + false_alarms) if hits > 0 else 0.0
     return float(2 * recall * precision / (recall + precision)) if recall + precision > 0 else 0.0

@@ -11,6 +11,7 @@ Shapes: ``B`` rows, ``G`` groups of rows with their own weights, ``N`` positions
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,11 +40,13 @@ class _Rows:
     slots_B: Tensor
 
 
-@dataclass
-class _CurrentRows:
-    """The rows of the running batch, shared by the hooks of one bank; None outside of :meth:`AdapterBank.rows`."""
+class _CurrentRows(threading.local):
+    """The rows of the batch in this thread, for the hooks of one bank; None outside of :meth:`AdapterBank.rows`."""
 
     rows: _Rows | None = None
+
+    def __reduce__(self) -> tuple:
+        return _CurrentRows, ()  # of a model that is copied, which runs nothing yet
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,8 @@ class _PlacedAdapter:
 class AdapterBank:
     """Slots for adapters on the modules of one base model.
 
-    Call ``put``, ``clear`` and ``rows`` in the thread that runs the model, between two forward passes. A module has a
-    hook exactly while some slot has weights for it.
+    Call ``put`` and ``clear`` between two forward passes. ``rows`` holds for the calling thread: several may run the
+    model. A module has a hook exactly while some slot has weights for it.
 
     torch.compile: a graph that was compiled without hooks never runs them. Use a compiled part of the model only while
     ``adapts`` is False for its component.

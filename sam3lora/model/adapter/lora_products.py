@@ -21,6 +21,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from sam3lora.model.adapter import keyed_dropout
 from sam3lora.model.adapter.lora_casts import (
     AdapterCopies,
     Stacked,
@@ -106,6 +107,12 @@ def adapters_cast_once(
             layer.copies = None
 
 
+def own_dropouts(model: nn.Module) -> set[nn.Module]:
+    """The dropout modules in whose place a plain adapter's layer draws."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLinear) and _plain_adapter(module)]
+    return {layer.lora_dropout[layer.active_adapters[0]] for layer in layers}
+
+
 def _type_of_products(layer: LoraLinear, x: Tensor) -> torch.dtype | None:
     """The type in which the layer's products are computed; None where PEFT's own forward has to run."""
     name = _plain_adapter(layer)
@@ -180,7 +187,7 @@ class _LoraProducts(torch.autograd.Function):
         a_Ri, b_nor = stacked or cast_and_stack(parameters[2::4], parameters[3::4], dtype)
         ranks, sizes = [len(a) for a in parameters[2::4]], [len(weight) for weight in weights]
         x_Ni = x.to(dtype).reshape(-1, x.shape[-1])
-        dropped_Ni, kept_Ni = torch.native_dropout(x_Ni, dropout, True) if dropout else (x_Ni, None)
+        dropped_Ni, kept_Ni = keyed_dropout.dropout(x_Ni, dropout) if dropout else (x_Ni, None)
         reduced_NR = dropped_Ni @ a_Ri.t()
 
         y_No = [torch.empty(0)] * len(weights)

@@ -32,8 +32,8 @@ class DenseHead(nn.Module):
         channels: C of the trunk.
         num_outputs: N: 1 for a binary task, one more than the classes if they exclude each other, else the classes.
         width: W, a multiple of 32.
-        num_layers: Layers whose tokens are given, 1 to 4, in their order. The finest map reads the earliest layer; with
-            fewer than four layers the coarser maps share the last.
+        num_layers: Layers whose tokens are given, 1 to 4, in their order. The finest map reads the first, the coarsest
+            the last; the maps share them where there are fewer.
         num_levels: Levels with an output, 1 to 3.
         norm: `batch` normalises as the original does, with running statistics.
 
@@ -88,7 +88,7 @@ class DenseHead(nn.Module):
         merged: Tensor | None = None
         logits: list[Tensor] = []
         for level in reversed(range(NUM_MAPS)):
-            tokens_ISW = self.reduce[level](normed[min(level, len(normed) - 1)])
+            tokens_ISW = self.reduce[level](normed[level * len(normed) // NUM_MAPS])
             skip = _resized(tokens_ISW.transpose(1, 2).unflatten(2, (side, side)), side * 4 >> level)
             merged = skip if merged is None else torch.cat([_resized(merged, skip.shape[-1]), skip], dim=1)
             merged = self.blocks[level](merged)

@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from transformers import Sam3Model
 
 from sam3lora.model.adapter.lora_products import adapters_cast_once, lowered
+from sam3lora.model.checkpointing import recomputed
 from sam3lora.model.staged.attention import attend
 from sam3lora.model.staged.box_encoding import BoxEncoding
 from sam3lora.model.staged.mask_head import MaskHead
@@ -60,6 +60,10 @@ class StagedSam3:
 
     def forget_graphs(self) -> None:
         """Free what was kept to run again."""
+
+    def give_up_graphs(self) -> bool:
+        """Free what was kept to run again and keep nothing more; False if nothing ever is."""
+        return False
 
     # ---- encoders -------------------------------------------------------------------------------------------------
 
@@ -370,7 +374,7 @@ class StagedSam3:
 
     def _run(self, component: str, function: Callable, *arguments):
         if component in self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(function, *arguments, use_reentrant=False)
+            return recomputed(function, *arguments)
         return function(*arguments)
 
 

@@ -61,6 +61,12 @@ class DenseRunner:
     def term_names(self) -> list[str]:
         return list(self.criterion.term_names)
 
+    def forget_graphs(self) -> None:
+        """There are none."""
+
+    def give_up_graphs(self) -> bool:
+        return False
+
     def has_loss(self, batch: Batch) -> bool:
         return batch.num_images > 0
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from sam3lora.engine.device import is_out_of_memory
-from sam3lora.engine.graphs.capture import Capturer
+from sam3lora.engine.graphs.capture import Capturer, CudaCapturer
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +39,19 @@ class GradientGraphs:
         # not lie where a graph of another function, which may run in between, puts its intermediate tensors.
         self.make_capturer = make_capturer
         self.functions: list[GraphedFunction] = []
+        self.are_wanted = True
         self._gradients: dict[Parameter, Tensor] = {}
 
     def forget(self) -> None:
         """Drop all graphs and their memory, and what is known of shapes."""
         for function in self.functions:
             function.forget()
+
+    def give_up(self) -> bool:
+        """Drop all graphs and capture no more; False if that was so already."""
+        were_wanted, self.are_wanted = self.are_wanted, False
+        self.forget()
+        return were_wanted
 
     def begin(self) -> None:
         """Before the first backward pass of a batch, so that no other stream adds to what is replaced here."""
@@ -67,6 +74,14 @@ class GradientGraphs:
                     kept.copy_(parameter.grad)
                 parameter.grad = kept
         return [self._gradients[parameter] for parameter in parameters]
+
+
+def cuda_gradient_graphs(device: torch.device) -> GradientGraphs:
+    """Graphs of a GPU."""
+    # Gradients add up on the stream of a capture, whatever ran a weight's backward pass before.
+    torch.autograd.graph.set_override_stale_capture_stream(True)
+    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
+    return GradientGraphs(lambda: CudaCapturer(device))
 
 
 class GraphedFunction:
@@ -101,7 +116,7 @@ class GraphedFunction:
     def __call__(self, *inputs: Tensor) -> Tensors:
         learns = torch.is_grad_enabled() and (bool(self._parameters) or any(one.requires_grad for one in inputs))
         key = (learns, *((one.shape, one.dtype, learns and one.requires_grad) for one in inputs))
-        may_capture = self._may_capture and len(self._captured) < MAX_SHAPES
+        may_capture = self._may_capture and self._graphs.are_wanted and len(self._captured) < MAX_SHAPES
         if may_capture and key in self._seen and key not in self._captured and key not in self._refused:
             self._capture(key, inputs, learns)
         self._seen.add(key)

@@ -9,7 +9,7 @@ Shapes: ``B`` find queries, ``K`` of them with masks, ``I`` images; the others a
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sam3lora.engine.graphs.stage import SIZES
 from sam3lora.model.adapter.lora_products import adapters_cast_once
+from sam3lora.model.checkpointing import recomputed_by_key, repeats_by_key
 from sam3lora.model.components import COMPONENTS, component_of
 from sam3lora.model.staged.forward import StagedSam3
 from sam3lora.model.staged.stage_outputs import DetectorOutput, VisionFeatures, rows_of
@@ -37,9 +38,7 @@ class GraphedSam3(StagedSam3):
         super().__init__(*args, **kwargs)
         self._plain = StagedSam3(*args, **kwargs)  # what is captured: no graph starts another
         self._graphs = graphs
-        # What is computed again in the backward pass needs the random numbers of the forward pass, and another graph
-        # draws others. The text tower runs once for a prompt.
-        self._captured = frozenset(COMPONENTS) - {"text_encoder"} - self.checkpointing
+        self._captured_in: dict[bool, frozenset[str]] = {}  # training mode, or not
         self._functions: dict[Hashable, GraphedFunction] = {}
         self._positions: dict[str, list[Tensor]] = {}  # the same for all images
 
@@ -50,6 +49,19 @@ class GraphedSam3(StagedSam3):
 
     def forget_graphs(self) -> None:
         self._graphs.forget()
+        self._captured_in.clear()
+
+    @property
+    def _captured(self) -> frozenset[str]:
+        """The components that are captured; the text tower is not, for it runs once for a prompt."""
+        mode = self.model.training
+        if mode not in self._captured_in:
+            differing = {name for name in self.checkpointing if not repeats_by_key(self.model, name)}
+            self._captured_in[mode] = frozenset(COMPONENTS) - {"text_encoder"} - differing
+        return self._captured_in[mode]
+
+    def give_up_graphs(self) -> bool:
+        return self._graphs.give_up()
 
     def adapters_cast_once(self, dtype: torch.dtype) -> AbstractContextManager[None]:
         """Only of adapters outside of the graphs: a graph casts its own, for it does not see the copies of a step."""
@@ -58,18 +70,21 @@ class GraphedSam3(StagedSam3):
     def encode_images(self, pixel_values_ICHW: Tensor) -> VisionFeatures:
         return self._maps("the vision encoder", self._plain.encode_images, pixel_values_ICHW)
 
-    def encode_neck(self, trunk_ISC: Tensor) -> VisionFeatures:
-        if any(one.requires_grad for one in self.model.vision_encoder.parameters()):
-            return self._plain.encode_neck(trunk_ISC)  # of a trunk that runs outside of a graph
-        return self._maps("the neck", self._plain.encode_neck, trunk_ISC)
+    def encode_rest(self, tokens_ISC: Tensor, num_layers: int | None = None) -> VisionFeatures:
+        def encode(tokens: Tensor) -> VisionFeatures:
+            return self._plain.encode_rest(tokens, num_layers)
 
-    def _maps(self, name: str, encode: Callable[[Tensor], VisionFeatures], given: Tensor) -> VisionFeatures:
+        return self._maps("the end of the vision encoder", encode, tokens_ISC, num_layers)
+
+    def _maps(
+        self, name: str, encode: Callable[[Tensor], VisionFeatures], given: Tensor, *settings: Hashable
+    ) -> VisionFeatures:
         def maps_of(inputs: Tensor) -> Tensors:
             vision = encode(inputs)
             self._keep_positions("images", vision.positions_1CHW)
             return tuple(vision.maps_ICHW)
 
-        maps = self._graphed(name, ("vision_encoder",), maps_of)(given)
+        maps = self._graphed(name, ("vision_encoder",), maps_of, *settings)(given)
         return VisionFeatures(list(maps), self._positions["images"])
 
     def prepare(self, vision: VisionFeatures) -> VisionFeatures:
@@ -149,14 +164,16 @@ class GraphedSam3(StagedSam3):
             named = self.model.named_parameters()
             parameters = [parameter for path, parameter in named if component_of(path) in components]
 
-            def casting(*inputs: Tensor) -> Tensors:
+            def run(*inputs: Tensor) -> Tensors:
                 device = inputs[0].device.type
-                if not torch.is_autocast_enabled(device):
-                    return function(*inputs)
-                with adapters_cast_once(self.model, torch.get_autocast_dtype(device), components):
+                with ExitStack() as stack:
+                    stack.enter_context(recomputed_by_key())
+                    if torch.is_autocast_enabled(device):
+                        dtype = torch.get_autocast_dtype(device)
+                        stack.enter_context(adapters_cast_once(self.model, dtype, components))
                     return function(*inputs)
 
-            self._functions[key] = GraphedFunction(name, casting, parameters, self._graphs)
+            self._functions[key] = GraphedFunction(name, run, parameters, self._graphs)
         return self._functions[key]
 
     def _keep_positions(self, name: str, positions_1CHW: list[Tensor]) -> None:

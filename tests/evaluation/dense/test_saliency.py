@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sam3lora.evaluation.dense.saliency import MEASURES, SaliencyMeter
+from sam3lora.evaluation.dense.saliency import SaliencyMeter
+from sam3lora.evaluation.dense.saliency_rows import MEASURES
 from sam3lora.evaluation.metrics.bootstrap import bootstrap_value
 
 SQUARE = np.zeros((12, 16), dtype=bool)

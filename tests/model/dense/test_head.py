@@ -69,10 +69,11 @@ def test_coarser_outputs_change_nothing_of_the_finest():
 
 
 @pytest.mark.parametrize(
-    ("num_layers", "expected"), [(1, [[0, 1, 2, 3]]), (2, [[0], [1, 2, 3]]), (4, [[0], [1], [2], [3]])]
+    ("num_layers", "expected"),
+    [(1, [[0, 1, 2, 3]]), (2, [[0, 1], [2, 3]]), (3, [[0, 1], [2], [3]]), (4, [[0], [1], [2], [3]])],
 )
 def test_which_map_reads_which_layer(num_layers, expected):
-    # The finest map reads the earliest layer.
+    # The finest map reads the first layer, the coarsest the last.
     head, tokens = head_of(num_layers=num_layers), tokens_of(num_layers)
     found = []
     for layer in range(num_layers):
