@@ -22,6 +22,7 @@ from sam3lora.data.convert.layout import image_files, key_in, open_image, place_
 from sam3lora.data.convert.mask_folders import find_mask_folders
 from sam3lora.data.convert.mask_values import VOID, OneCategory, black_and_white, read_values
 from sam3lora.data.faults import FaultLog
+from sam3lora.data.label_palette import palette_image
 from sam3lora.data.masks import decode_mask
 from sam3lora.data.rle import encode_rle
 from sam3lora.data.split_files import WHOLE
@@ -161,8 +162,7 @@ def write_masks(labelled: LabelledSet, folder: Path, log: FaultLog, *, instances
                 canvas_HW = _paint(image, objects, [names.index(thing.category) + 1 for thing in objects], log)
                 canvas_HW[_void_region(image) & (canvas_HW == 0)] = VOID
                 has_void |= bool((canvas_HW == VOID).any())
-                picture = Image.fromarray(canvas_HW.astype(np.uint8)).convert("P")
-                picture.putpalette(_palette())
+                picture = palette_image(canvas_HW.astype(np.uint8))
             picture.save(masks / f"{path.stem}.png")
     lines = [BACKGROUND, *names] if has_void and len(names) == 1 else names  # see `OneCategory`
     (folder / NAMES_FILE).write_text("".join(f"{name}\n" for name in lines), encoding="utf-8")
@@ -214,10 +214,3 @@ def _paint(image: LabelledImage, objects: Sequence[LabelledObject], values: Sequ
         elif visible.mean() < 0.9:
             log.add("covered", where)
     return canvas_HW
-
-
-def _palette() -> list[int]:
-    """Colours of the Pascal VOC palette: the bits of the value go to red, green and blue in turn."""
-    values = np.arange(256)
-    channels = [sum(((values >> (3 * bit + channel)) & 1) << (7 - bit) for bit in range(3)) for channel in range(3)]
-    return np.stack(channels, axis=1).ravel().tolist()
