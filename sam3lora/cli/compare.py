@@ -7,6 +7,7 @@ from pathlib import Path
 from sam3lora.cli import evaluation_options as options
 from sam3lora.cli import shared_options as shared
 from sam3lora.cli.shared_options import check_output_folder
+from sam3lora.cli.validate_dense import dense_folders
 from sam3lora.errors import UserError
 
 
@@ -40,6 +41,11 @@ def compare(
     adapters = options.adapter_folders(weights, settings_file)
     if not adapters:
         raise UserError("nothing to compare with the base: name adapters with --weights DIR")
+    if dense := dense_folders(adapters):
+        raise UserError(
+            f"{dense[0]} is of task dense, which the base cannot do: measure such folders with sam3lora validate, each "
+            "with an --output of its own"
+        )
     images = options.named_split(val_data_dir, split, settings_file)
     settings = options.settings_of(
         adapters,

@@ -104,6 +104,14 @@ def models_of(
     return Models(adapters, with_base=with_base, options=options)
 
 
+def dense_options(
+    config: Config | None, *, model: str | None, resolution: int | None, device: str | None
+) -> dict[str, Any]:
+    """Arguments of `DenseEngine.load`; a dense folder brings its own base and resolution along."""
+    local = config is not None and config.model.local_files_only
+    return {"model": model, "resolution": resolution, "device": device, "local_files_only": local}
+
+
 def lowest_score_of(text: str | None) -> float | str | None:
     """The value of `--lowest-score`; UserError if it is neither a number nor auto."""
     if text is None or text == "auto":

@@ -10,6 +10,7 @@ import typer
 from sam3lora.cli import evaluation_options as options
 from sam3lora.cli import shared_options as shared
 from sam3lora.cli.shared_options import check_output_folder
+from sam3lora.cli.validate_dense import dense_folders, refuse_prompt_options, validate_dense
 from sam3lora.errors import UserError
 
 MOST = 10**6
@@ -48,9 +49,18 @@ def validate(
         Literal["overall", "per-prompt"] | None,
         typer.Option(help="Write the threshold of the best cgF1 into the adapters, which use it from then on."),
     ] = None,
+    paper_normalisation: Annotated[
+        bool,
+        typer.Option(
+            "--paper-normalisation",
+            help="Of binary dense folders: stretch each image's probabilities to [0, 1] first, as many papers do.",
+        ),
+    ] = False,
     output: options.OutputOption = Path("outputs/validate"),
 ) -> None:
     """Measure adapters or the base model: metrics.json, predictions.json and report.html.
+
+    A folder of task dense is measured pixel by pixel, and leaves label maps as PNG in predictions/.
 
     Example:  sam3lora validate --weights outputs/run/best --val-data-dir datasets/potholes
     """
@@ -75,6 +85,26 @@ def validate(
                 "leave one or the other out"
             )
     settings_file = options.read_config(config)
+    if dense := dense_folders(named := options.adapter_folders(weights, settings_file)):
+        refuse_prompt_options(locals())
+        if len(named) > 1:
+            raise UserError(f"{dense[0]} is of task dense: measure such folders one at a time")
+        validate_dense(
+            dense[0],
+            options.named_split(val_data_dir, split, settings_file),
+            output,
+            settings_file,
+            threshold=threshold,
+            paper_normalisation=paper_normalisation,
+            num_samples=num_samples,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            address=address,
+            options=options.dense_options(settings_file, model=model, resolution=resolution, device=device),
+        )
+        return
+    if paper_normalisation:
+        raise UserError("--paper-normalisation is for folders of task dense: leave it out")
     if saco and predictions is not None:
         from sam3lora.evaluation.report.saving import save_saco
 

@@ -18,6 +18,7 @@ from sam3lora.data.fault_report import SplitFault, fault_summary, faults_as_reas
 from sam3lora.data.split_files import WHOLE, SplitFiles, find_split_or_whole
 from sam3lora.errors import UserError
 from sam3lora.evaluation.ask.worker import BASE, Batches, EvaluationWorker, Models
+from sam3lora.evaluation.dense.settings import DenseEvaluation
 from sam3lora.evaluation.metrics.ground_truth import PromptedCategory, SplitTruth, prompted_categories
 from sam3lora.evaluation.metrics.measure import SplitMetrics, measure_matches
 from sam3lora.evaluation.predictions import Predictions
@@ -154,7 +155,7 @@ def evaluate_models(
 
 
 def read_split(
-    split: SplitFiles | Path, settings: EvaluationSettings, *, tell: bool
+    split: SplitFiles | Path, settings: EvaluationSettings | DenseEvaluation, *, tell: bool
 ) -> tuple[SplitFiles, CocoIndex, Sequence[SplitFault]]:
     """A split, found if only its folder is named, with all its images, and the faults of its annotation file.
 
