@@ -49,6 +49,9 @@ def validate(
         Literal["overall", "per-prompt"] | None,
         typer.Option(help="Write the threshold of the best cgF1 into the adapters, which use it from then on."),
     ] = None,
+    semantic: Annotated[
+        bool, typer.Option("--semantic", help="Measure SAM 3's semantic output too: mean IoU and dice of pixels.")
+    ] = False,
     paper_normalisation: Annotated[
         bool,
         typer.Option(
@@ -78,6 +81,7 @@ def validate(
             "--max-detections": max_detections,
             "--lowest-score": lowest_score,
             "--save-threshold": save_threshold,
+            "--semantic": semantic,
         }
         if idle := [option for option, value in what_makes_them.items() if value]:
             raise UserError(
@@ -121,6 +125,8 @@ def validate(
     adapters = options.adapter_folders(weights, settings_file) if ask_adapters else {}
     if not adapters and not use_base_model and predictions is None:
         raise UserError("nothing to measure: name adapters with --weights DIR, or add --use-base-model")
+    if saco and semantic:
+        raise UserError("--saco has no labels of whole images to measure the semantic output on: leave out --semantic")
     if saco:  # the benchmark keeps overlapping detections, and all of them
         nms = "none" if nms is None and nms_iou is None else nms
         max_detections = MOST if max_detections is None else max_detections
@@ -131,6 +137,7 @@ def validate(
         lowest_score=options.lowest_score_of(lowest_score),
         num_samples=num_samples,
         batch_size=batch_size,
+        semantic=semantic or None,
     )
     from sam3lora.evaluation.report.saving import save_validation
 

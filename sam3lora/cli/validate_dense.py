@@ -23,9 +23,14 @@ OF_PROMPTS = {
     "predictions": "--predictions",
     "saco": "--saco",
     "save_threshold": "--save-threshold",
+    "semantic": "--semantic",
 }
 """Arguments of `validate` that have no effect on a dense folder, and their options."""
-_NOT_GIVEN: dict[str, tuple[Any, ...]] = {"use_base_model": (None, False), "saco": (None, [])}
+_NOT_GIVEN: dict[str, tuple[Any, ...]] = {
+    "use_base_model": (None, False),
+    "semantic": (None, False),
+    "saco": (None, []),
+}
 
 
 def dense_folders(adapters: Mapping[str, str]) -> list[str]:

@@ -34,7 +34,7 @@ ERRORS: dict[str, Rgb] = {
 }
 """Colours (Okabe and Ito) of the values 1 to 4 of an error map, and of ignored pixels."""
 
-_FILL = 0.6
+_FILL = 0.7
 _VISIBLE = 0.3  # part of a pixel that a label must cover to be drawn there; low, so that thin cracks stay
 
 

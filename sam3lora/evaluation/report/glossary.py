@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -13,6 +15,9 @@ class Measure:
     label: str
     meaning: str
 
+
+SEMANTIC = ("semantic_mean_iou", "semantic_dice")
+"""Measures that are there only if they were asked for."""
 
 MEASURES = (
     Measure(
@@ -59,6 +64,13 @@ MEASURES = (
         "How often the model is right about whether the thing is in the image.",
     ),
     Measure("presence_accuracy_absent", "presence accuracy, absent", "The same for absent things."),
+    Measure(
+        "semantic_mean_iou",
+        "semantic mean IoU",
+        "Of all pixels that belong to a prompt in the labels or in the model's semantic output, the share that does in "
+        "both, at probability 0.50; mean over categories. It does not depend on detections.",
+    ),
+    Measure("semantic_dice", "semantic dice", "The same as dice: twice the shared pixels by the sum of both."),
     Measure("num_detections", "detections", "With a score at or above the threshold."),
     Measure("num_predictions", "detections at any score", "The detections that mAP uses."),
     Measure(
@@ -67,3 +79,9 @@ MEASURES = (
         "Before overlapping detections were suppressed or merged.",
     ),
 )
+
+
+def measures_of(results: Sequence[Any]) -> list[Measure]:
+    """The measures that a table of these results shows."""
+    has_semantic = any("semantic" in result.settings for result in results)
+    return [measure for measure in MEASURES if has_semantic or measure.name not in SEMANTIC]
