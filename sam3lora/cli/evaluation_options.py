@@ -104,12 +104,9 @@ def models_of(
     return Models(adapters, with_base=with_base, options=options)
 
 
-def dense_options(
-    config: Config | None, *, model: str | None, resolution: int | None, device: str | None
-) -> dict[str, Any]:
-    """Arguments of `DenseEngine.load`; a dense folder brings its own base and resolution along."""
-    local = config is not None and config.model.local_files_only
-    return {"model": model, "resolution": resolution, "device": device, "local_files_only": local}
+def dense_options(config: Config | None, **given: Any) -> dict[str, Any]:
+    """Arguments of `evaluate_dense`, from options; a dense folder brings its own base and resolution along."""
+    return given | {"local_files_only": config is not None and config.model.local_files_only}
 
 
 def lowest_score_of(text: str | None) -> float | str | None:

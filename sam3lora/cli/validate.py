@@ -9,8 +9,8 @@ import typer
 
 from sam3lora.cli import evaluation_options as options
 from sam3lora.cli import shared_options as shared
+from sam3lora.cli.dense_evaluation import dense_folders, dense_settings, refuse_prompt_options, validate_dense
 from sam3lora.cli.shared_options import check_output_folder
-from sam3lora.cli.validate_dense import dense_folders, refuse_prompt_options, validate_dense
 from sam3lora.errors import UserError
 
 MOST = 10**6
@@ -92,19 +92,28 @@ def validate(
     if dense := dense_folders(named := options.adapter_folders(weights, settings_file)):
         refuse_prompt_options(locals())
         if len(named) > 1:
-            raise UserError(f"{dense[0]} is of task dense: measure such folders one at a time")
+            raise UserError(
+                f"{dense[0]} is of task dense: measure such folders one at a time, or with sam3lora compare"
+            )
         validate_dense(
             dense[0],
             options.named_split(val_data_dir, split, settings_file),
             output,
-            settings_file,
-            threshold=threshold,
-            paper_normalisation=paper_normalisation,
-            num_samples=num_samples,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            address=address,
-            options=options.dense_options(settings_file, model=model, resolution=resolution, device=device),
+            dense_settings(
+                settings_file,
+                paper_normalisation=paper_normalisation,
+                threshold=threshold,
+                num_samples=num_samples,
+                batch_size=batch_size,
+            ),
+            options.dense_options(
+                settings_file,
+                model=model,
+                resolution=resolution,
+                device=device,
+                num_workers=num_workers,
+                address=address,
+            ),
         )
         return
     if paper_normalisation:

@@ -9,6 +9,7 @@ import pytest
 
 from sam3lora.cli import main
 
+from ..evaluation.adapters import write_adapter
 from ..evaluation.splits import write_split
 from ..model.dense.dense_cases import write_dense
 from .test_validate import external_references
@@ -91,4 +92,35 @@ def test_the_other_way_round(folder, data, small_base, tmp_path, capsys):
     assert main(["validate", "--weights", str(folder), str(folder), *given]) == 2
     assert "one at a time" in capsys.readouterr().err
     assert main(["compare", "--weights", str(folder), *given]) == 2
-    assert "dense" in capsys.readouterr().err
+    assert "two or more" in capsys.readouterr().err
+
+
+def test_folders_are_compared_with_the_first(folder, data, spread_base, tmp_path, capsys):
+    better = write_dense(spread_base, tmp_path / "better", "binary", threshold=0.3)
+    words = ["compare", "--weights", folder, better, "--val-data-dir", data, "--output", tmp_path / "out"]
+    assert main([*map(str, words)]) == 0
+    capsys.readouterr()
+    comparison = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert list(comparison["models"]) == ["mine", "better"]
+    assert list(comparison["differences_to_first"]) == ["better"]
+    models = comparison["models"]
+    for name in ("mean_iou", "pixel_accuracy", "mae"):
+        found = comparison["differences_to_first"]["better"][name]
+        assert found["difference"] == pytest.approx(models["better"][name] - models["mine"][name])
+    assert comparison["differences_to_first"]["better"]["iou/crack"]["difference"] != 0
+    assert models["better"]["settings"]["threshold"] == 0.3
+    assert not external_references(tmp_path / "out" / "report.html")
+    for label in ("mine", "better"):
+        assert (tmp_path / "out" / label / "predictions" / "0.png").is_file()
+
+
+def test_folders_that_cannot_be_compared(folder, data, small_base, spread_base, tmp_path, capsys):
+    given = [*("--val-data-dir", str(data)), *("--output", str(tmp_path / "out"))]
+    other = write_dense(spread_base, tmp_path / "other", "multiclass")
+    assert main(["compare", "--weights", str(folder), str(other), *given]) == 2
+    assert "red bolt" in capsys.readouterr().err
+    detection = write_adapter(tmp_path / "detection", small_base)
+    assert main(["compare", "--weights", str(folder), str(detection), *given]) == 2
+    assert "one task" in capsys.readouterr().err
+    assert main(["compare", "--weights", str(folder), str(folder), "--merge", *given]) == 2
+    assert "--merge" in capsys.readouterr().err

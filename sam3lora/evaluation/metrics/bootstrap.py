@@ -78,13 +78,45 @@ def bootstrap_difference(
         ValueError: `confidence` or `num_resamples` is out of range.
     """
 
-    def difference(image_weights_I: np.ndarray) -> float | None:
-        a, b = metric_a(image_weights_I), metric_b(image_weights_I)
-        return None if a is None or b is None else b - a
+    found = bootstrap_differences(
+        lambda image_weights_I: {"": metric_a(image_weights_I)},
+        lambda image_weights_I: {"": metric_b(image_weights_I)},
+        num_images,
+        num_resamples=num_resamples,
+        seed=seed,
+        confidence=confidence,
+    )
+    return found[""]
 
-    found = bootstrap_value(difference, num_images, num_resamples=num_resamples, seed=seed, confidence=confidence)
-    excludes_zero = found.low is not None and found.high is not None and (found.low > 0 or found.high < 0)
-    return Interval(found.value, found.low, found.high, excludes_zero, found.num_resamples)
+
+def bootstrap_differences(
+    metrics_a: Metrics,
+    metrics_b: Metrics,
+    num_images: int,
+    *,
+    num_resamples: int = 1000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> dict[str, Interval]:
+    """`bootstrap_difference` of the metrics that both models have, by name, on the same draws."""
+
+    def differences(image_weights_I: np.ndarray) -> dict[str, float | None]:
+        values_a, values_b = metrics_a(image_weights_I), metrics_b(image_weights_I)
+        return {name: _difference(value, values_b[name]) for name, value in values_a.items() if name in values_b}
+
+    found = bootstrap_values(differences, num_images, num_resamples=num_resamples, seed=seed, confidence=confidence)
+    return {
+        name: Interval(one.value, one.low, one.high, _excludes_zero(one.low, one.high), one.num_resamples)
+        for name, one in found.items()
+    }
+
+
+def _difference(before: float | None, after: float | None) -> float | None:
+    return None if before is None or after is None else after - before
+
+
+def _excludes_zero(low: float | None, high: float | None) -> bool:
+    return low is not None and high is not None and (low > 0 or high < 0)
 
 
 def bootstrap_value(

@@ -106,13 +106,9 @@ def chosen_images(quality_I: np.ndarray, count: int) -> tuple[list[int], list[in
 def _pictures(metrics: DenseMetrics, chosen: dict[str, list[int]]) -> list[tuple[str, list[Picture]]]:
     if metrics.predictions is None:
         return []
-    gallery = DenseGallery(metrics, sum(map(len, chosen.values())))
-    quality_I, ids = metrics.meter.quality(), metrics.meter.image_ids
-    return [
-        (heading, [gallery.picture(ids[row], float(quality_I[row])) for row in rows])
-        for heading, rows in chosen.items()
-        if rows
-    ]
+    gallery = DenseGallery([metrics], sum(map(len, chosen.values())))
+    ids = metrics.meter.image_ids
+    return [(heading, [gallery.picture(ids[row]) for row in rows]) for heading, rows in chosen.items() if rows]
 
 
 def _measure_rows(metrics: DenseMetrics) -> list[tuple[Measure, float | None, ValueInterval | None]]:

@@ -5,12 +5,16 @@ Shapes: `M` label maps of an image, `H` `W` pixels.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import cv2
 import numpy as np
 
 from sam3lora.data.images import read_image
 from sam3lora.data.label_palette import palette_rgb
 from sam3lora.evaluation.dense.measure import DenseMetrics
+from sam3lora.evaluation.report.html_page import score
 from sam3lora.evaluation.report.pictures import (
     PICTURE_BYTES,
     Kind,
@@ -23,7 +27,6 @@ from sam3lora.evaluation.report.pictures import (
 from sam3lora.inference.drawing import Rgb
 from sam3lora.label_values import BACKGROUND, IGNORE
 
-PANELS = 4  # of a picture
 RIGHT, MISSED, TOO_MUCH, OTHER_CLASS = range(1, 5)
 ERRORS: dict[str, Rgb] = {
     "right": (0, 158, 115),
@@ -39,37 +42,53 @@ _VISIBLE = 0.3  # part of a pixel that a label must cover to be drawn there; low
 
 
 class DenseGallery:
-    """Draws images of a split with the labels and with what one model says; the number of pictures decides the size."""
+    """Draws images of a split with the labels and with what one model or several say, of one also the errors.
 
-    def __init__(self, metrics: DenseMetrics, num_pictures: int) -> None:
-        self._metrics = metrics
-        self._rows = {image_id: row for row, image_id in enumerate(metrics.index.table.column("image_id").to_pylist())}
-        self._num_panels = max(1, num_pictures * PANELS)
+    The number of pictures decides their size.
+    """
+
+    def __init__(self, results: Sequence[DenseMetrics], num_pictures: int) -> None:
+        self._results = results
+        index = results[0].index
+        self._rows = {image_id: row for row, image_id in enumerate(index.table.column("image_id").to_pylist())}
+        self._num_panels = max(1, num_pictures * (3 + len(results)))
+        self._qualities = [dict(zip(one.meter.image_ids, one.meter.quality().tolist(), strict=True)) for one in results]
         self._colours = palette_rgb()
         self._error_colours = np.zeros_like(self._colours)
         self._error_colours[RIGHT : OTHER_CLASS + 1] = list(ERRORS.values())[:-1]
         self._colours[IGNORE] = self._error_colours[IGNORE] = ERRORS["not judged"]
 
-    def picture(self, image_id: int, quality: float) -> Picture:
+    def picture(self, image_id: int) -> Picture:
         """Panels of one image.
 
         Raises:
             ImageError: The image can no longer be read.
         """
-        assert self._metrics.predictions is not None, "the predictions were not kept"
-        record = self._metrics.index.record(self._rows[image_id])
+        first = self._results[0]
+        record = first.index.record(self._rows[image_id])
         pixels_HW3 = fit_side(read_image(record["path"]), panel_side_px(self._num_panels))
-        truth_MHW = self._metrics.labels.of_record(record)
-        predicted_MHW = self._metrics.predictions.labels(image_id)
         grey_HW3 = np.repeat(cv2.cvtColor(pixels_HW3, cv2.COLOR_RGB2GRAY)[..., None], 3, axis=2) // 2 + 64
-        errors_HW = error_map(predicted_MHW, truth_MHW)
+        truth_MHW = first.labels.of_record(record)
         panels = [
             self._panel("plain", "image", pixels_HW3),
             self._panel("labels", "labels", tinted(grey_HW3, flat_labels(truth_MHW), self._colours)),
-            self._panel("adapter", "prediction", tinted(grey_HW3, flat_labels(predicted_MHW), self._colours)),
-            self._panel("plain", "errors", tinted(grey_HW3, errors_HW, self._error_colours)),
         ]
-        return Picture(f"{record['file_name']}: IoU {quality:.3f}", panels)
+        alone = len(self._results) == 1
+        for number, (one, qualities) in enumerate(zip(self._results, self._qualities, strict=True)):
+            assert one.predictions is not None, "the predictions were not kept"
+            predicted_MHW = one.predictions.labels(image_id)
+            name = "prediction" if alone else one.label
+            panels.append(
+                self._panel(
+                    "base" if number == 0 and not alone else "adapter",
+                    f"{name}: IoU {score(None if math.isnan(qualities[image_id]) else qualities[image_id])}",
+                    tinted(grey_HW3, flat_labels(predicted_MHW), self._colours),
+                )
+            )
+            if alone:
+                errors_HW = error_map(predicted_MHW, truth_MHW)
+                panels.append(self._panel("plain", "errors", tinted(grey_HW3, errors_HW, self._error_colours)))
+        return Picture(record["file_name"], panels)
 
     def _panel(self, kind: Kind, caption: str, pixels_HW3: np.ndarray) -> Panel:
         size_hw = (pixels_HW3.shape[0], pixels_HW3.shape[1])

@@ -16,9 +16,6 @@ class Measure:
     meaning: str
 
 
-SEMANTIC = ("semantic_mean_iou", "semantic_dice")
-"""Measures that are there only if they were asked for."""
-
 MEASURES = (
     Measure(
         "map",
@@ -64,13 +61,6 @@ MEASURES = (
         "How often the model is right about whether the thing is in the image.",
     ),
     Measure("presence_accuracy_absent", "presence accuracy, absent", "The same for absent things."),
-    Measure(
-        "semantic_mean_iou",
-        "semantic mean IoU",
-        "Of all pixels that belong to a prompt in the labels or in the model's semantic output, the share that does in "
-        "both, at probability 0.50; mean over categories. It does not depend on detections.",
-    ),
-    Measure("semantic_dice", "semantic dice", "The same as dice: twice the shared pixels by the sum of both."),
     Measure("num_detections", "detections", "With a score at or above the threshold."),
     Measure("num_predictions", "detections at any score", "The detections that mAP uses."),
     Measure(
@@ -80,8 +70,19 @@ MEASURES = (
     ),
 )
 
+SEMANTIC_MEASURES = (
+    Measure(
+        "semantic_mean_iou",
+        "semantic mean IoU",
+        "Of all pixels that belong to a prompt in the labels or in the model's semantic output, the share that does in "
+        "both, at probability 0.50; mean over categories. It does not depend on detections.",
+    ),
+    Measure("semantic_dice", "semantic dice", "The same as dice: twice the shared pixels by the sum of both."),
+)
+"""Those that are there only if they were asked for."""
+
 
 def measures_of(results: Sequence[Any]) -> list[Measure]:
     """The measures that a table of these results shows."""
     has_semantic = any("semantic" in result.settings for result in results)
-    return [measure for measure in MEASURES if has_semantic or measure.name not in SEMANTIC]
+    return [*MEASURES, *(SEMANTIC_MEASURES if has_semantic else ())]

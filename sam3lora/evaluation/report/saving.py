@@ -14,7 +14,6 @@ from sam3lora.data.fault_report import left_out_sentence
 from sam3lora.errors import UserError
 from sam3lora.evaluation.metrics.comparison import differences_to_base
 from sam3lora.evaluation.metrics.measure import SplitMetrics
-from sam3lora.evaluation.report.glossary import SEMANTIC
 from sam3lora.evaluation.report.pictures import threshold_texts
 from sam3lora.evaluation.report.result_files import make_folder, told, write_json, write_text
 from sam3lora.files import file_name_of
@@ -26,7 +25,6 @@ _SHOWN = {
     "cgF1": "cgf1",
     "false alarms": "off_prompt_fpr",
     "presence accuracy": "presence_accuracy",
-    "semantic mean IoU": "semantic_mean_iou",
 }
 
 
@@ -135,10 +133,9 @@ def _print(results: Sequence[SplitMetrics], report: Path, console: Console | Non
     table = Table("", *(metrics.label for metrics in results))
     for column in table.columns[1:]:
         column.justify = "right"
-    for title, name in _SHOWN.items():
+    shown = _SHOWN | ({"semantic mean IoU": "semantic_mean_iou"} if "semantic" in results[0].settings else {})
+    for title, name in shown.items():
         values = [getattr(metrics, name) for metrics in results]
-        if name in SEMANTIC and set(values) == {None}:
-            continue
         table.add_row(title, *("n/a" if value is None else f"{value:.3f}" for value in values))
     first = results[0]
     table.add_row("detections", *(str(metrics.num_detections) for metrics in results))

@@ -64,7 +64,7 @@ def test_the_background_keeps_its_pixels():
     image = np.full((2, 2, 3), 50, np.uint8)
     drawn = tinted(image, np.array([[0, 1], [0, 0]], np.uint8), colours)
     assert (drawn[1] == 50).all()
-    assert drawn[0, 1].tolist() == [140, 140, 140]
+    assert drawn[0, 1].tolist() == [155, 155, 155]
 
 
 def test_images_are_named_once():
