@@ -206,7 +206,7 @@ def test_on_bad_image_stops_or_names_it_in_the_log(run, tmp_path):
 @acts("training.cuda_graphs")
 def test_stages_are_graphs_on_a_gpu_unless_told_otherwise(settings, monkeypatch):
     base, gpu = load_base("tiny").model, torch.device("cuda")
-    monkeypatch.setattr(setup, "CudaCapturer", lambda device: RecordingCapturer())
+    monkeypatch.setattr(gradient_graphs, "CudaCapturer", lambda device: RecordingCapturer())
 
     def kind(device, *overrides):
         return type(setup.make_stages(base, (), settings(*overrides), device)[0])
