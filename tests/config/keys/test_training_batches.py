@@ -12,6 +12,7 @@ from sam3lora.errors import UserError
 from sam3lora.model.loading import load_base
 from sam3lora.model.staged.forward import StagedSam3
 from sam3lora.training import datasets, fit_batch, setup
+from sam3lora.training.graphs import gradient_graphs
 from sam3lora.training.graphs.graphed_sam3 import GraphedSam3
 from sam3lora.training.metrics_log import METRICS_FILE, read_metrics
 
