@@ -51,8 +51,8 @@ def run_demo(
 ) -> Path:
     """Teach the tiny SAM 3 four kinds of objects that it has never seen, and report how well it learned them.
 
-    Leaves in `output_dir`: `data/` (COCO), `run/` (a run folder with the adapter) and what `sam3lora compare` writes, or
-    with task dense `validate`.
+    Leaves in `output_dir`: `data/` (COCO), `run/` (a run folder with the adapter) and what `sam3lora compare` writes,
+    or with task dense `validate`.
 
     Args:
         output_dir: A new or empty folder, or one of an earlier demo, which is replaced.
