@@ -74,6 +74,7 @@ def test_a_binary_folder(folder, data, tmp_path, capsys):
         ["--lowest-score", "auto"],
         ["--save-threshold", "overall"],
         ["--saco", "x.json"],
+        ["--semantic"],
     ],
 )
 def test_options_of_prompts_are_refused(folder, data, tmp_path, capsys, words):

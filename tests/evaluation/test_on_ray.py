@@ -10,11 +10,14 @@ import pytest
 
 from sam3lora.data.images import ImageError, read_image
 from sam3lora.errors import RunFailed, UserError
+from sam3lora.evaluation.ask.dense_run import evaluate_dense
 from sam3lora.evaluation.ask.on_ray import MAX_RESTARTS, ask_on_ray
 from sam3lora.evaluation.ask.run import evaluate_models
 from sam3lora.evaluation.ask.worker import Models
+from sam3lora.evaluation.dense.settings import DenseEvaluation
 from sam3lora.evaluation.settings import EvaluationSettings
 
+from ..model.dense.dense_cases import write_dense
 from .adapters import write_adapter
 from .splits import write_split
 
@@ -71,6 +74,19 @@ def test_two_workers_give_the_metrics_of_one_process(split, models):
         assert first["settings"] == second["settings"]
         for name in ("map", "bbox_map", "bbox_map_50", "cgf1", "off_prompt_fpr", "presence_accuracy", "notes"):
             assert first[name] == pytest.approx(second[name], abs=1e-6), name
+
+
+@pytest.mark.slow
+def test_two_workers_measure_a_dense_model_as_one_process_does(split, spread_base, tmp_path):
+    folder = write_dense(spread_base, tmp_path / "dense", "binary")
+    settings = DenseEvaluation(batch_size=1)
+    alone = evaluate_dense(split, folder, settings, keep_in=tmp_path / "alone", device="cpu")
+    spread = evaluate_dense(split, folder, settings, keep_in=tmp_path / "spread", device="cpu", num_workers=2)
+    assert spread.values == pytest.approx(alone.values, rel=1e-5)
+    assert spread.meter.image_ids == alone.meter.image_ids
+    maps = [sorted(path.relative_to(root) for path in root.rglob("*.png")) for root in tmp_path.glob("[as]*")]
+    assert maps[0] == maps[1]
+    assert len(maps[0]) == 6
 
 
 def test_too_many_workers_are_refused_and_not_waited_for():

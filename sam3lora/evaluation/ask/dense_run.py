@@ -10,7 +10,6 @@ from typing import Any, cast
 from sam3lora.data.split_files import SplitFiles
 from sam3lora.evaluation.ask.dense_worker import DenseAnswers, DenseWorker
 from sam3lora.evaluation.ask.run import RecordBatches, ask_batches, label_of, progress_of, read_split
-from sam3lora.evaluation.ask.worker import Models
 from sam3lora.evaluation.dense.map_files import MapFolder, png_names
 from sam3lora.evaluation.dense.measure import DenseMetrics, measure_dense
 from sam3lora.evaluation.dense.settings import DenseEvaluation
@@ -67,10 +66,9 @@ def evaluate_dense(
     )
     meter = DenseMeter(model, labels, normalise=settings.paper_normalisation)
     facts: dict[str, Any] = {}
-    device = Models(options={"device": options.get("device")})
     with progress_of(progress, len(index), "images") as bar:
         for counted, of_worker in ask_batches(
-            make_worker, RecordBatches(index, settings.batch_size), num_workers, device, address
+            make_worker, RecordBatches(index, settings.batch_size), num_workers, options.get("device"), address
         ):
             answers, facts = cast(DenseAnswers, counted), of_worker
             meter.merge(answers.meter)

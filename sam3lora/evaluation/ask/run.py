@@ -123,7 +123,7 @@ def evaluate_models(
     facts: dict[str, Any] = {}
     with progress_of(progress, len(index), "images", f"{len(categories)} prompts each") as bar:
         batches = RecordBatches(index, settings.batch_size)
-        for answers, of_worker in ask_batches(make_worker, batches, num_workers, models, address):
+        for answers, of_worker in ask_batches(make_worker, batches, num_workers, models.options.get("device"), address):
             facts = of_worker
             for label, answer in answers.items():
                 parts[label].append(answer.matches)
@@ -256,11 +256,10 @@ def ask_batches(
     make_worker: Callable[[], Any],
     batches: Batches,
     num_workers: int | None,
-    models: Models,
+    device: Any,
     address: str | None,
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """The results of each batch with the worker's facts: from this process, or from Ray workers in any order."""
-    device = models.options.get("device")
     kind, _, number = (f"cuda:{device}" if str(device).isdecimal() else str(device)).partition(":")
     use_gpu = None if device is None else kind != "cpu"
     is_cluster = bool(address or os.environ.get("RAY_ADDRESS"))

@@ -70,7 +70,7 @@ def ask_saco(
     results: dict[str, list[dict[str, Any]]] = {label: [] for label in models.labels}
     sizes_hw = {id_: (record["height"], record["width"]) for record in records for id_, _ in record["phrases"]}
     with progress_of(progress, len(sizes_hw), "phrases") as bar:
-        for answers, _ in ask_batches(make_worker, batches, num_workers, models, address):
+        for answers, _ in ask_batches(make_worker, batches, num_workers, models.options.get("device"), address):
             for label, part in answers.items():
                 results[label] += [_relative(entry, sizes_hw[entry["image_id"]]) for entry in part.predictions]
             bar.advance(max((len(part.presence) for part in answers.values()), default=0))

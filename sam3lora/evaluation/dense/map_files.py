@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from sam3lora.data.label_palette import palette_image
+from sam3lora.errors import UserError
 from sam3lora.inference.dense.files import class_folders
 from sam3lora.model.dense.settings import DenseSettings
 
@@ -54,6 +55,7 @@ class MapFolder:
     model: DenseSettings
 
     def write(self, image_id: int, maps: ImageMaps) -> None:
+        """Write the maps of an image. Raises UserError if they cannot be written."""
         for place, png in zip(self._places(image_id), maps.labels, strict=True):
             _write(place, png)
         if maps.probability is not None:
@@ -95,8 +97,11 @@ def _path(file_name: str) -> PurePosixPath:
 
 
 def _write(place: Path, png: bytes) -> None:
-    place.parent.mkdir(parents=True, exist_ok=True)
-    place.write_bytes(png)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(png)
+    except OSError as error:
+        raise UserError(f"cannot write {place} ({error.strerror}): choose another --output") from None
 
 
 def _palette_png(labels_HW: np.ndarray) -> bytes:

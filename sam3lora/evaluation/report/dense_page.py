@@ -84,9 +84,7 @@ def summary_sentence(metrics: DenseMetrics) -> str:
         said += ", the background aside" + ("." if many else f" ({next(c for c in classes if c != 'background')}).")
     if metrics.empty_with_foreground is not None:
         alarms = round(metrics.empty_with_foreground * metrics.num_empty_images)
-        said += (
-            f" In images without any class it marks something in {share(alarms, metrics.num_empty_images, 'images')}."
-        )
+        said += f" It marks something in {share(alarms, metrics.num_empty_images, 'images without any class')}."
     return said
 
 

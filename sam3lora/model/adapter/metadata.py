@@ -173,7 +173,7 @@ def refuse_dense(metadata: AdapterMetadata | None, folder: Path) -> None:
     if metadata is not None and metadata.task == DENSE:
         raise UserError(
             f"{folder} is of task dense: it labels each pixel and finds no objects of prompts. Use `sam3lora infer` "
-            "without --prompt, or Predictor.predict_dense"
+            "without --prompt, Predictor.predict_dense, or `sam3lora validate` to measure it"
         )
 
 

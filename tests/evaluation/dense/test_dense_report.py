@@ -116,4 +116,4 @@ def test_the_summary_says_what_happens_in_empty_images():
     for number, predicted in enumerate(([0, 0], [0, 1])):
         meter.add(maps(predicted), maps([0, 0]), np.zeros((1, 2)), image_id=number)
     metrics = measure_dense(meter, settings, CocoIndex(None, {}), label="m", settings={}, num_resamples=5)
-    assert "1 of 2 images (50 %)" in summary_sentence(metrics)
+    assert "1 of 2 images without any class (50 %)" in summary_sentence(metrics)

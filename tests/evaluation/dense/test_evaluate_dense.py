@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import cv2
@@ -11,6 +12,7 @@ from PIL import Image
 
 from sam3lora.data.images import ImageError
 from sam3lora.errors import UserError
+from sam3lora.evaluation.ask import dense_run
 from sam3lora.evaluation.ask.dense_run import evaluate_dense
 from sam3lora.evaluation.dense.confusion import ConfusionMatrix
 from sam3lora.evaluation.dense.map_files import png_names
@@ -19,6 +21,12 @@ from sam3lora.evaluation.report.dense_page import render_dense_report
 
 from ...model.dense.dense_cases import CLASSES, write_dense
 from ..splits import HEIGHT, WIDTH, write_split
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    """The intervals have tests of their own."""
+    monkeypatch.setattr(dense_run, "measure_dense", functools.partial(dense_run.measure_dense, num_resamples=5))
 
 
 @pytest.fixture(scope="module")
