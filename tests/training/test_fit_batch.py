@@ -188,14 +188,14 @@ class MeasuredBackward:
 def test_graphs_are_given_up_where_nothing_fits_beside_them(pretend_gpu):
     # A unit for each prompt at a time, and three for graphs.
     def choose(allowed):
-        staged, tried = SimpleNamespace(give_up_graphs=lambda: kept.pop() if kept else False), []
+        runner, tried = SimpleNamespace(give_up_graphs=lambda: kept.pop() if kept else False), []
 
         def backward(num_images, max_prompts):
             pretend_gpu["peak"] = max_prompts + (3 if kept else 0)
             tried.append((max_prompts, bool(kept)))
 
         kept = [True]
-        backward = MeasuredBackward(backward, SimpleNamespace(staged=staged))
+        backward = MeasuredBackward(backward, runner)
         return fit_batch._fitting_on_gpu(backward, [1], [1, 2, 4], allowed), tried
 
     assert choose(7) == ((1, 4), [(4, True)])

@@ -16,7 +16,7 @@ from jobs.bench.recorded_graphs import RecordingCapturer
 from sam3lora.errors import OutOfMemory
 from sam3lora.losses import Criterion
 from sam3lora.training import setup
-from sam3lora.training.costliest_batch import CostliestBackward
+from sam3lora.training.costliest_batch import CostliestPrompts
 from sam3lora.training.graphs.gradient_graphs import GradientGraphs
 from sam3lora.training.graphs.graphed_sam3 import GraphedCosts, GraphedSam3
 from sam3lora.training.trainer import Trainer
@@ -116,7 +116,7 @@ def test_what_does_not_fit_without_graphs_either_is_told(trainer, monkeypatch):
 
 
 def test_a_trial_that_runs_out_of_memory_leaves_no_graph(trainer, capturer, fill_memory):
-    backward = CostliestBackward(trainer.model, trainer.runner, trainer.data, model_dropout=False)
+    backward = CostliestPrompts(trainer.model, trainer.runner, trainer.data, model_dropout=False)
     fill_memory()
     with pytest.raises(torch.OutOfMemoryError):
         backward(2, trainer.runner.max_prompts)
