@@ -1,6 +1,7 @@
-"""Find prompts in a large number of images, on a Ray cluster or on this machine.
+"""Find prompts in a large number of images, or label their pixels, on a Ray cluster or on this machine.
 
     python jobs/predict.py --input images --prompt crack pothole --weights outputs/run/best --output outputs/labels
+    python jobs/predict.py --input images --weights outputs/dense/best --output outputs/labels
     ray job submit --working-dir . -- python jobs/predict.py --input /shared/images --prompt crack \
         --weights /shared/run/best --output /shared/labels
 
@@ -29,8 +30,10 @@ def main(
     source: Annotated[
         str, typer.Option("--input", metavar="PATH", help="Folder, list of paths (.txt) or COCO file (.json).")
     ],
-    prompt: Annotated[list[str], typer.Option(metavar="A B ...", help="What to look for.")],
     output: Annotated[Path, typer.Option(help="Folder of the results.")],
+    prompt: Annotated[
+        list[str] | None, typer.Option(metavar="A B ...", help="What to look for; nothing with a dense adapter.")
+    ] = None,
     weights: Annotated[str | None, typer.Option(help="Adapter folder; the base model without it.")] = None,
     model: Annotated[str | None, typer.Option(help="Base model; that of the adapter without it.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")] = None,
@@ -45,11 +48,16 @@ def main(
     batch_size: Annotated[int, typer.Option(min=1, help="Images of one vision pass.")] = 4,
     device: Annotated[list[str] | None, typer.Option(metavar="0 1 ...", help="GPUs of this machine, or cpu.")] = None,
     overlays: Annotated[bool, typer.Option("--overlays", help="Draw the results into OUTPUT/overlays.")] = False,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="With a dense adapter: a PNG of probabilities for each class.")
+    ] = False,
     dataset: Annotated[bool, typer.Option(help="Write OUTPUT/dataset, to train on.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite/--resume", help="Start again, or continue.")] = False,
     address: Annotated[str | None, typer.Option(help="Ray cluster; a local Ray otherwise.")] = None,
 ) -> None:
-    """Find prompts in every image of a folder, a list or a COCO file; continue where an earlier run stopped."""
+    """Find prompts in every image of a folder, a list or a COCO file, or label its pixels with a dense adapter.
+
+    The same command continues where an earlier run stopped."""
     use_gpu = None
     if device:
         use_gpu = bool(gpu_indices(device))
@@ -62,13 +70,14 @@ def main(
         summary = predict_batch(
             source,
             output,
-            prompt,
+            prompt or [],
             choice=ModelChoice(model, weights, revision, resolution),
             post=options.post_of(locals()),
             num_workers=num_workers,
             batch_size=batch_size,
             use_gpu=use_gpu,
             overlays=overlays,
+            probabilities=probabilities,
             dataset=dataset,
             overwrite=overwrite,
             address=address,

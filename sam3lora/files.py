@@ -29,6 +29,15 @@ def cache_folder(named: str | None = None) -> Path:
     return Path(named or os.environ.get("SAM3LORA_CACHE") or "~/.cache/sam3lora").expanduser().absolute()
 
 
+def file_name_of(label: str, fallback: str) -> str:
+    """A label as a name for a file: letters, digits, spaces, `-`, `_` and `.` stay; `fallback` if nothing does.
+
+    >>> file_name_of("a/b: c", "model")
+    'a_b_ c'
+    """
+    return "".join(letter if letter.isalnum() or letter in "-_. " else "_" for letter in label).strip(" .") or fallback
+
+
 def write_whole(path: str | Path, content: str | bytes) -> None:
     """Write a file beside `path`, force it to the disk, and rename it to `path`. Text is written as UTF-8.
 

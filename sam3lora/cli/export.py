@@ -89,17 +89,23 @@ def _print_upload(upload: Upload) -> None:
 
 
 def _print_usage(folder: Path) -> None:
-    from sam3lora.model.adapter.metadata import read_metadata
+    from sam3lora.model.adapter.metadata import DENSE, read_metadata
     from sam3lora.model.publish.hub import is_merged_folder
 
-    if is_merged_folder(folder):
+    metadata = read_metadata(folder)
+    if metadata and metadata.task == DENSE:
+        lines = [
+            "from sam3lora import Predictor",
+            f'predictor = Predictor("{metadata.base_model or "BASE_MODEL"}", adapter="{folder}")',
+            'result = predictor.predict_dense("image.jpg")',
+        ]
+    elif is_merged_folder(folder):
         lines = [
             "from transformers import Sam3Model, Sam3Processor",
             f'model = Sam3Model.from_pretrained("{folder}", dtype="float32").eval()',
             f'processor = Sam3Processor.from_pretrained("{folder}")  # see README.md there',
         ]
     else:
-        metadata = read_metadata(folder)
         base = metadata.base_model if metadata else None
         prompt = metadata.prompts[0] if metadata and metadata.prompts else "crack"
         lines = [

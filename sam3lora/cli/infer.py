@@ -1,26 +1,30 @@
-"""`sam3lora infer`: prompts on an image or a folder of images."""
+"""`sam3lora infer`: prompts on an image or a folder of images, or the labels of their pixels."""
 
 from __future__ import annotations
 
-import os
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sam3lora.cli import shared_options as options
-from sam3lora.cli.shared_options import nearest_existing
+from sam3lora.cli.infer_dense import infer_dense, refuse_prompted
+from sam3lora.cli.infer_output import (
+    check_output_of_images,
+    check_writable,
+    print_table,
+    run_with_progress,
+    table_of,
+)
 from sam3lora.cluster import check_job_path
 from sam3lora.errors import UserError
 
 if TYPE_CHECKING:
-    from sam3lora.inference.image_folder import FolderDetections
+    from sam3lora.inference.image_folder import FolderResults
 
 Show = dict[str, bool]
-_SHOWN = 10
 
 
 def infer(
@@ -28,11 +32,15 @@ def infer(
     prompt: Annotated[list[str] | None, typer.Option(metavar="A B ...", help="What to look for.")] = None,
     weights: Annotated[list[Path] | None, typer.Option(metavar="DIR", help="Adapter folder, such as best/.")] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Picture, or folder of pictures (default: output.png, or output).")
+        Path | None,
+        typer.Option(help="Picture, or folder of pictures and labels (default: output.png, or output for folders)."),
     ] = None,
     json: Annotated[
-        Path | None, typer.Option(help="Detections as JSON (default for a folder: results.json in --output).")
+        Path | None, typer.Option(help="Results as JSON (default for a folder: results.json in --output).")
     ] = None,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="With a dense adapter: a PNG of probabilities for each class.")
+    ] = False,
     threshold: options.ThresholdOption = None,
     nms: options.NmsOption = None,
     nms_iou: options.NmsIouOption = None,
@@ -55,13 +63,10 @@ def infer(
     resolution: Annotated[int | None, typer.Option(help="Side of the model's input in pixels.")] = None,
     device: Annotated[list[str] | None, typer.Option(metavar="0", help="GPU, or cpu.")] = None,
 ) -> None:
-    """Find what prompts name in an image, or in every image of a folder.
+    """Find what prompts name in an image, or in every image of a folder. A dense adapter labels each pixel instead.
 
     Example:  sam3lora infer --weights outputs/balanced/best --image photo.jpg --prompt crack pothole
     """
-    boxes, not_meant = _read_boxes("--box", box), _read_boxes("--negative-box", negative_box)
-    if not prompt and not boxes:
-        raise UserError("nothing to look for: add --prompt crack, or --box x0 y0 x1 y1 around an example")
     given = {
         "adapter": _only(weights, "--weights"),
         "model": model,
@@ -69,11 +74,33 @@ def infer(
     }
     given = {name: value for name, value in given.items() if value is not None} | options.post_of(locals())
     settings = _from_config(config, given) | given
+    if is_dense := _is_dense(settings):
+        prompted = {
+            "--prompt": prompt,
+            "--box": box,
+            "--negative-box": negative_box,
+            "--nms": nms,
+            "--nms-iou": nms_iou,
+            "--merge": merge,
+            "--merge-iou": merge_iou,
+            "--max-detections": max_detections,
+            "--boundingbox": boundingbox,
+            "--no-masks": no_masks,
+        }
+        refuse_prompted(prompted, settings["adapter"])
+    elif probabilities:
+        raise UserError("--probabilities has no effect without a dense adapter: leave it out")
+    boxes, not_meant = _read_boxes("--box", box), _read_boxes("--negative-box", negative_box)
+    if not is_dense and not prompt and not boxes:
+        raise UserError("nothing to look for: add --prompt crack, or --box x0 y0 x1 y1 around an example")
     options.check_merge_iou(merge_iou, _merges(settings))
     settings["device"] = _device(_only(device, "--device"))
     for option, path in {"--output": output or "output", "--json": json}.items():
         if path is not None:
             check_job_path(path, option)
+    if is_dense:
+        infer_dense(Path(image), output or Path("output"), json, settings, probabilities=probabilities)
+        return
     show = {"show_masks": not no_masks, "show_boxes": no_masks if boundingbox is None else boundingbox}
     images = Path(image)
     if not images.is_dir():
@@ -99,7 +126,7 @@ def _infer_image(
     settings: dict[str, Any],
 ) -> None:
     from sam3lora.data.images import read_size
-    from sam3lora.inference.image_folder import FolderDetections
+    from sam3lora.inference.image_folder import FolderResults, detections_of
     from sam3lora.inference.predictor import Predictor
     from sam3lora.inference.result_pictures import check_picture_path
 
@@ -107,14 +134,14 @@ def _infer_image(
     check_picture_path(output)
     for path in (output, json):
         if path is not None:
-            _check_writable(path, image)
+            check_writable(path, image)
     predictor = Predictor(**settings)
     started = time.perf_counter()
     results = predictor.predict(image, prompts, boxes, labels, masks=show["show_masks"])
     seconds = time.perf_counter() - started
     predictor.draw(results, output, **show)
-    predictions = FolderDetections({**predictor.settings, "prompts": [result.prompt for result in results]})
-    predictions.add(image.name, results)
+    predictions = FolderResults({**predictor.settings, "prompts": [result.prompt for result in results]})
+    predictions.add(image.name, results[0].size_hw, detections_of(results))
     if json is not None:
         predictions.write(json)
     _print_table(predictions)
@@ -126,50 +153,26 @@ def _infer_folder(
 ) -> None:
     from sam3lora.inference.image_folder import list_images, predict_folder
     from sam3lora.inference.predictor import Predictor
-    from sam3lora.progress import Progress
 
     paths = list_images(folder)
-    if output.suffix and not output.is_dir():
-        raise UserError(f"--image is a folder, so --output must be one too, got {output}")
-    if output.resolve() == folder.resolve():
-        raise UserError(f"--output {output} is the folder of the images: pictures could replace them")
+    check_output_of_images(output, folder)
     for path in (output / paths[0].name, json):
-        _check_writable(path)
+        check_writable(path)
     predictor = Predictor(**settings)
-    started = time.perf_counter()
-    style = "bar" if sys.stderr.isatty() else "off"
-    with Progress(len(paths), style=style, stderr=True, transient=True) as bar:
-        predictions = predict_folder(
-            predictor, paths, prompts, pictures_dir=output, json_path=json, on_done=bar.advance, **show
-        )
-    seconds = time.perf_counter() - started
-    for item in predictions.skipped[:_SHOWN]:
-        typer.echo(item["reason"], err=True)
-    if len(predictions.skipped) > _SHOWN:
-        typer.echo(f"... and {len(predictions.skipped) - _SHOWN} more, listed in {json}", err=True)
-    num_read, num_skipped = len(predictions.images), len(predictions.skipped)
-    if not num_read and not predictions.interrupted:
-        raise UserError(f"none of the {num_skipped} images in {folder} could be read")
-    _print_table(predictions)
-    skipped = f", {num_skipped} could not be read" if num_skipped else ""
-    typer.echo(f"{num_read} of {len(paths)} images in {seconds:.1f} s{skipped}; pictures: {output}; detections: {json}")
-    if predictions.interrupted:
-        typer.echo("interrupted: the images before are done", err=True)
-        raise KeyboardInterrupt
+
+    def run(on_done: Callable[[], None]) -> FolderResults:
+        return predict_folder(predictor, paths, prompts, pictures_dir=output, json_path=json, on_done=on_done, **show)
+
+    run_with_progress(
+        len(paths), run, source=folder, written=f"pictures: {output}; detections", json=json, tell=_print_table
+    )
 
 
-def _print_table(predictions: FolderDetections) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _print_table(predictions: FolderResults) -> None:
     from rich.text import Text
 
     settings = predictions.settings
-    adapter = f"adapter {settings['adapter']}" if settings["adapter"] else "no adapter"
-    table = Table(
-        "prompt", title=f"{settings['model']} at {settings['resolution']} px, {adapter}", title_justify="left"
-    )
-    for name in ("found", "in images", "best score", "presence"):
-        table.add_column(name, justify="right")
+    table = table_of(settings, "prompt", "found", "in images", "best score", "presence")
     for number, prompt in enumerate(settings["prompts"]):
         results = [image["results"][number] for image in predictions.images]
         found = sum(result["num_detections"] for result in results)
@@ -178,9 +181,17 @@ def _print_table(predictions: FolderDetections) -> None:
         presence = max((result["presence"] for result in results), default=0.0)
         best = f"{max(scores):.2f}" if scores else "-"
         table.add_row(Text(prompt), str(found), f"{num_images} of {len(results)}", best, f"{presence:.2f}")
-    Console(markup=False, emoji=False).print(table)
+    print_table(table)
     if not any(result["num_detections"] for image in predictions.images for result in image["results"]):
         typer.echo(f"nothing scored {settings['threshold']:g} or more: try a lower --threshold")
+
+
+def _is_dense(settings: dict[str, Any]) -> bool:
+    if settings.get("adapter") is None:
+        return False
+    from sam3lora.model.adapter.metadata import is_dense_folder
+
+    return is_dense_folder(settings["adapter"])
 
 
 def _merges(settings: dict[str, Any]) -> bool:
@@ -199,7 +210,11 @@ def _from_config(source: str | None, given: dict[str, Any]) -> dict[str, Any]:
     from sam3lora.model.adapter.metadata import read_metadata
 
     config = load_config(source)
-    values: dict[str, Any] = options.written_post(config)
+    values: dict[str, Any]
+    if config.task == "dense":
+        values = {"threshold": config.dense.threshold} if "threshold" in config.dense.model_fields_set else {}
+    else:
+        values = options.written_post(config)
     best = Path(config.output.output_dir) / "best"
     if "adapter" not in given and best.is_dir():
         values["adapter"] = best
@@ -242,14 +257,3 @@ def _device(name: str | None) -> str | None:
             "from 0"
         ) from None
     return device
-
-
-def _check_writable(path: Path, image: Path | None = None) -> None:
-    """Said before the model is loaded."""
-    folder = nearest_existing(path.absolute().parent)
-    if path.is_dir():
-        raise UserError(f"cannot write {path}: it is a folder, name a file in it")
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(f"cannot write {path}: {folder} is no folder that can be written to")
-    if image is not None and path.resolve() == image.resolve():
-        raise UserError(f"{path} is the image itself: choose another file")

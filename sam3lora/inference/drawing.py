@@ -30,7 +30,7 @@ PALETTE_RGB: tuple[Rgb, ...] = (
 
 MIN_SIDE_PX = 440  # smaller images are enlarged, so that labels can be read
 _FILL = 0.38
-_FONT = cv2.FONT_HERSHEY_SIMPLEX
+FONT = cv2.FONT_HERSHEY_SIMPLEX
 _WHITE: Rgb = (255, 255, 255)
 
 
@@ -96,10 +96,8 @@ def draw_instances(
     Returns:
         uint8 (k H, k W, 3), RGB; k is 1 for large images.
     """
-    # The smallest whole factor, at most 4, that brings the shorter side to `min_side`.
-    factor = min(4, max(1, -(-min_side // max(1, min(image_HW3.shape[:2])))))
-    height, width = (side * factor for side in image_HW3.shape[:2])
-    canvas = cv2.resize(image_HW3, (width, height), interpolation=cv2.INTER_CUBIC) if factor > 1 else image_HW3.copy()
+    canvas, factor = enlarge(image_HW3, min_side)
+    height, width = canvas.shape[:2]
     colours = _as_list(colours_rgb)
     stroke = max(2, round(min(height, width) / 300))
     order = list(enumerate(instances))[::-1]
@@ -111,7 +109,7 @@ def draw_instances(
             left, top, mask = _enlarge_window(*window, factor)
             place = (left, top)
             outlines[number] = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE, offset=place)[0]
-            _fill(canvas[top : top + len(mask), left : left + mask.shape[1]], mask, colour)
+            tint(canvas[top : top + len(mask), left : left + mask.shape[1]], mask, colour)
     for number, instance in order:
         colour = colours[number % len(colours)]
         cv2.drawContours(canvas, outlines.get(number, ()), -1, _WHITE, stroke + 2, cv2.LINE_AA)
@@ -122,6 +120,15 @@ def draw_instances(
     if show_labels:
         _draw_labels(canvas, instances, colours, factor)
     return canvas
+
+
+def enlarge(image_HW3: np.ndarray, min_side: int = MIN_SIDE_PX) -> tuple[np.ndarray, int]:
+    """A copy to draw on, and its whole factor, at most 4, that brings the shorter side to `min_side`."""
+    factor = min(4, max(1, -(-min_side // max(1, min(image_HW3.shape[:2])))))
+    height, width = (side * factor for side in image_HW3.shape[:2])
+    if factor == 1:
+        return image_HW3.copy(), factor
+    return cv2.resize(image_HW3, (width, height), interpolation=cv2.INTER_CUBIC), factor
 
 
 def encode_image(image_HW3: np.ndarray, extension: str = ".jpg", quality: int = 85) -> bytes:
@@ -147,16 +154,16 @@ def _enlarge_window(x: int, y: int, mask: np.ndarray, factor: int) -> tuple[int,
     return x * factor, y * factor, np.ascontiguousarray(inner >= 0.5, dtype=np.uint8)
 
 
-def _fill(window: np.ndarray, mask: np.ndarray, colour: Rgb) -> None:
-    """Tint a view of the canvas under a mask of its size."""
-    tinted = cv2.addWeighted(window, 1 - _FILL, np.full_like(window, colour), _FILL, 0)
+def tint(window: np.ndarray, mask: np.ndarray, colour: Rgb, fill: float = _FILL) -> None:
+    """Tint a view of the canvas under a mask of its size, uint8 0 or 1; `fill` is the share of the colour."""
+    tinted = cv2.addWeighted(window, 1 - fill, np.full_like(window, colour), fill, 0)
     cv2.copyTo(tinted, mask, window)
 
 
-def _text_size(text: str, scale: float, stroke: int) -> tuple[int, int, int]:
+def text_size(text: str, scale: float, stroke: int) -> tuple[int, int, int]:
     """Width, height and descent; the last two do not depend on the letters, so that tags are equally high."""
-    (_, height), descent = cv2.getTextSize("Aghy", _FONT, scale, stroke)
-    return cv2.getTextSize(text, _FONT, scale, stroke)[0][0], height, descent
+    (_, height), descent = cv2.getTextSize("Aghy", FONT, scale, stroke)
+    return cv2.getTextSize(text, FONT, scale, stroke)[0][0], height, descent
 
 
 def _draw_labels(canvas: np.ndarray, instances: Sequence[Marked], colours: list[Rgb], factor: int) -> None:
@@ -169,7 +176,7 @@ def _draw_labels(canvas: np.ndarray, instances: Sequence[Marked], colours: list[
         anchor = _anchor(instance)
         if anchor is None or not instance.label:
             continue
-        text_w, text_h, descent = _text_size(instance.label, scale, stroke)
+        text_w, text_h, descent = text_size(instance.label, scale, stroke)
         pad = max(3, round(4 * scale))
         tag_w, tag_h = text_w + 2 * pad, text_h + descent + 2 * pad
         left = int(np.clip(anchor[0] * factor - tag_w / 2, 0, max(0, width - tag_w)))
@@ -179,7 +186,7 @@ def _draw_labels(canvas: np.ndarray, instances: Sequence[Marked], colours: list[
         colour = colours[number % len(colours)]
         cv2.rectangle(canvas, (left, top), (left + tag_w - 1, top + tag_h - 1), colour, -1)
         baseline = (left + pad, top + pad + text_h)
-        cv2.putText(canvas, instance.label, baseline, _FONT, scale, _WHITE, stroke, cv2.LINE_AA)
+        cv2.putText(canvas, instance.label, baseline, FONT, scale, _WHITE, stroke, cv2.LINE_AA)
 
 
 def _anchor(instance: Marked) -> tuple[float, float] | None:

@@ -1,4 +1,4 @@
-"""Prompts on all images of a folder in one process: a picture of each, and one JSON file.
+"""All images of a folder in one process: pictures of each, and one JSON file.
 
 For tens of thousands of images or several GPUs use the batch job (`inference.batch`).
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,13 @@ from sam3lora.inference.predictor import Predictor
 
 
 @dataclass
-class FolderDetections:
-    """The JSON file of some images' detections.
+class FolderResults:
+    """The JSON file of some images' results.
 
     Attributes:
-        settings: `Predictor.settings` and the prompts.
-        images: For each image `file_name`, `width`, `height` and `results`, see `Detections.to_dict`.
+        settings: `Predictor.settings`, and the prompts if there are any.
+        images: For each image `file_name`, `width`, `height` and what was found: `results`, see `Detections.to_dict`,
+            or what `DenseFiles.write` returns.
         skipped: For each image that could not be read `file_name` and `reason`.
         interrupted: Whether Ctrl-C stopped it before the last image.
     """
@@ -35,10 +36,9 @@ class FolderDetections:
     skipped: list[dict[str, str]] = field(default_factory=list)
     interrupted: bool = False
 
-    def add(self, file_name: str, results: Sequence[Detections]) -> None:
-        height, width = results[0].size_hw
-        found = [result.to_dict() for result in results]
-        self.images.append({"file_name": file_name, "width": width, "height": height, "results": found})
+    def add(self, file_name: str, size_hw: tuple[int, int], found: Mapping[str, Any]) -> None:
+        height, width = size_hw
+        self.images.append({"file_name": file_name, "width": width, "height": height, **found})
 
     def write(self, path: str | Path) -> None:
         """Write the file whole or not at all.
@@ -73,14 +73,14 @@ def list_images(folder: str | Path) -> list[Path]:
     return images
 
 
-def picture_names(paths: Sequence[Path]) -> list[str]:
-    """A file name for the picture of each image: `a.jpg` for `a.tif`, or `a.tif.jpg` if there is another `a`.
+def result_names(paths: Sequence[Path]) -> list[str]:
+    """A name without a suffix for the results of each image: `a` for `a.tif`, or `a.tif` if there is another `a`.
 
-    >>> picture_names([Path("a.tif"), Path("b.jpg"), Path("b.png")])
-    ['a.jpg', 'b.jpg.jpg', 'b.png.jpg']
+    >>> result_names([Path("a.tif"), Path("b.jpg"), Path("b.png")])
+    ['a', 'b.jpg', 'b.png']
     """
     stems = Counter(path.stem.casefold() for path in paths)
-    return [f"{path.stem if stems[path.stem.casefold()] == 1 else path.name}.jpg" for path in paths]
+    return [path.stem if stems[path.stem.casefold()] == 1 else path.name for path in paths]
 
 
 def predict_folder(
@@ -93,30 +93,61 @@ def predict_folder(
     show_boxes: bool = False,
     show_masks: bool = True,
     on_done: Callable[[], None] = lambda: None,
-) -> FolderDetections:
-    """Ask every image for the prompts, draw the detections, and write them all to one JSON file.
+) -> FolderResults:
+    """Ask every image for the prompts, draw the detections, and write them all to one JSON file; see `ask_each`.
 
-    An image that cannot be read is listed as skipped. If anything stops the run, the JSON file still holds the images
-    done so far; Ctrl-C ends the run normally. Without `show_masks` the file has no masks either. `on_done` is called
-    after each image.
+    Without `show_masks` the file has no masks either.
 
     Raises:
         UserError: An empty or too long prompt, or a file that cannot be written.
     """
-    predictions = FolderDetections({**predictor.settings, "prompts": list(prompts)})
+
+    def ask(path: Path, name: str) -> tuple[tuple[int, int], dict[str, Any]]:
+        results = predictor.predict(path, prompts, masks=show_masks)
+        predictor.draw(results, pictures_dir / f"{name}.jpg", show_boxes=show_boxes, show_masks=show_masks)
+        return results[0].size_hw, detections_of(results)
+
+    settings = {**predictor.settings, "prompts": list(prompts)}
+    return ask_each(paths, ask, settings, json_path=json_path, on_done=on_done)
+
+
+def detections_of(results: Sequence[Detections]) -> dict[str, Any]:
+    """What the JSON file holds of the prompts of an image."""
+    return {"results": [result.to_dict() for result in results]}
+
+
+def ask_each(
+    paths: Sequence[Path],
+    ask: Callable[[Path, str], tuple[tuple[int, int], Mapping[str, Any]]],
+    settings: dict[str, Any],
+    *,
+    json_path: Path,
+    on_done: Callable[[], None] = lambda: None,
+) -> FolderResults:
+    """The results of images, one after the other, and their JSON file.
+
+    An image that cannot be read is listed as skipped. If anything stops the run, the JSON file still holds the images
+    done so far; Ctrl-C ends the run normally.
+
+    Args:
+        ask: Gets an image and the name of its results, writes its pictures, and returns its size (height, width) and
+            what the file holds of it.
+        on_done: Called after each image.
+
+    Raises:
+        UserError: The file cannot be written, or `ask` raises it.
+    """
+    results = FolderResults(settings)
     try:
-        for path, picture in zip(paths, picture_names(paths), strict=True):
+        for path, name in zip(paths, result_names(paths), strict=True):
             try:
-                results = predictor.predict(path, prompts, masks=show_masks)
+                results.add(path.name, *ask(path, name))
             except ImageError as error:
-                predictions.skipped.append({"file_name": path.name, "reason": str(error)})
-            else:
-                predictor.draw(results, pictures_dir / picture, show_boxes=show_boxes, show_masks=show_masks)
-                predictions.add(path.name, results)
+                results.skipped.append({"file_name": path.name, "reason": str(error)})
             on_done()
     except KeyboardInterrupt:
-        predictions.interrupted = True
+        results.interrupted = True
     finally:
-        if predictions.images or predictions.skipped:
-            predictions.write(json_path)
-    return predictions
+        if results.images or results.skipped:
+            results.write(json_path)
+    return results

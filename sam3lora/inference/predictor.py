@@ -1,9 +1,9 @@
-"""`Predictor`: a base model with or without an adapter, asked for prompts in Python."""
+"""`Predictor`: a base model with or without an adapter, asked in Python for prompts or for labels of pixels."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -17,7 +17,10 @@ from sam3lora.data.images import read_first_frame, rgb_from_pil
 from sam3lora.engine.adapter_pool import AdapterPool
 from sam3lora.engine.detections import BoxPrompt, Detections
 from sam3lora.errors import UserError
+from sam3lora.inference.dense.predictor import DensePredictor, settings_of
+from sam3lora.inference.dense.result import DenseResult
 from sam3lora.inference.result_pictures import draw_results, write_picture
+from sam3lora.model.adapter.metadata import is_dense_folder, refuse_dense
 
 logger = logging.getLogger(__name__)
 
@@ -28,11 +31,14 @@ _ADAPTER = "adapter"
 
 
 class Predictor:
-    """Finds the objects that prompts name.
+    """Finds the objects that prompts name, or labels each pixel with an adapter of task dense.
 
         predictor = Predictor("tiny", adapter="outputs/run/best")
         results = predictor.predict("image.jpg", prompts=["crack", "pothole"])
         predictor.draw(results, "output.png")
+
+        predictor = Predictor(adapter="outputs/dense/best")
+        predictor.predict_dense("image.jpg").draw("output.png")
 
     Args:
         model: "tiny", a hub id or a folder; None takes the adapter's base, or "tiny".
@@ -45,7 +51,8 @@ class Predictor:
         precision: "float32" or "bfloat16"; None is bfloat16 on a GPU that has it.
         local_files_only: Do not ask the hub.
         post: Fields of `PostProcessing`, such as `threshold=0.3`; the others are as the adapter records them, or the
-            defaults.
+            defaults. An adapter of task dense takes `threshold` alone, and only if its classes do not exclude each
+            other.
 
     Raises:
         UserError: A model or adapter that cannot be loaded or do not belong together, or a value out of range.
@@ -66,22 +73,28 @@ class Predictor:
     ) -> None:
         PostProcessing().changed(**post)  # a value out of range: before the model is loaded, which may take long
         self.adapter = None if adapter is None else Path(adapter).expanduser()
-        self._pool = AdapterPool(
-            model,
-            adapters={} if self.adapter is None else {_ADAPTER: self.adapter},
-            revision=revision,
-            resolution=resolution,
-            geometry_cls=geometry_cls,
-            device=device,
-            precision=precision,
-            local_files_only=local_files_only,
-        )
+        options: dict[str, Any] = {
+            "revision": revision,
+            "resolution": resolution,
+            "device": device,
+            "precision": precision,
+            "local_files_only": local_files_only,
+        }
+        self._dense: DensePredictor | None = None
+        if self.adapter is not None and is_dense_folder(self.adapter):
+            settings = settings_of(self.adapter, {**post, "geometry_cls": geometry_cls})
+            self._dense = DensePredictor(self.adapter, model, settings=settings, **options)
+            return
+        adapters = {} if self.adapter is None else {_ADAPTER: self.adapter}
+        self._pool = AdapterPool(model, adapters=adapters, geometry_cls=geometry_cls, **options)
         self._label = None if self.adapter is None else _ADAPTER
         self.post = self._pool.recorded(self._label).changed(**post)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Model and post-processing, as JSON values."""
+        """Model and post-processing, or classes of a dense adapter, as JSON values."""
+        if self._dense is not None:
+            return self._dense.describe()
         base = self._pool.base
         return {
             "model": base.name,
@@ -133,13 +146,32 @@ class Predictor:
             ImageError: An image cannot be read.
             UserError: As `predict`.
         """
-        if batch_size < 1:
-            raise UserError(f"batch_size must be positive, got {batch_size}")
         results: list[list[Detections]] = []
-        for start in range(0, len(images), batch_size):
-            batch = [_load(image) for image in images[start : start + batch_size]]
+        for batch in _batches(images, batch_size):
             results += self._ask(batch, prompts, None, None, masks)
         return results
+
+    def predict_dense(self, image: ImageSource) -> DenseResult:
+        """Label each pixel of an image, which is read as by `predict`.
+
+        Raises:
+            ImageError: The image cannot be read.
+            UserError: The adapter is not of task dense, or memory runs out.
+        """
+        return self.predict_dense_many([image])[0]
+
+    def predict_dense_many(self, images: Sequence[ImageSource], *, batch_size: int = 4) -> list[DenseResult]:
+        """Label each pixel of several images, `batch_size` images at a time; every result holds on to its image.
+
+        Raises:
+            ImageError: An image cannot be read.
+            UserError: As `predict_dense`.
+        """
+        if self._dense is None:
+            raise UserError(
+                f"{self.adapter or 'the base model'} is not of task dense: it finds the objects of prompts. Use predict"
+            )
+        return [result for batch in _batches(images, batch_size) for result in self._dense.predict(batch)]
 
     def draw(
         self,
@@ -168,6 +200,8 @@ class Predictor:
         box_labels: Sequence[int] | None,
         masks: bool,
     ) -> list[list[Detections]]:
+        if self._dense is not None:
+            refuse_dense(self._dense.engine.metadata, self._dense.folder)
         exemplars = _exemplars(boxes, box_labels)
         asked = [prompts] if isinstance(prompts, str) else list(prompts or ())
         if not asked and not exemplars:
@@ -179,6 +213,13 @@ class Predictor:
             for detections in of_image:
                 detections.image_HW3 = image_HW3
         return found
+
+
+def _batches(images: Sequence[ImageSource], size: int) -> Iterator[list[np.ndarray]]:
+    if size < 1:
+        raise UserError(f"batch_size must be positive, got {size}")
+    for start in range(0, len(images), size):
+        yield [_load(image) for image in images[start : start + size]]
 
 
 def _load(image: ImageSource) -> np.ndarray:

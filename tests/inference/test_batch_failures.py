@@ -44,7 +44,7 @@ def shard(small_base: Path, tmp_path: Path):
 
 def fail(monkeypatch, worker: ShardWorker, error: Exception, *, above: int = 99, white: bool = False) -> list[int]:
     """The model raises for more images than `above`, or for a batch with the white one. Returns the sizes asked."""
-    detect, sizes = worker._pool.detect, []
+    detect, sizes = worker._asker.pool.detect, []
 
     def failing(images, *args, **options):
         sizes.append(len(images))
@@ -52,7 +52,7 @@ def fail(monkeypatch, worker: ShardWorker, error: Exception, *, above: int = 99,
             raise error
         return detect(images, *args, **options)
 
-    monkeypatch.setattr(worker._pool, "detect", failing)
+    monkeypatch.setattr(worker._asker.pool, "detect", failing)
     return sizes
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from sam3lora import Predictor
 from sam3lora.errors import UserError
-from sam3lora.inference.image_folder import list_images, picture_names, predict_folder
+from sam3lora.inference.image_folder import list_images, predict_folder, result_names
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +49,9 @@ def test_images_are_told_by_their_endings(images):
 
 def test_two_images_never_share_a_picture():
     paths = [Path(name) for name in ("a.jpg", "A.png", "b.tif", "c.d.png")]
-    names = picture_names(paths)
-    assert names == ["a.jpg.jpg", "A.png.jpg", "b.jpg", "c.d.jpg"]
-    assert picture_names([]) == []
+    names = result_names(paths)
+    assert names == ["a.jpg", "A.png", "b", "c.d"]
+    assert result_names([]) == []
 
 
 def run(predictor: Predictor, images: Path, output: Path, **options):

@@ -19,6 +19,7 @@ from PIL import Image
 from sam3lora.data.convert.labelled_set import LabelledImage, LabelledSet, read_names
 from sam3lora.data.convert.layout import find_pairs, image_files, key_in, open_image, place_images
 from sam3lora.data.faults import FaultLog
+from sam3lora.data.label_palette import palette_image
 from sam3lora.data.rle import encode_rle
 from sam3lora.data.split_files import WHOLE
 from sam3lora.errors import UserError
@@ -195,8 +196,7 @@ def write_masks(labelled: LabelledSet, folder: Path, log: FaultLog, *, instances
                 picture = Image.fromarray(canvas_HW.astype(np.uint16))
             else:
                 values = [labelled.categories.index(thing.category) + 1 for thing in image.objects]
-                picture = Image.fromarray(_paint(image, values, log).astype(np.uint8)).convert("P")
-                picture.putpalette(_palette())
+                picture = palette_image(_paint(image, values, log).astype(np.uint8))
             picture.save(masks / f"{path.stem}.png")
     (folder / NAMES_FILE).write_text("".join(f"{name}\n" for name in labelled.categories), encoding="utf-8")
 
@@ -238,10 +238,3 @@ def _paint(image: LabelledImage, values: list[int], log: FaultLog) -> np.ndarray
         elif visible.mean() < 0.9:
             log.add("covered", where)
     return canvas_HW
-
-
-def _palette() -> list[int]:
-    """Colours of the Pascal VOC palette: the bits of the value go to red, green and blue in turn."""
-    values = np.arange(256)
-    channels = [sum(((values >> (3 * bit + channel)) & 1) << (7 - bit) for bit in range(3)) for channel in range(3)]
-    return np.stack(channels, axis=1).ravel().tolist()

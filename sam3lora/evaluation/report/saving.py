@@ -17,7 +17,7 @@ from sam3lora.errors import UserError
 from sam3lora.evaluation.metrics.comparison import differences_to_base
 from sam3lora.evaluation.metrics.measure import SplitMetrics
 from sam3lora.evaluation.report.pictures import threshold_texts
-from sam3lora.files import write_whole
+from sam3lora.files import file_name_of, write_whole
 from sam3lora.local_paths import refuse_bad_path
 
 _SHOWN = {
@@ -42,7 +42,7 @@ def save_validation(results: Sequence[SplitMetrics], output: str | Path, console
         _write_model(results[0], folder)
     else:
         for metrics in results:
-            _write_model(metrics, _make_folder(folder / _file_name(metrics.label)))
+            _write_model(metrics, _make_folder(folder / file_name_of(metrics.label, "model")))
         _write_json(folder / "metrics.json", {"models": {metrics.label: metrics.to_dict() for metrics in results}})
     report = folder / "report.html"
     _write(report, render_validation_report(results))
@@ -59,7 +59,7 @@ def compare_and_save(
     folder = _make_folder(output)
     results = [base, *adapters]
     for metrics in results:
-        _write_model(metrics, _make_folder(folder / _file_name(metrics.label)))
+        _write_model(metrics, _make_folder(folder / file_name_of(metrics.label, "model")))
     differences = differences_to_base(base, adapters)
     listed = {label: {name: vars(one) for name, one in found.items()} for label, found in differences.items()}
     models = {metrics.label: metrics.to_dict() for metrics in results}
@@ -78,7 +78,7 @@ def write_results(results: Mapping[str, Sequence[Mapping[str, Any]]], output: st
     folder = _make_folder(output)
     files = {}
     for label, entries in results.items():
-        of_model = folder if len(results) == 1 else _make_folder(folder / _file_name(label))
+        of_model = folder if len(results) == 1 else _make_folder(folder / file_name_of(label, "model"))
         files[label] = of_model / "predictions.json"
         _write_json(files[label], entries, indent=None)
     return files
@@ -156,10 +156,6 @@ def _told(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror}): choose another --output") from None
-
-
-def _file_name(label: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "-_. " else "_" for letter in label).strip(" .") or "model"
 
 
 def _print(results: Sequence[SplitMetrics], report: Path, console: Console | None) -> None:

@@ -1,4 +1,5 @@
-"""Prompts on very many images: Ray Data hands shards of them to model replicas, finished parts survive any crash.
+"""Prompts, or labels of pixels, on very many images: Ray Data hands shards of them to model replicas, and finished
+parts survive any crash.
 
 list the images -> leave out what finished parts hold -> shards -> replicas write parts -> merge
 """
@@ -25,9 +26,12 @@ from sam3lora.inference.batch.image_list import ImageSource, choose_categories, 
 from sam3lora.inference.batch.merge import write_bad_images, write_dataset, write_predictions
 from sam3lora.inference.batch.output_folder import BAD_IMAGES, DATASET, PREDICTIONS, open_output, read_parts
 from sam3lora.inference.batch.worker import ModelChoice, ShardWorker, WorkerSettings
+from sam3lora.inference.dense.predictor import settings_of
 from sam3lora.local_paths import absolute_base, refuse_bad_path
 from sam3lora.model.adapter.folder import CONFIG_FILE, WEIGHTS_FILE, is_adapter_folder, read_metadata
-from sam3lora.model.adapter.metadata import recorded_post_processing
+from sam3lora.model.adapter.folder_files import HEAD_FILE
+from sam3lora.model.adapter.metadata import is_dense_folder, recorded_post_processing
+from sam3lora.model.dense.settings import DenseSettings
 from sam3lora.progress import Progress
 
 _BATCHES_PER_SHARD = 4  # what is done again after a crash, against the number of files
@@ -51,13 +55,13 @@ class BatchSummary:
     num_detections: int
     seconds: float
     bad_images: list[dict[str, Any]] = field(repr=False)
+    found: str = "detections"
 
     def in_words(self) -> str:
         """The summary as lines for people; at most ten bad images are named."""
         good = self.num_images - len(self.bad_images)
-        lines = [
-            f"{good} of {self.num_images} images, {self.num_detections} detections, {self.seconds:.0f} s: {self.output}"
-        ]
+        found = f"{self.num_detections} {self.found}"
+        lines = [f"{good} of {self.num_images} images, {found}, {self.seconds:.0f} s: {self.output}"]
         if self.bad_images:
             lines += [f"{len(self.bad_images)} gave no result, see {self.output / BAD_IMAGES}:"]
             lines += [f"  {bad['file_name']}: {bad['reason']}" for bad in self.bad_images[:10]]
@@ -67,7 +71,7 @@ class BatchSummary:
 def predict_batch(
     source: str | Path,
     output: str | Path,
-    prompts: Sequence[str],
+    prompts: Sequence[str] = (),
     *,
     choice: ModelChoice | None = None,
     post: PostProcessingOptions | None = None,
@@ -75,24 +79,30 @@ def predict_batch(
     batch_size: int = 4,
     use_gpu: bool | None = None,
     overlays: bool = False,
+    probabilities: bool = False,
     dataset: bool = True,
     overwrite: bool = False,
     address: str | None = None,
     progress: bool = True,
 ) -> BatchSummary:
-    """Ask the prompts of every image, on as many machines as the cluster has; go on where an earlier start stopped.
+    """Ask every image for the prompts, on as many machines as the cluster has; go on where an earlier start stopped.
 
     ``output`` then holds `predictions.json` (COCO results), `bad_images.json`, and `dataset/train`, the results as
     labels to check and train on. Images that an earlier start has finished are not done again, bad ones are.
 
+    A dense folder is asked for the label of each pixel instead: `output` gets the files of `DenseFiles` as well, and
+    the results are one for each foreground class of an image.
+
     Args:
         source: A folder, a list of paths (.txt) or a COCO file (.json).
-        prompts: The categories of the results, in this order.
+        prompts: The categories of the results, in this order; none with a dense folder.
         choice: Model and adapter; None takes the built-in tiny model.
-        post: Fields of `PostProcessing`; the others are as the adapter records them, or the defaults.
+        post: Fields of `PostProcessing`; the others are as the adapter records them, or the defaults. A dense folder
+            takes what `settings_of` says.
         num_workers: Model replicas; None takes one for each GPU, or one for every 4 CPUs.
         use_gpu: None takes GPUs if the cluster has any.
         overlays: Draw the results into `output/overlays`.
+        probabilities: Write those of a dense folder's classes into `output/probabilities`.
         overwrite: Remove an earlier run in `output` first.
         address: Ray cluster; None joins the one that runs here or in RAY_ADDRESS, else starts a local one.
 
@@ -105,12 +115,15 @@ def predict_batch(
     if batch_size < 1 or (num_workers is not None and num_workers < 1):
         raise UserError(f"batch_size and num_workers must be positive, got {batch_size} and {num_workers}")
     source, output, choice = _absolute(source, output, choice or ModelChoice())
-    identity, settled = _identity(choice, post or {})
+    dense = _dense_settings(choice, post or {}, prompts, probabilities)
+    identity, settled = _identity(choice, post or {}, dense)
     images, known, faults = list_images(source, leave_out=output)
-    categories = choose_categories(prompts, known)
+    categories = choose_categories(prompts if dense is None else dense.foreground, known)
     for line in fault_lines(faults) if progress else ():
         print(line, flush=True)
     identity |= {"categories": categories, "overlays": overlays}
+    if dense is not None:
+        identity["probabilities"] = probabilities
     with open_output(output, identity, overwrite=overwrite):
         before = read_parts(output)
         pending = [image for image in images if image.path not in before.places or image.path in before.errors]
@@ -127,6 +140,8 @@ def predict_batch(
                 batch_size=batch_size,
                 overlays=overlays,
                 base_fingerprint=before.base_fingerprint,
+                dense=dense,
+                probabilities=probabilities,
             )
             # Else Ray warns on stderr of the way in which Ray Data hands its actors their arguments.
             os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
@@ -152,7 +167,8 @@ def predict_batch(
         if dataset:
             write_dataset(output / DATASET, images, finished, categories)
         seconds = time.monotonic() - started
-        return BatchSummary(output, len(images), len(images) - len(pending), num_detections, seconds, bad_images)
+        found = "detections" if dense is None else "regions, one for each class of an image"
+        return BatchSummary(output, len(images), len(images) - len(pending), num_detections, seconds, bad_images, found)
 
 
 def _run(
@@ -227,7 +243,22 @@ def _absolute(source: str | Path, output: str | Path, choice: ModelChoice) -> tu
     return resolved[0], resolved[1], replace(choice, adapter=adapter, model=model)
 
 
-def _identity(choice: ModelChoice, post: PostProcessingOptions) -> tuple[dict[str, Any], PostProcessing]:
+def _dense_settings(
+    choice: ModelChoice, post: PostProcessingOptions, prompts: Sequence[str], probabilities: bool
+) -> DenseSettings | None:
+    """Those of a dense folder; None where prompts are asked."""
+    if choice.adapter is None or not is_dense_folder(choice.adapter):
+        if probabilities:
+            raise UserError("--probabilities has no effect without a dense adapter: leave it out")
+        return None
+    if prompts:
+        raise UserError(f"--prompt has no effect with {choice.adapter}, which labels each pixel: leave it out")
+    return settings_of(choice.adapter, post)
+
+
+def _identity(
+    choice: ModelChoice, post: PostProcessingOptions, dense: DenseSettings | None
+) -> tuple[dict[str, Any], PostProcessing]:
     """The settings that decide the results, as JSON values (parts of runs that differ in them do not go together), and
     the post-processing among them."""
     metadata = digest = None
@@ -236,16 +267,19 @@ def _identity(choice: ModelChoice, post: PostProcessingOptions) -> tuple[dict[st
         if not is_adapter_folder(folder):
             raise UserError(f"--weights {folder} is no adapter folder: expected {CONFIG_FILE} and {WEIGHTS_FILE} in it")
         metadata = read_metadata(folder)
-        files = (folder / name for name in (CONFIG_FILE, WEIGHTS_FILE))
+        names = (CONFIG_FILE, WEIGHTS_FILE) if dense is None else (CONFIG_FILE, WEIGHTS_FILE, HEAD_FILE)
+        files = [folder / name for name in names if (folder / name).is_file()]
         digest = hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()[:16]
-    settled = recorded_post_processing(metadata).changed(**post)
-    return {
+    model = {
         "model": choice.model or (metadata and metadata.base_model) or "tiny",
         "revision": choice.revision,
         "resolution": choice.resolution,
         "adapter": digest,
-        **settled.model_dump(mode="json"),
-    }, settled
+    }
+    if dense is not None:
+        return model | {"dense": dense.to_dict()}, PostProcessing()
+    settled = recorded_post_processing(metadata).changed(**post)
+    return model | settled.model_dump(mode="json"), settled
 
 
 @contextlib.contextmanager

@@ -19,10 +19,11 @@ from typing import Any, NamedTuple, TextIO
 from sam3lora.errors import UserError
 from sam3lora.files import remove
 from sam3lora.folder_lock import LOCK_FILE, locked_folder
+from sam3lora.inference.dense.files import LABELS, OVERLAYS, PROBABILITIES
 
-MANIFEST, PARTS, OVERLAYS = "batch.json", "parts", "overlays"
+MANIFEST, PARTS = "batch.json", "parts"
 PREDICTIONS, BAD_IMAGES, DATASET = "predictions.json", "bad_images.json", "dataset"
-_RESULTS = (PARTS, OVERLAYS, PREDICTIONS, BAD_IMAGES, DATASET)
+_RESULTS = (PARTS, LABELS, OVERLAYS, PROBABILITIES, PREDICTIONS, BAD_IMAGES, DATASET)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import socket
@@ -21,17 +20,14 @@ import torch
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.data.ids import IdKey
 from sam3lora.data.images import ImageError, read_image
-from sam3lora.engine.adapter_pool import AdapterPool
-from sam3lora.engine.detections import Detections
 from sam3lora.engine.device import is_device_error, is_out_of_memory
 from sam3lora.engine.halving import run_in_halves
 from sam3lora.errors import UserError
+from sam3lora.inference.batch.askers import load_asker
 from sam3lora.inference.batch.image_list import ImageSource
-from sam3lora.inference.batch.output_folder import MANIFEST, OVERLAYS, count_tries, part_path, read_part, write_part
-from sam3lora.inference.drawing import draw_instances, encode_image, mark_coco
-from sam3lora.model.tokenization import tokenize
+from sam3lora.inference.batch.output_folder import MANIFEST, count_tries, part_path, read_part, write_part
+from sam3lora.model.dense.settings import DenseSettings
 
-_ADAPTER = "adapter"
 _TRIES = 3  # of a shard: one that kills its worker would be tried without end
 
 
@@ -52,7 +48,9 @@ class WorkerSettings:
     Attributes:
         output, input_root: Folders that every worker must see.
         run: Tells this start from earlier ones.
-        categories: Prompt -> category id.
+        categories: Prompt, or foreground class -> category id.
+        dense: Of a dense folder, with the threshold that counts; the categories are then its foreground classes, and
+            ``post`` plays no part. None asks for prompts.
         batch_size: Images of one vision pass.
         base_fingerprint: Of the base model that earlier parts came from; None before there are any.
     """
@@ -66,6 +64,8 @@ class WorkerSettings:
     batch_size: int
     overlays: bool
     base_fingerprint: str | None
+    dense: DenseSettings | None = None
+    probabilities: bool = False
     device: str = "cpu"
     num_threads: int = 1
 
@@ -85,7 +85,7 @@ class ShardWorker:
         self._readers = ThreadPoolExecutor(settings.num_threads)
         try:
             self._check_folders()
-            self._pool = _load(settings)
+            self._asker = load_asker(settings)
         except UserError as error:
             self._mistake = str(error)
 
@@ -108,7 +108,7 @@ class ShardWorker:
             return counts | {"failure": f"{_TRIES} workers died while they were busy with one of {names}"}
         else:
             records = list(self._records(sources))
-            write_part(path, self._pool.base.fingerprint, records)
+            write_part(path, self._asker.base.fingerprint, records)
         return counts | {"num_images": len(records), "num_bad": sum("error" in record for record in records)}
 
     def _check_folders(self) -> None:
@@ -120,30 +120,22 @@ class ShardWorker:
                 )
 
     def _records(self, sources: Sequence[ImageSource]) -> Iterator[dict[str, Any]]:
-        settings = self._settings
-        prompts, adapter = list(settings.categories), settings.choice.adapter and _ADAPTER
         for batch in self._batches(sources):
             good = [(source, image) for source, image in batch if isinstance(image, np.ndarray)]
             yield from ({"path": source.path, "error": error} for source, error in batch if isinstance(error, str))
-            asked = functools.partial(self._ask, prompts=prompts, adapter=adapter)
-            found = (
-                run_in_halves(asked, [image for _, image in good], lambda _: self._pool.free_memory()) if good else []
-            )
-            for (source, image), of_image in zip(good, found, strict=True):
-                if of_image is None or isinstance(of_image, Exception):
-                    yield {"path": source.path, "error": _reason(of_image)}
+            images = [image for _, image in good]
+            found = run_in_halves(self._ask, images, lambda _: self._asker.free_memory()) if good else []
+            for (source, image), answer in zip(good, found, strict=True):
+                if answer is None or isinstance(answer, Exception):
+                    yield {"path": source.path, "error": _reason(answer)}
                     continue
-                detections = [entry for one in of_image for entry in _results(one, settings.categories[one.prompt])]
-                if settings.overlays:
-                    self._draw(source, image, detections)
+                detections = self._asker.results(source, image, answer)
                 yield {"path": source.path, "size_hw": image.shape[:2], "detections": detections}
 
-    def _ask(
-        self, images: list[np.ndarray], *, prompts: list[str], adapter: str | None
-    ) -> Sequence[list[Detections] | Exception] | None:
-        """The detections of each image, or the error of a single one; None if fewer images may succeed."""
+    def _ask(self, images: list[np.ndarray]) -> Sequence[Any] | None:
+        """The answer for each image, or the error of a single one; None if fewer images may succeed."""
         try:
-            return self._pool.detect(images, prompts, adapter=adapter, post=self._settings.post)
+            return self._asker.ask(images)
         except Exception as error:
             if is_device_error(error):
                 end_process(error)
@@ -163,12 +155,6 @@ class ShardWorker:
     def _submit(self, sources: Sequence[ImageSource]) -> list[Future[np.ndarray | str]]:
         return [self._readers.submit(_read, source) for source in sources]
 
-    def _draw(self, source: ImageSource, image: np.ndarray, detections: Sequence[Mapping[str, Any]]) -> None:
-        names = {id_: prompt for prompt, id_ in self._settings.categories.items()}
-        path = self._settings.output / OVERLAYS / f"{source.name}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encode_image(draw_instances(image, mark_coco(detections, names, image.shape[:2]))))
-
 
 def end_process(error: Exception) -> NoReturn:
     """End a worker whose device no longer answers: another takes its images. An exception would end the run."""
@@ -184,25 +170,6 @@ def _reason(error: Exception | None) -> str:
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
-def _load(settings: WorkerSettings) -> AdapterPool:
-    choice, expected = settings.choice, settings.base_fingerprint
-    pool = AdapterPool(
-        choice.model,
-        adapters={_ADAPTER: choice.adapter} if choice.adapter else None,
-        revision=choice.revision,
-        resolution=choice.resolution,
-        device=settings.device,
-    )
-    tokenize(pool.base.tokenizer, list(settings.categories))  # a prompt that is too long: before any work
-    found = pool.base.fingerprint
-    if expected is not None and expected != found:
-        raise UserError(
-            f"{settings.output} holds results of another base model (fingerprint {expected[:12]}) than this "
-            f"{pool.base.name} ({found[:12]}): choose another --output, or start anew with --overwrite"
-        )
-    return pool
-
-
 def _read(source: ImageSource) -> np.ndarray | str:
     """The image, or the reason why it cannot be had: one bad file among many stops nothing."""
     try:
@@ -212,12 +179,3 @@ def _read(source: ImageSource) -> np.ndarray | str:
         return str(error).removeprefix(f"cannot read image {source.path}: ")
     except Exception as error:
         return f"{type(error).__name__}: {error}"
-
-
-def _results(found: Detections, category_id: IdKey) -> list[dict[str, Any]]:
-    """COCO results without the image id, which is known at the end of the run."""
-    return [
-        {name: value for name, value in result.items() if name != "image_id"}
-        | {"category_id": category_id, "score": round(result["score"], 6)}
-        for result in found.to_coco(0, 0)
-    ]

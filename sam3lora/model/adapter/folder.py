@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -94,9 +94,14 @@ def adapter_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def write_adapter(
-    model: PeftModel, scratch: Path, metadata: AdapterMetadata | None, *, adapter_name: str = "default"
+    model: PeftModel,
+    scratch: Path,
+    metadata: AdapterMetadata | None,
+    *,
+    adapter_name: str = "default",
+    target_modules: list[str] | None = None,
 ) -> None:
-    """Write the two files of PEFT into a folder.
+    """Write the two files of PEFT into a folder, with the configuration's own target modules or these.
 
     Raises:
         ValueError: The model has no such adapter, or its weights are not finite.
@@ -107,8 +112,9 @@ def write_adapter(
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     check_finite(tensors, "the adapter in memory", ValueError)
 
-    config = copy.deepcopy(model.peft_config[adapter_name])
+    config: Any = copy.deepcopy(model.peft_config[adapter_name])
     config.inference_mode = True
+    config.target_modules = target_modules or config.target_modules
     config.base_model_name_or_path = (metadata.base_model if metadata else None) or config.base_model_name_or_path
     for field in ("target_modules", "exclude_modules"):
         if isinstance(getattr(config, field), set):

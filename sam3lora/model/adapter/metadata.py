@@ -158,6 +158,16 @@ def read_metadata(folder: str | Path) -> AdapterMetadata | None:
         raise UserError(f"{Path(folder)}: {error}") from None
 
 
+def is_dense_folder(folder: str | Path) -> bool:
+    """Whether the metadata of a folder say that it labels pixels.
+
+    Raises:
+        UserError: They are damaged.
+    """
+    metadata = read_metadata(folder)
+    return metadata is not None and metadata.task == DENSE
+
+
 def refuse_dense(metadata: AdapterMetadata | None, folder: Path) -> None:
     """Raise a UserError for a folder that labels pixels, where one that finds objects of prompts is needed."""
     if metadata is not None and metadata.task == DENSE:

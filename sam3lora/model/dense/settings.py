@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from sam3lora.config._section import Settings
+from sam3lora.errors import UserError
 
 Mode = Literal["binary", "multiclass", "multilabel"]
 BACKGROUND = "background"
@@ -26,6 +27,29 @@ class DenseSettings(Settings):
     norm: Literal["group", "batch"] = "group"
     bottleneck_width: int | None = Field(default=None, ge=1, le=1024)
     threshold: float = Field(default=0.5, gt=0, lt=1)
+
+    @property
+    def foreground(self) -> tuple[str, ...]:
+        """The classes without the background."""
+        return self.classes[1:] if self.mode == "multiclass" else self.classes
+
+    def number(self, name: str) -> int:
+        """The output of a class.
+
+        Raises:
+            UserError: There is no such class.
+        """
+        if name not in self.classes:
+            raise UserError(f"there is no class {name!r}: expected one of {', '.join(self.classes)}")
+        return self.classes.index(name)
+
+    def value(self, name: str) -> int:
+        """The value of a class in label maps: 0 is the background, from 1 on the foreground.
+
+        Raises:
+            UserError: There is no such class.
+        """
+        return self.number(name) + len(self.foreground) + 1 - len(self.classes)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; `DenseSettings(**values)` gives equal settings."""

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from transformers import Sam3ImageProcessor, Sam3Processor
 from sam3lora.errors import RunFailed, UserError
 from sam3lora.files import whole_folder
 from sam3lora.model.adapter.folder import is_adapter_folder, load_adapter
-from sam3lora.model.adapter.metadata import AdapterMetadata, read_metadata, write_metadata
+from sam3lora.model.adapter.metadata import AdapterMetadata, is_dense_folder, read_metadata, write_metadata
 from sam3lora.model.components import adapted_modules
 from sam3lora.model.fingerprint import fingerprint
 from sam3lora.model.loading import LoadedBase, load_base
@@ -79,7 +80,8 @@ def merge_adapter(
     """Write base plus adapter as one SAM 3 at the adapter's resolution, and check that it computes the same.
 
     ``output_dir`` is a new or empty folder, or an earlier merged model, which is replaced when the new one is complete.
-    ``model`` None takes the base that the adapter's metadata name. ``dtype`` is ``float32`` or ``bfloat16``.
+    ``model`` None takes the base that the adapter's metadata name. ``dtype`` is ``float32`` or ``bfloat16``. The head
+    of a dense folder is written beside the model; see `dense_export`.
 
     Raises:
         UserError: The adapter is incomplete, the base model is missing or another one, ``dtype`` is unknown, or
@@ -92,10 +94,18 @@ def merge_adapter(
     if is_merged_folder(adapter_dir):
         raise UserError(f"{adapter_dir} is a merged model already: expected an adapter folder")
     _check_target(output_dir, is_merged_folder, "merged model")
-    base, metadata = _load_base_of(adapter_dir, model, revision, local_files_only)
-    if base.name != TINY and Path(base.name).expanduser().resolve() == output_dir:
-        raise UserError(f"{output_dir} is the base model itself: choose another place for the merged one")
 
+    def load() -> tuple[LoadedBase, AdapterMetadata]:
+        base, metadata = _load_base_of(adapter_dir, model, revision, local_files_only)
+        if base.name != TINY and Path(base.name).expanduser().resolve() == output_dir:
+            raise UserError(f"{output_dir} is the base model itself: choose another place for the merged one")
+        return base, metadata
+
+    if is_dense_folder(adapter_dir):
+        from sam3lora.model.publish.dense_export import merge_dense  # which uses this module
+
+        return merge_dense(Path(adapter_dir), output_dir, load, dtype)
+    base, metadata = load()
     peft_model, _ = load_adapter(base.model, adapter_dir)
     num_modules = len(adapted_modules(peft_model))
     inputs = _check_inputs(base, metadata)
@@ -103,22 +113,27 @@ def merge_adapter(
     merged = peft_model.merge_and_unload(safe_merge=True)
     with whole_folder(output_dir) as folder:
         merged.save_pretrained(folder)
-        _processor(base).save_pretrained(folder)
+        processor_of(base).save_pretrained(folder)
         reloaded = load_base(str(folder)).model
-        differences = _compare(expected, _outputs(reloaded, inputs))
+        differences = compare(expected, _outputs(reloaded, inputs))
         if dtype != "float32":
             reloaded.to(dtype=DTYPES[dtype]).save_pretrained(folder)  # type: ignore[call-arg]
             if load_base(str(folder), dtype=dtype).fingerprint != fingerprint(merged):
                 raise RunFailed(f"the weights written in {dtype} are not the merged ones; nothing was kept")
-        weights = list(folder.glob("*.safetensors"))
-        for file in weights:
-            file.chmod((folder / "config.json").stat().st_mode)  # safetensors lets only the owner read them
-        size_mb = sum(file.stat().st_size for file in weights) / 1e6
+        size_mb = size_mb_of(folder)
         report = ExportReport(
             output_dir, metadata.base_model or base.name, dtype, base.resolution, num_modules, size_mb, differences
         )
         _describe(folder, report, metadata)
     return report
+
+
+def size_mb_of(folder: Path) -> float:
+    """The size of the weights of a merged folder, which all that can read the folder then may read."""
+    weights = list(folder.glob("*.safetensors"))
+    for file in weights:
+        file.chmod((folder / "config.json").stat().st_mode)  # safetensors lets only the owner read them
+    return sum(file.stat().st_size for file in weights) / 1e6
 
 
 def copy_adapter(adapter_dir: str | Path, output_dir: str | Path) -> Path:
@@ -159,7 +174,7 @@ def _load_base_of(
     return base, metadata
 
 
-def _processor(base: LoadedBase) -> Sam3Processor:
+def processor_of(base: LoadedBase) -> Sam3Processor:
     config = base.model.config.vision_config.backbone_config  # type: ignore[union-attr]
     mask_side = base.resolution // config.patch_size * 4  # type: ignore[union-attr,operator]
     image_processor = Sam3ImageProcessor(
@@ -193,7 +208,7 @@ def _outputs(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: getattr(found, attribute) for name, attribute in _OUTPUTS.items()}
 
 
-def _compare(expected: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, Difference]:
+def compare(expected: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, Difference]:
     differences = {
         name: Difference((found[name] - value).abs().max().item(), value.abs().max().item())
         for name, value in expected.items()
@@ -211,10 +226,15 @@ def _describe(folder: Path, report: ExportReport, metadata: AdapterMetadata) -> 
     """Add the model card and the metadata; the metadata come last, as they mark the folder as a merged model."""
     (folder / CARD_FILE).write_text(render_merged_card(report, metadata), encoding="utf-8")
     metadata = replace(metadata, base_model=report.base_model, resolution=report.resolution)
+    write_metadata(folder, metadata.to_dict() | merge_record(report))
+
+
+def merge_record(report: ExportReport) -> dict[str, Any]:
+    """What the metadata of a merged folder tell of the merge."""
     merge = {
         "dtype": report.dtype,
         "num_modules": report.num_modules,
         "check": report.check,
         "differences": {name: asdict(difference) for name, difference in report.differences.items()},
     }
-    write_metadata(folder, metadata.to_dict() | {"merge": merge})
+    return {"merge": merge}

@@ -11,8 +11,9 @@ from safetensors import SafetensorError, safe_open
 from sam3lora.errors import UserError
 from sam3lora.model.adapter.folder import check_adapter_folder, is_adapter_folder
 from sam3lora.model.adapter.folder_files import METADATA_FILE
-from sam3lora.model.adapter.metadata import read_metadata
+from sam3lora.model.adapter.metadata import is_dense_folder
 from sam3lora.model.base_folder import find_base
+from sam3lora.model.dense.folder import check_dense_folder
 from sam3lora.model.publish.model_card import CARD_FILE
 
 CARD_HEAD_LINES = 16
@@ -48,9 +49,10 @@ def check_folder(folder: str | Path) -> list[Path]:
         best = folder / "best"
         hint = f": did you mean {best}?" if is_adapter_folder(best) else ", such as `best/` of a run"
         raise UserError(f"{folder} is neither a complete adapter folder nor a merged model; expected one{hint}")
-    else:
+    elif not is_dense_folder(folder):
         check_adapter_folder(folder)
-    read_metadata(folder)
+    if is_dense_folder(folder):
+        check_dense_folder(folder)
     files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
     for file in files:
         if file.suffix.lower() in _PICKLES:

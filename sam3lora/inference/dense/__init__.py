@@ -1,0 +1,1 @@
+"""Dense folders asked for labels of images: results, pictures, files."""
