@@ -148,3 +148,13 @@ def test_an_adapter_that_diverged_is_found(engine: Engine, spread_base: Path, tm
     engine.place_adapter(0, engine.read_any_adapter(folder))
     with pytest.raises(NotFiniteError):
         engine.check_adapter(0)
+
+
+def test_bfloat16_gives_nearly_the_same(engine: Engine, spread_base: Path, folders: dict[str, Path]):
+    half = Engine.load(str(spread_base), device="cpu", num_slots=1, precision="bfloat16")
+    half.place_adapter(0, half.read_any_adapter(folders["gears"]))
+    half.check_adapter(0)
+    asked = [LabelledImage(prepared(engine, 0), 0)]
+    (ours,), (theirs,) = half.label_small(asked), engine.label_small(asked)
+    assert ours.dtype == np.float32
+    assert 0 < np.abs(ours - theirs).max() < 0.1 * np.abs(theirs).max()

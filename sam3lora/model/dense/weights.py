@@ -31,6 +31,7 @@ from sam3lora.model.dense.settings import DenseSettings
 from sam3lora.model.loading import LoadedBase
 from sam3lora.model.staged.trunk import TRUNK
 
+MAX_CLASS_CHARS = 200  # of a name: listings show all of them
 _OF_HEAD = "head."
 _TYPES = FLOATING | {"I64": 8}  # batch norm counts its batches
 
@@ -77,7 +78,7 @@ def summarise(folder: str | Path, base: LoadedBase, *, max_rank: int | None = No
     if found is None or found.task != DENSE:
         return read_summary(folder, base.model, max_rank=max_rank)
     metadata = read_dense_metadata(folder)
-    _check_settings(_settings(metadata), base, folder)
+    _check_settings(_settings(metadata, folder), base, folder)
     refuse_other_resolution(base, metadata, folder)
     refuse_other_base(base.model, metadata, folder, fingerprint_of=lambda _: base.fingerprint)
     head_bytes = (folder / HEAD_FILE).stat().st_size
@@ -87,8 +88,11 @@ def summarise(folder: str | Path, base: LoadedBase, *, max_rank: int | None = No
     return replace(lora, size_bytes=lora.size_bytes + head_bytes)
 
 
-def _settings(metadata: AdapterMetadata) -> DenseSettings:
-    return DenseSettings(**(metadata.dense or {}))
+def _settings(metadata: AdapterMetadata, folder: Path) -> DenseSettings:
+    try:
+        return DenseSettings(**(metadata.dense or {}))
+    except UserError as error:
+        raise UserError(f"{folder / METADATA_FILE}: dense: {str(error)[:300]}") from None
 
 
 def _check_settings(settings: DenseSettings, base: LoadedBase, folder: Path) -> None:
@@ -103,14 +107,17 @@ def _check_settings(settings: DenseSettings, base: LoadedBase, folder: Path) -> 
             f"{folder} has bottleneck adapters, which cannot share a batch with other adapters: use `sam3lora infer`, "
             "or train it with dense.adapter lora"
         )
-    if not all(map(is_printable, settings.classes)) or len(set(settings.classes)) < len(settings.classes):
-        raise UserError(f"{folder}: expected names of classes that differ and can be shown")
+    are_short = all(is_printable(name) and len(name) <= MAX_CLASS_CHARS for name in settings.classes)
+    if not are_short or len(set(settings.classes)) < len(settings.classes):
+        raise UserError(
+            f"{folder}: expected names of classes that differ and can be shown, of at most {MAX_CLASS_CHARS} characters"
+        )
 
 
 def _read_dense(
     folder: Path, signature: FolderSignature, base: LoadedBase, known: AdapterSummary, metadata: AdapterMetadata
 ) -> DenseWeights:
-    settings = _settings(metadata)
+    settings = _settings(metadata, folder)
     head, contents = _read_head(folder, settings, base)
     if known.config is None:
         version = digest(folder, contents)

@@ -96,7 +96,9 @@ FAULTS = {
     "layers that fall": (lambda folder: change(folder, layers=[2, 1]), "ascending"),
     "a class twice": (lambda folder: change(folder, classes=["a", "b", "a"]), "differ"),
     "a class of control characters": (lambda folder: change(folder, classes=["a", "b", "\x1b[2J"]), "be shown"),
+    "a class of many words": (lambda folder: change(folder, classes=["a", "b", "c" * 201]), "200 characters"),
     "a width of words": (lambda folder: change(folder, width="wide"), "width"),
+    "a mode of megabytes": (lambda folder: change(folder, mode="m" * 10**6), "mode"),
     "a rank above the limit": (lambda folder: None, "has rank 2"),
 }
 
@@ -107,8 +109,9 @@ def test_what_the_listing_knows_already(folder: Path, base: LoadedBase, name: st
     make(folder)
     max_rank = 1 if "rank" in name else None
     for read in (summarise, read_weights):
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=words) as refused:
             read(folder, base, max_rank=max_rank)
+        assert len(str(refused.value)) < 1000
 
 
 DAMAGE = {
