@@ -63,8 +63,11 @@ def white(tmp_path: Path) -> Path:
 
 
 def pixel(page: Browser, x: int, y: int) -> list[int]:
-    shown = f"document.querySelector('#labels').getContext('2d').getImageData({x}, {y}, 1, 1).data"
-    return page.value(f"[...{shown}]")[:3]
+    copy = "new OffscreenCanvas(1, 1).getContext('2d', { willReadFrequently: true })"
+    drawn = f"copy.drawImage(document.querySelector('#labels'), {-x}, {-y})"
+    return page.value(f"(() => {{ const copy = {copy}; {drawn}; return [...copy.getImageData(0, 0, 1, 1).data]; }})()")[
+        :3
+    ]
 
 
 def legend(page: Browser) -> list[str]:
