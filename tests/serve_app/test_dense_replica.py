@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -189,11 +190,11 @@ async def test_errors_are_typed_values_and_others_are_answered(play: Callable):
 
 
 @pytest.fixture
-def broken(spread_base: Path, tmp_path: Path) -> Path:
+def broken(root: Path, tmp_path: Path) -> Path:
     """One good adapter, and one of each fault."""
 
-    def dense(name: str, mode: str = "multiclass", **settings: Any) -> Path:
-        return write_dense(spread_base, tmp_path / name, mode, **settings)
+    def dense(name: str, original: str = "gears") -> Path:
+        return shutil.copytree(root / original, tmp_path / name)
 
     def edit(folder: Path, **values: Any) -> None:
         file = folder / "sam3lora.json"
@@ -203,7 +204,7 @@ def broken(spread_base: Path, tmp_path: Path) -> Path:
     edit(dense("resolution"), resolution=336)
     edit(dense("base"), base_fingerprint="0" * 64)
     (dense("headless") / "dense_head.safetensors").unlink()
-    (dense("bare", lora=False) / "dense_head.safetensors").unlink()
+    (dense("bare", "dirt") / "dense_head.safetensors").unlink()
     bottleneck = dense("bottleneck")
     values = json.loads((bottleneck / "sam3lora.json").read_text())["dense"]
     edit(bottleneck, dense=values | {"bottleneck_width": 8})
