@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sam3lora.cli import evaluation_options as options
 from sam3lora.cli import shared_options as shared
+from sam3lora.cli.dense_evaluation import compare_dense, dense_folders, dense_settings, refuse_prompt_options
 from sam3lora.cli.shared_options import check_output_folder
 from sam3lora.errors import UserError
 
@@ -33,6 +34,8 @@ def compare(
 ) -> None:
     """Base against adapters: differences with intervals, and pictures (labels green, base blue, adapter red).
 
+    Folders of task dense are compared with the first of them.
+
     Example:  sam3lora compare --weights outputs/run/best --val-data-dir datasets/potholes
     """
     check_output_folder(output, "--output")
@@ -40,6 +43,25 @@ def compare(
     adapters = options.adapter_folders(weights, settings_file)
     if not adapters:
         raise UserError("nothing to compare with the base: name adapters with --weights DIR")
+    if dense := dense_folders(adapters):
+        refuse_prompt_options(locals())
+        if len(dense) < len(adapters):
+            raise UserError(f"{dense[0]} is of task dense, and others are not: compare folders of one task")
+        compare_dense(
+            adapters,
+            options.named_split(val_data_dir, split, settings_file),
+            output,
+            dense_settings(settings_file, threshold=threshold, num_samples=num_samples, batch_size=batch_size),
+            options.dense_options(
+                settings_file,
+                model=model,
+                resolution=resolution,
+                device=device,
+                num_workers=num_workers,
+                address=address,
+            ),
+        )
+        return
     images = options.named_split(val_data_dir, split, settings_file)
     settings = options.settings_of(
         adapters,

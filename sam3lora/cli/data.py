@@ -25,6 +25,9 @@ MOST_PROCESSES = 16  # of `data check`, each of some 150 MB
 @app.command()
 def check(
     folder: Annotated[Path, typer.Argument(help="Folder that holds train/ and valid/.", show_default=False)],
+    task: Annotated[
+        str, typer.Option(help='What the data are for; "dense" also counts the pixels of each class.')
+    ] = "detection",
     json_path: Json = None,
 ) -> None:
     """Count objects and name every fault, with what training will do about it.
@@ -33,9 +36,15 @@ def check(
     """
     from sam3lora.cpus import usable_cpus
     from sam3lora.data.check import check_folder
+    from sam3lora.data.label_check import check_labels
     from sam3lora.data.report_tables import print_check
 
-    report = check_folder(folder, num_processes=min(usable_cpus(), MOST_PROCESSES), progress=True)
+    if task not in ("detection", "dense"):
+        raise UserError(f"unknown --task {task!r}; expected detection or dense")
+    num_processes = min(usable_cpus(), MOST_PROCESSES)
+    report = check_folder(folder, num_processes=num_processes, progress=True)
+    if task == "dense":
+        report.labels = check_labels(folder, num_processes=num_processes, progress=True)
     _show(report, print_check, json_path)
 
 

@@ -104,6 +104,11 @@ def models_of(
     return Models(adapters, with_base=with_base, options=options)
 
 
+def dense_options(config: Config | None, **given: Any) -> dict[str, Any]:
+    """Arguments of `evaluate_dense`, from options; a dense folder brings its own base and resolution along."""
+    return given | {"local_files_only": config is not None and config.model.local_files_only}
+
+
 def lowest_score_of(text: str | None) -> float | str | None:
     """The value of `--lowest-score`; UserError if it is neither a number nor auto."""
     if text is None or text == "auto":

@@ -36,7 +36,10 @@ def check_writable(path: Path, image: Path | None = None) -> None:
 def check_output_of_images(output: Path, images: Path) -> None:
     """Raise UserError for an output that is a file, or the folder of the images."""
     if output.suffix and not output.is_dir():
-        raise UserError(f"--output must be a folder here, got {output}")
+        why = (
+            "--image is a folder, so --output must be one too" if images.is_dir() else "--output must be a folder here"
+        )
+        raise UserError(f"{why}, got {output}")
     if output.resolve() == images.resolve():
         raise UserError(f"--output {output} is the folder of the images: pictures could replace them")
 

@@ -9,6 +9,7 @@ import typer
 
 from sam3lora.cli import evaluation_options as options
 from sam3lora.cli import shared_options as shared
+from sam3lora.cli.dense_evaluation import dense_folders, dense_settings, refuse_prompt_options, validate_dense
 from sam3lora.cli.shared_options import check_output_folder
 from sam3lora.errors import UserError
 
@@ -48,9 +49,21 @@ def validate(
         Literal["overall", "per-prompt"] | None,
         typer.Option(help="Write the threshold of the best cgF1 into the adapters, which use it from then on."),
     ] = None,
+    semantic: Annotated[
+        bool, typer.Option("--semantic", help="Measure SAM 3's semantic output too: mean IoU and dice of pixels.")
+    ] = False,
+    paper_normalisation: Annotated[
+        bool,
+        typer.Option(
+            "--paper-normalisation",
+            help="Of binary dense folders: stretch each image's probabilities to [0, 1] first, as many papers do.",
+        ),
+    ] = False,
     output: options.OutputOption = Path("outputs/validate"),
 ) -> None:
     """Measure adapters or the base model: metrics.json, predictions.json and report.html.
+
+    A folder of task dense is measured pixel by pixel, and leaves label maps as PNG in predictions/.
 
     Example:  sam3lora validate --weights outputs/run/best --val-data-dir datasets/potholes
     """
@@ -68,6 +81,7 @@ def validate(
             "--max-detections": max_detections,
             "--lowest-score": lowest_score,
             "--save-threshold": save_threshold,
+            "--semantic": semantic,
         }
         if idle := [option for option, value in what_makes_them.items() if value]:
             raise UserError(
@@ -75,6 +89,35 @@ def validate(
                 "leave one or the other out"
             )
     settings_file = options.read_config(config)
+    if dense := dense_folders(named := options.adapter_folders(weights, settings_file)):
+        refuse_prompt_options(locals())
+        if len(named) > 1:
+            raise UserError(
+                f"{dense[0]} is of task dense: measure such folders one at a time, or with sam3lora compare"
+            )
+        validate_dense(
+            dense[0],
+            options.named_split(val_data_dir, split, settings_file),
+            output,
+            dense_settings(
+                settings_file,
+                paper_normalisation=paper_normalisation,
+                threshold=threshold,
+                num_samples=num_samples,
+                batch_size=batch_size,
+            ),
+            options.dense_options(
+                settings_file,
+                model=model,
+                resolution=resolution,
+                device=device,
+                num_workers=num_workers,
+                address=address,
+            ),
+        )
+        return
+    if paper_normalisation:
+        raise UserError("--paper-normalisation is for folders of task dense: leave it out")
     if saco and predictions is not None:
         from sam3lora.evaluation.report.saving import save_saco
 
@@ -91,6 +134,8 @@ def validate(
     adapters = options.adapter_folders(weights, settings_file) if ask_adapters else {}
     if not adapters and not use_base_model and predictions is None:
         raise UserError("nothing to measure: name adapters with --weights DIR, or add --use-base-model")
+    if saco and semantic:
+        raise UserError("--saco has no labels of whole images to measure the semantic output on: leave out --semantic")
     if saco:  # the benchmark keeps overlapping detections, and all of them
         nms = "none" if nms is None and nms_iou is None else nms
         max_detections = MOST if max_detections is None else max_detections
@@ -101,6 +146,7 @@ def validate(
         lowest_score=options.lowest_score_of(lowest_score),
         num_samples=num_samples,
         batch_size=batch_size,
+        semantic=semantic or None,
     )
     from sam3lora.evaluation.report.saving import save_validation
 

@@ -15,6 +15,7 @@ from sam3lora.data.coco_limits import MAX_DETECTIONS
 from sam3lora.data.faults import FaultLog
 from sam3lora.data.index_columns import object_columns
 from sam3lora.data.inspection import inspect_table
+from sam3lora.data.label_check import LabelReport
 from sam3lora.data.split.leakage import Leak, count_augmented_copies, find_leaks
 from sam3lora.data.split_files import find_splits, no_splits
 from sam3lora.errors import UserError
@@ -52,6 +53,7 @@ class CheckReport:
     root: str
     splits: list[CheckedSplit]
     leaks: list[Leak]
+    labels: LabelReport | None = None
 
     @property
     def num_faults(self) -> int:
@@ -63,6 +65,7 @@ class CheckReport:
             "root": self.root,
             "splits": [split.to_dict() for split in self.splits],
             "leaks": [leak.to_dict() for leak in self.leaks],
+            **({"labels": self.labels.to_dict()} if self.labels else {}),
         }
 
 

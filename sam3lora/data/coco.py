@@ -26,6 +26,7 @@ from sam3lora.data.index_columns import keep_annotations, object_columns
 from sam3lora.data.label_table import LabelTable
 from sam3lora.data.listed_entries import read_categories, read_images
 from sam3lora.data.prompts import prompt_key
+from sam3lora.data.void import VOID
 from sam3lora.errors import UserError
 from sam3lora.garbage_collection import no_garbage_collection
 
@@ -83,7 +84,7 @@ class CocoIndex:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Distinct names of the categories in use, by ascending id."""
+        """Distinct names of the categories in use, by ascending id; without one that only marks void regions."""
         return tuple(dict.fromkeys(self.category_names.values()))
 
     def written_id(self, image_id: int) -> Any:
@@ -94,7 +95,8 @@ class CocoIndex:
         return read_record(self.table, row)
 
     def select_categories(self, names: Sequence[str]) -> CocoIndex:
-        """Keep only these categories, by name. All images stay: those without the categories become negatives.
+        """Keep only these categories, by name, and void regions. All images stay: those without the categories become
+        negatives.
 
         Raises:
             UserError: No annotation has one of the names; the message suggests the nearest one.
@@ -108,7 +110,7 @@ class CocoIndex:
         kept = {by_key[prompt_key(name)] for name in names}
         objects = object_columns(self.table)
         is_kept = np.array([name in kept for name in objects.categories], dtype=bool)
-        table = keep_annotations(self.table, is_kept[objects.codes_T])
+        table = keep_annotations(self.table, is_kept[objects.codes_T] | objects.void_T)
         ids = {id_: name for id_, name in self.category_names.items() if name in kept}
         return dataclasses.replace(self, table=table, category_names=ids)
 
@@ -145,6 +147,9 @@ def _read_index(source: Path, folder: Path, kept: index_cache.KeptIndex) -> Coco
     table, used = labels.finish()
     _report_categories(categories.names, used, log)
     names = {number: categories.names[number] for number in sorted(used)}
+    if any(prompt_key(name) == VOID for name in names.values()):
+        counts = object_columns(table).count_per_category()
+        names = {number: name for number, name in names.items() if name in counts}
     index = CocoIndex(table, names, log, str(source), images.ids, categories.ids, categories.names)
     kept.save(table, _facts(index), files, images.measured)
     return index

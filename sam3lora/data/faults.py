@@ -82,7 +82,7 @@ _COCO_KINDS = {
     "mask_without_box": ("object with a mask and no usable box", "the box is taken from the mask", NOTE),
     "empty_object": ("object without any area", "dropped", LOST),
     "box_mask_disagree": ("box and mask overlap by less than half", "both are used as they are", CHANGED),
-    "crowd": ("crowd region (iscrowd)", "not a target; its category is not asked as a negative on that image", NOTE),
+    "crowd": ("crowd region (iscrowd)", "no target; its category (unless void) is no negative on that image", NOTE),
     "many_objects": (
         "image with more objects of one category than the model has queries",
         "kept; recall is limited",
@@ -133,7 +133,12 @@ _CONVERSION_KINDS = {
     "mask_resized": ("mask of another size than its image", "scaled to the image, nearest pixel", CHANGED),
     "grey_mask": ("mask of one category with values between black and white", "cut at one half", CHANGED),
     "colour_mask": ("mask in colours", "read as grey", CHANGED),
-    "void_pixels": ("mask with pixels of value 255 (void)", "taken as background", CHANGED),
+    "mixed_white": (
+        "mask of 0 and 255 among masks of 0 and 1",
+        "255 is the category too; if it is void, name the background first (--names background NAME)",
+        CHANGED,
+    ),
+    "void_pixels": ("image with void pixels, which the format cannot express", "taken as background", CHANGED),
     "parent_category": ("unused row that only names a group of categories", "not a category", NOTE),
     "dropped_crowd": ("crowd region (iscrowd), which the format cannot express", "left out", LOST),
     "hole": ("hole in a mask, which a YOLO polygon cannot express", "filled", CHANGED),

@@ -12,6 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sam3lora.data.void import is_void
+
 
 @dataclass(frozen=True)
 class ObjectColumns:
@@ -23,14 +25,21 @@ class ObjectColumns:
     crowd_T: np.ndarray  # bool
     categories: tuple[str, ...]  # names in the order of their first annotation
 
+    @property
+    def void_T(self) -> np.ndarray:
+        """bool: The annotations that are void regions, see `sam3lora.data.void`."""
+        is_named = np.array([is_void({"category": name, "iscrowd": True}) for name in self.categories], dtype=bool)
+        return self.crowd_T & is_named[self.codes_T]
+
     def count_per_image(self, chosen_T: np.ndarray | None = None) -> np.ndarray:
         """Number of annotations, or of the chosen ones, of each image: int64 (I,)."""
         rows_T = self.rows_T if chosen_T is None else self.rows_T[chosen_T]
         return np.bincount(rows_T, minlength=self.num_images)
 
     def count_per_category(self) -> dict[str, int]:
-        """Number of annotations of each category that has any."""
-        return dict(zip(self.categories, np.bincount(self.codes_T).tolist(), strict=True))
+        """Number of annotations of each category that has any; void regions do not count."""
+        counts = np.bincount(self.codes_T[~self.void_T], minlength=len(self.categories)).tolist()
+        return {name: count for name, count in zip(self.categories, counts, strict=True) if count}
 
     def count_pairs(
         self, key_of: Callable[[str], str] = str, chosen_T: np.ndarray | None = None

@@ -6,12 +6,12 @@ import hashlib
 import multiprocessing
 import signal
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import cv2
 import pyarrow as pa
@@ -21,6 +21,8 @@ from sam3lora.data.coco_limits import SIZE_LIMITS
 from sam3lora.data.images import ImageError, check_image
 from sam3lora.data.masks import mask_area
 from sam3lora.errors import RunFailed
+
+_T = TypeVar("_T")
 
 _ROWS, _PIECES_AHEAD = 128, 32
 _ROWS_WORTH_PROCESSES = 2000  # whose inspection takes longer than starting processes
@@ -45,10 +47,20 @@ class Inspected:
 
 
 def inspect_table(table: pa.Table, *, num_processes: int = 0) -> Generator[Inspected]:
-    """Everything about the rows of an index table, in their order; only some pieces are held at a time.
+    """Everything about the rows of an index table, in their order; see `map_pieces`."""
+    return map_pieces(table, _inspect_records, num_processes=num_processes)
+
+
+def map_pieces(
+    table: pa.Table, look_at: Callable[[list[dict[str, Any]]], _T], *, num_processes: int = 0
+) -> Generator[_T]:
+    """The results of a function for the records of each piece, in the order of the rows of an index table.
+
+    Only some pieces are held at a time.
 
     Args:
         table: `CocoIndex.table`.
+        look_at: A function that can be pickled.
         num_processes: Processes that share the work of a large table; 0 works on threads. As everywhere in Python, a
             script starts processes under `if __name__ == "__main__"` only.
 
@@ -60,10 +72,10 @@ def inspect_table(table: pa.Table, *, num_processes: int = 0) -> Generator[Inspe
         pool = ProcessPoolExecutor(num_processes, multiprocessing.get_context("spawn"), initializer=_start_process)
     else:
         pool = ThreadPoolExecutor(min(8, usable_cpus()))
-    pending: deque[Future[Inspected]] = deque()
+    pending: deque[Future[_T]] = deque()
     try:
         for start in range(0, table.num_rows, _ROWS):
-            pending.append(pool.submit(_inspect_rows, _to_bytes(table.slice(start, _ROWS))))
+            pending.append(pool.submit(_of_piece, look_at, _to_bytes(table.slice(start, _ROWS))))
             if len(pending) >= _PIECES_AHEAD:
                 yield pending.popleft().result()
         while pending:
@@ -87,9 +99,13 @@ def _to_bytes(table: pa.Table) -> bytes:
     return stream.getvalue().to_pybytes()
 
 
-def _inspect_rows(piece: bytes) -> Inspected:
+def _of_piece(look_at: Callable[[list[dict[str, Any]]], _T], piece: bytes) -> _T:
+    return look_at(pa.ipc.open_stream(piece).read_all().to_pylist())
+
+
+def _inspect_records(records: list[dict[str, Any]]) -> Inspected:
     images, counts = [], [0, 0, 0]
-    for record in pa.ipc.open_stream(piece).read_all().to_pylist():
+    for record in records:
         images.append(_inspect_image(record))
         for annotation in record["annotations"]:
             if not annotation["iscrowd"]:

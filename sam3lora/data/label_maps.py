@@ -1,7 +1,8 @@
 """Label maps: the value of each pixel of an image, painted from its labelled objects.
 
 Where objects overlap, the smaller one is on top. `IGNORE` pixels are not to be learned from: crowd regions, boxes of
-objects without a mask, and what lies beside an image in its frame.
+objects without a mask, and what lies beside an image in its frame. A void region (`sam3lora.data.void`) is ignored in
+all maps, a crowd region in that of its category.
 
 Shapes: `N` maps of an image, `H` `W` pixels, `M` the side of a map in the model's frame.
 """
@@ -17,6 +18,7 @@ import numpy as np
 from sam3lora.data.augment import Placement
 from sam3lora.data.masks import Segmentation, decode_mask, mask_area, place_mask
 from sam3lora.data.prompts import prompt_key
+from sam3lora.data.void import is_void
 from sam3lora.label_values import IGNORE
 
 MOST_CLASSES = IGNORE - 1
@@ -71,19 +73,22 @@ class LabelMaps:
         own_hw = record["height"], record["width"]
         for annotation in sorted(record["annotations"], key=lambda one: _order(one, own_hw)):
             value = self.values.get(prompt_key(annotation["category"]))
-            if value is None:
+            if value is None and not is_void(annotation):
                 continue
-            mask, is_void = draw(annotation["segmentation"]), annotation["iscrowd"]
+            mask, is_ignored = draw(annotation["segmentation"]), annotation["iscrowd"]
             if mask is None:
-                mask, is_void = draw(_corners(annotation["bbox_xywh"])), True
+                mask, is_ignored = draw(_corners(annotation["bbox_xywh"])), True
             assert mask is not None
-            number, painted = (value - 1, 1) if self.overlapping else (0, value)
-            maps[number, mask] = IGNORE if is_void else painted
+            if value is None:
+                maps[:, mask] = IGNORE
+            else:
+                number, painted = (value - 1, 1) if self.overlapping else (0, value)
+                maps[number, mask] = IGNORE if is_ignored else painted
         return maps
 
 
 def _order(annotation: Mapping[str, Any], size_hw: tuple[int, int]) -> tuple[bool, int]:
-    """Void first, then the largest objects first, at the size of the image: the same order at every size."""
+    """Ignored regions first, then the largest objects first, at the size of the image: the same order at every size."""
     is_object = annotation["segmentation"] is not None and not annotation["iscrowd"]
     return is_object, -mask_area(annotation["segmentation"], size_hw) if is_object else 0
 

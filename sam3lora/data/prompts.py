@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from sam3lora.data.void import is_void
+
 ALL_NEGATIVES = -1
 
 
@@ -83,9 +85,9 @@ def build_queries(
 
     A category with only crowd regions in the image is not asked at all. It is present, so it cannot be a negative, and
     it has no object to match, so it cannot be a positive. Beside objects, a crowd region makes the query one that is
-    not exhaustive. A category that is not annotated exhaustively is asked only of images with a label of it. An image
-    without objects is asked at least one category that is, even with `num_negatives` 0: it is in the data set to teach
-    absence.
+    not exhaustive. A void region (`sam3lora.data.void`) counts as background. A category that is not annotated
+    exhaustively is asked only of images with a label of it. An image without objects is asked at least one category
+    that is, even with `num_negatives` 0: it is in the data set to teach absence.
 
     Args:
         names: Distinct category names of the data set; negatives are sampled from them.
@@ -132,6 +134,8 @@ def _positive_queries(
     present: set[str] = set()
     crowded: set[str] = set()
     for row, annotation in enumerate(record["annotations"]):
+        if is_void(annotation):
+            continue
         name = annotation["category"]
         prompt = prompts.get(prompt_key(name), name)
         key = prompt_key(prompt)

@@ -17,9 +17,12 @@ if TYPE_CHECKING:
     from sam3lora.data.check import CheckedSplit, CheckReport
     from sam3lora.data.convert import ConversionReport
     from sam3lora.data.faults import Fault
+    from sam3lora.data.label_check import LabelledSplit, LabelReport
     from sam3lora.data.split.splitting import SplittingReport
 
 TOLERANCE = 0.05  # a split whose share of the images is further from its fraction is reported
+
+WORTH_MULTILABEL = 0.01  # share of hidden pixels from which the report names mode multilabel
 
 _LEAKS = {
     "same_content": "identical files in both splits: validation is not independent",
@@ -31,12 +34,52 @@ _LEAKS = {
 def print_check(report: CheckReport, console: Console) -> None:
     for split in report.splits:
         _print_checked_split(split, console)
+    if report.labels:
+        _print_labels(report.labels, console)
     for leak in report.leaks:
         console.print(f"[yellow]{' / '.join(leak.splits)}: {leak.count} x {_LEAKS[leak.kind]}[/yellow]")
         console.print(f"  e.g. {escape('; '.join(leak.examples))}", highlight=False)
     if not report.num_faults:
         console.print("No faults found.")
     _print_left_out([fault for split in report.splits for fault in split.faults], console)
+
+
+def _print_labels(report: LabelReport, console: Console) -> None:
+    for split in report.splits:
+        _print_labelled_split(split, console)
+    alone = report.classes_in_one_split()
+    for split in report.splits:
+        if names := [name for name, where in alone.items() if where == split.name]:
+            console.print(f"[yellow]Pixels in {escape(split.name)} only: {escape(', '.join(names))}[/yellow]")
+
+
+def _print_labelled_split(split: LabelledSplit, console: Console) -> None:
+    smallest, largest, commonest = (
+        f"{width} x {height}" for height, width in (split.smallest_hw, split.largest_hw, split.commonest_hw)
+    )
+    several = f"{split.num_sizes} sizes from {smallest} to {largest}, most often {commonest}"
+    console.print(
+        f"[bold]{escape(split.name)}[/bold] as label maps: {split.num_images} images ({split.num_empty_images} without "
+        f"a pixel of any class) of {largest if split.num_sizes == 1 else several}"
+    )
+    if split.num_ignored:
+        console.print(
+            f"  {split.ignored_share:.2%} of the pixels are ignored: void, crowd regions, and the boxes of "
+            f"{split.num_boxes} objects without a mask"
+        )
+    classes = Table("class", "images", "pixels", "share", "hidden pixels")
+    classes.add_row(
+        "background", "", f"{split.num_background:,}", f"{split.share(split.num_background):.2%}", "", end_section=True
+    )
+    for name, one in split.classes.items():
+        counts = str(one.num_images), f"{one.num_pixels:,}", f"{split.share(one.num_pixels):.2%}", f"{one.num_hidden:,}"
+        classes.add_row(escape(name), *counts)
+    console.print(classes)
+    if split.hidden_share >= WORTH_MULTILABEL:
+        console.print(
+            f"{split.hidden_share:.2%} of the pixels of masks are hidden: a smaller object of another class has them. "
+            "dense.mode multilabel keeps them"
+        )
 
 
 def print_conversion(report: ConversionReport, console: Console) -> None:

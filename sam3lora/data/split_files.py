@@ -131,7 +131,7 @@ def find_split(root: Path, split: str, annotation_file: str = ANNOTATION_FILE) -
         return matches[0]
     empty = [path for path in subfolders(root) if split_name(path.name) == split_name(split)]
     if empty or folder.is_dir():
-        raise UserError(_no_annotation_file((empty or [folder])[0], annotation_file))
+        raise UserError(_no_annotation_file(root, (empty or [folder])[0], annotation_file))
     return None
 
 
@@ -194,7 +194,7 @@ def no_splits(root: Path, annotation_file: str = ANNOTATION_FILE) -> str:
     if root.name == "annotations" or (above / "annotations").is_dir():
         advice = f"In COCO's layout, name the folder that holds annotations/ and the images: {above}"
     else:
-        advice = "Labels of another format are converted with sam3lora data convert"
+        advice = _masks_advice(root) or "Labels of another format are converted with sam3lora data convert"
     return f"no {annotation_file} in {root} or its subfolders{others}; found {found}. {advice}"
 
 
@@ -285,7 +285,15 @@ def _holds_instances(path: Path) -> bool:
     return path.name.startswith(_INSTANCES) or has_lists(path, "images", "annotations")
 
 
-def _no_annotation_file(folder: Path, annotation_file: str) -> str:
+def _masks_advice(root: Path) -> str:
+    from sam3lora.data.convert.mask_folders import masks_advice  # which needs this module
+
+    return masks_advice(root)
+
+
+def _no_annotation_file(root: Path, folder: Path, annotation_file: str) -> str:
     found = sorted(path.name for path in folder.glob("*.json"))[:5]
     hint = f"found {', '.join(found)}: set data.annotation_file" if found else "found no COCO file there"
+    if advice := _masks_advice(root):
+        hint += f". {advice}"
     return f"no annotation file {folder / annotation_file}; {hint}"

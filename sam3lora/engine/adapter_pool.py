@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from sam3lora.model.adapter.weights import NotLowRankError
 from sam3lora.model.loading import LoadedBase, load_base
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class AdapterPool:
@@ -140,6 +142,27 @@ class AdapterPool:
         `prompts` are those of each image; `posts` is adapter (None is the base) -> its post-processing. `lowest_score`
         is explained at `selection.Wanted`.
         """
+        return self._ask(images, prompts, posts, Engine.detect, boxes=boxes, masks=masks, lowest_score=lowest_score)
+
+    def semantic_each(
+        self, images: Sequence[np.ndarray], prompts: Sequence[Sequence[str]], adapters: Iterable[str | None]
+    ) -> dict[str | None, list[list[np.ndarray]]]:
+        """For each adapter, for each image, for each of its prompts, the logits of `Engine.semantic_logits`."""
+        posts = {adapter: PostProcessing() for adapter in adapters}
+        return self._ask(images, prompts, posts, Engine.semantic_logits)
+
+    def _ask(
+        self,
+        images: Sequence[np.ndarray],
+        prompts: Sequence[Sequence[str]],
+        posts: Mapping[str | None, PostProcessing],
+        answer: Callable[[Engine, list[PromptedImage]], list[list[T]]],
+        *,
+        boxes: Sequence[Sequence[BoxPrompt]] | None = None,
+        masks: bool = True,
+        lowest_score: float | None = None,
+    ) -> dict[str | None, list[list[T]]]:
+        """What `answer` says of each image, for each adapter; those of one engine are asked together."""
         boxes = [()] * len(images) if boxes is None else boxes
         keys = [str(next(self._numbers)) for _ in images]
         prepared = [self.engine.prepare_image(image, key) for image, key in zip(images, keys, strict=True)]
@@ -150,12 +173,12 @@ class AdapterPool:
                 asked = PromptedImage(image, tuple(of_image), tuple(shown), slot, post, masks, lowest_score)
                 if asked.prompts or asked.boxes:
                     together.setdefault(engine, []).append((adapter, asked))
-        found: dict[str | None, list[list[Detections]]] = {adapter: [[] for _ in images] for adapter in posts}
+        found: dict[str | None, list[list[T]]] = {adapter: [[] for _ in images] for adapter in posts}
         position = {key: number for number, key in enumerate(keys)}
         for engine, questions in together.items():
-            answers = engine.detect([asked for _, asked in questions])
-            for (adapter, asked), detections in zip(questions, answers, strict=True):
-                found[adapter][position[asked.image.key]] = detections
+            answers = answer(engine, [asked for _, asked in questions])
+            for (adapter, asked), results in zip(questions, answers, strict=True):
+                found[adapter][position[asked.image.key]] = results
         return found
 
     def free_memory(self) -> None:

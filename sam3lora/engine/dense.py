@@ -124,7 +124,7 @@ class DenseEngine:
         side, base = self.base.resolution, self.base
         frames_IHWC = np.stack([resize_image(image, (side, side)) for image in images])
         pixel_type = next(self.model.trunk.parameters()).dtype
+        pixel_values = to_pixel_values(frames_IHWC, base.image_mean, base.image_std, self.device, pixel_type)
         half = self.precision == "bfloat16"
         with torch.inference_mode(), torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half):
-            pixel_values = to_pixel_values(frames_IHWC, base.image_mean, base.image_std, self.device, pixel_type)
             return self.model(pixel_values).float().cpu().numpy()  # type: ignore[no-any-return]

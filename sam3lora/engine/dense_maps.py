@@ -30,6 +30,13 @@ def best_labels(logits_Nhw: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
     return labels_HW
 
 
+def label_maps(logits_Nhw: np.ndarray, size_hw: tuple[int, int], mode: Mode, threshold: float) -> np.ndarray:
+    """uint8 (M, H, W): one map of all classes, or with multilabel a map of 0 and 1 for each output."""
+    if mode == "multiclass":
+        return best_labels(logits_Nhw, size_hw)[None]
+    return np.stack([over_threshold(one, size_hw, threshold) for one in logits_Nhw]).astype(np.uint8)
+
+
 def probability(logits_Nhw: np.ndarray, number: int, size_hw: tuple[int, int], mode: Mode) -> np.ndarray:
     """float32 (H, W) in [0, 1]: that of one output. Logits are enlarged, not probabilities."""
     own = plane(logits_Nhw[number], size_hw)

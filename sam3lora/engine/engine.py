@@ -115,6 +115,7 @@ class Engine:
         self._bank = AdapterBank(base.model, num_slots)
         staged = StagedSam3(base.model)
         plain = MixedForward(staged, self._bank, compile_vision=compile_vision)
+        self._plain = plain
         self._forward: Forward = plain
         if capturer is None and self.device.type == "cuda" and wants_cuda_graphs(cuda_graphs) and not in_training:
             capturer = CudaCapturer(self.device)
@@ -416,6 +417,28 @@ class Engine:
             found = iter(self._dense.answer(asked, others))
         return [next(found) if one.slot in self._dense else empty for one in images]
 
+    def semantic_logits(self, images: Sequence[PromptedImage]) -> list[list[np.ndarray]]:
+        """For each image, for each of its prompts, float32 (h, w): whether a pixel belongs to any object of the prompt.
+
+        This is SAM 3's semantic head, which takes no part in detections.
+
+        Raises:
+            UserError: As for `detect`.
+            NotFiniteError: An output of the model is NaN or infinite.
+            LookupError: A slot is empty.
+        """
+        for image in images:
+            if problem := self._problem(image):
+                raise problem
+        with self._inference():
+            found = (
+                logits.float().cpu().numpy() for logits in self._plain.semantic(self._rows(images), self._max_rows)
+            )
+            logits = [list(islice(found, image.num_rows)) for image in images]
+        if not all(np.isfinite(one).all() for of_image in logits for one in of_image):
+            raise NotFiniteError("the semantic outputs are NaN or infinite: the training of the adapter diverged")
+        return logits
+
     # ---- steps ----------------------------------------------------------------------------------------------------
 
     def _problem(self, image: PromptedImage) -> Exception | None:
@@ -435,6 +458,13 @@ class Engine:
 
     def _run(self, images: Sequence[PromptedImage]) -> Iterator[SmallDetections]:
         """The detections of all prompts of all images, one after the other."""
+        rows = self._rows(images)
+        self._counts["forwards"] += -(-len(rows) // self._max_rows)
+        self._counts["rows"] += len(rows)
+        return self._forward.detect(rows, self._max_rows)
+
+    def _rows(self, images: Sequence[PromptedImage]) -> list[Row]:
+        """A row for each prompt of each image, with the features that it needs."""
         asked = [image if image.prompts else replace(image, prompts=(BOXES_ALONE_PROMPT,)) for image in images]
         adapters = [self._adapters[image.slot] for image in asked]
         for image in asked:
@@ -453,9 +483,7 @@ class Engine:
             for prompt in image.prompts:
                 wanted = Wanted(prompt, size_hw, image.post, image.masks, image.lowest_score)
                 rows.append(Row(of_image, text[prompt, maker], wanted, image.slot, boxes, adapter.geometry_cls))
-        self._counts["forwards"] += -(-len(rows) // self._max_rows)
-        self._counts["rows"] += len(rows)
-        return self._forward.detect(rows, self._max_rows)
+        return rows
 
     @contextlib.contextmanager
     def _inference(self) -> Iterator[None]:

@@ -19,6 +19,7 @@ from sam3lora.engine.selection import MaskLogits, SmallDetections, Wanted, selec
 from sam3lora.engine.transfers import upload
 from sam3lora.model.adapter.bank import AdapterBank
 from sam3lora.model.staged.forward import StagedSam3, TextFeatures, VisionFeatures, rows_of
+from sam3lora.model.staged.stage_outputs import DetectorOutput
 from sam3lora.model.staged.trunk import first_layers, layer_outputs
 
 PADDING_LABEL = -10
@@ -165,22 +166,34 @@ class MixedForward:
     def free_memory(self) -> None:
         pass
 
-    def _detect_together(self, rows: Sequence[Row], begun: dict[tuple, Tensor]) -> Iterator[SmallDetections]:
+    def semantic(self, rows: Sequence[Row], max_rows: int) -> Iterator[Tensor]:
+        """Semantic logits (h, w) of each row: whether a pixel belongs to any object of its prompt."""
+        begun: dict[tuple, Tensor] = {}
+        for start in range(0, len(rows), max_rows):
+            chunk = rows[start : start + max_rows]
+            self._begin_fusion(chunk, begun)
+            output = self._run_detector(chunk, begun)
+            every_B = torch.arange(len(chunk))
+            with self._rows([row.slot for row in chunk]):
+                yield from self._staged.mask_head(output, every_B).semantic_logits(every_B)
+
+    def _run_detector(self, rows: Sequence[Row], begun: dict[tuple, Tensor]) -> DetectorOutput:
         position = {id(row.vision): row.vision for row in rows}
         vision = FeaturesOfImages(list(position.values()))
         order = {identity: index for index, identity in enumerate(position)}
         image_index_B = torch.tensor([order[id(row.vision)] for row in rows])
-        slots_B = [row.slot for row in rows]
         prompt_BTC, prompt_mask_BT = self._prompts(rows, vision, image_index_B)
         keys_B = [self._fusion_key(row) for row in rows]
         used = {key: index for index, key in enumerate(dict.fromkeys(keys_B))}
         begun_BSC = rows_of(
             torch.cat([begun[key] for key in used]), torch.tensor([used[key] for key in keys_B]).to(prompt_BTC.device)
         )
-        with self._rows(slots_B):
-            output = self._staged.detect_prompted(
-                vision, prompt_BTC, prompt_mask_BT, image_index_B, begun_BSC=begun_BSC
-            )
+        with self._rows([row.slot for row in rows]):
+            return self._staged.detect_prompted(vision, prompt_BTC, prompt_mask_BT, image_index_B, begun_BSC=begun_BSC)
+
+    def _detect_together(self, rows: Sequence[Row], begun: dict[tuple, Tensor]) -> Iterator[SmallDetections]:
+        slots_B = [row.slot for row in rows]
+        output = self._run_detector(rows, begun)
 
         def mask_head(rows_K: list[int]) -> MaskLogits:
             with self._rows([slots_B[row] for row in rows_K]):

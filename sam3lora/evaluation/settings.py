@@ -31,6 +31,7 @@ class EvaluationSettings:
         batch_size: Images at a time.
         max_prompts_per_forward: (image, prompt) pairs in one forward pass.
         skip_missing_images: Leave out listed images that do not exist, instead of refusing the split.
+        semantic: Measure SAM 3's semantic output too, which takes a second pass.
 
     Raises:
         UserError: A value is out of range.
@@ -47,6 +48,7 @@ class EvaluationSettings:
     batch_size: int = 4
     max_prompts_per_forward: int = 8
     skip_missing_images: bool = False
+    semantic: bool = False
 
     def __post_init__(self) -> None:
         self.post_processing(PostProcessing())
@@ -87,5 +89,5 @@ class EvaluationSettings:
     def to_dict(self) -> dict[str, Any]:
         """For reports, without what is at its default and says nothing, and without post-processing."""
         shown = asdict(self) | {"prompts": dict(self.prompts)}
-        quiet = ("prompts", "negative_prompts", "categories", "num_samples", "skip_missing_images")
+        quiet = ("prompts", "negative_prompts", "categories", "num_samples", "skip_missing_images", "semantic")
         return {name: value for name, value in shown.items() if name != "post" and (value or name not in quiet)}

@@ -67,7 +67,8 @@ class RunData:
 
     def _asked(self) -> dict[str, Any]:
         if self.train_settings.label_maps is not None:
-            return {"classes": list(self.prompts)}
+            labels = self.train_settings.label_maps.values
+            return {"classes": list(self.prompts), "value_of_category": dict(labels)}
         return {"prompts": list(self.prompts), "prompt_of_category": dict(self.train_settings.prompts_map)}
 
 

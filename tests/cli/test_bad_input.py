@@ -198,6 +198,7 @@ CASES: dict[str, tuple[str, ...]] = {
     # data
     "data check nowhere": ("nowhere",),
     "data check data --json note.txt/report.json": ("--json",),
+    "data check data --task fridge": ("fridge", "dense"),
     "data synth data --num-train 1 --num-valid 1": ("data",),
     "data convert nowhere new": ("nowhere",),
     "data convert good new": ("good", "no labels"),

@@ -13,6 +13,7 @@ from sam3lora.data.convert.coco_folders import read_coco
 from sam3lora.data.convert.labelled_set import LabelledImage, LabelledObject, LabelledSet
 from sam3lora.data.convert.mask_images import read_masks, write_masks
 from sam3lora.data.faults import FaultLog
+from sam3lora.data.masks import decode_mask
 from sam3lora.data.rle import encode_rle
 from sam3lora.errors import UserError
 
@@ -84,7 +85,8 @@ def test_values_number_categories(tmp_path):
     root = write_pair(tmp_path, values(top=1, middle=2, bottom=255))
     for names in (("crack", "hole"), ("Background", "crack", "hole")):
         image, faults = read(root, names)
-        assert (categories(image), faults) == (["crack", "hole"], {"void_pixels": 1})
+        assert (categories(image), faults) == (["crack", "hole"], {})
+        np.testing.assert_array_equal(decode_mask(image.void, (6, 8)), values(bottom=1))
     # in a palette image the index counts, not the colour
     picture = Image.fromarray(values(top=2)).convert("P")
     picture.putpalette([0, 0, 0, 10, 10, 10, 200, 0, 0])
@@ -213,13 +215,3 @@ def test_masks_in_folders_within_a_split(tmp_path, layout):
     Image.fromarray(mask_with(TOP)).save(masks / "cam1" / "0_mask.png")
     with pytest.raises(UserError, match=r"0\.png and .*0_mask\.png"):
         read_set(read_masks, tmp_path, ["crack"])
-
-
-def test_an_image_of_which_only_void_is_known_is_no_negative(tmp_path):
-    root = tmp_path / "in"
-    masks = {"void": values(top=255), "both": values(top=255, middle=2), "negative": values(), "crack": values(top=1)}
-    for stem, mask in masks.items():
-        write_pair(root, mask, stem)
-    report = convert_folder(root, tmp_path / "out", names=["crack", "hole"])
-    assert {path.stem for path in (tmp_path / "out" / "train").glob("*.jpg")} == {"both", "negative", "crack"}
-    assert {fault.kind: fault.count for fault in report.faults} == {"void_pixels": 2, "incomplete_image": 1}

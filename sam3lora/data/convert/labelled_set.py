@@ -47,12 +47,14 @@ class LabelledObject:
 class LabelledImage:
     """An image file with its objects, whose coordinates refer to a size of `size_hw` pixels.
 
-    `lost` has the categories of labels that could not be used; None for one whose category is not known.
+    `void` is the region of which nothing is known, see `sam3lora.data.void`. `lost` has the categories of labels that
+    could not be used; None for one whose category is not known.
     """
 
     path: Path
     size_hw: tuple[int, int]
     objects: list[LabelledObject] = field(default_factory=list)
+    void: Segmentation = None
     lost: set[str | None] = field(default_factory=set)
 
     def use_label_size(self, size_hw: tuple[int, int], log: FaultLog, where: str) -> None:
@@ -141,8 +143,11 @@ class LabelledSet:
         return chain.from_iterable(self.splits.values())
 
     def drop_crowds(self, log: FaultLog) -> None:
-        """Leave out crowd regions, for a format that cannot mark them."""
+        """Leave out crowd and void regions, for a format that cannot mark them."""
         for image in self.images():
+            if image.void is not None:
+                image.lose(None, "void_pixels", log, image.path.name)
+                image.void = None
             for thing in image.objects:
                 if thing.iscrowd:
                     image.lose(thing.category, "dropped_crowd", log, f"{image.path.name}, {thing.category}")

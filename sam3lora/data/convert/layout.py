@@ -83,10 +83,7 @@ def find_pairs(root: Path, labels: str) -> dict[str, tuple[Path, Path]]:
     pairs: dict[str, tuple[Path, Path]] = {}
     images = root / "images"
     if images.is_dir() and (root / labels).is_dir():
-        if image_files(images, nested=False):
-            pairs[WHOLE] = (images, root / labels)
-        for folder in distinct_subfolders(images):
-            pairs[split_name(folder.name)] = (folder, root / labels / folder.name)
+        pairs = splits_within(images, root / labels)
     for folder in distinct_subfolders(root):
         if (folder / "images").is_dir():
             split = split_name(folder.name)
@@ -94,6 +91,12 @@ def find_pairs(root: Path, labels: str) -> dict[str, tuple[Path, Path]]:
                 raise UserError(f"{pairs[split][0]} and {folder} would both be {split}: join or rename them")
             pairs[split] = (folder / "images", folder / labels)
     return pairs
+
+
+def splits_within(images: Path, labels: Path) -> dict[str, tuple[Path, Path]]:
+    """Split -> (folder of images, folder of labels) of folders that hold those of splits, or files directly."""
+    whole = {WHOLE: (images, labels)} if image_files(images, nested=False) else {}
+    return whole | {split_name(path.name): (path, labels / path.name) for path in distinct_subfolders(images)}
 
 
 def open_image(path: Path, log: FaultLog) -> LabelledImage | None:

@@ -1,7 +1,7 @@
 """Reading and writing mask images: one PNG per image, whose pixel values name categories or objects; 0 is background.
 
-semantic, one category       black and white (0 and 255, or 0 and 1)
-semantic, several            value v is category v
+semantic, one category       black and white (0 and 255, or 0 and 1); 255 is void beside 1, see `OneCategory`
+semantic, several            value v is category v, 255 is void
 instances, one category      every value is an object
 instances, several           value 1000 v + k is object k of category v (as in Cityscapes)
 """
@@ -10,24 +10,27 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
 from PIL import Image
 
-from sam3lora.data.convert.labelled_set import LabelledImage, LabelledSet, read_names
-from sam3lora.data.convert.layout import find_pairs, image_files, key_in, open_image, place_images
+from sam3lora.data.convert.labelled_set import LabelledImage, LabelledObject, LabelledSet, read_names
+from sam3lora.data.convert.layout import image_files, key_in, open_image, place_images
+from sam3lora.data.convert.mask_folders import find_mask_folders
+from sam3lora.data.convert.mask_values import VOID, OneCategory, black_and_white, read_values
 from sam3lora.data.faults import FaultLog
 from sam3lora.data.label_palette import palette_image
+from sam3lora.data.masks import decode_mask
 from sam3lora.data.rle import encode_rle
 from sam3lora.data.split_files import WHOLE
 from sam3lora.errors import UserError
 
 NAMES_FILE = "classes.txt"
 INSTANCE_STEP = 1000
-VOID = 255
-_MAX_STRETCH = 1.05  # between the aspect ratios of mask and image; beyond this the mask belongs to another image
+BACKGROUND = "background"
 _MAX_VALUE = 65535  # of a 16-bit PNG
 
 
@@ -37,8 +40,8 @@ def read_masks(
     """Read all splits.
 
     Args:
-        source: Folder with `<split>/images` and `<split>/masks`, or `images/<split>` and `masks/<split>`. A mask has
-            the name of its image, or that name and `_mask`.
+        source: Folder with images and masks, see `find_mask_folders`. A mask has the name of its image, or that name
+            and `_mask`.
         names: Category names, the first for value 1; None reads them from `classes.txt`. A leading "background" is
             left out.
         instances: Whether values number objects instead of categories.
@@ -50,25 +53,26 @@ def read_masks(
             no category.
     """
     names = _find_names(source) if names is None else list(names)
-    names = names[1:] if names[0].casefold() == "background" else names
+    names_background = names[0].casefold() == BACKGROUND
+    names = names[1:] if names_background else names
+    one = OneCategory(names_background) if len(names) == 1 and not instances else None
+    labeller = _Labeller(names, instances, components)
     splits = {}
-    for split, (images, masks) in find_pairs(source, "masks").items():
+    for split, (images, masks) in find_mask_folders(source).items():
         if masks.is_dir():
-            nested = split != WHOLE
-            splits[split] = _read_split(images, masks, nested, names, log, instances, components)
+            splits[split] = _read_split(images, masks, split != WHOLE, labeller, one, log)
         else:
             log.add("unlabelled_split", f"{images}: no folder {masks}")
+    wrong, are_numbers = one.misread(log) if one else ([], False)
+    for image, mask_file in wrong:
+        image.objects, image.void = [], None
+        values_HW = read_values(mask_file, image, FaultLog(), colours=True)  # its faults are counted already
+        labeller.add(image, values_HW if are_numbers else black_and_white(values_HW), mask_file, log)
     return LabelledSet(names, splits)
 
 
 def _read_split(
-    images: Path,
-    masks: Path,
-    nested: bool,
-    names: Sequence[str],
-    log: FaultLog,
-    instances: bool,
-    components: bool,
+    images: Path, masks: Path, nested: bool, labeller: _Labeller, one: OneCategory | None, log: FaultLog
 ) -> list[LabelledImage]:
     split = []
     mask_files: dict[str, Path] = {}
@@ -81,14 +85,10 @@ def _read_split(
         if mask_file is None:
             log.add("unlabelled_image", str(path))
         elif image := open_image(path, log):
-            values_HW = _fit(_read_values(mask_file, image, names, instances, log), image, mask_file, log)
-            if not instances and len(names) == 1:
-                values_HW = _binarise(values_HW, mask_file, log)
-            for name, mask_HW in _separate(values_HW, names, mask_file, instances, components):
-                if name is None:
-                    image.lose(None, "void_pixels", log, str(mask_file))
-                else:
-                    image.add_mask(name, encode_rle(mask_HW), log, str(mask_file))
+            values_HW = read_values(mask_file, image, log, colours=one is not None)
+            if one:
+                values_HW = one.numbers(values_HW, image, mask_file, log)
+            labeller.add(image, values_HW, mask_file, log)
             split.append(image)
     for mask_file in mask_files.values():
         log.add("label_without_image", str(mask_file))
@@ -102,103 +102,79 @@ def _find_names(source: Path) -> list[str]:
     return read_names(path)
 
 
-def _read_values(
-    mask_file: Path, image: LabelledImage, names: Sequence[str], instances: bool, log: FaultLog
-) -> np.ndarray:
-    """Pixel values (H, W) int32. Palette indices and grey values stay as they are; colours become grey."""
-    try:
-        with Image.open(mask_file) as picture:
-            _check_shape(picture.size, image, mask_file)
-            if picture.mode not in ("RGB", "RGBA", "LA", "CMYK"):
-                return np.array(picture).astype(np.int32)
-            if np.ptp(np.asarray(picture.convert("RGB")), axis=2).any():
-                if instances or len(names) > 1:
-                    raise UserError(f"{mask_file} is a colour image; expected one number a pixel (grey or palette)")
-                log.add("colour_mask", str(mask_file))
-            return np.array(picture.convert("L")).astype(np.int32)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"cannot read mask {mask_file}: {error}") from None
+@dataclass(frozen=True)
+class _Labeller:
+    """Makes objects of the values of a mask image."""
 
+    names: Sequence[str]
+    instances: bool
+    components: bool
 
-def _check_shape(size_wh: tuple[int, int], image: LabelledImage, mask_file: Path) -> None:
-    """Refuse a mask of another shape than its image before it is decoded."""
-    stretch = (size_wh[0] / size_wh[1]) / (image.size_hw[1] / image.size_hw[0])
-    if not 1 / _MAX_STRETCH < stretch < _MAX_STRETCH:
-        raise UserError(f"{_sizes(size_wh, image, mask_file)}; a mask must have its image's shape")
+    def add(self, image: LabelledImage, values_HW: np.ndarray, mask_file: Path, log: FaultLog) -> None:
+        for value in np.unique(values_HW[values_HW != 0]).tolist():
+            mask_HW = values_HW == value
+            if not self.instances and value == VOID and len(self.names) < VOID:
+                image.void = encode_rle(mask_HW)
+                continue
+            for part_HW in self._parts(mask_HW):
+                image.add_mask(self._category(value, mask_file), encode_rle(part_HW), log, str(mask_file))
 
-
-def _sizes(size_wh: tuple[int, ...], image: LabelledImage, mask_file: Path) -> str:
-    return f"{mask_file}: {size_wh[0]} x {size_wh[1]}, image {image.size_hw[1]} x {image.size_hw[0]}"
-
-
-def _fit(values_HW: np.ndarray, image: LabelledImage, mask_file: Path, log: FaultLog) -> np.ndarray:
-    """The mask at its image's size."""
-    size_hw = values_HW.shape
-    if size_hw == image.size_hw:
-        return values_HW
-    log.add("mask_resized", _sizes(size_hw[::-1], image, mask_file))
-    return cv2.resize(values_HW, image.size_hw[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
-
-
-def _separate(
-    values_HW: np.ndarray, names: Sequence[str], mask_file: Path, instances: bool, components: bool
-) -> Iterator[tuple[str | None, np.ndarray]]:
-    """(category name, boolean mask (H, W)) of every object; without a name for void pixels."""
-    for value in np.unique(values_HW[values_HW != 0]).tolist():
-        mask_HW = values_HW == value
-        if not instances and value == VOID and len(names) < VOID:
-            yield None, mask_HW
-            continue
-        category = _category(value, names, instances)
-        if category is None:
-            known = f"1..{len(names)}" if not instances else f"{INSTANCE_STEP} x category (1..{len(names)}) + object"
-            raise UserError(f"{mask_file}: value {value} is not among {known} ({', '.join(names)})")
-        if components and not instances:
+    def _parts(self, mask_HW: np.ndarray) -> Iterator[np.ndarray]:
+        if self.components and not self.instances:
             num_labels, labels_HW = cv2.connectedComponents(mask_HW.astype(np.uint8), connectivity=8)
-            yield from ((category, labels_HW == label) for label in range(1, num_labels))
+            yield from (labels_HW == label for label in range(1, num_labels))
         else:
-            yield category, mask_HW
+            yield mask_HW
 
-
-def _binarise(values_HW: np.ndarray, mask_file: Path, log: FaultLog) -> np.ndarray:
-    if values_HW.max() < 128:  # 0 and 1; larger values are refused later
-        return values_HW
-    if ((values_HW > 0) & (values_HW < 255)).any():
-        log.add("grey_mask", str(mask_file))
-    return (values_HW >= 128).astype(np.int32)
-
-
-def _category(value: int, names: Sequence[str], instances: bool) -> str | None:
-    if instances and len(names) == 1:
-        return names[0]
-    index, number = divmod(value, INSTANCE_STEP) if instances else (value, 1)
-    return names[index - 1] if 1 <= index <= len(names) and number else None
+    def _category(self, value: int, mask_file: Path) -> str:
+        names = self.names
+        if self.instances and len(names) == 1:
+            return names[0]
+        index, number = divmod(value, INSTANCE_STEP) if self.instances else (value, 1)
+        if 1 <= index <= len(names) and number:
+            return names[index - 1]
+        known = f"{INSTANCE_STEP} x category (1..{len(names)}) + object" if self.instances else f"1..{len(names)}"
+        raise UserError(f"{mask_file}: value {value} is not among {known} ({', '.join(names)})")
 
 
 def write_masks(labelled: LabelledSet, folder: Path, log: FaultLog, *, instances: bool = False) -> None:
     """Write `<split>/images`, `<split>/masks` and `classes.txt`. Where objects overlap, the smaller one is on top.
 
-    Category numbers are written as 8-bit PNG with a palette, object numbers (`instances`) as 16-bit PNG.
+    Category numbers are written as 8-bit PNG with a palette, object numbers (`instances`, which has no value for crowd
+    and void regions) as 16-bit PNG. Crowd and void regions are 255 where no object is.
 
     Raises:
         UserError: There are more categories or objects than pixel values.
     """
-    if not instances and len(labelled.categories) >= VOID:
-        raise UserError(f"a mask image has values for {VOID - 1} categories, got {len(labelled.categories)}")
+    names = labelled.categories
+    if not instances and len(names) >= VOID:
+        raise UserError(f"a mask image has values for {VOID - 1} categories, got {len(names)}")
+    has_void = False
     for split, images in labelled.splits.items():
         masks = folder / split / "masks"
         masks.mkdir(parents=True)
         for image, path in zip(images, place_images(images, folder / split / "images", log), strict=True):
             if instances:
-                canvas_HW = _paint(image, _instance_values(image, labelled.categories), log)
+                canvas_HW = _paint(image, image.objects, _instance_values(image, names), log)
                 picture = Image.fromarray(canvas_HW.astype(np.uint16))
             else:
-                values = [labelled.categories.index(thing.category) + 1 for thing in image.objects]
-                picture = palette_image(_paint(image, values, log).astype(np.uint8))
+                objects = [thing for thing in image.objects if not thing.iscrowd]
+                canvas_HW = _paint(image, objects, [names.index(thing.category) + 1 for thing in objects], log)
+                canvas_HW[_void_region(image) & (canvas_HW == 0)] = VOID
+                has_void |= bool((canvas_HW == VOID).any())
+                picture = palette_image(canvas_HW.astype(np.uint8))
             picture.save(masks / f"{path.stem}.png")
-    (folder / NAMES_FILE).write_text("".join(f"{name}\n" for name in labelled.categories), encoding="utf-8")
+    lines = [BACKGROUND, *names] if has_void and len(names) == 1 else names  # see `OneCategory`
+    (folder / NAMES_FILE).write_text("".join(f"{name}\n" for name in lines), encoding="utf-8")
+
+
+def _void_region(image: LabelledImage) -> np.ndarray:
+    """Boolean (H, W): void, and the crowd regions of all categories."""
+    region_HW = decode_mask(image.void, image.size_hw)
+    for thing in image.objects:
+        if thing.iscrowd:
+            region_HW |= thing.decode(image.size_hw)
+    return region_HW
 
 
 def _instance_values(image: LabelledImage, categories: list[str]) -> list[int]:
@@ -219,11 +195,11 @@ def _instance_values(image: LabelledImage, categories: list[str]) -> list[int]:
     return values
 
 
-def _paint(image: LabelledImage, values: list[int], log: FaultLog) -> np.ndarray:
+def _paint(image: LabelledImage, objects: Sequence[LabelledObject], values: Sequence[int], log: FaultLog) -> np.ndarray:
     """Pixel values (H, W) int32."""
     canvas_HW = np.zeros(image.size_hw, dtype=np.int32)
     masks = []
-    for number, (thing, value) in enumerate(zip(image.objects, values, strict=True), 1):
+    for number, (thing, value) in enumerate(zip(objects, values, strict=True), 1):
         where = f"{image.path}, object {number}"
         if thing.segmentation is None:
             log.add("box_as_mask", where)

@@ -11,7 +11,8 @@ from typing import Any
 from sam3lora.data.convert.coco_folders import read_coco, write_coco
 from sam3lora.data.convert.labelled_set import LabelledSet, checked_names
 from sam3lora.data.convert.labelme import read_labelme
-from sam3lora.data.convert.layout import find_files, find_pairs, new_folder, split_folders
+from sam3lora.data.convert.layout import find_files, new_folder, split_folders
+from sam3lora.data.convert.mask_folders import find_mask_folders
 from sam3lora.data.convert.mask_images import read_masks, write_masks
 from sam3lora.data.convert.voc import read_voc
 from sam3lora.data.convert.yolo import read_yolo, write_yolo
@@ -25,7 +26,7 @@ SOURCE_FORMATS = {
     "coco": "_annotations.coco.json beside the images, or annotations/*.json with images/",
     "yolo": "text files in labels/ and images in images/",
     "voc": "XML files beside the images, or Annotations/ and JPEGImages/",
-    "masks": "mask images in masks/ and images in images/",
+    "masks": "mask images in masks/ (mask, gt) and images in images/ (image, imgs), or folders such as train-mask",
     "labelme": "JSON files with shapes beside the images",
 }
 TARGET_FORMATS = ("coco", "yolo", "yolo-boxes", "masks")
@@ -90,7 +91,7 @@ def convert_folder(
                 f"{source}: found {sum(map(len, labelled.splits.values()))} images and no labelled object as "
                 f"{source_format}; expected {SOURCE_FORMATS[source_format]}"
             )
-        if target_format != "coco":
+        if target_format != "coco" and (target_format != "masks" or instances):
             labelled.drop_crowds(log)
         labelled.drop_incomplete(log)
         _write(labelled, folder, target_format, log, instances)
@@ -103,7 +104,7 @@ def guess_format(source: Path) -> str:
     Raises:
         UserError: There are no labels, or labels in several formats.
     """
-    masks = [path for _, path in find_pairs(source, "masks").values()]
+    masks = [path for _, path in find_mask_folders(source).values()]
     json_files = chain.from_iterable(
         find_files(folder, [".json"]) for folder in split_folders(source, ".json").values()
     )

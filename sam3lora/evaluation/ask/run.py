@@ -18,6 +18,8 @@ from sam3lora.data.fault_report import SplitFault, fault_summary, faults_as_reas
 from sam3lora.data.split_files import WHOLE, SplitFiles, find_split_or_whole
 from sam3lora.errors import UserError
 from sam3lora.evaluation.ask.worker import BASE, Batches, EvaluationWorker, Models
+from sam3lora.evaluation.dense.class_counts import ClassCounts
+from sam3lora.evaluation.dense.settings import DenseEvaluation
 from sam3lora.evaluation.metrics.ground_truth import PromptedCategory, SplitTruth, prompted_categories
 from sam3lora.evaluation.metrics.measure import SplitMetrics, measure_matches
 from sam3lora.evaluation.predictions import Predictions
@@ -117,15 +119,18 @@ def evaluate_models(
     truth = SplitTruth(index, categories)
     parts: dict[str, list[SplitMatches]] = {label: [] for label in models.labels}
     predictions = {label: Predictions(truth.image_ids) for label in models.labels}
+    semantic = {label: ClassCounts(len(categories)) for label in models.labels} if settings.semantic else {}
     facts: dict[str, Any] = {}
     with progress_of(progress, len(index), "images", f"{len(categories)} prompts each") as bar:
         batches = RecordBatches(index, settings.batch_size)
         for answers, of_worker in ask_batches(make_worker, batches, num_workers, models, address):
             facts = of_worker
-            for label, (matches, encoded) in answers.items():
-                parts[label].append(matches)
-                predictions[label].add(encoded)
-            bar.advance(max((len(matches.image_ids) for matches, _ in answers.values()), default=0))
+            for label, answer in answers.items():
+                parts[label].append(answer.matches)
+                predictions[label].add(answer.encoded)
+                if answer.semantic is not None:
+                    semantic[label].merge(answer.semantic)
+            bar.advance(max((len(answer.matches.image_ids) for answer in answers.values()), default=0))
     posts: dict[str, PostProcessing] = facts["post"]
     shown = settings.to_dict() | {name: value for name, value in facts.items() if name not in ("num_queries", "post")}
     return [
@@ -136,6 +141,7 @@ def evaluate_models(
             label=label,
             predictions=predictions[label],
             num_queries=facts["num_queries"],
+            semantic=semantic.get(label),
             settings={
                 "data": str(split),
                 "adapter": models.adapters.get(label),
@@ -154,7 +160,7 @@ def evaluate_models(
 
 
 def read_split(
-    split: SplitFiles | Path, settings: EvaluationSettings, *, tell: bool
+    split: SplitFiles | Path, settings: EvaluationSettings | DenseEvaluation, *, tell: bool
 ) -> tuple[SplitFiles, CocoIndex, Sequence[SplitFault]]:
     """A split, found if only its folder is named, with all its images, and the faults of its annotation file.
 

@@ -11,7 +11,9 @@ import numpy as np
 from sam3lora.data.images import read_image
 from sam3lora.engine.adapter_pool import AdapterPool
 from sam3lora.engine.detections import Detections
+from sam3lora.evaluation.dense.class_counts import ClassCounts
 from sam3lora.evaluation.metrics.ground_truth import PromptedCategory
+from sam3lora.evaluation.metrics.semantic import count_semantic
 from sam3lora.evaluation.predictions import EncodedResults, encode_results
 from sam3lora.evaluation.settings import EvaluationSettings
 from sam3lora.evaluation.split_matches import Matcher, SplitMatches
@@ -94,6 +96,7 @@ class Answers(NamedTuple):
 
     matches: SplitMatches
     encoded: dict[int, EncodedResults]
+    semantic: ClassCounts | None = None
 
 
 class EvaluationWorker(ModelWorker):
@@ -109,15 +112,29 @@ class EvaluationWorker(ModelWorker):
         super().__init__(models, settings, lowest_score)
         self._categories = categories
         self._incomplete = settings.incomplete(categories)
+        self._measures_semantic = settings.semantic
 
     def ask(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Answers]:
         """Label -> results; all models are asked in one pass. Raises ImageError if an image cannot be read."""
         image_ids = [record["image_id"] for record in records]
+        semantic = self._semantic(records) if self._measures_semantic else {}
         answers = {}
         for label, results in self.results(records).items():
             matcher = Matcher(self._categories, self._posts[adapter_of(label)], self._incomplete)
-            answers[label] = Answers(matcher.match(records, results), encode_results(results.predictions, image_ids))
+            answers[label] = Answers(
+                matcher.match(records, results), encode_results(results.predictions, image_ids), semantic.get(label)
+            )
         return answers
+
+    def _semantic(self, records: Sequence[Mapping[str, Any]]) -> dict[str, ClassCounts]:
+        """Label -> pixels of the semantic output."""
+        prompts = [category.prompt for category in self._categories]
+        adapters = [adapter_of(label) for label in self.labels]
+        found = self._pool.semantic_each(read_images(records), [prompts] * len(records), adapters)
+        return {
+            label: count_semantic(records, self._categories, found[adapter_of(label)], self._incomplete)
+            for label in self.labels
+        }
 
     def results(self, records: Sequence[Mapping[str, Any]]) -> dict[str, SplitResults]:
         """Label -> results before they are matched."""

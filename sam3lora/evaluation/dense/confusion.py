@@ -20,7 +20,7 @@ from sam3lora.evaluation.dense.class_counts import (
     ratio,
     weighted,
 )
-from sam3lora.evaluation.metrics.bootstrap import Metric
+from sam3lora.evaluation.metrics.bootstrap import Metric, Metrics
 from sam3lora.label_values import BACKGROUND
 
 
@@ -134,6 +134,19 @@ class ConfusionMatrix:
             return lambda image_weights_I: number_or_none(weighted(counts_I3N, image_weights_I).iou()[label])
         compute = _MEASURES[name]
         return lambda image_weights_I: compute(weighted(counts_I3N, image_weights_I))
+
+    def all_metrics(self) -> Metrics:
+        """All that `metric` knows at once, summed once for each weighting."""
+        counts_I3N = self.counts.per_image().astype(np.float64)  # sums of floats are quicker, and exact to 2^53
+
+        def measure(image_weights_I: np.ndarray) -> dict[str, float | None]:
+            counts = weighted(counts_I3N, image_weights_I)
+            classes = zip(self.class_names, counts.iou().tolist(), strict=True)
+            return {name: compute(counts) for name, compute in _MEASURES.items()} | {
+                f"iou/{name}": number_or_none(iou) for name, iou in classes
+            }
+
+        return measure
 
 
 def _accuracy(counts: Counts) -> float | None:

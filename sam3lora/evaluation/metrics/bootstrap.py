@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,8 @@ from sam3lora.evaluation.metrics.matching import MASKS, MatchTable
 
 # weights on images (I,), whole numbers that sum to I -> value, None where it cannot be computed
 Metric = Callable[[np.ndarray], float | None]
+# the same for several metrics by name
+Metrics = Callable[[np.ndarray], Mapping[str, float | None]]
 
 
 @dataclass(frozen=True)
@@ -76,29 +78,84 @@ def bootstrap_difference(
         ValueError: `confidence` or `num_resamples` is out of range.
     """
 
-    def difference(image_weights_I: np.ndarray) -> float | None:
-        a, b = metric_a(image_weights_I), metric_b(image_weights_I)
-        return None if a is None or b is None else b - a
+    found = bootstrap_differences(
+        lambda image_weights_I: {"": metric_a(image_weights_I)},
+        lambda image_weights_I: {"": metric_b(image_weights_I)},
+        num_images,
+        num_resamples=num_resamples,
+        seed=seed,
+        confidence=confidence,
+    )
+    return found[""]
 
-    found = bootstrap_value(difference, num_images, num_resamples=num_resamples, seed=seed, confidence=confidence)
-    excludes_zero = found.low is not None and found.high is not None and (found.low > 0 or found.high < 0)
-    return Interval(found.value, found.low, found.high, excludes_zero, found.num_resamples)
+
+def bootstrap_differences(
+    metrics_a: Metrics,
+    metrics_b: Metrics,
+    num_images: int,
+    *,
+    num_resamples: int = 1000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> dict[str, Interval]:
+    """`bootstrap_difference` of the metrics that both models have, by name, on the same draws."""
+
+    def differences(image_weights_I: np.ndarray) -> dict[str, float | None]:
+        values_a, values_b = metrics_a(image_weights_I), metrics_b(image_weights_I)
+        return {name: _difference(value, values_b[name]) for name, value in values_a.items() if name in values_b}
+
+    found = bootstrap_values(differences, num_images, num_resamples=num_resamples, seed=seed, confidence=confidence)
+    return {
+        name: Interval(one.value, one.low, one.high, _excludes_zero(one.low, one.high), one.num_resamples)
+        for name, one in found.items()
+    }
+
+
+def _difference(before: float | None, after: float | None) -> float | None:
+    return None if before is None or after is None else after - before
+
+
+def _excludes_zero(low: float | None, high: float | None) -> bool:
+    return low is not None and high is not None and (low > 0 or high < 0)
 
 
 def bootstrap_value(
     metric: Metric, num_images: int, *, num_resamples: int = 1000, seed: int = 0, confidence: float = 0.95
 ) -> ValueInterval:
     """Percentile bootstrap over images of one model's metric; arguments and errors as in `bootstrap_difference`."""
+    found = bootstrap_values(
+        lambda image_weights_I: {"": metric(image_weights_I)},
+        num_images,
+        num_resamples=num_resamples,
+        seed=seed,
+        confidence=confidence,
+    )
+    return found[""]
+
+
+def bootstrap_values(
+    metrics: Metrics, num_images: int, *, num_resamples: int = 1000, seed: int = 0, confidence: float = 0.95
+) -> dict[str, ValueInterval]:
+    """`bootstrap_value` of several metrics by name, on the same draws."""
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
     if num_resamples < 1:
         raise ValueError(f"num_resamples must be positive, got {num_resamples}")
-    observed = metric(np.ones(num_images, dtype=int))
-    if observed is None or num_images < 2:
-        return ValueInterval(observed, None, None, 0)
+    observed = metrics(np.ones(num_images, dtype=int))
+    if num_images < 2 or all(value is None for value in observed.values()):
+        return {name: ValueInterval(value, None, None, 0) for name, value in observed.items()}
     rng = np.random.default_rng(seed)
     shares_I = np.full(num_images, 1 / num_images)
-    drawn = (metric(rng.multinomial(num_images, shares_I)) for _ in range(num_resamples))
+    drawn = [metrics(rng.multinomial(num_images, shares_I)) for _ in range(num_resamples)]
+    return {
+        name: _interval(value, [one[name] for one in drawn], confidence)
+        if value is not None
+        else ValueInterval(None, None, None, 0)
+        for name, value in observed.items()
+    }
+
+
+def _interval(observed: float, drawn: Sequence[float | None], confidence: float) -> ValueInterval:
     values = [value for value in drawn if value is not None]
     if not values:
         return ValueInterval(observed, None, None, 0)

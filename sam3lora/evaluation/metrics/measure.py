@@ -11,11 +11,13 @@ import numpy as np
 
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.data.fault_report import SplitFault, fault_lines
+from sam3lora.evaluation.dense.class_counts import ClassCounts
 from sam3lora.evaluation.metrics.cgf1 import SCORE_THRESHOLD
 from sam3lora.evaluation.metrics.cgf1_units import count_units
 from sam3lora.evaluation.metrics.coco_map import CocoAverages, average_table
 from sam3lora.evaluation.metrics.curves import Curves, ThresholdSweep, evaluation_curves, sweep_thresholds
 from sam3lora.evaluation.metrics.ground_truth import SplitTruth, incomplete_categories
+from sam3lora.evaluation.metrics.semantic import SemanticMetrics
 from sam3lora.evaluation.predictions import Predictions, encode_results
 from sam3lora.evaluation.split_matches import ABSENT, SHOWN, Matcher, SplitMatches
 from sam3lora.evaluation.split_results import SplitResults
@@ -36,6 +38,7 @@ class CategoryMetrics:
     cgf1: float | None
     off_prompt_fpr: float | None
     best_threshold: float | None
+    semantic_iou: float | None = None
 
 
 # Fields of `SplitMetrics` that `to_dict` leaves out.
@@ -69,6 +72,7 @@ class SplitMetrics(CocoAverages):
         predictions: The model's COCO results; None if they were not kept.
         truth: The ground truth.
         split_dir: Folder of the images.
+        semantic_mean_iou, semantic_dice: Of the semantic output, see `SemanticMetrics`; None if it was not measured.
         faults: Of the split's annotation file, from `split_faults`; `to_dict` adds them to the notes.
     """
 
@@ -99,6 +103,8 @@ class SplitMetrics(CocoAverages):
     split_dir: Path | None = None
     seconds: float = 0.0
     faults: Sequence[SplitFault] = ()
+    semantic_mean_iou: float | None = None
+    semantic_dice: float | None = None
 
     @property
     def threshold_text(self) -> str:
@@ -118,6 +124,10 @@ class SplitMetrics(CocoAverages):
         values = {name: value for name, value in vars(self).items() if name not in _NOT_NUMBERS}
         values["notes"] = [*fault_lines(self.faults), *self.notes]
         values["per_category"] = {name: asdict(entry) for name, entry in self.per_category.items()}
+        if "semantic" not in self.settings:
+            del values["semantic_mean_iou"], values["semantic_dice"]
+            for entry in values["per_category"].values():
+                del entry["semantic_iou"]
         values["threshold_sweep"] = None if self.sweep is None else self.sweep.to_dict()
         return values
 
@@ -180,6 +190,7 @@ def measure_matches(
     label: str = "base",
     predictions: Predictions | None = None,
     num_queries: int | None = None,
+    semantic: ClassCounts | None = None,
     settings: Mapping[str, Any] | None = None,
     split_dir: Path | None = None,
     seconds: float = 0.0,
@@ -191,6 +202,7 @@ def measure_matches(
     Args:
         matches: Of the model's results on all images of the split, by the matcher.
         label: Name of the model in tables.
+        semantic: Pixels of the semantic output, if it was measured.
         num_queries: Number of the model's object queries, to warn of images that hold more objects.
         predictions, settings, split_dir, seconds, faults: Stored in the result.
         notes: What a reader should know of how it was asked; they come before those of the measuring.
@@ -211,6 +223,7 @@ def measure_matches(
     positives = overall if overall.num_positives else count_units(matches.units).overall()
     sweep = sweep_thresholds(matches.complete_units, list(thresholds)) if some_complete else None
     num_ground_truth = sum(entry.num_ground_truth for entry in found.per_category.values())
+    of_pixels = None if semantic is None else SemanticMetrics.of(semantic.total())
     per_category = {}
     for column, category in enumerate(truth.categories):
         entry, own = found.per_category[category.name], of_categories[column]
@@ -224,6 +237,7 @@ def measure_matches(
             cgf1=None if own.undefined_reason else own.metrics()["cgF1"],
             off_prompt_fpr=_share(is_alarm_IC[:, column], is_absent_IC[:, column]),
             best_threshold=None if curve is None else curve.best_threshold,
+            semantic_iou=None if of_pixels is None else of_pixels.per_category[column],
         )
     presence_accuracy = _share(is_right_IC, is_asked_IC & ((shown_IC == SHOWN) | is_absent_IC))
     num_absent = int(is_absent_IC.sum())
@@ -271,6 +285,8 @@ def measure_matches(
         split_dir=split_dir,
         seconds=seconds,
         faults=faults,
+        semantic_mean_iou=None if of_pixels is None else of_pixels.mean_iou,
+        semantic_dice=None if of_pixels is None else of_pixels.mean_dice,
     )
 
 

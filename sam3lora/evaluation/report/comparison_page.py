@@ -12,7 +12,7 @@ from sam3lora.evaluation.metrics.comparison import NOTICEABLE
 from sam3lora.evaluation.metrics.measure import CategoryMetrics, SplitMetrics
 from sam3lora.evaluation.metrics.ranking import most_different_images
 from sam3lora.evaluation.report.charts import interval_chart
-from sam3lora.evaluation.report.glossary import MEASURES, Measure
+from sam3lora.evaluation.report.glossary import MEASURES, Measure, measures_of
 from sam3lora.evaluation.report.html_page import change, fault_box, render_page, score, setting_rows
 from sam3lora.evaluation.report.pictures import Gallery, Picture, threshold_texts
 
@@ -72,7 +72,7 @@ def render_comparison_report(
         labels=labels,
         sentences=[comparison_sentence(base, adapter, intervals.get(adapter.label, {})) for adapter in adapters],
         category_sentences=[category_sentence(base, adapter) for adapter in adapters],
-        measures=[(m, [_cell(base, adapter, m, intervals) for adapter in adapters]) for m in MEASURES],
+        measures=[(m, [_cell(base, adapter, m, intervals) for adapter in adapters]) for m in measures_of(results)],
         charts=[(adapter.label, _interval_chart(adapter.label, intervals)) for adapter in adapters],
         categories=_category_rows(base, adapters),
         pictures=pictures,

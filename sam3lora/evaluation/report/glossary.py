@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -67,3 +69,20 @@ MEASURES = (
         "Before overlapping detections were suppressed or merged.",
     ),
 )
+
+SEMANTIC_MEASURES = (
+    Measure(
+        "semantic_mean_iou",
+        "semantic mean IoU",
+        "Of all pixels that belong to a prompt in the labels or in the model's semantic output, the share that does in "
+        "both, at probability 0.50; mean over categories. It does not depend on detections.",
+    ),
+    Measure("semantic_dice", "semantic dice", "The same as dice: twice the shared pixels by the sum of both."),
+)
+"""Those that are there only if they were asked for."""
+
+
+def measures_of(results: Sequence[Any]) -> list[Measure]:
+    """The measures that a table of these results shows."""
+    has_semantic = any("semantic" in result.settings for result in results)
+    return [*MEASURES, *(SEMANTIC_MEASURES if has_semantic else ())]

@@ -26,12 +26,12 @@ from sam3lora.inference.drawing import (
     mark_coco,
 )
 
-Kind = Literal["labels", "base", "adapter"]
+Kind = Literal["labels", "base", "adapter", "plain"]
 
 COLOURS_RGB: dict[Kind, Rgb] = {"labels": GROUND_TRUTH_RGB, "base": BASE_RGB, "adapter": ADAPTER_RGB}
 MAX_NAMED = 12  # with more objects in a panel, the names would hide the picture and are left out
 
-_BUDGET_BYTES = 5_000_000  # of all JPEGs of a report; base64 adds a third
+PICTURE_BYTES = 5_000_000  # of all JPEGs of a report; base64 adds a third
 _SIDES_PX = (320, 720)
 _MAX_ENLARGEMENT = 4.0
 _VISIBLE = 0.3  # part of a pixel that a mask must cover to be drawn there; low, so that thin cracks stay
@@ -121,7 +121,7 @@ class Gallery:
         names = self.names if category is None else dict.fromkeys(self.names, "")
         drawn = draw_panel(pixels_HW3, entries, names, COLOURS_RGB[kind], panel_side_px(self.num_panels))
         height, width = drawn.shape[:2]
-        return Panel(kind, caption, (height, width), encode_within(drawn, _BUDGET_BYTES // max(1, self.num_panels)))
+        return Panel(kind, caption, (height, width), encode_within(drawn, PICTURE_BYTES // max(1, self.num_panels)))
 
     def _entries(self, image: int, model: int | None) -> list[dict[str, Any]]:
         """The labels of an image, or a model's detections at its thresholds."""
@@ -148,10 +148,10 @@ def describe(counts: MatchCounts) -> str:
 
 
 def panel_side_px(num_panels: int) -> int:
-    """Longer side of a panel with which `num_panels` fit into about `_BUDGET_BYTES` at good quality."""
+    """Longer side of a panel with which `num_panels` fit into about `PICTURE_BYTES` at good quality."""
     bytes_per_square_side = 0.2  # photographs at quality 80, sides 4:3
     low, high = _SIDES_PX
-    return int(np.clip((_BUDGET_BYTES / bytes_per_square_side / max(1, num_panels)) ** 0.5, low, high))
+    return int(np.clip((PICTURE_BYTES / bytes_per_square_side / max(1, num_panels)) ** 0.5, low, high))
 
 
 def draw_panel(
@@ -163,11 +163,18 @@ def draw_panel(
 ) -> np.ndarray:
     """Draw COCO annotations or results on an image whose longer side becomes `side_px`, at most four times its size."""
     height, width = pixels_HW3.shape[:2]
-    factor = min(_MAX_ENLARGEMENT, side_px / max(height, width))
-    size_wh = (max(1, round(width * factor)), max(1, round(height * factor)))
-    resized = cv2.resize(pixels_HW3, size_wh, interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC)
+    resized = fit_side(pixels_HW3, side_px)
+    size_wh = (resized.shape[1], resized.shape[0])
     marked = [_resized(entry, size_wh) for entry in mark_coco(entries, names, (height, width))]
     return draw_instances(resized, marked, colours_rgb=colour_rgb, show_labels=len(marked) <= MAX_NAMED, min_side=1)
+
+
+def fit_side(pixels_HW3: np.ndarray, side_px: int) -> np.ndarray:
+    """The image resized so that its longer side has `side_px`, at most to four times its size."""
+    height, width = pixels_HW3.shape[:2]
+    factor = min(_MAX_ENLARGEMENT, side_px / max(height, width))
+    size_wh = (max(1, round(width * factor)), max(1, round(height * factor)))
+    return cv2.resize(pixels_HW3, size_wh, interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC)
 
 
 def encode_within(pixels_HW3: np.ndarray, max_bytes: int) -> bytes:

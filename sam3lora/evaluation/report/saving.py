@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +15,8 @@ from sam3lora.errors import UserError
 from sam3lora.evaluation.metrics.comparison import differences_to_base
 from sam3lora.evaluation.metrics.measure import SplitMetrics
 from sam3lora.evaluation.report.pictures import threshold_texts
-from sam3lora.files import file_name_of, write_whole
-from sam3lora.local_paths import refuse_bad_path
+from sam3lora.evaluation.report.result_files import make_folder, told, write_json, write_text
+from sam3lora.files import file_name_of
 
 _SHOWN = {
     "mAP": "map",
@@ -37,15 +35,15 @@ def save_validation(results: Sequence[SplitMetrics], output: str | Path, console
     """
     from sam3lora.evaluation.report.validation_page import render_validation_report
 
-    folder = _make_folder(output)
+    folder = make_folder(output)
     if len(results) == 1:
         _write_model(results[0], folder)
     else:
         for metrics in results:
-            _write_model(metrics, _make_folder(folder / file_name_of(metrics.label, "model")))
-        _write_json(folder / "metrics.json", {"models": {metrics.label: metrics.to_dict() for metrics in results}})
+            _write_model(metrics, make_folder(folder / file_name_of(metrics.label, "model")))
+        write_json(folder / "metrics.json", {"models": {metrics.label: metrics.to_dict() for metrics in results}})
     report = folder / "report.html"
-    _write(report, render_validation_report(results))
+    write_text(report, render_validation_report(results))
     _print(results, report, console)
     return report
 
@@ -56,16 +54,16 @@ def compare_and_save(
     """Write each model's `metrics.json` and `predictions.json`, then `comparison.json` and `report.html` (returned)."""
     from sam3lora.evaluation.report.comparison_page import comparison_sentence, render_comparison_report
 
-    folder = _make_folder(output)
+    folder = make_folder(output)
     results = [base, *adapters]
     for metrics in results:
-        _write_model(metrics, _make_folder(folder / file_name_of(metrics.label, "model")))
+        _write_model(metrics, make_folder(folder / file_name_of(metrics.label, "model")))
     differences = differences_to_base(base, adapters)
     listed = {label: {name: vars(one) for name, one in found.items()} for label, found in differences.items()}
     models = {metrics.label: metrics.to_dict() for metrics in results}
-    _write_json(folder / "comparison.json", {"models": models, "differences_to_base": listed})
+    write_json(folder / "comparison.json", {"models": models, "differences_to_base": listed})
     report = folder / "report.html"
-    _write(report, render_comparison_report(base, adapters, differences))
+    write_text(report, render_comparison_report(base, adapters, differences))
     _print(results, report, console)
     console = console or Console(soft_wrap=True, markup=False, emoji=False)
     for adapter in adapters:
@@ -75,12 +73,12 @@ def compare_and_save(
 
 def write_results(results: Mapping[str, Sequence[Mapping[str, Any]]], output: str | Path) -> dict[str, Path]:
     """Write each model's `predictions.json`, each in its own folder if there are several; return label -> file."""
-    folder = _make_folder(output)
+    folder = make_folder(output)
     files = {}
     for label, entries in results.items():
-        of_model = folder if len(results) == 1 else _make_folder(folder / file_name_of(label, "model"))
+        of_model = folder if len(results) == 1 else make_folder(folder / file_name_of(label, "model"))
         files[label] = of_model / "predictions.json"
-        _write_json(files[label], entries, indent=None)
+        write_json(files[label], entries, indent=None)
     return files
 
 
@@ -113,8 +111,8 @@ def save_saco(
         reason = found["segm"].undefined_reason
         for name in ("cgF1", "positive_micro_F1", "IL_MCC", "cgF1@0.5", "cgF1@0.75", "IL_FPR"):
             table.add_row(f"{label}: {name}", *(f"{values[label][iou_type][name]:.4f}" for iou_type in iou_types))
-    folder = _make_folder(output)
-    _write_json(folder / "metrics.json", values if len(values) > 1 else next(iter(values.values())))
+    folder = make_folder(output)
+    write_json(folder / "metrics.json", values if len(values) > 1 else next(iter(values.values())))
     console = Console(soft_wrap=True, markup=False)
     console.print(table)
     if reason:
@@ -122,40 +120,12 @@ def save_saco(
     console.print(f"Metrics: {folder / 'metrics.json'}")
 
 
-def _make_folder(path: str | Path) -> Path:
-    refuse_bad_path(path, "the output folder")
-    folder = Path(path).expanduser().absolute()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder} ({error.strerror}): choose another --output") from None
-    return folder
-
-
 def _write_model(metrics: SplitMetrics, folder: Path) -> None:
-    _write_json(folder / "metrics.json", metrics.to_dict())
+    write_json(folder / "metrics.json", metrics.to_dict())
     if metrics.predictions is not None:
-        with _told(folder / "predictions.json"):
+        with told(folder / "predictions.json"):
             index = metrics.truth.index
             metrics.predictions.write(folder / "predictions.json", index.image_ids.written, index.category_ids.written)
-
-
-def _write_json(path: Path, values: Any, indent: int | None = 2) -> None:
-    _write(path, json.dumps(values, indent=indent, ensure_ascii=False) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    with _told(path):
-        write_whole(path, text)
-
-
-@contextlib.contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """What the system refuses, as a mistake of the user."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}): choose another --output") from None
 
 
 def _print(results: Sequence[SplitMetrics], report: Path, console: Console | None) -> None:
@@ -163,7 +133,8 @@ def _print(results: Sequence[SplitMetrics], report: Path, console: Console | Non
     table = Table("", *(metrics.label for metrics in results))
     for column in table.columns[1:]:
         column.justify = "right"
-    for title, name in _SHOWN.items():
+    shown = _SHOWN | ({"semantic mean IoU": "semantic_mean_iou"} if "semantic" in results[0].settings else {})
+    for title, name in shown.items():
         values = [getattr(metrics, name) for metrics in results]
         table.add_row(title, *("n/a" if value is None else f"{value:.3f}" for value in values))
     first = results[0]

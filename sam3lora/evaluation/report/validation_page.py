@@ -12,7 +12,7 @@ from sam3lora.evaluation.metrics.cgf1 import SCORE_THRESHOLD
 from sam3lora.evaluation.metrics.measure import CategoryMetrics, SplitMetrics
 from sam3lora.evaluation.metrics.ranking import MatchCounts, best_images, false_alarms, worst_images
 from sam3lora.evaluation.report.charts import Line, histogram_chart, line_chart
-from sam3lora.evaluation.report.glossary import MEASURES
+from sam3lora.evaluation.report.glossary import measures_of
 from sam3lora.evaluation.report.html_page import fault_box, render_page, setting_rows, share
 from sam3lora.evaluation.report.pictures import Gallery, Picture, threshold_texts
 
@@ -62,7 +62,7 @@ def render_validation_report(
         results=results,
         labels=labels,
         chooser=labels[chooser],
-        measures=MEASURES,
+        measures=measures_of(results),
         sections=[_section(result, gallery, model) for model, result in enumerate(results)],
         precision_recall=_precision_recall(results),
         worst=[gallery.picture(image) for image in worst] if has_images else [],

@@ -34,7 +34,7 @@ class DenseFiles:
         self, folder: Path, settings: DenseSettings, *, overlays: bool = True, probabilities: bool = False
     ) -> None:
         self.folder, self.overlays, self.probabilities = folder, overlays, probabilities
-        self._folder_of = dict(_class_folders(settings.classes))
+        self._folder_of = dict(class_folders(settings.classes))
 
     def write(self, name: str, result: DenseResult) -> dict[str, Any]:
         """Write the files of an image.
@@ -77,7 +77,7 @@ class DenseFiles:
         return name
 
 
-def _class_folders(names: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+def class_folders(names: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     """A folder for each class, named as it where a file system allows."""
     taken: set[str] = set()
     for number, name in enumerate(names):

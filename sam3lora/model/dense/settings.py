@@ -54,3 +54,8 @@ class DenseSettings(Settings):
     def to_dict(self) -> dict[str, Any]:
         """JSON values; `DenseSettings(**values)` gives equal settings."""
         return self.model_dump(mode="json")
+
+    @property
+    def names_of_maps(self) -> list[tuple[str, ...]]:
+        """Names of the values 0, 1, ... of each label map: one map, or with multilabel one for each class."""
+        return [self.classes] if self.mode == "multiclass" else [(BACKGROUND, name) for name in self.classes]

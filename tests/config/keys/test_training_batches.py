@@ -12,6 +12,7 @@ from sam3lora.errors import UserError
 from sam3lora.model.loading import load_base
 from sam3lora.model.staged.forward import StagedSam3
 from sam3lora.training import datasets, fit_batch, setup
+from sam3lora.training.graphs import gradient_graphs
 from sam3lora.training.graphs.graphed_sam3 import GraphedSam3
 from sam3lora.training.metrics_log import METRICS_FILE, read_metrics
 
@@ -206,7 +207,7 @@ def test_on_bad_image_stops_or_names_it_in_the_log(run, tmp_path):
 @acts("training.cuda_graphs")
 def test_stages_are_graphs_on_a_gpu_unless_told_otherwise(settings, monkeypatch):
     base, gpu = load_base("tiny").model, torch.device("cuda")
-    monkeypatch.setattr(setup, "CudaCapturer", lambda device: RecordingCapturer())
+    monkeypatch.setattr(gradient_graphs, "CudaCapturer", lambda device: RecordingCapturer())
 
     def kind(device, *overrides):
         return type(setup.make_stages(base, (), settings(*overrides), device)[0])
