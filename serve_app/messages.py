@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from sam3lora.engine.detections import BoxPrompt, Detections
 
@@ -45,9 +45,39 @@ class SegmentCall:
     @property
     def affinity(self) -> str:
         """Calls of equal affinity go to the same replica while it has room."""
-        if self.image.data is None or self.adapter is None:
-            return self.image.key
-        return f"adapter {self.adapter}"
+        return _affinity(self.image, self.adapter)
+
+
+LabelOutput = Literal["label_png", "rle", "probability_png", "none"]
+"""What the answer has of the pixels: their labels, or a mask or the probability of each class."""
+
+
+@dataclass(frozen=True)
+class DenseCall:
+    """One request for the label of each pixel.
+
+    Attributes:
+        output: None for a label map where classes exclude each other, else a mask of each class.
+        classes: Only these are answered; None is all.
+        threshold: None takes the adapter's own.
+        timeout_s: What is left of the request's time when the call is sent.
+    """
+
+    image: ImageFile
+    adapter: str
+    output: LabelOutput | None = None
+    classes: tuple[str, ...] | None = field(default=None, repr=False)
+    threshold: float | None = None
+    timeout_s: float = 30.0
+
+    @property
+    def affinity(self) -> str:
+        """As that of `SegmentCall`."""
+        return _affinity(self.image, self.adapter)
+
+
+def _affinity(image: ImageFile, adapter: str | None) -> str:
+    return image.key if image.data is None or adapter is None else f"adapter {adapter}"
 
 
 @dataclass(frozen=True)
@@ -55,14 +85,16 @@ class AdapterQuery:
     """Which adapters to list.
 
     Attributes:
-        search: In the id or a prompt, whatever the case; None is all.
+        search: In the id, a prompt or a class, whatever the case; None is all.
         limit: Most adapters of the answer; None is no limit.
         after: Only ids behind this one.
+        task: Only adapters of this task, and those of which it is not known; None is all.
     """
 
     search: str | None = None
     limit: int | None = None
     after: str | None = None
+    task: str | None = None
 
 
 EVERY_ADAPTER = AdapterQuery()
@@ -90,6 +122,32 @@ class SegmentReply:
 
     size_hw: tuple[int, int]
     results: Sequence[Detections]
+    timing_ms: dict[str, float]
+
+
+class LabelledClass(NamedTuple):
+    """A class of a dense adapter in an image.
+
+    Attributes:
+        value: Of its pixels in the label map; None where there is no such map.
+        share: Of the image, in [0, 1].
+        mask: A compressed COCO RLE, or a PNG of the probability x 255.
+    """
+
+    name: str
+    area_px: int
+    share: float
+    value: int | None = None
+    mask: dict[str, Any] | bytes | None = None
+
+
+@dataclass(frozen=True)
+class DenseReply:
+    """What the image has of each class, the label map as a PNG if it was asked for, and the milliseconds of stages."""
+
+    size_hw: tuple[int, int]
+    classes: Sequence[LabelledClass]
+    label_png: bytes | None
     timing_ms: dict[str, float]
 
 

@@ -30,6 +30,7 @@ _ENGINE_COUNTERS = {
     "forwards": "Detector passes.",
     "rows": "(image, prompt) pairs that passed the detector.",
     "images_encoded": "Images that passed the vision encoder.",
+    "images_labelled": "Images that passed a dense head.",
 }
 _ENGINE_GAUGES = {"image_cache_bytes": "Memory of cached images."}
 

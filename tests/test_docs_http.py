@@ -16,6 +16,7 @@ import uvicorn
 from fastapi.testclient import TestClient
 
 from sam3lora.engine.features import COUNTED
+from serve_app.http.dense_schemas import DenseResponse
 from serve_app.http.errors import STATUS_OF, ServeError
 from serve_app.http.ingress import create_api
 from serve_app.http.schemas import AdaptersResponse, ErrorResponse, ImageResponse, SegmentResponse
@@ -30,7 +31,7 @@ URL = "http://127.0.0.1:8000"
 SAMPLES = ROOT / "serve_app" / "samples"
 API_PAGE = (ROOT / "docs" / "http_api.md").read_text()
 SERVING_PAGE = (ROOT / "docs" / "serving.md").read_text()
-ANSWERS = (SegmentResponse, ImageResponse, AdaptersResponse, ErrorResponse)
+ANSWERS = (SegmentResponse, DenseResponse, ImageResponse, AdaptersResponse, ErrorResponse)
 STRICT_CURL = 'set -o pipefail; curl() { command curl -sS --fail-with-body --max-time 20 --noproxy "*" "$@"; }\n'
 
 
@@ -96,7 +97,7 @@ def test_wrong_curl_examples_are_seen(url: str):
 
 def test_the_page_has_examples_of_every_route():
     shown = "\n".join(curl_commands(ROOT / "docs" / "http_api.md"))
-    assert all(f"{URL}/v1/{route}" in shown for route in ("segment", "images", "adapters"))
+    assert all(f"{URL}/v1/{route}" in shown for route in ("segment", "dense", "images", "adapters"))
 
 
 def test_example_answers_have_their_form():
@@ -136,7 +137,8 @@ def test_every_setting_is_listed_with_its_default():
 def test_every_metric_is_listed():
     api = create_api(ServeSettings(api_keys_variable="SAM3LORA_TEST_KEYS"), FakeBackend())
     own = TestClient(api).get("/metrics").text
-    counters = dict.fromkeys((*COUNTED, "forwards", "rows", "image_cache_bytes", "image_cache_evictions"), 0)
+    others = ("forwards", "rows", "images_labelled", "image_cache_bytes", "image_cache_evictions")
+    counters = dict.fromkeys((*COUNTED, *others), 0)
     replica = ReplicaMetrics(lambda: counters, lambda: 0, lambda: 0).text()
     made = {line.split()[2] for line in (own + replica).splitlines() if line.startswith("# TYPE sam3lora_")}
     made = {name.removesuffix("_total") for name in made if not name.endswith("_created")}

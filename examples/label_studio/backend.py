@@ -2,14 +2,15 @@
 
     python examples/label_studio/backend.py --server http://127.0.0.1:8000 --label-studio-url http://localhost:8080
 
-Text prompts are the project's labels. With a smart tool, what the annotator drew is the example.
+Text prompts are the project's labels. With a smart tool, what the annotator drew is the example. An adapter of task
+dense gives the pixels of the labels that are its classes.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +20,7 @@ import uvicorn
 from fastapi import FastAPI, HTTPException
 from label_config import ConfigFault, LabelConfig, read_label_config
 from pydantic import BaseModel
-from regions import Drawn, mask_format, read_drawn, regions_of, rows_under
+from regions import Drawn, brush_region, mask_format, read_drawn, regions_of, rows_under
 from task_images import ImageFault, TaskImages
 
 from sam3lora.client import Client, SegmentationError
@@ -92,15 +93,12 @@ class Backend:
             return [self._prediction(regions) for regions in pool.map(answer, request.tasks)]
 
     def _regions(self, task: Mapping[str, Any], config: LabelConfig, drawn: Drawn | None) -> list[dict[str, Any]]:
-        address = task.get("data", {}).get(config.data_key)
-        if not isinstance(address, str):
-            raise ImageFault(f"the task has no image address under {config.data_key!r}")
         options = {**self._options, "masks": mask_format(config)}
         prompts = dict(config.prompts)
         if drawn:
             prompts = {drawn.label: config.prompts.get(drawn.label, drawn.label)}
             options["boxes"] = drawn.boxes
-        results = self._client.segment(self._images.read(address), prompts.values(), **options)
+        results = self._client.segment(self._image(task, config), prompts.values(), **options)
         wanted_xyxy = drawn.wanted_xyxy if drawn and not self._all_alike else []
         regions = []
         for label, result in zip(prompts, results, strict=True):
@@ -108,9 +106,68 @@ class Backend:
             regions += regions_of(result, label, config, rows)
         return regions
 
+    def _image(self, task: Mapping[str, Any], config: LabelConfig) -> bytes:
+        address = task.get("data", {}).get(config.data_key)
+        if not isinstance(address, str):
+            raise ImageFault(f"the task has no image address under {config.data_key!r}")
+        return self._images.read(address)
+
     def _prediction(self, regions: list[dict[str, Any]]) -> dict[str, Any]:
         score = sum(region["score"] for region in regions) / max(1, len(regions))
         return {"model_version": self.model_version, "score": score, "result": regions}
+
+
+class DenseBackend(Backend):
+    """Predicts a brush mask of the pixels of each label, by an adapter of task dense.
+
+    A label is asked for if its prompt, or the label itself, is a class of the adapter. What a smart tool draws is not
+    looked at.
+
+    Args:
+        classes: Of the adapter.
+        threshold: Lowest probability of a class that is found by itself; None takes the adapter's own.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        images: TaskImages,
+        *,
+        adapter: str,
+        classes: Sequence[str],
+        threshold: float | None = None,
+    ) -> None:
+        super().__init__(client, images, adapter=adapter, threshold=threshold)
+        self._classes = frozenset(classes)
+
+    def _regions(self, task: Mapping[str, Any], config: LabelConfig, drawn: Drawn | None) -> list[dict[str, Any]]:
+        if config.control != "brushlabels":
+            raise ConfigFault("an adapter of task dense labels pixels: expected BrushLabels")
+        wanted = {label: name for label, name in config.prompts.items() if name in self._classes}
+        if not wanted:
+            known = ", ".join(sorted(self._classes))
+            raise ConfigFault(f"expected labels that are classes of the adapter ({known}); this project has none")
+        found = self._client.dense(
+            self._image(task, config), output="rle", classes=dict.fromkeys(wanted.values()), **self._options
+        )
+        return [brush_region(found.mask(name), label, config) for label, name in wanted.items() if found.area_px[name]]
+
+
+def make_backend(client: Client, images: TaskImages, *, adapter: str | None, **options: Any) -> Backend:
+    """The backend for an adapter of either task, or for the base model.
+
+    Args:
+        options: `threshold` and `all_alike` of `Backend`.
+
+    Raises:
+        SegmentationError: The service does not respond.
+    """
+    if adapter is not None:
+        for known in client.adapters(search=adapter):
+            if known.id == adapter and known.task == "dense":
+                threshold = options["threshold"]
+                return DenseBackend(client, images, adapter=adapter, classes=known.classes, threshold=threshold)
+    return Backend(client, images, adapter=adapter, **options)
 
 
 def create_app(backend: Backend) -> FastAPI:
@@ -162,7 +219,11 @@ def main(
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs addresses
     images = TaskImages(label_studio_url, os.environ.get("LABEL_STUDIO_API_KEY"), local_root)
     with Client(server, api_key=os.environ.get("SAM3LORA_API_KEY"), timeout_s=TIMEOUT_S) as client:
-        backend = Backend(client, images, adapter=adapter, threshold=threshold, all_alike=all_alike)
+        try:
+            backend = make_backend(client, images, adapter=adapter, threshold=threshold, all_alike=all_alike)
+        except SegmentationError as error:
+            typer.echo(f"the service says nothing of its adapters: {error}", err=True)
+            raise typer.Exit(1) from None
         uvicorn.run(create_app(backend), host=host, port=port)
 
 

@@ -55,20 +55,15 @@ def regions_of(
     result: PromptResult, label: str, config: LabelConfig, rows: Sequence[int] | None = None
 ) -> Iterator[dict[str, Any]]:
     """Label Studio's regions of all detections, or of some `rows`; a mask in several parts gives several polygons."""
-    height, width = result.size_hw
     for row in range(result.num_detections) if rows is None else rows:
         for value in _values(result, row, config.control):
-            yield {
-                "id": uuid4().hex[:10],
-                "type": config.control,
-                "from_name": config.from_name,
-                "to_name": config.to_name,
-                "original_width": width,
-                "original_height": height,
-                "image_rotation": 0,
-                "score": float(result.scores[row]),
-                "value": {**value, config.control: [label]},
-            }
+            yield _region(value, label, config, result.size_hw, float(result.scores[row]))
+
+
+def brush_region(mask_HW: np.ndarray, label: str, config: LabelConfig) -> dict[str, Any]:
+    """The region of a class of pixels, bool (H, W), for a control of brush labels."""
+    value = {"format": "rle", "rle": encode_brush_rle(mask_HW)}
+    return _region(value, label, config, mask_HW.shape, 1.0)
 
 
 def rows_under(boxes_xyxy: np.ndarray, wanted_xyxy: Sequence[XYXY]) -> list[int]:
@@ -82,6 +77,23 @@ def rows_under(boxes_xyxy: np.ndarray, wanted_xyxy: Sequence[XYXY]) -> list[int]
         if iou.size and iou.max() > 0 and (best := int(iou.argmax())) not in rows:
             rows.append(best)
     return rows
+
+
+def _region(
+    value: Mapping[str, Any], label: str, config: LabelConfig, size_hw: tuple[int, ...], score: float
+) -> dict[str, Any]:
+    height, width = size_hw
+    return {
+        "id": uuid4().hex[:10],
+        "type": config.control,
+        "from_name": config.from_name,
+        "to_name": config.to_name,
+        "original_width": width,
+        "original_height": height,
+        "image_rotation": 0,
+        "score": score,
+        "value": {**value, config.control: [label]},
+    }
 
 
 def _to_pixels(kind: str, value: Mapping[str, float], width: int, height: int) -> XYXY:

@@ -4,6 +4,7 @@ Light on purpose: it needs httpx2, numpy, pycocotools and Pillow, and loads neit
 """
 
 from sam3lora.client.client import AsyncClient, Client
+from sam3lora.client.dense_results import ClassResult, DenseLabels
 from sam3lora.client.errors import (
     ConnectionFailed,
     InvalidRequest,
@@ -20,8 +21,10 @@ from sam3lora.client.segment_results import AdapterInfo, PromptResult, SegmentRe
 __all__ = [
     "AdapterInfo",
     "AsyncClient",
+    "ClassResult",
     "Client",
     "ConnectionFailed",
+    "DenseLabels",
     "InvalidRequest",
     "NotFound",
     "Overloaded",

@@ -6,8 +6,9 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypedDict
 
+from sam3lora.client.dense_results import DenseLabels
 from sam3lora.client.errors import NotFound, Overloaded
-from sam3lora.client.exchange import Budget, Call, Steps, exchange, read_answer
+from sam3lora.client.exchange import Budget, Call, Reply, Steps, exchange, read_answer
 from sam3lora.client.image_files import UploadedImage
 from sam3lora.client.segment_results import AdapterInfo, SegmentResults
 
@@ -43,25 +44,52 @@ class SegmentOptions(TypedDict, total=False):
     masks: Literal["rle", "polygon", "png", "none"]
 
 
+class DenseOptions(TypedDict, total=False):
+    """Options of `dense`.
+
+    Attributes:
+        output: "label_png", or for each class "rle" or "probability_png", or "none" for areas alone; None is a label
+            map, or a mask of each class where classes may overlap.
+        classes: Only these; None is all.
+        threshold: Lowest probability in (0, 1) of a class that is found by itself; None is the adapter's own.
+    """
+
+    output: Literal["label_png", "rle", "probability_png", "none"] | None
+    classes: Iterable[str] | None
+    threshold: float | None
+
+
 def segment(
     image: bytes | UploadedImage, prompts: str | Iterable[str], options: SegmentOptions, budget: Budget
 ) -> Steps[SegmentResults]:
-    request = segment_request(prompts, options)
+    reply = yield from _ask("v1/segment", image, segment_request(prompts, options), budget)
+    masks = options.get("masks", "rle")
+    return read_answer(reply, lambda answer: SegmentResults.from_json(answer, masks), budget.request_id)
+
+
+def dense(image: bytes | UploadedImage, adapter: str, options: DenseOptions, budget: Budget) -> Steps[DenseLabels]:
+    _refuse_unknown("dense", options, DenseOptions)
+    request: dict[str, Any] = {"adapter": adapter, **options}
+    if (classes := options.get("classes")) is not None:
+        request["classes"] = [classes] if isinstance(classes, str) else list(classes)
+    reply = yield from _ask("v1/dense", image, request, budget)
+    return read_answer(reply, DenseLabels.from_json, budget.request_id)
+
+
+def _ask(path: str, image: bytes | UploadedImage, request: Mapping[str, Any], budget: Budget) -> Steps[Reply]:
+    """Ask about an image; an uploaded one that the service has evicted is sent again."""
     if isinstance(image, UploadedImage):
-        call = Call("POST", "v1/segment", {"json": {"image_id": image.image_id, **request}})
+        call = Call("POST", path, {"json": {"image_id": image.image_id, **request}})
         try:
-            reply = yield from exchange(call, budget)
+            return (yield from exchange(call, budget))
         except NotFound as error:
             if error.type != "image_not_found" or image.data is None:
                 raise
             yield from upload(image.data, budget)
-            reply = yield from exchange(call, budget)
-    else:
-        text = json.dumps(request, ensure_ascii=False, allow_nan=False)
-        body = {"files": {"image": ("image", image, "application/octet-stream")}, "data": {"request": text}}
-        reply = yield from exchange(Call("POST", "v1/segment", body), budget)
-    masks = options.get("masks", "rle")
-    return read_answer(reply, lambda answer: SegmentResults.from_json(answer, masks), budget.request_id)
+            return (yield from exchange(call, budget))
+    text = json.dumps(request, ensure_ascii=False, allow_nan=False)
+    body = {"files": {"image": ("image", image, "application/octet-stream")}, "data": {"request": text}}
+    return (yield from exchange(Call("POST", path, body), budget))
 
 
 def upload(data: bytes, budget: Budget) -> Steps[UploadedImage]:
@@ -110,14 +138,17 @@ def segment_request(prompts: str | Iterable[str], options: SegmentOptions) -> di
         TypeError: An unknown option.
         ValueError: A box is not four numbers and a label.
     """
-    unknown = options.keys() - SegmentOptions.__annotations__.keys()
-    if unknown:
-        known = ", ".join(SegmentOptions.__annotations__)
-        raise TypeError(f"segment() takes no argument {', '.join(sorted(unknown))}; there are {known}")
+    _refuse_unknown("segment", options, SegmentOptions)
     request: dict[str, Any] = {"prompts": [prompts] if isinstance(prompts, str) else list(prompts), **options}
     if "boxes" in options:
         request["boxes"] = [_box(box) for box in options["boxes"]]
     return request
+
+
+def _refuse_unknown(name: str, options: Mapping[str, Any], known: type) -> None:
+    if unknown := options.keys() - known.__annotations__.keys():
+        arguments = ", ".join(known.__annotations__)
+        raise TypeError(f"{name}() takes no argument {', '.join(sorted(unknown))}; there are {arguments}")
 
 
 def _box(box: LabelledBox) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from typing import Any, TypeVar, Unpack
 import httpx2 as httpx
 
 from sam3lora.client import calls
-from sam3lora.client.calls import SegmentOptions
+from sam3lora.client.calls import DenseOptions, SegmentOptions
+from sam3lora.client.dense_results import DenseLabels
 from sam3lora.client.errors import ConnectionFailed, Timeout
 from sam3lora.client.exchange import Attempt, Budget, Outcome, Reply, Service, Steps, Wait
 from sam3lora.client.image_files import ImageSource, UploadedImage, image_bytes
@@ -118,12 +119,27 @@ class Client:
         source = image if isinstance(image, UploadedImage) else image_bytes(image)
         return self._run(calls.segment(source, prompts, options, self._settings.budget()))
 
+    def dense(self, image: ImageSource | UploadedImage, adapter: str, **options: Unpack[DenseOptions]) -> DenseLabels:
+        """Label each pixel, by an adapter of task dense.
+
+        Args:
+            image: As for `segment`.
+            adapter: Id of the adapter.
+            **options: See `DenseOptions`.
+
+        Raises:
+            OSError: The image's file cannot be read.
+            TypeError: `image` has another type, or an option is unknown.
+        """
+        source = image if isinstance(image, UploadedImage) else image_bytes(image)
+        return self._run(calls.dense(source, adapter, options, self._settings.budget()))
+
     def upload(self, image: ImageSource) -> UploadedImage:
         """Upload an image for several calls about it; `image` as for `segment`."""
         return self._run(calls.upload(image_bytes(image), self._settings.budget()))
 
     def adapters(self, search: str | None = None, limit: int | None = None) -> list[AdapterInfo]:
-        """The adapters of the service by id: those with `search` in their id or a prompt, and at most `limit`.
+        """The adapters of the service by id: those with `search` in their id, a prompt or a class, and at most `limit`.
 
         Raises:
             ValueError: `limit` is below 1.
@@ -204,6 +220,12 @@ class AsyncClient:
     ) -> SegmentResults:
         source = image if isinstance(image, UploadedImage) else await asyncio.to_thread(image_bytes, image)
         return await self._run(calls.segment(source, prompts, options, self._settings.budget()))
+
+    async def dense(
+        self, image: ImageSource | UploadedImage, adapter: str, **options: Unpack[DenseOptions]
+    ) -> DenseLabels:
+        source = image if isinstance(image, UploadedImage) else await asyncio.to_thread(image_bytes, image)
+        return await self._run(calls.dense(source, adapter, options, self._settings.budget()))
 
     async def upload(self, image: ImageSource) -> UploadedImage:
         data = await asyncio.to_thread(image_bytes, image)

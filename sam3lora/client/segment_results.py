@@ -72,7 +72,7 @@ class PromptResult:
     def masks(self) -> np.ndarray:
         """bool (N, H, W), decoded when first asked for: a byte a pixel of each detection; not of polygons."""
         masks_NHW = np.zeros((self.num_detections, *self.size_hw), dtype=bool)
-        decode = _decode_png if self.mask_format == "png" else _decode_rle
+        decode = _decode_png if self.mask_format == "png" else decode_rle
         for row, mask in enumerate(self._masks_as("png" if self.mask_format == "png" else "rle")):
             masks_NHW[row] = decode(mask, self.size_hw)
         return masks_NHW
@@ -123,12 +123,14 @@ class AdapterInfo:
 
     Attributes:
         id: What to give as `adapter`.
+        task: "detection" for `segment`, "dense" for `dense`; None if the adapter cannot be read.
         prompts: Those it was trained with.
+        classes: Of task "dense": those of a pixel.
         rank: Of its LoRA matrices.
         size_bytes: Of its weights.
         adapts: Components of the model that it changes.
         post_processing: Settings that hold where a call gives none, by the names of `SegmentOptions`, and
-            `prompt_thresholds`; None if the adapter cannot be read.
+            `prompt_thresholds`; None for task "dense", or if the adapter cannot be read.
         resident: Whether a replica has it in memory.
         error: Why it cannot be served; None if it can.
     """
@@ -141,6 +143,8 @@ class AdapterInfo:
     post_processing: Mapping[str, Any] | None = None
     resident: bool = False
     error: str | None = None
+    task: str | None = None
+    classes: tuple[str, ...] = ()
 
     @classmethod
     def from_json(cls, adapter: Mapping[str, Any]) -> AdapterInfo:
@@ -153,10 +157,13 @@ class AdapterInfo:
             post_processing=adapter.get("post_processing"),
             resident=bool(adapter.get("resident")),
             error=adapter.get("error"),
+            task=adapter.get("task"),
+            classes=tuple(adapter.get("classes") or ()),
         )
 
 
-def _decode_rle(rle: Rle, size_hw: tuple[int, int]) -> np.ndarray:
+def decode_rle(rle: Rle, size_hw: tuple[int, int]) -> np.ndarray:
+    """bool (H, W); a ValueError if it is the mask of an image of another size."""
     if tuple(rle["size"]) != size_hw:
         raise ValueError(f"expected a mask of {size_hw}, got {tuple(rle['size'])}")
     return coco_mask.decode(rle).astype(bool)

@@ -19,6 +19,7 @@ import torch
 
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.data.images import MAX_MEGAPIXELS, ImageError, read_image, resize_image
+from sam3lora.engine.dense_slots import DenseSlots, LabelledImage
 from sam3lora.engine.detections import BoxPrompt, Detections
 from sam3lora.engine.device import find_device, find_precision, is_device_error, is_out_of_memory
 from sam3lora.engine.feature_cache import PreparedImage
@@ -31,7 +32,8 @@ from sam3lora.engine.transfers import pinned
 from sam3lora.engine.warm_up import run_first_shapes
 from sam3lora.errors import UserError
 from sam3lora.model.adapter.bank import AdapterBank
-from sam3lora.model.adapter.weights import AdapterSummary, AdapterWeights, read_adapter_weights, read_summary
+from sam3lora.model.adapter.weights import AdapterSummary, AdapterWeights, read_adapter_weights
+from sam3lora.model.dense.weights import read_weights, summarise
 from sam3lora.model.loading import LoadedBase, load_base
 from sam3lora.model.precision import store_matrices_in
 from sam3lora.model.staged.forward import StagedSam3, TextFeatures
@@ -128,6 +130,7 @@ class Engine:
             max_cached_prompts=max_cached_prompts,
             max_images=max_images,
         )
+        self._dense = DenseSlots(plain, self._features, device=self.device, max_images=max_images)
         self._geometry_cls = geometry_cls
         self._adapters: dict[int | None, SlotAdapter] = {None: BASE._replace(geometry_cls=geometry_cls is not False)}
         # A compiled encoder makes one graph for one image and another for all larger batches.
@@ -172,7 +175,8 @@ class Engine:
     @property
     def counters(self) -> dict[str, int]:
         """Counts since the start, without the warm-up; `image_cache_bytes` is the cache's size. From any thread."""
-        return self._features.counters | {name: self._counts[name] for name in ("forwards", "rows")}
+        detector = {name: self._counts[name] for name in ("forwards", "rows")}
+        return self._features.counters | detector | {"images_labelled": self._dense.counts["images_labelled"]}
 
     # ---- from any thread ------------------------------------------------------------------------------------------
 
@@ -211,21 +215,29 @@ class Engine:
                 raise
 
     def read_adapter(self, folder: str | Path) -> AdapterWeights:
-        """Read and check an adapter folder; nothing of the model changes.
+        """Read and check the folder of an adapter that finds objects of prompts; nothing of the model changes.
 
         Raises:
             UserError: It is incomplete or damaged, made for another base, or cannot share a batch with others.
         """
         return read_adapter_weights(folder, self.base.model, max_rank=self._max_rank)
 
+    def read_any_adapter(self, folder: str | Path) -> AdapterWeights:
+        """As `read_adapter`, for a folder of either task.
+
+        Raises:
+            UserError: As there; or it labels pixels at another resolution, lacks its head, or has bottleneck adapters.
+        """
+        return read_weights(folder, self.base, max_rank=self._max_rank)
+
     def summarise_adapter(self, folder: str | Path) -> AdapterSummary:
         """What is known of an adapter folder without its weights. The first call computes the base's fingerprint.
 
         Raises:
-            UserError: That shows already that `read_adapter` would refuse it.
+            UserError: That shows already that `read_any_adapter` would refuse it.
             OSError: A file cannot be read.
         """
-        return read_summary(folder, self.base.model, max_rank=self._max_rank)
+        return summarise(folder, self.base, max_rank=self._max_rank)
 
     # ---- from a second thread -------------------------------------------------------------------------------------
 
@@ -262,6 +274,7 @@ class Engine:
         with self._features.vision_lock:
             self._adapters.pop(slot, None)
             self._bank.put(slot, weights)
+            self._dense.put(slot, weights)
             geometry_cls = weights.geometry_cls if self._geometry_cls is None else self._geometry_cls
             self._adapters[slot] = SlotAdapter(slot, weights.version, weights.components, geometry_cls)
 
@@ -272,6 +285,11 @@ class Engine:
             NotFiniteError: An output is NaN or infinite: its weights are finite, but too large.
         """
         adapter = self._adapters[slot]
+        if slot in self._dense:
+            with self._inference():
+                if not self._dense.is_finite(self._probe, adapter):
+                    raise _diverged()
+            return
         box = BoxPrompt((0, 0, self.resolution / 2, self.resolution / 2))
         boxes = ((), (box,)) if "geometry_encoder" in adapter.components else ((),)
         with self._inference():
@@ -284,15 +302,13 @@ class Engine:
                 image = replace(image, features=features)
             asked = [PromptedImage(image, ("object",), shown, slot, _PROBE_POST) for shown in boxes]
             if not all(found.is_finite for found in self._run(asked)):
-                raise NotFiniteError(
-                    "its outputs are NaN or infinite for a test image: the training that made it diverged, train it "
-                    "again with a lower learning rate"
-                )
+                raise _diverged()
 
     def clear_adapter(self, slot: int) -> None:
         with self._features.vision_lock:
             self._adapters.pop(slot, None)
             self._bank.clear(slot)
+            self._dense.clear(slot)
 
     def geometry_cls(self, slot: int | None) -> bool:
         """Whether the geometry CLS token follows text prompts."""
@@ -335,6 +351,7 @@ class Engine:
         )
         self._features.reset_counters()
         self._counts.clear()
+        self._dense.counts.clear()
 
     def detect(self, images: Sequence[PromptedImage]) -> list[list[Detections]]:
         """For each image, for each of its prompts, its detections at the image's size.
@@ -383,6 +400,23 @@ class Engine:
             results[number] = result
         return [result for result in results if result is not None]
 
+    def label_small(
+        self, images: Sequence[LabelledImage], beside: Sequence[PromptedImage] = ()
+    ) -> list[np.ndarray | Exception]:
+        """For each image the logits (N, h, w) of the dense adapter in its slot, as `detect_small` gives detections.
+
+        Images that `detect_small` is asked for next, `beside` these, share their vision pass.
+
+        Raises:
+            torch.OutOfMemoryError, MemoryError, RuntimeError: As `detect_small`.
+        """
+        empty = LookupError("the slot holds no dense adapter")
+        asked = [(one.image, self._adapters[one.slot]) for one in images if one.slot in self._dense]
+        others = [(one.image, self._adapters[one.slot]) for one in beside if self._problem(one) is None]
+        with self._inference():
+            found = iter(self._dense.answer(asked, others))
+        return [next(found) if one.slot in self._dense else empty for one in images]
+
     def semantic_logits(self, images: Sequence[PromptedImage]) -> list[list[np.ndarray]]:
         """For each image, for each of its prompts, float32 (h, w): whether a pixel belongs to any object of the prompt.
 
@@ -410,6 +444,8 @@ class Engine:
     def _problem(self, image: PromptedImage) -> Exception | None:
         if image.slot not in self._adapters:
             return LookupError(f"slot {image.slot} holds no adapter")
+        if image.slot in self._dense:
+            return UserError("this adapter labels each pixel and finds no objects of prompts")
         if not image.prompts and not image.boxes:
             return UserError("no prompts: name what to look for, for example prompts=['crack'], or give boxes")
         try:
@@ -454,6 +490,13 @@ class Engine:
         half = self.precision == "bfloat16"
         with self._no_gradients(), torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half):
             yield
+
+
+def _diverged() -> NotFiniteError:
+    return NotFiniteError(
+        "its outputs are NaN or infinite for a test image: the training that made it diverged, train it again with a "
+        "lower learning rate"
+    )
 
 
 def _finite(found: list[SmallDetections]) -> list[SmallDetections] | NotFiniteError:

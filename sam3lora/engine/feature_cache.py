@@ -81,7 +81,7 @@ class LruCache(Generic[K, V]):
 
 
 class ImageCache:
-    """Images and their vision features within one limit; any thread may use it.
+    """Images, their vision features and their dense logits within one limit; any thread may use it.
 
     The key of features is the image and the version of the adapter whose vision tower made them (None: the base), so
     features of an adapter that was replaced are never found again.
@@ -115,13 +115,20 @@ class ImageCache:
         """Keep the features of one image; the positions, which all images share, do not count."""
         self._kept.put(("features", key, version), features, sum(maps.nbytes for maps in features.maps_ICHW))
 
+    def logits(self, key: str, version: str | None) -> np.ndarray | None:
+        return self._kept.get(("logits", key, version))
+
+    def keep_logits(self, key: str, version: str | None, logits_Nhw: np.ndarray) -> None:
+        """Keep what the dense adapter of a version says of an image."""
+        self._kept.put(("logits", key, version), logits_Nhw, logits_Nhw.nbytes)
+
     def forget(self, key: str) -> None:
         for kept in self._kept.list_keys():
             if kept[1] == key:
                 self._kept.remove(kept)
 
     def drop_features(self) -> None:
-        """Free the memory of all features; images stay."""
+        """Free the memory of all features and logits; images stay."""
         for key in self._kept.list_keys():
-            if key[0] == "features":
+            if key[0] != "pixels":
                 self._kept.remove(key)

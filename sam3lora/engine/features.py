@@ -114,11 +114,11 @@ class FeatureSource:
         # Another thread may have made some of them while this one waited for the tower.
         found = {key: features for key in missing if (features := self._kept(key)) is not None}
         todo = [(key, of_key) for key, of_key in missing.items() if key not in found]
-        self._count(image_cache_misses=len(todo))
+        self.count(image_cache_misses=len(todo))
         for start in range(0, len(todo), self._max_images):
             chunk = todo[start : start + self._max_images]
             made = self.encode([image for _, (image, _) in chunk], [slot for _, (_, slot) in chunk])
-            self._count(images_encoded=len(chunk))
+            self.count(images_encoded=len(chunk))
             for (key, _), features in zip(chunk, made, strict=True):
                 found[key] = features
                 self.images.keep_features(*key, features)
@@ -127,17 +127,23 @@ class FeatureSource:
     def _kept(self, key: tuple[str, str | None]) -> VisionFeatures | None:
         features = self.images.features(*key)
         if features is not None:
-            self._count(image_cache_hits=1)
+            self.count(image_cache_hits=1)
         return features
 
-    def _count(self, **numbers: int) -> None:
+    def count(self, **numbers: int) -> None:
+        """Add to the counters."""
         with self._counts_lock:
             self._counts.update(numbers)
 
     def encode(self, images: Sequence[PreparedImage], slots: Sequence[int | None]) -> list[VisionFeatures]:
         """Features of images (I = 1) under the adapters in these slots, made anew and not cached."""
+        with self.vision_lock:
+            return self._forward.encode_images(self.pixel_values(images), slots)
+
+    def pixel_values(self, images: Sequence[PreparedImage]) -> Tensor:
+        """The input of the vision tower (I, 3, resolution, resolution)."""
         weight = next(self._base.model.parameters())
-        pixel_values_ICHW = to_pixel_values(
+        return to_pixel_values(
             [image.pixels_RR3 for image in images],
             self._base.resolution,
             image_mean=self._base.image_mean,
@@ -145,8 +151,6 @@ class FeatureSource:
             device=weight.device,
             dtype=weight.dtype,
         )
-        with self.vision_lock:
-            return self._forward.encode_images(pixel_values_ICHW, slots)
 
     def keep_text(self, features: Mapping[str, TextFeatures]) -> None:
         """Cache text features (P = 1 each) of the base's text tower."""
@@ -166,7 +170,7 @@ class FeatureSource:
                 found[key] = features
             else:
                 missing[key] = maker.slot
-        self._count(text_cache_hits=len(found), text_cache_misses=len(missing))
+        self.count(text_cache_hits=len(found), text_cache_misses=len(missing))
         if missing:
             ids, masks = (torch.cat(one) for one in zip(*map(self.token_ids, [p for p, _ in missing])))
             made = self._forward.encode_text(ids, masks, list(missing.values()))

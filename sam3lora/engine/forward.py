@@ -7,7 +7,7 @@ Shapes: ``I`` images, ``P`` prompts, ``B`` rows (find queries), ``K`` rows with 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ from sam3lora.engine.transfers import upload
 from sam3lora.model.adapter.bank import AdapterBank
 from sam3lora.model.staged.forward import StagedSam3, TextFeatures, VisionFeatures, rows_of
 from sam3lora.model.staged.stage_outputs import DetectorOutput
+from sam3lora.model.staged.trunk import first_layers, layer_outputs
 
 PADDING_LABEL = -10
 """Of a box that only fills up a row of boxes."""
@@ -105,11 +106,34 @@ class MixedForward:
         else:
             with self._rows(slots_I):
                 together = self._staged.encode_images(pixel_values_ICHW)
+        return self._split(together, len(slots_I))
+
+    def encode_layers(
+        self,
+        pixel_values_ICHW: Tensor,
+        slots_I: Sequence[int | None],
+        layers: Collection[int],
+        with_features: Sequence[int] = (),
+    ) -> tuple[dict[int, Tensor], list[VisionFeatures]]:
+        """Tokens (I, S, C) after layers of the trunk, by layer, and the features of some of the images (I = 1)."""
+        trunk = self._staged.model.vision_encoder.backbone
+        last = len(trunk.layers) - 1
+        numbers = sorted({*layers, *([last] if with_features else [])})
+        with self._rows(slots_I):
+            outputs = layer_outputs(trunk, first_layers(trunk, pixel_values_ICHW, 0), numbers)
+        tokens = dict(zip(numbers, outputs, strict=True))
+        if not with_features:
+            return tokens, []
+        with self._rows([slots_I[index] for index in with_features]):
+            together = self._staged.encode_neck(tokens[last][list(with_features)])
+        return tokens, self._split(together, len(with_features))
+
+    def _split(self, together: VisionFeatures, num: int) -> list[VisionFeatures]:
         if not self._positions_1CHW:  # the same for all images
             self._positions_1CHW = [position.clone() for position in together.positions_1CHW]
         return [
             VisionFeatures([maps[i : i + 1].clone() for maps in together.maps_ICHW], self._positions_1CHW)
-            for i in range(len(slots_I))
+            for i in range(num)
         ]
 
     def compiled_vision(self) -> Callable[[Tensor], Any] | None:

@@ -10,7 +10,7 @@ from starlette.datastructures import Headers
 
 from sam3lora.errors import UserError
 
-OPEN_PATHS = frozenset(("/", "/docs", "/openapi.json", "/healthz", "/readyz"))
+OPEN_PATHS = frozenset(("/", "/labels", "/docs", "/openapi.json", "/healthz", "/readyz"))
 OPEN_PREFIX = "/static/"
 
 

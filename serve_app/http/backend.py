@@ -25,6 +25,8 @@ from serve_app.messages import (
     AdapterPage,
     AdapterQuery,
     AdapterRow,
+    DenseCall,
+    DenseReply,
     ImageFile,
     ImageReply,
     SegmentCall,
@@ -54,6 +56,8 @@ class Backend(Protocol):
 
     async def segment(self, call: SegmentCall) -> SegmentReply | ServeError: ...
 
+    async def label(self, call: DenseCall) -> DenseReply | ServeError: ...
+
     async def keep_image(self, image: ImageFile, timeout_s: float) -> ImageReply | ServeError: ...
 
     async def list_adapters(self, query: AdapterQuery = EVERY_ADAPTER) -> AdapterPage | ServeError: ...
@@ -77,6 +81,12 @@ class ServeBackend:
     async def segment(self, call: SegmentCall) -> SegmentReply | ServeError:
         def send(affinity: str, timeout_s: float) -> Any:
             return self._handle.options(session_id=affinity).segment.remote(replace(call, timeout_s=timeout_s))
+
+        return await self._ask(send, call.affinity, call.timeout_s)
+
+    async def label(self, call: DenseCall) -> DenseReply | ServeError:
+        def send(affinity: str, timeout_s: float) -> Any:
+            return self._handle.options(session_id=affinity).label.remote(replace(call, timeout_s=timeout_s))
 
         return await self._ask(send, call.affinity, call.timeout_s)
 

@@ -23,7 +23,7 @@ _BIG_JSON = 1 << 14  # bytes from which parsing goes to a thread
 _IMAGE_BASE64 = re.compile(rb'"image_base64"\s*+:\s*+"((?:[^"\\]++|\\.)*+)', re.DOTALL)
 _MEDIA_TYPE = re.compile(r"[a-z0-9.+-]{1,40}/[a-z0-9.+-]{1,60}")
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,300})(\.[0-9]+)?([eE][+-]?[0-9]+)?")
-_LISTS = ("prompts", "boxes")
+_LISTS = ("prompts", "boxes", "classes")
 _ACCEPTED_BODIES = (
     "multipart/form-data with a file `image` and a field `request`, application/json with image_base64 or image_id, or "
     "the image itself as image/* with the request in query parameters"

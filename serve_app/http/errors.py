@@ -28,6 +28,7 @@ STATUS_OF = {
     "invalid_box": 422,
     "invalid_image": 422,  # cannot be decoded
     "invalid_adapter": 422,  # the id breaks the pattern, or its folder cannot be served
+    "wrong_task": 422,  # a prompted adapter that is asked for labels, or the other way round
     "answer_too_large": 422,
     "too_many_requests": 429,  # replaces `overloaded` where the settings ask for 429
     "headers_too_large": 431,
@@ -43,6 +44,7 @@ STATUS_OF = {
 FIELD_OF = {
     "adapter_not_found": "adapter",
     "invalid_adapter": "adapter",
+    "wrong_task": "adapter",
     "image_not_found": "image_id",
     "image_too_large": "image",
     "unsupported_image": "image",

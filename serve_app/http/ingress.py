@@ -25,6 +25,7 @@ from sam3lora import __version__
 from serve_app.http.arrivals import Admission
 from serve_app.http.auth import keys_from_environment
 from serve_app.http.body import read_request
+from serve_app.http.dense import check_dense, dense_response, to_dense_call
 from serve_app.http.envelope import Envelope, on_http_exception
 from serve_app.http.errors import ServeError, answer_too_large
 from serve_app.http.formats import is_costly, is_quick, prompt_response
@@ -53,6 +54,7 @@ def create_api(settings: ServeSettings, backend: Backend, *, sends_request_id: b
     metrics = IngressMetrics()
     routes = _Routes(settings, backend, metrics)
     api.add_api_route("/v1/segment", routes.segment, methods=["POST"], **operation("segment"))
+    api.add_api_route("/v1/dense", routes.dense, methods=["POST"], **operation("dense"))
     api.add_api_route("/v1/images", routes.images, methods=["POST"], **operation("images"))
     api.add_api_route("/v1/adapters", routes.adapters, **operation("adapters"))
     api.add_api_route("/healthz", routes.healthz, **operation("healthz"))
@@ -62,7 +64,7 @@ def create_api(settings: ServeSettings, backend: Backend, *, sends_request_id: b
     add_pages(api)
     describe(api, settings.limits)
     api.add_exception_handler(HTTPException, on_http_exception)
-    known = frozenset(("/v1/segment", "/v1/images", "/v1/adapters", "/healthz", "/readyz", "/metrics", "/docs", "/"))
+    paths = ("/v1/segment", "/v1/dense", "/v1/images", "/v1/adapters", "/healthz", "/readyz", "/metrics", *PAGES)
     keys = keys_from_environment(settings.api_keys_variable)
     api.add_middleware(
         Envelope,
@@ -70,7 +72,7 @@ def create_api(settings: ServeSettings, backend: Backend, *, sends_request_id: b
         metrics=metrics,
         allowed_hosts=settings.allowed_hosts,
         cors_origins=settings.cors_origins,
-        routes=known,
+        routes=frozenset(paths),
         sends_request_id=sends_request_id,
     )
     return api
@@ -121,6 +123,32 @@ class _Routes:
                 text = await self._in_thread(request, threads, to_json, deadline_s + GRACE_S)
             if len(text) > limits.max_answer_bytes:
                 raise answer_too_large(len(text), limits.max_answer_bytes)
+            return _json(text)
+
+    async def dense(self, request: Request) -> Response:
+        limits = self._limits
+        clock = StageClock(request.state.started_s)
+        async with self._admitted(request) as (incoming, deadline_s):
+            received = await read_request(incoming, limits.max_body_bytes)
+            clock.lap("body")
+            asked, image = await asyncio.to_thread(check_dense, received, limits)
+            clock.lap("check")
+            call = to_dense_call(asked, image, _left(deadline_s))
+            reply = _value(await _while_connected(request, self._backend.label(call)))
+            clock.lap("segmenter")
+
+            def to_json(is_over: Callable[[], bool]) -> str:
+                response = dense_response(
+                    reply,
+                    request_id=request.state.request_id,
+                    adapter=asked.adapter,
+                    timing_ms=clock.with_total(reply.timing_ms),
+                )
+                return response.model_dump_json(exclude_unset=True)
+
+            text = await self._in_thread(request, None, to_json, deadline_s + GRACE_S)
+            if len(text) > limits.max_answer_bytes:
+                raise answer_too_large(len(text), limits.max_answer_bytes, "ask for fewer classes")
             return _json(text)
 
     async def images(self, request: Request) -> Response:
@@ -241,6 +269,7 @@ def _json(text: str) -> Response:
 
 
 STATIC = Path(__file__).parent.parent / "static"
+PAGES = {"/": "index.html", "/labels": "labels.html", "/docs": "docs.html"}
 _CHECK_ALWAYS = {"Cache-Control": "no-cache"}  # browsers ask each time, and get 304 for an unchanged file
 
 
@@ -252,16 +281,16 @@ class _Files(StaticFiles):
 
 
 def add_pages(api: FastAPI) -> None:
-    """`/`, `/docs` and `/static/*`."""
+    """`PAGES` and `/static/*`."""
 
-    async def index() -> Response:
-        return _page("index.html")
+    def show(name: str) -> Callable[[], Awaitable[Response]]:
+        async def page() -> Response:
+            return _page(name)
 
-    async def docs() -> Response:
-        return _page("docs.html")
+        return page
 
-    api.add_api_route("/", index, include_in_schema=False)
-    api.add_api_route("/docs", docs, include_in_schema=False)
+    for path, name in PAGES.items():
+        api.add_api_route(path, show(name), include_in_schema=False)
     api.mount("/static", _Files(directory=STATIC, check_dir=False))
 
 

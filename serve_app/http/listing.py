@@ -24,7 +24,7 @@ def check_listing(parameters: Sequence[tuple[str, str]]) -> AdapterQuery:
         raise ServeError("invalid_request", "a query parameter came twice: give each once")
     given = {name: query_value(text) if name == "limit" else text for name, text in fields.items()}
     asked: AdaptersRequest = check(AdaptersRequest, given)
-    return AdapterQuery(asked.search, asked.limit, asked.after)
+    return AdapterQuery(asked.search, asked.limit, asked.after, asked.task)
 
 
 def adapters_json(page: AdapterPage, request_id: str) -> str:

@@ -16,6 +16,7 @@ from starlette.responses import PlainTextResponse
 
 from serve_app.http.auth import is_open
 from serve_app.http.body import MAX_JSON_BYTES
+from serve_app.http.dense_schemas import DenseRequest, DenseResponse
 from serve_app.http.errors import FIELD_OF, STATUS_OF
 from serve_app.http.schemas import (
     AdaptersRequest,
@@ -52,15 +53,8 @@ _BODY = (
     "not_ready",
     "timeout",
 )
-_SEGMENT = (
-    *_BODY,
-    "adapter_not_found",
-    "image_not_found",
-    "invalid_prompt",
-    "invalid_box",
-    "invalid_adapter",
-    "answer_too_large",
-)
+_ANSWER = (*_BODY, "adapter_not_found", "image_not_found", "invalid_adapter", "wrong_task", "answer_too_large")
+_SEGMENT = (*_ANSWER, "invalid_prompt", "invalid_box")
 _BINARY = {"type": "string", "format": "binary"}
 _NUMBER = r"-?[0-9]+(\.[0-9]+)?"
 _BOX = f"^{_NUMBER}(,{_NUMBER}){{3}}(,[01])?$"
@@ -78,13 +72,15 @@ def describe(api: FastAPI, limits: Limits) -> None:
     @cache
     def openapi() -> dict[str, Any]:
         document = get_openapi(title=api.title, version=api.version, description=_ABOUT, routes=api.routes)
-        models = [(model, "validation") for model in (SegmentRequest, ImageUpload)]
+        models = [(model, "validation") for model in (SegmentRequest, DenseRequest, ImageUpload)]
         _, schemas = models_json_schema(models, ref_template=_REF.replace("{}", "{model}"))  # type: ignore[arg-type]
         components = document.setdefault("components", {})
         components.setdefault("schemas", {}).update(schemas["$defs"])
         fields = components["schemas"]["SegmentRequest"]["properties"]
         _write_limits(fields, limits)
-        document["paths"]["/v1/segment"]["post"]["parameters"] += _segment_parameters(fields)
+        document["paths"]["/v1/segment"]["post"]["parameters"] += _parameters(fields, boxes=_box_parameter(fields))
+        of_dense = components["schemas"]["DenseRequest"]["properties"]
+        document["paths"]["/v1/dense"]["post"]["parameters"] += _parameters(of_dense)
         components["securitySchemes"] = {
             "bearer": {"type": "http", "scheme": "bearer"},
             "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
@@ -112,6 +108,12 @@ def _operations() -> dict[str, dict[str, Any]]:
             "description": "Multipart is the fastest form for files; an uploaded image (`image_id`) is cheaper still.",
             "responses": _responses(_SEGMENT, SegmentResponse, _segment_example()),
             "openapi_extra": {"parameters": [_request_id_parameter()], "requestBody": _segment_body()},
+        },
+        "dense": {
+            "summary": "Label each pixel",
+            "description": "By an adapter whose task is dense: `GET /v1/adapters` has its classes.",
+            "responses": _responses(_ANSWER, DenseResponse, _dense_example()),
+            "openapi_extra": {"parameters": [_request_id_parameter()], "requestBody": _dense_body()},
         },
         "images": {
             "summary": "Upload an image",
@@ -180,7 +182,18 @@ def _responses(types: tuple[str, ...], model: type[BaseModel] | None = None, exa
 def _segment_body() -> dict[str, Any]:
     ask = {"prompts": ["red disc"], "threshold": 0.3}
     boxes = {"boxes": [{"xyxy": [22, 16, 50, 44], "label": 1}], "masks": "polygon", "threshold": 0.3}
-    request = {"$ref": _REF.format("SegmentRequest")}
+    return _asking_body("SegmentRequest", {"prompts": ("By name", ask), "boxes": ("By a box", boxes)})
+
+
+def _dense_body() -> dict[str, Any]:
+    labels = {"adapter": "land-cover"}
+    masks = {"adapter": "land-cover", "output": "rle", "classes": ["water", "road"]}
+    return _asking_body("DenseRequest", {"labels": ("All labels", labels), "masks": ("Masks of some classes", masks)})
+
+
+def _asking_body(model: str, examples: dict[str, tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+    """A body of any form; an example is its title and its fields, to which an image is added."""
+    request = {"$ref": _REF.format(model)}
     encoded = base64.b64encode(sample_png()).decode()
     return {
         "required": True,
@@ -190,8 +203,8 @@ def _segment_body() -> dict[str, Any]:
             "application/json": {
                 "schema": request,
                 "examples": {
-                    "prompts": {"summary": "By name", "value": ask | {"image_base64": encoded}},
-                    "boxes": {"summary": "By a box", "value": boxes | {"image_base64": encoded}},
+                    name: {"summary": title, "value": fields | {"image_base64": encoded}}
+                    for name, (title, fields) in examples.items()
                 },
             },
             "multipart/form-data": {
@@ -243,13 +256,16 @@ def _query_parameters(model: type[BaseModel]) -> list[dict[str, Any]]:
     return found
 
 
-def _segment_parameters(fields: dict[str, Any]) -> list[dict[str, Any]]:
-    """The fields of a request whose body is the image itself.
+def _box_parameter(fields: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "maxItems": fields["boxes"]["maxItems"], "items": {"type": "string", "pattern": _BOX}}
+
+
+def _parameters(fields: dict[str, Any], **others: dict[str, Any]) -> list[dict[str, Any]]:
+    """The fields of a request whose body is the image itself; `others` have another form in a query.
 
     They have no defaults: generated clients would send those beside other bodies, which is refused.
     """
-    boxes = {"type": "array", "maxItems": fields["boxes"]["maxItems"], "items": {"type": "string", "pattern": _BOX}}
-    asked = {name: schema for name, schema in fields.items() if not name.startswith("image_")} | {"boxes": boxes}
+    asked = {name: schema for name, schema in fields.items() if not name.startswith("image_")} | others
     without_null = {name: schema.get("anyOf", [schema])[0] for name, schema in asked.items()}
     return [
         {
@@ -271,6 +287,25 @@ def _segment_example() -> dict[str, Any]:
         "image": {"width": 64, "height": 64},
         "adapter": None,
         "results": [{"prompt": "red disc", "presence": 0.98, "num_detections": 1, "detections": [found]}],
+        "timing_ms": {"body": 0.2, "check": 0.3, "forward": 8.1, "total": 10.4},
+    }
+
+
+def _dense_example() -> dict[str, Any]:
+    labels = np.zeros((64, 64), np.uint8)
+    cv2.circle(labels, (36, 30), 14, 1, -1)
+    area_px = int(labels.sum())
+    areas = (("background", 4096 - area_px, 0), ("water", area_px, 1))
+    return {
+        "request_id": "a1",
+        "image": {"width": 64, "height": 64},
+        "adapter": "land-cover",
+        "task": "dense",
+        "classes": [
+            {"name": name, "area_px": area, "share": round(area / 4096, 6), "value": value}
+            for name, area, value in areas
+        ],
+        "label_png": base64.b64encode(cv2.imencode(".png", labels)[1].tobytes()).decode(),
         "timing_ms": {"body": 0.2, "check": 0.3, "forward": 8.1, "total": 10.4},
     }
 

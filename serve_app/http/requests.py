@@ -37,16 +37,26 @@ def check_segment(received: Received, limits: Limits) -> tuple[SegmentRequest, I
         message = f"max_detections must be at most {limits.max_detections}"
         raise ServeError("invalid_request", message, field="max_detections")
 
-    sources = [received.image, request.image_base64, request.image_id]
-    if sum(source is not None for source in sources) != 1:
+    image, size_hw = find_image(received.image, request.image_base64, request.image_id, limits)
+    if size_hw is not None:
+        check_boxes(_boxes(request), size_hw)
+    return request, image
+
+
+def find_image(
+    file: bytes | None, image_base64: str | None, image_id: str | None, limits: Limits
+) -> tuple[ImageFile, tuple[int, int] | None]:
+    """The image of a request, in whatever form it came, and its size (height, width); None for an uploaded one.
+
+    Raises:
+        ServeError: There is none or more than one, or it is refused.
+    """
+    if sum(source is not None for source in (file, image_base64, image_id)) != 1:
         message = "expected one image: a file, image_base64 or image_id, and only one of them"
         raise ServeError("invalid_request", message, field="image")
-    if request.image_id is not None:
-        return request, ImageFile(request.image_id.removeprefix(IMAGE_ID_PREFIX))
-    data = received.image if received.image is not None else decode_base64(request.image_base64 or "")
-    image, size_hw = check_image(data, limits)
-    check_boxes(_boxes(request), size_hw)
-    return request, image
+    if image_id is not None:
+        return ImageFile(image_id.removeprefix(IMAGE_ID_PREFIX)), None
+    return check_image(file if file is not None else decode_base64(image_base64 or ""), limits)
 
 
 def check_upload(received: Received, limits: Limits) -> ImageFile:

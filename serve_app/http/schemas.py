@@ -20,6 +20,7 @@ from serve_app.settings import ADAPTER_ID_PATTERN, ADAPTER_ID_RULE
 
 IMAGE_ID_PATTERN = r"^img_[0-9a-f]{64}$"
 MaskFormat = Literal["rle", "polygon", "png", "none"]
+Task = Literal["detection", "dense"]
 
 _TYPE_OF_FIELD = {"prompts": "invalid_prompt", "boxes": "invalid_box", "adapter": "invalid_adapter"}
 _ADDRESS_FIELDS = frozenset(("image_url", "image_uri", "url", "uri", "image_path", "path"))
@@ -39,12 +40,12 @@ def _post_processing_field(name: str) -> Any:
 # ---- requests -------------------------------------------------------------------------------------------------------
 
 
-class _Request(BaseModel):
+class RequestModel(BaseModel):
     # Strict: "0.5" is no number and 1 is no bool.
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class Box(_Request):
+class Box(RequestModel):
     """An example of what is meant, or of what is not."""
 
     xyxy: Annotated[list[float], Field(min_length=4, max_length=4)] = Field(
@@ -54,7 +55,7 @@ class Box(_Request):
     label: Annotated[int, Field(ge=0, le=1)] = Field(1, description="1: find such things; 0: not these.")
 
 
-class SegmentRequest(_Request):
+class SegmentRequest(RequestModel):
     """What to find, and how to answer. Prompts or a positive box are needed.
 
     Post-processing fields that are left out take the values recorded with the adapter.
@@ -92,17 +93,20 @@ class SegmentRequest(_Request):
         return self.model_dump(include=set(PostProcessing.model_fields), exclude_none=True)
 
 
-class AdaptersRequest(_Request):
+class AdaptersRequest(RequestModel):
     """The query parameters of the listing."""
 
     search: Annotated[str, StringConstraints(max_length=200)] | None = Field(
-        None, description="Only adapters with this text in their id or a recorded prompt, whatever the case."
+        None, description="Only adapters with this text in their id, a recorded prompt or a class, whatever the case."
     )
     limit: Annotated[int, Field(ge=1, le=1000)] | None = Field(
         None, description="Most adapters of the response; all of them if not given."
     )
     after: Annotated[str, StringConstraints(max_length=200)] | None = Field(
         None, description="Only adapters behind this id: `next` of the page before."
+    )
+    task: Task | None = Field(
+        None, description='Only those that find objects of prompts ("detection") or label pixels ("dense").'
     )
 
 
@@ -111,7 +115,7 @@ NOT_TEXT = frozenset(name for name, one in SegmentRequest.model_fields.items() i
 """Fields of numbers and bools, which are text in query parameters."""
 
 
-class ImageUpload(_Request):
+class ImageUpload(RequestModel):
     """An image as JSON."""
 
     image_base64: str = Field(description="The image file in base64.")
@@ -176,12 +180,20 @@ class AdapterResponse(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     id: str
+    task: Task | None = Field(
+        default=None,
+        description='"detection": POST /v1/segment asks it; "dense": POST /v1/dense; null if it cannot be read.',
+    )
     prompts: list[str] = Field(default_factory=list, description="Prompts it was trained on.")
+    classes: list[str] = Field(
+        default_factory=list, description="Of task dense: the classes of a pixel, in the order of its outputs."
+    )
     rank: int | None = Field(default=None, description="Largest rank of its LoRA matrices.")
     size_bytes: int | None = Field(default=None, description="Size of its weights.")
     adapts: list[str] = Field(default_factory=list, description="Parts of the model that it changes.")
     post_processing: PostProcessing | None = Field(
-        default=None, description="Settings that hold where a request gives none; null if the adapter cannot be read."
+        default=None,
+        description="Settings that hold where a request gives none; null for task dense, or if it cannot be read.",
     )
     resident: bool = Field(default=False, description="Some replica has it in memory.")
     error: str | None = Field(default=None, description="Why it cannot be used; null if it can.")

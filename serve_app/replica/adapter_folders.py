@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sam3lora.model.adapter.folder import FolderSignature, file_signature
-from sam3lora.model.adapter.folder_files import CONFIG_FILE, FILES, WEIGHTS_FILE
+from sam3lora.model.adapter.folder_files import FILES
 from sam3lora.model.adapter.metadata import recorded_post_processing
 from sam3lora.model.adapter.weights import AdapterSummary, read_summary
 from sam3lora.model.components import COMPONENTS
@@ -159,10 +159,20 @@ class AdapterFolders:
         )
 
     def _response(self, adapter_id: str, known: AdapterSummary) -> AdapterResponse:
+        if known.metadata is not None and known.metadata.dense is not None:
+            return AdapterResponse(
+                id=adapter_id,
+                task="dense",
+                classes=list(known.metadata.dense["classes"]),
+                rank=known.rank,
+                size_bytes=known.size_bytes,
+                adapts=[name for name in COMPONENTS if name in known.components],
+            )
         prompts = known.metadata.prompts if known.metadata else []
         post = recorded_post_processing(known.metadata)
         return AdapterResponse(
             id=adapter_id,
+            task="detection",
             prompts=[prompt[:MAX_LISTED_CHARS] for prompt in prompts[:MAX_LISTED_PROMPTS]],
             rank=known.rank,
             size_bytes=known.size_bytes,
@@ -172,13 +182,13 @@ class AdapterFolders:
 
 
 def _described(signature: FolderSignature, info: AdapterResponse) -> Described:
-    searched = tuple(text.casefold() for text in (info.id, *info.prompts))
+    searched = tuple(text.casefold() for text in (info.id, *info.prompts, *info.classes))
     return Described(signature, info, info.model_dump_json(), searched)
 
 
 def _has_files(folder: Path) -> bool:
     """Whether the folder, which may be a link, has a file of an adapter."""
-    return any(os.path.isfile(f"{folder}/{file}") for file in (CONFIG_FILE, WEIGHTS_FILE))
+    return any(os.path.isfile(f"{folder}/{file}") for file in FILES)
 
 
 def _not_found(adapter_id: str) -> ServeError:

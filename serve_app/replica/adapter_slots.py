@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from sam3lora.config.post_processing import PostProcessing
+from sam3lora.model.dense.settings import DenseSettings
 from serve_app.replica.adapter_folders import AdapterFolder
 
 
@@ -20,7 +21,7 @@ class LoadedAdapter:
 
     folder: AdapterFolder
     slot: int
-    post_processing: PostProcessing
+    settings: PostProcessing | DenseSettings
     users: int = 0
     retired: bool = False
 

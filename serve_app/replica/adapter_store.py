@@ -15,8 +15,9 @@ from typing import Any, NamedTuple, TypeVar
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.engine.engine import Engine
 from sam3lora.model.adapter.folder import FolderSignature
-from sam3lora.model.adapter.metadata import recorded_post_processing
+from sam3lora.model.adapter.metadata import AdapterMetadata, recorded_post_processing
 from sam3lora.model.adapter.weights import AdapterWeights
+from sam3lora.model.dense.settings import DenseSettings
 from serve_app.http.errors import ServeError, refuse_as
 from serve_app.messages import EVERY_ADAPTER, AdapterPage, AdapterQuery, AdapterRow
 from serve_app.metrics import ReplicaMetrics
@@ -35,10 +36,10 @@ T = TypeVar("T")
 
 
 class HeldAdapter(NamedTuple):
-    """What a request needs of its adapter; `slot` is None for the base."""
+    """What a request needs of its adapter; `slot` is None for the base, the settings say what it can be asked."""
 
     slot: int | None
-    post_processing: PostProcessing
+    settings: PostProcessing | DenseSettings
 
 
 @dataclass(frozen=True)
@@ -99,13 +100,15 @@ class AdapterStore:
             return
         adapter = await self._acquire(adapter_id, time.monotonic() + timeout_s)
         try:
-            yield HeldAdapter(adapter.slot, adapter.post_processing)
+            yield HeldAdapter(adapter.slot, adapter.settings)
         finally:
             self._table.release(adapter)
 
     async def list(self, query: AdapterQuery = EVERY_ADAPTER) -> AdapterPage:
         """The adapters that may be served and match the query, by id."""
         matching = await self._listing.run("all", self._folders.describe_all)
+        if query.task is not None:
+            matching = [one for one in matching if one.info.task in (query.task, None)]
         if query.search is not None:
             text = query.search.casefold()
             matching = [one for one in matching if any(text in each for each in one.searched)]
@@ -232,8 +235,8 @@ class AdapterStore:
                     raise
             self._failures.pop(load.folder.id, None)
             self._metrics.adapter_loads.inc()
-            recorded = recorded_post_processing(weights.metadata)
-            load.loaded = LoadedAdapter(load.folder, slot, recorded, users=load.waiters)
+            settings = _recorded_settings(weights.metadata)
+            load.loaded = LoadedAdapter(load.folder, slot, settings, users=load.waiters)
             self._table.add(load.loaded)
             if not self._folders.allows(load.folder.id):
                 self._table.retire(load.loaded)
@@ -252,11 +255,11 @@ class AdapterStore:
             self._engine.check_adapter(slot)
 
     def _read(self, adapter_id: str) -> tuple[AdapterFolder, AdapterWeights]:
-        """Read an adapter, in a thread. `read_adapter` guards against a folder that changes meanwhile."""
+        """Read an adapter, in a thread. `read_any_adapter` guards against a folder that changes meanwhile."""
         folder = self._folders.find(adapter_id)
         try:
             with refuse_as("invalid_adapter", folder.path):
-                weights = self._engine.read_adapter(folder.path)
+                weights = self._engine.read_any_adapter(folder.path)
         except (ServeError, MemoryError):
             raise
         except Exception:  # a damaged file may raise anything
@@ -300,6 +303,12 @@ class AdapterStore:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _recorded_settings(metadata: AdapterMetadata | None) -> PostProcessing | DenseSettings:
+    if metadata is not None and metadata.dense is not None:
+        return DenseSettings(**metadata.dense)
+    return recorded_post_processing(metadata)
 
 
 def _within_bytes(page: Sequence[Described]) -> Sequence[Described]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from sam3lora.cpus import usable_cpus
+from sam3lora.engine.dense_slots import LabelledImage
 from sam3lora.engine.device import is_device_error, is_out_of_memory
 from sam3lora.engine.engine import Engine, PromptedImage
 from sam3lora.engine.feature_cache import PreparedImage
@@ -14,8 +16,11 @@ from sam3lora.engine.selection import SmallDetections
 from serve_app.replica.ahead import Ahead
 from serve_app.settings import ServeSettings
 
-Asked = PromptedImage | PreparedImage
-"""An image that is asked for prompts, or one to be kept."""
+Asked = PromptedImage | LabelledImage | PreparedImage
+"""An image that is asked for prompts or for labels, or one to be kept."""
+
+Answer = list[SmallDetections] | np.ndarray | PreparedImage
+"""Detections of each prompt, logits (N, h, w) of the classes, or the image."""
 
 
 def build_engine(settings: ServeSettings) -> Engine:
@@ -38,11 +43,18 @@ def build_engine(settings: ServeSettings) -> Engine:
     )
 
 
-def run_batch(engine: Engine, asked: list[Asked]) -> list[list[SmallDetections] | PreparedImage | Exception]:
-    """In the model thread: uploaded images are encoded, prompted ones answered together."""
+def run_batch(engine: Engine, asked: list[Asked]) -> list[Answer | Exception]:
+    """In the model thread: uploaded images are encoded, the others answered together."""
     kept = [_keep(engine, one) if isinstance(one, PreparedImage) else None for one in asked]
-    found = iter(engine.detect_small([one for one in asked if isinstance(one, PromptedImage)]))
-    return [next(found) if result is None else result for result in kept]
+    prompted = [one for one in asked if isinstance(one, PromptedImage)]
+    dense = [one for one in asked if isinstance(one, LabelledImage)]
+    labelled = iter(engine.label_small(dense, beside=prompted) if dense else ())
+    detected = iter(engine.detect_small(prompted))
+    found: list[Answer | Exception] = []
+    for one, image in zip(asked, kept, strict=True):
+        answers = labelled if isinstance(one, LabelledImage) else detected
+        found.append(next(answers) if image is None else image)
+    return found
 
 
 def encoding_ahead(engine: Engine, settings: ServeSettings) -> Ahead[Asked] | None:
@@ -58,12 +70,12 @@ def encoding_ahead(engine: Engine, settings: ServeSettings) -> Ahead[Asked] | No
         return None
 
     def lacks_features(one: Asked) -> bool:
-        return not engine.has_features(*_image_and_slot(one))
+        return not isinstance(one, LabelledImage) and not engine.has_features(*_image_and_slot(one))
 
     def with_features(asked: list[Asked]) -> list[Asked]:
         images = engine.encode_ahead([_image_and_slot(one) for one in asked])
         return [
-            image if isinstance(one, PreparedImage) else replace(one, image=image)
+            replace(one, image=image) if isinstance(one, PromptedImage) else image
             for one, image in zip(asked, images, strict=True)
         ]
 

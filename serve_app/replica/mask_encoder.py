@@ -1,4 +1,4 @@
-"""Encoding of the model's masks at the size of the image, in threads, limited in time and memory."""
+"""Encoding of the model's masks and labels at the size of the image, in threads, limited in time and memory."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import partial
+from typing import TypeVar
 
 from sam3lora.engine.detections import Detections
 from sam3lora.engine.selection import SmallDetections
 from serve_app.http.errors import ServeError
+
+T = TypeVar("T")
 
 MAX_WAITING_BYTES = 2**30
 """Mask logits that may wait here before the model pauses; one batch more may arrive while it pauses."""
@@ -34,6 +39,7 @@ class MaskEncoder:
         self._resume = resume
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="encode")
         self._turns = asyncio.Semaphore(threads)
+        self._large = asyncio.Semaphore(1)
         self._bytes = 0
         self._num_waiting = 0
 
@@ -49,31 +55,54 @@ class MaskEncoder:
             ServeError: The time is up; the deadline is by `time.monotonic`.
         """
 
-        def finished(work: asyncio.Future[list[Detections]]) -> None:
-            work.cancelled() or work.exception()  # or asyncio would log an exception that nobody retrieved
+        num_bytes = _num_bytes(found)
+        if not num_bytes:  # nothing to encode
+            return _encode(found, threading.Event())
+        late = "the masks were not encoded in time: ask for fewer detections, or for no masks"
+        return await self.run(partial(_encode, found), num_bytes, deadline, late=late)
+
+    async def run(
+        self,
+        work: Callable[[threading.Event], T],
+        num_bytes: int,
+        deadline: float,
+        *,
+        late: str,
+        is_large: bool = False,
+    ) -> T:
+        """The result of `work`, which is done in a thread and ends early when its event is set.
+
+        Args:
+            num_bytes: What it holds until it is done.
+            late: Message of the error when the time is up.
+            is_large: Whether it needs so much more memory while it runs that only one such runs at a time.
+
+        Raises:
+            ServeError: The time is up; the deadline is by `time.monotonic`.
+        """
+
+        def finished(running: asyncio.Future[T]) -> None:
+            running.cancelled() or running.exception()  # or asyncio would log an exception that nobody retrieved
             self._let_go(num_bytes)
 
         stop = threading.Event()
-        work: asyncio.Future[list[Detections]] | None = None
-        num_bytes = _num_bytes(found)
-        if not num_bytes:  # nothing to encode
-            return _encode(found, stop)
+        running: asyncio.Future[T] | None = None
+        alone = self._large if is_large else nullcontext()
         self._hold(num_bytes)
         try:
-            async with asyncio.timeout(deadline - time.monotonic()) as limit, self._turns:
-                work = asyncio.get_running_loop().run_in_executor(self._pool, _encode, found, stop)
-                return await asyncio.shield(work)
+            async with asyncio.timeout(deadline - time.monotonic()) as limit, alone, self._turns:
+                running = asyncio.get_running_loop().run_in_executor(self._pool, work, stop)
+                return await asyncio.shield(running)
         except TimeoutError:
             if not limit.expired():
                 raise
-            message = "the masks were not encoded in time: ask for fewer detections, or for no masks"
-            raise ServeError("timeout", message, 1.0) from None
+            raise ServeError("timeout", late, 1.0) from None
         finally:
             stop.set()
-            if work is None or work.done():
+            if running is None or running.done():
                 self._let_go(num_bytes)
-            else:  # the thread still encodes a mask: its memory is free only after that
-                work.add_done_callback(finished)
+            else:  # the thread still works: its memory is free only after that
+                running.add_done_callback(finished)
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -91,8 +120,8 @@ class MaskEncoder:
             self._resume()
 
 
-class _StoppedError(Exception):
-    """The caller no longer waits for the masks."""
+class StoppedError(Exception):
+    """The caller no longer waits for the result."""
 
 
 def _encode(found: Sequence[SmallDetections], stop: threading.Event) -> list[Detections]:
@@ -104,7 +133,7 @@ def _encode(found: Sequence[SmallDetections], stop: threading.Event) -> list[Det
             rles = []
             for row in range(len(small.scores_N)):
                 if stop.is_set():
-                    raise _StoppedError
+                    raise StoppedError
                 rles.append(small.encode(row))
         results.append(small.at_full_size(rles))
     return results

@@ -10,15 +10,19 @@ import time
 import traceback
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
+import numpy as np
+
 from sam3lora.config.post_processing import PostProcessing
+from sam3lora.engine.dense_slots import LabelledImage
 from sam3lora.engine.detections import Detections
 from sam3lora.engine.device import is_device_error, is_out_of_memory
 from sam3lora.engine.engine import Engine, PromptedImage
-from sam3lora.engine.feature_cache import PreparedImage
-from sam3lora.engine.selection import NotFiniteError, SmallDetections
+from sam3lora.engine.selection import NotFiniteError
 from sam3lora.errors import UserError
+from sam3lora.model.dense.settings import DenseSettings
 from sam3lora.model.tokenization import PromptError
 from sam3lora.start_marks import mark
 from serve_app.http.errors import ServeError, answer_too_large
@@ -28,6 +32,8 @@ from serve_app.messages import (
     EVERY_ADAPTER,
     AdapterPage,
     AdapterQuery,
+    DenseCall,
+    DenseReply,
     ImageFile,
     ImageReply,
     SegmentCall,
@@ -36,8 +42,9 @@ from serve_app.messages import (
 from serve_app.metrics import ReplicaMetrics, StageClock
 from serve_app.replica.adapter_store import AdapterStore
 from serve_app.replica.batcher import Batcher
-from serve_app.replica.engine_work import Asked, build_engine, encoding_ahead, run_batch
+from serve_app.replica.engine_work import Answer, Asked, build_engine, encoding_ahead, run_batch
 from serve_app.replica.image_decoder import ImageDecoder
+from serve_app.replica.labels import LARGE_PIXELS, make_labels, wanted_labels
 from serve_app.replica.mask_encoder import MaskEncoder
 from serve_app.settings import AdapterSettings, ServeSettings
 
@@ -69,7 +76,7 @@ class ModelReplica:
             queue_length=lambda: self._batcher.queue_length + self._preparing,
             resident_adapters=lambda: self._store.num_resident,
         )
-        self._batcher: Batcher[Asked, list[SmallDetections] | PreparedImage] = Batcher(
+        self._batcher: Batcher[Asked, Answer] = Batcher(
             lambda asked: run_batch(self._engine, asked),
             max_rows=settings.batching.max_rows,
             max_queued=limits.max_queued,
@@ -104,6 +111,9 @@ class ModelReplica:
 
     async def segment(self, call: SegmentCall) -> SegmentReply | ServeError:
         return await self._answered(self._segment(call))
+
+    async def label(self, call: DenseCall) -> DenseReply | ServeError:
+        return await self._answered(self._label(call))
 
     async def keep_image(self, image: ImageFile, timeout_s: float = 30.0) -> ImageReply | ServeError:
         """Encode an image and keep it, so that later calls may send its key alone."""
@@ -199,7 +209,10 @@ class ModelReplica:
                 clock.lap("decode")
                 adapter = await held.enter_async_context(self._store.hold(call.adapter, deadline - time.monotonic()))
                 clock.lap("adapter")
-            post = _post_processing(adapter.post_processing, call.post_processing, self._limits.max_detections)
+            if isinstance(adapter.settings, DenseSettings):
+                message = f"adapter {call.adapter!r} labels each pixel: ask it with POST /v1/dense"
+                raise ServeError("wrong_task", message)
+            post = _post_processing(adapter.settings, call.post_processing, self._limits.max_detections)
             asked = PromptedImage(image, call.prompts, call.boxes, adapter.slot, post, call.masks)
             try:
                 outcome = await self._batcher.submit(asked, rows=asked.num_rows, timeout_s=deadline - time.monotonic())
@@ -213,6 +226,37 @@ class ModelReplica:
         _check_size(results, self._limits.max_answer_bytes)
         self._metrics.stages(clock.timing_ms)
         return SegmentReply(image.size_hw, results, clock.timing_ms)
+
+    async def _label(self, call: DenseCall) -> DenseReply:
+        deadline = time.monotonic() + call.timeout_s
+        clock = StageClock()
+        async with AsyncExitStack() as held:
+            with self._place_in_queue():
+                image = await self._decoder.image(call.image, deadline)
+                clock.lap("decode")
+                adapter = await held.enter_async_context(self._store.hold(call.adapter, deadline - time.monotonic()))
+                clock.lap("adapter")
+            wanted = wanted_labels(call, adapter.settings)
+            assert adapter.slot is not None
+            asked = LabelledImage(image, adapter.slot)
+            try:
+                outcome = await self._batcher.submit(asked, rows=1, timeout_s=deadline - time.monotonic())
+            except NotFiniteError:
+                raise _not_finite(call.adapter) from None
+        clock.set("queue", outcome.waited_s)
+        clock.set("forward", outcome.ran_s)
+        logits_Nhw = outcome.result
+        assert isinstance(logits_Nhw, np.ndarray)
+        found = await self._encoder.run(
+            partial(make_labels, logits_Nhw, image.size_hw, wanted, self._limits.max_answer_bytes),
+            logits_Nhw.nbytes,
+            deadline,
+            late="the labels were not made in time: ask for fewer classes, or send a smaller image",
+            is_large=image.size_hw[0] * image.size_hw[1] > LARGE_PIXELS,
+        )
+        clock.lap("masks")
+        self._metrics.stages(clock.timing_ms)
+        return DenseReply(image.size_hw, found.classes, found.label_png, clock.timing_ms)
 
     async def _keep(self, file: ImageFile, timeout_s: float) -> ImageReply:
         if known := self._engine.cached_image(file.key):

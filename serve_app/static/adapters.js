@@ -7,9 +7,9 @@ const PAGE = 50; // adapters of one listing
 export const known = new Map(); // id -> adapter, as it was last listed
 export let basePostProcessing = null; // of the base model; null until a listing came
 
-/** A page of the adapters whose id or prompts hold `search`: { adapters, total, next }. */
+/** A page of the adapters that answer prompts, with `search` in their id or prompts: { adapters, total, next }. */
 export async function listAdapters({ search = "", after = null, signal } = {}) {
-  const query = new URLSearchParams({ limit: PAGE });
+  const query = new URLSearchParams({ limit: PAGE, task: "detection" });
   if (search) query.set("search", search);
   if (after !== null) query.set("after", after);
   const { adapters, base_post_processing, ...rest } = await call(`v1/adapters?${query}`, { signal });

@@ -12,6 +12,7 @@ const FILE = "sample.jpg";
 // How fields that are no single values are written in a query.
 const IN_QUERY = {
   prompts: "prompts=gear&prompts=arrow",
+  classes: "classes=water&classes=road",
   boxes: "boxes=113,278,262,476,1 (x0, y0, x1, y1, label); may be repeated",
 };
 
@@ -20,7 +21,15 @@ const api = await call("openapi.json");
 const schemas = new Schemas(api);
 const isKeyed = await call("v1/adapters?limit=1").then(() => Boolean(apiKey.get()), ({ status }) => status === 401);
 const adapter = await trainedOn(PROMPTS).catch(() => null);
-const request = { prompts: PROMPTS, ...(adapter && { adapter: adapter.id }) };
+const dense = await call("v1/adapters?limit=50&task=dense").then(firstUsable, () => undefined);
+const requests = {
+  "/v1/segment": { prompts: PROMPTS, ...(adapter && { adapter: adapter.id }) },
+  "/v1/dense": { adapter: dense?.id ?? "land-cover" },
+};
+
+function firstUsable({ adapters }) {
+  return adapters.find(({ task, error }) => task === "dense" && !error);
+}
 
 const codeOf = (text) => make("code", { textContent: text });
 
@@ -38,7 +47,7 @@ function command(title, text) {
 function commands(path, content) {
   const url = address(path);
   if (!content) return command("With curl", getOf(url, isKeyed && path.startsWith("/v1")));
-  const asked = "request" in (content["multipart/form-data"].schema.properties ?? {}) ? request : null;
+  const asked = requests[path] ?? null;
   const forms = [
     ["Multipart: the image as a file, the request as JSON", multipartOf(url, FILE, asked, isKeyed)],
     ["Raw: the image as the body, the request as query parameters", rawOf(url, FILE, asked, isKeyed)],
@@ -88,7 +97,7 @@ function describe(path, method, operation) {
   section.append(make("p", {}, ...rich(`${operation.summary}. ${operation.description ?? ""}`)));
   section.append(...commands(path, content));
   const takesImage = Boolean(content);
-  const asked = takesImage && "request" in content["multipart/form-data"].schema.properties ? request : null;
+  const asked = requests[path] ?? null;
   const shownQuery = takesImage ? [] : query;
   const form = tryIt({ path, method: method.toUpperCase(), query: shownQuery, takesImage, request: asked });
   section.append(folded("Try it", form));

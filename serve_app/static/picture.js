@@ -52,7 +52,12 @@ export class Picture {
    * Ask the service: `question` is a request without its image. An image that is no longer kept goes up again.
    * `onProgress(share)` follows the upload. Returns { answer, roundTripMs }, the latter without the upload.
    */
-  async segment(question, { signal, onWait, onProgress }) {
+  segment(question, options) {
+    return this.ask("v1/segment", question, options);
+  }
+
+  /** As `segment`, of any route that takes an `image_id`. */
+  async ask(path, question, { signal, onWait, onProgress }) {
     for (let isRetry = false; ; isRetry = true) {
       const upload = (this.#upload ??= this.#send(onWait, onProgress));
       let image_id;
@@ -65,7 +70,7 @@ export class Picture {
       signal.throwIfAborted();
       try {
         const start = performance.now();
-        const answer = await call("v1/segment", { json: { image_id, ...question }, signal, onWait });
+        const answer = await call(path, { json: { image_id, ...question }, signal, onWait });
         return { answer, roundTripMs: performance.now() - start };
       } catch (error) {
         if (isAbort(error) || error.type !== "image_not_found" || isRetry) throw error;

@@ -72,6 +72,68 @@ def test_every_option_and_form_of_masks():
     assert [call.masks for call in backend.calls] == [True, True, True, False]
 
 
+def test_labels_in_every_form():
+    backend = FakeBackend()
+    outputs = ("label_png", "rle", "probability_png", "none")
+    answers = {
+        output: ask(
+            backend,
+            lambda client, output=output: client.dense(
+                PIXELS_HW3, "land-cover", output=output, classes=("water", "road"), threshold=0.4
+            ),
+        )
+        for output in outputs
+    }
+    assert [call.output for call in backend.labelled] == list(outputs)
+    call = backend.labelled[0]
+    assert (call.adapter, call.classes, call.threshold) == ("land-cover", ("water", "road"), 0.4)
+    water_HW = np.zeros(SIZE_HW, bool)
+    water_HW[:12] = True
+    for answer in answers.values():
+        assert (answer.size_hw, answer.adapter) == (SIZE_HW, "land-cover")
+        assert answer.area_px == {"background": 36 * 64, "water": 12 * 64}
+        assert answer.area_share == {"background": 0.75, "water": 0.25}
+        assert answer.timing_ms["total"] > 0
+    labelled, masks, certain, areas = answers.values()
+    np.testing.assert_array_equal(labelled.label_HW, water_HW)
+    assert labelled.label_HW.dtype == np.uint8
+    for answer in (labelled, masks):
+        np.testing.assert_array_equal(answer.mask("water"), water_HW)
+        np.testing.assert_array_equal(answer.mask("background"), ~water_HW)
+    np.testing.assert_array_equal(certain.probability("water"), water_HW.astype(np.float32))
+    assert (masks.label_HW, areas.label_HW) == (None, None)
+    with pytest.raises(ValueError, match="no masks"):
+        areas.mask("water")
+    with pytest.raises(ValueError, match="no probabilities"):
+        masks.probability("water")
+    with pytest.raises(KeyError, match="moon"):
+        masks.mask("moon")
+
+
+def test_one_class_and_nothing_given():
+    backend = FakeBackend()
+    ask(backend, lambda client: client.dense(PIXELS_HW3, "land-cover"))
+    ask(backend, lambda client: client.dense(PIXELS_HW3, "land-cover", classes="water"))
+    first, second = backend.labelled
+    assert (first.output, first.classes, first.threshold) == (None, None, None)
+    assert second.classes == ("water",)
+    with pytest.raises(TypeError, match="dense\\(\\) takes no argument prompts"):
+        ask(backend, lambda client: client.dense(PIXELS_HW3, "land-cover", prompts=["a"]))
+
+
+def test_an_evicted_upload_is_sent_again_for_labels():
+    backend = FakeBackend()
+
+    async def question(client: AsyncClient) -> bool:
+        image = await client.upload(PIXELS_HW3)
+        backend.kept.clear()
+        answer = await client.dense(image, "land-cover")
+        return answer.label_HW is not None
+
+    assert ask(backend, question)
+    assert len(backend.kept) == 1
+
+
 def test_an_evicted_upload_is_sent_again():
     backend = FakeBackend()
 
@@ -93,6 +155,7 @@ def test_adapters_and_readiness():
     backend = FakeBackend()
     first, second = ask(backend, lambda client: client.adapters())
     assert (first.id, first.prompts, first.rank, first.resident, first.error) == ("cracks", ("crack",), 8, True, None)
+    assert (first.task, first.classes, second.task) == ("detection", (), None)
     assert first.post_processing["prompt_thresholds"] == {"crack": 0.2}
     assert (second.post_processing, second.error) == (None, "trained on another base model")
     assert ask(backend, lambda client: client.ready()) is True

@@ -67,7 +67,9 @@ def write_adapter(folder: Path, base_folder: Path, name: str, seed: int) -> Path
     assert names, pattern
     exclude = "text_encoder.text_projection"
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, exclude_modules=[exclude])
-    model = get_peft_model(base.model, config)
+    with torch.random.fork_rng(devices=[]):  # the same weights whatever ran before
+        torch.manual_seed(10 + seed)
+        model = get_peft_model(base.model, config)
     randomise_adapter(model, seed)
     told = {"base_model": str(base_folder), "base_fingerprint": base.fingerprint}
     return save_adapter(model, folder, AdapterMetadata(**told, geometry_cls=geometry_cls))

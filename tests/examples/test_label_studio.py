@@ -19,7 +19,7 @@ from sam3lora.client import Client
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "label_studio"))
 
-from backend import Backend, create_app
+from backend import Backend, create_app, make_backend
 from label_config import ConfigFault, read_label_config
 from regions import read_drawn, rows_under
 from task_images import TaskImages
@@ -287,3 +287,64 @@ def test_an_error_of_the_service_is_passed_on(service, status, kind):
     response = open_backend(service).post("/predict", json=predict_body(config("BrushLabels"), DATA_URI, DATA_URI))
     assert response.status_code == 502
     assert kind in response.json()["detail"]
+
+
+# --- adapters of task dense ---
+
+
+class LabellingService(Service):
+    """Labels the left half `hairline crack` and nothing `Moss`; its adapter knows another class as well."""
+
+    def handle(self, request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/adapters":
+            adapters = [
+                {"id": "road", "task": "dense", "classes": ["background", "hairline crack", "Moss"]},
+                {"id": "roads", "task": "detection", "prompts": ["road"]},
+            ]
+            return httpx.Response(200, json={"adapters": adapters, "total": 2, "next": None})
+        assert request.url.path == "/v1/dense"
+        asked = json.loads(parts_of(request)["request"])
+        self.requests.append(asked)
+        masks = {"hairline crack": mask_of((0, 0, WIDTH // 2, HEIGHT)), "Moss": np.zeros((HEIGHT, WIDTH), bool)}
+        classes = [
+            {"name": name, "area_px": int(masks[name].sum()), "share": masks[name].mean(), "mask": rle(masks[name])}
+            for name in asked["classes"]
+        ]
+        body = {"request_id": "r", "image": {"width": WIDTH, "height": HEIGHT}, "adapter": "road", "task": "dense"}
+        return httpx.Response(200, json={**body, "classes": classes, "timing_ms": {}})
+
+
+def open_made(service: Service, adapter: str | None, **options: Any) -> TestClient:
+    client = Client("http://service.test", transport=httpx.MockTransport(service.handle), max_retries=0)
+    options = {"threshold": None, "all_alike": False} | options
+    return TestClient(create_app(make_backend(client, TaskImages(), adapter=adapter, **options)))
+
+
+def test_classes_of_pixels_become_brush_masks():
+    service = LabellingService()
+    app = open_made(service, "road", threshold=0.3)
+    (prediction,) = app.post("/predict", json=predict_body(config("BrushLabels"), DATA_URI)).json()["results"]
+    assert service.requests == [
+        {"adapter": "road", "threshold": 0.3, "output": "rle", "classes": ["hairline crack", "Moss"]}
+    ]
+    (region,) = prediction["result"]  # nothing is Moss
+    assert (region["type"], region["value"]["brushlabels"]) == ("brushlabels", ["Crack"])
+    assert (region["original_width"], region["original_height"]) == (WIDTH, HEIGHT)
+    mask_HW = decode_brush_rle(region["value"]["rle"]).reshape(HEIGHT, WIDTH, 4)[..., 3] > 0
+    np.testing.assert_array_equal(mask_HW, mask_of((0, 0, WIDTH // 2, HEIGHT)))
+
+
+def test_projects_that_a_dense_adapter_cannot_fill():
+    app = open_made(LabellingService(), "road")
+    outlines = app.post("/predict", json=predict_body(config("PolygonLabels"), DATA_URI))
+    assert (outlines.status_code, "BrushLabels" in outlines.json()["detail"]) == (400, True)
+    others = config("BrushLabels").replace("hairline crack", "pothole").replace("Moss", "sand")
+    answer = app.post("/predict", json=predict_body(others, DATA_URI))
+    assert (answer.status_code, "hairline crack" in answer.json()["detail"]) == (400, True)
+
+
+@pytest.mark.parametrize("adapter", [None, "roads", "unknown"])
+def test_other_adapters_are_asked_for_prompts(adapter):
+    client = Client("http://service.test", transport=httpx.MockTransport(LabellingService().handle), max_retries=0)
+    made = make_backend(client, TaskImages(), adapter=adapter, threshold=None, all_alike=False)
+    assert type(made) is Backend

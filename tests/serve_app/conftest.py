@@ -2,10 +2,47 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 import pytest
+
+if TYPE_CHECKING:
+    from serve_app.replica.replica import ModelReplica
+
+LONG_S = 60.0
 
 
 @pytest.fixture
 def anyio_backend() -> str:
     """Runs `async def` tests with the mark `anyio`."""
     return "asyncio"
+
+
+@pytest.fixture
+def play(spread_base: Path, root: Path) -> Callable[..., AbstractAsyncContextManager[ModelReplica]]:
+    """Opens a replica over the module's `root` of adapters, which is closed at the end of the block.
+
+    It encodes no images ahead unless a test asks for it: batches then depend on the requests alone.
+    """
+
+    from serve_app.replica.replica import ModelReplica
+    from serve_app.settings import AdapterSettings, Batching, ServeSettings
+
+    @asynccontextmanager
+    async def play(engine: Any = None, **settings: Any) -> AsyncIterator[ModelReplica]:
+        values = {
+            "model": str(spread_base),
+            "adapters": AdapterSettings(root=root),
+            "max_resident_adapters": 2,
+            "batching": Batching(encode_ahead=False),
+        }
+        service = ModelReplica(ServeSettings(**values | settings), engine=engine)
+        async with asyncio.timeout(LONG_S):
+            yield service
+            await service.close()
+
+    return play

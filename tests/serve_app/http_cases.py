@@ -17,7 +17,10 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from sam3lora.config.post_processing import PostProcessing
+from sam3lora.data.label_palette import palette_image
+from sam3lora.data.rle import encode_rle
 from sam3lora.engine.detections import Detections
+from sam3lora.inference.dense.files import encode_png
 from serve_app.http.errors import ServeError
 from serve_app.http.ingress import create_api
 from serve_app.http.schemas import AdapterResponse
@@ -26,8 +29,11 @@ from serve_app.messages import (
     AdapterPage,
     AdapterQuery,
     AdapterRow,
+    DenseCall,
+    DenseReply,
     ImageFile,
     ImageReply,
+    LabelledClass,
     SegmentCall,
     SegmentReply,
 )
@@ -72,9 +78,29 @@ def found(prompt: str, num: int = 2, size_hw: tuple[int, int] = SIZE_HW, *, mask
     )
 
 
+def labels_of(call: DenseCall) -> DenseReply:
+    """The upper rows are water, those below are background, in the form that the call asks for."""
+    output = call.output or "label_png"
+    height, width = SIZE_HW
+    labels_HW = np.zeros(SIZE_HW, np.uint8)
+    labels_HW[:12] = 1
+    classes = []
+    for value, name in enumerate(("background", "water")):
+        mask_HW = labels_HW == value
+        area_px = int(mask_HW.sum())
+        masks = {
+            "rle": encode_rle(mask_HW),
+            "probability_png": encode_png(Image.fromarray(mask_HW.astype(np.uint8) * 255)),
+        }
+        shown = value if output == "label_png" else None
+        classes.append(LabelledClass(name, area_px, area_px / (height * width), shown, masks.get(output)))
+    png = encode_png(palette_image(labels_HW)) if output == "label_png" else None
+    return DenseReply(SIZE_HW, classes, png, {"decode": 0.5, "forward": 2.0})
+
+
 @dataclass
 class FakeBackend:
-    """Answers rectangles; remembers calls. `block` keeps segment calls waiting until it is set."""
+    """Answers rectangles and labels; remembers calls. `block` keeps segment calls waiting until it is set."""
 
     answer: Callable[[SegmentCall], Any] | None = None
     block: asyncio.Event | None = None
@@ -83,6 +109,8 @@ class FakeBackend:
     kept: list[ImageFile] = field(default_factory=list)
     listed: list[AdapterQuery] = field(default_factory=list)
     num_cancelled: int = 0
+    label_answer: Callable[[DenseCall], Any] | None = None
+    labelled: list[DenseCall] = field(default_factory=list)
 
     async def segment(self, call: SegmentCall) -> SegmentReply | ServeError:
         self.calls.append(call)
@@ -101,6 +129,14 @@ class FakeBackend:
         results = [found(prompt, masks=call.masks) for prompt in call.prompts or ("visual",)]
         return SegmentReply(SIZE_HW, results, {"decode": 0.5, "forward": 2.0})
 
+    async def label(self, call: DenseCall) -> DenseReply | ServeError:
+        self.labelled.append(call)
+        if self.label_answer is not None:
+            return self.label_answer(call)
+        if call.image.data is None and call.image.key not in [image.key for image in self.kept]:
+            return ServeError("image_not_found", "the image is not kept: upload it again")
+        return labels_of(call)
+
     async def keep_image(self, image: ImageFile, timeout_s: float) -> ImageReply | ServeError:
         cached = image.key in [known.key for known in self.kept]
         self.kept.append(image)
@@ -110,6 +146,7 @@ class FakeBackend:
         self.listed.append(query)
         cracks = AdapterResponse(
             id="cracks",
+            task="detection",
             prompts=["crack"],
             rank=8,
             size_bytes=2048,

@@ -18,6 +18,8 @@ from serve_app.messages import (
     EVERY_ADAPTER,
     AdapterPage,
     AdapterQuery,
+    DenseCall,
+    DenseReply,
     ImageFile,
     ImageReply,
     SegmentCall,
@@ -35,6 +37,9 @@ class LocalBackend:
 
     async def segment(self, call: SegmentCall) -> SegmentReply | ServeError:
         return await self.replica.segment(call)
+
+    async def label(self, call: DenseCall) -> DenseReply | ServeError:
+        return await self.replica.label(call)
 
     async def keep_image(self, image: ImageFile, timeout_s: float) -> ImageReply | ServeError:
         return await self.replica.keep_image(image, timeout_s)

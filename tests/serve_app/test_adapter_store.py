@@ -52,7 +52,7 @@ class Model:
         self.place_error: Exception | None = None
         self.diverged: float | None = None
 
-    def read_adapter(self, folder: Path) -> Weights:
+    def read_any_adapter(self, folder: Path) -> Weights:
         def read(signature: FolderSignature) -> Weights:
             self.reads[folder.name] += 1
             self.reading.release()
@@ -357,7 +357,7 @@ async def test_a_broken_folder_is_refused_without_paths_and_read_again_only_afte
 
 async def test_any_exception_while_reading_makes_the_adapter_invalid(root: Path, monkeypatch: pytest.MonkeyPatch):
     async with open_stage(root) as stage:
-        monkeypatch.setattr(stage.model, "read_adapter", lambda folder: 1 / 0)
+        monkeypatch.setattr(stage.model, "read_any_adapter", lambda folder: 1 / 0)
         error = await refused(stage.value("a"))
         assert (error.type, "log of the service" in error.message) == ("invalid_adapter", True)
 
@@ -386,21 +386,21 @@ async def test_a_folder_that_changes_while_it_is_read_is_read_again(root: Path):
 async def test_an_adapter_moved_out_of_the_root_before_it_is_read_is_refused(root: Path, tmp_path: Path):
     async with open_stage(root) as stage:
         outside = write_adapter(tmp_path.parent / f"{tmp_path.name} outside", "secret", 66)
-        read = stage.model.read_adapter
+        read = stage.model.read_any_adapter
 
         def move_and_read(folder: Path) -> Weights:
             shutil.rmtree(folder)
             folder.symlink_to(outside)
             return read(folder)
 
-        stage.model.read_adapter = move_and_read  # type: ignore[method-assign]
+        stage.model.read_any_adapter = move_and_read  # type: ignore[method-assign]
         error = await refused(stage.value("a"))
         assert (error.type, str(outside) in error.message) == ("invalid_adapter", False)
 
 
 async def test_an_adapter_that_changes_after_every_look_is_refused(root: Path):
     async with open_stage(root) as stage:
-        stage.model.read_adapter = lambda folder: Weights(1.0, ())  # type: ignore[method-assign]
+        stage.model.read_any_adapter = lambda folder: Weights(1.0, ())  # type: ignore[method-assign]
         error = await refused(stage.value("a"))
         assert (error.type, error.retry_after_s) == ("invalid_adapter", 1.0)
 
@@ -422,7 +422,7 @@ async def test_a_request_after_a_replacement_gets_the_new_version(root: Path):
 
 async def test_a_request_after_a_repair_is_not_refused_for_the_old_version(root: Path):
     async with open_stage(root) as stage:
-        read, has_read, go = stage.model.read_adapter, threading.Event(), threading.Event()
+        read, has_read, go = stage.model.read_any_adapter, threading.Event(), threading.Event()
 
         def read_and_wait(folder: Path) -> float:
             try:
@@ -431,7 +431,7 @@ async def test_a_request_after_a_repair_is_not_refused_for_the_old_version(root:
                 has_read.set()
                 assert go.wait(LONG_S)
 
-        stage.model.read_adapter = read_and_wait  # type: ignore[method-assign]
+        stage.model.read_any_adapter = read_and_wait  # type: ignore[method-assign]
         (root / "a" / "adapter_model.safetensors").write_bytes(b"junk")
         first = asyncio.create_task(stage.value("a"))
         assert await asyncio.to_thread(has_read.wait, LONG_S)

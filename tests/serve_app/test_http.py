@@ -176,7 +176,9 @@ def test_adapters():
     adapters = answer["adapters"]
     assert adapters[0] == {
         "id": "cracks",
+        "task": "detection",
         "prompts": ["crack"],
+        "classes": [],
         "rank": 8,
         "size_bytes": 2048,
         "adapts": ["detr_decoder"],

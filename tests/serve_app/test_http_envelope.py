@@ -82,7 +82,7 @@ def test_head_is_get_without_a_body_and_every_answer_has_security_headers():
         assert "access-control-allow-origin" not in response.headers
 
 
-@pytest.mark.parametrize("path", ["/", "/docs"])
+@pytest.mark.parametrize("path", ["/", "/labels", "/docs"])
 def test_pages_load_nothing_from_elsewhere(path: str):
     response = make_client().get(path)
     assert response.status_code == 200
@@ -131,7 +131,7 @@ def test_right_keys_and_open_paths(guarded: Any, monkeypatch: pytest.MonkeyPatch
         {"authorization": "Bearer wrong", "x-api-key": "first-key"},
     ):
         assert guarded.get("/v1/adapters", headers=headers).status_code == 200
-    for path in ("/healthz", "/readyz", "/", "/docs", "/openapi.json"):
+    for path in ("/healthz", "/readyz", "/", "/labels", "/docs", "/openapi.json"):
         assert guarded.get(path).status_code == 200, path
     monkeypatch.setenv(KEY_VARIABLE, " , ")
     with pytest.raises(UserError, match=KEY_VARIABLE):
@@ -145,7 +145,7 @@ def test_a_prefix_does_not_bypass_the_key(guarded: Any):
     for path in ("/v1/adapters", "/metrics", "/v1/nowhere"):
         assert client.get(f"/seg{path}").status_code == 401
         assert client.get(path).status_code == 401
-    for path in ("/healthz", "/readyz", "/", "/docs", "/openapi.json"):
+    for path in ("/healthz", "/readyz", "/", "/labels", "/docs", "/openapi.json"):
         assert client.get(f"/seg{path}").status_code == 200
     assert client.get("/seg/static/nothing").status_code == 404
     assert client.get("/seg/v1/adapters", headers=key).status_code == 200

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import itertools
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 import numpy as np
 import pytest
+from PIL import Image
 
+from sam3lora.client import Client, InvalidRequest
+from sam3lora.inference.dense.predictor import DensePredictor
+
+from ..model.dense.dense_cases import write_dense
 from .checked_load import Case, Load, Sample, ask, is_same, running_load, send_all
 from .ray_service import RayService, get, start_service, wait_until
 from .small_service import ADAPTERS, IMAGES, SmallService, fields
@@ -86,6 +94,29 @@ def test_equal_images_go_to_the_same_replica(service: RayService, small: SmallSe
     assert set(send_all(service.url, small.cases([None]) * 3).kinds()) == {"ok"}
     assert metric(service, "sam3lora_images_encoded_total") == len(IMAGES)
     assert [json.loads(get(f"{service.url}/v1/adapters")[1])["adapters"][n]["id"] for n in range(3)] == sorted(ADAPTERS)
+
+
+def test_labels_of_a_dense_adapter(service: RayService, small: SmallService, tmp_path: Path) -> None:
+    """Through all processes of the service, beside a prompted adapter, as the predictor gives them."""
+    write_dense(small.base, tmp_path / "gears")
+    shutil.copytree(small.root / "towers", tmp_path / "towers")
+    service.deploy(small.settings(adapters={"root": str(tmp_path)}))
+    service.wait_running(Segmenter=1, Ingress=1)
+    expected = DensePredictor(tmp_path / "gears", device="cpu")
+    with Client(service.url) as client:
+        assert {one.id: one.task for one in client.adapters()} == {"gears": "dense", "towers": "detection"}
+        for data in IMAGES[:2]:
+            (result,) = expected.predict([np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))])
+            labels = client.dense(data, "gears")
+            assert (labels.label_HW != result.label_HW).mean() < 0.001
+            assert client.segment(data, ["crack"], adapter="towers", threshold=0.0)[0].num_detections > 0
+        for question in (
+            lambda: client.segment(IMAGES[0], ["a"], adapter="gears"),
+            lambda: client.dense(IMAGES[0], "towers"),
+        ):
+            with pytest.raises(InvalidRequest) as refused:
+                question()
+            assert refused.value.type == "wrong_task"
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ def test_every_route_is_described(document: dict[str, Any]):
     described = [(path, method) for path, method, _ in operations(document)]
     assert described == [
         ("/v1/segment", "post"),
+        ("/v1/dense", "post"),
         ("/v1/images", "post"),
         ("/v1/adapters", "get"),
         ("/healthz", "get"),
@@ -55,7 +56,7 @@ def test_examples_work_when_they_are_sent(document: dict[str, Any]):
                 path,
                 content=image,
                 headers={"content-type": "image/png"},
-                params="prompts=a" if "segment" in path else "",
+                params={"/v1/segment": "prompts=a", "/v1/dense": "adapter=a"}.get(path, ""),
             )
             assert raw.status_code == 200, raw.text
 

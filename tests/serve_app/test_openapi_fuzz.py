@@ -45,12 +45,17 @@ def completed(case: Any) -> Any:
         case.body["image"] = PNG
     else:
         case.body = PNG
-    if case.operation.path == "/v1/segment":
+    if case.operation.path in ("/v1/segment", "/v1/dense"):
         fields = case.query if in_query else case.body
         if case.media_type == "multipart/form-data":
             fields = case.body.setdefault("request", {})
             for name in ("image_base64", "image_id"):
                 fields.pop(name, None)
+    if case.operation.path == "/v1/dense":
+        fields["adapter"] = fields.get("adapter") or "land-cover"
+        if fields.get("classes"):
+            fields["classes"] = [f"class {number}" for number in range(len(fields["classes"]))]
+    if case.operation.path == "/v1/segment":
         prompts = fields.get("prompts") or ["crack"]
         fields["prompts"] = ["".join(filter(str.isalpha, prompt)) or "crack" for prompt in prompts]
         fields["boxes"] = ["1,2,9.5,20,1" if in_query else BOX for _ in fields.get("boxes", [])]

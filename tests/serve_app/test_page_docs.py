@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from serve_app.http.dense_schemas import DenseRequest
 from serve_app.http.ingress import create_api
 from serve_app.http.schemas import SegmentRequest
 from serve_app.settings import ServeSettings
@@ -58,6 +59,8 @@ def test_commands_of_the_documentation_run_as_they_are(docs: Browser, folder: Pa
     answers = [run(command, folder) for command in commands]
     segmented = [json.loads(answer) for answer in answers if '"results"' in answer]
     assert [[result["prompt"] for result in answer["results"]] for answer in segmented] == [["gear", "arrow"]] * 3
+    labelled = [json.loads(answer) for answer in answers if '"label_png"' in answer]
+    assert [answer["adapter"] for answer in labelled] == ["land-cover"] * 3
     assert sum('"image_id"' in answer for answer in answers) == 2
     assert sum('"adapters"' in answer for answer in answers) == 1
 
@@ -86,8 +89,10 @@ def test_the_documentation_is_readable(docs: Browser):
     width = docs.value("[document.documentElement.scrollWidth, innerWidth]")
     assert width[0] <= width[1]
     assert [entry for entry in docs.names() if not entry[1].strip()] == []
-    for field in SegmentRequest.model_fields:
-        assert docs.value(f"[...document.querySelectorAll('#segment td code')].some(e => e.textContent === '{field}')")
+    for route, model in (("segment", SegmentRequest), ("dense", DenseRequest)):
+        for field in model.model_fields:
+            shown = f"[...document.querySelectorAll('#{route} td code')].some(e => e.textContent === '{field}')"
+            assert docs.value(shown), field
     accent = "getComputedStyle(document.documentElement).getPropertyValue('--accent')"
     mine = docs.value(accent)
     docs.value("document.querySelector('.top h1 a').click()")

@@ -9,8 +9,7 @@ import io
 import logging
 import re
 import threading
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,29 +65,6 @@ def image(seed: int = 0, size_hw: tuple[int, int] = (60, 90), orientation: int =
 
 def call(seed: int = 0, prompts: tuple[str, ...] = ("crack",), **options: Any) -> SegmentCall:
     return SegmentCall(image(seed), prompts, **({"post_processing": POST, "timeout_s": LONG_S} | options))
-
-
-@pytest.fixture
-def play(spread_base: Path, root: Path) -> Callable[..., AbstractAsyncContextManager[ModelReplica]]:
-    """Opens a replica, which is closed at the end of the block.
-
-    It encodes no images ahead unless a test asks for it: batches then depend on the requests alone.
-    """
-
-    @asynccontextmanager
-    async def play(engine: Any = None, **settings: Any) -> AsyncIterator[ModelReplica]:
-        values = {
-            "model": str(spread_base),
-            "adapters": AdapterSettings(root=root),
-            "max_resident_adapters": 2,
-            "batching": Batching(encode_ahead=False),
-        }
-        service = ModelReplica(ServeSettings(**values | settings), engine=engine)
-        async with asyncio.timeout(LONG_S):
-            yield service
-            await service.close()
-
-    return play
 
 
 class Gate(Engine):

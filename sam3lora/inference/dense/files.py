@@ -50,7 +50,7 @@ class DenseFiles:
         """
         found = result.to_dict()
         if result.label_HW is not None:
-            found["label_png"] = self._write(f"{LABELS}/{name}.png", _png(palette_image(result.label_HW)))
+            found["label_png"] = self._write(f"{LABELS}/{name}.png", encode_png(palette_image(result.label_HW)))
             if not (self.folder / LABELS / NAMES_FILE).exists():
                 names = "".join(f"{each}\n" for each in result.settings.foreground)
                 self._write(f"{LABELS}/{NAMES_FILE}", names.encode())
@@ -58,11 +58,11 @@ class DenseFiles:
             of_class = self._folder_of[entry["name"]]
             if result.label_HW is None:
                 grey_HW = result.mask(entry["name"]).astype(np.uint8) * 255
-                entry["mask_png"] = self._write(f"{LABELS}/{of_class}/{name}.png", _png(Image.fromarray(grey_HW)))
+                entry["mask_png"] = self._write(f"{LABELS}/{of_class}/{name}.png", encode_png(Image.fromarray(grey_HW)))
             if self.probabilities:
                 grey_HW = np.rint(result.probability(entry["name"]) * 255).astype(np.uint8)
                 path = f"{PROBABILITIES}/{of_class}/{name}.png"
-                entry["probability_png"] = self._write(path, _png(Image.fromarray(grey_HW)))
+                entry["probability_png"] = self._write(path, encode_png(Image.fromarray(grey_HW)))
         if self.overlays:
             found["overlay"] = self._write(f"{OVERLAYS}/{name}.jpg", encode_image(result.draw()))
         return found
@@ -87,7 +87,7 @@ def class_folders(names: tuple[str, ...]) -> Iterator[tuple[str, str]]:
         yield name, folder
 
 
-def _png(image: Image.Image) -> bytes:
+def encode_png(image: Image.Image) -> bytes:
     content = io.BytesIO()
     image.save(content, "PNG")
     return content.getvalue()

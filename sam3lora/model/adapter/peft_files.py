@@ -1,4 +1,4 @@
-"""The weights of an adapter folder, ``adapter_model.safetensors``: reading and checks. Pickles are never read."""
+"""The weights of an adapter folder, ``adapter_model.safetensors`` and such: reading and checks. No pickle is read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ MAX_TENSORS = 20_000
 MAX_HEADER_BYTES = 4 * 2**20
 MAX_WEIGHTS_BYTES = 8 * 2**30
 TENSOR_PREFIX = "base_model.model."
-_FLOATING = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # dtype -> bytes of a value
+FLOATING = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+"""Types that weights may have -> bytes of a value."""
 
 
 class TensorEntry(NamedTuple):
@@ -41,22 +42,30 @@ def read_header(folder: Path) -> dict[str, TensorEntry]:
         return _header(opened, size, file)
 
 
-def read_tensors(folder: Path, expected: Mapping[str, Sequence[int]] | None = None) -> tuple[dict[str, Tensor], bytes]:
+def read_tensors(
+    folder: Path,
+    expected: Mapping[str, Sequence[int]] | None = None,
+    *,
+    name: str = WEIGHTS_FILE,
+    settings: str = CONFIG_FILE,
+    types: Mapping[str, int] = FLOATING,
+) -> tuple[dict[str, Tensor], bytes]:
     """The tensors of an adapter's weights file, and the contents of the file.
 
-    The names and shapes of ``expected`` floating-point tensors are compared with the file's header, before anything of
-    their size is read. None accepts all.
+    The names and shapes of ``expected`` tensors, which have these ``types``, are compared with the file's header,
+    before anything of their size is read. None accepts all. ``settings`` is the file that they follow from.
 
     Raises:
         UserError: The file is damaged or empty, a tensor is not as expected, or a value is not finite.
         OSError: It cannot be read.
     """
-    file = folder / WEIGHTS_FILE
+    file = folder / name
     with open_regular(file) as (opened, size):
         entries = _header(opened, size, file)
         if expected is not None:
-            check_shapes(expected, {name: entry.shape for name, entry in entries.items()}, folder)
-            _check_sizes(entries, expected, size, file)
+            shapes = {tensor: entry.shape for tensor, entry in entries.items()}
+            check_shapes(expected, shapes, folder, file=name, settings=settings)
+            _check_sizes(entries, expected, size, file, types)
         opened.seek(0)
         # Read, not mapped: if somebody truncates a mapped file later, the process is killed.
         contents = opened.read(size)
@@ -95,15 +104,19 @@ def _header(opened: BinaryIO, size: int, file: Path) -> dict[str, TensorEntry]:
 
 
 def _check_sizes(
-    entries: Mapping[str, TensorEntry], expected: Mapping[str, Sequence[int]], size: int, file: Path
+    entries: Mapping[str, TensorEntry],
+    expected: Mapping[str, Sequence[int]],
+    size: int,
+    file: Path,
+    types: Mapping[str, int],
 ) -> None:
     """The file is as long as its tensors of known shapes need, so that reading it takes no more memory than they do."""
     num_bytes = 0
     for name, entry in entries.items():
-        if not isinstance(entry.dtype, str) or entry.dtype not in _FLOATING:
+        if not isinstance(entry.dtype, str) or entry.dtype not in types:
             dtype = shown(entry.dtype).strip("'")
-            raise UserError(f"{file}: {name} has dtype {dtype}: expected one of {sorted(_FLOATING)}")
-        num_bytes += torch.Size(expected[name]).numel() * _FLOATING[entry.dtype]
+            raise UserError(f"{file}: {name} has dtype {dtype}: expected one of {sorted(types)}")
+        num_bytes += torch.Size(expected[name]).numel() * types[entry.dtype]
     if not num_bytes <= size <= num_bytes + 8 + MAX_HEADER_BYTES:
         raise UserError(f"{file} is damaged: its tensors need {num_bytes} bytes, the file has {size}")
 

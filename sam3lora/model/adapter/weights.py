@@ -111,20 +111,25 @@ def read_adapter_weights(
         UserError: The folder is incomplete, damaged or for another base, or changed each time it was read.
     """
     folder = Path(folder)
-    return read_unchanged(folder, lambda signature: _read(folder, signature, model, check_base, max_rank))
+
+    def read(signature: FolderSignature) -> AdapterWeights:
+        known = read_summary(folder, model if check_base else None, max_rank=max_rank)
+        return read_lora(folder, signature, model, known)
+
+    return read_unchanged(folder, read)
 
 
 @dataclass(frozen=True)
 class AdapterSummary:
     """What is known of an adapter without its weights.
 
-    `rank` is the largest that the configuration names; `size_bytes` is that of the weights file, and `components` are
-    the parts of the model that its tensors belong to.
+    `rank` is the largest that the configuration names; `size_bytes` is that of the weights, and `components` are the
+    parts of the model that its tensors belong to. A dense head alone has no `config` and no `rank`.
     """
 
-    config: LoraConfig
+    config: LoraConfig | None
     metadata: AdapterMetadata | None
-    rank: int
+    rank: int | None
     size_bytes: int
     components: frozenset[str]
 
@@ -142,10 +147,16 @@ def read_summary(folder: str | Path, model: nn.Module | None = None, *, max_rank
     folder = Path(folder)
     metadata = read_metadata(folder)
     refuse_dense(metadata, folder)
-    config = read_config(folder)
-    _check_supported(config, folder)
+    found = summarise_lora(folder, metadata, max_rank=max_rank)
     if model is not None and metadata is not None:
         refuse_other_base(model, metadata, folder, fingerprint_of=_fingerprint_once)
+    return found
+
+
+def summarise_lora(folder: Path, metadata: AdapterMetadata | None, *, max_rank: int | None) -> AdapterSummary:
+    """`read_summary` of PEFT's two files alone."""
+    config = read_config(folder)
+    _check_supported(config, folder)
     rank = max([config.r, *(config.rank_pattern or {}).values()])
     if max_rank is not None and rank > max_rank:
         raise UserError(
@@ -156,10 +167,13 @@ def read_summary(folder: str | Path, model: nn.Module | None = None, *, max_rank
     return AdapterSummary(config, metadata, rank, (folder / WEIGHTS_FILE).stat().st_size, frozenset(components))
 
 
-def _read(
-    folder: Path, signature: FolderSignature, model: nn.Module, check_base: bool, max_rank: int | None
-) -> AdapterWeights:
-    known = read_summary(folder, model if check_base else None, max_rank=max_rank)
+def read_lora(folder: Path, signature: FolderSignature, model: nn.Module, known: AdapterSummary) -> AdapterWeights:
+    """Read the weights of PEFT's two files, in the version of this signature, whose summary is known.
+
+    Raises:
+        NotLowRankError, UserError: As `read_adapter_weights`.
+    """
+    assert known.config is not None
     targets = _find_targets(known.config, unwrap(model), folder)
     expected: dict[str, tuple[int, ...]] = {}
     for name, target in targets.items():
@@ -171,7 +185,7 @@ def _read(
         metadata=known.metadata,
         rank=max(target.rank for target in targets.values()),
         size_bytes=sum(weights.size_bytes for weights in modules.values()),
-        version=_digest(folder, contents),
+        version=digest(folder, contents),
         signature=signature,
         components=frozenset(component for name in modules if (component := component_of(name)) is not None),
     )
@@ -229,14 +243,14 @@ def _adaptable(module: nn.Module, name: str, folder: Path) -> nn.Linear | nn.Con
 # ---- tensors ------------------------------------------------------------------------------------------------------
 
 
-def _digest(folder: Path, weights: bytes) -> str:
+def digest(folder: Path, weights: bytes) -> str:
     """SHA-256 over the folder's configuration, metadata and weights."""
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     for name in (CONFIG_FILE, METADATA_FILE):
         content = read_small(folder / name) if (folder / name).is_file() else b""
-        digest.update(hashlib.sha256(content).digest())
-    digest.update(weights)
-    return digest.hexdigest()
+        found.update(hashlib.sha256(content).digest())
+    found.update(weights)
+    return found.hexdigest()
 
 
 def _fold(name: str, target: _Target, tensors: dict[str, Tensor], folder: Path) -> LoraWeights:

@@ -85,11 +85,7 @@ def load_dense(base: LoadedBase, folder: str | Path, *, check_base: bool = True)
     """
     folder, metadata = Path(folder), read_dense_metadata(folder)
     assert metadata.dense is not None
-    if metadata.resolution not in (None, base.resolution):
-        raise UserError(
-            f"{folder} was trained at {metadata.resolution} pixels, the model is loaded at {base.resolution}: load it "
-            f"with resolution {metadata.resolution}"
-        )
+    refuse_other_resolution(base, metadata, folder)
     if check_base:
         refuse_other_base(base.model, metadata, folder, fingerprint_of=lambda _: base.fingerprint)
     settings = DenseSettings(**metadata.dense)
@@ -100,6 +96,15 @@ def load_dense(base: LoadedBase, folder: str | Path, *, check_base: bool = True)
     model = DenseSam3(sam3, settings).to(next(base.model.parameters()).device)
     _fill(model, folder)
     return model.eval(), metadata
+
+
+def refuse_other_resolution(base: LoadedBase, metadata: AdapterMetadata, folder: Path) -> None:
+    """Raise a UserError for a folder that was trained at another side of the model's input."""
+    if metadata.resolution not in (None, base.resolution):
+        raise UserError(
+            f"{folder} was trained at {metadata.resolution} pixels, the model is loaded at {base.resolution}: load it "
+            f"with resolution {metadata.resolution}"
+        )
 
 
 def check_dense_folder(folder: str | Path) -> None:

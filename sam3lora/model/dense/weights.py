@@ -1,0 +1,157 @@
+"""Adapter folders of either task as plain tensors, for an engine that holds several of them over one base.
+
+A dense folder is an adapter of the vision trunk, or none where the head was trained alone, with a head beside it. The
+model is only looked at: any thread may read a folder while the model runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sam3lora.errors import UserError
+from sam3lora.model.adapter.folder import FolderSignature, read_unchanged, refuse_other_base
+from sam3lora.model.adapter.folder_files import CONFIG_FILE, HEAD_FILE, METADATA_FILE
+from sam3lora.model.adapter.metadata import DENSE, AdapterMetadata, is_printable, read_metadata
+from sam3lora.model.adapter.peft_files import FLOATING, read_tensors
+from sam3lora.model.adapter.weights import (
+    AdapterSummary,
+    AdapterWeights,
+    digest,
+    read_lora,
+    read_summary,
+    summarise_lora,
+)
+from sam3lora.model.dense.folder import read_dense_metadata, refuse_other_resolution
+from sam3lora.model.dense.head import DenseHead
+from sam3lora.model.dense.settings import DenseSettings
+from sam3lora.model.loading import LoadedBase
+from sam3lora.model.staged.trunk import TRUNK
+
+MAX_CLASS_CHARS = 200  # of a name: listings show all of them
+_OF_HEAD = "head."
+_TYPES = FLOATING | {"I64": 8}  # batch norm counts its batches
+
+
+@dataclass(frozen=True)
+class DenseWeights(AdapterWeights):
+    """The LoRA of a dense folder, without modules where there is none, and its head.
+
+    `head` is on the CPU, in evaluation mode and without gradients; `size_bytes` and `version` include it.
+    """
+
+    settings: DenseSettings
+    head: DenseHead
+
+
+def read_weights(folder: str | Path, base: LoadedBase, *, max_rank: int | None = None) -> AdapterWeights:
+    """`read_adapter_weights` of a folder of either task: one that labels pixels gives `DenseWeights`.
+
+    Raises:
+        NotLowRankError: The adapter does more than LoRA or DoRA on Linear and Conv2d modules.
+        UserError: The folder is incomplete, damaged, for another base or resolution, or has bottleneck adapters.
+    """
+    folder = Path(folder)
+
+    def read(signature: FolderSignature) -> AdapterWeights:
+        known = summarise(folder, base, max_rank=max_rank)
+        if known.metadata is None or known.metadata.task != DENSE:
+            return read_lora(folder, signature, base.model, known)
+        return _read_dense(folder, signature, base, known, known.metadata)
+
+    return read_unchanged(folder, read)
+
+
+def summarise(folder: str | Path, base: LoadedBase, *, max_rank: int | None = None) -> AdapterSummary:
+    """`read_summary` of a folder of either task.
+
+    Raises:
+        NotLowRankError: The configuration asks for more than LoRA or DoRA.
+        UserError: What is known without the weights shows already that `read_weights` would refuse it.
+        OSError: A file cannot be read.
+    """
+    folder = Path(folder)
+    found = read_metadata(folder)
+    if found is None or found.task != DENSE:
+        return read_summary(folder, base.model, max_rank=max_rank)
+    metadata = read_dense_metadata(folder)
+    _check_settings(_settings(metadata, folder), base, folder)
+    refuse_other_resolution(base, metadata, folder)
+    refuse_other_base(base.model, metadata, folder, fingerprint_of=lambda _: base.fingerprint)
+    head_bytes = (folder / HEAD_FILE).stat().st_size
+    if not metadata.lora and not (folder / CONFIG_FILE).is_file():
+        return AdapterSummary(None, metadata, None, head_bytes, frozenset())
+    lora = summarise_lora(folder, metadata, max_rank=max_rank)
+    return replace(lora, size_bytes=lora.size_bytes + head_bytes)
+
+
+def _settings(metadata: AdapterMetadata, folder: Path) -> DenseSettings:
+    try:
+        return DenseSettings(**(metadata.dense or {}))
+    except UserError as error:
+        raise UserError(f"{folder / METADATA_FILE}: dense: {str(error)[:300]}") from None
+
+
+def _check_settings(settings: DenseSettings, base: LoadedBase, folder: Path) -> None:
+    num_layers = len(base.model.vision_encoder.backbone.layers)
+    layers = list(settings.layers)
+    if layers != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= num_layers:
+        raise UserError(
+            f"{folder} reads layers {layers} of the vision trunk: expected ascending numbers from 0 to {num_layers - 1}"
+        )
+    if settings.bottleneck_width is not None:
+        raise UserError(
+            f"{folder} has bottleneck adapters, which cannot share a batch with other adapters: use `sam3lora infer`, "
+            "or train it with dense.adapter lora"
+        )
+    are_short = all(is_printable(name) and len(name) <= MAX_CLASS_CHARS for name in settings.classes)
+    if not are_short or len(set(settings.classes)) < len(settings.classes):
+        raise UserError(
+            f"{folder}: expected names of classes that differ and can be shown, of at most {MAX_CLASS_CHARS} characters"
+        )
+
+
+def _read_dense(
+    folder: Path, signature: FolderSignature, base: LoadedBase, known: AdapterSummary, metadata: AdapterMetadata
+) -> DenseWeights:
+    settings = _settings(metadata, folder)
+    head, contents = _read_head(folder, settings, base)
+    if known.config is None:
+        version = digest(folder, contents)
+        lora = AdapterWeights({}, metadata, 0, 0, version, signature, frozenset())
+    else:
+        lora = read_lora(folder, signature, base.model, known)
+        if elsewhere := [name for name in lora.modules if not name.startswith(TRUNK)]:
+            raise UserError(f"{folder} is of task dense and adapts {elsewhere[0]}: expected the vision trunk alone")
+        # The digest of the LoRA is of fixed length: no two folders give the same bytes.
+        version = digest(folder, lora.version.encode() + contents)
+    values = {field.name: getattr(lora, field.name) for field in fields(lora)}
+    values |= {"version": version, "size_bytes": lora.size_bytes + sum(one.nbytes for one in _tensors(head).values())}
+    return DenseWeights(**values, settings=settings, head=head)
+
+
+def _read_head(folder: Path, settings: DenseSettings, base: LoadedBase) -> tuple[DenseHead, bytes]:
+    """The head in float32, and the contents of its file."""
+    with torch.device("meta"):  # nothing is allocated before the file was found to fit
+        head = DenseHead(
+            base.model.vision_encoder.backbone.config.hidden_size,
+            len(settings.classes),
+            width=settings.width,
+            num_layers=len(settings.layers),
+            norm=settings.norm,
+        )
+    expected = {_OF_HEAD + name: tuple(tensor.shape) for name, tensor in _tensors(head).items()}
+    found, contents = read_tensors(folder, expected, name=HEAD_FILE, settings=METADATA_FILE, types=_TYPES)
+    weights = {
+        name.removeprefix(_OF_HEAD): tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in found.items()
+    }
+    head.load_state_dict(weights, assign=True)
+    return head.eval().requires_grad_(False), contents
+
+
+def _tensors(head: DenseHead) -> dict[str, Tensor]:
+    return head.state_dict()
