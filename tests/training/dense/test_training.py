@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import Sam3Model
@@ -29,6 +30,10 @@ ADAPTERS = {
     "bottleneck": {"lora": {}, "dense": {"adapter": "bottleneck", "mode": "binary"}},
     "none": {"lora": {}, "dense": {"adapter": "none", "mode": "multilabel"}},
 }
+
+
+def slow(value: str) -> ParameterSet:
+    return pytest.param(value, marks=pytest.mark.slow)
 
 
 @pytest.fixture
@@ -77,7 +82,7 @@ def logged(run: Config, kind: str) -> list[dict]:
     return [without_measures(line) for line in lines_of(run, kind)]
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("adapter", ["lora", slow("bottleneck"), slow("none")])
 def test_resume_equals_the_straight_run(make, adapter, monkeypatch):
     flips = ("data.horizontal_flip=0.5", "data.vertical_flip=0.5") if adapter != "none" else ()
     straight = make(adapter, *flips, output="straight")
@@ -122,7 +127,7 @@ def test_images_of_frozen_layers_are_encoded_once_with_the_same_result(make):
         assert ours == pytest.approx(theirs, rel=1e-5)
 
 
-@pytest.mark.parametrize("layers", ["last", "global", "[0]"])
+@pytest.mark.parametrize("layers", ["global", slow("last"), slow("[0]")])
 def test_what_the_cache_keeps_with_adapted_last_layers(make, layers):
     options = (f"dense.layers={layers}", "lora.vision_last_layers=1", "lora.dropout=0")
     plain, cached = make("lora", *options, "training.feature_cache=false", output="plain"), make("lora", *options)
