@@ -121,9 +121,7 @@ class _Routes:
             else:
                 threads = self._mask_threads if is_costly(asked.masks) else None
                 text = await self._in_thread(request, threads, to_json, deadline_s + GRACE_S)
-            if len(text) > limits.max_answer_bytes:
-                raise answer_too_large(len(text), limits.max_answer_bytes)
-            return _json(text)
+            return self._answer(text)
 
     async def dense(self, request: Request) -> Response:
         limits = self._limits
@@ -147,9 +145,7 @@ class _Routes:
                 return response.model_dump_json(exclude_unset=True)
 
             text = await self._in_thread(request, None, to_json, deadline_s + GRACE_S)
-            if len(text) > limits.max_answer_bytes:
-                raise answer_too_large(len(text), limits.max_answer_bytes, "ask for fewer classes")
-            return _json(text)
+            return self._answer(text, "ask for fewer classes")
 
     async def images(self, request: Request) -> Response:
         limits = self._limits
@@ -175,8 +171,12 @@ class _Routes:
         asked = check_listing(request.query_params.multi_items())
         page = _value(await self._backend.list_adapters(asked))
         text = adapters_json(page, request.state.request_id)
+        return self._answer(text, "ask with a limit")
+
+    def _answer(self, text: str, *advice: str) -> Response:
+        """The text as JSON; `advice` is what to do where it is too large."""
         if len(text) > self._limits.max_answer_bytes:
-            raise answer_too_large(len(text), self._limits.max_answer_bytes, "ask with a limit")
+            raise answer_too_large(len(text), self._limits.max_answer_bytes, *advice)
         return _json(text)
 
     async def healthz(self) -> Response:
