@@ -11,7 +11,7 @@ from sam3lora.errors import UserError
 BoxXyxy = tuple[float, float, float, float]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Click:
     """A point in pixels of the image, (0, 0) being the pixel at the top left.
 

@@ -49,24 +49,31 @@ class ClickPrompt:
         size_hw: tuple[int, int],
         side: int,
     ) -> ClickPrompt:
-        """From clicks and a box in pixels of an image of `size_hw`; `side` is that of the model's input.
-
-        A single click alone may mean a part or the whole, so it is the one prompt that asks for three masks.
-        """
+        """From clicks and a box in pixels of an image of `size_hw`; `side` is that of the model's input."""
         scale_xy = np.array([side / size_hw[1], side / size_hw[0]])
         points_k2 = np.array([(click.x, click.y) for click in clicks], dtype=np.float64).reshape(-1, 2)
         return cls(
             (points_k2 * scale_xy).astype(np.float32),
             np.array([click.label for click in clicks], dtype=np.int64),
             None if box_xyxy is None else (np.array(box_xyxy) * np.tile(scale_xy, 2)).astype(np.float32),
-            None if mask_mm is None else mask_mm.detach().clamp(-LARGEST_LOGIT, LARGEST_LOGIT),
-            multimask=len(clicks) == 1 and box_xyxy is None and mask_mm is None,
+            None if mask_mm is None else as_mask_prompt(mask_mm),
+            multimask=is_ambiguous(len(clicks), box_xyxy is not None, mask_mm is not None),
         )
 
     @property
     def kind(self) -> tuple[int, bool, bool, bool]:
         """Prompts of one kind may pass the head together; padding with clicks that mean nothing changes the masks."""
         return len(self.points_k2), self.box_xyxy is not None, self.mask_mm is not None, self.multimask
+
+
+def is_ambiguous(num_clicks: int, has_box: bool, has_mask: bool) -> bool:
+    """Whether a prompt may mean a part or the whole: a single click alone. It is answered with three masks."""
+    return num_clicks == 1 and not has_box and not has_mask
+
+
+def as_mask_prompt(logits: Tensor) -> Tensor:
+    """Logits of masks as the head is shown them: without gradient, within +-32."""
+    return logits.detach().clamp(-LARGEST_LOGIT, LARGEST_LOGIT)
 
 
 @dataclass(frozen=True, eq=False)
