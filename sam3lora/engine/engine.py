@@ -133,7 +133,9 @@ class Engine:
             max_cached_prompts=max_cached_prompts,
             max_images=max_images,
         )
-        self._dense = DenseSlots(plain, self._features, device=self.device, max_images=max_images)
+        self._dense = DenseSlots(
+            base.model.vision_encoder.backbone, plain, self._features, device=self.device, max_images=max_images
+        )
         self._clicks = ClickDecoder(base, self._forward, self._features)
         self._geometry_cls = geometry_cls
         self._adapters: dict[int | None, SlotAdapter] = {None: BASE._replace(geometry_cls=geometry_cls is not False)}
@@ -230,7 +232,7 @@ class Engine:
         """As `read_adapter`, for a folder of either task.
 
         Raises:
-            UserError: As there; or it labels pixels at another resolution, lacks its head, or has bottleneck adapters.
+            UserError: As there; or it labels pixels at another resolution, or lacks its head.
         """
         return read_weights(folder, self.base, max_rank=self._max_rank)
 
