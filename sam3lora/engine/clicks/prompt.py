@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sam3lora.engine.clicks.click import BoxXyxy, Click
-from sam3lora.model.clicks.head import MASK_LIMIT
+from sam3lora.model.clicks import MASK_LIMIT
 
 DRAWN_LOGIT = 10.0
 """Logit of a mask that has none of its own, such as a drawn one."""

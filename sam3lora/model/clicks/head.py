@@ -29,8 +29,7 @@ from transformers.models.sam3_tracker.modeling_sam3_tracker import (
     Sam3TrackerPromptEncoder,
 )
 
-MASK_LIMIT = 32.0
-"""Largest absolute logit of a mask that is given as a prompt."""
+from sam3lora.model.clicks import MASK_LIMIT
 
 
 @dataclass
