@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from sam3lora import Predictor
+from sam3lora.data.coco import ANNOTATION_FILE, CocoIndex
 from sam3lora.data.masks import decode_mask
 from sam3lora.engine.clicks.click import Click
 from sam3lora.engine.clicks.decoder import ClickedObject
@@ -20,7 +21,6 @@ from sam3lora.inference.clicks.result import ClickResult
 from sam3lora.inference.clicks.session import ClickSession
 
 from ...engine.engine_cases import make_images, write_adapter_of
-from ...model.dense.dense_cases import write_dense
 
 IMAGE = make_images(1)[0]
 HEIGHT, WIDTH = IMAGE.shape[:2]
@@ -158,6 +158,12 @@ def test_objects_are_exported(session: ClickSession, tmp_path: Path):
     for annotation, one in zip(coco["annotations"], [found[0], found[1], new], strict=True):
         assert np.array_equal(decode_mask(annotation["segmentation"], (HEIGHT, WIDTH)), one.mask)
         assert annotation["area"] == one.mask.sum()
+    # training reads it
+    cv2.imwrite(str(tmp_path / "photo.jpg"), IMAGE)
+    (tmp_path / ANNOTATION_FILE).write_text(json.dumps(coco))
+    index = CocoIndex.from_folder(tmp_path)
+    assert list(index.faults) == []
+    assert index.names == ("crack", "patch")
     new.undo()
     with pytest.raises(UserError, match="empty mask"):
         session.to_coco()
@@ -213,9 +219,6 @@ def test_mistakes_are_told_and_change_nothing(session: ClickSession, predictor: 
     assert [shown(one) for one in session.objects] == before
 
 
-def test_models_without_clicks_are_refused(spread_base: Path, tmp_path: Path):
+def test_a_base_without_clicks_is_refused(spread_base: Path):
     with pytest.raises(UserError, match="has no tracker"):
         Predictor(str(spread_base), device="cpu").interact(IMAGE)
-    dense = write_dense(spread_base, tmp_path / "dense")
-    with pytest.raises(UserError, match="task dense"):
-        Predictor(adapter=dense, device="cpu").interact(IMAGE)
