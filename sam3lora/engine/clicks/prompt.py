@@ -1,0 +1,123 @@
+"""`ClickPrompt`: what the click head is asked about one object, and `ClickAnswer`: what it says.
+
+Shapes: `k` clicks, `m` side of the low-resolution masks, `M` masks of an answer (3, or 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sam3lora.engine.clicks.click import BoxXyxy, Click
+
+LARGEST_LOGIT = 32.0
+"""Masks that the head is shown are cut at this logit."""
+DRAWN_LOGIT = 10.0
+"""Logit of a mask that has none of its own, such as a drawn one."""
+
+
+@dataclass(frozen=True, eq=False)
+class ClickPrompt:
+    """One call of the head for one object.
+
+    Attributes:
+        points_k2: float32, x and y in pixels of the model's square input. The prompt encoder adds the half pixel.
+        labels_k: int64, 1 belongs to the object, 0 does not.
+        box_xyxy: float32 (4,) in the same pixels.
+        mask_mm: Logits of an earlier mask, within +-32.
+        multimask: Whether to answer with three masks, for a prompt that may mean several objects.
+    """
+
+    points_k2: np.ndarray
+    labels_k: np.ndarray
+    box_xyxy: np.ndarray | None = None
+    mask_mm: Tensor | None = field(default=None, repr=False)
+    multimask: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        clicks: Sequence[Click],
+        box_xyxy: BoxXyxy | None = None,
+        mask_mm: Tensor | None = None,
+        *,
+        size_hw: tuple[int, int],
+        side: int,
+    ) -> ClickPrompt:
+        """From clicks and a box in pixels of an image of `size_hw`; `side` is that of the model's input.
+
+        A single click alone may mean a part or the whole, so it is the one prompt that asks for three masks.
+        """
+        scale_xy = np.array([side / size_hw[1], side / size_hw[0]])
+        points_k2 = np.array([(click.x, click.y) for click in clicks], dtype=np.float64).reshape(-1, 2)
+        return cls(
+            (points_k2 * scale_xy).astype(np.float32),
+            np.array([click.label for click in clicks], dtype=np.int64),
+            None if box_xyxy is None else (np.array(box_xyxy) * np.tile(scale_xy, 2)).astype(np.float32),
+            None if mask_mm is None else mask_mm.detach().clamp(-LARGEST_LOGIT, LARGEST_LOGIT),
+            multimask=len(clicks) == 1 and box_xyxy is None and mask_mm is None,
+        )
+
+    @property
+    def kind(self) -> tuple[int, bool, bool, bool]:
+        """Prompts of one kind may pass the head together; padding with clicks that mean nothing changes the masks."""
+        return len(self.points_k2), self.box_xyxy is not None, self.mask_mm is not None, self.multimask
+
+
+@dataclass(frozen=True, eq=False)
+class ClickAnswer:
+    """The masks for one object, of which one is chosen.
+
+    Attributes:
+        logits_Mmm: Masks at low resolution, before the cut at 0.
+        scores: The IoU with the object that the head expects of each mask, in [0, 1].
+        object_score: Probability in [0, 1] that there is an object.
+        chosen: Index of the mask to show and to refine.
+    """
+
+    logits_Mmm: Tensor = field(repr=False)
+    scores: tuple[float, ...]
+    object_score: float
+    chosen: int
+
+    @classmethod
+    def of(cls, logits_Mmm: Tensor, scores: Sequence[float], object_score: float) -> ClickAnswer:
+        """With the mask of the highest score chosen, the first of equal ones."""
+        assert len(logits_Mmm) == len(scores) > 0, "a score for every mask"
+        return cls(logits_Mmm, tuple(scores), object_score, chosen=int(np.argmax(scores)))
+
+    @property
+    def mask_mm(self) -> Tensor:
+        """Logits of the chosen mask."""
+        return self.logits_Mmm[self.chosen]
+
+    @property
+    def score(self) -> float:
+        """Expected IoU of the chosen mask."""
+        return self.scores[self.chosen]
+
+    def choosing(self, index: int) -> ClickAnswer:
+        """The same answer with another mask chosen.
+
+        Raises:
+            IndexError: There is no such mask.
+        """
+        if not 0 <= index < len(self.scores):
+            raise IndexError(f"expected one of {len(self.scores)} masks, counted from 0, got {index}")
+        return replace(self, chosen=index)
+
+
+def drawn_mask_logits(mask_HW: np.ndarray, side: int) -> Tensor:
+    """Logits (side, side) of a bool mask of the image: +-10, and between these where a cell holds both.
+
+    >>> drawn_mask_logits(np.array([[True, True], [True, False], [False, False], [False, False]]), 2)
+    tensor([[ 10.,   0.],
+            [-10., -10.]])
+    """
+    share_11ss = F.interpolate(torch.from_numpy(mask_HW)[None, None].float(), size=(side, side), mode="area")
+    return DRAWN_LOGIT * (2 * share_11ss[0, 0] - 1)

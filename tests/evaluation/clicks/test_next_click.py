@@ -1,0 +1,107 @@
+"""Where the next click goes, in masks drawn by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from sam3lora.engine.clicks.click import Click
+from sam3lora.evaluation.clicks.next_click import mask_iou, next_click
+
+
+def drawn(*rows: str) -> np.ndarray:
+    """Bool (H, W), True where a row has a #."""
+    return np.array([[letter == "#" for letter in row] for row in rows])
+
+
+NOTHING = drawn(*["........."] * 5)
+SQUARE = drawn(".........", ".###.....", ".###.....", ".###.....", ".........")
+
+
+def test_nothing_to_click_on():
+    assert next_click(NOTHING, NOTHING) is None
+    assert next_click(SQUARE, SQUARE) is None
+    # the only pixel in error was clicked before
+    point = drawn("...", ".#.", "...")
+    assert next_click(point, np.ones_like(point), [Click(x, y) for x in range(3) for y in range(3)]) is None
+
+
+def test_missed_object_is_clicked_in_its_middle():
+    assert next_click(SQUARE, NOTHING) == Click(2, 2, 1)
+
+
+def test_wrong_object_is_clicked_out():
+    assert next_click(NOTHING, SQUARE) == Click(2, 2, 0)
+    # the same when the object itself is there besides: only the error counts
+    both = SQUARE | np.roll(SQUARE, 4, axis=1)
+    assert next_click(SQUARE, both) == Click(6, 2, 0)
+
+
+def test_the_deeper_error_wins_not_the_larger_one():
+    long = drawn("#########", ".........", ".........", ".........", ".........")
+    square = drawn(".........", ".........", "......###", "......###", "......###")
+    assert next_click(square, long) == Click(7, 3, 1)
+    assert next_click(long, square) == Click(7, 3, 0)
+
+
+def test_of_equal_errors_the_wrong_one_wins():
+    left, right = SQUARE, np.roll(SQUARE, 4, axis=1)
+    assert next_click(left, right) == Click(6, 2, 0)
+    assert next_click(right, left) == Click(2, 2, 0)
+
+
+def test_of_equal_pixels_the_first_row_by_row_is_taken():
+    # all pixels of a line are equally deep; of two objects, the upper one comes first although it is further right
+    assert next_click(drawn("....", ".###", "...."), drawn(*["...."] * 3)) == Click(1, 1, 1)
+    assert next_click(drawn("...#", "....", "#..."), drawn(*["...."] * 3)) == Click(3, 0, 1)
+
+
+def test_the_border_of_the_image_bounds_an_error():
+    # as deep as if the image went on with right pixels, so the middle and not the border is clicked
+    assert next_click(np.ones((5, 5), dtype=bool), np.zeros((5, 5), dtype=bool)) == Click(2, 2, 1)
+
+
+def test_ring_is_clicked_in_the_middle_of_its_band():
+    y, x = np.mgrid[:41, :41]
+    radius = np.hypot(y - 20, x - 20)
+    ring = (radius >= 8) & (radius <= 16)
+    click = next_click(ring, np.zeros_like(ring))
+    assert ring[click.y, click.x]
+    assert abs(np.hypot(click.y - 20, click.x - 20) - 12) <= 1
+
+
+def test_pixels_clicked_before_are_not_clicked_again():
+    clicks: list[Click] = []
+    for _ in range(9):
+        clicks.append(next_click(SQUARE, NOTHING, clicks))
+    assert clicks[0] == Click(2, 2, 1)
+    assert len({(click.x, click.y) for click in clicks}) == 9
+    assert all(SQUARE[click.y, click.x] for click in clicks)
+    assert next_click(SQUARE, NOTHING, clicks) is None
+    # in the other kind of error too, and at a click between pixels
+    assert next_click(NOTHING, drawn(*["..#......"] * 5), [Click(2.7, 2.2, 0)]) != Click(2, 2, 0)
+
+
+def test_ignored_pixels_are_no_error():
+    crowd = drawn(*["......###"] * 5)
+    assert next_click(SQUARE, crowd, (), crowd) == Click(2, 2, 1)
+    assert next_click(NOTHING, crowd, (), crowd) is None
+    # and bound one: of a square of 5, a crowd leaves the left three columns
+    whole = np.ones((5, 5), dtype=bool)
+    right = drawn(*["...##"] * 5)
+    assert next_click(whole, np.zeros_like(whole), (), right) == Click(1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("truth", "found", "ignored", "expected"),
+    [
+        ("....", "....", None, 1.0),  # nothing there and nothing found
+        ("##..", "....", None, 0.0),
+        ("##..", ".##.", None, 1 / 3),
+        ("##..", ".##.", "#...", 1 / 2),
+        ("##..", ".##.", ".#..", 0.0),
+        ("##..", "##..", "####", 1.0),
+    ],
+)
+def test_iou(truth, found, ignored, expected):
+    assert mask_iou(drawn(truth), drawn(found), None if ignored is None else drawn(ignored)) == expected
