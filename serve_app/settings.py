@@ -36,6 +36,8 @@ class Limits(_Settings):
     max_prompts: int = Field(default=32, gt=0)
     max_prompt_chars: int = Field(default=200, gt=0)
     max_boxes: int = Field(default=32, gt=0)
+    max_objects: int = Field(default=32, gt=0, description="Objects of a request that refines.")
+    max_clicks: int = Field(default=64, gt=0, description="Clicks on one object.")
     max_detections: int = Field(
         default=200,
         gt=0,
