@@ -127,7 +127,7 @@ def read_tensors(path: Path, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
     for shard in sorted(_shards(path)):
         try:
             with safe_open(path / shard, framework="pt") as file:
-                found |= {key: file.get_tensor(key) for key in file.keys() if key.startswith(prefixes)}
+                found |= {key: file.get_tensor(key) for key in file.keys() if key.startswith(prefixes)}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise UserError(f"the weights {path / shard} could not be loaded: {error}") from error
     return found
