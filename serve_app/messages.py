@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from sam3lora.engine.clicks.click import BoxXyxy, Click
+from sam3lora.engine.clicks.click import BoxXyxy, Click, ClicksVision
 from sam3lora.engine.detections import BoxPrompt, Detections
 from sam3lora.engine.mask_codes import Rle
 
@@ -91,10 +91,6 @@ class RefinedObject:
     clicks: tuple[Click, ...] = ()
     box_xyxy: BoxXyxy | None = None
     mask: str | Rle | None = field(default=None, repr=False)
-
-
-ClicksVision = Literal["adapter", "base"]
-"""Whose vision trunk the click head sees."""
 
 
 @dataclass(frozen=True)

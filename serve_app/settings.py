@@ -129,6 +129,10 @@ class ServeSettings(_Settings):
         default=None,
         description="Capture the model's stages as CUDA graphs on a GPU; yes, unless SAM3LORA_CUDA_GRAPHS is 0.",
     )
+    clicks: bool | None = Field(
+        default=None,
+        description="Answer POST /v1/refine, which keeps more of each image; yes, if the base model has a click head.",
+    )
     adapters: AdapterSettings = AdapterSettings()
     max_resident_adapters: int = Field(default=16, gt=0, description="Adapters in a replica's memory.")
     max_adapter_rank: int = Field(default=256, gt=0)

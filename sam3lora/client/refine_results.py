@@ -89,16 +89,23 @@ class RefineResults(Sequence[RefinedObject]):
     def from_json(cls, answer: Mapping[str, Any], mask_format: str) -> RefineResults:
         size_hw = (int(answer["image"]["height"]), int(answer["image"]["width"]))
 
-        def fields(one: Mapping[str, Any]) -> tuple[Any, ...]:
+        def fields(one: Mapping[str, Any]) -> dict[str, Any]:
             x0, y0, x1, y1 = (float(value) for value in one["box_xyxy"])
-            kept = (float(one["score"]), (x0, y0, x1, y1), int(one["area_px"]), one["mask_id"])
-            return (*kept, size_hw, mask_format, one.get("mask"))
+            return {
+                "score": float(one["score"]),
+                "box_xyxy": (x0, y0, x1, y1),
+                "area_px": int(one["area_px"]),
+                "mask_id": one["mask_id"],
+                "size_hw": size_hw,
+                "mask_format": mask_format,
+                "_mask": one.get("mask"),
+            }
 
         objects = tuple(
             RefinedObject(
-                *fields(one),
-                float(one["object_score"]),
-                tuple(RefinedMask(*fields(other)) for other in one["alternatives"]),
+                **fields(one),
+                object_score=float(one["object_score"]),
+                alternatives=tuple(RefinedMask(**fields(other)) for other in one["alternatives"]),
             )
             for one in answer["objects"]
         )

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, FailFast, Field, StringConstraints
 
+from sam3lora.engine.clicks.click import ClicksVision
 from serve_app.http.schemas import IMAGE_ID_PATTERN, MASK_ID_PATTERN, ImageSize, MaskFormat, RequestModel, RleMask
-from serve_app.messages import ClicksVision
 from serve_app.settings import ADAPTER_ID_PATTERN
 
 
