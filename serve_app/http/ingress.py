@@ -105,10 +105,10 @@ class _Routes:
             clock.lap("segmenter")
 
             def to_json(is_over: Callable[[], bool]) -> str:
-                ids = reply.mask_ids or [None] * len(reply.results)
+                ids = reply.mask_ids
                 results = [
-                    prompt_response(found, asked.masks, mask_ids, is_over=is_over)
-                    for found, mask_ids in zip(reply.results, ids, strict=True)
+                    prompt_response(found, asked.masks, None if ids is None else ids[number], is_over=is_over)
+                    for number, found in enumerate(reply.results)
                 ]
                 clock.lap("format")
                 height, width = reply.size_hw

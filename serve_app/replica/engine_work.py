@@ -34,7 +34,7 @@ class ClickedImage:
 Asked = PromptedImage | LabelledImage | ClickedImage | PreparedImage
 """An image that is asked for prompts, labels or clicked objects, or one to be kept."""
 
-Answer = list[SmallDetections] | np.ndarray | list[ClickAnswer] | PreparedImage
+Answer = list[SmallDetections] | np.ndarray | tuple[ClickAnswer, ...] | PreparedImage
 """Detections of each prompt, logits (N, h, w) of the classes, masks of each object, or the image."""
 
 
@@ -98,8 +98,8 @@ def run_batch(engine: Engine, asked: list[Asked]) -> list[Answer | Exception]:
     return found
 
 
-def _all_or_first_error(answers: list[ClickAnswer | Exception]) -> list[ClickAnswer] | Exception:
-    good = [one for one in answers if not isinstance(one, Exception)]
+def _all_or_first_error(answers: list[ClickAnswer | Exception]) -> tuple[ClickAnswer, ...] | Exception:
+    good = tuple(one for one in answers if not isinstance(one, Exception))
     return good if len(good) == len(answers) else next(one for one in answers if isinstance(one, Exception))
 
 

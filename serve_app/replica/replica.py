@@ -301,9 +301,10 @@ class ModelReplica:
                 raise _not_finite(call.adapter) from None
         clock.set("queue", outcome.waited_s)
         clock.set("forward", outcome.ran_s)
-        answers: Any = outcome.result
+        answers = outcome.result
+        assert isinstance(answers, tuple)
         objects = await self._encoder.run(
-            lambda stop: refined_masks(self._engine, answers, image, self._limits.max_answer_bytes, stop),
+            partial(refined_masks, self._engine, answers, image, self._limits.max_answer_bytes),
             sum(answer.logits_Mmm.nbytes for answer in answers),
             deadline,
             late="the masks were not encoded in time: ask for fewer objects",
