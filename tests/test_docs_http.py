@@ -138,7 +138,15 @@ def test_every_setting_is_listed_with_its_default():
 def test_every_metric_is_listed():
     api = create_api(ServeSettings(api_keys_variable="SAM3LORA_TEST_KEYS"), FakeBackend())
     own = TestClient(api).get("/metrics").text
-    others = ("forwards", "rows", "images_labelled", "image_cache_bytes", "image_cache_evictions")
+    others = (
+        "forwards",
+        "rows",
+        "images_labelled",
+        "objects_clicked",
+        "click_decodes",
+        "image_cache_bytes",
+        "image_cache_evictions",
+    )
     counters = dict.fromkeys((*COUNTED, *others), 0)
     replica = ReplicaMetrics(lambda: counters, lambda: 0, lambda: 0).text()
     made = {line.split()[2] for line in (own + replica).splitlines() if line.startswith("# TYPE sam3lora_")}

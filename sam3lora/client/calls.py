@@ -171,6 +171,12 @@ def adapters(search: str | None, limit: int | None, budget: Budget) -> Steps[lis
             return found[:limit]
 
 
+def answers_clicks(budget: Budget) -> Steps[bool]:
+    """A service of an earlier version says nothing of it."""
+    reply = yield from exchange(Call("GET", "v1/adapters", {"params": {"limit": 1}}), budget)
+    return read_answer(reply, lambda answer: bool(answer.get("clicks")), budget.request_id)
+
+
 def ready(budget: Budget) -> Steps[bool]:
     try:
         yield from exchange(Call("GET", "readyz"), budget)

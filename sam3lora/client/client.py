@@ -178,6 +178,10 @@ class Client:
         """
         return self._run(calls.adapters(search, limit, self._settings.budget()))
 
+    def answers_clicks(self) -> bool:
+        """Whether the service's base model has a click head, which `refine` needs."""
+        return self._run(calls.answers_clicks(self._settings.budget()))
+
     def ready(self) -> bool:
         """Whether the service is ready now: one attempt of at most 5 s."""
         try:
@@ -274,6 +278,9 @@ class AsyncClient:
 
     async def adapters(self, search: str | None = None, limit: int | None = None) -> list[AdapterInfo]:
         return await self._run(calls.adapters(search, limit, self._settings.budget()))
+
+    async def answers_clicks(self) -> bool:
+        return await self._run(calls.answers_clicks(self._settings.budget()))
 
     async def ready(self) -> bool:
         try:
