@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from sam3lora.engine.mask_codes import rle_box_xyxy
 from sam3lora.errors import UserError
 from sam3lora.inference.clicks.result import ClickResult
 
@@ -24,14 +25,14 @@ def coco_of(objects: Sequence[ClickResult], file_name: str, size_hw: tuple[int, 
             raise UserError(f"object {number} has no label: name it with session.label, or take it out with remove")
         if not one.area_px:
             raise UserError(f"object {number} ({one.label}) has an empty mask: click again, or take it out with remove")
-        x0, y0, x1, y1 = one.box_xyxy
+        x0, y0, x1, y1 = rle_box_xyxy(one.rle)  # the detector's box may not be around its mask
         annotations.append(
             {
                 "id": number,
                 "image_id": 1,
                 "category_id": category_ids.setdefault(one.label, len(category_ids) + 1),
                 "segmentation": one.rle,
-                "bbox": [round(value, 2) for value in (x0, y0, x1 - x0, y1 - y0)],
+                "bbox": [x0, y0, x1 - x0, y1 - y0],
                 "area": one.area_px,
                 "iscrowd": 0,
                 "score": round(one.score, 6),

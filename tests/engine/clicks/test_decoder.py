@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from jobs.bench.pretend_gpu import pretend_gpu
 from jobs.bench.recorded_graphs import RecordingCapturer
 from sam3lora.engine.clicks.click import Click
 from sam3lora.engine.clicks.decoder import MAX_OBJECTS, ClickedObject
@@ -214,6 +215,17 @@ def test_captured_stages_keep_the_trunk(clickable_base: Path, folders: dict[int,
             for found, other in zip(answers(engine, *asked), expected, strict=True):
                 assert same(found, other, 1e-4)
     assert capturer.num_replays > replays
+
+
+def test_what_a_gpu_does_gives_what_a_cpu_gives(clickable_base: Path, shared: Engine):
+    expected = answers(shared, ask(shared, 0, (20, 20)), ask(shared, 1, (3, 30), box=(1, 2, 20, 30), mask=MASK))
+    with pretend_gpu():
+        engine = Engine.load(str(clickable_base), device="cuda", precision="float32", cuda_graphs=False)
+        asked = ask(engine, 0, (20, 20)), ask(engine, 1, (3, 30), box=(1, 2, 20, 30), mask=MASK)
+        found = answers(engine, *asked)
+        assert all(one.logits_Mmm.device.type == "cpu" for one in found)
+        for one, other in zip(found, expected, strict=True):
+            assert same(one, other)
 
 
 def test_a_mistake_in_one_object_leaves_the_others_alone(shared: Engine, monkeypatch: pytest.MonkeyPatch):

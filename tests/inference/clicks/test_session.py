@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from sam3lora import Predictor
+from sam3lora.data.coco import ANNOTATION_FILE, CocoIndex
 from sam3lora.data.masks import decode_mask
 from sam3lora.engine.clicks.click import Click
 from sam3lora.engine.clicks.decoder import ClickedObject
@@ -158,6 +159,12 @@ def test_objects_are_exported(session: ClickSession, tmp_path: Path):
     for annotation, one in zip(coco["annotations"], [found[0], found[1], new], strict=True):
         assert np.array_equal(decode_mask(annotation["segmentation"], (HEIGHT, WIDTH)), one.mask)
         assert annotation["area"] == one.mask.sum()
+    # training reads it
+    cv2.imwrite(str(tmp_path / "photo.jpg"), IMAGE)
+    (tmp_path / ANNOTATION_FILE).write_text(json.dumps(coco))
+    index = CocoIndex.from_folder(tmp_path)
+    assert list(index.faults) == []
+    assert index.names == ("crack", "patch")
     new.undo()
     with pytest.raises(UserError, match="empty mask"):
         session.to_coco()
