@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from sam3lora.engine.clicks.click import BoxXyxy, Click, ClicksVision
 from sam3lora.engine.detections import BoxPrompt, Detections
+from sam3lora.engine.mask_codes import Rle
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class SegmentCall:
         boxes: Go with every prompt.
         adapter: None asks the base model.
         post_processing: Fields of `PostProcessing` that the request sets; the adapter's own values hold for the rest.
+        keep_masks: Whether the masks shall be kept for calls that refine them.
         timeout_s: What is left of the request's time when the call is sent.
     """
 
@@ -40,12 +43,13 @@ class SegmentCall:
     adapter: str | None = None
     post_processing: Mapping[str, Any] = field(default_factory=dict)
     masks: bool = True
+    keep_masks: bool = False
     timeout_s: float = 30.0
 
     @property
     def affinity(self) -> str:
-        """Calls of equal affinity go to the same replica while it has room."""
-        return _affinity(self.image, self.adapter)
+        """Calls of equal affinity go to the same replica while it has room; kept masks are where the image is."""
+        return self.image.key if self.keep_masks else _affinity(self.image, self.adapter)
 
 
 LabelOutput = Literal["label_png", "rle", "probability_png", "none"]
@@ -74,6 +78,42 @@ class DenseCall:
     def affinity(self) -> str:
         """As that of `SegmentCall`."""
         return _affinity(self.image, self.adapter)
+
+
+@dataclass(frozen=True)
+class RefinedObject:
+    """What one object is shown by.
+
+    Attributes:
+        mask: The id of a kept mask, or a mask at the size of the image, to start from.
+    """
+
+    clicks: tuple[Click, ...] = ()
+    box_xyxy: BoxXyxy | None = None
+    mask: str | Rle | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class RefineCall:
+    """One request for the masks of objects that clicks, boxes and masks show.
+
+    Attributes:
+        adapter: None asks the base model.
+        multimask: Whether to answer three masks of each object; None does for a single click alone.
+        timeout_s: What is left of the request's time when the call is sent.
+    """
+
+    image: ImageFile
+    objects: tuple[RefinedObject, ...]
+    adapter: str | None = None
+    multimask: bool | None = None
+    clicks_vision: ClicksVision = "adapter"
+    timeout_s: float = 30.0
+
+    @property
+    def affinity(self) -> str:
+        """Kept masks are where the image is."""
+        return self.image.key
 
 
 def _affinity(image: ImageFile, adapter: str | None) -> str:
@@ -109,19 +149,56 @@ class AdapterRow(NamedTuple):
 
 
 class AdapterPage(NamedTuple):
-    """Listed adapters by id, the number of all that match, and whether more of them follow."""
+    """Listed adapters by id, the number of all that match, whether more of them follow, and whether the base answers
+    clicks."""
 
     rows: list[AdapterRow]
     total: int
     has_more: bool
+    clicks: bool = False
 
 
 @dataclass(frozen=True)
 class SegmentReply:
-    """Detections of each prompt, in the order of the prompts, and the milliseconds that each stage took."""
+    """Detections of each prompt, in the order of the prompts, and the milliseconds that each stage took.
+
+    Attributes:
+        mask_ids: For each prompt, for each detection the id of its kept mask, or None; None if none shall be kept.
+    """
 
     size_hw: tuple[int, int]
     results: Sequence[Detections]
+    timing_ms: dict[str, float]
+    mask_ids: Sequence[Sequence[str | None]] | None = None
+
+
+class RefinedMask(NamedTuple):
+    """A mask of an object.
+
+    Attributes:
+        score: The IoU with the object that the model expects, in [0, 1].
+        rle: At the size of the image.
+        mask_id: Of the kept mask; None if there was no room.
+    """
+
+    score: float
+    rle: Rle
+    mask_id: str | None
+
+
+class RefinedMasks(NamedTuple):
+    """The masks of one object: the chosen one, then the others by descending score."""
+
+    masks: Sequence[RefinedMask]
+    object_score: float
+
+
+@dataclass(frozen=True)
+class RefineReply:
+    """The masks of each object, in the order of the call, and the milliseconds that each stage took."""
+
+    size_hw: tuple[int, int]
+    objects: Sequence[RefinedMasks]
     timing_ms: dict[str, float]
 
 

@@ -31,6 +31,8 @@ _ENGINE_COUNTERS = {
     "rows": "(image, prompt) pairs that passed the detector.",
     "images_encoded": "Images that passed the vision encoder.",
     "images_labelled": "Images that passed a dense head.",
+    "objects_clicked": "Objects that passed the click head.",
+    "click_decodes": "Passes of the click head.",
 }
 _ENGINE_GAUGES = {"image_cache_bytes": "Memory of cached images."}
 

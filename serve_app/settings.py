@@ -36,6 +36,8 @@ class Limits(_Settings):
     max_prompts: int = Field(default=32, gt=0)
     max_prompt_chars: int = Field(default=200, gt=0)
     max_boxes: int = Field(default=32, gt=0)
+    max_objects: int = Field(default=32, gt=0, description="Objects of a request that refines.")
+    max_clicks: int = Field(default=64, gt=0, description="Clicks on one object.")
     max_detections: int = Field(
         default=200,
         gt=0,
@@ -126,6 +128,10 @@ class ServeSettings(_Settings):
     cuda_graphs: bool | None = Field(
         default=None,
         description="Capture the model's stages as CUDA graphs on a GPU; yes, unless SAM3LORA_CUDA_GRAPHS is 0.",
+    )
+    clicks: bool | None = Field(
+        default=None,
+        description="Answer POST /v1/refine, which keeps more of each image; yes, if the base model has a click head.",
     )
     adapters: AdapterSettings = AdapterSettings()
     max_resident_adapters: int = Field(default=16, gt=0, description="Adapters in a replica's memory.")

@@ -19,6 +19,7 @@ from sam3lora.engine.features import COUNTED
 from serve_app.http.dense_schemas import DenseResponse
 from serve_app.http.errors import STATUS_OF, ServeError
 from serve_app.http.ingress import create_api
+from serve_app.http.refine_schemas import RefineResponse
 from serve_app.http.schemas import AdaptersResponse, ErrorResponse, ImageResponse, SegmentResponse
 from serve_app.messages import SegmentCall, SegmentReply
 from serve_app.metrics import ReplicaMetrics
@@ -31,7 +32,7 @@ URL = "http://127.0.0.1:8000"
 SAMPLES = ROOT / "serve_app" / "samples"
 API_PAGE = (ROOT / "docs" / "http_api.md").read_text()
 SERVING_PAGE = (ROOT / "docs" / "serving.md").read_text()
-ANSWERS = (SegmentResponse, DenseResponse, ImageResponse, AdaptersResponse, ErrorResponse)
+ANSWERS = (SegmentResponse, DenseResponse, RefineResponse, ImageResponse, AdaptersResponse, ErrorResponse)
 STRICT_CURL = 'set -o pipefail; curl() { command curl -sS --fail-with-body --max-time 20 --noproxy "*" "$@"; }\n'
 
 
@@ -97,7 +98,7 @@ def test_wrong_curl_examples_are_seen(url: str):
 
 def test_the_page_has_examples_of_every_route():
     shown = "\n".join(curl_commands(ROOT / "docs" / "http_api.md"))
-    assert all(f"{URL}/v1/{route}" in shown for route in ("segment", "dense", "images", "adapters"))
+    assert all(f"{URL}/v1/{route}" in shown for route in ("segment", "dense", "refine", "images", "adapters"))
 
 
 def test_example_answers_have_their_form():
@@ -137,7 +138,15 @@ def test_every_setting_is_listed_with_its_default():
 def test_every_metric_is_listed():
     api = create_api(ServeSettings(api_keys_variable="SAM3LORA_TEST_KEYS"), FakeBackend())
     own = TestClient(api).get("/metrics").text
-    others = ("forwards", "rows", "images_labelled", "image_cache_bytes", "image_cache_evictions")
+    others = (
+        "forwards",
+        "rows",
+        "images_labelled",
+        "objects_clicked",
+        "click_decodes",
+        "image_cache_bytes",
+        "image_cache_evictions",
+    )
     counters = dict.fromkeys((*COUNTED, *others), 0)
     replica = ReplicaMetrics(lambda: counters, lambda: 0, lambda: 0).text()
     made = {line.split()[2] for line in (own + replica).splitlines() if line.startswith("# TYPE sam3lora_")}

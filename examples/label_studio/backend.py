@@ -2,8 +2,8 @@
 
     python examples/label_studio/backend.py --server http://127.0.0.1:8000 --label-studio-url http://localhost:8080
 
-Text prompts are the project's labels. With a smart tool, what the annotator drew is the example. An adapter of task
-dense gives the pixels of the labels that are its classes.
+Text prompts are the project's labels. With a smart tool, what the annotator clicked or drew is outlined, or is the
+example of what to find. An adapter of task dense gives the pixels of the labels that are its classes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import uvicorn
 from fastapi import FastAPI, HTTPException
 from label_config import ConfigFault, LabelConfig, read_label_config
 from pydantic import BaseModel
-from regions import Drawn, brush_region, mask_format, read_drawn, regions_of, rows_under
+from regions import Drawn, brush_region, mask_format, read_drawn, regions_of, regions_of_object, rows_under
 from task_images import ImageFault, TaskImages
 
 from sam3lora.client import Client, SegmentationError
@@ -49,6 +49,7 @@ class Backend:
         adapter: Id of an adapter; None asks the base model.
         threshold: Lowest score of a region; None takes the adapter's recorded post-processing.
         all_alike: With a smart tool, return everything that looks like what was drawn, not only the object under it.
+        clicks: Whether the service answers clicks. If not, what a smart tool draws is an example.
     """
 
     def __init__(
@@ -59,12 +60,14 @@ class Backend:
         adapter: str | None = None,
         threshold: float | None = None,
         all_alike: bool = False,
+        clicks: bool = False,
     ) -> None:
         self.model_version = f"sam3lora-{adapter or 'base'}"
         self._client = client
         self._images = images
         self._options = {"adapter": adapter, "threshold": threshold}
         self._all_alike = all_alike
+        self._clicks = clicks
 
     def predict(self, request: PredictRequest) -> list[dict[str, Any]]:
         """One prediction for each task, in their order.
@@ -93,18 +96,28 @@ class Backend:
             return [self._prediction(regions) for regions in pool.map(answer, request.tasks)]
 
     def _regions(self, task: Mapping[str, Any], config: LabelConfig, drawn: Drawn | None) -> list[dict[str, Any]]:
+        if drawn and self._clicks and not self._all_alike:
+            return self._clicked(task, config, drawn)
         options = {**self._options, "masks": mask_format(config)}
         prompts = dict(config.prompts)
         if drawn:
             prompts = {drawn.label: config.prompts.get(drawn.label, drawn.label)}
-            options["boxes"] = drawn.boxes
+            options["boxes"] = drawn.as_examples()
         results = self._client.segment(self._image(task, config), prompts.values(), **options)
-        wanted_xyxy = drawn.wanted_xyxy if drawn and not self._all_alike else []
+        wanted_xyxy = []
+        if drawn and not self._all_alike:
+            wanted_xyxy = [xyxy for xyxy, is_wanted in drawn.as_examples() if is_wanted]
         regions = []
         for label, result in zip(prompts, results, strict=True):
             rows = rows_under(result.boxes_xyxy, wanted_xyxy) if wanted_xyxy else None
             regions += regions_of(result, label, config, rows)
         return regions
+
+    def _clicked(self, task: Mapping[str, Any], config: LabelConfig, drawn: Drawn) -> list[dict[str, Any]]:
+        """The object that clicks and a rectangle show, with the label that the annotator has chosen."""
+        options = {"adapter": self._options["adapter"], "masks": mask_format(config)}
+        (found,) = self._client.refine(self._image(task, config), drawn.as_object(), **options)
+        return list(regions_of_object(found, drawn.label, config))
 
     def _image(self, task: Mapping[str, Any], config: LabelConfig) -> bytes:
         address = task.get("data", {}).get(config.data_key)
@@ -167,7 +180,7 @@ def make_backend(client: Client, images: TaskImages, *, adapter: str | None, **o
             if known.id == adapter and known.task == "dense":
                 threshold = options["threshold"]
                 return DenseBackend(client, images, adapter=adapter, classes=known.classes, threshold=threshold)
-    return Backend(client, images, adapter=adapter, **options)
+    return Backend(client, images, adapter=adapter, clicks=client.answers_clicks(), **options)
 
 
 def create_app(backend: Backend) -> FastAPI:

@@ -71,7 +71,8 @@ class LocalBackend:
     """A `Backend` of one replica in this process."""
 
     def __init__(self, replica: ModelReplica) -> None:
-        self.segment, self.label, self.keep_image = replica.segment, replica.label, replica.keep_image
+        self.segment, self.label, self.refine = replica.segment, replica.label, replica.refine
+        self.keep_image = replica.keep_image
         self.list_adapters, self.ready = replica.list_adapters, replica.ready
         self._named_metrics = replica.named_metrics
 

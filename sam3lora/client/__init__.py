@@ -3,6 +3,7 @@
 Light on purpose: it needs httpx2, numpy, pycocotools and Pillow, and loads neither torch nor Ray.
 """
 
+from sam3lora.client.clicking import ClickSession
 from sam3lora.client.client import AsyncClient, Client
 from sam3lora.client.dense_results import ClassResult, DenseLabels
 from sam3lora.client.errors import (
@@ -16,12 +17,14 @@ from sam3lora.client.errors import (
     Unauthorized,
 )
 from sam3lora.client.image_files import UploadedImage
+from sam3lora.client.refine_results import RefinedMask, RefinedObject, RefineResults
 from sam3lora.client.segment_results import AdapterInfo, PromptResult, SegmentResults
 
 __all__ = [
     "AdapterInfo",
     "AsyncClient",
     "ClassResult",
+    "ClickSession",
     "Client",
     "ConnectionFailed",
     "DenseLabels",
@@ -29,6 +32,9 @@ __all__ = [
     "NotFound",
     "Overloaded",
     "PromptResult",
+    "RefineResults",
+    "RefinedMask",
+    "RefinedObject",
     "SegmentResults",
     "SegmentationError",
     "ServerError",

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal, TypedDict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, TypedDict, cast
 
 from sam3lora.client.dense_results import DenseLabels
 from sam3lora.client.errors import NotFound, Overloaded
 from sam3lora.client.exchange import Budget, Call, Reply, Steps, exchange, read_answer
 from sam3lora.client.image_files import UploadedImage
-from sam3lora.client.segment_results import AdapterInfo, SegmentResults
+from sam3lora.client.refine_results import RefineResults
+from sam3lora.client.segment_results import AdapterInfo, Rle, SegmentResults
 
 ADAPTERS_AT_ONCE = 500  # in one response
 
@@ -31,6 +32,7 @@ class SegmentOptions(TypedDict, total=False):
         merge_iou: Mask IoU from which detections are joined; needs `merge`.
         max_detections: Most detections of a prompt.
         masks: Form of the masks: "rle", "polygon", "png", or "none" for boxes only.
+        keep_masks: Keep the masks in the service, and answer `mask_ids`, for `refine`.
     """
 
     boxes: Iterable[LabelledBox]
@@ -42,6 +44,7 @@ class SegmentOptions(TypedDict, total=False):
     merge_iou: float | None
     max_detections: int | None
     masks: Literal["rle", "polygon", "png", "none"]
+    keep_masks: bool
 
 
 class DenseOptions(TypedDict, total=False):
@@ -59,6 +62,36 @@ class DenseOptions(TypedDict, total=False):
     threshold: float | None
 
 
+class ShownObject(TypedDict, total=False):
+    """What shows an object to `refine`: a click or a box at least.
+
+    Attributes:
+        clicks: (x, y) or (x, y, label) in pixels; label 1: belongs to the object, the default, 0: does not.
+        box: x0, y0, x1, y1 in pixels: the object is in it.
+        mask: What to correct: a `mask_id` of an answer about the same image, or a COCO RLE.
+    """
+
+    clicks: Iterable[Sequence[float]]
+    box: Iterable[float] | None
+    mask: str | Rle | None
+
+
+class RefineOptions(TypedDict, total=False):
+    """Options of `refine`.
+
+    Attributes:
+        adapter: Id of an adapter whose vision trunk shall be seen; None is the base model's.
+        clicks_vision: "base" leaves the adapter out of the trunk.
+        multimask: "always", "never", or "auto": three masks for a single click alone.
+        masks: Form of the masks: "rle", "polygon", "png", or "none".
+    """
+
+    adapter: str | None
+    clicks_vision: Literal["adapter", "base"]
+    multimask: Literal["auto", "always", "never"]
+    masks: Literal["rle", "polygon", "png", "none"]
+
+
 def segment(
     image: bytes | UploadedImage, prompts: str | Iterable[str], options: SegmentOptions, budget: Budget
 ) -> Steps[SegmentResults]:
@@ -74,6 +107,21 @@ def dense(image: bytes | UploadedImage, adapter: str, options: DenseOptions, bud
         request["classes"] = [classes] if isinstance(classes, str) else list(classes)
     reply = yield from _ask("v1/dense", image, request, budget)
     return read_answer(reply, DenseLabels.from_json, budget.request_id)
+
+
+def refine(
+    image: bytes | UploadedImage, objects: Iterable[ShownObject], options: RefineOptions, budget: Budget
+) -> Steps[RefineResults]:
+    _refuse_unknown("refine", options, RefineOptions)
+    request = {"objects": [_object(one) for one in objects], **options}
+    reply = yield from _ask("v1/refine", image, request, budget)
+    masks = options.get("masks", "rle")
+    return read_answer(reply, lambda answer: RefineResults.from_json(answer, masks), budget.request_id)
+
+
+def listed(objects: ShownObject | Iterable[ShownObject]) -> list[ShownObject]:
+    """One object or several as a list."""
+    return [cast(ShownObject, objects)] if isinstance(objects, Mapping) else list(objects)
 
 
 def _ask(path: str, image: bytes | UploadedImage, request: Mapping[str, Any], budget: Budget) -> Steps[Reply]:
@@ -123,6 +171,12 @@ def adapters(search: str | None, limit: int | None, budget: Budget) -> Steps[lis
             return found[:limit]
 
 
+def answers_clicks(budget: Budget) -> Steps[bool]:
+    """A service of an earlier version says nothing of it."""
+    reply = yield from exchange(Call("GET", "v1/adapters", {"params": {"limit": 1}}), budget)
+    return read_answer(reply, lambda answer: bool(answer.get("clicks")), budget.request_id)
+
+
 def ready(budget: Budget) -> Steps[bool]:
     try:
         yield from exchange(Call("GET", "readyz"), budget)
@@ -149,6 +203,27 @@ def _refuse_unknown(name: str, options: Mapping[str, Any], known: type) -> None:
     if unknown := options.keys() - known.__annotations__.keys():
         arguments = ", ".join(known.__annotations__)
         raise TypeError(f"{name}() takes no argument {', '.join(sorted(unknown))}; there are {arguments}")
+
+
+def _object(shown: ShownObject) -> dict[str, Any]:
+    if unknown := shown.keys() - ShownObject.__annotations__.keys():
+        raise TypeError(f"an object takes no {', '.join(sorted(unknown))}; it has clicks, box and mask")
+    asked: dict[str, Any] = {"clicks": [_click(click) for click in shown.get("clicks", ())]}
+    if (box := shown.get("box")) is not None:
+        asked["box"] = [float(value) for value in box]
+    if (mask := shown.get("mask")) is not None:
+        asked["mask"] = (
+            {"mask_id": mask} if isinstance(mask, str) else {name: mask[name] for name in ("size", "counts")}
+        )
+    return asked
+
+
+def _click(click: Sequence[float]) -> dict[str, Any]:
+    try:
+        x, y, label = click if len(click) == 3 else (*click, 1)
+        return {"x": float(x), "y": float(y), "label": int(label)}
+    except (TypeError, ValueError):
+        raise ValueError(f"expected clicks as (x, y) or (x, y, 1 or 0), got {click!r}") from None
 
 
 def _box(box: LabelledBox) -> dict[str, Any]:

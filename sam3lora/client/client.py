@@ -10,11 +10,13 @@ from typing import Any, TypeVar, Unpack
 import httpx2 as httpx
 
 from sam3lora.client import calls
-from sam3lora.client.calls import DenseOptions, SegmentOptions
+from sam3lora.client.calls import DenseOptions, RefineOptions, SegmentOptions, ShownObject
+from sam3lora.client.clicking import ClickSession
 from sam3lora.client.dense_results import DenseLabels
 from sam3lora.client.errors import ConnectionFailed, Timeout
 from sam3lora.client.exchange import Attempt, Budget, Outcome, Reply, Service, Steps, Wait
 from sam3lora.client.image_files import ImageSource, UploadedImage, image_bytes
+from sam3lora.client.refine_results import RefinedObject, RefineResults
 from sam3lora.client.segment_results import AdapterInfo, SegmentResults
 
 T = TypeVar("T")
@@ -134,6 +136,36 @@ class Client:
         source = image if isinstance(image, UploadedImage) else image_bytes(image)
         return self._run(calls.dense(source, adapter, options, self._settings.budget()))
 
+    def refine(
+        self,
+        image: ImageSource | UploadedImage,
+        objects: ShownObject | Iterable[ShownObject],
+        **options: Unpack[RefineOptions],
+    ) -> RefineResults:
+        """Outline what clicks and boxes show, or correct a mask by clicks.
+
+        Args:
+            image: As for `segment`; upload it first for several calls.
+            objects: One or several: see `ShownObject`.
+            **options: See `RefineOptions`.
+
+        Raises:
+            OSError: The image's file cannot be read.
+            TypeError: `image` has another type, or an option or a part of an object is unknown.
+            ValueError: A click has the wrong form.
+        """
+        source = image if isinstance(image, UploadedImage) else image_bytes(image)
+        return self._run(calls.refine(source, calls.listed(objects), options, self._settings.budget()))
+
+    def interact(self, image: ImageSource | UploadedImage, **options: Unpack[RefineOptions]) -> ClickSession:
+        """Click on an image, one call after the other: see `ClickSession`. Arguments as of `refine`."""
+        uploaded = image if isinstance(image, UploadedImage) else self.upload(image)
+
+        def ask(asked: ShownObject) -> RefinedObject:
+            return self.refine(uploaded, asked, **options)[0]
+
+        return ClickSession(uploaded, ask)
+
     def upload(self, image: ImageSource) -> UploadedImage:
         """Upload an image for several calls about it; `image` as for `segment`."""
         return self._run(calls.upload(image_bytes(image), self._settings.budget()))
@@ -145,6 +177,10 @@ class Client:
             ValueError: `limit` is below 1.
         """
         return self._run(calls.adapters(search, limit, self._settings.budget()))
+
+    def answers_clicks(self) -> bool:
+        """Whether the service's base model has a click head, which `refine` needs."""
+        return self._run(calls.answers_clicks(self._settings.budget()))
 
     def ready(self) -> bool:
         """Whether the service is ready now: one attempt of at most 5 s."""
@@ -227,12 +263,24 @@ class AsyncClient:
         source = image if isinstance(image, UploadedImage) else await asyncio.to_thread(image_bytes, image)
         return await self._run(calls.dense(source, adapter, options, self._settings.budget()))
 
+    async def refine(
+        self,
+        image: ImageSource | UploadedImage,
+        objects: ShownObject | Iterable[ShownObject],
+        **options: Unpack[RefineOptions],
+    ) -> RefineResults:
+        source = image if isinstance(image, UploadedImage) else await asyncio.to_thread(image_bytes, image)
+        return await self._run(calls.refine(source, calls.listed(objects), options, self._settings.budget()))
+
     async def upload(self, image: ImageSource) -> UploadedImage:
         data = await asyncio.to_thread(image_bytes, image)
         return await self._run(calls.upload(data, self._settings.budget()))
 
     async def adapters(self, search: str | None = None, limit: int | None = None) -> list[AdapterInfo]:
         return await self._run(calls.adapters(search, limit, self._settings.budget()))
+
+    async def answers_clicks(self) -> bool:
+        return await self._run(calls.answers_clicks(self._settings.budget()))
 
     async def ready(self) -> bool:
         try:

@@ -28,6 +28,8 @@ class PromptResult:
         areas_px: int64 (N,), pixels of each mask; None without masks.
         size_hw: Height and width of the image in pixels.
         mask_format: "rle", "polygon", "png" or "none", as requested.
+        mask_ids: For each detection the id of its mask, for `refine`; None without `keep_masks`, and where the
+            service had no room for it.
     """
 
     prompt: str
@@ -38,6 +40,7 @@ class PromptResult:
     size_hw: tuple[int, int]
     mask_format: str
     _masks: list[Any] = field(repr=False)
+    mask_ids: tuple[str | None, ...] = ()
 
     @classmethod
     def from_json(cls, result: Mapping[str, Any], size_hw: tuple[int, int], mask_format: str) -> PromptResult:
@@ -52,6 +55,7 @@ class PromptResult:
             size_hw=size_hw,
             mask_format=mask_format,
             _masks=[one["mask"] for one in found] if with_masks else [],
+            mask_ids=tuple(one.get("mask_id") for one in found),
         )
 
     @property
@@ -72,9 +76,9 @@ class PromptResult:
     def masks(self) -> np.ndarray:
         """bool (N, H, W), decoded when first asked for: a byte a pixel of each detection; not of polygons."""
         masks_NHW = np.zeros((self.num_detections, *self.size_hw), dtype=bool)
-        decode = _decode_png if self.mask_format == "png" else decode_rle
-        for row, mask in enumerate(self._masks_as("png" if self.mask_format == "png" else "rle")):
-            masks_NHW[row] = decode(mask, self.size_hw)
+        form = "png" if self.mask_format == "png" else "rle"
+        for row, mask in enumerate(self._masks_as(form)):
+            masks_NHW[row] = decode_mask(mask, self.size_hw, form)
         return masks_NHW
 
     def _masks_as(self, wanted: str) -> list[Any]:
@@ -167,6 +171,11 @@ def decode_rle(rle: Rle, size_hw: tuple[int, int]) -> np.ndarray:
     if tuple(rle["size"]) != size_hw:
         raise ValueError(f"expected a mask of {size_hw}, got {tuple(rle['size'])}")
     return coco_mask.decode(rle).astype(bool)
+
+
+def decode_mask(mask: Any, size_hw: tuple[int, int], form: str) -> np.ndarray:
+    """bool (H, W) of a mask in the form "rle" or "png"."""
+    return _decode_png(mask, size_hw) if form == "png" else decode_rle(mask, size_hw)
 
 
 def _decode_png(text: str, size_hw: tuple[int, int]) -> np.ndarray:

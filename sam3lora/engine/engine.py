@@ -20,7 +20,7 @@ import torch
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.data.images import MAX_MEGAPIXELS, ImageError, read_image, resize_image
 from sam3lora.engine.clicks.decoder import CLICKS_COUNTED, ClickDecoder, ClickedObject
-from sam3lora.engine.clicks.prompt import ClickAnswer
+from sam3lora.engine.clicks.prompt import LARGEST_LOGIT, ClickAnswer
 from sam3lora.engine.dense_slots import DENSE_COUNTED, DenseSlots, LabelledImage
 from sam3lora.engine.detections import BoxPrompt, Detections
 from sam3lora.engine.device import find_device, find_precision, is_device_error, is_out_of_memory
@@ -408,20 +408,19 @@ class Engine:
         return [result for result in results if result is not None]
 
     def label_small(
-        self, images: Sequence[LabelledImage], beside: Sequence[PromptedImage] = ()
+        self, images: Sequence[LabelledImage], beside: Sequence[PromptedImage | ClickedObject] = ()
     ) -> list[np.ndarray | Exception]:
         """For each image the logits (N, h, w) of the dense adapter in its slot, as `detect_small` gives detections.
 
-        Images that `detect_small` is asked for next, `beside` these, share their vision pass.
+        Images that `detect_small` and `click` are asked for next, `beside` these, share their vision pass.
 
         Raises:
             torch.OutOfMemoryError, MemoryError, RuntimeError: As `detect_small`.
         """
         empty = LookupError("the slot holds no dense adapter")
         asked = [(one.image, self._adapters[one.slot]) for one in images if one.slot in self._dense]
-        others = [(one.image, self._adapters[one.slot]) for one in beside if self._problem(one) is None]
         with self._inference():
-            found = iter(self._dense.answer(asked, others))
+            found = iter(self._dense.answer(asked, self._asked_next(beside)))
         return [next(found) if one.slot in self._dense else empty for one in images]
 
     def enable_clicks(self) -> None:
@@ -439,8 +438,12 @@ class Engine:
         """Side of the masks that clicks start from and answer with: low-resolution logits, as of detections."""
         return self._clicks.enable().mask_side
 
-    def click(self, objects: Sequence[ClickedObject]) -> list[ClickAnswer | Exception]:
+    def click(
+        self, objects: Sequence[ClickedObject], beside: Sequence[PromptedImage] = ()
+    ) -> list[ClickAnswer | Exception]:
         """For each object what the click head says, with logits on the host, as `detect_small` gives detections.
+
+        Images that `detect_small` is asked for next, `beside` these, share their vision pass.
 
         Raises:
             UserError: The base has no tracker, or a damaged one.
@@ -449,7 +452,7 @@ class Engine:
         self.enable_clicks()
         finding = {slot: adapter for slot, adapter in self._adapters.items() if slot not in self._dense}
         with self._inference():
-            return self._clicks.answer(objects, finding)
+            return self._clicks.answer(objects, finding, self._asked_next(beside))
 
     def semantic_logits(self, images: Sequence[PromptedImage]) -> list[list[np.ndarray]]:
         """For each image, for each of its prompts, float32 (h, w): whether a pixel belongs to any object of the prompt.
@@ -473,7 +476,28 @@ class Engine:
             raise NotFiniteError("the semantic outputs are NaN or infinite: the training of the adapter diverged")
         return logits
 
+    # ---- masks that clicks start from, from any thread --------------------------------------------------------------
+
+    def keep_mask(self, key: str, mask_mm: np.ndarray) -> str | None:
+        """Keep logits (m, m) beside a cached image, as float16; returns their id, None if there is no room for them."""
+        return self._features.images.keep_mask(key, mask_mm.clip(-LARGEST_LOGIT, LARGEST_LOGIT).astype(np.float16))
+
+    def kept_mask(self, key: str, mask_id: str) -> np.ndarray | None:
+        """The float16 logits (m, m) of a kept mask of an image; None if they, or the image, were evicted."""
+        return self._features.images.mask(key, mask_id)
+
     # ---- steps ----------------------------------------------------------------------------------------------------
+
+    def _asked_next(self, beside: Sequence[PromptedImage | ClickedObject]) -> list[tuple[PreparedImage, SlotAdapter]]:
+        """Images and adapters of what will be answered."""
+        found = []
+        for one in beside:
+            if isinstance(one, ClickedObject):
+                if one.slot in self._adapters and one.slot not in self._dense:
+                    found.append((one.image, BASE if one.vision == "base" else self._adapters[one.slot]))
+            elif self._problem(one) is None:
+                found.append((one.image, self._adapters[one.slot]))
+        return found
 
     def _problem(self, image: PromptedImage) -> Exception | None:
         if image.slot not in self._adapters:

@@ -6,10 +6,11 @@ import threading
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
+from sam3lora.engine.clicks.kept_masks import KeptMasks
 from sam3lora.model.staged.forward import VisionFeatures
 
 K = TypeVar("K", bound=Hashable)
@@ -80,8 +81,19 @@ class LruCache(Generic[K, V]):
         self.size -= size
 
 
+class _KeptImage(NamedTuple):
+    """An image with the masks that are kept beside it, and go with it."""
+
+    image: PreparedImage
+    masks: KeptMasks
+
+    @property
+    def nbytes(self) -> int:
+        return self.image.pixels_RR3.nbytes + self.masks.nbytes
+
+
 class ImageCache:
-    """Images, their vision features and their dense logits within one limit; any thread may use it.
+    """Images with their masks, vision features and dense logits within one limit; any thread may use it.
 
     The key of features is the image and the version of the adapter whose vision tower made them (None: the base), so
     features of an adapter that was replaced are never found again.
@@ -89,6 +101,7 @@ class ImageCache:
 
     def __init__(self, limit_bytes: int) -> None:
         self._kept: LruCache[tuple, Any] = LruCache(limit_bytes)
+        self._masks_lock = threading.Lock()
 
     @property
     def size_bytes(self) -> int:
@@ -99,14 +112,32 @@ class ImageCache:
         return self._kept.evictions
 
     def image(self, key: str) -> PreparedImage | None:
-        return self._kept.get(("pixels", key))
+        kept: _KeptImage | None = self._kept.get(("pixels", key))
+        return None if kept is None else kept.image
 
     def keep_image(self, image: PreparedImage) -> None:
         """Keep the pixels; features are kept by themselves."""
         if self.image(image.key) is None:
             if image.features is not None:
                 image = replace(image, features=None)
-            self._kept.put(("pixels", image.key), image, image.pixels_RR3.nbytes)
+            kept = _KeptImage(image, KeptMasks())
+            self._kept.put(("pixels", image.key), kept, kept.nbytes)
+
+    def keep_mask(self, key: str, mask_mm: np.ndarray) -> str | None:
+        """Keep float16 logits (m, m) beside an image that is kept; returns their id, None if there is no room."""
+        with self._masks_lock:
+            kept: _KeptImage | None = self._kept.get(("pixels", key))
+            if kept is None or kept.nbytes + mask_mm.nbytes > self._kept.capacity:
+                return None
+            mask_id = kept.masks.keep(mask_mm)
+            self._kept.put(("pixels", key), kept, kept.nbytes)
+            return mask_id
+
+    def mask(self, key: str, mask_id: str) -> np.ndarray | None:
+        """The logits of a kept mask of an image; None if they, or the image, were evicted."""
+        with self._masks_lock:
+            kept: _KeptImage | None = self._kept.get(("pixels", key))
+            return None if kept is None else kept.masks.get(mask_id)
 
     def features(self, key: str, version: str | None) -> VisionFeatures | None:
         return self._kept.get(("features", key, version))
@@ -133,7 +164,7 @@ class ImageCache:
                 self._kept.remove(kept)
 
     def drop_features(self) -> None:
-        """Free the memory of all features and logits; images stay."""
+        """Free the memory of all features and logits; images and their masks stay."""
         for key in self._kept.list_keys():
             if key[0] != "pixels":
                 self._kept.remove(key)

@@ -117,7 +117,7 @@ class SmallDetections:
         boxes_xyxy = _to_pixels(self.boxes_cxcywh_N4, self.wanted.size_hw)
         for row in np.flatnonzero(self.is_merged_N):
             boxes_xyxy[row] = rle_box_xyxy(self.encode(int(row)) if rles is None else rles[row])
-        seen = [row for row in range(len(self.scores_N)) if self._is_seen(row, rles)]
+        seen = self.rows_seen(rles)
         return Detections(
             self.wanted.prompt,
             self.presence,
@@ -132,6 +132,10 @@ class SmallDetections:
             self.num_before_nms,
             mask_logits_NHW=self.mask_logits_NHW[seen] if keep_logits and self.mask_logits_NHW is not None else None,
         )
+
+    def rows_seen(self, rles: list[dict] | None = None) -> list[int]:
+        """The rows that are detections at full size: those whose mask has a pixel there."""
+        return [row for row in range(len(self.scores_N)) if self._is_seen(row, rles)]
 
     def _is_seen(self, row: int, rles: list[dict] | None) -> bool:
         """Whether the mask has a pixel at the image's size."""

@@ -29,6 +29,8 @@ from serve_app.messages import (
     DenseReply,
     ImageFile,
     ImageReply,
+    RefineCall,
+    RefineReply,
     SegmentCall,
     SegmentReply,
 )
@@ -57,6 +59,8 @@ class Backend(Protocol):
     async def segment(self, call: SegmentCall) -> SegmentReply | ServeError: ...
 
     async def label(self, call: DenseCall) -> DenseReply | ServeError: ...
+
+    async def refine(self, call: RefineCall) -> RefineReply | ServeError: ...
 
     async def keep_image(self, image: ImageFile, timeout_s: float) -> ImageReply | ServeError: ...
 
@@ -87,6 +91,12 @@ class ServeBackend:
     async def label(self, call: DenseCall) -> DenseReply | ServeError:
         def send(affinity: str, timeout_s: float) -> Any:
             return self._handle.options(session_id=affinity).label.remote(replace(call, timeout_s=timeout_s))
+
+        return await self._ask(send, call.affinity, call.timeout_s)
+
+    async def refine(self, call: RefineCall) -> RefineReply | ServeError:
+        def send(affinity: str, timeout_s: float) -> Any:
+            return self._handle.options(session_id=affinity).refine.remote(replace(call, timeout_s=timeout_s))
 
         return await self._ask(send, call.affinity, call.timeout_s)
 
@@ -207,7 +217,7 @@ def _joined(pages: list[AdapterPage], limit: int | None) -> AdapterPage:
             joined[row.id] = row
     rows = sorted(joined.values())[:limit]
     has_more = len(rows) < len(joined) or any(page.has_more for page in pages)
-    return AdapterPage(rows, max(page.total for page in pages), has_more)
+    return AdapterPage(rows, max(page.total for page in pages), has_more, pages[0].clicks)
 
 
 def _replica_failed() -> ServeError:

@@ -16,6 +16,7 @@ STATUS_OF = {
     "not_found": 404,
     "adapter_not_found": 404,
     "image_not_found": 404,  # an image_id that was never given out, or whose image was evicted
+    "mask_not_found": 404,  # a mask_id that was never given out, or whose mask or image was evicted
     "method_not_allowed": 405,
     "unknown_host": 421,  # the header Host has none of the settings' names
     "slow_body": 408,  # fewer bytes per second than the others, or than is allowed
@@ -26,6 +27,8 @@ STATUS_OF = {
     "invalid_request": 422,  # a field that is missing, unknown, of the wrong type or out of range
     "invalid_prompt": 422,
     "invalid_box": 422,
+    "invalid_click": 422,
+    "invalid_mask": 422,
     "invalid_image": 422,  # cannot be decoded
     "invalid_adapter": 422,  # the id breaks the pattern, or its folder cannot be served
     "wrong_task": 422,  # a prompted adapter that is asked for labels, or the other way round
@@ -33,6 +36,7 @@ STATUS_OF = {
     "too_many_requests": 429,  # replaces `overloaded` where the settings ask for 429
     "headers_too_large": 431,
     "internal": 500,
+    "no_click_head": 501,  # the base model has no tracker
     "overloaded": 503,
     "out_of_memory": 503,
     "replica_failed": 503,

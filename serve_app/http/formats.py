@@ -30,9 +30,13 @@ def is_costly(masks: MaskFormat) -> bool:
 
 
 def prompt_response(
-    found: Detections, masks: MaskFormat, *, is_over: Callable[[], bool] = lambda: False
+    found: Detections,
+    masks: MaskFormat,
+    mask_ids: Sequence[str | None] | None = None,
+    *,
+    is_over: Callable[[], bool] = lambda: False,
 ) -> PromptResponse:
-    """The response body of one prompt; `is_over` is asked before every mask.
+    """The response body of one prompt; `mask_ids` are those of kept masks. `is_over` is asked before every mask.
 
     Raises:
         ServeError: A number is not finite: JSON has no word for it.
@@ -50,7 +54,10 @@ def prompt_response(
             if is_over():
                 raise TimeoutError
             detection.area_px = rle_area_px(rle)
-            detection.mask = _mask(rle, masks)
+            detection.mask = mask_as(masks, rle)
+    if mask_ids is not None:
+        for detection, mask_id in zip(detections, mask_ids, strict=True):
+            detection.mask_id = mask_id
     return PromptResponse.model_construct(
         prompt=found.prompt,
         presence=round(float(found.presence), 6),
@@ -59,7 +66,8 @@ def prompt_response(
     )
 
 
-def _mask(rle: Rle, masks: MaskFormat) -> RleMask | list[list[float]] | str:
+def mask_as(masks: MaskFormat, rle: Rle) -> RleMask | list[list[float]] | str:
+    """A mask in the form that a request asks for, which is not "none"."""
     if masks == "polygon":
         return rle_to_polygons(rle)
     if masks == "png":

@@ -31,6 +31,7 @@ from serve_app.http.errors import ServeError, answer_too_large
 from serve_app.http.formats import is_costly, is_quick, prompt_response
 from serve_app.http.listing import adapters_json, check_listing
 from serve_app.http.openapi import TITLE, describe, operation
+from serve_app.http.refine import check_refine, refine_response, to_refine_call
 from serve_app.http.requests import IMAGE_ID_PREFIX, check_segment, check_upload, to_call
 from serve_app.http.schemas import ImageResponse, ImageSize, SegmentResponse, StatusResponse
 from serve_app.metrics import CONTENT_TYPE, IngressMetrics, StageClock, merge
@@ -55,6 +56,7 @@ def create_api(settings: ServeSettings, backend: Backend, *, sends_request_id: b
     routes = _Routes(settings, backend, metrics)
     api.add_api_route("/v1/segment", routes.segment, methods=["POST"], **operation("segment"))
     api.add_api_route("/v1/dense", routes.dense, methods=["POST"], **operation("dense"))
+    api.add_api_route("/v1/refine", routes.refine, methods=["POST"], **operation("refine"))
     api.add_api_route("/v1/images", routes.images, methods=["POST"], **operation("images"))
     api.add_api_route("/v1/adapters", routes.adapters, **operation("adapters"))
     api.add_api_route("/healthz", routes.healthz, **operation("healthz"))
@@ -64,7 +66,8 @@ def create_api(settings: ServeSettings, backend: Backend, *, sends_request_id: b
     add_pages(api)
     describe(api, settings.limits)
     api.add_exception_handler(HTTPException, on_http_exception)
-    paths = ("/v1/segment", "/v1/dense", "/v1/images", "/v1/adapters", "/healthz", "/readyz", "/metrics", *PAGES)
+    asked = ("/v1/segment", "/v1/dense", "/v1/refine", "/v1/images", "/v1/adapters")
+    paths = (*asked, "/healthz", "/readyz", "/metrics", *PAGES)
     keys = keys_from_environment(settings.api_keys_variable)
     api.add_middleware(
         Envelope,
@@ -102,7 +105,11 @@ class _Routes:
             clock.lap("segmenter")
 
             def to_json(is_over: Callable[[], bool]) -> str:
-                results = [prompt_response(found, asked.masks, is_over=is_over) for found in reply.results]
+                ids = reply.mask_ids
+                results = [
+                    prompt_response(found, asked.masks, None if ids is None else ids[number], is_over=is_over)
+                    for number, found in enumerate(reply.results)
+                ]
                 clock.lap("format")
                 height, width = reply.size_hw
                 response = SegmentResponse.model_construct(
@@ -146,6 +153,34 @@ class _Routes:
 
             text = await self._in_thread(request, None, to_json, deadline_s + GRACE_S)
             return self._answer(text, "ask for fewer classes")
+
+    async def refine(self, request: Request) -> Response:
+        limits = self._limits
+        clock = StageClock(request.state.started_s)
+        async with self._admitted(request) as (incoming, deadline_s):
+            received = await read_request(incoming, limits.max_body_bytes)
+            clock.lap("body")
+            asked, objects, image = await asyncio.to_thread(check_refine, received, limits)
+            clock.lap("check")
+            call = to_refine_call(asked, objects, image, _left(deadline_s))
+            reply = _value(await _while_connected(request, self._backend.refine(call)))
+            clock.lap("segmenter")
+
+            def to_json(is_over: Callable[[], bool]) -> str:
+                response = refine_response(
+                    reply,
+                    asked,
+                    request_id=request.state.request_id,
+                    timing_ms=clock.with_total(reply.timing_ms),
+                    is_over=is_over,
+                )
+                return response.model_dump_json(exclude_unset=True)
+
+            if is_costly(asked.masks):
+                text = await self._in_thread(request, self._mask_threads, to_json, deadline_s + GRACE_S)
+            else:
+                text = to_json(lambda: False)
+            return self._answer(text, "ask for fewer objects")
 
     async def images(self, request: Request) -> Response:
         limits = self._limits

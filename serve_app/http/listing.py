@@ -33,7 +33,8 @@ def adapters_json(page: AdapterPage, request_id: str) -> str:
     rows = ",".join(row.json for row in page.rows)
     return (
         f'{{"adapters":[{rows}],"total":{page.total},"next":{json.dumps(last)},'
-        f'"base_post_processing":{_base_post_processing()},"request_id":{json.dumps(request_id)}}}'
+        f'"base_post_processing":{_base_post_processing()},'
+        f'"clicks":{json.dumps(page.clicks)},"request_id":{json.dumps(request_id)}}}'
     )
 
 

@@ -18,6 +18,8 @@ from serve_app.http.auth import is_open
 from serve_app.http.body import MAX_JSON_BYTES
 from serve_app.http.dense_schemas import DenseRequest, DenseResponse
 from serve_app.http.errors import FIELD_OF, STATUS_OF
+from serve_app.http.openapi_examples import dense_example, refine_example, segment_example
+from serve_app.http.refine_schemas import RefineRequest, RefineResponse
 from serve_app.http.schemas import (
     AdaptersRequest,
     AdaptersResponse,
@@ -54,7 +56,8 @@ _BODY = (
     "timeout",
 )
 _ANSWER = (*_BODY, "adapter_not_found", "image_not_found", "invalid_adapter", "wrong_task", "answer_too_large")
-_SEGMENT = (*_ANSWER, "invalid_prompt", "invalid_box")
+_SEGMENT = (*_ANSWER, "invalid_prompt", "invalid_box", "no_click_head")
+_REFINE = (*_ANSWER, "invalid_click", "invalid_box", "invalid_mask", "mask_not_found", "no_click_head")
 _BINARY = {"type": "string", "format": "binary"}
 _NUMBER = r"-?[0-9]+(\.[0-9]+)?"
 _BOX = f"^{_NUMBER}(,{_NUMBER}){{3}}(,[01])?$"
@@ -72,12 +75,13 @@ def describe(api: FastAPI, limits: Limits) -> None:
     @cache
     def openapi() -> dict[str, Any]:
         document = get_openapi(title=api.title, version=api.version, description=_ABOUT, routes=api.routes)
-        models = [(model, "validation") for model in (SegmentRequest, DenseRequest, ImageUpload)]
+        asked = (SegmentRequest, DenseRequest, RefineRequest, ImageUpload)
+        models = [(model, "validation") for model in asked]
         _, schemas = models_json_schema(models, ref_template=_REF.replace("{}", "{model}"))  # type: ignore[arg-type]
         components = document.setdefault("components", {})
         components.setdefault("schemas", {}).update(schemas["$defs"])
         fields = components["schemas"]["SegmentRequest"]["properties"]
-        _write_limits(fields, limits)
+        _write_limits(components["schemas"], limits)
         document["paths"]["/v1/segment"]["post"]["parameters"] += _parameters(fields, boxes=_box_parameter(fields))
         of_dense = components["schemas"]["DenseRequest"]["properties"]
         document["paths"]["/v1/dense"]["post"]["parameters"] += _parameters(of_dense)
@@ -106,14 +110,21 @@ def _operations() -> dict[str, dict[str, Any]]:
         "segment": {
             "summary": "Segment what prompts or boxes describe",
             "description": "Multipart is the fastest form for files; an uploaded image (`image_id`) is cheaper still.",
-            "responses": _responses(_SEGMENT, SegmentResponse, _segment_example()),
+            "responses": _responses(_SEGMENT, SegmentResponse, segment_example()),
             "openapi_extra": {"parameters": [_request_id_parameter()], "requestBody": _segment_body()},
         },
         "dense": {
             "summary": "Label each pixel",
             "description": "By an adapter whose task is dense: `GET /v1/adapters` has its classes.",
-            "responses": _responses(_ANSWER, DenseResponse, _dense_example()),
+            "responses": _responses(_ANSWER, DenseResponse, dense_example()),
             "openapi_extra": {"parameters": [_request_id_parameter()], "requestBody": _dense_body()},
+        },
+        "refine": {
+            "summary": "Outline what clicks and boxes show, or correct a mask",
+            "description": "The base model needs a click head: `GET /v1/adapters` says `clicks`. An uploaded image is "
+            "encoded once, so that each further click takes the head alone.",
+            "responses": _responses(_REFINE, RefineResponse, refine_example()),
+            "openapi_extra": {"parameters": [_request_id_parameter()], "requestBody": _refine_body()},
         },
         "images": {
             "summary": "Upload an image",
@@ -191,14 +202,24 @@ def _dense_body() -> dict[str, Any]:
     return _asking_body("DenseRequest", {"labels": ("All labels", labels), "masks": ("Masks of some classes", masks)})
 
 
-def _asking_body(model: str, examples: dict[str, tuple[str, dict[str, Any]]]) -> dict[str, Any]:
-    """A body of any form; an example is its title and its fields, to which an image is added."""
+def _refine_body() -> dict[str, Any]:
+    click = {"objects": [{"clicks": [{"x": 36, "y": 30, "label": 1}]}]}
+    box = {"objects": [{"box": [22, 16, 50, 44], "clicks": [{"x": 24, "y": 18, "label": 0}]}], "masks": "polygon"}
+    return _asking_body("RefineRequest", {"click": ("One click", click), "box": ("A box and a click", box)}, raw=False)
+
+
+def _asking_body(model: str, examples: dict[str, tuple[str, dict[str, Any]]], *, raw: bool = True) -> dict[str, Any]:
+    """A body of any form; an example is its title and its fields, to which an image is added.
+
+    `raw`: the image itself, with the request in query parameters, is one of the forms.
+    """
     request = {"$ref": _REF.format(model)}
+    forms = "Multipart, JSON, or a raw image with the request in query parameters" if raw else "Multipart or JSON"
+    needed = () if raw else ("request",)
     encoded = base64.b64encode(sample_png()).decode()
     return {
         "required": True,
-        "description": "Multipart, JSON, or a raw image with the request in query parameters. JSON has at most "
-        f"{MAX_JSON_BYTES} bytes besides image_base64.",
+        "description": f"{forms}. JSON has at most {MAX_JSON_BYTES} bytes besides image_base64.",
         "content": {
             "application/json": {
                 "schema": request,
@@ -208,10 +229,10 @@ def _asking_body(model: str, examples: dict[str, tuple[str, dict[str, Any]]]) ->
                 },
             },
             "multipart/form-data": {
-                "schema": _form({"image": _BINARY, "request": request}),
+                "schema": _form({"image": _BINARY, "request": request}, *needed),
                 "encoding": {"request": {"contentType": "application/json"}},
             },
-            **{kind: {"schema": _BINARY} for kind in _RAW_TYPES},
+            **{kind: {"schema": _BINARY} for kind in _RAW_TYPES if raw},
         },
     }
 
@@ -231,8 +252,8 @@ def _image_body() -> dict[str, Any]:
     }
 
 
-def _form(fields: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "object", "required": ["image"], "properties": fields, "additionalProperties": False}
+def _form(fields: dict[str, Any], *needed: str) -> dict[str, Any]:
+    return {"type": "object", "required": ["image", *needed], "properties": fields, "additionalProperties": False}
 
 
 def _request_id_parameter() -> dict[str, Any]:
@@ -279,38 +300,10 @@ def _parameters(fields: dict[str, Any], **others: dict[str, Any]) -> list[dict[s
     ]
 
 
-def _segment_example() -> dict[str, Any]:
-    mask = {"size": [64, 64], "counts": "ed02n1000000001O000000000000000000000000"}
-    found = {"score": 0.87, "box_xyxy": [22.0, 16.0, 50.0, 44.0], "area_px": 613, "mask": mask}
-    return {
-        "request_id": "a1",
-        "image": {"width": 64, "height": 64},
-        "adapter": None,
-        "results": [{"prompt": "red disc", "presence": 0.98, "num_detections": 1, "detections": [found]}],
-        "timing_ms": {"body": 0.2, "check": 0.3, "forward": 8.1, "total": 10.4},
-    }
-
-
-def _dense_example() -> dict[str, Any]:
-    labels = np.zeros((64, 64), np.uint8)
-    cv2.circle(labels, (36, 30), 14, 1, -1)
-    area_px = int(labels.sum())
-    areas = (("background", 4096 - area_px, 0), ("water", area_px, 1))
-    return {
-        "request_id": "a1",
-        "image": {"width": 64, "height": 64},
-        "adapter": "land-cover",
-        "task": "dense",
-        "classes": [
-            {"name": name, "area_px": area, "share": round(area / 4096, 6), "value": value}
-            for name, area, value in areas
-        ],
-        "label_png": base64.b64encode(cv2.imencode(".png", labels)[1].tobytes()).decode(),
-        "timing_ms": {"body": 0.2, "check": 0.3, "forward": 8.1, "total": 10.4},
-    }
-
-
-def _write_limits(properties: dict[str, Any], limits: Limits) -> None:
+def _write_limits(schemas: dict[str, Any], limits: Limits) -> None:
+    schemas["RefineRequest"]["properties"]["objects"]["maxItems"] = limits.max_objects
+    schemas["ObjectRequest"]["properties"]["clicks"]["maxItems"] = limits.max_clicks
+    properties = schemas["SegmentRequest"]["properties"]
     properties["prompts"]["maxItems"] = limits.max_prompts
     properties["prompts"]["items"] |= {"minLength": 1, "maxLength": limits.max_prompt_chars}
     properties["boxes"]["maxItems"] = limits.max_boxes

@@ -97,6 +97,7 @@ def to_call(request: SegmentRequest, image: ImageFile, timeout_s: float) -> Segm
         adapter=request.adapter,
         post_processing=request.post_processing(),
         masks=request.masks != "none",
+        keep_masks=request.keep_masks,
         timeout_s=timeout_s,
     )
 

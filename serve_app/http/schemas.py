@@ -19,12 +19,24 @@ from serve_app.http.errors import ServeError
 from serve_app.settings import ADAPTER_ID_PATTERN, ADAPTER_ID_RULE
 
 IMAGE_ID_PATTERN = r"^img_[0-9a-f]{64}$"
+MASK_ID_PATTERN = r"^msk_[0-9a-f]{32}$"
 MaskFormat = Literal["rle", "polygon", "png", "none"]
 Task = Literal["detection", "dense"]
 
-_TYPE_OF_FIELD = {"prompts": "invalid_prompt", "boxes": "invalid_box", "adapter": "invalid_adapter"}
+_TYPE_OF_FIELD = {
+    "prompts": "invalid_prompt",
+    "boxes": "invalid_box",
+    "box": "invalid_box",
+    "clicks": "invalid_click",
+    "mask": "invalid_mask",
+    "adapter": "invalid_adapter",
+}
 _ADDRESS_FIELDS = frozenset(("image_url", "image_uri", "url", "uri", "image_path", "path"))
-_FORMS = {"adapter": ADAPTER_ID_RULE, "image_id": "it is the one that POST /v1/images returned"}
+_FORMS = {
+    "adapter": ADAPTER_ID_RULE,
+    "image_id": "it is the one that POST /v1/images returned",
+    "mask_id": "it is the one that POST /v1/refine or POST /v1/segment returned",
+}
 _UNSHOWN = "(a name)"
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,60}")
 _UNPRINTABLE = frozenset(("Cc", "Cs", "Zl", "Zp"))  # control characters, half surrogate pairs, line separators
@@ -82,6 +94,9 @@ class SegmentRequest(RequestModel):
         "rle",
         description="Compressed COCO run-length code, outlines, base64 of a PNG with one bit a pixel, or no masks.",
     )
+    keep_masks: bool = Field(
+        False, description="Keep the masks beside the image, and answer a `mask_id` of each, for POST /v1/refine."
+    )
     image_base64: str | None = Field(
         None, description='The image file in base64, in JSON bodies; "data:image/png;base64," may stand before it.'
     )
@@ -110,7 +125,7 @@ class AdaptersRequest(RequestModel):
     )
 
 
-_NUMBERS_AND_BOOLS = (float | None, int | None, bool | None)
+_NUMBERS_AND_BOOLS = (float | None, int | None, bool | None, bool)
 NOT_TEXT = frozenset(name for name, one in SegmentRequest.model_fields.items() if one.annotation in _NUMBERS_AND_BOOLS)
 """Fields of numbers and bools, which are text in query parameters."""
 
@@ -141,6 +156,9 @@ class DetectionResponse(BaseModel):
         None,
         description="COCO RLE, or outer outlines [[x0, y0, x1, y1, ...], ...], or base64 of a PNG; absent with "
         '"none". All are at the size of the image.',
+    )
+    mask_id: str | None = Field(
+        None, description="Of the mask, for POST /v1/refine; with keep_masks only, null if there was no room for it."
     )
 
 
@@ -204,6 +222,7 @@ class AdaptersResponse(BaseModel):
     total: int = Field(description="Adapters that match the search, on all pages.")
     next: str | None = Field(description="The value of `after` for the next page; null if this is the last one.")
     base_post_processing: PostProcessing = Field(description="Settings of the base model where a request gives none.")
+    clicks: bool = Field(description="Whether the base model has a click head, which POST /v1/refine needs.")
     request_id: str
 
 
@@ -244,7 +263,7 @@ def check(model: type[BaseModel], fields: Mapping[str, Any]) -> Any:
     elif first["type"] == "missing":
         reason = "is missing"
     elif first["type"] == "string_pattern_mismatch":
-        reason = f"has another form than expected: {_FORMS[path]}"
+        reason = f"has another form than expected: {_FORMS[str(first['loc'][-1])]}"
     else:
         text = first["msg"].removeprefix("Input ")
         reason = f"{text[0].lower()}{text[1:]}"
@@ -294,7 +313,8 @@ def field_at(path: str) -> str | None:
 
 
 def _type_of(location: Sequence[str | int]) -> str:
-    return _TYPE_OF_FIELD.get(str(location[0]) if location else "", "invalid_request")
+    """By the first part that has a type of its own."""
+    return next((_TYPE_OF_FIELD[part] for part in location if part in _TYPE_OF_FIELD), "invalid_request")
 
 
 def _path(location: Sequence[str | int]) -> str:

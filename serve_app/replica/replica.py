@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import socket
+import threading
 import time
 import traceback
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from sam3lora.model.dense.settings import DenseSettings
 from sam3lora.model.tokenization import PromptError
 from sam3lora.start_marks import mark
 from serve_app.http.errors import ServeError, answer_too_large
+from serve_app.http.refine import check_places
 from serve_app.http.schemas import check_boxes
 from serve_app.logs import log_as_serve
 from serve_app.messages import (
@@ -36,13 +38,16 @@ from serve_app.messages import (
     DenseReply,
     ImageFile,
     ImageReply,
+    RefineCall,
+    RefineReply,
     SegmentCall,
     SegmentReply,
 )
 from serve_app.metrics import ReplicaMetrics, StageClock
 from serve_app.replica.adapter_store import AdapterStore
 from serve_app.replica.batcher import Batcher
-from serve_app.replica.engine_work import Answer, Asked, build_engine, encoding_ahead, run_batch
+from serve_app.replica.clicks import keep_detections, refined_masks, to_clicked
+from serve_app.replica.engine_work import Answer, Asked, build_engine, enable_clicks, encoding_ahead, run_batch
 from serve_app.replica.image_decoder import ImageDecoder
 from serve_app.replica.labels import LARGE_PIXELS, make_labels, wanted_labels
 from serve_app.replica.mask_encoder import MaskEncoder
@@ -85,6 +90,7 @@ class ModelReplica:
             metrics=self._metrics,
         )
         self._engine = engine or self._batcher.run_at_start(lambda: build_engine(settings))
+        self._answers_clicks = self._batcher.run_at_start(lambda: enable_clicks(self._engine, settings))
         mark("model")
         if (ahead := encoding_ahead(self._engine, settings)) is not None:
             self._batcher.work_ahead(ahead)
@@ -115,13 +121,16 @@ class ModelReplica:
     async def label(self, call: DenseCall) -> DenseReply | ServeError:
         return await self._answered(self._label(call))
 
+    async def refine(self, call: RefineCall) -> RefineReply | ServeError:
+        return await self._answered(self._refine(call))
+
     async def keep_image(self, image: ImageFile, timeout_s: float = 30.0) -> ImageReply | ServeError:
         """Encode an image and keep it, so that later calls may send its key alone."""
         return await self._answered(self._keep(image, timeout_s))
 
     async def list_adapters(self, query: AdapterQuery = EVERY_ADAPTER) -> AdapterPage:
         """The adapters that may be served, sorted by id; `resident` says whether this replica holds the adapter."""
-        return await self._store.list(query)
+        return (await self._store.list(query))._replace(clicks=self._answers_clicks)
 
     async def named_metrics(self) -> tuple[str, str]:
         """A name that no other replica has, and the metrics in Prometheus' text format."""
@@ -202,6 +211,8 @@ class ModelReplica:
     async def _segment(self, call: SegmentCall) -> SegmentReply:
         deadline = time.monotonic() + call.timeout_s
         clock = StageClock()
+        if call.keep_masks:
+            self._check_clicks("keep_masks")
         async with AsyncExitStack() as held:
             with self._place_in_queue():
                 image = await self._decoder.image(call.image, deadline)
@@ -213,7 +224,8 @@ class ModelReplica:
                 message = f"adapter {call.adapter!r} labels each pixel: ask it with POST /v1/dense"
                 raise ServeError("wrong_task", message)
             post = _post_processing(adapter.settings, call.post_processing, self._limits.max_detections)
-            asked = PromptedImage(image, call.prompts, call.boxes, adapter.slot, post, call.masks)
+            with_masks = call.masks or call.keep_masks
+            asked = PromptedImage(image, call.prompts, call.boxes, adapter.slot, post, with_masks)
             try:
                 outcome = await self._batcher.submit(asked, rows=asked.num_rows, timeout_s=deadline - time.monotonic())
             except NotFiniteError:
@@ -222,10 +234,13 @@ class ModelReplica:
         clock.set("forward", outcome.ran_s)
         assert isinstance(outcome.result, list)
         results = await self._encoder.encode(outcome.result, deadline)
-        clock.lap("masks")
         _check_size(results, self._limits.max_answer_bytes)
+        mask_ids = None
+        if call.keep_masks:
+            mask_ids = await asyncio.to_thread(keep_detections, self._engine, outcome.result, image)
+        clock.lap("masks")
         self._metrics.stages(clock.timing_ms)
-        return SegmentReply(image.size_hw, results, clock.timing_ms)
+        return SegmentReply(image.size_hw, results, clock.timing_ms, mask_ids)
 
     async def _label(self, call: DenseCall) -> DenseReply:
         deadline = time.monotonic() + call.timeout_s
@@ -257,6 +272,54 @@ class ModelReplica:
         clock.lap("masks")
         self._metrics.stages(clock.timing_ms)
         return DenseReply(image.size_hw, found.classes, found.label_png, clock.timing_ms)
+
+    async def _refine(self, call: RefineCall) -> RefineReply:
+        deadline = time.monotonic() + call.timeout_s
+        clock = StageClock()
+        self._check_clicks()
+        async with AsyncExitStack() as held:
+            with self._place_in_queue():
+                image = await self._decoder.image(call.image, deadline)
+                check_places(call.objects, image.size_hw)
+                clock.lap("decode")
+                adapter = await held.enter_async_context(self._store.hold(call.adapter, deadline - time.monotonic()))
+                clock.lap("adapter")
+                if isinstance(adapter.settings, DenseSettings):
+                    message = f"adapter {call.adapter!r} labels each pixel: ask it with POST /v1/dense"
+                    raise ServeError("wrong_task", message)
+                to_asked = partial(to_clicked, self._engine, call, image, adapter.slot)
+                if any(isinstance(one.mask, dict) for one in call.objects):
+                    late = "the masks were not read in time: send fewer objects"
+                    is_large = image.size_hw[0] * image.size_hw[1] > LARGE_PIXELS
+                    asked = await self._encoder.run(to_asked, 0, deadline, late=late, is_large=is_large)
+                else:
+                    asked = to_asked(threading.Event())
+            rows = len(call.objects)
+            try:
+                outcome = await self._batcher.submit(asked, rows=rows, timeout_s=deadline - time.monotonic())
+            except NotFiniteError:
+                raise _not_finite(call.adapter) from None
+        clock.set("queue", outcome.waited_s)
+        clock.set("forward", outcome.ran_s)
+        answers = outcome.result
+        assert isinstance(answers, tuple)
+        objects = await self._encoder.run(
+            partial(refined_masks, self._engine, answers, image, self._limits.max_answer_bytes),
+            sum(answer.logits_Mmm.nbytes for answer in answers),
+            deadline,
+            late="the masks were not encoded in time: ask for fewer objects",
+        )
+        clock.lap("masks")
+        self._metrics.stages(clock.timing_ms)
+        return RefineReply(image.size_hw, objects, clock.timing_ms)
+
+    def _check_clicks(self, field: str | None = None) -> None:
+        if not self._answers_clicks:
+            message = (
+                "this service answers no clicks: they need a base model with a tracker, such as facebook/sam3, and the "
+                "setting `clicks` not false"
+            )
+            raise ServeError("no_click_head", message, field=field)
 
     async def _keep(self, file: ImageFile, timeout_s: float) -> ImageReply:
         if known := self._engine.cached_image(file.key):

@@ -6,6 +6,7 @@ const PAGE = 50; // adapters of one listing
 
 export const known = new Map(); // id -> adapter, as it was last listed
 export let basePostProcessing = null; // of the base model; null until a listing came
+export let answersClicks = false; // whether the base model has a click head
 
 /** A page of the adapters that answer prompts, with `search` in their id or prompts: { adapters, total, next }. */
 export async function listAdapters({ search = "", after = null, signal } = {}) {
@@ -14,6 +15,7 @@ export async function listAdapters({ search = "", after = null, signal } = {}) {
   if (after !== null) query.set("after", after);
   const { adapters, base_post_processing, ...rest } = await call(`v1/adapters?${query}`, { signal });
   basePostProcessing = base_post_processing;
+  answersClicks = rest.clicks ?? false;
   for (const adapter of adapters) known.set(adapter.id, adapter);
   return { adapters, total: rest.total ?? adapters.length, next: rest.next ?? null };
 }

@@ -1,8 +1,9 @@
 // The page: builds requests, sends them, and shows the responses in panels.
 
-import { basePostProcessing, known, listAdapters, trainedOn } from "./adapters.js";
+import { answersClicks, basePostProcessing, known, listAdapters, trainedOn } from "./adapters.js";
 import { isAbort, ServiceError } from "./api.js";
 import { BoxList } from "./boxes.js";
+import { Clicks } from "./clicks.js";
 import { showCurl } from "./curl_box.js";
 import { byId, debounce } from "./elements.js";
 import { chooseFile, loadSample, takeImages } from "./intake.js";
@@ -40,6 +41,7 @@ const notice = new Notice({ retry, choose: chooseFile, leave: focusPicture });
 const failed = { onFail: showError };
 const adapter = new Picker("adapter", [[BASE, "Base model"]], { ...failed, onChange: pickByHand });
 const compare = new Picker("compare", [[NONE, "Nothing"], [BASE, "Base model"]], { ...failed, onChange: layPanels });
+const clicks = new Clicks(scene, { ...failed, onChange: refineAll, say, panel: () => views.shown });
 let isPickedByHand = false;
 let panels = [];
 let running = new AbortController();
@@ -99,7 +101,8 @@ async function askOne(panel, picture, signal) {
     const { merge, threshold, prompt_thresholds } = settings.of(panel.adapter);
     const isFinal = merge; // what is joined depends on the threshold
     const lowest = Math.min(LOWEST, threshold, ...Object.values(prompt_thresholds));
-    const question = { ...requestOf(panel), ...(!isFinal && { threshold: lowest }) };
+    const kept = answersClicks && { keep_masks: true }; // for corrections
+    const question = { ...requestOf(panel), ...(!isFinal && { threshold: lowest }), ...kept };
     try {
       const { answer, roundTripMs } = await picture.segment(question, { signal, onWait, onProgress });
       if (!signal.aborted) panel.setAnswer(answer, roundTripMs, isFinal);
@@ -164,6 +167,7 @@ function refineAll() {
   settings.show(panels[0].adapter);
   sentences = panels.map((panel) => panel.refine(settings.of(panel.adapter))).filter(Boolean);
   views.update();
+  clicks.showBar();
   if (sentences.length) speakCounts();
 }
 
@@ -233,7 +237,11 @@ async function take(file) {
   byId("work").hidden = false;
   byId("panels").style.setProperty("--ratio", Math.min(4, Math.max(0.4, picture.width / picture.height)));
   byId("image-name").textContent = byId("image-name").title = picture.name;
-  for (const panel of panels) panel.clear();
+  clicks.finish();
+  for (const panel of panels) {
+    panel.edits.clear();
+    panel.clear();
+  }
   boxes.clear();
   scene.boxes = [];
   const note = views.shown.stage.showAll() ? "" : ": a part is shown";
@@ -265,6 +273,7 @@ async function start() {
     showError(error);
     return;
   }
+  byId("tool-click").hidden = !answersClicks;
   layPanels();
 }
 
@@ -288,7 +297,10 @@ function layPanels() {
   const onCurl = (panel) => showCurl(scene.picture.name, requestOf(panel));
   const onBox = (box) => boxes.add(box);
   const colourOf = (prompt) => prompts.colourOf(prompt);
-  const callbacks = { ...failed, onView: drawAll, onBox, onCurl, onPick, colourOf };
+  const onShow = (panel, shown) => clicks.show(panel, shown);
+  const onRow = (panel, item) => clicks.isOn && clicks.select(panel, item);
+  const callbacks = { ...failed, onView: drawAll, onBox, onCurl, onPick, onShow, onRow, colourOf };
+  clicks.finish();
   panels = ids
     .map((id) => (id === BASE ? null : id))
     .map((id) => panels.find((panel) => panel.adapter === id) ?? new Panel(id, scene, callbacks));
@@ -304,14 +316,14 @@ takeImages({ take, onSample: useSample });
 document.addEventListener("keydown", (event) => {
   if (!event.ctrlKey && !event.metaKey) return;
   if (event.key === "Enter") ask();
-  if (event.key === "z" && !event.target.matches("input")) boxes.undo();
+  if (event.key === "z" && !clicks.isOn && !event.target.matches("input")) boxes.undo();
 });
 byId("ask").addEventListener("click", () => {
   focusPicture();
   ask();
 });
 byId("cancel").addEventListener("click", cancel);
-wireLooks(scene, { draw: drawAll, stage: () => views.shown.stage });
+wireLooks(scene, { draw: drawAll, stage: () => views.shown.stage, onTool: () => clicks.showBar() });
 
 layPanels();
 start();

@@ -25,12 +25,14 @@ const dense = await call("v1/adapters?limit=50&task=dense").then(firstUsable, ()
 const requests = {
   "/v1/segment": { prompts: PROMPTS, ...(adapter && { adapter: adapter.id }) },
   "/v1/dense": { adapter: dense?.id ?? "land-cover" },
+  "/v1/refine": { objects: [{ clicks: [{ x: 100, y: 80, label: 1 }] }] },
 };
 
 function firstUsable({ adapters }) {
   return adapters.find(({ task, error }) => task === "dense" && !error);
 }
 
+const takesRaw = (content) => "application/octet-stream" in content;
 const codeOf = (text) => make("code", { textContent: text });
 
 function command(title, text) {
@@ -50,8 +52,9 @@ function commands(path, content) {
   const asked = requests[path] ?? null;
   const forms = [
     ["Multipart: the image as a file, the request as JSON", multipartOf(url, FILE, asked, isKeyed)],
-    ["Raw: the image as the body, the request as query parameters", rawOf(url, FILE, asked, isKeyed)],
   ];
+  const raw = "Raw: the image as the body, the request as query parameters";
+  if (takesRaw(content)) forms.push([raw, rawOf(url, FILE, asked, isKeyed)]);
   const uploaded = () => uploadedOf(url, address("/v1/images"), FILE, asked, isKeyed);
   if (asked) forms.push(["JSON: about an uploaded image", uploaded()]);
   return forms.flatMap(([title, text]) => command(asked ? title : title.replace(/, the request.*/, ""), text));
@@ -105,7 +108,7 @@ function describe(path, method, operation) {
     const { schema } = content["application/json"];
     const about = operation.requestBody.description;
     section.append(folded("Request", ...(about ? [make("p", {}, ...rich(about))] : []), ...schemas.tables(schema)));
-    if (asked) section.append(folded("Query parameters of the raw form", rawTable(schema)));
+    if (asked && takesRaw(content)) section.append(folded("Query parameters of the raw form", rawTable(schema)));
   }
   if (shownQuery.length) section.append(folded("Query parameters", parameterTable(shownQuery)));
   if (headers.length) section.append(folded("Headers", parameterTable(headers)));

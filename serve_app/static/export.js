@@ -5,19 +5,21 @@ import { drawDetections, drawExamples } from "./drawing.js";
 /** The answer with the detections that `select` left under `settings`, in the form of a response. */
 export function toJson(answer, chosen, settings) {
   const results = answer.results.map(({ prompt, presence }, index) => {
-    const detections = chosen[index].map(({ score, box_xyxy, area_px, mask }) => ({ score, box_xyxy, area_px, mask }));
+    const detections = chosen[index].map(({ score, box_xyxy, area_px, mask, corrected }) => {
+      return { score, box_xyxy, area_px, mask, ...(corrected && { corrected }) };
+    });
     return { prompt, presence, num_detections: detections.length, detections };
   });
   const { request_id, image, adapter, timing_ms } = answer;
   return JSON.stringify({ request_id, image, adapter, settings, results, timing_ms }, null, 1);
 }
 
-/** A COCO file of one image, with scores and compressed RLE masks. */
+/** A COCO file of one image, with scores and compressed RLE masks; what a person clicked is marked as `corrected`. */
 export function toCoco(answer, chosen, fileName) {
   const { width, height } = answer.image;
   const categories = answer.results.map(({ prompt }, index) => ({ id: index + 1, name: prompt }));
   const annotations = chosen.flatMap((detections, index) =>
-    detections.map(({ score, box_xyxy: [x0, y0, x1, y1], area_px, mask }) => ({
+    detections.map(({ score, box_xyxy: [x0, y0, x1, y1], area_px, mask, corrected }) => ({
       image_id: 1,
       category_id: index + 1,
       segmentation: mask,
@@ -25,6 +27,7 @@ export function toCoco(answer, chosen, fileName) {
       area: area_px,
       iscrowd: 0,
       score,
+      ...(corrected && { corrected }),
     })),
   );
   const numbered = annotations.map((annotation, index) => ({ id: index + 1, ...annotation }));

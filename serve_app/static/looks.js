@@ -2,8 +2,8 @@
 
 import { byId } from "./elements.js";
 
-/** `scene` as of `Stage`; `draw()` draws all panels; `stage()` is the stage that is seen. */
-export function wireLooks(scene, { draw, stage }) {
+/** `scene` as of `Stage`; `draw()` draws all panels; `stage()` is the stage that is seen; `onTool()` follows the tool. */
+export function wireLooks(scene, { draw, stage, onTool }) {
   for (const name of ["masks", "boxes", "labels"]) {
     byId(`show-${name}`).addEventListener("change", (event) => {
       scene.show[name] = event.target.checked;
@@ -18,7 +18,8 @@ export function wireLooks(scene, { draw, stage }) {
   });
   byId("tool").addEventListener("change", (event) => {
     scene.tool = event.target.value;
-    byId("box-help").hidden = scene.tool === "move";
+    byId("box-help").hidden = !["positive", "negative"].includes(scene.tool);
+    onTool();
     draw();
   });
   byId("zoom-in").addEventListener("click", () => stage().zoomBy(1.5));

@@ -2,11 +2,13 @@
 
 import { known, knows } from "./adapters.js";
 import { byId, download, keepFocus, make } from "./elements.js";
+import { Edits } from "./edits.js";
 import { toCoco, toJson, toPng } from "./export.js";
 import { Stage } from "./stage.js";
 
 export class Panel {
   element = byId("panel-template").content.firstElementChild.cloneNode(true);
+  edits = new Edits(); // what a person corrected or added
   #scene;
   #colourOf;
   #answer = null; // results without empty masks
@@ -14,18 +16,25 @@ export class Panel {
   #settings = null;
   #chosen = []; // detections that are left, for each prompt
   #closed = new Set(); // prompts whose lists are folded
+  #onRow;
   #rows = new Map(); // detection -> its row
 
   /**
    * `adapter` null is the base. `scene` and callbacks as of `Stage`; also `colourOf(prompt)`, `onFail(error)` when a
-   * file cannot be made, `onCurl(panel)`, and `onPick(id)` when another adapter is to be asked.
+   * file cannot be made, `onCurl(panel)`, `onPick(id)` when another adapter is to be asked, `onShow(panel, shown)` for
+   * clicks on the picture, and `onRow(panel, item)` for a click on an entry of the list.
    */
   constructor(adapter, scene, callbacks) {
     this.adapter = adapter;
     this.#scene = scene;
     this.#colourOf = callbacks.colourOf;
     this.#part("title").textContent = this.name;
-    this.stage = new Stage(this.#part("canvas"), scene, { ...callbacks, onPoint: (found) => this.highlight(found) });
+    this.stage = new Stage(this.#part("canvas"), scene, {
+      ...callbacks,
+      onPoint: (found) => this.highlight(found),
+      onShow: (shown) => callbacks.onShow(this, shown),
+    });
+    this.#onRow = (item) => callbacks.onRow(this, item);
     this.#part("canvas").setAttribute("aria-label", `Image with the detections of ${adapter ?? "the base model"}`);
     this.#part("json").addEventListener("click", () => {
       download(this.#fileName("json"), toJson(this.#answer, this.#chosen, this.#settings), "application/json");
@@ -58,6 +67,17 @@ export class Panel {
 
   get hasAnswer() {
     return this.#answer !== null;
+  }
+
+  /** What was asked, and so what new objects can be named. */
+  get prompts() {
+    return this.#answer?.results.map(({ prompt }) => prompt) ?? [];
+  }
+
+  /** Mark the clicks on the object in hand, an `Edit`; null marks none. */
+  mark(edit) {
+    this.stage.marks = edit && { clicks: edit.clicks, box: edit.box, detection: edit.detection };
+    this.stage.draw();
   }
 
   setBusy(isBusy) {
@@ -104,7 +124,9 @@ export class Panel {
     this.#settings = settings;
     if (!this.#answer) return "";
     const { results } = this.#answer;
-    this.#chosen = results.map((result) => (this.#isFinal ? result.detections : select(result, settings)));
+    this.#chosen = results.map((result) => {
+      return this.edits.applyTo(result.prompt, this.#isFinal ? result.detections : select(result, settings));
+    });
     this.stage.items = this.#chosen
       .flatMap((detections, index) => {
         const { prompt } = results[index];
@@ -171,8 +193,11 @@ export class Panel {
       const colour = this.#colourOf(prompt);
       const group = make("details", { open: !this.#closed.has(prompt), className: "group", colour });
       const all = detections.length;
-      const left = this.#isFinal || !all ? `${chosen.length} found` : `${chosen.length} of ${all} candidates`;
-      const facts = presence === null ? "…" : `${left} · presence ${presence.toFixed(2)}`;
+      const edited = chosen.filter(({ corrected }) => corrected).length;
+      const own = chosen.length - edited;
+      const left = this.#isFinal || !all ? `${own} found` : `${own} of ${all} candidates`;
+      const byClicks = edited ? ` · ${edited} by clicks` : "";
+      const facts = presence === null ? "…" : `${left}${byClicks} · presence ${presence.toFixed(2)}`;
       const title = make("span", { className: "group-title", textContent: prompt });
       group.append(make("summary", {}, title, make("span", { className: "soft", textContent: facts })));
       group.append(make("ol", {}, ...chosen.map((detection, number) => this.#row(detection, number, prompt))));
@@ -190,6 +215,11 @@ export class Panel {
     const area = make("span", { className: "area", textContent: `${detection.area_px.toLocaleString("en")} px` });
     const row = make("button", { type: "button", className: "row", tabIndex: number ? -1 : 0 }, bar, score, area);
     row.ariaLabel = `${prompt} ${number + 1}, score ${score.textContent}, ${area.textContent}`;
+    if (detection.corrected) {
+      score.prepend("✎ ");
+      row.ariaLabel += ", by clicks";
+    }
+    row.addEventListener("click", () => this.#onRow({ detection, prompt }));
     row.addEventListener("pointerenter", () => this.highlight(detection));
     row.addEventListener("pointerleave", () => this.highlight(null));
     row.addEventListener("focus", () => this.highlight(detection));

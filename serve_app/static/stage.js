@@ -1,17 +1,20 @@
 // One canvas with the image and what was found in it: zoom, pan, pointing at detections, drawing example boxes.
 
+import { drawClickMarks } from "./click_marks.js";
 import { drawCrosshair, drawDetections, drawExamples, pathOf, screenStep } from "./drawing.js";
 
 const CLICK_PX = 4; // a pointer that moved less did not draw a box
 
 /**
- * `scene` is shared by all stages and owned by the page: { picture, viewport, tool ("move", "positive", "negative"),
- * boxes, show }. Callbacks: `onView()` after zoom or pan, `onBox({ xyxy, label })`, `onPoint(detection or null)`.
+ * `scene` is shared by all stages and owned by the page: { picture, viewport, tool ("move", "click", "positive",
+ * "negative"), boxes, show }. Callbacks: `onView()` after zoom or pan, `onBox({ xyxy, label })`, `onPoint(detection or
+ * null)`, `onShow({ click: { x, y, isOut }, item })` or `onShow({ box })` with the tool "click".
  */
 export class Stage {
   items = [];
   ghosts = []; // items of another adapter, to compare with
   highlight = null;
+  marks = null; // of the object in hand: { clicks, box, detection }
   #canvas;
   #scene;
   #on;
@@ -83,11 +86,14 @@ export class Stage {
     context.imageSmoothingEnabled = scale < 4;
     context.imageSmoothingQuality = "high";
     context.drawImage(picture.bitmap, 0, 0, picture.width, picture.height);
-    const { ghosts, highlight } = this;
+    const { ghosts } = this;
+    const inHand = this.items.find(({ detection }) => detection === this.marks?.detection)?.detection;
+    const highlight = this.highlight ?? inHand ?? null;
     const options = { pixel: 1 / scale, width: picture.width, height: picture.height, step: screenStep(picture), show };
     drawDetections(context, this.items, { ...options, ghosts, highlight });
     const drawn = this.#corner ? [...boxes, this.#boxBeingDrawn()] : boxes;
     drawExamples(context, drawn, 1 / scale);
+    if (this.marks) drawClickMarks(context, this.marks, 1 / scale);
     if (this.#hasKeyboardCursor && tool !== "move") drawCrosshair(context, this.#cursor, 1 / scale);
   }
 
@@ -106,6 +112,10 @@ export class Stage {
 
   /** The smallest detection under a place. */
   #detectionAt(place) {
+    return this.#itemAt(place)?.detection ?? null;
+  }
+
+  #itemAt(place) {
     const [x, y] = this.#scene.viewport.toImage(place, ...this.#canvasSize());
     const context = this.#canvas.getContext("2d");
     context.save();
@@ -117,7 +127,7 @@ export class Stage {
     });
     context.restore();
     under.sort((a, b) => a.detection.area_px - b.detection.area_px);
-    return under[0]?.detection ?? null;
+    return under[0] ?? null;
   }
 
   // ---- pointer -----------------------------------------------------------------------------------------------------
@@ -161,6 +171,7 @@ export class Stage {
     if (this.#corner && this.#pointers.has(event.pointerId)) {
       const { scale } = this.#scene.viewport.transform(...this.#canvasSize());
       if (distance(this.#corner, this.#cursor) * scale >= CLICK_PX) this.#finishBox();
+      else if (this.#scene.tool === "click") this.#click(this.#placeOf(event), event.altKey);
     }
     this.#cancel(event);
     if (event.pointerType !== "mouse" && this.#scene.picture && this.#scene.tool === "move") {
@@ -189,7 +200,7 @@ export class Stage {
 
   #key(event) {
     const { picture, tool } = this.#scene;
-    if (!picture || event.ctrlKey || event.metaKey || event.altKey) return;
+    if (!picture || event.ctrlKey || event.metaKey || (event.altKey && event.key !== "Enter")) return;
     const way = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
     if (way) {
       this.#step(way, event.shiftKey);
@@ -199,6 +210,10 @@ export class Stage {
       this.zoomBy(0.8);
     } else if (event.key === "Escape") {
       this.#dropCorner();
+    } else if (event.key === "Enter" && tool === "click") {
+      this.#showCursor();
+      this.draw();
+      this.#click(this.#placeOn(this.#cursor), event.altKey);
     } else if ((event.key === "Enter" || event.key === " ") && tool !== "move") {
       this.#setCorner();
     } else {
@@ -234,19 +249,37 @@ export class Stage {
     this.draw();
   }
 
+  // ---- clicks ------------------------------------------------------------------------------------------------------
+
+  /** A click on the pixel at a place; beside the image it is none. */
+  #click(place, isOut) {
+    const { picture, viewport } = this.#scene;
+    const [x, y] = viewport.toImage(place, ...this.#canvasSize()).map(Math.floor);
+    if (x < 0 || y < 0 || x >= picture.width || y >= picture.height) return;
+    this.#on.onShow({ click: { x, y, isOut }, item: this.#itemAt(place) });
+  }
+
+  /** Where the middle of a pixel is on the canvas. */
+  #placeOn([x, y]) {
+    const { picture, viewport } = this.#scene;
+    const { scale, left, top } = viewport.transform(...this.#canvasSize());
+    return [left + (Math.min(x, picture.width - 1) + 0.5) * scale, top + (Math.min(y, picture.height - 1) + 0.5) * scale];
+  }
+
   // ---- boxes -------------------------------------------------------------------------------------------------------
 
   #boxBeingDrawn() {
     const [[xa, ya], [xb, yb]] = [this.#corner, this.#cursor];
     const xyxy = [Math.min(xa, xb), Math.min(ya, yb), Math.max(xa, xb), Math.max(ya, yb)];
-    return { xyxy, label: this.#scene.tool === "positive" ? 1 : 0 };
+    return { xyxy, label: this.#scene.tool === "negative" ? 0 : 1 };
   }
 
   #finishBox() {
     const box = this.#boxBeingDrawn();
     if (box.xyxy[0] === box.xyxy[2] || box.xyxy[1] === box.xyxy[3]) return;
     this.#corner = null;
-    this.#on.onBox(box);
+    if (this.#scene.tool === "click") this.#on.onShow({ box: box.xyxy });
+    else this.#on.onBox(box);
   }
 
   #dropCorner() {

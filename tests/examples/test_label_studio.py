@@ -225,16 +225,14 @@ def test_a_drawn_rectangle_returns_the_object_in_it(service):
     assert len(everything["results"][0]["result"]) == 2
 
 
-def test_key_points_are_small_boxes_inside_the_image(service):
-    context = {"result": [key_point(50, 50), key_point(0, 100, is_positive=False)]}
-    drawn = read_drawn(context)
+def test_key_points_are_small_boxes_where_the_service_answers_no_clicks():
+    drawn = read_drawn({"result": [key_point(50, 50), key_point(0, 100, is_positive=False)]})
     assert drawn is not None
-    assert drawn.label == "Moss"
-    (first, one), (second, zero) = drawn.boxes
+    assert (drawn.label, drawn.boxes) == ("Moss", [])
+    (first, one), (second, zero) = drawn.as_examples()
     assert (one, zero) == (1, 0)
     np.testing.assert_allclose(first, (19.6, 9.6, 20.4, 10.4))
-    np.testing.assert_allclose(second, (0, 19.6, 0.4, 20))
-    assert len(drawn.wanted_xyxy) == 1
+    np.testing.assert_allclose(second, (0, 19.1, 0.4, 19.9))
 
 
 def test_drawn_boxes_are_cut_at_the_image_and_others_are_ignored():
@@ -248,6 +246,76 @@ def test_drawn_boxes_are_cut_at_the_image_and_others_are_ignored():
     for nothing in ([], [rectangle(10, 10, 0, 5)], [{"type": "brushlabels", "value": {}}]):
         assert read_drawn({"result": nothing}) is None
     assert read_drawn(None) is read_drawn({}) is None
+
+
+class ClickedService(Service):
+    """Outlines the box, or a square around the last click inside."""
+
+    def handle(self, request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/adapters":
+            return httpx.Response(200, json={"adapters": [], "total": 0, "next": None, "clicks": True})
+        if request.url.path == "/v1/segment":
+            return super().handle(request)
+        assert request.url.path == "/v1/refine"
+        asked = json.loads(parts_of(request)["request"])
+        self.requests.append(asked)
+        (shown,) = asked["objects"]
+        if "box" in shown:
+            x0, y0, x1, y1 = (int(side) for side in shown["box"])
+        else:
+            x, y = next((int(one["x"]), int(one["y"])) for one in shown["clicks"][::-1] if one["label"])
+            x0, y0, x1, y1 = x - 3, y - 3, x + 3, y + 3
+        area_px = 0 if x0 < 0 else (x1 - x0) * (y1 - y0)
+        found = {"score": 0.8, "object_score": 0.9, "box_xyxy": [x0, y0, x1, y1], "area_px": area_px, "mask_id": None}
+        found["alternatives"] = []
+        if asked["masks"] == "rle":
+            found["mask"] = rle(mask_of((x0, y0, x1, y1)))
+        elif asked["masks"] == "polygon":
+            found["mask"] = [[x0, y0, x1, y0, x1, y1, x0, y1]]
+        body = {"request_id": "r", "image": {"width": WIDTH, "height": HEIGHT}, "adapter": asked["adapter"]}
+        return httpx.Response(200, json={**body, "objects": [found], "timing_ms": {}})
+
+
+def clicked_regions(service: Service, control: str, *drawn: dict[str, Any], **options: Any) -> list[dict[str, Any]]:
+    body = predict_body(config(control), DATA_URI, context={"result": list(drawn)})
+    (prediction,) = open_made(service, None, **options).post("/predict", json=body).json()["results"]
+    return prediction["result"]
+
+
+def test_key_points_say_what_belongs_to_one_object():
+    service = ClickedService()
+    (region,) = clicked_regions(service, "BrushLabels", key_point(50, 50), key_point(100, 100, is_positive=False))
+    (asked,) = service.requests
+    assert asked["objects"] == [
+        {"clicks": [{"x": 20, "y": 10, "label": 1}, {"x": 39.5, "y": 19.5, "label": 0}]}
+    ]  # in the image: its last pixel begins at 39
+    assert (asked["adapter"], asked["masks"]) == (None, "rle")
+    assert (region["value"]["brushlabels"], region["score"]) == (["Moss"], 0.8)
+    mask_HW = decode_brush_rle(region["value"]["rle"]).reshape(HEIGHT, WIDTH, 4)[..., 3] > 0
+    np.testing.assert_array_equal(mask_HW, mask_of((17, 7, 23, 13)))
+
+
+def test_a_rectangle_with_key_points_in_each_kind_of_region():
+    service = ClickedService()
+    drawn = (rectangle(50, 25, 25, 50), rectangle(0, 0, 10, 20) | {"is_positive": False})
+    (outline,) = clicked_regions(service, "PolygonLabels", *drawn)
+    (shown,) = service.requests[0]["objects"]
+    assert shown == {"clicks": [{"x": 2, "y": 2, "label": 0}], "box": [20, 5, 30, 15]}
+    assert sorted(outline["value"]["points"]) == [[50, 25], [50, 75], [75, 25], [75, 75]]
+    (box,) = clicked_regions(service, "RectangleLabels", *drawn)
+    assert box["value"].items() >= {"x": 50, "y": 25, "width": 25, "height": 50}.items()
+    assert [one["value"]["rectanglelabels"] for one in (box,)] == [["Crack"]]
+
+
+def test_nothing_under_the_clicks_is_no_region():
+    assert clicked_regions(ClickedService(), "BrushLabels", key_point(1, 50)) == []
+
+
+def test_everything_alike_is_found_by_example():
+    service = ClickedService()
+    regions = clicked_regions(service, "BrushLabels", key_point(50, 50), all_alike=True)
+    assert len(regions) == 2
+    assert [box["label"] for box in service.requests[0]["boxes"]] == [1]
 
 
 def test_objects_under_boxes():

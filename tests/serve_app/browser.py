@@ -129,11 +129,11 @@ class Browser:
         if key:
             self.press(key)
 
-    def press(self, key: str, *, shift: bool = False, ctrl: bool = False) -> None:
+    def press(self, key: str, *, shift: bool = False, ctrl: bool = False, alt: bool = False) -> None:
         text = "" if ctrl else {"Enter": "\r", " ": " "}.get(key, key if len(key) == 1 else "")
         code = {"Enter": 13, "Backspace": 8, "Escape": 27, "Tab": 9, " ": 32}.get(key, 0)
         code = code or {"z": 90, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}.get(key, 0)
-        shared = {"key": key, "windowsVirtualKeyCode": code, "modifiers": 8 * shift + 2 * ctrl}
+        shared = {"key": key, "windowsVirtualKeyCode": code, "modifiers": 8 * shift + 2 * ctrl + alt}
         self.call("Input.dispatchKeyEvent", type="keyDown" if text else "rawKeyDown", text=text, **shared)
         self.call("Input.dispatchKeyEvent", type="keyUp", **shared)
 
@@ -164,8 +164,9 @@ class Browser:
             " return {x, y, width, height}; })()"
         )
 
-    def drag(self, start: tuple[float, float], end: tuple[float, float]) -> None:
+    def drag(self, start: tuple[float, float], end: tuple[float, float], *, alt: bool = False) -> None:
         """Press the left button, move, let go."""
+        held = {"clickCount": 1, "modifiers": int(alt)}
         for kind, (x, y), buttons in (
             ("mouseMoved", start, 0),
             ("mousePressed", start, 1),
@@ -173,7 +174,7 @@ class Browser:
             ("mouseReleased", end, 0),
         ):
             button = "none" if kind == "mouseMoved" else "left"
-            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button=button, buttons=buttons, clickCount=1)
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button=button, buttons=buttons, **held)
 
     def press_on(self, selector: str) -> None:
         """A click or a tap in the middle of an element, as by hand: whatever lies over it is hit instead."""

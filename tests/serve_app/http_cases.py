@@ -34,6 +34,11 @@ from serve_app.messages import (
     ImageFile,
     ImageReply,
     LabelledClass,
+    RefineCall,
+    RefinedMask,
+    RefinedMasks,
+    RefinedObject,
+    RefineReply,
     SegmentCall,
     SegmentReply,
 )
@@ -98,6 +103,23 @@ def labels_of(call: DenseCall) -> DenseReply:
     return DenseReply(SIZE_HW, classes, png, {"decode": 0.5, "forward": 2.0})
 
 
+def masks_of(asked: RefinedObject, multimask: bool | None) -> RefinedMasks:
+    """The box, or a square around the last click; smaller ones as the alternatives of a single click."""
+    height, width = SIZE_HW
+    if asked.box_xyxy is not None:
+        x0, y0, x1, y1 = (round(value) for value in asked.box_xyxy)
+    else:
+        x, y = int(asked.clicks[-1].x), int(asked.clicks[-1].y)
+        x0, y0, x1, y1 = max(0, x - 6), max(0, y - 6), min(width, x + 6), min(height, y + 6)
+    alone = len(asked.clicks) == 1 and asked.box_xyxy is None and asked.mask is None
+    number = 3 if multimask or (alone and multimask is None) else 1
+    masks = [
+        RefinedMask(0.9 - 0.1 * step, rectangle(x0 + step, y0 + step, x1, y1), f"msk_{step:032x}")
+        for step in range(number)
+    ]
+    return RefinedMasks(masks, 0.75)
+
+
 @dataclass
 class FakeBackend:
     """Answers rectangles and labels; remembers calls. `block` keeps segment calls waiting until it is set."""
@@ -111,6 +133,8 @@ class FakeBackend:
     num_cancelled: int = 0
     label_answer: Callable[[DenseCall], Any] | None = None
     labelled: list[DenseCall] = field(default_factory=list)
+    refine_answer: Callable[[RefineCall], Any] | None = None
+    refined: list[RefineCall] = field(default_factory=list)
 
     async def segment(self, call: SegmentCall) -> SegmentReply | ServeError:
         self.calls.append(call)
@@ -127,7 +151,8 @@ class FakeBackend:
         if call.image.data is None and call.image.key not in [image.key for image in self.kept]:
             return ServeError("image_not_found", "the image is not kept: upload it again")
         results = [found(prompt, masks=call.masks) for prompt in call.prompts or ("visual",)]
-        return SegmentReply(SIZE_HW, results, {"decode": 0.5, "forward": 2.0})
+        ids = [[f"msk_{row:032x}" for row in range(len(one))] for one in results] if call.keep_masks else None
+        return SegmentReply(SIZE_HW, results, {"decode": 0.5, "forward": 2.0}, ids)
 
     async def label(self, call: DenseCall) -> DenseReply | ServeError:
         self.labelled.append(call)
@@ -136,6 +161,15 @@ class FakeBackend:
         if call.image.data is None and call.image.key not in [image.key for image in self.kept]:
             return ServeError("image_not_found", "the image is not kept: upload it again")
         return labels_of(call)
+
+    async def refine(self, call: RefineCall) -> RefineReply | ServeError:
+        self.refined.append(call)
+        if self.refine_answer is not None:
+            return self.refine_answer(call)
+        if call.image.data is None and call.image.key not in [image.key for image in self.kept]:
+            return ServeError("image_not_found", "the image is not kept: upload it again")
+        masks = [masks_of(asked, call.multimask) for asked in call.objects]
+        return RefineReply(SIZE_HW, masks, {"decode": 0.5, "forward": 2.0})
 
     async def keep_image(self, image: ImageFile, timeout_s: float) -> ImageReply | ServeError:
         cached = image.key in [known.key for known in self.kept]
@@ -165,7 +199,7 @@ class FakeBackend:
 
 def page_of(*adapters: AdapterResponse, total: int | None = None, has_more: bool = False) -> AdapterPage:
     rows = [AdapterRow(info.id, info.resident, info.model_dump_json()) for info in adapters]
-    return AdapterPage(rows, len(rows) if total is None else total, has_more)
+    return AdapterPage(rows, len(rows) if total is None else total, has_more, clicks=True)
 
 
 def make_settings(**limits: Any) -> ServeSettings:

@@ -22,6 +22,8 @@ from serve_app.messages import (
     DenseReply,
     ImageFile,
     ImageReply,
+    RefineCall,
+    RefineReply,
     SegmentCall,
     SegmentReply,
 )
@@ -40,6 +42,9 @@ class LocalBackend:
 
     async def label(self, call: DenseCall) -> DenseReply | ServeError:
         return await self.replica.label(call)
+
+    async def refine(self, call: RefineCall) -> RefineReply | ServeError:
+        return await self.replica.refine(call)
 
     async def keep_image(self, image: ImageFile, timeout_s: float) -> ImageReply | ServeError:
         return await self.replica.keep_image(image, timeout_s)

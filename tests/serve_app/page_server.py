@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import io
+import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,6 +43,7 @@ ADAPTERS = [
     {"id": "shapes", "prompts": ["gear", "arrow"], "post_processing": POST.model_dump()},
     {"id": "torn", "prompts": [], "post_processing": None, "error": "adapter_config.json is missing"},
 ]
+MOST_CLICKS = 6  # on one object
 Answer = Callable[[np.ndarray, dict[str, Any]], list[dict[str, Any]]]
 
 
@@ -80,6 +82,21 @@ def canned(image: np.ndarray, question: dict[str, Any]) -> list[dict[str, Any]]:
     return results
 
 
+def clicked(size_hw: tuple[int, int], asked: dict[str, Any]) -> dict[str, Any]:
+    """The box, or else what encloses the clicks inside by 12 pixels; cut off to the right of the clicks outside."""
+    inside = np.array([(one["x"], one["y"]) for one in asked["clicks"] if one["label"]]).reshape(-1, 2)
+    x0, y0, x1, y1 = asked["box"] or (*(inside.min(0) - 12), *(inside.max(0) + 12))
+    x1 = min([x1, *(one["x"] for one in asked["clicks"] if not one["label"])])
+    box = tuple(int(min(max(side, 0), most)) for side, most in zip((x0, y0, x1, y1), 2 * size_hw[::-1], strict=True))
+
+    def mask(score: float, smaller: int) -> dict[str, Any]:
+        found = detection(score, (box[0] + smaller, box[1] + smaller, box[2] - smaller, box[3] - smaller), size_hw)
+        return found | {"mask_id": "msk_" + hashlib.md5(json.dumps(found).encode()).hexdigest()}
+
+    is_single = len(asked["clicks"]) == 1 and not asked["box"] and not asked["mask"]
+    return mask(0.85, 0) | {"object_score": 0.99, "alternatives": [mask(0.5, 4), mask(0.4, 8)] if is_single else []}
+
+
 class PageServer:
     """What the page was told and asked.
 
@@ -87,14 +104,25 @@ class PageServer:
         answer: From an RGB image and a request to `results`.
         adapters: What GET /v1/adapters says; may be changed while it runs.
         api_key: Asked of every call if given.
+        clicks: Whether it answers POST /v1/refine.
 
     Attributes:
         questions: Requests to segment, without those refused for a prompt.
+        refined: Requests to refine.
         listings: Query parameters of GET /v1/adapters.
     """
 
-    def __init__(self, answer: Answer = canned, adapters: list[dict] = ADAPTERS, api_key: str | None = None) -> None:
+    def __init__(
+        self,
+        answer: Answer = canned,
+        adapters: list[dict] = ADAPTERS,
+        api_key: str | None = None,
+        *,
+        clicks: bool = False,
+    ) -> None:
         self.questions: list[dict[str, Any]] = []
+        self.refined: list[dict[str, Any]] = []
+        self.keeps_masks = True
         self.listings: list[dict[str, str]] = []
         self.adapters = adapters
         self.num_uploads = 0
@@ -132,6 +160,7 @@ class PageServer:
                 "total": len(found),
                 "next": None if is_last else page[-1]["id"],
                 "base_post_processing": POST.model_dump(),
+                "clicks": clicks,
                 "request_id": "a1",
             }
 
@@ -173,6 +202,26 @@ class PageServer:
                 "timing_ms": {"decode": 1.5, "model": 12.0, "total": 14.25},
             }
 
+        @app.post("/v1/refine")
+        async def refine(request: Request) -> Any:
+            question = await request.json()
+            self.refined.append(question)
+            image = self.images.get(question["image_id"])
+            if image is None:
+                return _error(404, "image_not_found", "no such image")
+            (asked,) = question["objects"]
+            if not self.keeps_masks and "mask_id" in (asked["mask"] or {}):
+                return _error(404, "mask_not_found", "no such mask")
+            if len(asked["clicks"]) > MOST_CLICKS:
+                return _error(422, "invalid_click", "too many clicks", field="objects[0].clicks")
+            return {
+                "request_id": "r",
+                "image": {"width": image.shape[1], "height": image.shape[0]},
+                "adapter": question["adapter"],
+                "objects": [clicked(image.shape[:2], asked)],
+                "timing_ms": {"total": 4.5},
+            }
+
         app.mount("/static", StaticFiles(directory=STATIC))
 
     def _post_process(self, question: dict[str, Any], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -185,6 +234,8 @@ class PageServer:
                 overlaps = coco_mask.iou([found["mask"]], rivals, [0] * len(rivals)) if rivals else np.zeros(1)
                 if found["score"] >= settings["threshold"] and np.max(overlaps) <= settings["nms_iou"]:
                     kept.append(found)
+                    if question.get("keep_masks"):
+                        found["mask_id"] = "msk_" + hashlib.md5(found["mask"]["counts"].encode()).hexdigest()
             result.update(detections=kept[: settings["max_detections"]], num_detections=len(kept))
         return results
 

@@ -15,7 +15,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from serve_app.http.backend import ServeBackend
 from serve_app.http.errors import ServeError
 from serve_app.http.schemas import AdapterResponse
-from serve_app.messages import DenseCall, ImageFile, SegmentCall, SegmentReply
+from serve_app.messages import DenseCall, ImageFile, RefineCall, SegmentCall, SegmentReply
 from serve_app.settings import MESSAGE_LENGTH_VARIABLE, Limits, ServeSettings
 
 from .http_cases import page_of
@@ -52,7 +52,7 @@ class FakeHandle:
         self.keys: list[str] = []
         self.sent: list[tuple[Any, ...]] = []
         self.responses: list[FakeResponse] = []
-        self.segment = self.label = self.keep_image = self
+        self.segment = self.label = self.refine = self.keep_image = self
 
     def options(self, *, session_id: str) -> FakeHandle:
         self.keys.append(session_id)
@@ -106,6 +106,16 @@ def test_replies_are_passed_on_and_equal_images_and_adapters_go_to_the_same_repl
     assert ask(handle, SegmentCall(ImageFile("key", b"image"), ("crack",), adapter="cracks")) is refusal
     ask(handle, SegmentCall(ImageFile("key"), ("crack",), adapter="cracks"))
     assert handle.keys == ["key", "adapter cracks", "key"]
+
+
+def test_calls_about_kept_masks_go_where_the_image_is():
+    image = ImageFile("key", b"image")
+    handle = FakeHandle(REPLY, REPLY)
+    ask(handle, SegmentCall(image, ("crack",), adapter="cracks", keep_masks=True))
+    backend = ServeBackend(handle, ServeSettings())
+    assert asyncio.run(backend.refine(RefineCall(image, (), adapter="cracks", timeout_s=5.0))) is REPLY
+    assert handle.keys == ["key", "key"]
+    assert handle.sent[1][0].timeout_s == 5.0
 
 
 def test_calls_for_labels_go_where_their_adapter_or_their_image_is():

@@ -45,7 +45,7 @@ def completed(case: Any) -> Any:
         case.body["image"] = PNG
     else:
         case.body = PNG
-    if case.operation.path in ("/v1/segment", "/v1/dense"):
+    if case.operation.path in ("/v1/segment", "/v1/dense", "/v1/refine"):
         fields = case.query if in_query else case.body
         if case.media_type == "multipart/form-data":
             fields = case.body.setdefault("request", {})
@@ -55,6 +55,11 @@ def completed(case: Any) -> Any:
         fields["adapter"] = fields.get("adapter") or "land-cover"
         if fields.get("classes"):
             fields["classes"] = [f"class {number}" for number in range(len(fields["classes"]))]
+    if case.operation.path == "/v1/refine":
+        for one in fields.setdefault("objects", [{}]):
+            one["clicks"] = [{"x": 3.5, "y": 40, "label": 0} for _ in one.get("clicks") or [None]]
+            one["box"] = None if one.get("box") is None else BOX["xyxy"]
+            one["mask"] = None if one.get("mask") is None else {"mask_id": "msk_" + 32 * "0"}
     if case.operation.path == "/v1/segment":
         prompts = fields.get("prompts") or ["crack"]
         fields["prompts"] = ["".join(filter(str.isalpha, prompt)) or "crack" for prompt in prompts]

@@ -12,6 +12,7 @@ import pytest
 
 from serve_app.http.dense_schemas import DenseRequest
 from serve_app.http.ingress import create_api
+from serve_app.http.refine_schemas import RefineRequest
 from serve_app.http.schemas import SegmentRequest
 from serve_app.settings import ServeSettings
 
@@ -61,6 +62,7 @@ def test_commands_of_the_documentation_run_as_they_are(docs: Browser, folder: Pa
     assert [[result["prompt"] for result in answer["results"]] for answer in segmented] == [["gear", "arrow"]] * 3
     labelled = [json.loads(answer) for answer in answers if '"label_png"' in answer]
     assert [answer["adapter"] for answer in labelled] == ["land-cover"] * 3
+    assert sum('"alternatives"' in answer for answer in answers) == 2
     assert sum('"image_id"' in answer for answer in answers) == 2
     assert sum('"adapters"' in answer for answer in answers) == 1
 
@@ -89,7 +91,7 @@ def test_the_documentation_is_readable(docs: Browser):
     width = docs.value("[document.documentElement.scrollWidth, innerWidth]")
     assert width[0] <= width[1]
     assert [entry for entry in docs.names() if not entry[1].strip()] == []
-    for route, model in (("segment", SegmentRequest), ("dense", DenseRequest)):
+    for route, model in (("segment", SegmentRequest), ("dense", DenseRequest), ("refine", RefineRequest)):
         for field in model.model_fields:
             shown = f"[...document.querySelectorAll('#{route} td code')].some(e => e.textContent === '{field}')"
             assert docs.value(shown), field

@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from sam3lora.errors import UserError
 
 BoxXyxy = tuple[float, float, float, float]
+
+ClicksVision = Literal["adapter", "base"]
+"""Whose trunk clicks see: the adapter's, or the base's, which the click head was trained on."""
 
 
 @dataclass(frozen=True, slots=True)

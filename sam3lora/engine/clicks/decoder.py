@@ -12,12 +12,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sam3lora.engine.clicks.click import ClicksVision
 from sam3lora.engine.clicks.prompt import ClickAnswer, ClickPrompt
 from sam3lora.engine.device import is_device_error, is_out_of_memory
 from sam3lora.engine.feature_cache import PreparedImage
@@ -35,9 +36,6 @@ CLICKS_COUNTED = ("objects_clicked", "click_decodes")
 
 MAX_OBJECTS = 16
 """Objects that are decoded together: each takes some 40 MB at 1008 pixels."""
-
-ClicksVision = Literal["adapter", "base"]
-"""Whose trunk clicks see: the adapter's, or the base's, which the click head was trained on."""
 
 
 @dataclass(frozen=True)
@@ -88,12 +86,16 @@ class ClickDecoder:
         return self._head
 
     def answer(
-        self, objects: Sequence[ClickedObject], adapters: Mapping[int | None, SlotAdapter]
+        self,
+        objects: Sequence[ClickedObject],
+        adapters: Mapping[int | None, SlotAdapter],
+        beside: Sequence[tuple[PreparedImage, SlotAdapter]] = (),
     ) -> list[ClickAnswer | Exception]:
         """The answer for each object, as if it were alone; one that has none gives its exception.
 
         Args:
             adapters: By slot, those that may be clicked with.
+            beside: Images under adapters that share the vision pass, and leave their features in the cache.
 
         Raises:
             torch.OutOfMemoryError, MemoryError: Together they take too much memory.
@@ -103,11 +105,11 @@ class ClickDecoder:
         possible = [one for one, problem in zip(objects, problems, strict=True) if problem is None]
         found: Sequence[ClickAnswer | Exception]
         try:
-            found = self._run(possible, adapters)
+            found = self._run(possible, adapters, beside) if possible else []
         except Exception as error:
             if is_out_of_memory(error) or is_device_error(error):
                 raise
-            if len(possible) == 1:
+            if len(possible) == 1 and not beside:
                 found = [error]
             else:  # find the object that fails
                 found = [answer for one in possible for answer in self.answer([one], adapters)]
@@ -126,9 +128,12 @@ class ClickDecoder:
         return None
 
     def _run(
-        self, objects: Sequence[ClickedObject], adapters: Mapping[int | None, SlotAdapter]
+        self,
+        objects: Sequence[ClickedObject],
+        adapters: Mapping[int | None, SlotAdapter],
+        beside: Sequence[tuple[PreparedImage, SlotAdapter]],
     ) -> list[ClickAnswer | Exception]:
-        features = self._features_of(objects, adapters)
+        features = self._features_of(objects, adapters, beside)
         together: dict[tuple, list[int]] = {}
         # Neighbours are of one image where possible: its features need no copy then.
         for number in sorted(range(len(objects)), key=lambda number: id(features[number])):
@@ -143,18 +148,23 @@ class ClickDecoder:
         return [answers[number] for number in range(len(objects))]
 
     def _features_of(
-        self, objects: Sequence[ClickedObject], adapters: Mapping[int | None, SlotAdapter]
+        self,
+        objects: Sequence[ClickedObject],
+        adapters: Mapping[int | None, SlotAdapter],
+        beside: Sequence[tuple[PreparedImage, SlotAdapter]],
     ) -> list[ClickFeatures]:
         """What the mask decoder reads, for each object; objects of one vision pass share it."""
         head = self.enable()
         makers = [BASE if one.vision == "base" else adapters[one.slot].of("vision_encoder") for one in objects]
-        for one in objects:
-            if one.image.features is None:
-                self._features.images.keep_image(one.image)
         wanted = list(zip([one.image for one in objects], makers, strict=True))
-        vision = self._features.clickable(wanted)
+        others = [(image, adapter) for image, adapter in beside if image.features is None]
+        for image, _ in [*wanted, *others]:
+            if image.features is None:
+                self._features.images.keep_image(image)
+        vision = self._features.clickable([*wanted, *others])
+        clicked = {(image.key, maker.version) for image, maker in wanted}
         for key, of_image in vision.items():
-            if of_image.clicks is None:
+            if key in clicked and of_image.clicks is None:
                 assert of_image.trunk_1SC is not None
                 of_image.clicks, of_image.trunk_1SC = head.embed(of_image.trunk_1SC), None
                 self._features.images.weigh_features(*key, of_image)

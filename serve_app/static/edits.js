@@ -1,0 +1,107 @@
+// Objects of one panel that a person corrects or adds by clicks, each with the way back.
+
+/** One object. `source` is the detection that is corrected; null for a new object. */
+export class Edit {
+  #states;
+
+  constructor(prompt, source = null) {
+    Object.assign(this, { prompt, source });
+    this.#states = [{ clicks: [], box: null, detection: source }];
+  }
+
+  get clicks() {
+    return this.#now.clicks;
+  }
+
+  /** The box that the person drew; null without. */
+  get box() {
+    return this.#now.box;
+  }
+
+  /** The last mask that is known, as a detection; null for a new object before the first answer. */
+  get detection() {
+    return this.#states.findLast(({ detection }) => detection)?.detection ?? null;
+  }
+
+  /** Whether clicks changed what is shown. */
+  get isChanged() {
+    return this.detection !== null && this.detection !== this.source;
+  }
+
+  get canUndo() {
+    return this.#states.length > 1;
+  }
+
+  get #now() {
+    return this.#states.at(-1);
+  }
+
+  /** One more click, { x, y, label }, or a box in the place of an earlier one. */
+  add({ click = null, box = null }) {
+    const { clicks, box: before } = this.#now;
+    this.#states.push({ clicks: click ? [...clicks, click] : clicks, box: box ?? before, detection: null });
+  }
+
+  /** Whether the last clicks have no mask yet. */
+  get isOpen() {
+    return this.#now.detection === null && this.canUndo;
+  }
+
+  /** Give the last clicks their mask. */
+  answer(detection) {
+    this.#now.detection = { ...detection, corrected: true };
+  }
+
+  /** Take the next of the other masks that the service offered. */
+  takeOther() {
+    const { alternatives, ...chosen } = this.detection;
+    const [next, ...others] = alternatives;
+    const detection = { ...next, corrected: true, alternatives: [...others, chosen] };
+    this.#states.push({ ...this.#now, detection });
+  }
+
+  undo() {
+    if (this.canUndo) this.#states.pop();
+  }
+
+  /** Forget the clicks that got no mask. */
+  dropOpen() {
+    while (this.isOpen) this.undo();
+  }
+
+  /** The object as POST /v1/refine expects it; `isKept` says whether masks are sent by their id where they have one. */
+  request(isKept) {
+    const before = this.detection;
+    const mask = before && (isKept && before.mask_id ? { mask_id: before.mask_id } : before.mask);
+    return { clicks: this.clicks, box: this.box ?? this.source?.box_xyxy ?? null, mask };
+  }
+}
+
+export class Edits {
+  list = [];
+
+  add(edit) {
+    this.list.push(edit);
+  }
+
+  /** Forget those without a change, all of them or one. */
+  tidy() {
+    this.list = this.list.filter(({ isChanged }) => isChanged);
+  }
+
+  clear() {
+    this.list = [];
+  }
+
+  /** The edit whose mask is shown as this detection. */
+  of(detection) {
+    return this.list.find((edit) => edit.detection === detection);
+  }
+
+  /** Of a prompt: the objects that were corrected or added, and then the detections that nobody corrected. */
+  applyTo(prompt, detections) {
+    const mine = this.list.filter((edit) => edit.prompt === prompt && edit.isChanged);
+    const replaced = new Set(mine.map(({ source }) => source?.mask.counts));
+    return [...mine.map(({ detection }) => detection), ...detections.filter(({ mask }) => !replaced.has(mask.counts))];
+  }
+}

@@ -1,0 +1,271 @@
+"""Clicks on the web page in a real browser: outlines corrected and added, the way back, and the downloads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pycocotools import mask as coco_mask
+
+from .browser import Browser, wait_until
+from .page_server import PageServer
+from .page_steps import PAGE_MARKS, answered, ask, counts, has_focus, on_screen, open_page, pick
+
+pytest_plugins = ["tests.serve_app.page_fixtures"]
+pytestmark = PAGE_MARKS
+GEAR_XYXY = [9, 9, 81, 81]  # of the detection of 0.9
+
+
+@pytest.fixture
+def server() -> Iterator[PageServer]:
+    with PageServer(clicks=True).running() as server:
+        yield server
+
+
+def begin(page: Browser, image: Path, *prompts: str) -> None:
+    ask(page, image, *(prompts or ("gear",)))
+    page.click("[name=tool][value=click]")
+    page.value("document.querySelector('canvas').scrollIntoView({block: 'center'})")
+
+
+def click(page: Browser, x: float, y: float, *, alt: bool = False) -> None:
+    """On a pixel of the image."""
+    place = on_screen(page, x + 0.5, y + 0.5)
+    page.drag(place, place, alt=alt)
+
+
+def refined(page: Browser, server: PageServer, number: int) -> dict:
+    """The object of the last request, when that many were answered."""
+    wait_until(lambda: len(server.refined) == number, f"{number} requests")
+    page.wait("!document.querySelector('.is-busy')")
+    return server.refined[-1]["objects"][0]
+
+
+def state(page: Browser) -> str:
+    return page.text("#click-state")
+
+
+def shown(page: Browser) -> list[str]:
+    """The names of the entries of the list."""
+    return page.value("[...document.querySelectorAll('.row')].map(row => row.ariaLabel)")
+
+
+def coco(page: Browser, name: str = "road 7_base.coco.json") -> list[dict]:
+    (page.downloads / name).unlink(missing_ok=True)
+    page.click("[data-part=coco]")
+    return json.loads(page.downloaded(name).read_text())["annotations"]
+
+
+def test_a_found_outline_is_corrected_and_downloaded(page: Browser, server: PageServer, image: Path):
+    begin(page, image, "gear", "nothing")
+    assert server.questions[0]["keep_masks"] is True
+    click(page, 30, 30)  # takes the outline in hand; nothing is asked without a click that changes it
+    assert "Correcting gear" in state(page)
+    assert server.refined == []
+
+    click(page, 70, 60, alt=True)
+    asked = refined(page, server, 1)
+    assert asked["clicks"] == [{"x": 70, "y": 60, "label": 0}]
+    assert (asked["box"], asked["mask"].keys()) == (GEAR_XYXY, {"mask_id"})
+    assert server.refined[0]["adapter"] is None
+    wait_until(lambda: "0.85" in state(page), "the score of the corrected outline")
+
+    click(page, 20, 20)
+    again = refined(page, server, 2)
+    assert again["clicks"] == [{"x": 70, "y": 60, "label": 0}, {"x": 20, "y": 20, "label": 1}]
+    assert again["mask"] != asked["mask"]
+
+    assert counts(page) == [[1, 0]]
+    assert "by clicks" in shown(page)[0]
+    page.set_range("#threshold", 0.95)  # what a person made stays
+    assert counts(page) == [[1, 0]]
+    (annotation,) = coco(page)
+    assert (annotation["corrected"], annotation["score"], annotation["category_id"]) == (True, 0.85, 1)
+    assert annotation["bbox"] == [9, 9, 61, 72]
+    assert coco_mask.area(annotation["segmentation"]) == annotation["area"] == 61 * 72 - 1
+
+
+def test_undo_leads_back_to_what_was_found(page: Browser, server: PageServer, image: Path):
+    begin(page, image)
+    found = coco(page)
+    click(page, 30, 30)
+    click(page, 70, 60, alt=True)
+    refined(page, server, 1)
+    first = coco(page)
+    click(page, 50, 60, alt=True)
+    refined(page, server, 2)
+    page.press("z")
+    assert coco(page) == first
+    page.press("z", ctrl=True)
+    assert coco(page) == found
+    assert "corrected" not in found[0]
+    page.press("z")  # there is no more
+    assert "Correcting gear" in state(page)
+    assert len(server.refined) == 2
+    click(page, 60, 60, alt=True)  # and on from there
+    assert refined(page, server, 3)["clicks"] == [{"x": 60, "y": 60, "label": 0}]
+    page.press("Escape")
+    assert "Click an outline" in state(page)
+    assert coco(page)[0]["bbox"] == [9, 9, 51, 72]
+
+
+def test_a_new_object_gets_the_chosen_name(page: Browser, server: PageServer, image: Path):
+    begin(page, image, "gear", "bolt")
+    page.select("#click-prompt", "bolt")
+    click(page, 200, 100)
+    asked = refined(page, server, 1)
+    assert asked == {"clicks": [{"x": 200, "y": 100, "label": 1}], "box": None, "mask": None}
+    assert counts(page) == [[1, 2]]
+    page.click("#click-other")  # the next of three outlines
+    new = [one for one in coco(page) if one.get("corrected")]
+    assert [(one["category_id"], one["score"], one["bbox"]) for one in new] == [(2, 0.5, [192, 92, 16, 16])]
+    click(page, 210, 110)
+    assert refined(page, server, 2)["mask"].keys() == {"mask_id"}
+    page.click("#click-done")
+    assert has_focus(page).startswith("canvas")
+    # A box, and a second object of the other name.
+    page.select("#click-prompt", "gear")
+    page.drag(on_screen(page, 120, 100), on_screen(page, 160, 150))
+    asked = refined(page, server, 3)
+    assert (asked["clicks"], asked["box"], asked["mask"]) == ([], [120, 100, 160, 150], None)
+    assert counts(page) == [[2, 2]]
+    page.press("z")  # of an object without a click nothing is left
+    assert counts(page) == [[1, 2]]
+
+
+def test_clicks_outlive_other_prompts_and_settings_but_not_the_image(page: Browser, server: PageServer, image: Path):
+    begin(page, image)
+    click(page, 30, 30)
+    click(page, 70, 60, alt=True)
+    refined(page, server, 1)
+    page.press("Escape")
+    page.type("#prompt-input", "bolt", key="Enter")
+    wait_until(lambda: counts(page) == [[1, 1]], "the answer")
+    assert ["by clicks" in name for name in shown(page)] == [True, False]
+    page.select("#nms", "none")
+    wait_until(lambda: len(counts(page)[0]) == 2 and counts(page)[0][1] == 2, "what overlaps")
+    assert counts(page) == [[2, 2]]  # the corrected one takes the place of the one that was found
+    page.choose_file("#file", image)
+    wait_until(lambda: "by clicks" not in " ".join(shown(page)), "the same image anew")
+    answered(page)
+
+
+def test_what_is_no_longer_kept_is_sent_again(page: Browser, server: PageServer, image: Path):
+    begin(page, image)
+    click(page, 30, 30)
+    server.keeps_masks = False
+    click(page, 70, 60, alt=True)
+    asked = refined(page, server, 2)
+    assert asked["mask"]["size"] == [180, 240]
+    assert coco_mask.area(asked["mask"]) == 72 * 72 - 1
+    server.forget_images()
+    page.failed_loads.clear()
+    click(page, 60, 60, alt=True)
+    wait_until(lambda: server.num_uploads == 2, "the image again")
+    wait_until(lambda: coco(page)[0]["bbox"] == [9, 9, 51, 72], "the mask")
+
+
+def test_a_refused_click_is_taken_back(page: Browser, server: PageServer, image: Path):
+    begin(page, image)
+    click(page, 30, 30)
+    for number in range(6):
+        click(page, 70 - number, 60, alt=True)
+        refined(page, server, number + 1)
+    before = coco(page)
+    click(page, 40, 60, alt=True)
+    page.wait("!document.querySelector('#error').hidden")
+    assert "too many clicks" in page.text("#error-message")
+    assert coco(page) == before
+    click(page, 41, 60, alt=True)
+    assert len(refined(page, server, 8)["clicks"]) == 7  # not eight
+
+
+def test_outlines_are_chosen_in_the_list_and_clicked_by_keyboard(page: Browser, server: PageServer, image: Path):
+    begin(page, image)
+    page.click(".row")
+    assert "Correcting gear" in state(page)
+    assert has_focus(page).startswith("canvas")
+    page.press("ArrowLeft")
+    page.press("Enter")
+    asked = refined(page, server, 1)
+    (made,) = asked["clicks"]
+    assert (made["label"], made["y"]) == (1, 90)
+    assert made["x"] < 120
+    page.press("ArrowRight")
+    page.press("Enter", alt=True)
+    assert [one["label"] for one in refined(page, server, 2)["clicks"]] == [1, 0]
+
+
+def test_clicks_that_say_nothing(page: Browser, server: PageServer, image: Path):
+    begin(page, image)
+    click(page, 220, 100, alt=True)  # not this, of no object
+    assert "Click the object itself first" in page.text("#status")
+    frame = page.rectangle("canvas")
+    beside = (frame["x"] + 2, frame["y"] + frame["height"] / 2)
+    page.drag(beside, beside)
+    page.click("[name=tool][value=move]")
+    assert page.value("document.querySelector('#click-bar').hidden")
+    click(page, 30, 30)
+    page.press("z")
+    assert server.refined == []
+
+
+def test_without_a_prompt_a_name_is_asked_for(page: Browser, server: PageServer, image: Path):
+    page.choose_file("#file", image)
+    page.wait("!document.querySelector('#work').hidden")
+    page.click("[name=tool][value=click]")
+    page.value("document.querySelector('canvas').scrollIntoView({block: 'center'})")
+    click(page, 30, 30)
+    assert "Add a prompt first" in page.text("#status")
+    assert server.refined == []
+
+
+def test_each_panel_has_its_own(page: Browser, server: PageServer, image: Path):
+    begin(page, image)
+    pick(page, "compare", "shapes")
+    answered(page, panels=2)
+    page.value("document.querySelector('canvas').scrollIntoView({block: 'center'})")
+    click(page, 30, 30)
+    click(page, 70, 60, alt=True)
+    refined(page, server, 1)
+    rows = "[...document.querySelectorAll('.panel')].map(panel => panel.innerText.includes('by clicks'))"
+    assert page.value(rows) == [True, False]
+    second = "document.querySelector('.panel:nth-child(2) .row').click()"
+    page.value(second)
+    page.value("document.querySelector('.panel:nth-child(2) canvas').focus()")
+    page.press("Enter")
+    refined(page, server, 2)
+    assert [one["adapter"] for one in server.refined] == [None, "shapes"]
+    assert page.value(rows) == [True, True]
+
+
+def test_fingers_switch_between_in_and_out(phone: Browser, server: PageServer, image: Path):
+    begin(phone, image)
+    assert phone.value("document.documentElement.scrollWidth <= innerWidth")
+    click(phone, 30, 30)
+    phone.press_on("#click-side [value=out]")
+    click(phone, 70, 60)
+    assert refined(phone, server, 1)["clicks"] == [{"x": 70, "y": 60, "label": 0}]
+    phone.press_on("#click-side [value=in]")
+    click(phone, 20, 20)
+    assert [one["label"] for one in refined(phone, server, 2)["clicks"]] == [0, 1]
+    phone.press_on("#click-undo")
+    phone.press_on("#click-done")
+    assert phone.value("document.documentElement.scrollWidth <= innerWidth")
+    assert "1 by clicks" in phone.text(".group summary")
+    smallest = phone.value(
+        "Math.min(...[...document.querySelectorAll('#click-bar button, #click-side label, #tool label')]"
+        ".filter(one => one.checkVisibility()).map(one => one.getBoundingClientRect().height))"
+    )
+    assert smallest >= 32
+
+
+@pytest.mark.parametrize("clicks", [False, True])
+def test_the_tool_is_offered_where_the_service_answers_clicks(browser: Browser, image: Path, clicks: bool):
+    with PageServer(clicks=clicks).running() as server:
+        open_page(browser, server.url)
+        ask(browser, image, "gear")
+        assert browser.value("document.querySelector('#tool-click').checkVisibility()") is clicks
+        assert ("keep_masks" in server.questions[0]) is clicks
