@@ -54,7 +54,7 @@ def check_kind(parameter: Parameter, own_sets: Mapping[str, tuple[str, ...]]) ->
 
 def search_problems(parameters: Mapping[str, Parameter], search: Search, task: str) -> list[str]:
     """What is wrong with parameters that are searched in this way and compared by this metric, a line each."""
-    others = METRICS[task]
+    others = METRICS.get(task, ())
     measured = ("valid_loss", *others)
     is_grid = search.algorithm == "grid"
     choices = {key: item for key, item in parameters.items() if isinstance(item, Choice)}

@@ -105,7 +105,10 @@ def test_the_layers_after_kept_tokens_are_a_graph_if_they_repeat(dropout, num_ca
     assert capturer.num_captures == num_captures
 
 
-@pytest.mark.parametrize(("preset", "checkpointing"), [("light", ()), ("full", ("vision_encoder",))])
+@pytest.mark.parametrize(
+    ("preset", "checkpointing"),
+    [pytest.param("light", (), marks=pytest.mark.slow), ("full", ("vision_encoder",))],
+)
 def test_steps_in_bfloat16_see_each_update(preset, checkpointing):
     work = TrainingWork(preset, MODEL, num_prompts=2, dropout=0.0, geometry_cls=True, precision="bf16")
 
