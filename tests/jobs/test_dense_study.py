@@ -9,6 +9,7 @@ import pytest
 
 from jobs.bench import dense_study, dense_study_prompted
 from jobs.bench.dense_study import table
+from jobs.bench.dense_study_limit import best_iou
 from jobs.bench.dense_study_prompted import head_logits, measure_semantic
 from jobs.bench.dense_study_ways import STEPS, DenseRun, configuration, measure
 from sam3lora.config.dense import DenseSection
@@ -93,6 +94,17 @@ def test_means_over_seeds_by_number_of_steps():
     *_, both, alone = table(runs).splitlines()
     assert both == "| scenes | lora | 500 | 2 | 2.5 | 0.750 (0.700 to 0.800) | 0.600 (0.600 to 0.600) | 0.900 |"
     assert alone == "| scenes | lora | 9 | 1 | 2.0 | 0.700 | 0.600 | 0.900 |"
+
+
+def test_the_best_that_a_map_of_so_many_pixels_can_be(tmp_path):
+    thin = {"segmentation": [[34, 0, 36, 0, 36, HEIGHT, 34, HEIGHT]]}  # 2 columns of 80
+    whole = {"segmentation": [[20, 0, 60, 0, 60, HEIGHT, 20, HEIGHT]]}
+    write_split(tmp_path / "valid", [(0, 1, 0, thin)], {1: "crack"}, num_images=1)
+    assert best_iou(tmp_path, 80) == pytest.approx(1)
+    assert best_iou(tmp_path, 20) == pytest.approx(2 / 4)  # half of one pixel, which says nothing of the side
+    assert best_iou(tmp_path, 4) == 0  # a tenth of one
+    write_split(tmp_path / "wall" / "valid", [(0, 1, 0, whole)], {1: "wall"}, num_images=1)
+    assert best_iou(tmp_path / "wall", 4) == pytest.approx(1)
 
 
 @pytest.mark.slow
