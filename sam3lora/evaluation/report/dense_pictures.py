@@ -17,7 +17,6 @@ from sam3lora.evaluation.dense.measure import DenseMetrics
 from sam3lora.evaluation.report.html_page import score
 from sam3lora.evaluation.report.pictures import (
     PICTURE_BYTES,
-    Kind,
     Panel,
     Picture,
     encode_within,
@@ -33,7 +32,7 @@ ERRORS: dict[str, Rgb] = {
     "missed": (0, 114, 178),
     "too much": (213, 94, 0),
     "other class": (230, 159, 0),
-    "not judged": (255, 255, 255),
+    "not judged": (0, 0, 0),
 }
 """Colours (Okabe and Ito) of the values 1 to 4 of an error map, and of ignored pixels."""
 
@@ -53,10 +52,10 @@ class DenseGallery:
         self._rows = {image_id: row for row, image_id in enumerate(index.table.column("image_id").to_pylist())}
         self._num_panels = max(1, num_pictures * (3 + len(results)))
         self._qualities = [dict(zip(one.meter.image_ids, one.meter.quality().tolist(), strict=True)) for one in results]
-        self._colours = palette_rgb()
+        self._colours = picture_colours()
         self._error_colours = np.zeros_like(self._colours)
         self._error_colours[RIGHT : OTHER_CLASS + 1] = list(ERRORS.values())[:-1]
-        self._colours[IGNORE] = self._error_colours[IGNORE] = ERRORS["not judged"]
+        self._error_colours[IGNORE] = ERRORS["not judged"]
 
     def picture(self, image_id: int) -> Picture:
         """Panels of one image.
@@ -67,32 +66,39 @@ class DenseGallery:
         first = self._results[0]
         record = first.index.record(self._rows[image_id])
         pixels_HW3 = fit_side(read_image(record["path"]), panel_side_px(self._num_panels))
-        grey_HW3 = np.repeat(cv2.cvtColor(pixels_HW3, cv2.COLOR_RGB2GRAY)[..., None], 3, axis=2) // 2 + 64
+        pale_HW3 = pale(pixels_HW3)
         truth_MHW = first.labels.of_record(record)
         panels = [
-            self._panel("plain", "image", pixels_HW3),
-            self._panel("labels", "labels", tinted(grey_HW3, flat_labels(truth_MHW), self._colours)),
+            self._panel("image", pixels_HW3),
+            self._panel("labels", tinted(pale_HW3, flat_labels(truth_MHW), self._colours)),
         ]
         alone = len(self._results) == 1
-        for number, (one, qualities) in enumerate(zip(self._results, self._qualities, strict=True)):
+        for one, qualities in zip(self._results, self._qualities, strict=True):
             assert one.predictions is not None, "the predictions were not kept"
             predicted_MHW = one.predictions.labels(image_id)
             name = "prediction" if alone else one.label
             panels.append(
                 self._panel(
-                    "base" if number == 0 and not alone else "adapter",
                     f"{name}: IoU {score(None if math.isnan(qualities[image_id]) else qualities[image_id])}",
-                    tinted(grey_HW3, flat_labels(predicted_MHW), self._colours),
+                    tinted(pale_HW3, flat_labels(predicted_MHW), self._colours),
                 )
             )
             if alone:
                 errors_HW = error_map(predicted_MHW, truth_MHW)
-                panels.append(self._panel("plain", "errors", tinted(grey_HW3, errors_HW, self._error_colours)))
+                panels.append(self._panel("errors", tinted(pale_HW3, errors_HW, self._error_colours)))
         return Picture(record["file_name"], panels)
 
-    def _panel(self, kind: Kind, caption: str, pixels_HW3: np.ndarray) -> Panel:
+    def _panel(self, caption: str, pixels_HW3: np.ndarray) -> Panel:
         size_hw = (pixels_HW3.shape[0], pixels_HW3.shape[1])
-        return Panel(kind, caption, size_hw, encode_within(pixels_HW3, PICTURE_BYTES // self._num_panels))
+        # No mark of a model: colours are those of classes.
+        return Panel("plain", caption, size_hw, encode_within(pixels_HW3, PICTURE_BYTES // self._num_panels))
+
+
+def picture_colours() -> np.ndarray:
+    """uint8 (256, 3): the colours of label values, those of the label maps but for ignored pixels."""
+    colours = palette_rgb()
+    colours[IGNORE] = ERRORS["not judged"]
+    return colours
 
 
 def flat_labels(labels_MHW: np.ndarray) -> np.ndarray:
@@ -123,6 +129,11 @@ def error_map(predicted_MHW: np.ndarray, truth_MHW: np.ndarray) -> np.ndarray:
     errors_HW[missed_HW & extra_HW] = OTHER_CLASS
     errors_HW[~valid_MHW.any(axis=0)] = IGNORE
     return errors_HW
+
+
+def pale(pixels_HW3: np.ndarray) -> np.ndarray:
+    """The image in light greys, on which all colours of the palette show: they are dark, and one of them is grey."""
+    return np.repeat(cv2.cvtColor(pixels_HW3, cv2.COLOR_RGB2GRAY)[..., None], 3, axis=2) // 3 + 170
 
 
 def tinted(pixels_HW3: np.ndarray, labels_HW: np.ndarray, colours: np.ndarray) -> np.ndarray:

@@ -19,6 +19,8 @@ from sam3lora.evaluation.report.dense_pictures import (
     TOO_MUCH,
     error_map,
     flat_labels,
+    pale,
+    picture_colours,
     resized_labels,
     tinted,
 )
@@ -65,6 +67,15 @@ def test_the_background_keeps_its_pixels():
     drawn = tinted(image, np.array([[0, 1], [0, 0]], np.uint8), colours)
     assert (drawn[1] == 50).all()
     assert drawn[0, 1].tolist() == [155, 155, 155]
+
+
+def test_every_class_shows_on_every_image():
+    # the palette's seventh colour is a middle grey, its eighth nearly black
+    for shade in (0, 64, 128, 255):
+        base = pale(np.full((1, 1, 3), shade, np.uint8)).astype(int)
+        for value in (*range(1, 63), IGNORE):
+            drawn = tinted(base.astype(np.uint8), np.array([[value]], np.uint8), picture_colours())
+            assert np.abs(drawn - base).max() > 25, (shade, value)
 
 
 def test_images_are_named_once():
