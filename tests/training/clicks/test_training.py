@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import json
+import shutil
 from itertools import islice
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from sam3lora.config import Config
 from sam3lora.errors import UserError
@@ -24,8 +22,6 @@ from sam3lora.training.step import StepCounts
 from ..run_folder import adapter_of, assert_equal, folder_of, lines_of, passes_of, without_measures
 from ..two_workers import make_trainer
 
-ROOT = Path(__file__).parents[3]
-
 
 def logged(run: Config, kind: str) -> list[dict]:
     return [without_measures(line) for line in lines_of(run, kind)]
@@ -39,12 +35,6 @@ def gradients(worker, batches, world_size: int = 1) -> tuple[dict[str, torch.Ten
         _, found = worker.runner.backward(batch, worker.counts.normalizer(world_size))
         terms = {name: terms.get(name, 0.0) + value.item() for name, value in found.items()}
     return {name: one.grad.clone() for name, one in worker.model.named_parameters() if one.grad is not None}, terms
-
-
-@pytest.fixture(scope="module")
-def patch_module():
-    with pytest.MonkeyPatch.context() as patch:
-        yield patch
 
 
 def test_resume_equals_the_straight_run(make, monkeypatch):
@@ -94,21 +84,6 @@ def test_a_step_does_not_depend_on_how_it_is_divided(make):
             torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5, msg=name)
 
 
-@pytest.mark.slow
-def test_two_workers_equal_one(make, tmp_path):
-    config = make("training.batch_size=2", "training.images_per_step=4")
-    (tmp_path / "config.yaml").write_text(config.to_yaml())
-    script = [sys.executable, "-m", "tests.training.two_workers", str(tmp_path / "config.yaml")]
-    running = [subprocess.Popen([*script, str(rank), str(tmp_path)], cwd=ROOT) for rank in range(2)]
-    assert [one.wait(timeout=300) for one in running] == [0, 0]
-    from ..two_workers import recorded_step
-
-    alone = recorded_step(make_trainer(make("training.batch_size=4", output="alone")))
-    found = load_file(tmp_path / "gradients_0.safetensors")
-    for name, value in alone.gradients.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5, msg=name)
-
-
 def test_every_image_passes_the_trunk_once_with_the_same_result(make):
     plain, cached = make("training.feature_cache=false", output="plain"), make(output="cached")
     for config in (plain, cached):
@@ -148,9 +123,6 @@ def test_the_folder_gives_back_what_was_trained(make, click_base, monkeypatch):
 def test_data_without_masks_and_bases_without_a_tracker_are_told(make, lively_base, scenes, tmp_path):
     with pytest.raises(UserError, match="has no tracker"):
         train(make(f"model.name={lively_base}"))
-    import json
-    import shutil
-
     boxes = shutil.copytree(scenes, tmp_path / "boxes")
     for file in boxes.glob("*/_annotations.coco.json"):
         content = json.loads(file.read_text())
