@@ -61,20 +61,8 @@ class ClickValidator(Validator):
 
     def _measure(self, record: Mapping[str, Any], meter: ClickMeter) -> None:
         """Click on the objects of an image."""
-        runner, size_hw = self.runner, (record["height"], record["width"])
-        users: list[SimulatedUser] = []
-        numbers: list[int] = []
-        ignored_HW = np.zeros(size_hw, dtype=bool)
-        for annotation in record["annotations"]:
-            if annotation["iscrowd"]:
-                ignored_HW |= decode_mask(annotation["segmentation"], size_hw)
-        for number, annotation in enumerate(record["annotations"]):
-            if annotation["iscrowd"] or len(users) == self.config.clicks.objects_per_image:
-                continue
-            truth_HW = decode_mask(annotation["segmentation"], size_hw)
-            if is_measured(truth_HW, ignored_HW):
-                users.append(SimulatedUser(truth_HW, ignored_HW, max_clicks=MAX_CLICKS))
-                numbers.append(number)
+        runner = self.runner
+        users = users_of(record, MAX_CLICKS, self.config.clicks.objects_per_image)
         if not users:
             return
         with torch.autocast(runner.device.type, dtype=torch.bfloat16, enabled=runner.bf16):
@@ -84,9 +72,41 @@ class ClickValidator(Validator):
                 if self.config.training.on_bad_image == "stop":
                     raise
                 return
-            runs = run_objects(users, InteractionsOfImage(runner.head, features, size_hw).answer)
-        for number, run in zip(numbers, runs, strict=True):
-            meter.add(run, image_id=record["image_id"], object_id=number)
+            click_on(users, runner.head, features, record, meter)
+
+
+def users_of(record: Mapping[str, Any], max_clicks: int, max_objects: int) -> dict[int, SimulatedUser]:
+    """A user for each of the first objects of an image that are large enough, by their position in the record."""
+    size_hw = (record["height"], record["width"])
+    ignored_HW = np.zeros(size_hw, dtype=bool)
+    for annotation in record["annotations"]:
+        if annotation["iscrowd"]:
+            ignored_HW |= decode_mask(annotation["segmentation"], size_hw)
+    users: dict[int, SimulatedUser] = {}
+    for number, annotation in enumerate(record["annotations"]):
+        if annotation["iscrowd"] or len(users) == max_objects:
+            continue
+        truth_HW = decode_mask(annotation["segmentation"], size_hw)
+        if is_measured(truth_HW, ignored_HW):
+            users[number] = SimulatedUser(truth_HW, ignored_HW, max_clicks=max_clicks)
+    return users
+
+
+def click_on(
+    users: Mapping[int, SimulatedUser],
+    head: ClickHead,
+    features: ClickFeatures,
+    record: Mapping[str, Any],
+    meter: ClickMeter,
+) -> None:
+    """Let the users of an image click until they are done, and measure what comes of it.
+
+    Args:
+        features: Of the image alone.
+    """
+    interactions = InteractionsOfImage(head, features, (record["height"], record["width"]))
+    for number, run in zip(users, run_objects(list(users.values()), interactions.answer), strict=True):
+        meter.add(run, image_id=record["image_id"], object_id=number)
 
 
 class InteractionsOfImage:
