@@ -20,7 +20,7 @@ from sam3lora.errors import UserError
 from sam3lora.inference.dense.predictor import DensePredictor, settings_of
 from sam3lora.inference.dense.result import DenseResult
 from sam3lora.inference.result_pictures import draw_results, write_picture
-from sam3lora.model.adapter.metadata import is_dense_folder, refuse_dense
+from sam3lora.model.adapter.metadata import is_dense_folder, refuse_other_tasks
 
 if TYPE_CHECKING:
     from sam3lora.engine.clicks.decoder import ClicksVision
@@ -242,7 +242,7 @@ class Predictor:
 
     def _refuse_dense(self) -> None:
         if self._dense is not None:
-            refuse_dense(self._dense.engine.metadata, self._dense.folder)
+            refuse_other_tasks(self._dense.engine.metadata, self._dense.folder)
 
 
 def _batches(images: Sequence[ImageSource], size: int) -> Iterator[list[np.ndarray]]:

@@ -10,6 +10,7 @@ import pytest
 from sam3lora.cli import main
 from sam3lora.config import load_config, preset_names
 from sam3lora.model.adapter.folder_files import is_adapter_folder
+from tests.model.clicks.click_bases import write_click_base
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +28,13 @@ def train_words(preset: str, base: Path, data: Path, output: Path, *more: str) -
 
 @pytest.mark.parametrize("preset", preset_names())
 def test_preset_runs(preset, shapes, small_base, tmp_path):
+    base = small_base
+    if load_config(preset).task == "clicks":
+        base = write_click_base(tmp_path / "base", small_base)
     # Precision, checkpointing, augmentation, dropout and logging as shipped: they have to work together.
     run = tmp_path / preset
     few_layers = ["lora.vision_last_layers=1"] if load_config(preset).lora.vision_last_layers else []
-    assert main(train_words(preset, small_base, shapes, run, *few_layers)) == 0
+    assert main(train_words(preset, base, shapes, run, *few_layers)) == 0
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["kind"] == "end"
     assert lines[-1]["step"] == 2

@@ -24,7 +24,14 @@ from sam3lora.model.adapter.folder import (
     write_adapter,
 )
 from sam3lora.model.adapter.folder_files import CONFIG_FILE, HEAD_FILE, METADATA_FILE
-from sam3lora.model.adapter.metadata import DENSE, AdapterMetadata, read_metadata, write_metadata
+from sam3lora.model.adapter.metadata import (
+    CLICKS,
+    DENSE,
+    AdapterMetadata,
+    read_metadata,
+    refuse_other_tasks,
+    write_metadata,
+)
 from sam3lora.model.adapter.peft_files import check_finite, check_shapes
 from sam3lora.model.components import adapted_modules
 from sam3lora.model.dense.model import DenseSam3, keep_trunk_only
@@ -70,6 +77,8 @@ def read_dense_metadata(folder: str | Path) -> AdapterMetadata:
     """
     folder = Path(folder)
     metadata = read_metadata(folder)
+    if metadata is not None and metadata.task == CLICKS:
+        refuse_other_tasks(metadata, folder)
     if metadata is None or metadata.task != DENSE or metadata.dense is None:
         raise UserError(f"{folder} is not of task dense: expected {HEAD_FILE} and its settings in sam3lora.json")
     if not (folder / HEAD_FILE).is_file():
