@@ -27,6 +27,8 @@ from sam3lora.model.dense.head import DenseHead
 from sam3lora.model.dense.settings import DenseSettings
 from sam3lora.model.dense.weights import DenseWeights
 
+DENSE_COUNTED = ("images_labelled",)
+
 
 @dataclass(frozen=True)
 class LabelledImage:

@@ -6,11 +6,14 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sam3lora.errors import UserError
 from sam3lora.local_paths import refuse_bad_path
 from sam3lora.model.tiny import TINY, TINY_FOLDER
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Never *.pt, *.bin or *.pth: loading a pickle runs code.
 _HUB_PATTERNS = ("*.json", "*.safetensors", "*.txt")
@@ -19,12 +22,16 @@ _TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 
 @dataclass(frozen=True)
 class BaseFolder:
-    """Files of a base model; ``name`` as the user gave it, ``revision`` the hub's commit, None for a local folder."""
+    """Files of a base model; ``name`` as the user gave it, ``revision`` the hub's commit, None for a local folder.
+
+    ``config`` is the detector's configuration, ``tracker_config`` that of the tracker, which ``sam3`` checkpoints lack.
+    """
 
     path: Path
     name: str
     revision: str | None
     config: dict[str, Any]
+    tracker_config: dict[str, Any] | None = None
 
 
 def find_base(name: str, *, revision: str | None = None, local_files_only: bool = False) -> BaseFolder:
@@ -48,7 +55,8 @@ def find_base(name: str, *, revision: str | None = None, local_files_only: bool 
         path = _download(name, revision, local_files_only)
         commit = path.name
     _check_files(path, name)
-    return BaseFolder(path, name, commit, read_model_config(path, name))
+    tracker = _read_json(path / "config.json").get("tracker_config")
+    return BaseFolder(path, name, commit, read_model_config(path, name), tracker)
 
 
 def _download(name: str, revision: str | None, local_files_only: bool) -> Path:
@@ -86,8 +94,7 @@ def _download(name: str, revision: str | None, local_files_only: bool) -> Path:
 
 
 def _check_files(path: Path, name: str) -> None:
-    index = path / "model.safetensors.index.json"
-    shards = set(_read_json(index).get("weight_map", {}).values()) if index.is_file() else {"model.safetensors"}
+    shards = _shards(path)
     missing = [file for file in ("config.json", *sorted(shards)) if not (path / file).is_file()]
     if not any(all((path / file).is_file() for file in files) for files in _TOKENIZER_FILES):
         missing.append("tokenizer.json (or vocab.json and merges.txt)")
@@ -100,6 +107,30 @@ def _check_files(path: Path, name: str) -> None:
         f"base model {name!r}: {path} lacks {', '.join(missing)}{note}. Expected a SAM 3 saved by transformers: "
         "config.json, model.safetensors and the tokenizer's files"
     )
+
+
+def _shards(path: Path) -> set[str]:
+    """Names of the files of weights."""
+    index = path / "model.safetensors.index.json"
+    return set(_read_json(index).get("weight_map", {}).values()) if index.is_file() else {"model.safetensors"}
+
+
+def read_tensors(path: Path, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
+    """The tensors of a base folder whose names begin with one of ``prefixes``.
+
+    Raises:
+        UserError: A file cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    found: dict[str, Tensor] = {}
+    for shard in sorted(_shards(path)):
+        try:
+            with safe_open(path / shard, framework="pt") as file:
+                found |= {key: file.get_tensor(key) for key in file.keys() if key.startswith(prefixes)}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"the weights {path / shard} could not be loaded: {error}") from error
+    return found
 
 
 def _check_weights(path: Path, shards: Iterable[str]) -> None:

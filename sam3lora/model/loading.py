@@ -31,7 +31,7 @@ class LoadedBase:
     """A frozen base model in evaluation mode, with its tokenizer and the settings of its input.
 
     ``resolution`` is the side in pixels of the square model input. Pixels are scaled to [0, 1], then normalised as
-    ``(x - image_mean) / image_std`` per channel.
+    ``(x - image_mean) / image_std`` per channel. ``folder`` holds the files, None for a model that was made otherwise.
     """
 
     model: Sam3Model
@@ -42,6 +42,7 @@ class LoadedBase:
     resolution: int
     image_mean: tuple[float, float, float]
     image_std: tuple[float, float, float]
+    folder: BaseFolder | None = None
 
     @property
     def patch_size(self) -> int:
@@ -94,6 +95,7 @@ def load_base(
         resolution=_side(config.image_size),
         image_mean=tuple(processor.get("image_mean") or (0.5, 0.5, 0.5)),
         image_std=tuple(processor.get("image_std") or (0.5, 0.5, 0.5)),
+        folder=folder,
     )
 
 
