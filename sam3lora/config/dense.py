@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from ._section import Section
+from .task_keys import idle_keys
 
 if TYPE_CHECKING:
     from .root import Config
@@ -97,7 +98,6 @@ class DenseSection(Section):
         return self
 
 
-# What a section of a dense run cannot set, and why; a section stands for all of its keys.
 _NO_PROMPTS = "no prompt is asked"
 _NO_OBJECTS = "no object is found"
 _REFUSED = {
@@ -122,24 +122,12 @@ _REFUSED = {
 }
 
 
-def task_problems(config: Config) -> Iterator[str]:
-    """What does not go with the task of a configuration, each as a line for its user."""
-    if config.task != "dense":
-        if config.dense != DenseSection():
-            yield "dense has no effect while task is detection: set task to dense, or remove the section"
-        if not config.lora.components:
-            yield f"lora adapts nothing: set at least one of {', '.join(config.lora.flags())} to true"
-        if config.evaluation.best_metric == "mean_iou":
-            yield "evaluation.best_metric mean_iou is of task dense: write map, bbox_map or cgf1"
-        return
-    for key, reason in _REFUSED.items():
-        section, name = key.split(".")
-        values = getattr(config, section)
-        if getattr(values, name) != type(values).model_fields[name].get_default(call_default_factory=True):
-            yield f"{key} has no effect with task dense, where {reason}: remove it"
+def dense_problems(config: Config) -> Iterator[str]:
+    """What does not go with task dense, each as a line for the user."""
+    yield from idle_keys(config, _REFUSED)
     if config.training.max_prompts_per_forward not in ("auto", 1):  # 1 is what auto becomes
         yield f"training.max_prompts_per_forward has no effect with task dense, where {_NO_PROMPTS}: remove it"
-    if config.evaluation.best_metric in ("map", "bbox_map", "cgf1"):
+    if config.evaluation.best_metric not in ("auto", "valid_loss", "mean_iou"):
         yield f"evaluation.best_metric {config.evaluation.best_metric} is not measured with task dense: write mean_iou"
     yield from _lora_problems(config)
 

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from .post_processing import PostProcessing, PostProcessingFields
 
-BestMetric = Literal["valid_loss", "map", "bbox_map", "cgf1", "mean_iou"]
+BestMetric = Literal["valid_loss", "map", "bbox_map", "cgf1", "mean_iou", "mean_iou_3"]
 
 LOWEST_THRESHOLD = 0.05  # no useful threshold is lower
 EXACT_UP_TO_PAIRS = 4_000  # of image and prompt, on which detections of any score are measured
@@ -23,11 +23,11 @@ class EvaluationSection(PostProcessingFields):
         ge=0,
         description="Epochs between measurements of mAP and cgF1, also at the end; 0 = only the validation loss.",
     )
-    best_metric: Literal["auto", "valid_loss", "map", "bbox_map", "cgf1", "mean_iou"] = Field(
+    best_metric: Literal["auto"] | BestMetric = Field(
         default="auto",
-        description="Metric that decides best/ and early stopping; auto = map (mean_iou of task dense) where it is "
-        "measured, else valid_loss. A metric of detections without a value on the validation images is replaced by "
-        "bbox_map, then by the loss.",
+        description="Metric that decides best/ and early stopping; auto = map (of task dense mean_iou; of task clicks "
+        "mean_iou_3, after three clicks) where it is measured, else valid_loss. A metric of detections without a value "
+        "on the validation images is replaced by bbox_map, then by the loss.",
     )
     base_loss: bool = Field(default=True, description="Measure the validation loss of the base before the first step.")
     num_samples: int | None = Field(default=None, ge=1, description="Measure on the first so many images; None = all.")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from ..local_paths import absolute_base, absolute_path
 from ._section import LocalPath, Section
+from .clicks import ClicksSection, clicks_problems
 from .data import DataSection
-from .dense import DenseSection, task_problems
+from .dense import DenseSection, dense_problems
 from .evaluation import EvaluationSection
 from .logging import LoggingSection
 from .lora import LoraSection
@@ -34,15 +35,17 @@ class OutputSection(Section):
 class Config(Section):
     """What a run is. Made by `load_config`; immutable."""
 
-    task: Literal["detection", "dense"] = Field(
+    task: Literal["detection", "dense", "clicks"] = Field(
         default="detection",
-        description="What is learned: the objects of prompts, or with dense a label for each pixel.",
+        description="What is learned: the objects of prompts, with dense a label for each pixel, with clicks the mask "
+        "of an object that is clicked on.",
     )
     model: ModelSection = Field(default_factory=ModelSection, description="The frozen base model.")
     lora: LoraSection = Field(description="The adapters.")
     training: TrainingSection = Field(default_factory=TrainingSection, description="Data folder, batch, optimizer.")
     data: DataSection = Field(default_factory=DataSection, description="Prompts, negatives, augmentation.")
     dense: DenseSection = Field(default_factory=DenseSection, description="Classes and head of task dense.")
+    clicks: ClicksSection = Field(default_factory=ClicksSection, description="Interactions of task clicks.")
     scaling: ScalingSection = Field(default_factory=ScalingSection, description="Workers.")
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="Detections and metrics.")
     output: OutputSection = Field(default_factory=OutputSection, description="The run folder.")
@@ -50,7 +53,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_across_sections(self) -> Config:
-        if problem := next(task_problems(self), None):
+        if problem := next(_task_problems(self), None):
             raise ValueError(problem)
         frozen = [name for name in self.training.component_learning_rates if name not in self.lora.components]
         if frozen:
@@ -100,6 +103,8 @@ class Config(Section):
             "training.data_dir": self.training.data_dir,
             "training.cache_dir": self.training.cache_dir,
         }
+        if self.clicks.vision_adapter is not None:
+            paths["clicks.vision_adapter"] = self.clicks.vision_adapter
         absolute = {key: absolute_path(path) for key, path in paths.items() if path is not None}
         return self.changed({**absolute, "model.name": absolute_base(self.model.name)})
 
@@ -108,3 +113,20 @@ class Config(Section):
         from .yaml_text import dump_yaml
 
         return dump_yaml(self.model_dump(mode="json"))
+
+
+def _task_problems(config: Config) -> Iterator[str]:
+    """What does not go with the task of a configuration, each as a line for its user."""
+    for task, section in (("dense", DenseSection()), ("clicks", ClicksSection())):
+        if config.task != task and getattr(config, task) != section:
+            yield f"{task} has no effect while task is {config.task}: set task to {task}, or remove the section"
+    if config.task == "dense":
+        yield from dense_problems(config)
+    elif config.task == "clicks":
+        yield from clicks_problems(config)
+    else:
+        if not config.lora.components:
+            yield f"lora adapts nothing: set at least one of {', '.join(config.lora.flags())} to true"
+        for metric, task in (("mean_iou", "dense"), ("mean_iou_3", "clicks")):
+            if config.evaluation.best_metric == metric:
+                yield f"evaluation.best_metric {metric} is of task {task}: write map, bbox_map or cgf1"

@@ -35,6 +35,7 @@ class DecodeSettings:
         augmentation, horizontal_flip, vertical_flip: See `choose_placement`.
         prompts_map, negative_prompts, num_negatives, exhaustive: See `build_queries`.
         max_objects: A query with more objects keeps a random subset of this size; None keeps all.
+        max_per_image: The same for an image, over all of its queries.
         on_bad_image: "stop" raises, "skip" leaves the image out and lists it.
         seed: Seed of negatives, placement and subsets.
         store: Where features and frames are kept; None for nowhere.
@@ -55,6 +56,7 @@ class DecodeSettings:
     num_negatives: int | None = None
     exhaustive: bool | tuple[str, ...] = True
     max_objects: int | None = None
+    max_per_image: int | None = None
     on_bad_image: Literal["stop", "skip"] = "stop"
     seed: int = 0
     store: ArrayStore | None = None
@@ -129,6 +131,8 @@ def decode_record(record: Mapping[str, Any], settings: DecodeSettings, epoch: in
     queries = record_queries(record, settings, epoch) if kept and settings.label_maps is None else []
     subset_rng = sample_rng(settings.seed, epoch, record["image_id"], _SUBSET_STREAM)
     asked = matched_objects(record, queries, settings.max_objects, subset_rng)
+    if settings.max_per_image is not None:
+        asked = _at_most(asked, settings.max_per_image, subset_rng)
     objects = [record["annotations"][row] for _, rows in asked for row in rows]
     masks_packed, mask_valid_T = _draw_masks(objects, _size_hw(record), placement, settings.mask_size)
     return Batch(
@@ -225,6 +229,23 @@ def matched_objects(
         if len(rows) < len(query.annotation_rows):
             query = replace(query, is_exhaustive=False)
         found.append((query, rows))
+    return found
+
+
+def _at_most(asked: list[tuple[Query, list[int]]], num: int, rng: np.random.Generator) -> list[tuple[Query, list[int]]]:
+    """A random subset of `num` objects of all queries; a query that loses some is no longer exhaustive, or goes."""
+    total = sum(len(rows) for _, rows in asked)
+    if total <= num:
+        return asked
+    kept = np.zeros(total, dtype=bool)
+    kept[rng.choice(total, size=num, replace=False)] = True
+    still, found = iter(kept.tolist()), []
+    for query, rows in asked:
+        rows_left = [row for row in rows if next(still)]
+        if len(rows_left) == len(rows):
+            found.append((query, rows))
+        elif rows_left:
+            found.append((replace(query, is_exhaustive=False), rows_left))
     return found
 
 

@@ -20,7 +20,7 @@ from sam3lora.errors import UserError
 from sam3lora.inference.dense.predictor import DensePredictor, settings_of
 from sam3lora.inference.dense.result import DenseResult
 from sam3lora.inference.result_pictures import draw_results, write_picture
-from sam3lora.model.adapter.metadata import is_dense_folder, refuse_dense
+from sam3lora.model.adapter.metadata import is_dense_folder, refuse_other_tasks
 
 logger = logging.getLogger(__name__)
 
@@ -201,7 +201,7 @@ class Predictor:
         masks: bool,
     ) -> list[list[Detections]]:
         if self._dense is not None:
-            refuse_dense(self._dense.engine.metadata, self._dense.folder)
+            refuse_other_tasks(self._dense.engine.metadata, self._dense.folder)
         exemplars = _exemplars(boxes, box_labels)
         asked = [prompts] if isinstance(prompts, str) else list(prompts or ())
         if not asked and not exemplars:

@@ -32,18 +32,30 @@ class Normalizer:
     num_semantic: float
     scale: float
     num_images: float = 1.0
+    num_masks: float = 1.0
 
     @classmethod
     def from_counts(
-        cls, num_queries: float, num_boxes: float, num_semantic: float, num_images: float = 0, *, world_size: int = 1
+        cls,
+        num_queries: float,
+        num_boxes: float,
+        num_semantic: float,
+        num_images: float = 0,
+        num_masks: float = 0,
+        *,
+        world_size: int = 1,
     ) -> Normalizer:
-        """From the step's totals over all workers: queries, targets, queries with a semantic target, and images."""
+        """From the step's totals over all workers.
+
+        They are queries, targets, queries with a semantic target, images, and targets with a mask.
+        """
         return cls(
             num_queries=max(num_queries, 1) / world_size,
             num_boxes=max(num_boxes, 1) / world_size,
             num_semantic=(num_semantic + 1e-6) / world_size,
             scale=math.sqrt(num_queries),
             num_images=max(num_images, 1) / world_size,
+            num_masks=max(num_masks, 1) / world_size,
         )
 
 

@@ -62,7 +62,7 @@ def is_improved(state: RunState, metric: str, measured: Mapping[str, Any]) -> bo
         measured: The loss, and the metrics where they were due, by name.
     """
     for name, value in measured.items():
-        if name in (*LOSSES, "map", "bbox_map", "cgf1", "mean_iou") and value is not None:
+        if name in (*LOSSES, "map", "bbox_map", "cgf1", "mean_iou", "mean_iou_3") and value is not None:
             before = state.best_values.get(name)
             if before is None or _is_better(name, value, before[0]):
                 state.best_values[name] = [value, state.step]

@@ -35,7 +35,7 @@ class RunData:
 
     ``train`` and ``valid`` hold the images that have a loss; ``valid_complete`` holds all that metrics are measured on.
     ``faults`` are those of both annotation files, from `split_faults`. ``digest`` is from `data_digest`. Of a dense
-    run ``prompts`` are its classes.
+    run ``prompts`` are its classes, of one of task clicks the categories.
     """
 
     train: CocoIndex

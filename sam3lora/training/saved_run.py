@@ -19,6 +19,7 @@ FIXED_SETTINGS = (
     "model",
     "lora",
     "dense",
+    "clicks",
     "data",
     "training.loss",
     "training.one_to_many",
@@ -46,8 +47,8 @@ class RunState:
     best_step: int | None = None
     evaluations_without_improvement: int = 0
     epoch_sums: dict[str, float] = field(default_factory=dict)
-    epoch_counts: Annotated[list[float], Field(min_length=3, max_length=4)] = field(
-        default_factory=lambda: [0.0] * 4  # 3 in checkpoints of earlier versions
+    epoch_counts: Annotated[list[float], Field(min_length=3, max_length=5)] = field(
+        default_factory=lambda: [0.0] * 5  # 3 or 4 in checkpoints of earlier versions
     )
     finished: bool = False  # stopped early
     images_per_step: PositiveInt = 1

@@ -26,12 +26,13 @@ _MASK_TERMS = ("loss_mask", "loss_dice", "loss_semantic_seg", "loss_semantic_dic
 
 @dataclass(frozen=True)
 class StepCounts:
-    """Divisors of a step's loss terms: find queries, target boxes, queries with a semantic target, images."""
+    """Divisors of a step's loss terms: find queries, boxes, queries with a semantic target, images, masks."""
 
     num_queries: float = 0
     num_boxes: float = 0
     num_semantic: float = 0
     num_images: float = 0
+    num_masks: float = 0
 
     @classmethod
     def of(cls, batches: Sequence[Batch]) -> StepCounts:
@@ -40,6 +41,7 @@ class StepCounts:
             sum(len(batch.boxes_cxcywh_T4) for batch in batches),
             sum(batch.num_semantic for batch in batches),
             sum(batch.num_images for batch in batches),
+            sum(int(batch.mask_valid_T.sum()) for batch in batches),
         )
 
     @classmethod
@@ -56,6 +58,8 @@ class StepCounts:
         """The count that a term was divided by."""
         if term.startswith("dense_"):
             return self.num_images
+        if term.startswith("click_"):
+            return self.num_masks
         if term.startswith("loss_semantic"):
             return self.num_semantic
         if term.startswith(("loss_ce", "presence")):

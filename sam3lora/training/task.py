@@ -1,4 +1,4 @@
-"""What a run learns, as the training loop sees it: objects of prompts, or a label for each pixel.
+"""What a run learns, as the training loop sees it: objects of prompts, a label for each pixel, or masks by clicks.
 
 The loop, checkpoints, workers, resuming, sweeps and `auto` sizes are the same for every task and know only this.
 """
@@ -134,6 +134,10 @@ def task_of(config: Config) -> Task:
         from sam3lora.training.dense.task import Dense
 
         return Dense()
+    if config.task == "clicks":
+        from sam3lora.training.clicks.task import Clicks
+
+        return Clicks()
     from sam3lora.training.detection import Detection
 
     return Detection()

@@ -31,7 +31,7 @@ from sam3lora.model.adapter.metadata import (
     check_prompt_thresholds,
     read_metadata,
     read_metadata_values,
-    refuse_dense,
+    refuse_other_tasks,
     write_metadata,
 )
 from sam3lora.model.adapter.peft_config import read_config
@@ -145,7 +145,7 @@ def load_adapter(
     """
     folder = Path(folder)
     metadata = read_metadata(folder)
-    refuse_dense(metadata, folder)
+    refuse_other_tasks(metadata, folder)
     if check_base and metadata is not None:
         refuse_other_base(model, metadata, folder)
     return add_saved_adapter(model, folder, adapter_name=adapter_name, trainable=trainable), metadata
@@ -200,7 +200,7 @@ def record_post_processing(folder: str | Path, post: PostProcessing) -> None:
     if not is_adapter_folder(folder):
         raise UserError(f"{folder} is no adapter folder: expected {CONFIG_FILE} and {WEIGHTS_FILE} in it")
     recorded = read_metadata(folder)
-    refuse_dense(recorded, folder)
+    refuse_other_tasks(recorded, folder)
     metadata = replace(recorded or AdapterMetadata(versions={}), post_processing=post)
     # From the file itself: it may have keys of a newer version. The old name of the settings goes.
     values = (read_metadata_values(folder) or {}) | metadata.to_dict()

@@ -16,7 +16,8 @@ from sam3lora.model.adapter.folder_files import METADATA_FILE, read_json_object,
 
 FORMAT_VERSION = 1
 DENSE_FORMAT_VERSION = 2  # so that a version without dense prediction refuses the folder
-DETECTION, DENSE = "detection", "dense"
+CLICKS_FORMAT_VERSION = 3
+DETECTION, DENSE, CLICKS = "detection", "dense", "clicks"
 MAX_TEXT_CHARS = 4096
 MAX_PROMPT_THRESHOLDS = 5_000
 MAX_THRESHOLD_CHARS = 200_000  # of their prompts together: listings show them
@@ -40,7 +41,7 @@ class AdapterMetadata:
     ``resolution`` is the side of the model input in pixels. With ``geometry_cls`` the geometry CLS token follows the
     text tokens. ``post_processing`` holds the defaults wherever the adapter is used. ``data`` and ``metrics`` are
     summaries; ``versions`` are those of the packages that wrote it. ``dense`` holds the `DenseSettings` of a folder
-    whose ``task`` is dense.
+    whose ``task`` is dense, ``clicks`` the `ClickOrigin` of one whose ``task`` is clicks.
     """
 
     base_model: str | None = None
@@ -57,12 +58,16 @@ class AdapterMetadata:
     format_version: int = FORMAT_VERSION
     task: str = DETECTION
     dense: dict[str, Any] | None = None
+    clicks: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         post = self.post_processing
         values = asdict(self) | {"post_processing": None if post is None else post.model_dump(mode="json")}
         if self.task == DETECTION:
-            del values["task"], values["dense"]
+            del values["task"]
+        for task in (DENSE, CLICKS):
+            if self.task != task:
+                del values[task]
         return values
 
     @classmethod
@@ -73,17 +78,17 @@ class AdapterMetadata:
             UserError: The format is newer than this version can read, or a value is invalid.
         """
         found = values.get("format_version", FORMAT_VERSION)
-        if not isinstance(found, int) or found > DENSE_FORMAT_VERSION:
+        if not isinstance(found, int) or found > CLICKS_FORMAT_VERSION:
             raise UserError(
-                f"{METADATA_FILE} has format {shown(found)}; this sam3lora reads up to {DENSE_FORMAT_VERSION}: install "
-                "a newer one"
+                f"{METADATA_FILE} has format {shown(found)}; this sam3lora reads up to {CLICKS_FORMAT_VERSION}: "
+                "install a newer one"
             )
         known = {item.name for item in fields(cls)}
         metadata = cls(**{name: value for name, value in values.items() if name in known})
         expected: dict[str, tuple[type, ...]] = dict.fromkeys(("data", "metrics", "lora", "versions"), (dict,))
         expected |= dict.fromkeys(("base_model", "base_revision", "base_fingerprint"), (str, type(None)))
         expected |= {"prompts": (list,), "resolution": (int, type(None)), "geometry_cls": (bool,)}
-        expected |= {"task": (str,), "dense": (dict, type(None))}
+        expected |= {"task": (str,), "dense": (dict, type(None)), "clicks": (dict, type(None))}
         for name, types in expected.items():
             value = getattr(metadata, name)
             if not isinstance(value, types):
@@ -94,9 +99,11 @@ class AdapterMetadata:
                     f"{METADATA_FILE}: expected texts of characters that can be shown, at most {MAX_TEXT_CHARS}, got "
                     f"{shown(text)}"
                 )
-        if metadata.task not in (DETECTION, DENSE) or (metadata.task == DENSE) != (metadata.dense is not None):
+        described = {name for name in (DENSE, CLICKS) if getattr(metadata, name) is not None}
+        if metadata.task not in (DETECTION, DENSE, CLICKS) or described != {metadata.task} - {DETECTION}:
             raise UserError(
-                f"{METADATA_FILE}: expected task {DETECTION}, or {DENSE} and its settings, got {shown(metadata.task)}"
+                f"{METADATA_FILE}: expected task {DETECTION}, or {DENSE} or {CLICKS} and its settings, got "
+                f"{shown(metadata.task)}"
             )
         return replace(metadata, post_processing=_read_post_processing(values))
 
@@ -168,13 +175,19 @@ def is_dense_folder(folder: str | Path) -> bool:
     return metadata is not None and metadata.task == DENSE
 
 
-def refuse_dense(metadata: AdapterMetadata | None, folder: Path) -> None:
-    """Raise a UserError for a folder that labels pixels, where one that finds objects of prompts is needed."""
-    if metadata is not None and metadata.task == DENSE:
-        raise UserError(
-            f"{folder} is of task dense: it labels each pixel and finds no objects of prompts. Use `sam3lora infer` "
-            "without --prompt, Predictor.predict_dense, or `sam3lora validate` to measure it"
-        )
+def refuse_other_tasks(metadata: AdapterMetadata | None, folder: Path) -> None:
+    """Raise a UserError for a folder that finds no objects of prompts, where one that does is needed."""
+    if metadata is None or metadata.task == DETECTION:
+        return
+    raise UserError(f"{folder} is of task {metadata.task}: it {_USE[metadata.task]}")
+
+
+_USE = {
+    DENSE: "labels each pixel and finds no objects of prompts. Use `sam3lora infer` without --prompt, "
+    "Predictor.predict_dense, or `sam3lora validate` to measure it",
+    CLICKS: "answers clicks on objects and finds none by prompts. Use it as the click adapter of an interaction, see "
+    "docs/clicks_training.md",
+}
 
 
 def read_metadata_values(folder: str | Path) -> dict[str, Any] | None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sam3lora.errors import UserError
 from sam3lora.model.adapter.folder import FolderSignature, read_unchanged, refuse_other_base
 from sam3lora.model.adapter.folder_files import CONFIG_FILE, METADATA_FILE, WEIGHTS_FILE, read_small
-from sam3lora.model.adapter.metadata import AdapterMetadata, read_metadata, refuse_dense
+from sam3lora.model.adapter.metadata import AdapterMetadata, read_metadata, refuse_other_tasks
 from sam3lora.model.adapter.peft_config import read_config
 from sam3lora.model.adapter.peft_files import (
     TENSOR_PREFIX,
@@ -146,7 +146,7 @@ def read_summary(folder: str | Path, model: nn.Module | None = None, *, max_rank
     """
     folder = Path(folder)
     metadata = read_metadata(folder)
-    refuse_dense(metadata, folder)
+    refuse_other_tasks(metadata, folder)
     found = summarise_lora(folder, metadata, max_rank=max_rank)
     if model is not None and metadata is not None:
         refuse_other_base(model, metadata, folder, fingerprint_of=_fingerprint_once)

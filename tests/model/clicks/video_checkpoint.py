@@ -35,13 +35,15 @@ def tracker_config(detector: dict, resolution: int = 224) -> Sam3TrackerVideoCon
     return config
 
 
-def write_video_checkpoint(folder: Path, seed: int = 0, doubled_prefix: bool = False) -> Sam3TrackerVideoModel:
-    """Write the tiny detector with a random tracker; returns the stock video tracker over the tiny trunk."""
-    shutil.copytree(TINY_FOLDER, folder)
+def write_video_checkpoint(
+    folder: Path, seed: int = 0, doubled_prefix: bool = False, detector_folder: Path = TINY_FOLDER
+) -> Sam3TrackerVideoModel:
+    """Write a detector with a random tracker; returns the stock video tracker over the detector's trunk."""
+    shutil.copytree(detector_folder, folder)
     stored = json.loads((folder / "config.json").read_text())
     detector = stored.get("detector_config", stored)
     torch.manual_seed(seed)
-    config = tracker_config(detector)
+    config = tracker_config(detector, detector["vision_config"]["backbone_config"]["image_size"])
     tracker = Sam3TrackerVideoModel(config).eval()
     with torch.no_grad():
         tracker.no_memory_embedding.normal_()
@@ -50,7 +52,7 @@ def write_video_checkpoint(folder: Path, seed: int = 0, doubled_prefix: bool = F
         )
     tensors = {
         name.removeprefix("detector_model."): tensor
-        for name, tensor in read_tensors(TINY_FOLDER, ("",)).items()
+        for name, tensor in read_tensors(detector_folder, ("",)).items()
         if not name.startswith("tracker_")
     }
     trunk = {name: one.float() for name, one in tensors.items() if name.startswith("vision_encoder.backbone.")}

@@ -1,0 +1,183 @@
+"""Training of the click head on drawn scenes: first to read masks, then clicks, boxes and corrections.
+
+What a click head does with a mask prompt is not learned beside clicks and boxes: the mask stays a faint hint. A first
+phase therefore shows it hardly anything but masks, right and wrong ones, until it can hand one through.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from jobs.pretrain.click_scenes import ClickScenes
+from jobs.pretrain.snapshot import Snapshot
+from jobs.pretrain.vision_stage import cosine
+from sam3lora.losses.clicks import CLICK_WEIGHTS, ClickCriterion, ClickLossOutput
+from sam3lora.model.clicks.head import ClickFeatures, ClickHead, ClickOutput
+from sam3lora.training.clicks.sampling import Prompts, StartShares, next_clicks, start_prompts, wrong_masks
+
+WEIGHTS = dict(CLICK_WEIGHTS) | {"click_dice": 3.0, "click_object": 0.1}
+LATER = StartShares(click=0.4, box=0.2, mask=0.2, mask_and_box=0.2)
+NECK_SHARE = 0.3
+"""Learning rate of the neck as a share of the others'."""
+RIGHT_MASK = 0.3
+"""Share of the starts with a mask that show the right one."""
+MASK_ALONE = 0.25
+"""Share of the starts with the right mask, and no box, that come without a click."""
+
+
+@dataclass(frozen=True)
+class ClickStage:
+    """Everything that decides what the stage learns; the defaults are those of the shipped head.
+
+    `mask_steps` of the `steps` are the first phase. A step has up to `images` x `objects` objects.
+    """
+
+    steps: int = 6500
+    mask_steps: int = 300
+    images: int = 8
+    objects: int = 3
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.02
+    side: int = 112
+    seed: int = 0
+
+    def num_predictions(self, step: int, rng: np.random.Generator) -> int:
+        """Predictions for each object: 2 of masks, then 3, 4, and in the last part 3 to 8."""
+        if step < self.mask_steps:
+            return 2
+        if step < 0.5 * self.steps:
+            return 3
+        return 4 if step < 0.6 * self.steps else int(rng.integers(3, 9))
+
+
+def train_clicks(
+    head: ClickHead,
+    scenes: Sequence[tuple[ClickScenes, float]],
+    stage: ClickStage,
+    *,
+    log: Callable[[str], None] = print,
+    snapshot: Snapshot | None = None,
+    check: Callable[[], str] | None = None,
+    check_every: int = 1000,
+) -> None:
+    """Train a head in place, from the snapshot's step on.
+
+    Args:
+        scenes: With the probability that a step takes its images from them.
+        check: Called now and then; what it returns is logged.
+    """
+    groups = _groups(head, stage)
+    learned = [parameter for group in groups for parameter in group["params"]]
+    optimizer = torch.optim.AdamW(groups, lr=stage.learning_rate, betas=(0.9, 0.98))
+    first = snapshot.load(optimizer) if snapshot else 0
+    rng = np.random.default_rng([stage.seed, first])
+    generator = torch.Generator().manual_seed(stage.seed + first)
+    criterion, started = ClickCriterion(WEIGHTS), time.time()
+    seen: list[tuple[float, float, float]] = []
+    head.train()
+    for step in range(first, stage.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * cosine(step, stage.steps, 100)
+        of_scenes = scenes[rng.choice(len(scenes), p=[share for _, share in scenes])][0]
+        rows = np.sort(rng.choice(len(of_scenes), stage.images, replace=False))
+        image_N, masks_NHW = of_scenes.objects(rows, rng, stage.objects)
+        truth_Nhw = masks_NHW[:, 1 :: masks_NHW.shape[1] // stage.side, 1 :: masks_NHW.shape[2] // stage.side]
+        number = stage.num_predictions(step, rng)
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            features = head.embed(of_scenes.tokens_ISC[torch.from_numpy(rows)].float()).of_objects(image_N)
+            prompts = _start(step < stage.mask_steps, truth_Nhw, image_N, head, rng, generator)
+            losses: list[ClickLossOutput] = []
+            for turn in range(number):
+                output = ask(head, features, prompts)
+                losses.append(criterion(output.logits_NMmm, output.iou_NM, output.object_N, truth_Nhw, len(truth_Nhw)))
+                if turn + 1 < number:
+                    logits_Nmm = best_masks(output)
+                    clicks = next_clicks(truth_Nhw, _resized(logits_Nmm, stage.side) > 0, head.input_side, generator)
+                    prompts = prompts.then(*clicks, logits_Nmm)
+        loss = torch.stack([one.total for one in losses]).mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(learned, 1.0)
+        optimizer.step()
+        seen.append((loss.item(), losses[0].iou_NM.amax(1).mean().item(), losses[-1].iou_NM.amax(1).mean().item()))
+        if (step + 1) % 100 == 0:
+            mean, first_iou, last_iou = np.mean(seen, axis=0)
+            ious = f"iou {first_iou:.3f} to {last_iou:.3f}"
+            log(f"click step {step + 1}/{stage.steps} {time.time() - started:.0f}s loss {mean:.3f} {ious}")
+            seen = []
+        if (step + 1) % check_every == 0 or step + 1 == stage.steps:
+            if snapshot:
+                snapshot.save(step + 1, optimizer)
+            if check:
+                head.eval()
+                log(check())
+                head.train()
+
+
+def _groups(head: ClickHead, stage: ClickStage) -> list[dict[str, Any]]:
+    """Matrices with weight decay and all else without; the neck, which has learned already, with smaller steps."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in head.named_parameters():
+        peak = stage.learning_rate * (NECK_SHARE if name.startswith("neck.") else 1.0)
+        decay = stage.weight_decay if parameter.dim() > 1 else 0.0
+        groups.setdefault((peak, decay), []).append(parameter)
+    return [{"params": of, "peak": peak, "weight_decay": decay} for (peak, decay), of in groups.items()]
+
+
+def ask(head: ClickHead, features: ClickFeatures, prompts: Prompts) -> ClickOutput:
+    """What the head answers to prompts; `features` have a row for each object."""
+    has_points = prompts.points_Nk2.shape[1] > 0
+    return head.decode(
+        features,
+        points_NK2=prompts.points_Nk2 if has_points else None,
+        labels_NK=prompts.labels_Nk if has_points else None,
+        boxes_N4=prompts.boxes_xyxy_N4,
+        masks_Nmm=prompts.masks_Nhw,
+        multimask=prompts.multimask,
+    )
+
+
+def best_masks(output: ClickOutput) -> Tensor:
+    """Of each object the logits (N, m, m) of the mask that the head thinks best, without gradient."""
+    best_N = output.iou_NM.argmax(1)
+    return output.logits_NMmm.detach()[torch.arange(len(best_N)), best_N]
+
+
+def _start(
+    only_masks: bool,
+    truth_Nhw: Tensor,
+    image_N: Tensor,
+    head: ClickHead,
+    rng: np.random.Generator,
+    generator: torch.Generator,
+) -> Prompts:
+    """The first prompts: of the first phase masks, with or without the box and a click."""
+    shares = StartShares(click=0.05, box=0.05, mask=0.6, mask_and_box=0.3) if only_masks else LATER
+    start = shares.draw(generator)
+    prompts = start_prompts(start, truth_Nhw, head.input_side, generator, image_N)
+    if prompts.masks_Nhw is None:
+        return prompts
+    is_right = rng.random() < (0.5 if only_masks else RIGHT_MASK)
+    shown_Nhw = truth_Nhw if is_right else wrong_masks(truth_Nhw, generator, image_N)
+    points_N12, labels_N1 = next_clicks(truth_Nhw, shown_Nhw, head.input_side, generator, from_object=0.3)
+    if is_right and start == "mask" and rng.random() < (0.5 if only_masks else MASK_ALONE):
+        points_N12, labels_N1 = points_N12[:, :0], labels_N1[:, :0]
+    logits_Nmm = as_logits(shown_Nhw, head.mask_side, float(rng.uniform(4, 16)))
+    return replace(prompts, points_Nk2=points_N12, labels_Nk=labels_N1, masks_Nhw=logits_Nmm)
+
+
+def as_logits(masks_Nhw: Tensor, side: int, largest: float) -> Tensor:
+    """Logits (N, side, side) of masks: a pixel that is half in the object has logit 0."""
+    return (2 * F.adaptive_avg_pool2d(masks_Nhw[:, None].float(), side)[:, 0] - 1) * largest
+
+
+def _resized(logits_Nmm: Tensor, side: int) -> Tensor:
+    return F.interpolate(logits_Nmm[:, None], size=(side, side), mode="bilinear", align_corners=False)[:, 0]
