@@ -432,6 +432,21 @@ class Engine:
         """
         self._clicks.enable()
 
+    def use_click_adapter(self, folder: str | Path, *, vision_adapter: str | Path | None = None) -> None:
+        """Answer clicks with a folder of task clicks over the base's click head.
+
+        Args:
+            vision_adapter: Folder of the adapter whose trunk clicks will see; the base's is None.
+
+        Raises:
+            UserError: The base has no tracker, or a folder is damaged, or was trained on another base or trunk.
+        """
+        from sam3lora.model.clicks.adapter import load_click_adapter, trunk_digest
+
+        digest = None if vision_adapter is None else trunk_digest(self.read_adapter(vision_adapter))
+        head = load_click_adapter(folder, self.base, head=self._clicks.enable(), vision_adapter=digest)
+        self._clicks.use(head)
+
     @property
     def click_mask_side(self) -> int:
         """Side of the masks that clicks start from and answer with: low-resolution logits, as of detections."""
