@@ -9,6 +9,13 @@ import typer
 
 from sam3lora.cli import evaluation_options as options
 from sam3lora.cli import shared_options as shared
+from sam3lora.cli.click_evaluation import (
+    adapters_of_clicks,
+    click_settings,
+    refuse_beside_clicks,
+    refuse_without_clicks,
+    validate_clicks,
+)
 from sam3lora.cli.dense_evaluation import dense_folders, dense_measurement, refuse_prompt_options, validate_dense
 from sam3lora.cli.shared_options import check_output_folder
 from sam3lora.errors import UserError
@@ -57,11 +64,29 @@ def validate(
             help="Of binary dense folders: stretch each image's probabilities to [0, 1] first, as many papers do.",
         ),
     ] = False,
+    clicks: Annotated[
+        bool,
+        typer.Option("--clicks", help="Measure clicks on objects instead: how many they take, and how good masks are."),
+    ] = False,
+    seed: Annotated[
+        Literal["mask", "box", "both", "none"] | None,
+        typer.Option(
+            help="With --clicks: what of a detection goes with the first click; none asks no prompts (default: both)."
+        ),
+    ] = None,
+    clicks_vision: Annotated[
+        Literal["adapter", "base"] | None,
+        typer.Option(help="With --clicks: whose vision trunk the click head sees (default: adapter)."),
+    ] = None,
+    max_clicks: Annotated[
+        int | None, typer.Option(min=1, help="With --clicks: most clicks on an object (default: 20, as in papers).")
+    ] = None,
     output: options.OutputOption = Path("outputs/validate"),
 ) -> None:
     """Measure adapters or the base model: metrics.json, predictions.json and report.html.
 
-    A folder of task dense is measured pixel by pixel, and leaves label maps as PNG in predictions/.
+    A folder of task dense is measured pixel by pixel, and leaves label maps as PNG in predictions/. With --clicks a
+    simulated user clicks on each labelled object, with and without a prompt before; without --weights under the base.
 
     Example:  sam3lora validate --weights outputs/run/best --val-data-dir datasets/potholes
     """
@@ -80,6 +105,7 @@ def validate(
             "--lowest-score": lowest_score,
             "--save-threshold": save_threshold,
             "--semantic": semantic,
+            "--clicks": clicks,
         }
         if idle := [option for option, value in what_makes_them.items() if value]:
             raise UserError(
@@ -87,6 +113,25 @@ def validate(
                 "leave one or the other out"
             )
     settings_file = options.read_config(config)
+    if clicks:
+        post = shared.post_of(locals())
+        refuse_beside_clicks(locals(), post)
+        named = options.adapter_folders(weights, settings_file) if weights or not use_base_model else {}
+        adapters, click_adapter = adapters_of_clicks(named, use_base_model, clicks_vision)
+        prompting = options.settings_of(adapters, settings_file, post, num_samples=num_samples, batch_size=batch_size)
+        validate_clicks(
+            options.named_split(val_data_dir, split, settings_file),
+            options.models_of(
+                adapters, settings_file, with_base=not adapters, model=model, resolution=resolution, device=device
+            ),
+            output,
+            click_settings(prompting, seed=seed, clicks_vision=clicks_vision, max_clicks=max_clicks),
+            click_adapter=click_adapter,
+            num_workers=num_workers,
+            address=address,
+        )
+        return
+    refuse_without_clicks(locals())
     if dense := dense_folders(named := options.adapter_folders(weights, settings_file)):
         refuse_prompt_options(locals())
         if len(named) > 1:

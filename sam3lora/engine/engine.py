@@ -20,7 +20,7 @@ import torch
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.data.images import MAX_MEGAPIXELS, ImageError, read_image, resize_image
 from sam3lora.engine.clicks.decoder import CLICKS_COUNTED, ClickDecoder, ClickedObject
-from sam3lora.engine.clicks.prompt import LARGEST_LOGIT, ClickAnswer
+from sam3lora.engine.clicks.prompt import ClickAnswer
 from sam3lora.engine.dense_slots import DENSE_COUNTED, DenseSlots, LabelledImage
 from sam3lora.engine.detections import BoxPrompt, Detections
 from sam3lora.engine.device import find_device, find_precision, is_device_error, is_out_of_memory
@@ -35,6 +35,7 @@ from sam3lora.engine.warm_up import run_first_shapes
 from sam3lora.errors import UserError
 from sam3lora.model.adapter.bank import AdapterBank
 from sam3lora.model.adapter.weights import AdapterSummary, AdapterWeights, read_adapter_weights
+from sam3lora.model.clicks import MASK_LIMIT
 from sam3lora.model.dense.weights import read_weights, summarise
 from sam3lora.model.loading import LoadedBase, load_base
 from sam3lora.model.precision import store_matrices_in
@@ -433,6 +434,21 @@ class Engine:
         """
         self._clicks.enable()
 
+    def use_click_adapter(self, folder: str | Path, *, vision_adapter: str | Path | None = None) -> None:
+        """Answer clicks with a folder of task clicks over the base's click head.
+
+        Args:
+            vision_adapter: Folder of the adapter whose trunk clicks will see; the base's is None.
+
+        Raises:
+            UserError: The base has no tracker, or a folder is damaged, or was trained on another base or trunk.
+        """
+        from sam3lora.model.clicks.adapter import load_click_adapter, trunk_digest
+
+        digest = None if vision_adapter is None else trunk_digest(self.read_adapter(vision_adapter))
+        head = load_click_adapter(folder, self.base, head=self._clicks.enable(), vision_adapter=digest)
+        self._clicks.use(head)
+
     @property
     def click_mask_side(self) -> int:
         """Side of the masks that clicks start from and answer with: low-resolution logits, as of detections."""
@@ -480,7 +496,7 @@ class Engine:
 
     def keep_mask(self, key: str, mask_mm: np.ndarray) -> str | None:
         """Keep logits (m, m) beside a cached image, as float16; returns their id, None if there is no room for them."""
-        return self._features.images.keep_mask(key, mask_mm.clip(-LARGEST_LOGIT, LARGEST_LOGIT).astype(np.float16))
+        return self._features.images.keep_mask(key, mask_mm.clip(-MASK_LIMIT, MASK_LIMIT).astype(np.float16))
 
     def kept_mask(self, key: str, mask_id: str) -> np.ndarray | None:
         """The float16 logits (m, m) of a kept mask of an image; None if they, or the image, were evicted."""

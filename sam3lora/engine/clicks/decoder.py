@@ -85,6 +85,11 @@ class ClickDecoder:
                 self._forward.keep_trunk()
         return self._head
 
+    def use(self, head: ClickHead) -> None:
+        """Answer with another head from now on, such as one with an adapter; it reads the same features of images."""
+        self.enable()
+        self._head = head
+
     def answer(
         self,
         objects: Sequence[ClickedObject],

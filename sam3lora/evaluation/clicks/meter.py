@@ -11,7 +11,7 @@ Shapes: `I` images with an object, `N` objects, `K` clicks at most.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import numpy as np
 
@@ -77,6 +77,12 @@ class ClickMeter:
         self._check_new([*other._runs, *other._left_out])
         self._runs |= other._runs
         self._left_out |= other._left_out
+
+    def only(self, objects: Collection[tuple[int, int]]) -> ClickMeter:
+        """The measured ones among these objects."""
+        part = ClickMeter(self.max_clicks)
+        part._runs = {one: run for one, run in self._runs.items() if one in objects}
+        return part
 
     def _check_new(self, objects: Iterable[tuple[int, int]]) -> None:
         for image_id, object_id in objects:

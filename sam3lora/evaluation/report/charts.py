@@ -54,8 +54,9 @@ def line_chart(
     y_label: str,
     marks: Mapping[str, float] | None = None,
     y_low: float = 0.0,
+    x_high: float = 1.0,
 ) -> Markup:
-    """Curves over [0, 1]; the y axis ends earlier where all values are low.
+    """Curves over [0, 1], or to `x_high`; the y axis ends earlier where all values are low.
 
     Args:
         lines: Up to six have different colours.
@@ -69,14 +70,16 @@ def line_chart(
             axes.plot(line.xs, line.ys, style, color=COLOURS[number % len(COLOURS)], label=line.label, linewidth=1.8)
         for number, (text, x) in enumerate((marks or {}).items()):
             axes.axvline(x, color=GREY, linewidth=1, linestyle=":")
-            side = "right" if x > 0.6 else "left"
+            side = "right" if x > 0.6 * x_high else "left"
             axes.annotate(
                 text, (x, 1.0), xytext=(-3 if side == "right" else 3, -9 - 11 * number), ha=side, color="#374151",
                 textcoords="offset points", xycoords=("data", "axes fraction"), fontsize=8,
             )  # fmt: skip
         highest = max(0.05, *(y for line in lines for y in line.ys))
         top = 1.02 if highest > 0.5 else 1.3 * highest
-        axes.set(xlim=(0, 1), ylim=(y_low, top), xlabel=x_label, ylabel=y_label)
+        axes.set(xlim=(0, x_high), ylim=(y_low, top), xlabel=x_label, ylabel=y_label)
+        if x_high > 1:
+            axes.locator_params(axis="x", integer=True)
         return finish_chart(axes, description, with_legend=len(lines) > 1)
 
 

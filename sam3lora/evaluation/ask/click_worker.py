@@ -1,0 +1,174 @@
+"""One worker of the evaluation of clicks: it clicks on the labelled objects of the images that it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from sam3lora.engine.adapter_pool import AdapterPool
+from sam3lora.engine.clicks.decoder import MAX_OBJECTS
+from sam3lora.engine.clicks.interaction import Interaction
+from sam3lora.engine.engine import Engine, PromptedImage
+from sam3lora.engine.feature_cache import PreparedImage
+from sam3lora.engine.selection import SmallDetections
+from sam3lora.evaluation.ask.worker import Models, adapter_of, read_images
+from sam3lora.evaluation.clicks.asking import ImageInteractions
+from sam3lora.evaluation.clicks.seeds import FoundObject, found_objects
+from sam3lora.evaluation.clicks.settings import ClickEvaluation
+from sam3lora.evaluation.clicks.simulated_user import SimulatedUser, run_objects
+from sam3lora.evaluation.clicks.split_clicks import ClickedFacts, SplitClicks
+from sam3lora.evaluation.clicks.true_objects import TrueObject, TrueObjects, true_objects
+from sam3lora.evaluation.metrics.ground_truth import PromptedCategory
+
+Place = tuple[Engine, int | None]
+"""An engine, and the slot of an adapter there; None is its base."""
+
+
+class ClickWorker:
+    """Loads one model, then clicks on one image after the other.
+
+    Args:
+        models: One adapter, or the base.
+        categories: Whose objects are clicked on, with their prompts.
+        click_adapter: Folder of task clicks, for the click head; None leaves it as it is in the base.
+
+    Raises:
+        UserError: The base has no tracker, or a model cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        models: Models,
+        categories: Sequence[PromptedCategory],
+        settings: ClickEvaluation,
+        click_adapter: str | None = None,
+    ) -> None:
+        (label,) = models.labels
+        self._categories, self._settings = categories, settings
+        pool = AdapterPool(
+            adapters=models.adapters, max_rows=settings.prompting.max_prompts_per_forward, **models.options
+        )
+        self._pool = pool
+        self._finding: Place = pool.place(adapter_of(label))
+        self._clicking: Place = pool.place(None) if settings.clicks_vision == "base" else self._finding
+        self._post = settings.prompting.post_processing(pool.recorded(adapter_of(label)))
+        for engine in {self._finding[0], self._clicking[0]}:
+            engine.enable_clicks()
+        if click_adapter is not None:
+            vision_adapter = models.adapters.get(label) if self._clicking[1] is not None else None
+            self._clicking[0].use_click_adapter(click_adapter, vision_adapter=vision_adapter)
+
+    def facts(self) -> dict[str, Any]:
+        """The facts that the numbers depend on beside the settings."""
+        base = self._pool.base
+        return {
+            "base_model": base.name,
+            "base_revision": base.revision,
+            "base_fingerprint": base.fingerprint[:12],
+            "resolution": base.resolution,
+            "precision": self._pool.engine.precision,
+            "device": str(self._pool.engine.device),
+            **({} if self._settings.seed is None else self._post.model_dump(mode="json")),
+        }
+
+    def ask(self, records: Sequence[Mapping[str, Any]]) -> SplitClicks:
+        """Click on all objects of the images of records. Raises ImageError if an image cannot be read."""
+        done = SplitClicks.empty(self._settings.max_clicks)
+        truths = [true_objects(record, self._categories) for record in records]
+        done.counts["images"] = len(records)
+        for record, truth in zip(records, truths, strict=True):
+            done.counts.update(without_mask=truth.num_without_mask, crowds=truth.num_crowds)
+            for number in truth.too_small:
+                done.alone.leave_out(image_id=record["image_id"], object_id=number)
+        # Images without an object pass no tower.
+        chosen = [(record, truth) for record, truth in zip(records, truths, strict=True) if truth.objects]
+        if chosen:
+            clicked, asked = self._encode([record for record, _ in chosen])
+            detections = self._detect(asked, [truth for _, truth in chosen])
+            for (record, truth), image, of_image in zip(chosen, clicked, detections, strict=True):
+                self._click(done, record["image_id"], truth, image, of_image)
+        return done
+
+    def _encode(self, records: Sequence[Mapping[str, Any]]) -> tuple[list[PreparedImage], list[PreparedImage]]:
+        """The images with features to click on and to find objects in, the same if one vision pass makes both."""
+        (clicking, slot), (finding, finding_slot) = self._clicking, self._finding
+        images = [
+            clicking.prepare_image(pixels_HW3, str(record["image_id"]))
+            for record, pixels_HW3 in zip(records, read_images(records), strict=True)
+        ]
+        if self._settings.seed is None:
+            return clicking.encode_ahead([(image, slot) for image in images]), images
+        if clicking is finding:
+            wanted = [(image, slot) for image in images] + [(image, finding_slot) for image in images]
+            encoded = clicking.encode_ahead(wanted)
+            return encoded[: len(images)], encoded[len(images) :]
+        return (
+            clicking.encode_ahead([(image, slot) for image in images]),
+            finding.encode_ahead([(image, finding_slot) for image in images]),
+        )
+
+    def _detect(
+        self, images: Sequence[PreparedImage], truths: Sequence[TrueObjects]
+    ) -> list[dict[str, SmallDetections]]:
+        """For each image, prompt of an object -> what it found."""
+        if self._settings.seed is None:
+            return [{} for _ in images]
+        engine, slot = self._finding
+        prompts = [tuple(dict.fromkeys(one.category.prompt for one in truth.objects)) for truth in truths]
+        asked = [
+            PromptedImage(image, of_image, slot=slot, post=self._post)
+            for image, of_image in zip(images, prompts, strict=True)
+        ]
+        found = []
+        for of_image, detections in zip(prompts, engine.detect_small(asked), strict=True):
+            if isinstance(detections, Exception):
+                raise detections
+            found.append(dict(zip(of_image, detections, strict=True)))
+        return found
+
+    def _click(
+        self,
+        done: SplitClicks,
+        image_id: int,
+        truth: TrueObjects,
+        image: PreparedImage,
+        detections: Mapping[str, SmallDetections],
+    ) -> None:
+        seed = self._settings.seed
+        found: Sequence[FoundObject | None] = [None] * len(truth.objects)
+        if seed is not None:
+            found = found_objects(truth.objects, detections, seed)
+        # A few objects at a time, because their masks are as large as the image.
+        objects = list(zip(truth.objects, found, strict=True))
+        for start in range(0, len(objects), MAX_OBJECTS):
+            self._click_together(done, image_id, objects[start : start + MAX_OBJECTS], truth.ignored_HW, image)
+
+    def _click_together(
+        self,
+        done: SplitClicks,
+        image_id: int,
+        objects: Sequence[tuple[TrueObject, FoundObject | None]],
+        ignored_HW: np.ndarray,
+        image: PreparedImage,
+    ) -> None:
+        """Click on objects from nothing, and on those that were found from there too, all in step."""
+        engine, slot = self._clicking
+        nothing = Interaction(image.size_hw, engine.resolution)
+        users = [SimulatedUser(one.mask_HW, ignored_HW, None, self._settings.max_clicks) for one, _ in objects]
+        starts = [nothing] * len(objects)
+        for one, start in objects:
+            if start is not None:
+                users.append(SimulatedUser(one.mask_HW, ignored_HW, start.mask_HW, self._settings.max_clicks))
+                starts.append(replace(nothing, seed=start.seed))
+        interactions = ImageInteractions(engine.click, image, slot, starts)
+        runs = run_objects(users, interactions.answer)
+        runs_from_text = iter(runs[len(objects) :])
+        for (one, start), run, shown in zip(objects, runs, interactions.shown, strict=False):
+            done.alone.add(run, image_id=image_id, object_id=one.number)
+            if self._settings.seed is not None:
+                from_text = run if start is None else next(runs_from_text)
+                done.from_text.add(from_text, image_id=image_id, object_id=one.number)
+            done.facts[image_id, one.number] = ClickedFacts(one.category.name, start is not None, shown)

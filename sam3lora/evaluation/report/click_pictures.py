@@ -1,0 +1,115 @@
+"""Pictures of objects with the clicks on them, and the masks after some of the clicks.
+
+Shapes: `H` `W` pixels of the image, or of the part of it that is shown.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from sam3lora.data.images import read_image
+from sam3lora.data.masks import decode_mask
+from sam3lora.engine.clicks.click import Click
+from sam3lora.evaluation.clicks.asking import SHOWN_CLICKS
+from sam3lora.evaluation.clicks.measure import ClickMetrics
+from sam3lora.evaluation.clicks.split_clicks import ObjectId
+from sam3lora.evaluation.report.dense_pictures import resized_labels
+from sam3lora.evaluation.report.html_page import score
+from sam3lora.evaluation.report.pictures import PICTURE_BYTES, Panel, Picture, encode_within, fit_side, panel_side_px
+from sam3lora.inference.drawing import Marked, Rgb, draw_instances
+
+TRUTH_RGB: Rgb = (230, 159, 0)
+MASK_RGB: Rgb = (0, 114, 178)
+IN_RGB: Rgb = (22, 163, 74)
+OUT_RGB: Rgb = (220, 38, 38)
+LEGEND: dict[str, Rgb] = {
+    "labelled outline": TRUTH_RGB,
+    "mask": MASK_RGB,
+    "click + (belongs to the object)": IN_RGB,
+    "click × (does not)": OUT_RGB,
+}
+_WHITE: Rgb = (255, 255, 255)
+_MARGIN = 0.25  # of the longer side of what is shown
+_LEAST_MARGIN_PX = 8
+
+
+class ClickGallery:
+    """Draws objects of a split after 1, 3 and 8 clicks; the number of pictures decides their size."""
+
+    def __init__(self, metrics: ClickMetrics, num_pictures: int) -> None:
+        self._metrics = metrics
+        self._rows = {image_id: row for row, image_id in enumerate(metrics.index.table.column("image_id").to_pylist())}
+        self._runs = dict(zip(metrics.clicks.alone.objects, metrics.clicks.alone.runs, strict=True))
+        self._num_panels = max(1, num_pictures * len(SHOWN_CLICKS))
+
+    def picture(self, object_id: ObjectId) -> Picture:
+        """Panels of one object.
+
+        Raises:
+            ImageError: The image can no longer be read.
+        """
+        image_id, number = object_id
+        record = self._metrics.index.record(self._rows[image_id])
+        size_hw = (record["height"], record["width"])
+        image_HW3 = read_image(record["path"], expected_size_hw=size_hw)
+        truth_HW = decode_mask(record["annotations"][number]["segmentation"], size_hw)
+        fact, run = self._metrics.clicks.facts[object_id], self._runs[object_id]
+        masks = {count: coco_mask.decode(rle).astype(bool) for count, rle in sorted(fact.shown.items())}
+        part = shown_part([truth_HW, *masks.values()], run.clicks[: max(masks, default=0)])
+        panels = []
+        for count, mask_HW in masks.items():
+            drawn = draw_clicks(image_HW3, truth_HW, mask_HW, run.clicks[:count], part, panel_side_px(self._num_panels))
+            made = min(count, len(run.clicks))
+            caption = f"{made} click{'s' if made != 1 else ''}: IoU {score(float(run.ious[made]))}"
+            jpeg = encode_within(drawn, PICTURE_BYTES // self._num_panels)
+            panels.append(Panel("plain", caption, (drawn.shape[0], drawn.shape[1]), jpeg))
+            if len(run.clicks) <= count:
+                break
+        return Picture(f"{fact.category} in {record['file_name']}", panels)
+
+
+def shown_part(masks: Sequence[np.ndarray], clicks: Sequence[Click]) -> tuple[slice, slice]:
+    """Rows and columns of the image around all masks, bool (H, W), and clicks, with a margin."""
+    size_hw = masks[0].shape
+    seen_HW = np.any(masks, axis=0)
+    for click in clicks:
+        seen_HW[int(click.y), int(click.x)] = True
+    x, y, width, height = cv2.boundingRect(seen_HW.astype(np.uint8))
+    margin = max(_LEAST_MARGIN_PX, math.ceil(_MARGIN * max(width, height)))
+    return (
+        slice(max(0, y - margin), min(size_hw[0], y + height + margin)),
+        slice(max(0, x - margin), min(size_hw[1], x + width + margin)),
+    )
+
+
+def draw_clicks(
+    image_HW3: np.ndarray,
+    truth_HW: np.ndarray,
+    mask_HW: np.ndarray,
+    clicks: Sequence[Click],
+    part: tuple[slice, slice],
+    side_px: int,
+) -> np.ndarray:
+    """Part of an image, uint8 RGB, whose longer side becomes `side_px` at most: mask, true outline and clicks on it."""
+    canvas = fit_side(image_HW3[part], side_px)
+    size_hw = (canvas.shape[0], canvas.shape[1])
+    small_truth, small_mask = (resized_labels(one[part].astype(np.uint8), size_hw) for one in (truth_HW, mask_HW))
+    canvas = draw_instances(canvas, [Marked("", small_mask)], colours_rgb=MASK_RGB, show_labels=False, min_side=1)
+    stroke = max(2, round(min(size_hw) / 300))
+    outlines = cv2.findContours(small_truth, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)[0]
+    cv2.drawContours(canvas, outlines, -1, TRUTH_RGB, stroke, cv2.LINE_AA)
+    radius = max(5, round(max(size_hw) / 60))
+    top, left = part[0].start, part[1].start
+    scale_y, scale_x = size_hw[0] / (part[0].stop - top), size_hw[1] / (part[1].stop - left)
+    for click in clicks:
+        centre = (round((click.x + 0.5 - left) * scale_x), round((click.y + 0.5 - top) * scale_y))
+        cv2.circle(canvas, centre, radius + 2, _WHITE, -1, cv2.LINE_AA)
+        cv2.circle(canvas, centre, radius, IN_RGB if click.label else OUT_RGB, -1, cv2.LINE_AA)
+        sign = cv2.MARKER_CROSS if click.label else cv2.MARKER_TILTED_CROSS
+        cv2.drawMarker(canvas, centre, _WHITE, sign, radius + 2, max(1, radius // 4), cv2.LINE_AA)
+    return canvas
