@@ -58,7 +58,7 @@ async def test_a_bug_is_logged_without_client_text(play: Callable, gate: Gate, c
         error = await refused(service, call(prompts=("secret prompt",)))
         assert (error.type, "secret" in error.message) == ("internal", False)
     assert "KeyError" in caplog.text
-    assert "test_replica.py" in caplog.text  # where it came from
+    assert "replica_cases.py" in caplog.text  # where it came from
     assert "secret" not in caplog.text
 
 
