@@ -13,6 +13,8 @@ import pytest
 if TYPE_CHECKING:
     from serve_app.replica.replica import ModelReplica
 
+    from .replica_cases import Gate
+
 LONG_S = 60.0
 
 
@@ -46,3 +48,11 @@ def play(spread_base: Path, root: Path) -> Callable[..., AbstractAsyncContextMan
             await service.close()
 
     return play
+
+
+@pytest.fixture
+def gate(spread_base: Path) -> Gate:
+    """The model of a replica, which a test can hold."""
+    from .replica_cases import Gate
+
+    return Gate.load(str(spread_base), device="cpu", num_slots=2)

@@ -30,7 +30,7 @@ from serve_app.settings import AdapterSettings, Batching, Limits
 
 from ..engine.engine_cases import write_adapter
 from ..model.dense.dense_cases import write_dense
-from .test_replica import LONG_S, Gate, assert_same, call, image, metric, until_queued
+from .replica_cases import LONG_S, Gate, assert_same, call, image, metric, until_queued
 
 pytestmark = pytest.mark.anyio
 CLASSES = {"gears": ("background", "gear", "red bolt"), "dirt": ("gear", "dirt"), "crack": ("crack",)}

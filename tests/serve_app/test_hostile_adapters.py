@@ -26,8 +26,8 @@ from serve_app.settings import AdapterSettings, Limits, ServeSettings
 from ..engine.engine_cases import write_adapter
 from .hostile_adapters import write_hostile
 from .ray_service import start_service
+from .replica_cases import image
 from .small_service import SmallService, fields
-from .test_replica import image
 
 pytestmark = pytest.mark.anyio
 REFUSED = {"invalid_adapter", "adapter_not_found"}

@@ -1,14 +1,9 @@
-"""A replica with a real small model, without Ray."""
+"""The answers of a replica with a real small model, without Ray: each is that of its request alone."""
 
 from __future__ import annotations
 
 import asyncio
-import gc
-import hashlib
-import io
 import logging
-import re
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,137 +12,42 @@ from typing import Any
 import numpy as np
 import pydantic
 import pytest
-import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sam3lora.config.post_processing import PostProcessing
-from sam3lora.engine import selection
-from sam3lora.engine.detections import BoxPrompt, Detections
+from sam3lora.engine.detections import BoxPrompt
 from sam3lora.engine.engine import Engine, PromptedImage
-from sam3lora.engine.selection import SmallDetections
-from sam3lora.model.loading import LoadedBase
 from serve_app.http.errors import ServeError
 from serve_app.http.schemas import AdapterResponse
-from serve_app.messages import ImageFile, ImageReply, SegmentCall, SegmentReply
+from serve_app.messages import ImageFile, ImageReply, SegmentReply
 from serve_app.metrics import STAGES
-from serve_app.replica import adapter_store, mask_encoder, replica
+from serve_app.replica import adapter_store
 from serve_app.replica.replica import ModelReplica
 from serve_app.settings import AdapterSettings, Batching, Limits, ServeSettings
 
 from ..engine.engine_cases import write_adapter
+from .replica_cases import (
+    POST,
+    Gate,
+    answered,
+    assert_same,
+    call,
+    image,
+    metric,
+    refused,
+    until_queued,
+    write_root,
+)
 
 pytestmark = pytest.mark.anyio
-LONG_S = 60.0
-POST = {"threshold": 0.0, "max_detections": 3}
-BOX = BoxPrompt((4.0, 5.0, 40.0, 44.0))
 
 
 @pytest.fixture(scope="module")
 def root(spread_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two adapters and a broken one."""
-    root = tmp_path_factory.mktemp("adapters")
-    write_adapter(root / "towers", spread_base, "vision", 1)
-    write_adapter(root / "heads", spread_base, "no cls", 2)
-    write_adapter(root / "broken", spread_base, "text", 3)
-    (root / "broken" / "adapter_model.safetensors").write_bytes(b"junk")
-    return root
+    return write_root(tmp_path_factory.mktemp("adapters"), spread_base)
 
 
-def image(seed: int = 0, size_hw: tuple[int, int] = (60, 90), orientation: int = 1) -> ImageFile:
-    picture = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size_hw, 3), dtype=np.uint8))
-    exif = picture.getexif()
-    exif[0x0112] = orientation
-    file = io.BytesIO()
-    picture.save(file, "PNG", exif=exif)
-    return ImageFile(hashlib.sha256(file.getvalue()).hexdigest(), file.getvalue())
-
-
-def call(seed: int = 0, prompts: tuple[str, ...] = ("crack",), **options: Any) -> SegmentCall:
-    return SegmentCall(image(seed), prompts, **({"post_processing": POST, "timeout_s": LONG_S} | options))
-
-
-class Gate(Engine):
-    """The real model; while closed, `detect_small` waits with the batch in hand."""
-
-    def __init__(self, base: LoadedBase, **options: Any) -> None:
-        self.open = threading.Event()
-        self.open.set()
-        self.entered = threading.Semaphore(0)
-        self.batches: list[list[PromptedImage]] = []
-        self.decoded: list[str] = []
-        self.error: Callable[[list[PromptedImage]], Exception | None] = lambda images: None
-        super().__init__(base, **options)
-
-    def warm_up(self) -> None:
-        pass
-
-    def prepare_image(self, data: Any, key: str, **options: Any) -> Any:
-        self.decoded.append(key)
-        return super().prepare_image(data, key, **options)
-
-    def detect_small(self, images: Any) -> list[list[SmallDetections] | Exception]:
-        if images:
-            self.batches.append(list(images))
-            self.entered.release()
-            assert self.open.wait(LONG_S)
-            if error := self.error(images):
-                raise error
-        return super().detect_small(images)
-
-    async def busy(self) -> None:
-        assert await asyncio.to_thread(self.entered.acquire, timeout=LONG_S)
-
-    async def occupy(self, service: ModelReplica, seed: int = 0) -> asyncio.Task[SegmentReply]:
-        """The model has the batch of a first request in hand, until `open` is set."""
-        self.open.clear()
-        first = asyncio.create_task(answered(service, call(seed)))
-        await self.busy()
-        return first
-
-
-@pytest.fixture
-def gate(spread_base: Path) -> Gate:
-    return Gate.load(str(spread_base), device="cpu", num_slots=2)
-
-
-async def answered(service: ModelReplica, one: SegmentCall) -> SegmentReply:
-    reply = await service.segment(one)
-    assert isinstance(reply, SegmentReply), reply
-    return reply
-
-
-async def refused(service: ModelReplica, one: SegmentCall) -> ServeError:
-    reply = await service.segment(one)
-    assert isinstance(reply, ServeError), reply
-    return reply
-
-
-async def metric(service: ModelReplica, name: str) -> int:
-    found = re.search(rf"^sam3lora_{name} (.+)$", (await service.named_metrics())[1], re.MULTILINE)
-    assert found, name
-    return int(float(found[1]))
-
-
-async def until_queued(service: ModelReplica, num: int) -> None:
-    """So many prepared requests wait for the model."""
-    await until(lambda: service._batcher.queue_length == num)
-
-
-async def until(condition: Callable[[], Any]) -> None:
-    while not condition():
-        await asyncio.sleep(0.001)
-
-
-def assert_same(found: Any, expected: list[Detections]) -> None:
-    assert len(found) == len(expected)
-    for one, other in zip(found, expected, strict=True):
-        assert (one.prompt, one.size_hw, len(one)) == (other.prompt, other.size_hw, len(other))
-        np.testing.assert_allclose(one.scores, other.scores, atol=1e-5)
-        np.testing.assert_allclose(one.boxes_xyxy, other.boxes_xyxy, atol=1e-3)
-        assert (one.rles is None) == (other.rles is None)
-        if one.rles is not None:
-            np.testing.assert_allclose(one.areas_px, other.areas_px, atol=5)
+BOX = BoxPrompt((4.0, 5.0, 40.0, 44.0))
 
 
 @pytest.mark.parametrize("encode_ahead", [False, True])
@@ -346,109 +246,6 @@ async def test_uploads_and_images_that_are_refused(play: Callable):
         assert (await refused(service, call())).type == "invalid_image"  # too large
 
 
-async def test_concurrent_equal_images_are_decoded_once(play: Callable, gate: Gate):
-    async with play(engine=gate) as service:
-        first = await gate.occupy(service)
-        same = [asyncio.create_task(answered(service, call(7))) for _ in range(10)]
-        await until_queued(service, 10)
-        same.append(asyncio.create_task(answered(service, call(7))))  # decoded, but not yet known to the model
-        await until_queued(service, 11)
-        gate.open.set()
-        await asyncio.gather(first, *same)
-        await answered(service, call(7))  # in the cache
-    assert gate.decoded.count(image(7).key) == 1
-
-
-async def test_one_of_many_waiting_for_a_decoder_may_leave(play: Callable, gate: Gate, monkeypatch: pytest.MonkeyPatch):
-    go, begun = threading.Event(), threading.Event()
-    decode = gate.prepare_image
-
-    def slow(*args: Any, **options: Any) -> Any:
-        begun.set()
-        assert go.wait(LONG_S)
-        return decode(*args, **options)
-
-    async with play(engine=gate) as service:
-        monkeypatch.setattr(gate, "prepare_image", slow)
-        leaving, staying = (asyncio.create_task(service.segment(call())) for _ in range(2))
-        assert await asyncio.to_thread(begun.wait, LONG_S)
-        leaving.cancel()
-        await asyncio.wait([leaving])
-        go.set()
-        assert isinstance(await staying, SegmentReply)
-    assert len(gate.decoded) == 1
-
-
-@pytest.mark.parametrize(("status", "type"), [(503, "overloaded"), (429, "too_many_requests")])
-async def test_one_request_too_many_is_refused_before_it_is_decoded(play: Callable, gate: Gate, status: int, type: str):
-    async with play(engine=gate, limits=Limits(max_queued=2, overload_status=status)) as service:
-        first = await gate.occupy(service)
-        waiting = [asyncio.create_task(service.segment(call(seed))) for seed in (1, 2, 3, 4)]
-        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        await until(lambda: sum(task.done() for task in waiting) == 2)
-        gate.open.set()
-        await first
-        replies = await asyncio.gather(*waiting)
-        assert [isinstance(reply, SegmentReply) for reply in replies] == [True, True, False, False]
-        assert [(reply.type, reply.retry_after_s >= 1) for reply in replies[2:]] == [(type, True)] * 2
-    assert set(gate.decoded) == {image(seed).key for seed in (0, 1, 2)}
-
-
-async def test_a_request_that_ends_while_it_waits_is_not_computed(play: Callable, gate: Gate):
-    async with play(engine=gate) as service:
-        await answered(service, call(1, adapter="towers"))
-        await gate.busy()
-        first = await gate.occupy(service)
-        leaving = asyncio.create_task(service.segment(call(1, adapter="towers")))
-        await until_queued(service, 1)
-        leaving.cancel()
-        await asyncio.wait([leaving])
-        assert await metric(service, "queue_length") == 0
-        assert (await refused(service, call(1, timeout_s=0.05))).type == "timeout"
-        gate.open.set()
-        await first
-    assert [len(batch) for batch in gate.batches] == [1, 1]
-
-
-async def test_when_memory_runs_out_features_are_dropped_and_batches_halved(play: Callable, gate: Gate):
-    async with play(engine=gate) as service:
-        gate.error = lambda images: torch.OutOfMemoryError("CUDA out of memory") if len(images) > 1 else None
-        first = await gate.occupy(service)
-        rest = [asyncio.create_task(answered(service, call(seed))) for seed in (1, 2)]
-        await until_queued(service, 2)
-        gate.open.set()
-        await asyncio.gather(first, *rest)
-        gate.error = lambda images: torch.OutOfMemoryError("CUDA out of memory")
-        error = await refused(service, call(3))
-        assert error.type == "out_of_memory"
-        assert error.retry_after_s is not None
-        assert "sam3lora_out_of_memory_total 2.0" in (await service.named_metrics())[1]
-    assert [len(batch) for batch in gate.batches] == [1, 2, 1, 1, 1, 1]
-
-
-async def test_a_bug_is_logged_without_client_text(play: Callable, gate: Gate, caplog: Any):
-    async with play(engine=gate) as service:
-        gate.error = lambda images: KeyError(images[0].prompts[0])
-        error = await refused(service, call(prompts=("secret prompt",)))
-        assert (error.type, "secret" in error.message) == ("internal", False)
-    assert "KeyError" in caplog.text
-    assert "test_replica.py" in caplog.text  # where it came from
-    assert "secret" not in caplog.text
-
-
-async def test_failures_keep_no_images_alive(play: Callable, gate: Gate):
-    """A remembered failure must not hold the request that met it."""
-    async with play(engine=gate) as service:
-        calls = [call(adapter="broken", prompts=("crack", f"number {number}")) for number in range(3)]
-        prompts = {one.prompts for one in calls}
-        for one in calls:
-            assert (await refused(service, one)).type == "invalid_adapter"
-        del calls, one
-        gc.collect()
-        alive = [found for found in gc.get_objects() if type(found) is SegmentCall and found.prompts in prompts]
-        assert not alive
-
-
 async def test_settings_of_adapters_change_while_it_runs(play: Callable, root: Path):
     async with play() as service:
         await service.reconfigure(AdapterSettings(root=root, preload=("towers",)).model_dump(mode="json"))
@@ -466,208 +263,6 @@ async def test_settings_of_adapters_change_while_it_runs(play: Callable, root: P
         with pytest.raises(pydantic.ValidationError):
             await service.reconfigure({"roots": "typo"})
         await answered(service, call(adapter="heads"))
-
-
-async def test_a_closing_replica_finishes_its_calls_and_refuses_new_ones(play: Callable, gate: Gate):
-    async with play(engine=gate) as service:
-        assert await service.ready()
-        first = await gate.occupy(service)
-        second = asyncio.create_task(answered(service, call(1, adapter="heads")))
-        while await metric(service, "queue_length") != 1:  # its adapter waits for the model thread
-            await asyncio.sleep(0.001)
-        closing = asyncio.create_task(service.close())
-        await asyncio.sleep(0)
-        assert not await service.ready()
-        assert (await refused(service, call(2))).type == "not_ready"
-        assert not closing.done()
-        gate.open.set()
-        await asyncio.gather(first, second, closing)
-
-
-async def test_a_stuck_model_is_unhealthy(play: Callable, gate: Gate, monkeypatch: pytest.MonkeyPatch):
-    async with play(engine=gate) as service:
-        service.check_health()
-        gate.open.clear()
-        first = asyncio.create_task(service.segment(call(0)))
-        await gate.busy()
-        service.check_health()  # busy, but not for long
-        monkeypatch.setattr(replica, "STUCK_AFTER_S", 0.0)
-        monkeypatch.setattr(service, "_limits", Limits(timeout_s=1e-9))
-        with pytest.raises(RuntimeError, match="busy"):
-            service.check_health()
-        gate.open.set()
-        await first
-        await answered(service, call(1))
-        service.check_health()
-
-
-async def test_a_failed_device_is_unhealthy_and_runs_nothing_more(
-    play: Callable, gate: Gate, monkeypatch: pytest.MonkeyPatch
-):
-    asked: list[int] = []
-
-    def fail(images: list[PromptedImage]) -> Any:
-        asked.append(len(images))
-        raise torch.AcceleratorError("CUDA error: device-side assert triggered")
-
-    async with play(engine=gate) as service:
-        first = await gate.occupy(service)
-        service.check_health()
-        rest = [asyncio.create_task(refused(service, call(seed))) for seed in (1, 2)]
-        await until_queued(service, 2)
-        gate.error = lambda images: monkeypatch.setattr(gate, "_run", fail) if len(images) > 1 else None
-        gate.open.set()
-        await first
-        assert [(await error).type for error in rest] == ["replica_failed"] * 2
-        with pytest.raises(RuntimeError, match="device"):
-            service.check_health()
-        for one in (call(3), call(3, adapter="towers")):
-            assert (await refused(service, one)).type == "replica_failed"
-    assert asked == [2]  # neither one by one nor for those that came later
-
-
-async def test_a_device_that_fails_at_an_upload_or_a_slot_is_reported(
-    play: Callable, spread_base: Path, monkeypatch: pytest.MonkeyPatch
-):
-    def fail(*args: Any) -> None:
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    async def upload(service: ModelReplica) -> None:
-        reply = await service.keep_image(image(1))
-        assert isinstance(reply, ServeError)
-        assert reply.type == "replica_failed"
-
-    async def place(service: ModelReplica) -> None:
-        assert (await refused(service, call(adapter="towers"))).type == "replica_failed"
-
-    for name, act in (("keep_image", upload), ("place_adapter", place)):
-        engine = Gate.load(str(spread_base), device="cpu", num_slots=2)
-        monkeypatch.setattr(engine, name, fail)
-
-        async with play(engine=engine) as service:
-            service.check_health()
-            await act(service)
-            with pytest.raises(RuntimeError, match="device"):
-                service.check_health()
-
-
-class SlowMasks:
-    """In place of `encode_logits`; while closed, it waits with a mask in hand."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.open = threading.Event()
-        self.entered = threading.Semaphore(0)
-        self.num = 0
-        self._encode = selection.encode_logits
-        monkeypatch.setattr(selection, "encode_logits", self)
-
-    def __call__(self, *args: Any) -> Any:
-        self.num += 1
-        self.entered.release()
-        assert self.open.wait(LONG_S)
-        return self._encode(*args)
-
-    async def busy(self) -> None:
-        assert await asyncio.to_thread(self.entered.acquire, timeout=LONG_S)
-
-
-async def test_requests_that_wait_for_masks_count_as_queued(
-    play: Callable, gate: Gate, monkeypatch: pytest.MonkeyPatch
-):
-    masks = SlowMasks(monkeypatch)
-    async with play(engine=gate, limits=Limits(max_queued=2)) as service:
-        first = [asyncio.create_task(answered(service, call(seed))) for seed in (0, 1)]
-        await masks.busy()
-        await masks.busy()
-        assert (await refused(service, call(2))).type == "overloaded"
-        masks.open.set()
-        await asyncio.gather(*first)
-        await answered(service, call(2))
-
-
-async def test_every_stage_works_on_another_request_at_the_same_time(
-    play: Callable, gate: Gate, monkeypatch: pytest.MonkeyPatch
-):
-    masks = SlowMasks(monkeypatch)
-    async with play(engine=gate, batching=Batching(encode_ahead=True)) as service:
-        first = asyncio.create_task(answered(service, call(0)))
-        await masks.busy()  # its masks are being encoded, until `masks.open` is set
-        await gate.busy()
-        second = await gate.occupy(service, 1)
-        third = asyncio.create_task(answered(service, call(2)))
-        await until(lambda: (known := gate.cached_image(image(2).key)) and gate.has_features(known, None))
-        gate.open.set()
-        await gate.busy()  # the third is in the model
-        assert not any(task.done() for task in (first, second, third))
-        masks.open.set()
-        await asyncio.gather(first, second, third)
-    assert [len(batch) for batch in gate.batches] == [1, 1, 1]
-    assert [asked.image.features is not None for (asked,) in gate.batches] == [False, False, True]
-    assert await metric(service, "images_encoded_total") == 3
-
-
-async def test_an_uploaded_image_may_be_encoded_ahead(play: Callable, gate: Gate):
-    async with play(engine=gate, batching=Batching(encode_ahead=True)) as service:
-        first = await gate.occupy(service)
-        upload = asyncio.create_task(service.keep_image(image(1)))
-        await until(lambda: (known := gate.cached_image(image(1).key)) and gate.has_features(known, None))
-        gate.open.set()
-        await first
-        assert await upload == ImageReply(image(1).key, (60, 90), cached=False)
-        await answered(service, replace(call(1), image=ImageFile(image(1).key)))
-        assert await metric(service, "images_encoded_total") == 2
-
-
-async def test_encoding_ahead_can_be_switched_off(play: Callable, gate: Gate):
-    async with play(engine=gate) as service:
-        first = await gate.occupy(service)
-        rest = [asyncio.create_task(answered(service, call(seed))) for seed in (1, 2)]
-        await until_queued(service, 2)
-        gate.open.set()
-        await asyncio.gather(first, *rest)
-    assert [asked.image.features for batch in gate.batches for asked in batch] == [None] * 3
-
-
-@pytest.mark.parametrize("how", ["timeout", "cancel"])
-async def test_masks_of_a_request_that_ended_are_not_encoded(
-    play: Callable, gate: Gate, monkeypatch: pytest.MonkeyPatch, how: str
-):
-    masks = SlowMasks(monkeypatch)
-    async with play(engine=gate) as service:
-        await service.keep_image(image())  # leaves little to do before the masks
-        task = asyncio.create_task(service.segment(call(timeout_s=2.0 if how == "timeout" else LONG_S)))
-        await masks.busy()
-        if how == "cancel":
-            task.cancel()
-            await asyncio.wait([task])
-        else:
-            reply = await task
-            assert isinstance(reply, ServeError)
-            assert (reply.type, "masks" in reply.message) == ("timeout", True)
-        masks.open.set()  # one mask is being encoded
-        reply = await answered(service, call())
-        assert masks.num == 1 + sum(map(len, reply.results))
-
-
-async def test_the_model_pauses_while_answers_hold_too_much_memory(
-    play: Callable, gate: Gate, root: Path, monkeypatch: pytest.MonkeyPatch
-):
-    masks = SlowMasks(monkeypatch)
-    monkeypatch.setattr(mask_encoder, "MAX_WAITING_BYTES", 1)
-    async with play(engine=gate) as service:
-        first = await gate.occupy(service)
-        rest = [asyncio.create_task(answered(service, call(seed))) for seed in (1, 2)]
-        late = asyncio.create_task(refused(service, call(3, timeout_s=2.0)))
-        await until_queued(service, 3)
-        gate.open.set()
-        await masks.busy()
-        assert (await late).type == "timeout"
-        await service.reconfigure({"root": str(root), "preload": ["towers"]})  # other work in the model thread goes on
-        assert await metric(service, "adapters_resident") == 1
-        assert len(gate.batches) == 1
-        masks.open.set()
-        await asyncio.gather(first, *rest)
-    assert [len(batch) for batch in gate.batches] == [1, 2]
 
 
 async def test_the_metrics_of_a_replica(play: Callable):
