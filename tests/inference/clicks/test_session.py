@@ -21,7 +21,6 @@ from sam3lora.inference.clicks.result import ClickResult
 from sam3lora.inference.clicks.session import ClickSession
 
 from ...engine.engine_cases import make_images, write_adapter_of
-from ...model.dense.dense_cases import write_dense
 
 IMAGE = make_images(1)[0]
 HEIGHT, WIDTH = IMAGE.shape[:2]
@@ -220,9 +219,6 @@ def test_mistakes_are_told_and_change_nothing(session: ClickSession, predictor: 
     assert [shown(one) for one in session.objects] == before
 
 
-def test_models_without_clicks_are_refused(spread_base: Path, tmp_path: Path):
+def test_a_base_without_clicks_is_refused(spread_base: Path):
     with pytest.raises(UserError, match="has no tracker"):
         Predictor(str(spread_base), device="cpu").interact(IMAGE)
-    dense = write_dense(spread_base, tmp_path / "dense")
-    with pytest.raises(UserError, match="task dense"):
-        Predictor(adapter=dense, device="cpu").interact(IMAGE)

@@ -69,7 +69,11 @@ def test_the_threshold_that_counts(spread_base, pixels, tmp_path):
 
 
 def test_questions_of_the_other_task(predictor, pixels, spread_base, tmp_path):
-    for ask in (lambda: predictor.predict(pixels, "crack"), lambda: predictor.predict_many([pixels], "crack")):
+    for ask in (
+        lambda: predictor.predict(pixels, "crack"),
+        lambda: predictor.predict_many([pixels], "crack"),
+        lambda: predictor.interact(pixels),
+    ):
         with pytest.raises(UserError, match="predict_dense"):
             ask()
     prompted = write_adapter(spread_base, tmp_path / "prompts")
