@@ -72,7 +72,7 @@ def infer(
     device: Annotated[list[str] | None, typer.Option(metavar="0", help="GPU, or cpu.")] = None,
 ) -> None:
     """Find what prompts name in an image, or in every image of a folder. A dense adapter labels each pixel instead.
-    Clicks correct the best detection of a prompt in one image, or show an object without a prompt.
+    Clicks correct a detection of a prompt, or without a prompt show an object of the image.
 
     Example:  sam3lora infer --weights outputs/balanced/best --image photo.jpg --prompt crack pothole
     """

@@ -1,4 +1,4 @@
-"""`sam3lora infer` with clicks: the best detection of a prompt corrected, or a new object of one image."""
+"""`sam3lora infer` with clicks: a detection of a prompt corrected, or a new object of one image."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from sam3lora.cli.infer_output import check_writable, print_table, table_of
 from sam3lora.errors import UserError
 
 if TYPE_CHECKING:
+    from sam3lora.engine.clicks.click import Click
+    from sam3lora.inference.clicks.result import ClickResult
     from sam3lora.inference.clicks.session import ClickSession
 
 Numbers = tuple[float, ...]
@@ -63,9 +65,7 @@ class ClickOptions:
             if value:
                 raise UserError(f"{option} has no effect with --click and --click-box: leave it out")
         if len(prompts) > 1:
-            raise UserError(
-                f"clicks correct the best detection of one prompt, got {len(prompts)}: {', '.join(prompts)}"
-            )
+            raise UserError(f"clicks correct a detection of one prompt, got {len(prompts)}: {', '.join(prompts)}")
         if prompts:
             return
         for option, value in without_prompt.items():
@@ -85,7 +85,10 @@ def infer_clicks(
     *,
     show_boxes: bool,
 ) -> None:
-    """Correct the best detection of a prompt, or show a new object; write the picture, and JSON if asked for.
+    """Correct the detection that clicks lie on, or show a new object; write the picture, and JSON if asked for.
+
+    Clicks beside all detections of the prompt correct the best one.
+
 
     Args:
         settings: Arguments of `Predictor`.
@@ -96,7 +99,6 @@ def infer_clicks(
     """
     from sam3lora.data.images import read_first_frame
     from sam3lora.engine.clicks.click import checked_box, checked_clicks
-    from sam3lora.inference.clicks.result import ClickResult
     from sam3lora.inference.image_folder import FolderResults, detections_of
     from sam3lora.inference.predictor import Predictor
     from sam3lora.inference.result_pictures import check_picture_path
@@ -116,7 +118,7 @@ def infer_clicks(
     session = predictor.interact(image)
     found = session.detect(prompt) if prompt is not None else []
     if found:
-        clicked: ClickResult = session.refine(found[0], clicks, given.box_xyxy)
+        clicked: ClickResult = session.refine(meant_by(found, clicks), clicks, given.box_xyxy)
     else:
         clicked = session.click(clicks, box_xyxy=given.box_xyxy, label=prompt)
     seconds = time.perf_counter() - started
@@ -134,6 +136,11 @@ def infer_clicks(
     if not clicked.area_px:
         typer.echo("the clicked object has no pixel: try other clicks, or --click-box")
     typer.echo(f"{seconds:.2f} s; picture: {output}" + (f"; objects: {json}" if json else ""))
+
+
+def meant_by(found: Sequence[ClickResult], clicks: Sequence[Click]) -> ClickResult:
+    """Of the objects of a prompt, by descending score, the one with the most clicks in its mask."""
+    return max(found, key=lambda one: sum(bool(one.mask[int(click.y), int(click.x)]) for click in clicks))
 
 
 def _print_objects(session: ClickSession, clicked: Any, settings: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -11,6 +12,8 @@ import pytest
 
 from sam3lora import Predictor
 from sam3lora.cli import main
+from sam3lora.cli.infer_clicks import meant_by
+from sam3lora.engine.clicks.click import Click
 
 from ..model.dense.dense_cases import write_dense
 
@@ -42,17 +45,33 @@ def written(tmp_path: Path) -> dict:
     return image
 
 
-def test_clicks_correct_the_best_detection(run, predictor, photo, tmp_path):
+def test_clicks_correct_the_detection_that_they_lie_on():
+    upper, lower = np.zeros((2, 4, 4), dtype=bool)
+    upper[:2], lower[1:] = True, True
+    best, other = (SimpleNamespace(mask=mask) for mask in (upper, lower))
+    for clicks, meant in (
+        ([Click(0, 0)], best),
+        ([Click(3, 3)], other),
+        ([Click(3, 3, 0)], other),  # of a part that does not belong to it
+        ([Click(0, 0), Click(1, 3), Click(2, 3, 0)], other),
+        ([Click(0, 1)], best),  # in both
+        ([], best),  # a box alone
+    ):
+        assert meant_by([best, other], clicks) is meant
+
+
+def test_clicks_correct_a_detection(run, predictor, photo, tmp_path):
     words = ("--prompt", "crack", "--threshold", 0, "--nms", "none", "--json", "d.json")
     status, out, _ = run(*words, "--click", "30,20,1", "--click", "80,50,0", "--click-box", "5,6,60,50")
     assert status == 0
     assert "clicked" in out
     session = predictor.interact(photo)
     found = session.detect("crack")
-    session.refine(found[0], [(30, 20, 1), (80, 50, 0)], (5, 6, 60, 50))
+    clicked = meant_by(found, [Click(30, 20), Click(80, 50, 0)])
+    session.refine(clicked, [(30, 20, 1), (80, 50, 0)], (5, 6, 60, 50))
     image = written(tmp_path)
-    assert image["clicked"]["mask"] == found[0].rle
-    assert image["clicked"]["score"] == pytest.approx(found[0].score, abs=1e-5)
+    assert image["clicked"]["mask"] == clicked.rle
+    assert image["clicked"]["score"] == pytest.approx(clicked.score, abs=1e-5)
     assert image["clicked"]["clicks"] == [{"x": 30, "y": 20, "label": 1}, {"x": 80, "y": 50, "label": 0}]
     (result,) = image["results"]
     assert result["num_detections"] == len(found) > 1
