@@ -55,3 +55,14 @@ def spread_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from .engine.engine_cases import write_base
 
     return write_base(tmp_path_factory.mktemp("spread") / "sam3")
+
+
+@pytest.fixture(scope="session")
+def clickable_base(spread_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`spread_base` as a video checkpoint, with a random tracker whose masks differ for every click; read only."""
+    from .engine.engine_cases import spread
+    from .model.clicks.video_checkpoint import write_video_checkpoint
+
+    folder = tmp_path_factory.mktemp("clickable") / "sam3"
+    write_video_checkpoint(folder, source=spread_base, change=spread)
+    return folder

@@ -22,6 +22,7 @@ from sam3lora.config import load_config, preset_names
 from sam3lora.config.yaml_text import parse_yaml
 from sam3lora.tune.space.parameters import KINDS
 from sam3lora.tune.space.reader import load_space, space_names
+from sam3lora.tune.space.search_space import SearchSpace
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted(
@@ -229,11 +230,15 @@ def test_files_and_names_exist(page):
     assert not missing
 
 
-def test_search_spaces_of_the_page_load():
+def space_on_page(page: str) -> SearchSpace:
+    (block,) = re.findall(r"^    base: .*\n(?:    .*\n)+", (ROOT / page).read_text(), re.MULTILINE)
+    return load_space(parse_yaml(textwrap.dedent(block), page))
+
+
+def test_search_spaces_of_the_pages_load():
     page = (ROOT / "docs/sweeps.md").read_text()
-    (block,) = re.findall(r"^    base: .*\n(?:    .*\n)+", page, re.MULTILINE)
-    space = load_space(parse_yaml(textwrap.dedent(block), "docs/sweeps.md"))
-    assert {item.kind for item in space.parameters.values()} == set(KINDS)
+    assert {item.kind for item in space_on_page("docs/sweeps.md").parameters.values()} == set(KINDS)
+    assert space_on_page("docs/dense.md").search.metric == "mean_iou"
     assert [name for name in space_names() if f"| `{name}` |" not in page] == []
 
 

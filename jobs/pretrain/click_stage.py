@@ -1,7 +1,7 @@
 """Training of the click head on drawn scenes: first to read masks, then clicks, boxes and corrections.
 
-What a click head does with a mask prompt is not learned beside clicks and boxes: the mask stays a faint hint. A first
-phase therefore shows it hardly anything but masks, right and wrong ones, until it can hand one through.
+What to make of a mask prompt is hardly learned beside clicks and boxes: the mask stays a faint hint. A first phase
+therefore shows little but masks, right and wrong ones, and so do many steps later.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from torch import Tensor, nn
 from jobs.pretrain.click_scenes import ClickScenes
 from jobs.pretrain.snapshot import Snapshot
 from jobs.pretrain.vision_stage import cosine
+from sam3lora.engine.clicks.prompt import DRAWN_LOGIT
 from sam3lora.losses.clicks import CLICK_WEIGHTS, ClickCriterion, ClickLossOutput
 from sam3lora.model.clicks.head import ClickFeatures, ClickHead, ClickOutput
 from sam3lora.training.clicks.sampling import Prompts, StartShares, next_clicks, start_prompts, wrong_masks
 
 WEIGHTS = dict(CLICK_WEIGHTS) | {"click_dice": 3.0, "click_object": 0.1}
-LATER = StartShares(click=0.4, box=0.2, mask=0.2, mask_and_box=0.2)
-NECK_SHARE = 0.3
-"""Learning rate of the neck as a share of the others'."""
-RIGHT_MASK = 0.3
+LATER = StartShares(click=0.35, box=0.15, mask=0.3, mask_and_box=0.2)
+LEARNING_RATES = {"neck.": 0.3, "prompt_encoder.mask_embed.": 5.0}
+"""Learning rates of parts as multiples of the others'."""
+RIGHT_MASK = 0.5
 """Share of the starts with a mask that show the right one."""
 MASK_ALONE = 0.25
 """Share of the starts with the right mask, and no box, that come without a click."""
@@ -37,11 +38,13 @@ MASK_ALONE = 0.25
 class ClickStage:
     """Everything that decides what the stage learns; the defaults are those of the shipped head.
 
-    `mask_steps` of the `steps` are the first phase. A step has up to `images` x `objects` objects.
+    The first `mask_steps` of the `steps`, and later this share of them, show masks. A step has up to `images` x
+    `objects` objects.
     """
 
-    steps: int = 6500
+    steps: int = 5500
     mask_steps: int = 300
+    mask_share: float = 0.7
     images: int = 8
     objects: int = 3
     learning_rate: float = 1e-3
@@ -49,10 +52,12 @@ class ClickStage:
     side: int = 112
     seed: int = 0
 
+    def shows_masks(self, step: int, rng: np.random.Generator) -> bool:
+        """Whether a step is about masks."""
+        return step < self.mask_steps or rng.random() < self.mask_share
+
     def num_predictions(self, step: int, rng: np.random.Generator) -> int:
-        """Predictions for each object: 2 of masks, then 3, 4, and in the last part 3 to 8."""
-        if step < self.mask_steps:
-            return 2
+        """Predictions for each object in a step that is not about masks: 3, then 4, and in the last part 3 to 8."""
         if step < 0.5 * self.steps:
             return 3
         return 4 if step < 0.6 * self.steps else int(rng.integers(3, 9))
@@ -66,7 +71,7 @@ def train_clicks(
     log: Callable[[str], None] = print,
     snapshot: Snapshot | None = None,
     check: Callable[[], str] | None = None,
-    check_every: int = 1000,
+    check_every: int = 500,
 ) -> None:
     """Train a head in place, from the snapshot's step on.
 
@@ -90,11 +95,12 @@ def train_clicks(
         rows = np.sort(rng.choice(len(of_scenes), stage.images, replace=False))
         image_N, masks_NHW = of_scenes.objects(rows, rng, stage.objects)
         truth_Nhw = masks_NHW[:, 1 :: masks_NHW.shape[1] // stage.side, 1 :: masks_NHW.shape[2] // stage.side]
-        number = stage.num_predictions(step, rng)
+        shows_masks = stage.shows_masks(step, rng)
+        number = 1 if shows_masks else stage.num_predictions(step, rng)
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast("cpu", torch.bfloat16):
             features = head.embed(of_scenes.tokens_ISC[torch.from_numpy(rows)].float()).of_objects(image_N)
-            prompts = _start(step < stage.mask_steps, truth_Nhw, image_N, head, rng, generator)
+            prompts = _start(shows_masks, masks_NHW, truth_Nhw, image_N, head, rng, generator)
             losses: list[ClickLossOutput] = []
             for turn in range(number):
                 output = ask(head, features, prompts)
@@ -123,10 +129,11 @@ def train_clicks(
 
 
 def _groups(head: ClickHead, stage: ClickStage) -> list[dict[str, Any]]:
-    """Matrices with weight decay and all else without; the neck, which has learned already, with smaller steps."""
+    """Matrices with weight decay and all else without, each part with its learning rate."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in head.named_parameters():
-        peak = stage.learning_rate * (NECK_SHARE if name.startswith("neck.") else 1.0)
+        share = next((share for part, share in LEARNING_RATES.items() if name.startswith(part)), 1.0)
+        peak = stage.learning_rate * share
         decay = stage.weight_decay if parameter.dim() > 1 else 0.0
         groups.setdefault((peak, decay), []).append(parameter)
     return [{"params": of, "peak": peak, "weight_decay": decay} for (peak, decay), of in groups.items()]
@@ -152,7 +159,8 @@ def best_masks(output: ClickOutput) -> Tensor:
 
 
 def _start(
-    only_masks: bool,
+    shows_masks: bool,
+    masks_NHW: Tensor,
     truth_Nhw: Tensor,
     image_N: Tensor,
     head: ClickHead,
@@ -160,17 +168,20 @@ def _start(
     generator: torch.Generator,
 ) -> Prompts:
     """The first prompts: of the first phase masks, with or without the box and a click."""
-    shares = StartShares(click=0.05, box=0.05, mask=0.6, mask_and_box=0.3) if only_masks else LATER
+    shares = StartShares(click=0.05, box=0.05, mask=0.6, mask_and_box=0.3) if shows_masks else LATER
     start = shares.draw(generator)
     prompts = start_prompts(start, truth_Nhw, head.input_side, generator, image_N)
     if prompts.masks_Nhw is None:
         return prompts
-    is_right = rng.random() < (0.5 if only_masks else RIGHT_MASK)
+    is_right = rng.random() < (0.9 if shows_masks else RIGHT_MASK)
     shown_Nhw = truth_Nhw if is_right else wrong_masks(truth_Nhw, generator, image_N)
     points_N12, labels_N1 = next_clicks(truth_Nhw, shown_Nhw, head.input_side, generator, from_object=0.3)
-    if is_right and start == "mask" and rng.random() < (0.5 if only_masks else MASK_ALONE):
+    if is_right and start == "mask" and rng.random() < MASK_ALONE:
         points_N12, labels_N1 = points_N12[:, :0], labels_N1[:, :0]
-    logits_Nmm = as_logits(shown_Nhw, head.mask_side, float(rng.uniform(4, 16)))
+    if is_right:  # of the full size and a known scale: its border can then be drawn finer than its pixels
+        logits_Nmm = as_logits(masks_NHW, head.mask_side, DRAWN_LOGIT)
+    else:
+        logits_Nmm = as_logits(shown_Nhw, head.mask_side, float(rng.uniform(4, 16)))
     return replace(prompts, points_Nk2=points_N12, labels_Nk=labels_N1, masks_Nhw=logits_Nmm)
 
 

@@ -18,6 +18,7 @@ LIST_OPTIONS = {
     "--saco": _ANY,
     "--box": _NUMBER,
     "--negative-box": _NUMBER,
+    "--click": _NUMBER,
     "--names": _ANY,
     "--fractions": _SHARE,
 }

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sam3lora.cli import evaluation_options as options
 from sam3lora.cli import shared_options as shared
-from sam3lora.cli.dense_evaluation import compare_dense, dense_folders, dense_settings, refuse_prompt_options
+from sam3lora.cli.dense_evaluation import compare_dense, dense_folders, dense_measurement, refuse_prompt_options
 from sam3lora.cli.shared_options import check_output_folder
 from sam3lora.errors import UserError
 
@@ -30,6 +30,7 @@ def compare(
     num_workers: options.WorkersOption = None,
     batch_size: options.BatchOption = None,
     address: options.AddressOption = None,
+    semantic: options.SemanticOption = False,
     output: options.OutputOption = Path("outputs/compare"),
 ) -> None:
     """Base against adapters: differences with intervals, and pictures (labels green, base blue, adapter red).
@@ -47,20 +48,7 @@ def compare(
         refuse_prompt_options(locals())
         if len(dense) < len(adapters):
             raise UserError(f"{dense[0]} is of task dense, and others are not: compare folders of one task")
-        compare_dense(
-            adapters,
-            options.named_split(val_data_dir, split, settings_file),
-            output,
-            dense_settings(settings_file, threshold=threshold, num_samples=num_samples, batch_size=batch_size),
-            options.dense_options(
-                settings_file,
-                model=model,
-                resolution=resolution,
-                device=device,
-                num_workers=num_workers,
-                address=address,
-            ),
-        )
+        compare_dense(adapters, output, dense_measurement(locals(), settings_file))
         return
     images = options.named_split(val_data_dir, split, settings_file)
     settings = options.settings_of(
@@ -70,6 +58,7 @@ def compare(
         lowest_score=options.lowest_score_of(lowest_score),
         num_samples=num_samples,
         batch_size=batch_size,
+        semantic=semantic or None,
     )
     from sam3lora.evaluation.ask.run import evaluate_models
     from sam3lora.evaluation.report.saving import compare_and_save

@@ -15,13 +15,14 @@ if TYPE_CHECKING:
 def measure(config: Config, best: Path, folder: Path) -> Path:
     """Measure a dense folder on the validation images of its run; returns the report."""
     typer.echo("3/3 measuring the labels of pixels")
-    from sam3lora.cli.dense_evaluation import dense_settings, validate_dense
+    from sam3lora.cli.dense_evaluation import DenseMeasurement, validate_dense
     from sam3lora.data.split_files import required_split
+    from sam3lora.evaluation.dense.settings import DenseEvaluation
 
     data = config.data
     split = required_split(config.training.required_data_dir(), data.valid_split, data.annotation_file)
     device = "cuda" if config.scaling.use_gpu is True else "cpu"
-    validate_dense(str(best), split, folder, dense_settings(config), {"device": device})
+    validate_dense(str(best), folder, DenseMeasurement(split, DenseEvaluation(), {"device": device}))
     return folder / "report.html"
 
 

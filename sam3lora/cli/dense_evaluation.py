@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from sam3lora.cli.evaluation_options import named_split
 from sam3lora.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,8 +52,19 @@ def refuse_prompt_options(arguments: Mapping[str, Any]) -> None:
         )
 
 
-def dense_settings(config: Config | None, *, paper_normalisation: bool = False, **given: Any) -> DenseEvaluation:
-    """How to measure: options, None where one was not given, win over what a configuration file says."""
+class DenseMeasurement(NamedTuple):
+    """What to measure dense folders on, and how; `options` are other arguments of `evaluate_dense`."""
+
+    split: SplitFiles
+    settings: DenseEvaluation
+    options: dict[str, Any]
+
+
+def dense_measurement(arguments: Mapping[str, Any], config: Config | None) -> DenseMeasurement:
+    """From the `locals()` of a command; an option that was given wins over what a configuration file says.
+
+    A dense folder brings its own base and resolution along.
+    """
     from sam3lora.evaluation.dense.settings import DenseEvaluation
 
     of_file: dict[str, Any] = {}
@@ -62,30 +74,31 @@ def dense_settings(config: Config | None, *, paper_normalisation: bool = False, 
             "skip_missing_images": config.training.on_bad_image == "skip",
             "threshold": config.dense.threshold if "threshold" in config.dense.model_fields_set else None,
         }
-    values = of_file | {name: value for name, value in given.items() if value is not None}
-    return DenseEvaluation(paper_normalisation=paper_normalisation, **values)
+    names = ("threshold", "num_samples", "batch_size", "paper_normalisation")
+    given = {name: arguments[name] for name in names if arguments.get(name) is not None}
+    options = {name: arguments[name] for name in ("model", "resolution", "device", "num_workers", "address")}
+    return DenseMeasurement(
+        named_split(arguments["val_data_dir"], arguments["split"], config),
+        DenseEvaluation(**of_file | given),
+        options | {"local_files_only": config is not None and config.model.local_files_only},
+    )
 
 
-def validate_dense(
-    folder: str, split: SplitFiles, output: Path, settings: DenseEvaluation, options: Mapping[str, Any]
-) -> None:
-    """Measure a folder and write the results; `options` are other arguments of `evaluate_dense`."""
+def validate_dense(folder: str, output: Path, how: DenseMeasurement) -> None:
+    """Measure a folder and write the results."""
     from sam3lora.evaluation.ask.dense_run import evaluate_dense
-    from sam3lora.evaluation.report.dense_saving import save_dense_validation
-    from sam3lora.evaluation.report.result_files import make_folder
+    from sam3lora.evaluation.report.dense_saving import folder_for_maps, save_dense_validation
 
-    metrics = evaluate_dense(split, folder, settings, keep_in=make_folder(output), progress=True, **options)
+    keep_in = folder_for_maps(output)
+    metrics = evaluate_dense(how.split, folder, how.settings, keep_in=keep_in, progress=True, **how.options)
     save_dense_validation(metrics, output)
 
 
-def compare_dense(
-    folders: Mapping[str, str], split: SplitFiles, output: Path, settings: DenseEvaluation, options: Mapping[str, Any]
-) -> None:
+def compare_dense(folders: Mapping[str, str], output: Path, how: DenseMeasurement) -> None:
     """Measure several folders, by label, on the same images, and write their differences to the first."""
     from sam3lora.evaluation.ask.dense_run import evaluate_dense
     from sam3lora.evaluation.dense.comparison import check_comparable
-    from sam3lora.evaluation.report.dense_saving import compare_dense_and_save, model_folder
-    from sam3lora.evaluation.report.result_files import make_folder
+    from sam3lora.evaluation.report.dense_saving import compare_dense_and_save, folder_for_maps, model_folder
     from sam3lora.model.dense.folder import read_dense_metadata
     from sam3lora.model.dense.settings import DenseSettings
 
@@ -96,16 +109,10 @@ def compare_dense(
         )
     models = {label: DenseSettings(**(read_dense_metadata(folder).dense or {})) for label, folder in folders.items()}
     check_comparable(models)
-    root = make_folder(output)
+    places = {label: folder_for_maps(model_folder(output, label)) for label in folders}
     first, *others = [
         evaluate_dense(
-            split,
-            folder,
-            settings,
-            label=label,
-            keep_in=make_folder(model_folder(root, label)),
-            progress=True,
-            **options,
+            how.split, folder, how.settings, label=label, keep_in=places[label], progress=True, **how.options
         )
         for label, folder in folders.items()
     ]

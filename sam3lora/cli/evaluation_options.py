@@ -45,6 +45,9 @@ LowestScoreOption = Annotated[
         "(auto: 0 on up to 4,000 pairs of image and prompt, 0.001 on more).",
     ),
 ]
+SemanticOption = Annotated[
+    bool, typer.Option("--semantic", help="Measure SAM 3's semantic output too: mean IoU and dice of pixels.")
+]
 AddressOption = Annotated[str | None, typer.Option(help="Ray cluster to work on.")]
 OutputOption = Annotated[Path, typer.Option("--output", metavar="DIR", help="Folder of the results.")]
 
@@ -102,11 +105,6 @@ def models_of(
         if says_nothing:
             options["geometry_cls"] = config.model.geometry_cls
     return Models(adapters, with_base=with_base, options=options)
-
-
-def dense_options(config: Config | None, **given: Any) -> dict[str, Any]:
-    """Arguments of `evaluate_dense`, from options; a dense folder brings its own base and resolution along."""
-    return given | {"local_files_only": config is not None and config.model.local_files_only}
 
 
 def lowest_score_of(text: str | None) -> float | str | None:

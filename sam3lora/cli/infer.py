@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sam3lora.cli import shared_options as options
+from sam3lora.cli.infer_clicks import ClickOptions, infer_clicks
 from sam3lora.cli.infer_dense import infer_dense, refuse_prompted
 from sam3lora.cli.infer_output import (
     check_output_of_images,
@@ -58,12 +59,20 @@ def infer(
     negative_box: Annotated[
         list[str] | None, typer.Option(metavar="X0 Y0 X1 Y1", help="Pixels around what is not meant; repeatable.")
     ] = None,
+    click: Annotated[
+        list[str] | None,
+        typer.Option(metavar="X,Y,LABEL", help="Pixel in the object (label 1) or not in it (0); repeatable."),
+    ] = None,
+    click_box: Annotated[
+        list[str] | None, typer.Option(metavar="X0,Y0,X1,Y1", help="Pixels around the object of the clicks.")
+    ] = None,
     config: Annotated[str | None, typer.Option(help="YAML of a run: its adapter, model and thresholds.")] = None,
     model: Annotated[str | None, typer.Option(help='Base model: "tiny", a hub id or a folder.')] = None,
     resolution: Annotated[int | None, typer.Option(help="Side of the model's input in pixels.")] = None,
     device: Annotated[list[str] | None, typer.Option(metavar="0", help="GPU, or cpu.")] = None,
 ) -> None:
     """Find what prompts name in an image, or in every image of a folder. A dense adapter labels each pixel instead.
+    Clicks correct the best detection of a prompt in one image, or show an object without a prompt.
 
     Example:  sam3lora infer --weights outputs/balanced/best --image photo.jpg --prompt crack pothole
     """
@@ -86,13 +95,22 @@ def infer(
             "--max-detections": max_detections,
             "--boundingbox": boundingbox,
             "--no-masks": no_masks,
+            "--click": click,
+            "--click-box": click_box,
         }
         refuse_prompted(prompted, settings["adapter"])
     elif probabilities:
         raise UserError("--probabilities has no effect without a dense adapter: leave it out")
     boxes, not_meant = _read_boxes("--box", box), _read_boxes("--negative-box", negative_box)
-    if not is_dense and not prompt and not boxes:
-        raise UserError("nothing to look for: add --prompt crack, or --box x0 y0 x1 y1 around an example")
+    clicks = ClickOptions.read(click, click_box)
+    if clicks:
+        examples = {"--box": box, "--negative-box": negative_box, "--no-masks": no_masks}
+        post = {f"--{name.replace('_', '-')}": value for name, value in options.post_of(locals()).items()}
+        clicks.check(prompt or [], examples, post)
+    elif not is_dense and not prompt and not boxes:
+        raise UserError(
+            "nothing to look for: add --prompt crack, --box x0 y0 x1 y1 around an example, or --click x,y on an object"
+        )
     options.check_merge_iou(merge_iou, _merges(settings))
     settings["device"] = _device(_only(device, "--device"))
     for option, path in {"--output": output or "output", "--json": json}.items():
@@ -103,7 +121,19 @@ def infer(
         return
     show = {"show_masks": not no_masks, "show_boxes": no_masks if boundingbox is None else boundingbox}
     images = Path(image)
-    if not images.is_dir():
+    if clicks:
+        if images.is_dir():
+            raise UserError("--click and --click-box are pixels of one image, but --image is a folder")
+        infer_clicks(
+            images,
+            prompt[0] if prompt else None,
+            clicks,
+            output or Path("output.png"),
+            json,
+            settings,
+            show_boxes=show["show_boxes"],
+        )
+    elif not images.is_dir():
         labels = [1] * len(boxes) + [0] * len(not_meant)
         _infer_image(
             images, prompt or [], boxes + not_meant, labels, output or Path("output.png"), json, show, settings

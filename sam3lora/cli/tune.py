@@ -36,7 +36,10 @@ def tune(
         ),
     ] = None,
     algorithm: Annotated[str | None, typer.Option(metavar="NAME", help="random, grid or optuna.")] = None,
-    metric: Annotated[str | None, typer.Option(metavar="NAME", help="valid_loss, map or cgf1.")] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="valid_loss, map, bbox_map or cgf1; with task dense mean_iou or valid_loss."),
+    ] = None,
     max_concurrent: Annotated[
         int | None, typer.Option(min=1, help="Trials at a time (default: as many as there is room for).")
     ] = None,

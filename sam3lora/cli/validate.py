@@ -9,7 +9,7 @@ import typer
 
 from sam3lora.cli import evaluation_options as options
 from sam3lora.cli import shared_options as shared
-from sam3lora.cli.dense_evaluation import dense_folders, dense_settings, refuse_prompt_options, validate_dense
+from sam3lora.cli.dense_evaluation import dense_folders, dense_measurement, refuse_prompt_options, validate_dense
 from sam3lora.cli.shared_options import check_output_folder
 from sam3lora.errors import UserError
 
@@ -49,9 +49,7 @@ def validate(
         Literal["overall", "per-prompt"] | None,
         typer.Option(help="Write the threshold of the best cgF1 into the adapters, which use it from then on."),
     ] = None,
-    semantic: Annotated[
-        bool, typer.Option("--semantic", help="Measure SAM 3's semantic output too: mean IoU and dice of pixels.")
-    ] = False,
+    semantic: options.SemanticOption = False,
     paper_normalisation: Annotated[
         bool,
         typer.Option(
@@ -95,26 +93,7 @@ def validate(
             raise UserError(
                 f"{dense[0]} is of task dense: measure such folders one at a time, or with sam3lora compare"
             )
-        validate_dense(
-            dense[0],
-            options.named_split(val_data_dir, split, settings_file),
-            output,
-            dense_settings(
-                settings_file,
-                paper_normalisation=paper_normalisation,
-                threshold=threshold,
-                num_samples=num_samples,
-                batch_size=batch_size,
-            ),
-            options.dense_options(
-                settings_file,
-                model=model,
-                resolution=resolution,
-                device=device,
-                num_workers=num_workers,
-                address=address,
-            ),
-        )
+        validate_dense(dense[0], output, dense_measurement(locals(), settings_file))
         return
     if paper_normalisation:
         raise UserError("--paper-normalisation is for folders of task dense: leave it out")

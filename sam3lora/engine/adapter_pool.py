@@ -95,11 +95,11 @@ class AdapterPool:
         Raises:
             UserError: There is no such adapter.
         """
-        self._check(adapter)
+        self.place(adapter)
         return recorded_post_processing(None if adapter is None else self.adapters[adapter])
 
     def geometry_cls(self, adapter: str | None) -> bool:
-        engine, slot = self._check(adapter)
+        engine, slot = self.place(adapter)
         return engine.geometry_cls(slot)
 
     def detect(
@@ -169,7 +169,7 @@ class AdapterPool:
         together: dict[Engine, list[tuple[str | None, PromptedImage]]] = {}
         for image, of_image, shown in zip(prepared, prompts, boxes, strict=True):
             for adapter, post in posts.items():
-                engine, slot = self._check(adapter)
+                engine, slot = self.place(adapter)
                 asked = PromptedImage(image, tuple(of_image), tuple(shown), slot, post, masks, lowest_score)
                 if asked.prompts or asked.boxes:
                     together.setdefault(engine, []).append((adapter, asked))
@@ -186,7 +186,12 @@ class AdapterPool:
         for engine, _ in self._place.values():
             engine.drop_features()
 
-    def _check(self, adapter: str | None) -> tuple[Engine, int | None]:
+    def place(self, adapter: str | None) -> tuple[Engine, int | None]:
+        """The engine that holds an adapter, or the base, and its slot there.
+
+        Raises:
+            UserError: There is no such adapter.
+        """
         if adapter not in self._place:
             known = ", ".join(self.adapters) or "none"
             raise UserError(f"there is no adapter {adapter!r}; loaded: {known}")

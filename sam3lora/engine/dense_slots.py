@@ -1,7 +1,7 @@
 """Dense adapters in slots of the engine: images under several of them, and beside prompted ones, in one vision pass.
 
-The LoRA of a dense adapter is in the bank like any other; its head is kept here. A pass takes the outputs of the layers
-that the heads read, and goes on to the neck for images that prompted adapters need.
+The LoRA of a dense adapter is in the bank like any other; its head and bottlenecks are kept here. A pass takes the
+outputs of the layers that the heads read, and goes on to the neck for images that prompted adapters need.
 
 Shapes: `I` images of a pass, `S` patches, `C` channels of the trunk, `N` outputs of a head, `h` `w` the size of its
 logits.
@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +24,12 @@ from sam3lora.engine.features import FeatureSource, SlotAdapter
 from sam3lora.engine.forward import MixedForward
 from sam3lora.engine.selection import NotFiniteError
 from sam3lora.model.adapter.weights import AdapterWeights
+from sam3lora.model.dense.bottleneck_bank import BottleneckBank
 from sam3lora.model.dense.head import DenseHead
 from sam3lora.model.dense.settings import DenseSettings
 from sam3lora.model.dense.weights import DenseWeights
+
+DENSE_COUNTED = ("images_labelled",)
 
 
 @dataclass(frozen=True)
@@ -47,17 +51,19 @@ class _Row:
 
 
 class DenseSlots:
-    """The heads of dense adapters. The model thread alone calls what is here.
+    """The heads and bottlenecks of dense adapters. The model thread alone calls what is here.
 
     Args:
+        trunk: The base's vision trunk.
         forward: Runs the trunk and the neck.
         features: Has the caches, and the lock of the vision tower.
         max_images: Images that pass the trunk together.
     """
 
     def __init__(
-        self, forward: MixedForward, features: FeatureSource, *, device: torch.device, max_images: int
+        self, trunk: Any, forward: MixedForward, features: FeatureSource, *, device: torch.device, max_images: int
     ) -> None:
+        self._bottlenecks = BottleneckBank(trunk)
         self._forward = forward
         self._features = features
         self._device = device
@@ -71,19 +77,23 @@ class DenseSlots:
 
     @property
     def size_bytes(self) -> int:
-        """Memory of the heads on the device."""
-        return sum(tensor.nbytes for head in self._heads.values() for tensor in head.state_dict().values())
+        """Memory of the heads and bottlenecks on the device."""
+        heads = sum(tensor.nbytes for head in self._heads.values() for tensor in head.state_dict().values())
+        return heads + self._bottlenecks.size_bytes
 
     def put(self, slot: int, weights: AdapterWeights) -> None:
-        """Keep the head of a dense adapter; a slot of another adapter has none."""
+        """Keep what a dense adapter has beside LoRA; a slot of another adapter has nothing here."""
         self.clear(slot)
         if isinstance(weights, DenseWeights):
             with torch.inference_mode(False):
                 self._heads[slot] = weights.head.to(self._device)
+                if weights.bottlenecks is not None:
+                    self._bottlenecks.put(slot, weights.bottlenecks.to(self._device))
             self._settings[slot] = weights.settings
 
     def clear(self, slot: int) -> None:
         self._heads.pop(slot, None)
+        self._bottlenecks.clear(slot)
         self._settings.pop(slot, None)
 
     def answer(
@@ -172,7 +182,8 @@ class DenseSlots:
         slots_I = [row.maker.slot for row in rows]
         with_features = [index for index, row in enumerate(rows) if row.features]
         layers = {number for row in rows for slot in row.heads for number in self._settings[slot].layers}
-        tokens, features = self._forward.encode_layers(pixel_values_ICHW, slots_I, layers, with_features)
+        with self._bottlenecks.rows(slots_I):
+            tokens, features = self._forward.encode_layers(pixel_values_ICHW, slots_I, layers, with_features)
         for index, of_image in zip(with_features, features, strict=True):
             self._features.images.keep_features(rows[index].image.key, rows[index].maker.version, of_image)
         return self._run_heads(rows, tokens)

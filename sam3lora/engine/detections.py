@@ -34,6 +34,8 @@ class Detections:
             None if masks were not wanted.
         num_before_nms: How many there were at the threshold before merging, suppression and the limit.
         image_HW3: uint8 (H, W, 3) RGB, the image, where the caller wants to draw on it; otherwise None.
+        mask_logits_NHW: float32 (N, h, w), the masks as the model makes them, where the caller wants to correct them;
+            otherwise None.
     """
 
     prompt: str
@@ -44,6 +46,7 @@ class Detections:
     rles: list[Rle] | None = field(repr=False)
     num_before_nms: int = 0
     image_HW3: np.ndarray | None = field(default=None, repr=False)
+    mask_logits_NHW: np.ndarray | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.scores)

@@ -19,7 +19,9 @@ import torch
 
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.data.images import MAX_MEGAPIXELS, ImageError, read_image, resize_image
-from sam3lora.engine.dense_slots import DenseSlots, LabelledImage
+from sam3lora.engine.clicks.decoder import CLICKS_COUNTED, ClickDecoder, ClickedObject
+from sam3lora.engine.clicks.prompt import ClickAnswer
+from sam3lora.engine.dense_slots import DENSE_COUNTED, DenseSlots, LabelledImage
 from sam3lora.engine.detections import BoxPrompt, Detections
 from sam3lora.engine.device import find_device, find_precision, is_device_error, is_out_of_memory
 from sam3lora.engine.feature_cache import PreparedImage
@@ -43,6 +45,7 @@ BOXES_ALONE_PROMPT = "visual"
 """SAM 3 was trained to read this text beside boxes that have no text of their own."""
 
 WARM_UP_KEY = "warm-up"
+_COUNTED = ("forwards", "rows")
 _PROBE_POST = PostProcessing(threshold=0.0, nms="none", max_detections=10)
 
 
@@ -130,7 +133,10 @@ class Engine:
             max_cached_prompts=max_cached_prompts,
             max_images=max_images,
         )
-        self._dense = DenseSlots(plain, self._features, device=self.device, max_images=max_images)
+        self._dense = DenseSlots(
+            base.model.vision_encoder.backbone, plain, self._features, device=self.device, max_images=max_images
+        )
+        self._clicks = ClickDecoder(base, self._forward, self._features)
         self._geometry_cls = geometry_cls
         self._adapters: dict[int | None, SlotAdapter] = {None: BASE._replace(geometry_cls=geometry_cls is not False)}
         # A compiled encoder makes one graph for one image and another for all larger batches.
@@ -175,8 +181,8 @@ class Engine:
     @property
     def counters(self) -> dict[str, int]:
         """Counts since the start, without the warm-up; `image_cache_bytes` is the cache's size. From any thread."""
-        detector = {name: self._counts[name] for name in ("forwards", "rows")}
-        return self._features.counters | detector | {"images_labelled": self._dense.counts["images_labelled"]}
+        kinds = (self._counts, _COUNTED), (self._dense.counts, DENSE_COUNTED), (self._clicks.counts, CLICKS_COUNTED)
+        return self._features.counters | {name: counts[name] for counts, names in kinds for name in names}
 
     # ---- from any thread ------------------------------------------------------------------------------------------
 
@@ -226,7 +232,7 @@ class Engine:
         """As `read_adapter`, for a folder of either task.
 
         Raises:
-            UserError: As there; or it labels pixels at another resolution, lacks its head, or has bottleneck adapters.
+            UserError: As there; or it labels pixels at another resolution, or lacks its head.
         """
         return read_weights(folder, self.base, max_rank=self._max_rank)
 
@@ -352,6 +358,7 @@ class Engine:
         self._features.reset_counters()
         self._counts.clear()
         self._dense.counts.clear()
+        self._clicks.counts.clear()
 
     def detect(self, images: Sequence[PromptedImage]) -> list[list[Detections]]:
         """For each image, for each of its prompts, its detections at the image's size.
@@ -416,6 +423,33 @@ class Engine:
         with self._inference():
             found = iter(self._dense.answer(asked, others))
         return [next(found) if one.slot in self._dense else empty for one in images]
+
+    def enable_clicks(self) -> None:
+        """Load the click head, and keep what it reads of images that are encoded from now on.
+
+        `click` does so too; images that were encoded before it pass the vision tower again when they are clicked.
+
+        Raises:
+            UserError: The base has no tracker, or a damaged one.
+        """
+        self._clicks.enable()
+
+    @property
+    def click_mask_side(self) -> int:
+        """Side of the masks that clicks start from and answer with: low-resolution logits, as of detections."""
+        return self._clicks.enable().mask_side
+
+    def click(self, objects: Sequence[ClickedObject]) -> list[ClickAnswer | Exception]:
+        """For each object what the click head says, with logits on the host, as `detect_small` gives detections.
+
+        Raises:
+            UserError: The base has no tracker, or a damaged one.
+            torch.OutOfMemoryError, MemoryError, RuntimeError: As `detect_small`.
+        """
+        self.enable_clicks()
+        finding = {slot: adapter for slot, adapter in self._adapters.items() if slot not in self._dense}
+        with self._inference():
+            return self._clicks.answer(objects, finding)
 
     def semantic_logits(self, images: Sequence[PromptedImage]) -> list[list[np.ndarray]]:
         """For each image, for each of its prompts, float32 (h, w): whether a pixel belongs to any object of the prompt.

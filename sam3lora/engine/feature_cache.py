@@ -113,7 +113,12 @@ class ImageCache:
 
     def keep_features(self, key: str, version: str | None, features: VisionFeatures) -> None:
         """Keep the features of one image; the positions, which all images share, do not count."""
-        self._kept.put(("features", key, version), features, sum(maps.nbytes for maps in features.maps_ICHW))
+        self._kept.put(("features", key, version), features, sum(values.nbytes for values in features.tensors()))
+
+    def weigh_features(self, key: str, version: str | None, features: VisionFeatures) -> None:
+        """Count the bytes of features again whose tensors have changed, if they are still kept."""
+        if self.features(key, version) is features:
+            self.keep_features(key, version, features)
 
     def logits(self, key: str, version: str | None) -> np.ndarray | None:
         return self._kept.get(("logits", key, version))

@@ -5,19 +5,22 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sam3lora.data.images import resize_image
+from sam3lora.engine.clicks.features import ClickableFeatures
 from sam3lora.engine.feature_cache import ImageCache, LruCache, PreparedImage
 from sam3lora.engine.forward import Forward
 from sam3lora.engine.transfers import write
 from sam3lora.model.loading import LoadedBase
 from sam3lora.model.staged.forward import TextFeatures, VisionFeatures
 from sam3lora.model.tokenization import tokenize
+
+F = TypeVar("F", bound=VisionFeatures)
 
 COUNTED = ("image_cache_hits", "image_cache_misses", "text_cache_hits", "text_cache_misses", "images_encoded")
 
@@ -36,6 +39,7 @@ class SlotAdapter(NamedTuple):
 
 
 BASE = SlotAdapter()
+WantedImages = Sequence[tuple[PreparedImage, SlotAdapter]]
 
 
 class FeatureSource:
@@ -83,36 +87,41 @@ class FeatureSource:
             self._tokens.put(prompt, found)
         return found
 
-    def vision(
-        self, wanted: Sequence[tuple[PreparedImage, SlotAdapter]]
-    ) -> dict[tuple[str, str | None], VisionFeatures]:
+    def vision(self, wanted: WantedImages) -> dict[tuple[str, str | None], VisionFeatures]:
         """Features of images by the image's key and the version of the adapter that made them; from any thread."""
-        found: dict[tuple[str, str | None], VisionFeatures] = {}
+        return self._vision(wanted, VisionFeatures)
+
+    def clickable(self, wanted: WantedImages) -> dict[tuple[str, str | None], ClickableFeatures]:
+        """As `vision`, once the forward keeps the trunk; features from before are made again."""
+        return self._vision(wanted, ClickableFeatures)
+
+    def _vision(self, wanted: WantedImages, kind: type[F]) -> dict[tuple[str, str | None], F]:
+        found: dict[tuple[str, str | None], F] = {}
         missing: dict[tuple[str, str | None], tuple[PreparedImage, int | None]] = {}
         for image, adapter in wanted:
             maker = adapter.of("vision_encoder")
             key = (image.key, maker.version)
             if key in found or key in missing:
                 continue
-            if image.features is not None:
+            if isinstance(image.features, kind):
                 found[key] = image.features
-            elif (features := self._kept(key)) is not None:
+            elif (features := self._kept(key, kind)) is not None:
                 found[key] = features
             else:
                 missing[key] = (image, maker.slot)
         if missing:
             with self.vision_lock:
-                found |= self._encode_missing(missing)
+                found |= self._encode_missing(missing, kind)
         return found
 
     def has_features(self, key: str, adapter: SlotAdapter) -> bool:
         return self.images.features(key, adapter.of("vision_encoder").version) is not None
 
     def _encode_missing(
-        self, missing: Mapping[tuple[str, str | None], tuple[PreparedImage, int | None]]
-    ) -> dict[tuple[str, str | None], VisionFeatures]:
+        self, missing: Mapping[tuple[str, str | None], tuple[PreparedImage, int | None]], kind: type[F]
+    ) -> dict[tuple[str, str | None], F]:
         # Another thread may have made some of them while this one waited for the tower.
-        found = {key: features for key in missing if (features := self._kept(key)) is not None}
+        found = {key: kept for key in missing if (kept := self._kept(key, kind)) is not None}
         todo = [(key, of_key) for key, of_key in missing.items() if key not in found]
         self.count(image_cache_misses=len(todo))
         for start in range(0, len(todo), self._max_images):
@@ -120,14 +129,16 @@ class FeatureSource:
             made = self.encode([image for _, (image, _) in chunk], [slot for _, (_, slot) in chunk])
             self.count(images_encoded=len(chunk))
             for (key, _), features in zip(chunk, made, strict=True):
+                assert isinstance(features, kind), f"the forward made {type(features).__name__}"
                 found[key] = features
                 self.images.keep_features(*key, features)
         return found
 
-    def _kept(self, key: tuple[str, str | None]) -> VisionFeatures | None:
+    def _kept(self, key: tuple[str, str | None], kind: type[F]) -> F | None:
         features = self.images.features(*key)
-        if features is not None:
-            self.count(image_cache_hits=1)
+        if not isinstance(features, kind):
+            return None
+        self.count(image_cache_hits=1)
         return features
 
     def count(self, **numbers: int) -> None:

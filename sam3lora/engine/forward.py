@@ -15,9 +15,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sam3lora.engine.clicks.features import ClickableFeatures
 from sam3lora.engine.selection import MaskLogits, SmallDetections, Wanted, select_detections
 from sam3lora.engine.transfers import upload
 from sam3lora.model.adapter.bank import AdapterBank
+from sam3lora.model.adapter.lora_products import lowered
 from sam3lora.model.staged.forward import StagedSam3, TextFeatures, VisionFeatures, rows_of
 from sam3lora.model.staged.stage_outputs import DetectorOutput
 from sam3lora.model.staged.trunk import first_layers, layer_outputs
@@ -81,6 +83,10 @@ class Forward(Protocol):
         """Numbers of rows, or of images, up to `most` to run once before they are needed, the most important first."""
         ...
 
+    def keep_trunk(self) -> None:
+        """From now on `encode_images` gives `ClickableFeatures`."""
+        ...
+
     def free_memory(self) -> None:
         """Free what is kept for later calls."""
         ...
@@ -98,15 +104,29 @@ class MixedForward:
         encoder = staged.model.vision_encoder
         self._compiled_vision = torch.compile(encoder) if compile_vision else None
         self._positions_1CHW: list[Tensor] = []
+        self.keeps_trunk = False
+
+    def keep_trunk(self) -> None:
+        self.keeps_trunk = True
 
     def encode_images(self, pixel_values_ICHW: Tensor, slots_I: Sequence[int | None]) -> list[VisionFeatures]:
         """Features of each image (I = 1), in memory of their own."""
+        with self._rows(slots_I):
+            together, trunk_ISC = self.run_vision(pixel_values_ICHW)
+        return self._split(together, len(slots_I), trunk_ISC)
+
+    def run_vision(self, pixel_values_ICHW: Tensor) -> tuple[VisionFeatures, Tensor | None]:
+        """Features of images under the adapters of the present block, and the trunk's tokens (I, S, C) if kept."""
         if (compiled := self.compiled_vision()) is not None:
-            together = VisionFeatures.from_output(compiled(pixel_values_ICHW))
-        else:
-            with self._rows(slots_I):
-                together = self._staged.encode_images(pixel_values_ICHW)
-        return self._split(together, len(slots_I))
+            output = compiled(pixel_values_ICHW)
+            return VisionFeatures.from_output(output), self._kept_trunk(output.last_hidden_state)
+        if not self.keeps_trunk:
+            return self._staged.encode_images(pixel_values_ICHW), None
+        trunk_ISC = self._staged.encode_trunk(pixel_values_ICHW)
+        return self._staged.encode_neck(trunk_ISC), self._kept_trunk(trunk_ISC)
+
+    def _kept_trunk(self, trunk_ISC: Tensor) -> Tensor | None:
+        return lowered(trunk_ISC) if self.keeps_trunk else None
 
     def encode_layers(
         self,
@@ -125,15 +145,19 @@ class MixedForward:
         if not with_features:
             return tokens, []
         with self._rows([slots_I[index] for index in with_features]):
-            together = self._staged.encode_neck(tokens[last][list(with_features)])
-        return tokens, self._split(together, len(with_features))
+            trunk_ISC = tokens[last][list(with_features)]
+            together = self._staged.encode_neck(trunk_ISC)
+        return tokens, self._split(together, len(with_features), self._kept_trunk(trunk_ISC))
 
-    def _split(self, together: VisionFeatures, num: int) -> list[VisionFeatures]:
+    def _split(self, together: VisionFeatures, num: int, trunk_ISC: Tensor | None) -> list[VisionFeatures]:
         if not self._positions_1CHW:  # the same for all images
             self._positions_1CHW = [position.clone() for position in together.positions_1CHW]
+        maps_I = [[maps[i : i + 1].clone() for maps in together.maps_ICHW] for i in range(num)]
+        if trunk_ISC is None:
+            return [VisionFeatures(maps, self._positions_1CHW) for maps in maps_I]
         return [
-            VisionFeatures([maps[i : i + 1].clone() for maps in together.maps_ICHW], self._positions_1CHW)
-            for i in range(num)
+            ClickableFeatures(maps, self._positions_1CHW, trunk_1SC=trunk_1SC.clone())
+            for maps, trunk_1SC in zip(maps_I, trunk_ISC.split(1), strict=True)
         ]
 
     def compiled_vision(self) -> Callable[[Tensor], Any] | None:

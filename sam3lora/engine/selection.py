@@ -102,10 +102,11 @@ class SmallDetections:
                 "diverged, use another one"
             )
 
-    def at_full_size(self, rles: list[dict] | None = None) -> Detections:
+    def at_full_size(self, rles: list[dict] | None = None, *, keep_logits: bool = False) -> Detections:
         """Boxes in pixels of the image, and masks as RLE: from `encode` for each row, if the caller has made them.
 
-        Detections whose mask has no pixel of the image are left out; where no masks were made, none is.
+        Detections whose mask has no pixel of the image are left out; where no masks were made, none is. `keep_logits`
+        hands the small masks on, for clicks to start from.
 
         Raises:
             NotFiniteError: An output of the model is NaN or infinite.
@@ -129,6 +130,7 @@ class SmallDetections:
             if self.wanted.masks
             else None,
             self.num_before_nms,
+            mask_logits_NHW=self.mask_logits_NHW[seen] if keep_logits and self.mask_logits_NHW is not None else None,
         )
 
     def _is_seen(self, row: int, rles: list[dict] | None) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import torch
@@ -21,6 +21,11 @@ from sam3lora.inference.dense.predictor import DensePredictor, settings_of
 from sam3lora.inference.dense.result import DenseResult
 from sam3lora.inference.result_pictures import draw_results, write_picture
 from sam3lora.model.adapter.metadata import is_dense_folder, refuse_other_tasks
+
+if TYPE_CHECKING:
+    from sam3lora.engine.clicks.decoder import ClicksVision
+    from sam3lora.engine.clicks.interaction import SeedKind
+    from sam3lora.inference.clicks.session import ClickSession
 
 logger = logging.getLogger(__name__)
 
@@ -173,6 +178,28 @@ class Predictor:
             )
         return [result for batch in _batches(images, batch_size) for result in self._dense.predict(batch)]
 
+    def interact(
+        self, image: ImageSource, *, seed: SeedKind = "both", clicks_vision: ClicksVision = "adapter"
+    ) -> ClickSession:
+        """Begin to show and correct objects of an image, which is read as by `predict`, by clicks and boxes.
+
+        Args:
+            seed: What of a found object goes with the first clicks on it: its "mask", its "box", or "both".
+            clicks_vision: Whether clicks see the image as the "adapter" has changed the vision tower, or as the "base"
+                does, which takes a second vision pass.
+
+        Raises:
+            ImageError: The image cannot be read.
+            UserError: The base has no click head, the adapter is of task dense, or an option is unknown.
+        """
+        from sam3lora.inference.clicks.session import ClickSession
+
+        self._refuse_dense()
+        engine, slot = self._pool.place(self._label)
+        name = Path(image).name if isinstance(image, str | Path) else "image"
+        options: dict[str, Any] = {"file_name": name, "seed": seed, "clicks_vision": clicks_vision}
+        return ClickSession(engine, slot, _load(image), post=self.post, **options)
+
     def draw(
         self,
         results: Sequence[Detections],
@@ -200,8 +227,7 @@ class Predictor:
         box_labels: Sequence[int] | None,
         masks: bool,
     ) -> list[list[Detections]]:
-        if self._dense is not None:
-            refuse_other_tasks(self._dense.engine.metadata, self._dense.folder)
+        self._refuse_dense()
         exemplars = _exemplars(boxes, box_labels)
         asked = [prompts] if isinstance(prompts, str) else list(prompts or ())
         if not asked and not exemplars:
@@ -213,6 +239,10 @@ class Predictor:
             for detections in of_image:
                 detections.image_HW3 = image_HW3
         return found
+
+    def _refuse_dense(self) -> None:
+        if self._dense is not None:
+            refuse_other_tasks(self._dense.engine.metadata, self._dense.folder)
 
 
 def _batches(images: Sequence[ImageSource], size: int) -> Iterator[list[np.ndarray]]:

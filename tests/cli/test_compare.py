@@ -40,7 +40,7 @@ def compare(data, tmp_path, capsys):
 
 
 def test_what_is_written(compare, runs):
-    output, printed = compare("--weights", runs / "changed" / "best")
+    output, printed = compare("--weights", runs / "changed" / "best", "--semantic")
     assert sorted(path.name for path in output.iterdir()) == ["base", "changed", "comparison.json", "report.html"]
     for label in ("base", "changed"):
         assert sorted(path.name for path in (output / label).iterdir()) == ["metrics.json", "predictions.json"]
@@ -52,6 +52,9 @@ def test_what_is_written(compare, runs):
     assert interval["difference"] == pytest.approx(changed["map"] - base["map"])
     assert interval["low"] <= interval["difference"] <= interval["high"]
     assert f"{interval['difference']:+.3f}, 95 % interval {interval['low']:+.3f} to {interval['high']:+.3f}" in printed
+    pixels = [comparison["models"][label]["semantic_mean_iou"] for label in ("base", "changed")]
+    assert all(f"{value:.3f}" in printed for value in pixels)
+    assert "semantic mean IoU" in printed
     # a report can be mailed: all it shows is in it
     assert external_references(output / "report.html") == []
     page = (output / "report.html").read_text()

@@ -86,6 +86,25 @@ def test_options_of_prompts_are_refused(folder, data, tmp_path, capsys, words):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_of_results_is_used_again(folder, data, spread_base, tmp_path, capsys):
+    words = ["validate", "--weights", str(folder), "--val-data-dir", str(data), "--output", str(tmp_path)]
+    assert main(words) == 0
+    # Maps of other images, in mode binary: none of them stays.
+    for place in ("predictions/sub/9.png", "probabilities/9.png"):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        (tmp_path / place).write_bytes(b"old")
+    other = write_dense(spread_base, tmp_path / "other", "multilabel")
+    assert main([*words[:2], str(other), *words[3:]]) == 0
+    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png")}
+    assert found == {f"predictions/{name}/{number}.png" for name in ("gear", "dirt") for number in (0, 1)}
+    # Files that no evaluation has written stay.
+    (tmp_path / "metrics.json").unlink()
+    capsys.readouterr()
+    assert main(words) == 2
+    assert "another --output" in capsys.readouterr().err
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png")} == found
+
+
 def test_the_other_way_round(folder, data, small_base, tmp_path, capsys):
     given = [*("--val-data-dir", str(data)), *("--output", str(tmp_path / "out"))]
     assert main(["validate", "--use-base-model", "--model", str(small_base), "--paper-normalisation", *given]) == 2

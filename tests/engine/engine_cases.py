@@ -55,7 +55,13 @@ def write_base(folder: Path, window: int | None = None) -> Path:
 
 
 def write_adapter(folder: Path, base_folder: Path, name: str, seed: int) -> Path:
-    pattern, rank, geometry_cls = ADAPTERS[name]
+    return write_adapter_of(folder, base_folder, *ADAPTERS[name], seed)
+
+
+def write_adapter_of(
+    folder: Path, base_folder: Path, pattern: str, rank: int = 2, geometry_cls: bool = True, seed: int = 0
+) -> Path:
+    """An adapter of the modules whose names match the pattern."""
     base = load_base(str(base_folder))
     adaptable = (torch.nn.Linear, torch.nn.Conv2d)
     # the CLIP tower's own projection is a full name and the end of another

@@ -21,18 +21,23 @@ from ..model.dense.dense_cases import write_dense
 from .engine_cases import make_images, write_adapter
 
 EVERY = PostProcessing(threshold=0.0, nms="none")
-DENSE = {"gears": ("multiclass", True, 0), "alone": ("multilabel", False, 1), "first": ("binary", True, 2)}
+DENSE = {
+    "gears": ("multiclass", True, 0),
+    "alone": ("multilabel", False, 1),
+    "first": ("binary", True, 2),
+    "bottlenecks": ("multiclass", False, 5),
+}
+SETTINGS = {"first": {"layers": (0, 1)}, "bottlenecks": {"bottleneck_width": 8}}
 PROMPTED = {"vision": 3, "detector": 4}
 
 
 @pytest.fixture(scope="module")
 def folders(spread_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Three dense folders, one a head alone and one on the first layer, and two prompted ones."""
+    """Four dense folders, one a head alone, one on the first layer and one with bottlenecks, and two prompted ones."""
     root = tmp_path_factory.mktemp("adapters")
     found = {}
     for name, (mode, lora, _) in DENSE.items():
-        layers = {"layers": (0, 1)} if name == "first" else {}
-        found[name] = write_dense(spread_base, root / name, mode, lora=lora, **layers)
+        found[name] = write_dense(spread_base, root / name, mode, lora=lora, **SETTINGS.get(name, {}))
     return found | {name: write_adapter(root / name, spread_base, name, seed) for name, seed in PROMPTED.items()}
 
 
@@ -63,16 +68,16 @@ def test_a_slot_gives_what_the_dense_engine_gives(engine: Engine, folders: dict[
 def test_a_batch_with_prompted_adapters_gives_what_each_gives_alone(
     engine: Engine, spread_base: Path, folders: dict[str, Path]
 ):
-    """One image asked of two dense and two prompted adapters and the base, after one pass of four rows."""
+    """One image asked of four dense and two prompted adapters and the base, after one pass of five rows."""
     image = prepared(engine, 0)
-    dense = [LabelledImage(image, slot) for slot in (0, 1, 2)]
+    dense = [LabelledImage(image, slot) for slot in (0, 1, 2, 5)]
     slots = (None, *PROMPTED.values())
     prompted = [PromptedImage(image, ("crack", "hole"), (), slot, EVERY) for slot in slots]
     labelled = engine.label_small(dense, beside=prompted)
-    # gears, first and vision have a trunk of their own; the base, the detector's and the head alone share one
-    assert engine.counters["images_encoded"] == 4
+    # the base, the detector's and the head alone share a row; gears, first, bottlenecks and vision have one each
+    assert engine.counters["images_encoded"] == 5
     detected = engine.detect_small(prompted)
-    assert engine.counters["images_encoded"] == 4
+    assert engine.counters["images_encoded"] == 5
     for asked, found in zip(prompted, detected, strict=True):
         other = Engine.load(str(spread_base), device="cpu", num_slots=6)
         for name, slot in PROMPTED.items():

@@ -40,9 +40,9 @@ def test_a_right_answer_costs_nothing():
 
 
 def test_focal_by_hand():
-    # All logits 0: p = 1/2, so that a pixel costs weight x 1/4 x ln 2; half of them weigh 1/4, half 3/4.
-    found = loss(torch.zeros(1, 1, 4, 4), [[0.0]])
-    assert found.terms["click_focal"].item() == pytest.approx((0.25 + 0.75) / 2 / 4 * math.log(2))
+    # All logits 0: p = 1/2, so that a pixel costs weight x 1/4 x ln 2; 4 pixels weigh 1/4, the other 12 weigh 3/4.
+    found = loss(torch.zeros(1, 1, 4, 4), [[0.0]], truth=rows(0)[None])
+    assert found.terms["click_focal"].item() == pytest.approx((4 * 0.25 + 12 * 0.75) / 16 / 4 * math.log(2))
 
 
 def test_dice_by_hand():

@@ -39,10 +39,11 @@ MODES = {"gears": "multiclass", "dirt": "multilabel", "crack": "binary"}
 
 @pytest.fixture(scope="module")
 def root(spread_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three dense adapters, of which one is a head alone, and two prompted ones."""
+    """Three dense adapters, of which one is a head alone and one has bottlenecks, and two prompted ones."""
     root = tmp_path_factory.mktemp("adapters")
     for name, mode in MODES.items():
-        write_dense(spread_base, root / name, mode, lora=name != "dirt")
+        bottlenecks = {"bottleneck_width": 8} if name == "crack" else {}
+        write_dense(spread_base, root / name, mode, lora=name == "gears", **bottlenecks)
     write_adapter(root / "towers", spread_base, "vision", 1)
     write_adapter(root / "heads", spread_base, "no cls", 2)
     return root
@@ -136,28 +137,28 @@ async def test_one_image_asked_of_dense_and_prompted_adapters_at_once(
     """Each is answered as if it were alone, after one pass of the image under each of the trunk's adapters."""
     engine = Gate.load(str(spread_base), device="cpu", num_slots=5)
     prompted = [call(0, ("crack", "hole"), adapter=name) for name in (None, "towers", "heads")]
-    dense = [dense_call(name, output="rle") for name in ("gears", "dirt")]
+    dense = [dense_call(name, output="rle") for name in ("gears", "dirt", "crack")]
     async with play(max_resident_adapters=5) as service:
         alone = [await service.segment(one) for one in prompted]
         alone_dense = [await labelled(service, one) for one in dense]
     async with play(engine=engine, max_resident_adapters=5) as service:
-        await service.reconfigure({"root": str(root), "preload": ["towers", "heads", "gears", "dirt"]})
+        await service.reconfigure({"root": str(root), "preload": ["towers", "heads", *MODES]})
         first = await engine.occupy(service, seed=7)
         waiting = [asyncio.create_task(service.segment(one)) for one in prompted]
         waiting += [asyncio.create_task(service.label(one)) for one in dense]
-        await until_queued(service, 5)
+        await until_queued(service, 6)
         encoded = engine.counters["images_encoded"]
         engine.open.set()
-        *found, gears, dirt = await asyncio.gather(*waiting)
+        found = await asyncio.gather(*waiting)
         await first
-        # the occupying image; then one row for the base, the heads and the head alone, one for towers, one for gears
-        assert engine.counters["images_encoded"] == encoded + 1 + 3
-        assert await metric(service, "images_labelled_total") == 2
-    for reply, before in zip(found, alone, strict=True):
+        # the occupying image; then one row for the base, the heads and the head alone, and one for each of the others
+        assert engine.counters["images_encoded"] == encoded + 1 + 4
+        assert await metric(service, "images_labelled_total") == 3
+    for reply, before in zip(found[:3], alone, strict=True):
         assert isinstance(reply, SegmentReply)
         assert isinstance(before, SegmentReply)
         assert_same(reply.results, list(before.results))
-    for reply, before in zip((gears, dirt), alone_dense, strict=True):
+    for reply, before in zip(found[3:], alone_dense, strict=True):
         assert isinstance(reply, DenseReply)
         for ours, theirs in zip(reply.classes, before.classes, strict=True):
             assert (ours.name, abs(ours.area_px - theirs.area_px) <= 2) == (theirs.name, True)
@@ -205,9 +206,6 @@ def broken(root: Path, tmp_path: Path) -> Path:
     edit(dense("base"), base_fingerprint="0" * 64)
     (dense("headless") / "dense_head.safetensors").unlink()
     (dense("bare", "dirt") / "dense_head.safetensors").unlink()
-    bottleneck = dense("bottleneck")
-    values = json.loads((bottleneck / "sam3lora.json").read_text())["dense"]
-    edit(bottleneck, dense=values | {"bottleneck_width": 8})
     file = dense("diverged") / "dense_head.safetensors"
     weight = "head.outputs.0.weight"
     head = load_file(file)
@@ -220,7 +218,6 @@ FAULTS = {
     "base": "was trained on the base",
     "headless": "lacks dense_head.safetensors",
     "bare": "lacks dense_head.safetensors",
-    "bottleneck": "cannot share a batch",
 }
 
 
@@ -253,6 +250,7 @@ async def test_the_listing_has_task_and_classes(play: Callable, root: Path):
         gears, dirt = rows["gears"], rows["dirt"]
         assert (gears.classes, gears.rank, gears.adapts) == (list(CLASSES["gears"]), 2, ["vision_encoder"])
         assert (gears.resident, gears.post_processing, gears.error) == (True, None, None)
+        assert (rows["crack"].rank, rows["crack"].adapts) == (None, ["vision_encoder"])
         assert (dirt.classes, dirt.rank, dirt.adapts) == (list(CLASSES["dirt"]), None, [])
         assert dirt.size_bytes == (root / "dirt" / "dense_head.safetensors").stat().st_size
         dense = await service.list_adapters(AdapterQuery(task="dense"))

@@ -1,4 +1,4 @@
-"""One of two workers whose host differs from the other's: ``disagreeing_workers.py SCRATCH RANK``.
+"""Workers whose hosts differ.
 
 ``SCRATCH/cases.json`` has the configuration and the cases, with what is special on each worker. What comes of each
 case is written to ``SCRATCH/outcomes_RANK.json``.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,15 +79,11 @@ def outcome(config, case: dict[str, Any]) -> dict[str, Any]:
     return {"step": run.state.step, "weights": sum(weight.double().abs().sum().item() for weight in weights)}
 
 
-def main(scratch: Path, rank: int) -> None:
+def main(rank: int, world_size: int, scratch: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{scratch / 'rendezvous'}", rank=rank, world_size=2)
-    content = json.loads((scratch / "cases.json").read_text())
+    dist.init_process_group("gloo", init_method=f"file://{scratch}/rendezvous", rank=rank, world_size=world_size)
+    content = json.loads(Path(scratch, "cases.json").read_text())
     config = load_config(content["config"])
     outcomes = {name: outcome(config, workers[rank]) for name, workers in content["cases"].items()}
-    (scratch / f"outcomes_{rank}.json").write_text(json.dumps(outcomes))
+    Path(scratch, f"outcomes_{rank}.json").write_text(json.dumps(outcomes))
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))

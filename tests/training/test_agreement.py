@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ from sam3lora.training.agreement import check_agreement
 from sam3lora.training.launch import train
 
 from .changed_scenes import rewritten
+from .forked_workers import run_workers
 
 LATE, LACKING = "step_00000004", ("00002.jpg", "00005.jpg")
 
@@ -78,11 +77,7 @@ def outcomes(make_config, scenes, tmp_path):
         "own copy": workers(saved, other),
     }
     (tmp_path / "cases.json").write_text(json.dumps({"config": config.model_dump(mode="json"), "cases": cases}))
-    script = Path(__file__).with_name("disagreeing_workers.py")
-    command = [sys.executable, str(script), str(tmp_path)]
-    processes = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True) for rank in (0, 1)]
-    errors = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+    run_workers("disagreeing_workers", 2, tmp_path)
     both = [json.loads((tmp_path / f"outcomes_{rank}.json").read_text()) for rank in (0, 1)]
     return {name: [outcome[name] for outcome in both] for name in cases}
 

@@ -13,31 +13,25 @@ from sam3lora.errors import UserError
 from sam3lora.training.launch import train
 
 from .changed_scenes import with_broken_images
+from .ray_runs import ENVIRONMENT, SMALL_STEPS, local_ray
 from .run_folder import adapter_of, lines_of
 
 NUM_IMAGES, NUM_CPUS, SEED = 6, 5, 42
-# One image a worker and step, one data task a worker: a worker takes two CPUs.
 TWO_WORKERS = (
     "scaling.num_workers=2",
-    "training.batch_size=1",
-    "training.num_workers=1",
+    *SMALL_STEPS,
     "training.num_epochs=1",
     f"training.seed={SEED}",
 )
 
 
 @pytest.fixture(scope="module", autouse=True)
-def local_ray():
+def ray():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-        import ray
-
-        options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
-        ray.init(address="local", num_cpus=NUM_CPUS, object_store_memory=int(2e8), **options)
-        yield
-        ray.shutdown()
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        with local_ray(NUM_CPUS):
+            yield
 
 
 def image_of(scenes: Path, row: int) -> str:

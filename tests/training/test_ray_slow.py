@@ -11,78 +11,27 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from sam3lora.errors import RunFailed
 from sam3lora.training.launch import train
 
+from .ray_runs import ENVIRONMENT, SMALL_STEPS, local_ray, once_at_step, worker_processes
 from .run_folder import adapter_of, assert_equal, lines_of
 
 pytestmark = pytest.mark.slow
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-QUIET = {"log_to_driver": False, "logging_level": "ERROR"}
-# A worker takes two CPUs: its own and that of its data task.
-SMALL_STEPS = ("training.batch_size=1", "training.num_workers=1")
 
 
 @pytest.fixture(autouse=True)
 def ray_environment(monkeypatch):
-    for name, value in {
-        "RAY_AUTH_MODE": "disabled",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    }.items():
+    for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-
-
-@contextlib.contextmanager
-def local_ray(num_cpus: int) -> Iterator[None]:
-    import ray
-
-    ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, object_store_memory=int(2e8), **QUIET)
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def worker_processes() -> list[psutil.Process]:
-    """Training workers of the Ray that this process started."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            if process.name().startswith("ray::RayTrain") or "RayTrainWorker" in " ".join(process.cmdline()):
-                found.append(process)
-    return found
-
-
-@contextlib.contextmanager
-def once_at_step(output_dir: Path, step: int, act) -> Iterator[threading.Event]:
-    """Call ``act`` in another thread when the run has logged this step; the event says that it was called."""
-    done, stop = threading.Event(), threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(0.02):
-            if any(line["step"] >= step for line in lines_of(output_dir, "step")):
-                act()
-                done.set()
-                return
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield done
-    finally:
-        stop.set()
-        thread.join()
 
 
 def test_run_goes_on_after_a_worker_is_killed_as_if_nothing_had_happened(make_config):

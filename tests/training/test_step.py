@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +17,7 @@ from sam3lora.training.step import StepCounts, TermSums
 from sam3lora.training.trainer import Trainer
 from sam3lora.training.update import optimizer_step
 
+from .forked_workers import run_workers
 from .two_workers import make_trainer, recorded_step
 
 TEXT_TOO = "lora.apply_to_text_encoder=true"
@@ -141,17 +139,7 @@ def two_workers(tmp_path_factory):
     def run(config) -> tuple[list[dict], list[dict[str, Tensor]]]:
         scratch = tmp_path_factory.mktemp("workers")
         (scratch / "config.yaml").write_text(config.to_yaml())
-        script = Path(__file__).with_name("two_workers.py")
-        workers = [
-            subprocess.Popen(
-                [sys.executable, str(script), str(scratch / "config.yaml"), str(rank), str(scratch)],
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in (0, 1)
-        ]
-        errors = [worker.communicate(timeout=300)[1] for worker in workers]
-        assert [worker.returncode for worker in workers] == [0, 0], "\n".join(errors)
+        run_workers("two_workers", 2, scratch)
         reports = [json.loads((scratch / f"report_{rank}.json").read_text()) for rank in (0, 1)]
         return reports, [load_file(scratch / f"gradients_{rank}.safetensors") for rank in (0, 1)]
 

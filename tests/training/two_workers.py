@@ -1,4 +1,4 @@
-"""A recorded optimizer step; run as a script, one of two training workers: ``two_workers.py CONFIG RANK SCRATCH``."""
+"""A recorded optimizer step, also of two workers; as a script, one of them: ``two_workers.py CONFIG RANK SCRATCH``."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ def recorded_step(trainer: Trainer) -> RecordedStep:
     return RecordedStep(gradients, terms, [number for batch in group for number in batch.image_ids.tolist()])
 
 
-def main(config_file: str, rank: int, scratch: Path) -> None:
+def main(rank: int, world_size: int, scratch: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{scratch / 'rendezvous'}", rank=rank, world_size=2)
-    trainer = make_trainer(load_config(config_file))
+    dist.init_process_group("gloo", init_method=f"file://{scratch}/rendezvous", rank=rank, world_size=world_size)
+    trainer = make_trainer(load_config(f"{scratch}/config.yaml"))
     step = recorded_step(trainer)
-    save_file(step.gradients, scratch / f"gradients_{rank}.safetensors")
+    save_file(step.gradients, f"{scratch}/gradients_{rank}.safetensors")
     valid = trainer.validator.loss_terms()
     # Only the second worker hears that it has to end.
     with trainer.notices.listening():
@@ -92,9 +92,9 @@ def main(config_file: str, rank: int, scratch: Path) -> None:
         recorded_step(trainer)
     except NonFiniteLoss as error:
         report["failure"] = str(error)
-    (scratch / f"report_{rank}.json").write_text(json.dumps(report))
+    Path(scratch, f"report_{rank}.json").write_text(json.dumps(report))
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
+    main(int(sys.argv[2]), 2, sys.argv[3])

@@ -1,4 +1,4 @@
-"""Made-up sweeps: search spaces and ledgers whose best trial and important settings are known."""
+"""Made-up sweeps, whose best trial and important settings are known, and what their report says."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 from sam3lora.config import load_config
+from sam3lora.tune.report.sweep_page import render_sweep
 from sam3lora.tune.run.ledger import Rejection, TrialRecord, best_record
 from sam3lora.tune.space.parameters import parse_parameter
 from sam3lora.tune.space.search_space import Constraints, EarlyStopping, Failures, Search, SearchSpace
+
+from ..evaluation.report_cases import check_page
 
 PARAMETERS: dict[str, dict[str, Any]] = {
     "lora.rank": {"choice": [4, 8, 16, 32]},
@@ -158,3 +161,11 @@ def _trained(space: SearchSpace, number: int, values: dict[str, Any], rng: rando
         vision_passes=320 if number == 0 else 0,
         features_loaded=320 * ran,
     )
+
+
+def text_of(space, records, rejections=(), **summary) -> str:
+    return check_page(page_of(space, records, rejections, **summary))
+
+
+def page_of(space, records, rejections=(), **summary) -> str:
+    return render_sweep(space, records, list(rejections), summarise_sweep(space, records, **summary))

@@ -12,9 +12,9 @@ from sam3lora.data.coco import ANNOTATION_FILE
 from sam3lora.data.split_files import SplitFiles
 from sam3lora.data.synth.dataset import write_dataset
 from sam3lora.errors import UserError
-from sam3lora.tune.run import outcome as module
+from sam3lora.tune.run import held_out as module
 from sam3lora.tune.run.checks import held_out_split
-from sam3lora.tune.run.outcome import measure_held_out
+from sam3lora.tune.run.held_out import measure_held_out
 from sam3lora.tune.space.reader import load_space
 
 SAMPLES = Path(serve_app.__file__).parent / "samples"

@@ -267,7 +267,7 @@ def test_what_is_the_same_for_all_trials_cannot_be_searched(key):
 @pytest.mark.parametrize("key", ["training.num_negatives", "training.loss.mask", "model.resolution"])
 def test_validation_losses_that_do_not_compare_are_refused(key):
     source = {"base": "quick_test", "parameters": {key: {"choice": [224, 112]}}, "search": {"metric": "valid_loss"}}
-    with pytest.raises(UserError, match="choose metric map or cgf1"):
+    with pytest.raises(UserError, match="choose metric map or cgf1 or bbox_map"):
         load_space(source)
     load_space(source, metric="map")
 

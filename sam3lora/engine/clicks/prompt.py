@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sam3lora.engine.clicks.click import BoxXyxy, Click
+from sam3lora.model.clicks import MASK_LIMIT
 
-LARGEST_LOGIT = 32.0
-"""Masks that the head is shown are cut at this logit."""
 DRAWN_LOGIT = 10.0
 """Logit of a mask that has none of its own, such as a drawn one."""
 
@@ -73,7 +72,7 @@ def is_ambiguous(num_clicks: int, has_box: bool, has_mask: bool) -> bool:
 
 def as_mask_prompt(logits: Tensor) -> Tensor:
     """Logits of masks as the head is shown them: without gradient, within +-32."""
-    return logits.detach().clamp(-LARGEST_LOGIT, LARGEST_LOGIT)
+    return logits.detach().clamp(-MASK_LIMIT, MASK_LIMIT)
 
 
 @dataclass(frozen=True, eq=False)

@@ -61,7 +61,7 @@ class GraphedForward:
         device = next(self._staged.model.parameters()).device
         stage = partial(Stage, bank=self._bank, capturer=self._capturer, device=device)
         capacity = padded_size(self._max_rows)
-        self._vision = VisionStage(self._staged, stage, self._plain.compiled_vision, padded_size(self._max_images))
+        self._vision = VisionStage(self._staged, stage, self._plain.run_vision, padded_size(self._max_images))
         self._text = TextStage(self._staged, stage)
         self._images = ImagePartStage(self._staged, stage, capacity)
         self._detector = DetectorStage(self._staged, stage, self._images, capacity)
@@ -95,6 +95,10 @@ class GraphedForward:
         sizes = [size for size in SIZES if size <= padded_size(min(most, SIZES[-1]))]
         by_use = sorted(sizes, key=lambda size: (size not in (1, sizes[-1]), -size))
         return [min(size, most) for size in by_use for _ in range(2)]
+
+    def keep_trunk(self) -> None:
+        self._plain.keep_trunk()
+        self._build()  # captures of before do not keep it
 
     def free_memory(self) -> None:
         """Drop all graphs and the memory that they work in."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sam3lora.engine.clicks.features import ClickableFeatures
 from sam3lora.engine.graphs.stage import Stage, StaticTensors
 from sam3lora.model.staged.forward import StagedSam3, TextFeatures, VisionFeatures
 from sam3lora.model.tokenization import MAX_PROMPT_TOKENS
@@ -25,19 +26,20 @@ MAX_PROMPTS = 32
 class VisionStage:
     """The vision tower and its neck.
 
-    `compiled` returns the compiled vision encoder, or None while it may not be used. At most `capacity` images go
-    together.
+    `run_vision` is that of `MixedForward`; whether it keeps the trunk's tokens may not change. At most `capacity`
+    images go together.
     """
 
     def __init__(
         self,
         staged: StagedSam3,
         stage: Callable[..., Stage],
-        compiled: Callable[[], Callable[[Tensor], Any] | None],
+        run_vision: Callable[[Tensor], tuple[VisionFeatures, Tensor | None]],
         capacity: int,
     ) -> None:
         self._staged = staged
-        self._compiled = compiled
+        self._run_vision = run_vision
+        self._keeps_trunk = False
         self._tensors = StaticTensors(capacity)
         self._positions_1CHW: list[Tensor] = []
         self.stage = stage("vision", self._encode, components=("vision_encoder",), fields=1, capacity=capacity)
@@ -57,14 +59,15 @@ class VisionStage:
         if not self._positions_1CHW:  # the same for all images
             encoding = self._neck.position_encoding
             self._positions_1CHW = [encoding(one[:1].shape, one.device, one.dtype).clone() for one in together]
-        images = [
-            VisionFeatures([torch.empty_like(one[:1]) for one in together], self._positions_1CHW) for _ in slots_I
-        ]
+        kept = [*together, self._tensors["trunk"]] if self._keeps_trunk else together
+        copies = [[torch.empty_like(one[:1]) for one in kept] for _ in slots_I]
         torch._foreach_copy_(
-            [one for image in images for one in image.maps_ICHW],
-            [one[i : i + 1] for i in range(len(images)) for one in together],
+            [one for of_image in copies for one in of_image],
+            [one[i : i + 1] for i in range(len(copies)) for one in kept],
         )
-        return images
+        if not self._keeps_trunk:
+            return [VisionFeatures(of_image, self._positions_1CHW) for of_image in copies]
+        return [ClickableFeatures(of_image[:-1], self._positions_1CHW, trunk_1SC=of_image[-1]) for of_image in copies]
 
     @property
     def _neck(self) -> Any:
@@ -72,10 +75,10 @@ class VisionStage:
 
     def _encode(self, size: int) -> None:
         pixels_ICHW = self._tensors["pixels"][:size]
-        if (compiled := self._compiled()) is not None:
-            vision = VisionFeatures.from_output(compiled(pixels_ICHW))
-        else:
-            vision = self._staged.encode_images(pixels_ICHW)
+        vision, trunk_ISC = self._run_vision(pixels_ICHW)
+        self._keeps_trunk = trunk_ISC is not None
+        if trunk_ISC is not None:
+            self._tensors.keep("trunk", trunk_ISC)
         for level, of_level in enumerate(vision.maps_ICHW):
             self._tensors.keep(f"map {level}", of_level)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,9 +10,12 @@ from rich.console import Console
 from rich.table import Table
 
 from sam3lora.data.fault_report import left_out_sentence
+from sam3lora.errors import UserError
+from sam3lora.evaluation.dense.map_files import LABELS, PROBABILITIES
 from sam3lora.evaluation.dense.measure import DenseMetrics
-from sam3lora.evaluation.report.result_files import make_folder, write_json, write_text
+from sam3lora.evaluation.report.result_files import make_folder, told, write_json, write_text
 from sam3lora.files import file_name_of
+from sam3lora.model.adapter.metadata import DENSE
 
 _SHOWN = {
     "mean IoU": "mean_iou",
@@ -81,6 +85,35 @@ def compare_dense_and_save(
     for other in others:
         console.print(sentence(first, other, differences[other.label].get(DECIDING)))
     return report
+
+
+def folder_for_maps(path: Path) -> Path:
+    """Make the folder of a model's results, without the maps of an earlier evaluation there; its absolute path.
+
+    Raises:
+        UserError: The folder cannot be written, or holds maps, or other files in their place, beside no metrics of a
+            dense model.
+    """
+    folder = make_folder(path)
+    places = [folder / name for name in (LABELS, PROBABILITIES)]
+    if any(place.is_dir() and any(place.iterdir()) for place in places) and not _has_dense_metrics(folder):
+        raise UserError(
+            f"{folder} holds {LABELS}/ or {PROBABILITIES}/, but no metrics.json of a dense model beside them: whose "
+            "they are is not known. Remove them, or choose another --output"
+        )
+    for place in places:
+        with told(place):
+            for old in place.rglob("*.png"):
+                old.unlink()
+    return folder
+
+
+def _has_dense_metrics(folder: Path) -> bool:
+    try:
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(metrics, dict) and metrics.get("task") == DENSE
 
 
 def model_folder(output: Path, label: str) -> Path:

@@ -11,6 +11,7 @@ Shapes: `I` images, `N` objects, `K` clicks, `M` masks of an object (3 alternati
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +29,7 @@ from transformers.models.sam3_tracker.modeling_sam3_tracker import (
     Sam3TrackerPromptEncoder,
 )
 
-MASK_LIMIT = 32.0
-"""Largest absolute logit of a mask that is given as a prompt."""
+from sam3lora.model.clicks import MASK_LIMIT
 
 
 @dataclass
@@ -45,6 +45,13 @@ class ClickFeatures:
         if len(self.coarse) == 1:
             return ClickFeatures(*(one.expand(len(image_N), -1, -1, -1) for one in self.tensors()))
         return ClickFeatures(*(one[image_N] for one in self.tensors()))
+
+    @classmethod
+    def of_each(cls, features_N: Sequence[ClickFeatures]) -> ClickFeatures:
+        """Rows for objects from the features of the image of each; objects of one image alone are views."""
+        if all(one is features_N[0] for one in features_N):
+            return cls(*(one.expand(len(features_N), -1, -1, -1) for one in features_N[0].tensors()))
+        return cls(*(torch.cat(rows) for rows in zip(*(one.tensors() for one in features_N), strict=True)))
 
     def split(self) -> list[ClickFeatures]:
         """The features of each image alone, as views."""

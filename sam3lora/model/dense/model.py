@@ -59,8 +59,7 @@ class DenseSam3(nn.Module):
     @property
     def constant_layers(self) -> tuple[int, ...]:
         """The layers whose output does not learn, as far as `encode` needs it; empty where the first layer learns."""
-        layers, frozen = self.settings.layers, min(frozen_layers(self.trunk), self.settings.layers[-1] + 1)
-        return tuple(sorted({number for number in layers if number < frozen} | {frozen - 1} - {-1}))
+        return constant_layers(self.settings.layers, frozen_layers(self.trunk))
 
     def encode(self, pixel_values_ICHW: Tensor) -> list[Tensor]:
         """The outputs (I, S, C) of the head's layers, ascending; frozen layers keep no activations."""
@@ -103,6 +102,12 @@ def keep_trunk_only(sam3: nn.Module) -> None:
             delattr(sam3, name)
     if hasattr(sam3.vision_encoder, "neck"):  # type: ignore[arg-type]
         del sam3.vision_encoder.neck  # type: ignore[union-attr]
+
+
+def constant_layers(layers: tuple[int, ...], frozen: int) -> tuple[int, ...]:
+    """The layers to keep of a trunk whose first `frozen` do not learn: those that the head reads, and the last one."""
+    last = min(frozen, layers[-1] + 1) - 1
+    return tuple(sorted({number for number in layers if number <= last} | {last} - {-1}))
 
 
 def chosen_layers(layers: str | Iterable[int], trunk: Any) -> tuple[int, ...]:

@@ -1,16 +1,17 @@
 """Adapter folders of either task as plain tensors, for an engine that holds several of them over one base.
 
-A dense folder is an adapter of the vision trunk, or none where the head was trained alone, with a head beside it. The
-model is only looked at: any thread may read a folder while the model runs.
+A dense folder is LoRA or bottlenecks of the vision trunk, or none where the head was trained alone, with a head beside
+it. The model is only looked at: any thread may read a folder while the model runs.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from sam3lora.errors import UserError
 from sam3lora.model.adapter.folder import FolderSignature, read_unchanged, refuse_other_base
@@ -25,6 +26,7 @@ from sam3lora.model.adapter.weights import (
     read_summary,
     summarise_lora,
 )
+from sam3lora.model.dense.bottleneck import Bottleneck
 from sam3lora.model.dense.folder import read_dense_metadata, refuse_other_resolution
 from sam3lora.model.dense.head import DenseHead
 from sam3lora.model.dense.settings import DenseSettings
@@ -32,7 +34,6 @@ from sam3lora.model.loading import LoadedBase
 from sam3lora.model.staged.trunk import TRUNK
 
 MAX_CLASS_CHARS = 200  # of a name: listings show all of them
-_OF_HEAD = "head."
 _TYPES = FLOATING | {"I64": 8}  # batch norm counts its batches
 
 
@@ -40,11 +41,13 @@ _TYPES = FLOATING | {"I64": 8}  # batch norm counts its batches
 class DenseWeights(AdapterWeights):
     """The LoRA of a dense folder, without modules where there is none, and its head.
 
-    `head` is on the CPU, in evaluation mode and without gradients; `size_bytes` and `version` include it.
+    `head` and `bottlenecks`, one for each layer of the trunk or None, are on the CPU, in evaluation mode and without
+    gradients; `size_bytes` and `version` include them.
     """
 
     settings: DenseSettings
     head: DenseHead
+    bottlenecks: nn.ModuleList | None
 
 
 def read_weights(folder: str | Path, base: LoadedBase, *, max_rank: int | None = None) -> AdapterWeights:
@@ -52,7 +55,7 @@ def read_weights(folder: str | Path, base: LoadedBase, *, max_rank: int | None =
 
     Raises:
         NotLowRankError: The adapter does more than LoRA or DoRA on Linear and Conv2d modules.
-        UserError: The folder is incomplete, damaged, for another base or resolution, or has bottleneck adapters.
+        UserError: The folder is incomplete, damaged, or for another base or resolution.
     """
     folder = Path(folder)
 
@@ -78,12 +81,13 @@ def summarise(folder: str | Path, base: LoadedBase, *, max_rank: int | None = No
     if found is None or found.task != DENSE:
         return read_summary(folder, base.model, max_rank=max_rank)
     metadata = read_dense_metadata(folder)
-    _check_settings(_settings(metadata, folder), base, folder)
+    settings = _settings(metadata, folder)
+    _check_settings(settings, base, folder)
     refuse_other_resolution(base, metadata, folder)
     refuse_other_base(base.model, metadata, folder, fingerprint_of=lambda _: base.fingerprint)
     head_bytes = (folder / HEAD_FILE).stat().st_size
     if not metadata.lora and not (folder / CONFIG_FILE).is_file():
-        return AdapterSummary(None, metadata, None, head_bytes, frozenset())
+        return AdapterSummary(None, metadata, None, head_bytes, _components(settings))
     lora = summarise_lora(folder, metadata, max_rank=max_rank)
     return replace(lora, size_bytes=lora.size_bytes + head_bytes)
 
@@ -102,11 +106,6 @@ def _check_settings(settings: DenseSettings, base: LoadedBase, folder: Path) -> 
         raise UserError(
             f"{folder} reads layers {layers} of the vision trunk: expected ascending numbers from 0 to {num_layers - 1}"
         )
-    if settings.bottleneck_width is not None:
-        raise UserError(
-            f"{folder} has bottleneck adapters, which cannot share a batch with other adapters: use `sam3lora infer`, "
-            "or train it with dense.adapter lora"
-        )
     are_short = all(is_printable(name) and len(name) <= MAX_CLASS_CHARS for name in settings.classes)
     if not are_short or len(set(settings.classes)) < len(settings.classes):
         raise UserError(
@@ -118,10 +117,10 @@ def _read_dense(
     folder: Path, signature: FolderSignature, base: LoadedBase, known: AdapterSummary, metadata: AdapterMetadata
 ) -> DenseWeights:
     settings = _settings(metadata, folder)
-    head, contents = _read_head(folder, settings, base)
+    parts, contents = _read_parts(folder, settings, base)
     if known.config is None:
         version = digest(folder, contents)
-        lora = AdapterWeights({}, metadata, 0, 0, version, signature, frozenset())
+        lora = AdapterWeights({}, metadata, 0, 0, version, signature, _components(settings))
     else:
         lora = read_lora(folder, signature, base.model, known)
         if elsewhere := [name for name in lora.modules if not name.startswith(TRUNK)]:
@@ -129,29 +128,40 @@ def _read_dense(
         # The digest of the LoRA is of fixed length: no two folders give the same bytes.
         version = digest(folder, lora.version.encode() + contents)
     values = {field.name: getattr(lora, field.name) for field in fields(lora)}
-    values |= {"version": version, "size_bytes": lora.size_bytes + sum(one.nbytes for one in _tensors(head).values())}
-    return DenseWeights(**values, settings=settings, head=head)
+    values |= {
+        "version": version,
+        "size_bytes": lora.size_bytes + sum(one.nbytes for one in parts.state_dict().values()),
+    }
+    return DenseWeights(**values, settings=settings, head=parts["head"], bottlenecks=_bottlenecks(parts))
 
 
-def _read_head(folder: Path, settings: DenseSettings, base: LoadedBase) -> tuple[DenseHead, bytes]:
-    """The head in float32, and the contents of its file."""
+def _components(settings: DenseSettings) -> frozenset[str]:
+    """The parts of the model that an adapter without LoRA changes."""
+    return frozenset() if settings.bottleneck_width is None else frozenset({"vision_encoder"})
+
+
+def _read_parts(folder: Path, settings: DenseSettings, base: LoadedBase) -> tuple[Any, bytes]:
+    """The head and the bottlenecks in float32, under the names that they have in their file, and its contents."""
+    trunk: Any = base.model.vision_encoder.backbone
+    channels = trunk.config.hidden_size
     with torch.device("meta"):  # nothing is allocated before the file was found to fit
-        head = DenseHead(
-            base.model.vision_encoder.backbone.config.hidden_size,
+        parts = nn.ModuleDict()
+        parts["head"] = DenseHead(
+            channels,
             len(settings.classes),
             width=settings.width,
             num_layers=len(settings.layers),
             norm=settings.norm,
         )
-    expected = {_OF_HEAD + name: tuple(tensor.shape) for name, tensor in _tensors(head).items()}
+        if settings.bottleneck_width is not None:
+            layers = [{"bottleneck": Bottleneck(channels, settings.bottleneck_width)} for _ in trunk.layers]
+            parts["trunk"] = nn.ModuleDict({"layers": nn.ModuleList(map(nn.ModuleDict, layers))})
+    expected = {name: tuple(tensor.shape) for name, tensor in parts.state_dict().items()}
     found, contents = read_tensors(folder, expected, name=HEAD_FILE, settings=METADATA_FILE, types=_TYPES)
-    weights = {
-        name.removeprefix(_OF_HEAD): tensor.float() if tensor.is_floating_point() else tensor
-        for name, tensor in found.items()
-    }
-    head.load_state_dict(weights, assign=True)
-    return head.eval().requires_grad_(False), contents
+    weights = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in found.items()}
+    parts.load_state_dict(weights, assign=True)
+    return parts.eval().requires_grad_(False), contents
 
 
-def _tensors(head: DenseHead) -> dict[str, Tensor]:
-    return head.state_dict()
+def _bottlenecks(parts: Any) -> nn.ModuleList | None:
+    return nn.ModuleList(layer["bottleneck"] for layer in parts["trunk"]["layers"]) if "trunk" in parts else None

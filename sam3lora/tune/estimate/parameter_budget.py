@@ -15,12 +15,13 @@ from sam3lora.errors import UserError
 from sam3lora.model.adapter.targets import select_modules
 from sam3lora.model.base_folder import TINY, BaseFolder, find_base, read_model_config
 from sam3lora.model.loading import build_model_config
+from sam3lora.tune.estimate.dense_size import head_parameters
 
 SAM3 = "facebook/sam3"
 
 
 def count_trainable(config: Config) -> int:
-    """Trainable parameters of the adapter that `apply_lora` would make.
+    """Trainable parameters of the adapter that `apply_lora` would make, and of the head of a dense one.
 
     A layer of shape out x in (a convolution counts its kernel into in) gets A (rank x in) and B (out x rank); DoRA adds
     a magnitude for each of out.
@@ -29,13 +30,25 @@ def count_trainable(config: Config) -> int:
         UserError: The base model is not found, or target modules, components and layers do not go together, see
             `select_modules`.
     """
+    head = 0
+    if config.task == "dense":
+        head = head_parameters(config, trunk_of(config))
+        if not config.lora.components:
+            return head
     _, widths, outputs = _adapted_layers(*_selection(config))
-    return config.lora.rank * widths + (outputs if config.lora.use_dora else 0)
+    return head + config.lora.rank * widths + (outputs if config.lora.use_dora else 0)
 
 
 def adapted_modules(config: Config) -> tuple[str, ...]:
-    """Names of the layers that get an adapter; the errors are those of `count_trainable`."""
-    return _adapted_layers(*_selection(config))[0]
+    """Names of the layers that get LoRA; the errors are those of `count_trainable`."""
+    return _adapted_layers(*_selection(config))[0] if config.lora.components else ()
+
+
+def trunk_of(config: Config) -> Any:
+    """The vision trunk of the base model on the meta device."""
+    model = config.model
+    vision: Any = meta_model(model.name, model.revision, model.local_files_only).vision_encoder
+    return vision.backbone
 
 
 def _selection(config: Config) -> tuple[Any, ...]:

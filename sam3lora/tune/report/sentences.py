@@ -12,7 +12,18 @@ from sam3lora.tune.run.ledger import TrialRecord, has_value
 from sam3lora.tune.space.parameters import Tied
 from sam3lora.tune.space.search_space import SearchSpace
 
-METRIC_LABELS = {"valid_loss": "validation loss", "map": "mAP", "bbox_map": "box mAP", "cgf1": "cgF1"}
+METRIC_LABELS = {
+    "valid_loss": "validation loss",
+    "map": "mAP",
+    "map_50": "mAP at IoU 0.50",
+    "bbox_map": "box mAP",
+    "cgf1": "cgF1",
+    "off_prompt_fpr": "false alarms",
+    "mean_iou": "mean IoU",
+    "mean_iou_foreground": "mean IoU of the foreground",
+    "boundary_iou": "boundary IoU",
+    "pixel_accuracy": "pixel accuracy",
+}
 
 
 def answer(

@@ -70,6 +70,8 @@ def render_sweep(
         base=base,
         best_against_base=_best_against_base(space, best, base),
         models=list(held_out.get("models", {}).items()),
+        held_out_metrics=_names_of_metrics(held_out.get("models", {})),
+        asks_prompts=space.base.task != "dense",
         best_folder=shlex.quote(str(Path(summary["sweep_dir"], "best"))),
         best_config=shlex.quote(str(Path(summary["sweep_dir"], "best", "config.yaml"))),
         charts={
@@ -92,6 +94,11 @@ def render_sweep(
         settings=setting_rows([_settings(space, summary)]),
         labels=[],
     )
+
+
+def _names_of_metrics(models: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """The metrics of any of the models, and what tables call them."""
+    return {name: METRIC_LABELS.get(name, name) for values in models.values() for name in values}
 
 
 def _unfinished(records: Sequence[TrialRecord], summary: Mapping[str, Any]) -> str:

@@ -7,7 +7,6 @@ from pathlib import Path
 from sam3lora.data.fault_report import faults_as_reason
 from sam3lora.data.split_files import SplitFiles, find_split, missing_split
 from sam3lora.errors import UserError
-from sam3lora.training.best import why_undefined
 from sam3lora.training.datasets import RunData
 from sam3lora.training.task import task_of
 from sam3lora.tune.space.search_space import SearchSpace
@@ -22,16 +21,15 @@ def check_data(space: SearchSpace) -> RunData:
         UserError: A split is missing or damaged, or the metric is not defined on the validation images.
     """
     config, root = space.base, checked_data_dir(space)
-    data = task_of(config).load_data(config, config.model.resolution or _ANY_RESOLUTION, _ANY_PATCH)
-    metric = space.search.metric
-    if metric != "valid_loss" and data.valid_complete is not None:
-        reason = why_undefined(metric, data.valid_complete, config)
-        if reason:
-            faults = [fault for fault in data.faults if fault["split"] == config.data.valid_split]
-            raise UserError(
-                f"search.metric {metric} cannot be measured on {root / config.data.valid_split}: {reason}. Choose "
-                f"another metric, or other validation images{faults_as_reason(faults)}"
-            )
+    task = task_of(config)
+    data = task.load_data(config, config.model.resolution or _ANY_RESOLUTION, _ANY_PATCH)
+    _, reason = task.deciding_metric(config.changed(space.best_adapter_keys()), data)
+    if reason:
+        faults = [fault for fault in data.faults if fault["split"] == config.data.valid_split]
+        raise UserError(
+            f"search.metric {space.search.metric} cannot be measured on {root / config.data.valid_split}: {reason}. "
+            f"Choose another metric, or other validation images{faults_as_reason(faults)}"
+        )
     return data
 
 

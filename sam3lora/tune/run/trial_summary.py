@@ -11,7 +11,9 @@ from sam3lora.training.metrics_log import METRICS_FILE, read_metrics
 from sam3lora.tune.run.ledger import TrialRecord, better, read_trial_record
 from sam3lora.tune.space.search_space import Search
 
-MEASURED = ("valid_loss", "map", "map_50", "map_75", "bbox_map", "cgf1", "off_prompt_fpr", "presence_accuracy")
+_OF_PROMPTS = ("map", "map_50", "map_75", "bbox_map", "cgf1", "off_prompt_fpr", "presence_accuracy")
+_OF_LABELS = ("mean_iou", "mean_iou_foreground", "pixel_accuracy")
+MEASURED = ("valid_loss", *_OF_PROMPTS, *_OF_LABELS)
 
 
 def current_record(folder: Path, search: Search) -> TrialRecord:

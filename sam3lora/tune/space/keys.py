@@ -14,9 +14,14 @@ _ONE_MODEL = "adapters of different base models are not comparable: give each it
 _SAME_LENGTH = "all trials train equally long, so that they can be compared: write it under set"
 _SAME_DATA = "every trial must be measured on the same data: write it under set"
 _SAME_PROMPTS = "it changes the prompts of every metric, so results of its values do not compare: write it under set"
+_SAME_CLASSES = "it changes the classes that are measured, so results of its values do not compare: write it under set"
 _NO_EFFECT = "it does not change what is learned: write it under set"
 
 NOT_SEARCHED: dict[str, str] = {
+    "task": "adapters of different tasks are not comparable: write it under set",
+    "dense.mode": _SAME_CLASSES,
+    "dense.foreground": _SAME_CLASSES,
+    "dense.threshold": "it changes how a pixel is decided, not what is learned: write it under set",
     "output": "each trial gets a folder of its own",
     "logging": _NO_EFFECT,
     "scaling": "it says what a trial runs on: write it under set",
@@ -56,6 +61,8 @@ CHANGES_VALIDATION_LOSS = (
     "training.num_negatives",
     "training.one_to_many",
     "model.resolution",
+    "dense.deep_supervision",
+    "dense.boundary_weight",
 )
 """Keys and sections that change what the validation loss is made of, so that its values do not compare."""
 

@@ -221,9 +221,12 @@ class _Reader:
             self.problems.append(f"name should be a text that can name a folder, got {short(repr(name))}")
         if base is None or sections is None:
             return None
-        self.problems += tied_problems(parameters) + search_problems(parameters, sections.search)
+        search = sections.search
+        if base.task == "dense" and "metric" not in search.model_fields_set:
+            search = search.model_copy(update={"metric": "mean_iou"})
+        self.problems += tied_problems(parameters) + search_problems(parameters, search, base.task)
         parts = {field: getattr(sections, field) for field in _Sections.model_fields}
-        parts["search"] = self.held_out(base, sections.search)
+        parts["search"] = self.held_out(base, search)
         return SearchSpace(str(name), base, base_name, parameters, own_sets, **parts)
 
     def held_out(self, base: Config, search: Search) -> Search:

@@ -17,6 +17,8 @@ from sam3lora.tune.space.search_space import MOST_TRIALS, Search, SearchSpace
 
 _COMBINATIONS_TRIED = 32
 _MOST_REFUSED = 20
+METRICS = {"detection": ("map", "cgf1", "bbox_map"), "dense": ("mean_iou",)}
+"""By task, what trials are compared by beside the validation loss."""
 
 
 def check_key(key: str, parameters: Iterable[str]) -> None:
@@ -50,8 +52,10 @@ def check_kind(parameter: Parameter, own_sets: Mapping[str, tuple[str, ...]]) ->
             raise ValueError(f"{key} is a whole number: write randint instead of {kind}")
 
 
-def search_problems(parameters: Mapping[str, Parameter], search: Search) -> list[str]:
+def search_problems(parameters: Mapping[str, Parameter], search: Search, task: str) -> list[str]:
     """What is wrong with parameters that are searched in this way and compared by this metric, a line each."""
+    others = METRICS[task]
+    measured = ("valid_loss", *others)
     is_grid = search.algorithm == "grid"
     choices = {key: item for key, item in parameters.items() if isinstance(item, Choice)}
     visited = {key: item for key, item in choices.items() if is_grid or item.kind == "grid"}
@@ -71,10 +75,14 @@ def search_problems(parameters: Mapping[str, Parameter], search: Search) -> list
         problems.append(
             f"search.objective quality_and_size needs algorithm optuna, got {search.algorithm}: change one of them"
         )
+    if search.metric not in measured:
+        problems.append(
+            f"search.metric {search.metric} is not measured with task {task}: write {' or '.join(measured)}"
+        )
     if search.metric == "valid_loss":
         problems += [
             f"parameters.{key}: it changes what the validation loss measures, so losses of its values do not compare: "
-            "choose metric map or cgf1"
+            f"choose metric {' or '.join(others)}"
             for key in parameters
             if any(is_under(key, above) for above in CHANGES_VALIDATION_LOSS)
         ]

@@ -53,10 +53,10 @@ class Search(Section):
     )
     num_trials: int | None = Field(default=None, ge=1, le=MOST_TRIALS, description="None = 12, or the whole grid.")
     seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of the samples.")
-    metric: Literal["valid_loss", "map", "bbox_map", "cgf1"] = Field(
-        default="map", description="What makes a trial the best."
+    metric: Literal["valid_loss", "map", "bbox_map", "cgf1", "mean_iou"] = Field(
+        default="map", description="What makes a trial the best; mean_iou is of task dense, and there the default."
     )
-    every_epochs: int = Field(default=1, ge=1, description="Measure mAP and cgF1 every so many epochs.")
+    every_epochs: int = Field(default=1, ge=1, description="Measure the metrics every so many epochs.")
     objective: Literal["quality", "quality_and_size"] = Field(
         default="quality", description='"quality_and_size" = few trainable parameters count too (optuna).'
     )
@@ -178,6 +178,8 @@ class SearchSpace:
                 changes |= {f"lora.apply_to_{component}": component in chosen for component in COMPONENTS}
             elif value != value_at(self.base_raw, key):
                 changes[key] = value
+        if changes.get("dense.adapter", "lora") != "lora":  # the section would have no effect, which is refused
+            changes = {"lora": {}} | changes
         try:
             return self.base.changed(changes | dict(more or {}))
         except ValidationError as error:

@@ -12,7 +12,7 @@ from tests.model.clicks.video_checkpoint import write_video_checkpoint
 
 def write_click_base(folder: Path, detector_folder: Path) -> Path:
     """Write the detector with a tracker whose weights are large enough that an adapter can learn something."""
-    write_video_checkpoint(folder, detector_folder=detector_folder)
+    write_video_checkpoint(folder, source=detector_folder)
     tensors = load_file(folder / "model.safetensors")
     torch.manual_seed(0)
     for name, tensor in tensors.items():

@@ -7,7 +7,7 @@ import torch
 from transformers import Sam3TrackerModel
 from transformers.models.sam3_tracker_video.modeling_sam3_tracker_video import Sam3TrackerVideoInferenceSession
 
-from sam3lora.model.clicks.head import MASK_LIMIT
+from sam3lora.model.clicks import MASK_LIMIT
 
 POINTS = torch.tensor([[[60.0, 80.0]], [[150.0, 90.0]], [[33.0, 200.0]]])
 BOXES = torch.tensor([[20.0, 30, 90, 120], [100, 100, 180, 150], [0, 0, 224, 224]])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -36,15 +37,24 @@ def tracker_config(detector: dict, resolution: int = 224) -> Sam3TrackerVideoCon
 
 
 def write_video_checkpoint(
-    folder: Path, seed: int = 0, doubled_prefix: bool = False, detector_folder: Path = TINY_FOLDER
+    folder: Path,
+    seed: int = 0,
+    doubled_prefix: bool = False,
+    source: Path = TINY_FOLDER,
+    change: Callable[[Sam3TrackerVideoModel], object] = lambda tracker: None,
 ) -> Sam3TrackerVideoModel:
-    """Write a detector with a random tracker; returns the stock video tracker over the detector's trunk."""
-    shutil.copytree(detector_folder, folder)
+    """Write the detector of a base folder with a random tracker; returns the stock video tracker over its trunk.
+
+    Args:
+        change: What is done to the random weights.
+    """
+    shutil.copytree(source, folder)
     stored = json.loads((folder / "config.json").read_text())
     detector = stored.get("detector_config", stored)
     torch.manual_seed(seed)
     config = tracker_config(detector, detector["vision_config"]["backbone_config"]["image_size"])
     tracker = Sam3TrackerVideoModel(config).eval()
+    change(tracker)
     with torch.no_grad():
         tracker.no_memory_embedding.normal_()
         tracker.prompt_encoder.shared_embedding.positional_embedding.copy_(
@@ -52,7 +62,7 @@ def write_video_checkpoint(
         )
     tensors = {
         name.removeprefix("detector_model."): tensor
-        for name, tensor in read_tensors(detector_folder, ("",)).items()
+        for name, tensor in read_tensors(source, ("",)).items()
         if not name.startswith("tracker_")
     }
     trunk = {name: one.float() for name, one in tensors.items() if name.startswith("vision_encoder.backbone.")}

@@ -33,6 +33,9 @@ def write_dense(base: Path, folder: Path, mode: str = "multiclass", *, lora: boo
         layers = chosen_layers("last", loaded.model.vision_encoder.backbone)
         values = {"mode": mode, "classes": CLASSES[mode], "layers": layers, "width": 32} | settings
         model = DenseSam3(sam3, DenseSettings(**values))
+        for name, parameter in model.bottlenecks().items():
+            if name.endswith("up.weight"):  # they begin by adding nothing
+                parameter.data.normal_(std=0.5)
         for name, parameter in model.dense_head.outputs[0].named_parameters():
             parameter.data.normal_(std=1.0 if name == "weight" else 0.1)
     metadata = AdapterMetadata(

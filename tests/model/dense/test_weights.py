@@ -67,6 +67,21 @@ def test_a_head_alone_and_one_with_batch_norm(spread_base: Path, base: LoadedBas
     assert known.size_bytes == (tmp_path / "alone" / HEAD_FILE).stat().st_size
 
 
+def test_bottlenecks_are_an_adapter_of_the_trunk(spread_base: Path, base: LoadedBase, tmp_path: Path):
+    folder = write_dense(spread_base, tmp_path / "narrow", lora=False, bottleneck_width=8)
+    weights = read_weights(folder, base)
+    assert isinstance(weights, DenseWeights)
+    assert (weights.modules, weights.components) == ({}, {"vision_encoder"})
+    assert summarise(folder, base).components == {"vision_encoder"}
+    tensors = load_file(folder / HEAD_FILE)
+    assert weights.bottlenecks is not None
+    assert torch.equal(weights.bottlenecks[2].up.weight, tensors["trunk.layers.2.bottleneck.up.weight"])
+    assert weights.size_bytes == sum(tensor.nbytes for tensor in tensors.values())
+    # they are in the file whose version counts
+    save_file(tensors | {"trunk.layers.2.bottleneck.up.bias": torch.ones(32)}, folder / HEAD_FILE)
+    assert read_weights(folder, base).version != weights.version
+
+
 def test_prompted_folders_are_read_as_ever(spread_base: Path, base: LoadedBase, tmp_path: Path):
     folder = write_adapter(spread_base, tmp_path / "prompts")
     weights = read_weights(folder, base)
@@ -90,7 +105,6 @@ FAULTS = {
     "no LoRA": (lambda folder: (folder / CONFIG_FILE).unlink(), CONFIG_FILE),
     "another resolution": (lambda folder: change(folder, resolution=336), "trained at 336 pixels"),
     "another base": (lambda folder: change(folder, base_fingerprint="0" * 64), "was trained on the base"),
-    "bottlenecks": (lambda folder: change(folder, bottleneck_width=8), "bottleneck"),
     "a layer that there is not": (lambda folder: change(folder, layers=[1, 7]), "numbers from 0 to 2"),
     "a layer below 0": (lambda folder: change(folder, layers=[-1]), "numbers from 0 to 2"),
     "layers that fall": (lambda folder: change(folder, layers=[2, 1]), "ascending"),
@@ -116,6 +130,7 @@ def test_what_the_listing_knows_already(folder: Path, base: LoadedBase, name: st
 
 DAMAGE = {
     "junk": (lambda file: file.write_bytes(b"junk"), "damaged"),
+    "no bottlenecks": (lambda file: change(file.parent, bottleneck_width=8), "does not fit sam3lora.json"),
     "another width": (lambda file: change(file.parent, width=64), "does not fit sam3lora.json"),
     "one class more": (lambda file: change(file.parent, classes=["a", "b", "c", "d"]), "does not fit sam3lora.json"),
     "a tensor too many": (

@@ -10,10 +10,8 @@ import pytest
 import torch
 from _pytest.mark import ParameterSet
 from peft import PeftModel
-from safetensors.torch import load_file
 from transformers import Sam3Model
 
-from sam3lora.config import Config, load_config
 from sam3lora.errors import UserError
 from sam3lora.model.adapter.folder import load_adapter
 from sam3lora.model.adapter.weights import read_adapter_weights
@@ -22,64 +20,12 @@ from sam3lora.model.loading import load_base
 from sam3lora.training import trainer
 from sam3lora.training.launch import train
 
-from ..run_folder import folder_of, lines_of, passes_of, without_measures
-
-LORA = {"rank": 4, "alpha": 8, "dropout": 0.1, "target_modules": ["q_proj", "v_proj"], "apply_to_vision_encoder": True}
-ADAPTERS = {
-    "lora": {"lora": LORA},
-    "bottleneck": {"lora": {}, "dense": {"adapter": "bottleneck", "mode": "binary"}},
-    "none": {"lora": {}, "dense": {"adapter": "none", "mode": "multilabel"}},
-}
+from ..run_folder import folder_of, lines_of, passes_of
+from .dense_runs import ADAPTERS, assert_same_weights, logged
 
 
 def slow(value: str) -> ParameterSet:
     return pytest.param(value, marks=pytest.mark.slow)
-
-
-@pytest.fixture
-def make(lively_base: Path, scenes: Path, tmp_path: Path, monkeypatch) -> Callable[..., Config]:
-    """`make("lora", "a.b=c")` -> the configuration of a dense run in this process."""
-    monkeypatch.setenv("SAM3LORA_CACHE", str(tmp_path / "cache"))
-
-    def config(adapter: str = "lora", *overrides: str, output: str = "run") -> Config:
-        source = {
-            "task": "dense",
-            "model": {"name": str(lively_base)},
-            **ADAPTERS[adapter],
-            "training": {
-                "data_dir": str(scenes),
-                "batch_size": 2,
-                "num_epochs": 2,
-                "learning_rate": 1e-3,
-                "warmup_steps": 2,
-                "mixed_precision": "no",
-                "logging_steps": 1,
-            },
-            "evaluation": {"every_epochs": 1},
-            "scaling": {"num_workers": 0, "use_gpu": False},
-            "output": {"output_dir": str(tmp_path / output)},
-            "logging": {"progress": "off", "plots": False},
-        }
-        source["dense"] = {"width": 32} | source.get("dense", {})
-        return load_config(source, overrides)
-
-    return config
-
-
-def weights_of(run: Config, name: str = "last") -> dict[str, torch.Tensor]:
-    files = sorted((folder_of(run) / name).glob("*.safetensors"))
-    return {f"{file.stem}/{key}": value for file in files for key, value in load_file(file).items()}
-
-
-def assert_same_weights(run: Config, other: Config, **tolerance: float) -> None:
-    ours, theirs = weights_of(run), weights_of(other)
-    assert ours.keys() == theirs.keys()
-    for name, value in theirs.items():
-        torch.testing.assert_close(ours[name], value, msg=name, **tolerance)
-
-
-def logged(run: Config, kind: str) -> list[dict]:
-    return [without_measures(line) for line in lines_of(run, kind)]
 
 
 @pytest.mark.parametrize("adapter", ["lora", slow("bottleneck"), slow("none")])

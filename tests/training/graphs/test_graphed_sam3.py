@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import Sam3Config
 
+from jobs.bench.models import CONFIGS
 from jobs.bench.our_training import OurSettings, make_runner
 from jobs.bench.recorded_graphs import RecordingCapturer
-from jobs.bench.training_work import TrainingWork, gradients, normalizer
+from jobs.bench.training_work import TrainingWork, gradients, normalizer, tokenizer
 from sam3lora.model import checkpointing as checkpointing_module
 from sam3lora.model.adapter import keyed_dropout
 from sam3lora.model.components import COMPONENTS
 from sam3lora.model.staged.forward import StagedSam3
 from sam3lora.training.graphs.graphed_sam3 import GraphedSam3
 
+from ...model.conftest import small_config
+
+MODEL = "as small as in tests"
 IN_GRAPHS = tuple(name for name in COMPONENTS if name != "text_encoder")
+
+
+@pytest.fixture(autouse=True)
+def _small_model(monkeypatch):
+    def config() -> Sam3Config:
+        return small_config(text_config=small_config().text_config.to_dict() | {"vocab_size": len(tokenizer())})
+
+    monkeypatch.setitem(CONFIGS, MODEL, config)
 
 
 def losses_and_gradients(work, capturer, *, max_prompts, checkpointing=(), evaluations=3):
@@ -48,7 +61,7 @@ def assert_same(mine, others):
 )
 def test_gradients_are_those_without_graphs(preset, checkpointing, max_prompts):
     # 6 find queries: a chunk of 4 and one of 2, or one of 6 that is padded to 8.
-    work = TrainingWork(preset, "tiny", num_images=2, num_prompts=3, dropout=0.0, geometry_cls=True)
+    work = TrainingWork(preset, MODEL, num_images=2, num_prompts=3, dropout=0.0, geometry_cls=True)
     capturer = RecordingCapturer()
     options = {"max_prompts": max_prompts, "checkpointing": checkpointing}
     plain = losses_and_gradients(work, None, **options)
@@ -59,7 +72,7 @@ def test_gradients_are_those_without_graphs(preset, checkpointing, max_prompts):
 
 def test_recomputed_layers_draw_their_dropout_again(monkeypatch):
     # 4 find queries, 2 of them with masks: nothing is padded, so that all dropout is drawn for the same values.
-    work = TrainingWork("full", "tiny", num_images=2, num_prompts=2, dropout=0.3, geometry_cls=True)
+    work = TrainingWork("full", MODEL, num_images=2, num_prompts=2, dropout=0.3, geometry_cls=True)
     options = {"max_prompts": 4, "checkpointing": IN_GRAPHS, "evaluations": 0}
     capturer = RecordingCapturer()
     mine = losses_and_gradients(work, capturer, **options)
@@ -73,7 +86,7 @@ def test_recomputed_layers_draw_their_dropout_again(monkeypatch):
 @pytest.mark.parametrize(("dropout", "num_captures"), [(0.0, 2), (0.3, 0)])
 def test_the_layers_after_kept_tokens_are_a_graph_if_they_repeat(dropout, num_captures, monkeypatch):
     monkeypatch.setattr(keyed_dropout, "stateless", None)  # an older torch, which cannot draw dropout again in a graph
-    work = TrainingWork("full", "tiny", dropout=dropout)
+    work = TrainingWork("full", MODEL, dropout=dropout)
     model, capturer = work.adapted_model(), RecordingCapturer()
     graphed = make_runner(work, model, OurSettings(("vision_encoder",)), capturer=capturer).staged
     plain = StagedSam3(graphed.model)
@@ -94,7 +107,7 @@ def test_the_layers_after_kept_tokens_are_a_graph_if_they_repeat(dropout, num_ca
 
 @pytest.mark.parametrize(("preset", "checkpointing"), [("light", ()), ("full", ("vision_encoder",))])
 def test_steps_in_bfloat16_see_each_update(preset, checkpointing):
-    work = TrainingWork(preset, "tiny", num_prompts=2, dropout=0.0, geometry_cls=True, precision="bf16")
+    work = TrainingWork(preset, MODEL, num_prompts=2, dropout=0.0, geometry_cls=True, precision="bf16")
 
     def train(capturer):
         model = work.adapted_model()

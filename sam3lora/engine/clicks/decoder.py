@@ -1,0 +1,189 @@
+"""Clicks on the engine: objects of several images and adapters, decoded together.
+
+The click head has a neck, a prompt encoder and a mask decoder of its own. It reads the tokens of the vision trunk. Once
+clicks are enabled, a vision pass keeps them beside the features of the detector, so an image is encoded once for both.
+Of an adapter the head sees what changes the trunk, and nothing else.
+
+Shapes: `N` objects decoded together, `k` clicks of each, `M` masks of an object, `m` side of low-resolution masks.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sam3lora.engine.clicks.prompt import ClickAnswer, ClickPrompt
+from sam3lora.engine.device import is_device_error, is_out_of_memory
+from sam3lora.engine.feature_cache import PreparedImage
+from sam3lora.engine.features import BASE, FeatureSource, SlotAdapter
+from sam3lora.engine.forward import Forward
+from sam3lora.engine.selection import NotFiniteError
+from sam3lora.engine.transfers import download, upload
+from sam3lora.errors import UserError
+from sam3lora.model.loading import LoadedBase
+
+if TYPE_CHECKING:
+    from sam3lora.model.clicks.head import ClickFeatures, ClickHead
+
+CLICKS_COUNTED = ("objects_clicked", "click_decodes")
+
+MAX_OBJECTS = 16
+"""Objects that are decoded together: each takes some 40 MB at 1008 pixels."""
+
+ClicksVision = Literal["adapter", "base"]
+"""Whose trunk clicks see: the adapter's, or the base's, which the click head was trained on."""
+
+
+@dataclass(frozen=True)
+class ClickedObject:
+    """An object of an image from `Engine.prepare_image`, and what the click head is asked about it.
+
+    Attributes:
+        slot: The adapter in this slot, or the base (None).
+        vision: With "base" the adapter takes no part, and the image may need a second vision pass. Features that the
+            image brings with it are used as they are.
+    """
+
+    image: PreparedImage
+    prompt: ClickPrompt
+    slot: int | None = None
+    vision: ClicksVision = "adapter"
+
+
+class ClickDecoder:
+    """The click head of a base, loaded when it is first needed. The model thread alone calls what is here.
+
+    Args:
+        forward: Runs the trunk, and is told to keep its tokens.
+        features: Has the caches, and the lock of the vision tower.
+    """
+
+    def __init__(self, base: LoadedBase, forward: Forward, features: FeatureSource) -> None:
+        self._base = base
+        self._forward = forward
+        self._features = features
+        self._head: ClickHead | None = None
+        self.counts: Counter[str] = Counter()
+
+    def enable(self) -> ClickHead:
+        """Load the click head, and keep the trunk's tokens of images that are encoded from now on.
+
+        Raises:
+            UserError: The base has no tracker, or a damaged one.
+        """
+        if self._head is None:
+            from sam3lora.model.clicks.loading import (
+                load_click_head,
+            )  # with parts of transformers that others leave out
+
+            self._head = load_click_head(self._base)
+            with self._features.vision_lock:
+                self._forward.keep_trunk()
+        return self._head
+
+    def answer(
+        self, objects: Sequence[ClickedObject], adapters: Mapping[int | None, SlotAdapter]
+    ) -> list[ClickAnswer | Exception]:
+        """The answer for each object, as if it were alone; one that has none gives its exception.
+
+        Args:
+            adapters: By slot, those that may be clicked with.
+
+        Raises:
+            torch.OutOfMemoryError, MemoryError: Together they take too much memory.
+            RuntimeError: The device failed (`is_device_error`).
+        """
+        problems = [self._problem(one, adapters) for one in objects]
+        possible = [one for one, problem in zip(objects, problems, strict=True) if problem is None]
+        found: Sequence[ClickAnswer | Exception]
+        try:
+            found = self._run(possible, adapters)
+        except Exception as error:
+            if is_out_of_memory(error) or is_device_error(error):
+                raise
+            if len(possible) == 1:
+                found = [error]
+            else:  # find the object that fails
+                found = [answer for one in possible for answer in self.answer([one], adapters)]
+        answers = iter(found)
+        return [next(answers) if problem is None else problem for problem in problems]
+
+    def _problem(self, asked: ClickedObject, adapters: Mapping[int | None, SlotAdapter]) -> Exception | None:
+        side = self.enable().mask_side
+        prompt = asked.prompt
+        if asked.slot not in adapters:
+            return LookupError(f"slot {asked.slot} holds no adapter that finds objects")
+        if not len(prompt.points_k2) and prompt.box_xyxy is None and prompt.mask_mm is None:
+            return UserError("nothing says where the object is: give a click, a box or a mask")
+        if prompt.mask_mm is not None and prompt.mask_mm.shape != (side, side):
+            return UserError(f"expected a mask of {side} x {side} logits, got {tuple(prompt.mask_mm.shape)}")
+        return None
+
+    def _run(
+        self, objects: Sequence[ClickedObject], adapters: Mapping[int | None, SlotAdapter]
+    ) -> list[ClickAnswer | Exception]:
+        features = self._features_of(objects, adapters)
+        together: dict[tuple, list[int]] = {}
+        # Neighbours are of one image where possible: its features need no copy then.
+        for number in sorted(range(len(objects)), key=lambda number: id(features[number])):
+            together.setdefault(objects[number].prompt.kind, []).append(number)
+        answers: dict[int, ClickAnswer | Exception] = {}
+        for numbers in together.values():
+            for start in range(0, len(numbers), MAX_OBJECTS):
+                chunk = numbers[start : start + MAX_OBJECTS]
+                prompts = [objects[number].prompt for number in chunk]
+                answers |= zip(chunk, self._decode(prompts, [features[number] for number in chunk]), strict=True)
+        self.counts["objects_clicked"] += len(objects)
+        return [answers[number] for number in range(len(objects))]
+
+    def _features_of(
+        self, objects: Sequence[ClickedObject], adapters: Mapping[int | None, SlotAdapter]
+    ) -> list[ClickFeatures]:
+        """What the mask decoder reads, for each object; objects of one vision pass share it."""
+        head = self.enable()
+        makers = [BASE if one.vision == "base" else adapters[one.slot].of("vision_encoder") for one in objects]
+        for one in objects:
+            if one.image.features is None:
+                self._features.images.keep_image(one.image)
+        wanted = list(zip([one.image for one in objects], makers, strict=True))
+        vision = self._features.clickable(wanted)
+        for key, of_image in vision.items():
+            if of_image.clicks is None:
+                assert of_image.trunk_1SC is not None
+                of_image.clicks, of_image.trunk_1SC = head.embed(of_image.trunk_1SC), None
+                self._features.images.weigh_features(*key, of_image)
+        return [cast("ClickFeatures", vision[image.key, maker.version].clicks) for image, maker in wanted]
+
+    def _decode(
+        self, prompts: Sequence[ClickPrompt], features: Sequence[ClickFeatures]
+    ) -> list[ClickAnswer | Exception]:
+        """Answers to prompts of one kind."""
+        head, device = self.enable(), features[0].coarse.device
+        num_clicks, has_box, has_mask, multimask = prompts[0].kind
+        boxes = [one.box_xyxy for one in prompts if one.box_xyxy is not None]
+        masks = [one.mask_mm.float() for one in prompts if one.mask_mm is not None]
+        output = head.decode(
+            type(features[0]).of_each(features),
+            points_NK2=upload(np.stack([one.points_k2 for one in prompts]), device) if num_clicks else None,
+            labels_NK=upload(np.stack([one.labels_k for one in prompts]), device) if num_clicks else None,
+            boxes_N4=upload(np.stack(boxes), device) if has_box else None,
+            masks_Nmm=upload(torch.stack(masks), device) if has_mask else None,
+            multimask=multimask,
+        )
+        self.counts["click_decodes"] += 1
+        logits_NMmm, iou_NM, object_N = (
+            download(values) for values in (output.logits_NMmm, output.iou_NM, output.object_N.sigmoid())
+        )
+        return [_answer(*of_object) for of_object in zip(logits_NMmm, iou_NM, object_N, strict=True)]
+
+
+def _answer(logits_Mmm: Tensor, iou_M: Tensor, object_score: Tensor) -> ClickAnswer | NotFiniteError:
+    if not all(bool(values.isfinite().all()) for values in (logits_Mmm, iou_M, object_score)):
+        return NotFiniteError("the masks for this object are NaN or infinite")
+    return ClickAnswer.of(logits_Mmm.clone(), iou_M.tolist(), object_score.item())  # without the rows of others

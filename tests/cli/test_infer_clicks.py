@@ -1,0 +1,127 @@
+"""`sam3lora infer` with clicks: what Python gives, in a picture and JSON, and mistakes by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from sam3lora import Predictor
+from sam3lora.cli import main
+
+from ..model.dense.dense_cases import write_dense
+
+
+@pytest.fixture
+def photo(tmp_path, monkeypatch) -> Path:
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    cv2.imwrite(str(tmp_path / "photo.png"), pixels)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "photo.png"
+
+
+@pytest.fixture(scope="module")
+def predictor(clickable_base) -> Predictor:
+    return Predictor(str(clickable_base), device="cpu", threshold=0.0, nms="none")
+
+
+@pytest.fixture
+def run(clickable_base, photo, capsys):
+    def call(*words: object, image: Path = photo) -> tuple[int, str, str]:
+        given = ["infer", "--model", clickable_base, "--image", image, *words]
+        return main([str(word) for word in given]), *capsys.readouterr()
+
+    return call
+
+
+def written(tmp_path: Path) -> dict:
+    (image,) = json.loads((tmp_path / "d.json").read_text())["images"]
+    return image
+
+
+def test_clicks_correct_the_best_detection(run, predictor, photo, tmp_path):
+    words = ("--prompt", "crack", "--threshold", 0, "--nms", "none", "--json", "d.json")
+    status, out, _ = run(*words, "--click", "30,20,1", "--click", "80,50,0", "--click-box", "5,6,60,50")
+    assert status == 0
+    assert "clicked" in out
+    session = predictor.interact(photo)
+    found = session.detect("crack")
+    session.refine(found[0], [(30, 20, 1), (80, 50, 0)], (5, 6, 60, 50))
+    image = written(tmp_path)
+    assert image["clicked"]["mask"] == found[0].rle
+    assert image["clicked"]["score"] == pytest.approx(found[0].score, abs=1e-5)
+    assert image["clicked"]["clicks"] == [{"x": 30, "y": 20, "label": 1}, {"x": 80, "y": 50, "label": 0}]
+    (result,) = image["results"]
+    assert result["num_detections"] == len(found) > 1
+    assert sorted(one["mask"]["counts"] for one in result["detections"]) == sorted(one.rle["counts"] for one in found)
+    corrected = cv2.imread(str(tmp_path / "output.png"))
+    # several clicks after one option are the same
+    assert run(*words, "--click", "30,20", "80,50,0", "--click-box=5,6,60,50", "--output", "again.png")[0] == 0
+    assert np.array_equal(cv2.imread(str(tmp_path / "again.png")), corrected)
+    assert run(*words)[0] == 0
+    assert not np.array_equal(cv2.imread(str(tmp_path / "output.png")), corrected)
+
+
+def test_clicks_alone_show_a_new_object(run, predictor, photo, tmp_path):
+    assert run("--click", "30,20", "--json", "d.json")[0] == 0
+    image = written(tmp_path)
+    expected = predictor.interact(photo).click([(30, 20)])
+    assert image["clicked"]["mask"] == expected.rle
+    assert [one["mask"] for one in image["clicked"]["alternatives"]] == [one.rle for one in expected.alternatives]
+    assert [one["mask"] for one in image["results"][0]["detections"]] == [expected.rle]
+    assert cv2.imread(str(tmp_path / "output.png")) is not None
+
+
+def test_a_prompt_that_finds_nothing_names_the_new_object(run, tmp_path):
+    status, out, _ = run("--prompt", "crack", "--threshold", 1, "--click", "30,20", "--json", "d.json")
+    assert status == 0
+    assert "the clicks show a new object" in out
+    (result,) = written(tmp_path)["results"]
+    assert (result["prompt"], result["num_detections"]) == ("crack", 1)
+
+
+MISTAKES = {
+    "--click 90,20": "x=90",
+    "--click 30,-1,1": "y=-1",
+    "--click 30,20,2": "label=2",
+    "--click 30": "x,y,label",
+    "--click 30,x": "got '30,x'",
+    "--click nan,20": "finite",
+    "--click-box 5,6,60": "x0,y0,x1,y1",
+    "--click-box 5,6,5,50": "x0 < x1",
+    "--click-box 5,6,60,50 --click-box 1,2,3,4": "one box",
+    "--click 30,20,0": "label 1",
+    "--click 30,20 --prompt crack hole": "one prompt, got 2",
+    "--click 30,20 --box 1 2 30 40": "--box has no effect",
+    "--click 30,20 --no-masks": "--no-masks has no effect",
+    "--click 30,20 --threshold 0.3": "--threshold has no effect without --prompt",
+    "--click 30,20 --output photo.txt": "must end in",
+    "--click 30,20 --json .": "it is a folder",
+    "--click 30,20 --probabilities": "--probabilities",
+}
+
+
+@pytest.mark.parametrize("words", MISTAKES)
+def test_a_mistake_is_one_message_before_the_model_is_loaded(run, words, monkeypatch):
+    monkeypatch.setattr(
+        "sam3lora.inference.predictor.Predictor.__init__", lambda *args, **options: pytest.fail("loads")
+    )
+    status, _, error = run(*words.split())
+    assert status == 2
+    assert MISTAKES[words] in " ".join(error.split())
+    assert error.count("error: ") == 1
+
+
+def test_models_and_images_that_do_not_go_with_clicks(run, spread_base, photo, tmp_path):
+    status, _, error = run("--click", "30,20", image=photo.parent)
+    assert (status, "one image" in error) == (2, True)
+    status, _, error = run("--click", "30,20", image=photo.with_name("missing.png"))
+    assert (status, "missing.png" in error) == (2, True)
+    status, _, error = run("--click", "30,20", "--model", spread_base)
+    assert (status, "has no tracker" in error) == (2, True)
+    dense = write_dense(spread_base, tmp_path / "dense")
+    status, _, error = run("--click", "30,20", "--weights", dense)
+    assert (status, "--click has no effect" in error) == (2, True)
