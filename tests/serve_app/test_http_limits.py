@@ -143,9 +143,9 @@ async def test_drawing_masks_does_not_delay_other_requests(monkeypatch: pytest.M
     release = threading.Event()
     encode = serve_app.http.ingress.prompt_response
 
-    def slow(found: Any, masks: str, **options: Any) -> Any:
+    def slow(found: Any, masks: str, *args: Any, **options: Any) -> Any:
         assert masks != "png" or release.wait(20)
-        return encode(found, masks, **options)
+        return encode(found, masks, *args, **options)
 
     monkeypatch.setattr("serve_app.http.ingress.prompt_response", slow)
     backend = FakeBackend(answer=lambda call: SegmentReply(SIZE_HW, [found("a", 20)], {}))
