@@ -28,8 +28,8 @@ from serve_app.settings import Batching, Caches, Limits
 
 from ..engine.engine_cases import write_adapter
 from ..model.dense.dense_cases import write_dense
-from .test_dense_replica import dense_call
 from .replica_cases import LONG_S, Gate, answered, assert_same, call, image, metric, until_queued
+from .test_dense_replica import dense_call
 
 pytestmark = pytest.mark.anyio
 ONE, TWO = RefinedObject((Click(30, 20),)), RefinedObject((Click(30, 20), Click(70, 40, 0)))
