@@ -37,7 +37,7 @@ class Click:
             raise UserError(f"{self}: expected label 1 (belongs to the object) or 0 (does not)")
 
     def __str__(self) -> str:
-        return f"click x={self.x:g} y={self.y:g} label={self.label}"
+        return f"click x={self.x:g} y={self.y:g} label={self.label:g}"
 
 
 def checked_clicks(clicks: Iterable[Click | Sequence[float]], size_hw: tuple[int, int]) -> tuple[Click, ...]:
