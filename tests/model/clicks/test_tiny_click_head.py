@@ -49,7 +49,7 @@ def test_it_follows_clicks_boxes_and_masks(tiny, tiny_head, tmp_path):
 
 @pytest.mark.slow
 def test_figures_of_the_shipped_click_head(tiny, tiny_head, tmp_path):
-    report = _measure(tiny, tiny_head, tmp_path, 100, max_clicks=20)
+    report = _measure(tiny, tiny_head, tmp_path, 100, max_clicks=8)
     assert report.objects > 300
     assert report.clicks["mean_iou_1"] > 0.80
     assert report.clicks["mean_iou_3"] > 0.85
