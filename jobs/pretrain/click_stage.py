@@ -21,7 +21,8 @@ from jobs.pretrain.snapshot import Snapshot
 from jobs.pretrain.vision_stage import cosine
 from sam3lora.engine.clicks.prompt import DRAWN_LOGIT
 from sam3lora.losses.clicks import CLICK_WEIGHTS, ClickCriterion, ClickLossOutput
-from sam3lora.model.clicks.head import ClickFeatures, ClickHead, ClickOutput
+from sam3lora.model.clicks.head import ClickHead
+from sam3lora.training.clicks.asking import ask, best_masks
 from sam3lora.training.clicks.sampling import Prompts, StartShares, next_clicks, start_prompts, wrong_masks
 
 WEIGHTS = dict(CLICK_WEIGHTS) | {"click_dice": 3.0, "click_object": 0.1}
@@ -137,25 +138,6 @@ def _groups(head: ClickHead, stage: ClickStage) -> list[dict[str, Any]]:
         decay = stage.weight_decay if parameter.dim() > 1 else 0.0
         groups.setdefault((peak, decay), []).append(parameter)
     return [{"params": of, "peak": peak, "weight_decay": decay} for (peak, decay), of in groups.items()]
-
-
-def ask(head: ClickHead, features: ClickFeatures, prompts: Prompts) -> ClickOutput:
-    """What the head answers to prompts; `features` have a row for each object."""
-    has_points = prompts.points_Nk2.shape[1] > 0
-    return head.decode(
-        features,
-        points_NK2=prompts.points_Nk2 if has_points else None,
-        labels_NK=prompts.labels_Nk if has_points else None,
-        boxes_N4=prompts.boxes_xyxy_N4,
-        masks_Nmm=prompts.masks_Nhw,
-        multimask=prompts.multimask,
-    )
-
-
-def best_masks(output: ClickOutput) -> Tensor:
-    """Of each object the logits (N, m, m) of the mask that the head thinks best, without gradient."""
-    best_N = output.iou_NM.argmax(1)
-    return output.logits_NMmm.detach()[torch.arange(len(best_N)), best_N]
 
 
 def _start(
