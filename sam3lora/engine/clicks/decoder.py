@@ -14,10 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
-import numpy as np
-import torch
 from torch import Tensor
 
+from sam3lora.engine.clicks.answers import decode_prompts, groups_of_kind
 from sam3lora.engine.clicks.click import ClicksVision
 from sam3lora.engine.clicks.prompt import ClickAnswer, ClickPrompt
 from sam3lora.engine.device import is_device_error, is_out_of_memory
@@ -25,7 +24,7 @@ from sam3lora.engine.feature_cache import PreparedImage
 from sam3lora.engine.features import BASE, FeatureSource, SlotAdapter
 from sam3lora.engine.forward import Forward
 from sam3lora.engine.selection import NotFiniteError
-from sam3lora.engine.transfers import download, upload
+from sam3lora.engine.transfers import download
 from sam3lora.errors import UserError
 from sam3lora.model.loading import LoadedBase
 
@@ -33,9 +32,6 @@ if TYPE_CHECKING:
     from sam3lora.model.clicks.head import ClickFeatures, ClickHead
 
 CLICKS_COUNTED = ("objects_clicked", "click_decodes")
-
-MAX_OBJECTS = 16
-"""Objects that are decoded together: each takes some 40 MB at 1008 pixels."""
 
 
 @dataclass(frozen=True)
@@ -139,16 +135,12 @@ class ClickDecoder:
         beside: Sequence[tuple[PreparedImage, SlotAdapter]],
     ) -> list[ClickAnswer | Exception]:
         features = self._features_of(objects, adapters, beside)
-        together: dict[tuple, list[int]] = {}
-        # Neighbours are of one image where possible: its features need no copy then.
-        for number in sorted(range(len(objects)), key=lambda number: id(features[number])):
-            together.setdefault(objects[number].prompt.kind, []).append(number)
+        prompts = [one.prompt for one in objects]
         answers: dict[int, ClickAnswer | Exception] = {}
-        for numbers in together.values():
-            for start in range(0, len(numbers), MAX_OBJECTS):
-                chunk = numbers[start : start + MAX_OBJECTS]
-                prompts = [objects[number].prompt for number in chunk]
-                answers |= zip(chunk, self._decode(prompts, [features[number] for number in chunk]), strict=True)
+        # Neighbours are of one image where possible: its features need no copy then.
+        for numbers in groups_of_kind(prompts, sorted(range(len(objects)), key=lambda number: id(features[number]))):
+            found = self._decode([prompts[number] for number in numbers], [features[number] for number in numbers])
+            answers |= zip(numbers, found, strict=True)
         self.counts["objects_clicked"] += len(objects)
         return [answers[number] for number in range(len(objects))]
 
@@ -179,18 +171,7 @@ class ClickDecoder:
         self, prompts: Sequence[ClickPrompt], features: Sequence[ClickFeatures]
     ) -> list[ClickAnswer | Exception]:
         """Answers to prompts of one kind."""
-        head, device = self.enable(), features[0].coarse.device
-        num_clicks, has_box, has_mask, multimask = prompts[0].kind
-        boxes = [one.box_xyxy for one in prompts if one.box_xyxy is not None]
-        masks = [one.mask_mm.float() for one in prompts if one.mask_mm is not None]
-        output = head.decode(
-            type(features[0]).of_each(features),
-            points_NK2=upload(np.stack([one.points_k2 for one in prompts]), device) if num_clicks else None,
-            labels_NK=upload(np.stack([one.labels_k for one in prompts]), device) if num_clicks else None,
-            boxes_N4=upload(np.stack(boxes), device) if has_box else None,
-            masks_Nmm=upload(torch.stack(masks), device) if has_mask else None,
-            multimask=multimask,
-        )
+        output = decode_prompts(self.enable(), type(features[0]).of_each(features), prompts)
         self.counts["click_decodes"] += 1
         logits_NMmm, iou_NM, object_N = (
             download(values) for values in (output.logits_NMmm, output.iou_NM, output.object_N.sigmoid())

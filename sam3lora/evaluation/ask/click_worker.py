@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 
 from sam3lora.engine.adapter_pool import AdapterPool
-from sam3lora.engine.clicks.decoder import MAX_OBJECTS
+from sam3lora.engine.clicks.answers import MAX_OBJECTS
+from sam3lora.engine.clicks.decoder import ClickedObject
 from sam3lora.engine.clicks.interaction import Interaction
+from sam3lora.engine.clicks.prompt import ClickAnswer, ClickPrompt
 from sam3lora.engine.engine import Engine, PromptedImage
 from sam3lora.engine.feature_cache import PreparedImage
 from sam3lora.engine.selection import SmallDetections
@@ -163,7 +165,11 @@ class ClickWorker:
             if start is not None:
                 users.append(SimulatedUser(one.mask_HW, ignored_HW, start.mask_HW, self._settings.max_clicks))
                 starts.append(replace(nothing, seed=start.seed))
-        interactions = ImageInteractions(engine.click, image, slot, starts)
+
+        def ask(prompts: Sequence[ClickPrompt]) -> Sequence[ClickAnswer | Exception]:
+            return engine.click([ClickedObject(image, one, slot) for one in prompts])
+
+        interactions = ImageInteractions(ask, starts)
         runs = run_objects(users, interactions.answer)
         runs_from_text = iter(runs[len(objects) :])
         for (one, start), run, shown in zip(objects, runs, interactions.shown, strict=False):

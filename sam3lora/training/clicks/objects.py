@@ -16,10 +16,8 @@ from torch import Tensor
 
 from sam3lora.data.batch import Batch
 from sam3lora.data.prompts import sample_rng
+from sam3lora.engine.clicks.answers import MAX_OBJECTS
 from sam3lora.training.clicks.sampling import Prompts, Start, StartShares, next_clicks, start_prompts
-
-MAX_OBJECTS = 16
-"""Objects that pass the head together: each takes some 40 MB at 1008 pixels, in training several times that."""
 
 _CLICK_STREAM = 3  # of `sample_rng`; decoding uses 0 to 2
 

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from peft import PeftModel
-from torch import Tensor
 
 from sam3lora.data.images import ImageError
 from sam3lora.data.masks import decode_mask
-from sam3lora.engine.clicks.click import Click
+from sam3lora.engine.clicks.answers import answer_prompts
 from sam3lora.engine.clicks.interaction import Interaction
-from sam3lora.engine.clicks.prompt import ClickAnswer, ClickPrompt
+from sam3lora.evaluation.clicks.asking import ImageInteractions
 from sam3lora.evaluation.clicks.meter import ClickMeter, is_measured
-from sam3lora.evaluation.clicks.simulated_user import ClickedMask, SimulatedUser, run_objects
-from sam3lora.losses.focal_dice import resize
+from sam3lora.evaluation.clicks.simulated_user import SimulatedUser, run_objects
 from sam3lora.model.clicks.head import ClickFeatures, ClickHead
 from sam3lora.training import distributed
-from sam3lora.training.clicks.objects import MAX_OBJECTS
 from sam3lora.training.clicks.runner import ClickRunner
 from sam3lora.training.validator import Validator
 
@@ -104,51 +102,7 @@ def click_on(
     Args:
         features: Of the image alone.
     """
-    interactions = InteractionsOfImage(head, features, (record["height"], record["width"]))
+    start = Interaction((record["height"], record["width"]), head.input_side)
+    interactions = ImageInteractions(functools.partial(answer_prompts, head, features), [start] * len(users))
     for number, run in zip(users, run_objects(list(users.values()), interactions.answer), strict=True):
         meter.add(run, image_id=record["image_id"], object_id=number)
-
-
-class InteractionsOfImage:
-    """What a head answers to simulated users of one image, by the rules of `Interaction`.
-
-    Args:
-        features: Of the image alone.
-        size_hw: Of the image in pixels.
-    """
-
-    def __init__(self, head: ClickHead, features: ClickFeatures, size_hw: tuple[int, int]) -> None:
-        self._head, self._features, self._size_hw = head, features, size_hw
-        self._now: dict[int, Interaction] = {}
-
-    def answer(self, asked: Sequence[tuple[int, Sequence[Click]]]) -> list[ClickedMask]:
-        """For `run_objects`: all of them have the same number of clicks."""
-        before = Interaction(self._size_hw, self._head.input_side)
-        now = {index: self._now.get(index, before).add(clicks[-1:]) for index, clicks in asked}
-        prompts = {index: prompt for index, state in now.items() if (prompt := state.prompt()) is not None}
-        indexes, found = list(prompts), []
-        for first in range(0, len(indexes), MAX_OBJECTS):
-            chunk = indexes[first : first + MAX_OBJECTS]
-            for index, answer in zip(chunk, self._decode([prompts[one] for one in chunk]), strict=True):
-                self._now[index] = now[index].answered(answer)
-                masks_MHW = (resize(answer.logits_Mmm, self._size_hw) > 0).cpu().numpy()
-                found.append(ClickedMask(masks_MHW[answer.chosen], masks_MHW, answer.score))
-        return found
-
-    def _decode(self, prompts: Sequence[ClickPrompt]) -> list[ClickAnswer]:
-        """Answers to prompts of one kind, which have clicks and no box."""
-        device = self._features.coarse.device
-
-        def together(arrays: Sequence[np.ndarray]) -> Tensor:
-            return torch.from_numpy(np.stack(arrays)).to(device)
-
-        masks = [one.mask_mm for one in prompts if one.mask_mm is not None]
-        output = self._head.decode(
-            self._features.of_objects(torch.zeros(len(prompts), dtype=torch.long, device=device)),
-            points_NK2=together([one.points_k2 for one in prompts]),
-            labels_NK=together([one.labels_k for one in prompts]),
-            masks_Nmm=torch.stack(masks) if masks else None,
-            multimask=prompts[0].multimask,
-        )
-        scores, there = output.iou_NM.tolist(), output.object_N.sigmoid().tolist()
-        return [ClickAnswer.of(*of_one) for of_one in zip(output.logits_NMmm, scores, there, strict=True)]
