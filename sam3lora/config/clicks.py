@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field, model_validator
 
 from ._section import LocalPath, Section
-from .task_keys import idle_keys
+from .task_keys import problems_without_prompts
 
 if TYPE_CHECKING:
     from .root import Config
@@ -44,45 +44,23 @@ class ClicksSection(Section):
     )
 
 
-_NO_PROMPTS = "no prompt is asked"
-_NO_DETECTIONS = "nothing is detected"
 _FROZEN = "the vision trunk is frozen"
-_REFUSED = {
-    "training.num_negatives": _NO_PROMPTS,
-    "training.one_to_many": _NO_DETECTIONS,
-    "training.cuda_graphs": "graphs are of the detector",
+_IDLE = {
     "training.component_learning_rates": "all that learns has training.learning_rate",
     "training.loss": "the loss has fixed weights",
     "training.gradient_checkpointing": "every prediction has a backward pass of its own",
     "training.compile": _FROZEN,
     "training.model_dropout": _FROZEN,
-    "model.geometry_cls": _NO_PROMPTS,
-    "data.prompts": _NO_PROMPTS,
-    "data.negative_prompts": _NO_PROMPTS,
     "data.exhaustive": "only labelled objects are clicked on",
     "data.max_objects_per_query": "the bound is clicks.objects_per_image",
-    "evaluation.threshold": _NO_DETECTIONS,
-    "evaluation.prompt_thresholds": _NO_DETECTIONS,
-    "evaluation.nms": _NO_DETECTIONS,
-    "evaluation.nms_iou": _NO_DETECTIONS,
-    "evaluation.merge": _NO_DETECTIONS,
-    "evaluation.merge_iou": _NO_DETECTIONS,
-    "evaluation.max_detections": _NO_DETECTIONS,
-    "evaluation.lowest_score": _NO_DETECTIONS,
 }
 
 
 def clicks_problems(config: Config) -> Iterator[str]:
     """What does not go with task clicks, each as a line for the user."""
-    yield from idle_keys(config, _REFUSED)
-    if config.training.max_prompts_per_forward not in ("auto", 1):  # 1 is what auto becomes
-        yield f"training.max_prompts_per_forward has no effect with task clicks, where {_NO_PROMPTS}: remove it"
+    yield from problems_without_prompts(config, _IDLE)
     if config.lora.components:
         yield (
             f"lora.apply_to_{config.lora.components[0]} has no effect with task clicks, which adapts the mask decoder "
             "of the click head: remove it"
-        )
-    if config.evaluation.best_metric not in ("auto", "valid_loss", "mean_iou_3"):
-        yield (
-            f"evaluation.best_metric {config.evaluation.best_metric} is not measured with task clicks: write mean_iou_3"
         )

@@ -24,6 +24,8 @@ from sam3lora.evaluation.clicks.simulated_user import SimulatedUser, run_objects
 from sam3lora.evaluation.clicks.split_clicks import ClickedFacts, SplitClicks
 from sam3lora.evaluation.clicks.true_objects import TrueObject, TrueObjects, true_objects
 from sam3lora.evaluation.metrics.ground_truth import PromptedCategory
+from sam3lora.model.clicks.loading import load_click_head
+from sam3lora.model.fingerprint import fingerprint
 
 Place = tuple[Engine, int | None]
 """An engine, and the slot of an adapter there; None is its base."""
@@ -59,6 +61,7 @@ class ClickWorker:
         self._post = settings.prompting.post_processing(pool.recorded(adapter_of(label)))
         for engine in {self._finding[0], self._clicking[0]}:
             engine.enable_clicks()
+        self._tracker = fingerprint(load_click_head(pool.base))  # of the base's own, whatever adapter is on it
         if click_adapter is not None:
             vision_adapter = models.adapters.get(label) if self._clicking[1] is not None else None
             self._clicking[0].use_click_adapter(click_adapter, vision_adapter=vision_adapter)
@@ -70,6 +73,7 @@ class ClickWorker:
             "base_model": base.name,
             "base_revision": base.revision,
             "base_fingerprint": base.fingerprint[:12],
+            "tracker_fingerprint": self._tracker[:12],
             "resolution": base.resolution,
             "precision": self._pool.engine.precision,
             "device": str(self._pool.engine.device),

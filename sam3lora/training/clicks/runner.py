@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from sam3lora.data.batch import Batch
-from sam3lora.data.sample import DecodeSettings
 from sam3lora.losses import Normalizer
 from sam3lora.losses.clicks import ClickCriterion
 from sam3lora.losses.focal_dice import resize
@@ -20,8 +19,8 @@ from sam3lora.training.clicks.asking import ask, best_masks
 from sam3lora.training.clicks.objects import ClickedObjects, clicked_objects, groups_of, joined
 from sam3lora.training.clicks.sampling import StartShares
 from sam3lora.training.features.encoder import EncodedImages
-from sam3lora.training.features.trunk_cache import TrunkCache
 from sam3lora.training.step import add_terms
+from sam3lora.training.task import WithoutGraphs
 
 
 @dataclass
@@ -30,13 +29,6 @@ class ClickImages(EncodedImages[ClickFeatures]):
 
     head: ClickHead
     vision_trunk: Any
-    device: torch.device
-    settings: DecodeSettings
-    image_mean: Sequence[float]
-    image_std: Sequence[float]
-    trunk: TrunkCache | None = None
-    vision_passes: int = 0
-    features_loaded: int = 0
 
     @property
     def pixel_type(self) -> torch.dtype:
@@ -56,7 +48,7 @@ class ClickImages(EncodedImages[ClickFeatures]):
 
 
 @dataclass
-class ClickRunner:
+class ClickRunner(WithoutGraphs):
     """A `Runner`. The terms are sums over objects and predictions, divided by the objects of the whole step.
 
     Attributes:
@@ -81,12 +73,6 @@ class ClickRunner:
     @property
     def term_names(self) -> list[str]:
         return list(self.criterion.weights)
-
-    def forget_graphs(self) -> None:
-        """There are none."""
-
-    def give_up_graphs(self) -> bool:
-        return False
 
     def has_loss(self, batch: Batch) -> bool:
         return bool(batch.mask_valid_T.any())

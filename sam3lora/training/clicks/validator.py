@@ -17,19 +17,18 @@ from sam3lora.engine.clicks.answers import answer_prompts
 from sam3lora.engine.clicks.interaction import Interaction
 from sam3lora.evaluation.clicks.asking import ImageInteractions
 from sam3lora.evaluation.clicks.meter import ClickMeter, is_measured
-from sam3lora.evaluation.clicks.simulated_user import SimulatedUser, run_objects
+from sam3lora.evaluation.clicks.simulated_user import MAX_CLICKS, SimulatedUser, run_objects
 from sam3lora.model.clicks.head import ClickFeatures, ClickHead
-from sam3lora.training import distributed
 from sam3lora.training.clicks.runner import ClickRunner
-from sam3lora.training.validator import Validator
+from sam3lora.training.validator import Validator, values_of_all
 
-MAX_CLICKS = 3
-LOGGED = ("mean_iou_1", "mean_iou_2", "mean_iou_3")
+CLICKS = 3
+"""Clicks on each object, where `best/` is chosen by nothing that takes more."""
 
 
 @dataclass
 class ClickValidator(Validator):
-    """As `Validator`; the metrics are mean IoU after 1, 2 and 3 clicks of the simulated user, at the images' size.
+    """As `Validator`; the metrics are those of `ClickMeter`, from clicks of the simulated user at the images' size.
 
     `clicks.objects_per_image` bounds the objects of an image, of which the first ones are taken.
     """
@@ -38,29 +37,20 @@ class ClickValidator(Validator):
     runner: ClickRunner
 
     def metrics(self) -> dict[str, Any]:
-        index, config = self.data.valid_complete, self.config
-        assert index is not None
-        rows = range(len(index))[: config.evaluation.num_samples]
-        mine = rows[distributed.rank() :: distributed.world_size()]
-        meter = ClickMeter(MAX_CLICKS)
+        """Mean IoU after 1, 2, 3 clicks and so on, and NoC where up to 20 clicks are made."""
+        num_clicks = clicks_of(self.config.evaluation.best_metric)
+        meter = ClickMeter(num_clicks)
         self.model.eval()
         with torch.no_grad():
-            for row in mine:
-                self._measure(index.record(row), meter)
-
-        def measure(parts: list[ClickMeter]) -> dict[str, Any]:
-            whole = parts[0]
-            for part in parts[1:]:
-                whole.merge(part)
-            values = whole.values()
-            return {name: values[name] for name in LOGGED}
-
-        return distributed.on_first_worker(meter, measure)
+            for [record] in self.my_records():
+                self._measure(record, meter)
+        kinds = ("mean_iou_", "noc_") if num_clicks == MAX_CLICKS else ("mean_iou_",)
+        return {name: value for name, value in values_of_all(meter).items() if name.startswith(kinds)}
 
     def _measure(self, record: Mapping[str, Any], meter: ClickMeter) -> None:
         """Click on the objects of an image."""
         runner = self.runner
-        users = users_of(record, MAX_CLICKS, self.config.clicks.objects_per_image)
+        users = users_of(record, meter.max_clicks, self.config.clicks.objects_per_image)
         if not users:
             return
         with torch.autocast(runner.device.type, dtype=torch.bfloat16, enabled=runner.bf16):
@@ -71,6 +61,18 @@ class ClickValidator(Validator):
                     raise
                 return
             click_on(users, runner.head, features, record, meter)
+
+
+def clicks_of(metric: str) -> int:
+    """Clicks on each object that a metric needs.
+
+    >>> [clicks_of(metric) for metric in ("mean_iou_1", "mean_iou_8", "noc_85", "valid_loss")]
+    [3, 8, 20, 3]
+    """
+    if metric.startswith("noc_"):
+        return MAX_CLICKS
+    name, _, number = metric.rpartition("_")
+    return max(CLICKS, int(number)) if name == "mean_iou" else CLICKS
 
 
 def users_of(record: Mapping[str, Any], max_clicks: int, max_objects: int) -> dict[int, SimulatedUser]:

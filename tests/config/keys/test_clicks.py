@@ -92,7 +92,7 @@ def test_vision_adapter_changes_the_trunk_under_the_clicks(worker_of, small_base
         ((*CLICKS, "evaluation.threshold=0.2"), "evaluation.threshold has no effect with task clicks"),
         ((*CLICKS, "training.max_prompts_per_forward=4"), "max_prompts_per_forward has no effect"),
         ((*CLICKS, "evaluation.best_metric=map", "evaluation.every_epochs=1"), "write mean_iou_3"),
-        (("evaluation.best_metric=mean_iou_3", "evaluation.every_epochs=1"), "is of task clicks"),
+        (("evaluation.best_metric=noc_85", "evaluation.every_epochs=1"), "not measured with task detection: write map"),
         ((*CLICKS, "clicks.objects_per_image=33"), "clicks.objects_per_image"),
         ((*CLICKS, "clicks.starts={click: 0, box: 0}"), "all shares are 0"),
     ],
