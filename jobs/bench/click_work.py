@@ -3,7 +3,7 @@
     python -m jobs.bench.click_work
 
 An image of 1008 pixels: its features, the answer for some of its objects from a click, a box and a mask, and the
-costliest prediction of a training step of the preset `clicks`, which has three masks for each object.
+costliest prediction of a training step of the preset `clicks`, three masks for each object.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from sam3lora.config import load_config
 from sam3lora.losses.clicks import ClickCriterion
 from sam3lora.model.clicks.adapter import add_click_lora
 from sam3lora.model.clicks.head import ClickFeatures, ClickHead, ClickOutput
+from sam3lora.training.clicks.objects import MAX_OBJECTS
 
 OBJECTS = (1, 4, 16)
 TRUNK_BYTES = 2 * 446_000_000
@@ -79,36 +80,35 @@ def answer_rows() -> list[Row]:
     return rows
 
 
-def training_peak_bytes(images: int, objects_per_image: int, *, bf16: bool = True) -> int:
+def training_peak_bytes(images: int, *, bf16: bool = True) -> int:
     """The most that a step of `clicks` takes with the trunk's output cached.
 
-    Weights, AdamW's moments and one prediction, for each prediction has a backward pass of its own.
+    Weights, AdamW's moments and one prediction for `MAX_OBJECTS` objects, spread over the images of a batch: more pass
+    the head one after the other, and each prediction has a backward pass of its own.
     """
-    objects = images * objects_per_image
     with TensorMemory(torch.device("meta")) as memory, pretend_gpu(with_values=False), as_on_a_gpu():
         head = head_on_the_device()
         model = add_click_lora(head, load_config("clicks").lora.settings)
         model.train()
         side = head.input_side
-        truth = torch.zeros(objects, side, side, dtype=torch.bool, device=DEVICE)
+        truth = torch.zeros(MAX_OBJECTS, side, side, dtype=torch.bool, device=DEVICE)
         tokens = tokens_of(images, head)
         with torch.autocast("cuda", dtype=torch.bfloat16, enabled=bf16):
             with torch.no_grad():
                 features = head.embed(tokens if bf16 else tokens.float())
-            output = answer(head, features, objects, multimask=True)
-        loss = ClickCriterion()(output.logits_NMmm, output.iou_NM, output.object_N, truth, objects)
+            output = answer(head, features, MAX_OBJECTS, multimask=True)
+        loss = ClickCriterion()(output.logits_NMmm, output.iou_NM, output.object_N, truth, MAX_OBJECTS)
         loss.total.backward()
         moments = 2 * sum(one.nbytes for one in model.parameters() if one.requires_grad)
         return memory.peak_bytes + moments + TRUNK_BYTES * (1 if bf16 else 2)
 
 
 def training_rows() -> list[Row]:
-    config = load_config("clicks")
-    images, objects = cast(int, config.training.batch_size), config.clicks.objects_per_image
+    preset = cast(int, load_config("clicks").training.batch_size)
     return [
-        {"images": count, "objects of each": objects}
-        | {f"{name} GB": training_peak_bytes(count, objects, bf16=name == "bf16") / 1e9 for name in ("bf16", "fp32")}
-        for count in sorted({1, images})
+        {"images": images}
+        | {f"{name} GB": training_peak_bytes(images, bf16=name == "bf16") / 1e9 for name in ("bf16", "fp32")}
+        for images in sorted({1, preset})
     ]
 
 
