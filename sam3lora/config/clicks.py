@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from .root import Config
 
 
-class StartsSection(Section):
-    """How often a simulated interaction starts in each way; the shares need not add up to 1."""
+class StartShares(Section):
+    """How often simulated interactions start in each way; the shares need not add up to 1."""
 
     click: float = Field(default=0.5, ge=0, description="A click in the object.")
     box: float = Field(default=0.5, ge=0, description="A box that is a little off.")
@@ -23,7 +23,7 @@ class StartsSection(Section):
     mask_and_box: float = Field(default=0.0, ge=0, description="The same with a box.")
 
     @model_validator(mode="after")
-    def _check_sum(self) -> StartsSection:
+    def _check_sum(self) -> StartShares:
         if not any((self.click, self.box, self.mask, self.mask_and_box)):
             raise ValueError("all shares are 0: set one of click, box, mask and mask_and_box above 0")
         return self
@@ -33,7 +33,7 @@ class ClicksSection(Section):
     """The interactions that are simulated, and the vision trunk under the click head, where `task` is clicks."""
 
     iterations: int = Field(default=3, ge=0, le=16, description="Correcting clicks on each object after the start.")
-    starts: StartsSection = Field(default_factory=StartsSection, description="How interactions start.")
+    starts: StartShares = Field(default_factory=StartShares, description="How interactions start.")
     objects_per_image: int = Field(
         default=16, ge=1, le=32, description="Most objects of an image in an epoch; of more, other ones are drawn each."
     )

@@ -16,7 +16,7 @@ from sam3lora.engine.clicks.prompt import ClickAnswer, ClickPrompt
 from sam3lora.engine.engine import Engine, PromptedImage
 from sam3lora.engine.feature_cache import PreparedImage
 from sam3lora.engine.selection import SmallDetections
-from sam3lora.evaluation.ask.worker import Models, adapter_of, read_images
+from sam3lora.evaluation.ask.worker import Models, adapter_of, facts_of, read_images
 from sam3lora.evaluation.clicks.asking import ImageInteractions
 from sam3lora.evaluation.clicks.seeds import FoundObject, found_objects
 from sam3lora.evaluation.clicks.settings import ClickEvaluation
@@ -68,15 +68,9 @@ class ClickWorker:
 
     def facts(self) -> dict[str, Any]:
         """The facts that the numbers depend on beside the settings."""
-        base = self._pool.base
         return {
-            "base_model": base.name,
-            "base_revision": base.revision,
-            "base_fingerprint": base.fingerprint[:12],
+            **facts_of(self._pool.engine),
             "tracker_fingerprint": self._tracker[:12],
-            "resolution": base.resolution,
-            "precision": self._pool.engine.precision,
-            "device": str(self._pool.engine.device),
             **({} if self._settings.seed is None else self._post.model_dump(mode="json")),
         }
 

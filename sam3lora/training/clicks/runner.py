@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sam3lora.config.clicks import StartShares
 from sam3lora.data.batch import Batch
 from sam3lora.losses import Normalizer
 from sam3lora.losses.clicks import ClickCriterion
@@ -16,8 +17,7 @@ from sam3lora.losses.focal_dice import resize
 from sam3lora.model.clicks.head import ClickFeatures, ClickHead
 from sam3lora.model.staged.trunk import first_layers
 from sam3lora.training.clicks.asking import ask, best_masks
-from sam3lora.training.clicks.objects import ClickedObjects, clicked_objects, groups_of, joined
-from sam3lora.training.clicks.sampling import StartShares
+from sam3lora.training.clicks.objects import ClickTargets, click_targets, groups_of, joined
 from sam3lora.training.features.encoder import EncodedImages
 from sam3lora.training.step import add_terms
 from sam3lora.training.task import WithoutGraphs
@@ -90,12 +90,12 @@ class ClickRunner(WithoutGraphs):
         with self._autocast():
             features = self.images.of_batch(batch)
         total, terms = torch.zeros((), device=self.device), dict[str, Tensor]()
-        for group in groups_of(clicked_objects(batch, self.starts, seed, self.device)):
+        for group in groups_of(click_targets(batch, self.starts, seed, self.device)):
             total += self._interact(group, features, normalizer.num_masks, terms)
         return total, terms
 
     def _interact(
-        self, group: Sequence[ClickedObjects], features: ClickFeatures, num_objects: float, terms: dict[str, Tensor]
+        self, group: Sequence[ClickTargets], features: ClickFeatures, num_objects: float, terms: dict[str, Tensor]
     ) -> Tensor:
         """Interactions that start in the same way; returns the detached loss, and adds to the terms."""
         sizes = [len(one.truth_Nhw) for one in group]

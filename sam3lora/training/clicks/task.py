@@ -22,7 +22,6 @@ from sam3lora.model.staged.trunk import keep_trunk_only
 from sam3lora.training import best, setup
 from sam3lora.training.clicks.datasets import load_click_data
 from sam3lora.training.clicks.runner import ClickImages, ClickRunner
-from sam3lora.training.clicks.sampling import StartShares
 from sam3lora.training.clicks.validator import ClickValidator
 from sam3lora.training.costliest_batch import discard_gradients, noise_batch
 from sam3lora.training.datasets import BatchSource, RunData, Splits
@@ -69,7 +68,7 @@ class Clicks:
             ClickCriterion(),
             images,
             device,
-            StartShares(**clicks.starts.model_dump()),
+            clicks.starts,
             clicks.iterations,
             config.training.seed,
             bf16,

@@ -14,7 +14,7 @@ from sam3lora.evaluation.clicks.meter import click_differences
 from sam3lora.evaluation.clicks.settings import ClickEvaluation
 from sam3lora.model.clicks.adapter import read_click_metadata
 from sam3lora.training.validator import evaluation_settings
-from sam3lora.tune.run.held_out import BASE_CONFIGURATION, BEST_TRIAL, DEVICES, PLAIN_MODEL, result_of
+from sam3lora.tune.run.held_out import BASE_CONFIGURATION, BEST_TRIAL, PLAIN_MODEL, model_options, result_of
 
 SHOWN = ("noc_85", "nof_85", "mean_iou_1", "mean_iou_3", "mean_iou_8")
 
@@ -45,11 +45,8 @@ def measure_click_held_out(
             click_adapter=folder,
             num_workers=num_workers,
             address=address,
-            model=config.model.name,
-            revision=config.model.revision,
-            local_files_only=config.model.local_files_only,
             resolution=resolution,
-            device=DEVICES[config.scaling.use_gpu],
+            **model_options(config),
         )
 
     is_same = base_folder is not None and base_folder.resolve() == best_folder.resolve()

@@ -10,7 +10,7 @@ from sam3lora.data.split_files import SplitFiles
 from sam3lora.evaluation.ask.dense_run import evaluate_dense
 from sam3lora.evaluation.dense.comparison import differences_to_first
 from sam3lora.evaluation.dense.settings import DenseEvaluation
-from sam3lora.tune.run.held_out import BASE_CONFIGURATION, BEST_TRIAL, DEVICES, result_of
+from sam3lora.tune.run.held_out import BASE_CONFIGURATION, BEST_TRIAL, model_options, result_of
 
 SHOWN = ("mean_iou", "mean_iou_foreground", "boundary_iou", "pixel_accuracy")
 
@@ -48,10 +48,7 @@ def measure_dense_held_out(
             label=label,
             num_workers=num_workers,
             address=address,
-            model=config.model.name,
-            revision=config.model.revision,
-            local_files_only=config.model.local_files_only,
-            device=DEVICES[config.scaling.use_gpu],
+            **model_options(config),
         )
         for label, folder in folders.items()
     )

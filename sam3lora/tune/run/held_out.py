@@ -61,9 +61,8 @@ def measure_held_out(
     if base_adapter is not None and base_adapter.resolve() != best_adapter.resolve():
         folders = {BASE_CONFIGURATION: base_adapter, **folders}
     settings = evaluation_settings(config).changed(**({"num_samples": None} | changes))
-    device = DEVICES[config.scaling.use_gpu]
     found: dict[str, SplitMetrics] = {}
-    for models in _models(folders, config, device):
+    for models in _models(folders, config):
         of_models = evaluate_models(split, models, settings, num_workers=num_workers, address=address, progress=False)
         found |= zip(models.labels, of_models, strict=True)
     found = {PLAIN_MODEL: found.pop(BASE), **found}
@@ -130,19 +129,24 @@ def result_of(
     return result | {"note": _note(result, is_same=is_same)}
 
 
-def _models(folders: dict[str, Path], config: Config, device: str | None) -> list[Models]:
+def model_options(config: Config) -> dict[str, Any]:
+    """The base model of a configuration and its device, as evaluations take them."""
+    return {
+        "model": config.model.name,
+        "revision": config.model.revision,
+        "local_files_only": config.model.local_files_only,
+        "device": DEVICES[config.scaling.use_gpu],
+    }
+
+
+def _models(folders: dict[str, Path], config: Config) -> list[Models]:
     """All models at once, or one group for each resolution that the adapters were trained at."""
     by_resolution: dict[int | None, dict[str, str]] = defaultdict(dict)
     for label, folder in folders.items():
         metadata = read_metadata(folder)
         resolution = config.model.resolution if metadata is None else metadata.resolution
         by_resolution[resolution][label] = str(folder)
-    options = {
-        "model": config.model.name,
-        "revision": config.model.revision,
-        "device": device,
-        "local_files_only": config.model.local_files_only,
-    }
+    options = model_options(config)
     groups = by_resolution.items()
     return [
         Models(adapters, with_base=number == 0, options={**options, "resolution": resolution})

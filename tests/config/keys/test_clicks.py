@@ -9,7 +9,7 @@ from sam3lora.errors import UserError
 from sam3lora.model.adapter.lora_layers import LoraSettings, apply_lora, save_adapter
 from sam3lora.model.adapter.metadata import AdapterMetadata
 from sam3lora.model.loading import load_base
-from sam3lora.training.clicks.objects import clicked_objects
+from sam3lora.training.clicks.objects import click_targets
 from tests.model.clicks.click_bases import write_click_base
 
 from .conftest import acts, first_batch, loss_terms
@@ -27,7 +27,7 @@ def worker_of(shared, small_base, tmp_path_factory):
 def starts_of(worker) -> set[str]:
     batch = first_batch(worker)
     objects = [
-        one for seed in range(20) for one in clicked_objects(batch, worker.runner.starts, seed, torch.device("cpu"))
+        one for seed in range(20) for one in click_targets(batch, worker.runner.starts, seed, torch.device("cpu"))
     ]
     return {one.start for one in objects}
 
