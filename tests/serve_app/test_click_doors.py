@@ -1,9 +1,10 @@
-"""The same clicks through Python, plain HTTP and the client give the same masks."""
+"""The same clicks through Python, plain HTTP, the client and the command line give the same masks."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import httpx2 as httpx
@@ -13,10 +14,11 @@ from fastapi.testclient import TestClient
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from sam3lora.cli import main
 from sam3lora.client import Client
 from sam3lora.client.segment_results import Rle
 from sam3lora.inference.predictor import Predictor
-from serve_app.settings import Batching, ServeSettings
+from serve_app.settings import AdapterSettings, Batching, ServeSettings
 
 from .http_cases import picture, raw
 from .local_service import local_service
@@ -29,8 +31,11 @@ POST = {"threshold": 0.0, "max_detections": 3}
 
 
 @pytest.fixture(scope="module")
-def service(clickable_base: Path) -> Iterator[TestClient]:
-    settings = ServeSettings(model=str(clickable_base), batching=Batching(encode_ahead=False))
+def service(clickable_base: Path, clickable_root: Path) -> Iterator[TestClient]:
+    batching = Batching(encode_ahead=False)
+    settings = ServeSettings(
+        model=str(clickable_base), batching=batching, adapters=AdapterSettings(root=clickable_root)
+    )
     with TestClient(local_service(settings)) as service:
         yield service
 
@@ -51,9 +56,16 @@ def client(service: TestClient) -> Iterator[Client]:
         yield client
 
 
-def ask(service: TestClient, image_id: str, clicks: list[tuple], **shown: object) -> dict:
+def ask(
+    service: TestClient,
+    image_id: str,
+    clicks: list[tuple],
+    options: Mapping[str, object] | None = None,
+    **shown: object,
+) -> dict:
     given = [{"x": x, "y": y, "label": label} for x, y, label in clicks]
-    response = service.post("/v1/refine", json={"image_id": image_id, "objects": [{"clicks": given, **shown}]})
+    asked = {"image_id": image_id, "objects": [{"clicks": given, **shown}], **(options or {})}
+    response = service.post("/v1/refine", json=asked)
     assert response.status_code == 200, response.text
     return response.json()["objects"][0]
 
@@ -105,6 +117,42 @@ def test_a_detection_and_a_box(service: TestClient, client: Client, predictor: P
     same(
         ask(service, by_client.image.image_id, [], box=list(BOX))["mask"], by_client.box(BOX).rle, session.box(BOX).rle
     )
+
+
+PAIRS = [
+    {"click_adapter": "edges"},
+    {"adapter": "towers", "click_adapter": "over-towers"},
+]
+
+
+@pytest.mark.parametrize("named", PAIRS)
+def test_a_click_adapter_alone_and_beside_an_adapter(
+    named: dict[str, str],
+    service: TestClient,
+    client: Client,
+    clickable_base: Path,
+    clickable_root: Path,
+    tmp_path: Path,
+):
+    folders = {role: clickable_root / name for role, name in named.items()}
+    image_id = service.post("/v1/images", **raw("", PNG)).json()["image_id"]
+    in_python = Predictor(str(clickable_base), device="cpu", **folders).interact(PIXELS).click(CLICKS[:1])
+    by_http = ask(service, image_id, CLICKS[:1], named)
+    results = client.refine(PNG, {"clicks": CLICKS[:1]}, **named)
+    same(by_http["mask"], results[0].rle, in_python.rle)
+    assert [by_http["score"], results[0].score] == pytest.approx([in_python.score] * 2, abs=1e-5)
+    assert (results.adapter, results.click_adapter) == (named.get("adapter"), named["click_adapter"])
+    session = client.interact(PNG, **named)
+    session.click(*CLICKS[0])
+    by_http = ask(service, image_id, CLICKS[:2], named, mask={"mask_id": by_http["mask_id"]})
+    in_python.add(*CLICKS[1])
+    same(by_http["mask"], session.click(*CLICKS[1]).rle, in_python.rle)
+    (tmp_path / "photo.png").write_bytes(PNG)
+    words = ["infer", "--model", clickable_base, "--image", tmp_path / "photo.png", "--weights", *folders.values()]
+    words += ["--click", "30,20", "--output", tmp_path / "output.png", "--json", tmp_path / "d.json"]
+    assert main([str(word) for word in words]) == 0
+    (by_cli,) = json.loads((tmp_path / "d.json").read_text())["images"]
+    same(by_cli["clicked"]["mask"], results[0].rle)
 
 
 def test_a_mask_as_a_picture_is_the_same(client: Client):
