@@ -35,7 +35,7 @@ def main(
     torch.set_num_threads(threads)
     settings = ClickRunSettings(stage=ClickStage(**({} if steps is None else {"steps": steps})))
     if smoke:
-        settings = ClickRunSettings(16, 16, 2, ClickStage(steps=4, mask_steps=2))
+        settings = ClickRunSettings(16, 16, 2, ClickStage(steps=4, mask_steps=2, last_steps=2))
     report = pretrain_clicks(output_dir.absolute(), settings, log=lambda line: print(line, flush=True))
     print(report)
 

@@ -10,10 +10,9 @@ import numpy as np
 import torch
 
 from jobs.pretrain.click_scenes import ClickScenes, large_objects
-from jobs.pretrain.click_stage import as_logits
 from sam3lora.engine.clicks.answers import answer_prompts
 from sam3lora.engine.clicks.interaction import Interaction
-from sam3lora.engine.clicks.prompt import DRAWN_LOGIT, ClickAnswer, ClickPrompt
+from sam3lora.engine.clicks.prompt import ClickAnswer, ClickPrompt, drawn_mask_logits
 from sam3lora.evaluation.clicks.asking import ImageInteractions
 from sam3lora.evaluation.clicks.meter import ClickMeter
 from sam3lora.evaluation.clicks.next_click import mask_iou, next_click
@@ -78,7 +77,7 @@ def _other_prompts(ask: Ask, scene: Interaction, mask_side: int, truths: Sequenc
     """IoU (N, 4) from a box, from the right mask and a click, from the inverted one and it, and of the right mask."""
     size_hw, truth_NHW = scene.size_hw, torch.from_numpy(np.stack(truths))
     of_scene = functools.partial(ClickPrompt.of, size_hw=size_hw, side=scene.side)
-    right_Nmm = as_logits(truth_NHW, mask_side, DRAWN_LOGIT)
+    right_Nmm = drawn_mask_logits(truth_NHW, mask_side)
     prompts = []
     for truth_HW, box, right_mm in zip(truths, boxes_of(truth_NHW).tolist(), right_Nmm, strict=True):
         middle = next_click(truth_HW, np.zeros_like(truth_HW))

@@ -1,7 +1,8 @@
-"""Training of the click head on drawn scenes: first to read masks, then clicks, boxes and corrections.
+"""Training of the click head on drawn scenes: to read masks, then clicks, boxes and corrections, then masks again.
 
 What to make of a mask prompt is hardly learned beside clicks and boxes: the mask stays a faint hint. A first phase
-therefore shows little but masks, right and wrong ones, and so do many steps later.
+therefore shows little but masks, right and wrong ones, and so do many steps later. Borders of masks that are right get
+blurred meanwhile, and are sharpened at a low learning rate in the end.
 """
 
 from __future__ import annotations
@@ -13,15 +14,15 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jobs.pretrain.click_scenes import ClickScenes
 from jobs.pretrain.snapshot import Snapshot
 from jobs.pretrain.vision_stage import cosine
 from sam3lora.config.clicks import StartShares
-from sam3lora.engine.clicks.prompt import DRAWN_LOGIT
+from sam3lora.engine.clicks.prompt import drawn_mask_logits
 from sam3lora.losses.clicks import CLICK_WEIGHTS, ClickCriterion, ClickLossOutput
+from sam3lora.losses.focal_dice import resize
 from sam3lora.model.clicks.head import ClickHead
 from sam3lora.training.clicks.asking import ask, best_masks
 from sam3lora.training.clicks.sampling import Prompts, draw_start, next_clicks, start_prompts, wrong_masks
@@ -32,6 +33,8 @@ LEARNING_RATES = {"neck.": 0.3, "prompt_encoder.mask_embed.": 5.0}
 """Learning rates of parts as multiples of the others'."""
 RIGHT_MASK = 0.5
 """Share of the starts with a mask that show the right one."""
+LAST_MASK_SHARE, LAST_RATE = 0.6, 0.4
+"""Share of the last steps that show masks, and the largest of their learning rates as a multiple of the peak."""
 MASK_ALONE = 0.25
 """Share of the starts with the right mask, and no box, that come without a click."""
 
@@ -40,13 +43,14 @@ MASK_ALONE = 0.25
 class ClickStage:
     """Everything that decides what the stage learns; the defaults are those of the shipped head.
 
-    The first `mask_steps` of the `steps`, and later this share of them, show masks. A step has up to `images` x
-    `objects` objects.
+    The first `mask_steps` of the `steps`, and later this share of them, show masks. `last_steps` follow that show more
+    of them, and more clicks, at a lower learning rate. A step has up to `images` x `objects` objects.
     """
 
-    steps: int = 5500
-    mask_steps: int = 300
-    mask_share: float = 0.7
+    steps: int = 6500
+    mask_steps: int = 1500
+    mask_share: float = 0.5
+    last_steps: int = 1800
     images: int = 8
     objects: int = 3
     learning_rate: float = 1e-3
@@ -56,13 +60,22 @@ class ClickStage:
 
     def shows_masks(self, step: int, rng: np.random.Generator) -> bool:
         """Whether a step is about masks."""
-        return step < self.mask_steps or rng.random() < self.mask_share
+        share = self.mask_share if step < self.steps else LAST_MASK_SHARE
+        return step < self.mask_steps or rng.random() < share
+
+    def rate(self, step: int) -> float:
+        """Factor of the learning rate."""
+        if step < self.steps:
+            return cosine(step, self.steps, 100)
+        return LAST_RATE * (1 - (step - self.steps) / self.last_steps)
 
     def num_predictions(self, step: int, rng: np.random.Generator) -> int:
-        """Predictions for each object in a step that is not about masks: 3, then 4, and in the last part 3 to 8."""
+        """Predictions for each object in a step that is not about masks: 3, then 4, 3 to 8, and 3 to 12 in the end."""
         if step < 0.5 * self.steps:
             return 3
-        return 4 if step < 0.6 * self.steps else int(rng.integers(3, 9))
+        if step < 0.6 * self.steps:
+            return 4
+        return int(rng.integers(3, 9 if step < self.steps else 13))
 
 
 def train_clicks(
@@ -90,13 +103,15 @@ def train_clicks(
     criterion, started = ClickCriterion(WEIGHTS), time.time()
     seen: list[tuple[float, float, float]] = []
     head.train()
-    for step in range(first, stage.steps):
+    total = stage.steps + stage.last_steps
+    for step in range(first, total):
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * cosine(step, stage.steps, 100)
+            group["lr"] = group["peak"] * stage.rate(step)
         of_scenes = scenes[rng.choice(len(scenes), p=[share for _, share in scenes])][0]
         rows = np.sort(rng.choice(len(of_scenes), stage.images, replace=False))
         image_N, masks_NHW = of_scenes.objects(rows, rng, stage.objects)
-        truth_Nhw = masks_NHW[:, 1 :: masks_NHW.shape[1] // stage.side, 1 :: masks_NHW.shape[2] // stage.side]
+        pixels = masks_NHW.shape[1] // stage.side
+        truth_Nhw = masks_NHW[:, pixels // 2 :: pixels, pixels // 2 :: pixels]
         shows_masks = stage.shows_masks(step, rng)
         number = 1 if shows_masks else stage.num_predictions(step, rng)
         optimizer.zero_grad(set_to_none=True)
@@ -109,7 +124,8 @@ def train_clicks(
                 losses.append(criterion(output.logits_NMmm, output.iou_NM, output.object_N, truth_Nhw, len(truth_Nhw)))
                 if turn + 1 < number:
                     logits_Nmm = best_masks(output)
-                    clicks = next_clicks(truth_Nhw, _resized(logits_Nmm, stage.side) > 0, head.input_side, generator)
+                    found_Nhw = resize(logits_Nmm, truth_Nhw.shape[1:]) > 0
+                    clicks = next_clicks(truth_Nhw, found_Nhw, head.input_side, generator)
                     prompts = prompts.then(*clicks, logits_Nmm)
         loss = torch.stack([one.total for one in losses]).mean()
         loss.backward()
@@ -119,9 +135,9 @@ def train_clicks(
         if (step + 1) % 100 == 0:
             mean, first_iou, last_iou = np.mean(seen, axis=0)
             ious = f"iou {first_iou:.3f} to {last_iou:.3f}"
-            log(f"click step {step + 1}/{stage.steps} {time.time() - started:.0f}s loss {mean:.3f} {ious}")
+            log(f"click step {step + 1}/{total} {time.time() - started:.0f}s loss {mean:.3f} {ious}")
             seen = []
-        if (step + 1) % check_every == 0 or step + 1 == stage.steps:
+        if (step + 1) % check_every == 0 or step + 1 == total:
             if snapshot:
                 snapshot.save(step + 1, optimizer)
             if check:
@@ -162,16 +178,7 @@ def _start(
     if is_right and start == "mask" and rng.random() < MASK_ALONE:
         points_N12, labels_N1 = points_N12[:, :0], labels_N1[:, :0]
     if is_right:  # of the full size and a known scale: its border can then be drawn finer than its pixels
-        logits_Nmm = as_logits(masks_NHW, head.mask_side, DRAWN_LOGIT)
+        logits_Nmm = drawn_mask_logits(masks_NHW, head.mask_side)
     else:
-        logits_Nmm = as_logits(shown_Nhw, head.mask_side, float(rng.uniform(4, 16)))
+        logits_Nmm = drawn_mask_logits(shown_Nhw, head.mask_side, float(rng.uniform(4, 16)))
     return replace(prompts, points_Nk2=points_N12, labels_Nk=labels_N1, masks_Nhw=logits_Nmm)
-
-
-def as_logits(masks_Nhw: Tensor, side: int, largest: float) -> Tensor:
-    """Logits (N, side, side) of masks: a pixel that is half in the object has logit 0."""
-    return (2 * F.adaptive_avg_pool2d(masks_Nhw[:, None].float(), side)[:, 0] - 1) * largest
-
-
-def _resized(logits_Nmm: Tensor, side: int) -> Tensor:
-    return F.interpolate(logits_Nmm[:, None], size=(side, side), mode="bilinear", align_corners=False)[:, 0]

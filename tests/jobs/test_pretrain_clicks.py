@@ -13,7 +13,7 @@ import torch
 from jobs.pretrain.bank import build_bank
 from jobs.pretrain.click_head import first_click_head, save_both_halves
 from jobs.pretrain.click_scenes import ClickScenes
-from jobs.pretrain.click_stage import ClickStage, as_logits, train_clicks
+from jobs.pretrain.click_stage import ClickStage, train_clicks
 from jobs.pretrain.snapshot import Snapshot
 from sam3lora.model.base_folder import find_base
 from sam3lora.model.clicks.loading import load_click_head
@@ -48,11 +48,6 @@ def test_an_image_and_a_mask_are_equally_loud_at_first(head, scenes):
     assert 0.3 < mask.std() < 3
 
 
-def test_a_pixel_that_is_half_in_the_object_has_logit_zero():
-    mask = torch.tensor([[[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 0, 0]]], dtype=torch.bool)
-    assert as_logits(mask, 2, 8.0).tolist() == [[[8.0, 0.0], [-4.0, -8.0]]]
-
-
 def test_both_halves_are_one_checkpoint(head, base, tmp_path):
     save_both_halves(find_base("tiny"), head, tmp_path / "tiny")
     again = load_base(str(tmp_path / "tiny"))
@@ -62,7 +57,7 @@ def test_both_halves_are_one_checkpoint(head, base, tmp_path):
 
 def test_a_run_that_was_cut_goes_on(base, scenes, head, tmp_path):
     torch.manual_seed(0)
-    stage = ClickStage(steps=3, mask_steps=1, images=2)
+    stage = ClickStage(steps=3, mask_steps=1, last_steps=0, images=2)
     logged: list[str] = []
     snapshot = Snapshot(tmp_path / "snapshot.safetensors", {"head": head})
     train_clicks(head, [(scenes, 1.0)], stage, log=logged.append, snapshot=snapshot, check=lambda: "checked")

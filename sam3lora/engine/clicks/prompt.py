@@ -118,12 +118,12 @@ class ClickAnswer:
         return replace(self, chosen=index)
 
 
-def drawn_mask_logits(mask_HW: np.ndarray, side: int) -> Tensor:
-    """Logits (side, side) of a bool mask of the image: +-10, and between these where a cell holds both.
+def drawn_mask_logits(masks: np.ndarray | Tensor, side: int, largest: float = DRAWN_LOGIT) -> Tensor:
+    """Logits (..., side, side) of bool masks (H, W) or (N, H, W): +-`largest`, and between where a cell holds both.
 
     >>> drawn_mask_logits(np.array([[True, True], [True, False], [False, False], [False, False]]), 2)
     tensor([[ 10.,   0.],
             [-10., -10.]])
     """
-    share_11ss = F.interpolate(torch.from_numpy(mask_HW)[None, None].float(), size=(side, side), mode="area")
-    return DRAWN_LOGIT * (2 * share_11ss[0, 0] - 1)
+    shares = F.adaptive_avg_pool2d(torch.as_tensor(masks).float()[None], side)[0]
+    return largest * (2 * shares - 1)

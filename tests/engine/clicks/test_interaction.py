@@ -195,3 +195,5 @@ def test_drawn_masks_become_logits_of_the_head():
     assert drawn_mask_logits(mask, 4).tolist() == [[10] * 4] * 2 + [[-10] * 4] * 2
     assert drawn_mask_logits(~mask, 1).item() == 0
     assert drawn_mask_logits(mask[:1], 8).eq(10).all()
+    several = torch.tensor([[[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 0, 0]]], dtype=torch.bool)
+    assert drawn_mask_logits(several, 2, 8.0).tolist() == [[[8, 0], [-4, -8]]]
