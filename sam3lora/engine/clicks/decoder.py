@@ -216,8 +216,8 @@ class ClickDecoder:
         features = self._features_of(objects, beside)
         answers: dict[int, ClickAnswer | Exception] = {}
         # Neighbours are of one image where possible: its features need no copy then.
-        order = sorted(range(len(objects)), key=lambda number: id(features[number]))
-        for numbers in groups_of_kind([one.prompt for one in objects], order):
+        by_image = sorted(range(len(objects)), key=lambda number: id(features[number]))
+        for numbers in groups_of_kind([one.prompt for one in objects], by_image):
             found = self._decode([objects[number] for number in numbers], [features[number] for number in numbers])
             answers |= zip(numbers, found, strict=True)
             self.counts["click_decodes"] += 1
@@ -249,9 +249,8 @@ class ClickDecoder:
     ) -> list[ClickAnswer | Exception]:
         """Answers to prompts of one kind."""
         head, bank = self._load()
-        prompts = [one.prompt for one in objects]
         with bank.rows([one.click_slot for one in objects]):
-            output = decode_prompts(head, type(features[0]).of_each(features), prompts)
+            output = decode_prompts(head, type(features[0]).of_each(features), [one.prompt for one in objects])
         logits_NMmm, iou_NM, object_N = (
             download(values) for values in (output.logits_NMmm, output.iou_NM, output.object_N.sigmoid())
         )

@@ -64,7 +64,7 @@ class ClickWorker:
         self._post = settings.prompting.post_processing(pool.recorded(adapter_of(label)))
         for engine in {self._finding[0], self._clicking.engine}:
             engine.enable_clicks()
-        self._tracker = fingerprint(load_click_head(pool.base))
+        self._tracker = fingerprint(load_click_head(pool.base))  # of the base's own, whatever adapter is on it
 
     def facts(self) -> dict[str, Any]:
         """The facts that the numbers depend on beside the settings."""
@@ -157,6 +157,9 @@ class ClickWorker:
         """Click on objects from nothing, and on those that were found from there too, all in step."""
         engine, slot, click_slot = self._clicking
 
+        def ask(prompts: Sequence[ClickPrompt]) -> Sequence[ClickAnswer | Exception]:
+            return engine.click([ClickedObject(image, one, slot, click_slot=click_slot) for one in prompts])
+
         nothing = Interaction(image.size_hw, engine.resolution)
         users = [SimulatedUser(one.mask_HW, ignored_HW, None, self._settings.max_clicks) for one, _ in objects]
         starts = [nothing] * len(objects)
@@ -164,10 +167,6 @@ class ClickWorker:
             if start is not None:
                 users.append(SimulatedUser(one.mask_HW, ignored_HW, start.mask_HW, self._settings.max_clicks))
                 starts.append(replace(nothing, seed=start.seed))
-
-        def ask(prompts: Sequence[ClickPrompt]) -> Sequence[ClickAnswer | Exception]:
-            return engine.click([ClickedObject(image, one, slot, click_slot=click_slot) for one in prompts])
-
         interactions = ImageInteractions(ask, starts)
         runs = run_objects(users, interactions.answer)
         runs_from_text = iter(runs[len(objects) :])
