@@ -8,6 +8,7 @@ costliest prediction of a training step of the preset `clicks`, three masks for 
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any, cast
 
 import torch
@@ -27,6 +28,7 @@ from sam3lora.engine.clicks.answers import MAX_OBJECTS
 from sam3lora.losses.clicks import ClickCriterion
 from sam3lora.model.clicks.adapter import add_click_lora
 from sam3lora.model.clicks.head import ClickFeatures, ClickHead, ClickOutput
+from sam3lora.model.precision import store_matrices_in
 
 OBJECTS = (1, 4, 16)
 TRUNK_BYTES = 2 * 446_000_000
@@ -62,8 +64,13 @@ def answer(head: ClickHead, features: ClickFeatures, objects: int, *, multimask:
 def answer_rows() -> list[Row]:
     """Kernels, and the most memory beside weights and features in 10^6 bytes, in bfloat16."""
     rows: list[Row] = []
-    with TensorMemory(torch.device("meta")) as memory, pretend_gpu(with_values=False) as launches, as_on_a_gpu():
-        head = head_on_the_device().to(torch.bfloat16)
+    with ExitStack() as stack:
+        memory = stack.enter_context(TensorMemory(torch.device("meta")))
+        launches = stack.enter_context(pretend_gpu(with_values=False))
+        stack.enter_context(as_on_a_gpu())
+        stack.enter_context(torch.autocast("cuda", dtype=torch.bfloat16))
+        head = head_on_the_device()
+        store_matrices_in(head, torch.bfloat16)  # as the engine does
 
         def counted(work: str, run: Any) -> Any:
             launches.clear()

@@ -23,7 +23,7 @@ from sam3lora.model.fingerprint import fingerprint
 from sam3lora.model.loading import load_base
 
 from ..evaluation.adapters import write_adapter
-from ..model.clicks.click_bases import write_click_adapter
+from ..model.clicks.click_adapters import write_click_adapter
 from ..model.clicks.video_checkpoint import write_video_checkpoint
 from .test_validate import external_references
 

@@ -25,7 +25,8 @@ from sam3lora.tune.estimate.sweep_cost import why_not_kept
 from sam3lora.tune.run.click_held_out import measure_click_held_out
 from sam3lora.tune.run.sweep import run_sweep
 from sam3lora.tune.space.reader import load_space
-from tests.model.clicks.click_bases import write_click_adapter, write_click_base
+from tests.model.clicks.click_adapters import write_click_adapter
+from tests.model.clicks.click_bases import write_click_base
 
 from .made_sweeps import text_of, trial
 

@@ -34,7 +34,7 @@ from sam3lora.model.adapter.bank import AdapterBank
 from sam3lora.model.adapter.metadata import DETECTION
 from sam3lora.model.adapter.weights import AdapterWeights, fingerprint_once
 from sam3lora.model.clicks.origin import ClickOrigin
-from sam3lora.model.clicks.weights import ClickWeights, NamedAsInVideo
+from sam3lora.model.clicks.weights import ClickWeights, TrackerMaskDecoder
 from sam3lora.model.loading import LoadedBase
 from sam3lora.model.precision import store_matrices_in
 
@@ -115,7 +115,7 @@ class ClickDecoder:
                 fingerprint_once(head)
                 if self._half:
                     store_matrices_in(head, torch.bfloat16)
-                self._loaded = head, AdapterBank(NamedAsInVideo(head.mask_decoder), self._num_slots)
+                self._loaded = head, AdapterBank(TrackerMaskDecoder(head.mask_decoder), self._num_slots)
             return self._loaded
 
     def enable(self) -> ClickHead:

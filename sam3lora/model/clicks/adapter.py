@@ -23,7 +23,7 @@ from sam3lora.model.clicks.loading import load_click_head
 from sam3lora.model.clicks.origin import ClickOrigin
 from sam3lora.model.clicks.weights import (
     OF_IMAGES,
-    NamedAsInVideo,
+    TrackerMaskDecoder,
     read_click_metadata,
     read_clicks,
     summarise_clicks,
@@ -54,7 +54,7 @@ def add_click_lora(head: ClickHead, settings: LoraSettings) -> PeftModel:
     Raises:
         UserError: A target module is none of the decoder, or makes features of images.
     """
-    model = apply_lora(NamedAsInVideo(head.mask_decoder), settings.model_copy(update={"components": None}))
+    model = apply_lora(TrackerMaskDecoder(head.mask_decoder), settings.model_copy(update={"components": None}))
     for name in adapted_modules(model):
         if name.endswith(OF_IMAGES):
             raise UserError(
@@ -112,7 +112,7 @@ def load_click_adapter(
         raise UserError(f"{folder} {fault}")
     shared = (plain.neck, plain.prompt_encoder, plain.shared_image_embedding, plain.no_memory_embedding)
     adapted = copy.deepcopy(plain, {id(part): part for part in shared})
-    modules = dict(NamedAsInVideo(adapted.mask_decoder).named_modules())
+    modules = dict(TrackerMaskDecoder(adapted.mask_decoder).named_modules())
     for name, update in weights.updates.items():
         weight = modules[name].weight
         own = weight.float() if update.gain is None else update.gain.to(weight.device)[:, None] * weight.float()

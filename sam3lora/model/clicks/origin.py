@@ -6,6 +6,8 @@ from pydantic import Field
 
 from sam3lora.config._section import Settings
 
+_HEX = "^[0-9a-f]{1,64}$"
+
 
 class ClickOrigin(Settings):
     """What a click adapter was trained on, as its folder records it.
@@ -13,8 +15,8 @@ class ClickOrigin(Settings):
     `vision_adapter` is the `trunk_digest` of the adapter whose vision trunk was under the click head; None is the base.
     """
 
-    tracker_fingerprint: str = Field(min_length=1, max_length=64)
-    vision_adapter: str | None = Field(default=None, min_length=1, max_length=64)
+    tracker_fingerprint: str = Field(pattern=_HEX)
+    vision_adapter: str | None = Field(default=None, pattern=_HEX)
 
     def trunk_fault(self, vision_adapter: str | None) -> str | None:
         """Why an adapter of this origin does not go with a vision trunk, that of the digest; None if it does."""

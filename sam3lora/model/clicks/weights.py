@@ -13,6 +13,7 @@ from torch import nn
 
 from sam3lora.errors import UserError
 from sam3lora.model.adapter.folder import FolderSignature, refuse_other_base
+from sam3lora.model.adapter.folder_files import METADATA_FILE
 from sam3lora.model.adapter.metadata import CLICKS, AdapterMetadata, read_metadata
 from sam3lora.model.adapter.weights import (
     AdapterSummary,
@@ -40,7 +41,7 @@ class ClickWeights(AdapterWeights):
     origin: ClickOrigin
 
 
-class NamedAsInVideo(nn.Module):
+class TrackerMaskDecoder(nn.Module):
     """A mask decoder under the name that it has in a video model."""
 
     def __init__(self, mask_decoder: nn.Module) -> None:
@@ -53,13 +54,16 @@ def read_click_metadata(folder: str | Path) -> tuple[AdapterMetadata, ClickOrigi
     """The metadata of a click adapter, before its base is loaded.
 
     Raises:
-        UserError: The folder is none of task clicks.
+        UserError: The folder is none of task clicks, or does not say what it was trained on.
     """
     metadata = read_metadata(folder)
     if metadata is None or metadata.clicks is None:
         found = "no sam3lora.json" if metadata is None else f"task {metadata.task}"
         raise UserError(f"{folder} is no click adapter: expected one of task {CLICKS}, got {found}")
-    return metadata, ClickOrigin(**metadata.clicks)
+    try:
+        return metadata, ClickOrigin(**metadata.clicks)
+    except UserError as error:
+        raise UserError(f"{Path(folder) / METADATA_FILE}: clicks: {str(error)[:300]}") from None
 
 
 def summarise_clicks(
@@ -100,7 +104,7 @@ def read_clicks(folder: Path, signature: FolderSignature, head: ClickHead, known
     """
     assert known.metadata is not None
     assert known.metadata.clicks is not None
-    lora = read_lora(folder, signature, NamedAsInVideo(head.mask_decoder), known)
+    lora = read_lora(folder, signature, TrackerMaskDecoder(head.mask_decoder), known)
     if shared := [name for name in lora.modules if name.endswith(OF_IMAGES)]:
         raise UserError(f"{folder} changes {shared[0]}, which makes features of images that all adapters share")
     values = {field.name: getattr(lora, field.name) for field in fields(lora)}

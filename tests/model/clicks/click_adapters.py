@@ -20,7 +20,7 @@ TARGETS = ("q_proj", "v_proj", "output_hypernetworks_mlps", "iou_prediction_head
 
 def write_click_adapter(
     folder: Path,
-    base: Path,
+    base: Path | str,
     seed: int = 1,
     *,
     std: float = 0.2,

@@ -148,7 +148,9 @@ def cut(folder: Path) -> None:
         (changed(clicks={"tracker_fingerprint": "0" * 64}), "another click head"),
         (changed(resolution=1008), "resolution 1008"),
         (changed(task="detection", clicks=None), "no click adapter"),
-        (changed(clicks={"tracker": 1}), "tracker_fingerprint"),
+        (changed(clicks={"tracker": 1}), "clicks: tracker_fingerprint"),
+        (changed(clicks={"tracker_fingerprint": "0" * 10**6}), "clicks: tracker_fingerprint"),
+        (changed(clicks={"tracker_fingerprint": "0", "vision_adapter": "<b>\n"}), "clicks: vision_adapter"),
         (changed(clicks=None), "sam3lora.json"),
         (lambda folder: (folder / "sam3lora.json").unlink(), "no click adapter"),
         (cut, "adapter_model"),
@@ -160,6 +162,7 @@ def test_a_folder_that_does_not_fit_is_one_sentence(change, words, saved, click_
     with pytest.raises(UserError, match=words) as told:
         load_click_adapter(folder, click_base)
     assert "\n" not in str(told.value)
+    assert len(str(told.value)) < 1000
 
 
 def test_an_adapter_belongs_to_the_trunk_that_it_was_trained_on(saved, click_folder, tmp_path):
