@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -69,6 +69,10 @@ def infer(
     click_box: Annotated[
         list[str] | None, typer.Option(metavar="X0,Y0,X1,Y1", help="Pixels around the object of the clicks.")
     ] = None,
+    clicks_vision: Annotated[
+        Literal["adapter", "base"] | None,
+        typer.Option(help="Whose vision trunk clicks see (default: that of the adapter beside them)."),
+    ] = None,
     config: Annotated[str | None, typer.Option(help="YAML of a run: its adapter, model and thresholds.")] = None,
     model: Annotated[str | None, typer.Option(help='Base model: "tiny", a hub id or a folder.')] = None,
     resolution: Annotated[int | None, typer.Option(help="Side of the model's input in pixels.")] = None,
@@ -102,6 +106,7 @@ def infer(
             "--no-masks": no_masks,
             "--click": click,
             "--click-box": click_box,
+            "--clicks-vision": clicks_vision,
             f"--weights {settings.get('click_adapter')}": settings.get("click_adapter"),
         }
         refuse_prompted(prompted, settings["adapter"])
@@ -113,6 +118,8 @@ def infer(
         raise UserError(
             f"{settings['click_adapter']} answers clicks: add --click x,y on an object or --click-box, or leave it out"
         )
+    if clicks_vision is not None and not (clicks and settings.get("adapter")):
+        raise UserError("--clicks-vision has no effect without a click and an adapter of prompts: leave it out")
     if clicks:
         examples = {"--box": box, "--negative-box": negative_box, "--no-masks": no_masks}
         post = {f"--{name.replace('_', '-')}": value for name, value in options.post_of(locals()).items()}
@@ -142,6 +149,7 @@ def infer(
             json,
             settings,
             show_boxes=show["show_boxes"],
+            clicks_vision=clicks_vision or "adapter",
         )
     elif not images.is_dir():
         labels = [1] * len(boxes) + [0] * len(not_meant)

@@ -14,7 +14,7 @@ from sam3lora.cli.infer_output import check_writable, print_table, table_of
 from sam3lora.errors import UserError
 
 if TYPE_CHECKING:
-    from sam3lora.engine.clicks.click import Click
+    from sam3lora.engine.clicks.click import Click, ClicksVision
     from sam3lora.inference.clicks.result import ClickResult
     from sam3lora.inference.clicks.session import ClickSession
 
@@ -102,11 +102,11 @@ def infer_clicks(
     settings: Mapping[str, Any],
     *,
     show_boxes: bool,
+    clicks_vision: ClicksVision,
 ) -> None:
     """Correct the detection that clicks lie on, or show a new object; write the picture, and JSON if asked for.
 
     Clicks beside all detections of the prompt correct the best one.
-
 
     Args:
         settings: Arguments of `Predictor`.
@@ -133,7 +133,7 @@ def infer_clicks(
 
     predictor = Predictor(**settings)
     started = time.perf_counter()
-    session = predictor.interact(image)
+    session = predictor.interact(image, clicks_vision=clicks_vision)
     found = session.detect(prompt) if prompt is not None else []
     if found:
         clicked: ClickResult = session.refine(meant_by(found, clicks), clicks, given.box_xyxy)

@@ -112,6 +112,16 @@ def test_an_adapter_of_the_click_head_is_found_among_the_weights(run, clickable_
     assert {role: recorded[role] for role in folders} == {role: str(folder) for role, folder in folders.items()}
 
 
+def test_clicks_see_the_trunk_of_the_base_where_that_is_chosen(run, clickable_root, photo):
+    seen = "--clicks-vision", "base", "--weights", clickable_root / "edges", clickable_root / "towers"
+    assert run("--click", "30,20", "--json", "beside.json", *seen)[0] == 0
+    assert run("--click", "30,20", "--json", "alone.json", "--weights", clickable_root / "edges")[0] == 0
+    beside, alone = (
+        json.loads(photo.with_name(f"{name}.json").read_text())["images"][0]["clicked"] for name in ("beside", "alone")
+    )
+    assert beside == alone
+
+
 def test_weights_that_do_not_go_together(run, clickable_root, clickable_base, spread_base, tmp_path):
     dense, clicks = write_dense(clickable_base, tmp_path / "dense"), clickable_root / "edges"
     for words, said in (
@@ -148,6 +158,7 @@ MISTAKES = {
     "--click 30,20 --output photo.txt": "must end in",
     "--click 30,20 --json .": "it is a folder",
     "--click 30,20 --probabilities": "--probabilities",
+    "--click 30,20 --clicks-vision base": "--clicks-vision has no effect",
 }
 
 
