@@ -247,8 +247,8 @@ class ClickSession:
 
 
 def _check_label(label: str) -> None:
-    if not label.strip():
-        raise UserError("the label of an object is empty: name what it is, for example 'pothole'")
+    if not isinstance(label, str) or not label.strip():
+        raise UserError(f"the label of an object is text that says what it is, for example 'pothole', got {label!r}")
 
 
 def _check(name: str, value: str, known: Sequence[str]) -> None:
