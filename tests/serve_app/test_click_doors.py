@@ -20,10 +20,12 @@ from sam3lora.client import Client, InvalidRequest
 from sam3lora.client.segment_results import Rle
 from sam3lora.errors import UserError
 from sam3lora.inference.predictor import Predictor
+from serve_app.http.ingress import create_api
+from serve_app.replica.replica import ModelReplica
 from serve_app.settings import Batching, ServeSettings
 
 from .http_cases import picture, raw
-from .local_service import local_service
+from .local_service import LocalBackend, local_service
 
 PNG = picture((60, 90))
 PIXELS = np.asarray(Image.open(io.BytesIO(PNG)))
@@ -46,13 +48,17 @@ def predictor(clickable_base: Path) -> Predictor:
 
 @pytest.fixture
 def client(service: TestClient) -> Iterator[Client]:
+    with client_of(service) as client:
+        yield client
+
+
+def client_of(service: TestClient) -> Client:
     def handle(request: httpx.Request) -> httpx.Response:
         headers = {"content-type": request.headers.get("content-type", "")}
         answer = service.request(request.method, request.url.path, content=request.content, headers=headers)
         return httpx.Response(answer.status_code, content=answer.content, headers={"content-type": "application/json"})
 
-    with Client("http://service.test", transport=httpx.MockTransport(handle), max_retries=0) as client:
-        yield client
+    return Client("http://service.test", transport=httpx.MockTransport(handle), max_retries=0)
 
 
 def ask(service: TestClient, image_id: str, clicks: list[tuple], **shown: object) -> dict:
@@ -159,6 +165,25 @@ def test_a_mask_as_a_picture_is_the_same(client: Client):
     np.testing.assert_array_equal(png.mask, client.refine(PNG, {"box": BOX})[0].mask)
 
 
+def test_another_replica_goes_on_from_the_outline(clickable_base: Path, predictor: Predictor):
+    """As after a replica died: the other one has neither the image nor its masks."""
+    settings = ServeSettings(model=str(clickable_base), batching=Batching(encode_ahead=False))
+    first, other = ModelReplica(settings), ModelReplica(settings)
+    backend = LocalBackend(first)
+    with TestClient(create_api(settings, backend)) as service, client_of(service) as client:
+        session = client.interact(PNG)
+        before = session.click(*CLICKS[0])
+        backend.replica = other
+        found = session.click(*CLICKS[1])
+        (from_outline,) = client.refine(session.image, {"clicks": CLICKS[:2], "mask": before.rle})
+        same(found.rle, from_outline.rle)
+        backend.replica = first
+        session.undo()
+        in_python = predictor.interact(PIXELS).click(CLICKS[:1])
+        same(session.click(*CLICKS[1]).rle, in_python.add(*CLICKS[1]).rle)
+        assert [one._engine.counters["images_encoded"] for one in (first, other)] == [1, 1]
+
+
 WRONG: dict[str, tuple[list[tuple], tuple | None]] = {
     "a click that is no number": ([(30, 20, 1), (math.nan, 20, 1)], None),
     "a click without end": ([(30, math.inf, 1)], None),
@@ -172,6 +197,7 @@ WRONG: dict[str, tuple[list[tuple], tuple | None]] = {
     "a click in words": ([("left", 20, 1)], None),
     "half a click": ([(30,)], None),
     "a click of four numbers": ([(30, 20, 1, 1)], None),
+    "only what does not belong to it": ([(30, 20, 0), (70, 40, 0)], None),
     "a box without an area": ([(30, 20, 1)], (5, 5, 5, 9)),
     "a box inside out": ([], (60, 5, 10, 50)),
     "a box beyond the image": ([], (0, 0, 90, 60.5)),

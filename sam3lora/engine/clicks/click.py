@@ -38,9 +38,10 @@ class Click:
             raise UserError(f"{self}: expected finite x and y in pixels of the image")
         if not (isinstance(self.label, Real | np.bool_) and self.label in (0, 1)):
             raise UserError(f"{self}: expected label 1 (belongs to the object) or 0 (does not)")
-        # Also those of numpy, which JSON would not take.
-        for name, value in (("x", float(self.x)), ("y", float(self.y)), ("label", int(self.label))):
-            object.__setattr__(self, name, value)
+        for name in ("x", "y"):
+            if isinstance(value := getattr(self, name), np.generic):
+                object.__setattr__(self, name, value.item())  # JSON takes no numbers of numpy
+        object.__setattr__(self, "label", int(self.label))
 
     def __str__(self) -> str:
         return f"click x={_short(self.x)} y={_short(self.y)} label={_short(self.label)}"
@@ -50,7 +51,7 @@ def checked_clicks(clicks: Iterable[Click | Sequence[float]], size_hw: tuple[int
     """Clicks, or (x, y) and (x, y, label), that lie inside an image.
 
     >>> checked_clicks([(5, 2), (0, 9, 0)], (10, 20))
-    (Click(x=5.0, y=2.0, label=1), Click(x=0.0, y=9.0, label=0))
+    (Click(x=5, y=2, label=1), Click(x=0, y=9, label=0))
 
     Raises:
         UserError: They are no list, a click has another number of values, a value out of range, or lies outside of the
@@ -74,6 +75,16 @@ def checked_clicks(clicks: Iterable[Click | Sequence[float]], size_hw: tuple[int
             )
         checked.append(click)
     return tuple(checked)
+
+
+def refuse_only_outside(clicks: Iterable[Click]) -> None:
+    """For an object that no box and no mask shows.
+
+    Raises:
+        UserError: Every click says what does not belong to it.
+    """
+    if not any(click.label for click in clicks):
+        raise UserError("all clicks say what does not belong to the object: add one with label 1, or a box")
 
 
 def checked_box(xyxy: Sequence[float], size_hw: tuple[int, int]) -> BoxXyxy:

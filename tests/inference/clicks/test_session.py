@@ -167,9 +167,18 @@ def test_objects_are_exported(session: ClickSession, tmp_path: Path):
     new.undo()
     with pytest.raises(UserError, match="empty mask"):
         session.to_coco()
-    assert [(result.prompt, len(result)) for result in session.results()] == [("crack", 2)]
+    assert [(result.prompt, len(result)) for result in session.results()] == [("crack", 2), ("patch", 0)]
     picture = session.draw(tmp_path / "picture.png")
     assert cv2.imread(str(tmp_path / "picture.png")).shape == picture.shape
+
+
+def test_what_has_no_mask_is_not_drawn(session: ClickSession):
+    with pytest.raises(UserError, match="nothing to draw"):
+        session.draw()
+    session.click([FIRST], label="patch").undo()
+    nothing = session.draw()
+    session.click([FIRST])
+    assert (session.draw() != nothing).any()
 
 
 def test_a_file_gives_its_name(predictor: Predictor, tmp_path: Path):
