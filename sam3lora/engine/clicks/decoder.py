@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 CLICKS_COUNTED = ("objects_clicked", "click_decodes")
 
 MAX_OBJECTS = 16
-"""Objects that are decoded together: each takes some 40 MB at 1008 pixels."""
+"""Objects that are decoded together: each takes some 30 MB at 1008 pixels."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from sam3lora.data.prompts import sample_rng
 from sam3lora.training.clicks.sampling import Prompts, Start, StartShares, next_clicks, start_prompts
 
 MAX_OBJECTS = 16
-"""Objects that pass the head together: each takes some 40 MB at 1008 pixels, in training several times that."""
+"""Objects that pass the head together: in training each takes some 130 MB at 1008 pixels."""
 
 _CLICK_STREAM = 3  # of `sample_rng`; decoding uses 0 to 2
 

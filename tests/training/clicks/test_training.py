@@ -9,6 +9,7 @@ from itertools import islice
 import pytest
 import torch
 
+from jobs.bench.pretend_gpu import DEVICE, pretend_gpu
 from sam3lora.config import Config
 from sam3lora.errors import UserError
 from sam3lora.model.clicks.adapter import load_click_adapter
@@ -82,6 +83,28 @@ def test_a_step_does_not_depend_on_how_it_is_divided(make):
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_a_step_runs_on_a_gpu_without_waiting_for_it(make, monkeypatch):
+    worker = make_trainer(make("clicks.starts.mask_and_box=0.5"))
+    [batch] = islice(worker.batches.training_batches(0, 0), 1)
+    worker.counts = StepCounts.of([batch])
+    expected, terms = gradients(worker, [batch])
+    runner, on_host = worker.runner, torch.Generator
+    with pretend_gpu() as launches:
+        monkeypatch.setattr(torch, "Generator", lambda device=None: on_host())  # PyTorch has none for such a GPU
+        for module in (worker.model, runner.head, runner.images.vision_trunk):
+            module.to("cuda")
+        runner.device = runner.images.device = DEVICE
+        runner.images.trunk = None
+        worker.optimizer.zero_grad(set_to_none=True)
+        _, on_gpu = runner.backward(batch, worker.counts.normalizer(1))
+        assert not launches.reads
+        found = {name: one.grad.cpu() for name, one in worker.model.named_parameters() if one.grad is not None}
+        assert {name: value.item() for name, value in on_gpu.items()} == pytest.approx(terms, rel=1e-4)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_every_image_passes_the_trunk_once_with_the_same_result(make):
