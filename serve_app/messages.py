@@ -98,7 +98,8 @@ class RefineCall:
     """One request for the masks of objects that clicks, boxes and masks show.
 
     Attributes:
-        adapter: None asks the base model.
+        adapter: Clicks see its vision trunk; None is the base's.
+        click_adapter: Its click head answers; None is the base's.
         multimask: Whether to answer three masks of each object; None does for a single click alone.
         timeout_s: What is left of the request's time when the call is sent.
     """
@@ -108,6 +109,7 @@ class RefineCall:
     adapter: str | None = None
     multimask: bool | None = None
     clicks_vision: ClicksVision = "adapter"
+    click_adapter: str | None = None
     timeout_s: float = 30.0
 
     @property

@@ -66,3 +66,20 @@ def clickable_base(spread_base: Path, tmp_path_factory: pytest.TempPathFactory) 
     folder = tmp_path_factory.mktemp("clickable") / "sam3"
     write_video_checkpoint(folder, source=spread_base, change=spread)
     return folder
+
+
+@pytest.fixture(scope="session")
+def clickable_root(clickable_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Adapters over `clickable_base`, read only.
+
+    "towers" changes the trunk and "heads" does not; of task clicks "edges" and "holes" (DoRA) go with the base's trunk,
+    and "over-towers" with that of "towers".
+    """
+    from .engine.engine_cases import write_adapter
+    from .model.clicks.click_adapters import write_click_adapters
+
+    root = tmp_path_factory.mktemp("clickable_adapters")
+    write_adapter(root / "towers", clickable_base, "vision", 1)
+    write_adapter(root / "heads", clickable_base, "no cls", 2)
+    write_click_adapters(root, clickable_base, over=root / "towers")
+    return root

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sam3lora.cli import shared_options as options
-from sam3lora.cli.infer_clicks import ClickOptions, infer_clicks
+from sam3lora.cli.infer_clicks import ClickOptions, adapters_by_task, infer_clicks
 from sam3lora.cli.infer_dense import infer_dense, refuse_prompted
 from sam3lora.cli.infer_output import (
     check_output_of_images,
@@ -31,7 +31,10 @@ Show = dict[str, bool]
 def infer(
     image: Annotated[str, typer.Option(metavar="PATH", help="Image file, or a folder of images.", show_default=False)],
     prompt: Annotated[list[str] | None, typer.Option(metavar="A B ...", help="What to look for.")] = None,
-    weights: Annotated[list[Path] | None, typer.Option(metavar="DIR", help="Adapter folder, such as best/.")] = None,
+    weights: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="DIR", help="Adapter folder, such as best/; with --click of task clicks, or one of each."),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(help="Picture, or folder of pictures and labels (default: output.png, or output for folders)."),
@@ -76,8 +79,10 @@ def infer(
 
     Example:  sam3lora infer --weights outputs/balanced/best --image photo.jpg --prompt crack pothole
     """
+    adapter, click_adapter = adapters_by_task(weights or [])
     given = {
-        "adapter": _only(weights, "--weights"),
+        "adapter": adapter,
+        "click_adapter": click_adapter,
         "model": model,
         "resolution": resolution,
     }
@@ -97,12 +102,17 @@ def infer(
             "--no-masks": no_masks,
             "--click": click,
             "--click-box": click_box,
+            f"--weights {settings.get('click_adapter')}": settings.get("click_adapter"),
         }
         refuse_prompted(prompted, settings["adapter"])
     elif probabilities:
         raise UserError("--probabilities has no effect without a dense adapter: leave it out")
     boxes, not_meant = _read_boxes("--box", box), _read_boxes("--negative-box", negative_box)
     clicks = ClickOptions.read(click, click_box)
+    if not clicks and settings.get("click_adapter") is not None:
+        raise UserError(
+            f"{settings['click_adapter']} answers clicks: add --click x,y on an object or --click-box, or leave it out"
+        )
     if clicks:
         examples = {"--box": box, "--negative-box": negative_box, "--no-masks": no_masks}
         post = {f"--{name.replace('_', '-')}": value for name, value in options.post_of(locals()).items()}
@@ -245,11 +255,11 @@ def _from_config(source: str | None, given: dict[str, Any]) -> dict[str, Any]:
         values = {"threshold": config.dense.threshold} if "threshold" in config.dense.model_fields_set else {}
     else:
         values = options.written_post(config)
-    best = Path(config.output.output_dir) / "best"
-    if "adapter" not in given and best.is_dir():
-        values["adapter"] = best
-    adapter = given.get("adapter") or values.get("adapter")
-    if adapter is None or read_metadata(adapter) is None:
+    best, role = Path(config.output.output_dir) / "best", "click_adapter" if config.task == "clicks" else "adapter"
+    if role not in given and best.is_dir():
+        values[role] = best
+    adapters = [found for name in ("adapter", "click_adapter") if (found := given.get(name) or values.get(name))]
+    if not any(read_metadata(adapter) for adapter in adapters):
         values["geometry_cls"] = config.model.geometry_cls
         if "model" not in given:
             values |= {"model": config.model.name, "revision": config.model.revision}

@@ -75,6 +75,24 @@ class ClickOptions:
             raise UserError("all clicks say what does not belong to the object: add one with label 1, or --click-box")
 
 
+def adapters_by_task(folders: Sequence[Path]) -> tuple[Path | None, Path | None]:
+    """Of `--weights` the adapter that finds objects or labels pixels, and that of task clicks.
+
+    Raises:
+        UserError: There are several of a kind.
+    """
+    from sam3lora.model.adapter.metadata import CLICKS, read_metadata
+
+    of_clicks = [folder for folder in folders if getattr(read_metadata(folder), "task", None) == CLICKS]
+    others = [folder for folder in folders if folder not in of_clicks]
+    if max(len(of_clicks), len(others)) > 1:
+        raise UserError(
+            "--weights takes one value here, and with --click one of task clicks beside it, got "
+            f"{len(folders)}: {' '.join(map(str, folders))}"
+        )
+    return next(iter(others), None), next(iter(of_clicks), None)
+
+
 def infer_clicks(
     image: Path,
     prompt: str | None,

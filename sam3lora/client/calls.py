@@ -83,12 +83,14 @@ class RefineOptions(TypedDict, total=False):
     Attributes:
         adapter: Id of an adapter whose vision trunk shall be seen; None is the base model's.
         clicks_vision: "base" leaves the adapter out of the trunk.
+        click_adapter: Id of an adapter of task "clicks" whose click head shall answer; None is the base model's.
         multimask: "always", "never", or "auto": three masks for a single click alone.
         masks: Form of the masks: "rle", "polygon", "png", or "none".
     """
 
     adapter: str | None
     clicks_vision: Literal["adapter", "base"]
+    click_adapter: str | None
     multimask: Literal["auto", "always", "never"]
     masks: Literal["rle", "polygon", "png", "none"]
 

@@ -76,12 +76,14 @@ class RefineResults(Sequence[RefinedObject]):
         request_id: Id of the call in the service's log.
         size_hw: Height and width of the image in pixels.
         adapter: The adapter whose trunk was seen; None for the base model.
+        click_adapter: The adapter whose click head answered; None for the base model's.
         timing_ms: Milliseconds in the service by stage, and "total".
     """
 
     request_id: str
     size_hw: tuple[int, int]
     adapter: str | None
+    click_adapter: str | None
     timing_ms: dict[str, float]
     _objects: tuple[RefinedObject, ...]
 
@@ -109,7 +111,8 @@ class RefineResults(Sequence[RefinedObject]):
             )
             for one in answer["objects"]
         )
-        return cls(answer["request_id"], size_hw, answer["adapter"], dict(answer["timing_ms"]), objects)
+        adapters = answer["adapter"], answer.get("click_adapter")  # which earlier services do not answer
+        return cls(answer["request_id"], size_hw, *adapters, dict(answer["timing_ms"]), objects)
 
     def __getitem__(self, index: Any) -> Any:
         return self._objects[index]

@@ -126,15 +126,15 @@ class AdapterInfo:
     """An adapter of the service.
 
     Attributes:
-        id: What to give as `adapter`.
-        task: "detection" for `segment`, "dense" for `dense`; None if the adapter cannot be read.
+        id: What to give as `adapter`, or of task "clicks" as `click_adapter`.
+        task: "detection" for `segment`, "dense" for `dense`, "clicks" for `refine`; None if the adapter cannot be read.
         prompts: Those it was trained with.
         classes: Of task "dense": those of a pixel.
         rank: Of its LoRA matrices.
         size_bytes: Of its weights.
         adapts: Components of the model that it changes.
         post_processing: Settings that hold where a call gives none, by the names of `SegmentOptions`, and
-            `prompt_thresholds`; None for task "dense", or if the adapter cannot be read.
+            `prompt_thresholds`; None for other tasks than "detection", or if the adapter cannot be read.
         resident: Whether a replica has it in memory.
         error: Why it cannot be served; None if it can.
     """

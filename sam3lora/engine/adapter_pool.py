@@ -7,24 +7,34 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
 from transformers import Sam3Model
 
 from sam3lora.config.post_processing import PostProcessing
+from sam3lora.engine.clicks.click import ClicksVision
 from sam3lora.engine.detections import BoxPrompt, Detections
 from sam3lora.engine.engine import Engine, PromptedImage
 from sam3lora.errors import UserError
 from sam3lora.model.adapter.folder import is_adapter_folder, load_adapter, read_metadata
-from sam3lora.model.adapter.metadata import AdapterMetadata, recorded_post_processing
+from sam3lora.model.adapter.metadata import AdapterMetadata, recorded_post_processing, refuse_other_tasks
 from sam3lora.model.adapter.weights import NotLowRankError
+from sam3lora.model.clicks.weights import read_click_metadata
 from sam3lora.model.loading import LoadedBase, load_base
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+
+class ClickPlace(NamedTuple):
+    """What answers clicks: an engine, and the slots of the adapter whose trunk they see and of the click adapter."""
+
+    engine: Engine
+    slot: int | None
+    click_slot: int | None
 
 
 class AdapterPool:
@@ -33,8 +43,8 @@ class AdapterPool:
     An adapter that PEFT loads but the bank cannot hold (`modules_to_save`, `lora_bias`, `target_parameters`, LoRA
     variants other than DoRA, modules other than Linear and plain Conv2d) is merged into a copy of the base of its own.
 
-    `adapters` is label -> adapter folder. `model`, `revision` and `resolution` of None take those of the adapters, else
-    "tiny" and the model's own; the other arguments are those of `Engine`.
+    `adapters` is label -> adapter folder, `click_adapter` a folder of task clicks. `model`, `revision` and `resolution`
+    of None take those of the adapters, else "tiny" and the model's own; the other arguments are those of `Engine`.
 
     Raises:
         UserError: A model or adapter cannot be loaded, or the adapters do not go together.
@@ -45,6 +55,7 @@ class AdapterPool:
         model: str | None = None,
         *,
         adapters: Mapping[str, str | Path] | None = None,
+        click_adapter: str | Path | None = None,
         revision: str | None = None,
         resolution: int | None = None,
         geometry_cls: bool | None = None,
@@ -59,6 +70,12 @@ class AdapterPool:
         self.adapters: dict[str, AdapterMetadata | None] = {
             label: read_metadata(folder) for label, folder in folders.items()
         }
+        for label, metadata in self.adapters.items():
+            refuse_other_tasks(metadata, folders[label])
+        together = dict(self.adapters)
+        if click_adapter is not None:
+            _check_folder(Path(click_adapter))
+            together["of clicks"], _ = read_click_metadata(click_adapter)
         self._options: dict[str, Any] = {
             "precision": precision,
             "max_rank": None,
@@ -66,14 +83,18 @@ class AdapterPool:
             "max_rows": max_rows,
             "geometry_cls": geometry_cls,
         }
-        name = (_common_value(self.adapters, "base_model") or "tiny") if model is None else model
+        name = (_common_value(together, "base_model") or "tiny") if model is None else model
         self._base_options: dict[str, Any] = {
-            "revision": revision or (_common_value(self.adapters, "base_revision") if model is None else None),
-            "resolution": _common_value(self.adapters, "resolution") if resolution is None else resolution,
+            "revision": revision or (_common_value(together, "base_revision") if model is None else None),
+            "resolution": _common_value(together, "resolution") if resolution is None else resolution,
             "local_files_only": local_files_only,
         }
         self.engine = Engine.load(
-            name, device=device, num_slots=max(1, len(folders)), **self._base_options, **self._options
+            name,
+            device=device,
+            num_slots=max(1, len(folders) + (click_adapter is not None)),
+            **self._base_options,
+            **self._options,
         )
         self._place: dict[str | None, tuple[Engine, int | None]] = {None: (self.engine, None)}
         self._numbers = count()
@@ -84,6 +105,10 @@ class AdapterPool:
             except NotLowRankError as error:
                 logger.warning("%s; it is merged into a copy of the base for this run", error)
                 self._place[label] = (self._merged(folder), None)
+        self._click_slot: int | None = None
+        if click_adapter is not None:
+            self._click_slot = len(folders)
+            self.engine.place_adapter(self._click_slot, self.engine.read_any_adapter(click_adapter))
 
     @property
     def base(self) -> LoadedBase:
@@ -196,6 +221,23 @@ class AdapterPool:
             known = ", ".join(self.adapters) or "none"
             raise UserError(f"there is no adapter {adapter!r}; loaded: {known}")
         return self._place[adapter]
+
+    def place_clicks(self, adapter: str | None, vision: ClicksVision = "adapter") -> ClickPlace:
+        """The engine that answers clicks, with the adapter or the base whose vision trunk they see.
+
+        Raises:
+            UserError: There is no such adapter, or the click adapter was not trained on that trunk.
+        """
+        engine, slot = self.place(None if vision == "base" else adapter)
+        if self._click_slot is None:
+            return ClickPlace(engine, slot, None)
+        if engine is not self.engine:
+            raise UserError(
+                f"adapter {adapter!r} is merged into a copy of the base, and no click adapter was trained on its "
+                "vision trunk: use clicks_vision base, or leave the click adapter out"
+            )
+        engine.check_clicks(slot, self._click_slot)
+        return ClickPlace(engine, slot, self._click_slot)
 
     def _merged(self, folder: Path) -> Engine:
         base = load_base(self.base.name, device=self.engine.device, **self._base_options)

@@ -8,10 +8,8 @@ Everything else runs once for a batch, in which every row may have an adapter of
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import islice
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,55 +18,31 @@ import torch
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.data.images import MAX_MEGAPIXELS, ImageError, read_image, resize_image
 from sam3lora.engine.clicks.decoder import CLICKS_COUNTED, ClickDecoder, ClickedObject
+from sam3lora.engine.clicks.features import ClickableFeatures
 from sam3lora.engine.clicks.prompt import ClickAnswer
 from sam3lora.engine.dense_slots import DENSE_COUNTED, DenseSlots, LabelledImage
 from sam3lora.engine.detections import BoxPrompt, Detections
-from sam3lora.engine.device import find_device, find_precision, is_device_error, is_out_of_memory
+from sam3lora.engine.device import find_device, find_precision
 from sam3lora.engine.feature_cache import PreparedImage
 from sam3lora.engine.features import BASE, FeatureSource, SlotAdapter
-from sam3lora.engine.forward import Forward, MixedForward, Row
+from sam3lora.engine.forward import Forward, MixedForward
 from sam3lora.engine.graphs.capture import Capturer, CudaCapturer, wants_cuda_graphs
 from sam3lora.engine.graphs.forward import GraphedForward
-from sam3lora.engine.selection import NotFiniteError, SmallDetections, Wanted
+from sam3lora.engine.prompted import PROMPTS_COUNTED, ObjectFinder, PromptedImage
+from sam3lora.engine.selection import NotFiniteError, SmallDetections
 from sam3lora.engine.transfers import pinned
 from sam3lora.engine.warm_up import run_first_shapes
-from sam3lora.errors import UserError
 from sam3lora.model.adapter.bank import AdapterBank
+from sam3lora.model.adapter.metadata import CLICKS, DENSE, DETECTION
 from sam3lora.model.adapter.weights import AdapterSummary, AdapterWeights, read_adapter_weights
+from sam3lora.model.any_adapter import AdapterReader
 from sam3lora.model.clicks import MASK_LIMIT
-from sam3lora.model.dense.weights import read_weights, summarise
 from sam3lora.model.loading import LoadedBase, load_base
 from sam3lora.model.precision import store_matrices_in
-from sam3lora.model.staged.forward import StagedSam3, TextFeatures
-from sam3lora.model.tokenization import PromptError
-
-BOXES_ALONE_PROMPT = "visual"
-"""SAM 3 was trained to read this text beside boxes that have no text of their own."""
+from sam3lora.model.staged.forward import StagedSam3, TextFeatures, VisionFeatures
 
 WARM_UP_KEY = "warm-up"
-_COUNTED = ("forwards", "rows")
 _PROBE_POST = PostProcessing(threshold=0.0, nms="none", max_detections=10)
-
-
-@dataclass(frozen=True)
-class PromptedImage:
-    """One image from `Engine.prepare_image` and what is wanted of it by the adapter in a slot, or by the base (None).
-
-    Prompts have at most 32 tokens, and none are needed if there are boxes, which go with every prompt. `lowest_score`
-    is explained at `selection.Wanted`.
-    """
-
-    image: PreparedImage
-    prompts: tuple[str, ...]
-    boxes: tuple[BoxPrompt, ...] = ()
-    slot: int | None = None
-    post: PostProcessing = field(default_factory=PostProcessing)
-    masks: bool = True
-    lowest_score: float | None = None
-
-    @property
-    def num_rows(self) -> int:
-        return max(1, len(self.prompts))
 
 
 class Engine:
@@ -119,7 +93,6 @@ class Engine:
         self._bank = AdapterBank(base.model, num_slots)
         staged = StagedSam3(base.model)
         plain = MixedForward(staged, self._bank, compile_vision=compile_vision)
-        self._plain = plain
         self._forward: Forward = plain
         if capturer is None and self.device.type == "cuda" and wants_cuda_graphs(cuda_graphs) and not in_training:
             capturer = CudaCapturer(self.device)
@@ -134,15 +107,23 @@ class Engine:
             max_cached_prompts=max_cached_prompts,
             max_images=max_images,
         )
+        self._geometry_cls = geometry_cls
+        self._adapters: dict[int | None, SlotAdapter] = {None: BASE._replace(geometry_cls=geometry_cls is not False)}
+        self._finder = ObjectFinder(self._forward, plain, self._features, self._adapters, max_rows=max_rows)
         self._dense = DenseSlots(
             base.model.vision_encoder.backbone, plain, self._features, device=self.device, max_images=max_images
         )
-        self._clicks = ClickDecoder(base, self._forward, self._features)
-        self._geometry_cls = geometry_cls
-        self._adapters: dict[int | None, SlotAdapter] = {None: BASE._replace(geometry_cls=geometry_cls is not False)}
+        self._clicks = ClickDecoder(
+            base,
+            self._forward,
+            self._features,
+            self._adapters,
+            num_slots=num_slots,
+            half=self.precision == "bfloat16" and not in_training,
+        )
+        self._reader = AdapterReader(base, self._clicks.load_head, max_rank)
         # A compiled encoder makes one graph for one image and another for all larger batches.
         self._warm_up_images = max_images if compile_vision or self.device.type == "cuda" else 0
-        self._counts: Counter[str] = Counter()
         noise = np.random.default_rng(0).integers(0, 256, (self.resolution, self.resolution, 3), dtype=np.uint8)
         self._probe = PreparedImage(WARM_UP_KEY, noise, noise.shape[:2])  # with the base's features once it was used
         self._max_rank = max_rank
@@ -182,8 +163,12 @@ class Engine:
     @property
     def counters(self) -> dict[str, int]:
         """Counts since the start, without the warm-up; `image_cache_bytes` is the cache's size. From any thread."""
-        kinds = (self._counts, _COUNTED), (self._dense.counts, DENSE_COUNTED), (self._clicks.counts, CLICKS_COUNTED)
-        return self._features.counters | {name: counts[name] for counts, names in kinds for name in names}
+        rooms = (
+            (self._finder.counts, PROMPTS_COUNTED),
+            (self._dense.counts, DENSE_COUNTED),
+            (self._clicks.counts, CLICKS_COUNTED),
+        )
+        return self._features.counters | {name: counts[name] for counts, names in rooms for name in names}
 
     # ---- from any thread ------------------------------------------------------------------------------------------
 
@@ -214,12 +199,7 @@ class Engine:
 
     def check_prompts(self, prompts: Iterable[str]) -> None:
         """Raise PromptError for a prompt that is empty or has more than 32 tokens."""
-        for number, prompt in enumerate(prompts):
-            try:
-                self._features.token_ids(prompt)
-            except PromptError as error:
-                error.number = number
-                raise
+        self._finder.check_prompts(prompts)
 
     def read_adapter(self, folder: str | Path) -> AdapterWeights:
         """Read and check the folder of an adapter that finds objects of prompts; nothing of the model changes.
@@ -230,21 +210,23 @@ class Engine:
         return read_adapter_weights(folder, self.base.model, max_rank=self._max_rank)
 
     def read_any_adapter(self, folder: str | Path) -> AdapterWeights:
-        """As `read_adapter`, for a folder of either task.
+        """As `read_adapter`, for a folder of any task; one of task clicks loads the click head.
 
         Raises:
-            UserError: As there; or it labels pixels at another resolution, or lacks its head.
+            UserError: As there; or it belongs to another resolution, head or click head.
         """
-        return read_weights(folder, self.base, max_rank=self._max_rank)
+        weights = self._reader.read(folder)
+        weights.trunk_digest  # noqa: B018 - computed here, as the model thread has no time for it
+        return weights
 
     def summarise_adapter(self, folder: str | Path) -> AdapterSummary:
-        """What is known of an adapter folder without its weights. The first call computes the base's fingerprint.
+        """What is known of an adapter folder without its weights.
 
         Raises:
             UserError: That shows already that `read_any_adapter` would refuse it.
             OSError: A file cannot be read.
         """
-        return summarise(folder, self.base, max_rank=self._max_rank)
+        return self._reader.summarise(folder)
 
     # ---- from a second thread -------------------------------------------------------------------------------------
 
@@ -282,8 +264,11 @@ class Engine:
             self._adapters.pop(slot, None)
             self._bank.put(slot, weights)
             self._dense.put(slot, weights)
+            self._clicks.put(slot, weights)
             geometry_cls = weights.geometry_cls if self._geometry_cls is None else self._geometry_cls
-            self._adapters[slot] = SlotAdapter(slot, weights.version, weights.components, geometry_cls)
+            self._adapters[slot] = SlotAdapter(
+                slot, weights.version, weights.components, geometry_cls, weights.task, weights.trunk_digest
+            )
 
     def check_adapter(self, slot: int) -> None:
         """Ask a fixed image under the adapter in a slot, so that every part that it changes runs once.
@@ -292,30 +277,27 @@ class Engine:
             NotFiniteError: An output is NaN or infinite: its weights are finite, but too large.
         """
         adapter = self._adapters[slot]
-        if slot in self._dense:
-            with self._inference():
-                if not self._dense.is_finite(self._probe, adapter):
-                    raise _diverged()
-            return
-        box = BoxPrompt((0, 0, self.resolution / 2, self.resolution / 2))
-        boxes = ((), (box,)) if "geometry_encoder" in adapter.components else ((),)
+        if adapter.task == CLICKS:
+            self.enable_clicks()
         with self._inference():
-            if self._probe.features is None:
-                (of_base,) = self._features.encode([self._probe], [None])
-                self._probe = replace(self._probe, features=of_base)
-            image = self._probe
-            if "vision_encoder" in adapter.components:
-                (features,) = self._features.encode([image], [slot])
-                image = replace(image, features=features)
-            asked = [PromptedImage(image, ("object",), shown, slot, _PROBE_POST) for shown in boxes]
-            if not all(found.is_finite for found in self._run(asked)):
-                raise _diverged()
+            if adapter.task == DETECTION:
+                is_finite = self._finds_finite(adapter)
+            elif adapter.task == DENSE:
+                is_finite = self._dense.is_finite(self._probe, adapter)
+            else:
+                is_finite = self._clicks.is_finite(self._probe_of_base(ClickableFeatures), adapter)
+        if not is_finite:
+            raise NotFiniteError(
+                "its outputs are NaN or infinite for a test image: the training that made it diverged, train it again "
+                "with a lower learning rate"
+            )
 
     def clear_adapter(self, slot: int) -> None:
         with self._features.vision_lock:
             self._adapters.pop(slot, None)
             self._bank.clear(slot)
             self._dense.clear(slot)
+            self._clicks.clear(slot)
 
     def geometry_cls(self, slot: int | None) -> bool:
         """Whether the geometry CLS token follows text prompts."""
@@ -346,7 +328,7 @@ class Engine:
         def run(images: Sequence[PreparedImage], prompts: tuple[str, ...], boxes: tuple[BoxPrompt, ...]) -> None:
             """Without the codes of masks, which the device has no part in."""
             with self._inference():
-                for found in self._run([PromptedImage(image, prompts, boxes, post=everything) for image in images]):
+                for found in self._finder.run([PromptedImage(one, prompts, boxes, post=everything) for one in images]):
                     found.check_finite()
 
         run_first_shapes(
@@ -357,9 +339,8 @@ class Engine:
             image_sizes=self._forward.warm_up_sizes(self._warm_up_images),
         )
         self._features.reset_counters()
-        self._counts.clear()
-        self._dense.counts.clear()
-        self._clicks.counts.clear()
+        for room in (self._finder, self._dense, self._clicks):
+            room.counts.clear()
 
     def detect(self, images: Sequence[PromptedImage]) -> list[list[Detections]]:
         """For each image, for each of its prompts, its detections at the image's size.
@@ -371,12 +352,8 @@ class Engine:
             NotFiniteError: An output of the model is NaN or infinite.
             LookupError: A slot is empty.
         """
-        for image in images:
-            if problem := self._problem(image):
-                raise problem
         with self._inference():
-            found = (small.at_full_size() for small in self._run(images))
-            return [list(islice(found, image.num_rows)) for image in images]
+            return self._finder.detect(images)
 
     def detect_small(self, images: Sequence[PromptedImage]) -> list[list[SmallDetections] | Exception]:
         """As `detect`, for a service: masks stay small, and a mistake in one image leaves the others alone.
@@ -389,24 +366,8 @@ class Engine:
             torch.OutOfMemoryError, MemoryError: Together they take too much memory: ask fewer at a time.
             RuntimeError: The device failed (`is_device_error`): nothing can be answered any more.
         """
-        results: list[list[SmallDetections] | Exception | None] = [self._problem(image) for image in images]
-        possible = [number for number, problem in enumerate(results) if problem is None]
-        chosen = [images[number] for number in possible]
-        found: Sequence[list[SmallDetections] | Exception]
-        try:
-            with self._inference():
-                rows = self._run(chosen)
-                found = [_finite(list(islice(rows, image.num_rows))) for image in chosen]
-        except Exception as error:
-            if is_out_of_memory(error) or is_device_error(error):
-                raise
-            if len(possible) == 1:
-                found = [error]
-            else:  # find the image that fails
-                found = [one for image in chosen for one in self.detect_small([image])]
-        for number, result in zip(possible, found, strict=True):
-            results[number] = result
-        return [result for result in results if result is not None]
+        with self._inference():
+            return self._finder.detect_small(images)
 
     def label_small(
         self, images: Sequence[LabelledImage], beside: Sequence[PromptedImage | ClickedObject] = ()
@@ -434,20 +395,9 @@ class Engine:
         """
         self._clicks.enable()
 
-    def use_click_adapter(self, folder: str | Path, *, vision_adapter: str | Path | None = None) -> None:
-        """Answer clicks with a folder of task clicks over the base's click head.
-
-        Args:
-            vision_adapter: Folder of the adapter whose trunk clicks will see; the base's is None.
-
-        Raises:
-            UserError: The base has no tracker, or a folder is damaged, or was trained on another base or trunk.
-        """
-        from sam3lora.model.clicks.adapter import load_click_adapter, trunk_digest
-
-        digest = None if vision_adapter is None else trunk_digest(self.read_adapter(vision_adapter))
-        head = load_click_adapter(folder, self.base, head=self._clicks.enable(), vision_adapter=digest)
-        self._clicks.use(head)
+    def check_clicks(self, slot: int | None, click_slot: int | None) -> None:
+        """Raise UserError if the click adapter in a slot was trained on another vision trunk than that of `slot`."""
+        self._clicks.check(slot, click_slot)
 
     @property
     def click_mask_side(self) -> int:
@@ -466,9 +416,8 @@ class Engine:
             torch.OutOfMemoryError, MemoryError, RuntimeError: As `detect_small`.
         """
         self.enable_clicks()
-        finding = {slot: adapter for slot, adapter in self._adapters.items() if slot not in self._dense}
         with self._inference():
-            return self._clicks.answer(objects, finding, self._asked_next(beside))
+            return self._clicks.answer(objects, self._asked_next(beside))
 
     def semantic_logits(self, images: Sequence[PromptedImage]) -> list[list[np.ndarray]]:
         """For each image, for each of its prompts, float32 (h, w): whether a pixel belongs to any object of the prompt.
@@ -480,17 +429,8 @@ class Engine:
             NotFiniteError: An output of the model is NaN or infinite.
             LookupError: A slot is empty.
         """
-        for image in images:
-            if problem := self._problem(image):
-                raise problem
         with self._inference():
-            found = (
-                logits.float().cpu().numpy() for logits in self._plain.semantic(self._rows(images), self._max_rows)
-            )
-            logits = [list(islice(found, image.num_rows)) for image in images]
-        if not all(np.isfinite(one).all() for of_image in logits for one in of_image):
-            raise NotFiniteError("the semantic outputs are NaN or infinite: the training of the adapter diverged")
-        return logits
+            return self._finder.semantic_logits(images)
 
     # ---- masks that clicks start from, from any thread --------------------------------------------------------------
 
@@ -509,88 +449,32 @@ class Engine:
         found = []
         for one in beside:
             if isinstance(one, ClickedObject):
-                if one.slot in self._adapters and one.slot not in self._dense:
-                    found.append((one.image, BASE if one.vision == "base" else self._adapters[one.slot]))
-            elif self._problem(one) is None:
+                if (maker := self._clicks.maker(one)) is not None:
+                    found.append((one.image, maker))
+            elif self._finder.problem(one) is None:
                 found.append((one.image, self._adapters[one.slot]))
         return found
 
-    def _problem(self, image: PromptedImage) -> Exception | None:
-        if image.slot not in self._adapters:
-            return LookupError(f"slot {image.slot} holds no adapter")
-        if image.slot in self._dense:
-            return UserError("this adapter labels each pixel and finds no objects of prompts")
-        if not image.prompts and not image.boxes:
-            return UserError("no prompts: name what to look for, for example prompts=['crack'], or give boxes")
-        try:
-            self.check_prompts(image.prompts)
-            for box in image.boxes:
-                relative_cxcywh(box, image.image.size_hw)
-        except UserError as error:
-            return error
-        return None
+    def _finds_finite(self, adapter: SlotAdapter) -> bool:
+        """Whether what an adapter finds in the probe is, with a box too if it changes what reads boxes."""
+        box = BoxPrompt((0, 0, self.resolution / 2, self.resolution / 2))
+        boxes = ((), (box,)) if "geometry_encoder" in adapter.components else ((),)
+        image = self._probe_of_base(VisionFeatures)
+        if "vision_encoder" in adapter.components:
+            (features,) = self._features.encode([image], [adapter.slot])
+            image = replace(image, features=features)
+        asked = [PromptedImage(image, ("object",), shown, adapter.slot, _PROBE_POST) for shown in boxes]
+        return all(found.is_finite for found in self._finder.run(asked))
 
-    def _run(self, images: Sequence[PromptedImage]) -> Iterator[SmallDetections]:
-        """The detections of all prompts of all images, one after the other."""
-        rows = self._rows(images)
-        self._counts["forwards"] += -(-len(rows) // self._max_rows)
-        self._counts["rows"] += len(rows)
-        return self._forward.detect(rows, self._max_rows)
-
-    def _rows(self, images: Sequence[PromptedImage]) -> list[Row]:
-        """A row for each prompt of each image, with the features that it needs."""
-        asked = [image if image.prompts else replace(image, prompts=(BOXES_ALONE_PROMPT,)) for image in images]
-        adapters = [self._adapters[image.slot] for image in asked]
-        for image in asked:
-            if image.image.features is None:
-                self._features.images.keep_image(image.image)
-        vision = self._features.vision([(image.image, adapter) for image, adapter in zip(asked, adapters, strict=True)])
-        text = self._features.text(
-            [(prompt, adapter) for image, adapter in zip(asked, adapters, strict=True) for prompt in image.prompts]
-        )
-        rows = []
-        for image, adapter in zip(asked, adapters, strict=True):
-            size_hw = image.image.size_hw
-            boxes = tuple((relative_cxcywh(box, size_hw), box.label) for box in image.boxes)
-            of_image = vision[image.image.key, adapter.of("vision_encoder").version]
-            maker = adapter.of("text_encoder").version
-            for prompt in image.prompts:
-                wanted = Wanted(prompt, size_hw, image.post, image.masks, image.lowest_score)
-                rows.append(Row(of_image, text[prompt, maker], wanted, image.slot, boxes, adapter.geometry_cls))
-        return rows
+    def _probe_of_base(self, kind: type[VisionFeatures]) -> PreparedImage:
+        """The probe with features of the base, which stay with it."""
+        if not isinstance(self._probe.features, kind):
+            (of_base,) = self._features.encode([self._probe], [None])
+            self._probe = replace(self._probe, features=of_base)
+        return self._probe
 
     @contextlib.contextmanager
     def _inference(self) -> Iterator[None]:
         half = self.precision == "bfloat16"
         with self._no_gradients(), torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half):
             yield
-
-
-def _diverged() -> NotFiniteError:
-    return NotFiniteError(
-        "its outputs are NaN or infinite for a test image: the training that made it diverged, train it again with a "
-        "lower learning rate"
-    )
-
-
-def _finite(found: list[SmallDetections]) -> list[SmallDetections] | NotFiniteError:
-    if all(one.is_finite for one in found):
-        return found
-    return NotFiniteError("the outputs for this image are NaN or infinite")
-
-
-def relative_cxcywh(box: BoxPrompt, size_hw: tuple[int, int]) -> tuple[float, float, float, float]:
-    """Centre and size of a box in [0, 1] of the image's sides.
-
-    Raises:
-        UserError: It is not within the image, has no area, or its label is neither 0 nor 1.
-    """
-    height, width = size_hw
-    x0, y0, x1, y1 = box.xyxy
-    if box.label not in (0, 1):
-        raise UserError(f"a box has label 1 (this is meant) or 0 (this is not), got {box.label}")
-    if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
-        raise UserError(
-            f"box {list(box.xyxy)} must be x0 y0 x1 y1 in pixels with x0 < x1 <= {width}, y0 < y1 <= {height}"
-        )
-    return (x0 + x1) / 2 / width, (y0 + y1) / 2 / height, (x1 - x0) / width, (y1 - y0) / height

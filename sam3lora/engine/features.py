@@ -16,6 +16,7 @@ from sam3lora.engine.clicks.features import ClickableFeatures
 from sam3lora.engine.feature_cache import ImageCache, LruCache, PreparedImage
 from sam3lora.engine.forward import Forward
 from sam3lora.engine.transfers import write
+from sam3lora.model.adapter.metadata import DETECTION
 from sam3lora.model.loading import LoadedBase
 from sam3lora.model.staged.forward import TextFeatures, VisionFeatures
 from sam3lora.model.tokenization import tokenize
@@ -26,12 +27,14 @@ COUNTED = ("image_cache_hits", "image_cache_misses", "text_cache_hits", "text_ca
 
 
 class SlotAdapter(NamedTuple):
-    """The adapter of a slot, or the base (slot None)."""
+    """The adapter of a slot, or the base (slot None); `trunk` is the digest of what it changes in the vision trunk."""
 
     slot: int | None = None
     version: str | None = None
     components: frozenset[str] = frozenset()
     geometry_cls: bool = True
+    task: str = DETECTION
+    trunk: str | None = None
 
     def of(self, component: str) -> SlotAdapter:
         """Itself if it changes the component, else the base: features of unchanged components are shared."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack, get_args
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from PIL import Image
 from sam3lora.config.post_processing import PostProcessing, PostProcessingOptions
 from sam3lora.data.images import read_first_frame, rgb_from_pil
 from sam3lora.engine.adapter_pool import AdapterPool
+from sam3lora.engine.clicks.click import ClicksVision
 from sam3lora.engine.detections import BoxPrompt, Detections
 from sam3lora.errors import UserError
 from sam3lora.inference.dense.predictor import DensePredictor, settings_of
@@ -23,7 +24,6 @@ from sam3lora.inference.result_pictures import draw_results, write_picture
 from sam3lora.model.adapter.metadata import is_dense_folder, refuse_other_tasks
 
 if TYPE_CHECKING:
-    from sam3lora.engine.clicks.decoder import ClicksVision
     from sam3lora.engine.clicks.interaction import SeedKind
     from sam3lora.inference.clicks.session import ClickSession
 
@@ -46,8 +46,10 @@ class Predictor:
         predictor.predict_dense("image.jpg").draw("output.png")
 
     Args:
-        model: "tiny", a hub id or a folder; None takes the adapter's base, or "tiny".
+        model: "tiny", a hub id or a folder; None takes the base of the adapters, or "tiny".
         adapter: Adapter folder; None asks the base model.
+        click_adapter: Folder of task clicks, whose click head answers in `interact`; None is the base's. It may go with
+            an adapter.
         revision: Branch, tag or commit of a hub id.
         resolution: Side of the model's input in pixels; None takes the adapter's, or the model's own.
         geometry_cls: Whether text prompts are followed by the geometry CLS token; None does as the adapter was
@@ -68,6 +70,7 @@ class Predictor:
         model: str | None = None,
         *,
         adapter: str | Path | None = None,
+        click_adapter: str | Path | None = None,
         revision: str | None = None,
         resolution: int | None = None,
         geometry_cls: bool | None = None,
@@ -78,6 +81,7 @@ class Predictor:
     ) -> None:
         PostProcessing().changed(**post)  # a value out of range: before the model is loaded, which may take long
         self.adapter = None if adapter is None else Path(adapter).expanduser()
+        self.click_adapter = None if click_adapter is None else Path(click_adapter).expanduser()
         options: dict[str, Any] = {
             "revision": revision,
             "resolution": resolution,
@@ -87,11 +91,12 @@ class Predictor:
         }
         self._dense: DensePredictor | None = None
         if self.adapter is not None and is_dense_folder(self.adapter):
-            settings = settings_of(self.adapter, {**post, "geometry_cls": geometry_cls})
+            settings = settings_of(self.adapter, {**post, "geometry_cls": geometry_cls, "click_adapter": click_adapter})
             self._dense = DensePredictor(self.adapter, model, settings=settings, **options)
             return
         adapters = {} if self.adapter is None else {_ADAPTER: self.adapter}
-        self._pool = AdapterPool(model, adapters=adapters, geometry_cls=geometry_cls, **options)
+        options |= {"adapters": adapters, "click_adapter": self.click_adapter, "geometry_cls": geometry_cls}
+        self._pool = AdapterPool(model, **options)
         self._label = None if self.adapter is None else _ADAPTER
         self.post = self._pool.recorded(self._label).changed(**post)
 
@@ -105,6 +110,7 @@ class Predictor:
             "model": base.name,
             "revision": base.revision,
             "adapter": None if self.adapter is None else str(self.adapter),
+            **({} if self.click_adapter is None else {"click_adapter": str(self.click_adapter)}),
             "resolution": base.resolution,
             **self.post.model_dump(mode="json"),
         }
@@ -190,15 +196,17 @@ class Predictor:
 
         Raises:
             ImageError: The image cannot be read.
-            UserError: The base has no click head, the adapter is of task dense, or an option is unknown.
+            UserError: The base has no click head, the adapter is of task dense, the click adapter was trained on
+                another vision trunk than clicks see here, or an option is unknown.
         """
         from sam3lora.inference.clicks.session import ClickSession
 
         self._refuse_dense()
-        engine, slot = self._pool.place(self._label)
+        if clicks_vision not in get_args(ClicksVision):
+            raise UserError(f"clicks_vision must be one of {', '.join(get_args(ClicksVision))}, got {clicks_vision!r}")
+        finding, clicking = self._pool.place(self._label), self._pool.place_clicks(self._label, clicks_vision)
         name = Path(image).name if isinstance(image, str | Path) else "image"
-        options: dict[str, Any] = {"file_name": name, "seed": seed, "clicks_vision": clicks_vision}
-        return ClickSession(engine, slot, _load(image), post=self.post, **options)
+        return ClickSession(finding, clicking, _load(image), post=self.post, file_name=name, seed=seed)
 
     def draw(
         self,

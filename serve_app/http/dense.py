@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
 
 from serve_app.http.body import Received
 from serve_app.http.dense_schemas import ClassResponse, DenseRequest, DenseResponse
 from serve_app.http.errors import ServeError
 from serve_app.http.requests import find_image
 from serve_app.http.schemas import ImageSize, RleMask, check
+from serve_app.http.writing import Writing
 from serve_app.messages import DenseCall, DenseReply, ImageFile, LabelledClass
 from serve_app.settings import Limits
 
@@ -34,18 +34,16 @@ def to_dense_call(request: DenseRequest, image: ImageFile, timeout_s: float) -> 
     return DenseCall(image, request.adapter, request.output, classes, request.threshold, timeout_s)
 
 
-def dense_response(
-    reply: DenseReply, *, request_id: str, adapter: str, timing_ms: Mapping[str, float]
-) -> DenseResponse:
+def dense_response(reply: DenseReply, request: DenseRequest, writing: Writing) -> DenseResponse:
     """The response body; fields that were not asked for are not set."""
     height, width = reply.size_hw
     response = DenseResponse.model_construct(
-        request_id=request_id,
+        request_id=writing.request_id,
         image=ImageSize(width=width, height=height),
-        adapter=adapter,
+        adapter=request.adapter,
         task="dense",
         classes=[_class_response(one) for one in reply.classes],
-        timing_ms=dict(timing_ms),
+        timing_ms=writing.clock.with_total(reply.timing_ms),
     )
     if reply.label_png is not None:
         response.label_png = _base64(reply.label_png)

@@ -31,7 +31,7 @@ STATUS_OF = {
     "invalid_mask": 422,
     "invalid_image": 422,  # cannot be decoded
     "invalid_adapter": 422,  # the id breaks the pattern, or its folder cannot be served
-    "wrong_task": 422,  # a prompted adapter that is asked for labels, or the other way round
+    "wrong_task": 422,  # an adapter that is asked for what those of another task do
     "answer_too_large": 422,
     "too_many_requests": 429,  # replaces `overloaded` where the settings ask for 429
     "headers_too_large": 431,

@@ -13,7 +13,17 @@ from pycocotools import mask as coco_mask
 from sam3lora.engine.detections import Detections
 from sam3lora.engine.mask_codes import Rle, rle_area_px, rle_to_polygons
 from serve_app.http.errors import ServeError
-from serve_app.http.schemas import DetectionResponse, MaskFormat, PromptResponse, RleMask
+from serve_app.http.schemas import (
+    DetectionResponse,
+    ImageSize,
+    MaskFormat,
+    PromptResponse,
+    RleMask,
+    SegmentRequest,
+    SegmentResponse,
+)
+from serve_app.http.writing import Writing
+from serve_app.messages import SegmentReply
 
 _PNG_OPTIONS = [cv2.IMWRITE_PNG_BILEVEL, 1, cv2.IMWRITE_PNG_COMPRESSION, 1]
 _FEW = 16  # detections that take less time than a thread is worth
@@ -63,6 +73,30 @@ def prompt_response(
         presence=round(float(found.presence), 6),
         num_detections=len(detections),
         detections=detections,
+    )
+
+
+def segment_response(reply: SegmentReply, request: SegmentRequest, writing: Writing) -> SegmentResponse:
+    """The response body; without masks a detection has neither `mask` nor `area_px`.
+
+    Raises:
+        ServeError, TimeoutError: As `prompt_response`.
+    """
+    ids: Sequence[Sequence[str | None] | None] = [None] * len(reply.results)
+    if reply.mask_ids is not None:
+        ids = reply.mask_ids
+    results = [
+        prompt_response(found, request.masks, of_prompt, is_over=writing.is_over)
+        for found, of_prompt in zip(reply.results, ids, strict=True)
+    ]
+    writing.clock.lap("format")
+    height, width = reply.size_hw
+    return SegmentResponse.model_construct(
+        request_id=writing.request_id,
+        image=ImageSize(width=width, height=height),
+        adapter=request.adapter,
+        results=results,
+        timing_ms=writing.clock.with_total(reply.timing_ms),
     )
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import FastAPI
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, Response
@@ -24,18 +25,19 @@ from starlette.types import Scope
 from sam3lora import __version__
 from serve_app.http.arrivals import Admission
 from serve_app.http.auth import keys_from_environment
-from serve_app.http.body import read_request
+from serve_app.http.body import Received, read_request
 from serve_app.http.dense import check_dense, dense_response, to_dense_call
 from serve_app.http.envelope import Envelope, on_http_exception
 from serve_app.http.errors import ServeError, answer_too_large
-from serve_app.http.formats import is_costly, is_quick, prompt_response
+from serve_app.http.formats import is_costly, is_quick, segment_response
 from serve_app.http.listing import adapters_json, check_listing
 from serve_app.http.openapi import TITLE, describe, operation
 from serve_app.http.refine import check_refine, refine_response, to_refine_call
 from serve_app.http.requests import IMAGE_ID_PREFIX, check_segment, check_upload, to_call
-from serve_app.http.schemas import ImageResponse, ImageSize, SegmentResponse, StatusResponse
+from serve_app.http.schemas import ImageResponse, StatusResponse
+from serve_app.http.writing import Writing
 from serve_app.metrics import CONTENT_TYPE, IngressMetrics, StageClock, merge
-from serve_app.settings import ServeSettings
+from serve_app.settings import Limits, ServeSettings
 
 if TYPE_CHECKING:
     from serve_app.http.backend import Backend  # its module imports Ray
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
 GRACE_S = 0.5  # for the backend to say itself what happened to a request whose time is over
 
 T = TypeVar("T")
+Asked = TypeVar("Asked")
+Reply = TypeVar("Reply")
 
 
 def create_api(settings: ServeSettings, backend: Backend, *, sends_request_id: bool = True) -> FastAPI:
@@ -93,94 +97,75 @@ class _Routes:
         self._mask_threads = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="masks")
 
     async def segment(self, request: Request) -> Response:
-        limits = self._limits
-        clock = StageClock(request.state.started_s)
-        async with self._admitted(request) as (incoming, deadline_s):
-            received = await read_request(incoming, limits.max_body_bytes)
-            clock.lap("body")
-            asked, image = await asyncio.to_thread(check_segment, received, limits)
-            clock.lap("check")
-            call = to_call(asked, image, _left(deadline_s))
-            reply = _value(await _while_connected(request, self._backend.segment(call)))
-            clock.lap("segmenter")
-
-            def to_json(is_over: Callable[[], bool]) -> str:
-                ids = reply.mask_ids
-                results = [
-                    prompt_response(found, asked.masks, None if ids is None else ids[number], is_over=is_over)
-                    for number, found in enumerate(reply.results)
-                ]
-                clock.lap("format")
-                height, width = reply.size_hw
-                response = SegmentResponse.model_construct(
-                    request_id=request.state.request_id,
-                    image=ImageSize(width=width, height=height),
-                    adapter=asked.adapter,
-                    results=results,
-                    timing_ms=clock.with_total(reply.timing_ms),
-                )
-                return response.model_dump_json(
-                    exclude_unset=True
-                )  # without masks there is neither `mask` nor `area_px`
-
-            if is_quick(reply.results, asked.masks):
-                text = to_json(lambda: False)
-            else:
-                threads = self._mask_threads if is_costly(asked.masks) else None
-                text = await self._in_thread(request, threads, to_json, deadline_s + GRACE_S)
-            return self._answer(text)
+        return await self._ask(
+            request,
+            check_segment,
+            lambda asked, timeout_s: self._backend.segment(to_call(*asked, timeout_s)),
+            lambda asked, reply, writing: segment_response(reply, asked[0], writing),
+            is_quick=lambda asked, reply: is_quick(reply.results, asked[0].masks),
+            is_costly=lambda asked: is_costly(asked[0].masks),
+        )
 
     async def dense(self, request: Request) -> Response:
-        limits = self._limits
-        clock = StageClock(request.state.started_s)
-        async with self._admitted(request) as (incoming, deadline_s):
-            received = await read_request(incoming, limits.max_body_bytes)
-            clock.lap("body")
-            asked, image = await asyncio.to_thread(check_dense, received, limits)
-            clock.lap("check")
-            call = to_dense_call(asked, image, _left(deadline_s))
-            reply = _value(await _while_connected(request, self._backend.label(call)))
-            clock.lap("segmenter")
-
-            def to_json(is_over: Callable[[], bool]) -> str:
-                response = dense_response(
-                    reply,
-                    request_id=request.state.request_id,
-                    adapter=asked.adapter,
-                    timing_ms=clock.with_total(reply.timing_ms),
-                )
-                return response.model_dump_json(exclude_unset=True)
-
-            text = await self._in_thread(request, None, to_json, deadline_s + GRACE_S)
-            return self._answer(text, "ask for fewer classes")
+        return await self._ask(
+            request,
+            check_dense,
+            lambda asked, timeout_s: self._backend.label(to_dense_call(*asked, timeout_s)),
+            lambda asked, reply, writing: dense_response(reply, asked[0], writing),
+            advice="ask for fewer classes",
+        )
 
     async def refine(self, request: Request) -> Response:
-        limits = self._limits
+        return await self._ask(
+            request,
+            check_refine,
+            lambda asked, timeout_s: self._backend.refine(to_refine_call(*asked, timeout_s)),
+            lambda asked, reply, writing: refine_response(reply, asked[0], writing),
+            is_quick=lambda asked, reply: not is_costly(asked[0].masks),
+            is_costly=lambda asked: is_costly(asked[0].masks),
+            advice="ask for fewer objects",
+        )
+
+    async def _ask(
+        self,
+        request: Request,
+        check: Callable[[Received, Limits], Asked],
+        send: Callable[[Asked, float], Awaitable[Reply | ServeError]],
+        respond: Callable[[Asked, Reply, Writing], BaseModel],
+        *,
+        is_quick: Callable[[Asked, Reply], bool] = lambda asked, reply: False,
+        is_costly: Callable[[Asked], bool] = lambda asked: False,
+        advice: str | None = None,
+    ) -> Response:
+        """From a request about an image to its response.
+
+        Args:
+            check: What is asked, from what was received.
+            send: Asks the replicas, within so many seconds.
+            respond: The body, from what was asked and the reply.
+            is_quick: Whether the body is written in less time than a thread is worth.
+            is_costly: Whether one mask may take a second.
+            advice: What to do where the response is too large.
+        """
         clock = StageClock(request.state.started_s)
         async with self._admitted(request) as (incoming, deadline_s):
-            received = await read_request(incoming, limits.max_body_bytes)
+            received = await read_request(incoming, self._limits.max_body_bytes)
             clock.lap("body")
-            asked, objects, image = await asyncio.to_thread(check_refine, received, limits)
+            asked = await asyncio.to_thread(check, received, self._limits)
             clock.lap("check")
-            call = to_refine_call(asked, objects, image, _left(deadline_s))
-            reply = _value(await _while_connected(request, self._backend.refine(call)))
+            reply = _value(await _while_connected(request, send(asked, _left(deadline_s))))
             clock.lap("segmenter")
 
             def to_json(is_over: Callable[[], bool]) -> str:
-                response = refine_response(
-                    reply,
-                    asked,
-                    request_id=request.state.request_id,
-                    timing_ms=clock.with_total(reply.timing_ms),
-                    is_over=is_over,
-                )
-                return response.model_dump_json(exclude_unset=True)
+                response = respond(asked, reply, Writing(request.state.request_id, clock, is_over))
+                return response.model_dump_json(exclude_unset=True)  # without what was not asked for
 
-            if is_costly(asked.masks):
-                text = await self._in_thread(request, self._mask_threads, to_json, deadline_s + GRACE_S)
-            else:
+            if is_quick(asked, reply):
                 text = to_json(lambda: False)
-            return self._answer(text, "ask for fewer objects")
+            else:
+                threads = self._mask_threads if is_costly(asked) else None
+                text = await self._in_thread(request, threads, to_json, deadline_s + GRACE_S)
+            return self._answer(text, *([] if advice is None else [advice]))
 
     async def images(self, request: Request) -> Response:
         limits = self._limits

@@ -54,6 +54,7 @@ def refine_example() -> dict[str, Any]:
         "request_id": "a1",
         "image": {"width": 64, "height": 64},
         "adapter": None,
+        "click_adapter": None,
         "objects": [chosen | {"object_score": 0.99, "alternatives": [other]}],
         "timing_ms": {"body": 0.2, "check": 0.3, "forward": 4.1, "total": 6.4},
     }

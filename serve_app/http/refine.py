@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 from sam3lora.data.rle import read_rle
 from sam3lora.engine.clicks.click import Click
@@ -13,6 +13,7 @@ from serve_app.http.formats import mask_as
 from serve_app.http.refine_schemas import MaskRequest, MaskResponse, ObjectResponse, RefineRequest, RefineResponse
 from serve_app.http.requests import find_image
 from serve_app.http.schemas import ImageSize, MaskFormat, check
+from serve_app.http.writing import Writing
 from serve_app.messages import ImageFile, RefineCall, RefinedMask, RefinedObject, RefineReply
 from serve_app.settings import Limits
 
@@ -93,25 +94,26 @@ def _mask(asked: MaskRequest | None, name: str) -> str | Rle | None:
 def to_refine_call(
     request: RefineRequest, objects: tuple[RefinedObject, ...], image: ImageFile, timeout_s: float
 ) -> RefineCall:
-    return RefineCall(image, objects, request.adapter, _MULTIMASK[request.multimask], request.clicks_vision, timeout_s)
+    return RefineCall(
+        image,
+        objects,
+        request.adapter,
+        _MULTIMASK[request.multimask],
+        request.clicks_vision,
+        request.click_adapter,
+        timeout_s,
+    )
 
 
-def refine_response(
-    reply: RefineReply,
-    request: RefineRequest,
-    *,
-    request_id: str,
-    timing_ms: Mapping[str, float],
-    is_over: Callable[[], bool] = lambda: False,
-) -> RefineResponse:
-    """The response body; `is_over` is asked before every object.
+def refine_response(reply: RefineReply, request: RefineRequest, writing: Writing) -> RefineResponse:
+    """The response body; whether it is over is asked before every object.
 
     Raises:
         TimeoutError: It is over: nobody waits for the response any more.
     """
     objects = []
     for one in reply.objects:
-        if is_over():
+        if writing.is_over():
             raise TimeoutError
         first, *others = (_fields(mask, request.masks) for mask in one.masks)
         alternatives = [MaskResponse.model_construct(**fields) for fields in others]
@@ -119,11 +121,12 @@ def refine_response(
         objects.append(ObjectResponse.model_construct(**first, object_score=score, alternatives=alternatives))
     height, width = reply.size_hw
     return RefineResponse.model_construct(
-        request_id=request_id,
+        request_id=writing.request_id,
         image=ImageSize(width=width, height=height),
         adapter=request.adapter,
+        click_adapter=request.click_adapter,
         objects=objects,
-        timing_ms=dict(timing_ms),
+        timing_ms=writing.clock.with_total(reply.timing_ms),
     )
 
 

@@ -57,6 +57,11 @@ class RefineRequest(RequestModel):
         None,
         description="Id of an adapter of GET /v1/adapters: the click head sees its vision trunk. Null is the base.",
     )
+    click_adapter: Annotated[str, StringConstraints(pattern=ADAPTER_ID_PATTERN)] | None = Field(
+        None,
+        description="Id of an adapter whose task is clicks: its click head answers. Null is the base's. It has to be "
+        "trained on the vision trunk that clicks see.",
+    )
     clicks_vision: ClicksVision = Field(
         "adapter", description='"base" shows the click head the trunk without the adapter, which it was trained on.'
     )
@@ -104,5 +109,6 @@ class RefineResponse(BaseModel):
     request_id: str
     image: ImageSize
     adapter: str | None
+    click_adapter: str | None
     objects: list[ObjectResponse] = Field(description="In the order of the request.")
     timing_ms: dict[str, float] = Field(description='Milliseconds by stage, and "total".')

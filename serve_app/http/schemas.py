@@ -21,7 +21,7 @@ from serve_app.settings import ADAPTER_ID_PATTERN, ADAPTER_ID_RULE
 IMAGE_ID_PATTERN = r"^img_[0-9a-f]{64}$"
 MASK_ID_PATTERN = r"^msk_[0-9a-f]{32}$"
 MaskFormat = Literal["rle", "polygon", "png", "none"]
-Task = Literal["detection", "dense"]
+Task = Literal["detection", "dense", "clicks"]
 
 _TYPE_OF_FIELD = {
     "prompts": "invalid_prompt",
@@ -30,10 +30,12 @@ _TYPE_OF_FIELD = {
     "clicks": "invalid_click",
     "mask": "invalid_mask",
     "adapter": "invalid_adapter",
+    "click_adapter": "invalid_adapter",
 }
 _ADDRESS_FIELDS = frozenset(("image_url", "image_uri", "url", "uri", "image_path", "path"))
 _FORMS = {
     "adapter": ADAPTER_ID_RULE,
+    "click_adapter": ADAPTER_ID_RULE,
     "image_id": "it is the one that POST /v1/images returned",
     "mask_id": "it is the one that POST /v1/refine or POST /v1/segment returned",
 }
@@ -121,7 +123,9 @@ class AdaptersRequest(RequestModel):
         None, description="Only adapters behind this id: `next` of the page before."
     )
     task: Task | None = Field(
-        None, description='Only those that find objects of prompts ("detection") or label pixels ("dense").'
+        None,
+        description='Only those that find objects of prompts ("detection"), label pixels ("dense"), or answer clicks '
+        '("clicks").',
     )
 
 
@@ -200,7 +204,8 @@ class AdapterResponse(BaseModel):
     id: str
     task: Task | None = Field(
         default=None,
-        description='"detection": POST /v1/segment asks it; "dense": POST /v1/dense; null if it cannot be read.',
+        description='"detection": POST /v1/segment asks it; "dense": POST /v1/dense; "clicks": POST /v1/refine, as '
+        "click_adapter; null if it cannot be read.",
     )
     prompts: list[str] = Field(default_factory=list, description="Prompts it was trained on.")
     classes: list[str] = Field(
@@ -211,7 +216,8 @@ class AdapterResponse(BaseModel):
     adapts: list[str] = Field(default_factory=list, description="Parts of the model that it changes.")
     post_processing: PostProcessing | None = Field(
         default=None,
-        description="Settings that hold where a request gives none; null for task dense, or if it cannot be read.",
+        description="Settings that hold where a request gives none; null for other tasks than detection, or if it "
+        "cannot be read.",
     )
     resident: bool = Field(default=False, description="Some replica has it in memory.")
     error: str | None = Field(default=None, description="Why it cannot be used; null if it can.")

@@ -168,6 +168,10 @@ class AdapterFolders:
                 size_bytes=known.size_bytes,
                 adapts=[name for name in COMPONENTS if name in known.components],
             )
+        if known.metadata is not None and known.metadata.clicks is not None:
+            return AdapterResponse(
+                id=adapter_id, task="clicks", rank=known.rank, size_bytes=known.size_bytes, adapts=["click_head"]
+            )
         prompts = known.metadata.prompts if known.metadata else []
         post = recorded_post_processing(known.metadata)
         return AdapterResponse(

@@ -8,8 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from sam3lora.config.post_processing import PostProcessing
+from sam3lora.model.clicks.origin import ClickOrigin
 from sam3lora.model.dense.settings import DenseSettings
 from serve_app.replica.adapter_folders import AdapterFolder
+
+Recorded = PostProcessing | DenseSettings | ClickOrigin
+"""What the folder of an adapter says of its use, by its task: it finds objects, labels pixels or answers clicks."""
 
 
 @dataclass(eq=False)
@@ -21,7 +25,7 @@ class LoadedAdapter:
 
     folder: AdapterFolder
     slot: int
-    settings: PostProcessing | DenseSettings
+    settings: Recorded
     users: int = 0
     retired: bool = False
 

@@ -7,8 +7,8 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,12 +17,13 @@ from sam3lora.engine.engine import Engine
 from sam3lora.model.adapter.folder import FolderSignature
 from sam3lora.model.adapter.metadata import AdapterMetadata, recorded_post_processing
 from sam3lora.model.adapter.weights import AdapterWeights
+from sam3lora.model.clicks.origin import ClickOrigin
 from sam3lora.model.dense.settings import DenseSettings
 from serve_app.http.errors import ServeError, refuse_as
 from serve_app.messages import EVERY_ADAPTER, AdapterPage, AdapterQuery, AdapterRow
 from serve_app.metrics import ReplicaMetrics
 from serve_app.replica.adapter_folders import AdapterFolder, AdapterFolders, Described
-from serve_app.replica.adapter_slots import Load, LoadedAdapter, SlotTable
+from serve_app.replica.adapter_slots import Load, LoadedAdapter, Recorded, SlotTable
 from serve_app.replica.shared_calls import SharedCalls
 from serve_app.settings import AdapterSettings, Limits
 
@@ -39,7 +40,7 @@ class HeldAdapter(NamedTuple):
     """What a request needs of its adapter; `slot` is None for the base, the settings say what it can be asked."""
 
     slot: int | None
-    settings: PostProcessing | DenseSettings
+    settings: Recorded
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class AdapterStore:
         self._table = SlotTable(num_slots, lambda slot: self._spawn(self._empty(slot)), metrics.adapter_evictions.inc)
         self._loads: dict[str, Load] = {}
         self._load_turns = asyncio.Semaphore(MAX_LOADS)
+        self._pair_turns = asyncio.Semaphore(num_slots - 1)
         self._failures: dict[str, _Failure] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         # Separate pools: a slow read must not delay a request that only looks at its loaded adapter's folder.
@@ -103,6 +105,43 @@ class AdapterStore:
             yield HeldAdapter(adapter.slot, adapter.settings)
         finally:
             self._table.release(adapter)
+
+    @asynccontextmanager
+    async def hold_both(
+        self, adapter_id: str | None, click_adapter_id: str | None, timeout_s: float = 30.0
+    ) -> AsyncIterator[tuple[HeldAdapter, HeldAdapter]]:
+        """As `hold`, of an adapter and a click adapter.
+
+        Raises:
+            ServeError: As `hold`, with the field at fault; or there is one slot only.
+        """
+        deadline = time.monotonic() + timeout_s
+        async with AsyncExitStack() as held, AsyncExitStack() as turn:
+            if adapter_id is not None and click_adapter_id is not None:
+                if self._table.num_slots < 2:
+                    message = "this service holds one adapter at a time: leave out adapter, or click_adapter"
+                    raise ServeError("invalid_request", message, field="click_adapter")
+                await turn.enter_async_context(self._second_slot(deadline))
+            adapter = await held.enter_async_context(self.hold(adapter_id, deadline - time.monotonic()))
+            try:
+                clicks = await held.enter_async_context(self.hold(click_adapter_id, deadline - time.monotonic()))
+            except ServeError as error:
+                raise replace(error, field="click_adapter" if error.field == "adapter" else error.field) from None
+            await turn.aclose()
+            yield adapter, clicks
+
+    @asynccontextmanager
+    async def _second_slot(self, deadline: float) -> AsyncIterator[None]:
+        """A turn to take one slot and then another: fewer than there are slots, so that they cannot wait in a ring."""
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                await self._pair_turns.acquire()
+        except TimeoutError:
+            raise ServeError("overloaded", "all adapter slots are in use: try again later", 1.0) from None
+        try:
+            yield
+        finally:
+            self._pair_turns.release()
 
     async def list(self, query: AdapterQuery = EVERY_ADAPTER) -> AdapterPage:
         """The adapters that may be served and match the query, by id."""
@@ -305,9 +344,11 @@ class AdapterStore:
         task.add_done_callback(self._tasks.discard)
 
 
-def _recorded_settings(metadata: AdapterMetadata | None) -> PostProcessing | DenseSettings:
+def _recorded_settings(metadata: AdapterMetadata | None) -> Recorded:
     if metadata is not None and metadata.dense is not None:
         return DenseSettings(**metadata.dense)
+    if metadata is not None and metadata.clicks is not None:
+        return ClickOrigin(**metadata.clicks)
     return recorded_post_processing(metadata)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sam3lora.config.post_processing import PostProcessing
 from sam3lora.data.masks import decode_mask
 from sam3lora.engine.clicks.decoder import ClickedObject
 from sam3lora.engine.clicks.kept_masks import MOST_MASKS
@@ -18,14 +19,42 @@ from sam3lora.engine.engine import Engine
 from sam3lora.engine.feature_cache import PreparedImage
 from sam3lora.engine.mask_codes import encode_logits
 from sam3lora.engine.selection import SmallDetections
+from sam3lora.errors import UserError
+from sam3lora.model.clicks.origin import ClickOrigin
 from serve_app.http.errors import ServeError, answer_too_large
 from serve_app.messages import RefineCall, RefinedMask, RefinedMasks, RefinedObject
+from serve_app.replica.adapter_store import HeldAdapter
 from serve_app.replica.engine_work import ClickedImage
 from serve_app.replica.mask_encoder import StoppedError
+from serve_app.replica.tasks import expect
+
+
+def click_slots(
+    engine: Engine, call: RefineCall, adapter: HeldAdapter, click_adapter: HeldAdapter
+) -> tuple[int | None, int | None]:
+    """The slots of the two adapters of a call, which go together.
+
+    Raises:
+        ServeError: One is of another task, or the click adapter was trained on another vision trunk.
+    """
+    if call.adapter is not None:
+        expect(PostProcessing, call.adapter, adapter.settings)
+    if call.click_adapter is not None:
+        expect(ClickOrigin, call.click_adapter, click_adapter.settings, "click_adapter")
+    try:
+        engine.check_clicks(None if call.clicks_vision == "base" else adapter.slot, click_adapter.slot)
+    except UserError as error:
+        raise ServeError("invalid_adapter", str(error), field="click_adapter") from None
+    return adapter.slot, click_adapter.slot
 
 
 def to_clicked(
-    engine: Engine, call: RefineCall, image: PreparedImage, slot: int | None, stop: threading.Event
+    engine: Engine,
+    call: RefineCall,
+    image: PreparedImage,
+    slot: int | None,
+    click_slot: int | None,
+    stop: threading.Event,
 ) -> ClickedImage:
     """What the engine is asked. Masks that came as run-length codes take milliseconds: use a thread then.
 
@@ -42,7 +71,7 @@ def to_clicked(
         prompt = ClickPrompt.of(one.clicks, one.box_xyxy, mask_mm, size_hw=image.size_hw, side=engine.resolution)
         if call.multimask is not None:
             prompt = replace(prompt, multimask=call.multimask)
-        objects.append(ClickedObject(image, prompt, slot, call.clicks_vision))
+        objects.append(ClickedObject(image, prompt, slot, call.clicks_vision, click_slot))
     return ClickedImage(tuple(objects))
 
 

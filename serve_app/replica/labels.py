@@ -8,7 +8,6 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from sam3lora.config.post_processing import PostProcessing
 from sam3lora.data.label_palette import palette_image
 from sam3lora.data.rle import encode_rle
 from sam3lora.inference.dense.files import encode_png
@@ -35,15 +34,12 @@ class Labels(NamedTuple):
     label_png: bytes | None
 
 
-def wanted_labels(call: DenseCall, recorded: DenseSettings | PostProcessing) -> WantedLabels:
+def wanted_labels(call: DenseCall, recorded: DenseSettings) -> WantedLabels:
     """What a call wants of the adapter that recorded these settings.
 
     Raises:
-        ServeError: The adapter is of the other task, or cannot give what is wanted.
+        ServeError: The adapter cannot give what is wanted.
     """
-    if isinstance(recorded, PostProcessing):
-        message = f"adapter {call.adapter!r} finds objects of prompts: ask it with POST /v1/segment"
-        raise ServeError("wrong_task", message)
     overlap = recorded.mode == "multilabel"
     if overlap and call.output == "label_png":
         message = "classes of this adapter may overlap, so its pixels have no one label: ask for rle or probability_png"

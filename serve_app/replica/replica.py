@@ -46,11 +46,12 @@ from serve_app.messages import (
 from serve_app.metrics import ReplicaMetrics, StageClock
 from serve_app.replica.adapter_store import AdapterStore
 from serve_app.replica.batcher import Batcher
-from serve_app.replica.clicks import keep_detections, refined_masks, to_clicked
+from serve_app.replica.clicks import click_slots, keep_detections, refined_masks, to_clicked
 from serve_app.replica.engine_work import Answer, Asked, build_engine, enable_clicks, encoding_ahead, run_batch
 from serve_app.replica.image_decoder import ImageDecoder
 from serve_app.replica.labels import LARGE_PIXELS, make_labels, wanted_labels
 from serve_app.replica.mask_encoder import MaskEncoder
+from serve_app.replica.tasks import expect
 from serve_app.settings import AdapterSettings, ServeSettings
 
 logger = logging.getLogger(__name__)
@@ -220,10 +221,8 @@ class ModelReplica:
                 clock.lap("decode")
                 adapter = await held.enter_async_context(self._store.hold(call.adapter, deadline - time.monotonic()))
                 clock.lap("adapter")
-            if isinstance(adapter.settings, DenseSettings):
-                message = f"adapter {call.adapter!r} labels each pixel: ask it with POST /v1/dense"
-                raise ServeError("wrong_task", message)
-            post = _post_processing(adapter.settings, call.post_processing, self._limits.max_detections)
+            recorded = expect(PostProcessing, call.adapter, adapter.settings)
+            post = _post_processing(recorded, call.post_processing, self._limits.max_detections)
             with_masks = call.masks or call.keep_masks
             asked = PromptedImage(image, call.prompts, call.boxes, adapter.slot, post, with_masks)
             try:
@@ -251,7 +250,7 @@ class ModelReplica:
                 clock.lap("decode")
                 adapter = await held.enter_async_context(self._store.hold(call.adapter, deadline - time.monotonic()))
                 clock.lap("adapter")
-            wanted = wanted_labels(call, adapter.settings)
+            wanted = wanted_labels(call, expect(DenseSettings, call.adapter, adapter.settings))
             assert adapter.slot is not None
             asked = LabelledImage(image, adapter.slot)
             try:
@@ -282,12 +281,11 @@ class ModelReplica:
                 image = await self._decoder.image(call.image, deadline)
                 check_places(call.objects, image.size_hw)
                 clock.lap("decode")
-                adapter = await held.enter_async_context(self._store.hold(call.adapter, deadline - time.monotonic()))
+                adapters = await held.enter_async_context(
+                    self._store.hold_both(call.adapter, call.click_adapter, deadline - time.monotonic())
+                )
                 clock.lap("adapter")
-                if isinstance(adapter.settings, DenseSettings):
-                    message = f"adapter {call.adapter!r} labels each pixel: ask it with POST /v1/dense"
-                    raise ServeError("wrong_task", message)
-                to_asked = partial(to_clicked, self._engine, call, image, adapter.slot)
+                to_asked = partial(to_clicked, self._engine, call, image, *click_slots(self._engine, call, *adapters))
                 if any(isinstance(one.mask, dict) for one in call.objects):
                     late = "the masks were not read in time: send fewer objects"
                     is_large = image.size_hw[0] * image.size_hw[1] > LARGE_PIXELS
@@ -298,7 +296,7 @@ class ModelReplica:
             try:
                 outcome = await self._batcher.submit(asked, rows=rows, timeout_s=deadline - time.monotonic())
             except NotFiniteError:
-                raise _not_finite(call.adapter) from None
+                raise _not_finite(call.click_adapter or call.adapter) from None
         clock.set("queue", outcome.waited_s)
         clock.set("forward", outcome.ran_s)
         answers = outcome.result

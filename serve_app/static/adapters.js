@@ -8,9 +8,9 @@ export const known = new Map(); // id -> adapter, as it was last listed
 export let basePostProcessing = null; // of the base model; null until a listing came
 export let answersClicks = false; // whether the base model has a click head
 
-/** A page of the adapters that answer prompts, with `search` in their id or prompts: { adapters, total, next }. */
-export async function listAdapters({ search = "", after = null, signal } = {}) {
-  const query = new URLSearchParams({ limit: PAGE, task: "detection" });
+/** A page of the adapters of a task with `search` in their id or prompts: { adapters, total, next }. */
+export async function listAdapters({ search = "", after = null, task = "detection", signal } = {}) {
+  const query = new URLSearchParams({ limit: PAGE, task });
   if (search) query.set("search", search);
   if (after !== null) query.set("after", after);
   const { adapters, base_post_processing, ...rest } = await call(`v1/adapters?${query}`, { signal });

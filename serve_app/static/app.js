@@ -41,7 +41,14 @@ const notice = new Notice({ retry, choose: chooseFile, leave: focusPicture });
 const failed = { onFail: showError };
 const adapter = new Picker("adapter", [[BASE, "Base model"]], { ...failed, onChange: pickByHand });
 const compare = new Picker("compare", [[NONE, "Nothing"], [BASE, "Base model"]], { ...failed, onChange: layPanels });
-const clicks = new Clicks(scene, { ...failed, onChange: refineAll, say, panel: () => views.shown });
+const clickAdapter = new Picker("click-adapter", [[BASE, "Base model"]], { ...failed, onChange() {}, task: "clicks" });
+const clicks = new Clicks(scene, {
+  ...failed,
+  onChange: refineAll,
+  say,
+  panel: () => views.shown,
+  adapter: () => clickAdapter.value || null,
+});
 let isPickedByHand = false;
 let panels = [];
 let running = new AbortController();
@@ -275,6 +282,9 @@ async function start() {
   }
   byId("tool-click").hidden = !answersClicks;
   layPanels();
+  if (!answersClicks) return;
+  const ofClicks = await listAdapters({ task: "clicks" }).catch(() => null);
+  byId("click-picker").hidden = !ofClicks?.total;
 }
 
 function pickByHand() {

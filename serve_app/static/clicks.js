@@ -14,7 +14,8 @@ export class Clicks {
 
   /**
    * `scene` as of `Stage`. Callbacks: `onChange()` after an outline changed, which has to call `showBar`,
-   * `onFail(error)`, `say(text)`, and `panel()`, which returns the panel that is seen.
+   * `onFail(error)`, `say(text)`, `panel()`, which returns the panel that is seen, and `adapter()`, which returns the
+   * adapter of the click head, null for the base's.
    */
   constructor(scene, callbacks) {
     this.#scene = scene;
@@ -127,7 +128,7 @@ export class Clicks {
   async #answer({ adapter }, edit, signal) {
     const onWait = (seconds) => this.#on.say(`The service is busy: trying again in ${seconds} s.`);
     for (let isKept = true; ; isKept = false) {
-      const question = { adapter, objects: [edit.request(isKept)] };
+      const question = { adapter, click_adapter: this.#on.adapter(), objects: [edit.request(isKept)] };
       try {
         const { answer } = await this.#scene.picture.ask("v1/refine", question, { signal, onWait });
         return answer.objects[0];

@@ -6,21 +6,23 @@ import { byId, debounce, make } from "./elements.js";
 
 const TYPED_FROM = 8; // adapters; below, a touch screen shows no keyboard
 
-/** `value` is the id of an adapter or of one of the `fixed` choices, [[value, text], ...], which come first. */
+/** `value` is the id of an adapter of `task` or of one of the `fixed` choices, [[value, text], ...], which come first. */
 export class Picker {
   #input;
   #list;
   #fixed;
+  #task;
   #onChange;
   #onFail;
   #active = null; // the option that Enter takes
   #next = null; // where the list goes on
   #search = new AbortController();
 
-  constructor(id, fixed, { onChange, onFail }) {
+  constructor(id, fixed, { onChange, onFail, task = "detection" }) {
     this.#input = byId(id);
     this.#list = byId(`${id}-list`);
     this.#fixed = fixed;
+    this.#task = task;
     this.#onChange = onChange;
     this.#onFail = onFail;
     this.value = fixed[0][0];
@@ -62,7 +64,7 @@ export class Picker {
     if (!this.#isOpen) this.#input.select();
     this.#input.ariaExpanded = "true";
     try {
-      const page = await listAdapters({ search, signal });
+      const page = await listAdapters({ search, task: this.#task, signal });
       if (!this.#isOpen || signal.aborted) return;
       const fixed = this.#fixed.filter(([, text]) => text.toLowerCase().includes(search.toLowerCase()));
       const options = fixed.map(([value, text]) => this.#option({ id: value, text, prompts: [] }));
@@ -88,7 +90,7 @@ export class Picker {
     const { signal } = this.#search;
     const after = this.#next;
     this.#next = null; // one page at a time
-    const page = await listAdapters({ search: this.#typed, after, signal }).catch(() => null);
+    const page = await listAdapters({ search: this.#typed, after, task: this.#task, signal }).catch(() => null);
     if (!page || signal.aborted || !this.#isOpen) return;
     this.#list.append(...page.adapters.map((adapter) => this.#option(adapter)));
     this.#next = page.next;

@@ -119,6 +119,34 @@ def test_an_object_without_a_pixel(run, tmp_path, monkeypatch):
     assert cv2.imread(str(tmp_path / "output.png")) is not None
 
 
+def test_an_adapter_of_the_click_head_is_found_among_the_weights(run, clickable_root, clickable_base, photo, tmp_path):
+    folders = {"adapter": clickable_root / "towers", "click_adapter": clickable_root / "over-towers"}
+    expected = Predictor(str(clickable_base), **folders, device="cpu").interact(photo).click([(30, 20)])
+    weights = folders["click_adapter"], folders["adapter"]
+    assert run("--click", "30,20", "--json", "d.json", "--weights", *weights)[0] == 0
+    assert written(tmp_path)["clicked"]["mask"] == expected.rle
+    recorded = json.loads((tmp_path / "d.json").read_text())["settings"]
+    assert {role: recorded[role] for role in folders} == {role: str(folder) for role, folder in folders.items()}
+
+
+def test_weights_that_do_not_go_together(run, clickable_root, clickable_base, spread_base, tmp_path):
+    dense, clicks = write_dense(clickable_base, tmp_path / "dense"), clickable_root / "edges"
+    for words, said in (
+        (("--prompt", "crack", "--weights", clicks), "answers clicks: add --click"),
+        (("--click", "30,20", "--weights", clicks, clicks), "one value here"),
+        (
+            ("--click", "30,20", "--weights", clicks, clickable_root / "towers"),
+            "trained on the vision trunk of the base",
+        ),
+        (("--weights", clicks, dense), "has no effect with"),
+        (("--click", "30,20", "--weights", clicks, "--model", spread_base), "has no tracker"),
+    ):
+        status, _, error = run(*words)
+        assert status == 2, words
+        assert said in " ".join(error.split())
+        assert error.count("error: ") == 1
+
+
 MISTAKES = {
     "--click 90,20": "x=90",
     "--click 30,-1,1": "y=-1",

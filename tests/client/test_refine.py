@@ -44,12 +44,15 @@ def test_every_part_of_a_call(client: Client, backend: FakeBackend):
         {"clicks": [(20, 10.5), np.array([3, 4, 0])], "mask": "msk_" + 32 * "a"},
         {"box": np.array([4, 2, 12, 10]), "mask": RLE},
     ]
-    results = client.refine(PNG, objects, adapter="cracks", clicks_vision="base", multimask="always")
+    results = client.refine(
+        PNG, objects, adapter="cracks", click_adapter="edges", clicks_vision="base", multimask="always"
+    )
     (call,) = backend.refined
     first, second = call.objects
     assert first.clicks == (Click(20, 10.5, 1), Click(3, 4, 0))
     assert (first.mask, second.box_xyxy, second.mask["size"]) == ("msk_" + 32 * "a", (4, 2, 12, 10), list(SIZE_HW))
     assert (call.adapter, call.clicks_vision, call.multimask) == ("cracks", "base", True)
+    assert call.click_adapter == results.click_adapter == "edges"
 
     assert (len(results), results.size_hw, results.adapter) == (2, SIZE_HW, "cracks")
     found = results[1]

@@ -12,8 +12,9 @@ from transformers import Sam3Model
 
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.engine.detections import BoxPrompt, Detections
-from sam3lora.engine.engine import Engine, PromptedImage, relative_cxcywh
+from sam3lora.engine.engine import Engine, PromptedImage
 from sam3lora.engine.features import to_pixel_values
+from sam3lora.engine.prompted import relative_cxcywh
 from sam3lora.engine.selection import Wanted, select_detections
 from sam3lora.model.adapter.folder import load_adapter, save_adapter
 from sam3lora.model.adapter.metadata import AdapterMetadata

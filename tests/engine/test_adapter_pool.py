@@ -129,6 +129,16 @@ def test_an_adapter_that_the_bank_cannot_hold_is_merged(spread_base, tmp_path, i
     assert differ(both["it"], both[None])
 
 
+def test_a_click_adapter_does_not_go_with_the_trunk_of_a_merged_adapter(clickable_base, clickable_root, tmp_path):
+    base = load_base(str(clickable_base))
+    model = get_peft_model(base.model, LoraConfig(r=2, target_modules=["fc1"], modules_to_save=["presence_head"]))
+    folder = save_adapter(model, tmp_path / "best", AdapterMetadata(base_model=str(clickable_base)))
+    pool = AdapterPool(adapters={"it": folder}, click_adapter=clickable_root / "edges", device="cpu")
+    with pytest.raises(UserError, match="'it' is merged into a copy"):
+        pool.place_clicks("it")
+    assert pool.place_clicks("it", "base") == pool.place_clicks(None) == (pool.engine, None, 1)
+
+
 def test_the_cls_token_follows_each_adapter(shared, adapters, images):
     assert [shared.geometry_cls(label) for label in (None, "detector", "no cls")] == [True, True, False]
     # one setting for all overrules what they were trained with

@@ -144,7 +144,9 @@ class PageServer:
             return create_api(ServeSettings(), FakeBackend()).openapi()
 
         @app.get("/v1/adapters")
-        def list_adapters(request: Request, search: str = "", limit: int = 1000, after: str = "") -> Any:
+        def list_adapters(
+            request: Request, search: str = "", limit: int = 1000, after: str = "", task: str = "detection"
+        ) -> Any:
             if api_key and request.headers.get("X-API-Key") != api_key:
                 return _error(401, "unauthorized", "send Authorization: Bearer KEY")
             self.listings.append(dict(request.query_params))
@@ -152,6 +154,7 @@ class PageServer:
                 adapter
                 for adapter in self.adapters
                 if any(search.lower() in text.lower() for text in (adapter["id"], *adapter["prompts"]))
+                and adapter.get("task", "detection") == task
             ]
             page = [adapter for adapter in found if adapter["id"] > after][:limit]
             is_last = not page or page[-1] is found[-1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import httpx2 as httpx
@@ -22,7 +22,7 @@ from sam3lora.errors import UserError
 from sam3lora.inference.predictor import Predictor
 from serve_app.http.ingress import create_api
 from serve_app.replica.replica import ModelReplica
-from serve_app.settings import Batching, ServeSettings
+from serve_app.settings import AdapterSettings, Batching, ServeSettings
 
 from .http_cases import picture, raw
 from .local_service import LocalBackend, local_service
@@ -35,8 +35,11 @@ POST = {"threshold": 0.0, "max_detections": 3}
 
 
 @pytest.fixture(scope="module")
-def service(clickable_base: Path) -> Iterator[TestClient]:
-    settings = ServeSettings(model=str(clickable_base), batching=Batching(encode_ahead=False))
+def service(clickable_base: Path, clickable_root: Path) -> Iterator[TestClient]:
+    batching = Batching(encode_ahead=False)
+    settings = ServeSettings(
+        model=str(clickable_base), batching=batching, adapters=AdapterSettings(root=clickable_root)
+    )
     with TestClient(local_service(settings)) as service:
         yield service
 
@@ -61,9 +64,16 @@ def client_of(service: TestClient) -> Client:
     return Client("http://service.test", transport=httpx.MockTransport(handle), max_retries=0)
 
 
-def ask(service: TestClient, image_id: str, clicks: list[tuple], **shown: object) -> dict:
+def ask(
+    service: TestClient,
+    image_id: str,
+    clicks: list[tuple],
+    options: Mapping[str, object] | None = None,
+    **shown: object,
+) -> dict:
     given = [{"x": x, "y": y, "label": label} for x, y, label in clicks]
-    response = service.post("/v1/refine", json={"image_id": image_id, "objects": [{"clicks": given, **shown}]})
+    asked = {"image_id": image_id, "objects": [{"clicks": given, **shown}], **(options or {})}
+    response = service.post("/v1/refine", json=asked)
     assert response.status_code == 200, response.text
     return response.json()["objects"][0]
 
@@ -158,6 +168,42 @@ def test_a_detection_and_a_box(
     by_http = ask(service, by_client.image.image_id, [], box=list(BOX))
     in_words = on_command_line(*words_of((), BOX))
     same(by_http["mask"], by_client.box(BOX).rle, session.box(BOX).rle, in_words["mask"])
+
+
+PAIRS = [
+    {"click_adapter": "edges"},
+    {"adapter": "towers", "click_adapter": "over-towers"},
+]
+
+
+@pytest.mark.parametrize("named", PAIRS)
+def test_a_click_adapter_alone_and_beside_an_adapter(
+    named: dict[str, str],
+    service: TestClient,
+    client: Client,
+    clickable_base: Path,
+    clickable_root: Path,
+    tmp_path: Path,
+):
+    folders = {role: clickable_root / name for role, name in named.items()}
+    image_id = service.post("/v1/images", **raw("", PNG)).json()["image_id"]
+    in_python = Predictor(str(clickable_base), device="cpu", **folders).interact(PIXELS).click(CLICKS[:1])
+    by_http = ask(service, image_id, CLICKS[:1], named)
+    results = client.refine(PNG, {"clicks": CLICKS[:1]}, **named)
+    same(by_http["mask"], results[0].rle, in_python.rle)
+    assert [by_http["score"], results[0].score] == pytest.approx([in_python.score] * 2, abs=1e-5)
+    assert (results.adapter, results.click_adapter) == (named.get("adapter"), named["click_adapter"])
+    session = client.interact(PNG, **named)
+    session.click(*CLICKS[0])
+    by_http = ask(service, image_id, CLICKS[:2], named, mask={"mask_id": by_http["mask_id"]})
+    in_python.add(*CLICKS[1])
+    same(by_http["mask"], session.click(*CLICKS[1]).rle, in_python.rle)
+    (tmp_path / "photo.png").write_bytes(PNG)
+    words = ["infer", "--model", clickable_base, "--image", tmp_path / "photo.png", "--weights", *folders.values()]
+    words += ["--click", "30,20", "--output", tmp_path / "output.png", "--json", tmp_path / "d.json"]
+    assert main([str(word) for word in words]) == 0
+    (by_cli,) = json.loads((tmp_path / "d.json").read_text())["images"]
+    same(by_cli["clicked"]["mask"], results[0].rle)
 
 
 def test_a_mask_as_a_picture_is_the_same(client: Client):

@@ -11,7 +11,7 @@ from pycocotools import mask as coco_mask
 
 from .browser import Browser, wait_until
 from .page_server import PageServer
-from .page_steps import PAGE_MARKS, answered, ask, counts, has_focus, on_screen, open_page, pick
+from .page_steps import PAGE_MARKS, answered, ask, counts, has_focus, on_screen, open_page, options, pick
 
 pytest_plugins = ["tests.serve_app.page_fixtures"]
 pytestmark = PAGE_MARKS
@@ -269,3 +269,22 @@ def test_the_tool_is_offered_where_the_service_answers_clicks(browser: Browser, 
         ask(browser, image, "gear")
         assert browser.value("document.querySelector('#tool-click').checkVisibility()") is clicks
         assert ("keep_masks" in server.questions[0]) is clicks
+
+
+def test_a_click_adapter_is_picked_where_there_is_one(page: Browser, server: PageServer, image: Path):
+    begin(page, image, "gear")
+    assert not page.value("document.querySelector('#click-picker').checkVisibility()")
+    click(page, 200, 20)
+    refined(page, server, 1)
+    assert server.refined[0]["click_adapter"] is None
+    edges = {"id": "edges", "task": "clicks", "prompts": [], "post_processing": None}
+    server.adapters = [*server.adapters, edges]
+    open_page(page, server.url)
+    begin(page, image, "gear")
+    page.wait("document.querySelector('#click-picker').checkVisibility()")
+    pick(page, "click-adapter", "edges")
+    assert options(page, "click-adapter") == ["Base model", "edges"]
+    page.value("document.querySelector('canvas').scrollIntoView({block: 'center'})")
+    click(page, 200, 20)
+    refined(page, server, 2)
+    assert (server.refined[1]["adapter"], server.refined[1]["click_adapter"]) == (None, "edges")

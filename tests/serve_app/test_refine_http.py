@@ -32,6 +32,7 @@ def test_all_forms_of_a_request_are_equal():
             {"box": [0, 1, 64, 48], "mask": rectangle(2, 2, 9, 9)},
         ],
         "adapter": "cracks",
+        "click_adapter": "edges",
         "clicks_vision": "base",
         "multimask": "never",
     }
@@ -47,6 +48,7 @@ def test_all_forms_of_a_request_are_equal():
         assert isinstance(second.mask, dict)
         assert coco_mask.decode(second.mask).sum() == 49
         assert (call.adapter, call.clicks_vision, call.multimask) == ("cracks", "base", False)
+        assert call.click_adapter == response.json()["click_adapter"] == "edges"
         assert 0 < call.timeout_s <= 30
 
 
@@ -55,12 +57,13 @@ def test_what_is_not_given_has_defaults():
     make_client(backend).post("/v1/refine", **asked())
     (call,) = backend.refined
     assert (call.adapter, call.clicks_vision, call.multimask, call.objects[0].mask) == (None, "adapter", None, None)
+    assert call.click_adapter is None
 
 
 def test_the_answer_has_the_chosen_mask_and_the_others():
     body = asked({"clicks": [IN]}, {"box": [4, 2, 12, 10], "clicks": [IN]})
     answer = make_client().post("/v1/refine", **body).json()
-    assert set(answer) == {"request_id", "image", "adapter", "objects", "timing_ms"}
+    assert set(answer) == {"request_id", "image", "adapter", "click_adapter", "objects", "timing_ms"}
     assert (answer["image"], answer["adapter"]) == ({"width": 64, "height": 48}, None)
     first, second = answer["objects"]
     assert set(first) == {"score", "object_score", "box_xyxy", "area_px", "mask", "mask_id", "alternatives"}
@@ -168,6 +171,8 @@ REFUSED = {
     "prompts": ({"prompts": ["a"]}, "invalid_request", "prompts"),
     "points": ({"objects": [{"points": [[1, 2]]}]}, "invalid_request", "objects[0].points"),
     "an id of an adapter that is none": ({"adapter": "../a"}, "invalid_adapter", "adapter"),
+    "an id of a click adapter that is none": ({"click_adapter": "a b"}, "invalid_adapter", "click_adapter"),
+    "a click adapter that is no text": ({"click_adapter": 3}, "invalid_adapter", "click_adapter"),
     "two images": ({"image_id": "img_" + 64 * "0"}, "invalid_request", "image"),
 }
 

@@ -2,23 +2,26 @@
 
 The click head has a neck, a prompt encoder and a mask decoder of its own. It reads the tokens of the vision trunk. Once
 clicks are enabled, a vision pass keeps them beside the features of the detector, so an image is encoded once for both.
-Of an adapter the head sees what changes the trunk, and nothing else.
+Of an adapter that finds objects the head sees what changes the trunk, and nothing else. Click adapters change the mask
+decoder. They are in a bank like that of the detector, so features of images serve all of them, and objects under
+several of them are decoded together.
 
 Shapes: `N` objects decoded together, `k` clicks of each, `M` masks of an object, `m` side of low-resolution masks.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sam3lora.engine.clicks.click import ClicksVision
+from sam3lora.engine.clicks.click import Click, ClicksVision
 from sam3lora.engine.clicks.prompt import ClickAnswer, ClickPrompt
 from sam3lora.engine.device import is_device_error, is_out_of_memory
 from sam3lora.engine.feature_cache import PreparedImage
@@ -27,7 +30,13 @@ from sam3lora.engine.forward import Forward
 from sam3lora.engine.selection import NotFiniteError
 from sam3lora.engine.transfers import download, upload
 from sam3lora.errors import UserError
+from sam3lora.model.adapter.bank import AdapterBank
+from sam3lora.model.adapter.metadata import DETECTION
+from sam3lora.model.adapter.weights import AdapterWeights, fingerprint_once
+from sam3lora.model.clicks.origin import ClickOrigin
+from sam3lora.model.clicks.weights import ClickWeights, NamedAsInVideo
 from sam3lora.model.loading import LoadedBase
+from sam3lora.model.precision import store_matrices_in
 
 if TYPE_CHECKING:
     from sam3lora.model.clicks.head import ClickFeatures, ClickHead
@@ -46,28 +55,71 @@ class ClickedObject:
         slot: The adapter in this slot, or the base (None).
         vision: With "base" the adapter takes no part, and the image may need a second vision pass. Features that the
             image brings with it are used as they are.
+        click_slot: The click adapter in this slot, or the base's click head (None).
     """
 
     image: PreparedImage
     prompt: ClickPrompt
     slot: int | None = None
     vision: ClicksVision = "adapter"
+    click_slot: int | None = None
 
 
 class ClickDecoder:
-    """The click head of a base, loaded when it is first needed. The model thread alone calls what is here.
+    """The click head of a base, loaded when it is first needed, and click adapters in slots.
+
+    The model thread alone calls what is here, but for `load_head`.
 
     Args:
         forward: Runs the trunk, and is told to keep its tokens.
         features: Has the caches, and the lock of the vision tower.
+        adapters: By slot, as the engine holds them.
+        half: Whether the head runs under autocast to bfloat16, and stores its matrices so.
     """
 
-    def __init__(self, base: LoadedBase, forward: Forward, features: FeatureSource) -> None:
+    def __init__(
+        self,
+        base: LoadedBase,
+        forward: Forward,
+        features: FeatureSource,
+        adapters: Mapping[int | None, SlotAdapter],
+        *,
+        num_slots: int,
+        half: bool,
+    ) -> None:
         self._base = base
         self._forward = forward
         self._features = features
-        self._head: ClickHead | None = None
+        self._adapters = adapters
+        self._num_slots = num_slots
+        self._half = half
+        self._loaded: tuple[ClickHead, AdapterBank] | None = None
+        self._loading = threading.Lock()
+        self._keeps_trunk = False
+        self._origins: dict[int, ClickOrigin] = {}
         self.counts: Counter[str] = Counter()
+
+    def load_head(self) -> ClickHead:
+        """The base's click head, from any thread.
+
+        Raises:
+            UserError: The base has no tracker, or a damaged one.
+        """
+        return self._load()[0]
+
+    def _load(self) -> tuple[ClickHead, AdapterBank]:
+        with self._loading:
+            if self._loaded is None:
+                from sam3lora.model.clicks.loading import (
+                    load_click_head,
+                )  # with parts of transformers that others leave out
+
+                head = load_click_head(self._base)
+                fingerprint_once(head)
+                if self._half:
+                    store_matrices_in(head, torch.bfloat16)
+                self._loaded = head, AdapterBank(NamedAsInVideo(head.mask_decoder), self._num_slots)
+            return self._loaded
 
     def enable(self) -> ClickHead:
         """Load the click head, and keep the trunk's tokens of images that are encoded from now on.
@@ -75,57 +127,86 @@ class ClickDecoder:
         Raises:
             UserError: The base has no tracker, or a damaged one.
         """
-        if self._head is None:
-            from sam3lora.model.clicks.loading import (
-                load_click_head,
-            )  # with parts of transformers that others leave out
-
-            self._head = load_click_head(self._base)
+        head = self.load_head()
+        if not self._keeps_trunk:
             with self._features.vision_lock:
                 self._forward.keep_trunk()
-        return self._head
+            self._keeps_trunk = True
+        return head
 
-    def use(self, head: ClickHead) -> None:
-        """Answer with another head from now on, such as one with an adapter; it reads the same features of images."""
-        self.enable()
-        self._head = head
+    # ---- click adapters -------------------------------------------------------------------------------------------
+
+    def put(self, slot: int, weights: AdapterWeights) -> None:
+        """Keep a click adapter; a slot of another adapter has nothing here."""
+        self.clear(slot)
+        if isinstance(weights, ClickWeights):
+            self._load()[1].put(slot, replace(weights, modules=weights.updates))
+            self._origins[slot] = weights.origin
+
+    def clear(self, slot: int) -> None:
+        if self._origins.pop(slot, None) is not None:
+            self._load()[1].clear(slot)
+
+    def check(self, slot: int | None, click_slot: int | None) -> None:
+        """Raise UserError if a click adapter was not trained on the trunk that clicks see, that of `slot`."""
+        if click_slot is not None and (fault := self._origins[click_slot].trunk_fault(self._adapters[slot].trunk)):
+            raise UserError(f"the click adapter {fault}")
+
+    def is_finite(self, image: PreparedImage, adapter: SlotAdapter) -> bool:
+        """Whether a click adapter's answer for an image with features is, which is asked without counting."""
+        side = self.enable().input_side
+        prompt = ClickPrompt.of([Click(side // 2, side // 2)], size_hw=(side, side), side=side)
+        asked = ClickedObject(image, prompt, click_slot=adapter.slot)
+        (answer,) = self._decode([asked], self._features_of([asked], ()))
+        return isinstance(answer, ClickAnswer)
+
+    # ---- answers --------------------------------------------------------------------------------------------------
+
+    def maker(self, asked: ClickedObject) -> SlotAdapter | None:
+        """The adapter, or the base, whose vision trunk an object is seen by; None if its slot has none that finds."""
+        adapter = self._adapters.get(asked.slot)
+        if adapter is None or adapter.task != DETECTION:
+            return None
+        return BASE if asked.vision == "base" else adapter
 
     def answer(
-        self,
-        objects: Sequence[ClickedObject],
-        adapters: Mapping[int | None, SlotAdapter],
-        beside: Sequence[tuple[PreparedImage, SlotAdapter]] = (),
+        self, objects: Sequence[ClickedObject], beside: Sequence[tuple[PreparedImage, SlotAdapter]] = ()
     ) -> list[ClickAnswer | Exception]:
         """The answer for each object, as if it were alone; one that has none gives its exception.
 
         Args:
-            adapters: By slot, those that may be clicked with.
             beside: Images under adapters that share the vision pass, and leave their features in the cache.
 
         Raises:
             torch.OutOfMemoryError, MemoryError: Together they take too much memory.
             RuntimeError: The device failed (`is_device_error`).
         """
-        problems = [self._problem(one, adapters) for one in objects]
+        problems = [self._problem(one) for one in objects]
         possible = [one for one, problem in zip(objects, problems, strict=True) if problem is None]
         found: Sequence[ClickAnswer | Exception]
         try:
-            found = self._run(possible, adapters, beside) if possible else []
+            found = self._run(possible, beside) if possible else []
         except Exception as error:
             if is_out_of_memory(error) or is_device_error(error):
                 raise
             if len(possible) == 1 and not beside:
                 found = [error]
             else:  # find the object that fails
-                found = [answer for one in possible for answer in self.answer([one], adapters)]
+                found = [answer for one in possible for answer in self.answer([one])]
         answers = iter(found)
         return [next(answers) if problem is None else problem for problem in problems]
 
-    def _problem(self, asked: ClickedObject, adapters: Mapping[int | None, SlotAdapter]) -> Exception | None:
+    def _problem(self, asked: ClickedObject) -> Exception | None:
         side = self.enable().mask_side
         prompt = asked.prompt
-        if asked.slot not in adapters:
+        if (maker := self.maker(asked)) is None:
             return LookupError(f"slot {asked.slot} holds no adapter that finds objects")
+        if asked.click_slot not in (None, *self._origins):
+            return LookupError(f"slot {asked.click_slot} holds no click adapter")
+        try:
+            self.check(maker.slot, asked.click_slot)
+        except UserError as error:
+            return error
         if not len(prompt.points_k2) and prompt.box_xyxy is None and prompt.mask_mm is None:
             return UserError("nothing says where the object is: give a click, a box or a mask")
         if prompt.mask_mm is not None and prompt.mask_mm.shape != (side, side):
@@ -133,12 +214,9 @@ class ClickDecoder:
         return None
 
     def _run(
-        self,
-        objects: Sequence[ClickedObject],
-        adapters: Mapping[int | None, SlotAdapter],
-        beside: Sequence[tuple[PreparedImage, SlotAdapter]],
+        self, objects: Sequence[ClickedObject], beside: Sequence[tuple[PreparedImage, SlotAdapter]]
     ) -> list[ClickAnswer | Exception]:
-        features = self._features_of(objects, adapters, beside)
+        features = self._features_of(objects, beside)
         together: dict[tuple, list[int]] = {}
         # Neighbours are of one image where possible: its features need no copy then.
         for number in sorted(range(len(objects)), key=lambda number: id(features[number])):
@@ -147,20 +225,18 @@ class ClickDecoder:
         for numbers in together.values():
             for start in range(0, len(numbers), MAX_OBJECTS):
                 chunk = numbers[start : start + MAX_OBJECTS]
-                prompts = [objects[number].prompt for number in chunk]
-                answers |= zip(chunk, self._decode(prompts, [features[number] for number in chunk]), strict=True)
+                asked = [objects[number] for number in chunk]
+                answers |= zip(chunk, self._decode(asked, [features[number] for number in chunk]), strict=True)
+                self.counts["click_decodes"] += 1
         self.counts["objects_clicked"] += len(objects)
         return [answers[number] for number in range(len(objects))]
 
     def _features_of(
-        self,
-        objects: Sequence[ClickedObject],
-        adapters: Mapping[int | None, SlotAdapter],
-        beside: Sequence[tuple[PreparedImage, SlotAdapter]],
+        self, objects: Sequence[ClickedObject], beside: Sequence[tuple[PreparedImage, SlotAdapter]]
     ) -> list[ClickFeatures]:
         """What the mask decoder reads, for each object; objects of one vision pass share it."""
         head = self.enable()
-        makers = [BASE if one.vision == "base" else adapters[one.slot].of("vision_encoder") for one in objects]
+        makers = [(self.maker(one) or BASE).of("vision_encoder") for one in objects]
         wanted = list(zip([one.image for one in objects], makers, strict=True))
         others = [(image, adapter) for image, adapter in beside if image.features is None]
         for image, _ in [*wanted, *others]:
@@ -176,22 +252,23 @@ class ClickDecoder:
         return [cast("ClickFeatures", vision[image.key, maker.version].clicks) for image, maker in wanted]
 
     def _decode(
-        self, prompts: Sequence[ClickPrompt], features: Sequence[ClickFeatures]
+        self, objects: Sequence[ClickedObject], features: Sequence[ClickFeatures]
     ) -> list[ClickAnswer | Exception]:
         """Answers to prompts of one kind."""
-        head, device = self.enable(), features[0].coarse.device
+        (head, bank), device = self._load(), features[0].coarse.device
+        prompts = [one.prompt for one in objects]
         num_clicks, has_box, has_mask, multimask = prompts[0].kind
         boxes = [one.box_xyxy for one in prompts if one.box_xyxy is not None]
         masks = [one.mask_mm.float() for one in prompts if one.mask_mm is not None]
-        output = head.decode(
-            type(features[0]).of_each(features),
-            points_NK2=upload(np.stack([one.points_k2 for one in prompts]), device) if num_clicks else None,
-            labels_NK=upload(np.stack([one.labels_k for one in prompts]), device) if num_clicks else None,
-            boxes_N4=upload(np.stack(boxes), device) if has_box else None,
-            masks_Nmm=upload(torch.stack(masks), device) if has_mask else None,
-            multimask=multimask,
-        )
-        self.counts["click_decodes"] += 1
+        with bank.rows([one.click_slot for one in objects]):
+            output = head.decode(
+                type(features[0]).of_each(features),
+                points_NK2=upload(np.stack([one.points_k2 for one in prompts]), device) if num_clicks else None,
+                labels_NK=upload(np.stack([one.labels_k for one in prompts]), device) if num_clicks else None,
+                boxes_N4=upload(np.stack(boxes), device) if has_box else None,
+                masks_Nmm=upload(torch.stack(masks), device) if has_mask else None,
+                multimask=multimask,
+            )
         logits_NMmm, iou_NM, object_N = (
             download(values) for values in (output.logits_NMmm, output.iou_NM, output.object_N.sigmoid())
         )

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from sam3lora.engine.adapter_pool import AdapterPool
-from sam3lora.engine.clicks.decoder import MAX_OBJECTS
+from sam3lora.engine.clicks.decoder import MAX_OBJECTS, ClickedObject
 from sam3lora.engine.clicks.interaction import Interaction
+from sam3lora.engine.clicks.prompt import ClickAnswer
 from sam3lora.engine.engine import Engine, PromptedImage
 from sam3lora.engine.feature_cache import PreparedImage
 from sam3lora.engine.selection import SmallDetections
@@ -49,17 +50,17 @@ class ClickWorker:
         (label,) = models.labels
         self._categories, self._settings = categories, settings
         pool = AdapterPool(
-            adapters=models.adapters, max_rows=settings.prompting.max_prompts_per_forward, **models.options
+            adapters=models.adapters,
+            click_adapter=click_adapter,
+            max_rows=settings.prompting.max_prompts_per_forward,
+            **models.options,
         )
         self._pool = pool
         self._finding: Place = pool.place(adapter_of(label))
-        self._clicking: Place = pool.place(None) if settings.clicks_vision == "base" else self._finding
+        self._clicking = pool.place_clicks(adapter_of(label), settings.clicks_vision)
         self._post = settings.prompting.post_processing(pool.recorded(adapter_of(label)))
-        for engine in {self._finding[0], self._clicking[0]}:
+        for engine in {self._finding[0], self._clicking.engine}:
             engine.enable_clicks()
-        if click_adapter is not None:
-            vision_adapter = models.adapters.get(label) if self._clicking[1] is not None else None
-            self._clicking[0].use_click_adapter(click_adapter, vision_adapter=vision_adapter)
 
     def facts(self) -> dict[str, Any]:
         """The facts that the numbers depend on beside the settings."""
@@ -94,7 +95,7 @@ class ClickWorker:
 
     def _encode(self, records: Sequence[Mapping[str, Any]]) -> tuple[list[PreparedImage], list[PreparedImage]]:
         """The images with features to click on and to find objects in, the same if one vision pass makes both."""
-        (clicking, slot), (finding, finding_slot) = self._clicking, self._finding
+        (clicking, slot, _), (finding, finding_slot) = self._clicking, self._finding
         images = [
             clicking.prepare_image(pixels_HW3, str(record["image_id"]))
             for record, pixels_HW3 in zip(records, read_images(records), strict=True)
@@ -155,7 +156,11 @@ class ClickWorker:
         image: PreparedImage,
     ) -> None:
         """Click on objects from nothing, and on those that were found from there too, all in step."""
-        engine, slot = self._clicking
+        engine, slot, click_slot = self._clicking
+
+        def click(objects: Sequence[ClickedObject]) -> Sequence[ClickAnswer | Exception]:
+            return engine.click([replace(one, click_slot=click_slot) for one in objects])
+
         nothing = Interaction(image.size_hw, engine.resolution)
         users = [SimulatedUser(one.mask_HW, ignored_HW, None, self._settings.max_clicks) for one, _ in objects]
         starts = [nothing] * len(objects)
@@ -163,7 +168,7 @@ class ClickWorker:
             if start is not None:
                 users.append(SimulatedUser(one.mask_HW, ignored_HW, start.mask_HW, self._settings.max_clicks))
                 starts.append(replace(nothing, seed=start.seed))
-        interactions = ImageInteractions(engine.click, image, slot, starts)
+        interactions = ImageInteractions(click, image, slot, starts)
         runs = run_objects(users, interactions.answer)
         runs_from_text = iter(runs[len(objects) :])
         for (one, start), run, shown in zip(objects, runs, interactions.shown, strict=False):

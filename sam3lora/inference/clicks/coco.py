@@ -13,7 +13,8 @@ from sam3lora.inference.clicks.result import ClickResult
 def coco_of(objects: Sequence[ClickResult], file_name: str, size_hw: tuple[int, int]) -> dict[str, Any]:
     """`images`, `categories` in the order of first use, and `annotations` with compressed RLE and score.
 
-    `json.dump` writes it as a file that `sam3lora data` and training read.
+    What clicks or a box made is marked as `corrected`, as in the downloads of the web page. `json.dump` writes it as a
+    file that `sam3lora data` and training read.
 
     Raises:
         UserError: An object has no label, or no mask: annotations have both.
@@ -36,6 +37,7 @@ def coco_of(objects: Sequence[ClickResult], file_name: str, size_hw: tuple[int, 
                 "area": one.area_px,
                 "iscrowd": 0,
                 "score": round(one.score, 6),
+                **({"corrected": True} if one.is_corrected else {}),
             }
         )
     height, width = size_hw

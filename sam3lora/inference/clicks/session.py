@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from sam3lora.config.post_processing import PostProcessing, PostProcessingOptions
+from sam3lora.engine.adapter_pool import ClickPlace
 from sam3lora.engine.clicks.click import Click
-from sam3lora.engine.clicks.decoder import ClickedObject, ClicksVision
+from sam3lora.engine.clicks.decoder import ClickedObject
 from sam3lora.engine.clicks.interaction import Interaction, Seed, SeedKind
 from sam3lora.engine.clicks.prompt import ClickAnswer, ClickPrompt
 from sam3lora.engine.detections import Detections
@@ -35,12 +36,11 @@ class ClickSession:
         session.to_coco()
 
     Args:
-        slot: Of the adapter in the engine, None for the base.
+        finding: The engine that answers prompts, and the slot of its adapter there, None for the base.
+        clicking: What answers clicks: `AdapterPool.place_clicks`.
         post: How detections are chosen.
         file_name: Of the image, for exports.
         seed: What of a found object goes with the first clicks on it: its mask, its box, or both.
-        clicks_vision: Whether clicks see the image through the adapter's trunk or the base's, which takes a second
-            vision pass if the adapter changes the trunk.
 
     Attributes:
         objects: All objects, in the order in which they came.
@@ -51,28 +51,31 @@ class ClickSession:
 
     def __init__(
         self,
-        engine: Engine,
-        slot: int | None,
+        finding: tuple[Engine, int | None],
+        clicking: ClickPlace,
         image_HW3: np.ndarray,
         *,
         post: PostProcessing,
         file_name: str = "image",
         seed: SeedKind = "both",
-        clicks_vision: ClicksVision = "adapter",
     ) -> None:
-        _check("seed", seed, get_args(SeedKind))
-        _check("clicks_vision", clicks_vision, get_args(ClicksVision))
-        engine.enable_clicks()
+        if seed not in get_args(SeedKind):
+            raise UserError(f"seed must be one of {', '.join(get_args(SeedKind))}, got {seed!r}")
+        clicking.engine.enable_clicks()
         self.image_HW3 = image_HW3
         self.file_name = file_name
         self.objects: list[ClickResult] = []
-        self._engine, self._slot, self._post = engine, slot, post
-        self._seed, self._vision = seed, clicks_vision
+        self._finder, self._slot = finding
+        self._clicking, self._post, self._seed = clicking, post, seed
         self._presence: dict[str, float] = {}
-        image = engine.prepare_image(image_HW3, f"session {next(_KEYS)}")
+        image = clicking.engine.prepare_image(image_HW3, f"session {next(_KEYS)}")
         # Kept here and not only in the engine's cache, which may be small or none.
-        seen_by = [slot, slot if clicks_vision == "adapter" else None]
-        self._prompted, self._clicked = engine.encode_ahead([(image, one) for one in seen_by])
+        to_find, to_click = (image, self._slot), (image, clicking.slot)
+        if self._finder is clicking.engine:
+            self._prompted, self._clicked = self._finder.encode_ahead([to_find, to_click])
+        else:
+            (self._prompted,) = self._finder.encode_ahead([to_find])
+            (self._clicked,) = clicking.engine.encode_ahead([to_click])
 
     @property
     def size_hw(self) -> tuple[int, int]:
@@ -91,7 +94,7 @@ class ClickSession:
             UserError: The prompt is empty or too long, or a field is out of range.
         """
         asked = PromptedImage(self._prompted, (prompt,), (), self._slot, self._post.changed(**post))
-        (found,) = self._engine.detect_small([asked])
+        (found,) = self._finder.detect_small([asked])
         if isinstance(found, Exception):
             raise found
         detections = found[0].at_full_size(keep_logits=True)
@@ -137,7 +140,7 @@ class ClickSession:
         """
         if label is not None:
             _check_label(label)
-        result = ClickResult(Interaction(self.size_hw, self._engine.resolution), self._ask, label)
+        result = ClickResult(Interaction(self.size_hw, self._clicking.engine.resolution), self._ask, label)
         result.prompt(clicks, box_xyxy)
         self.objects.append(result)
         return result
@@ -209,7 +212,8 @@ class ClickSession:
     # ---- steps ----------------------------------------------------------------------------------------------------
 
     def _ask(self, prompt: ClickPrompt) -> ClickAnswer:
-        (answer,) = self._engine.click([ClickedObject(self._clicked, prompt, self._slot, self._vision)])
+        engine, slot, click_slot = self._clicking
+        (answer,) = engine.click([ClickedObject(self._clicked, prompt, slot, click_slot=click_slot)])
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -221,7 +225,7 @@ class ClickSession:
         box_xyxy = (x0, y0, x1, y1)
         seed = Seed(torch.from_numpy(detections.mask_logits_NHW[row]), box_xyxy, self._seed)
         found = Found(detections.prompt, float(detections.scores[row]), box_xyxy, detections.rles[row])
-        state = Interaction(self.size_hw, self._engine.resolution, seed)
+        state = Interaction(self.size_hw, self._clicking.engine.resolution, seed)
         return ClickResult(state, self._ask, detections.prompt, found)
 
     def _detections(self, label: str, objects: Sequence[ClickResult]) -> Detections:
@@ -249,8 +253,3 @@ class ClickSession:
 def _check_label(label: str) -> None:
     if not isinstance(label, str) or not label.strip():
         raise UserError(f"the label of an object is text that says what it is, for example 'pothole', got {label!r}")
-
-
-def _check(name: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise UserError(f"{name} must be one of {', '.join(known)}, got {value!r}")

@@ -185,8 +185,8 @@ def refuse_other_tasks(metadata: AdapterMetadata | None, folder: Path) -> None:
 _USE = {
     DENSE: "labels each pixel and finds no objects of prompts. Use `sam3lora infer` without --prompt, "
     "Predictor.predict_dense, or `sam3lora validate` to measure it",
-    CLICKS: "answers clicks on objects and finds none by prompts. Use Engine.use_click_adapter, or "
-    "`sam3lora validate --clicks` to measure it",
+    CLICKS: "answers clicks on objects and finds none by prompts. Use `sam3lora infer --click`, the click_adapter of "
+    "Predictor and of POST /v1/refine, or `sam3lora validate --clicks` to measure it",
 }
 
 

@@ -10,6 +10,7 @@ import hashlib
 import math
 import weakref
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from sam3lora.errors import UserError
 from sam3lora.model.adapter.folder import FolderSignature, read_unchanged, refuse_other_base
 from sam3lora.model.adapter.folder_files import CONFIG_FILE, METADATA_FILE, WEIGHTS_FILE, read_small
-from sam3lora.model.adapter.metadata import AdapterMetadata, read_metadata, refuse_other_tasks
+from sam3lora.model.adapter.metadata import DETECTION, AdapterMetadata, read_metadata, refuse_other_tasks
 from sam3lora.model.adapter.peft_config import read_config
 from sam3lora.model.adapter.peft_files import (
     TENSOR_PREFIX,
@@ -32,6 +33,7 @@ from sam3lora.model.adapter.peft_files import (
 from sam3lora.model.adapter.target_modules import ValuesByName, adapted_names, base_modules
 from sam3lora.model.components import component_of, unwrap
 from sam3lora.model.fingerprint import fingerprint
+from sam3lora.model.staged.trunk import TRUNK
 
 # What PEFT can do beyond LoRA and DoRA: each needs more than a low-rank product beside the base layer.
 _UNSUPPORTED = ("modules_to_save", "lora_bias", "target_parameters", "use_qalora")
@@ -82,6 +84,24 @@ class AdapterWeights:
     version: str
     signature: FolderSignature
     components: frozenset[str]
+
+    @cached_property
+    def trunk_digest(self) -> str | None:
+        """SHA-256 of what the adapter changes in the vision trunk; None if that is nothing."""
+        changed = {name: one for name, one in self.modules.items() if name.startswith(TRUNK)}
+        if not changed:
+            return None
+        found = hashlib.sha256()
+        for name, one in sorted(changed.items()):
+            for tensor in (one.down, one.up, one.gain):
+                if tensor is not None:
+                    found.update(f"{name} {tuple(tensor.shape)};".encode())
+                    found.update(tensor.to(torch.float32).contiguous().numpy().astype("<f4").tobytes())
+        return found.hexdigest()
+
+    @property
+    def task(self) -> str:
+        return DETECTION if self.metadata is None else self.metadata.task
 
     @property
     def geometry_cls(self) -> bool:
@@ -149,7 +169,7 @@ def read_summary(folder: str | Path, model: nn.Module | None = None, *, max_rank
     refuse_other_tasks(metadata, folder)
     found = summarise_lora(folder, metadata, max_rank=max_rank)
     if model is not None and metadata is not None:
-        refuse_other_base(model, metadata, folder, fingerprint_of=_fingerprint_once)
+        refuse_other_base(model, metadata, folder, fingerprint_of=fingerprint_once)
     return found
 
 
@@ -196,7 +216,8 @@ def read_lora(folder: Path, signature: FolderSignature, model: nn.Module, known:
 _FINGERPRINTS: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 
-def _fingerprint_once(model: nn.Module) -> str:
+def fingerprint_once(model: nn.Module) -> str:
+    """The fingerprint of a model whose weights do not change."""
     base = unwrap(model)
     if base not in _FINGERPRINTS:
         _FINGERPRINTS[base] = fingerprint(base)

@@ -123,9 +123,8 @@ class ClickHead(nn.Module):
     def finish_maps(self, fine: Tensor, middle: Tensor, coarse: Tensor) -> ClickFeatures:
         """Features from the neck's maps (I, c, 4g, 4g), (I, c, 2g, 2g) and (I, c, g, g)."""
         decoder = self.mask_decoder
-        return ClickFeatures(
-            decoder.conv_s0(fine), decoder.conv_s1(middle), coarse + self.no_memory_embedding.view(1, -1, 1, 1)
-        )
+        coarse = (coarse + self.no_memory_embedding.view(1, -1, 1, 1)).to(coarse.dtype)
+        return ClickFeatures(decoder.conv_s0(fine), decoder.conv_s1(middle), coarse)
 
     def decode(
         self,

@@ -50,7 +50,7 @@ def load_click_head(base: LoadedBase) -> ClickHead:
                 f"{folder.path}: {name} of the tracker has shape {tuple(tensors[name].shape)}, "
                 f"expected {tuple(tensor.shape)}: its config.json is of another model"
             )
-    weight: Tensor = base.model.vision_encoder.backbone.embeddings.patch_embeddings.projection.weight
+    weight: Tensor = base.model.vision_encoder.backbone.layer_norm.weight  # matrices may be stored in another type
     head.load_state_dict({name: tensors[name] for name in expected}, assign=True)
     matrices = [tensors[name].float() for name in _POSITIONS]
     head.to(device=weight.device, dtype=weight.dtype)

@@ -1,7 +1,7 @@
-"""Adapter folders of either task as plain tensors, for an engine that holds several of them over one base.
+"""Dense folders as plain tensors, for an engine that holds several adapters over one base.
 
 A dense folder is LoRA or bottlenecks of the vision trunk, or none where the head was trained alone, with a head beside
-it. The model is only looked at: any thread may read a folder while the model runs.
+it. `any_adapter.AdapterReader` reads folders of every task.
 """
 
 from __future__ import annotations
@@ -14,16 +14,15 @@ import torch
 from torch import nn
 
 from sam3lora.errors import UserError
-from sam3lora.model.adapter.folder import FolderSignature, read_unchanged, refuse_other_base
+from sam3lora.model.adapter.folder import FolderSignature, refuse_other_base
 from sam3lora.model.adapter.folder_files import CONFIG_FILE, HEAD_FILE, METADATA_FILE
-from sam3lora.model.adapter.metadata import DENSE, AdapterMetadata, is_printable, read_metadata
+from sam3lora.model.adapter.metadata import AdapterMetadata, is_printable
 from sam3lora.model.adapter.peft_files import FLOATING, read_tensors
 from sam3lora.model.adapter.weights import (
     AdapterSummary,
     AdapterWeights,
     digest,
     read_lora,
-    read_summary,
     summarise_lora,
 )
 from sam3lora.model.dense.bottleneck import Bottleneck
@@ -50,36 +49,14 @@ class DenseWeights(AdapterWeights):
     bottlenecks: nn.ModuleList | None
 
 
-def read_weights(folder: str | Path, base: LoadedBase, *, max_rank: int | None = None) -> AdapterWeights:
-    """`read_adapter_weights` of a folder of either task: one that labels pixels gives `DenseWeights`.
-
-    Raises:
-        NotLowRankError: The adapter does more than LoRA or DoRA on Linear and Conv2d modules.
-        UserError: The folder is incomplete, damaged, or for another base or resolution.
-    """
-    folder = Path(folder)
-
-    def read(signature: FolderSignature) -> AdapterWeights:
-        known = summarise(folder, base, max_rank=max_rank)
-        if known.metadata is None or known.metadata.task != DENSE:
-            return read_lora(folder, signature, base.model, known)
-        return _read_dense(folder, signature, base, known, known.metadata)
-
-    return read_unchanged(folder, read)
-
-
-def summarise(folder: str | Path, base: LoadedBase, *, max_rank: int | None = None) -> AdapterSummary:
-    """`read_summary` of a folder of either task.
+def summarise_dense(folder: Path, base: LoadedBase, *, max_rank: int | None = None) -> AdapterSummary:
+    """What is known of a dense folder without its weights.
 
     Raises:
         NotLowRankError: The configuration asks for more than LoRA or DoRA.
-        UserError: What is known without the weights shows already that `read_weights` would refuse it.
+        UserError: That shows already that `read_dense` would refuse it.
         OSError: A file cannot be read.
     """
-    folder = Path(folder)
-    found = read_metadata(folder)
-    if found is None or found.task != DENSE:
-        return read_summary(folder, base.model, max_rank=max_rank)
     metadata = read_dense_metadata(folder)
     settings = _settings(metadata, folder)
     _check_settings(settings, base, folder)
@@ -113,9 +90,14 @@ def _check_settings(settings: DenseSettings, base: LoadedBase, folder: Path) -> 
         )
 
 
-def _read_dense(
-    folder: Path, signature: FolderSignature, base: LoadedBase, known: AdapterSummary, metadata: AdapterMetadata
-) -> DenseWeights:
+def read_dense(folder: Path, signature: FolderSignature, base: LoadedBase, known: AdapterSummary) -> DenseWeights:
+    """Read the weights of a dense folder, in the version of this signature, whose summary is known.
+
+    Raises:
+        NotLowRankError, UserError: As `AdapterReader.read`.
+    """
+    metadata = known.metadata
+    assert metadata is not None
     settings = _settings(metadata, folder)
     parts, contents = _read_parts(folder, settings, base)
     if known.config is None:

@@ -10,6 +10,7 @@ def render_click_card(metadata: AdapterMetadata) -> str:
     """The card in Markdown with the hub's front matter."""
     base, origin = metadata.base_model or "unknown", metadata.clicks or {}
     trunk = origin.get("vision_adapter")
+    beside = "" if trunk is None else 'adapter="folder of that adapter", '
     seen = "the base" if trunk is None else f"an adapter whose trunk has the digest `{trunk[:12]}`"
     sections = [
         front_matter("peft", base),
@@ -19,10 +20,10 @@ def render_click_card(metadata: AdapterMetadata) -> str:
         f"Input: {metadata.resolution or 'the model own'} pixels square. Vision trunk: that of {seen}.",
         "## With sam3lora",
         python_block(
-            "from sam3lora.model.clicks.adapter import load_click_adapter",
-            "from sam3lora.model.loading import load_base",
+            "from sam3lora import Predictor",
             "",
-            f'head = load_click_adapter("{FOLDER}", load_base("{base}"))',
+            f'session = Predictor("{base}", {beside}click_adapter="{FOLDER}").interact("photo.jpg")',
+            "session.click([(300, 200)]).mask",
         ),
         "## With transformers and PEFT alone",
         python_block(

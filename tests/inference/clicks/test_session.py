@@ -21,6 +21,7 @@ from sam3lora.inference.clicks.result import ClickResult
 from sam3lora.inference.clicks.session import ClickSession
 
 from ...engine.engine_cases import make_images, write_adapter_of
+from ...model.dense.dense_cases import write_dense
 
 IMAGE = make_images(1)[0]
 HEIGHT, WIDTH = IMAGE.shape[:2]
@@ -155,6 +156,7 @@ def test_objects_are_exported(session: ClickSession, tmp_path: Path):
     assert coco["images"] == [{"id": 1, "file_name": "photo.jpg", "width": WIDTH, "height": HEIGHT}]
     assert [category["name"] for category in coco["categories"]] == ["crack", "patch"]
     assert [annotation["category_id"] for annotation in coco["annotations"]] == [1, 1, 2]
+    assert [annotation.get("corrected") for annotation in coco["annotations"]] == [True, None, True]
     for annotation, one in zip(coco["annotations"], [found[0], found[1], new], strict=True):
         assert np.array_equal(decode_mask(annotation["segmentation"], (HEIGHT, WIDTH)), one.mask)
         assert annotation["area"] == one.mask.sum()
@@ -195,6 +197,41 @@ def test_clicks_see_the_trunk_of_the_adapter_or_of_the_base(predictor: Predictor
     over_base = adapted.interact(IMAGE, clicks_vision="base").click([FIRST])
     assert over_base.score == pytest.approx(expected[1], abs=1e-6)
     assert encoded(adapted) == 3
+
+
+def test_a_click_adapter_answers_clicks(predictor: Predictor, clickable_base: Path, clickable_root: Path):
+    """Over the base of its folder, where none is named, and beside an adapter of the trunk."""
+    own = clickable_root / "edges"
+    clicked = Predictor(click_adapter=own, device="cpu", threshold=0.0, nms="none", max_detections=3)
+    assert clicked.settings["model"] == str(clickable_base)
+    assert clicked.settings["click_adapter"] == str(own)
+    found = clicked.interact(IMAGE).click([FIRST])
+    assert shown(found) != shown(predictor.interact(IMAGE).click([FIRST]))
+    (ours,), (theirs,) = (one.predict(IMAGE, "crack") for one in (clicked, predictor))
+    np.testing.assert_allclose(ours.scores, theirs.scores, atol=1e-6)
+    wrong = Predictor(adapter=clickable_root / "towers", click_adapter=own, device="cpu")
+    with pytest.raises(UserError, match="trained on the vision trunk of the base"):
+        wrong.interact(IMAGE)
+    assert wrong.interact(IMAGE, clicks_vision="base").click([FIRST]).score == pytest.approx(found.score, abs=1e-5)
+
+
+def test_folders_of_other_tasks_are_told_before_the_base_is_loaded(
+    clickable_base: Path, clickable_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    dense, own = write_dense(clickable_base, tmp_path / "dense"), clickable_root / "edges"
+    monkeypatch.setattr("sam3lora.engine.engine.load_base", lambda *args, **options: pytest.fail("loads"))
+    for options, words in (
+        ({"adapter": own}, "of task clicks.*click_adapter"),
+        (
+            {"click_adapter": clickable_root / "heads"},
+            "no click adapter: expected one of task clicks, got task detection",
+        ),
+        ({"click_adapter": dense}, "got task dense"),
+        ({"click_adapter": tmp_path / "none"}, "does not exist"),
+        ({"adapter": dense, "click_adapter": own}, "click_adapter has no effect with"),
+    ):
+        with pytest.raises(UserError, match=words):
+            Predictor(**options)
 
 
 def test_mistakes_are_told_and_change_nothing(session: ClickSession, predictor: Predictor):

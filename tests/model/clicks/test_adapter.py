@@ -27,7 +27,6 @@ from sam3lora.model.clicks.adapter import (
     load_click_adapter,
     read_click_metadata,
     save_click_adapter,
-    trunk_digest,
 )
 from sam3lora.model.clicks.loading import load_click_head
 from sam3lora.model.components import adapted_modules
@@ -169,7 +168,7 @@ def test_an_adapter_belongs_to_the_trunk_that_it_was_trained_on(saved, click_fol
     torch.manual_seed(3)
     random_lora(model.eval())
     trunk = save_adapter(model, tmp_path / "trunk", AdapterMetadata(base_fingerprint=base.fingerprint))
-    digest = trunk_digest(read_adapter_weights(trunk, load_base(str(click_folder)).model))
+    digest = read_adapter_weights(trunk, load_base(str(click_folder)).model).trunk_digest
     assert digest is not None
     other = load_base(str(click_folder))
     assert add_vision_adapter(other, trunk) == digest
@@ -211,4 +210,4 @@ def test_other_tasks_refuse_a_click_adapter(saved, click_base):
     assert metadata.base_fingerprint == click_base.fingerprint
     assert origin.vision_adapter is None
     assert "tracker_model" in json.dumps(json.loads((folder / "adapter_config.json").read_text())["target_modules"])
-    assert "load_click_adapter" in (folder / "README.md").read_text()
+    assert "click_adapter=" in (folder / "README.md").read_text()

@@ -12,11 +12,25 @@ from safetensors.torch import load_file, save_file
 
 from sam3lora.errors import UserError
 from sam3lora.model.adapter.folder_files import CONFIG_FILE, HEAD_FILE, METADATA_FILE, WEIGHTS_FILE
-from sam3lora.model.dense.weights import DenseWeights, read_weights, summarise
+from sam3lora.model.adapter.weights import AdapterSummary, AdapterWeights
+from sam3lora.model.any_adapter import AdapterReader
+from sam3lora.model.dense.weights import DenseWeights
 from sam3lora.model.loading import LoadedBase, load_base
 
 from ..conftest import write_adapter
 from .dense_cases import write_dense
+
+
+def read_weights(folder: Path, base: LoadedBase, max_rank: int | None = None) -> AdapterWeights:
+    return AdapterReader(base, no_clicks, max_rank).read(folder)
+
+
+def summarise(folder: Path, base: LoadedBase, max_rank: int | None = None) -> AdapterSummary:
+    return AdapterReader(base, no_clicks, max_rank).summarise(folder)
+
+
+def no_clicks():
+    pytest.fail("no click head is needed")
 
 
 @pytest.fixture(scope="module")
