@@ -23,10 +23,10 @@ from jobs.bench.memory import as_on_a_gpu
 from jobs.bench.pretend_gpu import DEVICE, pretend_gpu
 from jobs.bench.tensor_memory import TensorMemory
 from sam3lora.config import load_config
+from sam3lora.engine.clicks.answers import MAX_OBJECTS
 from sam3lora.losses.clicks import ClickCriterion
 from sam3lora.model.clicks.adapter import add_click_lora
 from sam3lora.model.clicks.head import ClickFeatures, ClickHead, ClickOutput
-from sam3lora.training.clicks.objects import MAX_OBJECTS
 
 OBJECTS = (1, 4, 16)
 TRUNK_BYTES = 2 * 446_000_000

@@ -16,9 +16,10 @@ from sam3lora.losses.dense import DenseCriterion
 from sam3lora.model.adapter.lora_layers import apply_lora
 from sam3lora.model.checkpointing import enable_checkpointing
 from sam3lora.model.components import unwrap
-from sam3lora.model.dense.model import DenseSam3, chosen_layers, keep_trunk_only
+from sam3lora.model.dense.model import DenseSam3, chosen_layers
 from sam3lora.model.dense.settings import DenseSettings
 from sam3lora.model.precision import store_matrices_in
+from sam3lora.model.staged.trunk import keep_trunk_only
 
 PRESETS = ("dense", "dense_1008", "sam3_unet")
 CLASSES = 5

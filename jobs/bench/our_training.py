@@ -106,7 +106,15 @@ def make_runner(
     return LossRunner(
         staged=staged,
         criterion=loss,
-        images=ImageEncoder(staged, device, lora.apply_to_vision_encoder, frames, *PIXEL_MEAN_STD, trunk),
+        images=ImageEncoder(
+            staged,
+            lora.apply_to_vision_encoder,
+            device=device,
+            settings=frames,
+            image_mean=PIXEL_MEAN_STD[0],
+            image_std=PIXEL_MEAN_STD[1],
+            trunk=trunk,
+        ),
         text=TextBank(
             staged, lambda asked: tokenize(words, asked), trainable=lora.apply_to_text_encoder, device=device
         ),

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from jobs.pretrain.click_scenes import ClickScenes, large_objects
 from jobs.pretrain.click_stage import as_logits
-from sam3lora.engine.clicks.click import Click
+from sam3lora.engine.clicks.answers import answer_prompts
 from sam3lora.engine.clicks.interaction import Interaction
 from sam3lora.engine.clicks.prompt import DRAWN_LOGIT, ClickAnswer, ClickPrompt
+from sam3lora.evaluation.clicks.asking import ImageInteractions
 from sam3lora.evaluation.clicks.meter import ClickMeter
 from sam3lora.evaluation.clicks.next_click import mask_iou, next_click
-from sam3lora.evaluation.clicks.simulated_user import MAX_CLICKS, ClickedMask, SimulatedUser, run_objects
-from sam3lora.model.clicks.head import ClickFeatures, ClickHead, ClickOutput
+from sam3lora.evaluation.clicks.simulated_user import MAX_CLICKS, SimulatedUser, run_objects
+from sam3lora.losses.focal_dice import resize
+from sam3lora.model.clicks.head import ClickHead
 from sam3lora.training.clicks.regions import boxes_of
+
+Ask = Callable[[Sequence[ClickPrompt]], Sequence[ClickAnswer]]
 
 
 @dataclass(frozen=True)
@@ -60,76 +63,32 @@ def measure_clicks(
         if not truths:
             continue
         features = head.embed(scenes.tokens_ISC[row : row + 1].float())
-        user = _Scene(head, features, labels_HW.shape)
+        ask = functools.partial(answer_prompts, head, features)
+        scene = Interaction((labels_HW.shape[0], labels_HW.shape[1]), head.input_side)
         users = [SimulatedUser(truth_HW, max_clicks=max_clicks) for truth_HW in truths]
-        for number, run in enumerate(run_objects(users, user.answer)):
+        interactions = ImageInteractions(ask, [scene] * len(users))
+        for number, run in enumerate(run_objects(users, interactions.answer)):
             meter.add(run, image_id=row, object_id=number)
-        others.append(_other_prompts(head, features, truths))
+        others.append(_other_prompts(ask, scene, head.mask_side, truths))
     means = np.concatenate(others).mean(0)
     return ClickReport(len(meter.runs), meter.values(), *(round(float(value), 4) for value in means))
 
 
-class _Scene:
-    """The interactions of one scene's objects."""
-
-    def __init__(self, head: ClickHead, features: ClickFeatures, size_hw: tuple[int, ...]) -> None:
-        self._head, self._features, self._size_hw = head, features, (size_hw[0], size_hw[1])
-        self._now: dict[int, Interaction] = {}
-
-    def answer(self, asked: Sequence[tuple[int, Sequence[Click]]]) -> list[ClickedMask]:
-        """All of them have the same number of clicks."""
-        first = Interaction(self._size_hw, self._head.input_side)
-        now = [self._now.get(index, first).add(clicks[-1:]) for index, clicks in asked]
-        prompts = [one.prompt() for one in now]
-        output = _ask(self._head, self._features, [one for one in prompts if one is not None])
-        answers = [
-            ClickAnswer.of(logits, iou.tolist(), float(there.sigmoid()))
-            for logits, iou, there in zip(output.logits_NMmm, output.iou_NM, output.object_N, strict=True)
-        ]
-        for (index, _), state, answer in zip(asked, now, answers, strict=True):
-            self._now[index] = state.answered(answer)
-        return [
-            ClickedMask(masks[answer.chosen], masks if len(masks) > 1 else None, answer.score)
-            for answer in answers
-            for masks in [_masks(answer.logits_Mmm, self._size_hw)]
-        ]
-
-
-def _ask(head: ClickHead, features: ClickFeatures, prompts: Sequence[ClickPrompt]) -> ClickOutput:
-    """Prompts of one kind about one image."""
-    masks = [one.mask_mm for one in prompts if one.mask_mm is not None]
-    return head.decode(
-        features.of_objects(torch.zeros(len(prompts), dtype=torch.long)),
-        points_NK2=torch.from_numpy(np.stack([one.points_k2 for one in prompts])),
-        labels_NK=torch.from_numpy(np.stack([one.labels_k for one in prompts])),
-        masks_Nmm=torch.stack(masks) if masks else None,
-        multimask=prompts[0].multimask,
-    )
-
-
-def _masks(logits_Nmm: Tensor, size_hw: tuple[int, int]) -> np.ndarray:
-    resized = F.interpolate(logits_Nmm[:, None], size=size_hw, mode="bilinear", align_corners=False)[:, 0]
-    return (resized > 0).numpy()
-
-
-def _other_prompts(head: ClickHead, features: ClickFeatures, truths: Sequence[np.ndarray]) -> np.ndarray:
+def _other_prompts(ask: Ask, scene: Interaction, mask_side: int, truths: Sequence[np.ndarray]) -> np.ndarray:
     """IoU (N, 4) from a box, from the right mask and a click, from the inverted one and it, and of the right mask."""
-    size_hw = (truths[0].shape[0], truths[0].shape[1])
-    truth_NHW = torch.from_numpy(np.stack(truths))
-    rows = features.of_objects(torch.zeros(len(truths), dtype=torch.long))
-    middles = [next_click(truth, np.zeros_like(truth)) for truth in truths]
-    points = torch.tensor([[(one.x, one.y)] for one in middles if one is not None], dtype=torch.float32)
-    points = points * head.input_side / size_hw[1]
-    boxes = boxes_of(truth_NHW) * head.input_side / size_hw[1]
-    right_Nmm = as_logits(truth_NHW, head.mask_side, DRAWN_LOGIT)
-    clicked = {"points_NK2": points, "labels_NK": torch.ones(len(truths), 1, dtype=torch.long)}
-    found = [
-        head.decode(rows, boxes_N4=boxes, multimask=False).logits_NMmm[:, 0],
-        head.decode(rows, **clicked, masks_Nmm=right_Nmm, multimask=False).logits_NMmm[:, 0],
-        head.decode(rows, **clicked, masks_Nmm=-right_Nmm, multimask=False).logits_NMmm[:, 0],
-        right_Nmm,
-    ]
-    columns = [
-        [mask_iou(truth, mask) for truth, mask in zip(truths, _masks(logits, size_hw), strict=True)] for logits in found
-    ]
-    return np.array(columns).T
+    size_hw, truth_NHW = scene.size_hw, torch.from_numpy(np.stack(truths))
+    of_scene = functools.partial(ClickPrompt.of, size_hw=size_hw, side=scene.side)
+    right_Nmm = as_logits(truth_NHW, mask_side, DRAWN_LOGIT)
+    prompts = []
+    for truth_HW, box, right_mm in zip(truths, boxes_of(truth_NHW).tolist(), right_Nmm, strict=True):
+        middle = next_click(truth_HW, np.zeros_like(truth_HW))
+        assert middle is not None, "an object has a pixel"
+        prompts += [of_scene((), box), of_scene([middle], None, right_mm), of_scene([middle], None, -right_mm)]
+    answers = torch.stack([answer.mask_mm for answer in ask(prompts)]).unflatten(0, (len(truths), 3))
+    found_N4mm = torch.cat([answers, right_Nmm[:, None]], dim=1)
+    return np.array(
+        [
+            [mask_iou(truth, mask) for mask in resize(logits_4mm, size_hw).numpy() > 0]
+            for truth, logits_4mm in zip(truths, found_N4mm, strict=True)
+        ]
+    )

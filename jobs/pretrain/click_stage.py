@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from jobs.pretrain.click_scenes import ClickScenes
 from jobs.pretrain.snapshot import Snapshot
 from jobs.pretrain.vision_stage import cosine
+from sam3lora.config.clicks import StartShares
 from sam3lora.engine.clicks.prompt import DRAWN_LOGIT
 from sam3lora.losses.clicks import CLICK_WEIGHTS, ClickCriterion, ClickLossOutput
 from sam3lora.model.clicks.head import ClickHead
 from sam3lora.training.clicks.asking import ask, best_masks
-from sam3lora.training.clicks.sampling import Prompts, StartShares, next_clicks, start_prompts, wrong_masks
+from sam3lora.training.clicks.sampling import Prompts, draw_start, next_clicks, start_prompts, wrong_masks
 
 WEIGHTS = dict(CLICK_WEIGHTS) | {"click_dice": 3.0, "click_object": 0.1}
 LATER = StartShares(click=0.35, box=0.15, mask=0.3, mask_and_box=0.2)
@@ -151,7 +152,7 @@ def _start(
 ) -> Prompts:
     """The first prompts: of the first phase masks, with or without the box and a click."""
     shares = StartShares(click=0.05, box=0.05, mask=0.6, mask_and_box=0.3) if shows_masks else LATER
-    start = shares.draw(generator)
+    start = draw_start(shares, generator)
     prompts = start_prompts(start, truth_Nhw, head.input_side, generator, image_N)
     if prompts.masks_Nhw is None:
         return prompts

@@ -38,7 +38,10 @@ def tune(
     algorithm: Annotated[str | None, typer.Option(metavar="NAME", help="random, grid or optuna.")] = None,
     metric: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="valid_loss, map, bbox_map or cgf1; with task dense mean_iou or valid_loss."),
+        typer.Option(
+            metavar="NAME",
+            help="valid_loss, or map, bbox_map, cgf1; with task dense mean_iou; clicks: noc_85, mean_iou_3 and so on.",
+        ),
     ] = None,
     max_concurrent: Annotated[
         int | None, typer.Option(min=1, help="Trials at a time (default: as many as there is room for).")

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 from pydantic import Field, model_validator
 
 from ._section import LocalPath, Section
-from .task_keys import idle_keys
+from .task_keys import problems_without_prompts
 
 if TYPE_CHECKING:
     from .root import Config
 
 
-class StartsSection(Section):
-    """How often a simulated interaction starts in each way; the shares need not add up to 1."""
+class StartShares(Section):
+    """How often simulated interactions start in each way; the shares need not add up to 1."""
 
     click: float = Field(default=0.5, ge=0, description="A click in the object.")
     box: float = Field(default=0.5, ge=0, description="A box that is a little off.")
@@ -23,7 +23,7 @@ class StartsSection(Section):
     mask_and_box: float = Field(default=0.0, ge=0, description="The same with a box.")
 
     @model_validator(mode="after")
-    def _check_sum(self) -> StartsSection:
+    def _check_sum(self) -> StartShares:
         if not any((self.click, self.box, self.mask, self.mask_and_box)):
             raise ValueError("all shares are 0: set one of click, box, mask and mask_and_box above 0")
         return self
@@ -33,7 +33,7 @@ class ClicksSection(Section):
     """The interactions that are simulated, and the vision trunk under the click head, where `task` is clicks."""
 
     iterations: int = Field(default=3, ge=0, le=16, description="Correcting clicks on each object after the start.")
-    starts: StartsSection = Field(default_factory=StartsSection, description="How interactions start.")
+    starts: StartShares = Field(default_factory=StartShares, description="How interactions start.")
     objects_per_image: int = Field(
         default=16, ge=1, le=32, description="Most objects of an image in an epoch; of more, other ones are drawn each."
     )
@@ -44,45 +44,23 @@ class ClicksSection(Section):
     )
 
 
-_NO_PROMPTS = "no prompt is asked"
-_NO_DETECTIONS = "nothing is detected"
 _FROZEN = "the vision trunk is frozen"
-_REFUSED = {
-    "training.num_negatives": _NO_PROMPTS,
-    "training.one_to_many": _NO_DETECTIONS,
-    "training.cuda_graphs": "graphs are of the detector",
+_IDLE = {
     "training.component_learning_rates": "all that learns has training.learning_rate",
     "training.loss": "the loss has fixed weights",
     "training.gradient_checkpointing": "every prediction has a backward pass of its own",
     "training.compile": _FROZEN,
     "training.model_dropout": _FROZEN,
-    "model.geometry_cls": _NO_PROMPTS,
-    "data.prompts": _NO_PROMPTS,
-    "data.negative_prompts": _NO_PROMPTS,
     "data.exhaustive": "only labelled objects are clicked on",
     "data.max_objects_per_query": "the bound is clicks.objects_per_image",
-    "evaluation.threshold": _NO_DETECTIONS,
-    "evaluation.prompt_thresholds": _NO_DETECTIONS,
-    "evaluation.nms": _NO_DETECTIONS,
-    "evaluation.nms_iou": _NO_DETECTIONS,
-    "evaluation.merge": _NO_DETECTIONS,
-    "evaluation.merge_iou": _NO_DETECTIONS,
-    "evaluation.max_detections": _NO_DETECTIONS,
-    "evaluation.lowest_score": _NO_DETECTIONS,
 }
 
 
 def clicks_problems(config: Config) -> Iterator[str]:
     """What does not go with task clicks, each as a line for the user."""
-    yield from idle_keys(config, _REFUSED)
-    if config.training.max_prompts_per_forward not in ("auto", 1):  # 1 is what auto becomes
-        yield f"training.max_prompts_per_forward has no effect with task clicks, where {_NO_PROMPTS}: remove it"
+    yield from problems_without_prompts(config, _IDLE)
     if config.lora.components:
         yield (
             f"lora.apply_to_{config.lora.components[0]} has no effect with task clicks, which adapts the mask decoder "
             "of the click head: remove it"
-        )
-    if config.evaluation.best_metric not in ("auto", "valid_loss", "mean_iou_3"):
-        yield (
-            f"evaluation.best_metric {config.evaluation.best_metric} is not measured with task clicks: write mean_iou_3"
         )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from ._section import Section
-from .task_keys import idle_keys
+from .task_keys import problems_without_prompts
 
 if TYPE_CHECKING:
     from .root import Config
@@ -98,37 +98,18 @@ class DenseSection(Section):
         return self
 
 
-_NO_PROMPTS = "no prompt is asked"
-_NO_OBJECTS = "no object is found"
-_REFUSED = {
-    "training.num_negatives": _NO_PROMPTS,
-    "training.one_to_many": _NO_OBJECTS,
-    "training.cuda_graphs": "graphs are of the detector",
+_IDLE = {
     "training.component_learning_rates": "the head has dense.learning_rate, the trunk training.learning_rate",
     "training.loss": "the weights are dense.deep_supervision and dense.boundary_weight",
-    "model.geometry_cls": _NO_PROMPTS,
-    "data.prompts": _NO_PROMPTS,
-    "data.negative_prompts": _NO_PROMPTS,
     "data.exhaustive": "a pixel without a label is background",
-    "data.max_objects_per_query": _NO_PROMPTS,
     "evaluation.threshold": "the threshold is dense.threshold",
     "evaluation.prompt_thresholds": "the threshold is dense.threshold",
-    "evaluation.nms": _NO_OBJECTS,
-    "evaluation.nms_iou": _NO_OBJECTS,
-    "evaluation.merge": _NO_OBJECTS,
-    "evaluation.merge_iou": _NO_OBJECTS,
-    "evaluation.max_detections": _NO_OBJECTS,
-    "evaluation.lowest_score": _NO_OBJECTS,
 }
 
 
 def dense_problems(config: Config) -> Iterator[str]:
     """What does not go with task dense, each as a line for the user."""
-    yield from idle_keys(config, _REFUSED)
-    if config.training.max_prompts_per_forward not in ("auto", 1):  # 1 is what auto becomes
-        yield f"training.max_prompts_per_forward has no effect with task dense, where {_NO_PROMPTS}: remove it"
-    if config.evaluation.best_metric not in ("auto", "valid_loss", "mean_iou"):
-        yield f"evaluation.best_metric {config.evaluation.best_metric} is not measured with task dense: write mean_iou"
+    yield from problems_without_prompts(config, _IDLE)
     yield from _lora_problems(config)
 
 

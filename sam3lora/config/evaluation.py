@@ -6,9 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from .metrics import METRICS, BestMetric, Task
 from .post_processing import PostProcessing, PostProcessingFields
-
-BestMetric = Literal["valid_loss", "map", "bbox_map", "cgf1", "mean_iou", "mean_iou_3"]
 
 LOWEST_THRESHOLD = 0.05  # no useful threshold is lower
 EXACT_UP_TO_PAIRS = 4_000  # of image and prompt, on which detections of any score are measured
@@ -26,8 +25,9 @@ class EvaluationSection(PostProcessingFields):
     best_metric: Literal["auto"] | BestMetric = Field(
         default="auto",
         description="Metric that decides best/ and early stopping; auto = map (of task dense mean_iou; of task clicks "
-        "mean_iou_3, after three clicks) where it is measured, else valid_loss. A metric of detections without a value "
-        "on the validation images is replaced by bbox_map, then by the loss.",
+        "mean_iou_3, after three clicks) where it is measured, else valid_loss. Task clicks also has mean IoU after 1, "
+        "2, 5, 8 and 20 clicks, and noc_80, noc_85, noc_90: clicks up to an IoU of 0.80 and so on, of at most 20. A "
+        "metric of detections without a value on the validation images is replaced by bbox_map, then by the loss.",
     )
     base_loss: bool = Field(default=True, description="Measure the validation loss of the base before the first step.")
     num_samples: int | None = Field(default=None, ge=1, description="Measure on the first so many images; None = all.")
@@ -42,10 +42,10 @@ class EvaluationSection(PostProcessingFields):
     def post_processing(self) -> PostProcessing:
         return PostProcessing(**{name: getattr(self, name) for name in PostProcessing.model_fields})
 
-    def chosen_best_metric(self, measured: BestMetric) -> BestMetric:
-        """`best_metric`, where auto is replaced by the metric `measured` of the task, or the loss."""
+    def chosen_best_metric(self, task: Task) -> BestMetric:
+        """`best_metric`, where auto is replaced by the first metric of the task, or the loss."""
         if self.best_metric == "auto":
-            return measured if self.every_epochs else "valid_loss"
+            return METRICS[task][0] if self.every_epochs else "valid_loss"
         return self.best_metric
 
     @model_validator(mode="after")

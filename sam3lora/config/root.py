@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, model_validator
 
@@ -15,8 +15,10 @@ from .dense import DenseSection, dense_problems
 from .evaluation import EvaluationSection
 from .logging import LoggingSection
 from .lora import LoraSection
+from .metrics import Task
 from .model import ModelSection
 from .scaling import ScalingSection
+from .task_keys import metric_problems
 from .training import TrainingSection
 
 _DEFAULT_NEGATIVES = TrainingSection.model_fields["num_negatives"].default
@@ -35,7 +37,7 @@ class OutputSection(Section):
 class Config(Section):
     """What a run is. Made by `load_config`; immutable."""
 
-    task: Literal["detection", "dense", "clicks"] = Field(
+    task: Task = Field(
         default="detection",
         description="What is learned: the objects of prompts, with dense a label for each pixel, with clicks the mask "
         "of an object that is clicked on.",
@@ -124,9 +126,6 @@ def _task_problems(config: Config) -> Iterator[str]:
         yield from dense_problems(config)
     elif config.task == "clicks":
         yield from clicks_problems(config)
-    else:
-        if not config.lora.components:
-            yield f"lora adapts nothing: set at least one of {', '.join(config.lora.flags())} to true"
-        for metric, task in (("mean_iou", "dense"), ("mean_iou_3", "clicks")):
-            if config.evaluation.best_metric == metric:
-                yield f"evaluation.best_metric {metric} is of task {task}: write map, bbox_map or cgf1"
+    elif not config.lora.components:
+        yield f"lora adapts nothing: set at least one of {', '.join(config.lora.flags())} to true"
+    yield from metric_problems(config)

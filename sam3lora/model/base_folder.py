@@ -55,8 +55,17 @@ def find_base(name: str, *, revision: str | None = None, local_files_only: bool 
         path = _download(name, revision, local_files_only)
         commit = path.name
     _check_files(path, name)
+    return describe_base(path, name, commit)
+
+
+def describe_base(path: Path, name: str, revision: str | None) -> BaseFolder:
+    """A base model by its configuration alone, whatever else its folder holds.
+
+    Raises:
+        UserError: The configuration cannot be read, or is not that of a SAM 3 checkpoint.
+    """
     tracker = _read_json(path / "config.json").get("tracker_config")
-    return BaseFolder(path, name, commit, read_model_config(path, name), tracker)
+    return BaseFolder(path, name, revision, read_model_config(path, name), tracker)
 
 
 def _download(name: str, revision: str | None, local_files_only: bool) -> Path:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 from sam3lora.config import Config
+from sam3lora.config.metrics import METRICS, is_lower_better
 from sam3lora.data.coco import CocoIndex
 from sam3lora.evaluation.ask.run import asked_categories
 from sam3lora.evaluation.metrics.ground_truth import SplitTruth
@@ -15,7 +17,7 @@ from sam3lora.training.datasets import RunData
 from sam3lora.training.saved_run import RunState
 from sam3lora.training.validator import evaluation_settings
 
-LOSSES = ("valid_loss", "train_loss")  # of which small values are good
+LOSSES = ("valid_loss", "train_loss")
 
 
 def why_undefined(metric: str, index: CocoIndex, config: Config) -> str | None:
@@ -40,7 +42,7 @@ def deciding_metric(config: Config, data: RunData) -> tuple[str, str | None]:
     A metric that has no value on the validation images, whatever the model predicts, is replaced by box mAP, and where
     that has none either by the validation loss; without validation images the training loss decides.
     """
-    chosen = config.evaluation.chosen_best_metric("map")
+    chosen = config.evaluation.chosen_best_metric("detection")
     if data.valid is None or data.valid_complete is None:
         reason = None if chosen == "valid_loss" else f"there are no validation images to measure {chosen} on"
         return "train_loss", reason
@@ -53,6 +55,14 @@ def deciding_metric(config: Config, data: RunData) -> tuple[str, str | None]:
     return "valid_loss", "; ".join(reasons)
 
 
+def deciding_metric_of_labels(config: Config, data: RunData) -> tuple[str, str | None]:
+    """As `deciding_metric`, where every metric has a value on labelled images."""
+    chosen = config.evaluation.chosen_best_metric(config.task)
+    if data.valid is None:
+        return "train_loss", None if chosen == "valid_loss" else "there are no validation images to measure it on"
+    return chosen, None
+
+
 def is_improved(state: RunState, metric: str, measured: Mapping[str, Any]) -> bool:
     """Whether the adapter is the best so far by `metric`; updates the best values in `state`.
 
@@ -62,7 +72,7 @@ def is_improved(state: RunState, metric: str, measured: Mapping[str, Any]) -> bo
         measured: The loss, and the metrics where they were due, by name.
     """
     for name, value in measured.items():
-        if name in (*LOSSES, "map", "bbox_map", "cgf1", "mean_iou", "mean_iou_3") and value is not None:
+        if name in (*LOSSES, *chain(*METRICS.values())) and value is not None:
             before = state.best_values.get(name)
             if before is None or _is_better(name, value, before[0]):
                 state.best_values[name] = [value, state.step]
@@ -80,7 +90,7 @@ def is_improved(state: RunState, metric: str, measured: Mapping[str, Any]) -> bo
 
 
 def disagreement(state: RunState, metric: str) -> str | None:
-    """A sentence for a run whose lowest loss and highest metric belong to different steps.
+    """A sentence for a run whose lowest loss and best metric belong to different steps.
 
     The classification term is small for a model that finds nothing, and grows when it begins to find something: so the
     lowest loss may come too early.
@@ -93,11 +103,12 @@ def disagreement(state: RunState, metric: str) -> str | None:
     (loss, loss_step), (value, step) = state.best_values[losses[0]], state.best_values[metrics[0]]
     if loss_step == step:
         return None
+    end = "lowest" if is_lower_better(metrics[0]) else "highest"
     return (
-        f"the lowest {losses[0]} was {loss:.4g} at step {loss_step:g}, the highest {metrics[0]} {value:.3f} at step "
+        f"the lowest {losses[0]} was {loss:.4g} at step {loss_step:g}, the {end} {metrics[0]} {value:.3f} at step "
         f"{step:g}; best/ is chosen by {metric}"
     )
 
 
 def _is_better(name: str, value: float, before: float) -> bool:
-    return value < before if name in LOSSES else value > before
+    return value < before if is_lower_better(name) else value > before

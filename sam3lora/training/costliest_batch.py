@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -9,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from sam3lora.data.batch import Batch
 from sam3lora.data.coco import read_record
@@ -21,6 +22,7 @@ from sam3lora.training.datasets import RunData
 from sam3lora.training.features.encoder import ImageEncoder
 from sam3lora.training.optimization import set_training_mode
 from sam3lora.training.step import LossRunner, StepCounts
+from sam3lora.training.task import Runner
 
 
 @dataclass
@@ -42,48 +44,62 @@ class CostliestPrompts:
 
     def __call__(self, num_images: int, max_prompts: int) -> None:
         """For this number of images, with so many of their prompts at a time."""
-        batch, runner = self._batch(num_images), replace(self._runner, max_prompts=max_prompts)
-        set_training_mode(self.model, model_dropout=self.model_dropout)
-        device = runner.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(0)
-            runner.staged.forget_graphs()
-            try:
-                for _ in range(runner.staged.runs_to_settle):
-                    runner.backward(batch, StepCounts.of([batch]).normalizer())
-            finally:
-                runner.staged.forget_graphs()
-                self.model.zero_grad(set_to_none=True)
-                self.model.eval()
-
-    def _batch(self, num_images: int) -> Batch:
-        """Objects are spread evenly over the queries of their image."""
-        settings, queries, objects = self.data.train_settings, self.num_queries, self._num_objects
+        runner = replace(self._runner, max_prompts=max_prompts)
+        # Objects are spread evenly over the queries of their image.
+        queries, objects = self.num_queries, self._num_objects
         num_of_query = [objects // queries + (query < objects % queries) for query in range(queries)]
-        num_B = np.array(num_of_query * num_images, dtype=np.int64)
-        num_targets, mask_size, side = int(num_B.sum()), settings.mask_size, settings.resolution
-        rng = np.random.default_rng(0)
-        packed = None
-        if mask_size is not None:
-            packed = rng.integers(0, 256, (num_targets, -(-mask_size * mask_size // 8)), dtype=np.uint8)
-        return Batch(
-            images_NHWC=rng.integers(0, 256, (num_images, side, side, 3), dtype=np.uint8),
-            image_rows_N=np.arange(num_images),
-            feature_keys_I=[None] * num_images,
-            image_ids=np.arange(num_images),
-            paths=[""] * num_images,
-            original_sizes_hw=np.full((num_images, 2), side),
-            query_image_B=np.repeat(np.arange(num_images), queries),
-            # Different prompts on every image, as far as there are any: an adapted text tower encodes each one once.
-            prompts_B=[self.data.prompts[row % len(self.data.prompts)] for row in range(queries * num_images)],
-            num_B=num_B,
-            exhaustive_B=np.ones(len(num_B), dtype=bool),
-            boxes_cxcywh_T4=rng.uniform(0.25, 0.5, (num_targets, 4)).astype(np.float32),
-            masks_packed=packed,
-            mask_size=mask_size,
-            mask_valid_T=np.full(num_targets, packed is not None),
-            skipped=[],
-        )
+        batch = noise_batch(self.data, num_images, num_of_query)
+        runs = runner.staged.runs_to_settle
+        discard_gradients(self.model, runner, batch, model_dropout=self.model_dropout, runs=runs)
+
+
+def noise_batch(data: RunData, num_images: int, num_of_query: Sequence[int] = ()) -> Batch:
+    """Images of random pixels, each with these queries of so many objects with random masks, and no label map."""
+    settings, queries, rng = data.train_settings, len(num_of_query), np.random.default_rng(0)
+    num_B = np.array([*num_of_query] * num_images, dtype=np.int64)
+    num_targets, mask_size, side = int(num_B.sum()), settings.mask_size, settings.resolution
+    packed = None
+    if mask_size is not None and num_targets:
+        packed = rng.integers(0, 256, (num_targets, -(-mask_size * mask_size // 8)), dtype=np.uint8)
+    return Batch(
+        images_NHWC=rng.integers(0, 256, (num_images, side, side, 3), dtype=np.uint8),
+        image_rows_N=np.arange(num_images),
+        feature_keys_I=[None] * num_images,
+        image_ids=np.arange(num_images),
+        paths=[""] * num_images,
+        original_sizes_hw=np.full((num_images, 2), side),
+        query_image_B=np.repeat(np.arange(num_images), queries),
+        # Different prompts on every image, as far as there are any: an adapted text tower encodes each one once.
+        prompts_B=[data.prompts[row % len(data.prompts)] for row in range(queries * num_images)],
+        num_B=num_B,
+        exhaustive_B=np.ones(len(num_B), dtype=bool),
+        boxes_cxcywh_T4=rng.uniform(0.25, 0.5, (num_targets, 4)).astype(np.float32),
+        masks_packed=packed,
+        mask_size=mask_size,
+        mask_valid_T=np.full(num_targets, packed is not None),
+        skipped=[],
+    )
+
+
+def discard_gradients(
+    model: nn.Module, runner: Runner, batch: Batch, *, model_dropout: bool = False, runs: int = 1
+) -> None:
+    """Compute the gradients of a batch so many times, and leave the model without them, in evaluation mode.
+
+    The next random numbers of the run are the same as without it.
+    """
+    set_training_mode(model, model_dropout=model_dropout)
+    device = runner.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        runner.forget_graphs()
+        try:
+            for _ in range(runs):
+                runner.backward(batch, StepCounts.of([batch]).normalizer())
+        finally:
+            runner.forget_graphs()
+            model.zero_grad(set_to_none=True)
+            model.eval()
 
 
 @dataclass

@@ -114,36 +114,70 @@ def load_run_data(config: Config, resolution: int, patch_size: int = 14, *, spli
                 f"data.negative_prompts says that no image shows {prompt!r}, but it is a category of {root} whose "
                 "objects are not all annotated (data.exhaustive): remove it there or name its category here"
             )
-    mask_grid = resolution // patch_size * 4  # predicted masks have 4 x 4 pixels to a patch
-    settings = DecodeSettings(
-        names=names,
-        resolution=resolution,
-        mask_size=mask_grid if training.loss.mask_resolution == "low" else resolution,
-        augmentation=data.augmentation,
-        horizontal_flip=data.horizontal_flip,
+    settings = decode_settings(
+        config,
+        names,
+        resolution,
+        mask_grid(resolution, patch_size) if training.loss.mask_resolution == "low" else resolution,
         prompts_map=data.prompts,
         negative_prompts=data.negative_prompts,
         num_negatives=training.num_negatives,
         exhaustive=data.exhaustive,
         max_objects=data.max_objects_per_query,
-        on_bad_image=training.on_bad_image,
-        seed=training.seed,
     )
-    # A fixed seed, so that the validation losses of runs with different seeds are means over the same queries.
-    valid_settings = replace(settings, augmentation="none", horizontal_flip=0.0, max_objects=None, seed=0)
     prompt_of = {prompt_key(name): prompt for name, prompt in data.prompts.items()}
     asked = [prompt_of.get(prompt_key(name), name) for name in names]
+    found = run_data(config, (train, valid), settings, tuple(dict.fromkeys([*asked, *data.negative_prompts])))
+    found.train = _with_queries(train, settings, data.train_split)
+    found.valid = _with_queries(valid, found.valid_settings, data.valid_split) if valid else None
+    return found
+
+
+def mask_grid(resolution: int, patch_size: int) -> int:
+    """Side of predicted masks and label maps, which have 4 x 4 pixels to a patch."""
+    return resolution // patch_size * 4
+
+
+def decode_settings(
+    config: Config, names: tuple[str, ...], resolution: int, mask_size: int, **of_task: Any
+) -> DecodeSettings:
+    """How training images and labels are decoded.
+
+    Args:
+        names: All categories.
+        resolution, mask_size: Sides of images and of masks or label maps in pixels.
+        of_task: Further fields of `DecodeSettings`.
+    """
+    return DecodeSettings(
+        names=names,
+        resolution=resolution,
+        mask_size=mask_size,
+        augmentation=config.data.augmentation,
+        horizontal_flip=config.data.horizontal_flip,
+        vertical_flip=config.data.vertical_flip,
+        on_bad_image=config.training.on_bad_image,
+        seed=config.training.seed,
+        **of_task,
+    )
+
+
+def run_data(config: Config, splits: Splits, settings: DecodeSettings, prompts: tuple[str, ...]) -> RunData:
+    """The data of a run in which every image of the splits has a loss; `settings` are those of training."""
+    (train, valid), data = splits, config.data
+    # A fixed seed, so that the validation losses of runs with different seeds are means over the same queries.
+    unchanged: dict[str, Any] = {"augmentation": "none", "horizontal_flip": 0.0, "vertical_flip": 0.0}
+    no_valid = missing_split(config.training.required_data_dir(), data.valid_split, data.annotation_file)
     return RunData(
-        train=_with_queries(train, settings, data.train_split),
-        valid=_with_queries(valid, valid_settings, data.valid_split) if valid else None,
+        train=train,
+        valid=valid,
         valid_complete=valid,
         train_settings=settings,
-        valid_settings=valid_settings,
-        prompts=tuple(dict.fromkeys([*asked, *data.negative_prompts])),
+        valid_settings=replace(settings, **unchanged, max_objects=None, seed=0),
+        prompts=prompts,
         faults=split_faults(data.train_split, train.faults)
         + (split_faults(data.valid_split, valid.faults) if valid else []),
         digest=data_digest(train, valid),
-        no_valid=None if valid else missing_split(root, data.valid_split, data.annotation_file),
+        no_valid=None if valid else no_valid,
     )
 
 

@@ -79,7 +79,7 @@ class WarningsToMetrics(logging.Handler):
             self._early.append(record.getMessage())
 
 
-_SHOWN = ("map", "map_50", "mean_iou", "mean_iou_foreground", "mean_iou_1", "mean_iou_3")
+_SHOWN = ("map", "map_50", "mean_iou", "mean_iou_foreground", "mean_iou_1", "mean_iou_3", "mean_iou_8", "noc_85")
 
 
 def append_line(file: Path, kind: str, **values: Any) -> None:

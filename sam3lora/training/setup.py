@@ -157,9 +157,9 @@ def add_adapter(config: Config, base: LoadedBase, data: RunData, device: torch.d
         _compile(sam3, trunk, data, device)
     images = ImageEncoder(
         staged,
-        device,
         config.lora.apply_to_vision_encoder,
-        data.valid_settings,
+        device=device,
+        settings=data.valid_settings,
         image_mean=base.image_mean,
         image_std=base.image_std,
         trunk=trunk,
@@ -204,16 +204,27 @@ def make_optimizer(config: Config, model: nn.Module, rates: Mapping[str, float])
 
 
 def adapter_metadata(config: Config, base: LoadedBase, data: RunData) -> AdapterMetadata:
+    found = run_metadata(
+        base,
+        data,
+        prompts=list(data.prompts),
+        geometry_cls=config.model.geometry_cls,
+        post_processing=config.evaluation.post_processing,
+        lora=config.lora.settings.to_dict(),
+    )
+    found.data["exhaustive"] = config.data.exhaustive
+    return found
+
+
+def run_metadata(base: LoadedBase, data: RunData, **of_task: Any) -> AdapterMetadata:
+    """What the folder of every task says of its base and data; `of_task` are further fields."""
     return AdapterMetadata(
         base_model=base.name,
         base_revision=base.revision,
         base_fingerprint=base.fingerprint,
-        prompts=list(data.prompts),
         resolution=base.resolution,
-        geometry_cls=config.model.geometry_cls,
-        post_processing=config.evaluation.post_processing,
-        data=data.summary() | {"exhaustive": config.data.exhaustive},
-        lora=config.lora.settings.to_dict(),
+        data=data.summary(),
+        **of_task,
     )
 
 

@@ -72,6 +72,16 @@ class Runner(Protocol):
         ...
 
 
+class WithoutGraphs:
+    """The part of a `Runner` that keeps nothing to run again."""
+
+    def forget_graphs(self) -> None:
+        """There are none."""
+
+    def give_up_graphs(self) -> bool:
+        return False
+
+
 class CostliestBackward(Protocol):
     """Computes gradients of images of the costliest kind, and discards them; `num_queries` prompts are on each."""
 

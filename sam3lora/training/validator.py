@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -91,6 +91,34 @@ class Validator:
     def metrics(self) -> dict[str, Any]:
         """Metrics of the task, over ``evaluation.num_samples`` images or all."""
         raise NotImplementedError
+
+    def my_records(self, size: int = 1) -> Iterator[list[dict[str, Any]]]:
+        """Records of this worker's share of the images that metrics are of, so many at a time."""
+        index = self.data.valid_complete
+        assert index is not None
+        rows = range(len(index))[: self.config.evaluation.num_samples]
+        mine = rows[distributed.rank() :: distributed.world_size()]
+        for start in range(0, len(mine), size):
+            yield [index.record(row) for row in mine[start : start + size]]
+
+
+class Meter(Protocol):
+    """Adds up measurements of images; `other` is of the same kind."""
+
+    def merge(self, other: Any) -> None: ...
+    def values(self) -> dict[str, Any]: ...
+
+
+def values_of_all(meter: Meter) -> dict[str, Any]:
+    """The values of what all workers have measured."""
+
+    def measure(parts: list[Meter]) -> dict[str, Any]:
+        whole = parts[0]
+        for part in parts[1:]:
+            whole.merge(part)
+        return whole.values()
+
+    return distributed.on_first_worker(meter, measure)
 
 
 @dataclass

@@ -8,10 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from sam3lora.cli import main
-from sam3lora.config.lora import LoraSettings
 from sam3lora.data.synth.dataset import write_dataset
 from sam3lora.engine.clicks.interaction import Interaction
 from sam3lora.errors import UserError
@@ -20,13 +18,12 @@ from sam3lora.evaluation.ask.click_run import evaluate_clicks
 from sam3lora.evaluation.clicks.measure import ClickMetrics
 from sam3lora.evaluation.clicks.settings import ClickEvaluation
 from sam3lora.evaluation.settings import EvaluationSettings
-from sam3lora.model.adapter.metadata import AdapterMetadata
-from sam3lora.model.clicks.adapter import add_click_lora, save_click_adapter
 from sam3lora.model.clicks.loading import load_click_head
 from sam3lora.model.fingerprint import fingerprint
 from sam3lora.model.loading import load_base
 
 from ..evaluation.adapters import write_adapter
+from ..model.clicks.click_bases import write_click_adapter
 from ..model.clicks.video_checkpoint import write_video_checkpoint
 from .test_validate import external_references
 
@@ -96,22 +93,6 @@ def test_an_adapter_of_the_trunk_acts_on_clicks(base, data, adapter):
     assert with_base.settings["clicks_vision"] == "base"
 
 
-def write_click_adapter(folder: Path, base: Path, vision_adapter: str | None = None) -> Path:
-    """One that changes the answers."""
-    loaded = load_base(str(base))
-    head = load_click_head(loaded)
-    clicks = {"tracker_fingerprint": fingerprint(head), "vision_adapter": vision_adapter}
-    model = add_click_lora(head, LoraSettings(rank=2, target_modules=("output_hypernetworks_mlps",)))
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator)
-    known = AdapterMetadata(
-        base_model=str(base), base_fingerprint=loaded.fingerprint, task="clicks", clicks=clicks, format_version=3
-    )
-    return save_click_adapter(model, folder, known)
-
-
 def test_an_adapter_of_the_click_head(base, data, tmp_path, capsys):
     folder = write_click_adapter(tmp_path / "mine", base)
     given = ["--val-data-dir", str(data), "--output", str(tmp_path / "out"), "--max-clicks", "1", "--num-samples", "1"]
@@ -120,8 +101,13 @@ def test_an_adapter_of_the_click_head(base, data, tmp_path, capsys):
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["label"] == "mine"
     assert metrics["settings"]["base_model"] == str(base)
-    assert metrics["settings"]["click_adapter"] == str(folder)
+    tracker = fingerprint(load_click_head(load_base(str(base))))  # without the adapter
+    assert (metrics["settings"]["click_adapter"], metrics["settings"]["tracker_fingerprint"]) == (
+        str(folder),
+        tracker[:12],
+    )
     of_base = clicked(base, data, prompting=EvaluationSettings(num_samples=1))
+    assert (of_base.settings["click_adapter"], of_base.settings["tracker_fingerprint"]) == (None, tracker[:12])
     assert metrics["mean_iou_1"] != pytest.approx(of_base.alone["mean_iou_1"].value, abs=1e-4)
     assert metrics["from_text"]["num_found"] == of_base.num_found
     # trained on the trunk of an adapter, used on that of the base

@@ -130,6 +130,19 @@ def test_best_by_metric_and_by_loss():
     assert (state.best_step, state.best_loss) == (20, 4.0)
 
 
+def test_fewer_clicks_are_better():
+    values = [
+        {"valid_loss": 3.0, "noc_85": 9.0},
+        {"valid_loss": 5.0, "noc_85": 4.0},
+        {"valid_loss": 6.0, "noc_85": 7.0},
+    ]
+    state, better = measure("noc_85", *values)
+    assert better == [True, True, False]
+    assert (state.best_step, state.best_metric_value, state.best_values["noc_85"]) == (20, 4.0, [4.0, 20])
+    said = disagreement(state, "noc_85")
+    assert all(words in said for words in ("valid_loss was 3 at step 10", "lowest noc_85 4.000 at step 20"))
+
+
 def test_the_end_says_where_loss_and_metric_disagree():
     early, late = {"valid_loss": 4.0, "map": 0.1}, {"valid_loss": 6.0, "map": 0.3}
     for metric in ("map", "valid_loss"):

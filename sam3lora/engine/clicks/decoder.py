@@ -17,10 +17,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from sam3lora.engine.clicks.answers import decode_prompts, groups_of_kind
 from sam3lora.engine.clicks.click import Click, ClicksVision
 from sam3lora.engine.clicks.prompt import ClickAnswer, ClickPrompt
 from sam3lora.engine.device import is_device_error, is_out_of_memory
@@ -28,7 +28,7 @@ from sam3lora.engine.feature_cache import PreparedImage
 from sam3lora.engine.features import BASE, FeatureSource, SlotAdapter
 from sam3lora.engine.forward import Forward
 from sam3lora.engine.selection import NotFiniteError
-from sam3lora.engine.transfers import download, upload
+from sam3lora.engine.transfers import download
 from sam3lora.errors import UserError
 from sam3lora.model.adapter.bank import AdapterBank
 from sam3lora.model.adapter.metadata import DETECTION
@@ -42,9 +42,6 @@ if TYPE_CHECKING:
     from sam3lora.model.clicks.head import ClickFeatures, ClickHead
 
 CLICKS_COUNTED = ("objects_clicked", "click_decodes")
-
-MAX_OBJECTS = 16
-"""Objects that are decoded together: each takes some 30 MB at 1008 pixels."""
 
 
 @dataclass(frozen=True)
@@ -217,17 +214,13 @@ class ClickDecoder:
         self, objects: Sequence[ClickedObject], beside: Sequence[tuple[PreparedImage, SlotAdapter]]
     ) -> list[ClickAnswer | Exception]:
         features = self._features_of(objects, beside)
-        together: dict[tuple, list[int]] = {}
-        # Neighbours are of one image where possible: its features need no copy then.
-        for number in sorted(range(len(objects)), key=lambda number: id(features[number])):
-            together.setdefault(objects[number].prompt.kind, []).append(number)
         answers: dict[int, ClickAnswer | Exception] = {}
-        for numbers in together.values():
-            for start in range(0, len(numbers), MAX_OBJECTS):
-                chunk = numbers[start : start + MAX_OBJECTS]
-                asked = [objects[number] for number in chunk]
-                answers |= zip(chunk, self._decode(asked, [features[number] for number in chunk]), strict=True)
-                self.counts["click_decodes"] += 1
+        # Neighbours are of one image where possible: its features need no copy then.
+        by_image = sorted(range(len(objects)), key=lambda number: id(features[number]))
+        for numbers in groups_of_kind([one.prompt for one in objects], by_image):
+            found = self._decode([objects[number] for number in numbers], [features[number] for number in numbers])
+            answers |= zip(numbers, found, strict=True)
+            self.counts["click_decodes"] += 1
         self.counts["objects_clicked"] += len(objects)
         return [answers[number] for number in range(len(objects))]
 
@@ -255,20 +248,9 @@ class ClickDecoder:
         self, objects: Sequence[ClickedObject], features: Sequence[ClickFeatures]
     ) -> list[ClickAnswer | Exception]:
         """Answers to prompts of one kind."""
-        (head, bank), device = self._load(), features[0].coarse.device
-        prompts = [one.prompt for one in objects]
-        num_clicks, has_box, has_mask, multimask = prompts[0].kind
-        boxes = [one.box_xyxy for one in prompts if one.box_xyxy is not None]
-        masks = [one.mask_mm.float() for one in prompts if one.mask_mm is not None]
+        head, bank = self._load()
         with bank.rows([one.click_slot for one in objects]):
-            output = head.decode(
-                type(features[0]).of_each(features),
-                points_NK2=upload(np.stack([one.points_k2 for one in prompts]), device) if num_clicks else None,
-                labels_NK=upload(np.stack([one.labels_k for one in prompts]), device) if num_clicks else None,
-                boxes_N4=upload(np.stack(boxes), device) if has_box else None,
-                masks_Nmm=upload(torch.stack(masks), device) if has_mask else None,
-                multimask=multimask,
-            )
+            output = decode_prompts(head, type(features[0]).of_each(features), [one.prompt for one in objects])
         logits_NMmm, iou_NM, object_N = (
             download(values) for values in (output.logits_NMmm, output.iou_NM, output.object_N.sigmoid())
         )

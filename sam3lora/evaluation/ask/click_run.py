@@ -117,7 +117,7 @@ def evaluate_model_clicks(
         settings={
             "data": str(split),
             "adapter": next(iter(models.adapters.values()), None),
-            **({} if click_adapter is None else {"click_adapter": click_adapter}),
+            "click_adapter": click_adapter,
             **facts,
             **settings.to_dict(),
             "versions": current_versions(),

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 
 from sam3lora.engine.adapter_pool import AdapterPool
-from sam3lora.engine.clicks.decoder import MAX_OBJECTS, ClickedObject
+from sam3lora.engine.clicks.answers import MAX_OBJECTS
+from sam3lora.engine.clicks.decoder import ClickedObject
 from sam3lora.engine.clicks.interaction import Interaction
-from sam3lora.engine.clicks.prompt import ClickAnswer
+from sam3lora.engine.clicks.prompt import ClickAnswer, ClickPrompt
 from sam3lora.engine.engine import Engine, PromptedImage
 from sam3lora.engine.feature_cache import PreparedImage
 from sam3lora.engine.selection import SmallDetections
-from sam3lora.evaluation.ask.worker import Models, adapter_of, read_images
+from sam3lora.evaluation.ask.worker import Models, adapter_of, facts_of, read_images
 from sam3lora.evaluation.clicks.asking import ImageInteractions
 from sam3lora.evaluation.clicks.seeds import FoundObject, found_objects
 from sam3lora.evaluation.clicks.settings import ClickEvaluation
@@ -23,6 +24,8 @@ from sam3lora.evaluation.clicks.simulated_user import SimulatedUser, run_objects
 from sam3lora.evaluation.clicks.split_clicks import ClickedFacts, SplitClicks
 from sam3lora.evaluation.clicks.true_objects import TrueObject, TrueObjects, true_objects
 from sam3lora.evaluation.metrics.ground_truth import PromptedCategory
+from sam3lora.model.clicks.loading import load_click_head
+from sam3lora.model.fingerprint import fingerprint
 
 Place = tuple[Engine, int | None]
 """An engine, and the slot of an adapter there; None is its base."""
@@ -61,17 +64,13 @@ class ClickWorker:
         self._post = settings.prompting.post_processing(pool.recorded(adapter_of(label)))
         for engine in {self._finding[0], self._clicking.engine}:
             engine.enable_clicks()
+        self._tracker = fingerprint(load_click_head(pool.base))  # of the base's own, whatever adapter is on it
 
     def facts(self) -> dict[str, Any]:
         """The facts that the numbers depend on beside the settings."""
-        base = self._pool.base
         return {
-            "base_model": base.name,
-            "base_revision": base.revision,
-            "base_fingerprint": base.fingerprint[:12],
-            "resolution": base.resolution,
-            "precision": self._pool.engine.precision,
-            "device": str(self._pool.engine.device),
+            **facts_of(self._pool.engine),
+            "tracker_fingerprint": self._tracker[:12],
             **({} if self._settings.seed is None else self._post.model_dump(mode="json")),
         }
 
@@ -158,8 +157,8 @@ class ClickWorker:
         """Click on objects from nothing, and on those that were found from there too, all in step."""
         engine, slot, click_slot = self._clicking
 
-        def click(objects: Sequence[ClickedObject]) -> Sequence[ClickAnswer | Exception]:
-            return engine.click([replace(one, click_slot=click_slot) for one in objects])
+        def ask(prompts: Sequence[ClickPrompt]) -> Sequence[ClickAnswer | Exception]:
+            return engine.click([ClickedObject(image, one, slot, click_slot=click_slot) for one in prompts])
 
         nothing = Interaction(image.size_hw, engine.resolution)
         users = [SimulatedUser(one.mask_HW, ignored_HW, None, self._settings.max_clicks) for one, _ in objects]
@@ -168,7 +167,7 @@ class ClickWorker:
             if start is not None:
                 users.append(SimulatedUser(one.mask_HW, ignored_HW, start.mask_HW, self._settings.max_clicks))
                 starts.append(replace(nothing, seed=start.seed))
-        interactions = ImageInteractions(click, image, slot, starts)
+        interactions = ImageInteractions(ask, starts)
         runs = run_objects(users, interactions.answer)
         runs_from_text = iter(runs[len(objects) :])
         for (one, start), run, shown in zip(objects, runs, interactions.shown, strict=False):

@@ -9,7 +9,7 @@ import numpy as np
 
 from sam3lora.engine.dense import DenseEngine
 from sam3lora.engine.dense_maps import label_maps, probability
-from sam3lora.evaluation.ask.worker import read_images
+from sam3lora.evaluation.ask.worker import facts_of, read_images
 from sam3lora.evaluation.dense.map_files import ImageMaps
 from sam3lora.evaluation.dense.settings import DenseEvaluation
 from sam3lora.evaluation.dense.split_meter import DenseMeter
@@ -42,15 +42,7 @@ class DenseWorker:
 
     def facts(self) -> dict[str, Any]:
         """The facts that the numbers depend on beside the settings."""
-        base = self._engine.base
-        return {
-            "base_model": base.name,
-            "base_revision": base.revision,
-            "base_fingerprint": base.fingerprint[:12],
-            "resolution": base.resolution,
-            "precision": self._engine.precision,
-            "device": str(self._engine.device),
-        }
+        return facts_of(self._engine)
 
     def ask(self, records: Sequence[Mapping[str, Any]]) -> DenseAnswers:
         """Label and measure the images of records of an index. Raises ImageError if one cannot be read."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -19,6 +19,10 @@ from sam3lora.evaluation.settings import EvaluationSettings
 from sam3lora.evaluation.split_matches import Matcher, SplitMatches
 from sam3lora.evaluation.split_results import SplitResults
 from sam3lora.local_paths import absolute_base, absolute_path
+
+if TYPE_CHECKING:
+    from sam3lora.engine.dense import DenseEngine
+    from sam3lora.engine.engine import Engine
 
 BASE = "base"
 
@@ -70,18 +74,12 @@ class ModelWorker:
 
     def facts(self) -> dict[str, Any]:
         """The facts that the numbers depend on beside the settings."""
-        base = self._pool.base
         return {
-            "base_model": base.name,
-            "base_revision": base.revision,
-            "base_fingerprint": base.fingerprint[:12],
-            "resolution": base.resolution,
+            **facts_of(self._pool.engine),
             "geometry_cls": {label: self._pool.geometry_cls(adapter_of(label)) for label in self.labels},
             "post": {label: self._posts[adapter_of(label)] for label in self.labels},
-            "precision": self._pool.engine.precision,
-            "device": str(self._pool.engine.device),
             "lowest_score": self._lowest_score,
-            "num_queries": base.model.detr_decoder.query_embed.num_embeddings,
+            "num_queries": self._pool.base.model.detr_decoder.query_embed.num_embeddings,
         }
 
     def detect(
@@ -143,6 +141,19 @@ class EvaluationWorker(ModelWorker):
         return {
             label: SplitResults.collect(records, self._categories, found[adapter_of(label)]) for label in self.labels
         }
+
+
+def facts_of(engine: Engine | DenseEngine) -> dict[str, Any]:
+    """The facts of a base and its engine that numbers depend on."""
+    base = engine.base
+    return {
+        "base_model": base.name,
+        "base_revision": base.revision,
+        "base_fingerprint": base.fingerprint[:12],
+        "resolution": base.resolution,
+        "precision": engine.precision,
+        "device": str(engine.device),
+    }
 
 
 def adapter_of(label: str) -> str | None:

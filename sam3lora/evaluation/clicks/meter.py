@@ -157,17 +157,29 @@ def clicks_saved(
     """How many clicks an object takes less (NoC) if the user starts from what was found, by `noc_80` and so on.
 
     Raises:
+        ValueError: As `click_differences`.
+    """
+    names = tuple(f"noc_{percent}" for percent in THRESHOLDS)
+    return click_differences(seeded, without, names, num_resamples=num_resamples, seed=seed)
+
+
+def click_differences(
+    first: ClickMeter, second: ClickMeter, names: Collection[str], *, num_resamples: int = 1000, seed: int = 0
+) -> dict[str, Interval]:
+    """These measures of the second minus those of the first, with intervals over images.
+
+    Raises:
         ValueError: The two measured different objects, or allowed different numbers of clicks.
     """
-    if without.objects != seeded.objects or without.max_clicks != seeded.max_clicks:
+    if first.objects != second.objects or first.max_clicks != second.max_clicks:
         raise ValueError("expected two runs of the same objects with as many clicks: measure both on the same split")
 
-    def noc(meter: ClickMeter) -> Metrics:
+    def chosen(meter: ClickMeter) -> Metrics:
         metrics = meter.metrics()
-        return lambda weights_I: {name: v for name, v in metrics(weights_I).items() if name.startswith("noc_")}
+        return lambda weights_I: {name: value for name, value in metrics(weights_I).items() if name in names}
 
     return bootstrap_differences(
-        noc(seeded), noc(without), len(without.image_ids), num_resamples=num_resamples, seed=seed
+        chosen(first), chosen(second), len(first.image_ids), num_resamples=num_resamples, seed=seed
     )
 
 

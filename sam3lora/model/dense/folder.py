@@ -34,11 +34,12 @@ from sam3lora.model.adapter.metadata import (
 )
 from sam3lora.model.adapter.peft_files import check_finite, check_shapes
 from sam3lora.model.components import adapted_modules
-from sam3lora.model.dense.model import DenseSam3, keep_trunk_only
+from sam3lora.model.dense.model import DenseSam3
 from sam3lora.model.dense.settings import DenseSettings
 from sam3lora.model.loading import LoadedBase
 from sam3lora.model.publish.dense_card import render_dense_card
 from sam3lora.model.publish.model_card import CARD_FILE
+from sam3lora.model.staged.trunk import keep_trunk_only
 
 
 def head_tensors(model: DenseSam3) -> dict[str, Tensor]:

@@ -16,17 +16,7 @@ from sam3lora.model.components import unwrap
 from sam3lora.model.dense.bottleneck import add_bottlenecks
 from sam3lora.model.dense.head import DenseHead
 from sam3lora.model.dense.settings import DenseSettings
-from sam3lora.model.staged.trunk import first_layers, frozen_layers, layer_outputs
-
-_UNUSED = (
-    "text_encoder",
-    "text_projection",
-    "geometry_encoder",
-    "detr_encoder",
-    "detr_decoder",
-    "mask_decoder",
-    "dot_product_scoring",
-)
+from sam3lora.model.staged.trunk import first_layers, frozen_layers, keep_trunk_only, layer_outputs
 
 
 class DenseSam3(nn.Module):
@@ -93,15 +83,6 @@ class DenseSam3(nn.Module):
     def forward(self, pixel_values_ICHW: Tensor) -> Tensor:
         """Logits (I, N, 4g, 4g)."""
         return self.logits(self.encode(pixel_values_ICHW))[0]
-
-
-def keep_trunk_only(sam3: nn.Module) -> None:
-    """Take all but the vision trunk out of a `Sam3Model`: half of its parameters."""
-    for name in _UNUSED:
-        if hasattr(sam3, name):
-            delattr(sam3, name)
-    if hasattr(sam3.vision_encoder, "neck"):  # type: ignore[arg-type]
-        del sam3.vision_encoder.neck  # type: ignore[union-attr]
 
 
 def constant_layers(layers: tuple[int, ...], frozen: int) -> tuple[int, ...]:

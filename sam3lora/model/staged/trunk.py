@@ -20,6 +20,17 @@ TRUNK = "vision_encoder.backbone."
 _LAYER = re.compile(re.escape(TRUNK) + r"layers\.(\d+)\.")
 
 
+_BESIDE_THE_TRUNK = (
+    "text_encoder",
+    "text_projection",
+    "geometry_encoder",
+    "detr_encoder",
+    "detr_decoder",
+    "mask_decoder",
+    "dot_product_scoring",
+)
+
+
 def unchanged_layers(adapted: Iterable[str], num_layers: int) -> int:
     """Number of the trunk's layers before the first of the ``adapted`` modules; ``num_layers`` if there is none."""
     first = num_layers
@@ -39,6 +50,15 @@ def frozen_layers(trunk: Any) -> int:
         if any(parameter.requires_grad for parameter in layer.parameters()):
             return index
     return len(trunk.layers)
+
+
+def keep_trunk_only(sam3: Any) -> None:
+    """Take all but the vision trunk out of a `Sam3Model`: half of its parameters."""
+    for name in _BESIDE_THE_TRUNK:
+        if hasattr(sam3, name):
+            delattr(sam3, name)
+    if hasattr(sam3.vision_encoder, "neck"):
+        del sam3.vision_encoder.neck
 
 
 def first_layers(trunk: Any, pixel_values_ICHW: Tensor, num_layers: int) -> Tensor:

@@ -14,18 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sam3lora.config.clicks import StartShares
 from sam3lora.data.batch import Batch
 from sam3lora.data.prompts import sample_rng
-from sam3lora.training.clicks.sampling import Prompts, Start, StartShares, next_clicks, start_prompts
-
-MAX_OBJECTS = 16
-"""Objects that pass the head together: in training each takes some 130 MB at 1008 pixels."""
+from sam3lora.engine.clicks.answers import MAX_OBJECTS
+from sam3lora.training.clicks.sampling import Prompts, Start, draw_start, next_clicks, start_prompts
 
 _CLICK_STREAM = 3  # of `sample_rng`; decoding uses 0 to 2
 
 
 @dataclass(frozen=True, eq=False)
-class ClickedObjects:
+class ClickTargets:
     """At most `MAX_OBJECTS` objects of one image, whose interactions start in the same way.
 
     Attributes:
@@ -49,7 +48,7 @@ class ClickedObjects:
         return next_clicks(self.truth_Nhw, found_Nhw, side, self.generator)
 
 
-def clicked_objects(batch: Batch, starts: StartShares, seed: int, device: torch.device) -> list[ClickedObjects]:
+def click_targets(batch: Batch, starts: StartShares, seed: int, device: torch.device) -> list[ClickTargets]:
     """The objects of a batch that have a mask."""
     masks_TMM = batch.masks(device)
     assert masks_TMM is not None, "a run of task clicks decodes masks"
@@ -62,13 +61,13 @@ def clicked_objects(batch: Batch, starts: StartShares, seed: int, device: torch.
             on_host = torch.Generator().manual_seed(int(rng.integers(2**63)))
             generator = torch.Generator(device).manual_seed(int(rng.integers(2**63)))
             own = torch.from_numpy(rows[first : first + MAX_OBJECTS]).to(device)
-            found.append(ClickedObjects(image, starts.draw(on_host), masks_TMM[own], generator))
+            found.append(ClickTargets(image, draw_start(starts, on_host), masks_TMM[own], generator))
     return found
 
 
-def groups_of(objects: Iterable[ClickedObjects]) -> Iterator[list[ClickedObjects]]:
+def groups_of(objects: Iterable[ClickTargets]) -> Iterator[list[ClickTargets]]:
     """Those of one start together, up to `MAX_OBJECTS` objects: prompts of one kind pass the head at once."""
-    by_start: dict[Start, list[ClickedObjects]] = {}
+    by_start: dict[Start, list[ClickTargets]] = {}
     for one in objects:
         group = by_start.setdefault(one.start, [])
         if group and sum(len(other.truth_Nhw) for other in group) + len(one.truth_Nhw) > MAX_OBJECTS:

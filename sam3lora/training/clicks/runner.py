@@ -9,19 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sam3lora.config.clicks import StartShares
 from sam3lora.data.batch import Batch
-from sam3lora.data.sample import DecodeSettings
 from sam3lora.losses import Normalizer
 from sam3lora.losses.clicks import ClickCriterion
 from sam3lora.losses.focal_dice import resize
 from sam3lora.model.clicks.head import ClickFeatures, ClickHead
 from sam3lora.model.staged.trunk import first_layers
 from sam3lora.training.clicks.asking import ask, best_masks
-from sam3lora.training.clicks.objects import ClickedObjects, clicked_objects, groups_of, joined
-from sam3lora.training.clicks.sampling import StartShares
+from sam3lora.training.clicks.objects import ClickTargets, click_targets, groups_of, joined
 from sam3lora.training.features.encoder import EncodedImages
-from sam3lora.training.features.trunk_cache import TrunkCache
 from sam3lora.training.step import add_terms
+from sam3lora.training.task import WithoutGraphs
 
 
 @dataclass
@@ -30,13 +29,6 @@ class ClickImages(EncodedImages[ClickFeatures]):
 
     head: ClickHead
     vision_trunk: Any
-    device: torch.device
-    settings: DecodeSettings
-    image_mean: Sequence[float]
-    image_std: Sequence[float]
-    trunk: TrunkCache | None = None
-    vision_passes: int = 0
-    features_loaded: int = 0
 
     @property
     def pixel_type(self) -> torch.dtype:
@@ -56,7 +48,7 @@ class ClickImages(EncodedImages[ClickFeatures]):
 
 
 @dataclass
-class ClickRunner:
+class ClickRunner(WithoutGraphs):
     """A `Runner`. The terms are sums over objects and predictions, divided by the objects of the whole step.
 
     Attributes:
@@ -82,12 +74,6 @@ class ClickRunner:
     def term_names(self) -> list[str]:
         return list(self.criterion.weights)
 
-    def forget_graphs(self) -> None:
-        """There are none."""
-
-    def give_up_graphs(self) -> bool:
-        return False
-
     def has_loss(self, batch: Batch) -> bool:
         return bool(batch.mask_valid_T.any())
 
@@ -104,12 +90,12 @@ class ClickRunner:
         with self._autocast():
             features = self.images.of_batch(batch)
         total, terms = torch.zeros((), device=self.device), dict[str, Tensor]()
-        for group in groups_of(clicked_objects(batch, self.starts, seed, self.device)):
+        for group in groups_of(click_targets(batch, self.starts, seed, self.device)):
             total += self._interact(group, features, normalizer.num_masks, terms)
         return total, terms
 
     def _interact(
-        self, group: Sequence[ClickedObjects], features: ClickFeatures, num_objects: float, terms: dict[str, Tensor]
+        self, group: Sequence[ClickTargets], features: ClickFeatures, num_objects: float, terms: dict[str, Tensor]
     ) -> Tensor:
         """Interactions that start in the same way; returns the detached loss, and adds to the terms."""
         sizes = [len(one.truth_Nhw) for one in group]

@@ -13,11 +13,12 @@ Shapes: `N` objects, `h` `w` pixels of masks, `k` clicks.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from sam3lora.config.clicks import StartShares
 from sam3lora.engine.clicks.prompt import as_mask_prompt, is_ambiguous
 from sam3lora.training.clicks.regions import (
     boxes_of,
@@ -30,6 +31,7 @@ from sam3lora.training.clicks.regions import (
 )
 
 Start = Literal["click", "box", "mask", "mask_and_box"]
+"""How an interaction starts; the names are those of `StartShares`."""
 
 JITTER_SHARE, JITTER_PX = 0.1, 20.0
 """A corner of a box moves by at most this share of the side, and by at most so many pixels."""
@@ -70,29 +72,11 @@ class Prompts:
         )
 
 
-@dataclass(frozen=True)
-class StartShares:
-    """How often interactions start in each way: with a click, with a box, or from a wrong mask with and without one.
-
-    Raises:
-        ValueError: A share is negative, or all are 0.
-    """
-
-    click: float = 0.5
-    box: float = 0.5
-    mask: float = 0.0
-    mask_and_box: float = 0.0
-
-    def __post_init__(self) -> None:
-        shares = (self.click, self.box, self.mask, self.mask_and_box)
-        if min(shares) < 0 or sum(shares) == 0:
-            raise ValueError(f"expected shares of at least 0 that are not all 0, got {self}")
-
-    def draw(self, generator: torch.Generator) -> Start:
-        """One way; it holds for a batch, since prompts of one kind pass the head together."""
-        names: tuple[Start, ...] = ("click", "box", "mask", "mask_and_box")
-        weights = torch.tensor([getattr(self, name) for name in names], dtype=torch.float32, device=generator.device)
-        return names[int(torch.multinomial(weights, 1, generator=generator))]
+def draw_start(shares: StartShares, generator: torch.Generator) -> Start:
+    """One way to start; it holds for a batch, since prompts of one kind pass the head together."""
+    names: tuple[Start, ...] = get_args(Start)
+    weights = torch.tensor([getattr(shares, name) for name in names], dtype=torch.float32, device=generator.device)
+    return names[int(torch.multinomial(weights, 1, generator=generator))]
 
 
 def start_prompts(

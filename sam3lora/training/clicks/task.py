@@ -5,32 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
 from sam3lora.config import Config
-from sam3lora.data.batch import Batch
 from sam3lora.data.index_columns import object_columns
 from sam3lora.losses.clicks import ClickCriterion
 from sam3lora.model.adapter.metadata import CLICKS, CLICKS_FORMAT_VERSION, AdapterMetadata
 from sam3lora.model.clicks.adapter import ClickOrigin, add_click_lora, add_vision_adapter, save_click_adapter
 from sam3lora.model.clicks.loading import load_click_head
-from sam3lora.model.dense.model import keep_trunk_only
 from sam3lora.model.fingerprint import fingerprint
 from sam3lora.model.loading import LoadedBase
 from sam3lora.model.precision import store_matrices_in
-from sam3lora.training import setup
+from sam3lora.model.staged.trunk import keep_trunk_only
+from sam3lora.training import best, setup
 from sam3lora.training.clicks.datasets import load_click_data
 from sam3lora.training.clicks.runner import ClickImages, ClickRunner
-from sam3lora.training.clicks.sampling import StartShares
 from sam3lora.training.clicks.validator import ClickValidator
+from sam3lora.training.costliest_batch import discard_gradients, noise_batch
 from sam3lora.training.datasets import BatchSource, RunData, Splits
 from sam3lora.training.features.encoder import open_cache
 from sam3lora.training.features.trunk_cache import FrozenPart
-from sam3lora.training.optimization import set_training_mode
-from sam3lora.training.step import StepCounts
 
 
 class Clicks:
@@ -60,8 +56,8 @@ class Clicks:
         images = ClickImages(
             head,
             base.model.vision_encoder.backbone,
-            device,
-            data.valid_settings,
+            device=device,
+            settings=data.valid_settings,
             image_mean=base.image_mean,
             image_std=base.image_std,
         )
@@ -72,7 +68,7 @@ class Clicks:
             ClickCriterion(),
             images,
             device,
-            StartShares(**clicks.starts.model_dump()),
+            clicks.starts,
             clicks.iterations,
             config.training.seed,
             bf16,
@@ -84,12 +80,9 @@ class Clicks:
 
     def metadata(self, config: Config, base: LoadedBase, data: RunData) -> AdapterMetadata:
         assert self._origin is not None, "build comes first"
-        return AdapterMetadata(
-            base_model=base.name,
-            base_revision=base.revision,
-            base_fingerprint=base.fingerprint,
-            resolution=base.resolution,
-            data=data.summary(),
+        return setup.run_metadata(
+            base,
+            data,
             lora=config.lora.settings.to_dict(),
             task=CLICKS,
             clicks=self._origin.model_dump(),
@@ -113,11 +106,7 @@ class Clicks:
         return ClickValidator(config, base, model, runner, data, batches)
 
     def deciding_metric(self, config: Config, data: RunData) -> tuple[str, str | None]:
-        """The mean IoU after three clicks: a first click may mean a part or the whole, and no mask is corrected yet."""
-        chosen = config.evaluation.chosen_best_metric("mean_iou_3")
-        if data.valid is None:
-            return "train_loss", None if chosen == "valid_loss" else "there are no validation images to measure it on"
-        return chosen, None
+        return best.deciding_metric_of_labels(config, data)
 
     def learned(self, model: PeftModel) -> dict[str, Tensor]:
         return get_peft_model_state_dict(model, save_embedding_layers=False)
@@ -146,38 +135,8 @@ class CostliestObjects:
     num_queries: int = 1
 
     def __call__(self, num_images: int, max_prompts: int) -> None:
-        batch = self._batch(num_images)
-        set_training_mode(self.model, model_dropout=False)
-        device = self.runner.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            try:
-                self.runner.backward(batch, StepCounts.of([batch]).normalizer())
-            finally:
-                self.model.zero_grad(set_to_none=True)
-                self.model.eval()
-
-    def _batch(self, num_images: int) -> Batch:
-        settings = self.data.train_settings
-        side, size, rng = settings.resolution, settings.mask_size, np.random.default_rng(0)
-        assert size is not None
-        assert settings.max_per_image is not None
+        most = self.data.train_settings.max_per_image
+        assert most is not None
         objects = object_columns(self.data.train.table)
-        most = min(settings.max_per_image, int(objects.count_per_image(~objects.crowd_T).max()))
-        num_objects = most * num_images
-        return Batch(
-            images_NHWC=rng.integers(0, 256, (num_images, side, side, 3), dtype=np.uint8),
-            image_rows_N=np.arange(num_images),
-            feature_keys_I=[None] * num_images,
-            image_ids=np.arange(num_images),
-            paths=[""] * num_images,
-            original_sizes_hw=np.full((num_images, 2), side),
-            query_image_B=np.arange(num_images),
-            prompts_B=[""] * num_images,
-            num_B=np.full(num_images, most),
-            exhaustive_B=np.zeros(num_images, bool),
-            boxes_cxcywh_T4=np.full((num_objects, 4), 0.5, np.float32),
-            masks_packed=rng.integers(0, 256, (num_objects, -(-size * size // 8)), dtype=np.uint8),
-            mask_size=size,
-            mask_valid_T=np.ones(num_objects, bool),
-            skipped=[],
-        )
+        most = min(most, int(objects.count_per_image(~objects.crowd_T).max()))
+        discard_gradients(self.model, self.runner, noise_batch(self.data, num_images, [most]))

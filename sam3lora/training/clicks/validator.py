@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from peft import PeftModel
-from torch import Tensor
 
 from sam3lora.data.images import ImageError
 from sam3lora.data.masks import decode_mask
-from sam3lora.engine.clicks.click import Click
+from sam3lora.engine.clicks.answers import answer_prompts
 from sam3lora.engine.clicks.interaction import Interaction
-from sam3lora.engine.clicks.prompt import ClickAnswer, ClickPrompt
+from sam3lora.evaluation.clicks.asking import ImageInteractions
 from sam3lora.evaluation.clicks.meter import ClickMeter, is_measured
-from sam3lora.evaluation.clicks.simulated_user import ClickedMask, SimulatedUser, run_objects
-from sam3lora.losses.focal_dice import resize
+from sam3lora.evaluation.clicks.simulated_user import MAX_CLICKS, SimulatedUser, run_objects
 from sam3lora.model.clicks.head import ClickFeatures, ClickHead
-from sam3lora.training import distributed
-from sam3lora.training.clicks.objects import MAX_OBJECTS
 from sam3lora.training.clicks.runner import ClickRunner
-from sam3lora.training.validator import Validator
+from sam3lora.training.validator import Validator, values_of_all
 
-MAX_CLICKS = 3
-LOGGED = ("mean_iou_1", "mean_iou_2", "mean_iou_3")
+CLICKS = 3
+"""Clicks on each object, where `best/` is chosen by nothing that takes more."""
 
 
 @dataclass
 class ClickValidator(Validator):
-    """As `Validator`; the metrics are mean IoU after 1, 2 and 3 clicks of the simulated user, at the images' size.
+    """As `Validator`; the metrics are those of `ClickMeter`, from clicks of the simulated user at the images' size.
 
     `clicks.objects_per_image` bounds the objects of an image, of which the first ones are taken.
     """
@@ -40,29 +37,20 @@ class ClickValidator(Validator):
     runner: ClickRunner
 
     def metrics(self) -> dict[str, Any]:
-        index, config = self.data.valid_complete, self.config
-        assert index is not None
-        rows = range(len(index))[: config.evaluation.num_samples]
-        mine = rows[distributed.rank() :: distributed.world_size()]
-        meter = ClickMeter(MAX_CLICKS)
+        """Mean IoU after 1, 2, 3 clicks and so on, and NoC where up to 20 clicks are made."""
+        num_clicks = clicks_of(self.config.evaluation.best_metric)
+        meter = ClickMeter(num_clicks)
         self.model.eval()
         with torch.no_grad():
-            for row in mine:
-                self._measure(index.record(row), meter)
-
-        def measure(parts: list[ClickMeter]) -> dict[str, Any]:
-            whole = parts[0]
-            for part in parts[1:]:
-                whole.merge(part)
-            values = whole.values()
-            return {name: values[name] for name in LOGGED}
-
-        return distributed.on_first_worker(meter, measure)
+            for [record] in self.my_records():
+                self._measure(record, meter)
+        kinds = ("mean_iou_", "noc_") if num_clicks == MAX_CLICKS else ("mean_iou_",)
+        return {name: value for name, value in values_of_all(meter).items() if name.startswith(kinds)}
 
     def _measure(self, record: Mapping[str, Any], meter: ClickMeter) -> None:
         """Click on the objects of an image."""
         runner = self.runner
-        users = users_of(record, MAX_CLICKS, self.config.clicks.objects_per_image)
+        users = users_of(record, meter.max_clicks, self.config.clicks.objects_per_image)
         if not users:
             return
         with torch.autocast(runner.device.type, dtype=torch.bfloat16, enabled=runner.bf16):
@@ -73,6 +61,18 @@ class ClickValidator(Validator):
                     raise
                 return
             click_on(users, runner.head, features, record, meter)
+
+
+def clicks_of(metric: str) -> int:
+    """Clicks on each object that a metric needs.
+
+    >>> [clicks_of(metric) for metric in ("mean_iou_1", "mean_iou_8", "noc_85", "valid_loss")]
+    [3, 8, 20, 3]
+    """
+    if metric.startswith("noc_"):
+        return MAX_CLICKS
+    name, _, number = metric.rpartition("_")
+    return max(CLICKS, int(number)) if name == "mean_iou" else CLICKS
 
 
 def users_of(record: Mapping[str, Any], max_clicks: int, max_objects: int) -> dict[int, SimulatedUser]:
@@ -104,51 +104,7 @@ def click_on(
     Args:
         features: Of the image alone.
     """
-    interactions = InteractionsOfImage(head, features, (record["height"], record["width"]))
+    start = Interaction((record["height"], record["width"]), head.input_side)
+    interactions = ImageInteractions(functools.partial(answer_prompts, head, features), [start] * len(users))
     for number, run in zip(users, run_objects(list(users.values()), interactions.answer), strict=True):
         meter.add(run, image_id=record["image_id"], object_id=number)
-
-
-class InteractionsOfImage:
-    """What a head answers to simulated users of one image, by the rules of `Interaction`.
-
-    Args:
-        features: Of the image alone.
-        size_hw: Of the image in pixels.
-    """
-
-    def __init__(self, head: ClickHead, features: ClickFeatures, size_hw: tuple[int, int]) -> None:
-        self._head, self._features, self._size_hw = head, features, size_hw
-        self._now: dict[int, Interaction] = {}
-
-    def answer(self, asked: Sequence[tuple[int, Sequence[Click]]]) -> list[ClickedMask]:
-        """For `run_objects`: all of them have the same number of clicks."""
-        before = Interaction(self._size_hw, self._head.input_side)
-        now = {index: self._now.get(index, before).add(clicks[-1:]) for index, clicks in asked}
-        prompts = {index: prompt for index, state in now.items() if (prompt := state.prompt()) is not None}
-        indexes, found = list(prompts), []
-        for first in range(0, len(indexes), MAX_OBJECTS):
-            chunk = indexes[first : first + MAX_OBJECTS]
-            for index, answer in zip(chunk, self._decode([prompts[one] for one in chunk]), strict=True):
-                self._now[index] = now[index].answered(answer)
-                masks_MHW = (resize(answer.logits_Mmm, self._size_hw) > 0).cpu().numpy()
-                found.append(ClickedMask(masks_MHW[answer.chosen], masks_MHW, answer.score))
-        return found
-
-    def _decode(self, prompts: Sequence[ClickPrompt]) -> list[ClickAnswer]:
-        """Answers to prompts of one kind, which have clicks and no box."""
-        device = self._features.coarse.device
-
-        def together(arrays: Sequence[np.ndarray]) -> Tensor:
-            return torch.from_numpy(np.stack(arrays)).to(device)
-
-        masks = [one.mask_mm for one in prompts if one.mask_mm is not None]
-        output = self._head.decode(
-            self._features.of_objects(torch.zeros(len(prompts), dtype=torch.long, device=device)),
-            points_NK2=together([one.points_k2 for one in prompts]),
-            labels_NK=together([one.labels_k for one in prompts]),
-            masks_Nmm=torch.stack(masks) if masks else None,
-            multimask=prompts[0].multimask,
-        )
-        scores, there = output.iou_NM.tolist(), output.object_N.sigmoid().tolist()
-        return [ClickAnswer.of(*of_one) for of_one in zip(output.logits_NMmm, scores, there, strict=True)]

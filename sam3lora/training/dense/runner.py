@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sam3lora.data.batch import Batch
-from sam3lora.data.sample import DecodeSettings
 from sam3lora.losses import Normalizer
 from sam3lora.losses.dense import DenseCriterion, DenseLossOutput
 from sam3lora.model.dense.model import DenseSam3
 from sam3lora.training.features.encoder import EncodedImages
-from sam3lora.training.features.trunk_cache import TrunkCache
+from sam3lora.training.task import WithoutGraphs
 
 
 @dataclass
@@ -22,13 +21,6 @@ class DenseImages(EncodedImages[list[Tensor]]):
     """Computes the outputs (I, S, C) of the layers that the head reads."""
 
     model: DenseSam3
-    device: torch.device
-    settings: DecodeSettings
-    image_mean: Sequence[float]
-    image_std: Sequence[float]
-    trunk: TrunkCache | None = None
-    vision_passes: int = 0
-    features_loaded: int = 0
 
     @property
     def pixel_type(self) -> torch.dtype:
@@ -42,7 +34,7 @@ class DenseImages(EncodedImages[list[Tensor]]):
 
 
 @dataclass
-class DenseRunner:
+class DenseRunner(WithoutGraphs):
     """A `Runner`. The terms are sums over images, divided by the images of the whole step."""
 
     model: DenseSam3
@@ -60,12 +52,6 @@ class DenseRunner:
     @property
     def term_names(self) -> list[str]:
         return list(self.criterion.term_names)
-
-    def forget_graphs(self) -> None:
-        """There are none."""
-
-    def give_up_graphs(self) -> bool:
-        return False
 
     def has_loss(self, batch: Batch) -> bool:
         return batch.num_images > 0

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sam3lora.config import Config
-from sam3lora.data.batch import Batch
 from sam3lora.losses.dense import DenseCriterion
 from sam3lora.model.adapter.lora_layers import apply_lora
 from sam3lora.model.adapter.metadata import DENSE, DENSE_FORMAT_VERSION, AdapterMetadata
 from sam3lora.model.checkpointing import enable_checkpointing, worth_checkpointing
 from sam3lora.model.components import COMPONENTS, unwrap
 from sam3lora.model.dense.folder import head_tensors, save_dense
-from sam3lora.model.dense.model import DenseSam3, chosen_layers, keep_trunk_only
+from sam3lora.model.dense.model import DenseSam3, chosen_layers
 from sam3lora.model.dense.settings import DenseSettings
 from sam3lora.model.loading import LoadedBase
 from sam3lora.model.precision import store_matrices_in
-from sam3lora.model.staged.trunk import frozen_layers
-from sam3lora.training import setup
+from sam3lora.model.staged.trunk import frozen_layers, keep_trunk_only
+from sam3lora.training import best, setup
+from sam3lora.training.costliest_batch import discard_gradients, noise_batch
 from sam3lora.training.datasets import BatchSource, RunData, Splits
 from sam3lora.training.dense.classes import DenseClasses
 from sam3lora.training.dense.datasets import load_dense_data
@@ -31,8 +30,6 @@ from sam3lora.training.dense.runner import DenseImages, DenseRunner
 from sam3lora.training.dense.validator import DenseValidator
 from sam3lora.training.features.encoder import open_cache
 from sam3lora.training.features.trunk_cache import FrozenPart, why_trunk_changes
-from sam3lora.training.optimization import set_training_mode
-from sam3lora.training.step import StepCounts
 
 
 class Dense:
@@ -84,7 +81,12 @@ class Dense:
             config, base, _frozen_part(model), data, device, bf16=bf16, changing=_why_changing(config, model)
         )
         images = DenseImages(
-            model, device, data.valid_settings, image_mean=base.image_mean, image_std=base.image_std, trunk=trunk
+            model,
+            device=device,
+            settings=data.valid_settings,
+            image_mean=base.image_mean,
+            image_std=base.image_std,
+            trunk=trunk,
         )
         criterion = DenseCriterion(
             self.classes.mode, level_weights=dense.level_weights, boundary_weight=dense.boundary_weight
@@ -95,12 +97,9 @@ class Dense:
         return {"dense_head": config.dense.learning_rate}
 
     def metadata(self, config: Config, base: LoadedBase, data: RunData) -> AdapterMetadata:
-        return AdapterMetadata(
-            base_model=base.name,
-            base_revision=base.revision,
-            base_fingerprint=base.fingerprint,
-            resolution=base.resolution,
-            data=data.summary(),
+        return setup.run_metadata(
+            base,
+            data,
             lora=config.lora.settings.to_dict() if config.dense.adapter == "lora" else {},
             task=DENSE,
             dense={},  # of the model, when it is saved
@@ -122,10 +121,7 @@ class Dense:
         return DenseValidator(config, base, model, runner, data, batches)
 
     def deciding_metric(self, config: Config, data: RunData) -> tuple[str, str | None]:
-        chosen = config.evaluation.chosen_best_metric("mean_iou")
-        if data.valid is None:
-            return "train_loss", None if chosen == "valid_loss" else "there are no validation images to measure it on"
-        return chosen, None
+        return best.deciding_metric_of_labels(config, data)
 
     def learned(self, model: DenseSam3) -> dict[str, Tensor]:
         lora = {name: one for name, one in model.sam3.named_parameters() if ".lora_" in name}
@@ -162,41 +158,16 @@ class CostliestMaps:
     num_queries: int = 1
 
     def __call__(self, num_images: int, max_prompts: int) -> None:
-        batch = self._batch(num_images)
-        set_training_mode(self.model, model_dropout=self.model_dropout)
-        norms = {name: value.clone() for name, value in self.model.dense_head.named_buffers()}
-        device = self.runner.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            try:
-                self.runner.backward(batch, StepCounts.of([batch]).normalizer())
-            finally:
-                self.model.zero_grad(set_to_none=True)
-                self.model.eval()
-                for name, value in self.model.dense_head.named_buffers():
-                    value.copy_(norms[name])
-
-    def _batch(self, num_images: int) -> Batch:
-        settings = self.data.train_settings
-        side, rng = settings.resolution, np.random.default_rng(0)
+        settings, rng = self.data.train_settings, np.random.default_rng(0)
         assert settings.label_maps is not None
         assert settings.mask_size is not None
         shape = (num_images, settings.label_maps.num_maps, settings.mask_size, settings.mask_size)
         most = 1 if settings.label_maps.overlapping else max(settings.label_maps.values.values())
-        no_rows: dict[str, Any] = dict.fromkeys(("query_image_B", "num_B"), np.zeros(0, np.int64))
-        return Batch(
-            images_NHWC=rng.integers(0, 256, (num_images, side, side, 3), dtype=np.uint8),
-            image_rows_N=np.arange(num_images),
-            feature_keys_I=[None] * num_images,
-            image_ids=np.arange(num_images),
-            paths=[""] * num_images,
-            original_sizes_hw=np.full((num_images, 2), side),
-            prompts_B=[],
-            exhaustive_B=np.zeros(0, bool),
-            boxes_cxcywh_T4=np.zeros((0, 4), np.float32),
-            masks_packed=None,
-            mask_size=settings.mask_size,
-            mask_valid_T=np.zeros(0, bool),
-            skipped=[],
-            label_maps=rng.integers(0, most + 1, shape, dtype=np.uint8),
-            **no_rows,
-        )
+        maps = rng.integers(0, most + 1, shape, dtype=np.uint8)
+        batch = replace(noise_batch(self.data, num_images), label_maps=maps)
+        norms = {name: value.clone() for name, value in self.model.dense_head.named_buffers()}
+        try:
+            discard_gradients(self.model, self.runner, batch, model_dropout=self.model_dropout)
+        finally:
+            for name, value in self.model.dense_head.named_buffers():
+                value.copy_(norms[name])

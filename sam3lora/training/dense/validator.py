@@ -10,9 +10,8 @@ import torch
 from sam3lora.data.images import ImageError
 from sam3lora.evaluation.dense.label_meter import LabelMeter
 from sam3lora.model.dense.model import DenseSam3
-from sam3lora.training import distributed
 from sam3lora.training.dense.runner import DenseRunner
-from sam3lora.training.validator import Validator
+from sam3lora.training.validator import Validator, values_of_all
 
 
 @dataclass
@@ -23,28 +22,15 @@ class DenseValidator(Validator):
     runner: DenseRunner
 
     def metrics(self) -> dict[str, Any]:
-        index, config = self.data.valid_complete, self.config
-        labels = self.data.valid_settings.label_maps
-        assert index is not None
+        labels, size = self.data.valid_settings.label_maps, self.config.training.images_per_forward
         assert labels is not None
-        rows = range(len(index))[: config.evaluation.num_samples]
-        mine = rows[distributed.rank() :: distributed.world_size()]
-        size = config.training.images_per_forward
         meter = LabelMeter(self.model.settings, labels)
         self.model.eval()
         with torch.no_grad():
-            for start in range(0, len(mine), size):
-                records = [index.record(row) for row in mine[start : start + size]]
+            for records in self.my_records(size):
                 for record, logits in self._logits(records):
                     meter.add(logits, record)
-
-        def measure(parts: list[LabelMeter]) -> dict[str, Any]:
-            whole = parts[0]
-            for part in parts[1:]:
-                whole.merge(part)
-            return whole.values()
-
-        return distributed.on_first_worker(meter, measure)
+        return values_of_all(meter)
 
     def _logits(self, records: list[Any]) -> list[tuple[Any, Any]]:
         """Of each record whose image can be read: (record, logits (N, 4g, 4g) on the host)."""

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 Features = TypeVar("Features")
 
 
+@dataclass(kw_only=True)
 class EncodedImages(Generic[Features]):
     """What the trunk makes of a run's images, from the cache where its first layers are frozen; counts where from.
 
@@ -39,9 +40,9 @@ class EncodedImages(Generic[Features]):
     settings: DecodeSettings
     image_mean: Sequence[float]
     image_std: Sequence[float]
-    trunk: TrunkCache | None
-    vision_passes: int
-    features_loaded: int
+    trunk: TrunkCache | None = None
+    vision_passes: int = 0
+    features_loaded: int = 0
 
     def of_batch(self, batch: Batch) -> Features:
         """Features of a batch's images; its keys tell which of them are cached."""
@@ -117,14 +118,7 @@ class ImageEncoder(EncodedImages[VisionFeatures]):
     """
 
     staged: StagedSam3
-    device: torch.device
     trainable: bool
-    settings: DecodeSettings
-    image_mean: Sequence[float]
-    image_std: Sequence[float]
-    trunk: TrunkCache | None = None
-    vision_passes: int = 0
-    features_loaded: int = 0
 
     @property
     def pixel_type(self) -> torch.dtype:

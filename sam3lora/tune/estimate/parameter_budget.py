@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Sam3Config, Sam3Model
+from transformers import Sam3Model, Sam3VideoConfig
 
 from sam3lora.config import Config
+from sam3lora.config.lora import LoraSettings
 from sam3lora.errors import UserError
 from sam3lora.model.adapter.targets import select_modules
-from sam3lora.model.base_folder import TINY, BaseFolder, find_base, read_model_config
+from sam3lora.model.base_folder import TINY, BaseFolder, describe_base, find_base
+from sam3lora.model.clicks.adapter import add_click_lora
+from sam3lora.model.clicks.loading import build_click_head
 from sam3lora.model.loading import build_model_config
 from sam3lora.tune.estimate.dense_size import head_parameters
 
@@ -21,7 +24,7 @@ SAM3 = "facebook/sam3"
 
 
 def count_trainable(config: Config) -> int:
-    """Trainable parameters of the adapter that `apply_lora` would make, and of the head of a dense one.
+    """Trainable parameters of the adapter of a configuration, and of the head of a dense one.
 
     A layer of shape out x in (a convolution counts its kernel into in) gets A (rank x in) and B (out x rank); DoRA adds
     a magnitude for each of out.
@@ -30,6 +33,8 @@ def count_trainable(config: Config) -> int:
         UserError: The base model is not found, or target modules, components and layers do not go together, see
             `select_modules`.
     """
+    if config.task == "clicks":
+        return _click_parameters(config.lora.settings, *_base_of(config))
     head = 0
     if config.task == "dense":
         head = head_parameters(config, trunk_of(config))
@@ -46,16 +51,19 @@ def adapted_modules(config: Config) -> tuple[str, ...]:
 
 def trunk_of(config: Config) -> Any:
     """The vision trunk of the base model on the meta device."""
-    model = config.model
-    vision: Any = meta_model(model.name, model.revision, model.local_files_only).vision_encoder
+    vision: Any = meta_model(*_base_of(config)).vision_encoder
     return vision.backbone
+
+
+def _base_of(config: Config) -> tuple[str, str | None, bool]:
+    return config.model.name, config.model.revision, config.model.local_files_only
 
 
 def _selection(config: Config) -> tuple[Any, ...]:
     """What decides which layers get an adapter."""
-    lora, model = config.lora, config.model
+    lora = config.lora
     layers = (lora.target_modules, lora.components, lora.vision_last_layers)
-    return (*layers, model.geometry_cls, model.name, model.revision, model.local_files_only)
+    return (*layers, config.model.geometry_cls, *_base_of(config))
 
 
 @functools.lru_cache(maxsize=256)
@@ -88,18 +96,28 @@ def _in_and_out(layer: nn.Module) -> tuple[int, int]:
     return layer.in_features, layer.out_features
 
 
+@functools.lru_cache(maxsize=256)
+def _click_parameters(settings: LoraSettings, *base_model: Any) -> int:
+    folder = _folder_of(*base_model)
+    config = build_model_config(folder)
+    side = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
+    with torch.device("meta"):
+        model = add_click_lora(build_click_head(folder, config.vision_config, side), settings)
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
 @functools.lru_cache(maxsize=4)
 def meta_model(name: str, revision: str | None, local_files_only: bool) -> Sam3Model:
     """The base model on the meta device, where it has no weights and takes no memory."""
-    config = _shape_of(name, revision, local_files_only)
+    config = build_model_config(_folder_of(name, revision, local_files_only))
     with torch.device("meta"):
         return Sam3Model(config)
 
 
-def _shape_of(name: str, revision: str | None, local_files_only: bool) -> Sam3Config:
+def _folder_of(name: str, revision: str | None, local_files_only: bool) -> BaseFolder:
     """The model's configuration, read without downloading weights; that of SAM 3 itself is known offline."""
     if name == TINY or Path(name).expanduser().is_dir():
-        return build_model_config(find_base(name))
+        return find_base(name)
     from huggingface_hub import errors, hf_hub_download
 
     try:
@@ -108,10 +126,11 @@ def _shape_of(name: str, revision: str | None, local_files_only: bool) -> Sam3Co
         )
     except (errors.HfHubHTTPError, errors.HFValidationError, errors.LocalEntryNotFoundError, OSError) as error:
         if name == SAM3:
-            return Sam3Config()
+            known: Any = Sam3VideoConfig()
+            return BaseFolder(Path(name), name, None, known.detector_config.to_dict(), known.tracker_config.to_dict())
         raise UserError(
             f"the configuration of model.name {name!r} cannot be read: {error}. Give a folder, a hub id that this "
             "account may see, or tiny"
         ) from error
     path = Path(file).parent
-    return build_model_config(BaseFolder(path, name, path.name, read_model_config(path, name)))
+    return describe_base(path, name, path.name)

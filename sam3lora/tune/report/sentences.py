@@ -6,13 +6,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sam3lora.config.metrics import is_lower_better
 from sam3lora.evaluation.metrics.comparison import NOTICEABLE
+from sam3lora.evaluation.report.click_glossary import CLICK_MEASURES
 from sam3lora.evaluation.report.html_page import change, score
 from sam3lora.tune.run.ledger import TrialRecord, has_value
 from sam3lora.tune.space.parameters import Tied
 from sam3lora.tune.space.search_space import SearchSpace
 
-METRIC_LABELS = {
+METRIC_LABELS = {one.name: one.label for one in CLICK_MEASURES} | {
     "valid_loss": "validation loss",
     "map": "mAP",
     "map_50": "mAP at IoU 0.50",
@@ -59,8 +61,8 @@ def answer(
     name = f"the base configuration {space.base_name}"
     if gain == 0:
         return f"{said}, as with {name}, but its adapter is smaller.{with_settings}"
-    # For a loss, which has no fixed scale, the share of its value counts.
-    small = abs(gain) < NOTICEABLE * (abs(base.value) if summary["metric"] == "valid_loss" else 1)
+    # For a loss or a number of clicks, which are not shares, the share of the value counts.
+    small = abs(gain) < NOTICEABLE * (abs(base.value) if is_lower_better(summary["metric"]) else 1)
     hardly = ", hardly a difference" if small else ""
     return f"{said} instead of {score(base.value)} with {name} ({change(gain)}{hardly}).{with_settings}"
 

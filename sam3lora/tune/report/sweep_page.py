@@ -71,7 +71,7 @@ def render_sweep(
         best_against_base=_best_against_base(space, best, base),
         models=list(held_out.get("models", {}).items()),
         held_out_metrics=_names_of_metrics(held_out.get("models", {})),
-        asks_prompts=space.base.task != "dense",
+        task=space.base.task,
         best_folder=shlex.quote(str(Path(summary["sweep_dir"], "best"))),
         best_config=shlex.quote(str(Path(summary["sweep_dir"], "best", "config.yaml"))),
         charts={

@@ -10,7 +10,7 @@ from sam3lora.data.split_files import SplitFiles
 from sam3lora.evaluation.ask.dense_run import evaluate_dense
 from sam3lora.evaluation.dense.comparison import differences_to_first
 from sam3lora.evaluation.dense.settings import DenseEvaluation
-from sam3lora.tune.run.held_out import BASE_CONFIGURATION, BEST_TRIAL, DEVICES, note
+from sam3lora.tune.run.held_out import BASE_CONFIGURATION, BEST_TRIAL, model_options, result_of
 
 SHOWN = ("mean_iou", "mean_iou_foreground", "boundary_iou", "pixel_accuracy")
 
@@ -48,29 +48,14 @@ def measure_dense_held_out(
             label=label,
             num_workers=num_workers,
             address=address,
-            model=config.model.name,
-            revision=config.model.revision,
-            local_files_only=config.model.local_files_only,
-            device=DEVICES[config.scaling.use_gpu],
+            **model_options(config),
         )
         for label, folder in folders.items()
     )
     best = others[0] if others else first
     interval = differences_to_first(first, others)[BEST_TRIAL].get(metric) if others else None
     models = {BASE_CONFIGURATION: first, BEST_TRIAL: best} if base_folder is not None else {BEST_TRIAL: best}
-    result = {
-        "split": split.name,
-        "num_images": best.num_images,
-        "metric": metric,
-        "compared_with": BASE_CONFIGURATION,
-        "base": None if base_folder is None else first.values[metric],
-        "best": best.values[metric],
-        "difference": interval.difference if interval else None,
-        "low": interval.low if interval else None,
-        "high": interval.high if interval else None,
-        "models": {label: {name: one.values[name] for name in SHOWN} for label, one in models.items()},
-        "faults": list(best.faults),
-    }
-    if base_folder is None:
-        return result | {"note": "The base configuration has no folder to compare with."}
-    return result | {"note": note(result, is_same=is_same)}
+    values = {label: one.values for label, one in models.items()}
+    return result_of(
+        split, best, metric, values, SHOWN, reference=BASE_CONFIGURATION, interval=interval, is_same=is_same
+    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 from sam3lora.errors import UserError
@@ -16,6 +17,7 @@ from sam3lora.model.adapter.metadata import current_versions
 from sam3lora.tune.report.sweep_page import render_sweep
 from sam3lora.tune.report.tables import copy_best, write_tables
 from sam3lora.tune.run.checks import held_out_split
+from sam3lora.tune.run.click_held_out import measure_click_held_out
 from sam3lora.tune.run.dense_held_out import measure_dense_held_out
 from sam3lora.tune.run.held_out import measure_held_out
 from sam3lora.tune.run.ledger import Ledger, TrialRecord
@@ -23,6 +25,11 @@ from sam3lora.tune.run.trial_summary import num_images
 from sam3lora.tune.space.search_space import SearchSpace
 
 REPORT_FILE = "sweep.html"
+_MEASURES: dict[str, Callable[..., dict[str, Any]]] = {
+    "detection": measure_held_out,
+    "dense": measure_dense_held_out,
+    "clicks": measure_click_held_out,
+}
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +92,7 @@ def _held_out(
         split = held_out_split(space)
         if split is None:
             return None
-        measure = measure_dense_held_out if space.base.task == "dense" else measure_held_out
-        return measure(
+        return _MEASURES[space.base.task](
             split,
             ledger.folder(base.number) / "best" if base else None,
             ledger.folder(best.number) / "best",

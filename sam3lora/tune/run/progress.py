@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 _SECONDS_BETWEEN_LOOKS = 1.0
 _MOST_ROWS, _MOST_PARAMETERS = 24, 6
 _COLOURS = {"running": "cyan", "finished": "green", "stopped": "yellow", "failed": "red", "pending": "dim"}
-_SHOWN = ("train_loss", "valid_loss", "map", "cgf1", "mean_iou")
+_SHOWN = ("train_loss", "valid_loss", "map", "cgf1", "mean_iou", "mean_iou_3", "noc_85")
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from sam3lora.config.metrics import METRICS
 from sam3lora.errors import UserError
 from sam3lora.model.adapter.metadata import read_metadata
 from sam3lora.training.metrics_log import METRICS_FILE, read_metrics
@@ -13,7 +14,7 @@ from sam3lora.tune.space.search_space import Search
 
 _OF_PROMPTS = ("map", "map_50", "map_75", "bbox_map", "cgf1", "off_prompt_fpr", "presence_accuracy")
 _OF_LABELS = ("mean_iou", "mean_iou_foreground", "pixel_accuracy")
-MEASURED = ("valid_loss", *_OF_PROMPTS, *_OF_LABELS)
+MEASURED = ("valid_loss", *_OF_PROMPTS, *_OF_LABELS, *METRICS["clicks"])
 
 
 def current_record(folder: Path, search: Search) -> TrialRecord:

@@ -22,6 +22,8 @@ NOT_SEARCHED: dict[str, str] = {
     "dense.mode": _SAME_CLASSES,
     "dense.foreground": _SAME_CLASSES,
     "dense.threshold": "it changes how a pixel is decided, not what is learned: write it under set",
+    "clicks.objects_per_image": "it changes which objects are measured: write it under set",
+    "clicks.vision_adapter": "it says which vision trunk clicks will see, not what is learned: write it under set",
     "output": "each trial gets a folder of its own",
     "logging": _NO_EFFECT,
     "scaling": "it says what a trial runs on: write it under set",
@@ -63,6 +65,8 @@ CHANGES_VALIDATION_LOSS = (
     "model.resolution",
     "dense.deep_supervision",
     "dense.boundary_weight",
+    "clicks.iterations",
+    "clicks.starts",
 )
 """Keys and sections that change what the validation loss is made of, so that its values do not compare."""
 

@@ -16,6 +16,7 @@ from sam3lora.config import Config, load_config, preset_names
 from sam3lora.config._section import Section
 from sam3lora.config.keys import known_keys
 from sam3lora.config.loading import describe_validation
+from sam3lora.config.metrics import METRICS
 from sam3lora.config.yaml_text import parse_yaml
 from sam3lora.data.split_files import find_split
 from sam3lora.errors import UserError
@@ -222,8 +223,8 @@ class _Reader:
         if base is None or sections is None:
             return None
         search = sections.search
-        if base.task == "dense" and "metric" not in search.model_fields_set:
-            search = search.model_copy(update={"metric": "mean_iou"})
+        if "metric" not in search.model_fields_set:
+            search = search.model_copy(update={"metric": METRICS[base.task][0]})
         self.problems += tied_problems(parameters) + search_problems(parameters, search, base.task)
         parts = {field: getattr(sections, field) for field in _Sections.model_fields}
         parts["search"] = self.held_out(base, search)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from sam3lora.config.metrics import METRICS, Task
 from sam3lora.errors import UserError
 from sam3lora.tune.space.component_sets import COMPONENTS_KEY, components_of
 from sam3lora.tune.space.keys import CHANGES_VALIDATION_LOSS, NOT_SEARCHED, is_under, number_type, unknown_key
@@ -17,8 +18,6 @@ from sam3lora.tune.space.search_space import MOST_TRIALS, Search, SearchSpace
 
 _COMBINATIONS_TRIED = 32
 _MOST_REFUSED = 20
-METRICS = {"detection": ("map", "cgf1", "bbox_map"), "dense": ("mean_iou",)}
-"""By task, what trials are compared by beside the validation loss."""
 
 
 def check_key(key: str, parameters: Iterable[str]) -> None:
@@ -52,9 +51,9 @@ def check_kind(parameter: Parameter, own_sets: Mapping[str, tuple[str, ...]]) ->
             raise ValueError(f"{key} is a whole number: write randint instead of {kind}")
 
 
-def search_problems(parameters: Mapping[str, Parameter], search: Search, task: str) -> list[str]:
+def search_problems(parameters: Mapping[str, Parameter], search: Search, task: Task) -> list[str]:
     """What is wrong with parameters that are searched in this way and compared by this metric, a line each."""
-    others = METRICS.get(task, ())
+    others = METRICS[task]
     measured = ("valid_loss", *others)
     is_grid = search.algorithm == "grid"
     choices = {key: item for key, item in parameters.items() if isinstance(item, Choice)}

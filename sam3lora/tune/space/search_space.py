@@ -15,6 +15,7 @@ from sam3lora.config import COMPONENTS, Config
 from sam3lora.config._section import Section
 from sam3lora.config.keys import RawConfig
 from sam3lora.config.loading import describe_validation
+from sam3lora.config.metrics import BestMetric, is_lower_better
 from sam3lora.config.yaml_text import dump_yaml
 from sam3lora.errors import UserError
 from sam3lora.tune.space.component_sets import COMPONENTS_KEY, components_of, name_of
@@ -53,8 +54,9 @@ class Search(Section):
     )
     num_trials: int | None = Field(default=None, ge=1, le=MOST_TRIALS, description="None = 12, or the whole grid.")
     seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of the samples.")
-    metric: Literal["valid_loss", "map", "bbox_map", "cgf1", "mean_iou"] = Field(
-        default="map", description="What makes a trial the best; mean_iou is of task dense, and there the default."
+    metric: BestMetric = Field(
+        default="map",
+        description="What makes a trial the best; of task dense mean_iou by default, of task clicks mean_iou_3.",
     )
     every_epochs: int = Field(default=1, ge=1, description="Measure the metrics every so many epochs.")
     objective: Literal["quality", "quality_and_size"] = Field(
@@ -69,7 +71,7 @@ class Search(Section):
     @property
     def mode(self) -> Literal["min", "max"]:
         """Whether a small or a large value of the metric is good."""
-        return "min" if self.metric == "valid_loss" else "max"
+        return "min" if is_lower_better(self.metric) else "max"
 
 
 class EarlyStopping(Section):

@@ -9,7 +9,7 @@ from sam3lora.errors import UserError
 from sam3lora.model.adapter.lora_layers import LoraSettings, apply_lora, save_adapter
 from sam3lora.model.adapter.metadata import AdapterMetadata
 from sam3lora.model.loading import load_base
-from sam3lora.training.clicks.objects import clicked_objects
+from sam3lora.training.clicks.objects import click_targets
 from tests.model.clicks.click_bases import write_click_base
 
 from .conftest import acts, first_batch, loss_terms
@@ -27,7 +27,7 @@ def worker_of(shared, small_base, tmp_path_factory):
 def starts_of(worker) -> set[str]:
     batch = first_batch(worker)
     objects = [
-        one for seed in range(20) for one in clicked_objects(batch, worker.runner.starts, seed, torch.device("cpu"))
+        one for seed in range(20) for one in click_targets(batch, worker.runner.starts, seed, torch.device("cpu"))
     ]
     return {one.start for one in objects}
 
@@ -92,7 +92,7 @@ def test_vision_adapter_changes_the_trunk_under_the_clicks(worker_of, small_base
         ((*CLICKS, "evaluation.threshold=0.2"), "evaluation.threshold has no effect with task clicks"),
         ((*CLICKS, "training.max_prompts_per_forward=4"), "max_prompts_per_forward has no effect"),
         ((*CLICKS, "evaluation.best_metric=map", "evaluation.every_epochs=1"), "write mean_iou_3"),
-        (("evaluation.best_metric=mean_iou_3", "evaluation.every_epochs=1"), "is of task clicks"),
+        (("evaluation.best_metric=noc_85", "evaluation.every_epochs=1"), "not measured with task detection: write map"),
         ((*CLICKS, "clicks.objects_per_image=33"), "clicks.objects_per_image"),
         ((*CLICKS, "clicks.starts={click: 0, box: 0}"), "all shares are 0"),
     ],

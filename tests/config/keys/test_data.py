@@ -98,6 +98,14 @@ def test_horizontal_flip_mirrors_image_and_boxes(shared):
     assert np.allclose(mirrored[:, 1:], boxes[:, 1:], atol=1e-6)
 
 
+def test_vertical_flip_turns_image_and_boxes_of_prompts_too(shared):
+    plain, turned = (shared(WHOLE_EPOCH, PIXELS, f"data.vertical_flip={share}") for share in (0, 1))
+    assert np.array_equal(image_0(turned), image_0(plain)[::-1])
+    boxes, below = first_batch(plain).boxes_cxcywh_T4, first_batch(turned).boxes_cxcywh_T4
+    assert np.allclose(below[:, 1], 1 - boxes[:, 1], atol=1e-6)
+    assert np.allclose(below[:, [0, 2, 3]], boxes[:, [0, 2, 3]], atol=1e-6)
+
+
 @acts("data.max_objects_per_query")
 def test_max_objects_per_query_limits_the_targets(shared):
     # Image 0 shows three cracks.

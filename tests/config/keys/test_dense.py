@@ -162,7 +162,10 @@ def test_vertical_flip_turns_image_and_labels(shared):
     ("overrides", "words"),
     [
         (("dense.width=64",), "dense has no effect while task is detection"),
-        (("evaluation.best_metric=mean_iou", "evaluation.every_epochs=1"), "is of task dense"),
+        (
+            ("evaluation.best_metric=mean_iou", "evaluation.every_epochs=1"),
+            "not measured with task detection: write map",
+        ),
         ((*DENSE, "training.num_negatives=2"), "training.num_negatives has no effect with task dense"),
         ((*DENSE, "training.loss.mask=3"), "training.loss has no effect with task dense"),
         ((*DENSE, "evaluation.nms_iou=0.5"), "evaluation.nms_iou has no effect with task dense"),

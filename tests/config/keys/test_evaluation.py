@@ -63,7 +63,8 @@ def test_best_metric_has_to_be_measured():
         with pytest.raises(UserError, match=f"best_metric {metric} is never measured while every_epochs is 0"):
             load_config("light", ["evaluation.every_epochs=0", f"evaluation.best_metric={metric}"])
     assert (
-        load_config("light", ["evaluation.best_metric=valid_loss"]).evaluation.chosen_best_metric("map") == "valid_loss"
+        load_config("light", ["evaluation.best_metric=valid_loss"]).evaluation.chosen_best_metric("detection")
+        == "valid_loss"
     )
 
 

@@ -11,8 +11,9 @@ import torch
 
 from jobs.bench.pretend_gpu import pretend_gpu
 from jobs.bench.recorded_graphs import RecordingCapturer
+from sam3lora.engine.clicks.answers import MAX_OBJECTS
 from sam3lora.engine.clicks.click import Click
-from sam3lora.engine.clicks.decoder import MAX_OBJECTS, ClickedObject
+from sam3lora.engine.clicks.decoder import ClickedObject
 from sam3lora.engine.clicks.features import ClickableFeatures
 from sam3lora.engine.clicks.prompt import ClickAnswer, ClickPrompt
 from sam3lora.engine.dense_slots import LabelledImage

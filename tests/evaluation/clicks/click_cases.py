@@ -1,4 +1,4 @@
-"""An engine that answers clicks by rules of a test, objects drawn by hand, and what comes of clicks on them."""
+"""A click head that answers by rules of a test, and objects drawn by hand."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 
-from sam3lora.engine.clicks.decoder import ClickedObject
 from sam3lora.engine.clicks.prompt import ClickAnswer, ClickPrompt, drawn_mask_logits
-from sam3lora.engine.feature_cache import PreparedImage
+from sam3lora.evaluation.clicks.asking import AnswerPrompts
 
 SIDE = 64
 """Side of the images, of the model's input and of its masks: they are answered without loss."""
@@ -28,20 +27,14 @@ def rle(mask_HW: np.ndarray) -> dict:
     return {"size": list(mask_HW.shape), "counts": found["counts"].decode()}
 
 
-def image() -> PreparedImage:
-    return PreparedImage("image", np.zeros((SIDE, SIDE, 3), np.uint8), (SIDE, SIDE))
+def clicking(masks_of: Callable[[ClickPrompt], Sequence[np.ndarray]]) -> AnswerPrompts:
+    """A click head whose masks, bool (H, W), are said by a function; the last one has the highest score."""
 
-
-def clicking(
-    masks_of: Callable[[ClickPrompt], Sequence[np.ndarray]],
-) -> Callable[[Sequence[ClickedObject]], list[ClickAnswer | Exception]]:
-    """`Engine.click` whose masks, bool (H, W), are said by a function; the last one has the highest score."""
-
-    def click(objects: Sequence[ClickedObject]) -> list[ClickAnswer | Exception]:
-        answers: list[ClickAnswer | Exception] = []
-        for one in objects:
-            logits = torch.stack([drawn_mask_logits(mask, SIDE) for mask in masks_of(one.prompt)])
+    def ask(prompts: Sequence[ClickPrompt]) -> list[ClickAnswer]:
+        answers = []
+        for prompt in prompts:
+            logits = torch.stack([drawn_mask_logits(mask, SIDE) for mask in masks_of(prompt)])
             answers.append(ClickAnswer.of(logits, np.linspace(0.5, 0.9, len(logits)).tolist(), 1.0))
         return answers
 
-    return click
+    return ask

@@ -1,4 +1,4 @@
-"""Simulated users and an engine that is told what to answer: prompts, values, and masks that are kept to be shown."""
+"""Simulated users and a click head that is told what to answer: prompts, values, and the masks to be shown."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sam3lora.evaluation.clicks.simulated_user import SimulatedUser, run_objects
 from sam3lora.evaluation.clicks.true_objects import TrueObject, true_objects
 from sam3lora.evaluation.metrics.ground_truth import PromptedCategory
 
-from .click_cases import SIDE, clicking, image, rle, square
+from .click_cases import SIDE, clicking, rle, square
 
 NOTHING = Interaction((SIDE, SIDE), SIDE)
 CATEGORIES = [
@@ -36,7 +36,7 @@ def test_the_values_of_a_mask_that_gets_better():
         asked.append(prompt)
         return [truth, truth, half] if prompt.multimask else [truth]
 
-    interactions = ImageInteractions(clicking(masks_of), image(), None, [NOTHING])
+    interactions = ImageInteractions(clicking(masks_of), [NOTHING])
     [run] = run_objects([SimulatedUser(truth, max_clicks=5)], interactions.answer)
     assert run.ious.tolist() == [0, 0.5, 1, 1, 1, 1]  # the chosen mask, not the best; then nothing is left to click on
     assert run.oracle_iou == 1
@@ -58,12 +58,12 @@ def test_users_are_answered_together_and_apart():
     truths = [square(4, 4, 10), square(30, 30, 20)]
     calls = []
 
-    def click(objects):
-        calls.append(len(objects))
-        return clicking(lambda prompt: [truths[int(prompt.points_k2[0, 0] > 20)]])(objects)
+    def ask(prompts):
+        calls.append(len(prompts))
+        return clicking(lambda prompt: [truths[int(prompt.points_k2[0, 0] > 20)]])(prompts)
 
     users = [SimulatedUser(one, max_clicks=3) for one in truths]
-    runs = run_objects(users, ImageInteractions(click, image(), None, [NOTHING] * 2).answer)
+    runs = run_objects(users, ImageInteractions(ask, [NOTHING] * 2).answer)
     assert calls == [2]
     assert [run.ious.tolist() for run in runs] == [[0, 1, 1, 1]] * 2
 
@@ -79,7 +79,7 @@ def test_a_seed_goes_with_the_first_click(kind):
 
     start = Interaction((SIDE, SIDE), SIDE, Seed(drawn_mask_logits(found, SIDE), (10, 10, 28, 28), kind))
     user = SimulatedUser(truth, found_HW=found, max_clicks=2)
-    [run] = run_objects([user], ImageInteractions(clicking(masks_of), image(), None, [start]).answer)
+    [run] = run_objects([user], ImageInteractions(clicking(masks_of), [start]).answer)
     assert run.ious == pytest.approx([324 / 400] * 3)
     assert not asked[0].multimask
     assert (asked[0].mask_mm is not None) == (kind != "box")
@@ -89,8 +89,8 @@ def test_a_seed_goes_with_the_first_click(kind):
     assert asked[1].mask_mm is not None
 
 
-def test_what_the_engine_cannot_answer_stops():
-    broken = ImageInteractions(lambda objects: [NotFiniteError("NaN")] * len(objects), image(), None, [NOTHING])
+def test_what_has_no_answer_stops():
+    broken = ImageInteractions(lambda prompts: [NotFiniteError("NaN")] * len(prompts), [NOTHING])
     with pytest.raises(NotFiniteError):
         run_objects([SimulatedUser(square(10, 10, 20))], broken.answer)
 

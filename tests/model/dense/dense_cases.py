@@ -10,9 +10,10 @@ from sam3lora.config.lora import LoraSettings
 from sam3lora.model.adapter.lora_layers import apply_lora
 from sam3lora.model.adapter.metadata import DENSE, DENSE_FORMAT_VERSION, AdapterMetadata
 from sam3lora.model.dense.folder import save_dense
-from sam3lora.model.dense.model import DenseSam3, chosen_layers, keep_trunk_only
+from sam3lora.model.dense.model import DenseSam3, chosen_layers
 from sam3lora.model.dense.settings import DenseSettings
 from sam3lora.model.loading import load_base
+from sam3lora.model.staged.trunk import keep_trunk_only
 
 from ..conftest import randomise_adapter
 

@@ -13,9 +13,10 @@ from sam3lora.config.lora import LoraSettings
 from sam3lora.model.adapter.lora_layers import apply_lora
 from sam3lora.model.adapter.metadata import DENSE, AdapterMetadata
 from sam3lora.model.dense.folder import load_dense, save_dense
-from sam3lora.model.dense.model import DenseSam3, keep_trunk_only
+from sam3lora.model.dense.model import DenseSam3
 from sam3lora.model.dense.settings import DenseSettings
 from sam3lora.model.loading import load_base
+from sam3lora.model.staged.trunk import keep_trunk_only
 
 from ..conftest import randomise_adapter, save_base, small_config
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sam3lora.config.clicks import StartShares
 from sam3lora.training.clicks.sampling import (
     Prompts,
-    StartShares,
+    draw_start,
     jittered_boxes,
     next_clicks,
     start_prompts,
@@ -201,11 +202,14 @@ def test_the_seed_decides():
 
 def test_shares_of_the_starts():
     generator = seeded()
-    drawn = [StartShares(0.2, 0.3, 0.5).draw(generator) for _ in range(1000)]
+    shares = StartShares(click=0.2, box=0.3, mask=0.5)
+    drawn = [draw_start(shares, generator) for _ in range(1000)]
     assert "mask_and_box" not in drawn
     for name, share in (("click", 0.2), ("box", 0.3), ("mask", 0.5)):
         assert abs(drawn.count(name) / 1000 - share) < 0.05
-    assert {StartShares(0, 0, 0, 1).draw(generator) for _ in range(5)} == {"mask_and_box"}
-    for wrong in ((0, 0, 0, 0), (1, -0.1, 0, 0)):
-        with pytest.raises(ValueError, match="shares"):
-            StartShares(*wrong)
+    for name in ("click", "box", "mask", "mask_and_box"):
+        alone = StartShares(**({"click": 0, "box": 0} | {name: 0.1}))
+        assert {draw_start(alone, generator) for _ in range(5)} == {name}
+    for wrong in ({"click": 0, "box": 0}, {"box": -0.1}):
+        with pytest.raises(ValueError, match=r"shares are 0|greater than or equal to 0"):
+            StartShares(**wrong)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ import torch
 from jobs.bench.pretend_gpu import DEVICE, pretend_gpu
 from sam3lora.config import Config
 from sam3lora.errors import UserError
+from sam3lora.evaluation.ask.click_run import evaluate_clicks
+from sam3lora.evaluation.clicks.settings import ClickEvaluation
+from sam3lora.evaluation.settings import EvaluationSettings
 from sam3lora.model.clicks.adapter import load_click_adapter
 from sam3lora.model.loading import load_base
 from sam3lora.training import trainer
@@ -141,6 +145,20 @@ def test_the_folder_gives_back_what_was_trained(make, click_base, monkeypatch):
     assert expected.logits_NMmm.abs().max() > 0.1
     torch.testing.assert_close(found.logits_NMmm, expected.logits_NMmm, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found.iou_NM, expected.iou_NM, rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_measures_what_validate_does(make):
+    options = ("evaluation.best_metric=noc_85", "evaluation.num_samples=2", "training.num_epochs=1")
+    config = make("model.name=tiny", *options)  # a trained head, whose objects take different numbers of clicks
+    train(config)
+    [line] = logged(config, "epoch")
+    valid = Path(config.training.data_dir) / "valid"
+    settings = ClickEvaluation(seed=None, prompting=EvaluationSettings(num_samples=2))
+    found = evaluate_clicks(valid, None, settings, click_adapter=folder_of(config) / "best").alone
+    measured = {name: value for name, value in line.items() if name.startswith(("noc_", "mean_iou_"))}
+    assert measured.keys() >= {"noc_80", "noc_85", "noc_90", "mean_iou_1", "mean_iou_20"}
+    assert measured == pytest.approx({name: found[name].value for name in measured}, rel=1e-3)
+    assert 1 < measured["noc_85"] < 20
 
 
 def test_data_without_masks_and_bases_without_a_tracker_are_told(make, lively_base, scenes, tmp_path):
