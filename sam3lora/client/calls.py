@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypedDict, cast
 
@@ -212,18 +213,20 @@ def _object(shown: ShownObject) -> dict[str, Any]:
         raise TypeError(f"an object takes no {', '.join(sorted(unknown))}; it has clicks, box and mask")
     asked: dict[str, Any] = {"clicks": [_click(click) for click in shown.get("clicks", ())]}
     if (box := shown.get("box")) is not None:
-        asked["box"] = [float(value) for value in box]
+        try:
+            x0, y0, x1, y1 = map(_finite, box)
+        except (TypeError, ValueError):
+            raise ValueError(f"expected a box as (x0, y0, x1, y1), got {box!r}") from None
+        asked["box"] = [x0, y0, x1, y1]
     if (mask := shown.get("mask")) is not None:
-        asked["mask"] = (
-            {"mask_id": mask} if isinstance(mask, str) else {name: mask[name] for name in ("size", "counts")}
-        )
+        asked["mask"] = {"mask_id": mask} if isinstance(mask, str) else _rle(mask)
     return asked
 
 
 def _click(click: Sequence[float]) -> dict[str, Any]:
     try:
         x, y, label = click if len(click) == 3 else (*click, 1)
-        return {"x": float(x), "y": float(y), "label": int(label)}
+        return {"x": _finite(x), "y": _finite(y), "label": _label(label)}
     except (TypeError, ValueError):
         raise ValueError(f"expected clicks as (x, y) or (x, y, 1 or 0), got {click!r}") from None
 
@@ -231,7 +234,28 @@ def _click(click: Sequence[float]) -> dict[str, Any]:
 def _box(box: LabelledBox) -> dict[str, Any]:
     try:
         corners, label = box
-        x0, y0, x1, y1 = (float(value) for value in corners)
-        return {"xyxy": [x0, y0, x1, y1], "label": int(label)}
+        x0, y0, x1, y1 = map(_finite, corners)
+        return {"xyxy": [x0, y0, x1, y1], "label": _label(label)}
     except (TypeError, ValueError):
         raise ValueError(f"expected boxes as ((x0, y0, x1, y1), 1 or 0), got {box!r}") from None
+
+
+def _rle(mask: Any) -> dict[str, Any]:
+    try:
+        size, counts = mask["size"], mask["counts"]
+    except (TypeError, KeyError, IndexError):
+        raise ValueError(f"expected a mask as a mask_id or a COCO RLE, got {str(mask)[:60]}") from None
+    # pycocotools makes bytes
+    return {"size": [int(side) for side in size], "counts": counts.decode() if isinstance(counts, bytes) else counts}
+
+
+def _finite(value: Any) -> float:
+    if not math.isfinite(value):
+        raise ValueError(value)
+    return float(value)
+
+
+def _label(value: Any) -> int:
+    if value not in (0, 1):
+        raise ValueError(value)
+    return int(value)

@@ -28,7 +28,8 @@ PALETTE_RGB: tuple[Rgb, ...] = (
     (101, 84, 60),
 )
 
-MIN_SIDE_PX = 440  # smaller images are enlarged, so that labels can be read
+MIN_SIDE_PX = 440  # smaller images are enlarged, so that labels can be read,
+MAX_SIDE_PX = 4096  # but not long strips beyond this
 _FILL = 0.38
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 _WHITE: Rgb = (255, 255, 255)
@@ -123,8 +124,12 @@ def draw_instances(
 
 
 def enlarge(image_HW3: np.ndarray, min_side: int = MIN_SIDE_PX) -> tuple[np.ndarray, int]:
-    """A copy to draw on, and its whole factor, at most 4, that brings the shorter side to `min_side`."""
-    factor = min(4, max(1, -(-min_side // max(1, min(image_HW3.shape[:2])))))
+    """A copy to draw on, and its whole factor, at most 4, that brings the shorter side to `min_side`.
+
+    It brings no side beyond `MAX_SIDE_PX`.
+    """
+    shorter, longer = sorted(image_HW3.shape[:2])
+    factor = max(1, min(4, -(-min_side // max(1, shorter)), MAX_SIDE_PX // max(1, longer)))
     height, width = (side * factor for side in image_HW3.shape[:2])
     if factor == 1:
         return image_HW3.copy(), factor

@@ -41,6 +41,9 @@ def check_refine(received: Received, limits: Limits) -> tuple[RefineRequest, tup
         if not asked.clicks and asked.box is None:
             message = f"{name} has neither a click nor a box: give one that shows the object"
             raise ServeError("invalid_request", message, field=name)
+        if asked.box is None and asked.mask is None and not any(click.label for click in asked.clicks):
+            message = f"{name}.clicks all say what does not belong to the object: add one with label 1, a box or a mask"
+            raise ServeError("invalid_click", message, field=f"{name}.clicks")
         clicks = tuple(Click(click.x, click.y, click.label) for click in asked.clicks)
         box = None if asked.box is None else (asked.box[0], asked.box[1], asked.box[2], asked.box[3])
         objects.append(RefinedObject(clicks, box, _mask(asked.mask, f"{name}.mask")))

@@ -13,6 +13,7 @@ import pytest
 from sam3lora import Predictor
 from sam3lora.cli import main
 from sam3lora.cli.infer_clicks import meant_by
+from sam3lora.data.rle import encode_rle
 from sam3lora.engine.clicks.click import Click
 
 from ..model.dense.dense_cases import write_dense
@@ -100,6 +101,22 @@ def test_a_prompt_that_finds_nothing_names_the_new_object(run, tmp_path):
     assert "the clicks show a new object" in out
     (result,) = written(tmp_path)["results"]
     assert (result["prompt"], result["num_detections"]) == ("crack", 1)
+
+
+def test_clicks_that_show_nothing_are_no_new_object(run, tmp_path):
+    status, _, error = run("--prompt", "crack", "--threshold", 1, "--click", "30,20,0")
+    assert (status, "label 1" in error, error.count("error: ")) == (2, True, 1)
+    assert not (tmp_path / "output.png").exists()
+
+
+def test_an_object_without_a_pixel(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("sam3lora.inference.clicks.result._encode", lambda mask, size_hw: encode_rle(np.zeros(size_hw)))
+    status, out, _ = run("--click", "30,20", "--json", "d.json")
+    assert status == 0
+    assert "no pixel" in out
+    assert written(tmp_path)["clicked"]["area_px"] == 0
+    assert [one["num_detections"] for one in written(tmp_path)["results"]] == [0]
+    assert cv2.imread(str(tmp_path / "output.png")) is not None
 
 
 def test_an_adapter_of_the_click_head_is_found_among_the_weights(run, clickable_root, clickable_base, photo, tmp_path):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import httpx2 as httpx
 import numpy as np
 import pytest
+from pycocotools import mask as coco_mask
 
 from sam3lora.client import ClickSession, Client, InvalidRequest, NotFound, RefinedObject
 from sam3lora.engine.clicks.click import Click
@@ -70,6 +71,13 @@ def test_forms_of_masks_and_one_object_alone(client: Client):
         _ = client.refine(PNG, {"box": (4, 2, 12, 10)}, masks="none")[0].mask
 
 
+def test_masks_of_pycocotools(client: Client, backend: FakeBackend):
+    code = coco_mask.encode(np.asfortranarray(np.eye(*SIZE_HW, dtype=np.uint8)))
+    assert isinstance(code["counts"], bytes)
+    client.refine(PNG, {"clicks": [(1, 1)], "mask": code})
+    assert backend.refined[0].objects[0].mask == code
+
+
 def test_in_an_event_loop():
     async def refine(client):
         return await client.refine(PNG, {"clicks": [(20, 10)]})
@@ -80,6 +88,9 @@ def test_in_an_event_loop():
 def test_mistakes(client: Client):
     with pytest.raises(ValueError, match="clicks as"):
         client.refine(PNG, {"clicks": [(1,)]})
+    for mask in ({"size": [2, 2]}, 5, np.ones((2, 2), bool)):
+        with pytest.raises(ValueError, match="mask_id or a COCO RLE"):
+            client.refine(PNG, {"clicks": [(1, 2)], "mask": mask})
     with pytest.raises(TypeError, match="points"):
         client.refine(PNG, {"points": [(1, 2)]})
     with pytest.raises(TypeError, match="multi_mask"):

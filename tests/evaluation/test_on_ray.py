@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 
 from sam3lora.data.images import ImageError, read_image
+from sam3lora.data.synth.dataset import write_dataset
 from sam3lora.errors import RunFailed, UserError
+from sam3lora.evaluation.ask.click_run import evaluate_clicks
 from sam3lora.evaluation.ask.dense_run import evaluate_dense
 from sam3lora.evaluation.ask.on_ray import MAX_RESTARTS, ask_on_ray
 from sam3lora.evaluation.ask.run import evaluate_models
 from sam3lora.evaluation.ask.worker import Models
+from sam3lora.evaluation.clicks.settings import ClickEvaluation
 from sam3lora.evaluation.dense.settings import DenseEvaluation
 from sam3lora.evaluation.settings import EvaluationSettings
 
@@ -87,6 +90,21 @@ def test_two_workers_measure_a_dense_model_as_one_process_does(split, spread_bas
     maps = [sorted(path.relative_to(root) for path in root.rglob("*.png")) for root in tmp_path.glob("[as]*")]
     assert maps[0] == maps[1]
     assert len(maps[0]) == 6
+
+
+@pytest.mark.slow
+def test_two_workers_count_the_clicks_of_one_process(tmp_path):
+    data = write_dataset(tmp_path, num_train=1, num_valid=4, size=96, domain="base", seed=3, progress=False) / "valid"
+    settings = ClickEvaluation(max_clicks=3, prompting=EvaluationSettings(batch_size=1))
+    alone, spread = (evaluate_clicks(data, None, settings, device="cpu", num_workers=number) for number in (0, 2))
+    assert alone.clicks.counts == spread.clicks.counts
+    assert alone.clicks.counts["images"] == 4
+    assert alone.clicks.alone.objects == spread.clicks.alone.objects
+    for here, there in ((alone.clicks.alone, spread.clicks.alone), (alone.clicks.from_text, spread.clicks.from_text)):
+        assert here.ious() == pytest.approx(there.ious(), abs=1e-6)
+    first, second = (dict(metrics.to_dict(), seconds=0) for metrics in (alone, spread))
+    assert first == second
+    assert 0.5 < alone.alone["mean_iou_3"].value < 1
 
 
 def test_too_many_workers_are_refused_and_not_waited_for():

@@ -12,6 +12,7 @@ from sam3lora.inference.drawing import (
     Marked,
     draw_instances,
     encode_image,
+    enlarge,
     mark_coco,
 )
 
@@ -89,6 +90,12 @@ def test_small_images_are_enlarged_and_large_ones_are_not():
     drawn = draw_instances(small, [Marked("", blob(224, 224, (100, 50, 150, 90)))], colours_rgb=ADAPTER_RGB)
     x, y, width, height = changed(drawn, draw_instances(small, []))
     np.testing.assert_allclose([x, y, width, height], [200, 100, 100, 80], atol=8)
+
+
+@pytest.mark.parametrize(("size_hw", "factor"), [((20, 100), 4), ((20, 1500), 2), ((8000, 20), 1)])
+def test_long_strips_are_not_enlarged_beyond_a_picture(size_hw, factor):
+    canvas, used = enlarge(np.zeros((*size_hw, 3), np.uint8))
+    assert (used, canvas.shape) == (factor, (size_hw[0] * factor, size_hw[1] * factor, 3))
 
 
 def test_coco_entries_become_labels_and_masks():

@@ -1,10 +1,11 @@
-"""The same clicks through Python, plain HTTP, the client and the command line give the same masks."""
+"""The same clicks through Python, the command line, HTTP and the client: the same masks, or a refusal."""
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import httpx2 as httpx
@@ -15,13 +16,16 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from sam3lora.cli import main
-from sam3lora.client import Client
+from sam3lora.client import Client, InvalidRequest
 from sam3lora.client.segment_results import Rle
+from sam3lora.errors import UserError
 from sam3lora.inference.predictor import Predictor
+from serve_app.http.ingress import create_api
+from serve_app.replica.replica import ModelReplica
 from serve_app.settings import AdapterSettings, Batching, ServeSettings
 
 from .http_cases import picture, raw
-from .local_service import local_service
+from .local_service import LocalBackend, local_service
 
 PNG = picture((60, 90))
 PIXELS = np.asarray(Image.open(io.BytesIO(PNG)))
@@ -47,13 +51,17 @@ def predictor(clickable_base: Path) -> Predictor:
 
 @pytest.fixture
 def client(service: TestClient) -> Iterator[Client]:
+    with client_of(service) as client:
+        yield client
+
+
+def client_of(service: TestClient) -> Client:
     def handle(request: httpx.Request) -> httpx.Response:
         headers = {"content-type": request.headers.get("content-type", "")}
         answer = service.request(request.method, request.url.path, content=request.content, headers=headers)
         return httpx.Response(answer.status_code, content=answer.content, headers={"content-type": "application/json"})
 
-    with Client("http://service.test", transport=httpx.MockTransport(handle), max_retries=0) as client:
-        yield client
+    return Client("http://service.test", transport=httpx.MockTransport(handle), max_retries=0)
 
 
 def ask(
@@ -70,6 +78,27 @@ def ask(
     return response.json()["objects"][0]
 
 
+@pytest.fixture
+def on_command_line(clickable_base: Path, tmp_path: Path) -> Callable[..., dict]:
+    """What `sam3lora infer` writes of the clicked object."""
+    (tmp_path / "photo.png").write_bytes(PNG)
+
+    def call(*words: object) -> dict:
+        given = ["infer", "--model", clickable_base, "--image", tmp_path / "photo.png", "--device", "cpu", *words]
+        given += ["--output", tmp_path / "output.png", "--json", tmp_path / "found.json"]
+        assert main([str(word) for word in given]) == 0
+        (image,) = json.loads((tmp_path / "found.json").read_text())["images"]
+        return image["clicked"]
+
+    return call
+
+
+def words_of(clicks: Iterable[tuple], box: Sequence[float] | None = None) -> list[str]:
+    """Options of the command line, joined by "=" because numbers may be negative."""
+    given = ["--click=" + ",".join(map(str, one)) for one in clicks]
+    return given if box is None else [*given, "--click-box=" + ",".join(map(str, box))]
+
+
 def same(*rles: Rle) -> None:
     """But for pixels at the edge: logits that are kept are rounded."""
     first, *others = (coco_mask.decode(rle) for rle in rles)
@@ -78,14 +107,17 @@ def same(*rles: Rle) -> None:
         assert (first != other).mean() < 0.002
 
 
-def test_clicks_one_after_the_other(service: TestClient, client: Client, predictor: Predictor):
+def test_clicks_one_after_the_other(
+    service: TestClient, client: Client, predictor: Predictor, on_command_line: Callable[..., dict]
+):
     image_id = service.post("/v1/images", **raw("", PNG)).json()["image_id"]
     by_client = client.interact(PNG)
     in_python = predictor.interact(PIXELS).click(CLICKS[:1])
     by_http = ask(service, image_id, CLICKS[:1])
     first = by_client.click(*CLICKS[0])
-    same(by_http["mask"], first.rle, in_python.rle)
-    assert [by_http["score"], first.score] == pytest.approx([in_python.score] * 2, abs=1e-5)
+    in_words = on_command_line(*words_of(CLICKS[:1]))
+    same(by_http["mask"], first.rle, in_python.rle, in_words["mask"])
+    assert [by_http["score"], first.score, in_words["score"]] == pytest.approx([in_python.score] * 3, abs=1e-5)
     assert len(by_http["alternatives"]) == len(first.alternatives) == 2
     for number in (1, 2):
         before = by_http["mask_id"]
@@ -96,7 +128,23 @@ def test_clicks_one_after_the_other(service: TestClient, client: Client, predict
     same(by_client.undo().rle, in_python.rle)
 
 
-def test_a_detection_and_a_box(service: TestClient, client: Client, predictor: Predictor):
+def test_several_clicks_at_once(
+    service: TestClient, client: Client, predictor: Predictor, on_command_line: Callable[..., dict]
+):
+    """As one step, without a mask in between."""
+    in_python = predictor.interact(PIXELS).click(CLICKS, box_xyxy=BOX)
+    (by_client,) = client.refine(PNG, {"clicks": CLICKS, "box": BOX})
+    image_id = service.post("/v1/images", **raw("", PNG)).json()["image_id"]
+    by_http = ask(service, image_id, CLICKS, box=list(BOX))
+    in_words = on_command_line(*words_of(CLICKS, BOX))
+    same(in_python.rle, by_client.rle, by_http["mask"], in_words["mask"])
+    scores = [by_client.score, by_http["score"], in_words["score"]]
+    assert scores == pytest.approx([in_python.score] * 3, abs=1e-5)
+
+
+def test_a_detection_and_a_box(
+    service: TestClient, client: Client, predictor: Predictor, on_command_line: Callable[..., dict]
+):
     by_client = client.interact(PNG)
     (found,) = client.segment(by_client.image, ["crack"], keep_masks=True, **POST)
     session = predictor.interact(PIXELS)
@@ -113,10 +161,13 @@ def test_a_detection_and_a_box(service: TestClient, client: Client, predictor: P
         mask={"mask_id": found.mask_ids[0]},
     )
     same(by_http["mask"], corrected.rle, in_python[0].rle)
+    meant = max(session.detect("crack", **POST), key=lambda one: one.mask[20, 30])  # by the click, or the best
+    in_words = on_command_line("--prompt", "crack", "--threshold", 0, "--max-detections", 3, *words_of(CLICKS[:1]))
+    same(in_words["mask"], session.refine(meant, CLICKS[:1]).rle)
     by_client.start()
-    same(
-        ask(service, by_client.image.image_id, [], box=list(BOX))["mask"], by_client.box(BOX).rle, session.box(BOX).rle
-    )
+    by_http = ask(service, by_client.image.image_id, [], box=list(BOX))
+    in_words = on_command_line(*words_of((), BOX))
+    same(by_http["mask"], by_client.box(BOX).rle, session.box(BOX).rle, in_words["mask"])
 
 
 PAIRS = [
@@ -158,3 +209,75 @@ def test_a_click_adapter_alone_and_beside_an_adapter(
 def test_a_mask_as_a_picture_is_the_same(client: Client):
     png = client.refine(PNG, {"box": BOX}, masks="png")[0]
     np.testing.assert_array_equal(png.mask, client.refine(PNG, {"box": BOX})[0].mask)
+
+
+def test_another_replica_goes_on_from_the_outline(clickable_base: Path, predictor: Predictor):
+    """As after a replica died: the other one has neither the image nor its masks."""
+    settings = ServeSettings(model=str(clickable_base), batching=Batching(encode_ahead=False))
+    first, other = ModelReplica(settings), ModelReplica(settings)
+    backend = LocalBackend(first)
+    with TestClient(create_api(settings, backend)) as service, client_of(service) as client:
+        session = client.interact(PNG)
+        before = session.click(*CLICKS[0])
+        backend.replica = other
+        found = session.click(*CLICKS[1])
+        (from_outline,) = client.refine(session.image, {"clicks": CLICKS[:2], "mask": before.rle})
+        same(found.rle, from_outline.rle)
+        backend.replica = first
+        session.undo()
+        in_python = predictor.interact(PIXELS).click(CLICKS[:1])
+        same(session.click(*CLICKS[1]).rle, in_python.add(*CLICKS[1]).rle)
+        assert [one._engine.counters["images_encoded"] for one in (first, other)] == [1, 1]
+
+
+WRONG: dict[str, tuple[list[tuple], tuple | None]] = {
+    "a click that is no number": ([(30, 20, 1), (math.nan, 20, 1)], None),
+    "a click without end": ([(30, math.inf, 1)], None),
+    "a click far away": ([(1e300, 20, 1)], None),
+    "a click on the right border": ([(90, 20, 1)], None),
+    "a click below": ([(30, 60, 1)], None),
+    "a click to the left": ([(-0.5, 20, 1)], None),
+    "a label of 2": ([(30, 20, 2)], None),
+    "a label of -1": ([(30, 20, -1)], None),
+    "half a label": ([(30, 20, 0.5)], None),
+    "a click in words": ([("left", 20, 1)], None),
+    "half a click": ([(30,)], None),
+    "a click of four numbers": ([(30, 20, 1, 1)], None),
+    "only what does not belong to it": ([(30, 20, 0), (70, 40, 0)], None),
+    "a box without an area": ([(30, 20, 1)], (5, 5, 5, 9)),
+    "a box inside out": ([], (60, 5, 10, 50)),
+    "a box beyond the image": ([], (0, 0, 90, 60.5)),
+    "a box that is no number": ([], (0, 0, math.nan, 60)),
+    "a box of three numbers": ([], (0, 0, 90)),
+    "a box in words": ([], ("left", 0, 90, 60)),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_refused(
+    service: TestClient, client: Client, predictor: Predictor, clickable_base: Path, tmp_path: Path, capsys, name: str
+):
+    clicks, box = WRONG[name]
+    session = predictor.interact(PIXELS)
+    with pytest.raises(UserError, match=r"click|box"):
+        session.click(clicks, box_xyxy=box)
+    assert session.objects == []
+
+    (tmp_path / "photo.png").write_bytes(PNG)
+    given = ["infer", "--model", str(clickable_base), "--image", str(tmp_path / "photo.png"), *words_of(clicks, box)]
+    assert main(given) == 2
+    said = capsys.readouterr().err
+    assert (said.count("error: "), "Traceback" in said) == (1, False)
+    assert "click" in said or "box" in said
+
+    # JSON has no word for NaN; Python writes one.
+    given = [dict(zip(("x", "y", "label", "more"), one, strict=False)) for one in clicks]
+    request = json.dumps({"objects": [{"clicks": given, "box": box}]})
+    response = service.post("/v1/refine", files={"image": PNG}, data={"request": request})
+    error = response.json()["error"]
+    assert (response.status_code, error["type"] in ("invalid_click", "invalid_box", "invalid_request")) == (422, True)
+    assert any(word in error["message"] for word in ("click", "box", "no number in JSON")), error
+
+    for image in (PNG, client.upload(PNG)):
+        with pytest.raises((ValueError, InvalidRequest), match=r"click|box"):
+            client.refine(image, {"clicks": clicks, "box": box})

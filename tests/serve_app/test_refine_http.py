@@ -119,6 +119,7 @@ REFUSED = {
     "no objects": ({"objects": []}, "invalid_request", "objects"),
     "three objects of two": ({"objects": [{"clicks": [IN]}] * 3}, "invalid_request", "objects"),
     "nothing that shows the object": ({"objects": [{"mask": {"mask_id": KEPT}}]}, "invalid_request", "objects[0]"),
+    "only what does not belong to it": ({"objects": [{"clicks": [OUT]}]}, "invalid_click", "objects[0].clicks"),
     "more clicks than allowed": ({"objects": [{"clicks": [IN] * 4}]}, "invalid_click", "objects[0].clicks"),
     "a click on the right border": (
         {"objects": [{"clicks": [IN, {"x": 64, "y": 0}]}]},

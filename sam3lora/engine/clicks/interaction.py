@@ -21,7 +21,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from sam3lora.engine.clicks.click import BoxXyxy, Click, checked_box, checked_clicks
+from sam3lora.engine.clicks.click import BoxXyxy, Click, checked_box, checked_clicks, refuse_only_outside
 from sam3lora.engine.clicks.prompt import ClickAnswer, ClickPrompt
 from sam3lora.errors import UserError
 
@@ -81,11 +81,13 @@ class Interaction:
         """With further clicks, and a box that takes the place of an earlier one. Together they are one prompt.
 
         Raises:
-            UserError: There is nothing to add, or it is not inside the image.
+            UserError: There is nothing to add, it is not inside the image, or all of it says where the object is not.
         """
         added = checked_clicks(clicks, self.size_hw)
         if not added and box_xyxy is None:
             raise UserError("nothing to add: give a click or a box")
+        if self.seed is None and box_xyxy is None and self.box_xyxy is None:
+            refuse_only_outside(self.clicks + added)
         return replace(
             self,
             clicks=self.clicks + added,

@@ -155,10 +155,10 @@ class ClickResult:
             UserError: There is no such mask.
         """
         answer = self._state.answer
-        if answer is None or not 0 <= index < len(answer.scores):
-            number = 0 if answer is None else len(answer.scores)
-            raise UserError(f"there is no alternative {index}: this object has {number}, counted from 0")
-        self._state = self._state.answered(answer.choosing(index))
+        number = 0 if answer is None else len(answer.scores)
+        if answer is None or index not in range(number):
+            raise UserError(f"there is no alternative {index!r}: this object has {number}, counted from 0")
+        self._state = self._state.answered(answer.choosing(int(index)))
         return self
 
     def undo(self) -> ClickResult:

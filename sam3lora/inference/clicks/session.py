@@ -135,7 +135,8 @@ class ClickSession:
         """A new object, shown by clicks (x, y, label).
 
         Raises:
-            UserError: There is neither a click nor a box, one is outside of the image, or the label is empty.
+            UserError: There is neither a click nor a box, one is outside of the image, all clicks say what does not
+                belong to the object, or the label is empty.
         """
         if label is not None:
             _check_label(label)
@@ -174,12 +175,11 @@ class ClickSession:
     def results(self) -> list[Detections]:
         """For each label, in the order in which they came, its objects that have a mask, as `Predictor.predict`.
 
-        Objects without a label stand under "object".
+        Objects without a label stand under "object". A label whose objects have no mask has no detection.
         """
         of_label: dict[str, list[ClickResult]] = {prompt: [] for prompt in self._presence}
         for one in self.objects:
-            if one.area_px:
-                of_label.setdefault(one.label or "object", []).append(one)
+            of_label.setdefault(one.label or "object", []).extend([one] if one.area_px else [])
         return [self._detections(label, objects) for label, objects in of_label.items()]
 
     def draw(self, path: str | Path | None = None, **show: bool) -> np.ndarray:
@@ -251,5 +251,5 @@ class ClickSession:
 
 
 def _check_label(label: str) -> None:
-    if not label.strip():
-        raise UserError("the label of an object is empty: name what it is, for example 'pothole'")
+    if not isinstance(label, str) or not label.strip():
+        raise UserError(f"the label of an object is text that says what it is, for example 'pothole', got {label!r}")

@@ -169,9 +169,18 @@ def test_objects_are_exported(session: ClickSession, tmp_path: Path):
     new.undo()
     with pytest.raises(UserError, match="empty mask"):
         session.to_coco()
-    assert [(result.prompt, len(result)) for result in session.results()] == [("crack", 2)]
+    assert [(result.prompt, len(result)) for result in session.results()] == [("crack", 2), ("patch", 0)]
     picture = session.draw(tmp_path / "picture.png")
     assert cv2.imread(str(tmp_path / "picture.png")).shape == picture.shape
+
+
+def test_what_has_no_mask_is_not_drawn(session: ClickSession):
+    with pytest.raises(UserError, match="nothing to draw"):
+        session.draw()
+    session.click([FIRST], label="patch").undo()
+    nothing = session.draw()
+    session.click([FIRST])
+    assert (session.draw() != nothing).any()
 
 
 def test_a_file_gives_its_name(predictor: Predictor, tmp_path: Path):
@@ -234,18 +243,24 @@ def test_mistakes_are_told_and_change_nothing(session: ClickSession, predictor: 
         ("x=999", lambda: new.add(999, 5)),
         ("label=2", lambda: new.add(5, 5, 2)),
         ("x=-1", lambda: session.click([(-1, 5, 1)])),
-        ("expected x, y", lambda: session.click([(1,)])),
+        ("expected \\(x, y\\)", lambda: session.click([(1,)])),
+        ("expected \\(x, y\\)", lambda: session.click((30, 20))),
+        ("list of clicks", lambda: session.click(5)),
+        ("x='30'", lambda: new.add("30", 20)),
+        ("label=None", lambda: new.add(30, 20, None)),
         ("nothing to add", lambda: session.click([])),
         ("expected x0 y0 x1 y1", lambda: session.box((30, 5, 10, 40))),
         ("nothing to undo", found.undo),
         ("there is no alternative 3: this object has 3", lambda: new.choose(3)),
         ("there is no alternative 0", lambda: found.choose(0)),
+        ("there is no alternative 0.5", lambda: new.choose(0.5)),
         ("refine takes", lambda: session.refine(new, [FIRST])),
         ("refine takes", lambda: session.refine(stranger, [FIRST])),
         ("refine takes", lambda: session.refine(0, [FIRST])),
         ("no such object", lambda: session.remove(stranger)),
-        ("empty: name", lambda: session.label(new, " ")),
-        ("empty: name", lambda: session.click([FIRST], label="")),
+        ("got ' '", lambda: session.label(new, " ")),
+        ("got None", lambda: session.label(new, None)),
+        ("got ''", lambda: session.click([FIRST], label="")),
         ("prompt", lambda: session.detect("")),
         ("seed", lambda: predictor.interact(IMAGE, seed="text")),
         ("clicks_vision", lambda: predictor.interact(IMAGE, clicks_vision="both")),
