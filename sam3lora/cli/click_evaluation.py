@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sam3lora.evaluation.clicks.settings import ClickEvaluation
     from sam3lora.evaluation.settings import EvaluationSettings
 
-OF_CLICKS = {"seed": "--seed", "clicks_vision": "--clicks-vision", "max_clicks": "--max-clicks"}
+OF_CLICKS = {"start_from": "--start-from", "clicks_vision": "--clicks-vision", "max_clicks": "--max-clicks"}
 """Arguments of `validate` that have an effect with `--clicks` only, and their options."""
 _OF_DETECTIONS = {
     "saco": "--saco",
@@ -35,9 +35,9 @@ def refuse_beside_clicks(arguments: Mapping[str, Any], post: Mapping[str, Any]) 
     """Raise UserError for options that have no effect with `--clicks`; `post` are those of post-processing."""
     if idle := [option for name, option in _OF_DETECTIONS.items() if arguments[name]]:
         raise UserError(f"--clicks measures clicks on objects, so {', '.join(idle)} would have no effect: leave it out")
-    if arguments["seed"] == "none" and post:
+    if arguments["start_from"] == "none" and post:
         named = ", ".join("--" + name.replace("_", "-") for name in post)
-        raise UserError(f"with --seed none no prompt is asked, so {named} would have no effect: leave it out")
+        raise UserError(f"with --start-from none no prompt is asked, so {named} would have no effect: leave it out")
 
 
 def adapters_of_clicks(
@@ -64,15 +64,15 @@ def adapters_of_clicks(
 
 
 def click_settings(
-    prompting: EvaluationSettings, *, seed: str | None, clicks_vision: str | None, max_clicks: int | None
+    prompting: EvaluationSettings, *, start_from: str | None, clicks_vision: str | None, max_clicks: int | None
 ) -> ClickEvaluation:
     """How to measure, from options; None where one was not given."""
     from sam3lora.evaluation.clicks.settings import ClickEvaluation
 
-    options: dict[str, Any] = {"seed": seed, "clicks_vision": clicks_vision, "max_clicks": max_clicks}
+    options: dict[str, Any] = {"start_from": start_from, "clicks_vision": clicks_vision, "max_clicks": max_clicks}
     given = {name: value for name, value in options.items() if value is not None}
-    if seed == "none":
-        given["seed"] = None
+    if start_from == "none":
+        given["start_from"] = None
     return ClickEvaluation(prompting=prompting, **given)
 
 

@@ -68,7 +68,7 @@ def validate(
         bool,
         typer.Option("--clicks", help="Measure clicks on objects instead: how many they take, and how good masks are."),
     ] = False,
-    seed: Annotated[
+    start_from: Annotated[
         Literal["mask", "box", "both", "none"] | None,
         typer.Option(
             help="With --clicks: what of a detection goes with the first click; none asks no prompts (default: both)."
@@ -125,7 +125,7 @@ def validate(
                 adapters, settings_file, with_base=not adapters, model=model, resolution=resolution, device=device
             ),
             output,
-            click_settings(prompting, seed=seed, clicks_vision=clicks_vision, max_clicks=max_clicks),
+            click_settings(prompting, start_from=start_from, clicks_vision=clicks_vision, max_clicks=max_clicks),
             click_adapter=click_adapter,
             num_workers=num_workers,
             address=address,

@@ -185,12 +185,12 @@ class Predictor:
         return [result for batch in _batches(images, batch_size) for result in self._dense.predict(batch)]
 
     def interact(
-        self, image: ImageSource, *, seed: SeedKind = "both", clicks_vision: ClicksVision = "adapter"
+        self, image: ImageSource, *, start_from: SeedKind = "both", clicks_vision: ClicksVision = "adapter"
     ) -> ClickSession:
         """Begin to show and correct objects of an image, which is read as by `predict`, by clicks and boxes.
 
         Args:
-            seed: What of a found object goes with the first clicks on it: its "mask", its "box", or "both".
+            start_from: What of a found object goes with the first clicks on it: its "mask", its "box", or "both".
             clicks_vision: Whether clicks see the image as the "adapter" has changed the vision tower, or as the "base"
                 does, which takes a second vision pass.
 
@@ -206,7 +206,7 @@ class Predictor:
             raise UserError(f"clicks_vision must be one of {', '.join(get_args(ClicksVision))}, got {clicks_vision!r}")
         finding, clicking = self._pool.place(self._label), self._pool.place_clicks(self._label, clicks_vision)
         name = Path(image).name if isinstance(image, str | Path) else "image"
-        return ClickSession(finding, clicking, _load(image), post=self.post, file_name=name, seed=seed)
+        return ClickSession(finding, clicking, _load(image), post=self.post, file_name=name, start_from=start_from)
 
     def draw(
         self,

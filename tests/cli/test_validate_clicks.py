@@ -73,7 +73,7 @@ def test_the_base(base, data, tmp_path, capsys):
     assert metrics["num_objects"] == len(annotations)
     assert 0 <= metrics["noc_85"] <= CLICKS
     assert 0 < metrics["from_text"]["num_found"] <= len(annotations)  # the detector of the tiny model is a trained one
-    assert metrics["from_text"]["seed"] == metrics["settings"]["seed"] == "both"
+    assert metrics["from_text"]["start_from"] == metrics["settings"]["start_from"] == "both"
     assert metrics["settings"]["max_clicks"] == CLICKS
     assert sum(entry["num_objects"] for entry in metrics["per_category"].values()) == len(annotations)
     assert f"{metrics['noc_85']:.3f}" in out
@@ -126,7 +126,7 @@ def test_runs_from_text_start_from_what_was_found(base, data, monkeypatch):
         return add(self, clicks, **options)
 
     monkeypatch.setattr(Interaction, "add", noted)
-    metrics = clicked(base, data, seed="box")
+    metrics = clicked(base, data, start_from="box")
     alone, from_text = metrics.clicks.alone, metrics.clicks.from_text
     found = np.array([metrics.clicks.facts[one].is_found for one in alone.objects])
     assert found.any()
@@ -139,7 +139,7 @@ def test_runs_from_text_start_from_what_was_found(base, data, monkeypatch):
     assert sum(seed is not None for seed in seeds) <= found.sum()  # none where the detection is right to the pixel
     # without a prompt the same clicks, and none of the others
     seeds.clear()
-    plain = clicked(base, data, seed=None)
+    plain = clicked(base, data, start_from=None)
     assert plain.clicks.alone.ious() == pytest.approx(alone.ious(), abs=1e-6)
     assert plain.from_text is None
     assert set(seeds) == {None}
@@ -154,9 +154,9 @@ def test_runs_from_text_start_from_what_was_found(base, data, monkeypatch):
         (["--clicks", "--lowest-score", "auto"], "--lowest-score"),
         (["--clicks", "--paper-normalisation"], "--paper-normalisation"),
         (["--clicks", "--predictions", "x.json"], "--clicks"),
-        (["--clicks", "--seed", "none", "--nms-iou", "0.5"], "--nms-iou"),
+        (["--clicks", "--start-from", "none", "--nms-iou", "0.5"], "--nms-iou"),
         (["--clicks", "--clicks-vision", "base"], "--weights"),
-        (["--seed", "box"], "--seed"),
+        (["--start-from", "box"], "--start-from"),
         (["--clicks-vision", "base"], "--clicks-vision"),
         (["--max-clicks", "3"], "--max-clicks"),
     ],
@@ -182,7 +182,7 @@ def test_a_base_without_a_tracker(data, small_base, tmp_path, capsys):
 
 
 def test_values_out_of_range():
-    for wrong in ({"seed": "point"}, {"clicks_vision": "both"}, {"max_clicks": 0}):
+    for wrong in ({"start_from": "point"}, {"clicks_vision": "both"}, {"max_clicks": 0}):
         with pytest.raises(UserError, match=next(iter(wrong))):
             ClickEvaluation(**wrong)
 

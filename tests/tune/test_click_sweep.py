@@ -108,7 +108,7 @@ def test_held_out_images_compare_best_base_and_plain_model(tmp_path):
     config = load_config("clicks_quick_test")
     found = measure_click_held_out(held_out, base, best, config, metric="noc_85")
     assert (found["split"], found["num_images"], found["metric"]) == ("test", 2, "noc_85")
-    alone = evaluate_clicks(held_out, None, ClickEvaluation(seed=None), click_adapter=best).alone
+    alone = evaluate_clicks(held_out, None, ClickEvaluation(start_from=None), click_adapter=best).alone
     models = found["models"]
     assert models["best trial"] == pytest.approx({name: alone[name].value for name in models["best trial"]}, rel=1e-3)
     assert found["base"] == models["base configuration"]["noc_85"] != models["plain model"]["noc_85"]

@@ -113,7 +113,7 @@ def evaluate_model_clicks(
         index,
         [category.name for category in categories],
         label=label,
-        seed=settings.seed,
+        start_from=settings.start_from,
         settings={
             "data": str(split),
             "adapter": next(iter(models.adapters.values()), None),

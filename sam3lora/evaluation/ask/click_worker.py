@@ -71,7 +71,7 @@ class ClickWorker:
         return {
             **facts_of(self._pool.engine),
             "tracker_fingerprint": self._tracker[:12],
-            **({} if self._settings.seed is None else self._post.model_dump(mode="json")),
+            **({} if self._settings.start_from is None else self._post.model_dump(mode="json")),
         }
 
     def ask(self, records: Sequence[Mapping[str, Any]]) -> SplitClicks:
@@ -99,7 +99,7 @@ class ClickWorker:
             clicking.prepare_image(pixels_HW3, str(record["image_id"]))
             for record, pixels_HW3 in zip(records, read_images(records), strict=True)
         ]
-        if self._settings.seed is None:
+        if self._settings.start_from is None:
             return clicking.encode_ahead([(image, slot) for image in images]), images
         if clicking is finding:
             wanted = [(image, slot) for image in images] + [(image, finding_slot) for image in images]
@@ -114,7 +114,7 @@ class ClickWorker:
         self, images: Sequence[PreparedImage], truths: Sequence[TrueObjects]
     ) -> list[dict[str, SmallDetections]]:
         """For each image, prompt of an object -> what it found."""
-        if self._settings.seed is None:
+        if self._settings.start_from is None:
             return [{} for _ in images]
         engine, slot = self._finding
         prompts = [tuple(dict.fromkeys(one.category.prompt for one in truth.objects)) for truth in truths]
@@ -137,10 +137,10 @@ class ClickWorker:
         image: PreparedImage,
         detections: Mapping[str, SmallDetections],
     ) -> None:
-        seed = self._settings.seed
+        kind = self._settings.start_from
         found: Sequence[FoundObject | None] = [None] * len(truth.objects)
-        if seed is not None:
-            found = found_objects(truth.objects, detections, seed)
+        if kind is not None:
+            found = found_objects(truth.objects, detections, kind)
         # A few objects at a time, because their masks are as large as the image.
         objects = list(zip(truth.objects, found, strict=True))
         for start in range(0, len(objects), MAX_OBJECTS):
@@ -172,7 +172,7 @@ class ClickWorker:
         runs_from_text = iter(runs[len(objects) :])
         for (one, start), run, shown in zip(objects, runs, interactions.shown, strict=False):
             done.alone.add(run, image_id=image_id, object_id=one.number)
-            if self._settings.seed is not None:
+            if self._settings.start_from is not None:
                 from_text = run if start is None else next(runs_from_text)
                 done.from_text.add(from_text, image_id=image_id, object_id=one.number)
             done.facts[image_id, one.number] = ClickedFacts(one.category.name, start is not None, shown)

@@ -45,7 +45,7 @@ class ClickMetrics:
     num_without_mask: int
     num_crowds: int
     alone: dict[str, ValueInterval]
-    seed: SeedKind | None
+    start_from: SeedKind | None
     from_text: dict[str, ValueInterval] | None
     saved: dict[str, Interval]
     num_found: int
@@ -74,7 +74,7 @@ class ClickMetrics:
         if self.from_text is not None:
             values |= {
                 "from_text": {
-                    "seed": self.seed,
+                    "start_from": self.start_from,
                     "num_found": self.num_found,
                     **_values(self.from_text),
                     "intervals": _ends(self.from_text),
@@ -95,7 +95,7 @@ def measure_clicks(
     categories: Sequence[str],
     *,
     label: str,
-    seed: SeedKind | None,
+    start_from: SeedKind | None,
     settings: Mapping[str, Any],
     seconds: float = 0.0,
     faults: Sequence[SplitFault] = (),
@@ -104,9 +104,9 @@ def measure_clicks(
     """Compute all metrics from the runs of all objects; the rest is stored.
 
     Args:
-        seed: None if no prompt was asked, and `clicks.from_text` is empty.
+        start_from: None if no prompt was asked, and `clicks.from_text` is empty.
     """
-    alone, from_text = clicks.alone, None if seed is None else clicks.from_text
+    alone, from_text = clicks.alone, None if start_from is None else clicks.from_text
     return ClickMetrics(
         label=label,
         num_images=len(index),
@@ -116,13 +116,13 @@ def measure_clicks(
         num_without_mask=clicks.counts["without_mask"],
         num_crowds=clicks.counts["crowds"],
         alone=alone.intervals(num_resamples=num_resamples),
-        seed=seed,
+        start_from=start_from,
         from_text=None if from_text is None else from_text.intervals(num_resamples=num_resamples),
         saved={} if from_text is None else clicks_saved(alone, from_text, num_resamples=num_resamples),
         num_found=sum(one.is_found for one in clicks.facts.values()),
         per_category={name: _of_category(clicks, name, from_text) for name in categories},
         settings=dict(settings),
-        notes=_notes(clicks, is_prompted=seed is not None),
+        notes=_notes(clicks, is_prompted=start_from is not None),
         clicks=clicks,
         index=index,
         seconds=seconds,

@@ -17,8 +17,8 @@ class ClickEvaluation:
     """How clicks are measured.
 
     Args:
-        seed: What of a detection goes with the first click, where the user starts from what the prompt found; None
-            measures clicks without a prompt only, in about half the time.
+        start_from: What of a detection goes with the first click, where the user starts from what the prompt found.
+            None measures clicks without a prompt only, in about half the time.
         clicks_vision: Whose vision trunk the click head sees; "base" takes a second vision pass if the adapter changes
             the trunk.
         max_clicks: Of one object; NoC depends on it.
@@ -28,14 +28,14 @@ class ClickEvaluation:
         UserError: A value is out of range.
     """
 
-    seed: SeedKind | None = "both"
+    start_from: SeedKind | None = "both"
     clicks_vision: ClicksVision = "adapter"
     max_clicks: int = MAX_CLICKS
     prompting: EvaluationSettings = field(default_factory=EvaluationSettings)
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
-            ("seed", self.seed, (*get_args(SeedKind), None)),
+            ("start_from", self.start_from, (*get_args(SeedKind), None)),
             ("clicks_vision", self.clicks_vision, get_args(ClicksVision)),
         ):
             if value not in allowed:
@@ -48,7 +48,7 @@ class ClickEvaluation:
         measured_otherwise = ("lowest_score", "exhaustive", "semantic")
         prompting = {n: v for n, v in self.prompting.to_dict().items() if n not in measured_otherwise}
         return {
-            "seed": self.seed or "none",
+            "start_from": self.start_from or "none",
             "clicks_vision": self.clicks_vision,
             "max_clicks": self.max_clicks,
             **prompting,

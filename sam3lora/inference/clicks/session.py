@@ -40,7 +40,7 @@ class ClickSession:
         clicking: What answers clicks: `AdapterPool.place_clicks`.
         post: How detections are chosen.
         file_name: Of the image, for exports.
-        seed: What of a found object goes with the first clicks on it: its mask, its box, or both.
+        start_from: What of a found object goes with the first clicks on it: its mask, its box, or both.
 
     Attributes:
         objects: All objects, in the order in which they came.
@@ -57,16 +57,16 @@ class ClickSession:
         *,
         post: PostProcessing,
         file_name: str = "image",
-        seed: SeedKind = "both",
+        start_from: SeedKind = "both",
     ) -> None:
-        if seed not in get_args(SeedKind):
-            raise UserError(f"seed must be one of {', '.join(get_args(SeedKind))}, got {seed!r}")
+        if start_from not in get_args(SeedKind):
+            raise UserError(f"start_from must be one of {', '.join(get_args(SeedKind))}, got {start_from!r}")
         clicking.engine.enable_clicks()
         self.image_HW3 = image_HW3
         self.file_name = file_name
         self.objects: list[ClickResult] = []
         self._finder, self._slot = finding
-        self._clicking, self._post, self._seed = clicking, post, seed
+        self._clicking, self._post, self._start_from = clicking, post, start_from
         self._presence: dict[str, float] = {}
         image = clicking.engine.prepare_image(image_HW3, f"session {next(_KEYS)}")
         # Kept here and not only in the engine's cache, which may be small or none.
@@ -223,7 +223,7 @@ class ClickSession:
         assert detections.rles is not None
         x0, y0, x1, y1 = detections.boxes_xyxy[row].tolist()
         box_xyxy = (x0, y0, x1, y1)
-        seed = Seed(torch.from_numpy(detections.mask_logits_NHW[row]), box_xyxy, self._seed)
+        seed = Seed(torch.from_numpy(detections.mask_logits_NHW[row]), box_xyxy, self._start_from)
         found = Found(detections.prompt, float(detections.scores[row]), box_xyxy, detections.rles[row])
         state = Interaction(self.size_hw, self._clicking.engine.resolution, seed)
         return ClickResult(state, self._ask, detections.prompt, found)

@@ -34,7 +34,7 @@ def measure_click_held_out(
     Users click up to 20 times, from nothing. For valid_loss the first metric of the task is measured.
     """
     metric = METRICS["clicks"][0] if metric == "valid_loss" else metric
-    settings = ClickEvaluation(seed=None, prompting=evaluation_settings(config).changed(num_samples=None))
+    settings = ClickEvaluation(start_from=None, prompting=evaluation_settings(config).changed(num_samples=None))
 
     def measure(folder: Path | None) -> ClickMetrics:
         resolution = config.model.resolution if folder is None else read_click_metadata(folder)[0].resolution

@@ -64,9 +64,9 @@ def clicks() -> SplitClicks:
     return whole
 
 
-def measured(clicks: SplitClicks, index: CocoIndex, seed="both") -> ClickMetrics:
+def measured(clicks: SplitClicks, index: CocoIndex, start_from="both") -> ClickMetrics:
     measure = functools.partial(measure_clicks, num_resamples=20)
-    return measure(clicks, index, ["gear", "<bolt>"], label="<mine>", seed=seed, settings={"data": "here"})
+    return measure(clicks, index, ["gear", "<bolt>"], label="<mine>", start_from=start_from, settings={"data": "here"})
 
 
 def test_values_of_all_workers(clicks, index):
@@ -95,7 +95,7 @@ def test_values_of_all_workers(clicks, index):
 
 def test_values_without_a_prompt(clicks, index):
     alone = SplitClicks(clicks.alone, SplitClicks.empty(CLICKS).from_text, clicks.facts, clicks.counts)
-    values = measured(alone, index, seed=None).to_dict()
+    values = measured(alone, index, start_from=None).to_dict()
     assert values["noc_85"] == 2
     assert values.keys().isdisjoint({"from_text", "clicks_saved"})
     assert not any("found" in name or "text" in name for name in values["per_category"]["gear"])

@@ -83,16 +83,20 @@ def test_detect_finds_what_predict_finds(predictor: Predictor, session: ClickSes
     assert session.objects[:2] == [found[1], again]
 
 
-@pytest.mark.parametrize("seed", ["mask", "box", "both"])
-def test_the_first_click_starts_from_the_seed_and_the_second_from_the_answer(predictor: Predictor, seed: str):
-    session = predictor.interact(IMAGE, seed=seed)
+@pytest.mark.parametrize("start_from", ["mask", "box", "both"])
+def test_the_first_click_starts_from_what_was_found_and_the_second_from_the_answer(
+    predictor: Predictor, start_from: str
+):
+    session = predictor.interact(IMAGE, start_from=start_from)
     found = session.detect("crack")[0]
     logits, box = found._state.seed.mask_mm, found.box_xyxy
-    first = answer_of(predictor, [FIRST], None if seed == "mask" else box, None if seed == "box" else logits)
+    first = answer_of(
+        predictor, [FIRST], None if start_from == "mask" else box, None if start_from == "box" else logits
+    )
     assert session.refine(found, [FIRST]) is found
     assert found.is_corrected
     assert found.score == pytest.approx(first.score, abs=1e-5)
-    second = answer_of(predictor, [FIRST, SECOND], None if seed == "mask" else box, first.mask_mm)
+    second = answer_of(predictor, [FIRST, SECOND], None if start_from == "mask" else box, first.mask_mm)
     found.add(*SECOND)
     assert found.score == pytest.approx(second.score, abs=1e-5)
     assert found.object_score == pytest.approx(second.object_score, abs=1e-5)
@@ -262,7 +266,7 @@ def test_mistakes_are_told_and_change_nothing(session: ClickSession, predictor: 
         ("got None", lambda: session.label(new, None)),
         ("got ''", lambda: session.click([FIRST], label="")),
         ("prompt", lambda: session.detect("")),
-        ("seed", lambda: predictor.interact(IMAGE, seed="text")),
+        ("start_from", lambda: predictor.interact(IMAGE, start_from="text")),
         ("clicks_vision", lambda: predictor.interact(IMAGE, clicks_vision="both")),
     ]
     for said, mistake in mistakes:

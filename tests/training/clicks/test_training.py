@@ -153,7 +153,7 @@ def test_a_run_measures_what_validate_does(make):
     train(config)
     [line] = logged(config, "epoch")
     valid = Path(config.training.data_dir) / "valid"
-    settings = ClickEvaluation(seed=None, prompting=EvaluationSettings(num_samples=2))
+    settings = ClickEvaluation(start_from=None, prompting=EvaluationSettings(num_samples=2))
     found = evaluate_clicks(valid, None, settings, click_adapter=folder_of(config) / "best").alone
     measured = {name: value for name, value in line.items() if name.startswith(("noc_", "mean_iou_"))}
     assert measured.keys() >= {"noc_80", "noc_85", "noc_90", "mean_iou_1", "mean_iou_20"}
