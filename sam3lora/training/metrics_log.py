@@ -228,8 +228,9 @@ class _NewLines:
 
 
 def _asked(line: dict[str, Any]) -> str:
-    name = "classes" if "classes" in line else "prompts"
-    return f"{name}: {', '.join(line[name][:12])}"
+    key = "classes" if "classes" in line else "prompts"
+    name = "clicks on" if line.get("task") == "clicks" else f"{key}:"
+    return f"{name} {', '.join(line[key][:12])}"
 
 
 def describe_line(line: dict[str, Any]) -> str | None:

@@ -161,6 +161,7 @@ class Trainer:
         log.write(
             "start",
             step=self.state.step,
+            task=self.config.task,
             time=datetime.now(UTC).isoformat(timespec="milliseconds"),
             device=str(self.device),
             num_workers=distributed.world_size(),

@@ -150,11 +150,11 @@ def _notes(clicks: SplitClicks, *, is_prompted: bool) -> list[str]:
     if not alone.objects:
         notes.append("no image has an object that can be clicked on, so nothing is measured")
     if alone.num_left_out:
-        notes.append(f"{alone.num_left_out} objects below {LEAST_SHARE:g} of their image's pixels are left out")
+        notes.append(f"objects left out: {alone.num_left_out} with less than {LEAST_SHARE:g} of their image's pixels")
     if counts["without_mask"]:
-        notes.append(f"{counts['without_mask']} objects have no mask and are left out")
+        notes.append(f"objects left out: {counts['without_mask']} without a mask")
     if counts["crowds"]:
-        notes.append(f"{counts['crowds']} crowd regions are neither right nor wrong")
+        notes.append(f"neither right nor wrong: pixels of crowd regions ({counts['crowds']})")
     if is_prompted and alone.objects:
         found = sum(one.is_found for one in clicks.facts.values())
         notes.append(
