@@ -39,7 +39,11 @@ def images() -> list[np.ndarray]:
 def test_the_logits_are_those_that_training_measures(engine, images, tmp_path):
     settings = DecodeSettings(names=(), resolution=engine.base.resolution)
     measured = DenseImages(
-        engine.model, engine.device, settings, image_mean=engine.base.image_mean, image_std=engine.base.image_std
+        engine.model,
+        device=engine.device,
+        settings=settings,
+        image_mean=engine.base.image_mean,
+        image_std=engine.base.image_std,
     )
     for number, image in enumerate(images):
         path = tmp_path / f"{number}.png"

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-import serve_app.http.ingress
+import serve_app.http.formats
 from serve_app.http.ingress import create_api
 from serve_app.messages import SegmentReply
 from serve_app.settings import Batching
@@ -141,13 +141,13 @@ async def test_a_too_large_body_is_refused_whatever_its_length_says(length: str,
 async def test_drawing_masks_does_not_delay_other_requests(monkeypatch: pytest.MonkeyPatch):
     """With more drawing to do than there are threads, requests are still checked, and answered without drawing."""
     release = threading.Event()
-    encode = serve_app.http.ingress.prompt_response
+    encode = serve_app.http.formats.prompt_response
 
     def slow(found: Any, masks: str, *args: Any, **options: Any) -> Any:
         assert masks != "png" or release.wait(20)
         return encode(found, masks, *args, **options)
 
-    monkeypatch.setattr("serve_app.http.ingress.prompt_response", slow)
+    monkeypatch.setattr("serve_app.http.formats.prompt_response", slow)
     backend = FakeBackend(answer=lambda call: SegmentReply(SIZE_HW, [found("a", 20)], {}))
     api = create_api(make_settings(), backend)
     num_held = (os.cpu_count() or 1) + 8  # more than asyncio's default threads
@@ -174,7 +174,7 @@ async def test_a_client_that_disconnects_stops_the_drawing(monkeypatch: pytest.M
         begun.clear()
         raise TimeoutError
 
-    monkeypatch.setattr("serve_app.http.ingress.prompt_response", slow)
+    monkeypatch.setattr("serve_app.http.formats.prompt_response", slow)
     api = create_api(make_settings(timeout_s=60.0), FakeBackend())
     client = sent(api, "prompts=a&masks=png")
     await until(lambda: len(begun) == 1)

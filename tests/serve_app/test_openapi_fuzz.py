@@ -57,7 +57,8 @@ def completed(case: Any) -> Any:
             fields["classes"] = [f"class {number}" for number in range(len(fields["classes"]))]
     if case.operation.path == "/v1/refine":
         for one in fields.setdefault("objects", [{}]):
-            one["clicks"] = [{"x": 3.5, "y": 40, "label": 0} for _ in one.get("clicks") or [None]]
+            # one that belongs to the object, and others that do not
+            one["clicks"] = [{"x": 3.5, "y": 40, "label": int(not n)} for n, _ in enumerate(one.get("clicks") or [0])]
             one["box"] = None if one.get("box") is None else BOX["xyxy"]
             one["mask"] = None if one.get("mask") is None else {"mask_id": "msk_" + 32 * "0"}
     if case.operation.path == "/v1/segment":

@@ -106,7 +106,7 @@ async def test_a_failed_device_is_unhealthy_and_runs_nothing_more(
         service.check_health()
         rest = [asyncio.create_task(refused(service, call(seed))) for seed in (1, 2)]
         await until_queued(service, 2)
-        gate.error = lambda images: monkeypatch.setattr(gate, "_run", fail) if len(images) > 1 else None
+        gate.error = lambda images: monkeypatch.setattr(gate._finder, "run", fail) if len(images) > 1 else None
         gate.open.set()
         await first
         assert [(await error).type for error in rest] == ["replica_failed"] * 2

@@ -101,6 +101,7 @@ def test_the_size_of_sam_3s_is_known_offline(monkeypatch):
     assert count_trainable(load_config("clicks")) == 335_872  # 336 k in docs/clicks_training.md
 
 
+@pytest.mark.slow
 def test_held_out_images_compare_best_base_and_plain_model(tmp_path):
     data = write_dataset(tmp_path / "data", num_train=1, num_valid=2, size=112, seed=11)
     held_out = SplitFiles("test", data / "valid" / ANNOTATION_FILE, data / "valid")
