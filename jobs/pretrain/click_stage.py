@@ -33,7 +33,7 @@ LEARNING_RATES = {"neck.": 0.3, "prompt_encoder.mask_embed.": 5.0}
 """Learning rates of parts as multiples of the others'."""
 RIGHT_MASK = 0.5
 """Share of the starts with a mask that show the right one."""
-LAST_MASK_SHARE, LAST_RATE = 0.6, 0.4
+LAST_MASK_SHARE, LAST_RATE = 0.5, 0.3
 """Share of the last steps that show masks, and the largest of their learning rates as a multiple of the peak."""
 MASK_ALONE = 0.25
 """Share of the starts with the right mask, and no box, that come without a click."""
@@ -47,10 +47,10 @@ class ClickStage:
     of them, and more clicks, at a lower learning rate. A step has up to `images` x `objects` objects.
     """
 
-    steps: int = 6500
-    mask_steps: int = 1500
-    mask_share: float = 0.5
-    last_steps: int = 1800
+    steps: int = 5500
+    mask_steps: int = 300
+    mask_share: float = 0.7
+    last_steps: int = 800
     images: int = 8
     objects: int = 3
     learning_rate: float = 1e-3
@@ -67,7 +67,8 @@ class ClickStage:
         """Factor of the learning rate."""
         if step < self.steps:
             return cosine(step, self.steps, 100)
-        return LAST_RATE * (1 - (step - self.steps) / self.last_steps)
+        last = step - self.steps
+        return LAST_RATE * min(1, (last + 1) / 50) * (1 - last / self.last_steps)
 
     def num_predictions(self, step: int, rng: np.random.Generator) -> int:
         """Predictions for each object in a step that is not about masks: 3, then 4, 3 to 8, and 3 to 12 in the end."""
@@ -111,7 +112,8 @@ def train_clicks(
         rows = np.sort(rng.choice(len(of_scenes), stage.images, replace=False))
         image_N, masks_NHW = of_scenes.objects(rows, rng, stage.objects)
         pixels = masks_NHW.shape[1] // stage.side
-        truth_Nhw = masks_NHW[:, pixels // 2 :: pixels, pixels // 2 :: pixels]
+        y, x = rng.integers(pixels, size=2)  # always the same pixel of a block would shift all masks by half a pixel
+        truth_Nhw = masks_NHW[:, y::pixels, x::pixels]
         shows_masks = stage.shows_masks(step, rng)
         number = 1 if shows_masks else stage.num_predictions(step, rng)
         optimizer.zero_grad(set_to_none=True)
