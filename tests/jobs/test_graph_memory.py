@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from jobs.bench.graph_memory import trunk_memory
 
 
+@pytest.mark.slow
 def test_graphs_of_a_recomputed_trunk_hold_no_activations():
     counted = trunk_memory("full", model="tiny")
     assert 0 < counted.kept < counted.held
