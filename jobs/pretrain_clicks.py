@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 def main(
     output_dir: Annotated[Path, typer.Option(help="Folder of scenes, snapshots and the result.")],
     threads: Annotated[int, typer.Option(help="Threads of the arithmetic.")] = 1,
-    steps: Annotated[int | None, typer.Option(help="Steps; without it those of the shipped head.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps (default: the recipe's).")] = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="A few steps on a few scenes.")] = False,
 ) -> None:
     # The processes that draw scenes import this file again: nothing heavy is imported above.

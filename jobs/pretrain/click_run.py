@@ -21,7 +21,7 @@ from sam3lora.model.loading import load_base
 
 @dataclass(frozen=True)
 class ClickRunSettings:
-    """Everything that decides the result; the defaults are those of the shipped head."""
+    """Everything that decides the result."""
 
     scenes: int = 6000
     dense_scenes: int = 4000

@@ -1,8 +1,8 @@
-"""Training of the click head on drawn scenes: to read masks, then clicks, boxes and corrections, then masks again.
+"""Training of the click head on drawn scenes: first to read masks, then clicks, boxes and corrections.
 
 What to make of a mask prompt is hardly learned beside clicks and boxes: the mask stays a faint hint. A first phase
-therefore shows little but masks, right and wrong ones, and so do many steps later. Borders of masks that are right get
-blurred meanwhile, and are sharpened at a low learning rate in the end.
+therefore shows little but masks, right and wrong ones, and so do many steps later. The last steps have a lower learning
+rate and longer interactions.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ MASK_ALONE = 0.25
 
 @dataclass(frozen=True)
 class ClickStage:
-    """Everything that decides what the stage learns; the defaults are those of the shipped head.
+    """Everything that decides what the stage learns.
 
-    The first `mask_steps` of the `steps`, and later this share of them, show masks. `last_steps` follow that show more
-    of them, and more clicks, at a lower learning rate. A step has up to `images` x `objects` objects.
+    The first `mask_steps` of the `steps`, and later this share of them, show masks. `last_steps` follow, at a lower
+    learning rate and with more clicks on an object. A step has up to `images` x `objects` objects.
     """
 
     steps: int = 5500
