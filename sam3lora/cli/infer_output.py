@@ -86,11 +86,12 @@ def run_with_progress(
 
 
 def table_of(settings: dict[str, Any], *columns: str) -> Table:
-    """An empty table whose title names model and adapter; all columns but the first hold numbers."""
+    """An empty table whose title names the model and its adapters; all columns but the first hold numbers."""
     from rich.table import Table
 
-    adapter = f"adapter {settings['adapter']}" if settings["adapter"] else "no adapter"
-    title = f"{settings['model']} at {settings['resolution']} px, {adapter}"
+    adapters = [str(settings[role]) for role in ("adapter", "click_adapter") if settings.get(role)]
+    named = f"adapter {' and '.join(adapters)}" if adapters else "no adapter"
+    title = f"{settings['model']} at {settings['resolution']} px, {named}"
     table = Table(columns[0], title=title, title_justify="left")
     for name in columns[1:]:
         table.add_column(name, justify="right")

@@ -123,7 +123,10 @@ def test_an_adapter_of_the_click_head_is_found_among_the_weights(run, clickable_
     folders = {"adapter": clickable_root / "towers", "click_adapter": clickable_root / "over-towers"}
     expected = Predictor(str(clickable_base), **folders, device="cpu").interact(photo).click([(30, 20)])
     weights = folders["click_adapter"], folders["adapter"]
-    assert run("--click", "30,20", "--json", "d.json", "--weights", *weights)[0] == 0
+    status, out, _ = run("--click", "30,20", "--json", "d.json", "--weights", *weights)
+    assert status == 0
+    assert "no adapter" not in out
+    assert all(folder.name in "".join(out.split()) for folder in weights)
     assert written(tmp_path)["clicked"]["mask"] == expected.rle
     recorded = json.loads((tmp_path / "d.json").read_text())["settings"]
     assert {role: recorded[role] for role in folders} == {role: str(folder) for role, folder in folders.items()}
