@@ -110,5 +110,20 @@ def disagreement(state: RunState, metric: str) -> str | None:
     )
 
 
+def no_better_than(base: Mapping[str, Any], state: RunState, metric: str) -> str | None:
+    """A sentence for a run whose best adapter is not better than the base was before the first step.
+
+    Args:
+        base: What was measured of the base, by name; without the metric that decides there is nothing to say.
+    """
+    best, before = state.best_values.get(metric), base.get(metric)
+    if best is None or before is None or _is_better(metric, best[0], before):
+        return None
+    return (
+        f"best/ is no better than the base: {metric} {best[0]:.4g}, of the base {before:.4g}; train longer, or try "
+        "another training.learning_rate"
+    )
+
+
 def _is_better(name: str, value: float, before: float) -> bool:
     return value < before if is_lower_better(name) else value > before

@@ -227,6 +227,10 @@ class _NewLines:
         return [json.loads(line) for line in complete.splitlines()]
 
 
+def _shown_metrics(line: dict[str, Any]) -> list[str]:
+    return [f"{name} {line[name]:.3f}" for name in _SHOWN if line.get(name) is not None]
+
+
 def _asked(line: dict[str, Any]) -> str:
     key = "classes" if "classes" in line else "prompts"
     name = "clicks on" if line.get("task") == "clicks" else f"{key}:"
@@ -253,10 +257,9 @@ def describe_line(line: dict[str, Any]) -> str | None:
         valid = line.get("valid_loss")
         parts = [f"epoch {line['epoch']}: train loss {line['train_loss']:.4g}"]
         parts += [f"valid loss {valid:.4g}"] if valid is not None else []
-        parts += [f"{name} {line[name]:.3f}" for name in _SHOWN if line.get(name) is not None]
-        return ", ".join(parts)
+        return ", ".join(parts + _shown_metrics(line))
     if kind == "base":
-        return f"base: valid loss {line['valid_loss']:.4g}"
+        return ", ".join([f"base: valid loss {line['valid_loss']:.4g}", *_shown_metrics(line)])
     if kind == "warning":
         return f"warning: {line['message']}"
     if kind == "note":

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -56,7 +56,10 @@ class Validator:
     """Measures what learns on the validation split. Each worker takes its own share of the images.
 
     ``skipped`` has (image id, path, reason) of the bad images that the last `loss_terms` left out, of all workers.
+    ``measures_base`` says whether metrics before the first step are worth their time.
     """
+
+    measures_base: ClassVar[bool] = False
 
     config: Config
     base: LoadedBase

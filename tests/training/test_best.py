@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sam3lora.training import trainer
-from sam3lora.training.best import deciding_metric, disagreement, is_improved
+from sam3lora.training.best import deciding_metric, disagreement, is_improved, no_better_than
 from sam3lora.training.datasets import load_run_data
 from sam3lora.training.launch import train
 from sam3lora.training.saved_run import RunState
@@ -72,6 +72,24 @@ def test_without_validation_images_the_training_loss_decides(make_config):
         config = make_config(override, "data.valid_split=none")
         metric, reason = deciding_metric(config, load_run_data(config, 112))
         assert (metric, reason is not None) == ("train_loss", told)
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "base", "told"),
+    [
+        ("mean_iou_3", [0.10, 0.12], {"mean_iou_3": 0.13}, True),
+        ("mean_iou_3", [0.10, 0.12], {"mean_iou_3": 0.11}, False),
+        ("noc_85", [4.0, 5.0], {"noc_85": 4.5}, False),
+        ("noc_85", [4.0, 5.0], {"noc_85": 3.5}, True),
+        ("valid_loss", [2.0, 3.0], {"valid_loss": 2.0}, True),  # nothing was learned
+        ("map", [0.1, 0.2], {"valid_loss": 2.0}, False),  # not measured of the base
+    ],
+)
+def test_a_run_that_does_not_beat_the_base_is_told(metric, values, base, told):
+    state = RunState()
+    for value in values:
+        is_improved(state, metric, {"valid_loss": 1.0, metric: value})
+    assert (no_better_than(base, state, metric) is not None) == told
 
 
 def test_boxes_alone_leave_a_best_adapter(make_config, scenes, tmp_path):

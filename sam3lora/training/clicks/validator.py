@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -32,6 +32,8 @@ class ClickValidator(Validator):
 
     `clicks.objects_per_image` bounds the objects of an image, of which the first ones are taken.
     """
+
+    measures_base: ClassVar[bool] = True
 
     model: PeftModel
     runner: ClickRunner

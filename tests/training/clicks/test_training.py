@@ -151,14 +151,15 @@ def test_a_run_measures_what_validate_does(make):
     options = ("evaluation.best_metric=noc_85", "evaluation.num_samples=2", "training.num_epochs=1")
     config = make("model.name=tiny", *options)  # a trained head, whose objects take different numbers of clicks
     train(config)
-    [line] = logged(config, "epoch")
+    [line], [base_line] = logged(config, "epoch"), logged(config, "base")
     valid = Path(config.training.data_dir) / "valid"
     settings = ClickEvaluation(start_from=None, prompting=EvaluationSettings(num_samples=2))
-    found = evaluate_clicks(valid, None, settings, click_adapter=folder_of(config) / "best").alone
-    measured = {name: value for name, value in line.items() if name.startswith(("noc_", "mean_iou_"))}
-    assert measured.keys() >= {"noc_80", "noc_85", "noc_90", "mean_iou_1", "mean_iou_20"}
-    assert measured == pytest.approx({name: found[name].value for name in measured}, rel=1e-3)
-    assert 1 < measured["noc_85"] < 20
+    for logged_line, adapter in ((line, folder_of(config) / "best"), (base_line, None)):
+        found = evaluate_clicks(valid, None, settings, click_adapter=adapter).alone
+        measured = {name: value for name, value in logged_line.items() if name.startswith(("noc_", "mean_iou_"))}
+        assert measured.keys() >= {"noc_80", "noc_85", "noc_90", "mean_iou_1", "mean_iou_20"}
+        assert measured == pytest.approx({name: found[name].value for name in measured}, rel=1e-3)
+        assert 1 < measured["noc_85"] < 20
 
 
 def test_data_without_masks_and_bases_without_a_tracker_are_told(make, lively_base, scenes, tmp_path):
