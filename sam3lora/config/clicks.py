@@ -29,6 +29,26 @@ class StartShares(Section):
         return self
 
 
+class ClickLossSection(Section):
+    """Weights of the loss of a prediction; 0 switches a term off. The defaults are those of SAM 2's fine-tuning."""
+
+    focal: float = Field(default=20.0, ge=0, description="Focal loss of the cheapest mask, the mean over its pixels.")
+    dice: float = Field(default=1.0, ge=0, description="Dice loss of the cheapest mask.")
+    iou: float = Field(default=1.0, ge=0, description="L1 distance of expected and real IoU of all masks.")
+    object: float = Field(default=1.0, ge=0, description="Cross-entropy of the score that the object is there.")
+
+    def by_term(self) -> dict[str, float]:
+        """The factor of each entry of `sam3lora.losses.clicks.ClickLossOutput.terms`."""
+        weights = {"focal": self.focal, "dice": self.dice, "iou": self.iou, "object": self.object}
+        return {f"click_{name}": weight for name, weight in weights.items()}
+
+    @model_validator(mode="after")
+    def _check_effect(self) -> ClickLossSection:
+        if not self.focal and not self.dice:
+            raise ValueError("no mask is learned: give focal or dice a positive weight")
+        return self
+
+
 class ClicksSection(Section):
     """The interactions that are simulated, and the vision trunk under the click head, where `task` is clicks."""
 
@@ -37,6 +57,7 @@ class ClicksSection(Section):
     objects_per_image: int = Field(
         default=16, ge=1, le=32, description="Most objects of an image in an epoch; of more, other ones are drawn each."
     )
+    loss: ClickLossSection = Field(default_factory=ClickLossSection, description="Weights of the loss.")
     vision_adapter: LocalPath | None = Field(
         default=None,
         min_length=1,
@@ -47,7 +68,7 @@ class ClicksSection(Section):
 _FROZEN = "the vision trunk is frozen"
 _IDLE = {
     "training.component_learning_rates": "all that learns has training.learning_rate",
-    "training.loss": "the loss has fixed weights",
+    "training.loss": "the weights are those of clicks.loss",
     "training.gradient_checkpointing": "every prediction has a backward pass of its own",
     "training.compile": _FROZEN,
     "training.model_dropout": _FROZEN,

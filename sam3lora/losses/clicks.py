@@ -25,11 +25,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sam3lora.config.clicks import ClickLossSection
+
 from .focal_dice import resize
 from .terms import binary_cross_entropy, sigmoid_focal, soft_dice
 
-CLICK_WEIGHTS: Mapping[str, float] = {"click_focal": 20.0, "click_dice": 1.0, "click_iou": 1.0, "click_object": 1.0}
-"""The factor of each term in the loss."""
+CLICK_WEIGHTS: Mapping[str, float] = ClickLossSection().by_term()
+"""The factor of each term in the loss, where a run says nothing else."""
 
 
 @dataclass(frozen=True)

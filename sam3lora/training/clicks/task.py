@@ -65,7 +65,7 @@ class Clicks:
         images.settings = data.valid_settings  # with the cache
         runner = ClickRunner(
             head,
-            ClickCriterion(),
+            ClickCriterion(clicks.loss.by_term()),
             images,
             device,
             clicks.starts,

@@ -67,6 +67,7 @@ CHANGES_VALIDATION_LOSS = (
     "dense.boundary_weight",
     "clicks.iterations",
     "clicks.starts",
+    "clicks.loss",
 )
 """Keys and sections that change what the validation loss is made of, so that its values do not compare."""
 

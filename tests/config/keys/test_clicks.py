@@ -48,6 +48,13 @@ def test_starts_have_the_given_shares(start, worker_of):
     assert starts_of(worker_of()) == {"click", "box"}
 
 
+@acts("clicks.loss.focal", "clicks.loss.dice", "clicks.loss.iou", "clicks.loss.object")
+@pytest.mark.parametrize("term", ["focal", "dice", "iou", "object"])
+def test_a_term_of_the_loss_has_the_given_weight(term, worker_of):
+    plain, heavier = worker_of().runner.weights, worker_of(f"clicks.loss.{term}=7").runner.weights
+    assert heavier == {**plain, f"click_{term}": 7.0}
+
+
 @acts("clicks.objects_per_image")
 def test_objects_of_an_image_are_bounded(worker_of):
     # Image 0 has four objects.
@@ -95,6 +102,8 @@ def test_vision_adapter_changes_the_trunk_under_the_clicks(worker_of, small_base
         (("evaluation.best_metric=noc_85", "evaluation.every_epochs=1"), "not measured with task detection: write map"),
         ((*CLICKS, "clicks.objects_per_image=33"), "clicks.objects_per_image"),
         ((*CLICKS, "clicks.starts={click: 0, box: 0}"), "all shares are 0"),
+        ((*CLICKS, "clicks.loss={focal: 0, dice: 0}"), "no mask is learned"),
+        ((*CLICKS, "clicks.loss.dice=-1"), "clicks.loss.dice"),
     ],
 )
 def test_what_does_not_go_with_the_task_is_refused(overrides, words, settings):
