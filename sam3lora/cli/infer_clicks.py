@@ -125,7 +125,7 @@ def infer_clicks(
     from sam3lora.inference.result_pictures import check_picture_path
 
     # What is wrong is said before the model is loaded.
-    MaskCleaning(**cleaning)
+    areas = MaskCleaning(**cleaning)
     pixels_HW3, _ = read_first_frame(image)
     clicks = checked_clicks(given.clicks, pixels_HW3.shape[:2])
     if given.box_xyxy is not None:
@@ -137,7 +137,12 @@ def infer_clicks(
 
     predictor = Predictor(**settings)
     started = time.perf_counter()
-    session = predictor.interact(image, clicks_vision=clicks_vision, **cleaning)
+    session = predictor.interact(
+        image,
+        clicks_vision=clicks_vision,
+        max_hole_area=areas.max_hole_area,
+        max_sprinkle_area=areas.max_sprinkle_area,
+    )
     found = session.detect(prompt) if prompt is not None else []
     if found:
         clicked: ClickResult = session.refine(meant_by(found, clicks), clicks, given.box_xyxy)

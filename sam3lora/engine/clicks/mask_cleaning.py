@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 
 import cv2
 import numpy as np
@@ -51,7 +50,7 @@ class MaskCleaning:
     def __post_init__(self) -> None:
         for name in ("max_hole_area", "max_sprinkle_area"):
             value = getattr(self, name)
-            if not isinstance(value, Integral) or isinstance(value, bool) or not 0 <= value <= MAX_AREA:
+            if not isinstance(value, int | np.integer) or isinstance(value, bool) or not 0 <= value <= MAX_AREA:
                 raise UserError(
                     f"{name} must be a whole number of pixels of the low-resolution mask from 0 (off) to {MAX_AREA}, "
                     f"got {repr(value)[:60]}"
