@@ -33,7 +33,8 @@ FAR_IOU = 0.9
 def box_iou(first: Any, second: Any) -> float:
     """Of the boxes around two masks; 0 where one has no pixel."""
     boxes_xywh = np.array([coco_mask.toBbox(one) for one in (first, second)])
-    return float(coco_mask.iou(boxes_xywh[:1], boxes_xywh[1:], [0])[0, 0]) if boxes_xywh.all(axis=0)[2:].all() else 0.0
+    has_area = bool((boxes_xywh[:, 2:] > 0).all())
+    return float(coco_mask.iou(boxes_xywh[:1], boxes_xywh[1:], [0])[0, 0]) if has_area else 0.0
 
 
 def largest_part(rle: dict[str, Any]) -> dict[str, Any]:

@@ -148,7 +148,7 @@ export class Clicks {
   }
 
   #key(event) {
-    if (!this.isOn || event.target.matches("input:not([type=radio]), select, textarea")) return;
+    if (!this.isOn || event.target.matches("input:not([type=radio], [type=checkbox]), select, textarea")) return;
     if (event.key.toLowerCase() === "z") this.undo();
     else if (event.key === "Escape") this.finish();
     else return;
