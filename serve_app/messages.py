@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from sam3lora.engine.clicks.click import BoxXyxy, Click, ClicksVision
+from sam3lora.engine.clicks.mask_cleaning import AS_IT_IS, MaskCleaning
 from sam3lora.engine.detections import BoxPrompt, Detections
 from sam3lora.engine.mask_codes import Rle
 
@@ -101,6 +102,7 @@ class RefineCall:
         adapter: Clicks see its vision trunk; None is the base's.
         click_adapter: Its click head answers; None is the base's.
         multimask: Whether to answer three masks of each object; None does for a single click alone.
+        cleaning: Of the masks that are answered; those that are kept stay as the head made them.
         timeout_s: What is left of the request's time when the call is sent.
     """
 
@@ -110,6 +112,7 @@ class RefineCall:
     multimask: bool | None = None
     clicks_vision: ClicksVision = "adapter"
     click_adapter: str | None = None
+    cleaning: MaskCleaning = AS_IT_IS
     timeout_s: float = 30.0
 
     @property

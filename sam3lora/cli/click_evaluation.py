@@ -14,7 +14,13 @@ if TYPE_CHECKING:
     from sam3lora.evaluation.clicks.settings import ClickEvaluation
     from sam3lora.evaluation.settings import EvaluationSettings
 
-OF_CLICKS = {"start_from": "--start-from", "clicks_vision": "--clicks-vision", "max_clicks": "--max-clicks"}
+OF_CLICKS = {
+    "start_from": "--start-from",
+    "clicks_vision": "--clicks-vision",
+    "max_clicks": "--max-clicks",
+    "max_hole_area": "--max-hole-area",
+    "max_sprinkle_area": "--max-sprinkle-area",
+}
 """Arguments of `validate` that have an effect with `--clicks` only, and their options."""
 _OF_DETECTIONS = {
     "saco": "--saco",
@@ -63,17 +69,20 @@ def adapters_of_clicks(
     return others, next(iter(of_clicks), None)
 
 
-def click_settings(
-    prompting: EvaluationSettings, *, start_from: str | None, clicks_vision: str | None, max_clicks: int | None
-) -> ClickEvaluation:
-    """How to measure, from options; None where one was not given."""
+def click_settings(prompting: EvaluationSettings, arguments: Mapping[str, Any]) -> ClickEvaluation:
+    """How to measure, from the `locals()` of a command; None where an option was not given.
+
+    Raises:
+        UserError: A value is out of range.
+    """
+    from sam3lora.engine.clicks.mask_cleaning import MaskCleaning
     from sam3lora.evaluation.clicks.settings import ClickEvaluation
 
-    options: dict[str, Any] = {"start_from": start_from, "clicks_vision": clicks_vision, "max_clicks": max_clicks}
-    given = {name: value for name, value in options.items() if value is not None}
-    if start_from == "none":
+    given = {name: arguments[name] for name in OF_CLICKS if arguments[name] is not None}
+    areas = {name: given.pop(name) for name in ("max_hole_area", "max_sprinkle_area") if name in given}
+    if given.get("start_from") == "none":
         given["start_from"] = None
-    return ClickEvaluation(prompting=prompting, **given)
+    return ClickEvaluation(prompting=prompting, cleaning=MaskCleaning(**areas), **given)
 
 
 def validate_clicks(

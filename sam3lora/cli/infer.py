@@ -73,6 +73,8 @@ def infer(
         Literal["adapter", "base"] | None,
         typer.Option(help="Whose vision trunk clicks see (default: that of the adapter beside them)."),
     ] = None,
+    max_hole_area: options.HoleAreaOption = None,
+    max_sprinkle_area: options.SprinkleAreaOption = None,
     config: Annotated[str | None, typer.Option(help="YAML of a run: its adapter, model and thresholds.")] = None,
     model: Annotated[str | None, typer.Option(help='Base model: "tiny", a hub id or a folder.')] = None,
     resolution: Annotated[int | None, typer.Option(help="Side of the model's input in pixels.")] = None,
@@ -107,6 +109,8 @@ def infer(
             "--click": click,
             "--click-box": click_box,
             "--clicks-vision": clicks_vision,
+            "--max-hole-area": max_hole_area,
+            "--max-sprinkle-area": max_sprinkle_area,
             f"--weights {settings.get('click_adapter')}": settings.get("click_adapter"),
         }
         refuse_prompted(prompted, settings["adapter"])
@@ -120,6 +124,11 @@ def infer(
         )
     if clicks_vision is not None and not (clicks and settings.get("adapter")):
         raise UserError("--clicks-vision has no effect without a click and an adapter of prompts: leave it out")
+    areas = {"max_hole_area": max_hole_area, "max_sprinkle_area": max_sprinkle_area}
+    cleaning = {name: value for name, value in areas.items() if value is not None}
+    if cleaning and not clicks:
+        named = ", ".join("--" + name.replace("_", "-") for name in cleaning)
+        raise UserError(f"{named} would have no effect without --click or --click-box: leave it out")
     if clicks:
         examples = {"--box": box, "--negative-box": negative_box, "--no-masks": no_masks}
         post = {f"--{name.replace('_', '-')}": value for name, value in options.post_of(locals()).items()}
@@ -150,6 +159,7 @@ def infer(
             settings,
             show_boxes=show["show_boxes"],
             clicks_vision=clicks_vision or "adapter",
+            cleaning=cleaning,
         )
     elif not images.is_dir():
         labels = [1] * len(boxes) + [0] * len(not_meant)

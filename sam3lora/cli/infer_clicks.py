@@ -103,6 +103,7 @@ def infer_clicks(
     *,
     show_boxes: bool,
     clicks_vision: ClicksVision,
+    cleaning: Mapping[str, int],
 ) -> None:
     """Correct the detection that clicks lie on, or show a new object; write the picture, and JSON if asked for.
 
@@ -110,18 +111,21 @@ def infer_clicks(
 
     Args:
         settings: Arguments of `Predictor`.
+        cleaning: Fields of `MaskCleaning`.
 
     Raises:
-        UserError: A click or the box is outside of the image, a file cannot be read or written, or the base has no
-            click head.
+        UserError: A click or the box is outside of the image, a field is out of range, a file cannot be read or
+            written, or the base has no click head.
     """
     from sam3lora.data.images import read_first_frame
     from sam3lora.engine.clicks.click import checked_box, checked_clicks
+    from sam3lora.engine.clicks.mask_cleaning import MaskCleaning
     from sam3lora.inference.image_folder import FolderResults, detections_of
     from sam3lora.inference.predictor import Predictor
     from sam3lora.inference.result_pictures import check_picture_path
 
     # What is wrong is said before the model is loaded.
+    areas = MaskCleaning(**cleaning)
     pixels_HW3, _ = read_first_frame(image)
     clicks = checked_clicks(given.clicks, pixels_HW3.shape[:2])
     if given.box_xyxy is not None:
@@ -133,7 +137,12 @@ def infer_clicks(
 
     predictor = Predictor(**settings)
     started = time.perf_counter()
-    session = predictor.interact(image, clicks_vision=clicks_vision)
+    session = predictor.interact(
+        image,
+        clicks_vision=clicks_vision,
+        max_hole_area=areas.max_hole_area,
+        max_sprinkle_area=areas.max_sprinkle_area,
+    )
     found = session.detect(prompt) if prompt is not None else []
     if found:
         clicked: ClickResult = session.refine(meant_by(found, clicks), clicks, given.box_xyxy)

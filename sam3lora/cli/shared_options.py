@@ -1,4 +1,4 @@
-"""Options that several commands and `jobs/predict.py` share: post-processing, GPUs, and folders for output."""
+"""Options that several commands and `jobs/predict.py` share: post-processing, cleaned masks, GPUs, output folders."""
 
 from __future__ import annotations
 
@@ -32,6 +32,13 @@ NmsIouOption = Annotated[float | None, typer.Option("--nms-iou", help=_help("nms
 MergeOption = Annotated[bool | None, typer.Option("--merge/--no-merge", help=_help("merge"))]
 MergeIouOption = Annotated[float | None, typer.Option("--merge-iou", help=_help("merge_iou"))]
 MaxDetectionsOption = Annotated[int | None, typer.Option("--max-detections", help=_help("max_detections"))]
+HoleAreaOption = Annotated[
+    int | None,
+    typer.Option(help="With clicks: fill holes in masks up to this area, in low-resolution pixels (default: 0)."),
+]
+SprinkleAreaOption = Annotated[
+    int | None, typer.Option(help="With clicks: take specks out of masks up to this area, likewise (default: 0).")
+]
 
 
 def post_of(arguments: Mapping[str, Any]) -> dict[str, Any]:

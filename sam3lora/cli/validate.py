@@ -81,6 +81,8 @@ def validate(
     max_clicks: Annotated[
         int | None, typer.Option(min=1, help="With --clicks: most clicks on an object (default: 20, as in papers).")
     ] = None,
+    max_hole_area: shared.HoleAreaOption = None,
+    max_sprinkle_area: shared.SprinkleAreaOption = None,
     output: options.OutputOption = Path("outputs/validate"),
 ) -> None:
     """Measure adapters or the base model: metrics.json, predictions.json and report.html.
@@ -125,7 +127,7 @@ def validate(
                 adapters, settings_file, with_base=not adapters, model=model, resolution=resolution, device=device
             ),
             output,
-            click_settings(prompting, start_from=start_from, clicks_vision=clicks_vision, max_clicks=max_clicks),
+            click_settings(prompting, locals()),
             click_adapter=click_adapter,
             num_workers=num_workers,
             address=address,

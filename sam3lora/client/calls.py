@@ -86,6 +86,8 @@ class RefineOptions(TypedDict, total=False):
         click_adapter: Id of an adapter of task "clicks" whose click head shall answer; None is the base model's.
         multimask: "always", "never", or "auto": three masks for a single click alone.
         masks: Form of the masks: "rle", "polygon", "png", or "none".
+        max_hole_area: Up to which area holes are filled, in pixels of the model's low-resolution mask; 0 fills none.
+        max_sprinkle_area: Up to which area stray parts are left out, in the same pixels; 0 leaves out none.
     """
 
     adapter: str | None
@@ -93,6 +95,8 @@ class RefineOptions(TypedDict, total=False):
     click_adapter: str | None
     multimask: Literal["auto", "always", "never"]
     masks: Literal["rle", "polygon", "png", "none"]
+    max_hole_area: int
+    max_sprinkle_area: int
 
 
 def segment(

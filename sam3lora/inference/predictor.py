@@ -185,7 +185,13 @@ class Predictor:
         return [result for batch in _batches(images, batch_size) for result in self._dense.predict(batch)]
 
     def interact(
-        self, image: ImageSource, *, start_from: SeedKind = "both", clicks_vision: ClicksVision = "adapter"
+        self,
+        image: ImageSource,
+        *,
+        start_from: SeedKind = "both",
+        clicks_vision: ClicksVision = "adapter",
+        max_hole_area: int = 0,
+        max_sprinkle_area: int = 0,
     ) -> ClickSession:
         """Begin to show and correct objects of an image, which is read as by `predict`, by clicks and boxes.
 
@@ -193,20 +199,32 @@ class Predictor:
             start_from: What of a found object goes with the first clicks on it: its "mask", its "box", or "both".
             clicks_vision: Whether clicks see the image as the "adapter" has changed the vision tower, or as the "base"
                 does, which takes a second vision pass.
+            max_hole_area, max_sprinkle_area: Up to which area holes are filled in masks that clicks make, and specks
+                are taken out of them, in pixels of the low-resolution mask; see `MaskCleaning`. 0 leaves them.
 
         Raises:
             ImageError: The image cannot be read.
             UserError: The base has no click head, the adapter is of task dense, the click adapter was trained on
                 another vision trunk than clicks see here, or an option is unknown.
         """
+        from sam3lora.engine.clicks.mask_cleaning import MaskCleaning
         from sam3lora.inference.clicks.session import ClickSession
 
         self._refuse_dense()
+        cleaning = MaskCleaning(max_hole_area, max_sprinkle_area)
         if clicks_vision not in get_args(ClicksVision):
             raise UserError(f"clicks_vision must be one of {', '.join(get_args(ClicksVision))}, got {clicks_vision!r}")
         finding, clicking = self._pool.place(self._label), self._pool.place_clicks(self._label, clicks_vision)
         name = Path(image).name if isinstance(image, str | Path) else "image"
-        return ClickSession(finding, clicking, _load(image), post=self.post, file_name=name, start_from=start_from)
+        return ClickSession(
+            finding,
+            clicking,
+            _load(image),
+            post=self.post,
+            file_name=name,
+            start_from=start_from,
+            cleaning=cleaning,
+        )
 
     def draw(
         self,

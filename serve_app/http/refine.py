@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from sam3lora.data.rle import read_rle
 from sam3lora.engine.clicks.click import Click
+from sam3lora.engine.clicks.mask_cleaning import MaskCleaning
 from sam3lora.engine.mask_codes import Rle, rle_area_px, rle_box_xyxy
 from serve_app.http.body import Received
 from serve_app.http.errors import ServeError
@@ -101,6 +102,7 @@ def to_refine_call(
         _MULTIMASK[request.multimask],
         request.clicks_vision,
         request.click_adapter,
+        MaskCleaning(request.max_hole_area, request.max_sprinkle_area),
         timeout_s,
     )
 

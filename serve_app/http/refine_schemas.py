@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, FailFast, Field, StringConstraints
 
 from sam3lora.engine.clicks.click import ClicksVision
+from sam3lora.engine.clicks.mask_cleaning import MAX_AREA
 from serve_app.http.schemas import IMAGE_ID_PATTERN, MASK_ID_PATTERN, ImageSize, MaskFormat, RequestModel, RleMask
 from serve_app.settings import ADAPTER_ID_PATTERN
 
@@ -73,6 +74,16 @@ class RefineRequest(RequestModel):
     masks: MaskFormat = Field(
         "rle",
         description="Compressed COCO run-length code, outlines, base64 of a PNG with one bit a pixel, or no masks.",
+    )
+    max_hole_area: Annotated[int, Field(ge=0, le=MAX_AREA)] = Field(
+        0,
+        description="Holes up to this area are filled, except those with a click of label 0; 0 fills none. In pixels "
+        "of the low-resolution mask, each 3.5 x 3.5 pixels of the model's input. The kept mask stays as it is.",
+    )
+    max_sprinkle_area: Annotated[int, Field(ge=0, le=MAX_AREA)] = Field(
+        0,
+        description="Parts up to this area are left out, in the same pixels, except the largest and those with a click "
+        "of label 1; 0 leaves out none.",
     )
     image_base64: str | None = Field(
         None, description='The image file in base64, in JSON bodies; "data:image/png;base64," may stand before it.'

@@ -89,9 +89,16 @@ def _start(engine: Engine, asked: RefinedObject, image: PreparedImage, side: int
 
 
 def refined_masks(
-    engine: Engine, answers: Sequence[ClickAnswer], image: PreparedImage, most_bytes: int, stop: threading.Event
+    engine: Engine,
+    call: RefineCall,
+    answers: Sequence[ClickAnswer],
+    image: PreparedImage,
+    most_bytes: int,
+    stop: threading.Event,
 ) -> list[RefinedMasks]:
-    """The masks of each object at full size, kept beside the image. In a thread; can stop between two masks.
+    """The masks of each object at full size, kept beside the image as they were before the cleaning.
+
+    In a thread; can stop between two masks.
 
     Raises:
         ServeError: They have more than `most_bytes`.
@@ -99,14 +106,15 @@ def refined_masks(
     """
     found = []
     num_bytes = 0
-    for answer in answers:
+    for asked, answer in zip(call.objects, answers, strict=True):
         by_score = sorted(range(len(answer.scores)), key=lambda index: (index != answer.chosen, -answer.scores[index]))
         masks = []
         for index in by_score:
             if stop.is_set():
                 raise StoppedError
             logits_mm = answer.logits_Mmm[index].numpy()
-            rle = encode_logits(logits_mm, image.size_hw)
+            cleaned_mm = call.cleaning.clean(logits_mm, asked.clicks, image.size_hw)
+            rle = encode_logits(cleaned_mm, image.size_hw)
             num_bytes += len(rle["counts"])
             if num_bytes > most_bytes:
                 raise answer_too_large(num_bytes, most_bytes, "ask for fewer objects")

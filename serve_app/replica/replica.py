@@ -302,7 +302,7 @@ class ModelReplica:
         answers = outcome.result
         assert isinstance(answers, tuple)
         objects = await self._encoder.run(
-            partial(refined_masks, self._engine, answers, image, self._limits.max_answer_bytes),
+            partial(refined_masks, self._engine, call, answers, image, self._limits.max_answer_bytes),
             sum(answer.logits_Mmm.nbytes for answer in answers),
             deadline,
             late="the masks were not encoded in time: ask for fewer objects",

@@ -2,21 +2,30 @@
 
 import { byId, make } from "./elements.js";
 
+const LARGEST_AREA = 8; // of a hole or a speck that is cleaned, in pixels of the low-resolution mask: docs/clicks.md
+
 export class ClickBar {
   #chosen = ""; // name of new objects
 
-  /** Callbacks: `onUndo()`, `onOther()`, `onNew()`, `onDone()`. */
-  constructor({ onUndo, onOther, onNew, onDone }) {
+  /** Callbacks: `onUndo()`, `onOther()`, `onNew()`, `onDone()`, and `onClean()` after `cleaning` changed. */
+  constructor({ onUndo, onOther, onNew, onDone, onClean }) {
     byId("click-undo").addEventListener("click", onUndo);
     byId("click-other").addEventListener("click", onOther);
     byId("click-new").addEventListener("click", onNew);
     byId("click-done").addEventListener("click", onDone);
+    byId("click-clean").addEventListener("change", onClean);
     byId("click-prompt").addEventListener("input", (event) => (this.#chosen = event.target.value));
   }
 
   /** Whether a plain click says "not this". */
   get isOut() {
     return byId("click-side").querySelector(":checked").value === "out";
+  }
+
+  /** The fields of a request that say which holes and specks are left out of masks. */
+  get cleaning() {
+    const area = byId("click-clean").checked ? LARGEST_AREA : 0;
+    return { max_hole_area: area, max_sprinkle_area: area };
   }
 
   /** The name of a new object, one of `prompts`; "" if there are none. */

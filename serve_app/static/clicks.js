@@ -25,6 +25,7 @@ export class Clicks {
       onOther: () => this.#takeOther(),
       onNew: () => this.#begin(this.#on.panel()),
       onDone: () => this.finish(),
+      onClean: () => this.#askAgain(),
     });
     document.addEventListener("keydown", (event) => this.#key(event));
   }
@@ -103,16 +104,23 @@ export class Clicks {
     this.#panel.mark(this.#edit);
   }
 
-  async #ask() {
+  /** The answer to the last click in another form. */
+  #askAgain() {
+    if (this.#edit?.isOpen) this.#ask();
+    else if (this.#edit?.isChanged) this.#ask({ isAgain: true });
+  }
+
+  async #ask({ isAgain = false } = {}) {
     this.#running.abort();
     const { signal } = (this.#running = new AbortController());
     const [panel, edit] = [this.#panel, this.#edit];
     this.#changed();
     panel.setBusy(true);
     try {
-      const found = await this.#answer(panel, edit, signal);
+      const found = await this.#answer(panel, edit, isAgain, signal);
       signal.throwIfAborted();
-      edit.answer(found);
+      if (isAgain) edit.answerAgain(found);
+      else edit.answer(found);
       this.#on.say(found.area_px ? "" : "Nothing is there, says the model: click elsewhere, or undo.");
     } catch (error) {
       if (isAbort(error)) return;
@@ -125,10 +133,11 @@ export class Clicks {
   }
 
   /** Ask with the mask by its id, or as a code where the service no longer keeps it. */
-  async #answer({ adapter }, edit, signal) {
+  async #answer({ adapter }, edit, isAgain, signal) {
     const onWait = (seconds) => this.#on.say(`The service is busy: trying again in ${seconds} s.`);
     for (let isKept = true; ; isKept = false) {
-      const question = { adapter, click_adapter: this.#on.adapter(), objects: [edit.request(isKept)] };
+      const objects = [edit.request(isKept, isAgain)];
+      const question = { adapter, click_adapter: this.#on.adapter(), objects, ...this.#bar.cleaning };
       try {
         const { answer } = await this.#scene.picture.ask("v1/refine", question, { signal, onWait });
         return answer.objects[0];
@@ -139,7 +148,7 @@ export class Clicks {
   }
 
   #key(event) {
-    if (!this.isOn || event.target.matches("input:not([type=radio]), select, textarea")) return;
+    if (!this.isOn || event.target.matches("input:not([type=radio], [type=checkbox]), select, textarea")) return;
     if (event.key.toLowerCase() === "z") this.undo();
     else if (event.key === "Escape") this.finish();
     else return;

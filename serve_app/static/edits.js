@@ -20,7 +20,7 @@ export class Edit {
 
   /** The last mask that is known, as a detection; null for a new object before the first answer. */
   get detection() {
-    return this.#states.findLast(({ detection }) => detection)?.detection ?? null;
+    return lastMask(this.#states);
   }
 
   /** Whether clicks changed what is shown. */
@@ -52,6 +52,14 @@ export class Edit {
     this.#now.detection = { ...detection, corrected: true };
   }
 
+  /** Give the last clicks the same masks in another form; the one that was chosen stays so. */
+  answerAgain({ alternatives, ...first }) {
+    const masks = [first, ...alternatives];
+    const { mask_id } = this.detection;
+    const place = Math.max(0, masks.findIndex((mask) => mask_id && mask.mask_id === mask_id));
+    this.answer({ ...masks[place], alternatives: [...masks.slice(place + 1), ...masks.slice(0, place)] });
+  }
+
   /** Take the next of the other masks that the service offered. */
   takeOther() {
     const { alternatives, ...chosen } = this.detection;
@@ -69,12 +77,21 @@ export class Edit {
     while (this.isOpen) this.undo();
   }
 
-  /** The object as POST /v1/refine expects it; `isKept` says whether masks are sent by their id where they have one. */
-  request(isKept) {
-    const before = this.detection;
+  /**
+   * The object as POST /v1/refine expects it; `isKept` says whether masks are sent by their id where they have one,
+   * `isAgain` whether the clicks have an answer and are asked once more.
+   */
+  request(isKept, isAgain) {
+    const { clicks, box } = this.#now;
+    const asked = this.#states.findIndex((state) => state.clicks === clicks && state.box === box); // others chose a mask
+    const before = isAgain ? lastMask(this.#states.slice(0, asked)) : this.detection;
     const mask = before && (isKept && before.mask_id ? { mask_id: before.mask_id } : before.mask);
     return { clicks: this.clicks, box: this.box ?? this.source?.box_xyxy ?? null, mask };
   }
+}
+
+function lastMask(states) {
+  return states.findLast(({ detection }) => detection)?.detection ?? null;
 }
 
 export class Edits {

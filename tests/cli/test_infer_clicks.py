@@ -110,7 +110,9 @@ def test_clicks_that_show_nothing_are_no_new_object(run, tmp_path):
 
 
 def test_an_object_without_a_pixel(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("sam3lora.inference.clicks.result._encode", lambda mask, size_hw: encode_rle(np.zeros(size_hw)))
+    monkeypatch.setattr(
+        "sam3lora.inference.clicks.result.encode_logits", lambda logits, size_hw: encode_rle(np.zeros(size_hw))
+    )
     status, out, _ = run("--click", "30,20", "--json", "d.json")
     assert status == 0
     assert "no pixel" in out
@@ -179,6 +181,9 @@ MISTAKES = {
     "--click 30,20 --json .": "it is a folder",
     "--click 30,20 --probabilities": "--probabilities",
     "--click 30,20 --clicks-vision base": "--clicks-vision has no effect",
+    "--click 30,20 --max-hole-area=-1": "max_hole_area must be a whole number",
+    "--click 30,20 --max-sprinkle-area 10001": "from 0 (off) to 10000, got 10001",
+    "--prompt crack --max-hole-area 8 --max-sprinkle-area 0": "--max-hole-area, --max-sprinkle-area would have no",
 }
 
 

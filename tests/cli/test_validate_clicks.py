@@ -64,7 +64,8 @@ def clicked(base: Path, data: Path, adapter: Path | None = None, **settings) -> 
 
 def test_the_base(base, data, tmp_path, capsys):
     words = ["validate", "--clicks", "--model", base, "--val-data-dir", data, "--output", tmp_path]
-    assert main([*map(str, words), "--max-clicks", str(CLICKS)]) == 0
+    areas = ["--max-hole-area", "4", "--max-sprinkle-area", "16"]
+    assert main([*map(str, words), "--max-clicks", str(CLICKS), *areas]) == 0
     out, error = capsys.readouterr()
     assert error == ""
     metrics = json.loads((tmp_path / "metrics.json").read_text())
@@ -75,6 +76,7 @@ def test_the_base(base, data, tmp_path, capsys):
     assert 0 < metrics["from_text"]["num_found"] <= len(annotations)  # the detector of the tiny model is a trained one
     assert metrics["from_text"]["start_from"] == metrics["settings"]["start_from"] == "both"
     assert metrics["settings"]["max_clicks"] == CLICKS
+    assert (metrics["settings"]["max_hole_area"], metrics["settings"]["max_sprinkle_area"]) == (4, 16)
     assert sum(entry["num_objects"] for entry in metrics["per_category"].values()) == len(annotations)
     assert f"{metrics['noc_85']:.3f}" in out
     assert not external_references(tmp_path / "report.html")
@@ -159,6 +161,11 @@ def test_runs_from_text_start_from_what_was_found(base, data, monkeypatch):
         (["--start-from", "box"], "--start-from"),
         (["--clicks-vision", "base"], "--clicks-vision"),
         (["--max-clicks", "3"], "--max-clicks"),
+        (["--max-hole-area", "8"], "--max-hole-area"),
+        (["--max-sprinkle-area", "0"], "--max-sprinkle-area"),
+        (["--clicks", "--max-hole-area", "-1"], "max_hole_area"),
+        (["--clicks", "--max-sprinkle-area", "10001"], "max_sprinkle_area"),
+        (["--clicks", "--max-sprinkle-area", "nan"], "--max-sprinkle-area"),
     ],
 )
 def test_options_without_effect_are_refused(data, tmp_path, capsys, words, named):

@@ -11,6 +11,7 @@ from pycocotools import mask as coco_mask
 
 from sam3lora.client import ClickSession, Client, InvalidRequest, NotFound, RefinedObject
 from sam3lora.engine.clicks.click import Click
+from sam3lora.engine.clicks.mask_cleaning import MaskCleaning
 from serve_app.http.errors import ServeError
 from serve_app.messages import RefineCall
 
@@ -45,7 +46,14 @@ def test_every_part_of_a_call(client: Client, backend: FakeBackend):
         {"box": np.array([4, 2, 12, 10]), "mask": RLE},
     ]
     results = client.refine(
-        PNG, objects, adapter="cracks", click_adapter="edges", clicks_vision="base", multimask="always"
+        PNG,
+        objects,
+        adapter="cracks",
+        click_adapter="edges",
+        clicks_vision="base",
+        multimask="always",
+        max_hole_area=8,
+        max_sprinkle_area=4,
     )
     (call,) = backend.refined
     first, second = call.objects
@@ -53,6 +61,7 @@ def test_every_part_of_a_call(client: Client, backend: FakeBackend):
     assert (first.mask, second.box_xyxy, second.mask["size"]) == ("msk_" + 32 * "a", (4, 2, 12, 10), list(SIZE_HW))
     assert (call.adapter, call.clicks_vision, call.multimask) == ("cracks", "base", True)
     assert call.click_adapter == results.click_adapter == "edges"
+    assert call.cleaning == MaskCleaning(8, 4)
 
     assert (len(results), results.size_hw, results.adapter) == (2, SIZE_HW, "cracks")
     found = results[1]
@@ -98,6 +107,9 @@ def test_mistakes(client: Client):
     with pytest.raises(InvalidRequest) as refused:
         client.refine(PNG, {"clicks": [(64, 2)]})
     assert (refused.value.type, refused.value.field) == ("invalid_click", "objects[0].clicks[0]")
+    with pytest.raises(InvalidRequest) as refused:
+        client.refine(PNG, {"clicks": [(1, 2)]}, max_hole_area=-1)
+    assert (refused.value.type, refused.value.field) == ("invalid_request", "max_hole_area")
 
 
 def asked(backend: FakeBackend) -> tuple[int, object]:

@@ -206,6 +206,42 @@ def test_a_click_adapter_alone_and_beside_an_adapter(
     same(by_cli["clicked"]["mask"], results[0].rle)
 
 
+@pytest.mark.parametrize(("clicks", "box"), [(CLICKS[:1], None), (CLICKS, BOX)], ids=["specks", "holes"])
+def test_cleaned_masks(
+    service: TestClient,
+    client: Client,
+    predictor: Predictor,
+    on_command_line: Callable[..., dict],
+    clicks: list[tuple],
+    box: tuple | None,
+):
+    cleaning = {"max_hole_area": 64, "max_sprinkle_area": 64}
+    plain = predictor.interact(PIXELS).click(clicks, box_xyxy=box)
+    in_python = predictor.interact(PIXELS, **cleaning).click(clicks, box_xyxy=box)
+    assert (plain.mask != in_python.mask).mean() > 0.004  # more than `same` allows
+    image_id = service.post("/v1/images", **raw("", PNG)).json()["image_id"]
+    shown = {} if box is None else {"box": list(box)}
+    by_http = ask(service, image_id, clicks, cleaning, **shown)
+    (by_client,) = client.refine(PNG, {"clicks": clicks, "box": box}, **cleaning)
+    in_words = on_command_line(*words_of(clicks, box), "--max-hole-area", 64, "--max-sprinkle-area=64")
+    same(in_python.rle, by_http["mask"], by_client.rle, in_words["mask"])
+    by_score = sorted(in_python.alternatives, key=lambda one: -one.score)
+    for mine, other in zip(by_score[1:], by_http["alternatives"], strict=True):
+        assert (coco_mask.decode(mine.rle) != coco_mask.decode(other["mask"])).mean() < 0.002
+
+    # The next click starts from what the head made, whatever is shown.
+    uncleaned = ask(service, image_id, clicks, **shown)
+    assert by_http["mask_id"] == uncleaned["mask_id"]
+    assert by_http["mask"] != uncleaned["mask"]
+    off = ask(service, image_id, clicks, dict.fromkeys(cleaning, 0), **shown)
+    assert off == uncleaned
+    if box is None:
+        session = client.interact(PNG, **cleaning)
+        session.click(*CLICKS[0])
+        same(in_python.add(*CLICKS[1]).rle, session.click(*CLICKS[1]).rle)
+        assert in_python._state.mask_mm.equal(plain.add(*CLICKS[1])._state.mask_mm)
+
+
 def test_a_mask_as_a_picture_is_the_same(client: Client):
     png = client.refine(PNG, {"box": BOX}, masks="png")[0]
     np.testing.assert_array_equal(png.mask, client.refine(PNG, {"box": BOX})[0].mask)
@@ -281,3 +317,54 @@ def test_what_is_refused(
     for image in (PNG, client.upload(PNG)):
         with pytest.raises((ValueError, InvalidRequest), match=r"click|box"):
             client.refine(image, {"clicks": clicks, "box": box})
+
+
+AREAS = {
+    "negative": -1,
+    "more than all": 10_001,
+    "huge": 10**30,
+    "half a pixel": 0.5,
+    "no number": math.nan,
+    "without end": math.inf,
+    "in words": "four",
+    "a number as text": "4",
+    "yes": True,
+    "nothing": None,
+    "a list": [4],
+}
+
+
+@pytest.mark.parametrize("field", ["max_hole_area", "max_sprinkle_area"])
+@pytest.mark.parametrize("name", AREAS)
+def test_areas_that_are_refused(
+    service: TestClient,
+    client: Client,
+    predictor: Predictor,
+    clickable_base: Path,
+    tmp_path: Path,
+    capsys,
+    name: str,
+    field: str,
+):
+    value = AREAS[name]
+    with pytest.raises(UserError, match=f"{field} must be"):
+        predictor.interact(PIXELS, **{field: value})
+
+    option = "--" + field.replace("_", "-")
+    (tmp_path / "photo.png").write_bytes(PNG)
+    if value != "4":  # all words are text there
+        words = ["infer", "--model", str(clickable_base), "--image", str(tmp_path / "photo.png"), "--click", "30,20"]
+        assert main([*words, f"{option}={value}"]) == 2
+        said = capsys.readouterr().err
+        assert (said.count("error: ") + said.count("Error"), "Traceback" in said) == (1, False)
+        assert option in said or field in said
+
+    request = {"objects": [{"clicks": [{"x": 30, "y": 20}]}], field: value}
+    response = service.post("/v1/refine", files={"image": PNG}, data={"request": json.dumps(request)})
+    error = response.json()["error"]
+    assert (response.status_code, error["type"]) == (422, "invalid_request")
+    assert error["field"] == field or "no number in JSON" in error["message"], error
+
+    for image in (PNG, client.upload(PNG)):
+        with pytest.raises((ValueError, InvalidRequest), match=rf"{field}|JSON"):
+            client.refine(image, {"clicks": CLICKS}, **{field: value})

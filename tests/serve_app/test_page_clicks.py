@@ -84,7 +84,50 @@ def test_a_found_outline_is_corrected_and_downloaded(page: Browser, server: Page
     (annotation,) = coco(page)
     assert (annotation["corrected"], annotation["score"], annotation["category_id"]) == (True, 0.85, 1)
     assert annotation["bbox"] == [9, 9, 61, 72]
-    assert coco_mask.area(annotation["segmentation"]) == annotation["area"] == 61 * 72 - 1
+    assert coco_mask.area(annotation["segmentation"]) == annotation["area"] == 61 * 72
+
+
+def test_outlines_are_cleaned_if_that_is_chosen(page: Browser, server: PageServer, image: Path):
+    """The choice holds for the object in hand at once, and the mask that was chosen stays so."""
+    areas = []
+
+    def asked(number: int) -> dict:
+        last = refined(page, server, number)
+        assert server.refined[-1]["max_hole_area"] == server.refined[-1]["max_sprinkle_area"]
+        areas.append(server.refined[-1]["max_hole_area"])
+        return last
+
+    begin(page, image)
+    page.click("#click-clean")  # nothing in hand: nothing is asked
+    click(page, 30, 30)
+    page.click("#click-clean")  # an outline that nobody changed
+    assert server.refined == []
+    click(page, 70, 60, alt=True)
+    first = asked(1)
+    click(page, 60, 60, alt=True)
+    second = asked(2)
+    assert coco(page)[0]["area"] == 51 * 72
+    page.click("#click-clean")
+    assert asked(3) == second
+    (annotation,) = coco(page)
+    assert coco_mask.area(annotation["segmentation"]) == annotation["area"] == 51 * 72 - 1
+    page.value("document.querySelector('#click-clean').focus()")
+    page.press("z")  # each click has the outline that it was answered
+    assert coco(page)[0]["area"] == 61 * 72
+    page.click("#click-clean")
+    assert asked(4) == first
+    page.press("Escape")
+
+    click(page, 200, 100)
+    new = asked(5)
+    page.click("#click-other")
+    page.click("#click-clean")
+    assert asked(6) == new
+    (annotation,) = (one for one in coco(page) if one["score"] == 0.5)
+    assert (annotation["bbox"], annotation["area"]) == ([192, 92, 16, 16], 255)
+    page.click("#click-other")
+    assert [one["score"] for one in coco(page) if one.get("corrected")] == [0.85, 0.4]
+    assert areas == [8, 8, 0, 8, 8, 0]
 
 
 def test_undo_leads_back_to_what_was_found(page: Browser, server: PageServer, image: Path):
@@ -256,7 +299,7 @@ def test_fingers_switch_between_in_and_out(phone: Browser, server: PageServer, i
     assert phone.value("document.documentElement.scrollWidth <= innerWidth")
     assert "1 by clicks" in phone.text(".group summary")
     smallest = phone.value(
-        "Math.min(...[...document.querySelectorAll('#click-bar button, #click-side label, #tool label')]"
+        "Math.min(...[...document.querySelectorAll('#click-bar :is(button, label:not(#click-name)), #tool label')]"
         ".filter(one => one.checkVisibility()).map(one => one.getBoundingClientRect().height))"
     )
     assert smallest >= 32

@@ -12,6 +12,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from sam3lora.engine.clicks.click import Click
+from sam3lora.engine.clicks.mask_cleaning import MaskCleaning
 from serve_app.http.errors import ServeError
 from serve_app.messages import RefinedObject
 
@@ -35,6 +36,8 @@ def test_all_forms_of_a_request_are_equal():
         "click_adapter": "edges",
         "clicks_vision": "base",
         "multimask": "never",
+        "max_hole_area": 8,
+        "max_sprinkle_area": 10_000,
     }
     for body in (multipart(request), {"json": request | {"image_base64": PNG_BASE64}}):
         backend = FakeBackend()
@@ -49,6 +52,7 @@ def test_all_forms_of_a_request_are_equal():
         assert coco_mask.decode(second.mask).sum() == 49
         assert (call.adapter, call.clicks_vision, call.multimask) == ("cracks", "base", False)
         assert call.click_adapter == response.json()["click_adapter"] == "edges"
+        assert call.cleaning == MaskCleaning(8, 10_000)
         assert 0 < call.timeout_s <= 30
 
 
@@ -58,6 +62,7 @@ def test_what_is_not_given_has_defaults():
     (call,) = backend.refined
     assert (call.adapter, call.clicks_vision, call.multimask, call.objects[0].mask) == (None, "adapter", None, None)
     assert call.click_adapter is None
+    assert call.cleaning == MaskCleaning(0, 0)
 
 
 def test_the_answer_has_the_chosen_mask_and_the_others():
@@ -168,6 +173,12 @@ REFUSED = {
     ),
     "another word for masks": ({"multimask": True}, "invalid_request", "multimask"),
     "another trunk": ({"clicks_vision": "mine"}, "invalid_request", "clicks_vision"),
+    "a negative area": ({"max_hole_area": -1}, "invalid_request", "max_hole_area"),
+    "a huge area": ({"max_sprinkle_area": 10_001}, "invalid_request", "max_sprinkle_area"),
+    "half a pixel": ({"max_sprinkle_area": 0.5}, "invalid_request", "max_sprinkle_area"),
+    "an area as text": ({"max_hole_area": "8"}, "invalid_request", "max_hole_area"),
+    "an area that is none": ({"max_hole_area": None}, "invalid_request", "max_hole_area"),
+    "an area of an object": ({"objects": [{"clicks": [IN], "max_hole_area": 8}]}, "invalid_request", None),
     "prompts": ({"prompts": ["a"]}, "invalid_request", "prompts"),
     "points": ({"objects": [{"points": [[1, 2]]}]}, "invalid_request", "objects[0].points"),
     "an id of an adapter that is none": ({"adapter": "../a"}, "invalid_adapter", "adapter"),

@@ -167,7 +167,7 @@ class ClickWorker:
             if start is not None:
                 users.append(SimulatedUser(one.mask_HW, ignored_HW, start.mask_HW, self._settings.max_clicks))
                 starts.append(replace(nothing, seed=start.seed))
-        interactions = ImageInteractions(ask, starts)
+        interactions = ImageInteractions(ask, starts, self._settings.cleaning)
         runs = run_objects(users, interactions.answer)
         runs_from_text = iter(runs[len(objects) :])
         for (one, start), run, shown in zip(objects, runs, interactions.shown, strict=False):

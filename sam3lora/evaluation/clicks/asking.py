@@ -10,6 +10,7 @@ from pycocotools import mask as coco_mask
 
 from sam3lora.engine.clicks.click import Click
 from sam3lora.engine.clicks.interaction import Interaction
+from sam3lora.engine.clicks.mask_cleaning import AS_IT_IS, MaskCleaning
 from sam3lora.engine.clicks.prompt import ClickAnswer, ClickPrompt
 from sam3lora.engine.mask_codes import encode_logits
 from sam3lora.evaluation.clicks.simulated_user import ClickedMask
@@ -27,13 +28,15 @@ class ImageInteractions:
     Args:
         ask: Prompts of one call may be of several kinds.
         starts: Interactions without a click.
+        cleaning: Of the masks that users see.
 
     Attributes:
         shown: For each user, `SHOWN_CLICKS` -> mask after so many clicks as RLE, or after fewer if there were no more.
     """
 
-    def __init__(self, ask: AnswerPrompts, starts: Sequence[Interaction]) -> None:
+    def __init__(self, ask: AnswerPrompts, starts: Sequence[Interaction], cleaning: MaskCleaning = AS_IT_IS) -> None:
         self._ask = ask
+        self._cleaning = cleaning
         self._states = list(starts)
         self.shown: list[dict[int, dict[str, Any]]] = [{} for _ in starts]
 
@@ -58,8 +61,9 @@ class ImageInteractions:
         return found
 
     def _mask(self, index: int, num_clicks: int, answer: ClickAnswer) -> ClickedMask:
-        size_hw = self._states[index].size_hw
-        rles = [encode_logits(logits_mm, size_hw) for logits_mm in answer.logits_Mmm.float().numpy()]
+        size_hw, clicks = self._states[index].size_hw, self._states[index].clicks
+        cleaned = (self._cleaning.clean(one, clicks, size_hw) for one in answer.logits_Mmm.float().numpy())
+        rles = [encode_logits(logits_mm, size_hw) for logits_mm in cleaned]
         self.shown[index] |= {number: rles[answer.chosen] for number in SHOWN_CLICKS if num_clicks <= number}
         masks_MHW = np.stack([coco_mask.decode(rle) for rle in rles]).astype(bool)
         return ClickedMask(masks_MHW[answer.chosen], masks_MHW, answer.score)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, get_args
 
 from sam3lora.engine.clicks.decoder import ClicksVision
 from sam3lora.engine.clicks.interaction import SeedKind
+from sam3lora.engine.clicks.mask_cleaning import AS_IT_IS, MaskCleaning
 from sam3lora.errors import UserError
 from sam3lora.evaluation.clicks.simulated_user import MAX_CLICKS
 from sam3lora.evaluation.settings import EvaluationSettings
@@ -22,6 +23,7 @@ class ClickEvaluation:
         clicks_vision: Whose vision trunk the click head sees; "base" takes a second vision pass if the adapter changes
             the trunk.
         max_clicks: Of one object; NoC depends on it.
+        cleaning: Of the masks that the user sees and that are compared with the objects.
         prompting: Categories, prompts, number of images, and the post-processing of the detections to start from.
 
     Raises:
@@ -31,6 +33,7 @@ class ClickEvaluation:
     start_from: SeedKind | None = "both"
     clicks_vision: ClicksVision = "adapter"
     max_clicks: int = MAX_CLICKS
+    cleaning: MaskCleaning = AS_IT_IS
     prompting: EvaluationSettings = field(default_factory=EvaluationSettings)
 
     def __post_init__(self) -> None:
@@ -51,5 +54,6 @@ class ClickEvaluation:
             "start_from": self.start_from or "none",
             "clicks_vision": self.clicks_vision,
             "max_clicks": self.max_clicks,
+            **asdict(self.cleaning),
             **prompting,
         }

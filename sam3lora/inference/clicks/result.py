@@ -11,6 +11,7 @@ from torch import Tensor
 from sam3lora.data.masks import decode_mask
 from sam3lora.engine.clicks.click import BoxXyxy, Click
 from sam3lora.engine.clicks.interaction import Interaction
+from sam3lora.engine.clicks.mask_cleaning import AS_IT_IS, MaskCleaning
 from sam3lora.engine.clicks.prompt import ClickAnswer, ClickPrompt
 from sam3lora.engine.mask_codes import Rle, encode_logits, rle_area_px, rle_box_xyxy
 from sam3lora.errors import UserError
@@ -42,9 +43,17 @@ class ClickResult:
         found: What the detector said of it; None for an object that a click or a box has shown.
     """
 
-    def __init__(self, state: Interaction, ask: Ask, label: str | None = None, found: Found | None = None) -> None:
+    def __init__(
+        self,
+        state: Interaction,
+        ask: Ask,
+        label: str | None = None,
+        found: Found | None = None,
+        cleaning: MaskCleaning = AS_IT_IS,
+    ) -> None:
         self._state = state
         self._ask = ask
+        self._cleaning = cleaning
         self._coded: tuple[Interaction, Rle] | None = None
         self.label = label
         self.found = found
@@ -62,7 +71,7 @@ class ClickResult:
         if self.found is not None and not self.is_corrected:
             return self.found.rle
         if self._coded is None or self._coded[0] is not self._state:
-            self._coded = self._state, _encode(self._state.mask_mm, self._state.size_hw)
+            self._coded = self._state, self._encode(self._state.mask_mm)
         return self._coded[1]
 
     @property
@@ -100,7 +109,7 @@ class ClickResult:
         if answer is None:
             return []
         masks = zip(answer.logits_Mmm, answer.scores, strict=True)
-        return [Alternative(_encode(mask_mm, self._state.size_hw), score) for mask_mm, score in masks]
+        return [Alternative(self._encode(mask_mm), score) for mask_mm, score in masks]
 
     @property
     def clicks(self) -> tuple[Click, ...]:
@@ -170,8 +179,8 @@ class ClickResult:
         self._state = self._state.undo()
         return self
 
-
-def _encode(mask_mm: Tensor | None, size_hw: tuple[int, int]) -> Rle:
-    """Without a mask the code of one without a pixel."""
-    logits = np.full((1, 1), -1.0) if mask_mm is None else mask_mm.float().numpy()
-    return encode_logits(logits, size_hw)
+    def _encode(self, mask_mm: Tensor | None) -> Rle:
+        """Without a mask the code of one without a pixel."""
+        logits = np.full((1, 1), -1.0) if mask_mm is None else mask_mm.float().numpy()
+        size_hw = self._state.size_hw
+        return encode_logits(self._cleaning.clean(logits, self._state.clicks, size_hw), size_hw)

@@ -15,6 +15,7 @@ from sam3lora.engine.adapter_pool import ClickPlace
 from sam3lora.engine.clicks.click import Click
 from sam3lora.engine.clicks.decoder import ClickedObject
 from sam3lora.engine.clicks.interaction import Interaction, Seed, SeedKind
+from sam3lora.engine.clicks.mask_cleaning import AS_IT_IS, MaskCleaning
 from sam3lora.engine.clicks.prompt import ClickAnswer, ClickPrompt
 from sam3lora.engine.detections import Detections
 from sam3lora.engine.engine import Engine, PromptedImage
@@ -41,6 +42,7 @@ class ClickSession:
         post: How detections are chosen.
         file_name: Of the image, for exports.
         start_from: What of a found object goes with the first clicks on it: its mask, its box, or both.
+        cleaning: Of the masks that clicks and boxes make.
 
     Attributes:
         objects: All objects, in the order in which they came.
@@ -58,6 +60,7 @@ class ClickSession:
         post: PostProcessing,
         file_name: str = "image",
         start_from: SeedKind = "both",
+        cleaning: MaskCleaning = AS_IT_IS,
     ) -> None:
         if start_from not in get_args(SeedKind):
             raise UserError(f"start_from must be one of {', '.join(get_args(SeedKind))}, got {start_from!r}")
@@ -67,6 +70,7 @@ class ClickSession:
         self.objects: list[ClickResult] = []
         self._finder, self._slot = finding
         self._clicking, self._post, self._start_from = clicking, post, start_from
+        self._cleaning = cleaning
         self._presence: dict[str, float] = {}
         image = clicking.engine.prepare_image(image_HW3, f"session {next(_KEYS)}")
         # Kept here and not only in the engine's cache, which may be small or none.
@@ -140,7 +144,8 @@ class ClickSession:
         """
         if label is not None:
             _check_label(label)
-        result = ClickResult(Interaction(self.size_hw, self._clicking.engine.resolution), self._ask, label)
+        state = Interaction(self.size_hw, self._clicking.engine.resolution)
+        result = ClickResult(state, self._ask, label, cleaning=self._cleaning)
         result.prompt(clicks, box_xyxy)
         self.objects.append(result)
         return result
@@ -226,7 +231,7 @@ class ClickSession:
         seed = Seed(torch.from_numpy(detections.mask_logits_NHW[row]), box_xyxy, self._start_from)
         found = Found(detections.prompt, float(detections.scores[row]), box_xyxy, detections.rles[row])
         state = Interaction(self.size_hw, self._clicking.engine.resolution, seed)
-        return ClickResult(state, self._ask, detections.prompt, found)
+        return ClickResult(state, self._ask, detections.prompt, found, self._cleaning)
 
     def _detections(self, label: str, objects: Sequence[ClickResult]) -> Detections:
         by_score = sorted(objects, key=lambda one: -one.score)

@@ -10,7 +10,9 @@ from pycocotools import mask as coco_mask
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.data.prompts import prompt_key
 from sam3lora.engine.clicks.interaction import Interaction, Seed
+from sam3lora.engine.clicks.mask_cleaning import MaskCleaning
 from sam3lora.engine.clicks.prompt import drawn_mask_logits
+from sam3lora.engine.mask_codes import rle_area_px
 from sam3lora.engine.selection import NotFiniteError, SmallDetections, Wanted
 from sam3lora.evaluation.clicks.asking import ImageInteractions
 from sam3lora.evaluation.clicks.seeds import found_objects
@@ -178,3 +180,28 @@ def test_too_small_an_object():
     found = true_objects(record, CATEGORIES)
     assert found.too_small == [0]
     assert [one.number for one in found.objects] == [1]
+
+
+def test_users_see_cleaned_masks_and_the_head_its_own():
+    """A speck of 4 pixels that would take the second click, and a hole of 4 that would take the third."""
+    truth = square(10, 10, 20)
+    noisy = truth & ~square(18, 18, 2) | square(50, 50, 2)
+    asked = []
+
+    def masks_of(prompt):
+        asked.append(prompt)
+        return [noisy]
+
+    for cleaning, ious in (
+        (MaskCleaning(4, 4), [0, 1, 1, 1]),
+        (MaskCleaning(0, 4), [0, 396 / 400, 396 / 400, 396 / 400]),
+        (MaskCleaning(3, 3), [0, 396 / 404, 396 / 404, 396 / 404]),
+    ):
+        asked.clear()
+        user = SimulatedUser(truth, max_clicks=3)
+        interactions = ImageInteractions(clicking(masks_of), [NOTHING], cleaning)
+        [run] = run_objects([user], interactions.answer)
+        assert run.ious == pytest.approx(ious)
+        assert rle_area_px(interactions.shown[0][3]) == {1: 400, 396 / 400: 396, 396 / 404: 400}[ious[-1]]
+        assert all(torch.equal(one.mask_mm > 0, torch.from_numpy(noisy)) for one in asked[1:])
+    assert len(asked) == 3

@@ -15,7 +15,10 @@ from sam3lora.data.coco import ANNOTATION_FILE, CocoIndex
 from sam3lora.data.masks import decode_mask
 from sam3lora.engine.clicks.click import Click
 from sam3lora.engine.clicks.decoder import ClickedObject
+from sam3lora.engine.clicks.interaction import Interaction
+from sam3lora.engine.clicks.mask_cleaning import MaskCleaning
 from sam3lora.engine.clicks.prompt import ClickAnswer, ClickPrompt
+from sam3lora.engine.mask_codes import encode_logits, rle_area_px
 from sam3lora.errors import UserError
 from sam3lora.inference.clicks.result import ClickResult
 from sam3lora.inference.clicks.session import ClickSession
@@ -268,6 +271,8 @@ def test_mistakes_are_told_and_change_nothing(session: ClickSession, predictor: 
         ("prompt", lambda: session.detect("")),
         ("start_from", lambda: predictor.interact(IMAGE, start_from="text")),
         ("clicks_vision", lambda: predictor.interact(IMAGE, clicks_vision="both")),
+        ("max_hole_area must be", lambda: predictor.interact(IMAGE, max_hole_area=-1)),
+        ("max_sprinkle_area must be", lambda: predictor.interact(IMAGE, max_sprinkle_area="8")),
     ]
     for said, mistake in mistakes:
         with pytest.raises(UserError, match=said):
@@ -278,3 +283,45 @@ def test_mistakes_are_told_and_change_nothing(session: ClickSession, predictor: 
 def test_a_base_without_clicks_is_refused(spread_base: Path):
     with pytest.raises(UserError, match="has no tracker"):
         Predictor(str(spread_base), device="cpu").interact(IMAGE)
+
+
+def test_a_cleaned_object_shows_one_mask_and_goes_on_from_another():
+    """A square with a hole of 4 pixels, a speck of 1, and a speck of 2 that the second click points at."""
+    drawn = np.full((32, 32), -3.0, np.float32)
+    drawn[4:16, 4:16] = 3
+    with_hole = drawn.copy()
+    with_hole[8:10, 8:10] = -3
+    noisy = with_hole.copy()
+    noisy[30, 2] = noisy[25, 25:27] = 3
+    pointed_at = drawn.copy()
+    pointed_at[25, 25:27] = 3
+    asked: list[ClickPrompt] = []
+
+    def ask(prompt: ClickPrompt) -> ClickAnswer:
+        asked.append(prompt)
+        return ClickAnswer.of(torch.from_numpy(noisy)[None], [0.9], 1.0)
+
+    size_hw = (64, 64)
+    state = Interaction(size_hw, side=112)
+    as_it_is = ClickResult(state, ask).prompt([(12, 12, 1)])
+    assert as_it_is.rle == encode_logits(noisy, size_hw)
+    for cleaning, first, second in (
+        (MaskCleaning(), noisy, noisy),
+        (MaskCleaning(4, 4), drawn, pointed_at),
+        (MaskCleaning(0, 4), with_hole, np.where(pointed_at != drawn, pointed_at, with_hole)),
+    ):
+        one = ClickResult(state, ask, cleaning=cleaning).prompt([(12, 12, 1)])
+        assert one.rle == one.alternatives[0].rle == one.to_dict()["mask"] == encode_logits(first, size_hw)
+        assert one.area_px == rle_area_px(encode_logits(first, size_hw))
+        one.add(51, 50)
+        assert asked[-1].mask_mm is not None
+        assert torch.equal(asked[-1].mask_mm, torch.from_numpy(noisy))
+        assert one.rle == encode_logits(second, size_hw)
+        one.undo()
+        assert one.rle == encode_logits(first, size_hw)
+
+
+def test_what_a_prompt_found_is_not_cleaned(predictor: Predictor):
+    areas = {"max_hole_area": 1000, "max_sprinkle_area": 1000}
+    plain, cleaned = (predictor.interact(IMAGE, **given).detect("crack") for given in ({}, areas))
+    assert [one.rle for one in plain] == [one.rle for one in cleaned]
