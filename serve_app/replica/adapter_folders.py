@@ -19,6 +19,7 @@ from sam3lora.model.adapter.folder import FolderSignature, file_signature
 from sam3lora.model.adapter.folder_files import FILES
 from sam3lora.model.adapter.metadata import recorded_post_processing
 from sam3lora.model.adapter.weights import AdapterSummary, read_summary
+from sam3lora.model.clicks.origin import ClickOrigin
 from sam3lora.model.components import COMPONENTS
 from serve_app.http.errors import ServeError, refuse_as
 from serve_app.http.schemas import AdapterResponse
@@ -42,12 +43,21 @@ class AdapterFolder:
 
 
 class Described(NamedTuple):
-    """A folder of the listing: what its files say, the same as JSON, and the texts that a search looks into."""
+    """A folder of the listing: what its files say, the same as JSON, and the texts that a search looks into.
+
+    `vision_adapter` is the digest of the vision trunk that a click adapter was trained on; None for the base's.
+    """
 
     signature: FolderSignature
     info: AdapterResponse
     json: str
     searched: tuple[str, ...]
+    vision_adapter: str | None = None
+
+    def changed(self, **changes: object) -> Described:
+        """With other fields of `info`."""
+        info = self.info.model_copy(update=changes)
+        return self._replace(info=info, json=info.model_dump_json())
 
 
 class AdapterFolders:
@@ -137,7 +147,9 @@ class AdapterFolders:
             if not _has_files(folder.path):
                 return None
             with refuse_as("invalid_adapter", folder.path):
-                return _described(signature, self._response(adapter_id, self._summarise(folder.path)))
+                summary = self._summarise(folder.path)
+                origin = _origin(summary)
+                return _described(signature, self._response(adapter_id, summary), origin and origin.vision_adapter)
         except ServeError as error:
             if error.type == "adapter_not_found" or (not signature and not _has_files(self._root / adapter_id)):
                 return None
@@ -168,9 +180,14 @@ class AdapterFolders:
                 size_bytes=known.size_bytes,
                 adapts=[name for name in COMPONENTS if name in known.components],
             )
-        if known.metadata is not None and known.metadata.clicks is not None:
+        if (origin := _origin(known)) is not None:
             return AdapterResponse(
-                id=adapter_id, task="clicks", rank=known.rank, size_bytes=known.size_bytes, adapts=["click_head"]
+                id=adapter_id,
+                task="clicks",
+                rank=known.rank,
+                size_bytes=known.size_bytes,
+                adapts=["click_head"],
+                clicks_vision="base" if origin.vision_adapter is None else "adapter",
             )
         prompts = known.metadata.prompts if known.metadata else []
         post = recorded_post_processing(known.metadata)
@@ -185,9 +202,15 @@ class AdapterFolders:
         )
 
 
-def _described(signature: FolderSignature, info: AdapterResponse) -> Described:
+def _described(signature: FolderSignature, info: AdapterResponse, vision_adapter: str | None = None) -> Described:
     searched = tuple(text.casefold() for text in (info.id, *info.prompts, *info.classes))
-    return Described(signature, info, info.model_dump_json(), searched)
+    return Described(signature, info, info.model_dump_json(), searched, vision_adapter)
+
+
+def _origin(known: AdapterSummary) -> ClickOrigin | None:
+    """What a click adapter was trained on; None of another task."""
+    clicks = None if known.metadata is None else known.metadata.clicks
+    return None if clicks is None else ClickOrigin(**clicks)
 
 
 def _has_files(folder: Path) -> bool:

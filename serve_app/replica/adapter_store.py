@@ -25,6 +25,7 @@ from serve_app.metrics import ReplicaMetrics
 from serve_app.replica.adapter_folders import AdapterFolder, AdapterFolders, Described
 from serve_app.replica.adapter_slots import Load, LoadedAdapter, Recorded, SlotTable
 from serve_app.replica.shared_calls import SharedCalls
+from serve_app.replica.vision_trunks import VisionTrunks
 from serve_app.settings import AdapterSettings, Limits
 
 logger = logging.getLogger(__name__)
@@ -145,7 +146,7 @@ class AdapterStore:
 
     async def list(self, query: AdapterQuery = EVERY_ADAPTER) -> AdapterPage:
         """The adapters that may be served and match the query, by id."""
-        matching = await self._listing.run("all", self._folders.describe_all)
+        matching = await self._listing.run("all", self._describe_all)
         if query.task is not None:
             matching = [one for one in matching if one.info.task in (query.task, None)]
         if query.search is not None:
@@ -179,8 +180,12 @@ class AdapterStore:
 
     def _look_into(self, settings: AdapterSettings) -> None:
         self._folders = AdapterFolders(settings, self._engine.summarise_adapter, self._most_detections)
+        self._trunks = VisionTrunks(lambda adapter_id: self._read(adapter_id)[1].trunk_digest)
         self._listing: SharedCalls[list[Described]] = SharedCalls(self._listers)
-        self._listers.submit(self._folders.describe_all)  # so that the first listing need not read thousands of folders
+        self._listers.submit(self._describe_all)  # so that the first listing need not read thousands of folders
+
+    def _describe_all(self) -> list[Described]:
+        return self._trunks.named(self._folders.describe_all())
 
     async def _acquire(self, adapter_id: str, deadline: float) -> LoadedAdapter:
         folder = await self._find(adapter_id)
