@@ -17,12 +17,12 @@ from typing import NamedTuple
 
 from sam3lora.model.adapter.folder import FolderSignature, file_signature
 from sam3lora.model.adapter.folder_files import FILES
-from sam3lora.model.adapter.metadata import recorded_post_processing
+from sam3lora.model.adapter.metadata import CLICKS, read_metadata, recorded_post_processing
 from sam3lora.model.adapter.weights import AdapterSummary, read_summary
 from sam3lora.model.clicks.origin import ClickOrigin
 from sam3lora.model.components import COMPONENTS
-from serve_app.http.errors import ServeError, refuse_as
-from serve_app.http.schemas import AdapterResponse
+from serve_app.http.errors import ServeError, no_click_head, refuse_as
+from serve_app.http.schemas import AdapterResponse, Task
 from serve_app.settings import ADAPTER_ID_PATTERN, ADAPTER_ID_RULE, AdapterSettings, Limits
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,8 @@ class Described(NamedTuple):
 class AdapterFolders:
     """The folders under one root that the settings allow.
 
-    `summarise` reads a folder without its weights, and raises what loading it would raise.
+    `summarise` reads a folder without its weights, and raises what loading it would raise. Without `answers_clicks`
+    no click adapter is read, for which the click head would be loaded.
     """
 
     def __init__(
@@ -71,11 +72,14 @@ class AdapterFolders:
         settings: AdapterSettings,
         summarise: Callable[[Path], AdapterSummary] = read_summary,
         most_detections: int = Limits().max_detections,
+        *,
+        answers_clicks: bool = True,
     ) -> None:
         self._root = settings.root
         self._allowed = None if settings.allowed is None else frozenset(settings.allowed)
         self._summarise = summarise
         self._most_detections = most_detections
+        self._answers_clicks = answers_clicks
         self._known: dict[str, Described] = {}
         self._lock = threading.Lock()
 
@@ -94,6 +98,16 @@ class AdapterFolders:
         if self._root is None or not self.allows(adapter_id):
             raise _not_found(adapter_id)
         return self._look(os.path.realpath(self._root), self._root, adapter_id)
+
+    def check_task(self, folder: Path) -> None:
+        """Refuse a click adapter where no clicks are answered, by its metadata alone.
+
+        Raises:
+            ServeError: `no_click_head`.
+            UserError: The metadata are damaged.
+        """
+        if not self._answers_clicks and (metadata := read_metadata(folder)) and metadata.task == CLICKS:
+            raise no_click_head()
 
     def describe_all(self) -> list[Described]:
         """All adapters that may be served, by id, broken ones with their error. Only changed folders are read again."""
@@ -137,6 +151,7 @@ class AdapterFolders:
         """None for what is no adapter or no longer exists."""
         assert self._root is not None
         signature: FolderSignature = ()
+        task: Task | None = None
         try:
             folder = self._look(real_root, self._root, adapter_id)
             signature = folder.signature
@@ -147,19 +162,20 @@ class AdapterFolders:
             if not _has_files(folder.path):
                 return None
             with refuse_as("invalid_adapter", folder.path):
+                self.check_task(folder.path)
                 summary = self._summarise(folder.path)
                 origin = _origin(summary)
                 return _described(signature, self._response(adapter_id, summary), origin and origin.vision_adapter)
         except ServeError as error:
             if error.type == "adapter_not_found" or (not signature and not _has_files(self._root / adapter_id)):
                 return None
-            message = error.message
+            message, task = error.message, "clicks" if error.type == "no_click_head" else None
         except OSError as error:
             message = f"adapter {adapter_id!r} cannot be read: {error.strerror}"
         except Exception:  # a damaged file may raise anything, and must not hide the other adapters
             logger.exception("adapter %s cannot be described", adapter_id)
             message = f"adapter {adapter_id!r} cannot be read: the log of the service has the reason"
-        return _described(signature, AdapterResponse(id=adapter_id, error=message[:_MAX_ERROR_CHARS]))
+        return _described(signature, AdapterResponse(id=adapter_id, task=task, error=message[:_MAX_ERROR_CHARS]))
 
     def _describe_misnamed(self, real_root: str, name: str) -> Described | None:
         """An adapter whose folder's name is no id, so that nobody can ask it; names with a dot first are hidden."""

@@ -69,11 +69,13 @@ class AdapterStore:
         num_slots: int,
         metrics: ReplicaMetrics,
         most_detections: int = Limits().max_detections,
+        answers_clicks: bool = True,
     ) -> None:
         self._engine = engine
         self._run_in_model_thread = run_in_model_thread
         self._metrics = metrics
         self._most_detections = most_detections
+        self._answers_clicks = answers_clicks
         self._listers = ThreadPoolExecutor(1, thread_name_prefix="adapter-list")
         self._look_into(settings)
         self._table = SlotTable(num_slots, lambda slot: self._spawn(self._empty(slot)), metrics.adapter_evictions.inc)
@@ -179,7 +181,12 @@ class AdapterStore:
         self._listers.shutdown(wait=False, cancel_futures=True)
 
     def _look_into(self, settings: AdapterSettings) -> None:
-        self._folders = AdapterFolders(settings, self._engine.summarise_adapter, self._most_detections)
+        self._folders = AdapterFolders(
+            settings,
+            self._engine.summarise_adapter,
+            self._most_detections,
+            answers_clicks=self._answers_clicks,
+        )
         self._trunks = VisionTrunks(lambda adapter_id: self._read(adapter_id)[1].trunk_digest)
         self._listing: SharedCalls[list[Described]] = SharedCalls(self._listers)
         self._listers.submit(self._describe_all)  # so that the first listing need not read thousands of folders
@@ -303,6 +310,7 @@ class AdapterStore:
         folder = self._folders.find(adapter_id)
         try:
             with refuse_as("invalid_adapter", folder.path):
+                self._folders.check_task(folder.path)
                 weights = self._engine.read_any_adapter(folder.path)
         except (ServeError, MemoryError):
             raise

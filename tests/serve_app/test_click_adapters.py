@@ -15,6 +15,7 @@ from sam3lora.engine.clicks.decoder import ClickedObject
 from sam3lora.engine.clicks.prompt import ClickAnswer, ClickPrompt
 from sam3lora.engine.engine import Engine
 from sam3lora.errors import UserError
+from sam3lora.model.clicks import loading
 from serve_app.http.errors import ServeError
 from serve_app.http.schemas import AdapterResponse
 from serve_app.messages import AdapterQuery, RefineCall, RefinedObject, RefineReply
@@ -262,6 +263,29 @@ async def test_the_listing_says_which_adapter_a_click_adapter_goes_with(serve: C
         for name in ("again", "heads", "towers"):
             shutil.rmtree(served / name)
         assert await pairs(service) == of_the_base | {"over-towers": ("adapter", [])}
+
+
+async def test_a_service_without_clicks_refuses_click_adapters_and_loads_no_click_head(
+    serve: Callable, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(loading, "load_click_head", lambda base: pytest.fail("the click head was loaded"))
+    async with serve(clicks=False) as service:
+        page = await service.list_adapters()
+        rows = {row.id: AdapterResponse.model_validate_json(row.json) for row in page.rows}
+        assert {name: rows[name].task for name in SLOTS} == {
+            "towers": "detection",
+            "heads": "detection",
+            "edges": "clicks",
+            "holes": "clicks",
+            "over-towers": "clicks",
+        }
+        assert [name for name in SLOTS if rows[name].error] == ["edges", "holes", "over-towers"]
+        assert "the setting `clicks` not false" in (rows["edges"].error or "")
+        assert (await service.segment(call(0, adapter="towers"))).size_hw
+        for asked in (service.segment(call(0, adapter="edges")), service.refine(refine_call(click_adapter="edges"))):
+            reply = await asked
+            assert isinstance(reply, ServeError)
+            assert (reply.type, reply.message) == ("no_click_head", rows["edges"].error)
 
 
 def test_weights_are_read_once_and_only_where_a_click_adapter_asks_for_a_trunk():
