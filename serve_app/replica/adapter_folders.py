@@ -164,8 +164,8 @@ class AdapterFolders:
             with refuse_as("invalid_adapter", folder.path):
                 self.check_task(folder.path)
                 summary = self._summarise(folder.path)
-                origin = _origin(summary)
-                return _described(signature, self._response(adapter_id, summary), origin and origin.vision_adapter)
+                trunk = None if (origin := _origin(summary)) is None else origin.vision_adapter
+                return _described(signature, self._response(adapter_id, summary), trunk)
         except ServeError as error:
             if error.type == "adapter_not_found" or (not signature and not _has_files(self._root / adapter_id)):
                 return None

@@ -181,18 +181,16 @@ class AdapterStore:
         self._listers.shutdown(wait=False, cancel_futures=True)
 
     def _look_into(self, settings: AdapterSettings) -> None:
-        self._folders = AdapterFolders(
+        folders = self._folders = AdapterFolders(
             settings,
             self._engine.summarise_adapter,
             self._most_detections,
             answers_clicks=self._answers_clicks,
         )
-        self._trunks = VisionTrunks(lambda adapter_id: self._read(adapter_id)[1].trunk_digest)
+        trunks = VisionTrunks(lambda adapter_id: self._read(adapter_id)[1].trunk_digest)
+        self._describe_all = lambda: trunks.named(folders.describe_all())
         self._listing: SharedCalls[list[Described]] = SharedCalls(self._listers)
         self._listers.submit(self._describe_all)  # so that the first listing need not read thousands of folders
-
-    def _describe_all(self) -> list[Described]:
-        return self._trunks.named(self._folders.describe_all())
 
     async def _acquire(self, adapter_id: str, deadline: float) -> LoadedAdapter:
         folder = await self._find(adapter_id)
