@@ -24,7 +24,6 @@ from serve_app.replica.replica import ModelReplica
 from serve_app.replica.vision_trunks import VisionTrunks
 
 from ..model.clicks.click_adapters import write_click_adapter
-from ..model.dense.dense_cases import write_dense
 from .replica_cases import LONG_S, Gate, call, image, metric, until_queued
 from .test_dense_replica import dense_call
 from .test_refine_replica import ONE, TWO, refine_call, refined, refused, same
@@ -34,10 +33,8 @@ SLOTS = ("towers", "heads", "edges", "holes", "over-towers")
 
 
 @pytest.fixture(scope="module")
-def root(clickable_base: Path, clickable_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = shutil.copytree(clickable_root, tmp_path_factory.mktemp("adapters") / "root")
-    write_dense(clickable_base, root / "gears")
-    return root
+def root(clickable_tasks: Path) -> Path:
+    return clickable_tasks
 
 
 @pytest.fixture(scope="module")
