@@ -51,7 +51,7 @@ class ClickReport:
 
 
 @torch.inference_mode()
-def measure_clicks(
+def measure_click_head(
     head: ClickHead, scenes: ClickScenes, *, num_scenes: int | None = None, max_clicks: int = MAX_CLICKS
 ) -> ClickReport:
     """Click on every object of the first scenes (None: all) as the simulated user does."""

@@ -11,7 +11,7 @@ import torch
 
 from jobs.pretrain.bank import build_bank
 from jobs.pretrain.click_head import first_click_head, save_both_halves
-from jobs.pretrain.click_measure import ClickReport, measure_clicks
+from jobs.pretrain.click_measure import ClickReport, measure_click_head
 from jobs.pretrain.click_scenes import ClickScenes
 from jobs.pretrain.click_stage import ClickStage, train_clicks
 from jobs.pretrain.snapshot import Snapshot
@@ -51,10 +51,10 @@ def pretrain_clicks(
         settings.stage,
         log=log,
         snapshot=Snapshot(output_dir / "clicks.safetensors", {"head": head}),
-        check=lambda: measure_clicks(head, held_out, num_scenes=min(40, len(held_out)), max_clicks=8).line(),
+        check=lambda: measure_click_head(head, held_out, num_scenes=min(40, len(held_out)), max_clicks=8).line(),
     )
     head.half().float().eval()  # as it is saved
-    report = measure_clicks(head, held_out)
+    report = measure_click_head(head, held_out)
     save_both_halves(find_base("tiny"), head, output_dir / "tiny")
     summary = {"settings": asdict(settings), "report": asdict(report)}
     (output_dir / "clicks.json").write_text(json.dumps(summary, indent=2) + "\n")

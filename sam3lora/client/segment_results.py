@@ -133,6 +133,10 @@ class AdapterInfo:
         rank: Of its LoRA matrices.
         size_bytes: Of its weights.
         adapts: Components of the model that it changes.
+        clicks_vision: Of task "clicks": the vision trunk that it goes with, "base" for that of the base: ask with
+            `clicks_vision="base"`, or with no adapter that changes the trunk; "adapter" for that of an adapter: ask
+            with one of `vision_adapters`.
+        vision_adapters: Of task "clicks" with clicks_vision "adapter": what to give as `adapter`.
         post_processing: Settings that hold where a call gives none, by the names of `SegmentOptions`, and
             `prompt_thresholds`; None for other tasks than "detection", or if the adapter cannot be read.
         resident: Whether a replica has it in memory.
@@ -149,6 +153,8 @@ class AdapterInfo:
     error: str | None = None
     task: str | None = None
     classes: tuple[str, ...] = ()
+    clicks_vision: str | None = None
+    vision_adapters: tuple[str, ...] = ()
 
     @classmethod
     def from_json(cls, adapter: Mapping[str, Any]) -> AdapterInfo:
@@ -163,6 +169,8 @@ class AdapterInfo:
             error=adapter.get("error"),
             task=adapter.get("task"),
             classes=tuple(adapter.get("classes") or ()),
+            clicks_vision=adapter.get("clicks_vision"),
+            vision_adapters=tuple(adapter.get("vision_adapters") or ()),
         )
 
 

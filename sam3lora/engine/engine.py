@@ -34,7 +34,7 @@ from sam3lora.engine.transfers import pinned
 from sam3lora.engine.warm_up import run_first_shapes
 from sam3lora.model.adapter.bank import AdapterBank
 from sam3lora.model.adapter.metadata import CLICKS, DENSE, DETECTION
-from sam3lora.model.adapter.weights import AdapterSummary, AdapterWeights, read_adapter_weights
+from sam3lora.model.adapter.weights import AdapterSummary, AdapterWeights, fingerprint_once, read_adapter_weights
 from sam3lora.model.any_adapter import AdapterReader
 from sam3lora.model.clicks import MASK_LIMIT
 from sam3lora.model.loading import LoadedBase, load_base
@@ -398,6 +398,11 @@ class Engine:
     def check_clicks(self, slot: int | None, click_slot: int | None) -> None:
         """Raise UserError if the click adapter in a slot was trained on another vision trunk than that of `slot`."""
         self._clicks.check(slot, click_slot)
+
+    @property
+    def tracker_fingerprint(self) -> str:
+        """Of the base's click head, whatever adapters are in slots."""
+        return fingerprint_once(self._clicks.load_head())
 
     @property
     def click_mask_side(self) -> int:

@@ -18,9 +18,13 @@ from serve_app.http.errors import ServeError
 from serve_app.http.schemas import NOT_TEXT, field_at, shown_name
 
 _MAX_FIELDS = 8  # parts that are parsed; an unknown one among them is refused by name
-MAX_JSON_BYTES = 1 << 18  # of a request, without its image
+MAX_JSON_BYTES = 1 << 18  # of a request, without its image and run-length codes
+MAX_CODES_BYTES = 8 << 20  # of a request's run-length codes: 32 of branched cracks in an image of 4000 x 3000
+_MAX_PART_BYTES = MAX_JSON_BYTES + MAX_CODES_BYTES
 _BIG_JSON = 1 << 14  # bytes from which parsing goes to a thread
-_IMAGE_BASE64 = re.compile(rb'"image_base64"\s*+:\s*+"((?:[^"\\]++|\\.)*+)', re.DOTALL)
+_IMAGE_BASE64, _CODE = (
+    re.compile(rb'"%s"\s*+:\s*+"((?:[^"\\]++|\\.)*+)' % name, re.DOTALL) for name in (b"image_base64", b"counts")
+)
 _MEDIA_TYPE = re.compile(r"[a-z0-9.+-]{1,40}/[a-z0-9.+-]{1,60}")
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,300})(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 _LISTS = ("prompts", "boxes", "classes")
@@ -63,21 +67,21 @@ async def read_request(request: Request, max_bytes: int) -> Received:
     raise ServeError("unsupported_media_type", f"expected {_ACCEPTED_BODIES}; {found}")
 
 
-def parse_json(body: bytes | str) -> dict[str, Any]:
+def parse_json(body: bytes) -> dict[str, Any]:
     """A JSON object in UTF-8 without repeated names, NaN or Infinity.
 
     Raises:
         ServeError: `malformed_body`, `body_too_large`, or `invalid_request` for a repeated name.
     """
-    if isinstance(body, bytes):
-        _check_json_size(body)
-        encoding = json.detect_encoding(body)
-        if encoding != "utf-8":
-            found = "UTF-8 with a byte order mark" if encoding == "utf-8-sig" else encoding.upper()
-            raise ServeError("malformed_body", f"the JSON is in {found}: expected UTF-8 without a byte order mark")
+    _check_json_size(body)
+    encoding = json.detect_encoding(body)
+    if encoding != "utf-8":
+        found = "UTF-8 with a byte order mark" if encoding == "utf-8-sig" else encoding.upper()
+        raise ServeError("malformed_body", f"the JSON is in {found}: expected UTF-8 without a byte order mark")
     try:
-        text = body if isinstance(body, str) else body.decode("utf-8")
-        parsed = json.loads(text, object_pairs_hook=_once, parse_float=_number, parse_constant=_no_constant)
+        parsed = json.loads(
+            body.decode("utf-8"), object_pairs_hook=_once, parse_float=_number, parse_constant=_no_constant
+        )
     except RecursionError:
         raise ServeError("malformed_body", "the JSON is nested too deeply") from None
     except json.JSONDecodeError as error:
@@ -90,17 +94,25 @@ def parse_json(body: bytes | str) -> dict[str, Any]:
     return parsed
 
 
-async def _parse(body: bytes | str) -> dict[str, Any]:
+async def _parse(body: bytes) -> dict[str, Any]:
     return await asyncio.to_thread(parse_json, body) if len(body) > _BIG_JSON else parse_json(body)
 
 
 def _check_json_size(body: bytes) -> None:
-    """Limit the JSON besides the image: a long text is cheap to parse, but millions of small values are not."""
-    if len(body) > MAX_JSON_BYTES:
-        image = _IMAGE_BASE64.search(body)
-        if len(body) - (len(image[1]) if image else 0) > MAX_JSON_BYTES:
-            message = f"expected at most {MAX_JSON_BYTES} bytes of JSON besides image_base64: ask in parts"
-            raise ServeError("body_too_large", message)
+    """Limit the JSON besides long texts, which are cheap to parse: millions of small values are not."""
+    if len(body) <= MAX_JSON_BYTES:
+        return
+    image = _IMAGE_BASE64.search(body)
+    num_bytes_of_codes = sum(code.end(1) - code.start(1) for code in _CODE.finditer(body))
+    if num_bytes_of_codes > MAX_CODES_BYTES:
+        raise ServeError(
+            "body_too_large",
+            f"expected at most {MAX_CODES_BYTES} bytes of run-length codes, got {num_bytes_of_codes}: name kept masks "
+            "by their mask_id, or ask for fewer objects",
+        )
+    if len(body) - num_bytes_of_codes - (len(image[1]) if image else 0) > MAX_JSON_BYTES:
+        message = f"expected at most {MAX_JSON_BYTES} bytes of JSON besides image_base64 and counts: ask in parts"
+        raise ServeError("body_too_large", message)
 
 
 def _check_headers(request: Request, max_bytes: int) -> None:
@@ -132,7 +144,7 @@ class _MultiPart(MultiPartParser):
     """Starlette's parser. Files stay in memory, and `is_whole` says whether the body was complete."""
 
     def __init__(self, headers: Headers, stream: AsyncGenerator[bytes, None], max_bytes: int) -> None:
-        limits = {"max_files": _MAX_FIELDS, "max_fields": _MAX_FIELDS, "max_part_size": MAX_JSON_BYTES}
+        limits = {"max_files": _MAX_FIELDS, "max_fields": _MAX_FIELDS, "max_part_size": _MAX_PART_BYTES}
         super().__init__(headers, stream, **limits)
         self.spool_max_size = max_bytes + 1
         self.is_whole = False
@@ -183,12 +195,12 @@ async def _read_multipart(request: Request, max_bytes: int) -> Received:
         if isinstance(image, str):
             raise ServeError("invalid_request", "the part image must be a file: give it a filename", field="image")
         if isinstance(fields, UploadFile):
-            if (fields.size or 0) > MAX_JSON_BYTES:
-                message = f"the part request is larger than {MAX_JSON_BYTES} bytes"
+            if (fields.size or 0) > _MAX_PART_BYTES:
+                message = f"the part request is larger than {_MAX_PART_BYTES} bytes"
                 raise ServeError("malformed_body", message, field="request")
             parsed = await _parse(await fields.read())
         else:
-            parsed = await _parse(fields)
+            parsed = await _parse(fields.encode())
         return Received(parsed, image=None if image is None else await image.read())
     finally:
         await form.close()

@@ -36,7 +36,7 @@ STATUS_OF = {
     "too_many_requests": 429,  # replaces `overloaded` where the settings ask for 429
     "headers_too_large": 431,
     "internal": 500,
-    "no_click_head": 501,  # the base model has no tracker
+    "no_click_head": 501,  # the base model has no tracker, or the settings leave it out
     "overloaded": 503,
     "out_of_memory": 503,
     "replica_failed": 503,
@@ -89,6 +89,14 @@ def answer_too_large(
 ) -> ServeError:
     message = f"the answer has {num_bytes} bytes, expected at most {most_bytes}: {advice}"
     return ServeError("answer_too_large", message)
+
+
+def no_click_head(field: str | None = None) -> ServeError:
+    message = (
+        "this service answers no clicks: they need a base model with a tracker, such as facebook/sam3, and the setting "
+        "`clicks` not false"
+    )
+    return ServeError("no_click_head", message, field=field)
 
 
 @contextmanager

@@ -219,7 +219,7 @@ def _asking_body(model: str, examples: dict[str, tuple[str, dict[str, Any]]], *,
     encoded = base64.b64encode(sample_png()).decode()
     return {
         "required": True,
-        "description": f"{forms}. JSON has at most {MAX_JSON_BYTES} bytes besides image_base64.",
+        "description": f"{forms}. JSON has at most {MAX_JSON_BYTES} bytes besides image_base64 and counts.",
         "content": {
             "application/json": {
                 "schema": request,

@@ -18,6 +18,7 @@ from serve_app.http.writing import Writing
 from serve_app.messages import ImageFile, RefineCall, RefinedMask, RefinedObject, RefineReply
 from serve_app.settings import Limits
 
+MAX_CODE_CHARS = 1 << 20  # of a mask: reading takes 70 times its memory. A net of cracks at 4000 x 3000 has 600,000
 _MULTIMASK = {"auto": None, "always": True, "never": False}
 
 
@@ -85,6 +86,12 @@ def _mask(asked: MaskRequest | None, name: str) -> str | Rle | None:
     if asked.mask_id is not None or None in code:
         message = f'{name}: expected {{"mask_id": ...}}, or {{"size": [height, width], "counts": ...}}'
         raise ServeError("invalid_mask", message, field=name)
+    if asked.counts is not None and len(asked.counts) > MAX_CODE_CHARS:
+        message = (
+            f"{name}.counts has {len(asked.counts)} characters, expected at most {MAX_CODE_CHARS}: name a kept mask by "
+            "its mask_id, or leave the mask out"
+        )
+        raise ServeError("invalid_mask", message, field=f"{name}.counts")
     try:
         return read_rle({"size": asked.size, "counts": asked.counts})
     except ValueError:

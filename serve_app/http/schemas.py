@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, FailFast, Field, StringConstraints, ValidationError
 
 from sam3lora.config.post_processing import PostProcessing
+from sam3lora.engine.clicks.click import ClicksVision
 from sam3lora.engine.detections import BoxPrompt
 from serve_app.http.errors import ServeError
 from serve_app.settings import ADAPTER_ID_PATTERN, ADAPTER_ID_RULE
@@ -214,6 +215,17 @@ class AdapterResponse(BaseModel):
     rank: int | None = Field(default=None, description="Largest rank of its LoRA matrices.")
     size_bytes: int | None = Field(default=None, description="Size of its weights.")
     adapts: list[str] = Field(default_factory=list, description="Parts of the model that it changes.")
+    clicks_vision: ClicksVision | None = Field(
+        default=None,
+        description='Of task clicks: the vision trunk that it goes with. "base" is that of the base: ask with '
+        'clicks_vision "base", or with no adapter that changes the trunk. "adapter" is that of an adapter: ask with '
+        "one of vision_adapters as adapter.",
+    )
+    vision_adapters: list[str] = Field(
+        default_factory=list,
+        description='Of task clicks with clicks_vision "adapter": the adapters of this service that have that trunk. '
+        "Without any it cannot be asked here.",
+    )
     post_processing: PostProcessing | None = Field(
         default=None,
         description="Settings that hold where a request gives none; null for other tasks than detection, or if it "

@@ -17,11 +17,12 @@ from typing import NamedTuple
 
 from sam3lora.model.adapter.folder import FolderSignature, file_signature
 from sam3lora.model.adapter.folder_files import FILES
-from sam3lora.model.adapter.metadata import recorded_post_processing
+from sam3lora.model.adapter.metadata import CLICKS, read_metadata, recorded_post_processing
 from sam3lora.model.adapter.weights import AdapterSummary, read_summary
+from sam3lora.model.clicks.origin import ClickOrigin
 from sam3lora.model.components import COMPONENTS
-from serve_app.http.errors import ServeError, refuse_as
-from serve_app.http.schemas import AdapterResponse
+from serve_app.http.errors import ServeError, no_click_head, refuse_as
+from serve_app.http.schemas import AdapterResponse, Task
 from serve_app.settings import ADAPTER_ID_PATTERN, ADAPTER_ID_RULE, AdapterSettings, Limits
 
 logger = logging.getLogger(__name__)
@@ -42,18 +43,28 @@ class AdapterFolder:
 
 
 class Described(NamedTuple):
-    """A folder of the listing: what its files say, the same as JSON, and the texts that a search looks into."""
+    """A folder of the listing: what its files say, the same as JSON, and the texts that a search looks into.
+
+    `vision_adapter` is the digest of the vision trunk that a click adapter was trained on; None for the base's.
+    """
 
     signature: FolderSignature
     info: AdapterResponse
     json: str
     searched: tuple[str, ...]
+    vision_adapter: str | None = None
+
+    def changed(self, **changes: object) -> Described:
+        """With other fields of `info`."""
+        info = self.info.model_copy(update=changes)
+        return self._replace(info=info, json=info.model_dump_json())
 
 
 class AdapterFolders:
     """The folders under one root that the settings allow.
 
-    `summarise` reads a folder without its weights, and raises what loading it would raise.
+    `summarise` reads a folder without its weights, and raises what loading it would raise. Without `answers_clicks`
+    no click adapter is read, for which the click head would be loaded.
     """
 
     def __init__(
@@ -61,11 +72,14 @@ class AdapterFolders:
         settings: AdapterSettings,
         summarise: Callable[[Path], AdapterSummary] = read_summary,
         most_detections: int = Limits().max_detections,
+        *,
+        answers_clicks: bool = True,
     ) -> None:
         self._root = settings.root
         self._allowed = None if settings.allowed is None else frozenset(settings.allowed)
         self._summarise = summarise
         self._most_detections = most_detections
+        self._answers_clicks = answers_clicks
         self._known: dict[str, Described] = {}
         self._lock = threading.Lock()
 
@@ -84,6 +98,16 @@ class AdapterFolders:
         if self._root is None or not self.allows(adapter_id):
             raise _not_found(adapter_id)
         return self._look(os.path.realpath(self._root), self._root, adapter_id)
+
+    def check_task(self, folder: Path) -> None:
+        """Refuse a click adapter where no clicks are answered, by its metadata alone.
+
+        Raises:
+            ServeError: `no_click_head`.
+            UserError: The metadata are damaged.
+        """
+        if not self._answers_clicks and (metadata := read_metadata(folder)) and metadata.task == CLICKS:
+            raise no_click_head()
 
     def describe_all(self) -> list[Described]:
         """All adapters that may be served, by id, broken ones with their error. Only changed folders are read again."""
@@ -127,6 +151,7 @@ class AdapterFolders:
         """None for what is no adapter or no longer exists."""
         assert self._root is not None
         signature: FolderSignature = ()
+        task: Task | None = None
         try:
             folder = self._look(real_root, self._root, adapter_id)
             signature = folder.signature
@@ -137,17 +162,20 @@ class AdapterFolders:
             if not _has_files(folder.path):
                 return None
             with refuse_as("invalid_adapter", folder.path):
-                return _described(signature, self._response(adapter_id, self._summarise(folder.path)))
+                self.check_task(folder.path)
+                summary = self._summarise(folder.path)
+                trunk = None if (origin := _origin(summary)) is None else origin.vision_adapter
+                return _described(signature, self._response(adapter_id, summary), trunk)
         except ServeError as error:
             if error.type == "adapter_not_found" or (not signature and not _has_files(self._root / adapter_id)):
                 return None
-            message = error.message
+            message, task = error.message, "clicks" if error.type == "no_click_head" else None
         except OSError as error:
             message = f"adapter {adapter_id!r} cannot be read: {error.strerror}"
         except Exception:  # a damaged file may raise anything, and must not hide the other adapters
             logger.exception("adapter %s cannot be described", adapter_id)
             message = f"adapter {adapter_id!r} cannot be read: the log of the service has the reason"
-        return _described(signature, AdapterResponse(id=adapter_id, error=message[:_MAX_ERROR_CHARS]))
+        return _described(signature, AdapterResponse(id=adapter_id, task=task, error=message[:_MAX_ERROR_CHARS]))
 
     def _describe_misnamed(self, real_root: str, name: str) -> Described | None:
         """An adapter whose folder's name is no id, so that nobody can ask it; names with a dot first are hidden."""
@@ -168,9 +196,14 @@ class AdapterFolders:
                 size_bytes=known.size_bytes,
                 adapts=[name for name in COMPONENTS if name in known.components],
             )
-        if known.metadata is not None and known.metadata.clicks is not None:
+        if (origin := _origin(known)) is not None:
             return AdapterResponse(
-                id=adapter_id, task="clicks", rank=known.rank, size_bytes=known.size_bytes, adapts=["click_head"]
+                id=adapter_id,
+                task="clicks",
+                rank=known.rank,
+                size_bytes=known.size_bytes,
+                adapts=["click_head"],
+                clicks_vision="base" if origin.vision_adapter is None else "adapter",
             )
         prompts = known.metadata.prompts if known.metadata else []
         post = recorded_post_processing(known.metadata)
@@ -185,9 +218,15 @@ class AdapterFolders:
         )
 
 
-def _described(signature: FolderSignature, info: AdapterResponse) -> Described:
+def _described(signature: FolderSignature, info: AdapterResponse, vision_adapter: str | None = None) -> Described:
     searched = tuple(text.casefold() for text in (info.id, *info.prompts, *info.classes))
-    return Described(signature, info, info.model_dump_json(), searched)
+    return Described(signature, info, info.model_dump_json(), searched, vision_adapter)
+
+
+def _origin(known: AdapterSummary) -> ClickOrigin | None:
+    """What a click adapter was trained on; None of another task."""
+    clicks = None if known.metadata is None else known.metadata.clicks
+    return None if clicks is None else ClickOrigin(**clicks)
 
 
 def _has_files(folder: Path) -> bool:

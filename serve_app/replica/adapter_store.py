@@ -25,6 +25,7 @@ from serve_app.metrics import ReplicaMetrics
 from serve_app.replica.adapter_folders import AdapterFolder, AdapterFolders, Described
 from serve_app.replica.adapter_slots import Load, LoadedAdapter, Recorded, SlotTable
 from serve_app.replica.shared_calls import SharedCalls
+from serve_app.replica.vision_trunks import VisionTrunks
 from serve_app.settings import AdapterSettings, Limits
 
 logger = logging.getLogger(__name__)
@@ -68,11 +69,13 @@ class AdapterStore:
         num_slots: int,
         metrics: ReplicaMetrics,
         most_detections: int = Limits().max_detections,
+        answers_clicks: bool = True,
     ) -> None:
         self._engine = engine
         self._run_in_model_thread = run_in_model_thread
         self._metrics = metrics
         self._most_detections = most_detections
+        self._answers_clicks = answers_clicks
         self._listers = ThreadPoolExecutor(1, thread_name_prefix="adapter-list")
         self._look_into(settings)
         self._table = SlotTable(num_slots, lambda slot: self._spawn(self._empty(slot)), metrics.adapter_evictions.inc)
@@ -145,7 +148,7 @@ class AdapterStore:
 
     async def list(self, query: AdapterQuery = EVERY_ADAPTER) -> AdapterPage:
         """The adapters that may be served and match the query, by id."""
-        matching = await self._listing.run("all", self._folders.describe_all)
+        matching = await self._listing.run("all", self._describe_all)
         if query.task is not None:
             matching = [one for one in matching if one.info.task in (query.task, None)]
         if query.search is not None:
@@ -178,9 +181,16 @@ class AdapterStore:
         self._listers.shutdown(wait=False, cancel_futures=True)
 
     def _look_into(self, settings: AdapterSettings) -> None:
-        self._folders = AdapterFolders(settings, self._engine.summarise_adapter, self._most_detections)
+        folders = self._folders = AdapterFolders(
+            settings,
+            self._engine.summarise_adapter,
+            self._most_detections,
+            answers_clicks=self._answers_clicks,
+        )
+        trunks = VisionTrunks(lambda adapter_id: self._read(adapter_id)[1].trunk_digest)
+        self._describe_all = lambda: trunks.named(folders.describe_all())
         self._listing: SharedCalls[list[Described]] = SharedCalls(self._listers)
-        self._listers.submit(self._folders.describe_all)  # so that the first listing need not read thousands of folders
+        self._listers.submit(self._describe_all)  # so that the first listing need not read thousands of folders
 
     async def _acquire(self, adapter_id: str, deadline: float) -> LoadedAdapter:
         folder = await self._find(adapter_id)
@@ -298,6 +308,7 @@ class AdapterStore:
         folder = self._folders.find(adapter_id)
         try:
             with refuse_as("invalid_adapter", folder.path):
+                self._folders.check_task(folder.path)
                 weights = self._engine.read_any_adapter(folder.path)
         except (ServeError, MemoryError):
             raise

@@ -26,7 +26,7 @@ from sam3lora.errors import UserError
 from sam3lora.model.dense.settings import DenseSettings
 from sam3lora.model.tokenization import PromptError
 from sam3lora.start_marks import mark
-from serve_app.http.errors import ServeError, answer_too_large
+from serve_app.http.errors import ServeError, answer_too_large, no_click_head
 from serve_app.http.refine import check_places
 from serve_app.http.schemas import check_boxes
 from serve_app.logs import log_as_serve
@@ -105,6 +105,7 @@ class ModelReplica:
             num_slots=settings.max_resident_adapters,
             metrics=self._metrics,
             most_detections=limits.max_detections,
+            answers_clicks=self._answers_clicks,
         )
         self._batcher.run_at_start(self._engine.warm_up)
         mark("warm-up")
@@ -313,11 +314,7 @@ class ModelReplica:
 
     def _check_clicks(self, field: str | None = None) -> None:
         if not self._answers_clicks:
-            message = (
-                "this service answers no clicks: they need a base model with a tracker, such as facebook/sam3, and the "
-                "setting `clicks` not false"
-            )
-            raise ServeError("no_click_head", message, field=field)
+            raise no_click_head(field)
 
     async def _keep(self, file: ImageFile, timeout_s: float) -> ImageReply:
         if known := self._engine.cached_image(file.key):

@@ -23,6 +23,13 @@ export async function listAdapters({ search = "", after = null, task = "detectio
 export const knows = (adapter, prompt) =>
   adapter.prompts.some((word) => word.toLowerCase() === prompt.toLowerCase());
 
+/** Why an adapter of the click head cannot answer beside any of `adapters`, ids and null for the base; "" if it can. */
+export function clickFault({ clicks_vision, vision_adapters }, adapters) {
+  if (clicks_vision !== "adapter" || adapters.some((id) => vision_adapters.includes(id))) return "";
+  if (!vision_adapters.length) return "it was trained on the vision trunk of an adapter that is not here";
+  return `it was trained on the vision trunk of ${vision_adapters.join(" or ")}: pick that as adapter first`;
+}
+
 /** The usable adapter that was trained on most of `prompts`, and those: { id, prompts }, or null. */
 export async function trainedOn(prompts, { signal } = {}) {
   const pages = await Promise.all(prompts.slice(0, 3).map((search) => listAdapters({ search, signal })));

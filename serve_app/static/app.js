@@ -1,6 +1,6 @@
 // The page: builds requests, sends them, and shows the responses in panels.
 
-import { answersClicks, basePostProcessing, known, listAdapters, trainedOn } from "./adapters.js";
+import { answersClicks, basePostProcessing, clickFault, known, listAdapters, trainedOn } from "./adapters.js";
 import { isAbort, ServiceError } from "./api.js";
 import { BoxList } from "./boxes.js";
 import { Clicks } from "./clicks.js";
@@ -41,13 +41,18 @@ const notice = new Notice({ retry, choose: chooseFile, leave: focusPicture });
 const failed = { onFail: showError };
 const adapter = new Picker("adapter", [[BASE, "Base model"]], { ...failed, onChange: pickByHand });
 const compare = new Picker("compare", [[NONE, "Nothing"], [BASE, "Base model"]], { ...failed, onChange: layPanels });
-const clickAdapter = new Picker("click-adapter", [[BASE, "Base model"]], { ...failed, onChange() {}, task: "clicks" });
+const clickAdapter = new Picker("click-adapter", [[BASE, "Base model"]], {
+  ...failed,
+  onChange() {},
+  task: "clicks",
+  faultOf: (one) => clickFault(one, panels.map((panel) => panel.adapter)),
+});
 const clicks = new Clicks(scene, {
   ...failed,
   onChange: refineAll,
   say,
   panel: () => views.shown,
-  adapter: () => clickAdapter.value || null,
+  adapter: () => known.get(clickAdapter.value) ?? null,
 });
 let isPickedByHand = false;
 let panels = [];

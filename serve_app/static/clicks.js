@@ -1,5 +1,6 @@
 // Clicks on the picture: they correct a found outline or add an object. Asks the service and keeps one object in hand.
 
+import { clickFault } from "./adapters.js";
 import { isAbort } from "./api.js";
 import { ClickBar } from "./click_bar.js";
 import { Edit } from "./edits.js";
@@ -15,7 +16,7 @@ export class Clicks {
   /**
    * `scene` as of `Stage`. Callbacks: `onChange()` after an outline changed, which has to call `showBar`,
    * `onFail(error)`, `say(text)`, `panel()`, which returns the panel that is seen, and `adapter()`, which returns the
-   * adapter of the click head, null for the base's.
+   * adapter of the click head as the service lists it, null for the base's.
    */
   constructor(scene, callbacks) {
     this.#scene = scene;
@@ -36,6 +37,9 @@ export class Clicks {
 
   /** A click { x, y, isOut } or a box on the picture of a panel; `item` is what is found under the click, if anything. */
   show(panel, { click = null, box = null, item = null }) {
+    const answering = this.#on.adapter();
+    const fault = answering && clickFault(answering, [panel.adapter]);
+    if (fault) return this.#on.say(`${answering.id} cannot answer here: ${fault}.`);
     if (this.#panel && this.#panel !== panel) this.finish();
     const label = click && Number(!click.isOut && !this.#bar.isOut);
     if (!this.#edit && item && click) {
@@ -136,8 +140,14 @@ export class Clicks {
   async #answer({ adapter }, edit, isAgain, signal) {
     const onWait = (seconds) => this.#on.say(`The service is busy: trying again in ${seconds} s.`);
     for (let isKept = true; ; isKept = false) {
-      const objects = [edit.request(isKept, isAgain)];
-      const question = { adapter, click_adapter: this.#on.adapter(), objects, ...this.#bar.cleaning };
+      const answering = this.#on.adapter();
+      const question = {
+        adapter,
+        click_adapter: answering?.id ?? null,
+        clicks_vision: answering?.clicks_vision ?? "adapter",
+        objects: [edit.request(isKept, isAgain)],
+        ...this.#bar.cleaning,
+      };
       try {
         const { answer } = await this.#scene.picture.ask("v1/refine", question, { signal, onWait });
         return answer.objects[0];

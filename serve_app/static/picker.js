@@ -6,23 +6,28 @@ import { byId, debounce, make } from "./elements.js";
 
 const TYPED_FROM = 8; // adapters; below, a touch screen shows no keyboard
 
-/** `value` is the id of an adapter of `task` or of one of the `fixed` choices, [[value, text], ...], which come first. */
+/**
+ * `value` is the id of an adapter of `task` or of one of the `fixed` choices, [[value, text], ...], which come first.
+ * `faultOf(adapter)` says why one cannot be picked now; "" if it can.
+ */
 export class Picker {
   #input;
   #list;
   #fixed;
   #task;
+  #faultOf;
   #onChange;
   #onFail;
   #active = null; // the option that Enter takes
   #next = null; // where the list goes on
   #search = new AbortController();
 
-  constructor(id, fixed, { onChange, onFail, task = "detection" }) {
+  constructor(id, fixed, { onChange, onFail, task = "detection", faultOf = () => "" }) {
     this.#input = byId(id);
     this.#list = byId(`${id}-list`);
     this.#fixed = fixed;
     this.#task = task;
+    this.#faultOf = faultOf;
     this.#onChange = onChange;
     this.#onFail = onFail;
     this.value = fixed[0][0];
@@ -112,7 +117,9 @@ export class Picker {
     return [...this.#list.querySelectorAll("[role=option]")];
   }
 
-  #option({ id, text = id, prompts, error }) {
+  #option(adapter) {
+    const { id, text = id, prompts } = adapter;
+    const error = adapter.error || this.#faultOf(adapter);
     const option = make("li", { role: "option", id: `${this.#list.id}-${id || "base"}` });
     option.append(make("b", { textContent: text }));
     const about = error ? `cannot be used: ${error}` : prompts.slice(0, 12).join(", ");

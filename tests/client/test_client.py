@@ -153,8 +153,11 @@ def test_urls_and_keys():
 def test_adapters(kind):
     listed = {"id": "a", "prompts": ["crack"], "rank": 8, "size_bytes": 10, "adapts": ["detr"], "resident": True}
     broken = {"id": "b", "error": "no weights", "a_field_of_tomorrow": 1}
-    script = Script(httpx.Response(200, json={"adapters": [listed, broken]}))
-    first, second = script.client(kind).adapters()
+    edges = {"id": "edges", "task": "clicks", "clicks_vision": "adapter", "vision_adapters": ["a"]}
+    script = Script(httpx.Response(200, json={"adapters": [listed, broken, edges]}))
+    first, second, third = script.client(kind).adapters()
+    assert (third.clicks_vision, third.vision_adapters) == ("adapter", ("a",))
+    assert (first.clicks_vision, first.vision_adapters) == (None, ())
     assert (first.id, first.prompts, first.rank, first.resident, first.error) == ("a", ("crack",), 8, True, None)
     assert (second.prompts, second.rank, second.resident, second.error) == ((), None, False, "no weights")
 

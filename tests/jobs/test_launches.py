@@ -76,6 +76,7 @@ def test_a_training_step_in_graphs_starts_no_more_kernels():
     assert "vision" not in step.by_part  # one graph, counted where it is started from
 
 
+@pytest.mark.slow
 def test_recomputed_layers_are_in_graphs():
     step = count_training_step("full", model="tiny", graphs=True)  # the layers of a graph do not count
     assert step.launches <= FULL_STEP_WITH_GRAPHS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -24,9 +25,27 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
+@pytest.fixture(scope="session")
+def root(spread_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two adapters over `spread_base` and a broken one, read only. Modules may have another `root`."""
+    from .replica_cases import write_root
+
+    return write_root(tmp_path_factory.mktemp("adapters"), spread_base)
+
+
+@pytest.fixture(scope="session")
+def clickable_tasks(clickable_base: Path, clickable_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The adapters of `clickable_root` and "gears" of task dense, read only."""
+    from ..model.dense.dense_cases import write_dense
+
+    root = shutil.copytree(clickable_root, tmp_path_factory.mktemp("clickable_tasks") / "root")
+    write_dense(clickable_base, root / "gears")
+    return root
+
+
 @pytest.fixture
 def play(spread_base: Path, root: Path) -> Callable[..., AbstractAsyncContextManager[ModelReplica]]:
-    """Opens a replica over the module's `root` of adapters, which is closed at the end of the block.
+    """Opens a replica over the `root` of adapters, which is closed at the end of the block.
 
     It encodes no images ahead unless a test asks for it: batches then depend on the requests alone.
     """

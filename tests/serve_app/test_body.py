@@ -30,6 +30,11 @@ JSON = {"content-type": "application/json"}
         f'{{"adapter": "\\"image_base64", "x": {NUMBERS}, "a": ": \\"{LARGE}"}}',
         f'{{"image_base64": "a\\"", "prompts": {NUMBERS}}}',
         f'{{"adapter": "{LARGE}"}}',
+        f'{{"counts": "A", "prompts": {NUMBERS}}}',
+        f'{{"adapter": "\\"counts\\":\\"", "prompts": {NUMBERS}}}',
+        f'{{"a": "\\"counts", "x": {NUMBERS}, "b": ": \\"{LARGE}"}}',
+        '{"objects": [' + '{"counts": ""},' * 50_000 + "0]}",
+        f'{{"objects": [{{"counts": "{"A" * (body.MAX_CODES_BYTES + 1)}"}}]}}',
     ],
 )
 @pytest.mark.parametrize("path", ["/v1/segment", "/v1/images"])

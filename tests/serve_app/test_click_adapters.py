@@ -14,12 +14,16 @@ import pytest
 from sam3lora.engine.clicks.decoder import ClickedObject
 from sam3lora.engine.clicks.prompt import ClickAnswer, ClickPrompt
 from sam3lora.engine.engine import Engine
+from sam3lora.errors import UserError
+from sam3lora.model.clicks import loading
 from serve_app.http.errors import ServeError
 from serve_app.http.schemas import AdapterResponse
 from serve_app.messages import AdapterQuery, RefineCall, RefinedObject, RefineReply
+from serve_app.replica.adapter_folders import Described
+from serve_app.replica.replica import ModelReplica
+from serve_app.replica.vision_trunks import VisionTrunks
 
 from ..model.clicks.click_adapters import write_click_adapter
-from ..model.dense.dense_cases import write_dense
 from .replica_cases import LONG_S, Gate, call, image, metric, until_queued
 from .test_dense_replica import dense_call
 from .test_refine_replica import ONE, TWO, refine_call, refined, refused, same
@@ -29,10 +33,8 @@ SLOTS = ("towers", "heads", "edges", "holes", "over-towers")
 
 
 @pytest.fixture(scope="module")
-def root(clickable_base: Path, clickable_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = shutil.copytree(clickable_root, tmp_path_factory.mktemp("adapters") / "root")
-    write_dense(clickable_base, root / "gears")
-    return root
+def root(clickable_tasks: Path) -> Path:
+    return clickable_tasks
 
 
 @pytest.fixture(scope="module")
@@ -234,3 +236,83 @@ async def test_what_is_refused_and_listed(serve: Callable, clickable_base: Path,
         assert edges.post_processing is None
         assert "gears" not in rows
         assert "towers" not in rows
+
+
+async def test_the_listing_says_which_adapter_a_click_adapter_goes_with(serve: Callable, root: Path, tmp_path: Path):
+    async def pairs(service: ModelReplica) -> dict[str, tuple[str | None, list[str]]]:
+        page = await service.list_adapters(AdapterQuery(task="clicks"))
+        rows = [AdapterResponse.model_validate_json(row.json) for row in page.rows]
+        return {row.id: (row.clicks_vision, row.vision_adapters) for row in rows}
+
+    served = shutil.copytree(root, tmp_path / "root")
+    of_the_base = {"edges": ("base", []), "holes": ("base", [])}
+    async with serve(adapters={"root": served}) as service:
+        assert await pairs(service) == of_the_base | {"over-towers": ("adapter", ["towers"])}
+        # What is named is answered, and what is not is refused.
+        await refined(service, refine_call(ONE, adapter="towers", click_adapter="over-towers"))
+        await refined(service, refine_call(ONE, adapter="towers", click_adapter="edges", clicks_vision="base"))
+        assert (await refused(service, refine_call(ONE, click_adapter="over-towers"))).type == "invalid_adapter"
+        # The same trunk under another name, and in the place of another adapter; then under none.
+        shutil.copytree(served / "towers", served / "again")
+        shutil.rmtree(served / "heads")
+        shutil.copytree(served / "towers", served / "heads")
+        assert (await pairs(service))["over-towers"] == ("adapter", ["again", "heads", "towers"])
+        for name in ("again", "heads", "towers"):
+            shutil.rmtree(served / name)
+        assert await pairs(service) == of_the_base | {"over-towers": ("adapter", [])}
+
+
+async def test_a_service_without_clicks_refuses_click_adapters_and_loads_no_click_head(
+    serve: Callable, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(loading, "load_click_head", lambda base: pytest.fail("the click head was loaded"))
+    async with serve(clicks=False) as service:
+        page = await service.list_adapters()
+        rows = {row.id: AdapterResponse.model_validate_json(row.json) for row in page.rows}
+        assert {name: rows[name].task for name in SLOTS} == {
+            "towers": "detection",
+            "heads": "detection",
+            "edges": "clicks",
+            "holes": "clicks",
+            "over-towers": "clicks",
+        }
+        assert [name for name in SLOTS if rows[name].error] == ["edges", "holes", "over-towers"]
+        assert "the setting `clicks` not false" in (rows["edges"].error or "")
+        assert (await service.segment(call(0, adapter="towers"))).size_hw
+        for asked in (service.segment(call(0, adapter="edges")), service.refine(refine_call(click_adapter="edges"))):
+            reply = await asked
+            assert isinstance(reply, ServeError)
+            assert (reply.type, reply.message) == ("no_click_head", rows["edges"].error)
+
+
+def test_weights_are_read_once_and_only_where_a_click_adapter_asks_for_a_trunk():
+    def row(name: str, vision_adapter: str | None = None, *, version: int = 1, **fields: Any) -> Described:
+        info = AdapterResponse(id=name, **({"task": "detection", "adapts": ["vision_encoder"]} | fields))
+        return Described(((version, 0, 0, 0),), info, info.model_dump_json(), (), vision_adapter)
+
+    def read(name: str) -> str | None:
+        reads.append(name)
+        if name == "torn":
+            raise UserError("damaged")
+        return {"a": "aa", "b": "bb", "neck": None}[name]
+
+    reads: list[str] = []
+    trunks = VisionTrunks(read)
+    served = [
+        row("a"),
+        row("b"),
+        row("neck"),
+        row("torn"),
+        row("words", adapts=["text_encoder"]),
+        row("gears", task="dense"),
+    ]
+    assert trunks.named(served) == served
+    assert reads == []
+    asking = [*served, row("over-b", "bb", task="clicks"), row("over-c", "cc", task="clicks")]
+    for _ in range(2):
+        *_, over_b, over_c = trunks.named(asking)
+        assert (over_b.info.vision_adapters, over_c.info.vision_adapters) == (["b"], [])
+        assert json.loads(over_b.json)["vision_adapters"] == ["b"]
+    assert reads == ["a", "b", "neck", "torn"]
+    trunks.named([row("b", version=2), *asking[2:]])
+    assert reads[4:] == ["b"]

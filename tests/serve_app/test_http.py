@@ -182,6 +182,8 @@ def test_adapters():
         "rank": 8,
         "size_bytes": 2048,
         "adapts": ["detr_decoder"],
+        "clicks_vision": None,
+        "vision_adapters": [],
         "post_processing": PostProcessing(threshold=0.3, prompt_thresholds={"crack": 0.2}).model_dump(),
         "resident": True,
         "error": None,

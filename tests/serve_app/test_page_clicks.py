@@ -331,3 +331,42 @@ def test_a_click_adapter_is_picked_where_there_is_one(page: Browser, server: Pag
     click(page, 200, 20)
     refined(page, server, 2)
     assert (server.refined[1]["adapter"], server.refined[1]["click_adapter"]) == (None, "edges")
+
+
+def test_a_click_adapter_is_asked_on_the_trunk_that_it_goes_with(page: Browser, server: PageServer, image: Path):
+    row = {"task": "clicks", "prompts": [], "post_processing": None, "clicks_vision": "adapter"}
+    server.adapters = [
+        *server.adapters,
+        row | {"id": "edges", "clicks_vision": "base", "vision_adapters": []},
+        row | {"id": "lonely", "vision_adapters": []},
+        row | {"id": "over-shapes", "vision_adapters": ["shapes"]},
+    ]
+    open_page(page, server.url)
+    pick(page, "adapter", "road")
+    begin(page, image, "gear")
+    page.wait("document.querySelector('#click-picker').checkVisibility()")
+    pick(page, "click-adapter", "edges")
+    click(page, 200, 20)
+    refined(page, server, 1)
+    page.click("#click-adapter")
+    page.wait("document.querySelectorAll('#click-adapter-list li').length === 4")
+    refused = "[...document.querySelectorAll('#click-adapter-list [aria-disabled=true]')].map(one => one.textContent)"
+    lonely, over = page.value(refused)
+    assert "not here" in lonely
+    assert "pick that as adapter first" in over
+    page.press("Escape")
+    pick(page, "adapter", "shapes")
+    answered(page)
+    pick(page, "click-adapter", "over-shapes")
+    page.value("document.querySelector('canvas').scrollIntoView({block: 'center'})")
+    click(page, 200, 20)
+    refined(page, server, 2)
+    asked = [tuple(one[name] for name in ("adapter", "click_adapter", "clicks_vision")) for one in server.refined]
+    assert asked == [("road", "edges", "base"), ("shapes", "over-shapes", "adapter")]
+    # Another adapter than it goes with: it is said, and not asked.
+    pick(page, "adapter", "")
+    answered(page)
+    page.value("document.querySelector('canvas').scrollIntoView({block: 'center'})")
+    click(page, 200, 20)
+    page.wait("document.querySelector('#status').textContent.includes('vision trunk of shapes')")
+    assert len(server.refined) == 2

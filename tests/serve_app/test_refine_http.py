@@ -16,7 +16,7 @@ from sam3lora.engine.clicks.mask_cleaning import MaskCleaning
 from serve_app.http.errors import ServeError
 from serve_app.messages import RefinedObject
 
-from .http_cases import PNG, PNG_BASE64, PNG_KEY, FakeBackend, make_client, multipart, raw, rectangle
+from .http_cases import PNG, PNG_BASE64, PNG_KEY, FakeBackend, make_client, multipart, picture, raw, rectangle
 
 IN, OUT = {"x": 20, "y": 10.5}, {"x": 63, "y": 47, "label": 0}
 KEPT = "msk_" + 32 * "a"
@@ -63,6 +63,35 @@ def test_what_is_not_given_has_defaults():
     assert (call.adapter, call.clicks_vision, call.multimask, call.objects[0].mask) == (None, "adapter", None, None)
     assert call.click_adapter is None
     assert call.cleaning == MaskCleaning(0, 0)
+
+
+def striped(width: int) -> dict[str, Any]:
+    """A mask of every other row of 1000, whose code has a character for each pixel."""
+    mask = np.zeros((1000, width), np.uint8, order="F")
+    mask[1::2] = 1
+    code = coco_mask.encode(mask)["counts"].decode()
+    assert len(code) == 1000 * width
+    return {"clicks": [IN], "mask": {"size": [1000, width], "counts": code}}
+
+
+@pytest.mark.parametrize("as_multipart", [False, True])
+def test_outlines_may_be_as_large_as_those_of_large_images(as_multipart: bool):
+    def ask(*objects: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        image = picture(tuple(objects[0]["mask"]["size"]), "JPEG")
+        in_json = {"image_base64": base64.b64encode(image).decode(), "objects": objects}
+        body = multipart({"objects": objects}, image) if as_multipart else {"json": in_json}
+        limits = {"max_body_bytes": 10**8, "max_megapixels": 2.0}
+        answer = make_client(**limits).post("/v1/refine", **body)
+        return answer.status_code, answer.json().get("error") or {}
+
+    assert ask(striped(1000), striped(1000))[0] == 200
+    status, error = ask(striped(1050))
+    assert (status, error["type"], error["field"]) == (422, "invalid_mask", "objects[0].mask.counts")
+    assert "1050000 characters, expected at most 1048576: name a kept mask by its mask_id" in error["message"]
+    status, error = ask(*[striped(1000)] * 9)
+    assert (status, error["type"]) == ((400, "malformed_body") if as_multipart else (413, "body_too_large"))
+    if not as_multipart:
+        assert "8388608 bytes of run-length codes, got 9000000: name kept masks by their mask_id" in error["message"]
 
 
 def test_the_answer_has_the_chosen_mask_and_the_others():

@@ -26,8 +26,6 @@ from serve_app.metrics import STAGES
 from serve_app.replica.replica import ModelReplica
 from serve_app.settings import Batching, Caches, Limits
 
-from ..engine.engine_cases import write_adapter
-from ..model.dense.dense_cases import write_dense
 from .replica_cases import LONG_S, Gate, answered, assert_same, call, image, metric, until_queued
 from .test_dense_replica import dense_call
 
@@ -43,12 +41,8 @@ def serve(play: Callable, clickable_base: Path) -> Callable:
 
 
 @pytest.fixture(scope="module")
-def root(clickable_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("adapters")
-    write_adapter(root / "towers", clickable_base, "vision", 1)
-    write_adapter(root / "heads", clickable_base, "no cls", 2)
-    write_dense(clickable_base, root / "gears")
-    return root
+def root(clickable_tasks: Path) -> Path:
+    return clickable_tasks
 
 
 @pytest.fixture(scope="module")

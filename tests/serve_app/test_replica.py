@@ -36,15 +36,9 @@ from .replica_cases import (
     metric,
     refused,
     until_queued,
-    write_root,
 )
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture(scope="module")
-def root(spread_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_root(tmp_path_factory.mktemp("adapters"), spread_base)
 
 
 BOX = BoxPrompt((4.0, 5.0, 40.0, 44.0))

@@ -25,15 +25,9 @@ from .replica_cases import (
     image,
     refused,
     until_queued,
-    write_root,
 )
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture(scope="module")
-def root(spread_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_root(tmp_path_factory.mktemp("adapters"), spread_base)
 
 
 async def test_when_memory_runs_out_features_are_dropped_and_batches_halved(play: Callable, gate: Gate):

@@ -27,15 +27,9 @@ from .replica_cases import (
     refused,
     until,
     until_queued,
-    write_root,
 )
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture(scope="module")
-def root(spread_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_root(tmp_path_factory.mktemp("adapters"), spread_base)
 
 
 async def test_concurrent_equal_images_are_decoded_once(play: Callable, gate: Gate):

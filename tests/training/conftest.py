@@ -12,8 +12,10 @@ import torch
 from torch import nn
 from transformers import Sam3Model
 
-from sam3lora.config import Config, load_config
+from sam3lora.config import Config
 from sam3lora.data.synth.dataset import write_dataset
+
+from .short_runs import short_run
 
 TARGETS = ["q_proj", "v_proj", "o_proj", "fc1", "fc2", "box_head", "instance_projection", "text_proj", "query_proj"]
 COMPONENTS = ("vision_encoder", "geometry_encoder", "detr_encoder", "detr_decoder", "mask_decoder", "scoring")
@@ -53,26 +55,9 @@ def make_config(lively_base: Path, scenes: Path, tmp_path: Path) -> MakeConfig:
     """A configuration of a short run in this process, without dropout, with changes ``a.b=c``."""
 
     def make(*overrides: str, output: str = "run", **training: Any) -> Config:
-        source = {
-            "model": {"name": str(lively_base)},
-            "lora": {"rank": 4, "alpha": 8, "dropout": 0.0, "target_modules": TARGETS}
-            | {f"apply_to_{component}": True for component in COMPONENTS},
-            "training": {
-                "data_dir": str(scenes),
-                "batch_size": 2,
-                "num_epochs": 2,
-                "learning_rate": 2e-3,
-                "warmup_steps": 2,
-                "num_negatives": 1,
-                "mixed_precision": "no",
-                "logging_steps": 1,
-                "loss": {"mask_resolution": "low"},
-            }
-            | training,
-            "scaling": {"num_workers": 0, "use_gpu": False},
-            "output": {"output_dir": str(tmp_path / output)},
-            "logging": {"progress": "off", "plots": False},
-        }
-        return load_config(source, overrides)
+        lora = {"rank": 4, "alpha": 8, "dropout": 0.0, "target_modules": TARGETS}
+        lora |= {f"apply_to_{component}": True for component in COMPONENTS}
+        own = {"learning_rate": 2e-3, "num_negatives": 1, "loss": {"mask_resolution": "low"}} | training
+        return short_run(lively_base, scenes, tmp_path / output, *overrides, lora=lora, training=own)
 
     return make

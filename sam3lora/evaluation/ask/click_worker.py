@@ -24,8 +24,6 @@ from sam3lora.evaluation.clicks.simulated_user import SimulatedUser, run_objects
 from sam3lora.evaluation.clicks.split_clicks import ClickedFacts, SplitClicks
 from sam3lora.evaluation.clicks.true_objects import TrueObject, TrueObjects, true_objects
 from sam3lora.evaluation.metrics.ground_truth import PromptedCategory
-from sam3lora.model.clicks.loading import load_click_head
-from sam3lora.model.fingerprint import fingerprint
 
 Place = tuple[Engine, int | None]
 """An engine, and the slot of an adapter there; None is its base."""
@@ -64,13 +62,12 @@ class ClickWorker:
         self._post = settings.prompting.post_processing(pool.recorded(adapter_of(label)))
         for engine in {self._finding[0], self._clicking.engine}:
             engine.enable_clicks()
-        self._tracker = fingerprint(load_click_head(pool.base))  # of the base's own, whatever adapter is on it
 
     def facts(self) -> dict[str, Any]:
         """The facts that the numbers depend on beside the settings."""
         return {
             **facts_of(self._pool.engine),
-            "tracker_fingerprint": self._tracker[:12],
+            "tracker_fingerprint": self._clicking.engine.tracker_fingerprint[:12],
             **({} if self._settings.start_from is None else self._post.model_dump(mode="json")),
         }
 

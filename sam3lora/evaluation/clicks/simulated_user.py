@@ -33,10 +33,6 @@ class ClickedMask:
     score: float | None = None
 
 
-Ask = Callable[[Sequence[Click]], ClickedMask]
-"""The answer to all clicks on one object so far, the latest one last."""
-
-
 @dataclass(frozen=True, eq=False)
 class ObjectRun:
     """What came of the clicks on one object.
@@ -129,17 +125,3 @@ def run_objects(
         for index, answer in zip(active, answers, strict=True):
             users[index].see(answer)
     return [user.run() for user in users]
-
-
-def run_object(
-    truth_HW: np.ndarray,
-    ask: Ask,
-    *,
-    ignored_HW: np.ndarray | None = None,
-    found_HW: np.ndarray | None = None,
-    max_clicks: int = MAX_CLICKS,
-) -> ObjectRun:
-    """`run_objects` of one object."""
-    user = SimulatedUser(truth_HW, ignored_HW, found_HW, max_clicks)
-    [run] = run_objects([user], lambda asked: [ask(clicks) for _, clicks in asked])
-    return run

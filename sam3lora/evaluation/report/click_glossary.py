@@ -5,7 +5,8 @@ from __future__ import annotations
 from sam3lora.evaluation.clicks.meter import REPORTED_CLICKS, THRESHOLDS
 from sam3lora.evaluation.report.glossary import Measure
 
-DECIDING = "noc_85"
+DECIDING_PERCENT = 85
+DECIDING = f"noc_{DECIDING_PERCENT}"
 
 
 def is_count(measure: Measure) -> bool:

@@ -11,14 +11,13 @@ from sam3lora.evaluation.clicks.measure import ClickMetrics
 from sam3lora.evaluation.clicks.meter import ClickMeter
 from sam3lora.evaluation.metrics.bootstrap import Interval, ValueInterval
 from sam3lora.evaluation.report.charts import Line, histogram_chart, line_chart
-from sam3lora.evaluation.report.click_glossary import CLICK_MEASURES, DECIDING, is_count
+from sam3lora.evaluation.report.click_glossary import CLICK_MEASURES, DECIDING, DECIDING_PERCENT, is_count
 from sam3lora.evaluation.report.click_pictures import LEGEND, ClickGallery
-from sam3lora.evaluation.report.dense_page import chosen_images
 from sam3lora.evaluation.report.glossary import Measure
-from sam3lora.evaluation.report.html_page import fault_box, render_page, setting_rows, share
+from sam3lora.evaluation.report.html_page import facts_of_run, render_page, share
 from sam3lora.evaluation.report.pictures import Picture
+from sam3lora.evaluation.report.worst_and_best import Chosen
 
-_PERCENT = 85
 ALONE, FROM_TEXT = "clicks alone", "after a prompt"
 
 
@@ -57,10 +56,7 @@ def render_click_report(metrics: ClickMetrics, *, title: str | None = None, num_
         charts=_charts(metrics) if metrics.num_objects else [],
         pictures=_pictures(metrics, num_pictures),
         legend=LEGEND,
-        settings=setting_rows([metrics.settings]),
-        labels=[metrics.label],
-        notes=metrics.notes,
-        fault_box=fault_box(metrics.faults),
+        **facts_of_run(metrics),
     )
 
 
@@ -69,10 +65,10 @@ def summary_sentences(metrics: ClickMetrics) -> str:
     clicks = metrics.alone[DECIDING]
     if clicks.value is None:
         return "These images have no object that can be clicked on."
-    said = f"With {metrics.label} an object takes {clicks.value:.2f} clicks to an IoU of 0.{_PERCENT}"
+    said = f"With {metrics.label} an object takes {clicks.value:.2f} clicks to an IoU of 0.{DECIDING_PERCENT}"
     if clicks.low is not None and clicks.high is not None:
         said += f" (95 % interval {clicks.low:.2f} to {clicks.high:.2f})"
-    never = int(metrics.clicks.alone.has_failed(_PERCENT).sum())
+    never = int(metrics.clicks.alone.has_failed(DECIDING_PERCENT).sum())
     said += f"; {share(never, metrics.num_objects, 'objects')} never get there."
     saved = metrics.saved.get(DECIDING)
     if saved is not None and saved.difference is not None:
@@ -102,9 +98,12 @@ def _rows(metrics: ClickMetrics) -> list[Row]:
 def _category_columns(metrics: ClickMetrics) -> list[tuple[str, str]]:
     """(name in `per_category`, heading)."""
     known = next(iter(metrics.per_category.values()), {})
-    columns = [(one.name, one.label) for one in CLICK_MEASURES if one.name in ("noc_85", "mean_iou_1", "mean_iou_3")]
+    columns = [(one.name, one.label) for one in CLICK_MEASURES if one.name in (DECIDING, "mean_iou_1", "mean_iou_3")]
     if metrics.from_text is not None:
-        columns += [("num_found", "found by the prompt"), ("from_text_noc_85", "clicks to IoU 0.85 after it")]
+        columns += [
+            ("num_found", "found by the prompt"),
+            (f"from_text_{DECIDING}", f"clicks to IoU 0.{DECIDING_PERCENT} after it"),
+        ]
     return [column for column in columns if column[0] in known]
 
 
@@ -130,25 +129,28 @@ def _charts(metrics: ClickMetrics) -> list[tuple[str, Markup, str]]:
     never = most + 1
     counts = {
         name: np.bincount(
-            np.where(meter.has_failed(_PERCENT), never, meter.num_clicks(_PERCENT)), minlength=never + 1
+            np.where(meter.has_failed(DECIDING_PERCENT), never, meter.num_clicks(DECIDING_PERCENT)), minlength=never + 1
         ).tolist()
         for name, meter in meters.items()
     }
     histogram = histogram_chart(
         [number - 0.5 for number in range(never + 2)],
         counts,
-        description=f"{metrics.label}: objects by clicks to IoU 0.{_PERCENT}",
-        x_label=f"clicks to IoU 0.{_PERCENT} ({never}: never)",
+        description=f"{metrics.label}: objects by clicks to IoU 0.{DECIDING_PERCENT}",
+        x_label=f"clicks to IoU 0.{DECIDING_PERCENT} ({never}: never)",
     )
     return [
         ("Mean IoU over clicks", curve, "At 0 clicks: nothing, or what the prompt found."),
-        (f"Clicks to IoU 0.{_PERCENT}", histogram, "Share of the objects. At 0: good enough as the prompt found them."),
+        (
+            f"Clicks to IoU 0.{DECIDING_PERCENT}",
+            histogram,
+            "Share of the objects. At 0: good enough as the prompt found them.",
+        ),
     ]
 
 
 def _pictures(metrics: ClickMetrics, count: int) -> list[tuple[str, list[Picture]]]:
     objects = metrics.clicks.alone.objects
-    worst, median, best = chosen_images(hardness(metrics.clicks.alone), count)
-    gallery = ClickGallery(metrics, len(worst) + len(median) + len(best))
-    chosen = {"Worst objects": worst, "Objects in the middle": median, "Best objects": best}
-    return [(heading, [gallery.picture(objects[row]) for row in rows]) for heading, rows in chosen.items() if rows]
+    chosen = Chosen.of(hardness(metrics.clicks.alone), count)
+    gallery = ClickGallery(metrics, chosen.number)
+    return chosen.sections("objects", lambda row: gallery.picture(objects[row]))

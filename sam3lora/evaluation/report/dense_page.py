@@ -15,8 +15,9 @@ from sam3lora.evaluation.report.charts import Line, line_chart
 from sam3lora.evaluation.report.dense_glossary import DENSE_MEASURES
 from sam3lora.evaluation.report.dense_pictures import ERRORS, DenseGallery
 from sam3lora.evaluation.report.glossary import Measure
-from sam3lora.evaluation.report.html_page import fault_box, render_page, score, setting_rows, share
+from sam3lora.evaluation.report.html_page import facts_of_run, render_page, score, share
 from sam3lora.evaluation.report.pictures import Picture
+from sam3lora.evaluation.report.worst_and_best import Chosen
 from sam3lora.inference.drawing import Rgb
 
 
@@ -50,7 +51,6 @@ def render_dense_report(metrics: DenseMetrics, *, title: str | None = None, num_
     Returns:
         HTML that refers to no other file.
     """
-    worst, median, best = chosen_images(metrics.meter.quality(), num_pictures)
     return render_page(
         "dense_report.html.j2",
         title=title or f"Validation of {metrics.label}",
@@ -60,12 +60,9 @@ def render_dense_report(metrics: DenseMetrics, *, title: str | None = None, num_
         classes=_class_rows(metrics),
         confusion=_confusion(metrics),
         charts=_charts(metrics),
-        pictures=_pictures(metrics, {"Worst images": worst, "Images in the middle": median, "Best images": best}),
+        pictures=_pictures(metrics, num_pictures),
         errors=ERRORS,
-        settings=setting_rows([metrics.settings]),
-        labels=[metrics.label],
-        notes=metrics.notes,
-        fault_box=fault_box(metrics.faults),
+        **facts_of_run(metrics),
     )
 
 
@@ -88,25 +85,13 @@ def summary_sentence(metrics: DenseMetrics) -> str:
     return said
 
 
-def chosen_images(quality_I: np.ndarray, count: int) -> tuple[list[int], list[int], list[int]]:
-    """Positions of the worst images, the worst first, of those in the middle, and of the best, the best first.
-
-    None is named twice; images of NaN quality, without a class, are left out. With few images the worst come first.
-    """
-    order = [int(row) for row in np.argsort(quality_I, kind="stable") if not np.isnan(quality_I[row])]
-    worst = order[:count]
-    best = [row for row in order[::-1][:count] if row not in worst]
-    rest = [row for row in order if row not in worst and row not in best]
-    start = max(0, (len(rest) - count) // 2)
-    return worst, rest[start : start + count], best
-
-
-def _pictures(metrics: DenseMetrics, chosen: dict[str, list[int]]) -> list[tuple[str, list[Picture]]]:
+def _pictures(metrics: DenseMetrics, count: int) -> list[tuple[str, list[Picture]]]:
     if metrics.predictions is None:
         return []
-    gallery = DenseGallery([metrics], sum(map(len, chosen.values())))
     ids = metrics.meter.image_ids
-    return [(heading, [gallery.picture(ids[row]) for row in rows]) for heading, rows in chosen.items() if rows]
+    chosen = Chosen.of(metrics.meter.quality(), count)
+    gallery = DenseGallery([metrics], chosen.number)
+    return chosen.sections("images", lambda row: gallery.picture(ids[row]))
 
 
 def _measure_rows(metrics: DenseMetrics) -> list[tuple[Measure, float | None, ValueInterval | None]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import jinja2
 
@@ -52,6 +52,29 @@ def fault_box(faults: Sequence[SplitFault]) -> dict[str, Any] | None:
         return None
     splits, rows = table_rows(faults)
     return {"left_out": left_out_sentence(faults), "splits": splits, "rows": rows}
+
+
+class MeasuredRun(Protocol):
+    """What the metrics of one model on a split say of how they came about."""
+
+    @property
+    def label(self) -> str: ...
+    @property
+    def settings(self) -> Mapping[str, Any]: ...
+    @property
+    def notes(self) -> Sequence[str]: ...
+    @property
+    def faults(self) -> Sequence[SplitFault]: ...
+
+
+def facts_of_run(metrics: MeasuredRun) -> dict[str, Any]:
+    """What the end of a page about one model shows: its settings, notes, and the faults of the data."""
+    return {
+        "labels": [metrics.label],
+        "settings": setting_rows([metrics.settings]),
+        "notes": metrics.notes,
+        "fault_box": fault_box(metrics.faults),
+    }
 
 
 def _plain(value: Any) -> str:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
-from sam3lora.evaluation.clicks.simulated_user import ClickedMask, SimulatedUser, run_object, run_objects
+from sam3lora.evaluation.clicks.simulated_user import ClickedMask, ObjectRun, SimulatedUser, run_objects
 
 SQUARE = np.zeros((12, 12), dtype=bool)
 SQUARE[2:9, 3:10] = True
+
+
+def run_object(truth_HW: np.ndarray, answer: Callable[..., ClickedMask], **options) -> ObjectRun:
+    """Of a user alone; `answer` gets all clicks so far."""
+    [run] = run_objects([SimulatedUser(truth_HW, **options)], lambda asked: [answer(clicks) for _, clicks in asked])
+    return run
 
 
 def perfect(_clicks):

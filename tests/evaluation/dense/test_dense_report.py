@@ -11,7 +11,7 @@ from sam3lora.data.coco import CocoIndex
 from sam3lora.data.label_maps import LabelMaps
 from sam3lora.evaluation.dense.measure import measure_dense
 from sam3lora.evaluation.dense.split_meter import DenseMeter
-from sam3lora.evaluation.report.dense_page import chosen_images, render_dense_report, summary_sentence
+from sam3lora.evaluation.report.dense_page import render_dense_report, summary_sentence
 from sam3lora.evaluation.report.dense_pictures import (
     MISSED,
     OTHER_CLASS,
@@ -24,6 +24,7 @@ from sam3lora.evaluation.report.dense_pictures import (
     resized_labels,
     tinted,
 )
+from sam3lora.evaluation.report.worst_and_best import Chosen
 from sam3lora.label_values import IGNORE
 from sam3lora.model.dense.settings import DenseSettings
 
@@ -80,9 +81,9 @@ def test_every_class_shows_on_every_image():
 
 def test_images_are_named_once():
     quality = np.array([0.5, np.nan, 0.1, 0.9, 0.7, 0.6, 0.8])
-    assert chosen_images(quality, 2) == ([2, 0], [5, 4], [3, 6])
-    assert chosen_images(quality, 4) == ([2, 0, 5, 4], [], [3, 6])
-    assert chosen_images(np.array([np.nan]), 2) == ([], [], [])
+    assert Chosen.of(quality, 2) == ([2, 0], [5, 4], [3, 6])
+    assert Chosen.of(quality, 4) == ([2, 0, 5, 4], [], [3, 6])
+    assert Chosen.of(np.array([np.nan]), 2) == ([], [], [])
 
 
 def metrics_of(mode: str, classes: tuple[str, ...], images: int = 3):

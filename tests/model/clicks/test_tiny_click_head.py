@@ -7,7 +7,7 @@ import torch
 from transformers import Sam3TrackerModel
 
 from jobs.pretrain.bank import build_bank
-from jobs.pretrain.click_measure import ClickReport, measure_clicks
+from jobs.pretrain.click_measure import ClickReport, measure_click_head
 from jobs.pretrain.click_scenes import ClickScenes
 from sam3lora.model.clicks.head import ClickHead
 from sam3lora.model.clicks.loading import load_click_head
@@ -27,7 +27,7 @@ def tiny_head(tiny: LoadedBase) -> ClickHead:
 
 def _measure(tiny: LoadedBase, head: ClickHead, folder, num: int, max_clicks: int) -> ClickReport:
     bank = build_bank(folder / "bank", num, seed=4244, workers=1)
-    return measure_clicks(head, ClickScenes.open(bank, tiny, folder / "tokens.safetensors"), max_clicks=max_clicks)
+    return measure_click_head(head, ClickScenes.open(bank, tiny, folder / "tokens.safetensors"), max_clicks=max_clicks)
 
 
 def test_stock_transformers_finds_every_weight(tiny_head):

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from sam3lora.config import Config, load_config
+from sam3lora.config import Config
 from tests.model.clicks.click_bases import write_click_base
+
+from ..short_runs import short_run
 
 
 @pytest.fixture(scope="session")
@@ -21,30 +23,13 @@ def make(click_base: Path, scenes: Path, tmp_path: Path) -> Callable[..., Config
     """`make("a.b=c")` -> the configuration of a run of task clicks."""
 
     def config(*overrides: str, output: str = "run") -> Config:
-        source = {
+        targets = ["transformer", "output_hypernetworks_mlps"]
+        sections = {
             "task": "clicks",
-            "model": {"name": str(click_base)},
-            "lora": {
-                "rank": 4,
-                "alpha": 8,
-                "dropout": 0.0,
-                "target_modules": ["transformer", "output_hypernetworks_mlps"],
-            },
+            "lora": {"rank": 4, "alpha": 8, "dropout": 0.0, "target_modules": targets},
             "clicks": {"iterations": 1, "starts": {"mask": 0.5}},
-            "training": {
-                "data_dir": str(scenes),
-                "batch_size": 2,
-                "num_epochs": 2,
-                "learning_rate": 1e-3,
-                "warmup_steps": 2,
-                "mixed_precision": "no",
-                "logging_steps": 1,
-            },
             "evaluation": {"every_epochs": 1},
-            "scaling": {"num_workers": 0, "use_gpu": False},
-            "output": {"output_dir": str(tmp_path / output)},
-            "logging": {"progress": "off", "plots": False},
         }
-        return load_config(source, overrides)
+        return short_run(click_base, scenes, tmp_path / output, *overrides, **sections)
 
     return config

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from sam3lora.config import Config, load_config
+from sam3lora.config import Config
 
+from ..short_runs import short_run
 from .dense_runs import ADAPTERS
 
 MakeConfig = Callable[..., Config]
@@ -20,25 +21,8 @@ def make(lively_base: Path, scenes: Path, tmp_path: Path, monkeypatch) -> MakeCo
     monkeypatch.setenv("SAM3LORA_CACHE", str(tmp_path / "cache"))
 
     def config(adapter: str = "lora", *overrides: str, output: str = "run") -> Config:
-        source = {
-            "task": "dense",
-            "model": {"name": str(lively_base)},
-            **ADAPTERS[adapter],
-            "training": {
-                "data_dir": str(scenes),
-                "batch_size": 2,
-                "num_epochs": 2,
-                "learning_rate": 1e-3,
-                "warmup_steps": 2,
-                "mixed_precision": "no",
-                "logging_steps": 1,
-            },
-            "evaluation": {"every_epochs": 1},
-            "scaling": {"num_workers": 0, "use_gpu": False},
-            "output": {"output_dir": str(tmp_path / output)},
-            "logging": {"progress": "off", "plots": False},
-        }
-        source["dense"] = {"width": 32} | source.get("dense", {})
-        return load_config(source, overrides)
+        sections = {"task": "dense", "evaluation": {"every_epochs": 1}, **ADAPTERS[adapter]}
+        sections["dense"] = {"width": 32} | sections.get("dense", {})
+        return short_run(lively_base, scenes, tmp_path / output, *overrides, **sections)
 
     return config
