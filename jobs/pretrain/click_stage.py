@@ -47,10 +47,10 @@ class ClickStage:
     learning rate and with more clicks on an object. A step has up to `images` x `objects` objects.
     """
 
-    steps: int = 5500
-    mask_steps: int = 300
-    mask_share: float = 0.7
-    last_steps: int = 800
+    steps: int = 6500
+    mask_steps: int = 600
+    mask_share: float = 0.5
+    last_steps: int = 1200
     images: int = 8
     objects: int = 3
     learning_rate: float = 1e-3

@@ -43,7 +43,7 @@ def test_it_follows_clicks_boxes_and_masks(tiny, tiny_head, tmp_path):
     assert report.clicks["mean_iou_1"] > 0.75
     assert report.clicks["mean_iou_3"] > 0.80
     assert report.box > 0.80
-    assert report.right_mask > 0.91
+    assert report.right_mask > 0.93
     assert report.wrong_mask < 0.50  # what is shown is read: another mask, another answer
 
 
@@ -55,4 +55,4 @@ def test_figures_of_the_shipped_click_head(tiny, tiny_head, tmp_path):
     assert report.clicks["mean_iou_3"] > 0.85
     assert report.clicks["mean_iou_8"] > 0.87
     assert report.clicks["noc_85"] < 2.8
-    assert report.right_mask > 0.91
+    assert report.right_mask > 0.94
