@@ -34,6 +34,7 @@ JSON = {"content-type": "application/json"}
         f'{{"adapter": "\\"counts\\":\\"", "prompts": {NUMBERS}}}',
         f'{{"a": "\\"counts", "x": {NUMBERS}, "b": ": \\"{LARGE}"}}',
         '{"objects": [' + '{"counts": ""},' * 50_000 + "0]}",
+        f'{{"counts": "A\\"{LARGE}"}}',  # no code has a quote: what follows it is other JSON
         f'{{"objects": [{{"counts": "{"A" * (body.MAX_CODES_BYTES + 1)}"}}]}}',
     ],
 )
