@@ -259,7 +259,9 @@ def describe_line(line: dict[str, Any]) -> str | None:
         parts += [f"valid loss {valid:.4g}"] if valid is not None else []
         return ", ".join(parts + _shown_metrics(line))
     if kind == "base":
-        return ", ".join([f"base: valid loss {line['valid_loss']:.4g}", *_shown_metrics(line)])
+        valid = line["valid_loss"]
+        shown = "not finite" if valid is None else f"{valid:.4g}"
+        return ", ".join([f"base: valid loss {shown}", *_shown_metrics(line)])
     if kind == "warning":
         return f"warning: {line['message']}"
     if kind == "note":
