@@ -169,6 +169,7 @@ class Trainer:
             batch_size=self.config.training.batch_size,
             max_prompts_per_forward=self.config.training.max_prompts_per_forward,
             images_per_step=self.batches.images_per_step,
+            best_metric=self.best_metric,
             no_valid=self.data.no_valid,
             **self.metadata.data,
         )

@@ -52,6 +52,16 @@ def test_lines():
         assert describe_line({"kind": kind.split()[0], **values}) == text
 
 
+def test_the_metric_that_decides_is_shown(tmp_path, capsys):
+    epoch = {"epoch": 1, "train_loss": 2.0, "valid_loss": 1.5, "noc_85": 5.0, "noc_90": 11.5}
+    for decides, shown in (("noc_90", ", noc_90 11.500"), ("noc_85", ""), ("valid_loss", "")):
+        with follow(tmp_path, "lines"):
+            log = MetricsLog(tmp_path)
+            log.write("start", time=decides, best_metric=decides, **START)
+            log.write("epoch", **epoch)
+        assert capsys.readouterr().out.splitlines()[-1] == f"epoch 1: train loss 2, valid loss 1.5, noc_85 5.000{shown}"
+
+
 def test_follow_prints_what_is_written(tmp_path, capsys):
     # All lines are out when the block ends, in order, and names with brackets are no markup.
     with follow(tmp_path, "lines"):
