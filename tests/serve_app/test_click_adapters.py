@@ -283,6 +283,10 @@ async def test_a_service_without_clicks_refuses_click_adapters_and_loads_no_clic
             reply = await asked
             assert isinstance(reply, ServeError)
             assert (reply.type, reply.message) == ("no_click_head", rows["edges"].error)
+        for asked in (service.segment(call(0, adapter="edges")), service.label(dense_call("edges"))):
+            reply = await asked
+            assert isinstance(reply, ServeError)
+            assert (reply.type, reply.field) == ("no_click_head", "adapter")
 
 
 def test_weights_are_read_once_and_only_where_a_click_adapter_asks_for_a_trunk():
