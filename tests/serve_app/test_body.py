@@ -46,6 +46,16 @@ def test_json_besides_the_image_must_be_short(monkeypatch: pytest.MonkeyPatch, t
     assert (response.status_code, response.json()["error"]["type"]) == (413, "body_too_large")
 
 
+@pytest.mark.parametrize("as_file", [False, True])
+def test_a_long_part_of_json_is_too_large_however_it_comes(as_file: bool):
+    text = "[" + " " * (body.MAX_JSON_BYTES + body.MAX_CODES_BYTES) + "]"
+    sent = multipart(text)
+    if as_file:
+        sent["files"]["request"] = ("r.json", sent.pop("data")["request"])
+    response = make_client().post("/v1/segment", **sent)
+    assert (response.status_code, response.json()["error"]["type"]) == (413, "body_too_large")
+
+
 @pytest.mark.parametrize("slash", ["/", r"\/"], ids=["plain", "escaped, as PHP writes it"])
 @pytest.mark.parametrize("space", ["", " \n"])
 def test_base64_images_may_be_large(slash: str, space: str):
