@@ -9,12 +9,12 @@ each on one core.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import cv2
 import numpy as np
+import typer
 from pycocotools import mask as coco_mask
 
 from sam3lora.data.masks import encode_segmentation
@@ -64,9 +64,14 @@ def measure(folder: Path, area: int) -> tuple[ClickMetrics, dict[str, float]]:
     return metrics, found
 
 
-def main(folder: Path, areas: list[int]) -> None:
+def main(
+    folder: Annotated[Path, typer.Argument(help="Labelled images: a folder with its COCO file.")],
+    areas: Annotated[
+        list[int] | None, typer.Argument(help="Limits, each compared with the first; 0 and 8 if none is given.")
+    ] = None,
+) -> None:
     first: ClickMetrics | None = None
-    for area in areas:
+    for area in areas or [0, 8]:
         metrics, boxes = measure(folder, area)
         values = {name: metrics.alone[name].value for name in REPORTED} | boxes
         print(f"{area:4}", *(f"{name} {value:.3f}" for name, value in values.items()), flush=True)
@@ -74,8 +79,9 @@ def main(folder: Path, areas: list[int]) -> None:
             first = metrics
         else:
             for name, one in click_differences(first.clicks.alone, metrics.clicks.alone, REPORTED).items():
-                print(f"     {name} {one.difference:+.4f} [{one.low:+.4f}, {one.high:+.4f}]", flush=True)
+                interval = "" if one.low is None else f" [{one.low:+.4f}, {one.high:+.4f}]"  # None of a single image
+                print(f"     {name} {one.difference:+.4f}{interval}", flush=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), [int(area) for area in sys.argv[2:]] or [0, 8])
+    typer.run(main)

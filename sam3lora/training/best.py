@@ -110,13 +110,12 @@ def disagreement(state: RunState, metric: str) -> str | None:
     )
 
 
-def no_better_than(base: Mapping[str, Any], state: RunState, metric: str) -> str | None:
+def no_better_than_base(state: RunState, metric: str) -> str | None:
     """A sentence for a run whose best adapter is not better than the base was before the first step.
 
-    Args:
-        base: What was measured of the base, by name; without the metric that decides there is nothing to say.
+    None where the metric that decides was not measured of the base, or on other data.
     """
-    best, before = state.best_values.get(metric), base.get(metric)
+    best, before = state.best_values.get(metric), state.base_values.get(metric)
     if best is None or before is None or _is_better(metric, best[0], before):
         return None
     return (

@@ -183,14 +183,17 @@ def write_plots(lines: list[dict[str, Any]], folder: Path) -> list[Path]:
 def follow(output_dir: Path, style: str) -> Iterator[None]:
     """Show the lines that are appended to the run's metrics while the block runs. Style: auto, bar, lines or off."""
     reader = _NewLines(output_dir / METRICS_FILE)
+    best_metric: str | None = None
     with Progress(unit="steps", style=style, note="starting the workers") as progress:
 
         def look() -> None:
+            nonlocal best_metric
             for line in reader.read():
+                best_metric = line.get("best_metric", best_metric)  # the line of the start has it
                 if line["kind"] == "step" and progress.has_bar:
                     note = f"loss {line['loss']:.4g}, {line['images_per_second']:.1f} images/s"
                     progress.update(line["step"], total=line["total_steps"], note=note)
-                elif text := describe_line(line):
+                elif text := describe_line(line, best_metric):
                     progress.print(text)
 
         with repeatedly(look):
@@ -227,8 +230,10 @@ class _NewLines:
         return [json.loads(line) for line in complete.splitlines()]
 
 
-def _shown_metrics(line: dict[str, Any]) -> list[str]:
-    return [f"{name} {line[name]:.3f}" for name in _SHOWN if line.get(name) is not None]
+def _shown_metrics(line: dict[str, Any], best_metric: str | None) -> list[str]:
+    losses = ("train_loss", "valid_loss")
+    names = _SHOWN if best_metric is None or best_metric in (*_SHOWN, *losses) else (*_SHOWN, best_metric)
+    return [f"{name} {line[name]:.3f}" for name in names if line.get(name) is not None]
 
 
 def _asked(line: dict[str, Any]) -> str:
@@ -237,8 +242,8 @@ def _asked(line: dict[str, Any]) -> str:
     return f"{name} {', '.join(line[key][:12])}"
 
 
-def describe_line(line: dict[str, Any]) -> str | None:
-    """A line of metrics in words; None for one that is not worth showing."""
+def describe_line(line: dict[str, Any], best_metric: str | None = None) -> str | None:
+    """A line of metrics in words, `best_metric` among them; None for one that is not worth showing."""
     kind = line["kind"]
     if kind == "start":
         device, workers = line["device"], line["num_workers"]
@@ -257,9 +262,11 @@ def describe_line(line: dict[str, Any]) -> str | None:
         valid = line.get("valid_loss")
         parts = [f"epoch {line['epoch']}: train loss {line['train_loss']:.4g}"]
         parts += [f"valid loss {valid:.4g}"] if valid is not None else []
-        return ", ".join(parts + _shown_metrics(line))
+        return ", ".join(parts + _shown_metrics(line, best_metric))
     if kind == "base":
-        return ", ".join([f"base: valid loss {line['valid_loss']:.4g}", *_shown_metrics(line)])
+        valid = line["valid_loss"]
+        shown = "not finite" if valid is None else f"{valid:.4g}"
+        return ", ".join([f"base: valid loss {shown}", *_shown_metrics(line, best_metric)])
     if kind == "warning":
         return f"warning: {line['message']}"
     if kind == "note":

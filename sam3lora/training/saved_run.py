@@ -57,6 +57,7 @@ class RunState:
         default_factory=dict
     )  # measurement -> [best value, its step]
     best_metric: str | None = None  # the measurement that decided so far
+    base_values: dict[str, float] = field(default_factory=dict)  # what was measured of the base before the first step
 
     def begin_anew(self) -> None:
         """Train on with other data or another loss, from the start of the epoch: earlier results do not compare."""

@@ -19,7 +19,7 @@ from sam3lora.model.adapter.metadata import read_metadata_values
 from sam3lora.start_marks import mark
 from sam3lora.training import distributed, setup
 from sam3lora.training.agreement import check_agreement, choose_checkpoint, position_facts, run_facts
-from sam3lora.training.best import disagreement, is_improved, no_better_than
+from sam3lora.training.best import disagreement, is_improved, no_better_than_base
 from sam3lora.training.checkpoint_folders import read_state
 from sam3lora.training.checkpoints import load_checkpoint, save_checkpoint
 from sam3lora.training.datasets import BatchSource, read_splits
@@ -169,6 +169,7 @@ class Trainer:
             batch_size=self.config.training.batch_size,
             max_prompts_per_forward=self.config.training.max_prompts_per_forward,
             images_per_step=self.batches.images_per_step,
+            best_metric=self.best_metric,
             no_valid=self.data.no_valid,
             **self.metadata.data,
         )
@@ -189,8 +190,12 @@ class Trainer:
         metrics = {}
         if self.validator.measures_base and self.config.evaluation.every_epochs:
             metrics = self.validator.metrics()
+        measured = {"valid_loss": valid.loss(), **metrics}
+        self.state.base_values = {
+            name: float(value) for name, value in measured.items() if value is not None and math.isfinite(value)
+        }
         if self.log:
-            self.log.write("base", step=0, valid_loss=valid.loss(), valid_terms=valid.means(), **metrics)
+            self.log.write("base", step=0, valid_terms=valid.means(), **measured)
 
     def train_epochs(self, stream: Iterator[Batch]) -> None:
         """Steps, with validation and checkpoints where they are due."""
@@ -298,11 +303,9 @@ class Trainer:
                 )
             if differs := disagreement(state, self.best_metric):
                 self.log.write("note", step=state.step, message=differs)
-            lines = self.log.lines()
-            bases = [line for line in lines if line["kind"] == "base"]
-            if worse := no_better_than(bases[-1] if bases else {}, state, self.best_metric):
+            if worse := no_better_than_base(state, self.best_metric):
                 self.log.write("warning", step=state.step, message=worse)
-            skipped = {line["path"] for line in lines if line["kind"] == "skipped_image"}
+            skipped = {line["path"] for line in self.log.lines() if line["kind"] == "skipped_image"}
             self.log.write("end", step=state.step, best_step=state.best_step, num_skipped=len(skipped), **counts)
         return {"step": state.step, "best_loss": state.best_loss, "best_step": state.best_step}
 

@@ -22,9 +22,8 @@ MAX_JSON_BYTES = 1 << 18  # of a request, without its image and run-length codes
 MAX_CODES_BYTES = 8 << 20  # of a request's run-length codes: 32 of branched cracks in an image of 4000 x 3000
 _MAX_PART_BYTES = MAX_JSON_BYTES + MAX_CODES_BYTES
 _BIG_JSON = 1 << 14  # bytes from which parsing goes to a thread
-_IMAGE_BASE64, _CODE = (
-    re.compile(rb'"%s"\s*+:\s*+"((?:[^"\\]++|\\.)*+)' % name, re.DOTALL) for name in (b"image_base64", b"counts")
-)
+# Up to the first quote, escaped or not: neither base64 nor a code holds one, and a byte set is searched at once
+_IMAGE_BASE64, _CODE = (re.compile(rb'"%s"\s*+:\s*+"([^"]*+)' % name) for name in (b"image_base64", b"counts"))
 _MEDIA_TYPE = re.compile(r"[a-z0-9.+-]{1,40}/[a-z0-9.+-]{1,60}")
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,300})(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 _LISTS = ("prompts", "boxes", "classes")
@@ -140,6 +139,10 @@ async def _read_all(request: Request, max_bytes: int) -> bytes:
     return b"".join([chunk async for chunk in _chunks(request, max_bytes)])
 
 
+class _LargePartError(MultiPartException):
+    """A part that is no file is larger than a request may be."""
+
+
 class _MultiPart(MultiPartParser):
     """Starlette's parser. Files stay in memory, and `is_whole` says whether the body was complete."""
 
@@ -159,6 +162,11 @@ class _MultiPart(MultiPartParser):
             part.content_disposition = part.content_disposition.replace(b"filename*=", b"filename=")
         super().on_headers_finished()
 
+    def on_part_data(self, data: bytes, start: int, end: int) -> None:
+        if self._current_part.file is None and len(self._current_part.data) + end - start > _MAX_PART_BYTES:
+            raise _LargePartError("too large")
+        super().on_part_data(data, start, end)
+
     def on_part_end(self) -> None:
         part = self._current_part
         if part.file is not None:
@@ -177,6 +185,8 @@ async def _read_multipart(request: Request, max_bytes: int) -> Received:
     parser = _MultiPart(request.headers, _chunks(request, max_bytes), max_bytes)
     try:
         form = await parser.parse()
+    except _LargePartError:
+        raise _large_request() from None
     except MultiPartException as error:
         raise ServeError("malformed_body", f"the multipart body cannot be read: {error.message}") from None
     try:
@@ -196,8 +206,7 @@ async def _read_multipart(request: Request, max_bytes: int) -> Received:
             raise ServeError("invalid_request", "the part image must be a file: give it a filename", field="image")
         if isinstance(fields, UploadFile):
             if (fields.size or 0) > _MAX_PART_BYTES:
-                message = f"the part request is larger than {_MAX_PART_BYTES} bytes"
-                raise ServeError("malformed_body", message, field="request")
+                raise _large_request()
             parsed = await _parse(await fields.read())
         else:
             parsed = await _parse(fields.encode())
@@ -259,6 +268,11 @@ def _number(text: str) -> float:
 
 def _no_constant(name: str) -> None:
     raise ServeError("invalid_request", f"{name} is no number in JSON")
+
+
+def _large_request() -> ServeError:
+    message = f"a part without an image has more than {_MAX_PART_BYTES} bytes: ask in parts, send the image as a file"
+    return ServeError("body_too_large", message)
 
 
 def _too_large(max_bytes: int) -> ServeError:

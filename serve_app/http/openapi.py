@@ -55,9 +55,10 @@ _BODY = (
     "not_ready",
     "timeout",
 )
-_ANSWER = (*_BODY, "adapter_not_found", "image_not_found", "invalid_adapter", "wrong_task", "answer_too_large")
-_SEGMENT = (*_ANSWER, "invalid_prompt", "invalid_box", "no_click_head")
-_REFINE = (*_ANSWER, "invalid_click", "invalid_box", "invalid_mask", "mask_not_found", "no_click_head")
+_ADAPTER = ("adapter_not_found", "invalid_adapter", "wrong_task", "no_click_head")
+_ANSWER = (*_BODY, "image_not_found", *_ADAPTER, "answer_too_large")
+_SEGMENT = (*_ANSWER, "invalid_prompt", "invalid_box")
+_REFINE = (*_ANSWER, "invalid_click", "invalid_box", "invalid_mask", "mask_not_found")
 _BINARY = {"type": "string", "format": "binary"}
 _NUMBER = r"-?[0-9]+(\.[0-9]+)?"
 _BOX = f"^{_NUMBER}(,{_NUMBER}){{3}}(,[01])?$"

@@ -107,7 +107,7 @@ class AdapterFolders:
             UserError: The metadata are damaged.
         """
         if not self._answers_clicks and (metadata := read_metadata(folder)) and metadata.task == CLICKS:
-            raise no_click_head()
+            raise no_click_head("adapter")
 
     def describe_all(self) -> list[Described]:
         """All adapters that may be served, by id, broken ones with their error. Only changed folders are read again."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from sam3lora.model.adapter.folder import FolderSignature
 from sam3lora.model.adapter.metadata import DETECTION
+from serve_app.http.errors import ServeError
 from serve_app.replica.adapter_folders import Described
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,8 @@ class VisionTrunks:
         if all(one.vision_adapter is None for one in listed):
             return listed
         changing = [one for one in listed if one.info.task == DETECTION and "vision_encoder" in one.info.adapts]
-        self._known = {one.info.id: (one.signature, self._digest(one)) for one in changing}
+        looked_at = {one.info.id: self._look(one) for one in changing}
+        self._known = {id_: found for id_, found in looked_at.items() if found is not None}
         return [
             one
             if one.vision_adapter is None
@@ -40,12 +42,14 @@ class VisionTrunks:
             for one in listed
         ]
 
-    def _digest(self, one: Described) -> str | None:
-        signature, digest = self._known.get(one.info.id, ((), None))
-        if signature == one.signature:
-            return digest
+    def _look(self, one: Described) -> tuple[FolderSignature, str | None] | None:
+        """The folder's signature and digest; None if it could not be read now, but may be at the next listing."""
+        known = self._known.get(one.info.id)
+        if known is not None and known[0] == one.signature:
+            return known
         try:
-            return self._read_digest(one.info.id)
+            return one.signature, self._read_digest(one.info.id)
         except Exception as error:  # a damaged file may raise anything; a request for the adapter says what
             logger.debug("adapter %s has no vision trunk to compare: %s", one.info.id, error)
-            return None
+            passes = isinstance(error, MemoryError) or (isinstance(error, ServeError) and error.retry_after_s)
+            return None if passes else (one.signature, None)

@@ -131,7 +131,7 @@ export class Clicks {
       edit.dropOpen();
       this.#on.onFail(error);
     } finally {
-      panel.setBusy(false);
+      if (this.#running.signal === signal || this.#panel !== panel) panel.setBusy(false); // else the next one waits
     }
     if (this.#edit === edit) this.#changed();
   }

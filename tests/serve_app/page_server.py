@@ -118,6 +118,7 @@ class PageServer:
     Attributes:
         questions: Requests to segment, without those refused for a prompt.
         refined: Requests to refine.
+        holds_refined: Whether they wait for their answers.
         listings: Query parameters of GET /v1/adapters.
     """
 
@@ -131,6 +132,7 @@ class PageServer:
     ) -> None:
         self.questions: list[dict[str, Any]] = []
         self.refined: list[dict[str, Any]] = []
+        self.holds_refined = False
         self.keeps_masks = True
         self.listings: list[dict[str, str]] = []
         self.adapters = adapters
@@ -218,6 +220,8 @@ class PageServer:
         async def refine(request: Request) -> Any:
             question = await request.json()
             self.refined.append(question)
+            while self.holds_refined:
+                await asyncio.sleep(0.02)
             image = self.images.get(question["image_id"])
             if image is None:
                 return _error(404, "image_not_found", "no such image")

@@ -34,6 +34,7 @@ JSON = {"content-type": "application/json"}
         f'{{"adapter": "\\"counts\\":\\"", "prompts": {NUMBERS}}}',
         f'{{"a": "\\"counts", "x": {NUMBERS}, "b": ": \\"{LARGE}"}}',
         '{"objects": [' + '{"counts": ""},' * 50_000 + "0]}",
+        f'{{"counts": "A\\"{LARGE}"}}',  # no code has a quote: what follows it is other JSON
         f'{{"objects": [{{"counts": "{"A" * (body.MAX_CODES_BYTES + 1)}"}}]}}',
     ],
 )
@@ -42,6 +43,16 @@ def test_json_besides_the_image_must_be_short(monkeypatch: pytest.MonkeyPatch, t
     with monkeypatch.context() as patch:
         patch.setattr(body.json, "loads", lambda *_, **__: pytest.fail("parsed"))
         response = make_client(max_body_bytes=10**7).post(path, content=text, headers=JSON)
+    assert (response.status_code, response.json()["error"]["type"]) == (413, "body_too_large")
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+def test_a_long_part_of_json_is_too_large_however_it_comes(as_file: bool):
+    text = "[" + " " * (body.MAX_JSON_BYTES + body.MAX_CODES_BYTES) + "]"
+    sent = multipart(text)
+    if as_file:
+        sent["files"]["request"] = ("r.json", sent.pop("data")["request"])
+    response = make_client().post("/v1/segment", **sent)
     assert (response.status_code, response.json()["error"]["type"]) == (413, "body_too_large")
 
 

@@ -283,6 +283,10 @@ async def test_a_service_without_clicks_refuses_click_adapters_and_loads_no_clic
             reply = await asked
             assert isinstance(reply, ServeError)
             assert (reply.type, reply.message) == ("no_click_head", rows["edges"].error)
+        for asked in (service.segment(call(0, adapter="edges")), service.label(dense_call("edges"))):
+            reply = await asked
+            assert isinstance(reply, ServeError)
+            assert (reply.type, reply.field) == ("no_click_head", "adapter")
 
 
 def test_weights_are_read_once_and_only_where_a_click_adapter_asks_for_a_trunk():
@@ -316,3 +320,19 @@ def test_weights_are_read_once_and_only_where_a_click_adapter_asks_for_a_trunk()
     assert reads == ["a", "b", "neck", "torn"]
     trunks.named([row("b", version=2), *asking[2:]])
     assert reads[4:] == ["b"]
+
+
+def test_weights_that_could_not_be_read_for_the_moment_are_read_at_the_next_listing():
+    def row(name: str, vision_adapter: str | None = None, **fields: Any) -> Described:
+        info = AdapterResponse(id=name, **fields)
+        return Described(((1, 0, 0, 0),), info, info.model_dump_json(), (), vision_adapter)
+
+    def read(name: str) -> str | None:
+        raise failures.pop() if failures else pytest.fail("read again")
+
+    listed = [row("a", task="detection", adapts=["vision_encoder"]), row("over-a", "aa", task="clicks")]
+    failures = [ServeError("invalid_adapter", "damaged"), ServeError("invalid_adapter", "written", 1.0), MemoryError()]
+    trunks = VisionTrunks(read)
+    for num_left in (2, 1, 0, 0):
+        assert trunks.named(listed)[1].info.vision_adapters == []
+        assert len(failures) == num_left

@@ -210,6 +210,25 @@ def test_what_is_no_longer_kept_is_sent_again(page: Browser, server: PageServer,
     wait_until(lambda: coco(page)[0]["bbox"] == [9, 9, 51, 72], "the mask")
 
 
+def test_the_panel_is_busy_until_the_last_click_is_answered(page: Browser, server: PageServer, image: Path):
+    begin(page, image)
+    click(page, 30, 30)
+    server.holds_refined = True
+    busy = "document.querySelector('[aria-busy=true]') !== null"
+    for number in (1, 2):
+        click(page, 70 - number, 60, alt=True)
+        wait_until(lambda number=number: len(server.refined) == number, "the question")
+        page.value("new Promise(done => setTimeout(done))")  # what ends the question before is done
+        assert page.value(busy)
+    page.press("Escape")  # and no longer than anything is asked
+    page.wait(f"!({busy})")
+    click(page, 30, 30)
+    click(page, 69, 60, alt=True)
+    wait_until(lambda: len(server.refined) == 3, "the question")
+    server.holds_refined = False
+    page.wait(f"!({busy})")
+
+
 def test_a_refused_click_is_taken_back(page: Browser, server: PageServer, image: Path):
     begin(page, image)
     click(page, 30, 30)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sam3lora.training import trainer
-from sam3lora.training.best import deciding_metric, disagreement, is_improved, no_better_than
+from sam3lora.training.best import deciding_metric, disagreement, is_improved, no_better_than_base
 from sam3lora.training.datasets import load_run_data
 from sam3lora.training.launch import train
 from sam3lora.training.saved_run import RunState
@@ -86,10 +86,17 @@ def test_without_validation_images_the_training_loss_decides(make_config):
     ],
 )
 def test_a_run_that_does_not_beat_the_base_is_told(metric, values, base, told):
-    state = RunState()
+    state = RunState(base_values=base)
     for value in values:
         is_improved(state, metric, {"valid_loss": 1.0, metric: value})
-    assert (no_better_than(base, state, metric) is not None) == told
+    assert (no_better_than_base(state, metric) is not None) == told
+
+
+def test_what_was_measured_on_other_data_is_not_compared_with_the_base():
+    state = RunState(step=4, base_values={"valid_loss": 0.5})
+    state.begin_anew()
+    is_improved(state, "valid_loss", {"valid_loss": 1.0})
+    assert no_better_than_base(state, "valid_loss") is None
 
 
 def test_boxes_alone_leave_a_best_adapter(make_config, scenes, tmp_path):

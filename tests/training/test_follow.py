@@ -41,6 +41,8 @@ def test_lines():
             "epoch 2: train loss 1.25, valid loss 1.5, map 0.250",
         ),
         "epoch without validation": ({"epoch": 1, "train_loss": 2.0, "valid_loss": None}, "epoch 1: train loss 2"),
+        "base": ({"valid_loss": 1.5, "mean_iou_3": 0.75}, "base: valid loss 1.5, mean_iou_3 0.750"),
+        "base that overflows": ({"valid_loss": None}, "base: valid loss not finite"),
         "warning": ({"message": "idle: a, b"}, "warning: idle: a, b"),
         "skipped_image": ({"path": "a.jpg", "reason": "the file is empty"}, "skipped image a.jpg: the file is empty"),
         "early_stop": ({"best_loss": 1.25, "best_step": 8}, "stopped early: the best loss was 1.25 at step 8"),
@@ -48,6 +50,16 @@ def test_lines():
     }
     for kind, (values, text) in lines.items():
         assert describe_line({"kind": kind.split()[0], **values}) == text
+
+
+def test_the_metric_that_decides_is_shown(tmp_path, capsys):
+    epoch = {"epoch": 1, "train_loss": 2.0, "valid_loss": 1.5, "noc_85": 5.0, "noc_90": 11.5}
+    for decides, shown in (("noc_90", ", noc_90 11.500"), ("noc_85", ""), ("valid_loss", "")):
+        with follow(tmp_path, "lines"):
+            log = MetricsLog(tmp_path)
+            log.write("start", time=decides, best_metric=decides, **START)
+            log.write("epoch", **epoch)
+        assert capsys.readouterr().out.splitlines()[-1] == f"epoch 1: train loss 2, valid loss 1.5, noc_85 5.000{shown}"
 
 
 def test_follow_prints_what_is_written(tmp_path, capsys):

@@ -23,7 +23,7 @@ from sam3lora.training.trainer import Trainer
 from sam3lora.training.validator import Validator
 
 from .changed_scenes import rewrite, rewritten, with_broken_images, without_objects
-from .run_folder import adapter_of, checkpoints_of, lines_of, without_measures
+from .run_folder import adapter_of, checkpoints_of, folder_of, lines_of, without_measures
 
 ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "sam3lora.json", "README.md"}
 
@@ -317,6 +317,9 @@ def test_a_run_begins_with_the_base_models_loss(make_config):
     assert len(lines_of(config, "step")) == 3
     assert train(make_config(num_epochs=2), resume=True).steps == 6
     assert len(lines_of(config, "base")) == 1
+    # What the warning at the end compares with is still known.
+    state = json.loads((folder_of(config) / "checkpoints" / checkpoints_of(config)[-1] / "state.json").read_text())
+    assert state["state"]["base_values"] == pytest.approx({"valid_loss": line["valid_loss"]}, rel=1e-6)
 
 
 # ---- what goes wrong -------------------------------------------------------------------------------------------------

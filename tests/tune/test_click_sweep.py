@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from itertools import chain
 from pathlib import Path
 
 import pytest
 import ray
 import torch
+from rich.console import Console
 
 from sam3lora.config import load_config
 from sam3lora.config.metrics import METRICS
@@ -20,6 +22,7 @@ from sam3lora.evaluation.clicks.meter import ClickMeter
 from sam3lora.evaluation.clicks.settings import ClickEvaluation
 from sam3lora.model.loading import load_base
 from sam3lora.training.task import task_of
+from sam3lora.tune.estimate.explain import explain_sweep
 from sam3lora.tune.estimate.parameter_budget import count_trainable
 from sam3lora.tune.estimate.sweep_cost import why_not_kept
 from sam3lora.tune.run.click_held_out import measure_click_held_out
@@ -50,6 +53,12 @@ def test_trials_are_compared_by_what_users_want():
         assert (space.search.metric, space.search.mode) == (metric, mode)
         assert space.trial_config({"lora.rank": 2}, "trial").evaluation.best_metric == metric
     assert load_space(space.to_dict()) == space
+
+
+def test_what_the_base_configuration_adapts_is_told():
+    text = io.StringIO()
+    explain_sweep(space_of(RANKS), console=Console(file=text, width=160), probe=False)
+    assert "Base        clicks_quick_test (tiny): rank 8, alpha 16, on the click head\n" in text.getvalue()
 
 
 def test_every_metric_of_the_task_is_measured():

@@ -96,6 +96,15 @@ def test_lines():
     assert "batch_size 1 after running out of memory [base configuration]" in describe_end(space, retried)
 
 
+def test_the_metric_that_is_searched_for_is_shown():
+    output = console()
+    running = replace(
+        trial(1), status="running", history=[{"epoch": 1, "valid_loss": 1.5, "noc_85": 5.0, "noc_90": 9.5}]
+    )
+    ProgressLines(make_space("noc_90"), output).show([running])
+    assert text_of(output).rstrip().endswith("valid_loss 1.5, noc_85 5, noc_90 9.5")
+
+
 def test_a_resumed_sweep_tells_what_is_new(tmp_path):
     space, ledger, output = make_space(), Ledger(tmp_path), console()
     records = draw_trials(space, 3)

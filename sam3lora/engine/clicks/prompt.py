@@ -125,5 +125,23 @@ def drawn_mask_logits(masks: np.ndarray | Tensor, side: int, largest: float = DR
     tensor([[ 10.,   0.],
             [-10., -10.]])
     """
-    shares = F.adaptive_avg_pool2d(torch.as_tensor(masks).float()[None], side)[0]
+    if isinstance(masks, Tensor):
+        shares = F.adaptive_avg_pool2d(masks.float()[None], side)[0]
+    else:
+        shares = torch.from_numpy(_shares(masks, side))
     return largest * (2 * shares - 1)
+
+
+def _shares(masks: np.ndarray, side: int) -> np.ndarray:
+    """The same shares of bool masks (..., H, W) in any order of memory, without a copy of them as float."""
+    (y0, y1), (x0, x1) = (_cells(pixels, side) for pixels in masks.shape[-2:])
+    in_rows = np.stack([masks[..., a:b, :].sum(axis=-2, dtype=np.int64) for a, b in zip(y0, y1, strict=True)], axis=-2)
+    before = np.cumsum(in_rows, axis=-1)
+    before = np.concatenate([np.zeros_like(before[..., :1]), before], axis=-1)
+    return ((before[..., x1] - before[..., x0]) / ((y1 - y0)[:, None] * (x1 - x0))).astype(np.float32)
+
+
+def _cells(pixels: int, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first pixel of each cell along an axis, and the one after its last; neighbours share a pixel they divide."""
+    numbers = np.arange(side)
+    return numbers * pixels // side, -(-(numbers + 1) * pixels // side)

@@ -76,10 +76,9 @@ def _print_subject(space: SearchSpace, data_dir: Path | None, console: Console) 
     if base.training.max_steps:
         length += f", at most {_count(base.training.max_steps, 'step')}"
     console.print(f"Sweep       {space.name}: {_count(space.num_trials, 'trial')} of {length}")
-    console.print(
-        f"Base        {space.base_name} ({base.model.name}): rank {lora.rank}, alpha {lora.alpha:g}, on "
-        f"{', '.join(lora.components)}"
-    )
+    adapted = "the click head" if base.task == "clicks" else ", ".join(lora.components)
+    where = f", on {adapted}" if adapted else ""
+    console.print(f"Base        {space.base_name} ({base.model.name}): rank {lora.rank}, alpha {lora.alpha:g}{where}")
     if data_dir is None:
         console.print("Data        not named yet: --data-dir DIR, the folder that holds train/ and valid/")
         return

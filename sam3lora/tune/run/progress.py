@@ -96,7 +96,8 @@ class ProgressLines:
                     self._print(f"trial {record.number} starts [{_settings(self._space, record)}]")
                 if record.epochs > epochs:
                     latest = record.history[-1]
-                    shown = [f"{name} {latest[name]:.4g}" for name in _SHOWN if latest.get(name) is not None]
+                    names = dict.fromkeys((*_SHOWN, self._space.search.metric))
+                    shown = [f"{name} {latest[name]:.4g}" for name in names if latest.get(name) is not None]
                     total = self._space.base.training.num_epochs
                     self._print(f"trial {record.number} epoch {record.epochs}/{total}: {', '.join(shown)}")
 

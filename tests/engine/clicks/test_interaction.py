@@ -195,5 +195,10 @@ def test_drawn_masks_become_logits_of_the_head():
     assert drawn_mask_logits(mask, 4).tolist() == [[10] * 4] * 2 + [[-10] * 4] * 2
     assert drawn_mask_logits(~mask, 1).item() == 0
     assert drawn_mask_logits(mask[:1], 8).eq(10).all()
+    for height, width in ((37, 53), (100, 33), (5, 300), (64, 64), (1, 1)):
+        drawn = np.random.default_rng(0).random((2, height, width)) < 0.3
+        expected = drawn_mask_logits(torch.from_numpy(drawn), 16)
+        torch.testing.assert_close(drawn_mask_logits(drawn, 16), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(drawn_mask_logits(np.asfortranarray(drawn[1]), 16), expected[1], rtol=0, atol=1e-5)
     several = torch.tensor([[[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 0, 0]]], dtype=torch.bool)
     assert drawn_mask_logits(several, 2, 8.0).tolist() == [[[8, 0], [-4, -8]]]
