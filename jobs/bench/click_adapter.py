@@ -2,6 +2,7 @@
 
     python -m jobs.bench.click_adapter --output-dir outputs/click_adapter
     python -m jobs.bench.click_adapter --output-dir outputs/click_adapter --base FOLDER --seeds 1 --steps 4
+    python -m jobs.bench.click_adapter --output-dir outputs/heavier_dice clicks.loss.dice=5
 
 Trains with each seed on other images, and measures the base and every adapter on the same held-out ones: clicks by the
 standard protocol, up to 10 an object. Prints a table in Markdown; about a minute of one core a seed.
@@ -41,6 +42,7 @@ def main(
     seeds: Annotated[int, typer.Option(help="Trainings.")] = 3,
     steps: Annotated[int, typer.Option(help="Steps of each, of 4 images.")] = 60,
     images: Annotated[int, typer.Option(help="Training images of each, and held-out images.")] = 40,
+    changes: Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="Of the configuration.")] = None,
 ) -> None:
     torch.set_num_threads(1)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -56,7 +58,7 @@ def main(
         overrides = [f"model.name={base}", f"training.data_dir={data}", f"output.output_dir={run}"]
         overrides += [f"training.seed={seed}", f"training.max_steps={steps}", "training.num_epochs=1000"]
         overrides += ["clicks.iterations=3", "evaluation.every_epochs=0", "evaluation.base_loss=false"]
-        overrides += ["scaling.num_workers=0", "logging.progress=off", "logging.plots=false"]
+        overrides += ["scaling.num_workers=0", "logging.progress=off", "logging.plots=false", *(changes or [])]
         result = train(load_config("clicks_quick_test", [*overrides, "training.eval_steps=100000"]))
         seconds = time.process_time() - started
         head = load_click_adapter(result.last_adapter, loaded, head=plain)
