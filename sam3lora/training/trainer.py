@@ -304,7 +304,7 @@ class Trainer:
             if differs := disagreement(state, self.best_metric):
                 self.log.write("note", step=state.step, message=differs)
             if worse := no_better_than_base(state, self.best_metric):
-                self.log.write("warning", step=state.step, message=worse)
+                self.log.write("note", step=state.step, message=worse)
             skipped = {line["path"] for line in self.log.lines() if line["kind"] == "skipped_image"}
             self.log.write("end", step=state.step, best_step=state.best_step, num_skipped=len(skipped), **counts)
         return {"step": state.step, "best_loss": state.best_loss, "best_step": state.best_step}

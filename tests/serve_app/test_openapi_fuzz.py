@@ -72,7 +72,7 @@ def statuses(operation: Any, mode: GenerationMode, number: int) -> set[int]:
     """Send what is made for an operation, check the answers, and return their statuses."""
     seen = set()
     quick = settings(
-        max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), database=None, phases=[Phase.generate]
+        max_examples=20, deadline=None, suppress_health_check=list(HealthCheck), database=None, phases=[Phase.generate]
     )
 
     @seed(number)

@@ -28,7 +28,8 @@ def losses_of(run: Config) -> list[float]:
     return [line["loss"] for line in lines_of(run, "step")]
 
 
-@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 4])
 def test_workers_share_the_images_of_a_step(make_config, tmp_path, world_size):
     # Five images a step: shares of 3 and 2, or of 2, 1, 1 and 1, against one worker with forwards of 2, 2 and 1.
     common = (*RANDOM, "training.num_epochs=1", "evaluation.base_loss=false")

@@ -98,6 +98,7 @@ def test_a_step_is_done_again_without_graphs(trainer, capturer, fill_memory):
     assert (capturer.num_captures, capturer.num_replays) == counts
 
 
+@pytest.mark.slow
 def test_the_validation_loss_is_measured_again_without_graphs(trainer, capturer, fill_memory):
     losses = [trainer.validator.loss_terms().loss() for _ in range(2)]
     assert capturer.num_kept > 2
