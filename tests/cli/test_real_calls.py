@@ -26,7 +26,14 @@ def train_words(preset: str, base: Path, data: Path, output: Path, *more: str) -
     return [*words, "--num-workers", "0", "--data-dir", str(data), "--output-dir", str(output)]
 
 
-@pytest.mark.parametrize("preset", preset_names())
+LIKE_ANOTHER = ("minimal", "production", "maximum")
+"""Presets that differ from others in numbers only."""
+
+
+@pytest.mark.parametrize(
+    "preset",
+    [pytest.param(one, marks=pytest.mark.slow if one in LIKE_ANOTHER else ()) for one in preset_names()],
+)
 def test_preset_runs(preset, shapes, small_base, tmp_path):
     base = small_base
     if load_config(preset).task == "clicks":

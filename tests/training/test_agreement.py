@@ -84,6 +84,7 @@ def outcomes(make_config, scenes, tmp_path):
     return {name: [outcome[name] for outcome in both] for name in cases}
 
 
+@pytest.mark.slow
 def test_workers_agree_or_stop(outcomes):
     # The same weights on both, although the second host drew others from the seed.
     first, second = outcomes["same"]

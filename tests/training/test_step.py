@@ -146,6 +146,7 @@ def two_workers(tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_two_workers_equal_one(make_config, two_workers):
     # Two workers of 2 images have the gradients, terms, validation loss and metrics of one worker of 4 images, where
     # labels are complete for two of four categories. Where one of them meets a loss that is not finite, both stop
