@@ -336,7 +336,7 @@ AREAS = {
 
 @pytest.mark.parametrize("field", ["max_hole_area", "max_sprinkle_area"])
 @pytest.mark.parametrize("name", AREAS)
-def test_areas_that_are_refused(
+def test_bad_areas_are_refused_at_every_door(
     service: TestClient,
     client: Client,
     predictor: Predictor,

@@ -85,7 +85,7 @@ def test_without_validation_images_the_training_loss_decides(make_config):
         ("map", [0.1, 0.2], {"valid_loss": 2.0}, False),  # not measured of the base
     ],
 )
-def test_a_run_that_does_not_beat_the_base_is_told(metric, values, base, told):
+def test_the_user_is_told_when_a_run_does_not_beat_the_base(metric, values, base, told):
     state = RunState(base_values=base)
     for value in values:
         is_improved(state, metric, {"valid_loss": 1.0, metric: value})

@@ -55,7 +55,7 @@ def test_trials_are_compared_by_what_users_want():
     assert load_space(space.to_dict()) == space
 
 
-def test_what_the_base_configuration_adapts_is_told():
+def test_explain_says_what_the_base_configuration_adapts():
     text = io.StringIO()
     explain_sweep(space_of(RANKS), console=Console(file=text, width=160), probe=False)
     assert "Base        clicks_quick_test (tiny): rank 8, alpha 16, on the click head\n" in text.getvalue()

@@ -3,7 +3,7 @@
 The options are those of SAM 2's image predictor, https://github.com/facebookresearch/sam2 . They change the mask that
 is shown. The logits that the next click starts from stay as they are.
 
-Shapes: `H` `W` pixels of the low-resolution mask, `P` parts of it, of which number 0 is all that is in no part.
+Shapes: `H` `W` pixels of the low-resolution mask, `P` parts of it; part 0 is everything else.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ MAX_AREA = 10_000
 _INSIDE, _OUTSIDE = 1.0, -1.0
 """Logits of a filled hole and of a speck that is taken out.
 
-How large they are has no effect on the enlarged mask: then the eight neighbours of a part are on the same side of 0,
-and so is every value between them.
+Any other size gives the same enlarged mask: all neighbours of a part, across corners too, are on the same side of 0 as
+its new logits, so every value interpolated between them is.
 """
 
 

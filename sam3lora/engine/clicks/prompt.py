@@ -133,7 +133,7 @@ def drawn_mask_logits(masks: np.ndarray | Tensor, side: int, largest: float = DR
 
 
 def _shares(masks: np.ndarray, side: int) -> np.ndarray:
-    """The same shares of bool masks (..., H, W) in any order of memory, without a copy of them as float."""
+    """The share of each cell that bool masks (..., H, W) cover, in any memory order and without a copy as float."""
     (y0, y1), (x0, x1) = (_cells(pixels, side) for pixels in masks.shape[-2:])
     in_rows = np.stack([masks[..., a:b, :].sum(axis=-2, dtype=np.int64) for a, b in zip(y0, y1, strict=True)], axis=-2)
     before = np.cumsum(in_rows, axis=-1)

@@ -32,6 +32,7 @@ class Chosen(NamedTuple):
 
     @property
     def number(self) -> int:
+        """How many there are in all."""
         return sum(map(len, self))
 
     def sections(self, what: str, picture: Callable[[int], Picture]) -> list[tuple[str, list[Picture]]]:

@@ -183,7 +183,7 @@ def test_cleaning_twice_changes_no_more():
 
 @pytest.mark.parametrize("name", ["max_hole_area", "max_sprinkle_area"])
 @pytest.mark.parametrize("value", [-1, MAX_AREA + 1, 10**400, 0.5, 4.0, math.nan, math.inf, "4", None, True, [4]])
-def test_areas_that_are_none(name: str, value: Any):
+def test_bad_areas_are_refused(name: str, value: Any):
     with pytest.raises(UserError, match=f"{name} must be a whole number .* from 0 .* to {MAX_AREA}, got"):
         MaskCleaning(**{name: value})
 
