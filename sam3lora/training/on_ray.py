@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import runpy
 import shutil
@@ -41,7 +42,8 @@ def run_on_ray(config: Config, payload: dict[str, Any], callbacks: Sequence[User
 
     Raises:
         UserError: a mistake that a worker met, or no room for the workers.
-        RunFailed: a loss that is not finite, workers lost more often than `scaling.max_failures`, or SIGTERM.
+        RunFailed: a loss that is not finite, workers lost more often than `scaling.max_failures`, a lost controller of
+            Ray Train's, or SIGTERM.
         RuntimeError: a fault in the program; the worker's traceback is its cause.
         KeyboardInterrupt: interrupted; the workers are gone.
     """
@@ -54,14 +56,15 @@ def run_on_ray(config: Config, payload: dict[str, Any], callbacks: Sequence[User
             start_ahead(BEGIN, _variables_of_workers(), count=most_workers(config), made_by_actor=True)
         # Imported while the processes of a local Ray start; the workers alone import torch.
         import ray.train
+        from ray.exceptions import RayActorError
 
-        from sam3lora.training.ray_trainer import as_user_error, make_trainer
+        from sam3lora.training.ray_trainer import as_user_error, fit, make_trainer
 
-        trainer = make_trainer(config, payload, storage, callbacks, is_local=is_local)
+        trainer = functools.partial(make_trainer, config, payload, storage, callbacks, is_local=is_local)
         try:
             with _interruptible(), passed_on(Path(config.output.output_dir)):
-                result: Any = trainer.fit()
-        except ray.train.TrainingFailedError as error:
+                result: Any = fit(trainer)
+        except (ray.train.TrainingFailedError, RayActorError) as error:
             raise as_user_error(error, config) from error
         finally:
             shutil.rmtree(storage, ignore_errors=True)

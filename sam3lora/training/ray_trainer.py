@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray.train
+from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.constants import TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S
 
@@ -20,6 +22,11 @@ from sam3lora.processes_ahead import calls
 from sam3lora.training.imports import BEGIN
 from sam3lora.training.local_trainer import LocalTrainer, PlainTrainer
 from sam3lora.training.network import TorchOnRayNetwork
+
+logger = logging.getLogger(__name__)
+
+# Ray may give up an actor of a living owner before it ran, such as when the host was too busy to answer in time.
+_STARTS = 3
 
 # After a failure the workers get so long to leave the process group before they are killed; one that is stopped never
 # does, and the run waits for it.
@@ -92,7 +99,28 @@ def worker_entry(payload: dict[str, Any]) -> dict[str, Any]:
         return run_worker(payload)
 
 
-def as_user_error(error: ray.train.TrainingFailedError, config: Config) -> Exception:
+def fit(make: Callable[[], PlainTrainer]) -> Any:
+    """Run the job and return Ray Train's result; a job whose controller never ran has done nothing and is made anew.
+
+    Raises:
+        ray.train.TrainingFailedError, ray.exceptions.RayActorError: for `as_user_error`.
+    """
+    for _ in range(_STARTS - 1):
+        try:
+            return make().fit()
+        except RayActorError as error:
+            if not _never_ran(error):
+                raise
+            logger.warning("Ray did not start Ray Train's controller, so it is tried again: %s", _last_line(error))
+    return make().fit()
+
+
+def _never_ran(error: RayActorError) -> bool:
+    """Whether the actor had not begun; Ray says so in its message alone."""
+    return "never ran" in str(error)
+
+
+def as_user_error(error: ray.train.TrainingFailedError | RayActorError, config: Config) -> Exception:
     """The exception to raise for a failed training: the user's own mistake where there is one, else what happened."""
     cause: Any = error
     while isinstance(cause, ray.train.ControllerError):
@@ -100,6 +128,8 @@ def as_user_error(error: ray.train.TrainingFailedError, config: Config) -> Excep
     if isinstance(cause, UserError | RunFailed):
         return cause
     kept = "Everything up to the last checkpoint is kept: train again with --resume"
+    if isinstance(cause, RayActorError):
+        return RunFailed(f"Ray Train's controller, which runs on this host, was lost: {_last_line(cause)} {kept}")
     if not isinstance(cause, ray.train.WorkerGroupError):
         return RuntimeError(f"Ray Train failed: {_last_line(cause)}. {kept}")
     failures = cause.worker_failures

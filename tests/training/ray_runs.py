@@ -34,10 +34,15 @@ def local_ray(num_cpus: int) -> Iterator[None]:
 
 def worker_processes() -> list[psutil.Process]:
     """Training workers of the Ray that this process started."""
+    return processes_named("RayTrainWorker")
+
+
+def processes_named(actor: str) -> list[psutil.Process]:
+    """Processes of this class of actors, of the Ray that this process started."""
     found = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            if process.name().startswith("ray::RayTrain") or "RayTrainWorker" in " ".join(process.cmdline()):
+            if process.name().startswith(f"ray::{actor}"[:15]) or actor in " ".join(process.cmdline()):
                 found.append(process)
     return found
 

@@ -19,7 +19,7 @@ import pytest
 from sam3lora.errors import RunFailed
 from sam3lora.training.launch import train
 
-from .ray_runs import ENVIRONMENT, SMALL_STEPS, local_ray, once_at_step, worker_processes
+from .ray_runs import ENVIRONMENT, SMALL_STEPS, local_ray, once_at_step, processes_named, worker_processes
 from .run_folder import adapter_of, assert_equal, lines_of
 
 pytestmark = pytest.mark.slow
@@ -84,6 +84,22 @@ def test_worker_lost_too_often_is_said_in_one_message_and_can_be_resumed(make_co
             pytest.raises(RunFailed, match=r"worker 0 was lost and scaling\.max_failures=0 .*--resume"),
         ):
             train(config())
+        result = train(config(), resume=True)
+    assert result.steps == 18
+    assert [line["step"] for line in lines_of(output_dir, "step")] == list(range(1, 19))
+
+
+def test_lost_controller_is_said_in_one_message_and_the_run_can_be_resumed(make_config):
+    def config():
+        return make_config("scaling.num_workers=1", *SMALL_STEPS, num_epochs=3, save_steps=2)
+
+    output_dir = Path(config().output.output_dir)
+    with local_ray(num_cpus=2):
+        kill = lambda: processes_named("TrainController")[0].kill()  # noqa: E731
+        with once_at_step(output_dir, 4, kill), pytest.raises(RunFailed, match=r"controller.* was lost: .*--resume"):
+            train(config())
+    # Another Ray, as this one has no dashboard, by which Ray Train would free what a lost controller had reserved.
+    with local_ray(num_cpus=2):
         result = train(config(), resume=True)
     assert result.steps == 18
     assert [line["step"] for line in lines_of(output_dir, "step")] == list(range(1, 19))
