@@ -14,10 +14,8 @@ from sam3lora.evaluation.metrics.ground_truth import SplitTruth
 from sam3lora.evaluation.metrics.measure import measure_split
 from sam3lora.evaluation.split_results import SplitResults
 from sam3lora.training.datasets import RunData
-from sam3lora.training.saved_run import RunState
+from sam3lora.training.saved_run import LOSSES, RunState
 from sam3lora.training.validator import evaluation_settings
-
-LOSSES = ("valid_loss", "train_loss")
 
 
 def why_undefined(metric: str, index: CocoIndex, config: Config) -> str | None:

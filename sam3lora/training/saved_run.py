@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,11 +27,14 @@ FIXED_SETTINGS = (
     "training.num_negatives",
     "training.seed",
 )
+# Settings of this section that decide when metrics are measured and which one counts, not their values.
+_NOT_OF_METRICS = ("every_epochs", "best_metric", "base_loss")
 # Where the base comes from; what it is, its fingerprint says.
 _SOURCE_OF_BASE = ("model.name", "model.revision", "model.local_files_only")
 # The adapter was made for these: with others it is not the same model.
 _OF_THE_WEIGHTS = ("base model", "model.", "lora.")
 _HOW_TO_COMPUTE = ("model.attention", "model.dtype")
+LOSSES = ("valid_loss", "train_loss")  # measurements that are no metrics
 
 
 @dataclass
@@ -67,9 +71,20 @@ class RunState:
     def judge_by(self, metric: str) -> None:
         """Let this measurement decide what is best: earlier values of another one do not compare."""
         if self.best_metric not in (None, metric):
-            self.best_loss = self.best_metric_value = self.best_step = None
-            self.evaluations_without_improvement = 0
+            self._forget_the_best()
         self.best_metric = metric
+
+    def measure_anew(self) -> None:
+        """Forget the metrics: later ones, measured with other settings, do not compare. Losses do."""
+        for values in (self.best_values, self.base_values):
+            for name in values.keys() - set(LOSSES):
+                del values[name]
+        if self.best_metric not in LOSSES:
+            self._forget_the_best()
+
+    def _forget_the_best(self) -> None:
+        self.best_loss = self.best_metric_value = self.best_step = None
+        self.evaluations_without_improvement = 0
 
     def stays_stopped(self, patience: int | None) -> bool:
         """Whether a run that stopped early would have stopped with this patience as well."""
@@ -104,8 +119,18 @@ class SavedRun:
             was, now = ({name: of[name] for name in of if name not in _SOURCE_OF_BASE} for of in (was, now))
             if base is not None:
                 was["base model"], now["base model"] = (f"fingerprint {of[:12]}" for of in (self.base, base))
-        names = [name for name in {**was, **now} if was.get(name) != now.get(name)]
-        return [f"{name} (was {_show(was.get(name))}, is {_show(now.get(name))})" for name in names]
+        return _differences(was, now)
+
+    def changes_of_metrics(self, settings: dict[str, Any]) -> list[str]:
+        """How metrics would be measured otherwise than in the run, which may go on all the same."""
+        return _differences(*(_settings_of_metrics(values) for values in (self.settings, settings)))
+
+    def state_with(self, settings: dict[str, Any]) -> RunState:
+        """The state from which a run with these settings goes on: without metrics that do not compare."""
+        state = copy.deepcopy(self.state)
+        if self.changes_of_metrics(settings):
+            state.measure_anew()
+        return state
 
     def why_no_step_left(self, config: Config, *, anew: bool) -> str | None:
         """Why the run would not take a step with this configuration, and what to set; None if it would.
@@ -113,7 +138,7 @@ class SavedRun:
         Args:
             anew: It goes on with changes, `RunState.begin_anew`.
         """
-        state, training, reasons = self.state, config.training, []
+        state, training, reasons = self.state_with(config.model_dump(mode="json")), config.training, []
         if state.epoch >= training.num_epochs:
             reasons.append(f"{state.epoch} epochs are done: set training.num_epochs (now {training.num_epochs}) higher")
         if training.max_steps and state.step >= training.max_steps:
@@ -152,6 +177,20 @@ def _fixed_values(settings: dict[str, Any]) -> dict[str, Any]:
         for name, value in flat_settings(Config, settings).items()
         if any(name == fixed or name.startswith(f"{fixed}.") for fixed in FIXED_SETTINGS)
     }
+
+
+def _settings_of_metrics(settings: dict[str, Any]) -> dict[str, Any]:
+    whole = {"evaluation": settings.get("evaluation") or {}}
+    return {
+        name: value
+        for name, value in flat_settings(Config, whole).items()
+        if name.startswith("evaluation.") and name.removeprefix("evaluation.") not in _NOT_OF_METRICS
+    }
+
+
+def _differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    names = [name for name in {**was, **now} if was.get(name) != now.get(name)]
+    return [f"{name} (was {_show(was.get(name))}, is {_show(now.get(name))})" for name in names]
 
 
 def flat_settings(section: type[BaseModel], values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

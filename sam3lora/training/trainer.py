@@ -128,9 +128,10 @@ class Trainer:
         refuse_changes(chosen, changes, accepted=accepted_data == self.data.digest)
         learned = load_checkpoint(chosen, self.model, self.optimizer, self.task.learned(self.model))
         self.task.restore(self.model, learned)
+        state = saved.state_with(_settings_of(config))
         if changes:
-            saved.state.begin_anew()
-        return saved.state
+            state.begin_anew()
+        return state
 
     def _images_per_step(self, config: Config) -> int:
         """Images of one step over all workers: as configured, else as the run began, whatever workers it has now."""

@@ -281,6 +281,24 @@ def test_a_run_that_goes_on_by_another_metric_forgets_the_best_value_of_the_firs
     assert (state.best_metric_value, state.best_loss, state.best_step) == (None, None, None)
 
 
+@pytest.mark.parametrize("metric", ["map", "valid_loss"])
+@pytest.mark.parametrize(
+    ("evaluation", "compares"),
+    [({}, True), ({"every_epochs": 1}, True), ({"num_samples": 10}, False), ({"threshold": 0.3}, False)],
+)
+def test_metrics_of_other_settings_do_not_compare_and_losses_do(metric, evaluation, compares):
+    values = {"map": [0.4, 4], "valid_loss": [9.0, 4]}
+    state = RunState(
+        step=8, best_metric=metric, best_step=4, best_values=values, base_values={"map": 0.1, "valid_loss": 12.0}
+    )
+    saved = SavedRun({"evaluation": {"every_epochs": 2}}, state)
+    goes_on = saved.state_with({"evaluation": {"every_epochs": 2} | evaluation})
+    kept = {"map", "valid_loss"} if compares else {"valid_loss"}
+    assert goes_on.best_values.keys() == goes_on.base_values.keys() == kept
+    assert goes_on.best_step == (4 if compares or metric == "valid_loss" else None)
+    assert state.best_values == values  # as it was saved
+
+
 def test_where_the_base_comes_from_may_change(tmp_path):
     # By its fingerprint the base is known wherever it lies; without a model, as in the driver, it is not compared.
     saved = read_state(save(tmp_path, base="a" * 64))

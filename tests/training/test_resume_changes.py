@@ -13,6 +13,7 @@ from sam3lora.errors import UserError
 from sam3lora.training import trainer
 from sam3lora.training.launch import train
 from sam3lora.training.trainer import Trainer
+from sam3lora.training.validator import DetectionValidator
 
 from .changed_scenes import rewrite, rewritten, without_objects
 from .run_folder import checkpoints_of, folder_of, lines_of
@@ -148,6 +149,21 @@ def test_a_run_that_stopped_early_goes_on_with_more_patience(begun):
     file.write_text(json.dumps(content))
     assert train(begun.changed({"training.early_stopping_patience": 2}), resume=True).steps == 4
     assert train(begun.changed({"training.early_stopping_patience": 4}), resume=True).steps == 6
+
+
+def test_metrics_measured_otherwise_choose_the_best_adapter_anew(begun, monkeypatch):
+    # The first validation with the new settings makes the best adapter, though its value is lower than an earlier one.
+    monkeypatch.setattr(DetectionValidator, "metrics", lambda validator: {"map": 0.2})
+    begun = begun.changed({"evaluation.every_epochs": 1})
+    file = folder_of(begun) / "checkpoints" / checkpoints_of(begun)[-1] / "state.json"
+    content = json.loads(file.read_text())
+    content["state"] |= {"best_metric": "map", "best_metric_value": 0.9, "best_values": {"map": [0.9, 3]}}
+    file.write_text(json.dumps(content))
+    train(begun.changed({"evaluation.num_samples": 2}), resume=True)
+    assert state_of(begun)["best_values"]["map"] == [0.2, 6]
+    assert json.loads((folder_of(begun) / "best" / "sam3lora.json").read_text())["metrics"]["map"] == 0.2
+    [warning] = lines_of(begun, "warning")
+    assert "evaluation.num_samples (was None, is 2)" in warning["message"]
 
 
 def test_a_second_run_in_the_folder_is_refused(make_config, monkeypatch):
