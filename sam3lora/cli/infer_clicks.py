@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,7 +152,10 @@ def infer_clicks(
 
     results = session.results()
     session.draw(output, show_boxes=show_boxes)
-    written = FolderResults({**predictor.settings, "prompts": [] if prompt is None else [prompt]})
+    prompts = [] if prompt is None else [prompt]
+    written = FolderResults(
+        {**predictor.settings, "prompts": prompts, "clicks_vision": clicks_vision, **asdict(areas)}
+    )
     written.add(image.name, session.size_hw, {**detections_of(results), "clicked": clicked.to_dict()})
     if json is not None:
         written.write(json)

@@ -74,6 +74,7 @@ def test_clicks_correct_a_detection(run, predictor, photo, tmp_path):
     assert image["clicked"]["mask"] == clicked.rle
     assert image["clicked"]["score"] == pytest.approx(clicked.score, abs=1e-5)
     assert image["clicked"]["clicks"] == [{"x": 30, "y": 20, "label": 1}, {"x": 80, "y": 50, "label": 0}]
+    assert image["clicked"]["click_box_xyxy"] == [5, 6, 60, 50]
     (result,) = image["results"]
     assert result["num_detections"] == len(found) > 1
     assert sorted(one["mask"]["counts"] for one in result["detections"]) == sorted(one.rle["counts"] for one in found)
@@ -93,6 +94,16 @@ def test_clicks_alone_show_a_new_object(run, predictor, photo, tmp_path):
     assert [one["mask"] for one in image["clicked"]["alternatives"]] == [one.rle for one in expected.alternatives]
     assert [one["mask"] for one in image["results"][0]["detections"]] == [expected.rle]
     assert cv2.imread(str(tmp_path / "output.png")) is not None
+
+
+def test_the_file_has_all_that_makes_the_result_again(run, predictor, photo, tmp_path):
+    assert run("--click", "30,20", "--max-hole-area", 9, "--max-sprinkle-area", 500, "--json", "d.json")[0] == 0
+    recorded, found = json.loads((tmp_path / "d.json").read_text())["settings"], written(tmp_path)["clicked"]
+    options = {name: recorded[name] for name in ("clicks_vision", "max_hole_area", "max_sprinkle_area")}
+    clicks = [(one["x"], one["y"], one["label"]) for one in found["clicks"]]
+    again = predictor.interact(photo, **options).click(clicks, box_xyxy=found["click_box_xyxy"])
+    assert again.rle == found["mask"]
+    assert options == {"clicks_vision": "adapter", "max_hole_area": 9, "max_sprinkle_area": 500}
 
 
 def test_a_prompt_that_finds_nothing_names_the_new_object(run, tmp_path):

@@ -130,6 +130,7 @@ class ClickResult:
             "area_px": self.area_px,
             "mask": self.rle,
             "clicks": [{"x": one.x, "y": one.y, "label": int(one.label)} for one in self.clicks],
+            "click_box_xyxy": None if self._state.box_xyxy is None else list(self._state.box_xyxy),
             "alternatives": [{"score": round(one.score, 6), "mask": one.rle} for one in self.alternatives],
         }
 
