@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Bytecode is kept even where the environment says otherwise: without it pytest rewrites 600 files in each process.
 PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest
-# Processes that share the tests, a file at a time.
+# Processes that share the tests, a file at a time, in the order of the files: by the number of their tests, those with
+# few would come last, and that are the ones with a Ray of their own, two at a time.
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
@@ -29,7 +30,7 @@ serve: $(STAMP)  ## answer prompts over HTTP on port 8000: a tiny SAM 3 with two
 	$(BIN)/sam3lora serve
 
 test: $(STAMP)  ## run the tests that are not marked slow
-	$(PYTEST) -m "not slow" -n $(WORKERS) --dist loadfile
+	$(PYTEST) -m "not slow" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-all: $(STAMP)  ## run every test, one after the other
 	$(PYTEST)

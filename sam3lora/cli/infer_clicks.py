@@ -153,9 +153,7 @@ def infer_clicks(
     results = session.results()
     session.draw(output, show_boxes=show_boxes)
     prompts = [] if prompt is None else [prompt]
-    written = FolderResults(
-        {**predictor.settings, "prompts": prompts, "clicks_vision": clicks_vision, **asdict(areas)}
-    )
+    written = FolderResults({**predictor.settings, "prompts": prompts, "clicks_vision": clicks_vision, **asdict(areas)})
     written.add(image.name, session.size_hw, {**detections_of(results), "clicked": clicked.to_dict()})
     if json is not None:
         written.write(json)

@@ -26,8 +26,8 @@ def train_words(preset: str, base: Path, data: Path, output: Path, *more: str) -
     return [*words, "--num-workers", "0", "--data-dir", str(data), "--output-dir", str(output)]
 
 
-LIKE_ANOTHER = ("minimal", "production", "maximum")
-"""Presets that differ from others in numbers only."""
+LIKE_ANOTHER = ("minimal", "light", "balanced", "production", "maximum")
+"""Presets that do less than `full`, or differ from it in numbers only."""
 
 
 @pytest.mark.parametrize(

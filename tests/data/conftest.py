@@ -10,6 +10,8 @@ import cv2
 import numpy as np
 import pytest
 
+from sam3lora.local_ray import start_local_ray
+
 from .coco_builder import SHARED_FOLDERS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -57,12 +59,6 @@ def ray_session():
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     import ray
 
-    ray.init(
-        num_cpus=3,
-        include_dashboard=False,
-        object_store_memory=int(5e8),
-        log_to_driver=False,
-        logging_level="WARNING",
-    )
+    start_local_ray(3, log_to_driver=False, logging_level="WARNING")
     yield ray
     ray.shutdown()

@@ -19,6 +19,7 @@ from sam3lora.evaluation.ask.worker import Models
 from sam3lora.evaluation.clicks.settings import ClickEvaluation
 from sam3lora.evaluation.dense.settings import DenseEvaluation
 from sam3lora.evaluation.settings import EvaluationSettings
+from sam3lora.local_ray import start_local_ray
 
 from ..model.dense.dense_cases import write_dense
 from .adapters import write_adapter
@@ -36,8 +37,7 @@ def local_ray():
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         import ray
 
-        options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
-        ray.init(address="local", num_cpus=NUM_CPUS, object_store_memory=int(2e8), **options)
+        start_local_ray(NUM_CPUS, log_to_driver=False, logging_level="ERROR")
         yield
         ray.shutdown()
 

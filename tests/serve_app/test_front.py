@@ -117,7 +117,7 @@ async def test_clients_give_no_commands_to_serve() -> None:
 @contextmanager
 def listening(app: ASGIApp) -> Iterator[int]:
     front.middlewares()
-    config = uvicorn.Config(front.Front(app), port=0, lifespan="off", log_config=None)
+    config = uvicorn.Config(front.Front(app), port=0, lifespan="off", log_config=None, timeout_keep_alive=1)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

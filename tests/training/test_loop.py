@@ -159,8 +159,10 @@ def straight_run(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("stop", "save_steps", "left"),
-    [(7, None, ["step_00000003", "step_00000006"]), (6, 2, ["step_00000002", "step_00000004"])],
-    ids=["after an epoch", "inside an epoch"],
+    [
+        pytest.param(7, None, ["step_00000003", "step_00000006"], id="after an epoch", marks=pytest.mark.slow),
+        pytest.param(6, 2, ["step_00000002", "step_00000004"], id="inside an epoch"),
+    ],
 )
 def test_resume_equals_the_straight_run(make_config, straight_run, monkeypatch, capsys, stop, save_steps, left):
     # Killed before a step, and resumed from the last checkpoint: the same losses, rates, means and weights.
