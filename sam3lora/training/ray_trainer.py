@@ -15,7 +15,7 @@ from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.constants import TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S
 
-from sam3lora.cluster import check_room, choose_gpu, worker_resources
+from sam3lora.cluster import MOST_STARTS, check_room, choose_gpu, never_ran, worker_resources
 from sam3lora.config import Config
 from sam3lora.errors import RunFailed, UserError, WorkerLost, WorkerStopped
 from sam3lora.processes_ahead import calls
@@ -24,9 +24,6 @@ from sam3lora.training.local_trainer import LocalTrainer, PlainTrainer
 from sam3lora.training.network import TorchOnRayNetwork
 
 logger = logging.getLogger(__name__)
-
-# Ray may give up an actor of a living owner before it ran, such as when the host was too busy to answer in time.
-_STARTS = 3
 
 # After a failure the workers get so long to leave the process group before they are killed; one that is stopped never
 # does, and the run waits for it.
@@ -105,19 +102,14 @@ def fit(make: Callable[[], PlainTrainer]) -> Any:
     Raises:
         ray.train.TrainingFailedError, ray.exceptions.RayActorError: for `as_user_error`.
     """
-    for _ in range(_STARTS - 1):
+    for _ in range(MOST_STARTS - 1):
         try:
             return make().fit()
         except RayActorError as error:
-            if not _never_ran(error):
+            if not never_ran(error):
                 raise
             logger.warning("Ray did not start Ray Train's controller, so it is tried again: %s", _last_line(error))
     return make().fit()
-
-
-def _never_ran(error: RayActorError) -> bool:
-    """Whether the actor had not begun; Ray says so in its message alone."""
-    return "never ran" in str(error)
 
 
 def as_user_error(error: ray.train.TrainingFailedError | RayActorError, config: Config) -> Exception:

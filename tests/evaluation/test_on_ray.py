@@ -11,6 +11,7 @@ import pytest
 from sam3lora.data.images import ImageError, read_image
 from sam3lora.data.synth.dataset import write_dataset
 from sam3lora.errors import RunFailed, UserError
+from sam3lora.evaluation.ask import on_ray
 from sam3lora.evaluation.ask.click_run import evaluate_clicks
 from sam3lora.evaluation.ask.dense_run import evaluate_dense
 from sam3lora.evaluation.ask.on_ray import MAX_RESTARTS, ask_on_ray
@@ -148,6 +149,23 @@ def test_model_that_cannot_be_loaded_is_one_mistake_of_the_user():
 
     with pytest.raises(UserError, match=r"^adapter folder run/best does not exist$"):
         ask_two_workers(refuse, BATCHES)
+
+
+def test_a_worker_that_ray_gives_up_before_it_ran_is_started_again(monkeypatch, tmp_path):
+    import ray
+
+    started = []
+
+    def ask(actors, batches, numbers):
+        started.append(numbers)
+        if len(started) == 1:
+            ray.kill(actors[1])
+        yield from ask_all(actors, batches, numbers)
+
+    ask_all = on_ray._ask
+    monkeypatch.setattr(on_ray, "_ask", ask)
+    assert sorted(ids for ids, _ in ask_two_workers(make_fake_worker(str(tmp_path)), BATCHES)) == [[0], [1], [2], [3]]
+    assert len(started) == 2
 
 
 @pytest.mark.slow
