@@ -7,14 +7,20 @@ const LARGEST_AREA = 8; // of a hole or a speck that is cleaned, in pixels of th
 export class ClickBar {
   #chosen = ""; // name of new objects
 
-  /** Callbacks: `onUndo()`, `onOther()`, `onNew()`, `onDone()`, and `onClean()` after `cleaning` changed. */
-  constructor({ onUndo, onOther, onNew, onDone, onClean }) {
+  /**
+   * Callbacks: `onUndo()`, `onOther()`, `onNew()`, `onDone()`, `onName(name)` after another name was chosen, and
+   * `onClean()` after `cleaning` changed.
+   */
+  constructor({ onUndo, onOther, onNew, onDone, onName, onClean }) {
     byId("click-undo").addEventListener("click", onUndo);
     byId("click-other").addEventListener("click", onOther);
     byId("click-new").addEventListener("click", onNew);
     byId("click-done").addEventListener("click", onDone);
     byId("click-clean").addEventListener("change", onClean);
-    byId("click-prompt").addEventListener("input", (event) => (this.#chosen = event.target.value));
+    byId("click-prompt").addEventListener("input", ({ target }) => {
+      this.#chosen = target.value;
+      onName(target.value);
+    });
   }
 
   /** Whether a plain click says "not this". */
@@ -40,15 +46,20 @@ export class ClickBar {
     const list = byId("click-prompt");
     list.replaceChildren(...prompts.map((prompt) => make("option", { value: prompt, textContent: prompt })));
     list.value = edit?.prompt ?? this.nameOf(prompts);
-    list.disabled = edit !== null || !prompts.length;
+    list.disabled = !prompts.length;
     if (!edit) byId("click-side").querySelector("[value=in]").checked = true;
     const hadFocus = document.activeElement;
     byId("click-undo").disabled = !edit?.canUndo;
     byId("click-other").disabled = !edit?.detection?.alternatives?.length;
-    byId("click-new").disabled = edit !== null || !prompts.length;
+    byId("click-new").disabled = !prompts.length || isUntouched(edit);
     byId("click-done").disabled = edit === null;
     if (hadFocus.disabled) document.querySelector("canvas").focus();
   }
+}
+
+/** Whether a new object is in hand that nobody has clicked yet. */
+function isUntouched(edit) {
+  return edit !== null && !edit.source && !edit.canUndo;
 }
 
 function stateOf({ prompt, source, clicks, detection }) {

@@ -24,8 +24,9 @@ export class Clicks {
     this.#bar = new ClickBar({
       onUndo: () => this.undo(),
       onOther: () => this.#takeOther(),
-      onNew: () => this.#begin(this.#on.panel()),
+      onNew: () => this.begin(),
       onDone: () => this.finish(),
+      onName: (name) => this.#rename(name),
       onClean: () => this.#askAgain(),
     });
     document.addEventListener("keydown", (event) => this.#key(event));
@@ -70,6 +71,12 @@ export class Clicks {
     this.#on.onChange();
   }
 
+  /** A new object, also where an outline lies already; the one in hand is done. */
+  begin() {
+    const panel = this.#panel ?? this.#on.panel();
+    if (panel?.prompts.length) this.#begin(panel);
+  }
+
   undo() {
     if (!this.#edit?.canUndo) return;
     this.#running.abort();
@@ -96,6 +103,11 @@ export class Clicks {
     if (!panel.edits.list.includes(edit)) panel.edits.add(edit);
     this.#changed();
     panel.stage.focus();
+  }
+
+  #rename(name) {
+    this.#edit?.rename(name);
+    if (this.#edit) this.#changed();
   }
 
   #takeOther() {
@@ -159,8 +171,10 @@ export class Clicks {
 
   #key(event) {
     if (!this.isOn || event.target.matches("input:not([type=radio], [type=checkbox]), select, textarea")) return;
-    if (event.key.toLowerCase() === "z") this.undo();
-    else if (event.key === "Escape") this.finish();
+    const key = event.key.toLowerCase();
+    if (key === "z") this.undo();
+    else if (key === "n" && !event.ctrlKey && !event.metaKey) this.begin();
+    else if (key === "escape") this.finish();
     else return;
     event.preventDefault();
   }

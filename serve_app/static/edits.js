@@ -1,12 +1,22 @@
 // Objects of one panel that a person corrects or adds by clicks, each with the way back.
 
-/** One object. `source` is the detection that is corrected; null for a new object. */
+/** One object. `source` is the detection of `prompt` that is corrected; null for a new object. */
 export class Edit {
   #states;
 
   constructor(prompt, source = null) {
-    Object.assign(this, { prompt, source });
-    this.#states = [{ clicks: [], box: null, detection: source }];
+    Object.assign(this, { source });
+    this.#states = [{ prompt, clicks: [], box: null, detection: source }];
+  }
+
+  /** Its name. */
+  get prompt() {
+    return this.#now.prompt;
+  }
+
+  /** Whether a detection of this prompt is corrected. */
+  replaces(prompt) {
+    return this.source !== null && this.isChanged && this.#states[0].prompt === prompt;
   }
 
   get clicks() {
@@ -38,8 +48,15 @@ export class Edit {
 
   /** One more click, { x, y, label }, or a box in the place of an earlier one. */
   add({ click = null, box = null }) {
-    const { clicks, box: before } = this.#now;
-    this.#states.push({ clicks: click ? [...clicks, click] : clicks, box: box ?? before, detection: null });
+    const { prompt, clicks, box: before } = this.#now;
+    this.#states.push({ prompt, clicks: click ? [...clicks, click] : clicks, box: box ?? before, detection: null });
+  }
+
+  /** Another name, which can be undone once there is a mask. */
+  rename(prompt) {
+    const { detection } = this.#now;
+    if (detection) this.#states.push({ ...this.#now, prompt, detection: { ...detection, corrected: true } });
+    else this.#now.prompt = prompt;
   }
 
   /** Whether the last clicks have no mask yet. */
@@ -118,7 +135,7 @@ export class Edits {
   /** Of a prompt: the objects that were corrected or added, and then the detections that nobody corrected. */
   applyTo(prompt, detections) {
     const mine = this.list.filter((edit) => edit.prompt === prompt && edit.isChanged);
-    const replaced = new Set(mine.map(({ source }) => source?.mask.counts));
+    const replaced = new Set(this.list.filter((edit) => edit.replaces(prompt)).map(({ source }) => source.mask.counts));
     return [...mine.map(({ detection }) => detection), ...detections.filter(({ mask }) => !replaced.has(mask.counts))];
   }
 }

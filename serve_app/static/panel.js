@@ -196,8 +196,8 @@ export class Panel {
       const edited = chosen.filter(({ corrected }) => corrected).length;
       const own = chosen.length - edited;
       const left = this.#isFinal || !all ? `${own} found` : `${own} of ${all} candidates`;
-      const byClicks = edited ? ` · ${edited} by clicks` : "";
-      const facts = presence === null ? "…" : `${left}${byClicks} · presence ${presence.toFixed(2)}`;
+      const byHand = edited ? ` · ${edited} by hand` : "";
+      const facts = presence === null ? "…" : `${left}${byHand} · presence ${presence.toFixed(2)}`;
       const title = make("span", { className: "group-title", textContent: prompt });
       group.append(make("summary", {}, title, make("span", { className: "soft", textContent: facts })));
       group.append(make("ol", {}, ...chosen.map((detection, number) => this.#row(detection, number, prompt))));
@@ -217,7 +217,7 @@ export class Panel {
     row.ariaLabel = `${prompt} ${number + 1}, score ${score.textContent}, ${area.textContent}`;
     if (detection.corrected) {
       score.prepend("✎ ");
-      row.ariaLabel += ", by clicks";
+      row.ariaLabel += ", by hand";
     }
     row.addEventListener("click", () => this.#onRow({ detection, prompt }));
     row.addEventListener("pointerenter", () => this.highlight(detection));

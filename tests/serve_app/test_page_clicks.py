@@ -78,7 +78,7 @@ def test_a_found_outline_is_corrected_and_downloaded(page: Browser, server: Page
     assert again["mask"] != asked["mask"]
 
     assert counts(page) == [[1, 0]]
-    assert "by clicks" in shown(page)[0]
+    assert "by hand" in shown(page)[0]
     page.set_range("#threshold", 0.95)  # what a person made stays
     assert counts(page) == [[1, 0]]
     (annotation,) = coco(page)
@@ -178,6 +178,49 @@ def test_a_new_object_gets_the_chosen_name(page: Browser, server: PageServer, im
     assert counts(page) == [[1, 2]]
 
 
+def test_one_object_after_the_other(page: Browser, server: PageServer, image: Path):
+    # "New object", or N, ends the one in hand and begins another, which may lie on an outline.
+    begin(page, image, "gear", "bolt")
+    click(page, 200, 100)
+    refined(page, server, 1)
+    page.click("#click-new")
+    assert "New gear: click it" in state(page)
+    assert page.value("document.querySelector('#click-new').disabled")
+    click(page, 30, 30)
+    assert refined(page, server, 2)["clicks"] == [{"x": 30, "y": 30, "label": 1}]
+    page.press("n")
+    click(page, 100, 150)
+    assert refined(page, server, 3)["clicks"] == [{"x": 100, "y": 150, "label": 1}]
+    assert counts(page) == [[4, 1]]
+    page.press("n")
+    page.press("Escape")  # begun and left: there is no object without a click
+    assert counts(page) == [[4, 1]]
+
+
+def test_an_object_gets_another_name(page: Browser, server: PageServer, image: Path):
+    # A found one, which then is none of the first prompt any more, and a new one before and after its first click.
+    begin(page, image, "gear", "bolt")
+    before = counts(page)
+    click(page, 30, 30)
+    page.select("#click-prompt", "bolt")
+    assert "Correcting bolt" in state(page)
+    gears, bolts = before[0]
+    assert counts(page) == [[gears - 1, bolts + 1]]
+    assert server.refined == []
+    page.press("z")
+    assert counts(page) == before
+    page.select("#click-prompt", "bolt")
+    page.press("n")
+    page.select("#click-prompt", "gear")
+    click(page, 200, 100)
+    refined(page, server, 1)
+    assert counts(page) == [[gears, bolts + 1]]
+    page.select("#click-prompt", "bolt")
+    assert counts(page) == [[gears - 1, bolts + 2]]
+    corrected = [one["category_id"] for one in coco(page) if one.get("corrected")]
+    assert corrected == [2, 2]
+
+
 def test_clicks_outlive_other_prompts_and_settings_but_not_the_image(page: Browser, server: PageServer, image: Path):
     begin(page, image)
     click(page, 30, 30)
@@ -186,12 +229,12 @@ def test_clicks_outlive_other_prompts_and_settings_but_not_the_image(page: Brows
     page.press("Escape")
     page.type("#prompt-input", "bolt", key="Enter")
     wait_until(lambda: counts(page) == [[1, 1]], "the answer")
-    assert ["by clicks" in name for name in shown(page)] == [True, False]
+    assert ["by hand" in name for name in shown(page)] == [True, False]
     page.select("#nms", "none")
     wait_until(lambda: len(counts(page)[0]) == 2 and counts(page)[0][1] == 2, "what overlaps")
     assert counts(page) == [[2, 2]]  # the corrected one takes the place of the one that was found
     page.choose_file("#file", image)
-    wait_until(lambda: "by clicks" not in " ".join(shown(page)), "the same image anew")
+    wait_until(lambda: "by hand" not in " ".join(shown(page)), "the same image anew")
     answered(page)
 
 
@@ -292,7 +335,7 @@ def test_each_panel_has_its_own(page: Browser, server: PageServer, image: Path):
     click(page, 30, 30)
     click(page, 70, 60, alt=True)
     refined(page, server, 1)
-    rows = "[...document.querySelectorAll('.panel')].map(panel => panel.innerText.includes('by clicks'))"
+    rows = "[...document.querySelectorAll('.panel')].map(panel => panel.innerText.includes('by hand'))"
     assert page.value(rows) == [True, False]
     second = "document.querySelector('.panel:nth-child(2) .row').click()"
     page.value(second)
@@ -316,7 +359,7 @@ def test_fingers_switch_between_in_and_out(phone: Browser, server: PageServer, i
     phone.press_on("#click-undo")
     phone.press_on("#click-done")
     assert phone.value("document.documentElement.scrollWidth <= innerWidth")
-    assert "1 by clicks" in phone.text(".group summary")
+    assert "1 by hand" in phone.text(".group summary")
     smallest = phone.value(
         "Math.min(...[...document.querySelectorAll('#click-bar :is(button, label:not(#click-name)), #tool label')]"
         ".filter(one => one.checkVisibility()).map(one => one.getBoundingClientRect().height))"
