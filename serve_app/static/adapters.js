@@ -27,7 +27,8 @@ export const knows = (adapter, prompt) =>
 export function clickFault({ clicks_vision, vision_adapters }, adapters) {
   if (clicks_vision !== "adapter" || adapters.some((id) => vision_adapters.includes(id))) return "";
   if (!vision_adapters.length) return "it was trained on the vision trunk of an adapter that is not here";
-  return `it was trained on the vision trunk of ${vision_adapters.join(" or ")}: pick that as adapter first`;
+  const named = vision_adapters.length > 4 ? [...vision_adapters.slice(0, 3), "another one"] : vision_adapters;
+  return `it was trained on the vision trunk of ${named.join(" or ")}: pick that as adapter first`;
 }
 
 /** The usable adapter that was trained on most of `prompts`, and those: { id, prompts }, or null. */
