@@ -14,8 +14,6 @@ from sam3lora.errors import UserError
 from sam3lora.local_ray import start_local_ray
 
 if TYPE_CHECKING:
-    from ray.exceptions import RayActorError
-
     from sam3lora.config import Config
 
 logger = logging.getLogger(__name__)
@@ -58,15 +56,6 @@ def ray_session(
         yield address == "local"
     finally:
         ray.shutdown()
-
-
-MOST_STARTS = 3
-"""Of an actor that Ray gives up before it ran, as may happen where its owner's host is too busy to answer in time."""
-
-
-def never_ran(error: RayActorError) -> bool:
-    """Whether Ray gave up the actor before it ran, so that it has done nothing; the message alone says so."""
-    return "never ran" in str(error)
 
 
 def check_job_path(path: str | Path, option: str) -> None:

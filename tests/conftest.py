@@ -5,12 +5,18 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 _NUMBERS = itertools.count()
+
+# One for all Rays of a process: it keeps the first way of authentication, and where a later Ray has another, its actors
+# end before they run. Without a token, Ray would write one to the home folder.
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: processes that share the cores take one each
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import runpy
 import shutil
@@ -58,12 +57,12 @@ def run_on_ray(config: Config, payload: dict[str, Any], callbacks: Sequence[User
         import ray.train
         from ray.exceptions import RayActorError
 
-        from sam3lora.training.ray_trainer import as_user_error, fit, make_trainer
+        from sam3lora.training.ray_trainer import as_user_error, make_trainer
 
-        trainer = functools.partial(make_trainer, config, payload, storage, callbacks, is_local=is_local)
+        trainer = make_trainer(config, payload, storage, callbacks, is_local=is_local)
         try:
             with _interruptible(), passed_on(Path(config.output.output_dir)):
-                result: Any = fit(trainer)
+                result: Any = trainer.fit()
         except (ray.train.TrainingFailedError, RayActorError) as error:
             raise as_user_error(error, config) from error
         finally:

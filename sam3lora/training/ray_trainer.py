@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,13 @@ from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.constants import TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S
 
-from sam3lora.cluster import MOST_STARTS, check_room, choose_gpu, never_ran, worker_resources
+from sam3lora.cluster import check_room, choose_gpu, worker_resources
 from sam3lora.config import Config
 from sam3lora.errors import RunFailed, UserError, WorkerLost, WorkerStopped
 from sam3lora.processes_ahead import calls
 from sam3lora.training.imports import BEGIN
 from sam3lora.training.local_trainer import LocalTrainer, PlainTrainer
 from sam3lora.training.network import TorchOnRayNetwork
-
-logger = logging.getLogger(__name__)
 
 # After a failure the workers get so long to leave the process group before they are killed; one that is stopped never
 # does, and the run waits for it.
@@ -94,22 +91,6 @@ def worker_entry(payload: dict[str, Any]) -> dict[str, Any]:
 
     with TorchConfig().train_func_context():  # chooses this worker's GPU
         return run_worker(payload)
-
-
-def fit(make: Callable[[], PlainTrainer]) -> Any:
-    """Run the job and return Ray Train's result; a job whose controller never ran has done nothing and is made anew.
-
-    Raises:
-        ray.train.TrainingFailedError, ray.exceptions.RayActorError: for `as_user_error`.
-    """
-    for _ in range(MOST_STARTS - 1):
-        try:
-            return make().fit()
-        except RayActorError as error:
-            if not never_ran(error):
-                raise
-            logger.warning("Ray did not start Ray Train's controller, so it is tried again: %s", _last_line(error))
-    return make().fit()
 
 
 def as_user_error(error: ray.train.TrainingFailedError | RayActorError, config: Config) -> Exception:

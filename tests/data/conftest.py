@@ -55,8 +55,6 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="module")
 def ray_session():
-    os.environ["RAY_AUTH_MODE"] = "disabled"
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     import ray
 
     start_local_ray(3, log_to_driver=False, logging_level="WARNING")

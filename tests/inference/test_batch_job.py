@@ -132,15 +132,12 @@ def test_dataset_of_a_turned_photograph_shows_the_picture_that_was_asked(orienta
 
 @pytest.fixture(scope="module")
 def ray_address() -> Iterator[str]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        import ray
+    import ray
 
-        options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
-        ray.init(address="local", num_cpus=2, object_store_memory=int(2e8), **options)
-        yield ray.get_runtime_context().gcs_address
-        ray.shutdown()
+    options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+    ray.init(address="local", num_cpus=2, object_store_memory=int(2e8), **options)
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
 
 
 def worker_processes() -> list[psutil.Process]:

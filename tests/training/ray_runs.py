@@ -12,8 +12,6 @@ import psutil
 from .run_folder import lines_of
 
 ENVIRONMENT = {
-    "RAY_AUTH_MODE": "disabled",
-    "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
 }
 # A worker takes two CPUs: its own and that of its data task.

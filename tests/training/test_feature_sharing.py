@@ -180,7 +180,6 @@ def test_waiting_for_another_runs_image(make_config, cache_folder, monkeypatch):
 @pytest.mark.slow
 def test_ray_workers_share_the_work(make_config, cache_folder, monkeypatch):
     # Two workers, each with data tasks in other processes; what they log is the sum of both.
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     common = [FROZEN, "scaling.num_workers=2", "training.num_workers=1", "scaling.resources_per_worker={CPU: 0.5}"]
     total = 3 * NUM_VALID + 2 * NUM_TRAIN
     plain = make_config(FROZEN, OFF, "training.adam_epsilon=0.1", output="plain")

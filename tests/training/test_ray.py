@@ -11,7 +11,7 @@ from sam3lora.data.coco import CocoIndex
 from sam3lora.data.plan import plan_epoch
 from sam3lora.errors import RunFailed, UserError
 from sam3lora.training.launch import train
-from sam3lora.training.ray_trainer import as_user_error, fit
+from sam3lora.training.ray_trainer import as_user_error
 
 from .changed_scenes import with_broken_images
 from .ray_runs import ENVIRONMENT, SMALL_STEPS, local_ray
@@ -92,39 +92,16 @@ def test_mistake_that_one_worker_meets_ends_the_run(make_config, scenes, tmp_pat
     assert not list(output_dir.glob(".*.part"))
 
 
-class _Job:
-    """A job whose controller, a real actor, Ray gives up before it runs, or that dies as it runs."""
+def test_a_lost_controller_is_told_with_what_to_do(make_config):
+    import ray
 
-    def __init__(self, *, runs: bool):
-        self.runs, self.starts = runs, 0
+    @ray.remote(num_cpus=0)
+    class Controller:
+        def run(self) -> None:
+            os._exit(1)
 
-    def fit(self) -> str:
-        import ray
-
-        self.starts += 1
-        if self.starts == 3:
-            return "result"
-        controller = ray.remote(num_cpus=0 if self.runs else 99)(_Controller).remote()
-        done = controller.run.remote()
-        if not self.runs:
-            ray.kill(controller)
-        return ray.get(done)
-
-
-class _Controller:
-    def run(self) -> None:
-        os._exit(1)
-
-
-def test_a_controller_that_never_ran_is_started_again_and_one_that_ran_is_lost(make_config):
-    from ray.exceptions import RayActorError
-
-    given_up, lost = _Job(runs=False), _Job(runs=True)
-    assert fit(lambda: given_up) == "result"
-    assert given_up.starts == 3
-    with pytest.raises(RayActorError) as caught:
-        fit(lambda: lost)
-    assert lost.starts == 1
+    with pytest.raises(ray.exceptions.RayActorError) as caught:
+        ray.get(Controller.remote().run.remote())
     told = as_user_error(caught.value, make_config())
     assert isinstance(told, RunFailed)
     assert "controller" in str(told)

@@ -36,16 +36,17 @@ def ask_on_ray(
         RunFailed: Workers died again and again.
     """
     import ray
-    from ray.exceptions import RayActorError, RayError, RayTaskError
+    from ray.exceptions import RayError, RayTaskError
+    from ray.util import ActorPool
 
     class Actor:
         """Loads when it is first asked: what goes wrong then arrives as itself, unlike an error of a constructor."""
 
         worker: Any = None
 
-        def ask(self, number: int, records: Sequence[dict[str, Any]]):
+        def ask(self, records: Sequence[dict[str, Any]]):
             self.worker = self.worker or make_worker()
-            return number, self.worker.ask(records), self.worker.facts()
+            return self.worker.ask(records), self.worker.facts()
 
     most = len(batches) if num_workers is None else min(num_workers, len(batches))
     with cluster.ray_session(address, num_cpus=min(most, max(2, os.cpu_count() or 1))):
@@ -56,18 +57,11 @@ def ask_on_ray(
         remote = ray.remote(Actor).options(
             num_cpus=1, num_gpus=int(use_gpu), max_restarts=MAX_RESTARTS, max_task_retries=MAX_RESTARTS
         )
-        starts, left = 1, set(range(len(batches)))
+        actors: list[Any] = [remote.remote() for _ in range(num_workers)]
         try:
-            while left:
-                actors = [remote.remote() for _ in range(min(num_workers, len(left)))]
-                try:
-                    for number, answers, facts in _ask(actors, batches, sorted(left)):
-                        left.remove(number)
-                        yield answers, facts
-                except RayActorError as error:
-                    if starts == cluster.MOST_STARTS or not cluster.never_ran(error):
-                        raise
-                    starts += 1
+            # A batch is made when a worker is free for it.
+            ask = lambda actor, number: actor.ask.remote(batches[number])  # noqa: E731
+            yield from ActorPool(actors).map_unordered(ask, list(range(len(batches))))
         except RayTaskError as error:
             if isinstance(error.cause, UserError):
                 raise type(error.cause)(str(error.cause)) from None
@@ -77,19 +71,9 @@ def ask_on_ray(
                 f"workers died {MAX_RESTARTS + 1} times over the same images, perhaps for want of memory: try fewer "
                 f"images at a time (--batch-size) or fewer workers (--num-workers). Ray says: {error}"
             ) from error
-
-
-def _ask(actors: list[Any], batches: Batches, numbers: list[int]) -> Iterator[Any]:
-    """What the actors answer to the batches of these numbers, as it comes; they end with the last one."""
-    from ray.util import ActorPool
-
-    try:
-        # A batch is made when a worker is free for it.
-        ask = lambda actor, number: actor.ask.remote(number, batches[number])  # noqa: E731
-        yield from ActorPool(actors).map_unordered(ask, numbers)
-    finally:
-        for actor in actors:
-            actor.__ray_terminate__.remote()
+        finally:
+            for actor in actors:
+                actor.__ray_terminate__.remote()
 
 
 def _check_room(num_workers: int, use_gpu: bool) -> None:
