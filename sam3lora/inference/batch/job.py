@@ -28,6 +28,7 @@ from sam3lora.inference.batch.output_folder import BAD_IMAGES, DATASET, PREDICTI
 from sam3lora.inference.batch.worker import ModelChoice, ShardWorker, WorkerSettings
 from sam3lora.inference.dense.predictor import settings_of
 from sam3lora.local_paths import absolute_base, refuse_bad_path
+from sam3lora.local_ray import environment
 from sam3lora.model.adapter.folder import CONFIG_FILE, WEIGHTS_FILE, is_adapter_folder, read_metadata
 from sam3lora.model.adapter.folder_files import HEAD_FILE
 from sam3lora.model.adapter.metadata import is_dense_folder, recorded_post_processing
@@ -144,9 +145,10 @@ def predict_batch(
                 probabilities=probabilities,
             )
             # Else Ray warns on stderr of the way in which Ray Data hands its actors their arguments.
-            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+            quiet = {"RAY_BACKEND_LOG_LEVEL": os.environ.get("RAY_BACKEND_LOG_LEVEL", "fatal")}
             cpus = max(os.cpu_count() or 1, num_workers or 1)
             with (
+                environment(quiet),
                 ray_session(address, num_cpus=cpus),
                 Progress(
                     len(images), done_before=len(images) - len(pending), style="auto" if progress else "off"
