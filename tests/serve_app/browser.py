@@ -206,7 +206,10 @@ class Browser:
     def downloaded(self, name: str) -> Path:
         """A download, when all of it is here."""
         path = self.downloads / name  # at first an empty file that keeps the name
-        wait_until(lambda: path.is_file() and path.stat().st_size > 0, f"the download of {name}; there: {[p.name for p in self.downloads.iterdir()]}")
+        wait_until(
+            lambda: path.is_file() and path.stat().st_size > 0,
+            f"the download of {name}; there: {[p.name for p in self.downloads.iterdir()]}",
+        )
         return path
 
     def screenshot(self, path: Path, *, whole: bool = False) -> None:
