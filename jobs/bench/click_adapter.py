@@ -10,6 +10,7 @@ standard protocol, up to 10 an object. Prints a table in Markdown; about a minut
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 import typer
 
+from jobs.bench.scripts import run_script
 from sam3lora.config import load_config
 from sam3lora.data.batch import to_pixel_values
 from sam3lora.data.coco import CocoIndex
@@ -89,4 +91,4 @@ def _row(name: str, meter: ClickMeter, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    sys.exit(run_script(main))

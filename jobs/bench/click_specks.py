@@ -9,6 +9,7 @@ each on one core.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ import numpy as np
 import typer
 from pycocotools import mask as coco_mask
 
+from jobs.bench.scripts import run_script
 from sam3lora.data.masks import encode_segmentation
 from sam3lora.engine.clicks.mask_cleaning import MaskCleaning
 from sam3lora.evaluation.ask.click_run import evaluate_clicks
@@ -84,4 +86,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    sys.exit(run_script(main))

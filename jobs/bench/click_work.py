@@ -8,6 +8,7 @@ costliest prediction of a training step of the preset `clicks`, three masks for 
 
 from __future__ import annotations
 
+import sys
 from contextlib import ExitStack
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from transformers.models.sam3_tracker.configuration_sam3_tracker import (
 from jobs.bench.gpu_timing import Row
 from jobs.bench.memory import as_on_a_gpu
 from jobs.bench.pretend_gpu import DEVICE, pretend_gpu
+from jobs.bench.scripts import run_script
 from jobs.bench.tensor_memory import TensorMemory
 from sam3lora.config import load_config
 from sam3lora.engine.clicks.answers import MAX_OBJECTS
@@ -119,6 +121,10 @@ def training_rows() -> list[Row]:
     ]
 
 
-if __name__ == "__main__":
+def main() -> None:
     for row in [*answer_rows(), *training_rows()]:
         print(row)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

@@ -6,9 +6,9 @@ import io
 import re
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -82,6 +82,21 @@ def read_image(
         turned = _turn(image, _orientation(data))
         return turned if turned.shape[:2] == expected else image
     return image
+
+
+def read_annotated_image(record: Mapping[str, Any]) -> np.ndarray:
+    """The image of a record of an index, brought to the size that its annotations refer to.
+
+    Files of another size are resized copies of the annotated image, so coordinates stay where they were relative to it.
+
+    Returns:
+        uint8 (H, W, 3), RGB, with the record's height and width.
+
+    Raises:
+        ImageError: See `read_image`.
+    """
+    size_hw = (record["height"], record["width"])
+    return resize_image(read_image(record["path"], expected_size_hw=size_hw), size_hw)
 
 
 def read_first_frame(source: str | Path | bytes, *, max_megapixels: float = MAX_MEGAPIXELS) -> tuple[np.ndarray, bool]:

@@ -125,7 +125,7 @@ def decode_record(record: Mapping[str, Any], settings: DecodeSettings, epoch: in
             images = frame[None]
         except ImageError as error:
             if settings.on_bad_image == "stop":
-                raise
+                raise ImageError(f"{error}. Repair or remove it, or set training.on_bad_image=skip") from None
             skipped = [(record["image_id"], record["path"], str(error))]
     kept = 1 - len(skipped)  # images of the batch: 1 or 0
     queries = record_queries(record, settings, epoch) if kept and settings.label_maps is None else []

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sam3lora.config.training import images_per_step
-from sam3lora.data.batch import Batch
 from sam3lora.training import distributed
 from sam3lora.training.metrics_log import memory_mb
 from sam3lora.training.optimization import idle_adapters
@@ -44,17 +43,12 @@ def log_plan(trainer: Trainer, best_metric: str, reason: str | None) -> None:
         trainer.log.write(kind, step=trainer.state.step, message=text)
 
 
-def log_step(
-    trainer: Trainer, group: list[Batch], terms: dict[str, float], grad_norm: float, seconds: float, waited: float
-) -> None:
-    """The line of a step, if one is due, and the bad images of all workers.
+def log_step(trainer: Trainer, terms: dict[str, float], grad_norm: float, seconds: float, waited: float) -> None:
+    """The line of a step, if one is due.
 
     Before its `seconds`, the step waited for its batches for `waited` seconds.
     """
     state, training = trainer.state, trainer.config.training
-    if training.on_bad_image == "skip":
-        for skipped in distributed.gather_objects([item for batch in group for item in batch.skipped]):
-            log_skipped(trainer, skipped)
     if not trainer.log or (state.step > 1 and state.step % training.logging_steps):
         return
     trainer.log.write(

@@ -19,6 +19,7 @@ from sam3lora.model.adapter.metadata import read_metadata_values
 from sam3lora.start_marks import mark
 from sam3lora.training import distributed, setup
 from sam3lora.training.agreement import check_agreement, choose_checkpoint, position_facts, run_facts
+from sam3lora.training.bad_images import StepsWithoutImages
 from sam3lora.training.best import disagreement, is_improved, no_better_than_base
 from sam3lora.training.checkpoint_folders import read_state
 from sam3lora.training.checkpoints import load_checkpoint, save_checkpoint
@@ -96,6 +97,7 @@ class Trainer:
         self.report = setup.ray_report() if use_ray else report
         self.notices = Notices(output_dir, use_ray=use_ray)
         self.looked_for_idle = False
+        self._without_images = StepsWithoutImages()
         self._saved_s = time.monotonic()
         self._clock_s = time.perf_counter()
         mark("adapter, text features")
@@ -231,7 +233,17 @@ class Trainer:
         if not self.state.step:
             mark("first step")
         self.state.step, self.state.step_in_epoch = self.state.step + 1, self.state.step_in_epoch + 1
-        log_step(self, group, terms, grad_norm, self._lap(), waited)
+        seconds = self._lap()
+        self._note_skipped(group, counts)
+        log_step(self, terms, grad_norm, seconds, waited)
+
+    def _note_skipped(self, group: list[Batch], counts: StepCounts) -> None:
+        """Log the bad images of a step; `counts` are those of all workers."""
+        if self.config.training.on_bad_image == "skip":
+            mine = [one for batch in group for one in batch.skipped]
+            skipped = [one for of_worker in distributed.gather_objects(mine) for one in of_worker]
+            log_skipped(self, skipped)
+            self._without_images.count(counts.num_images, skipped)
 
     def validate(self, sums: TermSums, *, epoch_ends: bool, forced: bool) -> None:
         """Log the epoch so far with the validation loss and metrics, keep the best adapter, and stop early if due.

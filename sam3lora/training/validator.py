@@ -15,6 +15,7 @@ from torch import nn
 
 from sam3lora.config import Config
 from sam3lora.data.coco import CocoIndex
+from sam3lora.data.images import ImageError
 from sam3lora.engine.engine import Engine, PromptedImage
 from sam3lora.engine.feature_cache import PreparedImage
 from sam3lora.evaluation.ask.run import asked_categories
@@ -26,6 +27,7 @@ from sam3lora.evaluation.split_results import SplitResults
 from sam3lora.model.loading import LoadedBase
 from sam3lora.model.staged.forward import VisionFeatures
 from sam3lora.training import distributed
+from sam3lora.training.bad_images import none_readable
 from sam3lora.training.datasets import BatchSource, RunData
 from sam3lora.training.step import LossRunner, StepCounts, TermSums
 from sam3lora.training.task import Runner
@@ -89,6 +91,8 @@ class Validator:
                 merged.sums[name] = merged.sums.get(name, 0.0) + value
             merged.counts = StepCounts.from_tensor(merged.counts.tensor() + other_counts.tensor())
             self.skipped += other_skipped
+        if self.skipped and not merged.counts.num_images:
+            raise none_readable("validation images", self.skipped)
         return merged
 
     def metrics(self) -> dict[str, Any]:
@@ -153,10 +157,13 @@ class DetectionValidator(Validator):
                     encode=runner.images.of_records,
                     lowest_score=settings.score_floor(len(index) * len(categories)),
                     batch_size=settings.batch_size,
+                    skip_unreadable=self.config.training.on_bad_image == "skip",
                 )
-        truth = SplitTruth(index, categories)
 
         def measure(parts: list[SplitMatches]) -> dict[str, Any]:
+            read = np.concatenate([part.image_ids for part in parts])
+            seen = np.isin(index.table.column("image_id").to_numpy(), read)
+            truth = SplitTruth(index.select_rows(np.flatnonzero(seen).tolist()), categories)
             found = measure_matches(truth, SplitMatches.join(parts, truth.image_ids, len(categories)), matcher)
             return {name: getattr(found, name) for name in LOGGED}
 
@@ -199,26 +206,47 @@ def ask_split(
     encode: Callable[[Sequence[Mapping[str, Any]]], VisionFeatures],
     lowest_score: float = 0.0,
     batch_size: int = 4,
+    skip_unreadable: bool = False,
 ) -> SplitMatches:
     """Ask the model of an engine, with what PEFT layers it has, for the matcher's categories, and match what it finds.
 
     Args:
         encode: Maps records to the features of their images.
         lowest_score: Detections down to it are kept, or down to the lowest threshold.
+        skip_unreadable: Leave out images that cannot be read.
 
     Raises:
         ImageError: An image cannot be read.
     """
-    parts = []
+    parts: list[SplitMatches] = []
+    image_ids: list[int] = []
     categories, post = matcher.categories, matcher.post
     prompts = tuple(category.prompt for category in categories)
     lowest_score = min(lowest_score, post.lowest_threshold)
     for start in range(0, len(index), batch_size):
         records = [index.record(row) for row in range(start, min(start + batch_size, len(index)))]
+        if skip_unreadable:
+            records, features = _encode_readable(records, encode)
+        else:
+            features = encode(records).split()
         images = [
-            PreparedImage(str(row), _NO_PIXELS, (record["height"], record["width"]), features)
-            for row, (record, features) in enumerate(zip(records, encode(records).split(), strict=True), start)
+            PreparedImage(str(row), _NO_PIXELS, (record["height"], record["width"]), of_image)
+            for row, (record, of_image) in enumerate(zip(records, features, strict=True), start)
         ]
         found = engine.detect([PromptedImage(image, prompts, post=post, lowest_score=lowest_score) for image in images])
         parts.append(matcher.match(records, SplitResults.collect(records, categories, found)))
-    return SplitMatches.join(parts, index.table.column("image_id").to_pylist(), len(categories))
+        image_ids += [record["image_id"] for record in records]
+    return SplitMatches.join(parts, image_ids, len(categories))
+
+
+def _encode_readable(
+    records: list[dict[str, Any]], encode: Callable[[Sequence[Mapping[str, Any]]], VisionFeatures]
+) -> tuple[list[dict[str, Any]], list[VisionFeatures]]:
+    """The records whose images can be read, with their features."""
+    try:
+        return records, encode(records).split()
+    except ImageError:
+        if len(records) == 1:
+            return [], []
+    one_by_one = [_encode_readable([record], encode) for record in records]
+    return [one for readable, _ in one_by_one for one in readable], [one for _, found in one_by_one for one in found]

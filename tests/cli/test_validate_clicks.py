@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
@@ -17,6 +19,7 @@ from sam3lora.evaluation.ask import click_run
 from sam3lora.evaluation.ask.click_run import evaluate_clicks
 from sam3lora.evaluation.clicks.measure import ClickMetrics
 from sam3lora.evaluation.clicks.settings import ClickEvaluation
+from sam3lora.evaluation.report.click_pictures import ClickGallery
 from sam3lora.evaluation.settings import EvaluationSettings
 from sam3lora.model.clicks.loading import load_click_head
 from sam3lora.model.fingerprint import fingerprint
@@ -80,6 +83,19 @@ def test_the_base(base, data, tmp_path, capsys):
     assert sum(entry["num_objects"] for entry in metrics["per_category"].values()) == len(annotations)
     assert f"{metrics['noc_85']:.3f}" in out
     assert not external_references(tmp_path / "report.html")
+
+
+def test_images_of_another_size_than_listed(base, data, tmp_path):
+    """Files of half the size are smaller copies of the annotated images: objects stay where they are."""
+    shutil.copytree(data, tmp_path / "data")
+    for path in (tmp_path / "data" / "valid").rglob("*.[jp][pn]g"):
+        cv2.imwrite(str(path), cv2.resize(cv2.imread(str(path)), None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA))
+    whole, half = clicked(base, data), clicked(base, tmp_path / "data")
+    assert half.clicks.alone.objects == whole.clicks.alone.objects
+    assert half.clicks.alone.ious() == pytest.approx(whole.clicks.alone.ious(), abs=0.2)
+    gallery = ClickGallery(half, 1)
+    panels = gallery.picture(half.clicks.alone.objects[0]).panels
+    assert panels
 
 
 def test_an_adapter_of_the_trunk_acts_on_clicks(base, data, adapter):

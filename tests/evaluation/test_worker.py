@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 import pytest
 
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.data.coco import CocoIndex
+from sam3lora.data.images import ImageError
 from sam3lora.errors import UserError
 from sam3lora.evaluation.ask.run import recorded_data
 from sam3lora.evaluation.ask.worker import EvaluationWorker, Models
@@ -15,7 +17,7 @@ from sam3lora.evaluation.settings import EvaluationSettings
 from sam3lora.model.staged.forward import StagedSam3
 
 from .adapters import write_adapter
-from .splits import write_split
+from .splits import HEIGHT, WIDTH, write_split
 
 EVERY = EvaluationSettings({"threshold": 0.0, "nms": "none"})
 
@@ -95,6 +97,26 @@ def test_answers_together_are_those_of_each_model_alone(make_worker, adapters, r
     presence = [np.array(list(answers.presence.values())) for answers in together.values()]
     for number, of_one in enumerate(presence):
         assert all(np.abs(of_one - of_other).max() > 5e-5 for of_other in presence[:number])
+
+
+def test_results_are_at_the_size_that_annotations_refer_to(tmp_path, make_worker):
+    """A file of half the listed size is a smaller copy of the annotated image."""
+    objects, names = [(0, 1, 10), (1, 2, 40)], {1: "crack", 2: "hole"}
+    index = CocoIndex.from_folder(write_split(tmp_path / "valid", objects, names))
+    cv2.imwrite(str(tmp_path / "valid" / "0.png"), np.full((HEIGHT // 2, WIDTH // 2, 3), 90, np.uint8))
+    records = [index.record(row) for row in range(2)]
+    worker = make_worker({})
+    predictions = worker.results(records)["base"].predictions
+    assert {p["image_id"] for p in predictions} == {0, 1}
+    assert {tuple(p["segmentation"]["size"]) for p in predictions} == {(HEIGHT, WIDTH)}
+    assert worker.ask(records)["base"].matches.num_predictions == len(predictions)
+
+
+def test_an_unreadable_image_is_named_with_what_to_do(tmp_path, make_worker):
+    index = CocoIndex.from_folder(write_split(tmp_path / "valid", [(0, 1, 10)], {1: "crack"}, num_images=1))
+    (tmp_path / "valid" / "0.png").write_bytes(b"no image")
+    with pytest.raises(ImageError, match=r"0\.png.*Repair it, or take it out of the annotation file"):
+        make_worker({}).ask([index.record(0)])
 
 
 def test_facts_are_those_of_the_model(make_worker, adapters, small_base):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from jobs.bench.click_specks import box_iou, has_far_speck, largest_part
+from jobs.bench.click_specks import box_iou, has_far_speck, largest_part, main
+from jobs.bench.scripts import run_script
 
 
 def rle(*boxes_xyxy: tuple[int, int, int, int]) -> dict:
@@ -14,6 +15,12 @@ def rle(*boxes_xyxy: tuple[int, int, int, int]) -> dict:
     for x0, y0, x1, y1 in boxes_xyxy:
         mask[y0:y1, x0:x1] = 1
     return coco_mask.encode(mask)
+
+
+def test_a_folder_that_is_not_there_is_told_in_a_sentence(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("sys.argv", ["click_specks", str(tmp_path / "none"), "8"])
+    assert run_script(main) == 2
+    assert capsys.readouterr().err.startswith(f"error: no folder {tmp_path / 'none'}")
 
 
 def test_boxes_and_far_specks():

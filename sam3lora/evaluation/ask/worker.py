@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
-from sam3lora.data.images import read_image
+from sam3lora.data.images import ImageError, read_annotated_image
 from sam3lora.engine.adapter_pool import AdapterPool
 from sam3lora.engine.detections import Detections
 from sam3lora.evaluation.dense.class_counts import ClassCounts
@@ -162,5 +162,12 @@ def adapter_of(label: str) -> str | None:
 
 
 def read_images(records: Sequence[Mapping[str, Any]]) -> list[np.ndarray]:
-    """The records' images, at the size that the annotations refer to; ImageError if one cannot be read."""
-    return [read_image(record["path"], expected_size_hw=(record["height"], record["width"])) for record in records]
+    """The records' images, at the size that the annotations refer to.
+
+    Raises:
+        ImageError: One cannot be read.
+    """
+    try:
+        return [read_annotated_image(record) for record in records]
+    except ImageError as error:
+        raise ImageError(f"{error}. Repair it, or take it out of the annotation file") from None

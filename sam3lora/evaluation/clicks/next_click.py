@@ -34,15 +34,32 @@ def next_click(
     missed_HW, wrong_HW = truth_HW & ~found_HW, found_HW & ~truth_HW
     if ignored_HW is not None:
         missed_HW, wrong_HW = missed_HW & ~ignored_HW, wrong_HW & ~ignored_HW
-    depths_2HW = np.stack([_depth(missed_HW), _depth(wrong_HW)])
-    for click in clicked:
-        depths_2HW[:, int(click.y), int(click.x)] = 0
-    deepest_missed, deepest_wrong = depths_2HW.reshape(2, -1).max(axis=1)
-    if max(deepest_missed, deepest_wrong) == 0:
+    clicked = list(clicked)
+    missed, wrong = _deepest(missed_HW, clicked), _deepest(wrong_HW, clicked)
+    if max(missed[0], wrong[0]) == 0:
         return None
-    label = int(deepest_missed > deepest_wrong)
-    y, x = np.unravel_index(depths_2HW[1 - label].argmax(), truth_HW.shape)
-    return Click(int(x), int(y), label)
+    label = int(missed[0] > wrong[0])
+    _, x, y = missed if label else wrong
+    return Click(x, y, label)
+
+
+def _deepest(error_HW: np.ndarray, clicked: Iterable[Click]) -> tuple[float, int, int]:
+    """Depth, x and y of the deepest pixel of an error, the first one row by row; depth 0 if there is none.
+
+    Only the box around the error is looked at, since nothing outside of it has a depth: images may be large.
+    """
+    y_N, x_N = np.flatnonzero(error_HW.any(axis=1)), np.flatnonzero(error_HW.any(axis=0))
+    if not len(y_N):
+        return 0.0, 0, 0
+    top, left = int(y_N[0]), int(x_N[0])
+    depth_hw = _depth(error_HW[top : y_N[-1] + 1, left : x_N[-1] + 1])
+    height, width = depth_hw.shape
+    for click in clicked:
+        x, y = int(click.x) - left, int(click.y) - top
+        if 0 <= x < width and 0 <= y < height:
+            depth_hw[y, x] = 0
+    y, x = divmod(int(depth_hw.argmax()), width)
+    return float(depth_hw[y, x]), left + x, top + y
 
 
 def _depth(error_HW: np.ndarray) -> np.ndarray:

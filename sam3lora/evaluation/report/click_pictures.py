@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from sam3lora.data.images import read_image
+from sam3lora.data.images import read_annotated_image
 from sam3lora.data.masks import decode_mask
 from sam3lora.engine.clicks.click import Click
 from sam3lora.evaluation.clicks.asking import SHOWN_CLICKS
@@ -56,7 +56,7 @@ class ClickGallery:
         image_id, number = object_id
         record = self._metrics.index.record(self._rows[image_id])
         size_hw = (record["height"], record["width"])
-        image_HW3 = read_image(record["path"], expected_size_hw=size_hw)
+        image_HW3 = read_annotated_image(record)
         truth_HW = decode_mask(record["annotations"][number]["segmentation"], size_hw)
         fact, run = self._metrics.clicks.facts[object_id], self._runs[object_id]
         masks = {count: coco_mask.decode(rle).astype(bool) for count, rle in sorted(fact.shown.items())}

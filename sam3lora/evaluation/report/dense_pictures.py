@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-from sam3lora.data.images import read_image
+from sam3lora.data.images import read_annotated_image
 from sam3lora.data.label_palette import palette_rgb
 from sam3lora.evaluation.dense.measure import DenseMetrics
 from sam3lora.evaluation.report.html_page import score
@@ -65,7 +65,7 @@ class DenseGallery:
         """
         first = self._results[0]
         record = first.index.record(self._rows[image_id])
-        pixels_HW3 = fit_side(read_image(record["path"]), panel_side_px(self._num_panels))
+        pixels_HW3 = fit_side(read_annotated_image(record), panel_side_px(self._num_panels))
         pale_HW3 = pale(pixels_HW3)
         truth_MHW = first.labels.of_record(record)
         panels = [

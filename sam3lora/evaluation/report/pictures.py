@@ -11,7 +11,7 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 
-from sam3lora.data.images import read_image
+from sam3lora.data.images import read_annotated_image
 from sam3lora.evaluation.metrics.cgf1_units import count_units
 from sam3lora.evaluation.metrics.measure import SplitMetrics
 from sam3lora.evaluation.metrics.ranking import MatchCounts, PairCounts
@@ -103,8 +103,7 @@ class Gallery:
         return Picture(title, [self._panel(self._pixels(image), image, category, model)])
 
     def _pixels(self, image: int) -> np.ndarray:
-        record = self._truth.index.record(image)
-        return read_image(record["path"], expected_size_hw=(record["height"], record["width"]))
+        return read_annotated_image(self._truth.index.record(image))
 
     def _panel(self, pixels_HW3: np.ndarray, image: int, category: int | None, model: int | None) -> Panel:
         entries = self._entries(image, model)

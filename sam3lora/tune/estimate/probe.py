@@ -106,7 +106,7 @@ def run_probe(config: Config) -> Probe:
             }
             return _measure(config.changed(changes), Path(folder))
     except ImageError as error:
-        raise RunFailed(f"{error}. Repair or remove it, or set training.on_bad_image=skip") from error
+        raise RunFailed(str(error)) from error
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

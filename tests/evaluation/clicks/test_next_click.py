@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from sam3lora.engine.clicks.click import Click
+from sam3lora.evaluation.clicks import next_click as module
 from sam3lora.evaluation.clicks.next_click import mask_iou, next_click
 
 
@@ -54,6 +55,16 @@ def test_of_equal_pixels_the_first_row_by_row_is_taken():
     # all pixels of a line are equally deep; of two objects, the upper one comes first although it is further right
     assert next_click(drawn("....", ".###", "...."), drawn(*["...."] * 3)) == Click(1, 1, 1)
     assert next_click(drawn("...#", "....", "#..."), drawn(*["...."] * 3)) == Click(3, 0, 1)
+
+
+def test_a_large_image_costs_its_errors_alone(monkeypatch):
+    measured, depth = [], module._depth
+    monkeypatch.setattr(module, "_depth", lambda error_HW: (measured.append(error_HW.shape), depth(error_HW))[1])
+    truth, found = np.zeros((2, 900, 1200), dtype=bool)
+    truth[300:305, 400:409], found[20:23, 30:33] = True, True
+    assert next_click(truth, found) == Click(402, 302, 1)
+    assert next_click(truth, found, [Click(402, 302), Click(900, 10)]) == Click(403, 302, 1)
+    assert measured == [(5, 9), (3, 3)] * 2
 
 
 def test_the_border_of_the_image_bounds_an_error():
