@@ -102,7 +102,10 @@ def as_user_error(error: ray.train.TrainingFailedError | RayActorError, config: 
         return cause
     kept = "Everything up to the last checkpoint is kept: train again with --resume"
     if isinstance(cause, RayActorError):
-        return RunFailed(f"Ray Train's controller, which runs on this host, was lost: {_last_line(cause)} {kept}")
+        told = f"Ray Train's controller, which runs on this host, was lost: {_last_line(cause)}"
+        if "never ran" in told:
+            kept = "A Python process keeps the authentication of its first Ray: if that changed, start a new process"
+        return RunFailed(f"{told} {kept}")
     if not isinstance(cause, ray.train.WorkerGroupError):
         return RuntimeError(f"Ray Train failed: {_last_line(cause)}. {kept}")
     failures = cause.worker_failures

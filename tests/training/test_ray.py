@@ -92,20 +92,27 @@ def test_mistake_that_one_worker_meets_ends_the_run(make_config, scenes, tmp_pat
     assert not list(output_dir.glob(".*.part"))
 
 
-def test_a_lost_controller_is_told_with_what_to_do(make_config):
+@pytest.mark.parametrize(
+    ("num_cpus", "advice"), [(0, "--resume"), (99, "start a new process")], ids=["as it ran", "before it ran"]
+)
+def test_a_lost_controller_is_told_with_what_to_do(num_cpus, advice, make_config):
     import ray
 
-    @ray.remote(num_cpus=0)
+    @ray.remote(num_cpus=num_cpus)
     class Controller:
         def run(self) -> None:
             os._exit(1)
 
+    controller = Controller.remote()
+    done = controller.run.remote()
+    if num_cpus:  # it waits for them
+        ray.kill(controller)
     with pytest.raises(ray.exceptions.RayActorError) as caught:
-        ray.get(Controller.remote().run.remote())
+        ray.get(done)
     told = as_user_error(caught.value, make_config())
     assert isinstance(told, RunFailed)
     assert "controller" in str(told)
-    assert "--resume" in str(told)
+    assert advice in str(told)
 
 
 def test_more_than_the_cluster_has_is_refused_before_ray_waits_for_it(make_config):
