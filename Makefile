@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Bytecode is kept even where the environment says otherwise: without it pytest rewrites 600 files in each process.
 PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest
-# Processes that share the tests, a file at a time, in the order of the files: by the number of their tests, those with
-# few would come last, and that are the ones with a Ray of their own, two at a time.
+# Processes that share the tests, a file at a time, in the order of the files. Sorted by their number of tests, as pytest-xdist
+# does by default, those that start a Ray would run last, two at a time.
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help

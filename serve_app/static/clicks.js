@@ -123,7 +123,7 @@ export class Clicks {
   /** The answer to the last click in another form. */
   #askAgain() {
     if (this.#edit?.isOpen) this.#ask();
-    else if (this.#edit?.isChanged) this.#ask({ isAgain: true });
+    else if (this.#edit?.isAnswered) this.#ask({ isAgain: true });
   }
 
   async #ask({ isAgain = false } = {}) {

@@ -33,9 +33,14 @@ export class Edit {
     return lastMask(this.#states);
   }
 
-  /** Whether clicks changed what is shown. */
+  /** Whether clicks or another name changed what is shown. */
   get isChanged() {
     return this.detection !== null && this.detection !== this.source;
+  }
+
+  /** Whether clicks or a box were answered, and not only a name was given. */
+  get isAnswered() {
+    return this.isChanged && (this.clicks.length > 0 || this.box !== null);
   }
 
   get canUndo() {
