@@ -13,8 +13,8 @@ import pytest
 
 _NUMBERS = itertools.count()
 
-# One token for all Rays of the tests: a process keeps the authentication of its first Ray, and the actors of a later one
-# with another end before they run. Without a token, Ray would write one to the home folder.
+# One token for all Rays of the tests: a process keeps the authentication of its first Ray, and where a later one has
+# another, its actors end before they run. Without a token, Ray would write one to the home folder.
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
