@@ -27,6 +27,10 @@ logger = logging.getLogger(__name__)
 MAX_HEADER_BYTES = 1 << 16
 MAX_HEADERS = 200
 HEADER_TIMEOUT_S = 15.0
+LINGER_S = 2.0
+LINGER_BYTES = 4 << 20
+"""A refused client is listened to for so long at most: closing on what it still sends would reset the connection, and
+that can take the answer from the client."""
 
 _REQUEST_ID = re.compile(rb"[ -~]{1,200}")
 _MARK = next(iter(SECURITY_HEADERS)).lower().encode()  # on every answer of the application, on none of Ray's own
@@ -133,6 +137,7 @@ class BoundedHttp(HttpToolsProtocol):
     _head_bytes = 0  # of the target, and of the headers and trailers that are whole
     _pending_bytes = 0  # of what httptools still collects: one header, trailer or line
     _has_parsed = False
+    _ignored_bytes = 0
     _timer: asyncio.TimerHandle | None = None
     _refusal = ServeError("malformed_request", "expected an HTTP/1.1 request")
 
@@ -156,6 +161,9 @@ class BoundedHttp(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         if self._is_over:
+            self._ignored_bytes += len(data)
+            if self._ignored_bytes > LINGER_BYTES:
+                self.transport.close()
             return
         if not self._is_answering:
             self._start_timer()  # also for an empty line, which begins no request
@@ -230,7 +238,18 @@ class BoundedHttp(HttpToolsProtocol):
         is_turn = not self.pipeline and (last is None or last.response_complete or not last.response_started)
         if self._has_begun and is_turn and not self.transport.is_closing():
             self.transport.write(raw_error_answer(error))
-        self.transport.close()
+            self._linger()
+        else:
+            self.transport.close()
+
+    def _linger(self) -> None:
+        """Close when the client has, or when it has been listened to for long enough."""
+        if not self.transport.can_write_eof():
+            self.transport.close()
+            return
+        self.transport.write_eof()
+        self.flow.resume_reading()
+        self._timer = self.loop.call_later(LINGER_S, self.transport.close)
 
     def _start_timer(self) -> None:
         if self._timer is None:

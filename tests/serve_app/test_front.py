@@ -150,16 +150,13 @@ def port() -> Iterator[int]:
 
 
 def talk(port: int, *pieces: bytes, timeout_s: float = 10.0) -> bytes:
-    """Send, and read until the server closes the connection."""
+    """Send all, then read until the server closes the connection. ConnectionError: it was reset."""
     with socket.create_connection(("127.0.0.1", port), timeout=timeout_s) as connection:
+        for piece in pieces:
+            connection.sendall(piece)
         received = b""
-        try:
-            for piece in pieces:
-                connection.sendall(piece)
-            while chunk := connection.recv(1 << 16):
-                received += chunk
-        except ConnectionError:
-            pass  # closed before all was sent
+        while chunk := connection.recv(1 << 16):
+            received += chunk
         return received
 
 
@@ -182,6 +179,21 @@ CLOSE = b"Connection: close\r\n"
 )
 def test_large_heads_are_refused(port: int, head: bytes) -> None:
     assert error_of(talk(port, b"GET / HTTP/1.1\r\nHost: a\r\n", head)) == (431, "headers_too_large")
+
+
+def test_a_refused_client_that_stays_is_left(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front, "LINGER_S", 0.2)
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(b"no HTTP\r\n\r\n")
+        assert error_of(connection.recv(1 << 16)) == (400, "malformed_request")
+        with pytest.raises(ConnectionError):
+            send_slowly(connection, b"x" * 200)
+
+
+def send_slowly(connection: socket.socket, text: bytes) -> None:
+    for byte in text:
+        connection.sendall(bytes([byte]))
+        time.sleep(0.05)
 
 
 def test_a_long_target_is_refused(port: int) -> None:
