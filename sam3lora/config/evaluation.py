@@ -30,7 +30,9 @@ class EvaluationSection(PostProcessingFields):
         "metric of detections without a value on the validation images is replaced by bbox_map, then by the loss.",
     )
     base_loss: bool = Field(default=True, description="Measure the validation loss of the base before the first step.")
-    num_samples: int | None = Field(default=None, ge=1, description="Measure on the first so many images; None = all.")
+    num_samples: int | None = Field(
+        default=None, ge=1, description="Measure metrics and loss on the first so many validation images; None = all."
+    )
 
     lowest_score: Annotated[float, Field(ge=0, le=LOWEST_THRESHOLD)] | Literal["auto"] = Field(
         default="auto",

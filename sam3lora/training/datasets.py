@@ -208,6 +208,8 @@ class BatchSource:
         self._load_ahead = load_ahead
         self._train_table = SharedTable(data.train.table)
         self._valid_table = SharedTable(data.valid.table) if data.valid else None
+        self.num_validated = len(range(len(data.valid or ()))[: config.evaluation.num_samples])
+        """Images of a validation loss: the first ones with a query."""
         self.images_per_step = images_per_step
         self.steps_per_epoch = -(-len(data.train) // images_per_step)
         share = share_of(images_per_step, distributed.world_size(), distributed.rank())
@@ -219,10 +221,10 @@ class BatchSource:
         return self._decode(self._train_table, plans, self._data.train_settings)
 
     def validation_batches(self) -> Generator[Batch]:
-        """This worker's share of the validation split, each image once over all workers."""
+        """This worker's share of the images of a validation loss, each image once over all workers."""
         assert self._valid_table is not None
         plans = plan_validation(
-            self._valid_table.table.num_rows,
+            self.num_validated,
             batch_size=self._training.images_per_forward,
             world_size=distributed.world_size(),
             rank=distributed.rank(),

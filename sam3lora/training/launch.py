@@ -173,11 +173,13 @@ def _check_resume(
             f"resumed at step {saved.state.step}, from the start of epoch {saved.state.epoch + 1}, with changes: "
             f"{', '.join(changes)}. best/ is chosen anew"
         ), data
-    otherwise = saved.changes_of_metrics(config.model_dump(mode="json"))
-    if otherwise and config.evaluation.every_epochs:
+    otherwise = saved.changes_of_measuring(
+        config.model_dump(mode="json"), with_metrics=bool(config.evaluation.every_epochs)
+    )
+    if otherwise:
         return (
-            f"resumed at step {saved.state.step} with metrics that do not compare with those before: "
-            f"{', '.join(otherwise)}. Where one decides best/, it is chosen anew"
+            f"resumed at step {saved.state.step} with measurements that do not compare with those before: "
+            f"{', '.join(otherwise)}. Where one of them decides best/, it is chosen anew"
         ), data
     unknown = []
     if saved.data is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,6 +30,8 @@ FIXED_SETTINGS = (
 )
 # Settings of this section that decide when metrics are measured and which one counts, not their values.
 _NOT_OF_METRICS = ("every_epochs", "best_metric", "base_loss")
+# The only one that the validation loss depends on.
+_OF_VALID_LOSS = "evaluation.num_samples"
 # Where the base comes from; what it is, its fingerprint says.
 _SOURCE_OF_BASE = ("model.name", "model.revision", "model.local_files_only")
 # The adapter was made for these: with others it is not the same model.
@@ -74,12 +77,12 @@ class RunState:
             self._forget_the_best()
         self.best_metric = metric
 
-    def measure_anew(self) -> None:
-        """Forget the metrics: later ones, measured with other settings, do not compare. Losses do."""
+    def measure_anew(self, kept: Sequence[str]) -> None:
+        """Forget all measurements but these: later ones, measured with other settings, do not compare."""
         for values in (self.best_values, self.base_values):
-            for name in values.keys() - set(LOSSES):
+            for name in values.keys() - set(kept):
                 del values[name]
-        if self.best_metric not in LOSSES:
+        if self.best_metric not in kept:
             self._forget_the_best()
 
     def _forget_the_best(self) -> None:
@@ -121,15 +124,22 @@ class SavedRun:
                 was["base model"], now["base model"] = (f"fingerprint {of[:12]}" for of in (self.base, base))
         return _differences(was, now)
 
-    def changes_of_metrics(self, settings: dict[str, Any]) -> list[str]:
-        """How metrics would be measured otherwise than in the run, which may go on all the same."""
-        return _differences(*(_settings_of_metrics(values) for values in (self.settings, settings)))
+    def changes_of_measuring(self, settings: dict[str, Any], *, with_metrics: bool = True) -> list[str]:
+        """How metrics and validation loss would be measured otherwise than in the run, which may go on all the same.
+
+        `with_metrics` says whether metrics are measured at all.
+        """
+        was, now = (_settings_of_metrics(values) for values in (self.settings, settings))
+        if not with_metrics:
+            was, now = ({_OF_VALID_LOSS: of[_OF_VALID_LOSS]} for of in (was, now))
+        return _differences(was, now)
 
     def state_with(self, settings: dict[str, Any]) -> RunState:
-        """The state from which a run with these settings goes on: without metrics that do not compare."""
+        """The state from which a run with these settings goes on: without measurements that do not compare."""
         state = copy.deepcopy(self.state)
-        if self.changes_of_metrics(settings):
-            state.measure_anew()
+        if self.changes_of_measuring(settings):
+            of_loss = self.changes_of_measuring(settings, with_metrics=False)
+            state.measure_anew(kept=("train_loss",) if of_loss else LOSSES)
         return state
 
     def why_no_step_left(self, config: Config, *, anew: bool) -> str | None:

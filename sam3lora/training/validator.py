@@ -72,7 +72,10 @@ class Validator:
     skipped: list[tuple[int, str, str]] = field(default_factory=list)
 
     def loss_terms(self) -> TermSums | None:
-        """The loss terms over the split, the same ones as in training but without dropout; None without a split."""
+        """The loss terms over `BatchSource.num_validated` images, the same ones as in training but without dropout.
+
+        None without a validation split.
+        """
         self.skipped = []
         if self.data.valid is None:
             return None

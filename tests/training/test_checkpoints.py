@@ -283,19 +283,24 @@ def test_a_run_that_goes_on_by_another_metric_forgets_the_best_value_of_the_firs
 
 @pytest.mark.parametrize("metric", ["map", "valid_loss"])
 @pytest.mark.parametrize(
-    ("evaluation", "compares"),
-    [({}, True), ({"every_epochs": 1}, True), ({"num_samples": 10}, False), ({"threshold": 0.3}, False)],
+    ("evaluation", "kept"),
+    [
+        ({}, {"map", "valid_loss", "train_loss"}),
+        ({"every_epochs": 1}, {"map", "valid_loss", "train_loss"}),
+        ({"threshold": 0.3}, {"valid_loss", "train_loss"}),
+        ({"num_samples": 10}, {"train_loss"}),
+    ],
 )
-def test_metrics_of_other_settings_do_not_compare_and_losses_do(metric, evaluation, compares):
-    values = {"map": [0.4, 4], "valid_loss": [9.0, 4]}
-    state = RunState(
-        step=8, best_metric=metric, best_step=4, best_values=values, base_values={"map": 0.1, "valid_loss": 12.0}
-    )
+def test_what_was_measured_with_other_settings_does_not_compare(metric, evaluation, kept):
+    values = {"map": [0.4, 4], "valid_loss": [9.0, 4], "train_loss": [8.0, 2]}
+    base_values = {"map": 0.1, "valid_loss": 12.0, "train_loss": 13.0}
+    state = RunState(step=8, best_metric=metric, best_step=4, best_values=values, base_values=base_values)
     saved = SavedRun({"evaluation": {"every_epochs": 2}}, state)
     goes_on = saved.state_with({"evaluation": {"every_epochs": 2} | evaluation})
-    kept = {"map", "valid_loss"} if compares else {"valid_loss"}
     assert goes_on.best_values.keys() == goes_on.base_values.keys() == kept
-    assert goes_on.best_step == (4 if compares or metric == "valid_loss" else None)
+    assert goes_on.best_step == (4 if metric in kept else None)
+    of_losses = saved.changes_of_measuring({"evaluation": evaluation}, with_metrics=False)
+    assert bool(of_losses) == ("valid_loss" not in kept)
     assert state.best_values == values  # as it was saved
 
 

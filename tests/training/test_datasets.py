@@ -45,6 +45,16 @@ def test_batches_are_those_of_the_plan_from_any_step_on(config, start):
     assert seen == [(batch.image_ids.tolist(), "sam3lora-prefetch") for batch in batches]
 
 
+@pytest.mark.parametrize("num_samples", [None, 1, 2, 50])
+def test_a_validation_loss_is_of_the_first_images(config, num_samples):
+    config = config.changed({"evaluation.num_samples": num_samples})
+    data = load_run_data(config, 112)
+    source = BatchSource(data, config, images_per_step=2, use_ray=False)
+    seen = [id for batch in source.validation_batches() for id in batch.image_ids.tolist()]
+    assert seen == data.valid.table.column("image_id").to_pylist()[:num_samples]
+    assert source.num_validated == len(seen) == min(num_samples or 3, 3)
+
+
 def test_batches_for_a_gpu_are_pinned_by_its_own_thread(config, monkeypatch):
     chosen = []
     monkeypatch.setattr(

@@ -132,7 +132,7 @@ def _measure(config: Config, folder: Path) -> Probe:
     train, valid = _train(trainer), _validate(trainer)
     uses_features = trainer.runner.images.features_loaded > loaded
     metrics_s, num_measured = _metrics(trainer)
-    num_train, num_valid = len(trainer.data.train), len(trainer.data.valid or ())
+    num_train, num_valid = len(trainer.data.train), trainer.batches.num_validated
     size = trainer.batches.images_per_step
     cache_bytes = sum(file.stat().st_size for file in (folder / "cache").rglob("*") if file.is_file())
     num_visited = min(_STEPS * size, num_train) + min(_BATCHES * size, num_valid)
