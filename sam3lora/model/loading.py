@@ -88,7 +88,7 @@ def load_base(
         quantize_nf4(model, device)
     return LoadedBase(
         model=model.eval().to(device),
-        tokenizer=_load_tokenizer(folder),
+        tokenizer=_load_tokenizer(folder, config),
         name=folder.name,
         revision=folder.revision,
         fingerprint=identity,
@@ -197,8 +197,8 @@ def _no_progress_bar() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _load_tokenizer(folder: BaseFolder) -> PreTrainedTokenizerBase:
+def _load_tokenizer(folder: BaseFolder, config: Sam3Config) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(folder.path, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder.path, config=config, local_files_only=True)
     except Exception as error:  # tokenizers raises bare Exception for a broken file
         raise UserError(f"the tokenizer in {folder.path} could not be loaded: {error}") from error
