@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from sam3lora.data import index_cache
+from sam3lora.data.bad_images import WITHOUT_THEM
 from sam3lora.data.coco_file import read_coco_file
 from sam3lora.data.faults import NOTE, FaultLog
 from sam3lora.data.ids import IdTable
@@ -192,7 +193,7 @@ def _stop_on_missing(log: FaultLog, source: Path, on_bad_image: str) -> None:
     if missing and on_bad_image == "stop":
         raise ImageError(
             f"{source}: {missing} listed image(s) not found, e.g. {'; '.join(log.examples('missing_image'))}. "
-            "Restore them, or take them out of the file (training goes on without them with training.on_bad_image=skip)"
+            f"Restore them, take them out of the file, or {WITHOUT_THEM}"
         )
 
 

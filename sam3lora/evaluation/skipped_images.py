@@ -1,0 +1,118 @@
+"""Images of a split that cannot be read: an evaluation stops before it begins, or names them and measures the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from sam3lora.config.training import OnBadImage
+from sam3lora.data.bad_images import WITHOUT_THEM, SkippedImage, find_unreadable
+from sam3lora.data.coco import CocoIndex
+from sam3lora.data.fault_report import SplitFault, split_faults
+from sam3lora.data.faults import MAX_EXAMPLES, FaultLog
+from sam3lora.data.images import ImageError
+from sam3lora.errors import UserError
+
+
+class SkippedImages:
+    """Counts the images of an index that workers could not read."""
+
+    def __init__(self, index: CocoIndex) -> None:
+        self._index = index
+        self._images: dict[int, SkippedImage] = {}
+
+    def add(self, images: Iterable[SkippedImage]) -> None:
+        self._images |= {image.image_id: image for image in images}
+
+    @property
+    def _is_skipped_I(self) -> np.ndarray:
+        return np.isin(self._index.table.column("image_id").to_numpy(), list(self._images))
+
+    def readable(self) -> CocoIndex:
+        """The index without them.
+
+        Raises:
+            ImageError: None of its images could be read.
+        """
+        rows = np.flatnonzero(~self._is_skipped_I).tolist()
+        self.check_some_read(len(rows))
+        return self._index.select_rows(rows)
+
+    def check_some_read(self, number: int) -> None:
+        """Raise ImageError if images were skipped and `number`, of what was measured of the others, is 0."""
+        if self._images and not number:
+            raise none_readable(self._index.source, list(self._images.values()))
+
+    def listed(self) -> list[dict[str, Any]]:
+        """JSON values of each: `image_id` as the annotation file writes it, `path` and `reason`."""
+        return [
+            image._asdict() | {"image_id": self._index.written_id(image.image_id)}
+            for _, image in sorted(self._images.items())
+        ]
+
+    def faults(self, split: str, of_file: Sequence[SplitFault]) -> Sequence[SplitFault]:
+        """The faults of the split's annotation file, with these images and their labels as further ones."""
+        if not self._images:
+            return of_file
+        log = FaultLog()
+        log.include(self._index.faults)
+        for image in self.listed():
+            log.add("skipped_image", f"image {image['image_id']}: {image['reason']}")
+        skipped = self._index.table.filter(self._is_skipped_I)
+        if num_labels := sum(map(len, skipped.column("annotations").to_pylist())):
+            log.add("left_out_label", count=num_labels)
+        return split_faults(split, log)
+
+
+def stop_on_unreadable(records: Sequence[Mapping[str, Any]], source: str, on_bad_image: OnBadImage) -> None:
+    """Look for damaged images before a model is asked, where one stops the evaluation; see `find_unreadable`.
+
+    Raises:
+        ImageError: There are some.
+    """
+    found = find_unreadable(records) if on_bad_image == "stop" else []
+    if found:
+        reasons = "; ".join(image.reason for image in found[:MAX_EXAMPLES])
+        raise ImageError(
+            f"{source}: {len(found)} of {len(records)} images cannot be read, e.g. {reasons}. Repair them, take them "
+            f"out of the file, or {WITHOUT_THEM}"
+        )
+
+
+def none_readable(source: str, images: Sequence[SkippedImage]) -> ImageError:
+    """What to raise where no image could be read."""
+    return ImageError(
+        f"{source}: none of the {len(images)} images to measure could be read, the first for this reason: "
+        f"{images[0].reason}"
+    )
+
+
+def skipped_note(images: Sequence[Mapping[str, Any]], num_measured: int) -> str:
+    """The `listed` images in a sentence for a terminal, with the number of those that were measured."""
+    if not images:
+        return ""
+    named = "; ".join(f"image {image['image_id']}: {image['reason']}" for image in images[:MAX_EXAMPLES])
+    more = ", and so on" if len(images) > MAX_EXAMPLES else ""
+    return f"{len(images)} of {num_measured + len(images)} images could not be read and are not measured: {named}{more}"
+
+
+class Measured(Protocol):
+    """The metrics of a model on a split."""
+
+    @property
+    def label(self) -> str: ...
+    @property
+    def skipped_images(self) -> Sequence[Mapping[str, Any]]: ...
+
+
+def check_same_images(results: Sequence[Measured]) -> None:
+    """Raise UserError if models that were measured one after the other could not read the same images."""
+    ids = [{image["image_id"] for image in one.skipped_images} for one in results]
+    for one, skipped in zip(results, ids, strict=True):
+        if differing := sorted(map(str, skipped ^ ids[0])):
+            raise UserError(
+                f"image {differing[0]} could be read for one of the models {results[0].label} and {one.label} and not "
+                "for the other, so they cannot be compared: measure them again when the images stay as they are"
+            )
