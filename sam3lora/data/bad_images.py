@@ -31,6 +31,11 @@ class SkippedImage(NamedTuple):
     path: str
     reason: str
 
+    @classmethod
+    def of(cls, record: Mapping[str, Any], error: ImageError) -> SkippedImage:
+        """The image of a record of an index, and why it was not read."""
+        return cls(record["image_id"], record["path"], str(error).removeprefix(f"cannot read image {record['path']}: "))
+
 
 def find_unreadable(records: Sequence[Mapping[str, Any]]) -> list[SkippedImage]:
     """Images that cannot be read, found without decoding the others: 0.1 ms for each on a local disk.
@@ -63,4 +68,4 @@ def _undecodable(records: Iterable[Mapping[str, Any]]) -> Iterable[SkippedImage]
         try:
             check_image(record["path"], (record["height"], record["width"]))
         except ImageError as error:
-            yield SkippedImage(record["image_id"], record["path"], str(error))
+            yield SkippedImage.of(record, error)

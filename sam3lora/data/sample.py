@@ -127,7 +127,7 @@ def decode_record(record: Mapping[str, Any], settings: DecodeSettings, epoch: in
         except ImageError as error:
             if settings.on_bad_image == "stop":
                 raise ImageError(f"{error}. Repair or remove it, or set training.on_bad_image=skip") from None
-            skipped = [SkippedImage(record["image_id"], record["path"], str(error))]
+            skipped = [SkippedImage.of(record, error)]
     kept = 1 - len(skipped)  # images of the batch: 1 or 0
     queries = record_queries(record, settings, epoch) if kept and settings.label_maps is None else []
     subset_rng = sample_rng(settings.seed, epoch, record["image_id"], _SUBSET_STREAM)

@@ -59,7 +59,7 @@ class SkippedImages:
         log = FaultLog()
         log.include(self._index.faults)
         for image in self.listed():
-            log.add("skipped_image", f"image {image['image_id']}: {image['reason']}")
+            log.add("skipped_image", _named(image))
         skipped = self._index.table.filter(self._is_skipped_I)
         if num_labels := sum(map(len, skipped.column("annotations").to_pylist())):
             log.add("left_out_label", count=num_labels)
@@ -74,7 +74,7 @@ def stop_on_unreadable(records: Sequence[Mapping[str, Any]], source: str, on_bad
     """
     found = find_unreadable(records) if on_bad_image == "stop" else []
     if found:
-        reasons = "; ".join(image.reason for image in found[:MAX_EXAMPLES])
+        reasons = "; ".join(f"{image.path}: {image.reason}" for image in found[:MAX_EXAMPLES])
         raise ImageError(
             f"{source}: {len(found)} of {len(records)} images cannot be read, e.g. {reasons}. Repair them, take them "
             f"out of the file, or {WITHOUT_THEM}"
@@ -84,7 +84,7 @@ def stop_on_unreadable(records: Sequence[Mapping[str, Any]], source: str, on_bad
 def none_readable(source: str, images: Sequence[SkippedImage]) -> ImageError:
     """What to raise where no image could be read."""
     return ImageError(
-        f"{source}: none of the {len(images)} images to measure could be read, the first for this reason: "
+        f"{source}: none of the {len(images)} images to measure could be read, the first is {images[0].path}: "
         f"{images[0].reason}"
     )
 
@@ -93,9 +93,13 @@ def skipped_note(images: Sequence[Mapping[str, Any]], num_measured: int) -> str:
     """The `listed` images in a sentence for a terminal, with the number of those that were measured."""
     if not images:
         return ""
-    named = "; ".join(f"image {image['image_id']}: {image['reason']}" for image in images[:MAX_EXAMPLES])
+    named = "; ".join(map(_named, images[:MAX_EXAMPLES]))
     more = ", and so on" if len(images) > MAX_EXAMPLES else ""
     return f"{len(images)} of {num_measured + len(images)} images could not be read and are not measured: {named}{more}"
+
+
+def _named(image: Mapping[str, Any]) -> str:
+    return f"image {image['image_id']} {image['path']}: {image['reason']}"
 
 
 class Measured(Protocol):

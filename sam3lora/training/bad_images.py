@@ -31,6 +31,6 @@ class StepsWithoutImages:
 def none_readable(images: str, skipped: Sequence[SkippedImage]) -> ImageError:
     """What to raise where none of some images could be read."""
     return ImageError(
-        f"none of the {images} could be read, the first for this reason: {skipped[0].reason}. Everything up to the "
-        "last checkpoint is kept: make the images readable, then train again with --resume"
+        f"none of the {images} could be read, the first is {skipped[0].path}: {skipped[0].reason}. Everything "
+        "up to the last checkpoint is kept: make the images readable, then train again with --resume"
     )

@@ -85,3 +85,27 @@ def test_missing_images_and_keys_are_named(ground_truth, small_base):
     ground_truth.write_text(json.dumps(raw | {"images": []}))
     with pytest.raises(UserError, match="lists no image"):
         ask(ground_truth, small_base)
+
+
+def test_phrases_of_an_image_that_cannot_be_read(ground_truth, small_base):
+    (ground_truth.parent / "a.png").write_bytes(b"I am a text")
+    models = Models(options={"model": str(small_base), "device": "cpu"})
+    settings = EvaluationSettings({"threshold": 0.0, "nms": "none"})
+    with pytest.raises(UserError, match=r"1 of 2 images cannot be read.*a\.png.*--on-bad-image skip"):
+        ask_saco(ground_truth, ground_truth.parent, models, settings)
+    # both entries of the image have no part in what is judged
+    settings = settings.changed(on_bad_image="skip")
+    found = ask_saco(ground_truth, ground_truth.parent, models, settings)
+    assert found.image_ids == {0}
+    assert {entry["image_id"] for entry in found.by_label["base"]} == {0}
+    assert {(one.image_id, one.reason) for one in found.skipped} == {
+        (7, "no known image format"),
+        (3, "no known image format"),
+    }
+    # as those of one that is not there
+    (ground_truth.parent / "a.png").unlink()
+    gone = ask_saco(ground_truth, ground_truth.parent, models, settings)
+    assert (gone.image_ids, {one.reason for one in gone.skipped}) == ({0}, {"no such file"})
+    (ground_truth.parent / "b.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"none of the 1 images to measure could be read.*b\.png: the file is empty"):
+        ask_saco(ground_truth, ground_truth.parent, models, settings)

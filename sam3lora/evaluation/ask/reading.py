@@ -46,7 +46,7 @@ def read_images(records: Sequence[Mapping[str, Any]], on_bad_image: OnBadImage) 
                 raise ImageError(f"{error}. The folder {folder} is gone: mount it again, then measure again") from None
             if on_bad_image == "stop":
                 raise ImageError(f"{error}. Repair such images, take them out of the file, or {WITHOUT_THEM}") from None
-            read.skipped.append(SkippedImage(record["image_id"], record["path"], str(error)))
+            read.skipped.append(SkippedImage.of(record, error))
     return read
 
 

@@ -110,7 +110,7 @@ def ask_saco(
     asked_ids = set(sizes_hw) - {one.image_id for one in skipped}
     if settings.num_samples is None:
         skipped += [
-            SkippedImage(entry_id, record["path"], f"cannot read image {record['path']}: no such file")
+            SkippedImage(entry_id, record["path"], "no such file")
             for record in missing
             for entry_id, _ in record["phrases"]
         ]
