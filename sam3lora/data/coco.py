@@ -121,6 +121,10 @@ class CocoIndex:
             return self
         return dataclasses.replace(self, table=self.table.take(pa.array(rows, type=pa.int64())))
 
+    def first(self, number: int | None) -> CocoIndex:
+        """Keep only the first so many images; None keeps all."""
+        return self if number is None else self.select_rows(range(min(number, len(self))))
+
 
 def read_record(table: pa.Table, row: int) -> dict[str, Any]:
     """One row of an index table as plain Python values."""

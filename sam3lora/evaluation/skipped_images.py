@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -13,32 +14,55 @@ from sam3lora.data.coco import CocoIndex
 from sam3lora.data.fault_report import SplitFault, split_faults
 from sam3lora.data.faults import MAX_EXAMPLES, FaultLog
 from sam3lora.data.images import ImageError
+from sam3lora.data.index_columns import object_columns
 from sam3lora.errors import UserError
 
 
 class SkippedImages:
-    """Counts the images of an index that workers could not read."""
+    """Counts the images of an index that cannot be read.
 
-    def __init__(self, index: CocoIndex) -> None:
-        self._index = index
+    Args:
+        index: A whole split.
+        num_samples: The first so many of its images are measured; None for all.
+    """
+
+    def __init__(self, index: CocoIndex, num_samples: int | None = None) -> None:
+        self._split, self._index = index, index.first(num_samples)
         self._images: dict[int, SkippedImage] = {}
 
-    def add(self, images: Iterable[SkippedImage]) -> None:
-        self._images |= {image.image_id: image for image in images}
-
-    @property
-    def _is_skipped_I(self) -> np.ndarray:
-        return np.isin(self._index.table.column("image_id").to_numpy(), list(self._images))
-
-    def readable(self) -> CocoIndex:
-        """The index without them.
+    def look_ahead(self, on_bad_image: OnBadImage, *, only_labelled: bool = False) -> CocoIndex:
+        """Find the damaged images before a model is asked, of all or of those with a label; returns `readable`.
 
         Raises:
-            ImageError: None of its images could be read.
+            ImageError: There are some and `on_bad_image` is "stop", or all of them are.
         """
-        rows = np.flatnonzero(~self._is_skipped_I).tolist()
+        table = self._index.table.select(["image_id", "path", "height", "width"])
+        if only_labelled:
+            table = table.filter(object_columns(self._index.table).count_per_image() > 0)
+        self.add(unreadable_ahead(table.to_pylist(), self._index.source, on_bad_image))
+        self.check_some_read(table.num_rows - len(self._images))
+        return self.readable()
+
+    def add(self, images: Iterable[SkippedImage]) -> None:
+        """Count further ones, which workers could not read."""
+        self._images |= {image.image_id: image for image in images}
+
+    def readable(self) -> CocoIndex:
+        """The images to measure without them, and without the categories that only they show in the whole split.
+
+        Raises:
+            ImageError: None is left.
+        """
+        if not self._images:
+            return self._index
+        rows = np.flatnonzero(~self._is_skipped(self._index)).tolist()
         self.check_some_read(len(rows))
-        return self._index.select_rows(rows)
+        in_use = object_columns(self._split.table.filter(~self._is_skipped(self._split))).count_per_category()
+        names = {id_: name for id_, name in self._index.category_names.items() if name in in_use}
+        return dataclasses.replace(self._index.select_rows(rows), category_names=names)
+
+    def _is_skipped(self, index: CocoIndex) -> np.ndarray:
+        return np.isin(index.table.column("image_id").to_numpy(), list(self._images))
 
     def check_some_read(self, number: int) -> None:
         """Raise ImageError if images were skipped and `number`, of what was measured of the others, is 0."""
@@ -60,25 +84,26 @@ class SkippedImages:
         log.include(self._index.faults)
         for image in self.listed():
             log.add("skipped_image", _named(image))
-        skipped = self._index.table.filter(self._is_skipped_I)
+        skipped = self._index.table.filter(self._is_skipped(self._index))
         if num_labels := sum(map(len, skipped.column("annotations").to_pylist())):
             log.add("left_out_label", count=num_labels)
         return split_faults(split, log)
 
 
-def stop_on_unreadable(records: Sequence[Mapping[str, Any]], source: str, on_bad_image: OnBadImage) -> None:
-    """Look for damaged images before a model is asked, where one stops the evaluation; see `find_unreadable`.
+def unreadable_ahead(records: Sequence[Mapping[str, Any]], source: str, on_bad_image: OnBadImage) -> list[SkippedImage]:
+    """The images that `find_unreadable` finds damaged.
 
     Raises:
-        ImageError: There are some.
+        ImageError: There are some and `on_bad_image` is "stop".
     """
-    found = find_unreadable(records) if on_bad_image == "stop" else []
-    if found:
+    found = find_unreadable(records)
+    if found and on_bad_image == "stop":
         reasons = "; ".join(f"{image.path}: {image.reason}" for image in found[:MAX_EXAMPLES])
         raise ImageError(
             f"{source}: {len(found)} of {len(records)} images cannot be read, e.g. {reasons}. Repair them, take them "
             f"out of the file, or {WITHOUT_THEM}"
         )
+    return found
 
 
 def none_readable(source: str, images: Sequence[SkippedImage]) -> ImageError:

@@ -24,7 +24,7 @@ from sam3lora.local_ray import start_local_ray
 from ..model.dense.dense_cases import write_dense
 from .adapters import write_adapter
 from .splits import write_split
-from .unreadable_cases import DAMAGED, damaged_and_fewer, numbers
+from .unreadable_cases import DAMAGED, corrupt, damaged_and_fewer, numbers
 
 NUM_CPUS = 2
 SETTINGS = EvaluationSettings({"threshold": 0.2, "nms": "none"}, batch_size=1)
@@ -57,7 +57,7 @@ def ask_two_workers(make_worker, batches):
 
 
 def test_two_workers_give_the_metrics_of_one_process(models, tmp_path):
-    split, _ = damaged_and_fewer(tmp_path)
+    split, _ = damaged_and_fewer(tmp_path, corrupt)
     settings = SETTINGS.changed(on_bad_image="skip")
     alone = evaluate_models(split, models, settings)
     spread = evaluate_models(split, models, settings, num_workers=2)
@@ -113,7 +113,7 @@ def test_two_workers_count_the_clicks_of_one_process(tmp_path):
 
 @pytest.mark.slow
 def test_two_workers_of_dense_models_and_of_clicks_leave_out_the_same_images(spread_base, clickable_base, tmp_path):
-    damaged, _ = damaged_and_fewer(tmp_path)
+    damaged, _ = damaged_and_fewer(tmp_path, corrupt)
     folder = write_dense(spread_base, tmp_path / "dense", "binary")
     dense = DenseEvaluation(batch_size=1, on_bad_image="skip")
     clicks = ClickEvaluation(max_clicks=2, prompting=SETTINGS.changed(on_bad_image="skip"))
@@ -127,7 +127,7 @@ def test_two_workers_of_dense_models_and_of_clicks_leave_out_the_same_images(spr
         assert alone.skipped_images == spread.skipped_images
         assert spread.num_images == 4
     for path in damaged.glob("*.png"):
-        path.write_bytes(b"")
+        corrupt(path)
     with pytest.raises(ImageError, match=r"none of the 5 images to measure could be read"):
         evaluate_dense(damaged, folder, dense, device="cpu", num_workers=2)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from sam3lora.data.coco import ANNOTATION_FILE, CocoIndex
 from sam3lora.data.images import ImageError
 from sam3lora.errors import UserError
 from sam3lora.evaluation.ask import click_run, dense_run, reading
@@ -24,13 +25,13 @@ from sam3lora.evaluation.report.click_saving import save_click_validation
 from sam3lora.evaluation.report.dense_saving import save_dense_validation
 from sam3lora.evaluation.report.saving import compare_and_save, save_validation
 from sam3lora.evaluation.settings import EvaluationSettings
-from sam3lora.evaluation.skipped_images import check_same_images
+from sam3lora.evaluation.skipped_images import SkippedImages, check_same_images
 
 from ..model.dense.dense_cases import write_dense
 from .adapters import write_adapter
 from .report_cases import check_page
 from .splits import result
-from .unreadable_cases import DAMAGED, damage, damaged_and_fewer, numbers, write_noisy
+from .unreadable_cases import DAMAGED, corrupt, cut, damaged_and_fewer, numbers, write_noisy
 
 SETTINGS = EvaluationSettings({"threshold": 0.2, "nms": "none"}, batch_size=1)
 SKIP = SETTINGS.changed(on_bad_image="skip")
@@ -43,9 +44,15 @@ def few_resamples(monkeypatch):
         monkeypatch.setattr(module, name, functools.partial(getattr(module, name), num_resamples=5))
 
 
+@pytest.fixture(scope="module", params=[cut, corrupt])
+def splits(request, tmp_path_factory) -> tuple[Path, Path]:
+    """A split with an image that is known to be damaged ahead, or found to be by a worker; and one without it."""
+    return damaged_and_fewer(tmp_path_factory.mktemp("splits"), request.param)
+
+
 @pytest.fixture(scope="module")
-def splits(tmp_path_factory) -> tuple[Path, Path]:
-    return damaged_and_fewer(tmp_path_factory.mktemp("splits"))
+def cut_splits(tmp_path_factory) -> tuple[Path, Path]:
+    return damaged_and_fewer(tmp_path_factory.mktemp("cut"), cut)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +87,9 @@ def test_detections_are_measured_without_it(splits, models, tmp_path, capsys):
     assert (base.num_images, base.num_ground_truth) == (4, 5)
     assert base.num_detections > 0
     assert base.matches.image_ids.tolist() == mine.matches.image_ids.tolist() == [0, 2, 3, 4]
-    assert differences_to_base(base, [mine]) == differences_to_base(expected[0], [expected[1]])
+    pairs = ((base, [mine]), (expected[0], expected[1:]))
+    differences = [differences_to_base(*pair, num_resamples=5) for pair in pairs]
+    assert differences[0] == differences[1]
     page = compare_and_save(base, [mine], tmp_path).read_text()
     check_named(damaged, mine, capsys.readouterr().out, page)
     assert f"<figcaption>{DAMAGED}.png" not in page
@@ -115,8 +124,23 @@ def test_clicks_are_measured_without_it(splits, clickable_base, tmp_path, capsys
     check_named(damaged, metrics, capsys.readouterr().out, page)
     # nobody looks at an image without an object
     bare = shutil.copytree(fewer, tmp_path / "valid")
-    damage(bare / "4.png")
+    cut(bare / "4.png")
     assert numbers(evaluate_clicks(bare, None, settings[1], **options)) == numbers(expected)
+
+
+def test_a_category_that_only_damaged_images_show_is_not_asked_for(cut_splits):
+    damaged = shutil.copytree(cut_splits[0], cut_splits[0].parent / "more")
+    content = json.loads((damaged / ANNOTATION_FILE).read_text())
+    content["categories"].append({"id": 4, "name": "dirt"})
+    content["annotations"].append(content["annotations"][0] | {"id": 50, "image_id": DAMAGED, "category_id": 4})
+    (damaged / ANNOTATION_FILE).write_text(json.dumps(content))
+    index = CocoIndex.from_folder(damaged)
+    assert index.names == ("crack", "gear", "red bolt", "dirt")
+    assert SkippedImages(index).look_ahead("skip").names == ("crack", "gear", "red bolt")
+    # one that images beyond the chosen ones show, is
+    few = SkippedImages(index, 2).look_ahead("skip")
+    assert (few.table.column("image_id").to_pylist(), few.names) == ([0], ("crack", "gear", "red bolt"))
+    assert SkippedImages(index, 1).look_ahead("skip").names == index.names  # nothing is skipped
 
 
 @pytest.mark.parametrize("on_bad_image", ["stop", "skip"])
@@ -138,14 +162,14 @@ def test_no_readable_image_is_one_mistake_of_the_user(on_bad_image, models, dens
         evaluate_clicks(split, None, ClickEvaluation(prompting=settings), model=str(clickable_base), device="cpu")
 
 
-def test_it_stops_before_a_model_is_asked(splits, models, monkeypatch):
+def test_it_stops_before_a_model_is_asked(cut_splits, models, monkeypatch):
     monkeypatch.setattr(EvaluationWorker, "ask", lambda *_: pytest.fail("the model was asked"))
     message = rf"1 of 5 images cannot be read, e\.g\. .*{DAMAGED}\.png: .*--on-bad-image skip"
     with pytest.raises(ImageError, match=message):
-        evaluate_models(splits[0], models, SETTINGS)
+        evaluate_models(cut_splits[0], models, SETTINGS)
     # unless it is none of the images to measure
     with pytest.raises(pytest.fail.Exception):
-        evaluate_models(splits[0], models, SETTINGS.changed(num_samples=1))
+        evaluate_models(cut_splits[0], models, SETTINGS.changed(num_samples=1))
 
 
 def test_an_image_that_vanishes_meanwhile_is_skipped_and_its_folder_ends_the_run(models, tmp_path, monkeypatch):
@@ -180,24 +204,24 @@ def test_a_failure_that_is_not_the_images_is_not_skipped(models, tmp_path, monke
         evaluate_models(write_noisy(tmp_path / "valid"), models, SKIP)
 
 
-def test_models_measured_one_after_the_other_must_have_read_the_same_images(splits, dense_folder):
+def test_models_measured_one_after_the_other_must_have_read_the_same_images(cut_splits, dense_folder):
     settings = DenseEvaluation(on_bad_image="skip")
     first, second = (
-        evaluate_dense(split, dense_folder, settings, device="cpu", label=split.parent.name) for split in splits
+        evaluate_dense(split, dense_folder, settings, device="cpu", label=split.parent.name) for split in cut_splits
     )
     check_same_images([first, first])
     with pytest.raises(UserError, match=f"image {DAMAGED} could be read for one of the models damaged and fewer"):
         check_same_images([first, second])
 
 
-def test_a_report_is_written_though_an_image_can_no_longer_be_shown(splits, tmp_path, capsys):
+def test_a_report_is_written_though_an_image_can_no_longer_be_shown(cut_splits, tmp_path):
     """Results of another program need no pixels."""
     file = tmp_path / "mine.json"
     file.write_text(json.dumps([result(DAMAGED, 1, 20, 0.9), result(0, 1, 10, 0.8)]))
-    metrics = evaluate_predictions(file, splits[0], EvaluationSettings())
+    metrics = evaluate_predictions(file, cut_splits[0], EvaluationSettings())
     assert (metrics.num_images, metrics.skipped_images) == (5, ())
     page = save_validation([metrics], tmp_path / "out").read_text()
-    assert f"Not shown: cannot read image {splits[0]}/{DAMAGED}.png: " in check_page(page)
+    assert f"Not shown: cannot read image {cut_splits[0]}/{DAMAGED}.png: " in check_page(page)
 
 
 def test_the_choice_is_one_of_two():

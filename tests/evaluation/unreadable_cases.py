@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -28,12 +29,21 @@ def write_noisy(folder: Path) -> Path:
     return folder
 
 
-def damage(path: Path) -> None:
+def cut(path: Path) -> None:
+    """Damage that is seen ahead."""
     path.write_bytes(path.read_bytes()[:-200])
 
 
-def damaged_and_fewer(folder: Path) -> tuple[Path, Path]:
-    """A split in which image `DAMAGED` is cut short, and a copy that does not list it."""
+def corrupt(path: Path) -> None:
+    """Damage that only decoding shows."""
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 40] = bytes(40)
+    path.write_bytes(bytes(content))
+
+
+def damaged_and_fewer(folder: Path, damage: Callable[[Path], None]) -> tuple[Path, Path]:
+    """A split in which image `DAMAGED` cannot be read, and a copy that does not list it."""
     damaged = write_noisy(folder / "damaged" / "valid")
     fewer = folder / "fewer" / "valid"
     shutil.copytree(damaged, fewer)

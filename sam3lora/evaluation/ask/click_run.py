@@ -8,10 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-
 from sam3lora.data.fault_report import faults_as_reason
-from sam3lora.data.index_columns import object_columns
 from sam3lora.data.split_files import SplitFiles
 from sam3lora.errors import UserError
 from sam3lora.evaluation.ask.click_worker import ClickWorker
@@ -19,8 +16,6 @@ from sam3lora.evaluation.ask.run import (
     RecordBatches,
     ask_batches,
     asked_categories,
-    file_columns,
-    first_images,
     label_of,
     progress_of,
     read_split,
@@ -31,7 +26,7 @@ from sam3lora.evaluation.clicks.measure import ClickMetrics, measure_clicks
 from sam3lora.evaluation.clicks.settings import ClickEvaluation
 from sam3lora.evaluation.clicks.split_clicks import SplitClicks
 from sam3lora.evaluation.settings import EvaluationSettings
-from sam3lora.evaluation.skipped_images import SkippedImages, stop_on_unreadable
+from sam3lora.evaluation.skipped_images import SkippedImages
 from sam3lora.local_paths import absolute_path
 from sam3lora.model.adapter.metadata import current_versions
 
@@ -96,18 +91,16 @@ def evaluate_model_clicks(
     if settings.clicks_vision == "base" and not models.adapters:
         raise UserError("without an adapter clicks see the trunk of the base anyway: leave clicks_vision out")
     split, index, faults = read_split(split, settings.prompting, tell=progress)
-    index = first_images(index, settings.prompting.num_samples)
+    skipped = SkippedImages(index, settings.prompting.num_samples)
+    index = skipped.look_ahead(settings.prompting.on_bad_image, only_labelled=True)  # no other image is read
     # Nobody clicks on what no image shows.
     categories = asked_categories(index, replace(settings.prompting, negative_prompts=()))
     if not categories:
         raise UserError(
             f"{index.source}: no category has an object, so there is nothing to click on" + faults_as_reason(faults)
         )
-    with_labels = np.flatnonzero(object_columns(index.table).count_per_image()).tolist()
-    stop_on_unreadable(file_columns(index.select_rows(with_labels)), index.source, settings.prompting.on_bad_image)
     make_worker = functools.partial(ClickWorker, models, categories, settings, click_adapter)
     clicks = SplitClicks.empty(settings.max_clicks)
-    skipped = SkippedImages(index)
     facts: dict[str, Any] = {}
     batches = RecordBatches(index, settings.prompting.batch_size)
     with progress_of(progress, len(index), "images", f"{settings.max_clicks} clicks an object") as bar:
@@ -117,7 +110,7 @@ def evaluate_model_clicks(
             of_batch = cast(SplitClicks, asked.answers)
             clicks.merge(of_batch)
             bar.advance(of_batch.counts["images"] + len(asked.skipped))
-    skipped.check_some_read(len(clicks.alone.objects))  # images without an object are not read
+    skipped.check_some_read(len(clicks.alone.objects))
     return measure_clicks(
         clicks,
         skipped.readable(),

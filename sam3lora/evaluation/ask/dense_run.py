@@ -12,8 +12,6 @@ from sam3lora.evaluation.ask.dense_worker import DenseAnswers, DenseWorker
 from sam3lora.evaluation.ask.run import (
     RecordBatches,
     ask_batches,
-    file_columns,
-    first_images,
     label_of,
     progress_of,
     read_split,
@@ -23,7 +21,7 @@ from sam3lora.evaluation.dense.measure import DenseMetrics, measure_dense
 from sam3lora.evaluation.dense.settings import DenseEvaluation
 from sam3lora.evaluation.dense.split_meter import DenseMeter
 from sam3lora.evaluation.dense.truth import label_notes, true_labels
-from sam3lora.evaluation.skipped_images import SkippedImages, stop_on_unreadable
+from sam3lora.evaluation.skipped_images import SkippedImages
 from sam3lora.local_paths import absolute_base, absolute_path
 from sam3lora.model.adapter.metadata import current_versions
 from sam3lora.model.dense.folder import read_dense_metadata
@@ -63,9 +61,9 @@ def evaluate_dense(
     model = settings.of_model(DenseSettings(**(metadata.dense or {})))
     labels = true_labels(metadata, model)
     split, index, faults = read_split(split, settings, tell=progress)
+    skipped = SkippedImages(index, settings.num_samples)
+    index = skipped.look_ahead(settings.on_bad_image)
     notes = label_notes(labels, index.names, index.source)
-    index = first_images(index, settings.num_samples)
-    stop_on_unreadable(file_columns(index), index.source, settings.on_bad_image)
     if options.get("model"):
         options["model"] = absolute_base(options["model"])
     ids, file_names = (index.table.column(name).to_pylist() for name in ("image_id", "file_name"))
@@ -74,7 +72,6 @@ def evaluate_dense(
         DenseWorker, absolute_path(str(folder)), options, settings, keep_maps=maps is not None
     )
     meter = DenseMeter(model, labels, normalise=settings.paper_normalisation)
-    skipped = SkippedImages(index)
     facts: dict[str, Any] = {}
     with progress_of(progress, len(index), "images") as bar:
         for asked, of_worker in ask_batches(

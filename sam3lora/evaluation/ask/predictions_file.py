@@ -10,7 +10,7 @@ from sam3lora.data.coco_results import read_results
 from sam3lora.data.fault_report import fault_summary, split_faults
 from sam3lora.data.prompts import prompt_key
 from sam3lora.data.split_files import SplitFiles
-from sam3lora.evaluation.ask.run import asked_categories, first_images, read_split
+from sam3lora.evaluation.ask.run import asked_categories, read_split
 from sam3lora.evaluation.metrics.ground_truth import SplitTruth
 from sam3lora.evaluation.metrics.measure import SplitMetrics, measure_split
 from sam3lora.evaluation.settings import EvaluationSettings
@@ -39,7 +39,7 @@ def evaluate_predictions(
     faults_of_results = split_faults(source.name, found.faults, labels="results")
     if progress and faults_of_results:
         print(fault_summary(faults_of_results, source, "results"), flush=True)
-    index = first_images(index, settings.num_samples)
+    index = index.first(settings.num_samples)
     if settings.categories is None:  # a program may have asked for categories that no label has
         in_results = {result["category_id"] for result in found.results}
         unused = [name for number, name in index.listed_names.items() if number in in_results]

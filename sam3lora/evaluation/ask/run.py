@@ -25,7 +25,7 @@ from sam3lora.evaluation.metrics.ground_truth import PromptedCategory, SplitTrut
 from sam3lora.evaluation.metrics.measure import SplitMetrics, measure_matches
 from sam3lora.evaluation.predictions import Predictions
 from sam3lora.evaluation.settings import EvaluationSettings
-from sam3lora.evaluation.skipped_images import SkippedImages, stop_on_unreadable
+from sam3lora.evaluation.skipped_images import SkippedImages
 from sam3lora.evaluation.split_matches import Matcher, SplitMatches
 from sam3lora.model.adapter.folder import read_metadata
 from sam3lora.model.adapter.metadata import current_versions
@@ -109,17 +109,16 @@ def evaluate_models(
     started = time.perf_counter()
     models = models.with_absolute_paths()
     split, index, faults = read_split(split, settings, tell=progress)
-    index = first_images(index, settings.num_samples)
+    skipped = SkippedImages(index, settings.num_samples)
+    index = skipped.look_ahead(settings.on_bad_image)
     categories = asked_categories(index, settings)
     if not categories:
         raise UserError(
             f"{index.source}: no category has an object, so there is nothing to ask: name some as "
             "data.categories of a configuration (--config)" + faults_as_reason(faults)
         )
-    stop_on_unreadable(file_columns(index), index.source, settings.on_bad_image)
     num_pairs = len(index) * len(categories)
     make_worker = functools.partial(EvaluationWorker, models, categories, settings, settings.score_floor(num_pairs))
-    skipped = SkippedImages(index)
     parts: dict[str, list[SplitMatches]] = {label: [] for label in models.labels}
     predictions = {label: Predictions(index.table.column("image_id").to_pylist()) for label in models.labels}
     semantic = {label: ClassCounts(len(categories)) for label in models.labels} if settings.semantic else {}
@@ -181,16 +180,6 @@ def read_split(
     if tell and faults:
         print(fault_summary(faults, split.folder), flush=True)
     return split, index, faults
-
-
-def first_images(index: CocoIndex, number: int | None) -> CocoIndex:
-    """The first so many images; None takes all."""
-    return index if number is None else index.select_rows(range(min(number, len(index))))
-
-
-def file_columns(index: CocoIndex) -> list[dict[str, Any]]:
-    """For each image what is known of its file, without the labels."""
-    return index.table.select(["image_id", "path", "height", "width"]).to_pylist()
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from sam3lora.evaluation.ask.run import ask_batches, progress_of
 from sam3lora.evaluation.ask.worker import Models, ModelWorker, adapter_of
 from sam3lora.evaluation.metrics.cgf1 import SCORE_THRESHOLD
 from sam3lora.evaluation.settings import EvaluationSettings
-from sam3lora.evaluation.skipped_images import none_readable, stop_on_unreadable
+from sam3lora.evaluation.skipped_images import none_readable, unreadable_ahead
 from sam3lora.evaluation.split_results import SplitResults
 
 CATEGORY_ID = 1  # SA-Co has one for everything: the phrase is the image entry's
@@ -83,13 +83,14 @@ def ask_saco(
             f"name the folder that the file names are relative to, or {WITHOUT_THEM}"
         )
     records = records[: settings.num_samples]
-    stop_on_unreadable(records, str(source), settings.on_bad_image)
+    unread = {one.image_id: one for one in unreadable_ahead(records, str(source), settings.on_bad_image)}
+    _check_some_read(source, records, unread)
     lowest_score = min(settings.post_processing(PostProcessing()).threshold, SCORE_THRESHOLD)
     make_worker = functools.partial(SacoWorker, models, settings, lowest_score)
     size = settings.batch_size
-    batches = [records[start : start + size] for start in range(0, len(records), size)]
+    asked_records = [record for record in records if record["image_id"] not in unread]
+    batches = [asked_records[start : start + size] for start in range(0, len(asked_records), size)]
     results: dict[str, list[dict[str, Any]]] = {label: [] for label in models.labels}
-    unread: dict[int, SkippedImage] = {}
     sizes_hw = {id_: (record["height"], record["width"]) for record in records for id_, _ in record["phrases"]}
     with progress_of(progress, len(sizes_hw), "phrases") as bar:
         for asked, _ in ask_batches(make_worker, batches, num_workers, models.options.get("device"), address):
@@ -99,8 +100,7 @@ def ask_saco(
             bar.advance(max((len(part.presence) for part in asked.answers.values()), default=0))
     for entries in results.values():
         entries.sort(key=lambda entry: entry["image_id"])
-    if len(unread) == len(records):
-        raise none_readable(str(source), list(unread.values()))
+    _check_some_read(source, records, unread)
     skipped = [
         SkippedImage(entry_id, record["path"], unread[record["image_id"]].reason)
         for record in records
@@ -140,6 +140,11 @@ def _read_records(source: Path, image_dir: Path) -> tuple[list[dict[str, Any]], 
         [record for name, record in records.items() if exist[name]],
         [record for name, record in records.items() if not exist[name]],
     )
+
+
+def _check_some_read(source: Path, records: Sequence[Any], unread: Mapping[int, SkippedImage]) -> None:
+    if len(unread) == len(records):
+        raise none_readable(str(source), list(unread.values()))
 
 
 def _relative(entry: Mapping[str, Any], size_hw: tuple[int, int]) -> dict[str, Any]:
