@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from typing import Any, NamedTuple
 
 from PIL import Image
@@ -20,6 +19,7 @@ WITHOUT_THEM = (
 """Advice that ends a sentence about images."""
 
 _THREADS = 8  # opening a file on a network drive is mostly waiting
+_FILES_AT_ONCE = 1000
 _END_BYTES = 4096
 _END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}  # none of them occurs among coded pixels
 
@@ -46,10 +46,13 @@ def find_unreadable(records: Sequence[Mapping[str, Any]]) -> list[SkippedImage]:
     Args:
         records: Of an index: `image_id`, `path`, `height` and `width` are used.
     """
+    odd: list[Mapping[str, Any]] = []
     with ThreadPoolExecutor(_THREADS) as pool:
-        are_whole = pool.map(_has_both_ends, [record["path"] for record in records])
-        odd = [record for record, is_whole in zip(records, are_whole, strict=True) if not is_whole]
-    return list(_undecodable(islice(odd, MOST_DECODED)))
+        for start in range(0, len(records), _FILES_AT_ONCE):  # what is submitted takes memory
+            some = records[start : start + _FILES_AT_ONCE]
+            are_whole = pool.map(_has_both_ends, [record["path"] for record in some])
+            odd += [record for record, is_whole in zip(some, are_whole, strict=True) if not is_whole]
+    return list(_undecodable(odd[:MOST_DECODED]))
 
 
 def _has_both_ends(path: str) -> bool:

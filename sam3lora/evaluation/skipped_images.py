@@ -114,13 +114,16 @@ def none_readable(source: str, images: Sequence[SkippedImage]) -> ImageError:
     )
 
 
-def skipped_note(images: Sequence[Mapping[str, Any]], num_measured: int) -> str:
-    """The `listed` images in a sentence for a terminal, with the number of those that were measured."""
+def skipped_note(images: Sequence[Mapping[str, Any]], num_measured: int, what: str = "images") -> str:
+    """The `listed` images in a sentence for a terminal, with the number of those that were measured.
+
+    `what` names the plural.
+    """
     if not images:
         return ""
     named = "; ".join(map(_named, images[:MAX_EXAMPLES]))
     more = ", and so on" if len(images) > MAX_EXAMPLES else ""
-    return f"{len(images)} of {num_measured + len(images)} images could not be read and are not measured: {named}{more}"
+    return f"{len(images)} of {num_measured + len(images)} {what} could not be read and are not measured: {named}{more}"
 
 
 def _named(image: Mapping[str, Any]) -> str:

@@ -191,7 +191,7 @@ def test_an_image_that_vanishes_meanwhile_is_skipped_and_its_folder_ends_the_run
         return real(record)
 
     monkeypatch.setattr(reading, "read_annotated_image", unmounted)
-    with pytest.raises(ImageError, match=r"2\.png.*The folder .*valid is gone: mount it again"):
+    with pytest.raises(ImageError, match=r"2\.png.*The folder .*valid is gone or empty: bring it back"):
         evaluate_models(split, models, SKIP)
 
 

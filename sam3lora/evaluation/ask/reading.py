@@ -43,7 +43,9 @@ def read_images(records: Sequence[Mapping[str, Any]], on_bad_image: OnBadImage) 
         except ImageError as error:
             folder = os.path.dirname(record["path"])
             if not _has_files(folder):
-                raise ImageError(f"{error}. The folder {folder} is gone: mount it again, then measure again") from None
+                raise ImageError(
+                    f"{error}. The folder {folder} is gone or empty: bring it back, then measure again"
+                ) from None
             if on_bad_image == "stop":
                 raise ImageError(f"{error}. Repair such images, take them out of the file, or {WITHOUT_THEM}") from None
             read.skipped.append(SkippedImage.of(record, error))

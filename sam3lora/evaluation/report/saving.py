@@ -16,6 +16,7 @@ from sam3lora.evaluation.metrics.comparison import differences_to_base
 from sam3lora.evaluation.metrics.measure import SplitMetrics
 from sam3lora.evaluation.report.pictures import threshold_texts
 from sam3lora.evaluation.report.result_files import left_out_notes, make_folder, told, write_json, write_text
+from sam3lora.evaluation.skipped_images import skipped_note
 from sam3lora.files import file_name_of
 
 _SHOWN = {
@@ -121,8 +122,8 @@ def save_saco(
     console.print(table)
     if reason:
         console.print(f"cgF1 is 0 whatever the model does: {reason}")
-    for note in left_out_notes((), listed, len(image_ids or ())):
-        console.print(f"Note: {note}")
+    if listed:
+        console.print(f"Note: {skipped_note(listed, len(image_ids or ()), 'phrases')}")
     console.print(f"Metrics: {folder / 'metrics.json'}")
 
 
