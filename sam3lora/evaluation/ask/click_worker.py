@@ -77,8 +77,10 @@ class ClickWorker:
         done = SplitClicks.empty(self._settings.max_clicks)
         truths = {record["image_id"]: true_objects(record, self._categories) for record in records}
         # Images without an object are not read, and pass no tower.
-        chosen, pixels, skipped = read_images(
-            [record for record in records if truths[record["image_id"]].objects], self._settings.prompting.on_bad_image
+        chosen, images, skipped = read_images(
+            [record for record in records if truths[record["image_id"]].objects],
+            self._settings.prompting.on_bad_image,
+            self._prepare,
         )
         for one in skipped:
             del truths[one.image_id]
@@ -88,24 +90,22 @@ class ClickWorker:
             for number in truth.too_small:
                 done.alone.leave_out(image_id=image_id, object_id=number)
         if chosen:
-            clicked, asked = self._encode(chosen, pixels)
+            clicked, asked = self._encode(images)
             chosen_truths = [truths[record["image_id"]] for record in chosen]
             detections = self._detect(asked, chosen_truths)
             for record, truth, image, of_image in zip(chosen, chosen_truths, clicked, detections, strict=True):
                 self._click(done, record["image_id"], truth, image, of_image)
         return Asked(done, skipped)
 
-    def _encode(
-        self, records: Sequence[Mapping[str, Any]], pixels: Sequence[np.ndarray]
-    ) -> tuple[list[PreparedImage], list[PreparedImage]]:
+    def _prepare(self, record: Mapping[str, Any], pixels_HW3: np.ndarray) -> PreparedImage:
+        """Before the next image is read: at its own size, one may have 100 megapixels."""
+        return self._clicking.engine.prepare_image(pixels_HW3, str(record["image_id"]))
+
+    def _encode(self, images: Sequence[PreparedImage]) -> tuple[list[PreparedImage], list[PreparedImage]]:
         """The images with features to click on and to find objects in, the same if one vision pass makes both."""
         (clicking, slot, _), (finding, finding_slot) = self._clicking, self._finding
-        images = [
-            clicking.prepare_image(pixels_HW3, str(record["image_id"]))
-            for record, pixels_HW3 in zip(records, pixels, strict=True)
-        ]
         if self._settings.start_from is None:
-            return clicking.encode_ahead([(image, slot) for image in images]), images
+            return clicking.encode_ahead([(image, slot) for image in images]), list(images)
         if clicking is finding:
             wanted = [(image, slot) for image in images] + [(image, finding_slot) for image in images]
             encoded = clicking.encode_ahead(wanted)

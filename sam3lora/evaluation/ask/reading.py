@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,10 +14,10 @@ from sam3lora.data.images import ImageError, read_annotated_image
 
 
 class ReadImages(NamedTuple):
-    """The records whose images could be read, their pixels as of `read_annotated_image`, and the others."""
+    """The records whose images could be read, these images, and the others."""
 
     records: list[Mapping[str, Any]]
-    images: list[np.ndarray]
+    images: list[Any]
     skipped: list[SkippedImage]
 
 
@@ -28,8 +28,15 @@ class Asked(NamedTuple):
     skipped: list[SkippedImage]
 
 
-def read_images(records: Sequence[Mapping[str, Any]], on_bad_image: OnBadImage) -> ReadImages:
+def read_images(
+    records: Sequence[Mapping[str, Any]],
+    on_bad_image: OnBadImage,
+    prepare: Callable[[Mapping[str, Any], np.ndarray], Any] = lambda record, pixels_HW3: pixels_HW3,
+) -> ReadImages:
     """The records' images, at the size that the annotations refer to.
+
+    Args:
+        prepare: What becomes of a record and its pixels, uint8 (H, W, 3), before the next image is read.
 
     Raises:
         ImageError: One cannot be read and `on_bad_image` is "stop", or its folder is gone: then nothing is wrong with
@@ -38,8 +45,7 @@ def read_images(records: Sequence[Mapping[str, Any]], on_bad_image: OnBadImage) 
     read = ReadImages([], [], [])
     for record in records:
         try:
-            read.images.append(read_annotated_image(record))
-            read.records.append(record)
+            pixels_HW3 = read_annotated_image(record)
         except ImageError as error:
             folder = os.path.dirname(record["path"])
             if not _has_files(folder):
@@ -49,6 +55,9 @@ def read_images(records: Sequence[Mapping[str, Any]], on_bad_image: OnBadImage) 
             if on_bad_image == "stop":
                 raise ImageError(f"{error}. Repair such images, take them out of the file, or {WITHOUT_THEM}") from None
             read.skipped.append(SkippedImage.of(record, error))
+        else:
+            read.images.append(prepare(record, pixels_HW3))
+            read.records.append(record)
     return read
 
 
