@@ -21,7 +21,7 @@ WITHOUT_THEM = (
 _THREADS = 8  # opening a file on a network drive is mostly waiting
 _FILES_AT_ONCE = 1000
 _END_BYTES = 4096
-_END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}  # none of them occurs among coded pixels
+_END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}  # rare or impossible among coded pixels
 
 
 class SkippedImage(NamedTuple):
