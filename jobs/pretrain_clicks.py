@@ -29,16 +29,20 @@ def main(
     # The processes that draw scenes import this file again: nothing heavy is imported above.
     import torch
 
+    from jobs.bench.scripts import make_output_folder
     from jobs.pretrain.click_run import ClickRunSettings, pretrain_clicks
     from jobs.pretrain.click_stage import ClickStage
 
+    folder = make_output_folder(output_dir, "--output-dir")
     torch.set_num_threads(threads)
     settings = ClickRunSettings(stage=ClickStage(**({} if steps is None else {"steps": steps})))
     if smoke:
         settings = ClickRunSettings(16, 16, 2, ClickStage(steps=4, mask_steps=2, last_steps=2))
-    report = pretrain_clicks(output_dir.absolute(), settings, log=lambda line: print(line, flush=True))
+    report = pretrain_clicks(folder, settings, log=lambda line: print(line, flush=True))
     print(report)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    from jobs.bench.scripts import run_script
+
+    sys.exit(run_script(main))

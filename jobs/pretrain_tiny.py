@@ -30,14 +30,18 @@ def main(
     # The processes that draw scenes import this file again: nothing heavy is imported above.
     import torch
 
+    from jobs.bench.scripts import make_output_folder
     from jobs.pretrain.run import PretrainSettings, pretrain
 
+    folder = make_output_folder(output_dir, "--output-dir")
     torch.set_num_threads(threads)
     settings = PretrainSettings(**(SMOKE if smoke else {}))
-    report = pretrain(output_dir.absolute(), settings, lambda line: print(line, flush=True))
+    report = pretrain(folder, settings, lambda line: print(line, flush=True))
     for name, value in asdict(report).items():
         print(f"{name}: {value}")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    from jobs.bench.scripts import run_script
+
+    sys.exit(run_script(main))

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from sam3lora.config.dense import DenseSection
+from sam3lora.data.images import read_annotated_image
 from sam3lora.data.prompts import prompt_key
 from sam3lora.data.split_files import find_split_or_whole
 from sam3lora.engine.adapter_pool import AdapterPool
 from sam3lora.evaluation.ask.run import RecordBatches
-from sam3lora.evaluation.ask.worker import read_images
 from sam3lora.evaluation.dense.class_counts import ClassCounts
 from sam3lora.evaluation.dense.label_meter import LabelMeter
 from sam3lora.evaluation.metrics.ground_truth import prompted_categories
@@ -45,7 +45,8 @@ def measure_semantic(data_dir: Path, adapter: Path | None, dense: DenseSection) 
     meter, counts = LabelMeter(settings, classes.labels), ClassCounts(len(categories))
     batches = RecordBatches(index, _IMAGES_AT_ONCE)
     for records in (batches[number] for number in range(len(batches))):
-        found = pool.semantic_each(read_images(records), [prompts] * len(records), [label])[label]
+        images = [read_annotated_image(record) for record in records]
+        found = pool.semantic_each(images, [prompts] * len(records), [label])[label]
         counts.merge(count_semantic(records, categories, found))
         for record, logits in zip(records, found, strict=True):
             meter.add(head_logits(logits, classes.mode), record)

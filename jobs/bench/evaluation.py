@@ -21,6 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 from jobs.bench.processes import Measured, Round, Work, measure_in_turns
 from jobs.bench.report import BenchReport, Timing
 from sam3lora.data.coco import CocoIndex
+from sam3lora.data.images import read_annotated_image
 from sam3lora.data.synth.dataset import write_dataset
 from sam3lora.evaluation.ask.worker import BASE, EvaluationWorker, Models
 from sam3lora.evaluation.metrics.coco_map import MAX_DETECTIONS, coco_map
@@ -76,7 +77,8 @@ def make_ours(model: str, split_dir: Path, num_prompts: int) -> Round:
     truth = SplitTruth(index, categories).to_coco()
 
     def evaluate() -> Result:
-        predictions = [one for record in records for one in worker.results([record])[BASE].predictions]
+        found = [worker.results([record], [read_annotated_image(record)])[BASE] for record in records]
+        predictions = [one for of_image in found for one in of_image.predictions]
         return _result(predictions, coco_map(truth, predictions, bbox=False).map)
 
     return evaluate

@@ -29,6 +29,7 @@ def compare(
     device: options.DeviceOption = None,
     num_workers: options.WorkersOption = None,
     batch_size: options.BatchOption = None,
+    on_bad_image: options.OnBadImageOption = None,
     address: options.AddressOption = None,
     semantic: options.SemanticOption = False,
     output: options.OutputOption = Path("outputs/compare"),
@@ -58,6 +59,7 @@ def compare(
         lowest_score=options.lowest_score_of(lowest_score),
         num_samples=num_samples,
         batch_size=batch_size,
+        on_bad_image=on_bad_image,
         semantic=semantic or None,
     )
     from sam3lora.evaluation.ask.run import evaluate_models

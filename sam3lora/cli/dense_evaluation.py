@@ -71,10 +71,10 @@ def dense_measurement(arguments: Mapping[str, Any], config: Config | None) -> De
     if config is not None:
         of_file = {
             "num_samples": config.evaluation.num_samples,
-            "skip_missing_images": config.training.on_bad_image == "skip",
+            "on_bad_image": config.training.on_bad_image,
             "threshold": config.dense.threshold if "threshold" in config.dense.model_fields_set else None,
         }
-    names = ("threshold", "num_samples", "batch_size", "paper_normalisation")
+    names = ("threshold", "num_samples", "batch_size", "paper_normalisation", "on_bad_image")
     given = {name: arguments[name] for name in names if arguments.get(name) is not None}
     options = {name: arguments[name] for name in ("model", "resolution", "device", "num_workers", "address")}
     return DenseMeasurement(
@@ -99,6 +99,7 @@ def compare_dense(folders: Mapping[str, str], output: Path, how: DenseMeasuremen
     from sam3lora.evaluation.ask.dense_run import evaluate_dense
     from sam3lora.evaluation.dense.comparison import check_comparable
     from sam3lora.evaluation.report.dense_saving import compare_dense_and_save, folder_for_maps, model_folder
+    from sam3lora.evaluation.skipped_images import check_same_images
     from sam3lora.model.dense.folder import read_dense_metadata
     from sam3lora.model.dense.settings import DenseSettings
 
@@ -116,4 +117,5 @@ def compare_dense(folders: Mapping[str, str], output: Path, how: DenseMeasuremen
         )
         for label, folder in folders.items()
     ]
+    check_same_images([first, *others])
     compare_dense_and_save(first, others, output)

@@ -9,6 +9,7 @@ import typer
 
 from sam3lora.cli.shared_options import check_merge_iou, written_post
 from sam3lora.config.post_processing import PostProcessing
+from sam3lora.config.training import OnBadImage
 from sam3lora.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,6 +37,14 @@ WorkersOption = Annotated[
     typer.Option(min=0, help="Ray workers; 0 = in this process (default: one for each of several GPUs, or 0)."),
 ]
 BatchOption = Annotated[int | None, typer.Option(min=1, help="Images at a time.")]
+OnBadImageOption = Annotated[
+    OnBadImage | None,
+    typer.Option(
+        "--on-bad-image",
+        help="An image that is missing or cannot be read: stop, or skip it, measure the others, and name it in the "
+        "results (default: training.on_bad_image of --config, else stop).",
+    ),
+]
 LowestScoreOption = Annotated[
     str | None,
     typer.Option(

@@ -44,6 +44,7 @@ def validate(
     device: options.DeviceOption = None,
     num_workers: options.WorkersOption = None,
     batch_size: options.BatchOption = None,
+    on_bad_image: options.OnBadImageOption = None,
     address: options.AddressOption = None,
     predictions: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Measure COCO results from a file instead of asking a model.")
@@ -120,7 +121,14 @@ def validate(
         refuse_beside_clicks(locals(), post)
         named = options.adapter_folders(weights, settings_file) if weights or not use_base_model else {}
         adapters, click_adapter = adapters_of_clicks(named, use_base_model, clicks_vision)
-        prompting = options.settings_of(adapters, settings_file, post, num_samples=num_samples, batch_size=batch_size)
+        prompting = options.settings_of(
+            adapters,
+            settings_file,
+            post,
+            num_samples=num_samples,
+            batch_size=batch_size,
+            on_bad_image=on_bad_image,
+        )
         validate_clicks(
             options.named_split(val_data_dir, split, settings_file),
             options.models_of(
@@ -172,6 +180,7 @@ def validate(
         lowest_score=options.lowest_score_of(lowest_score),
         num_samples=num_samples,
         batch_size=batch_size,
+        on_bad_image=on_bad_image,
         semantic=semantic or None,
     )
     from sam3lora.evaluation.report.saving import save_validation
@@ -194,7 +203,7 @@ def validate(
         asked = ask_saco(
             saco[0], val_data_dir, models, settings, num_workers=num_workers, address=address, progress=True
         )
-        save_saco(write_results(asked.by_label, output), saco, output, asked.image_ids)
+        save_saco(write_results(asked.by_label, output), saco, output, asked.image_ids, asked.skipped)
         return
     images = options.named_split(val_data_dir, split, settings_file)
     results = evaluate_models(images, models, settings, num_workers=num_workers, address=address, progress=True)

@@ -20,6 +20,7 @@ _SCHEDULES = {
     "inverse_sqrt": "inverse_sqrt",
 }
 BATCH_SIZE = 2
+OnBadImage = Literal["stop", "skip"]
 
 
 class TrainingSection(Section):
@@ -103,8 +104,9 @@ class TrainingSection(Section):
     early_stopping_patience: int | None = Field(
         default=None, ge=1, description="Stop after so many validations without a better one; None = never."
     )
-    on_bad_image: Literal["stop", "skip"] = Field(
-        default="stop", description="What an unreadable image does: end the run, or be skipped and named in the log."
+    on_bad_image: OnBadImage = Field(
+        default="stop",
+        description="What a missing or unreadable image does: end the run or the evaluation, or be skipped and named.",
     )
     feature_cache: Literal["auto"] | bool = Field(
         default="auto",

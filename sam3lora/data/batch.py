@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sam3lora.data.bad_images import SkippedImage
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -40,7 +42,7 @@ class Batch:
         masks_packed: uint8 (T, ceil(M * M / 8)), the bits of (M, M) masks; None for boxes only.
         mask_size: M, or None.
         mask_valid_T: bool (T,), whether the target has a mask with at least one pixel.
-        skipped: (image id, path, reason) of images left out.
+        skipped: Images left out.
         label_maps: uint8 (I, N, M, M), see `label_maps.LabelMaps`; None where prompts are asked.
     """
 
@@ -58,7 +60,7 @@ class Batch:
     masks_packed: np.ndarray | None
     mask_size: int | None
     mask_valid_T: np.ndarray
-    skipped: list[tuple[int, str, str]]
+    skipped: list[SkippedImage]
     epoch: int = 0
     step: int = 0
     label_maps: np.ndarray | None = None

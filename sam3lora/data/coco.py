@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from sam3lora.data import index_cache
+from sam3lora.data.bad_images import WITHOUT_THEM
 from sam3lora.data.coco_file import read_coco_file
 from sam3lora.data.faults import NOTE, FaultLog
 from sam3lora.data.ids import IdTable
@@ -120,6 +121,10 @@ class CocoIndex:
             return self
         return dataclasses.replace(self, table=self.table.take(pa.array(rows, type=pa.int64())))
 
+    def first(self, number: int | None) -> CocoIndex:
+        """Keep only the first so many images; None keeps all."""
+        return self if number is None else self.select_rows(range(min(number, len(self))))
+
 
 def read_record(table: pa.Table, row: int) -> dict[str, Any]:
     """One row of an index table as plain Python values."""
@@ -192,7 +197,7 @@ def _stop_on_missing(log: FaultLog, source: Path, on_bad_image: str) -> None:
     if missing and on_bad_image == "stop":
         raise ImageError(
             f"{source}: {missing} listed image(s) not found, e.g. {'; '.join(log.examples('missing_image'))}. "
-            "Restore them, or take them out of the file (training goes on without them with training.on_bad_image=skip)"
+            f"Restore them, take them out of the file, or {WITHOUT_THEM}"
         )
 
 

@@ -17,6 +17,7 @@ from sam3lora.data.faults import CHANGED, IMAGES_LEFT_OUT, LABELS_LEFT_OUT, LEVE
 TOLD = (LOST, CHANGED)
 """Levels that every command tells; those of level NOTE stand in the report of `sam3lora data check` only."""
 
+_NAMED_KINDS = ("missing_image", "skipped_image")
 MAX_LINES = 8  # kinds of faults in a summary
 
 SplitFault = Mapping[str, Any]
@@ -58,7 +59,7 @@ def left_out_sentence(faults: Iterable[SplitFault]) -> str:
 
 
 def fault_lines(faults: Iterable[SplitFault]) -> list[str]:
-    """A line for each kind: count and splits, what is done, and an example. Missing images are named, the first few."""
+    """A line for each kind: count and splits, what is done, and an example. Lost images are named, the first few."""
     return [_line(of_kind) for of_kind in _by_kind(faults)]
 
 
@@ -136,6 +137,6 @@ def _line(of_kind: Sequence[SplitFault]) -> str:
     count = sum(fault["count"] for fault in of_kind)
     is_one = len(of_kind) == 1
     splits = first["split"] if is_one else ", ".join(f"{fault['split']} {fault['count']}" for fault in of_kind)
-    examples = first["examples"] if first["kind"] == "missing_image" else first["examples"][:1]
+    examples = first["examples"] if first["kind"] in _NAMED_KINDS else first["examples"][:1]
     example = f", e.g. {'' if is_one else 'in ' + first['split'] + ' '}{'; '.join(examples)}" if examples else ""
     return f"{count} x {first['description']} ({splits}): {first['action']}{example}"

@@ -18,6 +18,7 @@ _COCO_KINDS = {
         "left out (training.on_bad_image: skip) or stops the run",
         LOST,
     ),
+    "skipped_image": ("image that was to be measured and could not be read", "left out", LOST),
     "duplicate_image_id": ("image listed twice with the same id", "read once", CHANGED),
     "ambiguous_image_id": ("image id used for several files", "all of them are left out", LOST),
     "duplicate_file_name": (
@@ -155,6 +156,7 @@ IMAGES_LEFT_OUT = frozenset(
     (
         "missing_image",
         "unreadable_image",
+        "skipped_image",
         "ambiguous_image_id",
         "unclear_image",
         "bad_image_entry",

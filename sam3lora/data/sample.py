@@ -12,6 +12,7 @@ import pyarrow as pa
 from sam3lora.data.annotations import MIN_BOX_AREA
 from sam3lora.data.array_store import ArrayStore, digest, image_digest
 from sam3lora.data.augment import Augmentation, Placement, choose_placement, place_image
+from sam3lora.data.bad_images import SkippedImage
 from sam3lora.data.batch import Batch
 from sam3lora.data.coco import read_record
 from sam3lora.data.images import ImageError, read_image
@@ -126,7 +127,7 @@ def decode_record(record: Mapping[str, Any], settings: DecodeSettings, epoch: in
         except ImageError as error:
             if settings.on_bad_image == "stop":
                 raise ImageError(f"{error}. Repair or remove it, or set training.on_bad_image=skip") from None
-            skipped = [(record["image_id"], record["path"], str(error))]
+            skipped = [SkippedImage.of(record, error)]
     kept = 1 - len(skipped)  # images of the batch: 1 or 0
     queries = record_queries(record, settings, epoch) if kept and settings.label_maps is None else []
     subset_rng = sample_rng(settings.seed, epoch, record["image_id"], _SUBSET_STREAM)

@@ -145,7 +145,8 @@ def required_split(root: Path, split: str, annotation_file: str = ANNOTATION_FIL
     if found is not None:
         return found
     if not root.is_dir():
-        raise UserError(f"no folder {root}; expected the folder of a COCO data set that holds {split}/")
+        what = "or of one of its splits" if split == WHOLE else f"that holds {split}/"
+        raise UserError(f"no folder {root}; expected the folder of a COCO data set {what}")
     others = find_splits(root, annotation_file)
     if any(other.name == WHOLE for other in others):
         hint = f"found {others[0].annotation_file}, a set without splits: make them with sam3lora data split {root} NEW"

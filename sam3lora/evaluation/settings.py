@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from sam3lora.config.evaluation import EXACT_UP_TO_PAIRS, LOW_SCORE, LOWEST_THRESHOLD, EvaluationSection
 from sam3lora.config.post_processing import PostProcessing
+from sam3lora.config.training import OnBadImage, TrainingSection
 from sam3lora.data.coco import ANNOTATION_FILE
 from sam3lora.errors import UserError
 from sam3lora.evaluation.metrics.ground_truth import PromptedCategory, incomplete_categories
@@ -30,7 +31,8 @@ class EvaluationSettings:
             queries, nearly all with a score of about 0, and each takes the work of a mask.
         batch_size: Images at a time.
         max_prompts_per_forward: (image, prompt) pairs in one forward pass.
-        skip_missing_images: Leave out listed images that do not exist, instead of refusing the split.
+        on_bad_image: "skip" leaves out images that are missing or cannot be read, and the results name them; "stop"
+            refuses the split.
         semantic: Measure SAM 3's semantic output too, which takes a second pass.
 
     Raises:
@@ -47,11 +49,12 @@ class EvaluationSettings:
     lowest_score: float | Literal["auto"] = EvaluationSection.model_fields["lowest_score"].default
     batch_size: int = 4
     max_prompts_per_forward: int = 8
-    skip_missing_images: bool = False
+    on_bad_image: OnBadImage = TrainingSection.model_fields["on_bad_image"].default
     semantic: bool = False
 
     def __post_init__(self) -> None:
         self.post_processing(PostProcessing())
+        check_on_bad_image(self.on_bad_image)
         for name in ("num_samples", "batch_size", "max_prompts_per_forward"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -89,5 +92,17 @@ class EvaluationSettings:
     def to_dict(self) -> dict[str, Any]:
         """For reports, without what is at its default and says nothing, and without post-processing."""
         shown = asdict(self) | {"prompts": dict(self.prompts)}
-        quiet = ("prompts", "negative_prompts", "categories", "num_samples", "skip_missing_images", "semantic")
-        return {name: value for name, value in shown.items() if name != "post" and (value or name not in quiet)}
+        quiet = ("prompts", "negative_prompts", "categories", "num_samples", "semantic")
+        shown = {name: value for name, value in shown.items() if name != "post" and (value or name not in quiet)}
+        return without_stop(shown)
+
+
+def check_on_bad_image(value: str) -> None:
+    """Raise UserError for what is none of the choices."""
+    if value not in get_args(OnBadImage):
+        raise UserError(f"on_bad_image must be {' or '.join(get_args(OnBadImage))}, got {value!r}")
+
+
+def without_stop(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings for a report, with `on_bad_image` only where images may be left out."""
+    return {name: value for name, value in settings.items() if (name, value) != ("on_bad_image", "stop")}

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from sam3lora.data.bad_images import SkippedImage
 from sam3lora.data.images import ImageError
 
 MOST_STEPS_WITHOUT_IMAGES = 10
 """Steps in a row of which no image could be read, after which a run stops."""
-
-Skipped = tuple[int, str, str]
-"""(image id, path, reason) of an image that was left out."""
 
 
 class StepsWithoutImages:
@@ -19,7 +17,7 @@ class StepsWithoutImages:
     def __init__(self) -> None:
         self._num_steps = 0
 
-    def count(self, num_images: float, skipped: Sequence[Skipped]) -> None:
+    def count(self, num_images: float, skipped: Sequence[SkippedImage]) -> None:
         """Count a step of `num_images`; `skipped` are the images that it lost, of all workers.
 
         Raises:
@@ -30,10 +28,9 @@ class StepsWithoutImages:
             raise none_readable(f"images of {self._num_steps} steps in a row", skipped)
 
 
-def none_readable(images: str, skipped: Sequence[Skipped]) -> ImageError:
+def none_readable(images: str, skipped: Sequence[SkippedImage]) -> ImageError:
     """What to raise where none of some images could be read."""
-    _, _, reason = skipped[0]
     return ImageError(
-        f"none of the {images} could be read, the first for this reason: {reason}. Everything up to the last "
-        "checkpoint is kept: make the images readable, then train again with --resume"
+        f"none of the {images} could be read, the first is {skipped[0].path}: {skipped[0].reason}. Everything "
+        "up to the last checkpoint is kept: make the images readable, then train again with --resume"
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from sam3lora.config.training import images_per_step
+from sam3lora.data.bad_images import SkippedImage
 from sam3lora.training import distributed
 from sam3lora.training.metrics_log import memory_mb
 from sam3lora.training.optimization import idle_adapters
@@ -66,8 +68,8 @@ def log_step(trainer: Trainer, terms: dict[str, float], grad_norm: float, second
     )
 
 
-def log_skipped(trainer: Trainer, skipped: list[tuple[int, str, str]]) -> None:
-    """A line for each bad image: (image id, path, reason)."""
+def log_skipped(trainer: Trainer, skipped: Sequence[SkippedImage]) -> None:
+    """A line for each bad image."""
     if trainer.log:
         for image_id, path, reason in skipped:
             trainer.log.write("skipped_image", step=trainer.state.step, image_id=image_id, path=path, reason=reason)

@@ -14,6 +14,7 @@ from peft import PeftModel
 from torch import nn
 
 from sam3lora.config import Config
+from sam3lora.data.bad_images import SkippedImage
 from sam3lora.data.coco import CocoIndex
 from sam3lora.data.images import ImageError
 from sam3lora.engine.engine import Engine, PromptedImage
@@ -48,7 +49,7 @@ def evaluation_settings(config: Config) -> EvaluationSettings:
         negative_prompts=data.negative_prompts,
         exhaustive=data.exhaustive,
         lowest_score=config.evaluation.lowest_score,
-        skip_missing_images=training.on_bad_image == "skip",
+        on_bad_image=training.on_bad_image,
         **{name: number for name, number in sizes.items() if number != "auto"},
     )
 
@@ -57,7 +58,7 @@ def evaluation_settings(config: Config) -> EvaluationSettings:
 class Validator:
     """Measures what learns on the validation split. Each worker takes its own share of the images.
 
-    ``skipped`` has (image id, path, reason) of the bad images that the last `loss_terms` left out, of all workers.
+    ``skipped`` has the bad images that the last `loss_terms` left out, of all workers.
     ``measures_base`` says whether metrics before the first step are worth their time.
     """
 
@@ -69,7 +70,7 @@ class Validator:
     runner: Runner
     data: RunData
     batches: BatchSource
-    skipped: list[tuple[int, str, str]] = field(default_factory=list)
+    skipped: list[SkippedImage] = field(default_factory=list)
 
     def loss_terms(self) -> TermSums | None:
         """The loss terms over `BatchSource.num_validated` images, the same ones as in training but without dropout.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -244,6 +245,29 @@ def test_a_model_is_asked_the_phrases_of_a_saco_file(validate, data, run_folder,
     measured = read(output / "metrics.json")
     assert asked["cgF1"] == pytest.approx(measured["cgf1"], abs=1e-6)
     assert asked["counts"]["units_evaluated"] == 6
+
+
+def test_an_image_that_cannot_be_read(data, run_folder, tmp_path, capsys):
+    split = tmp_path / "valid"
+    shutil.copytree(data / "valid", split)
+    (split / "1.png").write_bytes(b"")
+    words = ["validate", "--weights", run_folder / "best", "--val-data-dir", split, "--output", tmp_path / "out"]
+    assert main([str(word) for word in words]) == 2
+    said = capsys.readouterr().err
+    assert re.search(r"error: .*1 of 3 images cannot be read, e\.g\. .*1\.png: the file is empty\. Repair", said)
+    assert said.count("\n") == 1
+    # the option, or a configuration
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        "training: {on_bad_image: skip}\nlora: {apply_to_vision_encoder: true}\nmodel: {resolution: 112}\n"
+    )
+    for more in (["--on-bad-image", "skip"], ["--config", config]):
+        assert main([str(word) for word in [*words, *more]]) == 0
+        assert "1 of 3 images could not be read and are not measured: image 1 " in capsys.readouterr().out
+        assert read(tmp_path / "out" / "metrics.json")["skipped_images"] == [
+            {"image_id": 1, "path": str(split / "1.png"), "reason": "the file is empty"}
+        ]
+    assert main([str(word) for word in [*words, "--config", config, "--on-bad-image", "stop"]]) == 2
 
 
 def test_interrupt(data, run_folder, tmp_path, monkeypatch, capsys):

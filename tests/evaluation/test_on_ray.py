@@ -24,6 +24,7 @@ from sam3lora.local_ray import start_local_ray
 from ..model.dense.dense_cases import write_dense
 from .adapters import write_adapter
 from .splits import write_split
+from .unreadable_cases import DAMAGED, corrupt, damaged_and_fewer, numbers
 
 NUM_CPUS = 2
 SETTINGS = EvaluationSettings({"threshold": 0.2, "nms": "none"}, batch_size=1)
@@ -55,10 +56,16 @@ def ask_two_workers(make_worker, batches):
     return list(ask_on_ray(make_worker, batches, num_workers=2, use_gpu=False))
 
 
-def test_two_workers_give_the_metrics_of_one_process(split, models):
-    alone = evaluate_models(split, models, SETTINGS)
-    spread = evaluate_models(split, models, SETTINGS, num_workers=2)
+def test_two_workers_give_the_metrics_of_one_process(models, tmp_path):
+    split, _ = damaged_and_fewer(tmp_path, corrupt)
+    settings = SETTINGS.changed(on_bad_image="skip")
+    alone = evaluate_models(split, models, settings)
+    spread = evaluate_models(split, models, settings, num_workers=2)
     for here, there in zip(alone, spread, strict=True):
+        # of the images that can be read
+        assert here.skipped_images == there.skipped_images
+        assert [one["image_id"] for one in there.skipped_images] == [DAMAGED]
+        assert there.matches.image_ids.tolist() == [0, 2, 3, 4]
         # in the order of the images, whoever was first
         keys = ("image_id", "category_id")
         assert [[p[key] for key in keys] for p in here.predictions] == [
@@ -102,6 +109,27 @@ def test_two_workers_count_the_clicks_of_one_process(tmp_path):
     first, second = (dict(metrics.to_dict(), seconds=0) for metrics in (alone, spread))
     assert first == second
     assert 0.5 < alone.alone["mean_iou_3"].value < 1
+
+
+@pytest.mark.slow
+def test_two_workers_of_dense_models_and_of_clicks_leave_out_the_same_images(spread_base, clickable_base, tmp_path):
+    damaged, _ = damaged_and_fewer(tmp_path, corrupt)
+    folder = write_dense(spread_base, tmp_path / "dense", "binary")
+    dense = DenseEvaluation(batch_size=1, on_bad_image="skip")
+    clicks = ClickEvaluation(max_clicks=2, prompting=SETTINGS.changed(on_bad_image="skip"))
+    model = {"model": str(clickable_base), "device": "cpu"}
+    for measure in (
+        lambda workers: evaluate_dense(damaged, folder, dense, device="cpu", num_workers=workers),
+        lambda workers: evaluate_clicks(damaged, None, clicks, num_workers=workers, **model),
+    ):
+        alone, spread = measure(0), measure(2)
+        assert numbers(alone) == numbers(spread)
+        assert alone.skipped_images == spread.skipped_images
+        assert spread.num_images == 4
+    for path in damaged.glob("*.png"):
+        corrupt(path)
+    with pytest.raises(ImageError, match=r"none of the 5 images to measure could be read"):
+        evaluate_dense(damaged, folder, dense, device="cpu", num_workers=2)
 
 
 def test_too_many_workers_are_refused_and_not_waited_for():

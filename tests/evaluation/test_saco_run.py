@@ -13,6 +13,7 @@ from sam3lora.errors import UserError
 from sam3lora.evaluation.ask.saco_phrases import ask_saco
 from sam3lora.evaluation.ask.worker import Models
 from sam3lora.evaluation.metrics.saco import evaluate_saco
+from sam3lora.evaluation.report.saving import save_saco, write_results
 from sam3lora.evaluation.settings import EvaluationSettings
 
 SIZES = {"a.png": (60, 80), "b.png": (40, 40)}
@@ -85,3 +86,36 @@ def test_missing_images_and_keys_are_named(ground_truth, small_base):
     ground_truth.write_text(json.dumps(raw | {"images": []}))
     with pytest.raises(UserError, match="lists no image"):
         ask(ground_truth, small_base)
+
+
+def test_phrases_of_an_image_that_cannot_be_read(ground_truth, small_base, tmp_path, capsys):
+    (ground_truth.parent / "a.png").write_bytes(b"I am a text")
+    models = Models(options={"model": str(small_base), "device": "cpu"})
+    settings = EvaluationSettings({"threshold": 0.0, "nms": "none"})
+    with pytest.raises(UserError, match=r"1 of 2 images cannot be read.*a\.png.*--on-bad-image skip"):
+        ask_saco(ground_truth, ground_truth.parent, models, settings)
+    # both entries of the image have no part in what is judged
+    settings = settings.changed(on_bad_image="skip")
+    found = ask_saco(ground_truth, ground_truth.parent, models, settings)
+    assert found.image_ids == {0}
+    assert {entry["image_id"] for entry in found.by_label["base"]} == {0}
+    assert {(one.image_id, one.reason) for one in found.skipped} == {
+        (7, "no known image format"),
+        (3, "no known image format"),
+    }
+    files = write_results(found.by_label, tmp_path / "out")
+    save_saco(files, [ground_truth], tmp_path / "out", found.image_ids, found.skipped)
+    written = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert written["segm"]["counts"]["units_evaluated"] == 1
+    assert [(one["image_id"], one["reason"]) for one in written["skipped_images"]] == [
+        (7, "no known image format"),
+        (3, "no known image format"),
+    ]
+    assert "2 of 3 phrases could not be read and are not measured: image 7 " in capsys.readouterr().out
+    # as those of one that is not there
+    (ground_truth.parent / "a.png").unlink()
+    gone = ask_saco(ground_truth, ground_truth.parent, models, settings)
+    assert (gone.image_ids, {one.reason for one in gone.skipped}) == ({0}, {"no such file"})
+    (ground_truth.parent / "b.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"none of the 1 images to measure could be read.*b\.png: the file is empty"):
+        ask_saco(ground_truth, ground_truth.parent, models, settings)

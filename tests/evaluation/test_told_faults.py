@@ -21,7 +21,7 @@ from ..data.faulty_labels import FAULTS, add_faults, counts
 from .report_cases import CRACK, NAMES, check_page, measured
 from .splits import result, write_split
 
-SKIP = EvaluationSettings(skip_missing_images=True)
+SKIP = EvaluationSettings(on_bad_image="skip")
 
 
 @pytest.fixture

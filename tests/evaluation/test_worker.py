@@ -8,7 +8,7 @@ import pytest
 
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.data.coco import CocoIndex
-from sam3lora.data.images import ImageError
+from sam3lora.data.images import ImageError, read_annotated_image
 from sam3lora.errors import UserError
 from sam3lora.evaluation.ask.run import recorded_data
 from sam3lora.evaluation.ask.worker import EvaluationWorker, Models
@@ -73,9 +73,9 @@ def scores(results) -> np.ndarray:
 
 def test_images_are_seen_once_by_all_models_that_share_a_vision_tower(make_worker, adapters, records, num_seen):
     both = {"two": adapters["two"], "one": adapters["one"]}
-    assert list(make_worker(both).ask(records)) == ["base", "two", "one"]
+    assert list(make_worker(both).ask(records).answers) == ["base", "two", "one"]
     assert num_seen == [2]
-    nothing = make_worker(both, with_base=False).ask([])
+    nothing = make_worker(both, with_base=False).ask([]).answers
     assert [(label, found.matches.num_predictions) for label, found in nothing.items()] == [("two", 0), ("one", 0)]
     # an adapter of the vision tower sees for itself, and only once
     num_seen.clear()
@@ -84,10 +84,11 @@ def test_images_are_seen_once_by_all_models_that_share_a_vision_tower(make_worke
 
 
 def test_answers_together_are_those_of_each_model_alone(make_worker, adapters, records):
-    together = make_worker(adapters).results(records)
+    images = [read_annotated_image(record) for record in records]
+    together = make_worker(adapters).results(records, images)
     for label, of_label in together.items():
         alone = {} if label == "base" else {label: adapters[label]}
-        expected = make_worker(alone, with_base=label == "base").results(records)[label]
+        expected = make_worker(alone, with_base=label == "base").results(records, images)[label]
         np.testing.assert_allclose(scores(of_label), scores(expected), atol=2e-6)
         assert of_label.presence == pytest.approx(expected.presence, abs=2e-6)
         assert [p["segmentation"]["counts"] for p in of_label.predictions] == [
@@ -106,16 +107,16 @@ def test_results_are_at_the_size_that_annotations_refer_to(tmp_path, make_worker
     cv2.imwrite(str(tmp_path / "valid" / "0.png"), np.full((HEIGHT // 2, WIDTH // 2, 3), 90, np.uint8))
     records = [index.record(row) for row in range(2)]
     worker = make_worker({})
-    predictions = worker.results(records)["base"].predictions
+    predictions = worker.results(records, list(map(read_annotated_image, records)))["base"].predictions
     assert {p["image_id"] for p in predictions} == {0, 1}
     assert {tuple(p["segmentation"]["size"]) for p in predictions} == {(HEIGHT, WIDTH)}
-    assert worker.ask(records)["base"].matches.num_predictions == len(predictions)
+    assert worker.ask(records).answers["base"].matches.num_predictions == len(predictions)
 
 
 def test_an_unreadable_image_is_named_with_what_to_do(tmp_path, make_worker):
     index = CocoIndex.from_folder(write_split(tmp_path / "valid", [(0, 1, 10)], {1: "crack"}, num_images=1))
     (tmp_path / "valid" / "0.png").write_bytes(b"no image")
-    with pytest.raises(ImageError, match=r"0\.png.*Repair it, or take it out of the annotation file"):
+    with pytest.raises(ImageError, match=r"0\.png.*Repair such images.*--on-bad-image skip"):
         make_worker({}).ask([index.record(0)])
 
 

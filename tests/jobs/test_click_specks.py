@@ -20,7 +20,8 @@ def rle(*boxes_xyxy: tuple[int, int, int, int]) -> dict:
 def test_a_folder_that_is_not_there_is_told_in_a_sentence(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("sys.argv", ["click_specks", str(tmp_path / "none"), "8"])
     assert run_script(main) == 2
-    assert capsys.readouterr().err.startswith(f"error: no folder {tmp_path / 'none'}")
+    said = f"no folder {tmp_path / 'none'}; expected the folder of a COCO data set or of one of its splits"
+    assert capsys.readouterr().err == f"error: {said}\n"
 
 
 def test_boxes_and_far_specks():

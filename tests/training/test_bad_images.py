@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from sam3lora.data.bad_images import SkippedImage
 from sam3lora.errors import UserError
 from sam3lora.training import bad_images
 from sam3lora.training.launch import train
@@ -63,7 +64,7 @@ def test_a_run_whose_training_images_are_gone_stops(make_config, scenes, tmp_pat
 
 def test_steps_with_an_image_begin_the_count_again(monkeypatch):
     monkeypatch.setattr(bad_images, "MOST_STEPS_WITHOUT_IMAGES", 2)
-    skipped = [(1, "a.jpg", "cannot read image a.jpg")]
+    skipped = [SkippedImage(1, "a.jpg", "cannot read image a.jpg")]
     steps = bad_images.StepsWithoutImages()
     for num_images in (0, 1, 0, 3):
         steps.count(num_images, skipped)

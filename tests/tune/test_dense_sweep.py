@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
@@ -123,6 +125,23 @@ def test_held_out_images_compare_best_and_base_configuration(small_base, held_ou
     assert "itself the best" in same["note"]
     single = measure_dense_held_out(held_out, None, best, config)
     assert (single["base"], single["best"], list(single["models"])) == (None, found["best"], ["best trial"])
+
+
+def test_held_out_images_that_cannot_be_read_are_left_out_and_told(small_base, held_out, tmp_path):
+    folder = shutil.copytree(held_out.image_dir, tmp_path / "test")
+    split = SplitFiles("test", folder / ANNOTATION_FILE, folder)
+    first = sorted(folder.glob("*.jpg"))[0]
+    first.write_bytes(first.read_bytes()[:300])
+    names = merge_names([split.read()])[:2]
+    run = write_dense(small_base, tmp_path / "run", mode="multiclass", classes=("background", *names))
+    config = load_config("dense_quick_test", [f"model.name={small_base}"])
+    with pytest.raises(UserError, match=rf"1 of 3 images cannot be read.*{first.name}.*training\.on_bad_image=skip"):
+        measure_dense_held_out(split, None, run, config)
+    found = measure_dense_held_out(split, None, run, config.changed({"training.on_bad_image": "skip"}))
+    assert found["num_images"] == 2
+    (told,) = [fault for fault in found["faults"] if fault["kind"] == "skipped_image"]
+    assert (told["split"], told["count"], told["leaves_out"]) == ("test", 1, "images")
+    assert first.name in told["examples"][0]
 
 
 def test_the_report_speaks_of_labels():

@@ -26,6 +26,7 @@ from sam3lora.evaluation.clicks.measure import ClickMetrics, measure_clicks
 from sam3lora.evaluation.clicks.settings import ClickEvaluation
 from sam3lora.evaluation.clicks.split_clicks import SplitClicks
 from sam3lora.evaluation.settings import EvaluationSettings
+from sam3lora.evaluation.skipped_images import SkippedImages
 from sam3lora.local_paths import absolute_path
 from sam3lora.model.adapter.metadata import current_versions
 
@@ -54,7 +55,7 @@ def evaluate_clicks(
 
     Raises:
         UserError: No such folder, a damaged file, an adapter of another base, or a base without a tracker.
-        ImageError: An image cannot be read.
+        ImageError: An image cannot be read; with `settings.prompting.on_bad_image` "skip" none can be.
     """
     adapters = {} if adapter is None else {label_of(adapter): str(adapter)}
     settings = settings or ClickEvaluation(prompting=EvaluationSettings(**recorded_data(adapters)))
@@ -90,8 +91,8 @@ def evaluate_model_clicks(
     if settings.clicks_vision == "base" and not models.adapters:
         raise UserError("without an adapter clicks see the trunk of the base anyway: leave clicks_vision out")
     split, index, faults = read_split(split, settings.prompting, tell=progress)
-    if settings.prompting.num_samples is not None:
-        index = index.select_rows(range(min(settings.prompting.num_samples, len(index))))
+    skipped = SkippedImages(index, settings.prompting.num_samples)
+    index = skipped.look_ahead(settings.prompting.on_bad_image, only_labelled=True)  # no other image is read
     # Nobody clicks on what no image shows.
     categories = asked_categories(index, replace(settings.prompting, negative_prompts=()))
     if not categories:
@@ -103,14 +104,16 @@ def evaluate_model_clicks(
     facts: dict[str, Any] = {}
     batches = RecordBatches(index, settings.prompting.batch_size)
     with progress_of(progress, len(index), "images", f"{settings.max_clicks} clicks an object") as bar:
-        for answers, of_worker in ask_batches(make_worker, batches, num_workers, models.options.get("device"), address):
+        for asked, of_worker in ask_batches(make_worker, batches, num_workers, models.options.get("device"), address):
             facts = of_worker
-            of_batch = cast(SplitClicks, answers)
+            skipped.add(asked.skipped)
+            of_batch = cast(SplitClicks, asked.answers)
             clicks.merge(of_batch)
-            bar.advance(of_batch.counts["images"])
+            bar.advance(of_batch.counts["images"] + len(asked.skipped))
+    skipped.check_some_read(len(clicks.alone.objects))
     return measure_clicks(
         clicks,
-        index,
+        skipped.readable(),
         [category.name for category in categories],
         label=label,
         start_from=settings.start_from,
@@ -123,7 +126,8 @@ def evaluate_model_clicks(
             "versions": current_versions(),
         },
         seconds=time.perf_counter() - started,
-        faults=faults,
+        faults=skipped.faults(split.title, faults),
+        skipped_images=skipped.listed(),
     )
 
 

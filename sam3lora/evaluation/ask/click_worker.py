@@ -16,7 +16,8 @@ from sam3lora.engine.clicks.prompt import ClickAnswer, ClickPrompt
 from sam3lora.engine.engine import Engine, PromptedImage
 from sam3lora.engine.feature_cache import PreparedImage
 from sam3lora.engine.selection import SmallDetections
-from sam3lora.evaluation.ask.worker import Models, adapter_of, facts_of, read_images
+from sam3lora.evaluation.ask.reading import Asked, read_images
+from sam3lora.evaluation.ask.worker import Models, adapter_of, facts_of
 from sam3lora.evaluation.clicks.asking import ImageInteractions
 from sam3lora.evaluation.clicks.seeds import FoundObject, found_objects
 from sam3lora.evaluation.clicks.settings import ClickEvaluation
@@ -71,33 +72,40 @@ class ClickWorker:
             **({} if self._settings.start_from is None else self._post.model_dump(mode="json")),
         }
 
-    def ask(self, records: Sequence[Mapping[str, Any]]) -> SplitClicks:
-        """Click on all objects of the images of records. Raises ImageError if an image cannot be read."""
+    def ask(self, records: Sequence[Mapping[str, Any]]) -> Asked:
+        """Click on all objects of the images of records: `SplitClicks`. Raises ImageError as `read_images`."""
         done = SplitClicks.empty(self._settings.max_clicks)
-        truths = [true_objects(record, self._categories) for record in records]
-        done.counts["images"] = len(records)
-        for record, truth in zip(records, truths, strict=True):
+        truths = {record["image_id"]: true_objects(record, self._categories) for record in records}
+        # Images without an object are not read, and pass no tower.
+        chosen, images, skipped = read_images(
+            [record for record in records if truths[record["image_id"]].objects],
+            self._settings.prompting.on_bad_image,
+            self._prepare,
+        )
+        for one in skipped:
+            del truths[one.image_id]
+        done.counts["images"] = len(truths)
+        for image_id, truth in truths.items():
             done.counts.update(without_mask=truth.num_without_mask, crowds=truth.num_crowds)
             for number in truth.too_small:
-                done.alone.leave_out(image_id=record["image_id"], object_id=number)
-        # Images without an object pass no tower.
-        chosen = [(record, truth) for record, truth in zip(records, truths, strict=True) if truth.objects]
+                done.alone.leave_out(image_id=image_id, object_id=number)
         if chosen:
-            clicked, asked = self._encode([record for record, _ in chosen])
-            detections = self._detect(asked, [truth for _, truth in chosen])
-            for (record, truth), image, of_image in zip(chosen, clicked, detections, strict=True):
+            clicked, asked = self._encode(images)
+            chosen_truths = [truths[record["image_id"]] for record in chosen]
+            detections = self._detect(asked, chosen_truths)
+            for record, truth, image, of_image in zip(chosen, chosen_truths, clicked, detections, strict=True):
                 self._click(done, record["image_id"], truth, image, of_image)
-        return done
+        return Asked(done, skipped)
 
-    def _encode(self, records: Sequence[Mapping[str, Any]]) -> tuple[list[PreparedImage], list[PreparedImage]]:
+    def _prepare(self, record: Mapping[str, Any], pixels_HW3: np.ndarray) -> PreparedImage:
+        """Before the next image is read: at its own size, one may have 100 megapixels."""
+        return self._clicking.engine.prepare_image(pixels_HW3, str(record["image_id"]))
+
+    def _encode(self, images: Sequence[PreparedImage]) -> tuple[list[PreparedImage], list[PreparedImage]]:
         """The images with features to click on and to find objects in, the same if one vision pass makes both."""
         (clicking, slot, _), (finding, finding_slot) = self._clicking, self._finding
-        images = [
-            clicking.prepare_image(pixels_HW3, str(record["image_id"]))
-            for record, pixels_HW3 in zip(records, read_images(records), strict=True)
-        ]
         if self._settings.start_from is None:
-            return clicking.encode_ahead([(image, slot) for image in images]), images
+            return clicking.encode_ahead([(image, slot) for image in images]), list(images)
         if clicking is finding:
             wanted = [(image, slot) for image in images] + [(image, finding_slot) for image in images]
             encoded = clicking.encode_ahead(wanted)

@@ -9,12 +9,19 @@ from typing import Any, cast
 
 from sam3lora.data.split_files import SplitFiles
 from sam3lora.evaluation.ask.dense_worker import DenseAnswers, DenseWorker
-from sam3lora.evaluation.ask.run import RecordBatches, ask_batches, label_of, progress_of, read_split
+from sam3lora.evaluation.ask.run import (
+    RecordBatches,
+    ask_batches,
+    label_of,
+    progress_of,
+    read_split,
+)
 from sam3lora.evaluation.dense.map_files import MapFolder, png_names
 from sam3lora.evaluation.dense.measure import DenseMetrics, measure_dense
 from sam3lora.evaluation.dense.settings import DenseEvaluation
 from sam3lora.evaluation.dense.split_meter import DenseMeter
 from sam3lora.evaluation.dense.truth import label_notes, true_labels
+from sam3lora.evaluation.skipped_images import SkippedImages
 from sam3lora.local_paths import absolute_base, absolute_path
 from sam3lora.model.adapter.metadata import current_versions
 from sam3lora.model.dense.folder import read_dense_metadata
@@ -46,7 +53,7 @@ def evaluate_dense(
 
     Raises:
         UserError: No such folder, a damaged file, an option that has no effect, or data of other classes.
-        ImageError: An image cannot be read.
+        ImageError: An image cannot be read; with `settings.on_bad_image` "skip" none can be.
     """
     started = time.perf_counter()
     settings = settings or DenseEvaluation()
@@ -54,9 +61,9 @@ def evaluate_dense(
     model = settings.of_model(DenseSettings(**(metadata.dense or {})))
     labels = true_labels(metadata, model)
     split, index, faults = read_split(split, settings, tell=progress)
+    skipped = SkippedImages(index, settings.num_samples)
+    index = skipped.look_ahead(settings.on_bad_image)
     notes = label_notes(labels, index.names, index.source)
-    if settings.num_samples is not None:
-        index = index.select_rows(range(min(settings.num_samples, len(index))))
     if options.get("model"):
         options["model"] = absolute_base(options["model"])
     ids, file_names = (index.table.column(name).to_pylist() for name in ("image_id", "file_name"))
@@ -67,19 +74,20 @@ def evaluate_dense(
     meter = DenseMeter(model, labels, normalise=settings.paper_normalisation)
     facts: dict[str, Any] = {}
     with progress_of(progress, len(index), "images") as bar:
-        for counted, of_worker in ask_batches(
+        for asked, of_worker in ask_batches(
             make_worker, RecordBatches(index, settings.batch_size), num_workers, options.get("device"), address
         ):
-            answers, facts = cast(DenseAnswers, counted), of_worker
+            answers, facts = cast(DenseAnswers, asked.answers), of_worker
+            skipped.add(asked.skipped)
             meter.merge(answers.meter)
             if maps is not None:
                 for image_id, of_image in answers.maps.items():
                     maps.write(image_id, of_image)
-            bar.advance(len(answers.maps))
+            bar.advance(len(answers.maps) + len(asked.skipped))
     return measure_dense(
         meter,
         model,
-        index,
+        skipped.readable(),
         label=label or label_of(folder),
         settings={
             "data": str(split),
@@ -92,5 +100,6 @@ def evaluate_dense(
         notes=notes,
         predictions=maps,
         seconds=time.perf_counter() - started,
-        faults=faults,
+        faults=skipped.faults(split.title, faults),
+        skipped_images=skipped.listed(),
     )

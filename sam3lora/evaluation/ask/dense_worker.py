@@ -9,7 +9,8 @@ import numpy as np
 
 from sam3lora.engine.dense import DenseEngine
 from sam3lora.engine.dense_maps import label_maps, probability
-from sam3lora.evaluation.ask.worker import facts_of, read_images
+from sam3lora.evaluation.ask.reading import Asked, read_images
+from sam3lora.evaluation.ask.worker import facts_of
 from sam3lora.evaluation.dense.map_files import ImageMaps
 from sam3lora.evaluation.dense.settings import DenseEvaluation
 from sam3lora.evaluation.dense.split_meter import DenseMeter
@@ -44,15 +45,16 @@ class DenseWorker:
         """The facts that the numbers depend on beside the settings."""
         return facts_of(self._engine)
 
-    def ask(self, records: Sequence[Mapping[str, Any]]) -> DenseAnswers:
-        """Label and measure the images of records of an index. Raises ImageError if one cannot be read."""
-        logits = self._engine.logits(read_images(records))
+    def ask(self, records: Sequence[Mapping[str, Any]]) -> Asked:
+        """Label and measure the images of records of an index: `DenseAnswers`. Raises ImageError as `read_images`."""
+        records, images, skipped = read_images(records, self._settings.on_bad_image)
+        logits = self._engine.logits(images)
         meter = DenseMeter(self.model, self.labels, normalise=self._settings.paper_normalisation)
         maps = {
             record["image_id"]: self._measure(meter, record, logits_Nhw)
             for record, logits_Nhw in zip(records, logits, strict=True)
         }
-        return DenseAnswers(meter, maps)
+        return Asked(DenseAnswers(meter, maps), skipped)
 
     def _measure(self, meter: DenseMeter, record: Mapping[str, Any], logits_Nhw: np.ndarray) -> ImageMaps:
         size_hw, mode = (record["height"], record["width"]), self.model.mode

@@ -20,8 +20,8 @@ def ask_on_ray(
     num_workers: int | None = None,
     use_gpu: bool | None = None,
     address: str | None = None,
-) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """The results of each batch as they come, in any order, with the worker's facts.
+) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """The answers to each batch as they come, in any order, with the worker's facts.
 
     A worker that dies is started again, and its batch with it.
 

@@ -39,8 +39,7 @@ def evaluate_predictions(
     faults_of_results = split_faults(source.name, found.faults, labels="results")
     if progress and faults_of_results:
         print(fault_summary(faults_of_results, source, "results"), flush=True)
-    if settings.num_samples is not None:
-        index = index.select_rows(range(min(settings.num_samples, len(index))))
+    index = index.first(settings.num_samples)
     if settings.categories is None:  # a program may have asked for categories that no label has
         in_results = {result["category_id"] for result in found.results}
         unused = [name for number, name in index.listed_names.items() if number in in_results]

@@ -17,6 +17,7 @@ from sam3lora.data.coco import CocoIndex
 from sam3lora.data.fault_report import SplitFault, fault_summary, faults_as_reason, split_faults
 from sam3lora.data.split_files import WHOLE, SplitFiles, find_split_or_whole
 from sam3lora.errors import UserError
+from sam3lora.evaluation.ask.reading import Asked
 from sam3lora.evaluation.ask.worker import BASE, Batches, EvaluationWorker, Models
 from sam3lora.evaluation.dense.class_counts import ClassCounts
 from sam3lora.evaluation.dense.settings import DenseEvaluation
@@ -24,6 +25,7 @@ from sam3lora.evaluation.metrics.ground_truth import PromptedCategory, SplitTrut
 from sam3lora.evaluation.metrics.measure import SplitMetrics, measure_matches
 from sam3lora.evaluation.predictions import Predictions
 from sam3lora.evaluation.settings import EvaluationSettings
+from sam3lora.evaluation.skipped_images import SkippedImages
 from sam3lora.evaluation.split_matches import Matcher, SplitMatches
 from sam3lora.model.adapter.folder import read_metadata
 from sam3lora.model.adapter.metadata import current_versions
@@ -67,6 +69,7 @@ def evaluate(
 
     Raises:
         UserError: No such folder, a damaged file, or an adapter of another base model.
+        ImageError: An image cannot be read; with `on_bad_image="skip"` none can be.
     """
     options = {
         "model": model,
@@ -106,8 +109,8 @@ def evaluate_models(
     started = time.perf_counter()
     models = models.with_absolute_paths()
     split, index, faults = read_split(split, settings, tell=progress)
-    if settings.num_samples is not None:
-        index = index.select_rows(range(min(settings.num_samples, len(index))))
+    skipped = SkippedImages(index, settings.num_samples)
+    index = skipped.look_ahead(settings.on_bad_image)
     categories = asked_categories(index, settings)
     if not categories:
         raise UserError(
@@ -116,21 +119,24 @@ def evaluate_models(
         )
     num_pairs = len(index) * len(categories)
     make_worker = functools.partial(EvaluationWorker, models, categories, settings, settings.score_floor(num_pairs))
-    truth = SplitTruth(index, categories)
     parts: dict[str, list[SplitMatches]] = {label: [] for label in models.labels}
-    predictions = {label: Predictions(truth.image_ids) for label in models.labels}
+    predictions = {label: Predictions(index.table.column("image_id").to_pylist()) for label in models.labels}
     semantic = {label: ClassCounts(len(categories)) for label in models.labels} if settings.semantic else {}
     facts: dict[str, Any] = {}
     with progress_of(progress, len(index), "images", f"{len(categories)} prompts each") as bar:
         batches = RecordBatches(index, settings.batch_size)
-        for answers, of_worker in ask_batches(make_worker, batches, num_workers, models.options.get("device"), address):
+        for asked, of_worker in ask_batches(make_worker, batches, num_workers, models.options.get("device"), address):
             facts = of_worker
-            for label, answer in answers.items():
+            skipped.add(asked.skipped)
+            for label, answer in asked.answers.items():
                 parts[label].append(answer.matches)
                 predictions[label].add(answer.encoded)
                 if answer.semantic is not None:
                     semantic[label].merge(answer.semantic)
-            bar.advance(max((len(answer.matches.image_ids) for answer in answers.values()), default=0))
+            num_read = max((len(answer.matches.image_ids) for answer in asked.answers.values()), default=0)
+            bar.advance(num_read + len(asked.skipped))
+    truth = SplitTruth(skipped.readable(), categories)
+    faults = skipped.faults(split.title, faults)
     posts: dict[str, PostProcessing] = facts["post"]
     shown = settings.to_dict() | {name: value for name, value in facts.items() if name not in ("num_queries", "post")}
     return [
@@ -154,6 +160,7 @@ def evaluate_models(
             seconds=time.perf_counter() - started,
             notes=floor_notes(facts["lowest_score"], num_pairs),
             faults=faults,
+            skipped_images=skipped.listed(),
         )
         for label in models.labels
     ]
@@ -168,7 +175,7 @@ def read_split(
     """
     if not isinstance(split, SplitFiles):
         split = find_split_or_whole(split, WHOLE, settings.annotation_file)
-    index = split.read("skip" if settings.skip_missing_images else "stop")
+    index = split.read(settings.on_bad_image)
     faults = split_faults(split.title, index.faults)
     if tell and faults:
         print(fault_summary(faults, split.folder), flush=True)
@@ -258,8 +265,8 @@ def ask_batches(
     num_workers: int | None,
     device: Any,
     address: str | None,
-) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """The results of each batch with the worker's facts: from this process, or from Ray workers in any order."""
+) -> Iterator[tuple[Asked, dict[str, Any]]]:
+    """The answers to each batch with the worker's facts: from this process, or from Ray workers in any order."""
     kind, _, number = (f"cuda:{device}" if str(device).isdecimal() else str(device)).partition(":")
     use_gpu = None if device is None else kind != "cpu"
     is_cluster = bool(address or os.environ.get("RAY_ADDRESS"))

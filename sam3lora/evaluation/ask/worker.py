@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
-from sam3lora.data.images import ImageError, read_annotated_image
 from sam3lora.engine.adapter_pool import AdapterPool
 from sam3lora.engine.detections import Detections
+from sam3lora.evaluation.ask.reading import Asked, read_images
 from sam3lora.evaluation.dense.class_counts import ClassCounts
 from sam3lora.evaluation.metrics.ground_truth import PromptedCategory
 from sam3lora.evaluation.metrics.semantic import count_semantic
@@ -70,6 +70,7 @@ class ModelWorker:
         self._posts = {
             adapter_of(label): settings.post_processing(self._pool.recorded(adapter_of(label))) for label in self.labels
         }
+        self._on_bad_image = settings.on_bad_image
         self._lowest_score = min([lowest_score, *(post.lowest_threshold for post in self._posts.values())])
 
     def facts(self) -> dict[str, Any]:
@@ -83,10 +84,10 @@ class ModelWorker:
         }
 
     def detect(
-        self, records: Sequence[Mapping[str, Any]], prompts: Sequence[Sequence[str]]
+        self, images: Sequence[np.ndarray], prompts: Sequence[Sequence[str]]
     ) -> dict[str | None, list[list[Detections]]]:
         """Adapter (None is the base) -> the detections of each image for each of its prompts."""
-        return self._pool.detect_each(read_images(records), prompts, self._posts, lowest_score=self._lowest_score)
+        return self._pool.detect_each(images, prompts, self._posts, lowest_score=self._lowest_score)
 
 
 class Answers(NamedTuple):
@@ -112,32 +113,33 @@ class EvaluationWorker(ModelWorker):
         self._incomplete = settings.incomplete(categories)
         self._measures_semantic = settings.semantic
 
-    def ask(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Answers]:
-        """Label -> results; all models are asked in one pass. Raises ImageError if an image cannot be read."""
+    def ask(self, records: Sequence[Mapping[str, Any]]) -> Asked:
+        """Label -> `Answers`; all models are asked in one pass. Raises ImageError as `read_images`."""
+        records, images, skipped = read_images(records, self._on_bad_image)
         image_ids = [record["image_id"] for record in records]
-        semantic = self._semantic(records) if self._measures_semantic else {}
+        semantic = self._semantic(records, images) if self._measures_semantic else {}
         answers = {}
-        for label, results in self.results(records).items():
+        for label, results in self.results(records, images).items():
             matcher = Matcher(self._categories, self._posts[adapter_of(label)], self._incomplete)
             answers[label] = Answers(
                 matcher.match(records, results), encode_results(results.predictions, image_ids), semantic.get(label)
             )
-        return answers
+        return Asked(answers, skipped)
 
-    def _semantic(self, records: Sequence[Mapping[str, Any]]) -> dict[str, ClassCounts]:
+    def _semantic(self, records: Sequence[Mapping[str, Any]], images: Sequence[np.ndarray]) -> dict[str, ClassCounts]:
         """Label -> pixels of the semantic output."""
         prompts = [category.prompt for category in self._categories]
         adapters = [adapter_of(label) for label in self.labels]
-        found = self._pool.semantic_each(read_images(records), [prompts] * len(records), adapters)
+        found = self._pool.semantic_each(images, [prompts] * len(records), adapters)
         return {
             label: count_semantic(records, self._categories, found[adapter_of(label)], self._incomplete)
             for label in self.labels
         }
 
-    def results(self, records: Sequence[Mapping[str, Any]]) -> dict[str, SplitResults]:
+    def results(self, records: Sequence[Mapping[str, Any]], images: Sequence[np.ndarray]) -> dict[str, SplitResults]:
         """Label -> results before they are matched."""
         prompts = [category.prompt for category in self._categories]
-        found = self.detect(records, [prompts] * len(records))
+        found = self.detect(images, [prompts] * len(records))
         return {
             label: SplitResults.collect(records, self._categories, found[adapter_of(label)]) for label in self.labels
         }
@@ -159,15 +161,3 @@ def facts_of(engine: Engine | DenseEngine) -> dict[str, Any]:
 def adapter_of(label: str) -> str | None:
     """The adapter of a model's label; None is the base."""
     return None if label == BASE else label
-
-
-def read_images(records: Sequence[Mapping[str, Any]]) -> list[np.ndarray]:
-    """The records' images, at the size that the annotations refer to.
-
-    Raises:
-        ImageError: One cannot be read.
-    """
-    try:
-        return [read_annotated_image(record) for record in records]
-    except ImageError as error:
-        raise ImageError(f"{error}. Repair it, or take it out of the annotation file") from None

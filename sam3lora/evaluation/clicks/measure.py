@@ -34,6 +34,7 @@ class ClickMetrics:
         num_found: Objects that the prompt found.
         per_category: Category name -> num_objects and the measures of clicks from nothing; with a prompt also
             num_found, and the others behind `from_text_`.
+        skipped_images: Those that could not be read, which have no part in any number.
         clicks, index: For charts and pictures: what all was computed from, and the images.
     """
 
@@ -56,6 +57,7 @@ class ClickMetrics:
     index: CocoIndex = field(repr=False)
     seconds: float = 0.0
     faults: Sequence[SplitFault] = ()
+    skipped_images: Sequence[Mapping[str, Any]] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The metrics as JSON values."""
@@ -85,6 +87,7 @@ class ClickMetrics:
             "per_category": self.per_category,
             "settings": self.settings,
             "seconds": self.seconds,
+            "skipped_images": list(self.skipped_images),
             "notes": [*fault_lines(self.faults), *self.notes],
         }
 
@@ -99,6 +102,7 @@ def measure_clicks(
     settings: Mapping[str, Any],
     seconds: float = 0.0,
     faults: Sequence[SplitFault] = (),
+    skipped_images: Sequence[Mapping[str, Any]] = (),
     num_resamples: int = NUM_RESAMPLES,
 ) -> ClickMetrics:
     """Compute all metrics from the runs of all objects; the rest is stored.
@@ -127,6 +131,7 @@ def measure_clicks(
         index=index,
         seconds=seconds,
         faults=faults,
+        skipped_images=skipped_images,
     )
 
 

@@ -44,6 +44,7 @@ class DenseMetrics:
         intervals: Name of a measure, or iou/CLASS -> 95 % interval from resampling the images.
         num_empty_images: Images without a pixel of any class.
         empty_with_foreground: Share of these that got a pixel of a class.
+        skipped_images: Those that could not be read, which have no part in any number.
         meter: What all was computed from.
         model, labels, index, predictions: For pictures: the model's settings, the values of the categories, the images,
             and the predicted label maps if they were kept.
@@ -65,6 +66,7 @@ class DenseMetrics:
     predictions: MapFolder | None = None
     seconds: float = 0.0
     faults: Sequence[SplitFault] = ()
+    skipped_images: Sequence[Mapping[str, Any]] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The metrics as JSON values; `confusion` counts pixels by true class (row) and predicted class."""
@@ -82,6 +84,7 @@ class DenseMetrics:
             },
             "settings": self.settings,
             "seconds": self.seconds,
+            "skipped_images": list(self.skipped_images),
             "notes": [*fault_lines(self.faults), *self.notes],
         }
         if len(self.meter.matrices) == 1:
@@ -101,6 +104,7 @@ def measure_dense(
     predictions: MapFolder | None = None,
     seconds: float = 0.0,
     faults: Sequence[SplitFault] = (),
+    skipped_images: Sequence[Mapping[str, Any]] = (),
     num_resamples: int = NUM_RESAMPLES,
 ) -> DenseMetrics:
     """Compute all metrics from what was counted; `notes` come before those of the measuring, the rest is stored."""
@@ -131,4 +135,5 @@ def measure_dense(
         predictions=predictions,
         seconds=seconds,
         faults=faults,
+        skipped_images=skipped_images,
     )

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from sam3lora.config.training import OnBadImage, TrainingSection
 from sam3lora.data.coco import ANNOTATION_FILE
 from sam3lora.errors import UserError
+from sam3lora.evaluation.settings import check_on_bad_image, without_stop
 from sam3lora.model.dense.settings import DenseSettings
 
 
@@ -19,7 +21,8 @@ class DenseEvaluation:
         paper_normalisation: Stretch the probabilities of each image to [0, 1] first, as many papers do; mode binary.
         num_samples: Measure the first so many images; None takes all.
         batch_size: Images that pass the model together.
-        skip_missing_images: Leave out listed images that do not exist, instead of refusing the split.
+        on_bad_image: "skip" leaves out images that are missing or cannot be read, and the results name them; "stop"
+            refuses the split.
 
     Raises:
         UserError: A value is out of range.
@@ -30,9 +33,10 @@ class DenseEvaluation:
     num_samples: int | None = None
     batch_size: int = 4
     annotation_file: str = ANNOTATION_FILE
-    skip_missing_images: bool = False
+    on_bad_image: OnBadImage = TrainingSection.model_fields["on_bad_image"].default
 
     def __post_init__(self) -> None:
+        check_on_bad_image(self.on_bad_image)
         for name in ("num_samples", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -56,7 +60,6 @@ class DenseEvaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """For reports, without what is at its default and says nothing, and without the threshold."""
-        quiet = ("num_samples", "skip_missing_images", "threshold")
-        return {
-            name: value for name, value in asdict(self).items() if name != "threshold" and (value or name not in quiet)
-        }
+        quiet = ("num_samples", "threshold")
+        shown = without_stop(asdict(self))
+        return {name: value for name, value in shown.items() if name != "threshold" and (value or name not in quiet)}

@@ -73,7 +73,9 @@ class SplitMetrics(CocoAverages):
         truth: The ground truth.
         split_dir: Folder of the images.
         semantic_mean_iou, semantic_dice: Of the semantic output, see `SemanticMetrics`; None if it was not measured.
-        faults: Of the split's annotation file, from `split_faults`; `to_dict` adds them to the notes.
+        faults: Of the split's annotation file, from `split_faults`, and the skipped images; `to_dict` adds them to the
+            notes.
+        skipped_images: Those that could not be read, which have no part in any number; from `SkippedImages.listed`.
     """
 
     label: str
@@ -103,6 +105,7 @@ class SplitMetrics(CocoAverages):
     split_dir: Path | None = None
     seconds: float = 0.0
     faults: Sequence[SplitFault] = ()
+    skipped_images: Sequence[Mapping[str, Any]] = ()
     semantic_mean_iou: float | None = None
     semantic_dice: float | None = None
 
@@ -196,6 +199,7 @@ def measure_matches(
     seconds: float = 0.0,
     notes: Sequence[str] = (),
     faults: Sequence[SplitFault] = (),
+    skipped_images: Sequence[Mapping[str, Any]] = (),
 ) -> SplitMetrics:
     """Compute all metrics of one model on one split.
 
@@ -204,7 +208,7 @@ def measure_matches(
         label: Name of the model in tables.
         semantic: Pixels of the semantic output, if it was measured.
         num_queries: Number of the model's object queries, to warn of images that hold more objects.
-        predictions, settings, split_dir, seconds, faults: Stored in the result.
+        predictions, settings, split_dir, seconds, faults, skipped_images: Stored in the result.
         notes: What a reader should know of how it was asked; they come before those of the measuring.
     """
     post, incomplete = matcher.post, matcher.incomplete
@@ -285,6 +289,7 @@ def measure_matches(
         split_dir=split_dir,
         seconds=seconds,
         faults=faults,
+        skipped_images=skipped_images,
         semantic_mean_iou=None if of_pixels is None else of_pixels.mean_iou,
         semantic_dice=None if of_pixels is None else of_pixels.mean_dice,
     )

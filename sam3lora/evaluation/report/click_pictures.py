@@ -6,7 +6,8 @@ Shapes: `H` `W` pixels of the image, or of the part of it that is shown.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import cv2
 import numpy as np
@@ -48,13 +49,13 @@ class ClickGallery:
         self._num_panels = max(1, num_pictures * len(SHOWN_CLICKS))
 
     def picture(self, object_id: ObjectId) -> Picture:
-        """Panels of one object.
+        """Panels of one object."""
+        record = self._metrics.index.record(self._rows[object_id[0]])
+        category = self._metrics.clicks.facts[object_id].category
+        return Picture.of(f"{category} in {record['file_name']}", lambda: self._panels(record, object_id))
 
-        Raises:
-            ImageError: The image can no longer be read.
-        """
-        image_id, number = object_id
-        record = self._metrics.index.record(self._rows[image_id])
+    def _panels(self, record: Mapping[str, Any], object_id: ObjectId) -> list[Panel]:
+        number = object_id[1]
         size_hw = (record["height"], record["width"])
         image_HW3 = read_annotated_image(record)
         truth_HW = decode_mask(record["annotations"][number]["segmentation"], size_hw)
@@ -70,7 +71,7 @@ class ClickGallery:
             panels.append(Panel("plain", caption, (drawn.shape[0], drawn.shape[1]), jpeg))
             if len(run.clicks) <= count:
                 break
-        return Picture(f"{fact.category} in {record['file_name']}", panels)
+        return panels
 
 
 def shown_part(masks: Sequence[np.ndarray], clicks: Sequence[Click]) -> tuple[slice, slice]:

@@ -7,11 +7,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from sam3lora.data.fault_report import left_out_sentence
 from sam3lora.evaluation.clicks.measure import ClickMetrics
 from sam3lora.evaluation.metrics.bootstrap import Interval, ValueInterval
 from sam3lora.evaluation.report.click_glossary import CLICK_MEASURES, is_count
-from sam3lora.evaluation.report.result_files import make_folder, write_json, write_text
+from sam3lora.evaluation.report.result_files import left_out_notes, make_folder, write_json, write_text
 
 
 def save_click_validation(metrics: ClickMetrics, output: str | Path, console: Console | None = None) -> Path:
@@ -29,8 +28,8 @@ def save_click_validation(metrics: ClickMetrics, output: str | Path, console: Co
     console = console or Console(soft_wrap=True, markup=False, emoji=False)
     console.print(_table(metrics))
     console.print(f"{metrics.num_objects} objects in {metrics.num_images_with_objects} of {metrics.num_images} images")
-    if left_out := left_out_sentence(metrics.faults):
-        console.print(f"Note: {left_out}, see the report")
+    for note in left_out_notes(metrics.faults, metrics.skipped_images, metrics.num_images):
+        console.print(f"Note: {note}")
     for note in metrics.notes:
         console.print(f"Note: {note}")
     console.print(f"Report: {report}")

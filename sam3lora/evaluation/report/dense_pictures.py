@@ -6,7 +6,8 @@ Shapes: `M` label maps of an image, `H` `W` pixels.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import cv2
 import numpy as np
@@ -58,13 +59,12 @@ class DenseGallery:
         self._error_colours[IGNORE] = ERRORS["not judged"]
 
     def picture(self, image_id: int) -> Picture:
-        """Panels of one image.
+        """Panels of one image."""
+        record = self._results[0].index.record(self._rows[image_id])
+        return Picture.of(record["file_name"], lambda: self._panels(record))
 
-        Raises:
-            ImageError: The image can no longer be read.
-        """
-        first = self._results[0]
-        record = first.index.record(self._rows[image_id])
+    def _panels(self, record: Mapping[str, Any]) -> list[Panel]:
+        first, image_id = self._results[0], record["image_id"]
         pixels_HW3 = fit_side(read_annotated_image(record), panel_side_px(self._num_panels))
         pale_HW3 = pale(pixels_HW3)
         truth_MHW = first.labels.of_record(record)
@@ -86,7 +86,7 @@ class DenseGallery:
             if alone:
                 errors_HW = error_map(predicted_MHW, truth_MHW)
                 panels.append(self._panel("errors", tinted(pale_HW3, errors_HW, self._error_colours)))
-        return Picture(record["file_name"], panels)
+        return panels
 
     def _panel(self, caption: str, pixels_HW3: np.ndarray) -> Panel:
         size_hw = (pixels_HW3.shape[0], pixels_HW3.shape[1])

@@ -9,11 +9,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from sam3lora.data.fault_report import left_out_sentence
 from sam3lora.errors import UserError
 from sam3lora.evaluation.dense.map_files import LABELS, PROBABILITIES
 from sam3lora.evaluation.dense.measure import DenseMetrics
-from sam3lora.evaluation.report.result_files import make_folder, told, write_json, write_text
+from sam3lora.evaluation.report.result_files import left_out_notes, make_folder, told, write_json, write_text
 from sam3lora.files import file_name_of
 from sam3lora.model.adapter.metadata import DENSE
 
@@ -128,8 +127,8 @@ def _console() -> Console:
 def _print_notes(results: Sequence[DenseMetrics], report: Path, console: Console) -> None:
     first = results[0]
     console.print(f"{first.num_images} images, {first.num_empty_images} without any class")
-    if left_out := left_out_sentence(first.faults):
-        console.print(f"Note: {left_out}, see the report")
+    for note in left_out_notes(first.faults, first.skipped_images, first.num_images):
+        console.print(f"Note: {note}")
     for note in dict.fromkeys(note for metrics in results for note in metrics.notes):
         console.print(f"Note: {note}")
     console.print(f"Report: {report}")

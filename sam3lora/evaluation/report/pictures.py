@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -11,7 +11,7 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 
-from sam3lora.data.images import read_annotated_image
+from sam3lora.data.images import ImageError, read_annotated_image
 from sam3lora.evaluation.metrics.cgf1_units import count_units
 from sam3lora.evaluation.metrics.measure import SplitMetrics
 from sam3lora.evaluation.metrics.ranking import MatchCounts, PairCounts
@@ -49,10 +49,19 @@ class Panel:
 
 @dataclass(frozen=True)
 class Picture:
-    """Panels of one image side by side."""
+    """Panels of one image side by side; none where the image can no longer be read, and `reason` says why."""
 
     title: str
     panels: list[Panel]
+    reason: str = ""
+
+    @classmethod
+    def of(cls, title: str, draw: Callable[[], list[Panel]]) -> Picture:
+        """What is drawn from an image: one that is gone or damaged ends no report."""
+        try:
+            return cls(title, draw())
+        except ImageError as error:
+            return cls(title, [], str(error))
 
 
 @dataclass
@@ -88,19 +97,17 @@ class Gallery:
         return self._truth.index.table.column("file_name")[image].as_py()
 
     def picture(self, image: int, category: int | None = None) -> Picture:
-        """An image with the labels and each model's detections, of one category or of all; both by their positions.
+        """An image with the labels and each model's detections, of one category or of all; both by their positions."""
 
-        Raises:
-            ImageError: The image can no longer be read.
-        """
-        pixels = self._pixels(image)
-        panels = [self._panel(pixels, image, category, None)]
-        panels += [self._panel(pixels, image, category, model) for model in range(len(self.results))]
-        return Picture(self.file_name(image), panels)
+        def draw() -> list[Panel]:
+            pixels = self._pixels(image)
+            return [self._panel(pixels, image, category, model) for model in (None, *range(len(self.results)))]
+
+        return Picture.of(self.file_name(image), draw)
 
     def detections(self, image: int, category: int, model: int, title: str) -> Picture:
         """The detections of one model, by its position, for a category, without the labels."""
-        return Picture(title, [self._panel(self._pixels(image), image, category, model)])
+        return Picture.of(title, lambda: [self._panel(self._pixels(image), image, category, model)])
 
     def _pixels(self, image: int) -> np.ndarray:
         return read_annotated_image(self._truth.index.record(image))

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sam3lora.data.fault_report import SplitFault, left_out_sentence
 from sam3lora.errors import UserError
+from sam3lora.evaluation.skipped_images import skipped_note
 from sam3lora.files import write_whole
 from sam3lora.local_paths import refuse_bad_path
+
+
+def left_out_notes(
+    faults: Sequence[SplitFault], skipped_images: Sequence[Mapping[str, Any]], num_images: int
+) -> list[str]:
+    """What is no part of the metrics of so many images, in sentences for a terminal."""
+    left_out = left_out_sentence(faults)
+    found = [f"{left_out}, see the report" * bool(left_out), skipped_note(skipped_images, num_images)]
+    return [sentence for sentence in found if sentence]
 
 
 def make_folder(path: str | Path) -> Path:

@@ -10,12 +10,13 @@ from rich.console import Console
 from rich.table import Table
 
 from sam3lora.config.post_processing import PostProcessing
-from sam3lora.data.fault_report import left_out_sentence
+from sam3lora.data.bad_images import SkippedImage
 from sam3lora.errors import UserError
 from sam3lora.evaluation.metrics.comparison import differences_to_base
 from sam3lora.evaluation.metrics.measure import SplitMetrics
 from sam3lora.evaluation.report.pictures import threshold_texts
-from sam3lora.evaluation.report.result_files import make_folder, told, write_json, write_text
+from sam3lora.evaluation.report.result_files import left_out_notes, make_folder, told, write_json, write_text
+from sam3lora.evaluation.skipped_images import skipped_note
 from sam3lora.files import file_name_of
 
 _SHOWN = {
@@ -87,6 +88,7 @@ def save_saco(
     ground_truth: Sequence[Path],
     output: str | Path,
     image_ids: Collection[int] | None = None,
+    skipped: Sequence[SkippedImage] = (),
 ) -> None:
     """Measure results in SA-Co's format; write `metrics.json` (label -> "segm", "bbox" -> metrics) and print a table.
 
@@ -94,6 +96,7 @@ def save_saco(
         predictions: Label -> results file.
         ground_truth: One file for each annotator.
         image_ids: Image entries to judge; None takes all.
+        skipped: Image entries that were to be judged and could not be read: `skipped_images` in the file, if there are.
 
     Raises:
         UserError: A file is damaged, or the files belong to different splits.
@@ -112,11 +115,15 @@ def save_saco(
         for name in ("cgF1", "positive_micro_F1", "IL_MCC", "cgF1@0.5", "cgF1@0.75", "IL_FPR"):
             table.add_row(f"{label}: {name}", *(f"{values[label][iou_type][name]:.4f}" for iou_type in iou_types))
     folder = make_folder(output)
-    write_json(folder / "metrics.json", values if len(values) > 1 else next(iter(values.values())))
+    listed = [image._asdict() for image in skipped]
+    written: dict[str, Any] = dict(values if len(values) > 1 else next(iter(values.values())))
+    write_json(folder / "metrics.json", written | ({"skipped_images": listed} if listed else {}))
     console = Console(soft_wrap=True, markup=False)
     console.print(table)
     if reason:
         console.print(f"cgF1 is 0 whatever the model does: {reason}")
+    if listed:
+        console.print(f"Note: {skipped_note(listed, len(image_ids or ()), 'phrases')}")
     console.print(f"Metrics: {folder / 'metrics.json'}")
 
 
@@ -141,8 +148,8 @@ def _print(results: Sequence[SplitMetrics], report: Path, console: Console | Non
     table.add_row("detections", *(str(metrics.num_detections) for metrics in results))
     console.print(table)
     console.print(f"{first.num_images} images, {first.num_ground_truth} objects, threshold {threshold_texts(results)}")
-    if left_out := left_out_sentence(first.faults):
-        console.print(f"Note: {left_out}, see the report")
+    for note in left_out_notes(first.faults, first.skipped_images, first.num_images):
+        console.print(f"Note: {note}")
     for note in dict.fromkeys(note for metrics in results for note in metrics.notes):
         console.print(f"Note: {note}")
     console.print(f"Report: {report}")

@@ -12,6 +12,7 @@ from sam3lora.evaluation.ask.click_run import evaluate_clicks
 from sam3lora.evaluation.clicks.measure import ClickMetrics
 from sam3lora.evaluation.clicks.meter import click_differences
 from sam3lora.evaluation.clicks.settings import ClickEvaluation
+from sam3lora.evaluation.skipped_images import check_same_images
 from sam3lora.model.clicks.adapter import read_click_metadata
 from sam3lora.training.validator import evaluation_settings
 from sam3lora.tune.run.held_out import BASE_CONFIGURATION, BEST_TRIAL, PLAIN_MODEL, model_options, result_of
@@ -54,6 +55,7 @@ def measure_click_held_out(
     if base_folder is not None:
         found[BASE_CONFIGURATION] = measure(base_folder)
     found[BEST_TRIAL] = best = found[BASE_CONFIGURATION] if is_same else measure(best_folder)
+    check_same_images(list(found.values()))
     reference = PLAIN_MODEL if base_folder is None else BASE_CONFIGURATION
     values = {label: {name: one.value for name, one in of_model.alone.items()} for label, of_model in found.items()}
     differences = {} if is_same else click_differences(found[reference].clicks.alone, best.clicks.alone, [metric])

@@ -10,6 +10,7 @@ from sam3lora.data.split_files import SplitFiles
 from sam3lora.evaluation.ask.dense_run import evaluate_dense
 from sam3lora.evaluation.dense.comparison import differences_to_first
 from sam3lora.evaluation.dense.settings import DenseEvaluation
+from sam3lora.evaluation.skipped_images import check_same_images
 from sam3lora.tune.run.held_out import BASE_CONFIGURATION, BEST_TRIAL, model_options, result_of
 
 SHOWN = ("mean_iou", "mean_iou_foreground", "boundary_iou", "pixel_accuracy")
@@ -38,7 +39,7 @@ def measure_dense_held_out(
     settings = DenseEvaluation(
         batch_size=config.training.images_per_forward,
         annotation_file=config.data.annotation_file,
-        skip_missing_images=config.training.on_bad_image == "skip",
+        on_bad_image=config.training.on_bad_image,
     )
     first, *others = (
         evaluate_dense(
@@ -52,6 +53,7 @@ def measure_dense_held_out(
         )
         for label, folder in folders.items()
     )
+    check_same_images([first, *others])
     best = others[0] if others else first
     interval = differences_to_first(first, others)[BEST_TRIAL].get(metric) if others else None
     models = {BASE_CONFIGURATION: first, BEST_TRIAL: best} if base_folder is not None else {BEST_TRIAL: best}

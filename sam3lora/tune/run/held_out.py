@@ -14,6 +14,7 @@ from sam3lora.evaluation.ask.worker import BASE, Models
 from sam3lora.evaluation.metrics.bootstrap import Interval
 from sam3lora.evaluation.metrics.comparison import differences_to_base
 from sam3lora.evaluation.metrics.measure import SplitMetrics
+from sam3lora.evaluation.skipped_images import check_same_images
 from sam3lora.model.adapter.metadata import read_metadata
 from sam3lora.training.validator import evaluation_settings
 
@@ -65,6 +66,7 @@ def measure_held_out(
     for models in _models(folders, config):
         of_models = evaluate_models(split, models, settings, num_workers=num_workers, address=address, progress=False)
         found |= zip(models.labels, of_models, strict=True)
+    check_same_images(list(found.values()))
     found = {PLAIN_MODEL: found.pop(BASE), **found}
     if base_adapter is not None:
         found.setdefault(BASE_CONFIGURATION, found[BEST_TRIAL])
