@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import pytest
 
+from sam3lora.data.rle import encode_rle
 from sam3lora.engine.clicks.click import Click
 from sam3lora.evaluation.clicks import next_click as module
-from sam3lora.evaluation.clicks.next_click import mask_iou, next_click
 
 
 def drawn(*rows: str) -> np.ndarray:
     """Bool (H, W), True where a row has a #."""
     return np.array([[letter == "#" for letter in row] for row in rows])
+
+
+def next_click(
+    truth_HW: np.ndarray, found_HW: np.ndarray, clicked: Iterable[Click] = (), ignored_HW: np.ndarray | None = None
+) -> Click | None:
+    """Of masks as they are drawn."""
+    ignored = None if ignored_HW is None else encode_rle(ignored_HW)
+    return module.next_click(encode_rle(truth_HW), encode_rle(found_HW), clicked, ignored)
 
 
 NOTHING = drawn(*["........."] * 5)
@@ -115,4 +125,5 @@ def test_ignored_pixels_are_no_error():
     ],
 )
 def test_iou(truth, found, ignored, expected):
-    assert mask_iou(drawn(truth), drawn(found), None if ignored is None else drawn(ignored)) == expected
+    masks = [None if mask is None else encode_rle(drawn(mask)) for mask in (truth, found, ignored)]
+    assert module.mask_iou(*masks) == expected
