@@ -135,6 +135,8 @@ def plain_next_click(
         top, left = int(y_N[0]), int(x_N[0])
         padded = np.pad(error_HW[top : y_N[-1] + 1, left : x_N[-1] + 1], 1).astype(np.uint8)
         depth_hw = cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
+        # Squares are whole numbers; without rounding, equal depths differ in the last bit.
+        np.rint(np.square(depth_hw, out=depth_hw), out=depth_hw)
         for click in clicked:
             x, y = int(click.x) - left, int(click.y) - top
             if 0 <= x < depth_hw.shape[1] and 0 <= y < depth_hw.shape[0]:

@@ -2,22 +2,17 @@
 
 Source: RITM (Sofiiuk et al. 2021, https://arxiv.org/abs/2102.06583), which SAM and SAM 2 follow too.
 
-Masks are run-length codes of one size. Only the box around an error is decoded: images may be large.
-
-Shapes: `h` `w` pixels of that box.
+Masks are run-length codes of one size, which are not decoded: images may be large.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-import cv2
-import numpy as np
-from pycocotools import mask as coco_mask
-
-from sam3lora.data.rle import decode_window, rle_difference
+from sam3lora.data.rle import rle_difference
 from sam3lora.engine.clicks.click import Click
 from sam3lora.engine.mask_codes import Rle, rle_area_px
+from sam3lora.evaluation.clicks.deepest_pixel import deepest_pixel
 
 
 def next_click(truth: Rle, found: Rle, clicked: Iterable[Click] = (), ignored: Rle | None = None) -> Click | None:
@@ -33,8 +28,8 @@ def next_click(truth: Rle, found: Rle, clicked: Iterable[Click] = (), ignored: R
     Returns:
         None if nothing is left to click on: no error, or every pixel of one clicked.
     """
-    clicked = list(clicked)
-    missed, wrong = (_deepest(error, clicked) for error in _errors(truth, found, ignored))
+    clicked_xy = [(int(click.x), int(click.y)) for click in clicked]
+    missed, wrong = (deepest_pixel(error, clicked_xy) for error in _errors(truth, found, ignored))
     if max(missed[0], wrong[0]) == 0:
         return None
     label = int(missed[0] > wrong[0])
@@ -45,6 +40,7 @@ def next_click(truth: Rle, found: Rle, clicked: Iterable[Click] = (), ignored: R
 def mask_iou(truth: Rle, found: Rle, ignored: Rle | None = None) -> float:
     """IoU in [0, 1] of masks outside of the ignored pixels; 1 if both are empty there.
 
+    >>> import numpy as np
     >>> from sam3lora.data.rle import encode_rle
     >>> masks = ([True, True, False], [False, True, True], [True, False, False])
     >>> truth, found, ignored = (encode_rle(np.array([pixels])) for pixels in masks)
@@ -61,23 +57,3 @@ def _errors(truth: Rle, found: Rle, ignored: Rle | None) -> tuple[Rle, Rle]:
     """The missed pixels and the wrong ones."""
     others = () if ignored is None else (ignored,)
     return rle_difference(truth, found, *others), rle_difference(found, truth, *others)
-
-
-def _deepest(error: Rle, clicked: Iterable[Click]) -> tuple[float, int, int]:
-    """Depth, x and y of the deepest pixel of an error, the first one row by row; depth 0 if there is none."""
-    if not rle_area_px(error):
-        return 0.0, 0, 0
-    left, top, width, height = (int(value) for value in coco_mask.toBbox(error))
-    depth_hw = _depth(decode_window(error, left, top, width, height))
-    for click in clicked:
-        x, y = int(click.x) - left, int(click.y) - top
-        if 0 <= x < width and 0 <= y < height:
-            depth_hw[y, x] = 0
-    y, x = divmod(int(depth_hw.argmax()), width)
-    return float(depth_hw[y, x]), left + x, top + y
-
-
-def _depth(error_hw: np.ndarray) -> np.ndarray:
-    padded = np.zeros((error_hw.shape[0] + 2, error_hw.shape[1] + 2), dtype=np.uint8)
-    padded[1:-1, 1:-1] = error_hw
-    return cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
