@@ -91,8 +91,10 @@ class ClickWorker:
     def _encode(self, records: Sequence[Mapping[str, Any]]) -> tuple[list[PreparedImage], list[PreparedImage]]:
         """The images with features to click on and to find objects in, the same if one vision pass makes both."""
         (clicking, slot, _), (finding, finding_slot) = self._clicking, self._finding
-        # One at a time at its own size, which may be 100 megapixels.
-        images = [clicking.prepare_image(read_images([record])[0], str(record["image_id"])) for record in records]
+        images = [
+            clicking.prepare_image(pixels_HW3, str(record["image_id"]))
+            for record, pixels_HW3 in zip(records, read_images(records), strict=True)
+        ]
         if self._settings.start_from is None:
             return clicking.encode_ahead([(image, slot) for image in images]), images
         if clicking is finding:
