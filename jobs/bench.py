@@ -10,6 +10,7 @@
     python jobs/bench.py evaluate                      a split to COCO results and mAP
     python jobs/bench.py evaluate-large                drawn results on 5,000 images x 80 categories, some ten minutes
     python jobs/bench.py postprocess                   mask logits to run-length codes
+    python jobs/bench.py click-masks                   simulated clicks on a large image
     python jobs/bench.py scaling                       two workers, against two processes on their own
     python jobs/bench.py cost-model                    steps of several sizes, measured and predicted
     python jobs/bench.py serve                         requests over HTTP, some five minutes
@@ -160,6 +161,20 @@ def postprocess(
         for kind in ("blobs", "large")
     ]
     _show([compare_postprocessing(workload, repeats=repeats) for workload in workloads], json_path)
+
+
+@app.command("click-masks")
+def click_masks(
+    megapixels: Annotated[float, typer.Option(min=0.01, max=178, help="Of the image.")] = 20,
+    objects: Annotated[int, typer.Option(min=1, help="Objects of the image.")] = 12,
+    clicks: Annotated[int, typer.Option(min=1, help="On each object.")] = 3,
+    repeats: Repeats = 1,
+    json_path: JsonPath = None,
+) -> None:
+    """Simulated clicks on masks as run-length codes, against arrays of the image's size; some 15 s."""
+    from jobs.bench.click_masks import ClickWorkload, compare_click_masks
+
+    _show([compare_click_masks(ClickWorkload(megapixels, objects, clicks), repeats=repeats)], json_path)
 
 
 @app.command()

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from jobs.pretrain.click_scenes import ClickScenes, large_objects
+from sam3lora.data.rle import encode_rle
 from sam3lora.engine.clicks.answers import answer_prompts
 from sam3lora.engine.clicks.interaction import Interaction
 from sam3lora.engine.clicks.prompt import ClickAnswer, ClickPrompt, drawn_mask_logits
@@ -64,7 +65,7 @@ def measure_click_head(
         features = head.embed(scenes.tokens_ISC[row : row + 1].float())
         ask = functools.partial(answer_prompts, head, features)
         scene = Interaction((labels_HW.shape[0], labels_HW.shape[1]), head.input_side)
-        users = [SimulatedUser(truth_HW, max_clicks=max_clicks) for truth_HW in truths]
+        users = [SimulatedUser(encode_rle(truth_HW), max_clicks=max_clicks) for truth_HW in truths]
         interactions = ImageInteractions(ask, [scene] * len(users))
         for number, run in enumerate(run_objects(users, interactions.answer)):
             meter.add(run, image_id=row, object_id=number)
@@ -80,14 +81,14 @@ def _other_prompts(ask: Ask, scene: Interaction, mask_side: int, truths: Sequenc
     right_Nmm = drawn_mask_logits(truth_NHW, mask_side)
     prompts = []
     for truth_HW, box, right_mm in zip(truths, boxes_of(truth_NHW).tolist(), right_Nmm, strict=True):
-        middle = next_click(truth_HW, np.zeros_like(truth_HW))
+        middle = next_click(encode_rle(truth_HW), encode_rle(np.zeros_like(truth_HW)))
         assert middle is not None, "an object has a pixel"
         prompts += [of_scene((), box), of_scene([middle], None, right_mm), of_scene([middle], None, -right_mm)]
     answers = torch.stack([answer.mask_mm for answer in ask(prompts)]).unflatten(0, (len(truths), 3))
     found_N4mm = torch.cat([answers, right_Nmm[:, None]], dim=1)
     return np.array(
         [
-            [mask_iou(truth, mask) for mask in resize(logits_4mm, size_hw).numpy() > 0]
+            [mask_iou(encode_rle(truth), encode_rle(mask)) for mask in resize(logits_4mm, size_hw).numpy() > 0]
             for truth, logits_4mm in zip(truths, found_N4mm, strict=True)
         ]
     )

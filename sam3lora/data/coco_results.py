@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 from pycocotools import mask as coco_mask
 
 from sam3lora.data.annotations import LabelError, clean_annotation
@@ -17,7 +16,7 @@ from sam3lora.data.coco import CocoIndex
 from sam3lora.data.coco_file import parse_json, parse_text
 from sam3lora.data.faults import LOST, FaultLog
 from sam3lora.data.ids import id_key
-from sam3lora.data.masks import decode_mask, encode_segmentation
+from sam3lora.data.masks import encode_mask_at
 from sam3lora.data.polygons import is_finite
 from sam3lora.errors import UserError
 
@@ -144,9 +143,7 @@ def _clean(entry: _Result, size_hw: tuple[int, int], log: FaultLog, where: str) 
     log.include(fault for fault in own if fault.kind not in ("box_without_mask", "mask_without_box"))
     if clean is None:
         return None
-    rle = encode_segmentation(clean["segmentation"], size_hw)
-    if rle is not None and tuple(rle["size"]) != size_hw:
-        rle = coco_mask.encode(np.asfortranarray(decode_mask(clean["segmentation"], size_hw), dtype=np.uint8))
+    rle = encode_mask_at(clean["segmentation"], size_hw)
     if rle is None or not coco_mask.area(rle):
         log.add("result_without_mask", where)
         return None

@@ -42,15 +42,19 @@ def encode_segmentation(segmentation: Segmentation, size_hw: tuple[int, int]) ->
     return parts[0] if len(parts) == 1 else coco_mask.merge(parts)
 
 
+def encode_mask_at(segmentation: Segmentation, size_hw: tuple[int, int]) -> dict[str, Any] | None:
+    """As `encode_segmentation`, but an RLE of another size is rescaled to `size_hw`."""
+    rle = encode_segmentation(segmentation, size_hw)
+    if rle is None or tuple(rle["size"]) == tuple(size_hw):
+        return rle
+    resized = _resize_coverage(coco_mask.decode(rle), size_hw) > 0.5
+    return coco_mask.encode(np.asfortranarray(resized, dtype=np.uint8))
+
+
 def decode_mask(segmentation: Segmentation, size_hw: tuple[int, int]) -> np.ndarray:
     """Boolean mask (H, W) at `size_hw`; an RLE of another size is rescaled. All False without a mask."""
-    rle = encode_segmentation(segmentation, size_hw)
-    if rle is None:
-        return np.zeros(size_hw, dtype=bool)
-    mask = coco_mask.decode(rle)
-    if mask.shape != tuple(size_hw):
-        mask = _resize_coverage(mask, size_hw) > 0.5
-    return mask.astype(bool)
+    rle = encode_mask_at(segmentation, size_hw)
+    return np.zeros(size_hw, dtype=bool) if rle is None else coco_mask.decode(rle).astype(bool)
 
 
 def mask_area(segmentation: Segmentation, size_hw: tuple[int, int]) -> int:

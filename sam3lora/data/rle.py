@@ -1,8 +1,10 @@
-"""COCO run-length masks (RLE): strict reading of compressed and uncompressed ones, and writing."""
+"""COCO run-length masks (RLE): strict reading, writing, and work on them that does not decode them whole."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -54,7 +56,8 @@ def read_rle(segmentation: Mapping[str, Any]) -> dict[str, Any]:
     """Check a COCO RLE, compressed or not, and return it in the form that pycocotools expects.
 
     Returns:
-        `{"size": [height, width], "counts": bytes}`.
+        `{"size": [height, width], "counts": bytes}`. Only the first run may have no pixel: where two masks have others
+        at the same place, pycocotools' `merge` stops and leaves the rest of its answer undefined.
 
     Raises:
         ValueError: The size is missing or beyond that of any image, or the runs are negative or do not add up to
@@ -73,9 +76,22 @@ def read_rle(segmentation: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError("expected counts as a list of whole numbers, none negative, or a string")
     if sum(runs) != height * width:
         raise ValueError(f"the runs cover {sum(runs)} pixels, expected {height} x {width} = {height * width}")
-    if isinstance(counts, str):
+    if 0 in runs[1:]:
+        runs = _joined(runs)
+    elif isinstance(counts, str):
         return {"size": [height, width], "counts": counts.encode("ascii")}
     return coco_mask.frPyObjects({"size": [height, width], "counts": runs}, height, width)
+
+
+def _joined(runs: Sequence[int]) -> list[int]:
+    """The same mask in runs of which only the first may have no pixel.
+
+    >>> _joined([2, 3, 0, 2, 5, 0])
+    [2, 5, 5]
+    """
+    of_pixels = ((number % 2, run) for number, run in enumerate(runs) if run)
+    joined = [(inside, sum(run for _, run in group)) for inside, group in itertools.groupby(of_pixels, itemgetter(0))]
+    return [0] * joined[0][0] + [run for _, run in joined]
 
 
 def _whole_numbers(values: Any) -> list[int] | None:
@@ -96,3 +112,51 @@ def encode_rle(mask_HW: np.ndarray) -> dict[str, Any]:
     """
     rle = coco_mask.encode(np.asfortranarray(mask_HW, dtype=np.uint8))
     return {"size": [int(n) for n in rle["size"]], "counts": rle["counts"].decode("ascii")}
+
+
+def rle_difference(rle: Mapping[str, Any], *others: Mapping[str, Any]) -> dict[str, Any]:
+    """The pixels of a mask that are in none of the others. None of them is decoded.
+
+    Raises:
+        ValueError: The masks have different sizes.
+
+    >>> first, second = (encode_rle(np.array([pixels])) for pixels in ([True, True, False], [False, True, True]))
+    >>> rle_difference(first, second) == coco_mask.encode(np.array([[1, 0, 0]], dtype=np.uint8, order="F"))
+    True
+    """
+    for one in others:
+        if list(one["size"]) != list(rle["size"]):
+            raise ValueError(f"expected masks of one size [height, width], got {rle['size']} and {one['size']}")
+    return coco_mask.merge([rle, *map(_inverted, others)], intersect=True)
+
+
+def decode_window(rle: Mapping[str, Any], x: int, y: int, width: int, height: int) -> np.ndarray:
+    """The part of a mask in a box within it, bool (height, width); memory grows with the box and the mask's outline.
+
+    >>> decode_window(encode_rle(np.eye(4, dtype=bool)), 1, 0, 3, 2)
+    array([[False, False, False],
+           [ True, False, False]])
+    """
+    column, row = np.divmod(np.cumsum(rle_runs(rle)), rle["size"][0])
+    # Of the window's pixels, column by column, so many come before the first one after each run.
+    is_beside = (column < x) | (column >= x + width)
+    before = (column - x).clip(0, width) * height + np.where(is_beside, 0, (row - y).clip(0, height))
+    runs = np.diff(before, prepend=0)
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
+
+
+def _inverted(rle: Mapping[str, Any]) -> dict[str, Any]:
+    """Every pixel that is not in the mask."""
+    runs = rle_runs(rle)
+    runs = runs[1:] if runs[0] == 0 else [0, *runs]
+    return coco_mask.frPyObjects({"size": list(rle["size"]), "counts": runs}, *rle["size"])
+
+
+def rle_runs(rle: Mapping[str, Any]) -> list[int]:
+    """Lengths of the runs of a compressed RLE, the first one outside of the mask.
+
+    >>> rle_runs(encode_rle(np.array([[True, False, False]])))
+    [0, 1, 2]
+    """
+    counts = rle["counts"]
+    return decode_counts(counts.decode("ascii") if isinstance(counts, bytes) else counts)

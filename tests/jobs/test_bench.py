@@ -139,6 +139,11 @@ def facts_of(command: str, options: str, folder: Path) -> list[dict[str, Any]]:
             lambda *cases: all(one["kept, sam3lora"] == one["kept, plain"] > 0 for one in cases),
         ),
         (
+            "click-masks",
+            "--megapixels 0.05 --objects 3 --clicks 2",
+            lambda one: one["equal"] and 0.5 < one["mean IoU at the end"] < 1,
+        ),
+        (
             "scaling",
             "--model tiny --prompts 1 --steps 1 --repeats 1",
             lambda one: (

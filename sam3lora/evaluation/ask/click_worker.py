@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from sam3lora.engine.adapter_pool import AdapterPool
 from sam3lora.engine.clicks.answers import MAX_OBJECTS
 from sam3lora.engine.clicks.decoder import ClickedObject
@@ -15,6 +13,7 @@ from sam3lora.engine.clicks.interaction import Interaction
 from sam3lora.engine.clicks.prompt import ClickAnswer, ClickPrompt
 from sam3lora.engine.engine import Engine, PromptedImage
 from sam3lora.engine.feature_cache import PreparedImage
+from sam3lora.engine.mask_codes import Rle
 from sam3lora.engine.selection import SmallDetections
 from sam3lora.evaluation.ask.reading import Asked, read_images
 from sam3lora.evaluation.ask.worker import Models, adapter_of, facts_of
@@ -146,17 +145,17 @@ class ClickWorker:
         found: Sequence[FoundObject | None] = [None] * len(truth.objects)
         if kind is not None:
             found = found_objects(truth.objects, detections, kind)
-        # A few objects at a time, because their masks are as large as the image.
+        # As many as the head decodes together, so that no more logits and codes are in memory.
         objects = list(zip(truth.objects, found, strict=True))
         for start in range(0, len(objects), MAX_OBJECTS):
-            self._click_together(done, image_id, objects[start : start + MAX_OBJECTS], truth.ignored_HW, image)
+            self._click_together(done, image_id, objects[start : start + MAX_OBJECTS], truth.ignored, image)
 
     def _click_together(
         self,
         done: SplitClicks,
         image_id: int,
         objects: Sequence[tuple[TrueObject, FoundObject | None]],
-        ignored_HW: np.ndarray,
+        ignored: Rle | None,
         image: PreparedImage,
     ) -> None:
         """Click on objects from nothing, and on those that were found from there too, all in step."""
@@ -166,11 +165,11 @@ class ClickWorker:
             return engine.click([ClickedObject(image, one, slot, click_slot=click_slot) for one in prompts])
 
         nothing = Interaction(image.size_hw, engine.resolution)
-        users = [SimulatedUser(one.mask_HW, ignored_HW, None, self._settings.max_clicks) for one, _ in objects]
+        users = [SimulatedUser(one.rle, ignored, None, self._settings.max_clicks) for one, _ in objects]
         starts = [nothing] * len(objects)
         for one, start in objects:
             if start is not None:
-                users.append(SimulatedUser(one.mask_HW, ignored_HW, start.mask_HW, self._settings.max_clicks))
+                users.append(SimulatedUser(one.rle, ignored, start.rle, self._settings.max_clicks))
                 starts.append(replace(nothing, seed=start.seed))
         interactions = ImageInteractions(ask, starts, self._settings.cleaning)
         runs = run_objects(users, interactions.answer)

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
-
-import numpy as np
-from pycocotools import mask as coco_mask
 
 from sam3lora.engine.clicks.click import Click
 from sam3lora.engine.clicks.interaction import Interaction
 from sam3lora.engine.clicks.mask_cleaning import AS_IT_IS, MaskCleaning
 from sam3lora.engine.clicks.prompt import ClickAnswer, ClickPrompt
-from sam3lora.engine.mask_codes import encode_logits
+from sam3lora.engine.mask_codes import Rle, encode_logits
 from sam3lora.evaluation.clicks.simulated_user import ClickedMask
 
 SHOWN_CLICKS = (1, 3, 8)
@@ -38,7 +34,7 @@ class ImageInteractions:
         self._ask = ask
         self._cleaning = cleaning
         self._states = list(starts)
-        self.shown: list[dict[int, dict[str, Any]]] = [{} for _ in starts]
+        self.shown: list[dict[int, Rle]] = [{} for _ in starts]
 
     def answer(self, asked: Sequence[tuple[int, Sequence[Click]]]) -> list[ClickedMask]:
         """For `run_objects`.
@@ -65,5 +61,4 @@ class ImageInteractions:
         cleaned = (self._cleaning.clean(one, clicks, size_hw) for one in answer.logits_Mmm.float().numpy())
         rles = [encode_logits(logits_mm, size_hw) for logits_mm in cleaned]
         self.shown[index] |= {number: rles[answer.chosen] for number in SHOWN_CLICKS if num_clicks <= number}
-        masks_MHW = np.stack([coco_mask.decode(rle) for rle in rles]).astype(bool)
-        return ClickedMask(masks_MHW[answer.chosen], masks_MHW, answer.score)
+        return ClickedMask(rles[answer.chosen], rles, answer.score)

@@ -15,6 +15,8 @@ from collections.abc import Collection, Iterable
 
 import numpy as np
 
+from sam3lora.data.rle import rle_difference
+from sam3lora.engine.mask_codes import Rle, rle_area_px
 from sam3lora.evaluation.clicks.simulated_user import MAX_CLICKS, ObjectRun
 from sam3lora.evaluation.metrics.bootstrap import (
     Interval,
@@ -32,10 +34,11 @@ LEAST_SHARE = 1e-4
 """Share of the image's pixels below which an object is left out."""
 
 
-def is_measured(truth_HW: np.ndarray, ignored_HW: np.ndarray | None = None) -> bool:
+def is_measured(truth: Rle, ignored: Rle | None = None) -> bool:
     """Whether an object is large enough, outside of the ignored pixels, to be clicked on."""
-    area = int((truth_HW if ignored_HW is None else truth_HW & ~ignored_HW).sum())
-    return area > 0 and area >= LEAST_SHARE * truth_HW.size
+    area_px = rle_area_px(truth if ignored is None else rle_difference(truth, ignored))
+    height, width = truth["size"]
+    return area_px > 0 and area_px >= LEAST_SHARE * (height * width)
 
 
 class ClickMeter:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
-from pycocotools import mask as coco_mask
 from scipy.optimize import linear_sum_assignment
 
 from sam3lora.engine.clicks.interaction import Seed, SeedKind
-from sam3lora.engine.mask_codes import rle_area_px
+from sam3lora.engine.mask_codes import Rle, rle_area_px
 from sam3lora.engine.selection import SmallDetections
 from sam3lora.evaluation.clicks.true_objects import TrueObject
 from sam3lora.evaluation.metrics.cgf1 import iou_matrix
@@ -26,12 +23,7 @@ class FoundObject:
     """A detection to start from: what it adds to the first clicks, and its mask at the image's size as RLE."""
 
     seed: Seed
-    rle: dict[str, Any]
-
-    @property
-    def mask_HW(self) -> np.ndarray:
-        """bool, at the image's size."""
-        return coco_mask.decode(self.rle).astype(bool)
+    rle: Rle
 
 
 def found_objects(

@@ -1,6 +1,8 @@
 """A simulated user, who clicks into the middle of the largest error, and what comes of the clicks on one object.
 
-Shapes: `H` `W` pixels of the image, `M` masks to choose from, `K` clicks at most.
+Masks are run-length codes at the size of the image.
+
+Shapes: `K` clicks at most.
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sam3lora.data.rle import rle_difference
 from sam3lora.engine.clicks.click import Click
+from sam3lora.engine.mask_codes import Rle
 from sam3lora.evaluation.clicks.next_click import mask_iou, next_click
 
 MAX_CLICKS = 20
@@ -23,13 +27,12 @@ class ClickedMask:
     """What a model answers to the clicks on an object so far.
 
     Attributes:
-        mask_HW: bool, the mask at the image's size.
-        choices_MHW: All masks that it chose from, where there was more than one.
+        choices: All masks that it chose from, where there was more than one.
         score: The IoU that the model expects of its mask, if it says so.
     """
 
-    mask_HW: np.ndarray
-    choices_MHW: np.ndarray | None = None
+    mask: Rle
+    choices: Sequence[Rle] = ()
     score: float | None = None
 
 
@@ -55,31 +58,27 @@ class SimulatedUser:
     """Clicks on one object until it is right, or until `max_clicks`; `clicks` are those so far.
 
     Args:
-        truth_HW: bool, the object.
-        ignored_HW: bool, see `next_click`.
-        found_HW: bool, the mask that the user starts from, such as a detector's; None is an empty one.
+        truth: The object.
+        ignored: See `next_click`.
+        found: The mask that the user starts from, such as a detector's; None is an empty one.
     """
 
     def __init__(
-        self,
-        truth_HW: np.ndarray,
-        ignored_HW: np.ndarray | None = None,
-        found_HW: np.ndarray | None = None,
-        max_clicks: int = MAX_CLICKS,
+        self, truth: Rle, ignored: Rle | None = None, found: Rle | None = None, max_clicks: int = MAX_CLICKS
     ) -> None:
-        self.truth_HW = truth_HW
-        self.ignored_HW = ignored_HW
-        self.found_HW = np.zeros_like(truth_HW) if found_HW is None else found_HW
+        self.truth = truth
+        self.ignored = ignored
+        self.found = rle_difference(truth, truth) if found is None else found
         self.max_clicks = max_clicks
         self.clicks: list[Click] = []
-        self._ious = [self._iou(self.found_HW)]
+        self._ious = [self._iou(self.found)]
         self._oracle_iou = self._score_error = math.nan
 
     def click(self) -> bool:
         """Make the next click, if there is one to make."""
         if len(self.clicks) == self.max_clicks:
             return False
-        click = next_click(self.truth_HW, self.found_HW, self.clicks, self.ignored_HW)
+        click = next_click(self.truth, self.found, self.clicks, self.ignored)
         if click is not None:
             self.clicks.append(click)
         return click is not None
@@ -88,18 +87,13 @@ class SimulatedUser:
         """Look at the answer to the clicks.
 
         Raises:
-            ValueError: It is not a bool mask of the image's size.
+            ValueError: A mask has another size than the object's.
         """
-        if answer.mask_HW.shape != self.truth_HW.shape or answer.mask_HW.dtype != bool:
-            raise ValueError(
-                f"expected a bool mask of {self.truth_HW.shape}, got {answer.mask_HW.dtype} {answer.mask_HW.shape}"
-            )
-        self.found_HW = answer.mask_HW
-        iou = self._iou(answer.mask_HW)
+        self.found = answer.mask
+        iou = self._iou(answer.mask)
         self._ious.append(iou)
         if len(self.clicks) == 1:
-            choices = () if answer.choices_MHW is None else tuple(answer.choices_MHW)
-            self._oracle_iou = max([iou, *map(self._iou, choices)])
+            self._oracle_iou = max([iou, *map(self._iou, answer.choices)])
             self._score_error = math.nan if answer.score is None else abs(answer.score - iou)
 
     def run(self) -> ObjectRun:
@@ -108,8 +102,8 @@ class SimulatedUser:
         ious[: len(self._ious)] = self._ious
         return ObjectRun(ious, tuple(self.clicks), self._oracle_iou, self._score_error)
 
-    def _iou(self, found_HW: np.ndarray) -> float:
-        return mask_iou(self.truth_HW, found_HW, self.ignored_HW)
+    def _iou(self, found: Rle) -> float:
+        return mask_iou(self.truth, found, self.ignored)
 
 
 def run_objects(

@@ -6,27 +6,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from pycocotools import mask as coco_mask
 
-from sam3lora.data.masks import decode_mask
+from sam3lora.data.masks import encode_mask_at
 from sam3lora.data.prompts import prompt_key
+from sam3lora.engine.mask_codes import Rle, rle_area_px
 from sam3lora.evaluation.clicks.meter import is_measured
 from sam3lora.evaluation.metrics.ground_truth import PromptedCategory
 
 
 @dataclass(frozen=True)
 class TrueObject:
-    """An object of an image: its number among the image's annotations, its category, and its mask as RLE."""
+    """An object of an image: its number among the image's annotations, its category, and its mask."""
 
     number: int
     category: PromptedCategory
-    rle: dict[str, Any]
-
-    @property
-    def mask_HW(self) -> np.ndarray:
-        """bool, at the annotated size."""
-        return coco_mask.decode(self.rle).astype(bool)
+    rle: Rle
 
 
 @dataclass(frozen=True)
@@ -35,14 +30,14 @@ class TrueObjects:
 
     Attributes:
         objects: Those to click on.
-        ignored_HW: bool, the crowd regions of all categories.
+        ignored: The crowd regions of all categories; None if there is none.
         too_small: Numbers of the annotations that are too small to click on (`is_measured`).
         num_without_mask: Objects that have a box alone.
         num_crowds: Crowd regions.
     """
 
     objects: list[TrueObject]
-    ignored_HW: np.ndarray
+    ignored: Rle | None
     too_small: list[int]
     num_without_mask: int
     num_crowds: int
@@ -52,21 +47,26 @@ def true_objects(record: Mapping[str, Any], categories: Sequence[PromptedCategor
     """The objects of these categories in a record of an index."""
     category_of = {key: category for category in categories for key in category.name_keys}
     size_hw = (record["height"], record["width"])
-    ignored_HW = np.zeros(size_hw, dtype=bool)
-    crowds = [one for one in record["annotations"] if one["iscrowd"]]
-    for annotation in crowds:
-        ignored_HW |= decode_mask(annotation["segmentation"], size_hw)
+    ignored = ignored_region(record)
     objects, too_small, num_without_mask = [], [], 0
     for number, annotation in enumerate(record["annotations"]):
         category = category_of.get(prompt_key(annotation["category"]))
         if category is None or annotation["iscrowd"]:
             continue
-        mask_HW = decode_mask(annotation["segmentation"], size_hw)
-        if not mask_HW.any():
+        rle = encode_mask_at(annotation["segmentation"], size_hw)
+        if rle is None or not rle_area_px(rle):
             num_without_mask += 1
-        elif not is_measured(mask_HW, ignored_HW):
+        elif not is_measured(rle, ignored):
             too_small.append(number)
         else:
-            rle = coco_mask.encode(np.asfortranarray(mask_HW, dtype=np.uint8))
             objects.append(TrueObject(number, category, rle))
-    return TrueObjects(objects, ignored_HW, too_small, num_without_mask, len(crowds))
+    num_crowds = sum(bool(annotation["iscrowd"]) for annotation in record["annotations"])
+    return TrueObjects(objects, ignored, too_small, num_without_mask, num_crowds)
+
+
+def ignored_region(record: Mapping[str, Any]) -> Rle | None:
+    """All crowd regions of a record together; None if there is none."""
+    size_hw = (record["height"], record["width"])
+    crowds = [encode_mask_at(one["segmentation"], size_hw) for one in record["annotations"] if one["iscrowd"]]
+    masks = [rle for rle in crowds if rle is not None]
+    return coco_mask.merge(masks) if masks else None

@@ -11,7 +11,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from sam3lora.data.coco import CocoIndex
-from sam3lora.data.masks import decode_mask, encode_segmentation
+from sam3lora.data.masks import encode_mask_at
 from sam3lora.data.prompts import prompt_key
 
 
@@ -123,7 +123,7 @@ def annotations_of_record(record: Mapping[str, Any], categories: Sequence[Prompt
         category_id = id_of.get(prompt_key(annotation["category"]))
         if category_id is None:
             continue
-        rle = _rle_at(annotation["segmentation"], size_hw)
+        rle = encode_mask_at(annotation["segmentation"], size_hw)
         has_mask = rle is not None and coco_mask.area(rle) > 0
         if rle is None or not has_mask:
             rle = _filled_box(annotation["bbox_xywh"], size_hw)
@@ -139,14 +139,6 @@ def annotations_of_record(record: Mapping[str, Any], categories: Sequence[Prompt
             }
         )
     return found
-
-
-def _rle_at(segmentation: str | None, size_hw: tuple[int, int]) -> dict[str, Any] | None:
-    """The mask at the annotated size; None without one."""
-    rle = encode_segmentation(segmentation, size_hw)
-    if rle is None or tuple(rle["size"]) == size_hw:
-        return rle
-    return coco_mask.encode(np.asfortranarray(decode_mask(segmentation, size_hw), dtype=np.uint8))
 
 
 def _filled_box(box_xywh: Sequence[float], size_hw: tuple[int, int]) -> dict[str, Any]:

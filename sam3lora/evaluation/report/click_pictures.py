@@ -11,11 +11,12 @@ from typing import Any
 
 import cv2
 import numpy as np
-from pycocotools import mask as coco_mask
 
 from sam3lora.data.images import read_annotated_image
-from sam3lora.data.masks import decode_mask
+from sam3lora.data.masks import encode_mask_at
+from sam3lora.data.rle import decode_window
 from sam3lora.engine.clicks.click import Click
+from sam3lora.engine.mask_codes import Rle, rle_area_px, rle_box_xyxy
 from sam3lora.evaluation.clicks.asking import SHOWN_CLICKS
 from sam3lora.evaluation.clicks.measure import ClickMetrics
 from sam3lora.evaluation.clicks.split_clicks import ObjectId
@@ -58,13 +59,14 @@ class ClickGallery:
         number = object_id[1]
         size_hw = (record["height"], record["width"])
         image_HW3 = read_annotated_image(record)
-        truth_HW = decode_mask(record["annotations"][number]["segmentation"], size_hw)
+        truth = encode_mask_at(record["annotations"][number]["segmentation"], size_hw)
+        assert truth is not None, "what was clicked on has a mask"
         fact, run = self._metrics.clicks.facts[object_id], self._runs[object_id]
-        masks = {count: coco_mask.decode(rle).astype(bool) for count, rle in sorted(fact.shown.items())}
-        part = shown_part([truth_HW, *masks.values()], run.clicks[: max(masks, default=0)])
+        masks = dict(sorted(fact.shown.items()))
+        part = shown_part([truth, *masks.values()], run.clicks[: max(masks, default=0)])
         panels = []
-        for count, mask_HW in masks.items():
-            drawn = draw_clicks(image_HW3, truth_HW, mask_HW, run.clicks[:count], part, panel_side_px(self._num_panels))
+        for count, mask in masks.items():
+            drawn = draw_clicks(image_HW3, truth, mask, run.clicks[:count], part, panel_side_px(self._num_panels))
             made = min(count, len(run.clicks))
             caption = f"{made} click{'s' if made != 1 else ''}: IoU {score(float(run.ious[made]))}"
             jpeg = encode_within(drawn, PICTURE_BYTES // self._num_panels)
@@ -74,39 +76,43 @@ class ClickGallery:
         return panels
 
 
-def shown_part(masks: Sequence[np.ndarray], clicks: Sequence[Click]) -> tuple[slice, slice]:
-    """Rows and columns of the image around all masks, bool (H, W), and clicks, with a margin."""
-    size_hw = masks[0].shape
-    seen_HW = np.any(masks, axis=0)
-    for click in clicks:
-        seen_HW[int(click.y), int(click.x)] = True
-    x, y, width, height = cv2.boundingRect(seen_HW.astype(np.uint8))
-    margin = max(_LEAST_MARGIN_PX, math.ceil(_MARGIN * max(width, height)))
+def shown_part(masks: Sequence[Rle], clicks: Sequence[Click]) -> tuple[slice, slice]:
+    """Rows and columns of the image around all masks, of which one has a pixel, and clicks, with a margin."""
+    height, width = masks[0]["size"]
+    seen = [rle_box_xyxy(rle) for rle in masks if rle_area_px(rle)]
+    seen += [(int(click.x), int(click.y), int(click.x) + 1, int(click.y) + 1) for click in clicks]
+    boxes_xyxy = np.array(seen, dtype=int)
+    (x0, y0), (x1, y1) = boxes_xyxy[:, :2].min(axis=0), boxes_xyxy[:, 2:].max(axis=0)
+    margin = max(_LEAST_MARGIN_PX, math.ceil(_MARGIN * max(x1 - x0, y1 - y0)))
     return (
-        slice(max(0, y - margin), min(size_hw[0], y + height + margin)),
-        slice(max(0, x - margin), min(size_hw[1], x + width + margin)),
+        slice(int(max(0, y0 - margin)), int(min(height, y1 + margin))),
+        slice(int(max(0, x0 - margin)), int(min(width, x1 + margin))),
     )
 
 
 def draw_clicks(
     image_HW3: np.ndarray,
-    truth_HW: np.ndarray,
-    mask_HW: np.ndarray,
+    truth: Rle,
+    mask: Rle,
     clicks: Sequence[Click],
     part: tuple[slice, slice],
     side_px: int,
 ) -> np.ndarray:
     """Part of an image, uint8 RGB, whose longer side becomes `side_px` at most: mask, true outline and clicks on it."""
+    rows, columns = part
     canvas = fit_side(image_HW3[part], side_px)
     size_hw = (canvas.shape[0], canvas.shape[1])
-    small_truth, small_mask = (resized_labels(one[part].astype(np.uint8), size_hw) for one in (truth_HW, mask_HW))
+    window = (columns.start, rows.start, columns.stop - columns.start, rows.stop - rows.start)
+    small_truth, small_mask = (
+        resized_labels(decode_window(one, *window).astype(np.uint8), size_hw) for one in (truth, mask)
+    )
     canvas = draw_instances(canvas, [Marked("", small_mask)], colours_rgb=MASK_RGB, show_labels=False, min_side=1)
     stroke = max(2, round(min(size_hw) / 300))
     outlines = cv2.findContours(small_truth, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)[0]
     cv2.drawContours(canvas, outlines, -1, TRUTH_RGB, stroke, cv2.LINE_AA)
     radius = max(5, round(max(size_hw) / 60))
-    top, left = part[0].start, part[1].start
-    scale_y, scale_x = size_hw[0] / (part[0].stop - top), size_hw[1] / (part[1].stop - left)
+    left, top, width, height = window
+    scale_y, scale_x = size_hw[0] / height, size_hw[1] / width
     for click in clicks:
         centre = (round((click.x + 0.5 - left) * scale_x), round((click.y + 0.5 - top) * scale_y))
         cv2.circle(canvas, centre, radius + 2, _WHITE, -1, cv2.LINE_AA)

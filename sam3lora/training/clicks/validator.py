@@ -7,17 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from peft import PeftModel
 
 from sam3lora.data.images import ImageError
-from sam3lora.data.masks import decode_mask
+from sam3lora.data.masks import encode_mask_at
 from sam3lora.engine.clicks.answers import answer_prompts
 from sam3lora.engine.clicks.interaction import Interaction
 from sam3lora.evaluation.clicks.asking import ImageInteractions
 from sam3lora.evaluation.clicks.meter import ClickMeter, is_measured
 from sam3lora.evaluation.clicks.simulated_user import MAX_CLICKS, SimulatedUser, run_objects
+from sam3lora.evaluation.clicks.true_objects import ignored_region
 from sam3lora.model.clicks.head import ClickFeatures, ClickHead
 from sam3lora.training.clicks.runner import ClickRunner
 from sam3lora.training.validator import Validator, values_of_all
@@ -80,17 +80,14 @@ def clicks_of(metric: str) -> int:
 def users_of(record: Mapping[str, Any], max_clicks: int, max_objects: int) -> dict[int, SimulatedUser]:
     """A user for each of the first objects of an image that are large enough, by their position in the record."""
     size_hw = (record["height"], record["width"])
-    ignored_HW = np.zeros(size_hw, dtype=bool)
-    for annotation in record["annotations"]:
-        if annotation["iscrowd"]:
-            ignored_HW |= decode_mask(annotation["segmentation"], size_hw)
+    ignored = ignored_region(record)
     users: dict[int, SimulatedUser] = {}
     for number, annotation in enumerate(record["annotations"]):
         if annotation["iscrowd"] or len(users) == max_objects:
             continue
-        truth_HW = decode_mask(annotation["segmentation"], size_hw)
-        if is_measured(truth_HW, ignored_HW):
-            users[number] = SimulatedUser(truth_HW, ignored_HW, max_clicks=max_clicks)
+        truth = encode_mask_at(annotation["segmentation"], size_hw)
+        if truth is not None and is_measured(truth, ignored):
+            users[number] = SimulatedUser(truth, ignored, max_clicks=max_clicks)
     return users
 
 

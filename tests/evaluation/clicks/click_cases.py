@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from pycocotools import mask as coco_mask
 
 from sam3lora.engine.clicks.prompt import ClickAnswer, ClickPrompt, drawn_mask_logits
 from sam3lora.evaluation.clicks.asking import AnswerPrompts
@@ -19,12 +18,6 @@ def square(x: int, y: int, side: int) -> np.ndarray:
     mask = np.zeros((SIDE, SIDE), bool)
     mask[y : y + side, x : x + side] = True
     return mask
-
-
-def rle(mask_HW: np.ndarray) -> dict:
-    """As in an annotation file."""
-    found = coco_mask.encode(np.asfortranarray(mask_HW, dtype=np.uint8))
-    return {"size": list(mask_HW.shape), "counts": found["counts"].decode()}
 
 
 def clicking(masks_of: Callable[[ClickPrompt], Sequence[np.ndarray]]) -> AnswerPrompts:

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from sam3lora.data.rle import encode_rle
 from sam3lora.evaluation.clicks.meter import ClickMeter, clicks_saved, is_measured
 from sam3lora.evaluation.clicks.simulated_user import ObjectRun
 
@@ -134,14 +135,14 @@ def test_saved_clicks():
 
 def test_small_objects_are_not_measured():
     truth = np.zeros((200, 200), dtype=bool)  # 1e-4 of it is 4 pixels
-    assert not is_measured(truth)
+    assert not is_measured(encode_rle(truth))
     truth[0, :3] = True
-    assert not is_measured(truth)
+    assert not is_measured(encode_rle(truth))
     truth[0, 3] = True
-    assert is_measured(truth)
+    assert is_measured(encode_rle(truth))
     # what a crowd hides does not count
     crowd = np.zeros_like(truth)
     crowd[0, 0] = True
-    assert not is_measured(truth, crowd)
+    assert not is_measured(encode_rle(truth), encode_rle(crowd))
     # in a tiny image, an object still has a pixel
-    assert not is_measured(np.zeros((5, 5), dtype=bool))
+    assert not is_measured(encode_rle(np.zeros((5, 5), dtype=bool)))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from sam3lora.data.coco import CocoIndex
+from sam3lora.data.rle import encode_rle
 from sam3lora.engine.clicks.click import Click
 from sam3lora.evaluation.clicks.measure import ClickMetrics, measure_clicks
 from sam3lora.evaluation.clicks.simulated_user import ObjectRun
@@ -129,8 +130,8 @@ def test_a_page_without_objects(index):
 
 
 def test_the_part_that_is_shown():
-    truth = square(20, 20, 12)
-    rows, columns = shown_part([truth, square(20, 20, 4)], [])
+    truth = encode_rle(square(20, 20, 12))
+    rows, columns = shown_part([truth, encode_rle(square(20, 20, 4)), encode_rle(square(0, 0, 0))], [])
     assert (rows, columns) == (slice(12, 40), slice(12, 40))  # 8 pixels around
     rows, columns = shown_part([truth], [Click(60, 25, 0)])  # 41 pixels wide: a quarter is 11, cut at the border
     assert (rows, columns) == (slice(9, 43), slice(9, SIDE))
@@ -138,7 +139,7 @@ def test_the_part_that_is_shown():
 
 def test_a_drawn_object():
     image = np.full((SIDE, SIDE, 3), 128, np.uint8)
-    truth, mask = square(16, 16, 32), square(32, 16, 32)
+    truth, mask = encode_rle(square(16, 16, 32)), encode_rle(square(32, 16, 32))
     whole = (slice(0, SIDE), slice(0, SIDE))
     drawn = draw_clicks(image, truth, mask, [Click(20, 32, 1), Click(56, 32, 0)], whole, 256)
     assert drawn.shape == (256, 256, 3)

@@ -9,6 +9,7 @@ from pycocotools import mask as coco_mask
 
 from sam3lora.config.post_processing import PostProcessing
 from sam3lora.data.prompts import prompt_key
+from sam3lora.data.rle import encode_rle
 from sam3lora.engine.clicks.interaction import Interaction, Seed
 from sam3lora.engine.clicks.mask_cleaning import MaskCleaning
 from sam3lora.engine.clicks.prompt import drawn_mask_logits
@@ -20,7 +21,7 @@ from sam3lora.evaluation.clicks.simulated_user import SimulatedUser, run_objects
 from sam3lora.evaluation.clicks.true_objects import TrueObject, true_objects
 from sam3lora.evaluation.metrics.ground_truth import PromptedCategory
 
-from .click_cases import SIDE, clicking, rle, square
+from .click_cases import SIDE, clicking, square
 
 NOTHING = Interaction((SIDE, SIDE), SIDE)
 CATEGORIES = [
@@ -39,7 +40,7 @@ def test_the_values_of_a_mask_that_gets_better():
         return [truth, truth, half] if prompt.multimask else [truth]
 
     interactions = ImageInteractions(clicking(masks_of), [NOTHING])
-    [run] = run_objects([SimulatedUser(truth, max_clicks=5)], interactions.answer)
+    [run] = run_objects([SimulatedUser(encode_rle(truth), max_clicks=5)], interactions.answer)
     assert run.ious.tolist() == [0, 0.5, 1, 1, 1, 1]  # the chosen mask, not the best; then nothing is left to click on
     assert run.oracle_iou == 1
     assert run.score_error == pytest.approx(0.4)
@@ -64,7 +65,7 @@ def test_users_are_answered_together_and_apart():
         calls.append(len(prompts))
         return clicking(lambda prompt: [truths[int(prompt.points_k2[0, 0] > 20)]])(prompts)
 
-    users = [SimulatedUser(one, max_clicks=3) for one in truths]
+    users = [SimulatedUser(encode_rle(one), max_clicks=3) for one in truths]
     runs = run_objects(users, ImageInteractions(ask, [NOTHING] * 2).answer)
     assert calls == [2]
     assert [run.ious.tolist() for run in runs] == [[0, 1, 1, 1]] * 2
@@ -80,7 +81,7 @@ def test_a_seed_goes_with_the_first_click(kind):
         return [found]
 
     start = Interaction((SIDE, SIDE), SIDE, Seed(drawn_mask_logits(found, SIDE), (10, 10, 28, 28), kind))
-    user = SimulatedUser(truth, found_HW=found, max_clicks=2)
+    user = SimulatedUser(encode_rle(truth), found=encode_rle(found), max_clicks=2)
     [run] = run_objects([user], ImageInteractions(clicking(masks_of), [start]).answer)
     assert run.ious == pytest.approx([324 / 400] * 3)
     assert not asked[0].multimask
@@ -94,7 +95,7 @@ def test_a_seed_goes_with_the_first_click(kind):
 def test_what_has_no_answer_stops():
     broken = ImageInteractions(lambda prompts: [NotFiniteError("NaN")] * len(prompts), [NOTHING])
     with pytest.raises(NotFiniteError):
-        run_objects([SimulatedUser(square(10, 10, 20))], broken.answer)
+        run_objects([SimulatedUser(encode_rle(square(10, 10, 20)))], broken.answer)
 
 
 def detections(*masks: np.ndarray, prompt: str = "a gear") -> SmallDetections:
@@ -116,7 +117,7 @@ def detections(*masks: np.ndarray, prompt: str = "a gear") -> SmallDetections:
 
 
 def true_object(mask: np.ndarray, category: int = 0) -> TrueObject:
-    return TrueObject(0, CATEGORIES[category], coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8)))
+    return TrueObject(0, CATEGORIES[category], encode_rle(mask))
 
 
 def test_objects_are_matched_one_to_one_with_the_detections_of_their_prompt():
@@ -125,8 +126,8 @@ def test_objects_are_matched_one_to_one_with_the_detections_of_their_prompt():
     # nothing; half of the left one and as much beside it; the left one nearly; the right one shifted
     empty, poor, good, moved = np.zeros_like(left), square(14, 4, 20), square(4, 4, 19), square(36, 34, 20)
     found = found_objects(objects, {"a gear": detections(empty, poor, good, moved)}, "both")
-    assert np.array_equal(found[0].mask_HW, good)
-    assert np.array_equal(found[1].mask_HW, moved)
+    assert np.array_equal(coco_mask.decode(found[0].rle), good)
+    assert np.array_equal(coco_mask.decode(found[1].rle), moved)
     assert found[0].seed.box_xyxy == pytest.approx((2, 2, 25, 25))  # of the detection, not of its mask
     assert found[1].seed.box_xyxy == pytest.approx((34, 32, 58, 56))
     assert torch.equal(found[0].seed.mask_mm > 0, torch.from_numpy(good))
@@ -146,7 +147,7 @@ def test_an_object_is_found_from_half_an_overlap_on():
 
 
 def annotation(category: str, mask: np.ndarray | None, iscrowd: int = 0) -> dict:
-    segmentation = None if mask is None else rle(mask)
+    segmentation = None if mask is None else encode_rle(mask)
     return {"category": category, "segmentation": segmentation, "iscrowd": iscrowd, "bbox_xywh": [0, 0, 5, 5]}
 
 
@@ -166,8 +167,8 @@ def test_what_is_clicked_on():
     }
     found = true_objects(record, CATEGORIES)
     assert [(one.number, one.category.name) for one in found.objects] == [(0, "gear"), (6, "gear")]
-    assert np.array_equal(found.objects[1].mask_HW, square(20, 20, 15))
-    assert np.array_equal(found.ignored_HW, square(30, 30, 20) | square(0, 60, 4))
+    assert np.array_equal(coco_mask.decode(found.objects[1].rle), square(20, 20, 15))
+    assert np.array_equal(coco_mask.decode(found.ignored), square(30, 30, 20) | square(0, 60, 4))
     assert found.too_small == [5]
     assert (found.num_without_mask, found.num_crowds) == (1, 2)
 
@@ -198,7 +199,7 @@ def test_users_see_cleaned_masks_and_the_head_its_own():
         (MaskCleaning(3, 3), [0, 396 / 404, 396 / 404, 396 / 404]),
     ):
         asked.clear()
-        user = SimulatedUser(truth, max_clicks=3)
+        user = SimulatedUser(encode_rle(truth), max_clicks=3)
         interactions = ImageInteractions(clicking(masks_of), [NOTHING], cleaning)
         [run] = run_objects([user], interactions.answer)
         assert run.ious == pytest.approx(ious)

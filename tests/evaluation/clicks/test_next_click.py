@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from collections.abc import Iterable
+
 import numpy as np
 import pytest
+from pycocotools import mask as coco_mask
 
+from sam3lora.data.rle import encode_rle
 from sam3lora.engine.clicks.click import Click
 from sam3lora.evaluation.clicks import next_click as module
-from sam3lora.evaluation.clicks.next_click import mask_iou, next_click
 
 
 def drawn(*rows: str) -> np.ndarray:
     """Bool (H, W), True where a row has a #."""
     return np.array([[letter == "#" for letter in row] for row in rows])
+
+
+def next_click(
+    truth_HW: np.ndarray, found_HW: np.ndarray, clicked: Iterable[Click] = (), ignored_HW: np.ndarray | None = None
+) -> Click | None:
+    """Of masks as they are drawn."""
+    ignored = None if ignored_HW is None else encode_rle(ignored_HW)
+    return module.next_click(encode_rle(truth_HW), encode_rle(found_HW), clicked, ignored)
 
 
 NOTHING = drawn(*["........."] * 5)
@@ -57,14 +69,23 @@ def test_of_equal_pixels_the_first_row_by_row_is_taken():
     assert next_click(drawn("...#", "....", "#..."), drawn(*["...."] * 3)) == Click(3, 0, 1)
 
 
-def test_a_large_image_costs_its_errors_alone(monkeypatch):
-    measured, depth = [], module._depth
-    monkeypatch.setattr(module, "_depth", lambda error_HW: (measured.append(error_HW.shape), depth(error_HW))[1])
-    truth, found = np.zeros((2, 900, 1200), dtype=bool)
-    truth[300:305, 400:409], found[20:23, 30:33] = True, True
-    assert next_click(truth, found) == Click(402, 302, 1)
-    assert next_click(truth, found, [Click(402, 302), Click(900, 10)]) == Click(403, 302, 1)
-    assert measured == [(5, 9), (3, 3)] * 2
+def test_a_large_image_costs_the_outlines_of_its_errors():
+    """An image of 168 megapixels: a band through all of it and a square, of which a third is found, and a speck."""
+    height, width = 12_000, 14_000
+
+    def boxes(*boxes_xywh: tuple[int, int, int, int]) -> dict:
+        return coco_mask.merge(coco_mask.frPyObjects(np.array(boxes_xywh, dtype=float), height, width))
+
+    truth = boxes((0, 100, width, 5), (7_000, 6_000, 3_000, 3_000))
+    found = boxes((7_000, 6_000, 1_000, 3_000), (13_990, 11_990, 10, 10))
+    tracemalloc.start()
+    click = module.next_click(truth, found)
+    assert click == Click(8_999, 6_999, 1)  # 2,000 x 3,000 are missed: 1,000 from three sides, the first such pixel
+    assert module.next_click(truth, found, [click]) == Click(9_000, 6_999, 1)
+    assert module.mask_iou(truth, found) == 3e6 / (9e6 + 5 * width + 100)
+    most_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most_bytes < height * width / 10
 
 
 def test_the_border_of_the_image_bounds_an_error():
@@ -115,4 +136,5 @@ def test_ignored_pixels_are_no_error():
     ],
 )
 def test_iou(truth, found, ignored, expected):
-    assert mask_iou(drawn(truth), drawn(found), None if ignored is None else drawn(ignored)) == expected
+    masks = [None if mask is None else encode_rle(drawn(mask)) for mask in (truth, found, ignored)]
+    assert module.mask_iou(*masks) == expected
