@@ -137,7 +137,7 @@ def decode_window(rle: Mapping[str, Any], x: int, y: int, width: int, height: in
     array([[False, False, False],
            [ True, False, False]])
     """
-    column, row = np.divmod(np.cumsum(rle_runs(rle)), rle["size"][0])
+    column, row = np.divmod(np.cumsum(_runs(rle)), rle["size"][0])
     # Of the window's pixels, column by column, so many come before the first one after each run.
     is_beside = (column < x) | (column >= x + width)
     before = (column - x).clip(0, width) * height + np.where(is_beside, 0, (row - y).clip(0, height))
@@ -147,16 +147,12 @@ def decode_window(rle: Mapping[str, Any], x: int, y: int, width: int, height: in
 
 def _inverted(rle: Mapping[str, Any]) -> dict[str, Any]:
     """Every pixel that is not in the mask."""
-    runs = rle_runs(rle)
+    runs = _runs(rle)
     runs = runs[1:] if runs[0] == 0 else [0, *runs]
     return coco_mask.frPyObjects({"size": list(rle["size"]), "counts": runs}, *rle["size"])
 
 
-def rle_runs(rle: Mapping[str, Any]) -> list[int]:
-    """Lengths of the runs of a compressed RLE, the first one outside of the mask.
-
-    >>> rle_runs(encode_rle(np.array([[True, False, False]])))
-    [0, 1, 2]
-    """
+def _runs(rle: Mapping[str, Any]) -> list[int]:
+    """Lengths of the runs, the first one outside of the mask."""
     counts = rle["counts"]
     return decode_counts(counts.decode("ascii") if isinstance(counts, bytes) else counts)

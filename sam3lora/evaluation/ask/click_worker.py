@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from sam3lora.engine.adapter_pool import AdapterPool
 from sam3lora.engine.clicks.answers import MAX_OBJECTS
 from sam3lora.engine.clicks.decoder import ClickedObject

@@ -2,17 +2,22 @@
 
 Source: RITM (Sofiiuk et al. 2021, https://arxiv.org/abs/2102.06583), which SAM and SAM 2 follow too.
 
-Masks are run-length codes of one size, which are not decoded: images may be large.
+Masks are run-length codes of one size. Only the box around an error is decoded: images may be large.
+
+Shapes: `h` `w` pixels of that box, `N` deepest pixels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from sam3lora.data.rle import rle_difference
+import cv2
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from sam3lora.data.rle import decode_window, rle_difference
 from sam3lora.engine.clicks.click import Click
 from sam3lora.engine.mask_codes import Rle, rle_area_px
-from sam3lora.evaluation.clicks.deepest_pixel import deepest_pixel
 
 
 def next_click(truth: Rle, found: Rle, clicked: Iterable[Click] = (), ignored: Rle | None = None) -> Click | None:
@@ -28,8 +33,8 @@ def next_click(truth: Rle, found: Rle, clicked: Iterable[Click] = (), ignored: R
     Returns:
         None if nothing is left to click on: no error, or every pixel of one clicked.
     """
-    clicked_xy = [(int(click.x), int(click.y)) for click in clicked]
-    missed, wrong = (deepest_pixel(error, clicked_xy) for error in _errors(truth, found, ignored))
+    clicked = list(clicked)
+    missed, wrong = (_deepest(error, clicked) for error in _errors(truth, found, ignored))
     if max(missed[0], wrong[0]) == 0:
         return None
     label = int(missed[0] > wrong[0])
@@ -40,7 +45,6 @@ def next_click(truth: Rle, found: Rle, clicked: Iterable[Click] = (), ignored: R
 def mask_iou(truth: Rle, found: Rle, ignored: Rle | None = None) -> float:
     """IoU in [0, 1] of masks outside of the ignored pixels; 1 if both are empty there.
 
-    >>> import numpy as np
     >>> from sam3lora.data.rle import encode_rle
     >>> masks = ([True, True, False], [False, True, True], [True, False, False])
     >>> truth, found, ignored = (encode_rle(np.array([pixels])) for pixels in masks)
@@ -57,3 +61,21 @@ def _errors(truth: Rle, found: Rle, ignored: Rle | None) -> tuple[Rle, Rle]:
     """The missed pixels and the wrong ones."""
     others = () if ignored is None else (ignored,)
     return rle_difference(truth, found, *others), rle_difference(found, truth, *others)
+
+
+def _deepest(error: Rle, clicked: Iterable[Click]) -> tuple[int, int, int]:
+    """Squared depth, x and y of the deepest pixel of an error, the first one row by row; depth 0 if there is none."""
+    if not rle_area_px(error):
+        return 0, 0, 0
+    left, top, width, height = (int(value) for value in coco_mask.toBbox(error))
+    error_hw = np.pad(decode_window(error, left, top, width, height).astype(np.uint8), 1)
+    depth_hw = cv2.distanceTransform(error_hw, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
+    for click in clicked:
+        x, y = int(click.x) - left, int(click.y) - top
+        if 0 <= x < width and 0 <= y < height:
+            depth_hw[y, x] = 0
+    # Equal depths may differ in the last bit, by where the array lies in memory; their squares are whole numbers.
+    y_N, x_N = np.nonzero(depth_hw >= depth_hw.max() * (1 - 1e-6))
+    squared_N = np.rint(np.square(depth_hw[y_N, x_N], dtype=np.float64)).astype(int)
+    first = int(squared_N.argmax())
+    return int(squared_N[first]), left + int(x_N[first]), top + int(y_N[first])
