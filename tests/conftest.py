@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from .base_cache import read_bases_once
+
 _NUMBERS = itertools.count()
 
 # One token for all Rays of the tests: a process keeps the authentication of its first Ray, and where a later one has
@@ -24,11 +26,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: processes t
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_sessionstart() -> None:
+    gc.disable()
+
+
 def pytest_collection_finish() -> None:
     """Passes of the garbage collector through all that was imported would take a tenth of the time of the tests."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000)
+    gc.enable()
     atexit.register(gc.unfreeze)  # libraries complain about objects that are left at the end
 
 
@@ -47,6 +54,11 @@ def cache_folder(_caches: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = _caches / str(next(_NUMBERS))
     monkeypatch.setenv("SAM3LORA_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _bases_are_read_once() -> None:
+    read_bases_once()
 
 
 @pytest.fixture(autouse=True)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -12,7 +11,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pytest
 
 from sam3lora.config import Config, load_config
-from sam3lora.model.loading import LoadedBase
 
 from .coco_folder import write_data
 
@@ -64,26 +62,6 @@ def acts(*keys: str) -> Callable[[Test], Test]:
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four training and two validation images; read only."""
     return write_data(tmp_path_factory.mktemp("keys") / "data")
-
-
-@pytest.fixture(scope="package", autouse=True)
-def _read_the_base_once(small_base: Path) -> Iterator[None]:
-    """Reading the model is most of a short run: it is read once for each set of options, and copied."""
-    from sam3lora.training import setup
-
-    load_base, loaded = setup.load_base, dict[str, LoadedBase]()
-
-    def load(name: str, **options: Any) -> LoadedBase:
-        if name != str(small_base):
-            return load_base(name, **options)
-        key = repr(sorted(options.items(), key=str))
-        if key not in loaded:
-            loaded[key] = load_base(name, **options)
-        return replace(loaded[key], model=copy.deepcopy(loaded[key].model))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup, "load_base", load)
-        yield
 
 
 @pytest.fixture(scope="package")
