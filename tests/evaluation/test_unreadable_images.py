@@ -25,7 +25,7 @@ from sam3lora.evaluation.report.click_saving import save_click_validation
 from sam3lora.evaluation.report.dense_saving import save_dense_validation
 from sam3lora.evaluation.report.saving import compare_and_save, save_validation
 from sam3lora.evaluation.settings import EvaluationSettings
-from sam3lora.evaluation.skipped_images import SkippedImages, check_same_images
+from sam3lora.evaluation.skipped_images import SkippedImages, check_same_images, skipped_note
 
 from ..model.dense.dense_cases import write_dense
 from .adapters import write_adapter
@@ -222,6 +222,13 @@ def test_a_report_is_written_though_an_image_can_no_longer_be_shown(cut_splits, 
     assert (metrics.num_images, metrics.skipped_images) == (5, ())
     page = save_validation([metrics], tmp_path / "out").read_text()
     assert f"Not shown: cannot read image {cut_splits[0]}/{DAMAGED}.png: " in check_page(page)
+
+
+def test_names_of_files_do_not_command_the_terminal():
+    listed = [{"image_id": 7, "path": "a\x1b[2J\nb.png", "reason": "the file is empty"}]
+    assert skipped_note(listed, 4) == (
+        "1 of 5 images could not be read and are not measured: image 7 a\\x1b[2J\\nb.png: the file is empty"
+    )
 
 
 def test_the_choice_is_one_of_two():
