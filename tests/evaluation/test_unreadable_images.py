@@ -219,9 +219,18 @@ def test_a_report_is_written_though_an_image_can_no_longer_be_shown(cut_splits, 
     file = tmp_path / "mine.json"
     file.write_text(json.dumps([result(DAMAGED, 1, 20, 0.9), result(0, 1, 10, 0.8)]))
     metrics = evaluate_predictions(file, cut_splits[0], EvaluationSettings())
-    assert (metrics.num_images, metrics.skipped_images) == (5, ())
+    assert (metrics.num_images, metrics.skipped_images) == (5, [])
     page = save_validation([metrics], tmp_path / "out").read_text()
     assert f"Not shown: cannot read image {cut_splits[0]}/{DAMAGED}.png: " in check_page(page)
+
+
+def test_its_predictions_are_measured_again_by_the_same_choice(cut_splits, models, tmp_path):
+    base, _ = evaluate_models(cut_splits[0], models, SKIP)
+    save_validation([base], tmp_path)
+    again = evaluate_predictions(tmp_path / "predictions.json", cut_splits[0], SKIP)
+    names = ("num_images", "num_ground_truth", "num_absent_prompts", "map", "cgf1", "off_prompt_fpr", "skipped_images")
+    assert [getattr(again, name) for name in names] == [getattr(base, name) for name in names]
+    assert [fault for fault in again.faults if fault["split"] == "valid"] == base.faults
 
 
 def test_names_of_files_do_not_command_the_terminal():
