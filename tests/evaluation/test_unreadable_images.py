@@ -162,6 +162,14 @@ def test_no_readable_image_is_one_mistake_of_the_user(on_bad_image, models, dens
         evaluate_clicks(split, None, ClickEvaluation(prompting=settings), model=str(clickable_base), device="cpu")
 
 
+def test_that_nothing_is_left_to_ask_for_is_told_with_its_cause(models, tmp_path):
+    split = write_noisy(tmp_path / "valid")
+    for number in range(4):  # the last image has no object
+        cut(split / f"{number}.png")
+    with pytest.raises(UserError, match=r"no category has an object.*4 x image that was to be measured.*0\.png"):
+        evaluate_models(split, models, SKIP)
+
+
 def test_it_stops_before_a_model_is_asked(cut_splits, models, monkeypatch):
     monkeypatch.setattr(EvaluationWorker, "ask", lambda *_: pytest.fail("the model was asked"))
     message = rf"1 of 5 images cannot be read, e\.g\. .*{DAMAGED}\.png: .*--on-bad-image skip"
