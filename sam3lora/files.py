@@ -39,13 +39,15 @@ def file_name_of(label: str, fallback: str) -> str:
 
 
 def write_whole(path: str | Path, content: str | bytes) -> None:
-    """Write a file beside `path`, force it to the disk, and rename it to `path`. Text is written as UTF-8.
+    """Write a file beside `path`, force it to the disk, and rename it to `path`.
+
+    Text is written as UTF-8; what stands in it for bytes of a file's name that are none becomes an escape, as in JSON.
 
     Raises:
         OSError: It cannot be written; what was at `path` is still there.
     """
     with whole_file(path) as scratch:
-        scratch.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        scratch.write_bytes(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from pathlib import Path
@@ -142,3 +143,10 @@ def test_only_names_with_random_digits_are_taken_for_leftovers(tmp_path):
         (tmp_path / name).mkdir()
     files.remove_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(theirs)
+
+
+def test_names_of_files_that_are_no_text_are_written_as_json_has_them(tmp_path):
+    values = {"file_name": "ö\udcff.png"}  # as Python reads the bytes of a name
+    files.write_whole(tmp_path / "a.json", json.dumps(values, ensure_ascii=False))
+    assert (tmp_path / "a.json").read_text("utf-8") == '{"file_name": "ö\\udcff.png"}'
+    assert json.loads((tmp_path / "a.json").read_bytes()) == values

@@ -67,4 +67,7 @@ def _print_error(message: str) -> None:
     from rich.console import Console
     from rich.text import Text
 
+    from sam3lora.data.faults import printable
+
+    message = "\n".join(map(printable, message.split("\n")))
     Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), message))

@@ -218,7 +218,7 @@ class Fault:
         return f"{self.count} x {self.description}: {self.action}{examples}"
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Names from files may hold what moves a terminal's cursor, or cannot be written at all."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
@@ -233,7 +233,7 @@ class FaultLog:
         assert kind in KINDS, kind
         fault = self._faults.setdefault(kind, Fault(kind))
         fault.count += count
-        shown = map(_printable, examples[: MAX_EXAMPLES - len(fault.examples)])
+        shown = map(printable, examples[: MAX_EXAMPLES - len(fault.examples)])
         fault.examples = [*fault.examples, *shown]
 
     def include(self, faults: Iterable[Fault]) -> None:

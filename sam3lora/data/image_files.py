@@ -46,7 +46,7 @@ class ImageFiles:
         if folder not in self._files:
             try:
                 with os.scandir(folder) as entries:
-                    self._files[folder] = {entry.name for entry in entries if entry.is_file()}
+                    self._files[folder] = {entry.name for entry in entries if _is_file(entry)}
             except (OSError, ValueError):
                 self._files[folder] = set()
         return self._files[folder]
@@ -72,3 +72,10 @@ class ImageFiles:
             return None
         log.add("other_unicode_form", name)
         return os.path.join(folder, same[0])
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # a link in a circle, or to where nobody may look
+        return False

@@ -34,6 +34,14 @@ _CHECK_FLAGS = cv2.IMREAD_REDUCED_GRAYSCALE_8 | cv2.IMREAD_IGNORE_ORIENTATION
 _JPEG = b"\xff\xd8"
 _TURNED_BY_THE_DECODER = ("TIFF",)
 _EXIF_INTEGERS = {1: "B", 3: "H", 4: "I"}
+_DECODING_ERRORS = (  # RuntimeError: of a damaged AVIF file, or a kind of DDS file that Pillow does not know
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    RuntimeError,
+    Image.DecompressionBombError,
+)
 _FORMATS_WITH_FRAMES = ("GIF", "WEBP", "PNG", "TIFF", "AVIF")  # further frames of a phone's JPEG are previews
 
 # Pillow warns above half of MAX_MEGAPIXELS.
@@ -121,7 +129,7 @@ def rgb_from_pil(image: Image.Image, name: str = "image") -> np.ndarray:
     """
     try:
         return _convert(ImageOps.exif_transpose(image), name)
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
+    except _DECODING_ERRORS as error:
         raise _image_error(error, name) from None
 
 
@@ -134,7 +142,7 @@ def read_size(path: str | Path) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             return image.height, image.width
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except _DECODING_ERRORS as error:
         raise ImageError(f"cannot read image {path}: {_reason(error)}") from None
 
 
@@ -278,7 +286,7 @@ def _decode_with_pil(data: bytes, name: str) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data)) as image:
             return _convert(image, name)
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except _DECODING_ERRORS as error:
         raise _image_error(error, name) from None
 
 
@@ -311,7 +319,7 @@ def _read_header(data: bytes, name: str) -> tuple[int, int]:
     try:
         with Image.open(io.BytesIO(data)) as image:
             return image.height, image.width
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except _DECODING_ERRORS as error:
         raise _image_error(error, name) from None
 
 
@@ -320,7 +328,7 @@ def _has_more_frames(data: bytes, name: str) -> bool:
     try:
         with Image.open(io.BytesIO(data)) as image:
             return image.format in _FORMATS_WITH_FRAMES and getattr(image, "is_animated", False)
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except _DECODING_ERRORS as error:
         raise _image_error(error, name) from None
 
 

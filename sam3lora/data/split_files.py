@@ -202,8 +202,15 @@ def no_splits(root: Path, annotation_file: str = ANNOTATION_FILE) -> str:
 def subfolders(folder: Path) -> list[Path]:
     """Subfolders by name, without hidden ones; train, valid and test first."""
     with os.scandir(folder) as entries:
-        found = [folder / entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
+        found = [folder / entry.name for entry in entries if not entry.name.startswith(".") and _is_folder(entry)]
     return sorted(found, key=lambda path: (_rank(path.name), path.name))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a circle, or to where nobody may look
+        return False
 
 
 def _rank(name: str) -> int:

@@ -12,7 +12,7 @@ from sam3lora.config.training import OnBadImage
 from sam3lora.data.bad_images import WITHOUT_THEM, SkippedImage, find_unreadable
 from sam3lora.data.coco import CocoIndex
 from sam3lora.data.fault_report import SplitFault, split_faults
-from sam3lora.data.faults import MAX_EXAMPLES, FaultLog
+from sam3lora.data.faults import MAX_EXAMPLES, FaultLog, printable
 from sam3lora.data.images import ImageError
 from sam3lora.data.index_columns import object_columns
 from sam3lora.errors import UserError
@@ -127,7 +127,7 @@ def skipped_note(images: Sequence[Mapping[str, Any]], num_measured: int, what: s
 
 
 def _named(image: Mapping[str, Any]) -> str:
-    return f"image {image['image_id']} {image['path']}: {image['reason']}"
+    return printable(f"image {image['image_id']} {image['path']}: {image['reason']}")
 
 
 class Measured(Protocol):

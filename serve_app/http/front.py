@@ -147,8 +147,9 @@ class BoundedHttp(HttpToolsProtocol):
 
     @property
     def is_busy(self) -> bool:
-        """Whether a request is in progress, or a part of its answer is not sent."""
-        return self._is_answering or (self.transport is not None and self.transport.get_write_buffer_size() > 0)
+        """Whether a client still waits for an answer, or a part of one is not sent."""
+        is_awaited = self._is_answering and not self.cycle.disconnected
+        return is_awaited or (self.transport is not None and self.transport.get_write_buffer_size() > 0)
 
     def connection_made(self, transport: Any) -> None:
         _CONNECTIONS.add(self)
@@ -170,7 +171,7 @@ class BoundedHttp(HttpToolsProtocol):
         self._has_parsed = False
         super().data_received(data)
         self._pending_bytes = 0 if self._has_parsed else self._pending_bytes + len(data)
-        if self._pending_bytes > MAX_HEADER_BYTES:
+        if self._pending_bytes > MAX_HEADER_BYTES and not self._is_over:
             self._refuse(_too_large())
 
     def on_message_begin(self) -> None:

@@ -78,6 +78,12 @@ def test_users_mistake_is_one_message_without_traceback(monkeypatch, capsys):
     assert capsys.readouterr().err == "error: expected a, got [b]: write c\n"
 
 
+def test_names_of_files_do_not_command_the_terminal(monkeypatch, capsys):
+    fail_with(monkeypatch, UserError("no \x1b[31m\udcff\rö.png\nbut others"))
+    assert main(["env"]) == 2
+    assert capsys.readouterr().err == "error: no \\x1b[31m\\udcff\\rö.png\nbut others\n"
+
+
 def test_environment_report_is_json_and_holds_no_token(monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", "hf_a_secret_of_mine")
     assert main(["env", "--json"]) == 0

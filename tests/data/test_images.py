@@ -100,6 +100,18 @@ def test_unreadable_images_name_the_file(tmp_path):
         read_image(b"text")
 
 
+def test_damage_of_which_pillow_raises_a_runtime_error(tmp_path):
+    avif = encode(Image.fromarray(RGB), "AVIF").replace(b"iloc", b"free")  # does not say where the image begins
+    dds = encode(Image.fromarray(RGB), "DDS")
+    dds = dds[:80] + bytes(4) + dds[84:]  # no kind of pixels
+    for number, data in enumerate((avif, dds)):
+        path = tmp_path / f"{number}.jpg"
+        path.write_bytes(data)
+        for read in (read_image, check_image, read_first_frame, read_size):
+            with pytest.raises(ImageError, match=rf"cannot read image .*{number}\.jpg: "):
+                read(path)
+
+
 def test_resize_agrees_with_the_models_processor_on_photographs(shared_data):
     processor_module = pytest.importorskip("transformers.models.sam3.image_processing_sam3")
     paths = [sorted((shared_data / name / "valid").glob("*.jpg"))[1] for name in ("facade", "strawberry", "mushrooms")]

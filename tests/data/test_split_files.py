@@ -201,3 +201,11 @@ def test_images_are_found_when_annotations_come_first_in_a_long_file(tmp_path):
         content = json.loads(path.read_text())
         content.pop("info")
         assert paths_of(tmp_path, "train") == ["images/a.png"]
+
+
+def test_a_link_in_a_circle_hides_no_other_file(tmp_path):
+    write_coco(tmp_path / "valid" / OURS, "a.png", "b.png")
+    for link in (tmp_path / "old", tmp_path / "valid" / "z.png"):
+        link.symlink_to(link.name)
+    assert paths_of(tmp_path, "valid") == ["valid/a.png", "valid/b.png"]
+    assert [split.name for split in find_splits(tmp_path)] == ["valid"]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -96,6 +98,13 @@ def test_two_workers_measure_a_dense_model_as_one_process_does(split, spread_bas
     assert len(maps[0]) == 6
 
 
+def rounded(values: Any) -> Any:
+    """Without the last digits, which depend on the number of threads."""
+    if isinstance(values, Mapping):
+        return {name: rounded(value) for name, value in values.items()}
+    return round(values, 6) if isinstance(values, float) else values
+
+
 @pytest.mark.slow
 def test_two_workers_count_the_clicks_of_one_process(tmp_path):
     data = write_dataset(tmp_path, num_train=1, num_valid=4, size=96, domain="base", seed=3, progress=False) / "valid"
@@ -106,7 +115,7 @@ def test_two_workers_count_the_clicks_of_one_process(tmp_path):
     assert alone.clicks.alone.objects == spread.clicks.alone.objects
     for here, there in ((alone.clicks.alone, spread.clicks.alone), (alone.clicks.from_text, spread.clicks.from_text)):
         assert here.ious() == pytest.approx(there.ious(), abs=1e-6)
-    first, second = (dict(metrics.to_dict(), seconds=0) for metrics in (alone, spread))
+    first, second = (rounded(dict(metrics.to_dict(), seconds=0)) for metrics in (alone, spread))
     assert first == second
     assert 0.5 < alone.alone["mean_iou_3"].value < 1
 
@@ -123,7 +132,7 @@ def test_two_workers_of_dense_models_and_of_clicks_leave_out_the_same_images(spr
         lambda workers: evaluate_clicks(damaged, None, clicks, num_workers=workers, **model),
     ):
         alone, spread = measure(0), measure(2)
-        assert numbers(alone) == numbers(spread)
+        assert rounded(numbers(alone)) == rounded(numbers(spread))
         assert alone.skipped_images == spread.skipped_images
         assert spread.num_images == 4
     for path in damaged.glob("*.png"):

@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
+from sam3lora.data.bad_images import SkippedImage
 from sam3lora.engine.engine import Engine
 from sam3lora.errors import UserError
 from sam3lora.evaluation.ask.saco_phrases import ask_saco
@@ -86,6 +87,15 @@ def test_missing_images_and_keys_are_named(ground_truth, small_base):
     ground_truth.write_text(json.dumps(raw | {"images": []}))
     with pytest.raises(UserError, match="lists no image"):
         ask(ground_truth, small_base)
+
+
+def test_names_of_skipped_files_that_are_no_text(ground_truth, tmp_path, capsys):
+    skipped = [SkippedImage(3, "a\udcff.png", "the file is empty")]  # as Python reads the byte 0xff
+    (tmp_path / "predictions.json").write_text("[]")
+    save_saco({"mine": tmp_path / "predictions.json"}, [ground_truth], tmp_path, {0, 7}, skipped)
+    written = json.loads((tmp_path / "metrics.json").read_text())
+    assert written["skipped_images"] == [skipped[0]._asdict()]
+    assert "image 3 a\\udcff.png: the file is empty" in capsys.readouterr().out
 
 
 def test_phrases_of_an_image_that_cannot_be_read(ground_truth, small_base, tmp_path, capsys):

@@ -25,7 +25,7 @@ from sam3lora.evaluation.report.click_saving import save_click_validation
 from sam3lora.evaluation.report.dense_saving import save_dense_validation
 from sam3lora.evaluation.report.saving import compare_and_save, save_validation
 from sam3lora.evaluation.settings import EvaluationSettings
-from sam3lora.evaluation.skipped_images import SkippedImages, check_same_images
+from sam3lora.evaluation.skipped_images import SkippedImages, check_same_images, skipped_note
 
 from ..model.dense.dense_cases import write_dense
 from .adapters import write_adapter
@@ -162,6 +162,14 @@ def test_no_readable_image_is_one_mistake_of_the_user(on_bad_image, models, dens
         evaluate_clicks(split, None, ClickEvaluation(prompting=settings), model=str(clickable_base), device="cpu")
 
 
+def test_that_nothing_is_left_to_ask_for_is_told_with_its_cause(models, tmp_path):
+    split = write_noisy(tmp_path / "valid")
+    for number in range(4):  # the last image has no object
+        cut(split / f"{number}.png")
+    with pytest.raises(UserError, match=r"no category has an object.*4 x image that was to be measured.*0\.png"):
+        evaluate_models(split, models, SKIP)
+
+
 def test_it_stops_before_a_model_is_asked(cut_splits, models, monkeypatch):
     monkeypatch.setattr(EvaluationWorker, "ask", lambda *_: pytest.fail("the model was asked"))
     message = rf"1 of 5 images cannot be read, e\.g\. .*{DAMAGED}\.png: .*--on-bad-image skip"
@@ -219,9 +227,25 @@ def test_a_report_is_written_though_an_image_can_no_longer_be_shown(cut_splits, 
     file = tmp_path / "mine.json"
     file.write_text(json.dumps([result(DAMAGED, 1, 20, 0.9), result(0, 1, 10, 0.8)]))
     metrics = evaluate_predictions(file, cut_splits[0], EvaluationSettings())
-    assert (metrics.num_images, metrics.skipped_images) == (5, ())
+    assert (metrics.num_images, metrics.skipped_images) == (5, [])
     page = save_validation([metrics], tmp_path / "out").read_text()
     assert f"Not shown: cannot read image {cut_splits[0]}/{DAMAGED}.png: " in check_page(page)
+
+
+def test_its_predictions_are_measured_again_by_the_same_choice(cut_splits, models, tmp_path):
+    base, _ = evaluate_models(cut_splits[0], models, SKIP)
+    save_validation([base], tmp_path)
+    again = evaluate_predictions(tmp_path / "predictions.json", cut_splits[0], SKIP)
+    names = ("num_images", "num_ground_truth", "num_absent_prompts", "map", "cgf1", "off_prompt_fpr", "skipped_images")
+    assert [getattr(again, name) for name in names] == [getattr(base, name) for name in names]
+    assert [fault for fault in again.faults if fault["split"] == "valid"] == base.faults
+
+
+def test_names_of_files_do_not_command_the_terminal():
+    listed = [{"image_id": 7, "path": "a\x1b[2J\nb.png", "reason": "the file is empty"}]
+    assert skipped_note(listed, 4) == (
+        "1 of 5 images could not be read and are not measured: image 7 a\\x1b[2J\\nb.png: the file is empty"
+    )
 
 
 def test_the_choice_is_one_of_two():

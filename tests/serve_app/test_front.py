@@ -190,6 +190,17 @@ def test_a_refused_client_that_stays_is_left(port: int, monkeypatch: pytest.Monk
             send_slowly(connection, b"x" * 200)
 
 
+def test_a_head_is_refused_once(port: int) -> None:
+    """Though it has a character that no header has, and is too large with the piece that holds this."""
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for piece in (b"GET / HTTP/1.1\r\nHost: a\r\nX: ", b"a" * 60_000, b"a" * 9_000 + b"\x00"):
+            connection.sendall(piece)
+            time.sleep(0.1)  # the server has read it
+        assert error_of(connection.recv(1 << 16)) == (400, "malformed_request")
+        send_slowly(connection, b"it is still listened to")
+
+
 def send_slowly(connection: socket.socket, text: bytes) -> None:
     for byte in text:
         connection.sendall(bytes([byte]))
@@ -296,6 +307,14 @@ def test_who_stops_the_service_sees_answers_that_are_not_sent_yet(port: int) -> 
     while num_busy() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert num_busy() == 0
+
+
+def test_who_stops_the_service_does_not_wait_for_a_refused_client(port: int) -> None:
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as refused:
+        refused.sendall(b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n")
+        assert error_of(refused.recv(1 << 16)) == (400, "malformed_request")
+        answer = talk(port, b"GET /-/busy HTTP/1.1\r\nHost: a\r\n" + CLOSE + b"\r\n")
+        assert answer.endswith(b"\r\n\r\n0")
 
 
 def test_a_slow_body_is_not_a_slow_head(port: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -197,7 +197,7 @@ def test_measured(make_space, data_dir, tmp_path, monkeypatch):
     # The whole way, with real steps.
     monkeypatch.setattr(probe_module, "_import_seconds", lambda: 5.0)
     text = explained(make_space(RANKS, f"training.data_dir='{data_dir}'"))
-    assert "Measured on the CPU with 1 thread, 4 training and 2 validation images" in text
+    assert "Measured on the CPU with 1 thread; a trial takes 4 training and 2 validation images:" in text
     rows = rows_under(text, "start ")
     assert [row[0] for row in rows] == ["base configuration", f"largest (trial {largest_of(text)})"]
     assert all(row[-1] == "from the cache" for row in rows)

@@ -97,7 +97,8 @@ def evaluate_model_clicks(
     categories = asked_categories(index, replace(settings.prompting, negative_prompts=()))
     if not categories:
         raise UserError(
-            f"{index.source}: no category has an object, so there is nothing to click on" + faults_as_reason(faults)
+            f"{index.source}: no category has an object, so there is nothing to click on"
+            + faults_as_reason(skipped.faults(split.title, faults))
         )
     make_worker = functools.partial(ClickWorker, models, categories, settings, click_adapter)
     clicks = SplitClicks.empty(settings.max_clicks)

@@ -73,7 +73,7 @@ def ask_on_ray(
             ) from error
         finally:
             for actor in actors:
-                actor.__ray_terminate__.remote()
+                actor.__ray_terminate__.options(max_task_retries=0).remote()
 
 
 def _check_room(num_workers: int, use_gpu: bool) -> None:

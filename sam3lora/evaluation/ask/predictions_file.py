@@ -14,6 +14,7 @@ from sam3lora.evaluation.ask.run import asked_categories, read_split
 from sam3lora.evaluation.metrics.ground_truth import SplitTruth
 from sam3lora.evaluation.metrics.measure import SplitMetrics, measure_split
 from sam3lora.evaluation.settings import EvaluationSettings
+from sam3lora.evaluation.skipped_images import SkippedImages
 from sam3lora.evaluation.split_results import SplitResults
 
 
@@ -21,6 +22,8 @@ def evaluate_predictions(
     file: str | Path, split: SplitFiles | Path, settings: EvaluationSettings, *, progress: bool = False
 ) -> SplitMetrics:
     """Measure a COCO results file on a split, as it is: nothing is suppressed or merged.
+
+    With `settings.on_bad_image` "skip", images that are seen ahead to be unreadable have no part in it.
 
     Args:
         file: JSON list of image_id, category_id, segmentation (RLE or polygons), score, and optionally bbox (xywh).
@@ -34,17 +37,19 @@ def evaluate_predictions(
     started = time.perf_counter()
     source = Path(file)
     split, index, faults = read_split(split, settings, tell=progress)
-    asked = asked_categories(index, settings)
+    skipped = SkippedImages(index, settings.num_samples)
+    # The results need no pixels, but those of an evaluation that skipped images have nothing of them.
+    measured = skipped.look_ahead("skip") if settings.on_bad_image == "skip" else index.first(settings.num_samples)
+    asked = asked_categories(measured, settings)
     found = read_results(source, index, {category.id for category in asked})
     faults_of_results = split_faults(source.name, found.faults, labels="results")
     if progress and faults_of_results:
         print(fault_summary(faults_of_results, source, "results"), flush=True)
-    index = index.first(settings.num_samples)
     if settings.categories is None:  # a program may have asked for categories that no label has
         in_results = {result["category_id"] for result in found.results}
         unused = [name for number, name in index.listed_names.items() if number in in_results]
-        asked = asked_categories(index, settings, unused)
-    truth = SplitTruth(index, asked)
+        asked = asked_categories(measured, settings, unused)
+    truth = SplitTruth(measured, asked)
     images = set(truth.image_ids)
     # Categories that share a prompt share an id.
     ids = {category.id: category.id for category in asked}
@@ -71,5 +76,6 @@ def evaluate_predictions(
         settings={"data": str(split), "predictions": str(source)},
         split_dir=split.image_dir,
         seconds=time.perf_counter() - started,
-        faults=[*faults, *faults_of_results],
+        faults=[*skipped.faults(split.title, faults), *faults_of_results],
+        skipped_images=skipped.listed(),
     )

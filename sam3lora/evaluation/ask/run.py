@@ -115,7 +115,7 @@ def evaluate_models(
     if not categories:
         raise UserError(
             f"{index.source}: no category has an object, so there is nothing to ask: name some as "
-            "data.categories of a configuration (--config)" + faults_as_reason(faults)
+            "data.categories of a configuration (--config)" + faults_as_reason(skipped.faults(split.title, faults))
         )
     num_pairs = len(index) * len(categories)
     make_worker = functools.partial(EvaluationWorker, models, categories, settings, settings.score_floor(num_pairs))

@@ -149,6 +149,7 @@ def measure_split(
     seconds: float = 0.0,
     notes: Sequence[str] = (),
     faults: Sequence[SplitFault] = (),
+    skipped_images: Sequence[Mapping[str, Any]] = (),
 ) -> SplitMetrics:
     """Compute all metrics of one model on one split from results that are in memory.
 
@@ -158,7 +159,7 @@ def measure_split(
             `off_prompt_fpr`, tables and pictures. mAP has no threshold, and cgF1 its own (0.5).
         exhaustive, negative_prompts: See `incomplete_categories`. Of an incomplete category only images with a label
             are judged, and metrics that need absence leave it out; they are None if no category is complete.
-        label, num_queries, settings, split_dir, seconds, notes, faults: See `measure_matches`.
+        label, num_queries, settings, split_dir, seconds, notes, faults, skipped_images: See `measure_matches`.
 
     Raises:
         UserError: The results belong to other images or categories.
@@ -182,6 +183,7 @@ def measure_split(
         seconds=seconds,
         notes=notes,
         faults=faults,
+        skipped_images=skipped_images,
     )
 
 

@@ -95,7 +95,8 @@ def _print_probes(probes: dict[str, tuple[Config, Probe]], console: Console) -> 
             "from the cache" if probe.uses_features else "computed",
         )
     console.print(
-        f"\nMeasured on {first.device}, {first.num_train} training and {first.num_valid} validation images in the data:"
+        f"\nMeasured on {first.device}; a trial takes {first.num_train} training and {first.num_valid} validation "
+        "images:"
     )
     console.print(table)
 
