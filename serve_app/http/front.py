@@ -146,10 +146,14 @@ class BoundedHttp(HttpToolsProtocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     @property
+    def _is_awaited(self) -> bool:
+        """Whether an answer is under way that the client will get."""
+        return self._is_answering and not self.cycle.disconnected
+
+    @property
     def is_busy(self) -> bool:
         """Whether a client still waits for an answer, or a part of one is not sent."""
-        is_awaited = self._is_answering and not self.cycle.disconnected
-        return is_awaited or (self.transport is not None and self.transport.get_write_buffer_size() > 0)
+        return self._is_awaited or (self.transport is not None and self.transport.get_write_buffer_size() > 0)
 
     def connection_made(self, transport: Any) -> None:
         _CONNECTIONS.add(self)
@@ -162,7 +166,8 @@ class BoundedHttp(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         if self._is_over:
-            self._ignored_bytes += len(data)
+            if not self._is_awaited:  # earlier requests are answered, whatever comes behind them
+                self._ignored_bytes += len(data)
             if self._ignored_bytes > LINGER_BYTES:
                 self.transport.close()
             return

@@ -267,6 +267,13 @@ def test_a_fault_behind_a_request_does_not_take_its_answer(
     assert talk(port, slow + slow + behind).count(b"HTTP/1.1 200") == 2
 
 
+def test_neither_does_much_behind_a_request(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front, "LINGER_BYTES", 10_000)
+    slow = b"GET /slow HTTP/1.1\r\nHost: a\r\n\r\n"
+    much = b"no HTTP\r\n\r\n" + bytes(200_000)
+    assert talk(port, slow, much).startswith(b"HTTP/1.1 200")
+
+
 def test_what_is_no_http_gets_our_error(port: int) -> None:
     assert error_of(talk(port, b"\x16\x03\x01 hello\r\n\r\n")) == (400, "malformed_request")
 
