@@ -1,4 +1,4 @@
-"""Base models, read from disk once by the tests of a process: reading one is most of many a short test."""
+"""Base models, read from disk once by the tests of a process: reading one is most of the time of many short tests."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from sam3lora.training.validator import evaluation_settings
 def why_undefined(metric: str, index: CocoIndex, config: Config) -> str | None:
     """Why a metric has no value on a split, whatever a model predicts; None if it has one."""
     settings = evaluation_settings(config)
-    index = index.select_rows(range(len(index))[: settings.num_samples])
+    index = index.first(settings.num_samples)
     categories = asked_categories(index, settings)
     found = measure_split(
         SplitTruth(index, categories),

@@ -19,12 +19,12 @@ from sam3lora.model.adapter.metadata import read_metadata_values
 from sam3lora.start_marks import mark
 from sam3lora.training import distributed, setup
 from sam3lora.training.agreement import check_agreement, choose_checkpoint, position_facts, run_facts
-from sam3lora.training.bad_images import StepsWithoutImages
 from sam3lora.training.best import disagreement, is_improved, no_better_than_base
 from sam3lora.training.checkpoint_folders import read_state
 from sam3lora.training.checkpoints import load_checkpoint, save_checkpoint
 from sam3lora.training.datasets import BatchSource, read_splits
 from sam3lora.training.fit_batch import resolve_forward_size
+from sam3lora.training.gone_images import StepsWithoutImages
 from sam3lora.training.metrics_log import MetricsLog, WarningsToMetrics
 from sam3lora.training.notices import HOST_ENDS_SAVE_S, Notices
 from sam3lora.training.reporting import log_epoch, log_plan, log_skipped, log_step, vision_counts

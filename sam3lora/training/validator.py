@@ -28,8 +28,8 @@ from sam3lora.evaluation.split_results import SplitResults
 from sam3lora.model.loading import LoadedBase
 from sam3lora.model.staged.forward import VisionFeatures
 from sam3lora.training import distributed
-from sam3lora.training.bad_images import none_readable
 from sam3lora.training.datasets import BatchSource, RunData
+from sam3lora.training.gone_images import run_without_images
 from sam3lora.training.step import LossRunner, StepCounts, TermSums
 from sam3lora.training.task import Runner
 
@@ -96,7 +96,7 @@ class Validator:
             merged.counts = StepCounts.from_tensor(merged.counts.tensor() + other_counts.tensor())
             self.skipped += other_skipped
         if self.skipped and not merged.counts.num_images:
-            raise none_readable("validation images", self.skipped)
+            raise run_without_images("validation images", self.skipped)
         return merged
 
     def metrics(self) -> dict[str, Any]:
@@ -145,8 +145,7 @@ class DetectionValidator(Validator):
         post = self.config.evaluation.post_processing
         index = self.data.valid_complete
         assert index is not None
-        rows = range(len(index))[: settings.num_samples]
-        index = index.select_rows(rows)
+        index = index.first(settings.num_samples)
         categories = asked_categories(index, settings) or prompted_categories(index, self.data.prompts)
         runner.text.add([category.prompt for category in categories])
         matcher = Matcher(categories, post, settings.incomplete(categories))
@@ -156,7 +155,7 @@ class DetectionValidator(Validator):
             with torch.autocast(runner.device.type, dtype=torch.bfloat16, enabled=runner.bf16):
                 mine = ask_split(
                     engine,
-                    index.select_rows(rows[distributed.rank() :: distributed.world_size()]),
+                    index.select_rows(range(len(index))[distributed.rank() :: distributed.world_size()]),
                     matcher,
                     encode=runner.images.of_records,
                     lowest_score=settings.score_floor(len(index) * len(categories)),

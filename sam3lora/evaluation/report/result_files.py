@@ -19,9 +19,12 @@ def left_out_notes(
     faults: Sequence[SplitFault], skipped_images: Sequence[Mapping[str, Any]], num_images: int
 ) -> list[str]:
     """What is no part of the metrics of so many images, in sentences for a terminal."""
-    left_out = left_out_sentence(faults)
-    found = [f"{left_out}, see the report" * bool(left_out), skipped_note(skipped_images, num_images)]
-    return [sentence for sentence in found if sentence]
+    notes = []
+    if left_out := left_out_sentence(faults):
+        notes.append(f"{left_out}, see the report")
+    if skipped_images:
+        notes.append(skipped_note(skipped_images, num_images))
+    return notes
 
 
 def make_folder(path: str | Path) -> Path:

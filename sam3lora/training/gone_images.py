@@ -25,10 +25,10 @@ class StepsWithoutImages:
         """
         self._num_steps = self._num_steps + 1 if skipped and not num_images else 0
         if self._num_steps == MOST_STEPS_WITHOUT_IMAGES:
-            raise none_readable(f"images of {self._num_steps} steps in a row", skipped)
+            raise run_without_images(f"images of {self._num_steps} steps in a row", skipped)
 
 
-def none_readable(images: str, skipped: Sequence[SkippedImage]) -> ImageError:
+def run_without_images(images: str, skipped: Sequence[SkippedImage]) -> ImageError:
     """What to raise where none of some images could be read."""
     return ImageError(
         f"none of the {images} could be read, the first is {skipped[0].path}: {skipped[0].reason}. Everything "

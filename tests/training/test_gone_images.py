@@ -9,7 +9,7 @@ import pytest
 
 from sam3lora.data.bad_images import SkippedImage
 from sam3lora.errors import UserError
-from sam3lora.training import bad_images
+from sam3lora.training import gone_images
 from sam3lora.training.launch import train
 
 from .changed_scenes import rewritten, with_broken_images
@@ -54,7 +54,7 @@ def test_a_run_whose_validation_images_are_gone_stops(make_config, scenes, tmp_p
 
 
 def test_a_run_whose_training_images_are_gone_stops(make_config, scenes, tmp_path, monkeypatch):
-    monkeypatch.setattr(bad_images, "MOST_STEPS_WITHOUT_IMAGES", 2)
+    monkeypatch.setattr(gone_images, "MOST_STEPS_WITHOUT_IMAGES", 2)
     names = [f"train/{path.name}" for path in (scenes / "train").glob("*.jpg")]
     data = with_broken_images(scenes, tmp_path / "broken", *names)
     config = make_config("evaluation.base_loss=false", data_dir=str(data), num_epochs=1, on_bad_image="skip")
@@ -63,9 +63,9 @@ def test_a_run_whose_training_images_are_gone_stops(make_config, scenes, tmp_pat
 
 
 def test_steps_with_an_image_begin_the_count_again(monkeypatch):
-    monkeypatch.setattr(bad_images, "MOST_STEPS_WITHOUT_IMAGES", 2)
+    monkeypatch.setattr(gone_images, "MOST_STEPS_WITHOUT_IMAGES", 2)
     skipped = [SkippedImage(1, "a.jpg", "cannot read image a.jpg")]
-    steps = bad_images.StepsWithoutImages()
+    steps = gone_images.StepsWithoutImages()
     for num_images in (0, 1, 0, 3):
         steps.count(num_images, skipped)
     steps.count(0, [])  # nothing to learn from, but nothing is lost
